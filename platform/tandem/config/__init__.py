@@ -1,0 +1,24 @@
+"""What a person writes: frozen dataclasses, and the strict loader that turns YAML and `--set` into them."""
+
+from tandem.config.data import DataConfig
+from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
+from tandem.config.model import LoraConfig, ModelConfig
+from tandem.config.serve import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "GatewayConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelismConfig",
+    "ServeConfig",
+    "ServedModelConfig",
+    "TrainConfig",
+    "apply_overrides",
+    "from_dict",
+    "load_yaml",
+    "to_dict",
+]

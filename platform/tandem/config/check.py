@@ -1,0 +1,32 @@
+"""The checks the config dataclasses share; each raises ConfigError with the fact and the numbers. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tandem.errors import ConfigError, did_you_mean
+
+
+def at_least(key: str, value: float, minimum: float) -> None:
+    """Refuse a number below `minimum`."""
+    if value < minimum:
+        raise ConfigError(f"{key} is {value}; it must be at least {minimum}.")
+
+
+def between(key: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside `low..high`."""
+    if not low <= value <= high:
+        raise ConfigError(f"{key} is {value}; it must be between {low} and {high}.")
+
+
+def one_of(key: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a word that is not one of `known`, with the nearest that is."""
+    known = list(known)
+    if value not in known:
+        raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(known)}.{did_you_mean(value, known)}")
+
+
+def divides(key: str, value: int, other_key: str, other: int) -> None:
+    """Refuse `other` that is not a multiple of `value`."""
+    if other % value:
+        raise ConfigError(f"{other_key} ({other}) must be a multiple of {key} ({value}).")

@@ -1,0 +1,153 @@
+"""YAML and `--set a.b=c` into frozen dataclasses, strictly: an unknown key or a value of the wrong type is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+
+from tandem.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def load_yaml(cls: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
+    """Read `path` as a `cls`, after laying each `a.b=c` of `overrides` over it."""
+    return from_dict(cls, apply_overrides(read_yaml(path), overrides))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError with the line where it is not one."""
+    try:
+        value = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
+        raise ConfigError(f"No config file at {path}.{near}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line} is not YAML: {getattr(error, 'problem', error)}.") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}; a config is a mapping of keys to values.")
+    return value
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b=c` set; `c` is read as YAML, so `[1, 2]`, `true` and `null` work."""
+    result: dict[str, Any] = _copy(values)
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        keys = dotted.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {override!r} is not of the form key.subkey=value.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML.") from error
+        # YAML 1.1 reads 3e-4 as text; a person means the number.
+        if isinstance(value, str):
+            try:
+                value = float(value) if "e" in value.lower() else value
+            except ValueError:
+                pass
+        here = result
+        for key in keys[:-1]:
+            inner = here.get(key)
+            if inner is None:
+                inner = here[key] = {}
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--set {override!r}: {key} is a {type(inner).__name__}, it has no keys.")
+            here = inner
+        here[keys[-1]] = value
+    return result
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a `cls` from plain values; ConfigError names the key, with the nearest valid one."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'the config'} is {_named(values)}; it must be a mapping.")
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            dotted = f"{where}.{key}" if where else str(key)
+            near = did_you_mean(str(key), fields)
+            raise ConfigError(f"{dotted} is not a setting.{near} Known here: {', '.join(fields)}.")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ConfigError(f"{f'{where}.{name}' if where else name} is missing.")
+    built = {
+        name: _convert(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()
+    }
+    return cls(**built)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain values of a config dataclass, as YAML or JSON can hold them; `from_dict` reads them back."""
+    return cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        inner = [a for a in args if a is not type(None)]
+        return _convert(inner[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(cast(type[Any], hint), value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} is {_named(value)}; it must be a list.")
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(args):
+            raise ConfigError(f"{where} has {len(value)} values; it must have {len(args)}.")
+        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {_named(value)}; it must be a mapping.")
+        return {str(k): v if args[1] is Any else _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
+    raise ConfigError(f"{where} is {_named(value)}; it must be {kind}.")
+
+
+def _named(value: Any) -> str:
+    return "empty" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value

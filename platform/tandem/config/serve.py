@@ -1,0 +1,77 @@
+"""The served app: which models, on how many replicas, with which engine settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandem.config import check
+from tandem.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModelConfig:
+    """One base model and the replicas that hold it."""
+
+    model: str
+    """A registered model, or a folder in Hugging Face's format."""
+    name: str | None = None
+    """What clients call it; unset: the registered name, or the folder's."""
+    engine: str = "vllm"
+    """vllm, or echo (answers with the prompt; for tests of what surrounds an engine)."""
+    replicas: int = 1
+    cpus_per_replica: float = 1.0
+    gpus_per_replica: float = 0.0
+    max_adapters: int = 8
+    """Adapters that one replica holds at once."""
+    max_lora_rank: int = 64
+    """Largest adapter rank that a replica takes."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of vLLM's own engine, by their names there; vLLM checks them before a replica starts."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment of the replica, such as VLLM_CPU_KVCACHE_SPACE."""
+
+    def __post_init__(self) -> None:
+        check.one_of("models[].engine", self.engine, ("vllm", "echo"))
+        check.at_least("models[].replicas", self.replicas, 1)
+        check.at_least("models[].cpus_per_replica", self.cpus_per_replica, 0.0)
+        check.at_least("models[].gpus_per_replica", self.gpus_per_replica, 0.0)
+        check.at_least("models[].max_adapters", self.max_adapters, 0)
+        check.between("models[].max_lora_rank", self.max_lora_rank, 1, 512)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig:
+    """The ingress that clients talk to."""
+
+    replicas: int = 1
+    connect_timeout_s: float = 5.0
+    """How long a connection to an engine may take before another replica is tried."""
+    request_timeout_s: float = 600.0
+    """How long an engine may stay silent on one request."""
+    retry_after_s: int = 5
+    """What a 503 tells the client to wait."""
+    max_body_bytes: int = 16 * 2**20
+    """Largest request body; a larger one gets 413."""
+
+    def __post_init__(self) -> None:
+        check.at_least("gateway.replicas", self.replicas, 1)
+        check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
+        check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """One Serve app."""
+
+    models: tuple[ServedModelConfig, ...] = ()
+    """Empty: the newest registered base model."""
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    app: str = "tandem"
+    """Name of the Serve application."""
+
+    def __post_init__(self) -> None:
+        names = [served.name or served.model for served in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"models: {name!r} is listed {names.count(name)} times; give each a name of its own.")

@@ -1,0 +1,80 @@
+"""What can go wrong, as types. Every message states the fact, the numbers and the next step.
+
+    TandemError
+    ├── ConfigError          a key or value that cannot be
+    ├── DataError            a corpus, shard or row that cannot be used
+    ├── LayoutError          parallel degrees that do not fit the workers or the model
+    ├── CheckpointError      a checkpoint that is not whole
+    ├── StorageError         a disk or store that refused
+    ├── RegistryError
+    │   └── UnknownModelError   no model or adapter of that name
+    ├── ClusterError         no Ray cluster, or one that refused
+    ├── JobError             a job that failed or does not exist
+    ├── EngineError          an engine that cannot start or go on
+    └── EnvironmentProblem   a machine that lacks something
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TandemError(Exception):
+    """Base of all errors a user can act on. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(TandemError):
+    """A configuration key or value that cannot be."""
+
+    exit_code = 2
+
+
+class DataError(TandemError):
+    """A corpus, shard or row that cannot be used."""
+
+
+class LayoutError(TandemError):
+    """Parallel degrees that do not fit the workers or the model."""
+
+    exit_code = 2
+
+
+class CheckpointError(TandemError):
+    """A checkpoint that is not whole, or is of something else."""
+
+
+class StorageError(TandemError):
+    """A disk or object store that refused to read or write."""
+
+
+class RegistryError(TandemError):
+    """The registry refused a record."""
+
+
+class UnknownModelError(RegistryError):
+    """No model or adapter of that name is registered."""
+
+
+class ClusterError(TandemError):
+    """No Ray cluster could be reached or started."""
+
+
+class JobError(TandemError):
+    """A job that failed, or that does not exist."""
+
+
+class EngineError(TandemError):
+    """An engine that cannot start, or cannot go on."""
+
+
+class EnvironmentProblem(TandemError):
+    """This machine lacks something that Tandem needs."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'X'?` for the known name nearest to `word`, else the empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

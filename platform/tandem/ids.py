@@ -1,0 +1,62 @@
+"""Names for things: content digests, job ids, and the rules for what a person may call a model. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import ConfigError
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a JSON-able value, the same whatever the order of its keys."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 (hex) over the relative names and contents of every file below `folder`."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return digest([[name, file_digest(folder / name)] for name in names])
+
+
+def job_id(name: str, content: Any) -> str:
+    """`name-<12 hex>`: the same submission has the same id, whatever order its keys were written in."""
+    return f"{check_name(name)}-{digest(content)[:12]}"
+
+
+def check_name(name: str, what: str = "name") -> str:
+    """Return `name` if it can be a model, adapter or job name; raise ConfigError otherwise."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ConfigError(
+            f"{what} {name!r} cannot be used: 1 to 96 letters, digits, '.', '_' or '-', the first a letter or digit."
+        )
+    return name
+
+
+def versioned(name: str, version: int) -> str:
+    """`name@version`, the id of one version of a model or adapter."""
+    return f"{name}@{version}"
+
+
+def split_version(name: str) -> tuple[str, int | None]:
+    """`("name", 3)` for `name@3`, `("name", None)` for `name`."""
+    stem, at, version = name.rpartition("@")
+    if at and version.isdigit():
+        return stem, int(version)
+    return name, None

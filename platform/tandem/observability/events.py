@@ -1,0 +1,57 @@
+"""A job's events: one JSON object a line, marked so that they can be picked out of a log that holds other things too.
+
+| event      | fields                                                                                            |
+|------------|---------------------------------------------------------------------------------------------------|
+| started    | job, kind, workers, strategy, parameters, trainable, steps, resumed_from (step or null)           |
+| step       | step, steps, loss, grad_norm, learning_rate, tokens_per_s, tokens, seconds                        |
+| checkpoint | step, path                                                                                        |
+| restart    | reason, resumed_from                                                                              |
+| finished   | model (the registered id), path, plot, loss, steps, seconds                                       |
+| failed     | error                                                                                             |
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+MARK = "@tandem "
+
+
+def encode(event: dict[str, Any]) -> str:
+    """The log line of an event, stamped with the time (seconds since 1970) unless it has one."""
+    return MARK + json.dumps({"time": round(time.time(), 3), **event})
+
+
+def decode(line: str) -> dict[str, Any] | None:
+    """The event in a log line, or None if it holds none."""
+    _, mark, text = line.partition(MARK)
+    if not mark:
+        return None
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The events in a file of JSON lines; a half-written last line is left out."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        yield from parse(file)
+
+
+def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The events among JSON lines."""
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            yield event

@@ -1,0 +1,41 @@
+"""What the registry holds: one record for each version of a model or an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from tandem.ids import versioned
+
+Kind = Literal["model", "adapter"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRecord:
+    """One version of a model or adapter; never changed once written."""
+
+    name: str
+    version: int
+    """Counts from 1 within a name."""
+    kind: Kind
+    path: Path
+    """Folder of safetensors in Hugging Face's (model) or peft's (adapter) format."""
+    digest: str
+    """sha256 over the folder's files."""
+    base: str | None = None
+    """For an adapter: the id (`name@version`) of the model that it adapts."""
+    rank: int | None = None
+    """For a LoRA adapter: its rank."""
+    max_length: int | None = None
+    """For a model: the positions that it was made for."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """Where it came from: job, dataset digest, config digest, steps, final loss."""
+    created_at: datetime
+    """UTC."""
+
+    @property
+    def id(self) -> str:
+        """`name@version`: what engines know it by, so that no version is ever taken for another."""
+        return versioned(self.name, self.version)

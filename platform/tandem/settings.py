@@ -1,0 +1,76 @@
+"""The environment, read in one place; nothing else in the package looks at `os.environ`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What the environment says. `TANDEM_<NAME>` sets each, except where another variable is named."""
+
+    model_config = SettingsConfigDict(env_prefix="TANDEM_", extra="ignore", populate_by_name=True)
+
+    home: Path = Field(default_factory=lambda: Path.home() / ".tandem")
+    """Where jobs, models and the registry live; every node of a cluster must see it at the same path."""
+    database_url: str | None = None
+    """SQLAlchemy URL of the registry; SQLite in `home` when unset."""
+    ray_address: str | None = Field(default=None, validation_alias="RAY_ADDRESS")
+    """The cluster to use: `host:port`, or `http://host:8265` for its dashboard. Unset: a local one is started."""
+    api_url: str = "http://127.0.0.1:8000/v1"
+    """Where `tandem chat` and the client look for the gateway."""
+    api_key: str = "tandem"
+    """The key they send."""
+    serve_config: Path | None = None
+    """The YAML that `serve run serve_apps.openai:app` serves when it is given no arguments."""
+    port: int = 8000
+    """The gateway's port."""
+    log_level: str = "INFO"
+    """Level of Tandem's own logs."""
+
+    @property
+    def registry_url(self) -> str:
+        """The registry's SQLAlchemy URL."""
+        return self.database_url or f"sqlite:///{self.home.expanduser().resolve()}/tandem.db"
+
+    @property
+    def jobs_dir(self) -> Path:
+        """One folder a job: config, events, checkpoints, export."""
+        return self.home.expanduser().resolve() / "jobs"
+
+    @property
+    def data_dir(self) -> Path:
+        """Datasets that `tandem data build` made."""
+        return self.home.expanduser().resolve() / "data"
+
+
+def settings() -> Settings:
+    """The settings as the environment has them now."""
+    return Settings()
+
+
+def child_environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """This process's environment for a child, with `extra` laid over it; a value of None removes the name."""
+    environment = dict(os.environ)
+    for name, value in (extra or {}).items():
+        if value is None:
+            environment.pop(name, None)
+        else:
+            environment[name] = value
+    return environment
+
+
+def export(variables: Mapping[str, str], *, override: bool = False) -> None:
+    """Set variables that a library reads for itself (Ray, vLLM, OpenMP); what the user has set stays."""
+    for name, value in variables.items():
+        if override or name not in os.environ:
+            os.environ[name] = value
+
+
+def variable(name: str) -> str | None:
+    """One variable that belongs to a library, as it stands."""
+    return os.environ.get(name)

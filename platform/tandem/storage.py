@@ -1,0 +1,98 @@
+"""Files by URI, and publishing in one atomic step: a reader sees all of a folder or nothing of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tandem.errors import StorageError
+
+
+def local_path(uri: str | Path) -> Path:
+    """The local path that `uri` names (`/x`, `x` or `file:///x`); StorageError for any other scheme."""
+    text = str(uri)
+    scheme = urlsplit(text).scheme
+    if scheme in ("", "file"):
+        return Path(text.removeprefix("file://")).expanduser().resolve()
+    raise StorageError(f"{text} is not a local path. Mount it, or copy it below TANDEM_HOME.")
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the file system that holds `path` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+@contextlib.contextmanager
+def disk_errors(doing: str, path: Path) -> Iterator[None]:
+    """Turn "no space left" and its kin into a StorageError with the numbers."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = free_bytes(path) / 2**20
+            raise StorageError(
+                f"The disk is full while {doing} at {path}: {free:.1f} MiB free. "
+                "Free some space or set TANDEM_HOME to another disk, then run the same command again."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StorageError(f"Not allowed to write while {doing} at {path}. Check its owner and mode.") from error
+        raise
+
+
+def require_space(path: Path, needed_bytes: int, what: str) -> None:
+    """Refuse before work starts when `path`'s disk has less than `needed_bytes` free."""
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise StorageError(
+            f"{what} needs about {needed_bytes / 2**20:,.0f} MiB at {path}, and {free / 2**20:,.0f} MiB are free. "
+            "Free some space or set TANDEM_HOME to another disk."
+        )
+
+
+@contextlib.contextmanager
+def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; on success it becomes `target` by one rename, on failure it goes away.
+
+    Raises StorageError if `target` exists and `replace` is false, or if the disk fills up.
+    """
+    if target.exists() and not replace:
+        raise StorageError(f"{target} exists already. Remove it first or choose another name.")
+    with disk_errors("writing", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+        staging.mkdir()
+        try:
+            yield staging
+            if target.exists():
+                old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
+                target.rename(old)
+                staging.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                staging.rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    with disk_errors("writing", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with staging.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
