@@ -33,19 +33,24 @@ class Settings(BaseSettings):
     """Level of Tandem's own logs."""
 
     @property
+    def root(self) -> Path:
+        """`home` as an absolute path."""
+        return self.home.expanduser().resolve()
+
+    @property
     def registry_url(self) -> str:
         """The registry's SQLAlchemy URL."""
-        return self.database_url or f"sqlite:///{self.home.expanduser().resolve()}/tandem.db"
+        return self.database_url or f"sqlite:///{self.root}/tandem.db"
 
     @property
     def jobs_dir(self) -> Path:
         """One folder a job: config, events, checkpoints, export."""
-        return self.home.expanduser().resolve() / "jobs"
+        return self.root / "jobs"
 
     @property
     def data_dir(self) -> Path:
         """Datasets that `tandem data build` made."""
-        return self.home.expanduser().resolve() / "data"
+        return self.root / "data"
 
 
 def settings() -> Settings:
@@ -74,3 +79,9 @@ def export(variables: Mapping[str, str], *, override: bool = False) -> None:
 def variable(name: str) -> str | None:
     """One variable that belongs to a library, as it stands."""
     return os.environ.get(name)
+
+
+def forget(name: str, value: str) -> None:
+    """Undo `export` of a variable, if it still has that value."""
+    if os.environ.get(name) == value:
+        del os.environ[name]

@@ -1,1 +1,1 @@
-"""."""
+"""The `tandem` command."""

@@ -1,0 +1,59 @@
+# Tandem's commands. `make quickstart` and `make test` set up all they need on a machine with Python 3.11, make, gcc and pip.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The CPU build of torch is on an index of its own. It is named in the one command that installs torch, and not retried,
+# because pip would ask it for every other package too.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LOCKS := requirements/torch-cpu.lock requirements/cpu.lock
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-all check format serve lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## Make .venv and install the locked CPU environment
+
+$(VENV)/.ready: $(LOCKS) pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("Python 3.11 is needed (the lock file is for it); $(PYTHON) is %d.%d. Set PYTHON=/path/to/python3.11" % v)'
+	@echo "Installing the locked environment into $(VENV) (about 2 minutes, 4.3 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r requirements/torch-cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
+	@$(PIP) install --no-deps --require-hashes -r requirements/cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
+	@$(PIP) install --no-deps --no-build-isolation -e . 2>.pip.log || { cat .pip.log; exit 1; }
+	@rm -f .pip.log
+	@touch $@
+
+quickstart: setup ## Train a small model on real text, fine-tune an adapter, serve both and ask them (ARGS=--exit ends it)
+	@$(BIN)/tandem quickstart $(ARGS)
+
+test: setup ## The tests that run before every change (under 20 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: setup ## All tests but those that need a GPU
+	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+check: setup ## Lint, types, imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup ## Format and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+serve: setup ## Serve the newest registered model until Ctrl-C
+	@$(BIN)/tandem serve up $(ARGS)
+
+lock: setup ## Renew requirements/cpu.lock (ARGS=--upgrade takes the newest versions)
+	@scripts/lock $(ARGS)
+
+clean: ## Remove the environment and caches; TANDEM_HOME stays
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist .pip.log
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

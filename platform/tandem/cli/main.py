@@ -1,0 +1,46 @@
+"""The `tandem` command: one typer app, put together from a file for each family of subcommands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import tandem
+from tandem.cli.chat import chat_command
+from tandem.cli.data import data_app
+from tandem.cli.doctor import doctor_command
+from tandem.cli.models import models_app
+from tandem.cli.quickstart import quickstart_command
+from tandem.cli.serve import serve_app
+from tandem.cli.train import train_app
+
+app = typer.Typer(
+    name="tandem",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_show_locals=False,
+    help="Train LLMs and serve them on one Ray cluster.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tandem {tandem.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Train LLMs and serve them on one Ray cluster."""
+
+
+app.command("quickstart")(quickstart_command)
+app.command("doctor")(doctor_command)
+app.command("chat")(chat_command)
+app.add_typer(data_app, name="data")
+app.add_typer(train_app, name="train")
+app.add_typer(models_app, name="models")
+app.add_typer(serve_app, name="serve")

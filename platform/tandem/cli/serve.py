@@ -1,0 +1,191 @@
+"""`tandem serve`: bring the app up on a cluster, look at it, take it down."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.table import Table
+
+from tandem.cli.shell import a_cluster, console, friendly_errors, stop_quietly, uninterrupted
+from tandem.cluster import Cluster, LocalCluster, connect
+from tandem.config import ServeConfig, ServedModelConfig, load_yaml
+from tandem.config.load import apply_overrides, from_dict
+from tandem.errors import ClusterError, EngineError
+from tandem.settings import settings
+
+serve_app = typer.Typer(no_args_is_help=True, help="Serve models and adapters behind one OpenAI endpoint.")
+
+CPUS = 8
+
+
+@serve_app.command("up")
+def up_command(
+    models: Annotated[list[str] | None, typer.Argument(help="Registered models or folders. None: the newest one.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
+    overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port to listen on; TANDEM_PORT or 8000.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is up; `tandem serve down` ends it.")] = False,
+) -> None:
+    """Serve models until Ctrl-C."""
+    with friendly_errors():
+        wanted = load_yaml(ServeConfig, config, overrides) if config else from_dict(ServeConfig, apply_overrides({}, overrides))
+        if models:
+            wanted = replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models))
+        listen = port or settings().port
+        check_port(listen, host)
+        with a_cluster(num_cpus=CPUS, keep=detach) as cluster, serving(cluster, wanted, host, port=listen, keep=detach) as url:
+            console.print(f"Serving at [bold]{url}[/]." + ("" if detach else " Ctrl-C ends it."))
+            if not detach:
+                wait_for_interrupt()
+
+
+@contextmanager
+def serving(
+    cluster: Cluster, config: ServeConfig, host: str = "127.0.0.1", *, port: int, keep: bool = False
+) -> Iterator[str]:
+    """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
+    import ray
+    from ray import serve
+
+    from tandem.serve.app import build_app
+
+    if cluster.address is None:
+        raise ClusterError(
+            f"The cluster is known only by its dashboard, {cluster.dashboard_url}. Use `serve deploy -a {cluster.dashboard_url} "
+            "serve_apps/openai.yaml`, or give RAY_ADDRESS as host:port."
+        )
+    app = build_app(config)
+    ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    try:
+        with console.status(f"Starting {config.app}: one engine takes about half a minute"):
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            try:
+                serve.run(app, name=config.app, route_prefix="/")
+            except RuntimeError as error:
+                raise EngineError(f"{config.app} did not start: {_why(config.app) or error}") from error
+        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"
+    finally:
+        with uninterrupted():
+            # A cluster of our own ends as a whole a moment later, and much faster.
+            if not keep and not cluster.local:
+                serve.delete(config.app)
+            ray.shutdown()
+
+
+@serve_app.command("status")
+def status_command(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Show the served apps, their deployments and replicas."""
+    with friendly_errors():
+        found = applications(_required_cluster())
+        if as_json:
+            typer.echo(json.dumps(found, indent=2, default=str))
+            return
+        table = Table(box=None, header_style="bold")
+        for column in ("app", "deployment", "state", "replicas", "message"):
+            table.add_column(column)
+        for name, app in found.items():
+            for deployment, details in app["deployments"].items():
+                states = [replica["state"] for replica in details["replicas"]]
+                running = f"{states.count('RUNNING')}/{details.get('target_num_replicas') or len(states)}"
+                table.add_row(name, deployment, details["status"], running, details.get("message", "")[:80])
+            if not app["deployments"]:
+                table.add_row(name, "", app["status"], "", app.get("message", "")[:80])
+        console.print(table if found else "Nothing is served on this cluster.")
+
+
+@serve_app.command("down")
+def down_command() -> None:
+    """Stop serving; a local cluster that has nothing else to do is stopped with it."""
+    with friendly_errors():
+        cluster = _required_cluster()
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        names = list(applications(cluster))
+        if isinstance(cluster, LocalCluster) and not busy(cluster):
+            stop_quietly(cluster)
+        else:
+            ServeSubmissionClient(cluster.dashboard_url).delete_applications()
+        console.print(f"Stopped {', '.join(names) or 'the cluster; nothing was served'}.")
+
+
+def busy(cluster: Cluster) -> bool:
+    """Whether a job runs on the cluster."""
+    from tandem.jobs.client import JobClient
+
+    return JobClient(cluster).busy()
+
+
+def applications(cluster: Cluster) -> dict[str, Any]:
+    """The apps on a cluster, as Serve's own REST API tells them."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    details = ServeSubmissionClient(cluster.dashboard_url).get_serve_details()
+    return dict(details.get("applications", {}))
+
+
+def _required_cluster() -> Cluster:
+    cluster = connect()
+    if cluster is None:
+        raise ClusterError("Nothing is up: no cluster in this home, and RAY_ADDRESS is not set. `tandem serve up` starts one.")
+    return cluster
+
+
+def _why(app: str) -> str:
+    from ray import serve
+
+    status = serve.status().applications.get(app)
+    messages = [d.message for d in status.deployments.values() if d.message] if status else []
+    return "\n".join(messages) or (status.message if status else "")
+
+
+def check_port(port: int, host: str = "127.0.0.1") -> None:
+    """Refuse a port that is taken, with the process that holds it."""
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            return
+        except PermissionError as error:
+            raise ClusterError(f"Port {port} may not be used by this user. Choose one above 1023: --port 8000.") from error
+        except OSError as error:
+            with closing(socket.socket()) as other:
+                other.bind((host, 0))
+                free = other.getsockname()[1]
+            raise ClusterError(
+                f"Port {port} is taken{holder(port)}. Stop that, or choose another: --port {free}."
+            ) from error
+
+
+def holder(port: int) -> str:
+    """` by NAME (pid N)` for who listens on a port, as far as this user may know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def wait_for_interrupt() -> None:
+    """Return at a Ctrl-C; SIGTERM leaves by SystemExit."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        # A wait without end would not let signals through.
+        while not event.wait(0.5):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+    console.print()

@@ -1,0 +1,82 @@
+"""What every command shares: the console, errors as one clear message, signals, and a cluster to work on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+
+from tandem.cluster import Cluster, LocalCluster, connect
+from tandem.errors import TandemError
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Show a TandemError as one message and leave with its status; a Ctrl-C leaves with 130 and no traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except TandemError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        errors.print("[yellow]Interrupted.[/]")
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; Python must not complain of it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def fail(error: TandemError) -> NoReturn:
+    """Print what went wrong, and leave with the error's status."""
+    errors.print(f"[bold red]Error[/] {escape(str(error))}", soft_wrap=True)
+    raise SystemExit(error.exit_code)
+
+
+@contextlib.contextmanager
+def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cluster]:
+    """The cluster of RAY_ADDRESS or of this home; else a local one, stopped at the end of the block unless `keep`."""
+    cluster = connect()
+    if cluster is not None:
+        yield cluster
+        return
+    with console.status("Starting a local Ray cluster"):
+        started = LocalCluster.start(num_cpus=num_cpus, keep=keep)
+    try:
+        yield started
+    finally:
+        if not keep:
+            stop_quietly(started)
+
+
+def stop_quietly(cluster: Cluster) -> None:
+    """Stop a cluster whole, whatever more is pressed meanwhile."""
+    with uninterrupted(), console.status("Stopping"):
+        cluster.stop()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold off Ctrl-C and SIGTERM for the length of a block, so that a clean-up is done to its end."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

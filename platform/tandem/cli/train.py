@@ -1,0 +1,214 @@
+"""`tandem train`: submit a job and watch it, list jobs, read their logs, stop them; and the submit scripts' main."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tandem.cli.progress import JobView
+from tandem.cli.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
+from tandem.cluster import Cluster, connect
+from tandem.config import TrainConfig, load_yaml
+from tandem.errors import ConfigError, JobError
+from tandem.jobs.client import JobClient
+from tandem.jobs.folder import JobFolder, JobState, JobSummary, find_job, job_folders
+from tandem.jobs.prepare import prepare
+
+train_app = typer.Typer(no_args_is_help=True, help="Submit training jobs and watch over them.")
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The job as YAML (see train_apps/recipes).")]
+SetOption = Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: -s steps=500")]
+DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the job goes on.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="Print the log as it is instead of a progress bar.")]
+
+
+@train_app.command("submit")
+def submit_command(
+    config: ConfigOption,
+    overrides: SetOption = [],  # noqa: B006  (typer copies it)
+    detach: DetachOption = False,
+    raw: RawOption = False,
+) -> None:
+    """Submit a training job, show its progress, and leave with its exit status."""
+    with friendly_errors():
+        raise SystemExit(submit(load_yaml(TrainConfig, config, overrides), detach=detach, raw=raw))
+
+
+def submit_script(kind: str) -> None:
+    """The main of `train_apps/*.py`: the same options as `tandem train submit`, for jobs of one kind (pretrain or sft)."""
+
+    def main(
+        config: ConfigOption,
+        overrides: SetOption = [],  # noqa: B006
+        detach: DetachOption = False,
+        raw: RawOption = False,
+    ) -> None:
+        with friendly_errors():
+            job = load_yaml(TrainConfig, config, overrides)
+            if kind == "sft" and job.model.base is None:
+                raise ConfigError(f"{config}: model.base is missing; fine-tuning starts from a model. See `tandem models ls`.")
+            if kind == "pretrain" and job.lora is not None:
+                raise ConfigError(f"{config}: lora is set; a pretraining job trains the whole model. Use train_apps/sft.py.")
+            raise SystemExit(submit(job, detach=detach, raw=raw))
+
+    typer.run(main)
+
+
+def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> int:
+    """Submit a job to the cluster at RAY_ADDRESS, or to a local one, and follow it; returns its exit status."""
+    job = prepare(config)
+    console.print(f"Job [bold]{job.id}[/]")
+    if end := job.finished():
+        say_finished(job, str(end.get("model")))
+        return 0
+    with a_cluster(num_cpus=logical_cpus(config), keep=detach) as cluster:
+        if detach:
+            client = JobClient(cluster)
+            client.submit(job)
+            console.print(f"Submitted. `tandem train status {job.id}` tells how it is, `tandem train logs -f {job.id}` shows it.")
+            return 0
+        return follow(cluster, job, raw=raw)
+
+
+def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: bool = False) -> int:
+    """Submit a prepared job and show it until it is over; returns its exit status.
+
+    Ctrl-C stops a job on a cluster of our own, and lets go of one on any other.
+    """
+    client = JobClient(cluster)
+    submission = client.submit(job)
+    with JobView(console, title or job.config().name, raw=raw) as view:
+        try:
+            view.follow(client.follow(submission))
+        except BaseException as left:
+            if not isinstance(left, KeyboardInterrupt | SystemExit):
+                raise
+            if not cluster.local:
+                console.print(f"\nThe job goes on. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it.")
+                return INTERRUPTED
+            with uninterrupted():
+                client.stop(submission, timeout_s=10)
+                job.mark_stopped()
+            console.print("\nStopped. The same command goes on from the newest checkpoint.")
+            raise
+    status = client.exit_status(submission)
+    if status == 0 and (end := job.finished()):
+        say_finished(job, str(end.get("model")))
+    elif status != 0:
+        _say_failed(client, submission, job, view)
+    return status or (0 if job.finished() else 1)
+
+
+def say_finished(job: JobFolder, model: str) -> None:
+    """Tell where the result is, and how to use it."""
+    console.print(f"  [green]✓[/] [bold]{model}[/] in {job.export}")
+    if job.plot.exists():
+        console.print(f"  [dim]·[/] loss curve: {job.plot}")
+
+
+def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobView) -> None:
+    if client.state(submission) is JobState.STOPPED:
+        console.print(f"[yellow]{job.id} was stopped.[/] The same command goes on from its newest checkpoint.")
+        return
+    end = view.ended or job.last("failed")
+    reason = str(end["error"]) if end and "error" in end else "\n".join(view.other_lines[-15:]) or client.message(submission)
+    console.print(f"[bold red]{job.id} failed:[/] {escape(reason)}", soft_wrap=True)
+    console.print(f"`tandem train logs {job.id}` shows all of its log; the same command tries again from the newest checkpoint.")
+
+
+def logical_cpus(config: TrainConfig) -> int:
+    """CPUs that a local cluster states for a job: its workers, its driver, and the tasks that read its data."""
+    import os
+
+    return max(os.cpu_count() or 1, int(config.parallel.workers * config.parallel.cpus_per_worker) + 6)
+
+
+@train_app.command("status")
+def status_command(
+    job_id: Annotated[str | None, typer.Argument(help="A job's id, the start of one, or 'latest'. None: all jobs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show one job or all of them: state, step, loss, throughput, result."""
+    with friendly_errors():
+        jobs = [find_job(job_id)] if job_id else list(job_folders())
+        found = [job.summary(live_state(job)) for job in jobs]
+        if as_json:
+            typer.echo(json.dumps([asdict(s) for s in found] if job_id is None else asdict(found[0]), indent=2))
+        elif not found:
+            console.print("No jobs yet. `python train_apps/pretrain.py --config ...` or `tandem train submit` starts one.")
+        else:
+            console.print(_table(found))
+            if job_id and found[0].error:
+                console.print(f"[red]{escape(found[0].error)}[/]")
+
+
+def live_state(job: JobFolder) -> JobState | None:
+    """What the cluster that runs a job says of it; None if there is none, or it knows nothing of it."""
+    found = _client_of(job)
+    return found[0].state(found[1]) if found else None
+
+
+def _client_of(job: JobFolder) -> tuple[JobClient, str] | None:
+    sent = job.submissions()
+    if not sent:
+        return None
+    cluster = connect()
+    return (JobClient(cluster), str(sent[-1]["id"])) if cluster else None
+
+
+def _table(summaries: list[JobSummary]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("job", "state", "step", "loss", "tok/s", "model", "submitted"):
+        table.add_column(column, justify="right" if column in ("step", "loss", "tok/s") else "left")
+    colour = {JobState.FINISHED: "green", JobState.FAILED: "red", JobState.RUNNING: "cyan", JobState.STOPPED: "yellow"}
+    for s in summaries:
+        table.add_row(
+            s.id,
+            f"[{colour.get(s.state, 'white')}]{s.state}[/]",
+            f"{s.step}/{s.steps}",
+            f"{s.loss:.3f}" if s.loss is not None else "",
+            f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else "",
+            s.model or "",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(s.submitted_at)) if s.submitted_at else "",
+        )
+    return table
+
+
+@train_app.command("logs")
+def logs_command(
+    job_id: Annotated[str, typer.Argument(help="A job's id, the start of one, or 'latest'.")] = "latest",
+    follow_it: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
+) -> None:
+    """Print a job's log."""
+    with friendly_errors():
+        job = find_job(job_id)
+        found = _client_of(job)
+        if found is None or found[0].state(found[1]) is None:
+            # Its cluster is gone and took the log along; the events are in the folder.
+            for line in job.events():
+                typer.echo(json.dumps(line))
+            return
+        client, submission = found
+        for line in client.follow(submission) if follow_it else client.log_lines(submission):
+            typer.echo(line)
+
+
+@train_app.command("stop")
+def stop_command(job_id: Annotated[str, typer.Argument(help="A job's id, or the start of one.")]) -> None:
+    """Stop a job; submitting it again goes on from its newest checkpoint."""
+    with friendly_errors():
+        job = find_job(job_id)
+        found = _client_of(job)
+        state = found[0].state(found[1]) if found else None
+        if found is None or state is None or state.over:
+            raise JobError(f"{job.id} is not running; it is {job.summary(state).state}.")
+        found[0].stop(found[1])
+        job.mark_stopped()
+        console.print(f"Stopped {job.id}.")

@@ -1,0 +1,311 @@
+"""The Ray cluster to work on: the one at RAY_ADDRESS, or a local one that is started here and leaves nothing behind.
+
+A local cluster is `ray start --head --block` in a session of its own, on ports that are free, behind a token. Every process
+that descends from it carries a mark in its environment; stopping ends whatever carries the mark, so that nothing of it is
+left, not even what outlived its parent. If this process dies first, the kernel tells the cluster to stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tandem import settings as environment
+from tandem.errors import ClusterError
+from tandem.storage import write_atomic
+
+MARK = "TANDEM_CLUSTER_MARK"
+DASHBOARD_PORT = 8265
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A Ray cluster that jobs and apps can be sent to."""
+
+    dashboard_url: str
+    """`http://host:port` of its dashboard, which takes jobs."""
+    address: str | None = None
+    """`host:port` that `ray.init` takes; unknown for a cluster that is only reached through its dashboard."""
+    local: bool = False
+    """Whether this process started it."""
+
+    def stop(self) -> None:
+        """End it, if this process started it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalCluster(Cluster):
+    """A Ray cluster on this machine that lives as long as its owner wants it."""
+
+    mark: str
+    folder: Path
+    pid: int
+    local: bool = True
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    """What a process needs in its environment to talk to the cluster."""
+
+    @classmethod
+    def start(
+        cls, *, num_cpus: int | None = None, num_gpus: int | None = None, keep: bool = False, timeout_s: float = 90.0
+    ) -> LocalCluster:
+        """Start a cluster with `num_cpus` logical CPUs (default: the machine's, and at least 8).
+
+        `keep` lets it outlive this process. Raises ClusterError with the end of Ray's output if it does not come up.
+        """
+        mark = secrets.token_hex(8)
+        # Ray puts Unix sockets below this folder, and their paths may have 107 bytes.
+        folder = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp" if Path("/tmp").is_dir() else None))
+        ports = free_ports(9)
+        address, dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
+        variables = {**serving_environment(folder, ports[5:9]), **authentication(), MARK: mark}
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}", f"--metrics-export-port={ports[3]}",
+            f"--ray-client-server-port={ports[4]}", f"--temp-dir={folder}",
+            f"--num-cpus={num_cpus or max(8, os.cpu_count() or 1)}",
+            f"--object-store-memory={object_store_bytes()}",
+        ]  # fmt: skip
+        if num_gpus is not None:
+            command.append(f"--num-gpus={num_gpus}")
+        log = (folder / "start.log").open("wb")
+        owner = os.getpid()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment.child_environment({**variables, "RAY_ADDRESS": None}),
+            start_new_session=True,  # a Ctrl-C is for us: we say when Ray stops
+            preexec_fn=None if keep else lambda: stop_with_parent(owner),
+        )
+        log.close()
+        cluster = cls(
+            address=address, dashboard_url=dashboard, mark=mark, folder=folder, pid=process.pid, environment=variables
+        )
+        try:
+            cluster._wait(process, timeout_s)
+        except BaseException:
+            cluster.stop()
+            raise
+        environment.export(variables, override=True)
+        record = {"pid": cluster.pid, "kept": keep, "dashboard_url": dashboard, "address": address}
+        write_atomic(record_path(), json.dumps({**record, "folder": str(folder), "environment": variables}))
+        return cluster
+
+    def _wait(self, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not dashboard_answers(self.dashboard_url, self.environment.get("RAY_AUTH_TOKEN_PATH")):
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = (self.folder / "start.log").read_text(errors="replace").strip().splitlines()[-8:]
+                what = f"ended with status {process.returncode}" if process.poll() is not None else "did not answer"
+                raise ClusterError(
+                    f"The local Ray cluster {what} within {timeout_s:.0f} s. Run `tandem doctor`. Ray said:\n"
+                    + "\n".join(said)
+                )
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End every process of the cluster and remove its files. Safe to call twice, and in a signal's wake."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(self.pid).terminate()
+        end_marked(self.mark)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if (known := recorded()) and known.mark == self.mark:
+            record_path().unlink(missing_ok=True)
+        for name, value in self.environment.items():
+            environment.forget(name, value)
+
+
+@contextlib.contextmanager
+def local_cluster(*, num_cpus: int | None = None) -> Iterator[LocalCluster]:
+    """A local cluster for the length of a `with` block."""
+    cluster = LocalCluster.start(num_cpus=num_cpus)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def record_path() -> Path:
+    """Where the local cluster of this home is written down, for the next command to find."""
+    return environment.settings().root / "cluster.json"
+
+
+def recorded() -> LocalCluster | None:
+    """The local cluster that is written down in this home, whether it still answers or not."""
+    try:
+        record = json.loads(record_path().read_text())
+        return LocalCluster(
+            address=record["address"],
+            dashboard_url=record["dashboard_url"],
+            mark=record["environment"][MARK],
+            folder=Path(record["folder"]),
+            pid=record["pid"],
+            environment=record["environment"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def running() -> LocalCluster | None:
+    """The local cluster of this home, if one is up; what the next Ray call needs is then in the environment."""
+    cluster = recorded()
+    if cluster is None or not dashboard_answers(cluster.dashboard_url, cluster.environment.get("RAY_AUTH_TOKEN_PATH")):
+        return None
+    environment.export(cluster.environment, override=True)
+    return cluster
+
+
+def connect(address: str | None = None) -> Cluster | None:
+    """The cluster at `address` or RAY_ADDRESS, else the local one of this home, else None.
+
+    Raises ClusterError when an address is given and nothing answers there.
+    """
+    address = address or environment.settings().ray_address
+    if not address or address == "local":
+        return running()
+    environment.export(authentication())
+    if address.startswith(("http://", "https://")):
+        if not dashboard_answers(address, environment.variable("RAY_AUTH_TOKEN_PATH")):
+            raise ClusterError(
+                f"No Ray dashboard answers at {address}. Check RAY_ADDRESS, the tunnel and the token (~/.ray/auth_token), "
+                "or unset RAY_ADDRESS to use this machine."
+            )
+        return Cluster(dashboard_url=address.rstrip("/"))
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    try:
+        return Cluster(dashboard_url=get_address_for_submission_client(address), address=address)
+    except Exception as error:  # Ray raises many kinds here
+        raise ClusterError(
+            f"No Ray cluster answers at RAY_ADDRESS={address}: {error}. Start one with `ray start --head`, "
+            "or unset RAY_ADDRESS to use this machine."
+        ) from error
+
+
+def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
+    """Variables that Ray Serve reads when it starts: HAProxy on, with files and ports of this cluster's own.
+
+    HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to an
+    hour because every change of replicas reloads it, and a reload must not cut a stream that is still being written.
+    """
+    haproxy = folder / "haproxy"
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    }
+
+
+def authentication() -> dict[str, str]:
+    """Ray's token mode, with the token of the user's home, which is made if it is not there."""
+    mode = environment.variable("RAY_AUTH_MODE")
+    if mode and mode != "token":
+        return {}
+    if environment.variable("RAY_AUTH_TOKEN"):
+        return {"RAY_AUTH_MODE": "token"}
+    token = Path(environment.variable("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token.exists():
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def dashboard_answers(url: str, token_path: str | None) -> bool:
+    """Whether a Ray dashboard answers at `url`."""
+    request = urllib.request.Request(f"{url.rstrip('/')}/api/version")
+    token = environment.variable("RAY_AUTH_TOKEN")
+    if not token and token_path and Path(token_path).exists():
+        token = Path(token_path).read_text().strip()
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=3) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` different TCP ports that are free on loopback now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def object_store_bytes() -> int:
+    """A tenth of the memory, at most 2 GiB and half of /dev/shm: batches of tokens are small."""
+    limit = min(2 * 2**30, psutil.virtual_memory().total // 10)
+    with contextlib.suppress(OSError):
+        limit = min(limit, shutil.disk_usage("/dev/shm").free // 2)
+    return max(limit, 100 * 2**20)
+
+
+def end_marked(mark: str, grace_s: float = 8.0) -> None:
+    """End every process whose environment carries `mark`: politely first, then not."""
+    deadline = time.monotonic() + grace_s
+    asked: set[int] = set()
+    while processes := marked(mark):
+        force = time.monotonic() > deadline
+        for process in processes:
+            if force or process.pid not in asked:
+                asked.add(process.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL if force else signal.SIGTERM)
+        psutil.wait_procs(processes, timeout=0.3)
+        if time.monotonic() > deadline + grace_s:
+            return
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes, other than this one, whose environment carries `mark`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def stop_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies (Linux; runs between fork and exec)."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)

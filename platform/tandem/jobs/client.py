@@ -1,0 +1,140 @@
+"""Sends jobs to a Ray cluster by its Jobs API, and follows them: status, logs, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tandem
+from tandem.cluster import Cluster
+from tandem.errors import ClusterError, JobError
+from tandem.jobs.folder import JobFolder, JobState
+from tandem.settings import settings
+
+_STATES = {
+    "PENDING": JobState.PENDING,
+    "RUNNING": JobState.RUNNING,
+    "SUCCEEDED": JobState.FINISHED,
+    "FAILED": JobState.FAILED,
+    "STOPPED": JobState.STOPPED,
+}
+
+
+class JobClient:
+    """The jobs of one cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        self.cluster = cluster
+        try:
+            self._ray = JobSubmissionClient(cluster.dashboard_url)
+        except (ConnectionError, RuntimeError) as error:
+            raise ClusterError(f"The cluster at {cluster.dashboard_url} takes no jobs: {error}") from error
+
+    def submit(self, job: JobFolder) -> str:
+        """Start a prepared job, or join it if it runs already; returns the id of the submission."""
+        sent = job.submissions()
+        if sent and (state := self.state(sent[-1]["id"])) and not state.over:
+            return str(sent[-1]["id"])
+        submission = f"{job.id}.{len(sent) + 1}"
+        python = sys.executable if self.cluster.local else "python"
+        variables = {
+            "TANDEM_HOME": str(settings().root),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        if url := settings().database_url:
+            variables["TANDEM_DATABASE_URL"] = url
+        runtime_env: dict[str, Any] = {"env_vars": variables}
+        if not self.cluster.local:
+            # Another machine's cluster may not have Tandem installed, or have another version.
+            runtime_env["py_modules"] = [str(Path(tandem.__file__).parent)]
+        self._ray.submit_job(
+            entrypoint=f"exec {shlex.quote(python)} -m tandem.train.launch {shlex.quote(str(job.path))}",
+            submission_id=submission,
+            runtime_env=runtime_env,
+            metadata={"tandem_job": job.id},
+        )
+        job.add_submission(submission, self.cluster.dashboard_url)
+        return submission
+
+    def state(self, submission: str) -> JobState | None:
+        """What the cluster says of a submission; None if it does not know it."""
+        try:
+            return _STATES[str(self._ray.get_job_status(submission).value)]
+        except RuntimeError:
+            return None
+
+    def log_lines(self, submission: str) -> Iterator[str]:
+        """The log so far, line by line."""
+        try:
+            yield from self._ray.get_job_logs(submission).splitlines()
+        except RuntimeError as error:
+            raise JobError(f"The cluster at {self.cluster.dashboard_url} has no log of {submission}.") from error
+
+    def follow(self, submission: str, *, poll_s: float = 0.25) -> Iterator[str]:
+        """The log's lines from the first, as they are written, until the job is over.
+
+        A connection that breaks is made anew, and no line is given twice.
+        """
+        given = 0
+        while True:
+            state = self.state(submission)
+            seen = 0
+            with asyncio.Runner() as runner, contextlib.suppress(RuntimeError, OSError):
+                stream = self._ray.tail_job_logs(submission)
+                part = ""
+                while (chunk := runner.run(_next(stream))) is not None:
+                    *lines, part = (part + chunk).split("\n")
+                    for line in lines:
+                        seen += 1
+                        if seen > given:
+                            given = seen
+                            yield line
+                if part and state is not None and state.over:
+                    yield part
+            if state is None or state.over:
+                return
+            time.sleep(poll_s)
+
+    def busy(self) -> bool:
+        """Whether any job waits or runs."""
+        return any(not _STATES[str(info.status.value)].over for info in self._ray.list_jobs())
+
+    def exit_status(self, submission: str) -> int:
+        """The exit status of a submission that is over: the driver's own, 130 if it was stopped."""
+        state = self.state(submission)
+        if state is JobState.FINISHED:
+            return 0
+        if state is JobState.STOPPED:
+            return 130
+        info = self._ray.get_job_info(submission)
+        return int(info.driver_exit_code or 1)
+
+    def message(self, submission: str) -> str:
+        """What Ray says of how a submission ended."""
+        return str(self._ray.get_job_info(submission).message or "")
+
+    def stop(self, submission: str, *, timeout_s: float = 30.0) -> JobState | None:
+        """Stop a submission and wait until it is over."""
+        with contextlib.suppress(RuntimeError):
+            self._ray.stop_job(submission)
+        deadline = time.monotonic() + timeout_s
+        while (state := self.state(submission)) and not state.over and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return state
+
+
+async def _next(stream: Any) -> str | None:
+    try:
+        return str(await anext(stream))
+    except StopAsyncIteration:
+        return None

@@ -1,0 +1,77 @@
+"""The registry's tables. A change here needs a migration in `migrations/versions` and a new `REVISION`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, String, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+REVISION = "0001"
+"""The newest migration: a database that is at it needs nothing done."""
+
+# A name has at most 96 characters (ids.NAME_PATTERN); an id adds "@" and a version.
+NAME_LENGTH, ID_LENGTH = 96, 120
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime, kept as UTC without a zone because SQLite has no zones."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To UTC, zone dropped."""
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """The zone put back."""
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    """Root of the tables."""
+
+
+class ClockRow(Base):
+    """One row: the count of changes. Every writer bumps it first, so writers follow one another on any database."""
+
+    __tablename__ = "registry_clock"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    revision: Mapped[int]
+
+
+class NameRow(Base):
+    """A name that is or was in use. It outlives its versions, so that a removed id is never given out again."""
+
+    __tablename__ = "registry_names"
+
+    name: Mapped[str] = mapped_column(String(NAME_LENGTH), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    last_version: Mapped[int]
+
+
+class ModelRow(Base):
+    """One version of a model or adapter."""
+
+    __tablename__ = "registry_models"
+    __table_args__ = (UniqueConstraint("name", "version", name="uq_registry_models_name_version"),)
+
+    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    name: Mapped[str] = mapped_column(ForeignKey("registry_names.name", name="fk_registry_models_name"))
+    version: Mapped[int]
+    kind: Mapped[str] = mapped_column(String(16))
+    path: Mapped[str] = mapped_column(String(4096))
+    digest: Mapped[str] = mapped_column(String(64))
+    base: Mapped[str | None] = mapped_column(
+        ForeignKey("registry_models.id", name="fk_registry_models_base", ondelete="RESTRICT"), index=True
+    )
+    rank: Mapped[int | None]
+    max_length: Mapped[int | None]
+    lineage: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    revision: Mapped[int] = mapped_column(unique=True)
+    """The clock when it was registered: the order of registration, whatever the machines' clocks say."""

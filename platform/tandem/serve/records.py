@@ -1,0 +1,81 @@
+"""What replicas, directory and gateways tell each other. Plain data, cheap to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import quote, unquote
+
+from tandem.config.serve import ServedModelConfig
+from tandem.engine.protocol import AdapterRef
+
+State = Literal["ready", "draining", "dead"]
+
+TOKEN_HEADER = "x-tandem-token"
+"""Carries the replica's own secret; without it a replica answers nobody."""
+ADAPTER_HEADER = "x-tandem-adapter"
+"""The adapter that a request needs; the replica loads it before its engine sees the request."""
+ADAPTER_PATH_HEADER = "x-tandem-adapter-path"
+UNAVAILABLE_HEADER = "x-tandem-unavailable"
+"""On a 503 of a replica: it did not start on this request, so another replica may."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """One base model of an app, resolved: what its replicas load and what its gateways answer to."""
+
+    id: str
+    """`name@version`, or the bare name for a model that was given as a folder."""
+    name: str
+    """What clients call it."""
+    path: str
+    """Folder in Hugging Face's format."""
+    config: ServedModelConfig
+    max_length: int | None = None
+    created: int = 0
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaRecord:
+    """One engine replica as it last described itself."""
+
+    id: str
+    base: str
+    """Id of the model that it holds."""
+    url: str
+    """`http://host:port` of its engine."""
+    token: str = field(repr=False)
+    state: State = "ready"
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    adapters: tuple[str, ...] = ()
+    """Ids of the adapters it holds."""
+
+    @property
+    def load(self) -> int:
+        """Requests that it works on or keeps waiting."""
+        return self.running + self.waiting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """All replicas at one moment."""
+
+    version: int = 0
+    """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
+    replicas: tuple[ReplicaRecord, ...] = ()
+
+
+def adapter_headers(adapter: AdapterRef) -> dict[str, str]:
+    """The headers that ask a replica for an adapter; header values are ASCII, paths need not be."""
+    return {ADAPTER_HEADER: quote(adapter.id), ADAPTER_PATH_HEADER: quote(adapter.path)}
+
+
+def adapter_from_headers(headers: dict[bytes, bytes]) -> AdapterRef | None:
+    """The adapter that a request's raw headers ask for."""
+    name, path = headers.get(ADAPTER_HEADER.encode()), headers.get(ADAPTER_PATH_HEADER.encode())
+    if not name or not path:
+        return None
+    return AdapterRef(id=unquote(name.decode("latin-1")), path=unquote(path.decode("latin-1")))

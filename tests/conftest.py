@@ -1,0 +1,53 @@
+"""What the tests share: one home, one Ray cluster, both for the whole session, and the models they train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tandem import settings as environment
+from tandem.cluster import LocalCluster, running
+
+
+@pytest.fixture(scope="session")
+def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A TANDEM_HOME for the whole session, in the environment."""
+    home = tmp_path_factory.mktemp("home")
+    environment.export({"TANDEM_HOME": str(home)}, override=True)
+    yield home
+    environment.forget("TANDEM_HOME", str(home))
+
+
+@pytest.fixture
+def tandem_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty TANDEM_HOME for one test, in the environment."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("TANDEM_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def cluster(session_home: Path) -> Iterator[LocalCluster]:
+    """A local Ray cluster with 10 logical CPUs, for the whole session."""
+    started = LocalCluster.start(num_cpus=10)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """The session's cluster, with this process connected to it."""
+    import ray
+
+    ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+
+
+def pytest_sessionfinish() -> None:
+    """Nothing that a test started may outlive the session."""
+    if (left := running()) is not None:
+        left.stop()
