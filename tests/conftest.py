@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tandem import settings as environment
-from tandem.cluster import LocalCluster, running
+from tandem.cluster import LocalCluster
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +45,3 @@ def ray_cluster(cluster: LocalCluster) -> Iterator[LocalCluster]:
     ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
-
-
-def pytest_sessionfinish() -> None:
-    """Nothing that a test started may outlive the session."""
-    if (left := running()) is not None:
-        left.stop()

@@ -2,8 +2,8 @@
 
     python train_apps/pretrain.py --config train_apps/recipes/quickstart_pretrain.yaml --set steps=200
 
-The job goes to the Ray cluster at RAY_ADDRESS, or to one that is started here for as long as it takes. The script prints the
-job's id, shows its progress, and ends with its exit status; with --detach it returns at once.
+The job goes to the Ray cluster at RAY_ADDRESS, or to one that is started here for as long as it takes. The script prints
+the job's id, shows its progress, and ends with its exit status; with --detach it returns at once.
 """
 
 from tandem.cli.train import submit_script

@@ -1,17 +1,17 @@
 """What can go wrong, as types. Every message states the fact, the numbers and the next step.
 
-    TandemError
-    ├── ConfigError          a key or value that cannot be
-    ├── DataError            a corpus, shard or row that cannot be used
-    ├── LayoutError          parallel degrees that do not fit the workers or the model
-    ├── CheckpointError      a checkpoint that is not whole
-    ├── StorageError         a disk or store that refused
-    ├── RegistryError
-    │   └── UnknownModelError   no model or adapter of that name
-    ├── ClusterError         no Ray cluster, or one that refused
-    ├── JobError             a job that failed or does not exist
-    ├── EngineError          an engine that cannot start or go on
-    └── EnvironmentProblem   a machine that lacks something
+TandemError
+├── ConfigError          a key or value that cannot be
+├── DataError            a corpus, shard or row that cannot be used
+├── LayoutError          parallel degrees that do not fit the workers or the model
+├── CheckpointError      a checkpoint that is not whole
+├── StorageError         a disk or store that refused
+├── RegistryError
+│   └── UnknownModelError   no model or adapter of that name
+├── ClusterError         no Ray cluster, or one that refused
+├── JobError             a job that failed or does not exist
+├── EngineError          an engine that cannot start or go on
+└── EnvironmentProblem   a machine that lacks something
 """
 
 from __future__ import annotations

@@ -26,11 +26,15 @@ def _data() -> None:
 @data_app.command("build")
 def build_command(
     source: Annotated[
-        str, typer.Argument(help="A .jsonl, .txt or folder of texts; or 'stdlib' or 'stdlib-docstrings', which every Python has.")
+        str,
+        typer.Argument(
+            help="A .jsonl, .txt or folder of texts; or 'stdlib' or 'stdlib-docstrings', which every Python has."
+        ),
     ],
     name: Annotated[str, typer.Argument(help="What the dataset is called; it is written to TANDEM_HOME/data/NAME.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer's folder, or a dataset whose tokenizer to use. None: train one on the texts.")
+        str | None,
+        typer.Option(help="A tokenizer's folder, or a dataset whose tokenizer to use. None: train one on the texts."),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries of a tokenizer that is trained.")] = 4096,
     kind: Annotated[str, typer.Option(help="text, pairs, or auto.")] = "auto",
@@ -43,7 +47,14 @@ def build_command(
         if target.exists() and not replace:
             raise ConfigError(f"{target} exists already. Choose another name, or add --replace.")
         index = build(
-            source, target, tokenizer=tokenizer, vocab_size=vocab_size, kind=kind, limit=limit, output=console, replace=replace
+            source,
+            target,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            kind=kind,
+            limit=limit,
+            output=console,
+            replace=replace,
         )
         console.print(
             f"[green]✓[/] [bold]{name}[/]: {index.samples:,} {index.kind} samples in {len(index.shards)} shards, {target}"
@@ -89,7 +100,9 @@ def find_tokenizer(name: str) -> Path:
     for folder in (settings().data_dir / name / "tokenizer", Path(name) / "tokenizer", Path(name)):
         if (folder / "tokenizer.json").exists():
             return folder
-    raise ConfigError(f"No tokenizer at {name}: neither a folder with tokenizer.json nor a dataset in {settings().data_dir}.")
+    raise ConfigError(
+        f"No tokenizer at {name}: neither a folder with tokenizer.json nor a dataset in {settings().data_dir}."
+    )
 
 
 def build_progress(output: Console) -> Progress:

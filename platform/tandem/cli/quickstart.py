@@ -9,33 +9,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Annotated
 
 import typer
-import yaml
 from openai import AsyncOpenAI, OpenAI
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tandem.cli.data import build
-from tandem.cli.serve import check_port, serving, wait_for_interrupt
-from tandem.cli.shell import a_cluster, console, friendly_errors
-from tandem.cli.train import follow, say_finished
-from tandem.cluster import Cluster
-from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict
+from tandem.cli.serve import check_port, wait_for_interrupt
+from tandem.cli.session import Session, recipe
+from tandem.cli.shell import console, friendly_errors
 from tandem.data.index import DatasetIndex
-from tandem.errors import DataError, JobError
-from tandem.jobs.folder import JobFolder
-from tandem.jobs.prepare import prepare
 from tandem.settings import settings
 from tandem.storage import require_space
 
 TEXT, PAIRS = "quickstart-text", "quickstart-pairs"
-CPUS = 8
-"""Logical CPUs of the local cluster: more than there are cores, because readers, driver and gateway mostly wait."""
 SPACE_NEEDED = 400 * 2**20
 STREAMS = 16
 MAX_ANSWER_TOKENS = 96
@@ -55,10 +45,13 @@ class Score:
 
 
 def quickstart_command(
-    leave: Annotated[bool, typer.Option("--exit", help="End when all is shown, instead of leaving the server up.")] = False,
+    leave: Annotated[
+        bool, typer.Option("--exit", help="End when all is shown, instead of leaving the server up.")
+    ] = False,
     port: Annotated[int | None, typer.Option(help="The server's port; TANDEM_PORT or 8000.")] = None,
     overrides: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a value of both recipes, such as --set steps=50.")
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of both recipes, such as --set steps=50."),
     ] = [],  # noqa: B006
 ) -> None:
     """Train a small model on real text, fine-tune an adapter, serve both and ask them."""
@@ -79,23 +72,22 @@ def quickstart(*, leave: bool, port: int, overrides: list[str]) -> None:
             border_style="blue",
         )
     )
-    with step(1, "Text and tokenizer"):
-        dataset("stdlib", TEXT)
-        pairs = dataset("stdlib-docstrings", PAIRS, tokenizer=TEXT)
-    with a_cluster(num_cpus=CPUS) as cluster:
+    with Session() as session:
+        with step(1, "Text and tokenizer"):
+            session.dataset("stdlib", TEXT)
+            pairs = session.dataset("stdlib-docstrings", PAIRS, tokenizer=TEXT)
         with step(2, "Pretrain a model (Ray Train, 2 workers, FSDP2)"):
-            base = train(cluster, recipe("quickstart_pretrain", overrides))
+            base = session.train(recipe("quickstart_pretrain", overrides))
         with step(3, f"Fine-tune a LoRA adapter on {pairs.samples} questions"):
-            adapter = train(cluster, recipe("quickstart_sft", [f"model.base={base}", *overrides]))
+            adapter = session.train(recipe("quickstart_sft", [f"model.base={base}", *overrides]))
         with step(4, "Serve both, and ask them"):
-            config = ServeConfig(models=(ServedModelConfig(model=base),))
-            with serving(cluster, config, port=port) as url:
-                show_answers(url, base, adapter)
-                console.print(f"\n[dim]{time.monotonic() - started:.0f} s in all.[/]")
-                say_what_next(url, adapter)
-                if not leave:
-                    console.print(f"\nServing at [bold]{url}[/]. Ctrl-C ends it.")
-                    wait_for_interrupt()
+            url = session.serve(base, port=port)
+            show_answers(url, base, adapter)
+            console.print(f"\n[dim]{time.monotonic() - started:.0f} s in all.[/]")
+            say_what_next(url, adapter)
+            if not leave:
+                console.print(f"\nServing at [bold]{url}[/]. Ctrl-C ends it.")
+                wait_for_interrupt()
 
 
 @contextmanager
@@ -106,40 +98,6 @@ def step(number: int, title: str) -> Iterator[None]:
     yield
     if number < 4:
         console.print(f"  [dim]{time.monotonic() - began:.0f} s[/]")
-
-
-def recipe(name: str, overrides: list[str]) -> TrainConfig:
-    """One of the package's recipes, with values changed."""
-    text = files("tandem.cli").joinpath("recipes", f"{name}.yaml").read_text()
-    return from_dict(TrainConfig, apply_overrides(yaml.safe_load(text), overrides))
-
-
-def dataset(source: str, name: str, *, tokenizer: str | None = None) -> DatasetIndex:
-    """Build a dataset, unless it is there and whole."""
-    folder = settings().data_dir / name
-    try:
-        index = DatasetIndex.load(folder)
-        console.print(f"  [dim]·[/] {name} is there: {index.samples:,} {index.kind} samples")
-        return index
-    except DataError:
-        index = build(source, folder, tokenizer=tokenizer, output=console, replace=folder.exists())
-        size = sum(shard.bytes for shard in index.shards) / 2**20
-        console.print(f"  [dim]·[/] {name}: {index.samples:,} {index.kind} samples, {size:.1f} MiB in {len(index.shards)} shards")
-        return index
-
-
-def train(cluster: Cluster, config: TrainConfig) -> str:
-    """Run a job, unless it is finished; returns the id of the model or adapter it made."""
-    job: JobFolder = prepare(config)
-    end = job.finished()
-    if end:
-        say_finished(job, str(end["model"]))
-    elif status := follow(cluster, job):
-        raise JobError(f"{job.id} ended with status {status}. `tandem doctor` checks this machine.")
-    end = job.finished()
-    if end is None:
-        raise JobError(f"{job.id} has no result in {job.export}.")
-    return str(end["model"])
 
 
 def questions() -> list[tuple[str, str]]:

@@ -30,21 +30,32 @@ CPUS = 8
 
 @serve_app.command("up")
 def up_command(
-    models: Annotated[list[str] | None, typer.Argument(help="Registered models or folders. None: the newest one.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Registered models or folders. None: the newest one.")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port to listen on; TANDEM_PORT or 8000.")] = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is up; `tandem serve down` ends it.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when it is up; `tandem serve down` ends it.")
+    ] = False,
 ) -> None:
     """Serve models until Ctrl-C."""
     with friendly_errors():
-        wanted = load_yaml(ServeConfig, config, overrides) if config else from_dict(ServeConfig, apply_overrides({}, overrides))
+        wanted = (
+            load_yaml(ServeConfig, config, overrides)
+            if config
+            else from_dict(ServeConfig, apply_overrides({}, overrides))
+        )
         if models:
             wanted = replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models))
         listen = port or settings().port
         check_port(listen, host)
-        with a_cluster(num_cpus=CPUS, keep=detach) as cluster, serving(cluster, wanted, host, port=listen, keep=detach) as url:
+        with (
+            a_cluster(num_cpus=CPUS, keep=detach) as cluster,
+            serving(cluster, wanted, host, port=listen, keep=detach) as url,
+        ):
             console.print(f"Serving at [bold]{url}[/]." + ("" if detach else " Ctrl-C ends it."))
             if not detach:
                 wait_for_interrupt()
@@ -66,7 +77,13 @@ def serving(
             "serve_apps/openai.yaml`, or give RAY_ADDRESS as host:port."
         )
     app = build_app(config)
-    ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    ray.init(
+        address=cluster.address,
+        namespace="tandem",
+        log_to_driver=False,
+        logging_level="ERROR",
+        ignore_reinit_error=True,
+    )
     try:
         with console.status(f"Starting {config.app}: one engine takes about half a minute"):
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
@@ -137,7 +154,9 @@ def applications(cluster: Cluster) -> dict[str, Any]:
 def _required_cluster() -> Cluster:
     cluster = connect()
     if cluster is None:
-        raise ClusterError("Nothing is up: no cluster in this home, and RAY_ADDRESS is not set. `tandem serve up` starts one.")
+        raise ClusterError(
+            "Nothing is up: no cluster in this home, and RAY_ADDRESS is not set. `tandem serve up` starts one."
+        )
     return cluster
 
 
@@ -157,7 +176,9 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
             probe.bind((host, port))
             return
         except PermissionError as error:
-            raise ClusterError(f"Port {port} may not be used by this user. Choose one above 1023: --port 8000.") from error
+            raise ClusterError(
+                f"Port {port} may not be used by this user. Choose one above 1023: --port 8000."
+            ) from error
         except OSError as error:
             with closing(socket.socket()) as other:
                 other.bind((host, 0))

@@ -24,7 +24,9 @@ from tandem.jobs.prepare import prepare
 train_app = typer.Typer(no_args_is_help=True, help="Submit training jobs and watch over them.")
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The job as YAML (see train_apps/recipes).")]
-SetOption = Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: -s steps=500")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: -s steps=500")
+]
 DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the job goes on.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Print the log as it is instead of a progress bar.")]
 
@@ -53,9 +55,13 @@ def submit_script(kind: str) -> None:
         with friendly_errors():
             job = load_yaml(TrainConfig, config, overrides)
             if kind == "sft" and job.model.base is None:
-                raise ConfigError(f"{config}: model.base is missing; fine-tuning starts from a model. See `tandem models ls`.")
+                raise ConfigError(
+                    f"{config}: model.base is missing; fine-tuning starts from a model. See `tandem models ls`."
+                )
             if kind == "pretrain" and job.lora is not None:
-                raise ConfigError(f"{config}: lora is set; a pretraining job trains the whole model. Use train_apps/sft.py.")
+                raise ConfigError(
+                    f"{config}: lora is set; a pretraining job trains the whole model. Use train_apps/sft.py."
+                )
             raise SystemExit(submit(job, detach=detach, raw=raw))
 
     typer.run(main)
@@ -72,7 +78,9 @@ def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> i
         if detach:
             client = JobClient(cluster)
             client.submit(job)
-            console.print(f"Submitted. `tandem train status {job.id}` tells how it is, `tandem train logs -f {job.id}` shows it.")
+            console.print(
+                f"Submitted. `tandem train status {job.id}` tells how it is, `tandem train logs -f {job.id}` shows it."
+            )
             return 0
         return follow(cluster, job, raw=raw)
 
@@ -91,7 +99,9 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
             if not isinstance(left, KeyboardInterrupt | SystemExit):
                 raise
             if not cluster.local:
-                console.print(f"\nThe job goes on. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it.")
+                console.print(
+                    f"\nThe job goes on. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it."
+                )
                 return INTERRUPTED
             with uninterrupted():
                 client.stop(submission, timeout_s=10)
@@ -118,9 +128,13 @@ def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobVie
         console.print(f"[yellow]{job.id} was stopped.[/] The same command goes on from its newest checkpoint.")
         return
     end = view.ended or job.last("failed")
-    reason = str(end["error"]) if end and "error" in end else "\n".join(view.other_lines[-15:]) or client.message(submission)
+    reason = (
+        str(end["error"]) if end and "error" in end else "\n".join(view.other_lines[-15:]) or client.message(submission)
+    )
     console.print(f"[bold red]{job.id} failed:[/] {escape(reason)}", soft_wrap=True)
-    console.print(f"`tandem train logs {job.id}` shows all of its log; the same command tries again from the newest checkpoint.")
+    console.print(
+        f"`tandem train logs {job.id}` shows all of its log; the same command tries again from the newest checkpoint."
+    )
 
 
 def logical_cpus(config: TrainConfig) -> int:
@@ -132,7 +146,9 @@ def logical_cpus(config: TrainConfig) -> int:
 
 @train_app.command("status")
 def status_command(
-    job_id: Annotated[str | None, typer.Argument(help="A job's id, the start of one, or 'latest'. None: all jobs.")] = None,
+    job_id: Annotated[
+        str | None, typer.Argument(help="A job's id, the start of one, or 'latest'. None: all jobs.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show one job or all of them: state, step, loss, throughput, result."""
@@ -142,7 +158,9 @@ def status_command(
         if as_json:
             typer.echo(json.dumps([asdict(s) for s in found] if job_id is None else asdict(found[0]), indent=2))
         elif not found:
-            console.print("No jobs yet. `python train_apps/pretrain.py --config ...` or `tandem train submit` starts one.")
+            console.print(
+                "No jobs yet. `python train_apps/pretrain.py --config ...` or `tandem train submit` starts one."
+            )
         else:
             console.print(_table(found))
             if job_id and found[0].error:

@@ -86,9 +86,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ConfigError(f"{f'{where}.{name}' if where else name} is missing.")
-    built = {
-        name: _convert(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()
-    }
+    built = {name: _convert(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()}
     return cls(**built)
 
 

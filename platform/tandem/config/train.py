@@ -110,4 +110,6 @@ class TrainConfig:
                 f"({self.parallel.workers} x {self.accumulate} = {share}). The nearest that works is {fits}."
             )
         if self.lora is not None and self.model.base is None:
-            raise ConfigError("lora is set but model.base is not: an adapter needs the model it adapts. Set model.base.")
+            raise ConfigError(
+                "lora is set but model.base is not: an adapter needs the model it adapts. Set model.base."
+            )

@@ -1,62 +1,86 @@
-"""The index of a dataset folder: what `tandem data build` wrote, with counts and digests. Needs no heavy import."""
+"""What a dataset folder says of itself: index.json. Read by everyone who needs to know a dataset; imports nothing heavy."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tandem.errors import DataError
-from tandem.storage import write_atomic
+from tandem.ids import digest
 
-FILE = "index.json"
+Kind = Literal["text", "pairs"]
+INDEX_NAME = "index.json"
+SHARDS_NAME = "shards"
+TOKENIZER_NAME = "tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardEntry:
-    """One WebDataset archive."""
+class ShardInfo:
+    """One WebDataset tar."""
 
     name: str
-    """Relative to the dataset's `shards` folder."""
     samples: int
     bytes: int
+    """Size of the file."""
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetIndex:
-    """What is in a dataset folder."""
+    """A dataset: its shards in order, and what they were made from."""
 
-    kind: Literal["text", "pairs"]
+    kind: Kind
+    """text (KEY.txt) or pairs (KEY.json with prompt and answer)."""
     samples: int
-    shards: tuple[ShardEntry, ...]
+    shards: tuple[ShardInfo, ...]
     digest: str
-    """sha256 over the shards and the tokenizer: equal digests give equal rows."""
+    """sha256 over the kind and the shards' contents: equal data, equal digest."""
     source: str
     tokenizer_digest: str
     created: str
-    """ISO 8601, UTC."""
+    """UTC, ISO 8601."""
 
     @classmethod
     def load(cls, folder: Path) -> DatasetIndex:
-        """Read the index of `folder`; DataError if there is none, or if it is not one."""
+        """The index of the dataset in `folder`; DataError if it is missing, damaged, or names shards that are not there."""
+        path = folder / INDEX_NAME
         try:
-            values: dict[str, Any] = json.loads((folder / FILE).read_text())
-            shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
-            index = cls(shards=shards, **values)
+            found: Any = json.loads(path.read_text())
+            shards = tuple(ShardInfo(**shard) for shard in found.pop("shards"))
+            index = cls(shards=shards, **found)
         except FileNotFoundError as error:
-            raise DataError(f"{folder} has no {FILE}: it is not a dataset. Make one with `tandem data build`.") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{folder / FILE} is damaged ({error}). Build the dataset again with `tandem data build`.") from error
-        if not index.samples or not index.shards:
-            raise DataError(f"{folder} has no rows. Build it again from a source that has some.")
+            raise DataError(
+                f"{folder} is not a dataset: it holds no {INDEX_NAME}. Make one with `tandem data build SOURCE NAME`."
+            ) from error
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{path} is damaged ({type(error).__name__}: {error}). Build the dataset again: `tandem data build`."
+            ) from error
+        for shard in index.shards:
+            file = folder / SHARDS_NAME / shard.name
+            size = file.stat().st_size if file.exists() else None
+            if size != shard.bytes:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+                raise DataError(f"{file} {state}. Build the dataset again: `tandem data build`.")
         return index
 
-    def save(self, folder: Path) -> None:
-        """Write the index of `folder`."""
-        write_atomic(folder / FILE, json.dumps(asdict(self), indent=1))
+    def to_json(self) -> str:
+        """The text of index.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
 
     def shard_paths(self, folder: Path) -> list[Path]:
-        """The archives, in order."""
-        return [folder / "shards" / shard.name for shard in self.shards]
+        """The shards' files, in order."""
+        return [folder / SHARDS_NAME / shard.name for shard in self.shards]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+
+def content_digest(kind: str, shards: tuple[ShardInfo, ...]) -> str:
+    """The digest of a dataset with these shards."""
+    return digest([kind, [[shard.name, shard.sha256] for shard in shards]])

@@ -1,1 +1,1 @@
-"""."""
+"""The ingress: names resolved, requests routed, bytes copied."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tandem
 from tandem.cluster import Cluster
 from tandem.errors import ClusterError, JobError
 from tandem.jobs.folder import JobFolder, JobState
@@ -56,7 +57,7 @@ class JobClient:
         runtime_env: dict[str, Any] = {"env_vars": variables}
         if not self.cluster.local:
             # Another machine's cluster may not have Tandem installed, or have another version.
-            runtime_env["py_modules"] = [str(Path(tandem.__file__).parent)]
+            runtime_env["py_modules"] = [str(Path(__file__).parents[1])]
         self._ray.submit_job(
             entrypoint=f"exec {shlex.quote(python)} -m tandem.train.launch {shlex.quote(str(job.path))}",
             submission_id=submission,
@@ -89,21 +90,39 @@ class JobClient:
         while True:
             state = self.state(submission)
             seen = 0
-            with asyncio.Runner() as runner, contextlib.suppress(RuntimeError, OSError):
-                stream = self._ray.tail_job_logs(submission)
-                part = ""
-                while (chunk := runner.run(_next(stream))) is not None:
-                    *lines, part = (part + chunk).split("\n")
-                    for line in lines:
-                        seen += 1
-                        if seen > given:
-                            given = seen
-                            yield line
-                if part and state is not None and state.over:
-                    yield part
+            part = ""
+            for chunk in self._tail(submission):
+                *lines, part = (part + chunk).split("\n")
+                for line in lines:
+                    seen += 1
+                    if seen > given:
+                        given = seen
+                        yield line
             if state is None or state.over:
+                if part:
+                    yield part
                 return
             time.sleep(poll_s)
+
+    def _tail(self, submission: str) -> Iterator[str]:
+        """Pieces of the log until it ends or the connection does.
+
+        Ray's own tail is asynchronous; it runs in a thread, because the caller may sit in an event loop (a notebook).
+        """
+        pieces: queue.Queue[str | None] = queue.Queue()
+
+        async def pump() -> None:
+            async for piece in self._ray.tail_job_logs(submission):
+                pieces.put(piece)
+
+        def run() -> None:
+            with contextlib.suppress(Exception):  # whatever ends the connection, the caller looks at the job's state
+                asyncio.run(pump())
+            pieces.put(None)
+
+        threading.Thread(target=run, daemon=True, name=f"tail {submission}").start()
+        while (piece := pieces.get()) is not None:
+            yield piece
 
     def busy(self) -> bool:
         """Whether any job waits or runs."""
@@ -131,10 +150,3 @@ class JobClient:
         while (state := self.state(submission)) and not state.over and time.monotonic() < deadline:
             time.sleep(0.2)
         return state
-
-
-async def _next(stream: Any) -> str | None:
-    try:
-        return str(await anext(stream))
-    except StopAsyncIteration:
-        return None

@@ -155,6 +155,8 @@ def find_job(job_id: str) -> JobFolder:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise JobError(f"{job_id!r} could be {len(matches)} jobs: {', '.join(j.id for j in matches[:5])}. Say more of it.")
+        raise JobError(
+            f"{job_id!r} could be {len(matches)} jobs: {', '.join(j.id for j in matches[:5])}. Say more of it."
+        )
     near = did_you_mean(job_id, [job.id for job in known])
     raise JobError(f"No job {job_id!r} in {settings().jobs_dir}.{near} `tandem train status` lists them.")

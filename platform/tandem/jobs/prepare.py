@@ -45,7 +45,9 @@ def prepare(config: TrainConfig) -> JobFolder:
     plain = to_dict(resolved)
     content = {k: v for k, v in plain.items() if k not in ("parallel", "checkpoint", "log_every")}
     content["data"] = {k: v for k, v in plain["data"].items() if k not in ("path", "readers", "prefetch_batches")}
-    job = JobFolder(settings().jobs_dir / job_id(config.name, [content, index.digest, base_digest]))
+    job = JobFolder(
+        settings().jobs_dir / job_id(config.name, [content, index.digest, index.tokenizer_digest, base_digest])
+    )
     require_space(job.path, SPACE_NEEDED, f"The job {job.id}")
     with disk_errors("writing the job's config", job.path):
         job.path.mkdir(parents=True, exist_ok=True)

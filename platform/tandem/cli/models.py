@@ -1,0 +1,150 @@
+"""`tandem models`: what is registered, where it came from, and forgetting it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tandem.cli.shell import console as terminal
+from tandem.cli.shell import friendly_errors
+from tandem.registry import ModelRecord, Registry
+
+models_app = typer.Typer(no_args_is_help=True, help="List, show and forget models and adapters.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(help="A name (its newest version), or an id such as my-model@2.")]
+
+
+@models_app.command("ls")
+def list_command(
+    kind: Annotated[Literal["model", "adapter"] | None, typer.Option(help="Only these.")] = None,
+    all_versions: Annotated[
+        bool, typer.Option("--all", "-a", help="All versions, not the newest of each name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List what is registered: any of it can be asked by its name."""
+    with friendly_errors():
+        records = Registry.open().list(kind, all_versions)
+        if as_json:
+            terminal.print_json(json.dumps([as_values(record) for record in records]))
+        elif records:
+            terminal.print(listing(records, datetime.now(UTC)))
+        else:
+            terminal.print("Nothing is registered yet. `tandem quickstart` trains a model and an adapter.")
+
+
+@models_app.command("show")
+def show_command(name: Name, as_json: Json = False) -> None:
+    """Show one model or adapter: its files, its base and its lineage."""
+    with friendly_errors():
+        registry = Registry.open()
+        record = registry.resolve(name)
+        adapters = [other.id for other in registry.list("adapter", all_versions=True) if other.base == record.id]
+        if as_json:
+            terminal.print_json(json.dumps({**as_values(record), "adapters": adapters}))
+        else:
+            details(record, adapters, terminal)
+
+
+@models_app.command("rm")
+def remove_command(
+    name: Annotated[str, typer.Argument(help="An id such as my-model@2, or a name, meaning all its versions.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Forget a model or adapter. Its files stay; a model that adapters need is refused."""
+    with friendly_errors():
+        registry = Registry.open()
+        record = registry.resolve(name)
+        if not yes:
+            what = record.id if name == record.id else f"every version of {record.name}"
+            typer.confirm(f"Forget {what}?", abort=True)
+        removed = registry.remove(name)
+        if as_json:
+            terminal.print_json(json.dumps([as_values(each) for each in removed]))
+            return
+        for each in removed:
+            terminal.print(
+                f"Forgot [bold]{escape(each.id)}[/]; its files stay at {escape(str(each.path))}", soft_wrap=True
+            )
+
+
+def listing(records: list[ModelRecord], now: datetime) -> Table:
+    """A table with a row for each record."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("NAME", "VERSION", "KIND", "BASE", "LOSS", "CREATED"):
+        table.add_column(column, justify="right" if column in ("VERSION", "LOSS") else "left", no_wrap=column == "NAME")
+    for record in records:
+        kind = f"LoRA, rank {record.rank}" if record.kind == "adapter" else "model"
+        table.add_row(
+            f"[bold]{escape(record.name)}[/]",
+            str(record.version),
+            kind,
+            escape(record.base or "-"),
+            _loss(record),
+            ago(record.created_at, now),
+        )
+    return table
+
+
+def details(record: ModelRecord, adapters: list[str], console: Console) -> None:
+    """Print everything that is known of a record."""
+    there = "" if record.path.is_dir() else "  [red](gone)[/]"
+    rows = {
+        "kind": record.kind,
+        "base": record.base,
+        "rank": record.rank,
+        "max length": record.max_length,
+        "created": f"{record.created_at:%Y-%m-%d %H:%M:%S} UTC",
+        "digest": record.digest,
+        "adapters": ", ".join(adapters) or None,
+    }
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("path", f"{escape(str(record.path))}{there}")
+    for key, value in rows.items():
+        if value is not None:
+            table.add_row(key, escape(str(value)))
+    for key, value in record.lineage.items():
+        table.add_row(escape(key), escape(value if isinstance(value, str) else json.dumps(value)))
+    console.print(f"[bold]{escape(record.id)}[/]")
+    console.print(table)
+
+
+def as_values(record: ModelRecord) -> dict[str, Any]:
+    """A record as JSON can hold it."""
+    return {
+        "id": record.id,
+        "name": record.name,
+        "version": record.version,
+        "kind": record.kind,
+        "path": str(record.path),
+        "digest": record.digest,
+        "base": record.base,
+        "rank": record.rank,
+        "max_length": record.max_length,
+        "lineage": record.lineage,
+        "created_at": record.created_at.isoformat(),
+    }
+
+
+def ago(then: datetime, now: datetime) -> str:
+    """How long since, in the largest unit that fits: `5 minutes ago`."""
+    seconds = max(0, int((now - then).total_seconds()))
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if count := seconds // size:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def _loss(record: ModelRecord) -> str:
+    loss = record.lineage.get("loss")
+    return f"{loss:.3f}" if isinstance(loss, int | float) else "-"

@@ -1,0 +1,106 @@
+"""Builds a dataset folder: corpus -> tokenizer -> shards -> index.json, published in one step when all of it is there."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tandem.data.corpus import Corpus, Sample, Text, open_corpus
+from tandem.data.index import INDEX_NAME, SHARDS_NAME, TOKENIZER_NAME, DatasetIndex, content_digest
+from tandem.data.shards import shard_size, write_shards
+from tandem.data.tokenize import TextEncoder, train_tokenizer
+from tandem.errors import DataError
+from tandem.storage import publish_folder
+
+Progress = Callable[[str, int, int | None], None]
+TOKENIZER_TEXT = 32 * 2**20
+"""Characters that a tokenizer is trained on at most."""
+
+
+def build_dataset(
+    source: str,
+    target: Path,
+    *,
+    tokenizer: Path | None = None,
+    vocab_size: int = 4096,
+    kind: str = "auto",
+    shard_bytes: int | None = None,
+    limit: int | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> DatasetIndex:
+    """Build the dataset of `source` (see `corpus.open_corpus`) at `target`, which must not exist unless `replace`.
+
+    `tokenizer`: a folder to take it from; None trains one of `vocab_size` on the corpus. `limit`: samples taken at most.
+    `progress(stage, done, total)` is called with stages reading, tokenizer, shards.
+    Raises DataError (no such corpus, a bad line, nothing usable) or StorageError (disk full); then nothing is left at `target`.
+    """
+    say: Progress = progress or (lambda stage, done, total: None)
+    corpus = open_corpus(source, kind)
+    samples = total = 0
+    say("reading", 0, None)
+    for sample in _limited(corpus, limit):
+        samples, total = samples + 1, total + sample.size
+        if samples % 100 == 0:
+            say("reading", samples, None)
+    if not samples:
+        raise DataError(f"{source} holds no usable row: nothing but empty {corpus.kind}. Nothing was written.")
+    say("reading", samples, samples)
+    with publish_folder(target, replace=replace) as staging:
+        folder = staging / TOKENIZER_NAME
+        say("tokenizer", 0, 1)
+        if tokenizer is None:
+            train_tokenizer(_texts(corpus, limit), folder, vocab_size=vocab_size)
+        else:
+            copy_tokenizer(tokenizer, folder)
+        encoder = TextEncoder(str(folder))
+        tokenizer_digest = encoder.digest()
+        say("tokenizer", 1, 1)
+        shards = write_shards(
+            _limited(corpus, limit),
+            staging / SHARDS_NAME,
+            shard_bytes=shard_bytes or shard_size(total, samples, corpus.kind),
+            progress=lambda done: say("shards", done, samples),
+        )
+        index = DatasetIndex(
+            kind=corpus.kind,
+            samples=samples,
+            shards=shards,
+            digest=content_digest(corpus.kind, shards),
+            source=source,
+            tokenizer_digest=tokenizer_digest,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        (staging / INDEX_NAME).write_text(index.to_json())
+    return index
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
+)  # fmt: skip
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer out of its (or a model's) folder; DataError if it has none."""
+    if not (source / "tokenizer.json").exists():
+        raise DataError(f"{source} holds no tokenizer.json. Give a folder with a tokenizer in Hugging Face's format.")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _limited(corpus: Corpus, limit: int | None) -> Iterator[Sample]:
+    return itertools.islice(corpus.samples(), limit)
+
+
+def _texts(corpus: Corpus, limit: int | None) -> Iterator[str]:
+    taken = 0
+    for sample in _limited(corpus, limit):
+        if taken > TOKENIZER_TEXT:
+            return
+        taken += sample.size
+        yield from [sample.text] if isinstance(sample, Text) else [sample.prompt, sample.answer]

@@ -1,0 +1,88 @@
+"""Documents of any length into rows of one length, with their boundaries kept. Pure.
+
+A row is three int32 vectors of T: ids; labels, -100 where no loss is taken (padding, prompts, and the first token of a
+document, which nothing before it can tell); positions, which start again at 0 with each document, so that attention that
+follows them never crosses a boundary (transformers builds that mask from positions when it is given no other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from tandem.data.tokenize import Encoded
+
+IGNORED = -100
+Rows = npt.NDArray[np.int32]
+"""[rows, 3, T]: ids, labels, positions."""
+
+
+def pack(documents: Iterable[Encoded], length: int, pad_id: int, *, split: bool) -> Rows:
+    """Rows of `length` tokens.
+
+    `split`: a document goes on in the next row (text). Otherwise it stays whole in the first row with room (pairs), or is
+    cut at `length` if it is longer than a row; what would carry no loss then is left out. Rows without any loss are dropped.
+    """
+    rows = _split(documents, length) if split else _first_fit(documents, length)
+    packed = [_row(parts, length, pad_id) for parts in rows]
+    useful = [row for row in packed if (row[1] != IGNORED).any()]
+    return np.stack(useful) if useful else np.empty((0, 3, length), np.int32)
+
+
+
+
+def _split(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
+    rows: list[list[Encoded]] = [[]]
+    room = length
+    for document in documents:
+        start = 0
+        while start < len(document.ids):
+            taken = min(room, len(document.ids) - start)
+            end = start + taken
+            # A stretch that goes on in a new row is a document of its own there: what came before cannot be attended to.
+            rows[-1].append(Encoded(document.ids[start:end], document.targets[start:end]))
+            start, room = end, room - taken
+            if room == 0:
+                rows.append([])
+                room = length
+    return [row for row in rows if row]
+
+
+def _first_fit(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
+    rows: list[list[Encoded]] = []
+    room: list[int] = []
+    first_open = 0
+    for document in documents:
+        whole = Encoded(document.ids[:length], document.targets[:length])
+        size = len(whole.ids)
+        if not any(whole.targets[1:]):
+            continue
+        for number in range(first_open, len(rows)):
+            if room[number] >= size:
+                rows[number].append(whole)
+                room[number] -= size
+                break
+        else:
+            rows.append([whole])
+            room.append(length - size)
+        # Looking back further than this many rows costs more than it fills.
+        first_open = max(first_open, len(rows) - 64)
+    return rows
+
+
+def _row(documents: list[Encoded], length: int, pad_id: int) -> Rows:
+    row = np.empty((3, length), np.int32)
+    at = 0
+    for document in documents:
+        end = at + len(document.ids)
+        row[0, at:end] = document.ids
+        row[1, at:end] = np.where(document.targets, row[0, at:end], IGNORED)
+        row[1, at] = IGNORED
+        row[2, at:end] = np.arange(end - at)
+        at = end
+    row[0, at:] = pad_id
+    row[1, at:] = IGNORED
+    row[2, at:] = np.arange(length - at)
+    return row

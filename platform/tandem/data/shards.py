@@ -1,0 +1,68 @@
+"""WebDataset shards: plain tar files that hold KEY.txt or KEY.json, written in order, with the digest of each."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tandem.data.corpus import Sample, Text
+from tandem.data.index import ShardInfo
+from tandem.ids import file_digest
+from tandem.storage import disk_errors
+
+TARGET_SHARDS = 64
+LARGEST_SHARD = 32 * 2**20
+
+
+def shard_size(total: int, samples: int, kind: str) -> int:
+    """Characters a shard should hold: about 64 shards, none above 32 MiB, and of pairs at least 6 in each.
+
+    Many shards make lanes of even length; Ray Data reads a tar from its start, so a shard stays small.
+    """
+    fewest = 6 * total // max(1, samples) if kind == "pairs" else 4096
+    return max(1, min(LARGEST_SHARD, max(total // TARGET_SHARDS, fewest)))
+
+
+def write_shards(
+    samples: Iterable[Sample], folder: Path, *, shard_bytes: int, progress: Callable[[int], None] | None = None
+) -> tuple[ShardInfo, ...]:
+    """Write `samples` into `folder` (created), a new shard once one holds `shard_bytes` characters.
+
+    The same samples give the same bytes. A full disk is a StorageError.
+    """
+    written: list[ShardInfo] = []
+    with disk_errors("writing shards", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        batch: list[Sample] = []
+        held = done = 0
+        for sample in samples:
+            batch.append(sample)
+            held += sample.size
+            if held >= shard_bytes:
+                written.append(_write_shard(batch, folder / f"{len(written):06d}.tar", done))
+                done += len(batch)
+                batch, held = [], 0
+                if progress:
+                    progress(done)
+        if batch:
+            written.append(_write_shard(batch, folder / f"{len(written):06d}.tar", done))
+            if progress:
+                progress(done + len(batch))
+    return tuple(written)
+
+
+def _write_shard(samples: list[Sample], path: Path, first: int) -> ShardInfo:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, sample in enumerate(samples, first):
+            if isinstance(sample, Text):
+                name, data = f"{key:08d}.txt", sample.text.encode("utf-8", "replace")
+            else:
+                text = json.dumps({"prompt": sample.prompt, "answer": sample.answer}, ensure_ascii=False)
+                name, data = f"{key:08d}.json", text.encode("utf-8", "replace")
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return ShardInfo(name=path.name, samples=len(samples), bytes=path.stat().st_size, sha256=file_digest(path))

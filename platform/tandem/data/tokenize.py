@@ -1,0 +1,195 @@
+"""Text to token ids: trains a byte-level BPE tokenizer, renders chats, and says which tokens carry loss.
+
+Uses `tokenizers` and jinja2 directly: a task that only encodes must not wait for transformers to import. A test holds the
+rendering equal to transformers' own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tandem.errors import DataError
+from tandem.ids import digest
+from tandem.storage import disk_errors
+
+BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""Each turn is its role's token, its text and the end token; an answer ends where the end token comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One document: token ids, and for each whether it carries loss."""
+
+    ids: list[int]
+    targets: list[bool]
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int, max_length: int = 1_000_000) -> None:
+    """Train a byte-level BPE on `texts` and write it to `folder` in Hugging Face's format, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, BOS, EOS, *ROLES],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos)]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": list(ROLES),
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }
+    with disk_errors("writing the tokenizer", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(tokenizer.to_str())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Encodes samples with the tokenizer in `folder`. Cheap to pickle: the tokenizer is read where it is used."""
+
+    folder: str
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """tokenizer_config.json."""
+        path = Path(self.folder) / "tokenizer_config.json"
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}. It must be a tokenizer in Hugging Face's format.") from error
+        template = Path(self.folder) / "chat_template.jinja"
+        if template.exists():
+            found["chat_template"] = template.read_text()
+        return dict(found)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """tokenizer.json."""
+        path = Path(self.folder) / "tokenizer.json"
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(f"{path} cannot be read: {error}. It must be a fast tokenizer (tokenizer.json).") from error
+
+    def digest(self) -> str:
+        """sha256 over what decides how text becomes ids."""
+        return digest([json.loads(self.tokenizer.to_str()), self.config.get("chat_template")])
+
+    def token(self, name: str) -> str | None:
+        """The text of `eos_token`, `bos_token` or `pad_token`."""
+        value = self.config.get(name)
+        return str(value["content"]) if isinstance(value, dict) else value
+
+    def token_id(self, name: str) -> int | None:
+        """The id of `eos_token`, `bos_token` or `pad_token`."""
+        text = self.token(name)
+        return None if text is None else self.tokenizer.token_to_id(text)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows: the pad token, or the end token, or 0."""
+        pad, eos = self.token_id("pad_token"), self.token_id("eos_token")
+        return pad if pad is not None else eos if eos is not None else 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids there are."""
+        return int(self.tokenizer.get_vocab_size())
+
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        """The chat as text, by the tokenizer's chat template."""
+        return str(
+            self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.token("bos_token") or "",
+                eos_token=self.token("eos_token") or "",
+                pad_token=self.token("pad_token") or "",
+            )
+        )
+
+    def texts(self, texts: list[str]) -> Iterator[Encoded]:
+        """Documents: begin token (where the tokenizer has one), text, end token; loss on all."""
+        end = self.token_id("eos_token")
+        for found in self.tokenizer.encode_batch(texts, add_special_tokens=True):
+            ids = list(found.ids)
+            if end is not None and (not ids or ids[-1] != end):
+                ids.append(end)
+            yield Encoded(ids, [True] * len(ids))
+
+    def pairs(self, pairs: list[tuple[str, str]], *, loss_on_all: bool = False) -> Iterator[Encoded]:
+        """Chats of one question and its answer; loss on the answer and its end token (or on all).
+
+        Prompt and answer are encoded apart, so that the prompt's ids are those that a server will see.
+        """
+        prompts, answers = [], []
+        for prompt, answer in pairs:
+            asked = [{"role": "user", "content": prompt}]
+            before = self.render(asked, add_generation_prompt=True)
+            whole = self.render([*asked, {"role": "assistant", "content": answer}])
+            if not whole.startswith(before):
+                raise DataError(
+                    f"The chat template in {self.folder} writes the question differently once it is answered, so the answer's "
+                    "tokens cannot be told apart. Use another template, or data.loss_on=all with plain text."
+                )
+            prompts.append(before)
+            answers.append(whole[len(before) :])
+        encode = self.tokenizer.encode_batch
+        for question, reply in zip(
+            encode(prompts, add_special_tokens=False), encode(answers, add_special_tokens=False), strict=True
+        ):
+            ids = list(question.ids) + list(reply.ids)
+            yield Encoded(ids, [loss_on_all] * len(question.ids) + [True] * len(reply.ids))
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        source = self.config.get("chat_template")
+        if not isinstance(source, str):
+            raise DataError(
+                f"The tokenizer in {self.folder} has no chat template, which question-answer pairs need. "
+                "Use a tokenizer that has one, or make the dataset of plain text."
+            )
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+
+        def refuse(message: str) -> None:
+            raise DataError(f"The chat template in {self.folder} refuses the chat: {message}")
+
+        environment.globals["raise_exception"] = refuse
+        return environment.from_string(source)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__dict__.update(state)

@@ -1,0 +1,104 @@
+"""Picks the engine for a served model, without importing any that is not picked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandem import settings
+from tandem.engine.protocol import Engine
+from tandem.errors import ConfigError, EngineError
+
+CHECK_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """What an engine loads, and how."""
+
+    kind: str
+    """vllm or echo."""
+    id: str
+    """The name it answers to in each response, and the first of those it is asked by."""
+    name: str
+    """The other name it is asked by."""
+    path: str
+    """Folder in Hugging Face's format."""
+    max_adapters: int = 8
+    max_lora_rank: int = 64
+    threads: int = 1
+    """Threads of one operation on the CPU."""
+    gpus: float = 0.0
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """The engine's own arguments; they win over what Tandem would set."""
+
+
+def create_engine(spec: EngineSpec) -> Engine:
+    """The engine, not started. ConfigError if it does not take its arguments."""
+    if spec.kind == "echo":
+        from tandem.engine.echo import EchoEngine
+
+        return EchoEngine.from_spec(spec)
+    if spec.kind != "vllm":
+        raise ConfigError(f"No engine is called {spec.kind!r}; there are vllm and echo.")
+    # The libraries read these when they are imported, so they come first.
+    settings.export(engine_environment(spec))
+    try:
+        from tandem.engine.vllm import VllmEngine
+    except ImportError as error:
+        raise EngineError(
+            f"vLLM cannot be imported here: {error}. Install it with `pip install tandem[cpu]` or `tandem[gpu]`."
+        ) from error
+    return VllmEngine(spec)
+
+
+def check_engine_args(spec: EngineSpec) -> None:
+    """Have the engine check its arguments, in a process of its own so that this one does not import it.
+
+    Raises ConfigError with the nearest valid name for an unknown argument, or with the engine's words for a bad value.
+    """
+    if spec.kind == "echo":
+        create_engine(spec)
+        return
+    question = json.dumps({name: getattr(spec, name) for name in EngineSpec.__slots__}, default=dict)
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-m", "tandem.engine.vllm"],
+            input=question,
+            capture_output=True,
+            text=True,
+            timeout=CHECK_TIMEOUT_S,
+            env=settings.child_environment(engine_environment(spec)),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"vLLM did not check engine_args within {CHECK_TIMEOUT_S:.0f} s.") from error
+    verdict = answer.stdout.strip().rpartition("\n")[2]
+    if answer.returncode == ConfigError.exit_code and verdict:
+        raise ConfigError(str(json.loads(verdict)["error"]))
+    if answer.returncode:
+        raise EngineError(f"vLLM could not check engine_args: {answer.stderr.strip()[-2000:]}")
+
+
+def engine_environment(spec: EngineSpec) -> dict[str, str]:
+    """Variables that vLLM and what is below it read; what the user has set stays."""
+    variables = {
+        # Models come from folders; an engine that waits for a hub it cannot reach looks like a hang.
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # A forked child keeps the replica's mark out of the kernel's sight (serve/reaper.py).
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    if not spec.gpus:
+        variables |= {
+            # vLLM's default takes a share of all memory; "auto" binding puts every replica of a machine on one core.
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(spec.threads),
+        }
+    return variables

@@ -1,0 +1,171 @@
+"""The fake engine that ships: answers with the prompt's own words, starts at once, needs neither torch nor a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from tandem.engine.create import EngineSpec
+from tandem.engine.protocol import AdapterRef, EngineStats
+from tandem.errors import ConfigError, EngineError, did_you_mean
+
+
+class EchoEngine:
+    """Answers completions and chat with the prompt's words, one for each token, `delay_s` apart."""
+
+    def __init__(
+        self, names: tuple[str, ...] = ("echo",), *, delay_s: float = 0.0, max_length: int = 1024, start_s: float = 0.0
+    ) -> None:
+        self._names = names
+        self._delay_s = delay_s
+        self._max_length = max_length
+        self._start_s = start_s
+        self._adapters: dict[str, AdapterRef] = {}
+        self._running = 0
+        self._healthy = True
+        self.aborted = 0
+        """Requests whose client left before the end."""
+        self.loads: list[str] = []
+        """Ids of the adapters that were loaded, in order."""
+        self._app = Starlette(
+            routes=[
+                Route("/v1/completions", self._completions, methods=["POST"]),
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/models", self._list),
+                Route("/health", lambda request: PlainTextResponse("")),
+            ]
+        )
+
+    @classmethod
+    def from_spec(cls, spec: EngineSpec) -> EchoEngine:
+        """An echo under the spec's names; its arguments are delay_s, start_s and max_length."""
+        known = ("delay_s", "start_s", "max_length")
+        for key, value in spec.args.items():
+            if key not in known:
+                raise ConfigError(f"engine_args.{key} is not an argument of the echo engine.{did_you_mean(key, known)}")
+            if not isinstance(value, int | float):
+                raise ConfigError(f"engine_args.{key} is {value!r}; it must be a number.")
+        return cls((spec.id, spec.name), **spec.args)
+
+    @property
+    def app(self) -> ASGIApp:
+        """The routes that a client may reach."""
+        return self._app
+
+    async def start(self) -> None:
+        """Ready after `start_s`."""
+        await asyncio.sleep(self._start_s)
+
+    async def load_adapter(self, adapter: AdapterRef) -> None:
+        """Answer to one more name; a path that ends in `broken` cannot be loaded."""
+        if adapter.path.endswith("broken"):
+            raise EngineError(f"The adapter {adapter.id} at {adapter.path} cannot be loaded.")
+        await asyncio.sleep(self._delay_s)
+        self.loads.append(adapter.id)
+        self._adapters[adapter.id] = adapter
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """Forget a name."""
+        self._adapters.pop(adapter_id, None)
+
+    def stats(self) -> EngineStats:
+        """How many answers are being written."""
+        return EngineStats(running=self._running, adapters=tuple(self._adapters), healthy=self._healthy)
+
+    def die(self) -> None:
+        """Behave like an engine whose process is gone."""
+        self._healthy = False
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for the answers being written."""
+        deadline = time.monotonic() + timeout_s
+        while self._running and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    async def _list(self, request: Request) -> Response:
+        names = [*self._names, *self._adapters]
+        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
+
+    async def _completions(self, request: Request) -> Response:
+        body = await request.json()
+        return await self._answer(request, body, str(body.get("prompt", "")), chat=False)
+
+    async def _chat(self, request: Request) -> Response:
+        body = await request.json()
+        prompt = " ".join(str(message.get("content", "")) for message in body.get("messages", []))
+        return await self._answer(request, body, prompt, chat=True)
+
+    async def _answer(self, request: Request, body: dict[str, Any], prompt: str, *, chat: bool) -> Response:
+        model = body.get("model")
+        if model not in self._names and model not in self._adapters:
+            return _error(404, f"The model `{model}` does not exist.", "model_not_found")
+        words = prompt.split()
+        if len(words) > self._max_length:
+            return _error(400, f"The prompt has {len(words)} tokens; the model takes {self._max_length}.", None)
+        limit = body.get("max_tokens") or body.get("max_completion_tokens") or len(words)
+        tokens = [word if i == 0 else f" {word}" for i, word in enumerate(words[: int(limit)])]
+        if not self._healthy:
+            return _error(500, "The engine is dead.", None)
+        head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": ("chat.completion" if chat else "text_completion") + (".chunk" if chat and body.get("stream") else ""),
+            "created": int(time.time()),
+            "model": model,
+        }
+        usage = {"prompt_tokens": len(words), "completion_tokens": len(tokens), "total_tokens": len(words) + len(tokens)}
+        if body.get("stream"):
+            options = body.get("stream_options") or {}
+            stream = self._stream(head, tokens, usage if options.get("include_usage") else None, chat=chat)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        self._running += 1
+        try:
+            for _ in tokens:
+                if self._delay_s and await request.is_disconnected():
+                    self.aborted += 1
+                    return Response(status_code=499)
+                await asyncio.sleep(self._delay_s)
+        finally:
+            self._running -= 1
+        text = "".join(tokens)
+        choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
+        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return JSONResponse({**head, "choices": [choice], "usage": usage})
+
+    async def _stream(
+        self, head: dict[str, Any], tokens: list[str], usage: dict[str, int] | None, *, chat: bool
+    ) -> AsyncIterator[bytes]:
+        self._running += 1
+        done = False
+        try:
+            for i, token in enumerate(tokens):
+                await asyncio.sleep(self._delay_s)
+                finish = "stop" if i + 1 == len(tokens) else None
+                content: dict[str, Any] = {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}
+                choice = {"index": 0, "finish_reason": finish, "logprobs": None, **content}
+                yield _event({**head, "choices": [choice]})
+            if usage is not None:
+                yield _event({**head, "choices": [], "usage": usage})
+            yield b"data: [DONE]\n\n"
+            done = True
+        finally:
+            self._running -= 1
+            self.aborted += not done
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def _error(status: int, message: str, code: str | None) -> Response:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": error}, status_code=status)

@@ -1,0 +1,49 @@
+"""The gateway's ASGI app. Starts in about a second: neither torch nor vllm nor transformers is imported here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+
+from tandem.config.serve import GatewayConfig
+from tandem.gateway.catalog import Catalog
+from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
+from tandem.gateway.fleet import Fleet, Watch
+from tandem.gateway.proxy import Proxy
+from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.registry import Registry
+from tandem.serve.records import ServedModel
+
+
+def create_app(
+    *, models: Iterable[ServedModel], watch: Watch, registry: Registry, config: GatewayConfig | None = None
+) -> Starlette:
+    """The app that answers for `models`; `watch` tells it of the replicas."""
+    config = config or GatewayConfig()
+    catalog = Catalog(models, registry)
+    fleet = Fleet(watch)
+    proxy = Proxy(fleet, config)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        proxy.start()
+        fleet.start()
+        try:
+            yield
+        finally:
+            await fleet.stop()
+            await proxy.stop()
+            catalog.close()
+
+    return Starlette(
+        routes=OpenAIRoutes(catalog, fleet, proxy, config).routes(),
+        lifespan=lifespan,
+        exception_handlers={
+            ApiError: answer_api_error,
+            HTTPException: answer_http_error,
+            Exception: answer_unexpected,
+        },
+    )

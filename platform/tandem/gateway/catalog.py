@@ -1,0 +1,129 @@
+"""What a client's model name means: which base serves it, and with which adapter. Fresh with every request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.engine.protocol import AdapterRef
+from tandem.errors import UnknownModelError, did_you_mean
+from tandem.gateway.errors import ApiError, unknown_model
+from tandem.registry import ModelRecord, Registry
+from tandem.serve.records import ServedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where a request goes."""
+
+    base: ServedModel
+    adapter: AdapterRef | None = None
+
+    @property
+    def engine_name(self) -> str:
+        """The `model` that the engine knows it by."""
+        return self.adapter.id if self.adapter else self.base.id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """A model as `/v1/models` lists it."""
+
+    name: str
+    id: str
+    base: ServedModel
+    adapter: bool
+    created: int
+
+    def wire(self) -> dict[str, Any]:
+        """OpenAI's model object, with the fields that vLLM adds to it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "tandem",
+            "root": self.id,
+            "parent": self.base.name if self.adapter else None,
+            "max_model_len": self.base.max_length,
+        }
+
+
+class Catalog:
+    """Served models by every name they have, and the registry's adapters of them.
+
+    The registry is asked for its revision with each adapter request, so an adapter that was registered a moment ago is
+    found; its records are read again only when the revision moved. All of it happens in a thread of its own.
+    """
+
+    def __init__(self, models: Iterable[ServedModel], registry: Registry) -> None:
+        self.models = tuple(models)
+        self._served: dict[str, ServedModel] = {}
+        for model in self.models:
+            self._served[model.id] = self._served[model.name] = model
+        self._by_id = {model.id: model for model in self.models}
+        self._registry = registry
+        self._revision: int | None = None
+        self._found: dict[str, ModelRecord] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
+
+    async def resolve(self, name: str) -> Target:
+        """The target of a model name or id; ApiError 404 with the nearest name, or 400 if it cannot be served."""
+        served = self._served.get(name)
+        if served is not None:
+            return Target(base=served)
+        try:
+            record = await self._ask(self._find, name)
+        except UnknownModelError:
+            cards = await self.cards()
+            known = ", ".join(card.name for card in cards[:10])
+            near = did_you_mean(name, [card.name for card in cards])
+            raise unknown_model(f"The model {name!r} does not exist.{near} Served here: {known}.") from None
+        base = self._by_id.get(record.base or record.id)
+        if base is None:
+            here = ", ".join(self._by_id)
+            what = f"the adapter {record.id} needs {record.base}" if record.kind == "adapter" else f"{record.id} is registered"
+            raise unknown_model(f"The model {name!r} is not served here: {what}, and this app serves {here}.")
+        if record.kind == "model":
+            return Target(base=base)
+        config = base.config
+        if not config.max_adapters:
+            raise ApiError(400, f"{base.name} is served without adapters (max_adapters is 0).", param="model")
+        if record.rank is not None and record.rank > config.max_lora_rank:
+            raise ApiError(
+                400,
+                f"The adapter {record.id} has rank {record.rank}; {base.name} is served with max_lora_rank "
+                f"{config.max_lora_rank}. Serve it with a larger one.",
+                param="model",
+            )
+        return Target(base=base, adapter=AdapterRef(id=record.id, path=str(record.path)))
+
+    async def cards(self) -> list[Card]:
+        """Every model that a request may name: the served ones, then their adapters' newest versions."""
+        cards = [Card(name=m.name, id=m.id, base=m, adapter=False, created=m.created) for m in self.models]
+        for record in await self._ask(lambda: self._registry.list(kind="adapter")):
+            base = self._by_id.get(record.base or "")
+            if base is not None and base.config.max_adapters and record.name not in self._served:
+                created = int(record.created_at.timestamp())
+                cards.append(Card(name=record.name, id=record.id, base=base, adapter=True, created=created))
+        return cards
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False)
+
+    def _find(self, name: str) -> ModelRecord:
+        revision = self._registry.revision()
+        if revision != self._revision:
+            self._found.clear()
+            self._revision = revision
+        record = self._found.get(name)
+        if record is None:
+            record = self._found[name] = self._registry.resolve(name)
+        return record
+
+    async def _ask(self, work: Callable[..., Any], *args: Any) -> Any:
+        # SQLite answers in 0.1 ms, but a disk or a network may not, and must not stop the streams.
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)

@@ -1,0 +1,170 @@
+"""Copies bytes between a client and an engine replica; nothing of a token is ever a Python object here.
+
+A client that leaves closes the engine's connection, streaming or not, and that is how vLLM learns to abort. A request that
+no byte was answered to may be tried once more on another replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Mapping
+
+import aiohttp
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tandem.config.serve import GatewayConfig
+from tandem.gateway.catalog import Target
+from tandem.gateway.errors import from_engine, no_replica, shape
+from tandem.gateway.fleet import Fleet
+from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_headers
+
+ATTEMPTS = 2
+PASSED_ON = ("content-type", "x-request-id", "cache-control")
+"""Response headers of an engine that a client gets."""
+
+
+class Proxy:
+    """The gateway's connections to all engines."""
+
+    def __init__(self, fleet: Fleet, config: GatewayConfig) -> None:
+        self._fleet = fleet
+        self._config = config
+        self._session: aiohttp.ClientSession | None = None
+
+    def start(self) -> None:
+        """Open the connection pool; needs the running loop."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=self._config.connect_timeout_s, sock_read=self._config.request_timeout_s
+            ),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def stop(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def forward(self, path: str, body: bytes, target: Target, headers: Mapping[str, str]) -> Response:
+        """The response that carries a request to a replica of `target` when Starlette sends it."""
+        return _Forwarded(self, path, body, target, headers)
+
+    async def open(
+        self, path: str, body: bytes, target: Target, headers: Mapping[str, str], held: contextlib.AsyncExitStack
+    ) -> aiohttp.ClientResponse:
+        """Send the request and wait for the head of the answer; `held` keeps the connection and the count.
+
+        Raises ApiError 503 with Retry-After if no replica takes it.
+        """
+        if self._session is None:
+            raise RuntimeError("Proxy.start was not called.")
+        adapter = target.adapter
+        sent = {"content-type": "application/json", **headers, **(adapter_headers(adapter) if adapter else {})}
+        avoid: list[str] = []
+        reason = f"No replica of {target.base.name} is ready"
+        for _ in range(ATTEMPTS):
+            replica = self._fleet.choose(target.base.id, adapter.id if adapter else None, avoid)
+            if replica is None:
+                break
+            avoid.append(replica.id)
+            attempt = contextlib.AsyncExitStack()
+            try:
+                attempt.enter_context(self._fleet.counting(replica))
+                request = self._session.post(replica.url + path, data=body, headers={**sent, TOKEN_HEADER: replica.token})
+                answer = await attempt.enter_async_context(request)
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                await attempt.aclose()
+                self._fleet.suspect(replica)
+                reason = f"A replica of {target.base.name} did not answer ({type(error).__name__})"
+                continue
+            except BaseException:
+                await attempt.aclose()
+                raise
+            if answer.status == 503 and UNAVAILABLE_HEADER in answer.headers:
+                reason = f"{target.base.name}: {await _said(answer)}"
+                if answer.headers[UNAVAILABLE_HEADER] != "adapters":
+                    self._fleet.suspect(replica)
+                await attempt.aclose()
+                continue
+            if adapter is not None and answer.status == 200:
+                self._fleet.holds(replica, adapter.id)
+            held.push_async_exit(attempt)
+            return answer
+        raise no_replica(
+            f"{reason.rstrip('.')}. Try again in {self._config.retry_after_s} s.", self._config.retry_after_s
+        )
+
+
+class _Forwarded(Response):
+    """A request on its way to an engine and back."""
+
+    def __init__(self, proxy: Proxy, path: str, body: bytes, target: Target, headers: Mapping[str, str]) -> None:
+        self._proxy = proxy
+        self._path = path
+        self._body = body
+        self._target = target
+        self._headers = headers
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Copy until the engine is done or the client has left, whichever comes first."""
+        copying = asyncio.ensure_future(self._copy(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((copying, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if copying.done():
+                copying.result()
+        finally:
+            # Also when Serve cancels us: whatever ends this request closes the engine's connection.
+            leaving.cancel()
+            copying.cancel()
+            with contextlib.suppress(BaseException):
+                await copying
+
+    async def _copy(self, send: Send) -> None:
+        async with contextlib.AsyncExitStack() as held:
+            answer = await self._proxy.open(self._path, self._body, self._target, self._headers, held)
+            head = [(name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers]
+            if answer.status >= 400:
+                body = from_engine(answer.status, await answer.read(), self._target.base.max_length)
+                await _send_head(send, answer.status, [(b"content-type", b"application/json")], len(body))
+                await send({"type": "http.response.body", "body": body})
+                return
+            length = answer.content_length
+            await _send_head(send, answer.status, head, length)
+            try:
+                async for chunk in answer.content.iter_any():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                # Too late for a status. A stream can still say why it ends; anything else must look cut off.
+                if not answer.content_type.startswith("text/event-stream"):
+                    raise
+                text = f"The engine stopped in the middle of its answer ({type(error).__name__})."
+                event = b"data: " + json.dumps(shape(503, text, code="engine_unavailable")).encode() + b"\n\n"
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_head(send: Send, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
+    if length is not None:
+        headers = [*headers, (b"content-length", str(length).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _said(answer: aiohttp.ClientResponse) -> str:
+    try:
+        return str((await answer.json())["error"]["message"])
+    except (ValueError, KeyError, TypeError, aiohttp.ClientError):
+        return "not available"
+
+

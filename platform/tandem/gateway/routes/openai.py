@@ -1,0 +1,107 @@
+"""OpenAI's routes: models, completions, chat completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic_core import from_json, to_json
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from tandem.config.serve import GatewayConfig
+from tandem.gateway.catalog import Catalog
+from tandem.gateway.errors import ApiError, unknown_model
+from tandem.gateway.fleet import Fleet
+from tandem.gateway.proxy import Proxy
+
+HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
+"""Request headers that an engine gets; a client's own key is not among them."""
+
+
+class OpenAIRoutes:
+    """The route handlers, around what they need."""
+
+    def __init__(self, catalog: Catalog, fleet: Fleet, proxy: Proxy, config: GatewayConfig) -> None:
+        self._catalog = catalog
+        self._fleet = fleet
+        self._proxy = proxy
+        self._config = config
+
+    def routes(self) -> list[BaseRoute]:
+        """What Starlette mounts."""
+        return [
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.get_model),
+            Route("/v1/completions", self.generate, methods=["POST"]),
+            Route("/v1/chat/completions", self.generate, methods=["POST"]),
+            Route("/health", self.health),
+        ]
+
+    async def list_models(self, request: Request) -> Response:
+        """Everything that `model` may name."""
+        return JSONResponse({"object": "list", "data": [card.wire() for card in await self._catalog.cards()]})
+
+    async def get_model(self, request: Request) -> Response:
+        """One model, by name or id."""
+        name = request.path_params["name"]
+        target = await self._catalog.resolve(name)
+        for card in await self._catalog.cards():
+            if target.engine_name == card.id:
+                return JSONResponse(card.wire() | {"id": name})
+        if target.adapter is None:
+            raise unknown_model(f"The model {name!r} does not exist.")
+        # An older version of an adapter answers by its id, but is not listed.
+        wire: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "tandem"}
+        return JSONResponse(wire | {"root": target.adapter.id, "parent": target.base.name})
+
+    async def generate(self, request: Request) -> Response:
+        """Completions and chat: find out who answers, and hand the bytes on."""
+        body = parse_body(await read_body(request, self._config.max_body_bytes))
+        name = body.get("model")
+        if not isinstance(name, str) or not name:
+            raise ApiError(400, f"`model` must be the name of a model; it is {name!r}.", param="model")
+        target = await self._catalog.resolve(name)
+        body["model"] = target.engine_name
+        headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
+        return self._proxy.forward(request.url.path, to_json(body), target, headers)
+
+    async def health(self, request: Request) -> Response:
+        """200 once every model has a ready replica; 503 with the counts before."""
+        ready = {
+            model.name: sum(r.base == model.id and r.state == "ready" for r in self._fleet.replicas)
+            for model in self._catalog.models
+        }
+        whole = all(ready.values())
+        headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
+        status = {"status": "ok" if whole else "unavailable", "ready_replicas": ready}
+        return JSONResponse(status, status_code=200 if whole else 503, headers=headers)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The request's body; ApiError 413 as soon as it is known to be larger than `limit` bytes."""
+    declared = request.headers.get("content-length", "")
+    parts, size = [], int(declared) if declared.isdigit() else 0
+    if size <= limit:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                break
+    if size > limit:
+        raise ApiError(
+            413, f"The request body has {size if declared else f'more than {limit}'} bytes; at most {limit} are taken."
+        )
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body; ApiError 400 for anything else."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"The request body is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"The request body must be a JSON object; it is of type {type(value).__name__}.")
+    return value

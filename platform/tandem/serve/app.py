@@ -1,0 +1,164 @@
+"""Builds the Serve application: a directory, one deployment of engine replicas for each model, and the gateway in front."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, cast
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.engine.create import check_engine_args
+from tandem.errors import ConfigError, RegistryError, did_you_mean
+from tandem.registry import Registry
+from tandem.serve.directory import Directory
+from tandem.serve.records import ServedModel, Snapshot
+from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
+from tandem.settings import settings
+
+GATEWAY = "tandem.gateway.app"
+"""Imported in the gateway's replica only: the gateway stands above this layer, and starts without what is here."""
+HEALTH_PERIOD_S = 2.0
+"""How often Serve asks a replica whether its engine lives."""
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
+CONTROL_CPUS = 0.1
+"""What Ray reserves for the directory and each gateway: room to be placed, not a limit."""
+
+
+def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
+    """The application that `serve.run` takes.
+
+    Resolves every model in the registry and, with `check`, has the engine check its arguments. Raises ConfigError or
+    RegistryError with the next step; no replica has started then.
+    """
+    registry_url = settings().registry_url
+    models = resolve_models(config, Registry(registry_url))
+    for model in models:
+        if check and model.config.engine_args:
+            check_engine_args(engine_spec(model))
+    directory = _deployment(Directory, "Directory", num_cpus=CONTROL_CPUS).bind()
+    engines = [
+        _deployment(
+            EngineReplica,
+            f"engine-{model.name}",
+            num_cpus=model.config.cpus_per_replica,
+            num_gpus=model.config.gpus_per_replica,
+            env=model.config.env,
+            num_replicas=model.config.replicas,
+            health_check_period_s=HEALTH_PERIOD_S,
+            graceful_shutdown_timeout_s=SHUTDOWN_S,
+        ).bind(model, directory)
+        for model in models
+    ]
+    gateway = _deployment(
+        serve.ingress()(Gateway),
+        "Gateway",
+        num_cpus=CONTROL_CPUS,
+        num_replicas=config.gateway.replicas,
+        # The proxy's own sends then reach the socket without a second event loop in between.
+        env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
+    )
+    return cast(serve.Application, gateway.bind(directory, tuple(models), config.gateway, registry_url, engines))
+
+
+class Gateway:
+    """The ingress. Only the wiring is here: what it does is in the gateway package."""
+
+    def __init__(
+        self,
+        directory: DeploymentHandle,
+        models: tuple[ServedModel, ...],
+        config: GatewayConfig,
+        registry_url: str,
+        engines: list[DeploymentHandle],
+    ) -> None:
+        # `engines` is not called: naming the replicas here is what makes them a part of the app.
+        self._directory = directory
+        self._models = models
+        self._config = config
+        self._registry_url = registry_url
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Serve in the replica."""
+        return importlib.import_module(GATEWAY).create_app(
+            models=self._models,
+            watch=self._watch,
+            registry=Registry(self._registry_url),
+            config=self._config,
+        )
+
+    async def _watch(self, version: int) -> Snapshot:
+        return cast(Snapshot, await self._directory.watch.remote(version))
+
+
+def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
+    """What the app serves: each configured model found in the registry or on the disk, or the newest registered one."""
+    wanted = config.models
+    if not wanted:
+        newest = registry.newest_model()
+        if newest is None:
+            raise RegistryError(
+                "There is no model to serve: none is configured and none is registered. Train one with "
+                "`tandem train submit`, or name a folder in Hugging Face's format."
+            )
+        wanted = (ServedModelConfig(model=newest.id, name=newest.name),)
+    models = [_resolve(served, registry) for served in wanted]
+    for model in models:
+        if sum(other.name == model.name or other.id == model.id for other in models) > 1:
+            raise ConfigError(f"models: {model.name!r} ({model.id}) is served more than once; raise its `replicas` instead.")
+    return models
+
+
+def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
+    folder = Path(served.model).expanduser()
+    # A slash or a dot in front says folder; a bare word is a name, whatever lies in the current directory.
+    if served.model.startswith(("/", ".", "~")) or "/" in served.model:
+        if served.engine != "echo" and not (folder / "config.json").is_file():
+            near = did_you_mean(folder.name, [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else [])
+            raise ConfigError(f"models: no model at {folder}: it has no config.json.{near}")
+        name = served.name or folder.name
+        return ServedModel(id=name, name=name, path=str(folder.resolve()), config=served)
+    if served.engine == "echo" and served.name:
+        return ServedModel(id=served.model, name=served.name, path="", config=served)
+    record = registry.resolve(served.model)
+    if record.kind != "model":
+        raise ConfigError(
+            f"models: {record.id} is an adapter. Serve its base, {record.base}: the adapter then answers by its name."
+        )
+    return ServedModel(
+        id=record.id,
+        name=served.name or record.name,
+        path=str(record.path),
+        config=served,
+        max_length=record.max_length,
+        created=int(record.created_at.timestamp()),
+    )
+
+
+def _deployment(
+    cls: Any,
+    name: str,
+    *,
+    num_cpus: float,
+    num_gpus: float = 0.0,
+    env: dict[str, str] | None = None,
+    **options: Any,
+) -> serve.Deployment:
+    resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    if env:
+        resources["runtime_env"] = {"env_vars": env}
+    return cast(
+        serve.Deployment,
+        serve.deployment(
+            cls,
+            name=name,
+            ray_actor_options=resources,
+            logging_config=QUIET,
+            # Requests do not pass through Serve's queues: the gateway's replicas admit all that HAProxy hands them.
+            max_ongoing_requests=100_000,
+            **options,
+        ),
+    )

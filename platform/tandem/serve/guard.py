@@ -1,0 +1,141 @@
+"""What stands before an engine's app: nobody without the replica's token, no route but the listed ones, no adapter missing."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from tandem.engine.protocol import AdapterRef, Engine
+from tandem.errors import EngineError
+from tandem.serve.adapters import AdapterSlots, SlotsBusyError
+from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
+
+ALLOWED = frozenset(
+    {
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/v1/models"),
+        ("GET", "/health"),
+        ("GET", "/metrics"),
+    }
+)
+"""The engine's routes that the gateway uses. vLLM's app has others that no client may reach."""
+LOAD, UNLOAD = "/tandem/adapters/load", "/tandem/adapters/unload"
+
+
+class Guard:
+    """ASGI middleware around an engine. Plain ASGI, so that a disconnect reaches the engine and bytes pass untouched."""
+
+    def __init__(
+        self, engine: Engine, slots: AdapterSlots, token: str, on_death: Callable[[], None] = lambda: None
+    ) -> None:
+        self._engine = engine
+        self._slots = slots
+        self._token = token.encode()
+        self._on_death = on_death
+        self.draining = False
+        """Set: new requests are sent elsewhere."""
+        self.in_flight = 0
+        """Requests inside the engine's app."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "lifespan":
+            await self._engine.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token):
+            await _refuse(send, 401, "This engine answers its gateway only.")
+        elif (scope["method"], scope["path"]) in ALLOWED:
+            await self._serve(scope, receive, send, adapter_from_headers(headers))
+        elif scope["method"] == "POST" and scope["path"] in (LOAD, UNLOAD):
+            await self._control(scope, receive, send)
+        else:
+            await _refuse(send, 404, f"No route {scope['method']} {scope['path']} here.")
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, adapter: AdapterRef | None) -> None:
+        if self.draining:
+            await _refuse(send, 503, "This replica is about to end.", unavailable="draining")
+        elif not self._engine.stats().healthy:
+            await self._refuse_dead(send)
+        elif adapter is None:
+            await self._pass(scope, receive, send)
+        else:
+            try:
+                async with self._slots.hold(adapter):
+                    await self._pass(scope, receive, send)
+            except SlotsBusyError as error:
+                await _refuse(send, 503, str(error), unavailable="adapters")
+            except EngineError as error:
+                if self._engine.stats().healthy:
+                    await _refuse(send, 500, str(error))
+                else:
+                    await self._refuse_dead(send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        swapped = False
+
+        async def send_unless_dead(message: Message) -> None:
+            nonlocal swapped
+            # A dead engine makes vLLM answer 500; nothing was generated, so the client may simply try again.
+            if message["type"] == "http.response.start" and message["status"] >= 500 and not self._engine.stats().healthy:
+                swapped = True
+                await self._refuse_dead(send)
+            elif not swapped:
+                await send(message)
+
+        self.in_flight += 1
+        try:
+            await self._engine.app(scope, receive, send_unless_dead)
+        finally:
+            self.in_flight -= 1
+
+    async def _refuse_dead(self, send: Send) -> None:
+        self._on_death()
+        await _refuse(send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable="dead")
+
+    async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = json.loads(await _body(receive))
+            if scope["path"] == LOAD:
+                await self._slots.load(AdapterRef(id=body["id"], path=body["path"]))
+                done = True
+            else:
+                done = await self._slots.unload(body["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            await _refuse(send, 400, f"The body must be JSON with an adapter's id (and path): {error!r}.")
+        except SlotsBusyError as error:
+            await _refuse(send, 503, str(error), unavailable="adapters")
+        except EngineError as error:
+            await _refuse(send, 500, str(error))
+        else:
+            await _json(send, 200, {"done": done, "adapters": list(self._slots.resident)})
+
+
+async def _body(receive: Receive) -> bytes:
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _refuse(send: Send, status: int, text: str, *, unavailable: str | None = None) -> None:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": text, "type": kind, "param": None, "code": None}
+    await _json(send, status, {"error": error}, {UNAVAILABLE_HEADER: unavailable} if unavailable else {})
+
+
+async def _json(send: Send, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+    body = json.dumps(value).encode()
+    raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    raw += [(name.encode(), text.encode()) for name, text in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

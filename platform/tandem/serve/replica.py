@@ -1,0 +1,119 @@
+"""One engine replica: a Serve deployment whose engine speaks HTTP on a port of its own.
+
+Serve starts it, checks it and replaces it; no request passes through Serve's handles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import ray
+from ray import serve
+
+from tandem.engine.create import EngineSpec, create_engine
+from tandem.errors import EngineError
+from tandem.serve.directory import HEARTBEAT_S
+from tandem.serve.host import EngineHost
+from tandem.serve.reaper import Reaper
+from tandem.serve.records import ReplicaRecord, ServedModel, State
+
+DRAIN_S = 30.0
+"""How long running requests may go on when a replica is asked to end."""
+SHUTDOWN_S = DRAIN_S + 15.0
+
+
+class EngineReplica:
+    """Holds one engine. `directory` is the handle of the app's directory."""
+
+    async def __init__(self, model: ServedModel, directory: Any) -> None:
+        """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
+        self._model = model
+        self._directory = directory
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._state: State = "ready"
+        self._changed = asyncio.Event()
+        self._reaper = Reaper()
+        loop = asyncio.get_running_loop()
+        # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
+        engine = await asyncio.to_thread(create_engine, engine_spec(model))
+        self._host = EngineHost(
+            engine,
+            max_adapters=model.config.max_adapters,
+            host=ray.util.get_node_ip_address(),
+            on_change=lambda: _set(loop, self._changed),
+        )
+        await self._host.start()
+        self._beats = asyncio.create_task(self._beat())
+
+    def check_health(self) -> None:
+        """Called by Serve; raising makes it replace this replica."""
+        if not self._host.alive:
+            self._changed.set()
+            raise EngineError(f"The engine of {self._model.id} has died.")
+
+    def record(self) -> ReplicaRecord:
+        """What the directory is told."""
+        stats = self._host.stats()
+        return ReplicaRecord(
+            id=self._id,
+            base=self._model.id,
+            url=self._host.url,
+            token=self._host.token,
+            state=self._state if self._host.alive else "dead",
+            running=stats.running,
+            waiting=stats.waiting,
+            kv_usage=round(stats.kv_usage, 4),
+            adapters=stats.adapters,
+        )
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica is to end: drain, and leave nothing behind."""
+        if not hasattr(self, "_beats"):
+            return
+        self._beats.cancel()
+        self._state = "draining"
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._tell(), 2.0)
+        await self._host.drain(DRAIN_S)
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
+        self._reaper.close()
+
+    async def _beat(self) -> None:
+        while True:
+            self._changed.clear()
+            # A directory that is being replaced does not answer; the next beat finds the new one.
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._tell(), 5 * HEARTBEAT_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
+
+    async def _tell(self) -> None:
+        await self._directory.heartbeat.remote(self.record())
+
+
+async def _answer(response: Any) -> Any:
+    return await response
+
+
+def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        loop.call_soon_threadsafe(event.set)
+
+
+def engine_spec(model: ServedModel) -> EngineSpec:
+    """What the engine of a served model loads."""
+    config = model.config
+    return EngineSpec(
+        kind=config.engine,
+        id=model.id,
+        name=model.name,
+        path=model.path,
+        max_adapters=config.max_adapters,
+        max_lora_rank=config.max_lora_rank,
+        threads=max(1, int(config.cpus_per_replica)),
+        gpus=config.gpus_per_replica,
+        args=config.engine_args,
+    )

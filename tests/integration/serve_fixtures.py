@@ -1,0 +1,158 @@
+"""One Ray cluster and one Serve app with a real vLLM engine, shared by every serving test of a session."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MAX_LENGTH = 256
+PROMPTS = ("the cat sat on the mat", "one two three four", "a dog and a cat ran over the hill")
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@dataclass(kw_only=True)
+class Served:
+    """A running app, and what it was made from."""
+
+    url: str
+    """`http://host:port`, without /v1."""
+    home: Path
+    base: Path
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """Folders of adapters by name; `red` and `blue` are registered, the rest are not."""
+    app: str = "tandem"
+
+    def client(self, **options: Any) -> Any:
+        """The openai SDK, which retries nothing unless it is told to."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key="test", **{"max_retries": 0, "timeout": 60.0, **options})
+
+    def registry(self) -> Any:
+        """The registry that the app looks at."""
+        from tandem.registry import Registry
+
+        return Registry(f"sqlite:///{self.home}/tandem.db")
+
+
+def write_model(folder: Path, *, max_length: int = MAX_LENGTH, layers: int = 2, hidden: int = 128) -> Path:
+    """A random Llama with a BPE tokenizer, as Hugging Face folders are."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(PROMPTS * 4, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=max_length,
+        # Large weights keep the best token well ahead of the second, whatever the order of sums.
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, base: Path, *, seed: int, rank: int = 8) -> Path:
+    """A LoRA adapter that changes the model's answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def greedy(base: Path, adapter: Path | None, prompt: str, tokens: int) -> str:
+    """What Hugging Face (and peft) generate, greedily and in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=2)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A base called `tiny` with adapters `red` and `blue`, served by one vLLM engine with two adapter slots."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = tmp_path_factory.mktemp("served")
+    base = write_model(folder / "tiny")
+    adapters = {name: write_adapter(folder / name, base, seed=i) for i, name in enumerate(("red", "blue", "green"))}
+    result = Served(url="", home=folder / "home", base=base, adapters=adapters)
+    result.home.mkdir()
+    registry = result.registry()
+    registry.register_model("tiny", base)
+    for name in ("red", "blue"):
+        registry.register_adapter(name, adapters[name], base="tiny")
+
+    import ray
+    from ray import serve
+
+    from tandem.cluster import local_cluster
+    from tandem.config import ServeConfig, ServedModelConfig
+    from tandem.serve.app import build_app
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TANDEM_HOME", str(result.home))
+        # Serve keeps an ingress half a minute at its end, for load balancers that a test has not got.
+        patch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+        config = ServeConfig(models=(ServedModelConfig(model="tiny", max_adapters=2, max_lora_rank=8),))
+        port = free_port()
+        result.url = f"http://127.0.0.1:{port}"
+        with local_cluster(num_cpus=8) as cluster:
+            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+            try:
+                serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+                serve.run(build_app(config), name=result.app, route_prefix="/")
+                yield result
+            finally:
+                ray.shutdown()

@@ -1,0 +1,99 @@
+"""A job is refused before it starts, with what to change; the same submission is the same job."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tandem.config import DataConfig, LoraConfig, ModelConfig, ParallelismConfig, TrainConfig
+from tandem.data.build import build_dataset
+from tandem.errors import ConfigError, DataError, StorageError, UnknownModelError
+from tandem.jobs import prepare as module
+from tandem.jobs.prepare import prepare
+from tandem.registry import Registry
+
+
+def build(home: Path, words: str) -> None:
+    source = home / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{words} {i} " * 30}) + "\n" for i in range(40)))
+    build_dataset(str(source), home / "data" / "texts", vocab_size=300, replace=True)
+
+
+@pytest.fixture
+def dataset(tandem_home: Path) -> str:
+    build(tandem_home, "a line of text")
+    return "texts"
+
+
+def config(dataset: str, **changes: object) -> TrainConfig:
+    return replace(TrainConfig(name="m", data=DataConfig(path=dataset, sequence_length=64)), **changes)  # type: ignore[arg-type]
+
+
+def a_model(home: Path, positions: int = 128) -> str:
+    folder = home / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+    (folder / "model.safetensors").write_bytes(b"x")
+    return Registry.open().register_model("base", folder).id
+
+
+def test_the_same_submission_is_the_same_job(dataset: str) -> None:
+    first, again = prepare(config(dataset)), prepare(config(dataset))
+    assert first == again
+    assert first.config().data.path.endswith("/data/texts")
+
+
+def test_other_steps_or_other_data_are_another_job_but_more_workers_are_not(dataset: str, tandem_home: Path) -> None:
+    first = prepare(config(dataset))
+    assert prepare(config(dataset, steps=7)) != first
+    assert prepare(config(dataset, parallel=ParallelismConfig(workers=2))) == first
+    build(tandem_home, "another line of text")
+    assert prepare(config(dataset)) != first
+
+
+def test_a_dataset_that_does_not_exist_is_refused_with_the_nearest_name(dataset: str) -> None:
+    with pytest.raises(DataError, match="Did you mean 'texts'"):
+        prepare(config("text"))
+
+
+def test_a_folder_without_an_index_is_no_dataset(tandem_home: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is not a dataset"):
+        prepare(config(str(tmp_path / "empty")))
+
+
+def test_rows_longer_than_the_model_are_refused_with_both_numbers(dataset: str) -> None:
+    with pytest.raises(ConfigError, match=r"\(64\).*\(32\)"):
+        prepare(config(dataset, model=ModelConfig(max_length=32)))
+
+
+def test_rows_longer_than_a_registered_base_are_refused(dataset: str, tandem_home: Path) -> None:
+    a_model(tandem_home, positions=48)
+    with pytest.raises(ConfigError, match=r"\(64\).*\(48\)"):
+        prepare(config(dataset, model=ModelConfig(base="base")))
+
+
+def test_a_base_is_pinned_to_its_version(dataset: str, tandem_home: Path) -> None:
+    a_model(tandem_home)
+    job = prepare(config(dataset, model=ModelConfig(base="base"), lora=LoraConfig(rank=8)))
+    assert job.config().model.base == "base@1"
+
+
+def test_an_unknown_base_is_refused_with_the_nearest_name(dataset: str, tandem_home: Path) -> None:
+    a_model(tandem_home)
+    with pytest.raises(UnknownModelError, match="base"):
+        prepare(config(dataset, model=ModelConfig(base="bases")))
+
+
+def test_loss_on_answers_needs_answers(dataset: str) -> None:
+    with pytest.raises(ConfigError, match="plain text without answers"):
+        prepare(config(dataset, data=DataConfig(path=dataset, loss_on="answers")))
+
+
+def test_a_full_disk_is_refused_with_the_numbers(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SPACE_NEEDED", 2**62)
+    with pytest.raises(StorageError, match=r"MiB.*are free"):
+        prepare(config(dataset))
