@@ -134,21 +134,23 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for name in ("red", "blue"):
         registry.register_adapter(name, adapters[name], base="tiny")
 
-    import ray
-    from ray import serve
-
     from tandem.cluster import local_cluster
-    from tandem.config import ServeConfig, ServedModelConfig
-    from tandem.serve.app import build_app
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TANDEM_HOME", str(result.home))
         # Serve keeps an ingress half a minute at its end, for load balancers that a test has not got.
         patch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
-        config = ServeConfig(models=(ServedModelConfig(model="tiny", max_adapters=2, max_lora_rank=8),))
         port = free_port()
         result.url = f"http://127.0.0.1:{port}"
         with local_cluster(num_cpus=8) as cluster:
+            # Ray reads its authentication mode when it is imported, so the cluster comes first.
+            import ray
+            from ray import serve
+
+            from tandem.config import ServeConfig, ServedModelConfig
+            from tandem.serve.app import build_app
+
+            config = ServeConfig(models=(ServedModelConfig(model="tiny", max_adapters=2, max_lora_rank=8),))
             ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
             try:
                 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

@@ -34,7 +34,7 @@ def datasets(session_home: Path, tmp_path_factory: pytest.TempPathFactory) -> No
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     built = tandem("data", "build", str(folder / "texts.jsonl"), "cli-text", "--vocab-size", "512", home=session_home)
     assert built.returncode == 0, built.stdout
-    assert "200 text samples" in built.stdout
+    assert "200 texts" in built.stdout
     built = tandem(
         "data", "build", str(folder / "pairs.jsonl"), "cli-pairs", "--tokenizer", "cli-text", home=session_home
     )

@@ -56,9 +56,7 @@ def build_command(
             output=console,
             replace=replace,
         )
-        console.print(
-            f"[green]✓[/] [bold]{name}[/]: {index.samples:,} {index.kind} samples in {len(index.shards)} shards, {target}"
-        )
+        console.print(f"[green]✓[/] [bold]{name}[/]: {describe(index)}, {target}")
 
 
 def build(
@@ -93,6 +91,12 @@ def build(
             progress=show,
             replace=replace,
         )
+
+
+def describe(index: DatasetIndex) -> str:
+    """A dataset in a few words."""
+    what = "question-answer pairs" if index.kind == "pairs" else "texts"
+    return f"{index.samples:,} {what}, {index.total_bytes / 2**20:.1f} MiB in {len(index.shards)} shards"
 
 
 def find_tokenizer(name: str) -> Path:

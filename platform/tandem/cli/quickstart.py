@@ -102,11 +102,12 @@ def step(number: int, title: str) -> Iterator[None]:
 
 def questions() -> list[tuple[str, str]]:
     """The questions that the adapter was trained on, with their answers."""
+    from tandem.data.corpus import Pair
     from tandem.data.shards import read_samples
 
     folder = settings().data_dir / PAIRS
     samples = read_samples(DatasetIndex.load(folder).shard_paths(folder))
-    return [(str(s["prompt"]), str(s["answer"])) for s in samples]
+    return [(s.prompt, s.answer) for s in samples if isinstance(s, Pair)]
 
 
 def show_answers(url: str, base: str, adapter: str) -> None:

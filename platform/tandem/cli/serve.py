@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import threading
@@ -81,7 +82,7 @@ def serving(
         address=cluster.address,
         namespace="tandem",
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         ignore_reinit_error=True,
     )
     try:
@@ -132,7 +133,7 @@ def down_command() -> None:
         if isinstance(cluster, LocalCluster) and not busy(cluster):
             stop_quietly(cluster)
         else:
-            ServeSubmissionClient(cluster.dashboard_url).delete_applications()
+            ServeSubmissionClient(cluster.dashboard_url).delete_applications()  # type: ignore[no-untyped-call]
         console.print(f"Stopped {', '.join(names) or 'the cluster; nothing was served'}.")
 
 
@@ -192,7 +193,7 @@ def holder(port: int) -> str:
     """` by NAME (pid N)` for who listens on a port, as far as this user may know."""
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
                 return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
     except psutil.Error:
         pass

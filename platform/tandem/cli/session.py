@@ -16,7 +16,7 @@ from typing import Self
 
 import yaml
 
-from tandem.cli.data import build
+from tandem.cli.data import build, describe
 from tandem.cli.serve import CPUS, check_port, serving
 from tandem.cli.shell import a_cluster, console
 from tandem.cli.train import follow, say_finished
@@ -62,15 +62,12 @@ class Session:
         folder = settings().data_dir / name
         try:
             index = DatasetIndex.load(folder)
-            console.print(f"  [dim]·[/] {name} is there: {index.samples:,} {index.kind} samples")
+            console.print(f"  [dim]·[/] {name} is there: {describe(index)}")
         except DataError:
             index = build(
                 source, folder, tokenizer=tokenizer, vocab_size=vocab_size, limit=limit, replace=folder.exists()
             )
-            size = sum(shard.bytes for shard in index.shards) / 2**20
-            console.print(
-                f"  [dim]·[/] {name}: {index.samples:,} {index.kind} samples, {size:.1f} MiB in {len(index.shards)} shards"
-            )
+            console.print(f"  [dim]·[/] {name}: {describe(index)}")
         return index
 
     def train(self, config: TrainConfig | str | Path, *overrides: str) -> str:

@@ -210,8 +210,8 @@ def logs_command(
         found = _client_of(job)
         if found is None or found[0].state(found[1]) is None:
             # Its cluster is gone and took the log along; the events are in the folder.
-            for line in job.events():
-                typer.echo(json.dumps(line))
+            for event in job.events():
+                typer.echo(json.dumps(event))
             return
         client, submission = found
         for line in client.follow(submission) if follow_it else client.log_lines(submission):

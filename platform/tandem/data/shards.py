@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tandem.data.corpus import Sample, Text
+from tandem.data.corpus import Pair, Sample, Text
 from tandem.data.index import ShardInfo
 from tandem.ids import file_digest
 from tandem.storage import disk_errors
@@ -66,3 +66,17 @@ def _write_shard(samples: list[Sample], path: Path, first: int) -> ShardInfo:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return ShardInfo(name=path.name, samples=len(samples), bytes=path.stat().st_size, sha256=file_digest(path))
+
+
+def read_samples(paths: Iterable[Path]) -> Iterator[Sample]:
+    """The samples in shards that `write_shards` wrote, in order."""
+    for path in paths:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                text = file.read().decode() if file else ""
+                if member.name.endswith(".json"):
+                    pair = json.loads(text)
+                    yield Pair(pair["prompt"], pair["answer"])
+                else:
+                    yield Text(text)
