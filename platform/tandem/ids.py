@@ -57,6 +57,6 @@ def versioned(name: str, version: int) -> str:
 def split_version(name: str) -> tuple[str, int | None]:
     """`("name", 3)` for `name@3`, `("name", None)` for `name`."""
     stem, at, version = name.rpartition("@")
-    if at and version.isdigit():
+    if at and re.fullmatch("[0-9]{1,9}", version):
         return stem, int(version)
     return name, None

@@ -44,6 +44,8 @@ def disk_errors(doing: str, path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StorageError(f"Not allowed to write while {doing} at {path}. Check its owner and mode.") from error
+        if error.errno == errno.ENOTDIR:
+            raise StorageError(f"{path} lies below something that is a file. Set TANDEM_HOME to a folder.") from error
         raise
 
 
@@ -72,6 +74,8 @@ def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             yield staging
             if target.exists():
+                if not replace:
+                    raise StorageError(f"{target} appeared while it was being written. Choose another name.")
                 old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
                 target.rename(old)
                 staging.rename(target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-MAX_LENGTH = 256
+MAX_LENGTH = 2048
 PROMPTS = ("the cat sat on the mat", "one two three four", "a dog and a cat ran over the hill")
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -36,6 +35,21 @@ class Served:
         from openai import OpenAI
 
         return OpenAI(base_url=f"{self.url}/v1", api_key="test", **{"max_retries": 0, "timeout": 60.0, **options})
+
+    def replicas(self) -> tuple[Any, ...]:
+        """What the app's directory knows."""
+        from ray import serve
+
+        directory = serve.get_deployment_handle("Directory", self.app)
+        return tuple(directory.watch.remote(0).result(timeout_s=30).replicas)
+
+    def metric(self, name: str) -> float:
+        """A counter or gauge of the one engine, from vLLM's own metrics."""
+        import httpx
+
+        (replica,) = self.replicas()
+        text = httpx.get(f"{replica.url}/metrics", headers={"x-tandem-token": replica.token}, timeout=30).text
+        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + "{"))
 
     def registry(self) -> Any:
         """The registry that the app looks at."""
@@ -97,8 +111,8 @@ def write_adapter(folder: Path, base: Path, *, seed: int, rank: int = 8) -> Path
     return folder
 
 
-def greedy(base: Path, adapter: Path | None, prompt: str, tokens: int) -> str:
-    """What Hugging Face (and peft) generate, greedily and in float32."""
+def greedy_tokens(base: Path, adapter: Path | None, prompt: str, tokens: int) -> list[int]:
+    """The tokens that Hugging Face (and peft) generate, greedily and in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,7 +125,7 @@ def greedy(base: Path, adapter: Path | None, prompt: str, tokens: int) -> str:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=2)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return [int(token) for token in out[0, ids.shape[1] :]]
 
 
 def free_port() -> int:
@@ -121,40 +135,30 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A base called `tiny` with adapters `red` and `blue`, served by one vLLM engine with two adapter slots."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from ray import serve
+
+    from tandem.config import ServeConfig, ServedModelConfig
+    from tandem.serve.app import build_app
+
     folder = tmp_path_factory.mktemp("served")
     base = write_model(folder / "tiny")
     adapters = {name: write_adapter(folder / name, base, seed=i) for i, name in enumerate(("red", "blue", "green"))}
-    result = Served(url="", home=folder / "home", base=base, adapters=adapters)
+    port = free_port()
+    result = Served(url=f"http://127.0.0.1:{port}", home=folder / "home", base=base, adapters=adapters)
     result.home.mkdir()
     registry = result.registry()
     registry.register_model("tiny", base)
     for name in ("red", "blue"):
         registry.register_adapter(name, adapters[name], base="tiny")
-
-    from tandem.cluster import local_cluster
-
+    config = ServeConfig(
+        models=(ServedModelConfig(model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1),), app=result.app
+    )
     with pytest.MonkeyPatch.context() as patch:
+        # The app has a registry of its own, so that other tests' models are not in its lists.
         patch.setenv("TANDEM_HOME", str(result.home))
-        # Serve keeps an ingress half a minute at its end, for load balancers that a test has not got.
-        patch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
-        port = free_port()
-        result.url = f"http://127.0.0.1:{port}"
-        with local_cluster(num_cpus=8) as cluster:
-            # Ray reads its authentication mode when it is imported, so the cluster comes first.
-            import ray
-            from ray import serve
-
-            from tandem.config import ServeConfig, ServedModelConfig
-            from tandem.serve.app import build_app
-
-            config = ServeConfig(models=(ServedModelConfig(model="tiny", max_adapters=2, max_lora_rank=8),))
-            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
-            try:
-                serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-                serve.run(build_app(config), name=result.app, route_prefix="/")
-                yield result
-            finally:
-                ray.shutdown()
+        app = build_app(config)
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.run(app, name=result.app, route_prefix="/")
+    yield result

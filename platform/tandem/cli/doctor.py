@@ -256,7 +256,7 @@ def _cluster() -> Iterator[Finding]:
         fix = (
             "Start that cluster (`ray up cluster.yaml`, `ray start --head`), or unset RAY_ADDRESS to use this machine."
         )
-        says = f"RAY_ADDRESS={address} does not answer: {error}"
+        says = f"RAY_ADDRESS={address} does not answer: {error.__cause__ or error}"
         yield Finding(name="Ray cluster", state="problem", says=says, fix=fix)
         return
     where = found.dashboard_url if found else address

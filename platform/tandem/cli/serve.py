@@ -133,7 +133,7 @@ def down_command() -> None:
         if isinstance(cluster, LocalCluster) and not busy(cluster):
             stop_quietly(cluster)
         else:
-            ServeSubmissionClient(cluster.dashboard_url).delete_applications()  # type: ignore[no-untyped-call]
+            ServeSubmissionClient(cluster.dashboard_url).delete_applications()
         console.print(f"Stopped {', '.join(names) or 'the cluster; nothing was served'}.")
 
 

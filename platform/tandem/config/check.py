@@ -9,7 +9,7 @@ from tandem.errors import ConfigError, did_you_mean
 
 def at_least(key: str, value: float, minimum: float) -> None:
     """Refuse a number below `minimum`."""
-    if value < minimum:
+    if not value >= minimum:  # so written, it refuses "not a number" too
         raise ConfigError(f"{key} is {value}; it must be at least {minimum}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -120,18 +121,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            number = float(value)
+            if math.isfinite(number):
+                return number
+        except (ValueError, OverflowError):
             pass
+        raise ConfigError(f"{where} is {_named(value)}; it must be a finite number.")
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
+    kind = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}.get(hint, str(hint))
     raise ConfigError(f"{where} is {_named(value)}; it must be {kind}.")
 
 

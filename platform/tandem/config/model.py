@@ -54,6 +54,11 @@ class ModelConfig:
             check.at_least(f"model.{key}", getattr(self, key), 1)
         check.divides("model.num_heads", self.num_heads, "model.hidden_size", self.hidden_size)
         check.divides("model.num_kv_heads", self.num_kv_heads, "model.num_heads", self.num_heads)
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"model.hidden_size / model.num_heads is {self.head_dim}; rotary positions need an even head width."
+            )
+        check.at_least("model.rope_theta", self.rope_theta, 1.0)
 
     @property
     def head_dim(self) -> int:

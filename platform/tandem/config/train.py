@@ -104,7 +104,7 @@ class TrainConfig:
             check.at_least(key, getattr(self, key), 1)
         share = self.parallel.workers * self.accumulate
         if self.batch_size % share:
-            fits = max(share, self.batch_size // share * share)
+            fits = max(share, round(self.batch_size / share) * share)
             raise ConfigError(
                 f"batch_size ({self.batch_size}) must be a multiple of parallel.workers x accumulate "
                 f"({self.parallel.workers} x {self.accumulate} = {share}). The nearest that works is {fits}."

@@ -8,6 +8,7 @@ follows them never crosses a boundary (transformers builds that mask from positi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,14 @@ from tandem.data.tokenize import Encoded
 IGNORED = -100
 Rows = npt.NDArray[np.int32]
 """[rows, 3, T]: ids, labels, positions."""
+
+
+class RowSource(Protocol):
+    """The rows of one rank."""
+
+    def take(self, count: int) -> Rows:
+        """The next `count` rows: [count, 3, T] int32 (ids, labels, positions)."""
+        ...
 
 
 def pack(documents: Iterable[Encoded], length: int, pad_id: int, *, split: bool) -> Rows:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
@@ -20,7 +20,7 @@ import ray.data
 from tandem.config import DataConfig
 from tandem.data.index import DatasetIndex, Kind
 from tandem.data.order import Lane, held_rows, lane_count, lanes_of
-from tandem.data.packing import Rows, pack
+from tandem.data.packing import Rows, RowSource, pack
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 
@@ -28,14 +28,6 @@ HELD_SHARE = 0.25
 """Share of the object store that held rows may take."""
 PACKED_PER_BYTE = 4.0
 """Bytes of packed rows for each byte of text, about: 12 for a token of 3 to 4 characters."""
-
-
-class RowSource(Protocol):
-    """The rows of one rank."""
-
-    def take(self, count: int) -> Rows:
-        """The next `count` rows: [count, 3, T] int32 (ids, labels, positions)."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,8 @@ from tandem.errors import ConfigError, EngineError, TandemError, did_you_mean
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
-OURS = {"model", "served_model_name"}
-"""Arguments that the served model's own keys set."""
+OURS = {"model": "model", "served_model_name": "name", "enable_lora": "max_adapters", "max_lora_rank": "max_lora_rank"}
+"""Arguments that keys of the served model's own set."""
 
 
 class VllmEngine:
@@ -153,7 +153,7 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
     known = {f.name for cls in (AsyncEngineArgs, BaseFrontendArgs) for f in dataclasses.fields(cls)}
     for key in spec.args:
         if key in OURS:
-            raise ConfigError(f"engine_args.{key} is set by models[].{'model' if key == 'model' else 'name'}; use that.")
+            raise ConfigError(f"engine_args.{key} is set by models[].{OURS[key]}; use that.")
         if key not in known:
             hint = did_you_mean(key.replace("-", "_"), known)
             raise ConfigError(f"engine_args.{key} is not an argument of vLLM's engine.{hint}")
@@ -166,9 +166,12 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
         "disable_fastapi_docs": True,
     }
     if spec.max_adapters:
+        # On the CPU, a request for the base in a batch with others' adapters gets the last slot's adapter applied
+        # (vllm-project/vllm pull request 48421). One slot more than is ever used keeps the last one empty, so harmless.
+        slots = spec.max_adapters + (not spec.gpus)
         chosen |= {
-            "max_loras": spec.max_adapters,
-            "max_cpu_loras": spec.max_adapters,
+            "max_loras": slots,
+            "max_cpu_loras": slots,
             "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
         }
     if not spec.gpus:
@@ -176,7 +179,20 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
         chosen |= {"dtype": "float32", "enforce_eager": True}
     for key, value in {**chosen, **spec.args}.items():
         setattr(args, key, value)
+    if spec.max_adapters:
+        _check_slots(args, spec)
     return args
+
+
+def _check_slots(args: argparse.Namespace, spec: EngineSpec) -> None:
+    needed = spec.max_adapters + (not spec.gpus)
+    key = "max_cpu_loras" if spec.gpus else "max_loras"
+    given = getattr(args, key)
+    if isinstance(given, int) and given < needed:
+        raise ConfigError(
+            f"engine_args.{key} is {given}; max_adapters ({spec.max_adapters}) needs at least {needed}. "
+            f"Lower max_adapters, or leave {key} out."
+        )
 
 
 def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -227,6 +228,10 @@ def test_at_a_terminal_the_first_ctrl_c_stops_the_answer_and_the_second_leaves(s
         os.write(ours, b"hi\n")
         expect("base heard hi")
         expect("you> ")
+        # CPython misses a signal in the instant between showing the prompt and waiting for a key.
+        while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+            time.sleep(0.1)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -174,6 +175,15 @@ def test_another_registry_on_the_same_file_sees_the_change(registry, model_folde
     record = registry.register_model("base", model_folder())
     assert other.resolve("base") == record
     assert other.revision() == registry.revision()
+
+
+def test_threads_share_a_registry(registry, model_folder):
+    folders = [model_folder(f"m{i}", bytes([i])) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        records = list(pool.map(lambda folder: registry.register_model("base", folder), folders))
+        found = list(pool.map(registry.resolve, [record.id for record in records]))
+    assert found == records
+    assert sorted(record.version for record in records) == list(range(1, 13))
 
 
 def test_a_pickled_registry_opens_the_same_database(registry, model_folder):

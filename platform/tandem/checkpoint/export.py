@@ -1,0 +1,81 @@
+"""Trained weights as others load them: a Hugging Face folder, or a peft adapter; both safetensors, published whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from tandem.data.build import copy_tokenizer
+from tandem.storage import publish_folder
+
+
+def export(model: nn.Module, target: Path, *, tokenizer: Path) -> None:
+    """Write `model` to `target`, replacing what is there. Every rank calls it; rank 0 writes.
+
+    A peft model becomes an adapter folder, any other a folder that AutoModelForCausalLM, AutoTokenizer and vLLM load.
+    """
+    adapter = getattr(_plain(model), "peft_config", None) is not None
+    weights = get_model_state_dict(
+        model,
+        options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter, strict=False),
+    )
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    with publish_folder(target, replace=True) as staging:
+        (_export_adapter if adapter else _export_model)(_plain(model), weights, staging)
+        if not adapter:
+            copy_tokenizer(tokenizer, staging)
+
+
+def is_whole(target: Path) -> bool:
+    """Whether `target` holds an exported model or adapter."""
+    adapter = (target / "adapter_config.json").exists() and (target / "adapter_model.safetensors").exists()
+    return adapter or ((target / "config.json").exists() and any(target.glob("*.safetensors")))
+
+
+def _export_model(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.dtype = torch.float32
+    # A fresh class instance on no device: the trained one may be sharded, and save_pretrained would ask it for its weights.
+    with torch.device("meta"):
+        shell = type(model).__mro__[1](model.config) if type(model).__name__.startswith("FSDP") else type(model)(model.config)
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    shell.load_state_dict(weights, assign=True, strict=False)
+    shell.tie_weights()
+    if model.generation_config is not None:
+        shell.generation_config = model.generation_config
+    shell.save_pretrained(folder, state_dict=weights)
+
+
+def _export_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    adapter = get_peft_model_state_dict(model, state_dict=weights)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in adapter.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = model.peft_config["default"]
+    was, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = was
+    # Written by peft from sets, in any order: sorted, so that equal adapters are equal files.
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(_sorted(json.loads(path.read_text())), indent=2, sort_keys=True))
+
+
+def _sorted(values: dict[str, Any]) -> dict[str, Any]:
+    found = values.get("target_modules")
+    return {**values, "target_modules": sorted(found)} if isinstance(found, list) else values
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -1,0 +1,128 @@
+"""Saves and loads training state with torch.distributed.checkpoint: each rank its shards, all of them in one folder.
+
+Only what is trained is saved: a LoRA run's checkpoint holds its adapters, not the base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from tandem.checkpoint import folders
+from tandem.checkpoint.folders import SavedState
+from tandem.errors import CheckpointError, StorageError
+from tandem.storage import disk_errors, free_bytes
+
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: SavedState, *, keep: int) -> Path:
+    """Write a checkpoint below `root` and return its folder. Every rank calls it, at the same step.
+
+    A full disk raises StorageError on every rank; checkpoints that were whole stay so.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    problem: str | None = None
+    if rank == 0:
+        try:
+            folders.prepare(root, state.step)
+        except (StorageError, OSError) as error:
+            problem = str(error)
+    _agree(problem)
+    staging = folders.staging_folder(root, state.step)
+    problem = None
+    try:
+        dcp.save(_content(model, optimizer), checkpoint_id=staging, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, RuntimeError) as error:
+        problem = _explain(error, root)
+    _agree(problem)
+    if rank == 0:
+        try:
+            folders.publish(root, state, keep)
+        except (StorageError, OSError) as error:
+            problem = str(error)
+    _agree(problem)
+    return folders.step_folder(root, state.step)
+
+
+def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> SavedState:
+    """Put a checkpoint into `model` and `optimizer`, however they are sharded now. Every rank calls it.
+
+    Raises CheckpointError if it is damaged or of another model.
+    """
+    state = folders.read_state(checkpoint)
+    content = _content(model, optimizer)
+    try:
+        dcp.load(content, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
+        set_model_state_dict(model, content["model"], options=_OPTIONS)
+        set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_OPTIONS)
+    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint} cannot be loaded: {_root_cause(error)}. "
+            "Remove it; the run then goes on from the one before, or from the start."
+        ) from error
+    _set_random_state(content["random"])
+    return state
+
+
+def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model, options=_OPTIONS),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
+        "random": {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()},
+    }
+
+
+def _set_random_state(found: dict[str, torch.Tensor]) -> None:
+    for state in found.values():
+        torch.set_rng_state(state)
+
+
+def _agree(problem: str | None) -> None:
+    """Raise StorageError on every rank if any has a problem, so that none waits for one that is gone."""
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise StorageError(found)
+
+
+def _root_cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        inner = next(iter(error.failures.values()), None)
+        return str(inner[0] if isinstance(inner, tuple) else inner or error)
+    return str(error)
+
+
+def _explain(error: BaseException, root: Path) -> str:
+    inner: BaseException = error
+    if isinstance(error, CheckpointException):
+        first = next(iter(error.failures.values()), error)
+        inner = first[0] if isinstance(first, tuple) else first
+    try:
+        with disk_errors("writing a checkpoint", root):
+            raise inner
+    except StorageError as known:
+        return str(known)
+    except BaseException as other:
+        # torch's writer reports a full disk as a RuntimeError of its stream.
+        free = free_bytes(root) / 2**20
+        return (
+            f"A checkpoint could not be written below {root}: {other} ({free:,.1f} MiB free). Checkpoints written before "
+            "are whole. Free some space, then run the same command again: it goes on from the newest one."
+        )

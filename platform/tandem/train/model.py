@@ -1,0 +1,102 @@
+"""The model to train: built by its shape or loaded from its base, given adapters, then laid over the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tandem.config import ModelConfig
+from tandem.data.tokenize import TextEncoder
+from tandem.errors import ConfigError
+
+
+def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, seed: int) -> nn.Module:
+    """A causal LM in float32 on the CPU: `base` loaded, or a new one of `config`'s shape, the same on every rank.
+
+    Raises ConfigError if `base` cannot be loaded.
+    """
+    # Imported here: what only plans or reads configs need not wait for it.
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    if base is None:
+        return new_model(config, encoder)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.base {base} cannot be loaded: {error}") from error
+    return model
+
+
+def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
+    """A stock transformers model with random weights; its vocabulary is the tokenizer's."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    shape: dict[str, Any] = {
+        "vocab_size": encoder.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": encoder.token_id("bos_token"),
+        "eos_token_id": encoder.token_id("eos_token"),
+        "pad_token_id": encoder.token_id("pad_token"),
+        "use_cache": True,
+    }
+    if config.architecture == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**shape))
+    return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+def distribute(model: nn.Module, mesh: DeviceMesh, *, precision: str) -> nn.Module:
+    """Lay `model` over the mesh: sharded along dp_shard, replicated along dp_replicate.
+
+    Adapters must be in already: sharding groups the parameters that finally exist (training.md: otherwise adapters diverge).
+    """
+    shard, replicate = mesh["dp_shard"].size(), mesh["dp_replicate"].size()
+    if shard > 1:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options: dict[str, Any] = {
+            "mesh": mesh["dp_replicate", "dp_shard"] if replicate > 1 else mesh["dp_shard"],
+            **({"mp_policy": policy} if precision == "bfloat16" else {}),
+        }
+        for layer in decoder_layers(model):
+            fully_shard(layer, **options)
+        fully_shard(model, **options)
+    elif replicate > 1:
+        return DistributedDataParallel(
+            model, process_group=mesh["dp_replicate"].get_group(), gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    return model
+
+
+def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The transformer blocks of a transformers model, under peft or not."""
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList):
+            yield from layers
+            return
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without DDP around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters, and those of them that are trained."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
