@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from tandem.data.build import copy_tokenizer
 from tandem.storage import publish_folder
@@ -40,11 +41,12 @@ def is_whole(target: Path) -> bool:
 
 
 def _export_model(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    # The trained model may be sharded, and save_pretrained would ask it for its weights: an empty one of its class takes them.
+    plain = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    model.config.architectures = [plain.__name__]
     model.config.dtype = torch.float32
-    # A fresh class instance on no device: the trained one may be sharded, and save_pretrained would ask it for its weights.
     with torch.device("meta"):
-        shell = type(model).__mro__[1](model.config) if type(model).__name__.startswith("FSDP") else type(model)(model.config)
+        shell = plain(model.config)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     shell.load_state_dict(weights, assign=True, strict=False)
     shell.tie_weights()
@@ -57,7 +59,7 @@ def _export_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) 
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    adapter = get_peft_model_state_dict(model, state_dict=weights)
+    adapter = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     save_file(
         {name: tensor.detach().contiguous() for name, tensor in adapter.items()},
         folder / "adapter_model.safetensors",

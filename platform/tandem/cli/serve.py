@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 from rich.table import Table
 
+from tandem.cli.machine import port_holder
 from tandem.cli.shell import a_cluster, console, friendly_errors, stop_quietly, uninterrupted
 from tandem.cluster import Cluster, LocalCluster, connect
 from tandem.config import ServeConfig, ServedModelConfig, load_yaml
@@ -184,20 +184,10 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
             with closing(socket.socket()) as other:
                 other.bind((host, 0))
                 free = other.getsockname()[1]
+            holder = port_holder(port) or "a process that has just ended"
             raise ClusterError(
-                f"Port {port} is taken{holder(port)}. Stop that, or choose another: --port {free}."
+                f"Port {port} is taken by {holder}. Stop that, or choose another: --port {free}."
             ) from error
-
-
-def holder(port: int) -> str:
-    """` by NAME (pid N)` for who listens on a port, as far as this user may know."""
-    try:
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
-                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    except psutil.Error:
-        pass
-    return ""
 
 
 def wait_for_interrupt() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from tandem.errors import DataError
 
 HELD_SHARE = 0.25
 """Share of the object store that held rows may take."""
+TASK_BYTES = 8 * 2**20
+"""Bytes of shards for one reading task: starting a process costs about as much as tokenising this much."""
 PACKED_PER_BYTE = 4.0
 """Bytes of packed rows for each byte of text, about: 12 for a token of 3 to 4 characters."""
 
@@ -133,7 +136,9 @@ class StreamedRows:
 
     def _read(self, shards: list[int]) -> Iterator[Rows]:
         config = self._stream.config
-        packed = packed_dataset([self._stream.shards[s] for s in shards], self._stream.spec, config)
+        packed = packed_dataset(
+            [self._stream.shards[s] for s in shards], self._stream.spec, config, tasks=1, blocks=len(shards)
+        )
         # A split of one: its executor is an actor of its own, and does not take the training process's time.
         (split,) = packed.streaming_split(1, equal=False)
         for batch in split.iter_batches(
@@ -142,15 +147,28 @@ class StreamedRows:
             yield from batch["row"]
 
 
-def packed_dataset(paths: list[str], spec: PackSpec, config: DataConfig) -> ray.data.Dataset:
-    """The packed rows of shards, shard by shard in the order of `paths`."""
+def packed_dataset(paths: list[str], spec: PackSpec, config: DataConfig, *, tasks: int, blocks: int = 1) -> ray.data.Dataset:
+    """The packed rows of shards, shard by shard in the order of `paths`, by at most `tasks` processes at a time."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     read = ray.data.read_webdataset(
-        paths, decoder=None, include_paths=True, override_num_blocks=len(paths), num_cpus=config.readers
+        paths,
+        decoder=None,
+        include_paths=True,
+        override_num_blocks=min(len(paths), tasks * blocks),
+        num_cpus=config.readers,
+        concurrency=tasks,
     )
-    return read.map_batches(spec, batch_size=None, batch_format="numpy", num_cpus=config.readers, udf_modifying_row_count=True)
+    return read.map_batches(
+        spec,
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=config.readers,
+        compute=ray.data.TaskPoolStrategy(size=tasks),
+        udf_modifying_row_count=True,
+    )
 
 
 def open_stream(
@@ -176,11 +194,12 @@ def open_stream(
         held_bytes = int(HELD_SHARE * ray.cluster_resources().get("object_store_memory", 2**30))
     stream = Stream(spec=spec, config=config, seed=seed, shards=shards)
     if index.total_bytes * PACKED_PER_BYTE > held_bytes:
-        first = packed_dataset(list(shards), spec, config).take(1)
+        first = packed_dataset(list(shards), spec, config, tasks=1, blocks=len(shards)).take(1)
         if not first:
             raise _nothing_usable(folder, index, config)
         return replace(stream, lanes=lane_count(len(shards), workers))
-    references = packed_dataset(list(shards), spec, config).materialize().to_numpy_refs(column="row")
+    tasks = min(len(shards), 1 + index.total_bytes // TASK_BYTES)
+    references = packed_dataset(list(shards), spec, config, tasks=tasks).materialize().to_numpy_refs(column="row")
     blocks = ray.get(references)
     kept = [(reference, len(block)) for reference, block in zip(references, blocks, strict=True) if len(block)]
     total = sum(count for _, count in kept)

@@ -53,6 +53,9 @@ def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
         "bos_token_id": encoder.token_id("bos_token"),
         "eos_token_id": encoder.token_id("eos_token"),
         "pad_token_id": encoder.token_id("pad_token"),
+        # Rows of a tied embedding are then about 1 long: at the usual 0.02 a narrow model's logits are bounded near 4,
+        # and it learned half as fast (a loss of 4.3 instead of 5.9 after 300 steps).
+        "initializer_range": config.hidden_size**-0.5,
         "use_cache": True,
     }
     if config.architecture == "qwen3":
