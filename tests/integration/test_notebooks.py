@@ -24,7 +24,7 @@ def test_the_quickstart_notebook_runs(cluster: LocalCluster, session_home: Path)
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(REPOSITORY))
     answers = next(cell for cell in notebook.cells if "stream=True" in cell.source)
     said = "".join(output.get("text", "") for output in answers.outputs)
+    assert "quickstart-base@1: " in said
     assert "quickstart@1: " in said
-    assert "quickstart-qa@1: " in said
     pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) == 1

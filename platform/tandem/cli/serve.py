@@ -78,6 +78,7 @@ def serving(
             "serve_apps/openai.yaml`, or give RAY_ADDRESS as host:port."
         )
     app = build_app(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address=cluster.address,
         namespace="tandem",

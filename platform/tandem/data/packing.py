@@ -34,7 +34,7 @@ def pack(documents: Iterable[Encoded], length: int, pad_id: int, *, split: bool)
     `split`: a document goes on in the next row (text). Otherwise it stays whole in the first row with room (pairs), or is
     cut at `length` if it is longer than a row; what would carry no loss then is left out. Rows without any loss are dropped.
     """
-    rows = _split(documents, length) if split else _first_fit(documents, length)
+    rows = split_rows(documents, length) if split else fit_rows(documents, length)
     packed = [_row(parts, length, pad_id) for parts in rows]
     useful = [row for row in packed if (row[1] != IGNORED).any()]
     return np.stack(useful) if useful else np.empty((0, 3, length), np.int32)
@@ -42,7 +42,8 @@ def pack(documents: Iterable[Encoded], length: int, pad_id: int, *, split: bool)
 
 
 
-def _split(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
+def split_rows(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
+    """Rows filled to the last token; a document goes on in the next row."""
     rows: list[list[Encoded]] = [[]]
     room = length
     for document in documents:
@@ -59,7 +60,8 @@ def _split(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
     return [row for row in rows if row]
 
 
-def _first_fit(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
+def fit_rows(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
+    """Rows of whole documents, each in the first row with room; documents without loss are left out."""
     rows: list[list[Encoded]] = []
     room: list[int] = []
     first_open = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ WELL_KNOWN = (
 """Modules whose questions come first."""
 ANSWER_LENGTH = (16, 64)
 """Characters of an answer, least and most: a model of a few million parameters learns these word for word."""
+QUESTIONS = 96
+"""Questions asked: what such a model learns by heart in a minute."""
 
 
 def folder() -> Path:
@@ -49,9 +52,8 @@ def questions() -> Iterator[tuple[str, str]]:
         for name, sentence in _sentences(module):
             found.setdefault(f"What does {module}.{name} do?", sentence)
     answers = list(found.values())
-    for question, answer in found.items():
-        if answers.count(answer) == 1:
-            yield question, answer
+    unique = ((question, answer) for question, answer in found.items() if answers.count(answer) == 1)
+    yield from itertools.islice(unique, QUESTIONS)
 
 
 def _modules() -> list[str]:

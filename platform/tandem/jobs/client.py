@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import shlex
 import sys
@@ -33,6 +34,7 @@ class JobClient:
     def __init__(self, cluster: Cluster) -> None:
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         self.cluster = cluster
         try:
             self._ray = JobSubmissionClient(cluster.dashboard_url)
@@ -48,7 +50,6 @@ class JobClient:
         python = sys.executable if self.cluster.local else "python"
         variables = {
             "TANDEM_HOME": str(settings().root),
-            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
         }

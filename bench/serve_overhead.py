@@ -1,0 +1,295 @@
+"""What serving costs around the engine: a bare vLLM server, Tandem, and Ray Serve LLM, side by side on one tiny model.
+
+    python bench/serve_overhead.py [--quick] [--json FILE] [--check]
+
+All stacks are up at once; the ones that are not being measured are frozen (SIGSTOP), so that an idle cluster takes nothing
+from the one that works. Rounds alternate between the stacks, and medians over the rounds are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+MARK = "TANDEM_BENCH_STACK"
+BAR = 0.90
+"""Tandem's tokens/s at `BAR_STREAMS`, as a share of bare vLLM's."""
+BAR_STREAMS = 16
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+NAMES = {
+    "bare": "vLLM server, bare",
+    "tandem": "Tandem",
+    "ray": "Ray Serve LLM, default",
+    "ray-direct": "Ray Serve LLM, direct streaming",
+}
+console = Console()
+
+
+def main() -> int:
+    """Run the comparison; 1 if a bar is missed and --check is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="16 streams only, 3 short rounds")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16, 32])
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
+    parser.add_argument("--stacks", nargs="+", choices=list(NAMES), default=list(NAMES))
+    parser.add_argument("--json", type=Path, help="write every round's numbers here")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    given = parser.parse_args()
+    if given.quick:
+        given.rounds, given.streams = 3, [BAR_STREAMS]
+    results: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as held:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tandem-bench-")))
+        write_model(folder / "model")
+        running: dict[str, int] = {}
+        for name in given.stacks:
+            with console.status(f"Starting {NAMES[name]}"):
+                running[name] = held.enter_context(stack(name, folder))
+                freeze(name, True)
+        for number in range(-1, given.rounds):
+            # Round -1 warms up, and is not counted. The order turns, so that no stack is always the first.
+            turned = given.stacks[number % len(given.stacks) :] + given.stacks[: number % len(given.stacks)]
+            for name in turned:
+                with thawed(name, running[name]):
+                    for streams in given.streams if number >= 0 else [BAR_STREAMS]:
+                        figures = drive(running[name], streams, given.tokens)
+                        if number >= 0:
+                            results.append({"stack": name, "round": number, **figures})
+                            console.print(
+                                f"round {number} {NAMES[name]:32} {streams:3} streams {figures['tokens_per_s']:8.0f} tokens/s",
+                                style="dim",
+                            )
+    summary = summarise(results, given.stacks, given.streams)
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps({"machine": machine(), "summary": summary, "rounds": results}, indent=1) + "\n")
+        given.json.with_suffix(".md").write_text(markdown(summary))
+    console.print(table(summary))
+    return verdict(summary, given.stacks) if BAR_STREAMS in given.streams and "bare" in given.stacks else 0
+
+
+def summarise(results: list[dict[str, Any]], stacks: list[str], streams: list[int]) -> list[dict[str, Any]]:
+    """Medians over the rounds; a ratio is the median of each round's own, since a machine drifts between rounds."""
+    rows = []
+    for count in streams:
+        for name in stacks:
+            mine = [r for r in results if (r["stack"], r["streams"]) == (name, count)]
+            bare = {r["round"]: r for r in results if (r["stack"], r["streams"]) == ("bare", count)}
+            ratios = [r["tokens_per_s"] / bare[r["round"]]["tokens_per_s"] for r in mine if r["round"] in bare]
+            row: dict[str, Any] = {"streams": count, "stack": name, "failed": sum(len(r["failed"]) for r in mine)}
+            for key in ("tokens_per_s", "first_token_ms", "between_tokens_ms", "generator_cpu"):
+                row[key] = round(statistics.median(r[key] for r in mine), 3)
+            row["ratio"] = round(statistics.median(ratios), 3) if ratios else None
+            row["ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None
+            rows.append(row)
+    return rows
+
+
+def verdict(summary: list[dict[str, Any]], stacks: list[str]) -> int:
+    """Print each bar and whether it is met, the figure last."""
+    at = {row["stack"]: row for row in summary if row["streams"] == BAR_STREAMS}
+    missed = [row["stack"] for row in summary if row["failed"]]
+    tandem = at["tandem"]["ratio"]
+    for name in ("ray", "ray-direct"):
+        if name in at and tandem <= at[name]["ratio"]:
+            missed.append(f"ahead of {NAMES[name]} ({at[name]['ratio']:.2f})")
+    if tandem < BAR:
+        missed.append(f"at least {BAR:.2f} of bare vLLM")
+    console.print(f"Missed: {'; '.join(missed)}." if missed else "Every bar is met.")
+    console.print(f"Tandem at {BAR_STREAMS} streams: {tandem:.2f} of bare vLLM")
+    return int(bool(missed) and "--check" in sys.argv)
+
+
+@contextlib.contextmanager
+def stack(name: str, folder: Path) -> Iterator[int]:
+    """One stack, up on a port of its own; ends with all its processes."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    variables = dict(os.environ, **ENVIRONMENT, **{MARK: name, "TANDEM_HOME": str(folder / f"home-{name}")})
+    if name == "ray-direct":
+        variables |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
+        for key, file in (
+            ("CONFIG_FILE_LOC", "haproxy.cfg"),
+            ("SOCKET_PATH", "admin.sock"),
+            ("SERVER_STATE_BASE", ""),
+            ("SERVER_STATE_FILE", "server-state"),
+        ):
+            variables[f"RAY_SERVE_HAPROXY_{key}"] = str(folder / "haproxy" / file)
+        variables |= {"RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()), "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port())}
+    log = (folder / f"{name}.log").open("wb")
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "stacks.py"), name, str(folder / "model"), str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=variables,
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == b"READY":
+                break
+        else:
+            raise RuntimeError(f"{NAMES[name]} did not start:\n{(folder / f'{name}.log').read_text()[-3000:]}")
+        yield port
+    finally:
+        freeze(name, False)
+        assert process.stdin is not None
+        process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(40)
+        for other in members(name):
+            with contextlib.suppress(psutil.Error):
+                other.kill()
+
+
+def members(name: str) -> list[psutil.Process]:
+    """Every process of a stack: they inherit its mark."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == name and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def freeze(name: str, stop: bool) -> None:
+    """Stop a stack in its tracks, or let it go on."""
+    for process in members(name):
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGSTOP if stop else signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def thawed(name: str, port: int) -> Iterator[None]:
+    """A stack that runs, warm, for the length of a block."""
+    freeze(name, False)
+    try:
+        # Its timers all fire now; it is measured when it answers quickly again.
+        for _ in range(20):
+            time.sleep(0.5)
+            figures = drive(port, 1, 8)
+            if not figures["failed"] and figures["seconds"] < 5:
+                break
+        time.sleep(1.0)
+        drive(port, 4, 32)
+        yield
+    finally:
+        freeze(name, True)
+
+
+def drive(port: int, streams: int, tokens: int) -> dict[str, Any]:
+    """One run of the load generator, in a process of its own."""
+    requests = max(2, 64 // streams) if tokens > 32 else 1
+    command = [sys.executable, str(HERE / "load.py"), f"http://127.0.0.1:{port}", "--model", "bench"]
+    command += ["--streams", str(streams), "--tokens", str(tokens), "--requests", str(min(requests, 8))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return dict(json.loads(done.stdout))
+
+
+def write_model(folder: Path) -> None:
+    """A random Llama of 3 million parameters with a BPE of Python's own sources."""
+    code = """
+import os, sys, sysconfig
+from pathlib import Path
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+tokenizer = Tokenizer(models.BPE())
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.decoder = decoders.ByteLevel()
+trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<s>", "</s>"], show_progress=False)
+files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
+tokenizer.train([str(f) for f in files], trainer)
+PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(sys.argv[1])
+torch.manual_seed(0)
+LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+    num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
+    tie_word_embeddings=True)).save_pretrained(sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True)
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    return {
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "load_before": os.getloadavg()[0],
+        "when": time.strftime("%Y-%m-%d"),
+    }
+
+
+COLUMNS = ("streams", "stack", "tokens/s", "of bare", "first token ms", "between tokens ms", "generator CPU")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text."""
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f}-{row['ratio_range'][1]:.2f})"
+    return [
+        str(row["streams"]),
+        NAMES[row["stack"]],
+        f"{row['tokens_per_s']:,.0f}",
+        ratio,
+        f"{row['first_token_ms']:.1f}",
+        f"{row['between_tokens_ms']:.2f}",
+        f"{row['generator_cpu']:.0%}",
+    ]
+
+
+def table(summary: list[dict[str, Any]]) -> Table:
+    """The result for a terminal."""
+    made = Table(title="Streamed completions, medians (least-most ratio of a round)")
+    for column in COLUMNS:
+        made.add_column(column, justify="left" if column == "stack" else "right")
+    for row in summary:
+        made.add_row(*cells(row), style="bold" if row["stack"] == "tandem" else "")
+    return made
+
+
+def markdown(summary: list[dict[str, Any]]) -> str:
+    """The result for a page."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in summary]
+    return "# Serving overhead\n\nMade by `python bench/serve_overhead.py --json ...`.\n\n" + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The stacks that bench/serve_overhead.py compares. Run as `python bench/stacks.py NAME MODEL_FOLDER PORT`: serves until its
+stdin closes, and prints READY when a request was answered."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+MODEL = "bench"
+ARGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
+"""Engine arguments that every stack gets; the environment is the same for all too."""
+
+
+@contextlib.contextmanager
+def bare(folder: Path, port: int) -> Iterator[None]:
+    """vLLM's own server."""
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", MODEL,
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
+        "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    process = subprocess.Popen(command)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@contextlib.contextmanager
+def tandem(folder: Path, port: int) -> Iterator[None]:
+    """Tandem as `tandem serve up` starts it."""
+    from tandem.cluster import local_cluster
+
+    with local_cluster(num_cpus=8) as cluster:
+        import ray
+        from ray import serve
+
+        from tandem.config import ServeConfig, ServedModelConfig
+        from tandem.serve.app import build_app
+
+        # No adapters: the other stacks have none, and LoRA layers cost something even when unused.
+        model = ServedModelConfig(model=str(folder), name=MODEL, max_adapters=0, engine_args=ARGS)
+        ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
+        yield
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def ray_llm(folder: Path, port: int) -> Iterator[None]:
+    """Ray Serve LLM; which mode it runs in is in the environment."""
+    import ray
+    from ray import serve
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    ray.init(address="local", num_cpus=8, log_to_driver=False, logging_level="ERROR", include_dashboard=True)
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    config = LLMConfig(
+        model_loading_config={"model_id": MODEL, "model_source": str(folder)},
+        deployment_config={"num_replicas": 1},
+        engine_kwargs=dict(ARGS),
+        placement_group_config={"bundles": [{"CPU": 1}]},
+    )
+    serve.run(build_openai_app({"llm_configs": [config]}), name="llm", route_prefix="/")
+    yield
+    ray.shutdown()
+
+
+STACKS = {"bare": bare, "tandem": tandem, "ray": ray_llm, "ray-direct": ray_llm}
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    name, folder, port = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    with STACKS[name](folder, port):
+        body = {"model": MODEL, "prompt": "import os", "max_tokens": 4}
+        for _ in range(600):
+            with contextlib.suppress(httpx.HTTPError):
+                answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+                if answer.status_code == 200:
+                    print("READY", flush=True)
+                    break
+            time.sleep(0.5)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""A dataset is there whole or not at all, and equal corpora give equal datasets."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tandem.data import shards
+from tandem.data.build import build_dataset
+from tandem.data.index import DatasetIndex
+from tandem.errors import DataError, StorageError
+from tandem.ids import file_digest
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What is {n}?", "answer": f"It is {n}."}) + "\n" for n in range(100)))
+    return str(path)
+
+
+def test_shards_are_webdataset_tars_whose_digests_the_index_knows(tmp_path: Path, pairs: str):
+    built = build_dataset(pairs, tmp_path / "data", vocab_size=300)
+    assert built == DatasetIndex.load(tmp_path / "data")
+    assert (built.kind, built.samples, sum(s.samples for s in built.shards)) == ("pairs", 100, 100)
+    assert len(built.shards) >= 8
+    found = []
+    for shard, path in zip(built.shards, built.shard_paths(tmp_path / "data"), strict=True):
+        assert file_digest(path) == shard.sha256
+        with tarfile.open(path) as tar:
+            for member in tar:
+                found.append(json.load(tar.extractfile(member) or io.BytesIO())["answer"])
+    assert found == [f"It is {n}." for n in range(100)]
+
+
+def test_the_same_corpus_gives_the_same_digest_and_another_another(tmp_path: Path, pairs: str):
+    first, second = (build_dataset(pairs, tmp_path / name, vocab_size=300) for name in "ab")
+    assert (first.digest, first.tokenizer_digest) == (second.digest, second.tokenizer_digest)
+    assert build_dataset(pairs, tmp_path / "c", vocab_size=300, limit=50).digest != first.digest
+
+
+def test_a_corpus_with_nothing_in_it_is_refused_and_leaves_nothing(tmp_path: Path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n\n')
+    with pytest.raises(DataError, match="no usable row"):
+        build_dataset(str(tmp_path / "empty.jsonl"), tmp_path / "data")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.jsonl"]
+
+
+def test_a_bad_line_leaves_nothing(tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{nonsense\n')
+    with pytest.raises(DataError, match="line 2"):
+        build_dataset(str(tmp_path / "bad.jsonl"), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch):
+    # /dev/full refuses every write with ENOSPC, for root too.
+    real = tarfile.open
+    monkeypatch.setattr(shards.tarfile, "open", lambda path, *a, **k: real("/dev/full", *a, **k))
+    with pytest.raises(StorageError, match="disk is full while writing shards") as caught:
+        build_dataset(pairs, tmp_path / "data", vocab_size=300)
+    assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.jsonl"]
+
+
+def test_an_existing_dataset_is_not_overwritten_unasked(tmp_path: Path, pairs: str):
+    build_dataset(pairs, tmp_path / "data", vocab_size=300)
+    with pytest.raises(StorageError, match="exists already"):
+        build_dataset(pairs, tmp_path / "data", vocab_size=300)
+    assert build_dataset(pairs, tmp_path / "data", vocab_size=300, limit=20, replace=True).samples == 20
+
+
+def test_a_damaged_index_or_shard_is_refused(tmp_path: Path, pairs: str):
+    built = build_dataset(pairs, tmp_path / "data", vocab_size=300)
+    shard = built.shard_paths(tmp_path / "data")[0]
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(DataError, match="bytes instead of"):
+        DatasetIndex.load(tmp_path / "data")
+    shard.unlink()
+    with pytest.raises(DataError, match="is missing"):
+        DatasetIndex.load(tmp_path / "data")
+    (tmp_path / "data" / "index.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        DatasetIndex.load(tmp_path / "data")
+    with pytest.raises(DataError, match="not a dataset"):
+        DatasetIndex.load(tmp_path)
+
+
+def test_progress_tells_the_stages_in_order(tmp_path: Path, pairs: str):
+    seen: list[str] = []
+    build_dataset(pairs, tmp_path / "data", vocab_size=300, progress=lambda stage, done, total: seen.append(stage))
+    assert list(dict.fromkeys(seen)) == ["reading", "tokenizer", "shards"]
+
+
+def test_another_datasets_tokenizer_can_be_taken(tmp_path: Path, pairs: str):
+    first = build_dataset(pairs, tmp_path / "a", vocab_size=300)
+    second = build_dataset(pairs, tmp_path / "b", tokenizer=tmp_path / "a" / "tokenizer")
+    assert first.tokenizer_digest == second.tokenizer_digest
+    with pytest.raises(DataError, match="no tokenizer.json"):
+        build_dataset(pairs, tmp_path / "c", tokenizer=tmp_path)

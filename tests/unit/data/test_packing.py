@@ -1,0 +1,72 @@
+"""Rows keep every token and every boundary."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.data.packing import IGNORED, pack, split_rows
+from tandem.data.tokenize import Encoded
+
+PAD = 0
+documents = st.lists(
+    st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=1, max_size=30).map(
+        lambda tokens: Encoded([i for i, _ in tokens], [t for _, t in tokens])
+    ),
+    max_size=20,
+)
+
+
+def whole(*ids: int) -> Encoded:
+    return Encoded(list(ids), [True] * len(ids))
+
+
+def test_text_runs_on_from_row_to_row():
+    rows = pack([whole(1, 2, 3), whole(4, 5, 6, 7)], 4, PAD, split=True)
+    assert rows[:, 0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
+    assert rows[:, 2].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
+
+
+def test_no_loss_is_taken_across_a_boundary_or_at_padding():
+    rows = pack([whole(1, 2, 3), whole(4, 5, 6, 7)], 4, PAD, split=True)
+    assert rows[:, 1].tolist() == [[-100, 2, 3, -100], [-100, 6, 7, -100]]
+
+
+def test_pairs_stay_whole_and_fill_rows_with_room():
+    rows = pack([whole(1, 2, 3), whole(4, 5, 6), whole(7, 8)], 5, PAD, split=False)
+    assert rows[:, 0].tolist() == [[1, 2, 3, 7, 8], [4, 5, 6, 0, 0]]
+
+
+def test_a_pair_longer_than_a_row_is_cut_and_left_out_if_its_answer_is_gone():
+    late = Encoded([1, 2, 3, 4, 5, 6], [False] * 5 + [True])
+    early = Encoded([1, 2, 3, 4, 5, 6], [False] * 2 + [True] * 4)
+    rows = pack([late, early], 4, PAD, split=False)
+    assert rows[:, 0].tolist() == [[1, 2, 3, 4]]
+    assert rows[:, 1].tolist() == [[-100, -100, 3, 4]]
+
+
+def test_nothing_gives_no_rows():
+    assert pack([], 8, PAD, split=True).shape == (0, 3, 8)
+    assert pack([Encoded([1], [True])], 8, PAD, split=True).shape == (0, 3, 8)
+
+
+@given(documents, st.integers(2, 16))
+def test_text_keeps_every_token_in_order(found: list[Encoded], length: int):
+    rows = list(split_rows(found, length))
+    assert [i for row in rows for part in row for i in part.ids] == [i for d in found for i in d.ids]
+    assert all(sum(len(part.ids) for part in row) == length for row in rows[:-1])
+
+
+@given(documents, st.integers(2, 40), st.booleans())
+def test_labels_are_ids_or_ignored_and_never_at_a_first_token(found: list[Encoded], length: int, split: bool):
+    rows = pack(found, length, PAD, split=split)
+    assert rows.dtype == np.int32 and rows.shape[1:] == (3, length)
+    ids, labels, positions = rows[:, 0], rows[:, 1], rows[:, 2]
+    assert ((labels == IGNORED) | (labels == ids)).all()
+    assert (labels[positions == 0] == IGNORED).all()
+    assert (labels[ids == PAD] == IGNORED).all()
+    assert (positions[:, 0] == 0).all()
+    steps = np.diff(positions, axis=1)
+    assert ((steps == 1) | (positions[:, 1:] == 0)).all()
+    assert (labels != IGNORED).any(axis=1).all()

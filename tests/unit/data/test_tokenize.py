@@ -1,0 +1,81 @@
+"""Chats are rendered as transformers renders them, and only answers carry loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tandem.data.tokenize import EOS, TextEncoder, train_tokenizer
+from tandem.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["What does os.path.join do? It joins paths. naïve façade"] * 20, path, vocab_size=320)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> TextEncoder:
+    return TextEncoder(str(folder))
+
+
+CHATS = [
+    [{"role": "user", "content": "What does os.path.join do?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello\n<there> & 'you'"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("generation", [True, False])
+def test_a_chat_is_rendered_and_encoded_as_transformers_does(folder: Path, encoder: TextEncoder, chat, generation):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
+    assert encoder.render(chat, add_generation_prompt=generation) == text
+    ids = theirs.apply_chat_template(chat, tokenize=True, add_generation_prompt=generation, return_dict=True)["input_ids"]
+    assert encoder.tokenizer.encode(text, add_special_tokens=False).ids == ids
+    assert theirs("plain text").input_ids == encoder.tokenizer.encode("plain text").ids
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (encoder.token_id("eos_token"), encoder.pad_id)
+
+
+def test_only_the_answer_and_its_end_carry_loss(encoder: TextEncoder):
+    (encoded,) = encoder.pairs([("What is it?", "A naïve path.")])
+    learned = [i for i, wanted in zip(encoded.ids, encoded.targets, strict=True) if wanted]
+    assert encoder.tokenizer.decode(learned, skip_special_tokens=False) == f"A naïve path.{EOS}"
+    asked = encoder.render([{"role": "user", "content": "What is it?"}], add_generation_prompt=True)
+    prompt = [i for i, wanted in zip(encoded.ids, encoded.targets, strict=True) if not wanted]
+    assert prompt == encoder.tokenizer.encode(asked, add_special_tokens=False).ids
+
+
+def test_loss_on_all_covers_the_prompt_too(encoder: TextEncoder):
+    (encoded,) = encoder.pairs([("What?", "That.")], loss_on_all=True)
+    assert all(encoded.targets)
+
+
+def test_a_text_begins_and_ends_with_its_tokens(encoder: TextEncoder):
+    (encoded,) = encoder.texts(["one two"])
+    assert encoded.ids[0] == encoder.token_id("bos_token")
+    assert encoded.ids[-1] == encoder.token_id("eos_token")
+    assert encoder.tokenizer.decode(encoded.ids) == "one two"
+
+
+def test_any_text_comes_back_from_its_ids(encoder: TextEncoder):
+    for text in ("tab\tand\nnewline", "emoji 🦜 and 中文", "  spaces  "):
+        assert encoder.tokenizer.decode(next(encoder.texts([text])).ids) == text
+
+
+def test_pairs_without_a_chat_template_are_refused(tmp_path: Path, folder: Path):
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(DataError, match="no chat template"):
+        list(TextEncoder(str(tmp_path)).pairs([("q", "a")]))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="tokenizer"):
+        list(TextEncoder(str(tmp_path)).texts(["a"]))

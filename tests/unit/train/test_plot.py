@@ -1,0 +1,22 @@
+"""A run's picture is drawn from its events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tandem.train.plot import plot_run
+
+
+def step(number: int, loss: float) -> dict[str, object]:
+    return {"event": "step", "step": number, "loss": loss, "tokens_per_s": 1000.0}
+
+
+def test_a_run_with_a_restart_becomes_one_png(tmp_path: Path):
+    events = [{"event": "started"}, *(step(n, 5 / (n + 1)) for n in range(80)), *(step(n, 5 / (n + 1)) for n in range(60, 120))]
+    assert plot_run(events, tmp_path / "loss.png", title="a model")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path: Path):
+    assert not plot_run([{"event": "started"}], tmp_path / "loss.png", title="a model")
+    assert not (tmp_path / "loss.png").exists()

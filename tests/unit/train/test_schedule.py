@@ -1,0 +1,27 @@
+"""The learning rate rises, then falls to where the config says."""
+
+from __future__ import annotations
+
+import pytest
+
+from tandem.config import OptimizerConfig
+from tandem.train.schedule import learning_rate
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_it_warms_up_in_a_line_to_the_peak(schedule: str):
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=10, schedule=schedule)
+    assert [learning_rate(config, step, 100) for step in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
+
+
+@pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.06, 0.02), ("linear", 0.06, 0.02), ("constant", 0.1, 0.1)])
+def test_it_falls_to_the_final_fraction(schedule: str, middle: float, end: float):
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule=schedule, final_fraction=0.2)
+    assert learning_rate(config, 50, 100) == pytest.approx(middle)
+    assert learning_rate(config, 100, 100) == pytest.approx(end)
+
+
+def test_it_never_rises_after_the_warm_up():
+    config = OptimizerConfig(warmup_steps=5)
+    rates = [learning_rate(config, step, 60) for step in range(5, 61)]
+    assert rates == sorted(rates, reverse=True)
