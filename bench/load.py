@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 import uvloop
@@ -43,8 +44,8 @@ class Stream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin with the first request."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports are not subclasses of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         self._send()
 
     def _send(self) -> None:
@@ -59,12 +60,13 @@ class Stream(asyncio.Protocol):
         if not self._first:
             # The head may come alone, ahead of the first token.
             self._tail += data
+            if len(self._tail) >= 12 and not self._tail.startswith(b"HTTP/1.1 200"):
+                self._fail(self._tail[:300].decode(errors="replace"))
             if b"data: " not in self._tail:
-                if b"\r\n\r\n" in self._tail and not self._tail.startswith(b"HTTP/1.1 200"):
-                    self._fail(self._tail[:200].decode(errors="replace"))
                 return
             self._first = self._last = now
             self._tally.first.append(now - self._sent)
+            data, self._tail = self._tail, b""
         self._tally.events += data.count(b"data: ")
         end = self._tail[-32:] + data
         # The chunk that ends the response follows [DONE], in the same read or in the next.

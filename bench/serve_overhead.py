@@ -211,7 +211,7 @@ def drive(port: int, streams: int, tokens: int) -> dict[str, Any]:
     requests = max(2, 64 // streams) if tokens > 32 else 1
     command = [sys.executable, str(HERE / "load.py"), f"http://127.0.0.1:{port}", "--model", "bench"]
     command += ["--streams", str(streams), "--tokens", str(tokens), "--requests", str(min(requests, 8))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return dict(json.loads(done.stdout))

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from tandem import settings as environment
-from tandem.cluster import LocalCluster
+from tandem.cluster import LocalCluster, authentication
+
+# Ray reads its authentication mode when it is first imported, which a test module may do before a cluster starts.
+environment.export(authentication())
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tandem.errors import DataError
-from tandem.ids import digest
+from tandem.ids import digest, file_digest
 
 Kind = Literal["text", "pairs"]
 INDEX_NAME = "index.json"
@@ -66,6 +66,15 @@ class DatasetIndex:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
                 raise DataError(f"{file} {state}. Build the dataset again: `tandem data build`.")
         return index
+
+    def damaged(self, folder: Path) -> list[Path]:
+        """The shards whose bytes are not those that were written; reads all of them."""
+        paths = self.shard_paths(folder)
+        return [
+            path
+            for path, shard in zip(paths, self.shards, strict=True)
+            if not path.exists() or file_digest(path) != shard.sha256
+        ]
 
     def to_json(self) -> str:
         """The text of index.json."""

@@ -40,8 +40,6 @@ def pack(documents: Iterable[Encoded], length: int, pad_id: int, *, split: bool)
     return np.stack(useful) if useful else np.empty((0, 3, length), np.int32)
 
 
-
-
 def split_rows(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
     """Rows filled to the last token; a document goes on in the next row."""
     rows: list[list[Encoded]] = [[]]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import ray.train.v2.api.callback as train_callbacks
@@ -31,7 +32,7 @@ from tandem.config import TrainConfig, load_yaml, to_dict
 from tandem.data.index import TOKENIZER_NAME, DatasetIndex
 from tandem.data.stream import open_stream
 from tandem.data.tokenize import TextEncoder
-from tandem.errors import ClusterError, ConfigError, TandemError
+from tandem.errors import ClusterError, ConfigError, DataError, TandemError
 from tandem.ids import digest
 from tandem.observability import events
 from tandem.registry import ModelRecord, Registry
@@ -98,9 +99,16 @@ def run_job(job: Path, journal: Journal) -> None:
     tokenizer = _tokenizer(config, base, folder)
     encoder = TextEncoder(str(tokenizer))
     connect(config)
-    stream = open_stream(
-        folder, index, encoder, config.data, workers=config.parallel.workers, seed=config.seed
-    )  # raises before a worker starts if nothing in the data can be learned from
+    try:
+        # Raises before a worker starts if nothing in the data can be learned from.
+        stream = open_stream(folder, index, encoder, config.data, workers=config.parallel.workers, seed=config.seed)
+    except ray.exceptions.RayError as error:
+        if damaged := index.damaged(folder):
+            raise DataError(
+                f"{damaged[0]} is damaged: its bytes are not those that index.json has the digest of "
+                f"({len(damaged)} of {len(index.shards)} shards). Build the dataset again: `tandem data build`."
+            ) from error
+        raise
     mailbox = open_mailbox()
     task = WorkerTask(
         config=config,

@@ -1,0 +1,227 @@
+"""Training jobs as a cluster runs them: `python -m tandem.train.launch JOB_DIR` on real Ray, with real faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tandem.checkpoint import folders
+from tandem.cluster import LocalCluster
+from tandem.data.build import build_dataset
+from tandem.observability import events
+from tandem.registry import Registry
+from tandem.settings import child_environment
+
+MODEL = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48, "max_length": 64}
+
+
+class Driver:
+    """One run of a job's driver."""
+
+    def __init__(self, job: Path, home: Path, cluster: LocalCluster) -> None:
+        self.lines: list[str] = []
+        variables = {"TANDEM_HOME": str(home), "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tandem.train.launch", str(job)],
+            env=child_environment(variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Events as they are printed."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if event := events.decode(line):
+                yield event
+
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first event from now on that is wanted."""
+        for event in self.events():
+            if wanted(event):
+                return event
+        raise AssertionError("".join(self.lines[-40:]))
+
+    def end(self) -> tuple[int, list[dict[str, Any]]]:
+        """Exit status and the events that were left."""
+        left = list(self.events())
+        return self.process.wait(timeout=60), left
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train-home")
+    text = folder / "text.txt"
+    text.write_text("".join(f"Line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs.\n\n" for n in range(400)))
+    build_dataset(str(text), folder / "data" / "text", vocab_size=300)
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"What is {n}?", "answer": f"It is {n}."}) + "\n" for n in range(32)))
+    build_dataset(str(pairs), folder / "data" / "pairs", tokenizer=folder / "data" / "text" / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def run(home: Path, ray_cluster: LocalCluster) -> Iterator[Callable[..., Driver]]:
+    drivers: list[Driver] = []
+
+    def start(name: str, **changes: Any) -> Driver:
+        job = home / "jobs" / name
+        if not (job / "config.yaml").exists():
+            config = {
+                "name": name, "data": {"path": str(home / "data" / "text"), "sequence_length": 32}, "model": MODEL,
+                "parallel": {"workers": 2}, "steps": 10, "batch_size": 4,
+                "checkpoint": {"every_steps": 5}, "optimizer": {"learning_rate": 0.01}, **changes,
+            }  # fmt: skip
+            job.mkdir(parents=True, exist_ok=True)
+            (job / "config.yaml").write_text(yaml.safe_dump(config))
+        drivers.append(Driver(job, home, ray_cluster))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        if driver.process.poll() is None:
+            driver.process.kill()
+
+
+def losses(home: Path, name: str) -> dict[int, float]:
+    """The loss of each step of a job; of a repeated step, the last."""
+    return {e["step"]: e["loss"] for e in events.read(home / "jobs" / name / "events.jsonl") if e["event"] == "step"}
+
+
+@pytest.fixture(scope="module")
+def base(home: Path, ray_cluster: LocalCluster) -> str:
+    """A pretrained model's registered id; its job is named `base`."""
+    job = home / "jobs" / "base"
+    job.mkdir(parents=True)
+    config = {
+        "name": "base", "data": {"path": str(home / "data" / "text"), "sequence_length": 32}, "model": MODEL,
+        "parallel": {"workers": 2}, "steps": 10, "batch_size": 4, "checkpoint": {"every_steps": 5},
+        "optimizer": {"learning_rate": 0.01},
+    }  # fmt: skip
+    (job / "config.yaml").write_text(yaml.safe_dump(config))
+    driver = Driver(job, home, ray_cluster)
+    status, found = driver.end()
+    assert status == 0, "".join(driver.lines[-40:])
+    return str(found[-1]["model"])
+
+
+def test_pretraining_ends_with_a_registered_model_a_curve_and_its_events(home: Path, base: str):
+    job = home / "jobs" / "base"
+    found = list(events.read(job / "events.jsonl"))
+    assert [e["event"] for e in found if e["event"] != "step"] == ["started", "checkpoint", "checkpoint", "finished"]
+    assert found[0]["workers"] == 2 and found[0]["parameters"] == found[0]["trainable"] > 0
+    assert found[0]["resumed_from"] is None
+    assert sorted(losses(home, "base")) == list(range(1, 11))
+    assert losses(home, "base")[10] < losses(home, "base")[1] - 0.5
+    assert (job / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in folders.saved(job / "checkpoints")] == ["step-00000005", "step-00000010"]
+    assert not (job / ".ray").exists()
+    record = Registry(f"sqlite:///{home}/tandem.db").resolve("base")
+    assert (record.id, record.path, record.max_length) == (base, job / "export", 64)
+    assert record.lineage["job"] == "base" and record.lineage["steps"] == 10
+
+
+def test_a_finished_job_run_again_ends_at_once(home: Path, base: str, run: Callable[..., Driver]):
+    status, found = run("base").end()
+    assert status == 0
+    assert [e["event"] for e in found] == ["finished"] and found[0]["model"] == base
+
+
+def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: str, run: Callable[..., Driver]):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    driver = run(
+        "tuned", data={"path": str(home / "data" / "pairs"), "sequence_length": 48}, model={"base": "base"}, lora={"rank": 4}
+    )
+    status, found = driver.end()
+    assert status == 0, "".join(driver.lines[-40:])
+    assert found[0]["trainable"] < found[0]["parameters"] and found[0]["kind"] == "sft"
+    record = Registry(f"sqlite:///{home}/tandem.db").resolve("tuned")
+    assert (record.kind, record.base, record.rank) == ("adapter", base, 4)
+    assert json.loads((record.path / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "jobs" / "base" / "export"), record.path)
+
+
+def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(home: Path, run: Callable[..., Driver]):
+    from ray.util.state import list_actors
+
+    driver = run("killed", steps=400, checkpoint={"every_steps": 20}, log_every=1)
+    driver.wait_for(lambda e: e["event"] == "step" and e["step"] == 25)
+    workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    assert len(workers) == 2
+    os.kill(workers[1].pid, signal.SIGKILL)
+    restart = driver.wait_for(lambda e: e["event"] == "restart")
+    assert restart["resumed_from"] >= 20 and restart["resumed_from"] % 20 == 0
+    assert "worker" in restart["reason"]
+    after = driver.wait_for(lambda e: e["event"] == "step")
+    assert after["step"] == restart["resumed_from"] + 1
+    status, found = driver.end()
+    assert status == 0 and found[-1]["event"] == "finished", "".join(driver.lines[-40:])
+    # The steps that were repeated gave what they gave before: same rows, same state.
+    told: dict[int, list[float]] = {}
+    for event in events.read(home / "jobs" / "killed" / "events.jsonl"):
+        if event["event"] == "step":
+            told.setdefault(event["step"], []).append(event["loss"])
+    assert sorted(told) == list(range(1, 401))
+    assert any(len(values) > 1 for values in told.values())
+    assert all(value == pytest.approx(values[0], abs=1e-6) for values in told.values() for value in values)
+
+
+def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, base: str, run: Callable[..., Driver]):
+    first = run("stopped", steps=10, checkpoint={"every_steps": 5})
+    first.wait_for(lambda e: e["event"] == "checkpoint")
+    first.process.kill()
+    first.process.wait()
+    time.sleep(1)
+    status, found = run("stopped").end()
+    assert status == 0
+    started = next(e for e in found if e["event"] == "started")
+    assert started["resumed_from"] in (5, 10)
+    # Same seed, same data, same shape: the run that was not stopped is `base`.
+    assert losses(home, "stopped") == pytest.approx(losses(home, "base"), abs=1e-5)
+
+
+def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, run: Callable[..., Driver]):
+    (home / "jobs" / "refused").mkdir(parents=True)
+    (home / "jobs" / "refused" / "checkpoints").write_text("a file where a folder must be")
+    driver = run("refused", steps=5)
+    status, found = driver.end()
+    assert status == 1
+    assert found[-1]["event"] == "failed" and "checkpoints" in found[-1]["error"]
+    assert sum(e["event"] == "started" for e in found) == 1
+
+
+def test_a_full_disk_at_the_driver_is_said(home: Path, run: Callable[..., Driver]):
+    (home / "jobs" / "full").mkdir(parents=True)
+    (home / "jobs" / "full" / "events.jsonl").symlink_to("/dev/full")
+    driver = run("full", steps=5)
+    status, found = driver.end()
+    assert status == 1
+    assert found[-1]["event"] == "failed" and "disk is full while writing events" in found[-1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("many", {"parallel": {"workers": 64}, "batch_size": 64}, "64 workers of 1 CPU each"),
+        ("nobase", {"model": {"base": "bse"}, "lora": {"rank": 4}}, "bse"),
+        ("nodata", {"data": {"path": "missing"}}, "not a dataset"),
+        ("short", {"data": {"path": "pairs", "sequence_length": 8}}, "no usable row"),
+    ],
+)
+def test_what_cannot_work_fails_before_a_worker_starts(
+    name: str, changes: dict[str, Any], said: str, base: str, run: Callable[..., Driver]
+):
+    status, found = run(name, **changes).end()
+    assert status != 0
+    assert [e["event"] for e in found] == ["failed"] and said in found[0]["error"]
