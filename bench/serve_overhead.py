@@ -90,7 +90,9 @@ def main() -> int:
     summary = summarise(results, given.stacks, given.streams)
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({"machine": machine(), "summary": summary, "rounds": results}, indent=1) + "\n")
+        given.json.write_text(
+            json.dumps({"machine": machine(), "summary": summary, "rounds": results}, indent=1) + "\n"
+        )
         given.json.with_suffix(".md").write_text(markdown(summary))
     console.print(table(summary))
     return verdict(summary, given.stacks) if BAR_STREAMS in given.streams and "bare" in given.stacks else 0
@@ -136,14 +138,17 @@ def stack(name: str, folder: Path) -> Iterator[int]:
     variables = dict(os.environ, **ENVIRONMENT, **{MARK: name, "TANDEM_HOME": str(folder / f"home-{name}")})
     if name == "ray-direct":
         variables |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
-        for key, file in (
-            ("CONFIG_FILE_LOC", "haproxy.cfg"),
-            ("SOCKET_PATH", "admin.sock"),
-            ("SERVER_STATE_BASE", ""),
-            ("SERVER_STATE_FILE", "server-state"),
-        ):
-            variables[f"RAY_SERVE_HAPROXY_{key}"] = str(folder / "haproxy" / file)
-        variables |= {"RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()), "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port())}
+        files = {
+            "CONFIG_FILE_LOC": "h.cfg",
+            "SOCKET_PATH": "h.sock",
+            "SERVER_STATE_BASE": "",
+            "SERVER_STATE_FILE": "state",
+        }
+        variables |= {f"RAY_SERVE_HAPROXY_{key}": str(folder / "haproxy" / file) for key, file in files.items()}
+        variables |= {
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        }
     log = (folder / f"{name}.log").open("wb")
     process = subprocess.Popen(
         [sys.executable, str(HERE / "stacks.py"), name, str(folder / "model"), str(port)],
@@ -262,7 +267,9 @@ COLUMNS = ("streams", "stack", "tokens/s", "of bare", "first token ms", "between
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as text."""
-    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f}-{row['ratio_range'][1]:.2f})"
+    ratio = (
+        "" if row["ratio"] is None else f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f}-{row['ratio_range'][1]:.2f})"
+    )
     return [
         str(row["streams"]),
         NAMES[row["stack"]],

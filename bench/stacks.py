@@ -1,5 +1,6 @@
 """The stacks that bench/serve_overhead.py compares. Run as `python bench/stacks.py NAME MODEL_FOLDER PORT`: serves until its
-stdin closes, and prints READY when a request was answered."""
+stdin closes, and prints READY when a request was answered.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,14 @@ from typing import Any
 BAR = 0.95
 DROPPED = 10
 """First steps, which warm up, left out of the median."""
-SHAPE = {"hidden_size": 192, "num_layers": 4, "num_heads": 6, "num_kv_heads": 2, "intermediate_size": 512, "max_length": 512}
+SHAPE = {
+    "hidden_size": 192,
+    "num_layers": 4,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "intermediate_size": 512,
+    "max_length": 512,
+}
 
 
 def main() -> int:
@@ -167,11 +174,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         try:
             rounds = []
             for number in range(options.rounds):
-                found = {peer: run(peer, folder, options, with_cluster.address, number) for peer in options.peers.split(",")}
+                found = {
+                    peer: run(peer, folder, options, with_cluster.address, number) for peer in options.peers.split(",")
+                }
                 rounds.append(found)
                 print(
                     f"round {number + 1}: "
-                    + ", ".join(f"{p} {f['tokens_per_s']:,.0f} tok/s, start {f['start_s']:.1f} s" for p, f in found.items()),
+                    + ", ".join(
+                        f"{p} {f['tokens_per_s']:,.0f} tok/s, start {f['start_s']:.1f} s" for p, f in found.items()
+                    ),
                     flush=True,
                 )
         finally:
@@ -222,13 +233,24 @@ def run(peer: str, folder: Path, options: argparse.Namespace, address: str, numb
         environment |= {"TANDEM_HOME": str(folder / "home"), "RAY_ADDRESS": address}
         command = [sys.executable, "-m", "tandem.train.launch", str(job)]
     else:
-        arguments = ["--peer", peer, "--folder", str(folder), "--steps", str(options.steps), "--batch", str(options.batch)]
+        arguments = [
+            "--peer",
+            peer,
+            "--folder",
+            str(folder),
+            "--steps",
+            str(options.steps),
+            "--batch",
+            str(options.batch),
+        ]
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", __file__,
             *arguments, "--length", str(options.length),
         ]  # fmt: skip
     (folder / "ends.json").unlink(missing_ok=True)
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     ended = time.time()
     if done.returncode:
         raise SystemExit(f"{peer} ended with status {done.returncode}:\n" + "\n".join(done.stdout.splitlines()[-30:]))
@@ -259,7 +281,9 @@ def show(results: dict[str, Any], options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"2 processes, batches of {options.batch} x {options.length} tokens, {options.rounds} rounds (medians)")
+    table = Table(
+        title=f"2 processes, batches of {options.batch} x {options.length} tokens, {options.rounds} rounds (medians)"
+    )
     for column in ("", "tokens/s", "of plain", "first step after", "whole run"):
         table.add_column(column, justify="left" if not column else "right")
     plain = results["peers"].get("plain", {}).get("tokens_per_s")

@@ -1,8 +1,8 @@
 """The OpenAI endpoint as a Serve app.
 
-    serve run serve_apps.openai:app                              # the newest registered model
-    serve run serve_apps.openai:app config=my-app.yaml           # or TANDEM_SERVE_CONFIG=my-app.yaml
-    serve deploy serve_apps/openai.yaml                          # with the app's config in `args`
+serve run serve_apps.openai:app                              # the newest registered model
+serve run serve_apps.openai:app config=my-app.yaml           # or TANDEM_SERVE_CONFIG=my-app.yaml
+serve deploy serve_apps/openai.yaml                          # with the app's config in `args`
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,9 @@ def write_model(folder: Path, *, max_length: int = MAX_LENGTH, layers: int = 2, 
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<pad>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(PROMPTS * 4, trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
@@ -135,7 +136,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A base called `tiny` with adapters `red` and `blue`, served by one vLLM engine with two adapter slots."""
     from ray import serve
 
@@ -161,4 +162,4 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         app = build_app(config)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     serve.run(app, name=result.app, route_prefix="/")
-    yield result
+    return result

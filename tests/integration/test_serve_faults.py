@@ -81,7 +81,7 @@ def test_a_killed_engine_process_is_replaced_and_nobody_hangs(served: Served, vi
             pass
     assert time.monotonic() - started < ANSWER_S
     assert wait_until_replaced(served, old) <= {200, 503}
-    gone, alive = psutil.wait_procs(engine, timeout=20)
+    _, alive = psutil.wait_procs(engine, timeout=20)
     assert not alive
 
 

@@ -1,6 +1,6 @@
 """Two gloo processes for test_train_world.py: runs every case in one world, and writes what each gave to a JSON file.
 
-    python train_world.py FOLDER RANK WORLD
+python train_world.py FOLDER RANK WORLD
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tandem.checkpoint import folders, sharded
 from tandem.checkpoint.export import export
 from tandem.checkpoint.folders import SavedState
 from tandem.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainConfig
+from tandem.data.build import tokenizer_files
 from tandem.data.order import held_rows
 from tandem.data.packing import Rows
 from tandem.data.tokenize import TextEncoder
@@ -54,7 +55,9 @@ class World:
         self.rows = np.load(folder / "rows.npy")
 
     def config(self, strategy: str, *, lora: bool = False, **changes: Any) -> TrainConfig:
-        model = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
+        model = ModelConfig(
+            hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64
+        )
         return TrainConfig(
             name="t",
             data=DataConfig(path="x", sequence_length=32),
@@ -76,7 +79,9 @@ class World:
         trained = [p for p in model.parameters() if p.requires_grad]
         return model, torch.optim.AdamW(trained, lr=1e-2, betas=config.optimizer.betas)
 
-    def run(self, config: TrainConfig, parts: tuple[Any, Any], state: LoopState, stop: int = STEPS, root: Path | None = None):
+    def run(
+        self, config: TrainConfig, parts: tuple[Any, Any], state: LoopState, stop: int = STEPS, root: Path | None = None
+    ):
         """Train to `stop` of the config's steps; saves there if `root` is given. Returns the losses."""
         losses: list[float] = []
 
@@ -115,9 +120,9 @@ class World:
         assert newest is not None
         found = sharded.load(newest, *parts)
         losses += self.run(config, parts, LoopState(found.step, found.tokens), root=root)
-        size = sum(f.stat().st_size for f in newest.iterdir())
-        export(parts[0], self.folder / f"export-{strategy}-{lora}-{self.world}", tokenizer=self.folder / "tokenizer")
-        return {"losses": losses, "bytes": size, "saved": [p.name for p in folders.saved(root)]}
+        target = self.folder / f"export-{strategy}-{lora}-{self.world}"
+        export(parts[0], target, beside=tokenizer_files(self.folder / "tokenizer"))
+        return {"losses": losses, "saved": [p.name for p in folders.saved(root)]}
 
     def full_disk(self) -> dict[str, Any]:
         """What a save says when files may not grow, and whether the save before is still good."""

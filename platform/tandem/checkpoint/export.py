@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,14 +14,14 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from tandem.data.build import copy_tokenizer
 from tandem.storage import publish_folder
 
 
-def export(model: nn.Module, target: Path, *, tokenizer: Path) -> None:
+def export(model: nn.Module, target: Path, *, beside: Iterable[Path] = ()) -> None:
     """Write `model` to `target`, replacing what is there. Every rank calls it; rank 0 writes.
 
-    A peft model becomes an adapter folder, any other a folder that AutoModelForCausalLM, AutoTokenizer and vLLM load.
+    A peft model becomes an adapter folder, any other a folder that AutoModelForCausalLM and vLLM load, with copies of the
+    files `beside` it: its tokenizer's.
     """
     adapter = getattr(_plain(model), "peft_config", None) is not None
     weights = get_model_state_dict(
@@ -29,9 +31,12 @@ def export(model: nn.Module, target: Path, *, tokenizer: Path) -> None:
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     with publish_folder(target, replace=True) as staging:
-        (_export_adapter if adapter else _export_model)(_plain(model), weights, staging)
+        (_export_adapter if adapter else _export_model)(
+            _plain(model), cast("dict[str, torch.Tensor]", weights), staging
+        )
         if not adapter:
-            copy_tokenizer(tokenizer, staging)
+            for file in beside:
+                shutil.copyfile(file, staging / file.name)
 
 
 def is_whole(target: Path) -> bool:
@@ -42,7 +47,7 @@ def is_whole(target: Path) -> bool:
 
 def _export_model(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
     # The trained model may be sharded, and save_pretrained would ask it for its weights: an empty one of its class takes them.
-    plain = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    plain: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     model.config.architectures = [plain.__name__]
     model.config.dtype = torch.float32
     with torch.device("meta"):

@@ -1,9 +1,9 @@
 """Checkpoints on disk: which are whole, which is newest, and publishing one. Imports no torch.
 
-    checkpoints/step-00000100/          whole, since the name appears by one rename when every rank has written
-        .metadata, __0_0.distcp, ...    torch.distributed.checkpoint
-        state.json                      step, data cursor, and what else is plain
-    checkpoints/.step-00000200.tmp/     being written, or left by a run that died
+checkpoints/step-00000100/          whole, since the name appears by one rename when every rank has written
+    .metadata, __0_0.distcp, ...    torch.distributed.checkpoint
+    state.json                      step, data cursor, and what else is plain
+checkpoints/.step-00000200.tmp/     being written, or left by a run that died
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def saved(root: Path) -> list[Path]:
 
 def latest(root: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
-    return (saved(root) or [None])[-1]
+    return next(reversed(saved(root)), None)
 
 
 def prepare(root: Path, step: int) -> Path:

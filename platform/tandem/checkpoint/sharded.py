@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -20,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from tandem.checkpoint import folders
 from tandem.checkpoint.folders import SavedState
@@ -45,7 +46,7 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     staging = folders.staging_folder(root, state.step)
     problem = None
     try:
-        dcp.save(_content(model, optimizer), checkpoint_id=staging, no_dist=not dist.is_initialized())
+        save_state(_content(model, optimizer), checkpoint_id=staging, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
         problem = _explain(error, root)
     _agree(problem)
@@ -66,7 +67,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     state = folders.read_state(checkpoint)
     content = _content(model, optimizer)
     try:
-        dcp.load(content, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
+        load_state(content, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
         set_model_state_dict(model, content["model"], options=_OPTIONS)
         set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_OPTIONS)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
@@ -79,8 +80,12 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    # torch leaves a frozen weight in if it is tied to another one: a LoRA checkpoint would hold the embedding.
+    frozen = {name for name, p in inner.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    held = get_model_state_dict(model, options=_OPTIONS)
     return {
-        "model": get_model_state_dict(model, options=_OPTIONS),
+        "model": {name: value for name, value in held.items() if name not in frozen},
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
         "random": {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()},
     }
@@ -102,27 +107,26 @@ def _agree(problem: str | None) -> None:
             raise StorageError(found)
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> BaseException:
+    """What the first failing rank met, out of torch's wrapping."""
     if isinstance(error, CheckpointException):
-        inner = next(iter(error.failures.values()), None)
-        return str(inner[0] if isinstance(inner, tuple) else inner or error)
-    return str(error)
+        for wrapped in error.failures.values():
+            return wrapped[0]
+    return error
 
 
 def _explain(error: BaseException, root: Path) -> str:
-    inner: BaseException = error
-    if isinstance(error, CheckpointException):
-        first = next(iter(error.failures.values()), error)
-        inner = first[0] if isinstance(first, tuple) else first
+    cause = _root_cause(error)
     try:
         with disk_errors("writing a checkpoint", root):
-            raise inner
+            if isinstance(cause, OSError):
+                raise cause
     except StorageError as known:
         return str(known)
-    except BaseException as other:
-        # torch's writer reports a full disk as a RuntimeError of its stream.
-        free = free_bytes(root) / 2**20
-        return (
-            f"A checkpoint could not be written below {root}: {other} ({free:,.1f} MiB free). Checkpoints written before "
-            "are whole. Free some space, then run the same command again: it goes on from the newest one."
-        )
+    except OSError:
+        pass
+    # torch's writer tells of a full disk as a RuntimeError of its stream, too.
+    return (
+        f"A checkpoint could not be written below {root}: {cause} ({free_bytes(root) / 2**20:,.1f} MiB free). Checkpoints "
+        "written before are whole. Free some space, then run the same command again: it goes on from the newest one."
+    )

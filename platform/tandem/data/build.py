@@ -55,7 +55,9 @@ def build_dataset(
         if tokenizer is None:
             train_tokenizer(_texts(corpus, limit), folder, vocab_size=vocab_size)
         else:
-            copy_tokenizer(tokenizer, folder)
+            folder.mkdir()
+            for file in tokenizer_files(tokenizer):
+                shutil.copyfile(file, folder / file.name)
         encoder = TextEncoder(str(folder))
         tokenizer_digest = encoder.digest()
         say("tokenizer", 1, 1)
@@ -83,14 +85,11 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer out of its (or a model's) folder; DataError if it has none."""
-    if not (source / "tokenizer.json").exists():
-        raise DataError(f"{source} holds no tokenizer.json. Give a folder with a tokenizer in Hugging Face's format.")
-    target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer in its (or a model's) folder; DataError if it has none."""
+    if not (folder / "tokenizer.json").exists():
+        raise DataError(f"{folder} holds no tokenizer.json. Give a folder with a tokenizer in Hugging Face's format.")
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
 
 
 def _limited(corpus: Corpus, limit: int | None) -> Iterator[Sample]:

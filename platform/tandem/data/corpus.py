@@ -89,7 +89,9 @@ def _open(source: str, kind: str) -> Corpus:
         return JsonLines(path, _kind_of(path) if kind == "auto" else kind)  # type: ignore[arg-type]
     if path.suffix in TEXT_SUFFIXES:
         return TextFile(path)
-    raise DataError(f"{source} is a {path.suffix or 'file without suffix'}; known are .jsonl, {', '.join(TEXT_SUFFIXES)}.")
+    raise DataError(
+        f"{source} is a {path.suffix or 'file without suffix'}; known are .jsonl, {', '.join(TEXT_SUFFIXES)}."
+    )
 
 
 @dataclass(frozen=True)
@@ -205,12 +207,13 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _sample(value: dict[str, Any], where: str) -> Sample:
-    for keys in (("prompt", "answer"), ("input", "output"), ("text",)):
+    for keys in (["prompt", "answer"], ["input", "output"], ["text"]):
         if all(key in value for key in keys):
             for key in keys:
                 if not isinstance(value[key], str):
                     raise DataError(f"{where}: {key!r} is a {type(value[key]).__name__}; it must be a string.")
-            return Text(value["text"]) if keys == ("text",) else Pair(value[keys[0]], value[keys[1]])
+            found: list[str] = [value[key] for key in keys]
+            return Text(found[0]) if len(found) == 1 else Pair(found[0], found[1])
     raise DataError(
         f"{where} has the keys {', '.join(map(str, value)) or '(none)'}; "
         'it needs "text", or "prompt" and "answer", or "input" and "output".'

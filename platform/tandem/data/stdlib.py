@@ -9,7 +9,17 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__", "ensurepip", "pydoc_data"}
+SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "lib2to3",
+    "__pycache__",
+    "ensurepip",
+    "pydoc_data",
+}
 WELL_KNOWN = (
     "os.path", "os", "shutil", "json", "random", "statistics", "textwrap", "glob", "fnmatch", "tempfile", "bisect", "heapq",
     "string", "functools", "contextlib", "copy", "datetime", "calendar", "ast", "tokenize", "linecache",
@@ -17,7 +27,8 @@ WELL_KNOWN = (
     "urllib.request", "email.utils", "base64", "hmac", "secrets", "gzip", "bz2", "lzma", "zipfile", "tarfile", "csv",
     "configparser", "logging", "getpass", "platform", "locale", "gettext", "argparse", "asyncio.tasks", "asyncio.runners",
     "collections", "dataclasses", "enum", "fractions", "decimal", "numbers", "operator", "pickle", "pprint", "re", "reprlib",
-    "inspect", "sched", "selectors", "shelve", "shlex", "signal", "stat", "struct", "timeit", "types", "typing", "uuid", "weakref",
+    "inspect", "sched", "selectors", "shelve", "shlex", "signal", "stat", "struct", "timeit", "types", "typing", "uuid",
+    "weakref",
 )  # fmt: skip
 """Modules whose questions come first."""
 ANSWER_LENGTH = (16, 64)
@@ -64,7 +75,9 @@ def _modules() -> list[str]:
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         if parts and not any(part.startswith("_") for part in parts) and len(parts) <= 2:
             others.append(".".join(parts))
-    return list(dict.fromkeys([*WELL_KNOWN, *(m for m in others if m not in ("posixpath", "ntpath", "this", "antigravity"))]))
+    return list(
+        dict.fromkeys([*WELL_KNOWN, *(m for m in others if m not in ("posixpath", "ntpath", "this", "antigravity"))])
+    )
 
 
 def _sentences(module: str) -> Iterator[tuple[str, str]]:

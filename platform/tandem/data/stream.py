@@ -55,9 +55,7 @@ class PackSpec:
             documents = encoder.texts([bytes(batch["txt"][i]).decode("utf-8") for i in members])
             return pack(documents, self.length, encoder.pad_id, split=True)
         pairs = [_pair(bytes(batch["json"][i])) for i in members]
-        return pack(
-            encoder.pairs(pairs, loss_on_all=self.loss_on_all), self.length, encoder.pad_id, split=False
-        )
+        return pack(encoder.pairs(pairs, loss_on_all=self.loss_on_all), self.length, encoder.pad_id, split=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +140,16 @@ class StreamedRows:
         # A split of one: its executor is an actor of its own, and does not take the training process's time.
         (split,) = packed.streaming_split(1, equal=False)
         for batch in split.iter_batches(
-            batch_size=None, batch_format="numpy", prefetch_batches=max(1, config.prefetch_batches)
+            batch_size=None,  # type: ignore[arg-type]
+            batch_format="numpy",
+            prefetch_batches=max(1, config.prefetch_batches),
         ):
             yield from batch["row"]
 
 
-def packed_dataset(paths: list[str], spec: PackSpec, config: DataConfig, *, tasks: int, blocks: int = 1) -> ray.data.Dataset:
+def packed_dataset(
+    paths: list[str], spec: PackSpec, config: DataConfig, *, tasks: int, blocks: int = 1
+) -> ray.data.Dataset:
     """The packed rows of shards, shard by shard in the order of `paths`, by at most `tasks` processes at a time."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -225,4 +227,3 @@ def _nothing_usable(folder: Path, index: DatasetIndex, config: DataConfig) -> Da
 def _pair(data: bytes) -> tuple[str, str]:
     value = json.loads(data)
     return value["prompt"], value["answer"]
-

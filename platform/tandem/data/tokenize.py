@@ -86,7 +86,9 @@ class TextEncoder:
         try:
             found = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}. It must be a tokenizer in Hugging Face's format.") from error
+            raise DataError(
+                f"{path} cannot be read: {error}. It must be a tokenizer in Hugging Face's format."
+            ) from error
         template = Path(self.folder) / "chat_template.jinja"
         if template.exists():
             found["chat_template"] = template.read_text()

@@ -118,11 +118,16 @@ class EchoEngine:
             return _error(500, "The engine is dead.", None)
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": ("chat.completion" if chat else "text_completion") + (".chunk" if chat and body.get("stream") else ""),
+            "object": ("chat.completion" if chat else "text_completion")
+            + (".chunk" if chat and body.get("stream") else ""),
             "created": int(time.time()),
             "model": model,
         }
-        usage = {"prompt_tokens": len(words), "completion_tokens": len(tokens), "total_tokens": len(words) + len(tokens)}
+        usage = {
+            "prompt_tokens": len(words),
+            "completion_tokens": len(tokens),
+            "total_tokens": len(words) + len(tokens),
+        }
         if body.get("stream"):
             options = body.get("stream_options") or {}
             stream = self._stream(head, tokens, usage if options.get("include_usage") else None, chat=chat)
@@ -150,7 +155,9 @@ class EchoEngine:
             for i, token in enumerate(tokens):
                 await asyncio.sleep(self._delay_s)
                 finish = "stop" if i + 1 == len(tokens) else None
-                content: dict[str, Any] = {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}
+                content: dict[str, Any] = (
+                    {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}
+                )
                 choice = {"index": 0, "finish_reason": finish, "logprobs": None, **content}
                 yield _event({**head, "choices": [choice]})
             if usage is not None:

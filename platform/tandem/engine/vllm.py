@@ -157,7 +157,7 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
         if key not in known:
             hint = did_you_mean(key.replace("-", "_"), known)
             raise ConfigError(f"engine_args.{key} is not an argument of vLLM's engine.{hint}")
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     chosen: dict[str, Any] = {
         "model": spec.path,
         "served_model_name": list(dict.fromkeys((spec.id, spec.name))),
@@ -208,7 +208,9 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
         else:
             said = str(error)
         given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
-        raise ConfigError(f"vLLM refuses the settings of {spec.name} (engine_args: {given}). It says: {said}") from error
+        raise ConfigError(
+            f"vLLM refuses the settings of {spec.name} (engine_args: {given}). It says: {said}"
+        ) from error
 
 
 def main() -> int:
@@ -219,6 +221,7 @@ def main() -> int:
     try:
         spec = EngineSpec(**json.load(sys.stdin))
         make_config(parse_args(spec), spec)
+        answer: dict[str, str | None]
         answer, status = {"error": None}, 0
     except TandemError as error:
         answer, status = {"error": str(error)}, error.exit_code

@@ -84,7 +84,11 @@ class Catalog:
         base = self._by_id.get(record.base or record.id)
         if base is None:
             here = ", ".join(self._by_id)
-            what = f"the adapter {record.id} needs {record.base}" if record.kind == "adapter" else f"{record.id} is registered"
+            what = (
+                f"the adapter {record.id} needs {record.base}"
+                if record.kind == "adapter"
+                else f"{record.id} is registered"
+            )
             raise unknown_model(f"The model {name!r} is not served here: {what}, and this app serves {here}.")
         if record.kind == "model":
             return Target(base=base)

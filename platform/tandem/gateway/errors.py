@@ -62,7 +62,9 @@ def from_engine(status: int, body: bytes, max_length: int | None) -> bytes:
     except (ValueError, AttributeError):
         text = body.decode(errors="replace").strip()
         message = text[:2000] or message
-    if status == 400 and ("context length" in message or "max_model_len" in message or "maximum model length" in message):
+    if status == 400 and (
+        "context length" in message or "max_model_len" in message or "maximum model length" in message
+    ):
         code = "context_length_exceeded"
         if max_length and str(max_length) not in message:
             message += f" The model takes {max_length} tokens."

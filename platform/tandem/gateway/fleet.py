@@ -83,6 +83,6 @@ class Fleet:
                 self._snapshot = await self._watch(self._snapshot.version)
             except asyncio.CancelledError:
                 raise
-            except Exception:
+            except Exception:  # noqa: BLE001 - whatever Ray raises
                 # The directory is being replaced: what is known stays good, connections find out the rest.
                 await asyncio.sleep(0.5)

@@ -75,7 +75,9 @@ class Proxy:
             attempt = contextlib.AsyncExitStack()
             try:
                 attempt.enter_context(self._fleet.counting(replica))
-                request = self._session.post(replica.url + path, data=body, headers={**sent, TOKEN_HEADER: replica.token})
+                request = self._session.post(
+                    replica.url + path, data=body, headers={**sent, TOKEN_HEADER: replica.token}
+                )
                 answer = await attempt.enter_async_context(request)
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 await attempt.aclose()
@@ -108,7 +110,7 @@ class _Forwarded(Response):
         self._path = path
         self._body = body
         self._target = target
-        self._headers = headers
+        self._sent_headers = headers
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,8 +130,10 @@ class _Forwarded(Response):
 
     async def _copy(self, send: Send) -> None:
         async with contextlib.AsyncExitStack() as held:
-            answer = await self._proxy.open(self._path, self._body, self._target, self._headers, held)
-            head = [(name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers]
+            answer = await self._proxy.open(self._path, self._body, self._target, self._sent_headers, held)
+            head = [
+                (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
+            ]
             if answer.status >= 400:
                 body = from_engine(answer.status, await answer.read(), self._target.base.max_length)
                 await _send_head(send, answer.status, [(b"content-type", b"application/json")], len(body))
@@ -166,5 +170,3 @@ async def _said(answer: aiohttp.ClientResponse) -> str:
         return str((await answer.json())["error"]["message"])
     except (ValueError, KeyError, TypeError, aiohttp.ClientError):
         return "not available"
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 
@@ -78,7 +79,7 @@ class AdapterSlots:
                     task = self._loading.get(adapter.id)
                     if task is None:
                         task = self._loading[adapter.id] = asyncio.create_task(self._make_resident(adapter))
-                        task.add_done_callback(lambda done, key=adapter.id: self._loaded(key, done))
+                        task.add_done_callback(functools.partial(self._loaded, adapter.id))
                     # Shielded: a client that leaves must not cancel the load that others wait for.
                     await asyncio.shield(task)
         except TimeoutError as error:
@@ -92,15 +93,20 @@ class AdapterSlots:
             task.exception()  # seen here, so that a load nobody waits for any more does not complain at exit
 
     async def _make_resident(self, adapter: AdapterRef) -> None:
+        while not await self._try_to_load(adapter):
+            await self._freed.wait()
+
+    async def _try_to_load(self, adapter: AdapterRef) -> bool:
+        """Load into a free slot, or one whose adapter nobody uses; False if there is none."""
         async with self._turn:
             while len(self._resident) >= self._capacity:
                 victim = next((name for name in self._resident if not self._users[name]), None)
                 if victim is None:
                     self._freed.clear()
-                    await self._freed.wait()
-                    continue
+                    return False
                 del self._resident[victim]
                 await self._engine.unload_adapter(victim)
             await self._engine.load_adapter(adapter)
             self._resident[adapter.id] = adapter
             self._on_change()
+            return True

@@ -61,7 +61,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         # The proxy's own sends then reach the socket without a second event loop in between.
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
     )
-    return cast(serve.Application, gateway.bind(directory, tuple(models), config.gateway, registry_url, engines))
+    return gateway.bind(directory, tuple(models), config.gateway, registry_url, engines)
 
 
 class Gateway:
@@ -69,11 +69,11 @@ class Gateway:
 
     def __init__(
         self,
-        directory: DeploymentHandle,
+        directory: DeploymentHandle[Any],
         models: tuple[ServedModel, ...],
         config: GatewayConfig,
         registry_url: str,
-        engines: list[DeploymentHandle],
+        engines: list[DeploymentHandle[Any]],
     ) -> None:
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
@@ -108,7 +108,9 @@ def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]
     models = [_resolve(served, registry) for served in wanted]
     for model in models:
         if sum(other.name == model.name or other.id == model.id for other in models) > 1:
-            raise ConfigError(f"models: {model.name!r} ({model.id}) is served more than once; raise its `replicas` instead.")
+            raise ConfigError(
+                f"models: {model.name!r} ({model.id}) is served more than once; raise its `replicas` instead."
+            )
     return models
 
 
@@ -117,7 +119,9 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
     # A slash or a dot in front says folder; a bare word is a name, whatever lies in the current directory.
     if served.model.startswith(("/", ".", "~")) or "/" in served.model:
         if served.engine != "echo" and not (folder / "config.json").is_file():
-            near = did_you_mean(folder.name, [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else [])
+            near = did_you_mean(
+                folder.name, [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            )
             raise ConfigError(f"models: no model at {folder}: it has no config.json.{near}")
         name = served.name or folder.name
         return ServedModel(id=name, name=name, path=str(folder.resolve()), config=served)

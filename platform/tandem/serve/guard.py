@@ -84,7 +84,11 @@ class Guard:
         async def send_unless_dead(message: Message) -> None:
             nonlocal swapped
             # A dead engine makes vLLM answer 500; nothing was generated, so the client may simply try again.
-            if message["type"] == "http.response.start" and message["status"] >= 500 and not self._engine.stats().healthy:
+            if (
+                message["type"] == "http.response.start"
+                and message["status"] >= 500
+                and not self._engine.stats().healthy
+            ):
                 swapped = True
                 await self._refuse_dead(send)
             elif not swapped:
@@ -98,7 +102,9 @@ class Guard:
 
     async def _refuse_dead(self, send: Send) -> None:
         self._on_death()
-        await _refuse(send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable="dead")
+        await _refuse(
+            send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable="dead"
+        )
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

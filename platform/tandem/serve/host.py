@@ -33,7 +33,12 @@ class EngineHost:
     """One engine behind its guard, on a free port of `host`."""
 
     def __init__(
-        self, engine: Engine, *, max_adapters: int, host: str = "127.0.0.1", on_change: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        *,
+        max_adapters: int,
+        host: str = "127.0.0.1",
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_change` is called from the engine's thread when adapters or health change."""
         self.token = secrets.token_hex(32)
@@ -88,7 +93,7 @@ class EngineHost:
     def _run(self) -> None:
         try:
             uvloop.run(self._main())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the start
             if not self._ready.done():
                 self._ready.set_exception(error)
         finally:

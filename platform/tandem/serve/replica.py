@@ -27,7 +27,8 @@ SHUTDOWN_S = DRAIN_S + 15.0
 class EngineReplica:
     """Holds one engine. `directory` is the handle of the app's directory."""
 
-    async def __init__(self, model: ServedModel, directory: Any) -> None:
+    # Serve awaits an asynchronous constructor.
+    async def __init__(self, model: ServedModel, directory: Any) -> None:  # type: ignore[misc]
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._model = model
         self._directory = directory

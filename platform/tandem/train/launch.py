@@ -24,6 +24,7 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 import ray.train.v2.api.callback as train_callbacks
+from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from tandem import errors
 from tandem.checkpoint import folders
@@ -64,7 +65,8 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """All events of the job, of earlier runs too."""
-        return list(events.read(self.path))
+        # A device has no end to read to.
+        return list(events.read(self.path)) if self.path.is_file() else []
 
 
 def main(arguments: list[str]) -> int:
@@ -152,7 +154,9 @@ def connect(config: TrainConfig) -> None:
     if not ray.is_initialized():
         parallel = config.parallel
         address = settings().ray_address
-        local = {} if address else {"num_cpus": max(8, int(parallel.workers * parallel.cpus_per_worker) + 2)}
+        local: dict[str, Any] = (
+            {} if address else {"num_cpus": max(8, int(parallel.workers * parallel.cpus_per_worker) + 2)}
+        )
         try:
             ray.init(
                 address=address or "local",
@@ -162,7 +166,9 @@ def connect(config: TrainConfig) -> None:
                 **local,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"No Ray cluster answers at {address}: {error}. Start one, or unset RAY_ADDRESS.") from error
+            raise ClusterError(
+                f"No Ray cluster answers at {address}: {error}. Start one, or unset RAY_ADDRESS."
+            ) from error
     check_room(config, ray.cluster_resources())
 
 
@@ -239,11 +245,11 @@ def _run_workers(task: WorkerTask, journal: Journal) -> dict[str, Any]:
                     **({"GPU": config.parallel.gpus_per_worker} if config.parallel.gpus_per_worker else {}),
                 },
             ),
-            run_config=ray.train.RunConfig(
+            run_config=RunConfig(  # type: ignore[arg-type]
                 # Our own checkpoints say where to go on; Ray's record of a run that died must not.
                 name=uuid.uuid4().hex[:8],
                 storage_path=str(storage),
-                failure_config=ray.train.FailureConfig(max_failures=config.checkpoint.max_failures),
+                failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
                 callbacks=[FailureReporter(task.mailbox)],
                 worker_runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)},
             ),
@@ -274,7 +280,7 @@ def _run_workers(task: WorkerTask, journal: Journal) -> dict[str, Any]:
 def _pump(task: WorkerTask, journal: Journal, end: dict[str, Any]) -> Iterator[None]:
     """Write events as they come, until the block ends and the mailbox is empty."""
     over = threading.Event()
-    problems: list[BaseException] = []
+    problems: list[Exception] = []
     attempts = 0
     reason = "a worker ended"
 
@@ -299,7 +305,7 @@ def _pump(task: WorkerTask, journal: Journal, end: dict[str, Any]) -> Iterator[N
                     handle(event)
                 if last:
                     return
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - raised again by the main thread
             problems.append(error)
             # The workers' next look at the mailbox tells them; what is trained so far stays.
             with contextlib.suppress(Exception):

@@ -141,4 +141,3 @@ def clip(parameters: list[nn.Parameter], limit: float) -> float:
     if limit:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)
-

@@ -29,10 +29,10 @@ def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: in
             )
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(
-        model,  # type: ignore[arg-type]
+        model,
         peft.LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]
+            lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=list(config.target_modules),
             task_type="CAUSAL_LM",

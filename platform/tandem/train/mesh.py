@@ -1,4 +1,4 @@
-"""How many ranks share what, and the named device mesh that comes of it. Later issues add axes; the order stays outer to inner."""
+"""How many ranks share what, and the named device mesh that comes of it. Axes go from outer to inner."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,8 +59,8 @@ def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
         "use_cache": True,
     }
     if config.architecture == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**shape))
-    return LlamaForCausalLM(LlamaConfig(**shape))
+        return cast(nn.Module, Qwen3ForCausalLM(Qwen3Config(**shape)))
+    return cast(nn.Module, LlamaForCausalLM(LlamaConfig(**shape)))
 
 
 def distribute(model: nn.Module, mesh: DeviceMesh, *, precision: str) -> nn.Module:

@@ -17,6 +17,7 @@ from tandem.checkpoint import folders, sharded
 from tandem.checkpoint.export import export
 from tandem.checkpoint.folders import SavedState
 from tandem.config import TrainConfig
+from tandem.data.build import tokenizer_files
 from tandem.data.stream import Stream
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import TandemError
@@ -51,7 +52,9 @@ def run_worker(settings: dict[str, Any]) -> None:
     # A fault that a second try would meet again has been told to the driver: nothing to do here.
     if ray.get(task.mailbox.failed.remote()):
         return
-    emit: Emit = (lambda event: task.mailbox.put.remote(event)) if context.get_world_rank() == 0 else (lambda event: None)
+    emit: Emit = (
+        (lambda event: task.mailbox.put.remote(event)) if context.get_world_rank() == 0 else (lambda event: None)
+    )
     try:
         _run(task, context.get_world_rank(), context.get_world_size(), emit)
     except TandemError as error:
@@ -115,8 +118,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     if state.step < config.steps:
         rows = task.stream.rows(degrees.data_rank(rank), degrees.data_parallel, found.cursor if found else None)
-        train(model, optimizer, rows, config, state, ranks=degrees.data_parallel, report=report, save=save, device=device)
-    export(model, task.job / "export", tokenizer=task.tokenizer)
+        train(
+            model, optimizer, rows, config, state, ranks=degrees.data_parallel, report=report, save=save, device=device
+        )
+    export(model, task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
         dist.barrier()
     emit({"event": "exported", "loss": last_loss, "step": state.step})

@@ -20,7 +20,9 @@ from tandem.ids import file_digest
 @pytest.fixture
 def pairs(tmp_path: Path) -> str:
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"What is {n}?", "answer": f"It is {n}."}) + "\n" for n in range(100)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"What is {n}?", "answer": f"It is {n}."}) + "\n" for n in range(100))
+    )
     return str(path)
 
 

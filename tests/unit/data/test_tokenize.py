@@ -37,7 +37,9 @@ def test_a_chat_is_rendered_and_encoded_as_transformers_does(folder: Path, encod
     theirs = AutoTokenizer.from_pretrained(folder)
     text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
     assert encoder.render(chat, add_generation_prompt=generation) == text
-    ids = theirs.apply_chat_template(chat, tokenize=True, add_generation_prompt=generation, return_dict=True)["input_ids"]
+    ids = theirs.apply_chat_template(chat, tokenize=True, add_generation_prompt=generation, return_dict=True)[
+        "input_ids"
+    ]
     assert encoder.tokenizer.encode(text, add_special_tokens=False).ids == ids
     assert theirs("plain text").input_ids == encoder.tokenizer.encode("plain text").ids
     assert (theirs.eos_token_id, theirs.pad_token_id) == (encoder.token_id("eos_token"), encoder.pad_id)

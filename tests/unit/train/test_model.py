@@ -67,7 +67,9 @@ def test_the_loss_is_the_sum_over_labelled_tokens(model: torch.nn.Module):
     rows = torch.from_numpy(pack(documents, 8, 0, split=False)).long()
     assert count_targets(rows[:, 1]) == 4
     logits = model(input_ids=rows[:, 0], position_ids=rows[:, 2], use_cache=False).logits
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), rows[:, 1, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     torch.testing.assert_close(summed_loss(model, rows), expected)
 
 

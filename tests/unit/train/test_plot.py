@@ -12,7 +12,11 @@ def step(number: int, loss: float) -> dict[str, object]:
 
 
 def test_a_run_with_a_restart_becomes_one_png(tmp_path: Path):
-    events = [{"event": "started"}, *(step(n, 5 / (n + 1)) for n in range(80)), *(step(n, 5 / (n + 1)) for n in range(60, 120))]
+    events = [
+        {"event": "started"},
+        *(step(n, 5 / (n + 1)) for n in range(80)),
+        *(step(n, 5 / (n + 1)) for n in range(60, 120)),
+    ]
     assert plot_run(events, tmp_path / "loss.png", title="a model")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -14,7 +14,9 @@ def test_it_warms_up_in_a_line_to_the_peak(schedule: str):
     assert [learning_rate(config, step, 100) for step in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
 
 
-@pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.06, 0.02), ("linear", 0.06, 0.02), ("constant", 0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"), [("cosine", 0.06, 0.02), ("linear", 0.06, 0.02), ("constant", 0.1, 0.1)]
+)
 def test_it_falls_to_the_final_fraction(schedule: str, middle: float, end: float):
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule=schedule, final_fraction=0.2)
     assert learning_rate(config, 50, 100) == pytest.approx(middle)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from tandem.engine.create import EngineSpec, create_engine
+from tandem.engine.echo import EchoEngine
+from tandem.errors import ConfigError
+
+
+def client(engine: EchoEngine) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=engine.app), base_url="http://echo")
+
+
+async def test_it_answers_with_the_prompt_streamed_or_whole() -> None:
+    async with client(EchoEngine()) as http:
+        body = {"model": "echo", "messages": [{"role": "user", "content": "a b c"}], "max_tokens": 2}
+        whole = (await http.post("/v1/chat/completions", json=body)).json()
+        assert whole["choices"][0]["message"]["content"] == "a b"
+        assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        text = (await http.post("/v1/chat/completions", json=body | {"stream": True})).text
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    assert "".join(json.loads(e)["choices"][0]["delta"]["content"] for e in events[:-1]) == "a b"
+
+
+async def test_it_refuses_what_a_real_engine_refuses() -> None:
+    async with client(EchoEngine(max_length=3)) as http:
+        assert (await http.post("/v1/completions", json={"model": "x", "prompt": "a"})).status_code == 404
+        answer = await http.post("/v1/completions", json={"model": "echo", "prompt": "a b c d"})
+        assert answer.status_code == 400 and "4 tokens; the model takes 3" in answer.text
+
+
+def test_the_factory_picks_engines_by_kind_and_checks_their_arguments() -> None:
+    spec = EngineSpec(kind="echo", id="m@1", name="m", path="", args={"delay_s": 0.1})
+    assert isinstance(create_engine(spec), EchoEngine)
+    with pytest.raises(ConfigError, match="Did you mean 'delay_s'"):
+        create_engine(EngineSpec(kind="echo", id="m@1", name="m", path="", args={"delay": 0.1}))
+    with pytest.raises(ConfigError, match="No engine is called"):
+        create_engine(EngineSpec(kind="vlm", id="m@1", name="m", path=""))

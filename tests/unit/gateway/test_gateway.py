@@ -1,0 +1,221 @@
+"""The gateway before echo engines: real HTTP on both sides, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from tandem.config import GatewayConfig, ServedModelConfig
+from tandem.engine.echo import EchoEngine
+from tandem.gateway.app import create_app
+from tandem.registry import Registry
+from tandem.serve.host import EngineHost
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+
+BODY = {"model": "base", "prompt": "one two three"}
+
+
+@dataclass
+class World:
+    http: httpx.AsyncClient
+    registry: Registry
+    folder: Path
+    engines: list[EchoEngine] = field(default_factory=list)
+    hosts: list[EngineHost] = field(default_factory=list)
+    records: dict[str, ReplicaRecord] = field(default_factory=dict)
+    version: int = 1
+
+    async def watch(self, version: int) -> Snapshot:
+        if version == self.version:
+            await asyncio.sleep(0.01)
+        return Snapshot(version=self.version, replicas=tuple(self.records.values()))
+
+    async def add_engine(self, engine: EchoEngine) -> None:
+        host = EngineHost(engine, max_adapters=2)
+        await host.start()
+        name = f"r{len(self.hosts)}"
+        self.engines.append(engine)
+        self.hosts.append(host)
+        self.records[name] = ReplicaRecord(id=name, base="base@1", url=host.url, token=host.token)
+        self.version += 1
+        await asyncio.sleep(0.1)
+
+    def adapter(self, name: str, rank: int = 8) -> None:
+        path = self.folder / f"{name}-{rank}"
+        path.mkdir()
+        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
+        (path / "adapter_model.safetensors").write_bytes(name.encode() + bytes([rank]))
+        self.registry.register_adapter(name, path, base="base")
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"max_position_embeddings": 64}')
+    (model / "model.safetensors").write_bytes(b"\0")
+    registry.register_model("base", model)
+    served = ServedModel(
+        id="base@1", name="base", path="", max_length=64, config=ServedModelConfig(model="base", max_lora_rank=16)
+    )
+    result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
+    config = GatewayConfig(max_body_bytes=4096, connect_timeout_s=1.0, retry_after_s=7)
+    app = create_app(models=[served], watch=result.watch, registry=registry, config=config)
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    result.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20)
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield result
+    await result.http.aclose()
+    server.should_exit = True
+    await task
+    for host in result.hosts:
+        await host.drain(0)
+
+
+def echo(**options: float) -> EchoEngine:
+    return EchoEngine(("base@1", "base"), **options)  # type: ignore[arg-type]
+
+
+async def test_a_request_reaches_the_engine_under_its_versioned_name(world: World) -> None:
+    await world.add_engine(echo())
+    answer = await world.http.post("/v1/completions", json=BODY)
+    assert answer.json()["model"] == "base@1" and answer.json()["choices"][0]["text"] == "one two three"
+    streamed = await world.http.post("/v1/completions", json=BODY | {"stream": True})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    assert streamed.text.endswith("data: [DONE]\n\n")
+
+
+async def test_an_adapter_registered_now_answers_the_next_request(world: World) -> None:
+    await world.add_engine(echo())
+    assert (await world.http.post("/v1/completions", json=BODY | {"model": "red"})).status_code == 404
+    world.adapter("red")
+    assert (await world.http.post("/v1/completions", json=BODY | {"model": "red"})).json()["model"] == "red@1"
+    world.adapter("red", rank=4)
+    assert (await world.http.post("/v1/completions", json=BODY | {"model": "red"})).json()["model"] == "red@2"
+    assert (await world.http.post("/v1/completions", json=BODY | {"model": "red@1"})).json()["model"] == "red@1"
+    assert world.engines[0].loads == ["red@1", "red@2"]
+    listed = (await world.http.get("/v1/models")).json()["data"]
+    assert [(card["id"], card["root"]) for card in listed] == [("base", "base@1"), ("red", "red@2")]
+
+
+async def test_an_adapter_request_goes_to_the_replica_that_holds_it(world: World) -> None:
+    await world.add_engine(echo())
+    await world.add_engine(echo())
+    world.adapter("red")
+    for _ in range(8):
+        assert (await world.http.post("/v1/completions", json=BODY | {"model": "red"})).status_code == 200
+    assert sum(len(engine.loads) for engine in world.engines) == 1
+
+
+async def test_too_large_a_rank_is_refused_with_both_numbers(world: World) -> None:
+    await world.add_engine(echo())
+    world.adapter("wide", rank=32)
+    answer = await world.http.post("/v1/completions", json=BODY | {"model": "wide"})
+    assert answer.status_code == 400 and "rank 32" in answer.text and "max_lora_rank 16" in answer.text
+
+
+async def test_an_unknown_model_is_404_with_the_nearest_name(world: World) -> None:
+    answer = await world.http.post("/v1/completions", json=BODY | {"model": "bas"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found" and "'base'" in answer.text
+    assert (await world.http.get("/v1/models/bas")).status_code == 404
+    assert (await world.http.get("/v1/models/base")).json()["id"] == "base"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"7", b"\xff", b'{"prompt": "x"}', b'{"model": 3}', b'{"model": ""}', b"[" * 4000]
+)
+async def test_a_malformed_body_is_400(world: World, body: bytes) -> None:
+    answer = await world.http.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_too_large_a_body_is_413_announced_or_not(world: World) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b" " * 1000
+
+    assert (await world.http.post("/v1/completions", content=b" " * 5000)).status_code == 413
+    assert (await world.http.post("/v1/completions", content=pieces())).status_code == 413
+
+
+async def test_without_a_replica_it_is_503_with_retry_after(world: World) -> None:
+    answer = await world.http.post("/v1/completions", json=BODY)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+    assert answer.json()["error"]["code"] == "engine_unavailable"
+    assert (await world.http.get("/health")).status_code == 503
+
+
+async def test_a_replica_that_is_gone_or_dead_is_passed_over(world: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    world.records["gone"] = ReplicaRecord(id="gone", base="base@1", url=f"http://127.0.0.1:{port}", token="x")
+    await world.add_engine(echo())
+    for _ in range(6):
+        assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
+    del world.records["gone"]
+    world.engines[0].die()
+    answer = await world.http.post("/v1/completions", json=BODY)
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "7"
+    await world.add_engine(echo())
+    for _ in range(6):
+        assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_a_client_that_leaves_ends_its_stream_in_the_engine(world: World) -> None:
+    engine = echo(delay_s=0.02)
+    await world.add_engine(engine)
+    long = BODY | {"prompt": "x " * 900, "stream": True}
+    async with world.http.stream("POST", "/v1/completions", json=long) as answer:
+        async for _ in answer.aiter_raw():
+            break
+    await gone(engine)
+
+
+async def test_a_client_that_leaves_ends_its_plain_request_in_the_engine(world: World) -> None:
+    engine = echo(delay_s=0.02)
+    await world.add_engine(engine)
+    with pytest.raises(httpx.ReadTimeout):
+        await world.http.post("/v1/completions", json=BODY | {"prompt": "x " * 900}, timeout=0.3)
+    await gone(engine)
+
+
+async def gone(engine: EchoEngine) -> None:
+    for _ in range(200):
+        if engine.aborted == 1 and engine.stats().running == 0:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError((engine.aborted, engine.stats()))
+
+
+async def test_an_engines_error_comes_in_openais_shape(world: World) -> None:
+    await world.add_engine(echo(max_length=2))
+    answer = await world.http.post("/v1/completions", json=BODY)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error" and "3 tokens" in answer.text
+
+
+def test_the_gateway_imports_neither_torch_nor_vllm_nor_transformers_nor_ray() -> None:
+    code = (
+        "import sys, tandem.gateway.app; "
+        "print([m for m in ('torch', 'vllm', 'transformers', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

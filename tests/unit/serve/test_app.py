@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tandem.config import ServeConfig, ServedModelConfig
+from tandem.errors import ConfigError, RegistryError, UnknownModelError
+from tandem.registry import Registry
+from tandem.serve.app import build_app, resolve_models
+
+
+@pytest.fixture
+def registry(tandem_home: Path) -> Registry:
+    return Registry(f"sqlite:///{tandem_home}/tandem.db")
+
+
+def model(folder: Path, size: int = 1) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    (folder / "model.safetensors").write_bytes(b"\0" * size)
+    return folder
+
+
+def config(*models: ServedModelConfig) -> ServeConfig:
+    return ServeConfig(models=models)
+
+
+def test_the_newest_registered_model_is_served_when_none_is_named(registry: Registry, tmp_path: Path) -> None:
+    registry.register_model("one", model(tmp_path / "one"))
+    registry.register_model("two", model(tmp_path / "two", 2))
+    (served,) = resolve_models(ServeConfig(), registry)
+    assert (served.id, served.name, served.max_length) == ("two@1", "two", 64)
+
+
+def test_an_empty_registry_says_what_to_do(registry: Registry) -> None:
+    with pytest.raises(RegistryError, match="none is registered"):
+        resolve_models(ServeConfig(), registry)
+
+
+def test_a_name_an_id_and_a_folder_can_be_served_and_given_another_name(registry: Registry, tmp_path: Path) -> None:
+    registry.register_model("one", model(tmp_path / "one"))
+    registry.register_model("one", model(tmp_path / "one-2", 2))
+    folder = model(tmp_path / "plain")
+    served = resolve_models(
+        config(
+            ServedModelConfig(model="one"),
+            ServedModelConfig(model="one@1", name="old"),
+            ServedModelConfig(model=str(folder)),
+        ),
+        registry,
+    )
+    assert [(s.id, s.name) for s in served] == [("one@2", "one"), ("one@1", "old"), ("plain", "plain")]
+
+
+def test_unknown_names_and_folders_are_refused_with_the_nearest(registry: Registry, tmp_path: Path) -> None:
+    registry.register_model("story", model(tmp_path / "story"))
+    with pytest.raises(UnknownModelError, match="'story'"):
+        resolve_models(config(ServedModelConfig(model="stori")), registry)
+    with pytest.raises(ConfigError, match="Did you mean 'story'"):
+        resolve_models(config(ServedModelConfig(model=str(tmp_path / "storry"))), registry)
+
+
+def test_one_model_twice_is_refused(registry: Registry, tmp_path: Path) -> None:
+    registry.register_model("one", model(tmp_path / "one"))
+    with pytest.raises(ConfigError, match="replicas"):
+        resolve_models(config(ServedModelConfig(model="one"), ServedModelConfig(model="one@1", name="b")), registry)
+
+
+def test_a_wrong_engine_argument_is_refused_before_anything_starts(registry: Registry, tmp_path: Path) -> None:
+    folder = model(tmp_path / "one")
+    wrong = ServedModelConfig(model=str(folder), engine="echo", engine_args={"delays": 1})
+    with pytest.raises(ConfigError, match="Did you mean 'delay_s'"):
+        build_app(config(wrong))
