@@ -67,7 +67,7 @@ def main() -> int:
         given.rounds, given.streams = 3, [BAR_STREAMS]
     results: list[dict[str, Any]] = []
     with contextlib.ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tandem-bench-")))
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
         write_model(folder / "model")
         running: dict[str, int] = {}
         for name in given.stacks:
@@ -120,9 +120,8 @@ def verdict(summary: list[dict[str, Any]], stacks: list[str]) -> int:
     at = {row["stack"]: row for row in summary if row["streams"] == BAR_STREAMS}
     missed = [row["stack"] for row in summary if row["failed"]]
     tandem = at["tandem"]["ratio"]
-    for name in ("ray", "ray-direct"):
-        if name in at and tandem <= at[name]["ratio"]:
-            missed.append(f"ahead of {NAMES[name]} ({at[name]['ratio']:.2f})")
+    ahead = [name for name in ("ray", "ray-direct") if name in at and tandem <= at[name]["ratio"]]
+    missed += [f"ahead of {NAMES[name]} ({at[name]['ratio']:.2f})" for name in ahead]
     if tandem < BAR:
         missed.append(f"at least {BAR:.2f} of bare vLLM")
     console.print(f"Missed: {'; '.join(missed)}." if missed else "Every bar is met.")
@@ -144,7 +143,7 @@ def stack(name: str, folder: Path) -> Iterator[int]:
             "SERVER_STATE_BASE": "",
             "SERVER_STATE_FILE": "state",
         }
-        variables |= {f"RAY_SERVE_HAPROXY_{key}": str(folder / "haproxy" / file) for key, file in files.items()}
+        variables |= {f"RAY_SERVE_HAPROXY_{key}": str(folder / "h" / file) for key, file in files.items()}
         variables |= {
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),

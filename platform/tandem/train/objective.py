@@ -22,10 +22,14 @@ def summed_loss(model: nn.Module, rows_B3T: Tensor) -> Tensor:
     ids, labels, positions = rows_B3T[:, 0], rows_B3T[:, 1], rows_B3T[:, 2]
     # No attention mask: transformers then builds one from the positions, which keeps documents apart.
     logits_BTV = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    wanted = labels[:, 1:].flatten()
-    kept = wanted != IGNORED
-    # Prompts and padding need no softmax: of a fine-tuning row, most tokens.
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1)[kept].float(), wanted[kept].long(), reduction="sum")
+    # Labels move, not logits: shifting those copies the largest tensor of the step.
+    wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    logits_NV = logits_BTV.flatten(0, 1)
+    kept = (wanted != IGNORED).nonzero().squeeze(1)
+    if 2 * len(kept) < len(wanted):
+        # Prompts and padding need no softmax: of a fine-tuning row, most tokens.
+        logits_NV, wanted = logits_NV.index_select(0, kept), wanted[kept]
+    return F.cross_entropy(logits_NV.float(), wanted, ignore_index=IGNORED, reduction="sum")
 
 
 def step_loss(total: Tensor, targets: Tensor, ranks: int) -> Tensor:

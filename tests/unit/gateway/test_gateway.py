@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -39,7 +39,9 @@ class World:
     async def watch(self, version: int) -> Snapshot:
         if version == self.version:
             await asyncio.sleep(0.01)
-        return Snapshot(version=self.version, replicas=tuple(self.records.values()))
+        held = {host.url: host.stats().adapters for host in self.hosts}
+        now = tuple(replace(r, adapters=held.get(r.url, ())) for r in self.records.values())
+        return Snapshot(version=self.version, replicas=now)
 
     async def add_engine(self, engine: EchoEngine) -> None:
         host = EngineHost(engine, max_adapters=2)
