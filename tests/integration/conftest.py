@@ -1,0 +1,5 @@
+"""Fixtures of the integration tests."""
+
+from __future__ import annotations
+
+from serve_fixtures import served as served
