@@ -235,6 +235,8 @@ def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+        # Ray starts workers at niceness 15: beside anything else on the machine, training and engines would come last.
+        "RAY_worker_niceness": "0",
     }
 
 

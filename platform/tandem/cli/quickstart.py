@@ -27,7 +27,6 @@ from tandem.storage import require_space
 
 TEXT, PAIRS = "quickstart-text", "quickstart-pairs"
 SPACE_NEEDED = 400 * 2**20
-QUESTIONS = 80
 STREAMS = 16
 MAX_ANSWER_TOKENS = 96
 
@@ -76,7 +75,7 @@ def quickstart(*, leave: bool, port: int, overrides: list[str]) -> None:
     with Session() as session:
         with step(1, "Text and tokenizer"):
             session.dataset("stdlib", TEXT)
-            pairs = session.dataset("stdlib-docstrings", PAIRS, tokenizer=TEXT, limit=QUESTIONS)
+            pairs = session.dataset("stdlib-docstrings", PAIRS, tokenizer=TEXT)
         with step(2, "Pretrain a model (Ray Train, 2 workers, FSDP2)"):
             base = session.train(recipe("quickstart_pretrain", overrides))
         with step(3, f"Fine-tune a LoRA adapter on {pairs.samples} questions"):
