@@ -212,9 +212,9 @@ def thawed(name: str, port: int) -> Iterator[None]:
 
 def drive(port: int, streams: int, tokens: int) -> dict[str, Any]:
     """One run of the load generator, in a process of its own."""
-    requests = max(2, 64 // streams) if tokens > 32 else 1
+    requests = max(4, 128 // streams) if tokens > 32 else 1
     command = [sys.executable, str(HERE / "load.py"), f"http://127.0.0.1:{port}", "--model", "bench"]
-    command += ["--streams", str(streams), "--tokens", str(tokens), "--requests", str(min(requests, 8))]
+    command += ["--streams", str(streams), "--tokens", str(tokens), "--requests", str(min(requests, 16))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import secrets
 import socket
 import threading
@@ -102,6 +103,9 @@ class EngineHost:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._engine.start()
+        # What is loaded by now stays. A full collection over torch, Ray and vLLM stopped every stream for half a second.
+        gc.collect()
+        gc.freeze()
         try:
             sock = socket.create_server((self._host, 0), backlog=2048)
             self.url = f"http://{self._host}:{sock.getsockname()[1]}"
