@@ -2,13 +2,12 @@
 
 A local cluster is `ray start --head --block` in a session of its own, on ports that are free, behind a token. Every process
 that descends from it carries a mark in its environment; stopping ends whatever carries the mark, so that nothing of it is
-left, not even what outlived its parent. If this process dies first, the kernel tells the cluster to stop.
+left, not even what outlived its parent. If this process dies first, in whatever way, a reaper does the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import secrets
@@ -29,6 +28,7 @@ import psutil
 
 from tandem import settings as environment
 from tandem.errors import ClusterError
+from tandem.reaper import Reaper
 from tandem.storage import write_atomic
 
 MARK = "TANDEM_CLUSTER_MARK"
@@ -66,6 +66,8 @@ class LocalCluster(Cluster):
     folder: Path
     pid: int
     local: bool = True
+    reaper: Reaper | None = field(default=None, repr=False, compare=False)
+    """Ends the cluster if this process cannot."""
     environment: dict[str, str] = field(default_factory=dict, repr=False)
     """What a process needs in its environment to talk to the cluster."""
 
@@ -94,7 +96,7 @@ class LocalCluster(Cluster):
         if num_gpus is not None:
             command.append(f"--num-gpus={num_gpus}")
         log = (folder / "start.log").open("wb")
-        owner = os.getpid()
+        reaper = None if keep else Reaper(MARK, mark)
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -102,11 +104,16 @@ class LocalCluster(Cluster):
             stderr=subprocess.STDOUT,
             env=environment.child_environment({**variables, "RAY_ADDRESS": None}),
             start_new_session=True,  # a Ctrl-C is for us: we say when Ray stops
-            preexec_fn=None if keep else lambda: stop_with_parent(owner),
         )
         log.close()
         cluster = cls(
-            address=address, dashboard_url=dashboard, mark=mark, folder=folder, pid=process.pid, environment=variables
+            address=address,
+            dashboard_url=dashboard,
+            mark=mark,
+            folder=folder,
+            pid=process.pid,
+            reaper=reaper,
+            environment=variables,
         )
         try:
             cluster._wait(process, timeout_s)
@@ -135,6 +142,8 @@ class LocalCluster(Cluster):
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(self.pid).terminate()
         end_marked(self.mark)
+        if self.reaper is not None:
+            self.reaper.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -292,7 +301,7 @@ def object_store_bytes() -> int:
     return max(limit, 100 * 2**20)
 
 
-def end_marked(mark: str, grace_s: float = 8.0) -> None:
+def end_marked(mark: str, grace_s: float = 4.0) -> None:
     """End every process whose environment carries `mark`: politely first, then not."""
     deadline = time.monotonic() + grace_s
     asked: set[int] = set()
@@ -318,12 +327,3 @@ def marked(mark: str) -> list[psutil.Process]:
             if process.environ().get(MARK) == mark:
                 found.append(process)
     return found
-
-
-def stop_with_parent(parent: int) -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies (Linux; runs between fork and exec)."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in prctl(2)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)

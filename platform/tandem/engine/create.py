@@ -91,7 +91,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # A forked child keeps the replica's mark out of the kernel's sight (serve/reaper.py).
+        # A forked child keeps the replica's mark out of the kernel's sight (reaper.py).
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if not spec.gpus:

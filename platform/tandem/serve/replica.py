@@ -14,9 +14,9 @@ from ray import serve
 
 from tandem.engine.create import EngineSpec, create_engine
 from tandem.errors import EngineError
+from tandem.reaper import Reaper
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.host import EngineHost
-from tandem.serve.reaper import Reaper
 from tandem.serve.records import ReplicaRecord, ServedModel, State
 
 DRAIN_S = 30.0
@@ -35,7 +35,7 @@ class EngineReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._changed = asyncio.Event()
-        self._reaper = Reaper()
+        self._reaper = Reaper.of_children()
         loop = asyncio.get_running_loop()
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         engine = await asyncio.to_thread(create_engine, engine_spec(model))

@@ -1,8 +1,8 @@
-"""Leaves no engine process behind, however its replica ends.
+"""Leaves no process behind, however its owner ends.
 
-vLLM's processes are children of the replica, and a replica that is killed with SIGKILL cannot end them. So each replica
-starts one small process that waits on a pipe; when the pipe closes, because the replica is gone in whatever way, it kills
-every process that carries the replica's mark in its environment.
+An owner that is killed with SIGKILL cannot end what it started. So it starts one small process first, which waits on a pipe;
+when the pipe closes, because the owner is gone in whatever way, that process kills every other that carries a mark in its
+environment. Engine replicas use it for vLLM's processes, and local clusters for all of Ray.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import IO
 
 from tandem import settings
 
-MARK = "TANDEM_REPLICA_MARK"
+CHILDREN = "TANDEM_CHILDREN_MARK"
+"""The variable that `Reaper.of_children` marks with."""
 
 # Standard library only, and isolated: it starts in 20 ms and holds 8 MB. Reading /proc makes it Linux only.
 _WATCH = """
@@ -34,7 +35,7 @@ def marked():
                 pass
 for attempt in range(50):
     found = list(marked())
-    # What the dying replica still ends by itself gets half a second for it.
+    # What the dying owner still ends by itself gets half a second for it.
     if attempt >= 5:
         for pid in found:
             try:
@@ -48,19 +49,24 @@ for attempt in range(50):
 
 
 class Reaper:
-    """Watches over the children of this process from its creation on."""
+    """Watches, from its creation on, over every process whose environment has `variable` set to `value`."""
 
-    def __init__(self) -> None:
-        mark = secrets.token_hex(8)
-        # In this process's environment as it is now (not as it started): children inherit it, the kernel's copy of our
-        # own environment does not show it, so the reaper never takes the replica itself.
-        settings.export({MARK: mark}, override=True)
+    def __init__(self, variable: str, value: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _WATCH, f"{MARK}={mark}"],
+            [sys.executable, "-I", "-S", "-c", _WATCH, f"{variable}={value}"],
             stdin=subprocess.PIPE,
-            env=settings.child_environment({MARK: None}),
+            env=settings.child_environment({variable: None}),
             start_new_session=True,
         )
+
+    @classmethod
+    def of_children(cls) -> Reaper:
+        """A watch over all that this process starts from now on."""
+        mark = secrets.token_hex(8)
+        # In this process's environment as it is now (not as it started): children inherit it, the kernel's copy of our
+        # own environment does not show it, so the reaper never takes its owner.
+        settings.export({CHILDREN: mark}, override=True)
+        return cls(CHILDREN, mark)
 
     @property
     def pid(self) -> int:

@@ -9,9 +9,9 @@ import psutil
 
 REPLICA = """
 import multiprocessing, os, subprocess, sys, time
-from tandem.serve.reaper import Reaper
+from tandem.reaper import Reaper
 if __name__ == "__main__":
-    reaper = Reaper()
+    reaper = Reaper.of_children()
     child = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)'], start_new_session=True); print(p.pid, flush=True); time.sleep(600)"], stdout=subprocess.PIPE, text=True)
     print(child.pid, child.stdout.readline().strip(), reaper.pid, flush=True)
     time.sleep(600)
