@@ -52,7 +52,9 @@ class Cluster:
     address: str | None = None
     """`host:port` that `ray.init` takes; unknown for a cluster that is only reached through its dashboard."""
     local: bool = False
-    """Whether this process started it."""
+    """Whether it runs on this machine, with this environment's Python."""
+    owned: bool = False
+    """Whether this process started it, and so ends it."""
 
     def stop(self) -> None:
         """End it, if this process started it."""
@@ -112,6 +114,7 @@ class LocalCluster(Cluster):
             mark=mark,
             folder=folder,
             pid=process.pid,
+            owned=True,
             reaper=reaper,
             environment=variables,
         )

@@ -77,6 +77,16 @@ def serving(
             f"The cluster is known only by its dashboard, {cluster.dashboard_url}. Use `serve deploy -a {cluster.dashboard_url} "
             "serve_apps/openai.yaml`, or give RAY_ADDRESS as host:port."
         )
+    details = serve_details(cluster)
+    if config.app in details.get("applications", {}):
+        raise ClusterError(
+            f"{config.app} is served on this cluster already. `tandem serve down` ends it; its adapters need no restart."
+        )
+    taken = (details.get("http_options") or {}).get("port", port)
+    if details.get("applications") and taken != port:
+        raise ClusterError(
+            f"Serve listens on port {taken} on this cluster, for other apps. Use it too: --port {taken}."
+        )
     app = build_app(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
@@ -97,8 +107,10 @@ def serving(
     finally:
         with uninterrupted():
             # A cluster of our own ends as a whole a moment later, and much faster.
-            if not keep and not cluster.local:
+            if not keep and not cluster.owned:
                 serve.delete(config.app)
+                if not serve.status().applications:
+                    serve.shutdown()  # its port is free again
             ray.shutdown()
 
 
@@ -146,11 +158,15 @@ def busy(cluster: Cluster) -> bool:
 
 
 def applications(cluster: Cluster) -> dict[str, Any]:
-    """The apps on a cluster, as Serve's own REST API tells them."""
+    """The apps on a cluster."""
+    return dict(serve_details(cluster).get("applications", {}))
+
+
+def serve_details(cluster: Cluster) -> dict[str, Any]:
+    """What runs on a cluster, as Serve's own REST API tells it."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-    details = ServeSubmissionClient(cluster.dashboard_url).get_serve_details()
-    return dict(details.get("applications", {}))
+    return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
 
 
 def _required_cluster() -> Cluster:

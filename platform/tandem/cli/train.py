@@ -98,7 +98,7 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
         except BaseException as left:
             if not isinstance(left, KeyboardInterrupt | SystemExit):
                 raise
-            if not cluster.local:
+            if not cluster.owned:
                 console.print(
                     f"\nThe job goes on. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it."
                 )
