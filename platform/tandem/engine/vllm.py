@@ -13,7 +13,6 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 from starlette.types import ASGIApp
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -32,8 +31,6 @@ from tandem.engine.create import EngineSpec
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.errors import ConfigError, EngineError, TandemError, did_you_mean
 
-NICENESS = 5
-"""By how much vLLM's processes step aside on a CPU."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
 OURS = {"model": "model", "served_model_name": "name", "enable_lora": "max_adapters", "max_lora_rank": "max_lora_rank"}
@@ -45,7 +42,6 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         """Check the arguments by vLLM's own classes; ConfigError if they cannot be."""
-        self._spec = spec
         self._args = parse_args(spec)
         self._config = make_config(self._args, spec)
         self._load = _Load()
@@ -75,8 +71,6 @@ class VllmEngine:
         except (Exception, SystemExit) as error:
             await self.drain(0.0)
             raise EngineError(f"vLLM could not load {self._args.model}: {error}") from error
-        if not self._spec.gpus:
-            step_aside()
         # vLLM's error handlers tell their server to exit when the engine is dead. Ours stays, to say so to the gateways.
         app.state.server = SimpleNamespace(should_exit=False)
         self._models = app.state.openai_serving_models
@@ -199,16 +193,6 @@ def _check_slots(args: argparse.Namespace, spec: EngineSpec) -> None:
             f"engine_args.{key} is {given}; max_adapters ({spec.max_adapters}) needs at least {needed}. "
             f"Lower max_adapters, or leave {key} out."
         )
-
-
-def step_aside() -> None:
-    """Let this process, which sends what they make, come before vLLM's own where they compute on the same cores.
-
-    Those spin for up to a second while they wait for each other, and would keep a core from whoever has bytes to send.
-    """
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.nice(min(19, child.nice() + NICENESS))
 
 
 def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
