@@ -29,8 +29,6 @@ class Settings(BaseSettings):
     """The YAML that `serve run serve_apps.openai:app` serves when it is given no arguments."""
     port: int = 8000
     """The gateway's port."""
-    log_level: str = "INFO"
-    """Level of Tandem's own logs."""
 
     @property
     def root(self) -> Path:

@@ -13,7 +13,7 @@ import yaml
 from tandem.config import TrainConfig, to_dict
 from tandem.data.index import DatasetIndex
 from tandem.errors import ConfigError, DataError, UnknownModelError, did_you_mean
-from tandem.ids import digest, folder_digest, job_id
+from tandem.ids import folder_digest, job_id
 from tandem.jobs.folder import JobFolder
 from tandem.registry import Registry
 from tandem.settings import settings
@@ -92,8 +92,3 @@ def _positions(folder: Path) -> int:
 
     found = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     return int(found) if found else 2**31
-
-
-def config_digest(config: TrainConfig) -> str:
-    """sha256 of a config, for lineage."""
-    return digest(to_dict(config))
