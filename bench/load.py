@@ -3,7 +3,8 @@
     python bench/load.py http://127.0.0.1:8000 --model tiny --streams 16 --tokens 128 --requests 4
 
 Each stream is one connection that sends its requests one after the other. Prints JSON: tokens/s, time to first token,
-time between tokens, and the generator's own share of one CPU, so that it can be seen not to be the bottleneck.
+time between tokens, and the generator's own share of one CPU and of the time that it waited for one, so that it can be
+seen not to be the bottleneck.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -115,13 +117,13 @@ async def drive(url: str, model: str, streams: int, tokens: int, requests: int) 
     request = head.encode() + body
     tallies = [Tally() for _ in range(streams)]
     loop = asyncio.get_running_loop()
-    started, cpu = time.perf_counter(), time.process_time()
+    started, cpu, waited = time.perf_counter(), time.process_time(), run_queue_s()
     connections = [
         (await loop.create_connection(lambda tally=tally: Stream(request, tokens, requests, tally), host, port))[1]
         for tally in tallies
     ]
     await asyncio.gather(*(connection.done for connection in connections))
-    wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+    wall, cpu, waited = time.perf_counter() - started, time.process_time() - cpu, run_queue_s() - waited
     failed = [reason for tally in tallies for reason in tally.failed]
     finished = sum(len(tally.between) for tally in tallies)
     return {
@@ -133,8 +135,17 @@ async def drive(url: str, model: str, streams: int, tokens: int, requests: int) 
         "events": sum(t.events for t in tallies),
         "seconds": wall,
         "generator_cpu": cpu / wall,
+        "generator_waited": waited / wall,
         "failed": failed[:3],
     }
+
+
+def run_queue_s() -> float:
+    """Seconds that this thread was ready to run and had no core, as Linux counts them; 0 elsewhere."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def main() -> None:

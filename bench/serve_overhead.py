@@ -45,11 +45,12 @@ ENVIRONMENT = {
 }
 NAMES = {
     "bare": "vLLM server, bare",
+    "bare-one": "the same, one process",
     "tandem": "Tandem",
     "ray": "Ray Serve LLM, default",
     "ray-direct": "Ray Serve LLM, direct streaming",
 }
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def main() -> int:
@@ -107,7 +108,7 @@ def summarise(results: list[dict[str, Any]], stacks: list[str], streams: list[in
             bare = {r["round"]: r for r in results if (r["stack"], r["streams"]) == ("bare", count)}
             ratios = [r["tokens_per_s"] / bare[r["round"]]["tokens_per_s"] for r in mine if r["round"] in bare]
             row: dict[str, Any] = {"streams": count, "stack": name, "failed": sum(len(r["failed"]) for r in mine)}
-            for key in ("tokens_per_s", "first_token_ms", "between_tokens_ms", "generator_cpu"):
+            for key in ("tokens_per_s", "first_token_ms", "between_tokens_ms", "generator_cpu", "generator_waited"):
                 row[key] = round(statistics.median(r[key] for r in mine), 3)
             row["ratio"] = round(statistics.median(ratios), 3) if ratios else None
             row["ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None
@@ -261,7 +262,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-COLUMNS = ("streams", "stack", "tokens/s", "of bare", "first token ms", "between tokens ms", "generator CPU")
+COLUMNS = ("streams", "stack", "tokens/s", "of bare", "first token ms", "between tokens ms", "generator CPU", "waited")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -277,6 +278,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['first_token_ms']:.1f}",
         f"{row['between_tokens_ms']:.2f}",
         f"{row['generator_cpu']:.0%}",
+        f"{row['generator_waited']:.0%}",
     ]
 
 

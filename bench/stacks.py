@@ -19,12 +19,12 @@ ARGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
 
 
 @contextlib.contextmanager
-def bare(folder: Path, port: int) -> Iterator[None]:
-    """vLLM's own server."""
+def bare(folder: Path, port: int, *more: str) -> Iterator[None]:
+    """vLLM's own server, as it comes."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", MODEL,
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
-        "--disable-uvicorn-access-log",
+        "--disable-uvicorn-access-log", *more,
     ]  # fmt: skip
     process = subprocess.Popen(command)
     try:
@@ -32,6 +32,13 @@ def bare(folder: Path, port: int) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def bare_one(folder: Path, port: int) -> contextlib.AbstractContextManager[None]:
+    """The same with the executor that Tandem chooses on a CPU: the limit that Tandem can reach."""
+    from tandem.engine.vllm import ONE_PROCESS
+
+    return bare(folder, port, "--distributed-executor-backend", ONE_PROCESS)
 
 
 @contextlib.contextmanager
@@ -75,7 +82,7 @@ def ray_llm(folder: Path, port: int) -> Iterator[None]:
     ray.shutdown()
 
 
-STACKS = {"bare": bare, "tandem": tandem, "ray": ray_llm, "ray-direct": ray_llm}
+STACKS = {"bare": bare, "bare-one": bare_one, "tandem": tandem, "ray": ray_llm, "ray-direct": ray_llm}
 
 
 def main() -> None:

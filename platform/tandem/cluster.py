@@ -1,6 +1,6 @@
 """The Ray cluster to work on: the one at RAY_ADDRESS, or a local one that is started here and leaves nothing behind.
 
-A local cluster is `ray start --head --block` in a session of its own, on ports that are free, behind a token. Every process
+A local cluster is `ray start --head --block` in a process group of its own, on ports that are free, behind a token. Every process
 that descends from it carries a mark in its environment; stopping ends whatever carries the mark, so that nothing of it is
 left, not even what outlived its parent. If this process dies first, in whatever way, a reaper does the same.
 """
@@ -105,7 +105,11 @@ class LocalCluster(Cluster):
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment.child_environment({**variables, "RAY_ADDRESS": None}),
-            start_new_session=True,  # a Ctrl-C is for us: we say when Ray stops
+            # A Ctrl-C is for us: we say when Ray stops. What outlives us has to leave our terminal too. Otherwise it stays in
+            # our session: Linux schedules sessions as groups, and beside one that keeps every core busy a client in another
+            # was seen to wait for a core for a second at a time.
+            start_new_session=keep,
+            process_group=None if keep else 0,
         )
         log.close()
         cluster = cls(

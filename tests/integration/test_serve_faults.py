@@ -65,11 +65,10 @@ def wait_until_replaced(served: Served, old: str) -> set[int]:
     raise AssertionError(f"no new replica within {REPLACED_S} s; saw {seen}")
 
 
-@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker"])
-def test_a_killed_engine_process_is_replaced_and_nobody_hangs(served: Served, victim: str) -> None:
+def test_a_killed_engine_process_is_replaced_and_nobody_hangs(served: Served) -> None:
     _, engine = processes_of(served)
     old = served.replicas()[0].id
-    (process,) = [p for p in engine if victim in " ".join(p.cmdline())]
+    (process,) = [p for p in engine if "VLLM::EngineCore" in " ".join(p.cmdline())]
     stream = served.client().completions.create(
         model="tiny", prompt="the cat", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
     )
@@ -87,7 +86,7 @@ def test_a_killed_engine_process_is_replaced_and_nobody_hangs(served: Served, vi
 
 def test_a_killed_replica_leaves_no_engine_process_behind(served: Served) -> None:
     replica, engine = processes_of(served)
-    assert len(engine) >= 2
+    assert any("VLLM::EngineCore" in " ".join(p.cmdline()) for p in engine)
     old = served.replicas()[0].id
     marks = {mark for pid, mark in marked().items() if pid in {p.pid for p in engine}}
     os.kill(replica.pid, signal.SIGKILL)

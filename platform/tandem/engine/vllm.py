@@ -35,6 +35,9 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
 OURS = {"model": "model", "served_model_name": "name", "enable_lora": "max_adapters", "max_lora_rank": "max_lora_rank"}
 """Arguments that keys of the served model's own set."""
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""Runs the model in the scheduler's process: vLLM's own default on a GPU."""
+WORLD = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 class VllmEngine:
@@ -177,6 +180,10 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
     if not spec.gpus:
         # bfloat16 dies in vLLM's AMX attention on some virtual machines; compiling costs more than it gives on a CPU.
         chosen |= {"dtype": "float32", "enforce_eager": True}
+        if all(spec.args.get(key, 1) == 1 for key in WORLD):
+            # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
+            # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
+            chosen["distributed_executor_backend"] = ONE_PROCESS
     for key, value in {**chosen, **spec.args}.items():
         setattr(args, key, value)
     if spec.max_adapters:
