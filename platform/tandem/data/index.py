@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.errors import DataError
+from tandem.errors import DataError, did_you_mean
 from tandem.ids import digest, file_digest
+from tandem.settings import settings
 
 Kind = Literal["text", "pairs"]
 INDEX_NAME = "index.json"
@@ -88,6 +89,19 @@ class DatasetIndex:
     def total_bytes(self) -> int:
         """Size of all shards."""
         return sum(shard.bytes for shard in self.shards)
+
+
+def find_dataset(path: str) -> tuple[Path, DatasetIndex]:
+    """The folder and index of a dataset, by path or by its name below TANDEM_HOME/data; DataError with the nearest name."""
+    home = settings().data_dir
+    folder = home / path if "/" not in path and (home / path).is_dir() else Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        known = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
+        raise DataError(
+            f"No dataset at {folder}.{did_you_mean(Path(path).name, known)} "
+            f"Make one: `tandem data build SOURCE NAME` (known here: {', '.join(known) or 'none'})."
+        )
+    return folder, DatasetIndex.load(folder)
 
 
 def content_digest(kind: str, shards: tuple[ShardInfo, ...]) -> str:

@@ -30,13 +30,13 @@ from tandem import errors
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_whole
 from tandem.config import TrainConfig, load_yaml, to_dict
-from tandem.data.index import TOKENIZER_NAME, DatasetIndex
+from tandem.data.index import TOKENIZER_NAME, find_dataset
 from tandem.data.stream import open_stream
 from tandem.data.tokenize import TextEncoder
-from tandem.errors import ClusterError, ConfigError, DataError, TandemError
+from tandem.errors import ClusterError, DataError, TandemError
 from tandem.ids import digest
 from tandem.observability import events
-from tandem.registry import ModelRecord, Registry
+from tandem.registry import Base, ModelRecord, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
 from tandem.storage import disk_errors
@@ -96,8 +96,8 @@ def run_job(job: Path, journal: Journal) -> None:
     if done and done["event"] == "finished" and is_whole(job / "export"):
         journal.write({k: v for k, v in done.items() if k != "time"})
         return
-    folder, index = _dataset(config)
-    base = _base(config)
+    folder, index = find_dataset(config.data.path)
+    base = find_base(config.model.base) if config.model.base else None
     tokenizer = _tokenizer(config, base, folder)
     encoder = TextEncoder(str(tokenizer))
     connect(config)
@@ -137,15 +137,6 @@ def run_job(job: Path, journal: Journal) -> None:
             "loss": end.get("loss"), "steps": config.steps, "seconds": round(time.monotonic() - began, 3),
         }
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model to start from."""
-
-    id: str
-    path: Path
-    registered: bool
 
 
 def connect(config: TrainConfig) -> None:
@@ -189,24 +180,6 @@ def check_room(config: TrainConfig, total: dict[str, float]) -> None:
             )
 
 
-def _dataset(config: TrainConfig) -> tuple[Path, DatasetIndex]:
-    named = settings().data_dir / config.data.path
-    folder = named if "/" not in config.data.path and named.is_dir() else Path(config.data.path).expanduser().resolve()
-    return folder, DatasetIndex.load(folder)
-
-
-def _base(config: TrainConfig) -> Base | None:
-    if config.model.base is None:
-        return None
-    folder = Path(config.model.base).expanduser()
-    if (folder / "config.json").exists():
-        return Base(str(folder.resolve()), folder.resolve(), registered=False)
-    record = Registry.open().resolve(config.model.base)
-    if record.kind != "model":
-        raise ConfigError(f"model.base is {record.id}, an adapter of {record.base}; it must be a model.")
-    return Base(record.id, record.path, registered=True)
-
-
 def _tokenizer(config: TrainConfig, base: Base | None, dataset: Path) -> Path:
     if base is not None:
         return base.path
@@ -220,7 +193,7 @@ def _register(config: TrainConfig, folder: Path, base: Base | None, lineage: dic
     if config.lora is None:
         return registry.register_model(config.name, folder, lineage=lineage)
     assert base is not None, "TrainConfig refuses lora without a base"
-    if base.registered:
+    if base.record:
         return registry.register_adapter(config.name, folder, base=base.id, lineage=lineage)
     model = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"})
     return registry.register_adapter(config.name, folder, base=model.id, lineage=lineage)
