@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
