@@ -67,6 +67,8 @@ def main() -> int:
     if given.quick:
         given.rounds, given.streams = 3, [BAR_STREAMS]
     results: list[dict[str, Any]] = []
+    # Ended from outside it still has to thaw what it froze: a stopped process cannot see that its owner has gone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
         write_model(folder / "model")

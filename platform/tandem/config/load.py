@@ -129,8 +129,11 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         except (ValueError, OverflowError):
             pass
         raise ConfigError(f"{where} is {_named(value)}; it must be a finite number.")
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if hint is str and isinstance(value, float):
+        # YAML has read 1.10 as 1.1 by now; nobody can tell what was written.
+        raise ConfigError(f"{where} is a number, {value}; put it in quotes to have it as text, letter for letter.")
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     kind = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}.get(hint, str(hint))

@@ -13,7 +13,7 @@ from tandem.registry.store import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class BaseRef:
     """A model to start from."""
 
     id: str
@@ -29,14 +29,14 @@ class Base:
         return self.record.digest if self.record else folder_digest(self.path)
 
 
-def find_base(base: str) -> Base:
+def find_base(base: str) -> BaseRef:
     """The model that `model.base` names: a folder with config.json, a `name@version`, or a name's newest version.
 
     Raises UnknownModelError with the nearest name, ConfigError for an adapter, RegistryError for a folder without weights.
     """
     folder = Path(base).expanduser().resolve()
     if (folder / "config.json").is_file():
-        return Base(id=str(folder), path=folder, max_length=model_max_length(folder), record=None)
+        return BaseRef(id=str(folder), path=folder, max_length=model_max_length(folder), record=None)
     try:
         record = Registry.open().resolve(base)
     except UnknownModelError as error:
@@ -45,4 +45,4 @@ def find_base(base: str) -> Base:
         raise ConfigError(
             f"model.base is {record.id}, an adapter of {record.base}. Name the model itself, or export a merged one."
         )
-    return Base(id=record.id, path=record.path, max_length=record.max_length, record=record)
+    return BaseRef(id=record.id, path=record.path, max_length=record.max_length, record=record)

@@ -36,7 +36,7 @@ from tandem.data.tokenize import TextEncoder
 from tandem.errors import ClusterError, DataError, TandemError
 from tandem.ids import digest
 from tandem.observability import events
-from tandem.registry import Base, ModelRecord, Registry, find_base
+from tandem.registry import BaseRef, ModelRecord, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
 from tandem.storage import disk_errors
@@ -180,7 +180,7 @@ def check_room(config: TrainConfig, total: dict[str, float]) -> None:
             )
 
 
-def _tokenizer(config: TrainConfig, base: Base | None, dataset: Path) -> Path:
+def _tokenizer(config: TrainConfig, base: BaseRef | None, dataset: Path) -> Path:
     if base is not None:
         return base.path
     if config.model.tokenizer is not None:
@@ -188,7 +188,7 @@ def _tokenizer(config: TrainConfig, base: Base | None, dataset: Path) -> Path:
     return dataset / TOKENIZER_NAME
 
 
-def _register(config: TrainConfig, folder: Path, base: Base | None, lineage: dict[str, Any]) -> ModelRecord:
+def _register(config: TrainConfig, folder: Path, base: BaseRef | None, lineage: dict[str, Any]) -> ModelRecord:
     registry = Registry.open()
     if config.lora is None:
         return registry.register_model(config.name, folder, lineage=lineage)

@@ -119,6 +119,12 @@ def test_numbers_become_floats_or_text_where_those_are_meant():
     assert isinstance(config.share, float)
 
 
+def test_a_number_that_yaml_has_already_shortened_is_not_taken_as_text(tmp_path):
+    (tmp_path / "c.yaml").write_text("name: 1.10\ndata: {path: text}\n")
+    with pytest.raises(ConfigError, match="name is a number, 1.1; put it in quotes"):
+        load_yaml(TrainConfig, tmp_path / "c.yaml")
+
+
 def test_null_clears_what_may_be_unset_and_nothing_else():
     assert from_dict(Everything, {"maybe": None}).maybe is None
     with pytest.raises(ConfigError, match="word is empty; it must be text"):

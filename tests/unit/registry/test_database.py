@@ -84,6 +84,21 @@ def test_the_migrations_make_exactly_the_tables_that_the_code_uses(tmp_path):
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
 
+def test_every_migration_can_be_taken_back(tmp_path):
+    import alembic.command
+
+    url = f"sqlite:///{tmp_path}/tandem.db"
+    Registry(url).close()
+    config = Config()
+    config.set_main_option("script_location", str(Path(tandem.registry.__file__).parent / "migrations"))
+    with connect(url).connect() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.downgrade(config, "base")
+        tables = set(connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars())
+    assert tables == {"alembic_version"}
+    assert Registry(url).list() == []
+
+
 def test_the_newest_migration_is_the_one_that_the_code_names():
     config = Config()
     config.set_main_option("script_location", str(Path(tandem.registry.__file__).parent / "migrations"))

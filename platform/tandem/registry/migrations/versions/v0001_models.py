@@ -54,5 +54,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Registries only go forward; restore a copy of the database to go back."""
-    raise NotImplementedError
+    """Drop them again, with all that they hold."""
+    op.drop_index("ix_registry_models_base", "registry_models")
+    for table in ("registry_models", "registry_names", "registry_clock"):
+        op.drop_table(table)
