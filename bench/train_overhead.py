@@ -56,11 +56,12 @@ def main() -> int:
     results = measure(options)
     show(results, options)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-    if options.check and (ratio := results["tandem_to_plain"]) < BAR:
-        print(f"MISSED: tandem reaches {ratio:.3f} of the plain loop's tokens/s; the bar is {BAR}.")
-        return 1
-    return 0
+        options.json.with_suffix(".md").write_text(markdown(results, options))
+    ratio = results["tandem_to_plain"]
+    print(f"Tandem: {ratio:.3f} of the plain loop's tokens/s; the bar is {BAR}: {'met' if ratio >= BAR else 'MISSED'}.")
+    return int(options.check and not ratio >= BAR)
 
 
 # ---- the peers ------------------------------------------------------------------------------------------------------
@@ -101,12 +102,13 @@ def plain_peer(options: argparse.Namespace) -> None:
         ends.append(time.time())
     if rank == 0:
         (options.folder / "ends.json").write_text(json.dumps(ends))
-    dist.destroy_process_group()
+    leave()
 
 
 def trainer_peer(options: argparse.Namespace) -> None:
     """The transformers Trainer, FSDP2 by accelerate."""
     import torch
+    from torch.distributed.tensor import DTensor
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -131,20 +133,28 @@ def trainer_peer(options: argparse.Namespace) -> None:
     arguments = TrainingArguments(
         output_dir=str(options.folder / "trainer"), max_steps=options.steps,
         per_device_train_batch_size=options.batch // 2, learning_rate=3e-3, weight_decay=0.01, adam_beta2=0.95,
+        lr_scheduler_type="constant", warmup_steps=0,
         max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
         fsdp="full_shard auto_wrap", remove_unused_columns=False,
         fsdp_config={"version": 2, "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
     )  # fmt: skip
     trainer = Trainer(model=new_model(options.folder), args=arguments, train_dataset=Rows(), callbacks=[Clock()])
     trainer.train()
+    sharded = [isinstance(p, DTensor) for p in trainer.model_wrapped.parameters()]
+    if not all(sharded):
+        raise SystemExit(f"the Trainer left {sharded.count(False)} of {len(sharded)} parameters unsharded")
     if int(os.environ.get("RANK", "0")) == 0:
-        kind = type(trainer.model_wrapped).__name__
         (options.folder / "ends.json").write_text(json.dumps(ends))
-        print(f"wrapped as {kind}")
-    if torch.distributed.is_initialized():
-        # Left to the interpreter's end, gloo sometimes aborts when the other process went first.
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()
+
+
+def leave() -> None:
+    """End the process group: left to the interpreter's end, gloo sometimes aborts when the other process went first."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def load_rows(folder: Path) -> Any:
@@ -289,23 +299,42 @@ def show(results: dict[str, Any], options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=f"2 processes, batches of {options.batch} x {options.length} tokens, {options.rounds} rounds (medians)"
+    table = Table(title=title(results, options))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "peer" else "right")
+    for row in cells(results):
+        table.add_row(*row)
+    Console().print(table)
+
+
+COLUMNS = ("peer", "tokens/s", "of plain (least-most)", "first step after", "whole run")
+
+
+def title(results: dict[str, Any], options: argparse.Namespace) -> str:
+    """What was measured, and on what."""
+    return (
+        f"2 processes on {results['cores']} cores, batches of {options.batch} x {options.length} tokens, "
+        f"{options.steps} steps, medians of {len(results['rounds'])} rounds"
     )
-    for column in ("", "tokens/s", "of plain", "first step after", "whole run"):
-        table.add_column(column, justify="left" if not column else "right")
-    plain = results["peers"].get("plain", {}).get("tokens_per_s")
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table."""
+    rows = []
     for peer, found in results["peers"].items():
-        share = f"{found['tokens_per_s'] / plain:.2f}" if plain else "-"
-        table.add_row(
-            peer, f"{found['tokens_per_s']:,.0f}", share, f"{found['start_s']:.1f} s", f"{found['total_s']:.1f} s"
+        ratios = [r[peer]["tokens_per_s"] / r["plain"]["tokens_per_s"] for r in results["rounds"] if "plain" in r]
+        share = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})" if ratios else "-"
+        rows.append(
+            [peer, f"{found['tokens_per_s']:,.0f}", share, f"{found['start_s']:.1f} s", f"{found['total_s']:.1f} s"]
         )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"Tandem to plain, median of the rounds' ratios: [bold]{results['tandem_to_plain']:.3f}[/] (bar {BAR}); "
-        f"{results['cores']} cores, load before {results['load_before']:.1f}."
-    )
+    return rows
+
+
+def markdown(results: dict[str, Any], options: argparse.Namespace) -> str:
+    """The result for a page."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells(results)]
+    return f"# Training overhead\n\n{title(results, options)}.\n\n" + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
