@@ -28,7 +28,7 @@ import psutil
 
 from tandem import settings as environment
 from tandem.errors import ClusterError
-from tandem.reaper import Reaper
+from tandem.reaper import KEEP_MARKS, Reaper
 from tandem.storage import write_atomic
 
 MARK = "TANDEM_CLUSTER_MARK"
@@ -86,7 +86,7 @@ class LocalCluster(Cluster):
         folder = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp" if Path("/tmp").is_dir() else None))
         ports = free_ports(9)
         address, dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
-        variables = {**serving_environment(folder, ports[5:9]), **authentication(), MARK: mark}
+        variables = {**serving_environment(folder, ports[5:9]), **authentication(), **KEEP_MARKS, MARK: mark}
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",

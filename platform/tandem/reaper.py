@@ -16,6 +16,8 @@ from tandem import settings
 
 CHILDREN = "TANDEM_CHILDREN_MARK"
 """The variable that `Reaper.of_children` marks with."""
+KEEP_MARKS = {"SPT_NOENV": "1"}
+"""Goes with every mark: setproctitle, which Ray and vLLM name their processes with, otherwise writes over the environment."""
 
 # Standard library only, and isolated: it starts in 20 ms and holds 8 MB. Reading /proc makes it Linux only.
 _WATCH = """
@@ -65,7 +67,7 @@ class Reaper:
         mark = secrets.token_hex(8)
         # In this process's environment as it is now (not as it started): children inherit it, the kernel's copy of our
         # own environment does not show it, so the reaper never takes its owner.
-        settings.export({CHILDREN: mark}, override=True)
+        settings.export({CHILDREN: mark, **KEEP_MARKS}, override=True)
         return cls(CHILDREN, mark)
 
     @property

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tandem.cli.shell import console as terminal
-from tandem.cli.shell import friendly_errors
+from tandem.cli.shell import friendly_errors, interrupt_taken
 from tandem.cli.talk import Talker, unknown_model
 from tandem.errors import ConfigError, EngineError, TandemError, did_you_mean
 from tandem.settings import settings
@@ -167,6 +167,7 @@ class Chat:
                 for piece in pieces:
                     self.console.print(piece, end="", markup=False, emoji=False, soft_wrap=True)
         except KeyboardInterrupt:
+            interrupt_taken()
             stopped = True
         finally:
             self.console.print()

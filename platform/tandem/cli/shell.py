@@ -20,23 +20,49 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 INTERRUPTED = 130
+AGAIN_S = 1.0
+"""How soon an interrupt that was lost is raised again."""
 
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
     """Show a TandemError as one message and leave with its status; a Ctrl-C leaves with 130 and no traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except TandemError as error:
         fail(error)
     except KeyboardInterrupt:
+        interrupt_taken()
         errors.print("[yellow]Interrupted.[/]")
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; Python must not complain of it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    finally:
+        interrupt_taken()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt_taken() -> None:
+    """Say that a KeyboardInterrupt has been seen to; otherwise it is raised again until somebody does."""
+    if signal.getsignal(signal.SIGALRM) is _leave_again:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwind. Python drops what is raised in a finalizer, and libraries drop more, so it is raised again if it was lost."""
+    signal.signal(signal.SIGALRM, _leave_again)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _leave_again(number: int, frame: FrameType | None) -> None:
+    # What runs while the first one unwinds is clean-up.
+    if not isinstance(sys.exc_info()[1], KeyboardInterrupt | SystemExit):
+        raise KeyboardInterrupt
 
 
 def fail(error: TandemError) -> NoReturn:
@@ -70,13 +96,10 @@ def stop_quietly(cluster: Cluster) -> None:
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold off Ctrl-C and SIGTERM for the length of a block, so that a clean-up is done to its end."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in held}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

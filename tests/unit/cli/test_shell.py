@@ -1,0 +1,40 @@
+"""A Ctrl-C ends a command, whatever was running when it came."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+LOSES_ONE = """
+import os, signal, time
+from tandem.cli.shell import friendly_errors, uninterrupted
+
+class Finalizer:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.01)  # raised here, and dropped by Python
+
+with friendly_errors():
+    Finalizer()
+    try:
+        print("lost", flush=True)
+        time.sleep(30)
+    finally:
+        time.sleep(1.5)  # the next turn must not break into this
+        with uninterrupted():
+            time.sleep(1.5)
+        print("cleaned up", flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_python_dropped_comes_again_and_leaves_the_clean_up_alone(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES_ONE.format(name=name)], capture_output=True, text=True, timeout=25
+    )
+    assert done.stdout.split("\n")[:2] == ["lost", "cleaned up"], done.stdout + done.stderr
+    assert done.returncode == 128 + signal.SIGINT
+    assert "Exception ignored in" in done.stderr
