@@ -1,0 +1,136 @@
+"""Shares the experts of a mixture among expert-parallel ranks: tokens travel to their experts by all-to-all, and back.
+
+Works on transformers' stacked experts (`gate_up_proj` (E, 2I, H), `down_proj` (E, H, I)), as Qwen3-MoE and its relatives have
+them. Expert ranks see different rows, so an expert's gradient already holds all of its ranks' tokens. With tensor parallelism
+each expert's inner width is cut as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tandem.errors import LayoutError
+
+
+def split_experts(model: nn.Module, ep: DeviceMesh, tp: DeviceMesh) -> list[nn.Module]:
+    """Replace every stack of experts in `model` by this rank's part of it; returns those."""
+    made: list[nn.Module] = []
+    for parent in list(model.modules()):
+        experts = getattr(parent, "experts", None)
+        if isinstance(experts, nn.Module) and hasattr(experts, "gate_up_proj") and (ep.size() > 1 or tp.size() > 1):
+            parent.experts = SharedExperts(experts, ep, tp)
+            made.append(parent.experts)
+    return made
+
+
+class SharedExperts(nn.Module):
+    """This rank's experts, and the way of every token to the rank that has its experts."""
+
+    def __init__(self, whole: Any, ep: DeviceMesh, tp: DeviceMesh) -> None:
+        super().__init__()
+        self.num_experts = whole.num_experts
+        if self.num_experts % ep.size():
+            fits = next(n for n in range(ep.size(), 0, -1) if self.num_experts % n == 0)
+            raise LayoutError(
+                f"parallel.expert ({ep.size()}) must divide the model's {self.num_experts} experts. "
+                f"The nearest that works is expert={fits}."
+            )
+        self._ep = ep.get_group() if ep.size() > 1 else None
+        self._tp = tp.get_group() if tp.size() > 1 else None
+        self._ranks, self.held = ep.size(), self.num_experts // ep.size()
+        first = self.held * ep.get_local_rank()
+        mine = slice(first, first + self.held)
+        gate, up = whole.gate_up_proj.detach()[mine].chunk(2, dim=1)
+        down = whole.down_proj.detach()[mine]
+        at, of = tp.get_local_rank(), tp.size()
+        gate_up = torch.cat([gate.chunk(of, dim=1)[at], up.chunk(of, dim=1)[at]], dim=1)
+        self.gate_up_proj = nn.Parameter(gate_up.contiguous())
+        self.down_proj = nn.Parameter(down.chunk(of, dim=2)[at].contiguous())
+        self.act_fn = whole.act_fn
+
+    def forward(self, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """The weighted sum of each token's experts: hidden states (N, H), expert numbers and weights (N, K)."""
+        if self._tp is not None:
+            # Each tensor rank has a part of every expert: what comes back from it is a part of the gradient.
+            hidden_NH, weights_NK = _SumGradient.apply(hidden_NH, self._tp), _SumGradient.apply(weights_NK, self._tp)
+        top = chosen_NK.shape[1]
+        by_expert = chosen_NK.flatten().argsort(stable=True)
+        token = by_expert // top
+        counts = torch.bincount(chosen_NK.flatten(), minlength=self.num_experts)
+        sent = hidden_NH[token]
+        if self._ep is None:
+            done = self._compute(sent, counts)
+        else:
+            there = torch.empty_like(counts)
+            dist.all_to_all_single(there, counts, group=self._ep)
+            outgoing = counts.view(self._ranks, -1).sum(1).tolist()
+            incoming = there.view(self._ranks, -1).sum(1).tolist()
+            received = _Exchange.apply(sent, outgoing, incoming, self._ep)
+            # They come sorted by rank and then expert; the experts want them the other way round.
+            expert = torch.arange(self.held, device=there.device).repeat(self._ranks).repeat_interleave(there)
+            order = expert.argsort(stable=True)
+            computed = self._compute(received[order], there.view(self._ranks, -1).sum(0))
+            done = _Exchange.apply(computed[order.argsort()], incoming, outgoing, self._ep)
+        done = done * weights_NK.flatten()[by_expert, None].to(done.dtype)
+        result = torch.zeros_like(hidden_NH).index_add(0, token, done)
+        return _Sum.apply(result, self._tp) if self._tp is not None else result
+
+    def _compute(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        outputs = []
+        for number, part in enumerate(tokens.split(counts.tolist())):
+            gate, up = nn.functional.linear(part, self.gate_up_proj[number]).chunk(2, dim=-1)
+            outputs.append(nn.functional.linear(self.act_fn(gate) * up, self.down_proj[number]))
+        return torch.cat(outputs)
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to the ranks that want them; backward the same way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchange(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(gradients[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+    return result
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over a group; each member's gradient is the whole one."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _SumGradient(torch.autograd.Function):
+    """The tensor as it is; its gradient is the sum over a group."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
