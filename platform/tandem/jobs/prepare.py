@@ -35,10 +35,7 @@ def prepare(config: TrainConfig) -> JobFolder:
             f"data.sequence_length ({config.data.sequence_length}) is longer than the model takes ({max_length}). "
             f"Lower it to {max_length}, or train a model with a larger model.max_length."
         )
-    if config.data.loss_on == "answers" and index.kind != "pairs":
-        raise ConfigError(
-            f"data.loss_on is 'answers', but {folder} holds plain text without answers. Set data.loss_on to 'all'."
-        )
+    config.check_kind(index.kind, str(folder))
     resolved = replace(
         config,
         data=replace(config.data, path=str(folder)),
