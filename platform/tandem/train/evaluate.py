@@ -38,9 +38,9 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     sums: dict[str, Tensor] = {}
     with torch.no_grad():
-        count = objective.count(torch.from_numpy(rows).to(device=device, dtype=torch.long))
+        count = objective.count(torch.from_numpy(rows.astype(np.int64)).to(device))
         for part in shares(rows, rank, ranks, batch_rows):
-            batch = torch.from_numpy(part).to(device=device, dtype=torch.long)
+            batch = torch.from_numpy(part.astype(np.int64)).to(device)
             with computing(model, precision, device):
                 summed, others = objective.loss(model, batch)
             loss += summed
