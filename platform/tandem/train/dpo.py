@@ -111,4 +111,5 @@ def answer_log_probabilities(model: nn.Module, rows_B3T: Tensor) -> Tensor:
 def answer_lengths(labels_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """Labelled tokens of each document that has any, in the order of rows and of documents in them: int64 [answers]."""
     documents = (positions_BT == 0).flatten().cumsum(0)
-    return documents[(labels_BT != IGNORED).flatten()].unique_consecutive(return_counts=True)[1]
+    lengths: Tensor = documents[(labels_BT != IGNORED).flatten()].unique_consecutive(return_counts=True)[1]
+    return lengths

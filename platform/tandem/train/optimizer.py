@@ -29,7 +29,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
 def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Two parameter groups, with and without weight decay; each trained parameter is in one of them, once."""
     embeddings = set() if config.decay_embeddings else {id(p) for p in _embeddings(model)}
-    decaying, free = [], []
+    decaying: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     # A tied parameter has several names; parameters() gives it once.
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -41,7 +41,8 @@ def use_float8(model: nn.Module) -> nn.Module:
         raise EnvironmentProblem(
             "precision 'float8' needs torchao, which is not installed here. `pip install 'tandem[gpu]'` brings it."
         ) from error
-    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    whole: Any = model
+    output = whole.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
     fitting = {id(m) for m in layers if m.in_features % 16 == 0 and m.out_features % 16 == 0}
     if not fitting:
