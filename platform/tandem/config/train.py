@@ -7,100 +7,11 @@ from dataclasses import dataclass, field
 from tandem.config import check
 from tandem.config.data import DataConfig
 from tandem.config.model import LoraConfig, ModelConfig
-from tandem.errors import ConfigError, LayoutError
+from tandem.config.objective import DpoConfig, EvaluationConfig
+from tandem.config.optimizer import OptimizerConfig
+from tandem.config.parallel import ParallelismConfig
+from tandem.errors import ConfigError
 from tandem.ids import check_name
-
-DEGREES = ("pipeline", "replicate", "context", "expert", "tensor")
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelismConfig:
-    """How the workers share the work. The degrees multiply to `workers`; what is left over shards the data."""
-
-    workers: int = 1
-    """Processes, each with one device (or one CPU thread)."""
-    strategy: str = "fsdp2"
-    """fsdp2 (parameters, gradients and optimizer sharded) or ddp (replicated)."""
-    pipeline: int = 1
-    """Stages that the layers are cut into, one after the other."""
-    replicate: int = 1
-    """With fsdp2: groups that each hold all parameters (HSDP); the shards of a group stay near each other."""
-    context: int = 1
-    """Ranks that share each sequence."""
-    expert: int = 1
-    """Ranks that share the experts of a mixture; they are ranks that see different rows, so they come out of the data degree."""
-    tensor: int = 1
-    """Ranks that share each matrix multiplication; they stay inside one node."""
-    sequence_parallel: bool = True
-    """With tensor > 1: what is between the matrix multiplications is shared too, along the sequence."""
-    schedule: str = "1f1b"
-    """Order of a pipeline's micro-batches: gpipe, 1f1b, interleaved (two parts of the model a rank) or zero_bubble."""
-    cpus_per_worker: float = 1.0
-    """CPUs that Ray reserves for each worker."""
-    gpus_per_worker: float = 0.0
-    """GPUs that Ray reserves for each worker; 0 trains on the CPU."""
-
-    def __post_init__(self) -> None:
-        for key in ("workers", *DEGREES):
-            check.at_least(f"parallel.{key}", getattr(self, key), 1)
-        check.one_of("parallel.strategy", self.strategy, ("fsdp2", "ddp"))
-        check.one_of("parallel.schedule", self.schedule, SCHEDULES)
-        check.at_least("parallel.cpus_per_worker", self.cpus_per_worker, 0.0)
-        check.at_least("parallel.gpus_per_worker", self.gpus_per_worker, 0.0)
-        inner = self.pipeline * self.context * self.tensor
-        named = " x ".join(f"{key}={getattr(self, key)}" for key in DEGREES if getattr(self, key) > 1 and key != "expert")
-        if self.workers % (inner * self.replicate):
-            group = inner * self.replicate
-            fits = max(group, round(self.workers / group) * group)
-            raise LayoutError(
-                f"parallel: {named} makes groups of {group}, and {self.workers} workers are no multiple of that. "
-                f"The nearest that works is workers={fits}."
-            )
-        if self.strategy == "ddp" and self.replicate > 1:
-            raise LayoutError("parallel.replicate is for fsdp2; ddp replicates across all workers. Leave it out.")
-        if self.strategy == "ddp" and inner * self.expert > 1:
-            raise LayoutError(f"parallel: {named or f'expert={self.expert}'} needs strategy fsdp2; ddp holds whole models.")
-        if self.shard % self.expert:
-            fits = next(n for n in range(self.expert, 0, -1) if self.shard % n == 0)
-            raise LayoutError(
-                f"parallel.expert ({self.expert}) must divide the ranks that shard the data ({self.shard}: {self.workers} "
-                f"workers / {inner * self.replicate}). The nearest that works is expert={fits}."
-            )
-
-    @property
-    def shard(self) -> int:
-        """Ranks that share one copy of the parameters and see different rows."""
-        return self.workers // (self.pipeline * self.replicate * self.context * self.tensor)
-
-    @property
-    def data(self) -> int:
-        """Ranks, or groups of them, that see different rows."""
-        return self.replicate * self.shard
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019) and its learning-rate schedule."""
-
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup_steps: int = 10
-    schedule: str = "cosine"
-    """cosine or linear down to `final_fraction`, or constant."""
-    final_fraction: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
-
-    def __post_init__(self) -> None:
-        check.one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
-        check.at_least("optimizer.warmup_steps", self.warmup_steps, 0)
-        check.at_least("optimizer.clip_norm", self.clip_norm, 0.0)
-        check.between("optimizer.final_fraction", self.final_fraction, 0.0, 1.0)
-        if not self.learning_rate > 0:
-            raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,25 +50,108 @@ class TrainConfig:
     """Packed rows in one optimizer step, over all workers."""
     accumulate: int = 1
     """Micro-batches that a worker cuts its share of a batch into."""
+    objective: str = "next_token"
+    """next_token (pretraining, and fine-tuning on answers), or dpo (on preferences, from model.base)."""
+    dpo: DpoConfig | None = None
+    """How dpo is done; unset: by its defaults."""
+    evaluation: EvaluationConfig | None = None
+    """Set: the loss on rows that are not trained on is part of the report."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, such as 0.999; set: the average is what is evaluated and exported."""
     precision: str = "float32"
-    """float32 or bfloat16 (with float32 master weights)."""
+    """What is computed in: float32, bfloat16, float16 (with a loss scaler) or float8 (on a GPU). Weights stay float32."""
+    recompute: str = "none"
+    """Activations computed again in the backward pass, to save memory: none, selective (all but matrix products), full."""
     seed: int = 0
     log_every: int = 1
     """Steps between reports of loss and throughput."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        check.one_of("precision", self.precision, ("float32", "bfloat16"))
+        check.one_of("objective", self.objective, ("next_token", "dpo"))
+        check.one_of("precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
+        check.one_of("recompute", self.recompute, ("none", "selective", "full"))
         for key in ("steps", "batch_size", "accumulate", "log_every"):
             check.at_least(key, getattr(self, key), 1)
         share = self.parallel.data * self.accumulate
         if self.batch_size % share:
             fits = max(share, round(self.batch_size / share) * share)
             raise ConfigError(
-                f"batch_size ({self.batch_size}) must be a multiple of the ranks that see different rows x accumulate "
+                f"batch_size ({self.batch_size}) must be a multiple of the workers that see different rows x accumulate "
                 f"({self.parallel.data} x {self.accumulate} = {share}). The nearest that works is {fits}."
             )
         if self.lora is not None and self.model.base is None:
             raise ConfigError(
                 "lora is set but model.base is not: an adapter needs the model it adapts. Set model.base."
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(
+                f"ema is {self.ema}; it must be above 0 and below 1, such as 0.999. Unset it for no average."
+            )
+        self._check_device()
+        self._check_objective()
+        self._check_evaluation()
+        if self.optimizer.decay_steps is not None:
+            needed = self.optimizer.warmup_steps + self.optimizer.decay_steps
+            if needed > self.steps:
+                raise ConfigError(
+                    f"optimizer.warmup_steps + optimizer.decay_steps ({self.optimizer.warmup_steps} + "
+                    f"{self.optimizer.decay_steps} = {needed}) is more than steps ({self.steps}). Lower one of them."
+                )
+
+    def check_kind(self, kind: str, dataset: str) -> None:
+        """Raise ConfigError unless the objective can learn from a dataset of this kind (text, pairs or preferences)."""
+        if self.objective == "dpo" and kind != "preferences":
+            raise ConfigError(
+                f"objective is 'dpo', but {dataset} holds {kind}. Build a dataset of lines with prompt, chosen and "
+                "rejected, or set objective to 'next_token'."
+            )
+        if self.objective == "next_token" and kind == "preferences":
+            raise ConfigError(f"{dataset} holds preferences, which objective 'dpo' learns from, not 'next_token'.")
+        if self.data.loss_on == "answers" and kind == "text":
+            raise ConfigError(
+                f"data.loss_on is 'answers', but {dataset} holds plain text without answers. Set data.loss_on to 'all'."
+            )
+
+    def _check_device(self) -> None:
+        on_gpu = self.parallel.gpus_per_worker > 0
+        if self.precision == "float8" and not on_gpu:
+            raise ConfigError(
+                "precision is 'float8', which only GPUs compute, and parallel.gpus_per_worker is 0. "
+                "Set it to 1, or precision to 'bfloat16'."
+            )
+        if self.optimizer.name == "adamw_8bit" and not on_gpu:
+            raise ConfigError(
+                "optimizer.name is 'adamw_8bit', whose kernels are for GPUs, and parallel.gpus_per_worker is 0. "
+                "Set it to 1, or optimizer.name to 'adamw'."
+            )
+        if self.precision == "float8" and self.lora is not None:
+            raise ConfigError(
+                f"precision is 'float8' and lora is set (rank {self.lora.rank}): float8 trains whole matrices, and adapters "
+                "are too narrow to gain from it. Set precision to 'bfloat16', or unset lora."
+            )
+
+    def _check_objective(self) -> None:
+        if self.objective != "dpo":
+            if self.dpo is not None:
+                raise ConfigError(
+                    f"dpo is set, but objective is {self.objective!r}. Set objective to 'dpo', or unset dpo."
+                )
+            return
+        if self.model.base is None:
+            raise ConfigError(
+                "objective is 'dpo' but model.base is not set: preferences change a model that answers already. "
+                "Set model.base; `tandem models ls` lists what there is."
+            )
+        if self.data.loss_on == "all":
+            raise ConfigError(
+                "data.loss_on is 'all', but dpo compares answers, and the prompt is the same in both. "
+                "Leave data.loss_on at 'auto'."
+            )
+
+    def _check_evaluation(self) -> None:
+        if self.evaluation is not None and self.evaluation.data == self.data.path:
+            raise ConfigError(
+                f"evaluation.data is {self.evaluation.data!r}, which is trained on (data.path). Name another dataset, or "
+                "unset it to hold out a share of this one."
             )

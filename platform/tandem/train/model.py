@@ -1,4 +1,4 @@
-"""The model to train: built by its shape or loaded from its base, given adapters, then laid over the mesh."""
+"""The model to train: built by its shape or loaded from its base."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
 
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
@@ -63,28 +61,6 @@ def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
     return cast(nn.Module, LlamaForCausalLM(LlamaConfig(**shape)))
 
 
-def distribute(model: nn.Module, mesh: DeviceMesh, *, precision: str) -> nn.Module:
-    """Lay `model` over the mesh: sharded along dp_shard, replicated along dp_replicate.
-
-    Adapters must be in already: sharding groups the parameters that finally exist (training.md: otherwise adapters diverge).
-    """
-    shard, replicate = mesh["dp_shard"].size(), mesh["dp_replicate"].size()
-    if shard > 1:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        options: dict[str, Any] = {
-            "mesh": mesh["dp_replicate", "dp_shard"] if replicate > 1 else mesh["dp_shard"],
-            **({"mp_policy": policy} if precision == "bfloat16" else {}),
-        }
-        for layer in decoder_layers(model):
-            fully_shard(layer, **options)
-        fully_shard(model, **options)
-    elif replicate > 1:
-        return DistributedDataParallel(
-            model, process_group=mesh["dp_replicate"].get_group(), gradient_as_bucket_view=True, broadcast_buffers=False
-        )
-    return model
-
-
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The transformer blocks of a transformers model, under peft or not."""
     for module in model.modules():
@@ -95,8 +71,19 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without DDP around it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The transformers or peft model inside one that is laid over a mesh."""
+    whole: nn.Module = getattr(model, "whole", model)
+    return whole
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of parameters that FSDP2 has gathered; without effect on any other model.
+
+    After a forward pass that no backward pass follows, some stay gathered: a later change of the shards would not reach them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

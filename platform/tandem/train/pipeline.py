@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
+from tandem.config import TrainConfig
 from tandem.errors import LayoutError
+from tandem.train.precision import COMPUTED_IN
 
 TORCH_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "ZBVZeroBubble"}
 PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
@@ -43,25 +44,18 @@ def layers_of_stage(stage: int, stages: int, layers: int) -> range:
     return range(stage * each, (stage + 1) * each)
 
 
-def cut_stages(model: nn.Module, stages: Sequence[int], of: int) -> list[nn.Module]:
-    """One copy of `model` (a causal LM, or a peft model around one) for each of `stages`, without the layers of the others.
-
-    Names stay those of the whole model, so that state dicts of all stages make up the whole one's.
-    """
-    made = []
-    for stage in stages:
-        part = copy.deepcopy(model) if stage != stages[-1] else model
-        lm = causal_lm(part)
-        inner = lm.model
-        kept = layers_of_stage(stage, of, len(inner.layers))
-        inner.layers = nn.ModuleDict({str(n): inner.layers[n] for n in kept})
-        if stage > 0:
-            inner.embed_tokens = None
-        if stage < of - 1:
-            inner.norm = None
-            lm.lm_head = None
-        made.append(part)
-    return made
+def keep_stages(lm: Any, stages: Sequence[int], of: int, layers: Sequence[range]) -> None:
+    """Take out of a causal LM, in place, all that is in none of `stages`; what stays keeps the names of the whole model."""
+    inner = lm.model
+    inner.layers = nn.ModuleDict({str(n): inner.layers[n] for part in layers for n in part})
+    if 0 in stages and of - 1 in stages and lm.lm_head.weight is inner.embed_tokens.weight:
+        # Two stages of one rank: two copies, as if on two ranks.
+        lm.lm_head.weight = nn.Parameter(inner.embed_tokens.weight.detach().clone())
+    if 0 not in stages:
+        inner.embed_tokens = None
+    if of - 1 not in stages:
+        inner.norm = None
+        lm.lm_head = None
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -70,10 +64,11 @@ def causal_lm(model: nn.Module) -> Any:
     return get() if get else model
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Pipeline:
     """The stages that this rank holds, and the schedule that runs them."""
 
+    name: str
     schedule: Any
     has_first: bool
     has_last: bool
@@ -85,40 +80,40 @@ class Pipeline:
         numbers: Sequence[int],
         mesh: DeviceMesh,
         *,
-        schedule: str,
-        micro_batches: int,
-        hidden: Tensor,
+        config: TrainConfig,
+        lm_config: Any,
         device: torch.device,
     ) -> Pipeline:
-        """`hidden`: what travels between stages, on the meta device: (rows of a micro-batch, T, H)."""
-        ranks = mesh.size()
-        of = ranks * PARTS[schedule]
-        loss = torch.empty(1, device="meta")
-        ids = torch.empty(hidden.shape[:1] + (0,), dtype=torch.long, device="meta")
+        """The stages `numbers` of a model, one of `modules` for each; every rank of a step takes `config.accumulate` micro-batches."""
+        parallel = config.parallel
+        of = mesh.size() * PARTS[parallel.schedule]
+        rows = config.batch_size // parallel.data // config.accumulate
+        length = config.data.sequence_length // parallel.context
+        dtype = COMPUTED_IN.get(config.precision, torch.float32)
+        between = length // (parallel.tensor if parallel.sequence_parallel else 1)
+        ids = torch.empty(rows, config.data.sequence_length, dtype=torch.long, device="meta")
+        hidden = torch.empty(rows, between, lm_config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        logits = torch.empty(rows, length, lm_config.vocab_size, dtype=dtype, device="meta", requires_grad=True)
         stages = [
             PipelineStage(
                 module, number, of, device, group=mesh.get_group(),
-                input_args=(ids if number == 0 else hidden,), output_args=(loss if number == of - 1 else hidden,),
+                input_args=(ids if number == 0 else hidden,), output_args=(logits if number == of - 1 else hidden,),
             )
             for module, number in zip(modules, numbers, strict=True)
         ]  # fmt: skip
-        made = get_schedule_class(TORCH_NAMES[schedule])
-        held: Any = stages if PARTS[schedule] > 1 else stages[0]
+        made = get_schedule_class(TORCH_NAMES[parallel.schedule])
+        held: Any = stages if PARTS[parallel.schedule] > 1 else stages[0]
         return cls(
-            # The stages' last one returns the loss itself; gradients are scaled by tokens, not by micro-batches.
-            schedule=made(held, micro_batches, loss_fn=lambda output, target: output.sum(), scale_grads=False),
+            name=parallel.schedule,
+            # Gradients are scaled by tokens, not by micro-batches.
+            schedule=made(held, config.accumulate, loss_fn=lambda output, target: output.sum(), scale_grads=False),
             has_first=0 in numbers,
             has_last=of - 1 in numbers,
         )
 
-    def step(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """Forward and backward of all micro-batches of `rows`; returns the summed loss (0 where the last stage is not).
-
-        `scale`: what every loss is multiplied by before it is differentiated.
-        """
-        losses: list[Tensor] = []
-        self.schedule._loss_fn = lambda output, target: output.sum() * scale
+    def step(self, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Forward and backward of all micro-batches of `rows` (B, 3, T); `loss` takes the logits and labels of each."""
+        self.schedule._loss_fn = loss
         arguments = (rows[:, 0],) if self.has_first else ()
         target = rows[:, 1] if self.has_last else None
-        self.schedule.step(*arguments, target=target, losses=losses, rows_B3T=rows)
-        return (torch.stack(losses).sum() / scale).detach() if losses else torch.zeros((), device=rows.device)
+        self.schedule.step(*arguments, target=target, positions_BT=rows[:, 2].contiguous())

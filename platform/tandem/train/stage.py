@@ -1,4 +1,4 @@
-"""A causal LM, or a run of its layers, as one module that training calls: rows in, hidden states or the summed loss out.
+"""A causal LM, or a run of its layers, as one module that training calls.
 
 One forward for every layout. It goes through a transformers model's own embedding, layers, norm and head, but prepares
 positions and masks itself, since a rank may hold a part of the layers, of each sequence, or of both.
@@ -7,16 +7,9 @@ positions and masks itself, since a rank may hold a part of the layers, of each 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
-
-from tandem.data.packing import IGNORED
 
 Share = Callable[[Tensor], Tensor]
 """Cuts a rank's part out of a tensor, along its last axis, the sequence."""
@@ -28,41 +21,33 @@ def whole_sequence(tensor: Tensor) -> Tensor:
 
 
 class Stage(nn.Module):
-    """The layers that `model` (a transformers causal LM) still has, between its embedding and its head if it has those."""
+    """Layers of a transformers causal LM, with its embedding if it is the first stage and its head if it is the last."""
 
-    def __init__(self, model: Any, *, share: Share = whole_sequence) -> None:
+    def __init__(self, lm: Any, layers: Iterable[int], *, first: bool, last: bool, share: Share = whole_sequence) -> None:
         super().__init__()
-        self.model = model
+        held = lm.model.layers
+        self.layers = nn.ModuleList(held[str(n)] if isinstance(held, nn.ModuleDict) else held[n] for n in layers)
+        self.rotary_emb = lm.model.rotary_emb
+        self.embed_tokens = lm.model.embed_tokens if first else None
+        self.norm = lm.model.norm if last else None
+        self.lm_head = lm.lm_head if last else None
         self._share = share
 
-    def forward(self, x: Tensor, rows_B3T: Tensor) -> Tensor:
-        """`x`: token ids (B, T) for the first stage, else hidden states; `rows_B3T`: the packed rows (tandem.data.packing).
+    def forward(self, x: Tensor, positions_BT: Tensor) -> Tensor:
+        """`x`: token ids (B, T) for the first stage, else hidden states; positions are those of whole sequences.
 
-        Returns hidden states, or after the last layer the summed cross-entropy of this rank's tokens, of shape (1,).
+        Returns hidden states, or after the last layer logits, of this rank's part of the sequences.
         """
-        lm = self.model
-        inner = lm.model
-        labels, positions = rows_B3T[:, 1], rows_B3T[:, 2]
-        here = self._share(positions)
-        hidden = inner.embed_tokens(self._share(x)) if inner.embed_tokens is not None else x
-        rotary = inner.rotary_emb(hidden, position_ids=here)
-        mask = document_mask(positions, self._share)
-        for layer in layers_of(inner):
-            hidden = layer(
-                hidden, attention_mask=mask, position_ids=here, position_embeddings=rotary, use_cache=False
-            )
-        if lm.lm_head is None:
+        here = self._share(positions_BT)
+        hidden = self.embed_tokens(self._share(x)) if self.embed_tokens is not None else x
+        rotary = self.rotary_emb(hidden, position_ids=here)
+        mask = document_mask(positions_BT, self._share)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_ids=here, position_embeddings=rotary, use_cache=False)
+        if self.norm is None or self.lm_head is None:
             return hidden
-        logits = lm.lm_head(inner.norm(hidden))
-        # Labels move, not logits: shifting those copies the largest tensor of the step.
-        wanted = self._share(F.pad(labels[:, 1:], (0, 1), value=IGNORED))
-        return summed_cross_entropy(logits, wanted).reshape(1)
-
-
-def layers_of(inner: Any) -> Iterable[nn.Module]:
-    """The decoder layers in order, also when some were taken out."""
-    layers: Any = inner.layers.values() if isinstance(inner.layers, nn.ModuleDict) else inner.layers
-    return list(layers)
+        logits: Tensor = self.lm_head(self.norm(hidden))
+        return logits
 
 
 def document_mask(positions_BT: Tensor, share: Share) -> Tensor:
@@ -74,18 +59,3 @@ def document_mask(positions_BT: Tensor, share: Share) -> Tensor:
     same = share(documents)[:, :, None] == documents[:, None, :]
     earlier = share(positions_BT)[:, :, None] >= positions_BT[:, None, :]
     return (same & earlier)[:, None]
-
-
-def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Summed cross-entropy in nats; logits may be a DTensor that is cut along the vocabulary."""
-    wanted = labels_BT.flatten()
-    logits = logits_BTV.flatten(0, 1)
-    cut = isinstance(logits, DTensor)
-    if not cut:
-        kept = (wanted != IGNORED).nonzero().squeeze(1)
-        if 2 * len(kept) < len(wanted):
-            # Prompts and padding need no softmax: of a fine-tuning row, most tokens.
-            logits, wanted = logits.index_select(0, kept), wanted[kept]
-    with loss_parallel() if cut else nullcontext():
-        total = F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
-    return total.to_local() if isinstance(total, DTensor) else total

@@ -17,10 +17,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import (
     ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleInputOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
+
+from tandem.train.expert_parallel import SharedExperts
 
 INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Linear layers whose output is cut."""
@@ -89,6 +92,7 @@ def split_tensors(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool
     if mesh.size() == 1:
         return
     between: Any = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     inner, head = model.model, model.lm_head
     tied = inner.embed_tokens is not None and head is not None and head.weight is inner.embed_tokens.weight
     for layer in inner.layers.values() if isinstance(inner.layers, nn.ModuleDict) else inner.layers:
@@ -103,6 +107,9 @@ def split_tensors(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool
     parallelize_module(model, mesh, plan)
     if tied:
         head.weight = inner.embed_tokens.weight
+    # torch's styles make new parameters, which would all be trained.
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
 
 
 def _layer_plan(layer: nn.Module, between: Any) -> dict[str, ParallelStyle]:
@@ -128,6 +135,12 @@ def _layer_plan(layer: nn.Module, between: Any) -> dict[str, ParallelStyle]:
         plan["mlp"] = PrepareModuleInput(
             input_layouts=(between,), desired_input_layouts=(Replicate(),), use_local_output=True
         )
+        if any(isinstance(module, SharedExperts) for module in layer.modules()):
+            # Experts give back whole sequences; an MLP's last matrix cuts them itself.
+            plan["mlp"] = PrepareModuleInputOutput(
+                input_layouts=(between,), desired_input_layouts=(Replicate(),), use_local_input=True,
+                output_layouts=(Replicate(),), desired_output_layouts=(between,), use_local_output=True,
+            )  # fmt: skip
     return plan
 
 

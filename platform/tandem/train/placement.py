@@ -1,0 +1,238 @@
+"""Lays a model over the mesh: experts, tensors, sequences, pipeline stages, and shards, in the one order that is exact.
+
+Adapters and recomputation have to be in before. Sharding comes last: it groups the parameters that finally exist; an adapter that
+was added after it would stay whole on every rank, and drift apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tandem.config import TrainConfig
+from tandem.errors import LayoutError
+from tandem.train.context_parallel import share_sequences
+from tandem.train.expert_parallel import SharedExperts, split_experts
+from tandem.train.mesh import Mesh
+from tandem.train.pipeline import PARTS, Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
+from tandem.train.precision import sharding_policy
+from tandem.train.stage import Share, Stage, whole_sequence
+from tandem.train.tensor_parallel import split_tensors
+
+
+class PlacedModel(nn.Module):
+    """A causal LM as one rank of the mesh holds it. Without a pipeline it is called as transformers' models are."""
+
+    def __init__(
+        self, whole: nn.Module, stages: list[Stage], *, mesh: Mesh, share: Share, pipeline: Pipeline | None, replicated: bool
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.mesh = mesh
+        self.share = share
+        """Cuts this rank's part out of a sequence."""
+        self.pipeline = pipeline
+        # Not a submodule: its parameters are the stages', under the names that checkpoints and exports have.
+        object.__setattr__(self, "whole", whole)
+        called: nn.Module = stages[0]
+        if replicated:
+            group = mesh["dp_replicate"].get_group()
+            called = DistributedDataParallel(
+                called, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        object.__setattr__(self, "_called", called)
+        self._tied = _TiedStages.of(self)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
+        """Token ids and positions (B, T), whole, to `.logits` (B, T or this rank's part of it, V or a DTensor cut along it)."""
+        return SimpleNamespace(logits=self._called(input_ids, position_ids))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 holds the parameters, and so casts them."""
+        return isinstance(self.stages[0], FSDPModule)
+
+    @contextlib.contextmanager
+    def gradients_synced(self, sync: bool) -> Iterator[None]:
+        """Exchange gradients in this backward pass only if `sync`: once a step, with the last micro-batch."""
+        if isinstance(self._called, DistributedDataParallel) and not sync:
+            with self._called.no_sync():
+                yield
+            return
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(sync, recurse=False)
+        yield
+
+    def finish_gradients(self) -> None:
+        """What is left to exchange after the last backward pass of a step."""
+        if self._tied is not None:
+            self._tied.sum_gradients()
+
+    def clip(self, limit: float) -> float:
+        """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh."""
+        counted = [p for p in self.parameters() if p.grad is not None and not (self._tied and self._tied.repeats(p))]
+        ranks = dist.get_world_size() // self.mesh.degrees.pp if dist.is_initialized() else 1
+        squares = torch.zeros((), dtype=torch.float64)
+        for parameter in counted:
+            gradient = parameter.grad
+            # Ranks that hold the same part count it once between them.
+            squares += _local(gradient).double().pow(2).sum().cpu() * (_shards(gradient, self._cuts(parameter)) / ranks)
+        if dist.is_initialized():
+            device = next(self.parameters()).device
+            squares = squares.to(device)
+            dist.all_reduce(squares)
+        norm = float(squares.sqrt())
+        if limit:
+            scale = min(1.0, limit / (norm + 1e-6))
+            torch._foreach_mul_([_local(p.grad) for p in self.parameters() if p.grad is not None], scale)
+        return norm
+
+    def _cuts(self, parameter: nn.Parameter) -> int:
+        """Parts that a parameter was cut into before it was sharded, in a way that DTensor does not know of."""
+        return self._expert_cuts if id(parameter) in self._experts else 1
+
+    @property
+    def _experts(self) -> set[int]:
+        return {id(p) for m in self.modules() if isinstance(m, SharedExperts) for p in m.parameters(recurse=False)}
+
+    @property
+    def _expert_cuts(self) -> int:
+        return self.mesh.degrees.ep * self.mesh.degrees.tp
+
+
+def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> PlacedModel:
+    """Lay `model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place.
+
+    Raises LayoutError if the model cannot be cut in that way.
+    """
+    degrees, parallel = mesh.degrees, config.parallel
+    lm = causal_lm(model)
+    check_model(lm.config, config)
+    share: Share = share_sequences(lm, mesh["cp"]) if degrees.cp > 1 else whole_sequence
+    if degrees.pp > 1:
+        numbers = stages_of(mesh["pp"].get_local_rank(), degrees.pp, parallel.schedule)
+        of = degrees.pp * PARTS[parallel.schedule]
+        layers = [layers_of_stage(number, of, lm.config.num_hidden_layers) for number in numbers]
+        keep_stages(lm, numbers, of, layers)
+    else:
+        numbers, of, layers = [0], 1, [range(lm.config.num_hidden_layers)]
+    experts = split_experts(lm, mesh["ep"], mesh["tp"])
+    if config.parallel.expert > 1 and not experts and degrees.pp == 1:
+        raise LayoutError(f"parallel.expert is {config.parallel.expert}, but the model has no experts. Set it to 1.")
+    split_tensors(lm, mesh["tp"], sequence_parallel=parallel.sequence_parallel, loss_parallel=True)
+    model.to(device)
+    stages = [
+        Stage(lm, kept, first=number == 0, last=number == of - 1, share=share)
+        for number, kept in zip(numbers, layers, strict=True)
+    ]
+    replicated = parallel.strategy == "ddp" and degrees.dp_replicate > 1
+    if not replicated and dist.is_initialized():
+        for stage in stages:
+            _shard(stage, mesh, config)
+    pipeline = None
+    if degrees.pp > 1:
+        pipeline = Pipeline.of(stages, numbers, mesh["pp"], config=config, lm_config=lm.config, device=device)
+    return PlacedModel(model, stages, mesh=mesh, share=share, pipeline=pipeline, replicated=replicated)
+
+
+def check_model(shape: Any, config: TrainConfig) -> None:
+    """Refuse what the model's shape cannot do, with the numbers and the nearest layout that works."""
+    parallel = config.parallel
+    for name, count in (
+        ("key/value heads", getattr(shape, "num_key_value_heads", None)),
+        ("attention heads", getattr(shape, "num_attention_heads", None)),
+    ):
+        if count and count % parallel.tensor:
+            fits = next(n for n in range(min(count, parallel.tensor), 0, -1) if count % n == 0)
+            raise LayoutError(
+                f"parallel.tensor ({parallel.tensor}) must divide the model's {count} {name}. The nearest that works is "
+                f"tensor={fits}."
+            )
+    pieces = {"2 x parallel.context": 2 * parallel.context} if parallel.context > 1 else {}
+    if parallel.tensor > 1 and parallel.sequence_parallel:
+        pieces["parallel.tensor"] = parallel.tensor
+    length = config.data.sequence_length
+    for name, count in pieces.items():
+        if length % count:
+            raise LayoutError(
+                f"data.sequence_length ({length}) must be a multiple of {name} ({count}). The nearest that works is "
+                f"{max(1, round(length / count)) * count}."
+            )
+
+
+def _shard(stage: Stage, mesh: Mesh, config: TrainConfig) -> None:
+    options: dict[str, Any] = {
+        "mp_policy": sharding_policy(config.precision),
+        # Gathering again for every micro-batch of a pipeline would cost more than it saves.
+        "reshard_after_forward": mesh.degrees.pp == 1,
+    }
+    for layer in stage.layers:
+        for module in layer.modules():
+            if isinstance(module, SharedExperts):
+                fully_shard(module, mesh=mesh.experts, **options)
+                # Its gradient holds the tokens of all expert ranks already.
+                module.set_gradient_divide_factor(float(mesh.degrees.token_parallel))
+        fully_shard(layer, mesh=mesh.parameters, **options)
+    fully_shard(stage, mesh=mesh.parameters, **options)
+
+
+class _TiedStages:
+    """An embedding that the first stage reads with and the last one writes with: two copies that must stay one."""
+
+    def __init__(self, mine: list[nn.Parameter], repeated: nn.Parameter | None, group: dist.ProcessGroup | None) -> None:
+        self._mine, self._repeated, self._group = mine, repeated, group
+
+    @classmethod
+    def of(cls, model: PlacedModel) -> _TiedStages | None:
+        lm = causal_lm(model.whole)
+        mesh, pipeline = model.mesh, model.pipeline
+        if pipeline is None or not lm.config.tie_word_embeddings:
+            return None
+        group = None
+        if PARTS[pipeline.name] == 1 or pipeline.name == "interleaved":
+            for column in mesh.whole.mesh.reshape(mesh.degrees.pp, -1).T.tolist():
+                made = dist.new_group([column[0], column[-1]])
+                if dist.get_rank() in (column[0], column[-1]):
+                    group = made
+        first = lm.model.embed_tokens.weight if lm.model.embed_tokens is not None else None
+        last = lm.lm_head.weight if lm.lm_head is not None else None
+        return cls([p for p in (first, last) if p is not None], last, group)
+
+    def repeats(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is the copy that does not count."""
+        return parameter is self._repeated
+
+    def sum_gradients(self) -> None:
+        """Give both copies the sum of their gradients."""
+        gradients = [_local(p.grad) for p in self._mine if p.grad is not None]
+        if self._group is not None:
+            for gradient in gradients:
+                dist.all_reduce(gradient, group=self._group)
+        elif len(gradients) == 2:
+            total = gradients[0] + gradients[1]
+            for gradient in gradients:
+                gradient.copy_(total)
+
+
+def _local(tensor: Any) -> Tensor:
+    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return found
+
+
+def _shards(tensor: Any, cuts: int) -> int:
+    """Into how many parts a gradient is cut over the ranks of a stage."""
+    if isinstance(tensor, DTensor):
+        for axis, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard) or placement.is_shard():
+                cuts *= tensor.device_mesh.size(axis)
+    return cuts
