@@ -17,21 +17,18 @@ from tandem.train.precision import computing
 
 
 def evaluate(
-    model: nn.Module,
+    model: PlacedModel,
     objective: Objective,
     rows: Rows,
     *,
-    rank: int,
-    ranks: int,
     batch_rows: int,
     device: torch.device,
     precision: str = "float32",
-    group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """The mean loss over `rows`, with perplexity where tokens are counted, and the means of what else the objective reports.
 
-    Every data-parallel rank calls it with all the rows and takes its share of them, `batch_rows` at a time; `group` holds
-    one process for each of these ranks (None: all processes). The model comes back in the mode it was in.
+    Every rank calls it with all the rows and takes its share of them, `batch_rows` at a time. The model comes back in the mode
+    it was in.
     """
     training = model.training
     model.eval()

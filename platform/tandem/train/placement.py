@@ -42,7 +42,7 @@ class PlacedModel(nn.Module):
         """Cuts this rank's part out of a sequence."""
         self.pipeline = pipeline
         # Not a submodule: its parameters are the stages', under the names that checkpoints and exports have.
-        object.__setattr__(self, "whole", whole)
+        object.__setattr__(self, "_whole", whole)
         called: nn.Module = stages[0]
         if replicated:
             group = mesh["dp_replicate"].get_group()
@@ -51,6 +51,12 @@ class PlacedModel(nn.Module):
             )
         object.__setattr__(self, "_called", called)
         self._tied = _TiedStages.of(self)
+
+    @property
+    def whole(self) -> nn.Module:
+        """The transformers or peft model, with what this rank has of it."""
+        whole: nn.Module = self._whole
+        return whole
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
         """Token ids and positions (B, T), whole, to `.logits` (B, T or this rank's part of it, V or a DTensor cut along it)."""

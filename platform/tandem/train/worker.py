@@ -13,7 +13,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from tandem.checkpoint import folders, sharded
 from tandem.checkpoint.export import export
@@ -28,10 +27,11 @@ from tandem.train.ema import Ema
 from tandem.train.evaluate import evaluate
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees
-from tandem.train.model import build_model, count_parameters, distribute
+from tandem.train.mesh import Degrees, Mesh
+from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
 from tandem.train.optimizer import build_optimizer
+from tandem.train.placement import PlacedModel, place
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.recompute import recompute_activations
 
@@ -95,7 +95,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         model = use_float8(model)
     mesh = degrees.mesh(device.type, world)
     # Sharding comes last: it groups the parameters that finally exist.
-    model = distribute(model.to(device), mesh, precision=config.precision)
+    model = place(model, mesh, config, device)
     optimizer = build_optimizer(model, config.optimizer, device)
     objective = _objective(task, encoder, mesh, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
@@ -105,7 +105,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     root = task.job / "checkpoints"
     newest = folders.latest(root)
-    found = sharded.load(newest, model, optimizer, extra=extra) if newest else None
+    found = sharded.load(newest, model.whole, optimizer, extra=extra) if newest else None
     state = LoopState(step=found.step, tokens=found.tokens) if found else LoopState()
     last_loss = found.loss if found else None
     emit(
@@ -129,7 +129,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             world=world,
             cursor=task.stream.cursor(now.step * config.batch_size),
         )
-        path = sharded.save(root, model, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
+        path = sharded.save(root, model.whole, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
         emit({"event": "checkpoint", "step": now.step, "path": str(path)})
 
     evaluated: dict[str, float] | None = None
@@ -151,11 +151,11 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     if state.step < config.steps:
         rows = task.stream.rows(degrees.data_rank(rank), degrees.data_parallel, found.cursor if found else None)
         train(
-            model, optimizer, rows, config, state, ranks=degrees.data_parallel, report=report, save=save, device=device,
+            model, optimizer, rows, config, state, report=report, save=save, device=device,
             objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
         )  # fmt: skip
     with averaged():
-        export(model, task.job / "export", beside=tokenizer_files(task.tokenizer))
+        export(model.whole, task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
         dist.barrier()
     emit({"event": "exported", "loss": last_loss, "step": state.step, "evaluation": evaluated})
@@ -165,7 +165,7 @@ def _kind(task: WorkerTask) -> str:
     return "dpo" if task.config.objective == "dpo" else "sft" if task.base else "pretrain"
 
 
-def _objective(task: WorkerTask, encoder: TextEncoder, mesh: DeviceMesh, device: torch.device) -> Objective:
+def _objective(task: WorkerTask, encoder: TextEncoder, mesh: Mesh, device: torch.device) -> Objective:
     config = task.config
     if config.objective == "next_token":
         return NextToken()
@@ -173,4 +173,4 @@ def _objective(task: WorkerTask, encoder: TextEncoder, mesh: DeviceMesh, device:
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
     reference = build_model(config.model, task.reference, encoder, config.seed)
-    return Dpo(chosen, FrozenModel(distribute(reference.to(device), mesh, precision=config.precision)))
+    return Dpo(chosen, FrozenModel(place(reference, mesh, config, device)))
