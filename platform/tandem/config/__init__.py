@@ -5,8 +5,8 @@ from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
 from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
 from tandem.config.optimizer import OptimizerConfig
-from tandem.config.serve import GatewayConfig, ServeConfig, ServedModelConfig
 from tandem.config.parallel import ParallelismConfig
+from tandem.config.serve import GatewayConfig, ServeConfig, ServedModelConfig
 from tandem.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [

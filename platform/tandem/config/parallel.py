@@ -46,7 +46,9 @@ class ParallelismConfig:
         check.at_least("parallel.cpus_per_worker", self.cpus_per_worker, 0.0)
         check.at_least("parallel.gpus_per_worker", self.gpus_per_worker, 0.0)
         inner = self.pipeline * self.context * self.tensor
-        named = " x ".join(f"{key}={getattr(self, key)}" for key in DEGREES if getattr(self, key) > 1 and key != "expert")
+        named = " x ".join(
+            f"{key}={getattr(self, key)}" for key in DEGREES if getattr(self, key) > 1 and key != "expert"
+        )
         if self.workers % (inner * self.replicate):
             group = inner * self.replicate
             fits = max(group, round(self.workers / group) * group)
@@ -57,7 +59,9 @@ class ParallelismConfig:
         if self.strategy == "ddp" and self.replicate > 1:
             raise LayoutError("parallel.replicate is for fsdp2; ddp replicates across all workers. Leave it out.")
         if self.strategy == "ddp" and inner * self.expert > 1:
-            raise LayoutError(f"parallel: {named or f'expert={self.expert}'} needs strategy fsdp2; ddp holds whole models.")
+            raise LayoutError(
+                f"parallel: {named or f'expert={self.expert}'} needs strategy fsdp2; ddp holds whole models."
+            )
         if self.shard % self.expert:
             fits = next(n for n in range(self.expert, 0, -1) if self.shard % n == 0)
             raise LayoutError(

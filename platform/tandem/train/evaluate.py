@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tandem.data.packing import IGNORED, Rows
 from tandem.train.model import reshard

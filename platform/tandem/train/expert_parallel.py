@@ -13,17 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from tandem.errors import LayoutError
 
 
-def split_experts(model: nn.Module, ep: DeviceMesh, tp: DeviceMesh) -> list[nn.Module]:
-    """Replace every stack of experts in `model` by this rank's part of it; returns those."""
+def split_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
+    """Replace every stack of experts in `model` by this rank's part of it over the mesh's axes ep and tp; returns those."""
     made: list[nn.Module] = []
+    if mesh.size() == 1:
+        return made
     for parent in list(model.modules()):
         experts = getattr(parent, "experts", None)
-        if isinstance(experts, nn.Module) and hasattr(experts, "gate_up_proj") and (ep.size() > 1 or tp.size() > 1):
-            parent.experts = SharedExperts(experts, ep, tp)
+        if isinstance(experts, nn.Module) and hasattr(experts, "gate_up_proj"):
+            parent.experts = SharedExperts(experts, mesh)
             made.append(parent.experts)
     return made
 
@@ -31,8 +34,9 @@ def split_experts(model: nn.Module, ep: DeviceMesh, tp: DeviceMesh) -> list[nn.M
 class SharedExperts(nn.Module):
     """This rank's experts, and the way of every token to the rank that has its experts."""
 
-    def __init__(self, whole: Any, ep: DeviceMesh, tp: DeviceMesh) -> None:
+    def __init__(self, whole: Any, mesh: DeviceMesh) -> None:
         super().__init__()
+        ep, tp = mesh["ep"], mesh["tp"]
         self.num_experts = whole.num_experts
         if self.num_experts % ep.size():
             fits = next(n for n in range(ep.size(), 0, -1) if self.num_experts % n == 0)
@@ -42,16 +46,24 @@ class SharedExperts(nn.Module):
             )
         self._ep = ep.get_group() if ep.size() > 1 else None
         self._tp = tp.get_group() if tp.size() > 1 else None
-        self._ranks, self.held = ep.size(), self.num_experts // ep.size()
-        first = self.held * ep.get_local_rank()
-        mine = slice(first, first + self.held)
-        gate, up = whole.gate_up_proj.detach()[mine].chunk(2, dim=1)
-        down = whole.down_proj.detach()[mine]
-        at, of = tp.get_local_rank(), tp.size()
-        gate_up = torch.cat([gate.chunk(of, dim=1)[at], up.chunk(of, dim=1)[at]], dim=1)
-        self.gate_up_proj = nn.Parameter(gate_up.contiguous())
-        self.down_proj = nn.Parameter(down.chunk(of, dim=2)[at].contiguous())
+        self._ranks, self._held = ep.size(), self.num_experts // ep.size()
         self.act_fn = whole.act_fn
+        width = whole.down_proj.shape[2]
+        if width % tp.size():
+            fits = next(n for n in range(tp.size(), 0, -1) if width % n == 0)
+            raise LayoutError(
+                f"parallel.tensor ({tp.size()}) must divide the width of the model's experts ({width}). "
+                f"The nearest that works is tensor={fits}."
+            )
+        # (E, 2, I, H): gate and up apart, so that a cut of I is one of each.
+        gate_up = whole.gate_up_proj.detach().unflatten(1, (2, width))
+        for name, weight, inner in (("gate_up_proj", gate_up, 2), ("down_proj", whole.down_proj.detach(), 2)):
+            mine = weight.chunk(ep.size(), 0)[ep.get_local_rank()].chunk(tp.size(), inner)[tp.get_local_rank()]
+            axes = {"ep": Shard(0), "tp": Shard(inner)}
+            cut = [axis for axis in axes if mesh[axis].size() > 1]
+            over = mesh if len(cut) == 2 else mesh[cut[0]]
+            placed = DTensor.from_local(mine.contiguous(), over, [axes[axis] for axis in cut], run_check=False)
+            self.register_parameter(name, nn.Parameter(placed, requires_grad=getattr(whole, name).requires_grad))
 
     def forward(self, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The weighted sum of each token's experts: hidden states (N, H), expert numbers and weights (N, K)."""
@@ -72,7 +84,7 @@ class SharedExperts(nn.Module):
             incoming = there.view(self._ranks, -1).sum(1).tolist()
             received = _Exchange.apply(sent, outgoing, incoming, self._ep)
             # They come sorted by rank and then expert; the experts want them the other way round.
-            expert = torch.arange(self.held, device=there.device).repeat(self._ranks).repeat_interleave(there)
+            expert = torch.arange(self._held, device=there.device).repeat(self._ranks).repeat_interleave(there)
             order = expert.argsort(stable=True)
             computed = self._compute(received[order], there.view(self._ranks, -1).sum(0))
             done = _Exchange.apply(computed[order.argsort()], incoming, outgoing, self._ep)
@@ -81,10 +93,11 @@ class SharedExperts(nn.Module):
         return _Sum.apply(result, self._tp) if self._tp is not None else result
 
     def _compute(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        gate_up, down = self.gate_up_proj.to_local().flatten(1, 2), self.down_proj.to_local()
         outputs = []
         for number, part in enumerate(tokens.split(counts.tolist())):
-            gate, up = nn.functional.linear(part, self.gate_up_proj[number]).chunk(2, dim=-1)
-            outputs.append(nn.functional.linear(self.act_fn(gate) * up, self.down_proj[number]))
+            gate, up = nn.functional.linear(part, gate_up[number]).chunk(2, dim=-1)
+            outputs.append(nn.functional.linear(self.act_fn(gate) * up, down[number]))
         return torch.cat(outputs)
 
 

@@ -183,7 +183,9 @@ def _through_pipeline(
     total: Tensor,
 ) -> None:
     if not isinstance(objective, NextToken):
-        raise LayoutError(f"objective {config.objective!r} does not work across pipeline stages. Set parallel.pipeline to 1.")
+        raise LayoutError(
+            f"objective {config.objective!r} does not work across pipeline stages. Set parallel.pipeline to 1."
+        )
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         summed = objective.of_logits(logits, labels)

@@ -79,7 +79,9 @@ class Degrees:
             "pp": self.pp, "dp_replicate": self.dp_replicate, "dp_outer": self.dp_shard // self.ep, "ep": self.ep,
             "cp": self.cp, "tp": self.tp,
         }  # fmt: skip
-        return Mesh(self, init_device_mesh(device_type, tuple(axes_and_sizes.values()), mesh_dim_names=tuple(axes_and_sizes)))
+        return Mesh(
+            self, init_device_mesh(device_type, tuple(axes_and_sizes.values()), mesh_dim_names=tuple(axes_and_sizes))
+        )
 
     def data_rank(self, rank: int) -> int:
         """Which share of the rows a rank sees; pipeline, context and tensor peers see the same."""
@@ -109,6 +111,12 @@ class Mesh:
     def experts(self) -> DeviceMesh:
         """The same for the experts of a mixture, which `ep` has shared out already."""
         return self._over("expert_shard", self._expert_shard)
+
+    @property
+    def experts_cut(self) -> DeviceMesh:
+        """What the experts of a mixture are cut over: (ep, tp)."""
+        found: Any = self.whole["ep", "tp"]
+        return found
 
     def _over(self, name: str, inner: DeviceMesh) -> DeviceMesh:
         if self.degrees.dp_replicate == 1:

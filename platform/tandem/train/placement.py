@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tandem.config import TrainConfig
@@ -33,7 +33,14 @@ class PlacedModel(nn.Module):
     """A causal LM as one rank of the mesh holds it. Without a pipeline it is called as transformers' models are."""
 
     def __init__(
-        self, whole: nn.Module, stages: list[Stage], *, mesh: Mesh, share: Share, pipeline: Pipeline | None, replicated: bool
+        self,
+        whole: nn.Module,
+        stages: list[Stage],
+        *,
+        mesh: Mesh,
+        share: Share,
+        pipeline: Pipeline | None,
+        replicated: bool,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
@@ -92,7 +99,7 @@ class PlacedModel(nn.Module):
         for parameter in counted:
             gradient = parameter.grad
             # Ranks that hold the same part count it once between them.
-            squares += _local(gradient).double().pow(2).sum().cpu() * (_shards(gradient, self._cuts(parameter)) / ranks)
+            squares += _local(gradient).double().pow(2).sum().cpu() * (_shards(gradient) / ranks)
         if dist.is_initialized():
             device = next(self.parameters()).device
             squares = squares.to(device)
@@ -102,18 +109,6 @@ class PlacedModel(nn.Module):
             scale = min(1.0, limit / (norm + 1e-6))
             torch._foreach_mul_([_local(p.grad) for p in self.parameters() if p.grad is not None], scale)
         return norm
-
-    def _cuts(self, parameter: nn.Parameter) -> int:
-        """Parts that a parameter was cut into before it was sharded, in a way that DTensor does not know of."""
-        return self._expert_cuts if id(parameter) in self._experts else 1
-
-    @property
-    def _experts(self) -> set[int]:
-        return {id(p) for m in self.modules() if isinstance(m, SharedExperts) for p in m.parameters(recurse=False)}
-
-    @property
-    def _expert_cuts(self) -> int:
-        return self.mesh.degrees.ep * self.mesh.degrees.tp
 
 
 def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> PlacedModel:
@@ -132,7 +127,7 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         keep_stages(lm, numbers, of, layers)
     else:
         numbers, of, layers = [0], 1, [range(lm.config.num_hidden_layers)]
-    experts = split_experts(lm, mesh["ep"], mesh["tp"])
+    experts = split_experts(lm, mesh.experts_cut)
     if config.parallel.expert > 1 and not experts and degrees.pp == 1:
         raise LayoutError(f"parallel.expert is {config.parallel.expert}, but the model has no experts. Set it to 1.")
     split_tensors(lm, mesh["tp"], sequence_parallel=parallel.sequence_parallel, loss_parallel=True)
@@ -195,7 +190,9 @@ def _shard(stage: Stage, mesh: Mesh, config: TrainConfig) -> None:
 class _TiedStages:
     """An embedding that the first stage reads with and the last one writes with: two copies that must stay one."""
 
-    def __init__(self, mine: list[nn.Parameter], repeated: nn.Parameter | None, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, mine: list[nn.Parameter], repeated: nn.Parameter | None, group: dist.ProcessGroup | None
+    ) -> None:
         self._mine, self._repeated, self._group = mine, repeated, group
 
     @classmethod
@@ -235,10 +232,11 @@ def _local(tensor: Any) -> Tensor:
     return found
 
 
-def _shards(tensor: Any, cuts: int) -> int:
+def _shards(tensor: Any) -> int:
     """Into how many parts a gradient is cut over the ranks of a stage."""
+    parts = 1
     if isinstance(tensor, DTensor):
         for axis, placement in enumerate(tensor.placements):
-            if isinstance(placement, Shard) or placement.is_shard():
-                cuts *= tensor.device_mesh.size(axis)
-    return cuts
+            if placement.is_shard():
+                parts *= tensor.device_mesh.size(axis)
+    return parts

@@ -23,7 +23,9 @@ def whole_sequence(tensor: Tensor) -> Tensor:
 class Stage(nn.Module):
     """Layers of a transformers causal LM, with its embedding if it is the first stage and its head if it is the last."""
 
-    def __init__(self, lm: Any, layers: Iterable[int], *, first: bool, last: bool, share: Share = whole_sequence) -> None:
+    def __init__(
+        self, lm: Any, layers: Iterable[int], *, first: bool, last: bool, share: Share = whole_sequence
+    ) -> None:
         super().__init__()
         held = lm.model.layers
         self.layers = nn.ModuleList(held[str(n)] if isinstance(held, nn.ModuleDict) else held[n] for n in layers)

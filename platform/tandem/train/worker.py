@@ -31,7 +31,7 @@ from tandem.train.mesh import Degrees, Mesh
 from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
 from tandem.train.optimizer import build_optimizer
-from tandem.train.placement import PlacedModel, place
+from tandem.train.placement import place
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.recompute import recompute_activations
 
