@@ -237,6 +237,7 @@ def _shards(tensor: Any) -> int:
     parts = 1
     if isinstance(tensor, DTensor):
         for axis, placement in enumerate(tensor.placements):
-            if placement.is_shard():
+            # A tensor that was cut twice along one axis has another class of placement for it.
+            if not placement.is_replicate() and not placement.is_partial():
                 parts *= tensor.device_mesh.size(axis)
     return parts
