@@ -235,7 +235,7 @@ def test_a_full_disk_at_the_driver_is_said(home: Path, run: Callable[..., Driver
     [
         ("many", {"parallel": {"workers": 64}, "batch_size": 64}, "64 workers of 1 CPU each"),
         ("nobase", {"model": {"base": "bse"}, "lora": {"rank": 4}}, "bse"),
-        ("nodata", {"data": {"path": "missing"}}, "not a dataset"),
+        ("nodata", {"data": {"path": "missing"}}, "No dataset at"),
         ("short", {"data": {"path": "pairs", "sequence_length": 8}}, "no usable row"),
     ],
 )
