@@ -106,7 +106,7 @@ def run_job(job: Path, journal: Journal) -> None:
         index, held = hold_out(index, config.evaluation.share, folder)
     tokenizer = _tokenizer(config, base, folder)
     encoder = TextEncoder(str(tokenizer))
-    reference = _reference(config, base, encoder)
+    reference = reference_model(config, base, encoder)
     connect(config)
     try:
         # Raises before a worker starts if nothing in the data can be learned from.
@@ -202,7 +202,11 @@ def _evaluation_rows(config: TrainConfig, stream: Stream, folder: Path, held: Da
     return evaluation_rows(folder, held, stream.spec, config.evaluation.rows)
 
 
-def _reference(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
+def reference_model(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
+    """The folder of the model that dpo compares with; None without dpo, or if that is the base of the job's adapters.
+
+    Raises ConfigError if its tokenizer is not that of the base.
+    """
     if config.objective != "dpo" or base is None:
         return None
     if config.dpo is None or config.dpo.reference is None:

@@ -78,7 +78,8 @@ def distribute(model: nn.Module, mesh: DeviceMesh, *, precision: str) -> nn.Modu
         for layer in decoder_layers(model):
             fully_shard(layer, **options)
         fully_shard(model, **options)
-    elif replicate > 1:
+    elif replicate > 1 and any(p.requires_grad for p in model.parameters()):
+        # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
         return DistributedDataParallel(
             model, process_group=mesh["dp_replicate"].get_group(), gradient_as_bucket_view=True, broadcast_buffers=False
         )

@@ -172,5 +172,5 @@ def _objective(task: WorkerTask, encoder: TextEncoder, mesh: DeviceMesh, device:
     chosen = config.dpo or DpoConfig()
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
-    reference = build_model(config.model, task.reference, encoder, config.seed)
+    reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
     return Dpo(chosen, FrozenModel(distribute(reference.to(device), mesh, precision=config.precision)))
