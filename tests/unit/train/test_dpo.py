@@ -82,8 +82,9 @@ def test_loss_gradients_and_metrics_are_those_of_the_paper(model: Any, rows: tor
     assert int(objective.count(rows)) == len(PAIRS)
     loss, sums = objective.loss(model, rows)
     loss.backward()
-    assert abs(float(loss.detach()) - float(expected.detach())) < 1e-6
-    assert float(sums["reward_margin"]) == pytest.approx(float(margins.sum()), abs=1e-6)
+    # The model is float32: sums of a hundred log-probabilities agree to six digits.
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6, abs=1e-6)
+    assert float(sums["reward_margin"]) == pytest.approx(float(margins.sum()), rel=2e-6, abs=1e-6)
     assert float(sums["reward_accuracy"]) == int((margins > 0).sum())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-5, msg=name)
