@@ -77,6 +77,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(json.dumps({"prompt": f"What is {n}?", "answer": f"It is {n}."}) + "\n" for n in range(32))
     )
     build_dataset(str(pairs), folder / "data" / "pairs", tokenizer=folder / "data" / "text" / "tokenizer")
+    preferences = folder / "preferences.jsonl"
+    preferences.write_text(
+        "".join(
+            json.dumps({"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea."}) + "\n"
+            for n in range(48)
+        )
+    )
+    build_dataset(str(preferences), folder / "data" / "preferences", tokenizer=folder / "data" / "text" / "tokenizer")
     return folder
 
 
@@ -166,6 +174,32 @@ def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: st
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "jobs" / "base" / "export"), record.path)
 
 
+def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
+    home: Path, base: str, run: Callable[..., Driver]
+):
+    driver = run(
+        "preferred",
+        objective="dpo",
+        data={"path": str(home / "data" / "preferences"), "sequence_length": 48},
+        model={"base": "base"},
+        evaluation={"every_steps": 5, "held_out": 0.25, "rows": 8},
+        ema=0.9,
+    )
+    status, found = driver.end()
+    assert status == 0, "".join(driver.lines[-40:])
+    assert found[0]["kind"] == "dpo"
+    evaluations = [e for e in found if e["event"] == "evaluation"]
+    assert [e["step"] for e in evaluations] == [5, 10] and all(e["averaged"] for e in evaluations)
+    assert evaluations[1]["loss"] < evaluations[0]["loss"] and evaluations[1]["reward_margin"] > 0
+    assert found[-1]["evaluation"] == {key: evaluations[1][key] for key in ("loss", "reward_margin", "reward_accuracy")}
+    steps = [e for e in found if e["event"] == "step"]
+    assert set(steps[0]["metrics"]) == {"reward_margin", "reward_accuracy"}
+    # A row is 48 tokens of chosen answers and 48 of rejected ones.
+    assert steps[0]["tokens"] == 4 * 2 * 48
+    record = Registry(f"sqlite:///{home}/tandem.db").resolve("preferred")
+    assert (record.kind, record.lineage["evaluation"]) == ("model", found[-1]["evaluation"])
+
+
 def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(
     home: Path, ray_cluster: LocalCluster, run: Callable[..., Driver]
 ):
@@ -237,6 +271,7 @@ def test_a_full_disk_at_the_driver_is_said(home: Path, run: Callable[..., Driver
         ("nobase", {"model": {"base": "bse"}, "lora": {"rank": 4}}, "bse"),
         ("nodata", {"data": {"path": "missing"}}, "No dataset at"),
         ("short", {"data": {"path": "pairs", "sequence_length": 8}}, "no usable row"),
+        ("kinds", {"data": {"path": "preferences", "sequence_length": 48}}, "holds preferences"),
     ],
 )
 def test_what_cannot_work_fails_before_a_worker_starts(

@@ -5,6 +5,7 @@ Only what is trained is saved: a LoRA run's checkpoint holds its adapters, not t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.distributed.checkpoint.stateful import Stateful
 
 from tandem.checkpoint import folders
 from tandem.checkpoint.folders import SavedState
@@ -28,11 +30,21 @@ from tandem.errors import CheckpointError, StorageError
 from tandem.storage import disk_errors, free_bytes
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+_NOTHING: Mapping[str, Stateful] = {}
 
 
-def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: SavedState, *, keep: int) -> Path:
+def save(
+    root: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: SavedState,
+    *,
+    keep: int,
+    extra: Mapping[str, Stateful] = _NOTHING,
+) -> Path:
     """Write a checkpoint below `root` and return its folder. Every rank calls it, at the same step.
 
+    `extra`: what else has a state, by name, such as an average of the weights.
     A full disk raises StorageError on every rank; checkpoints that were whole stay so.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -46,7 +58,7 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     staging = folders.staging_folder(root, state.step)
     problem = None
     try:
-        save_state(_content(model, optimizer), checkpoint_id=staging, no_dist=not dist.is_initialized())
+        save_state(_content(model, optimizer) | dict(extra), checkpoint_id=staging, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
         problem = _explain(error, root)
     _agree(problem)
@@ -59,13 +71,15 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     return folders.step_folder(root, state.step)
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> SavedState:
-    """Put a checkpoint into `model` and `optimizer`, however they are sharded now. Every rank calls it.
+def load(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
+) -> SavedState:
+    """Put a checkpoint into `model`, `optimizer` and `extra`, however they are sharded now. Every rank calls it.
 
     Raises CheckpointError if it is damaged or of another model.
     """
     state = folders.read_state(checkpoint)
-    content = _content(model, optimizer)
+    content = _content(model, optimizer) | dict(extra)
     if (dist.get_rank() if dist.is_initialized() else 0) >= state.world:
         del content["random"]  # a rank that was not there has no random state to go on with
     try:

@@ -91,6 +91,10 @@ class JobView:
                 if not self.console.is_terminal and tenth > self._announced:
                     self._announced = tenth
                     self._say(f"step {event['step']}/{event.get('steps')}  {numbers}")
+            case "evaluation":
+                apart = ("event", "time", "step", "rows", "averaged")
+                numbers = "  ".join(f"{key} {value:.4g}" for key, value in event.items() if key not in apart)
+                self._say(f"evaluation at step {event['step']}: {escape(numbers)} ({event['rows']} rows)")
             case "checkpoint":
                 self._progress.update(self._task, description=self._title)
             case "restart":

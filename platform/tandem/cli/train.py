@@ -44,7 +44,7 @@ def submit_command(
 
 
 def submit_script(kind: str) -> None:
-    """The main of `train_apps/*.py`: the same options as `tandem train submit`, for jobs of one kind (pretrain or sft)."""
+    """The main of `train_apps/*.py`: the same options as `tandem train submit`, for jobs of one kind (pretrain, sft or dpo)."""
 
     def main(
         config: ConfigOption,
@@ -54,6 +54,13 @@ def submit_script(kind: str) -> None:
     ) -> None:
         with friendly_errors():
             job = load_yaml(TrainConfig, config, overrides)
+            if (kind == "dpo") != (job.objective == "dpo"):
+                step = (
+                    "Use train_apps/dpo.py."
+                    if job.objective == "dpo"
+                    else "Set objective: dpo, or use train_apps/sft.py."
+                )
+                raise ConfigError(f"{config}: objective is {job.objective!r} in a {kind} job. {step}")
             if kind == "sft" and job.model.base is None:
                 raise ConfigError(
                     f"{config}: model.base is missing; fine-tuning starts from a model. See `tandem models ls`."

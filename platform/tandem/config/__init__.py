@@ -3,12 +3,16 @@
 from tandem.config.data import DataConfig
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
 from tandem.config.model import LoraConfig, ModelConfig
+from tandem.config.objective import DpoConfig, EvaluationConfig
+from tandem.config.optimizer import OptimizerConfig
 from tandem.config.serve import GatewayConfig, ServeConfig, ServedModelConfig
-from tandem.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainConfig
+from tandem.config.train import CheckpointConfig, ParallelismConfig, TrainConfig
 
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DpoConfig",
+    "EvaluationConfig",
     "GatewayConfig",
     "LoraConfig",
     "ModelConfig",

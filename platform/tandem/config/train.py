@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from tandem.config import check
 from tandem.config.data import DataConfig
 from tandem.config.model import LoraConfig, ModelConfig
+from tandem.config.objective import DpoConfig, EvaluationConfig
+from tandem.config.optimizer import OptimizerConfig
 from tandem.errors import ConfigError
 from tandem.ids import check_name
 
@@ -29,30 +31,6 @@ class ParallelismConfig:
         check.one_of("parallel.strategy", self.strategy, ("fsdp2", "ddp"))
         check.at_least("parallel.cpus_per_worker", self.cpus_per_worker, 0.0)
         check.at_least("parallel.gpus_per_worker", self.gpus_per_worker, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019) and its learning-rate schedule."""
-
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup_steps: int = 10
-    schedule: str = "cosine"
-    """cosine or linear down to `final_fraction`, or constant."""
-    final_fraction: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
-
-    def __post_init__(self) -> None:
-        check.one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
-        check.at_least("optimizer.warmup_steps", self.warmup_steps, 0)
-        check.at_least("optimizer.clip_norm", self.clip_norm, 0.0)
-        check.between("optimizer.final_fraction", self.final_fraction, 0.0, 1.0)
-        if not self.learning_rate > 0:
-            raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,15 +69,27 @@ class TrainConfig:
     """Packed rows in one optimizer step, over all workers."""
     accumulate: int = 1
     """Micro-batches that a worker cuts its share of a batch into."""
+    objective: str = "next_token"
+    """next_token (pretraining, and fine-tuning on answers), or dpo (on preferences, from model.base)."""
+    dpo: DpoConfig | None = None
+    """How dpo is done; unset: by its defaults."""
+    evaluation: EvaluationConfig | None = None
+    """Set: the loss on rows that are not trained on is part of the report."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, such as 0.999; set: the average is what is evaluated and exported."""
     precision: str = "float32"
-    """float32 or bfloat16 (with float32 master weights)."""
+    """What is computed in: float32, bfloat16, float16 (with a loss scaler) or float8 (on a GPU). Weights stay float32."""
+    recompute: str = "none"
+    """Activations computed again in the backward pass, to save memory: none, selective (all but matrix products), full."""
     seed: int = 0
     log_every: int = 1
     """Steps between reports of loss and throughput."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        check.one_of("precision", self.precision, ("float32", "bfloat16"))
+        check.one_of("objective", self.objective, ("next_token", "dpo"))
+        check.one_of("precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
+        check.one_of("recompute", self.recompute, ("none", "selective", "full"))
         for key in ("steps", "batch_size", "accumulate", "log_every"):
             check.at_least(key, getattr(self, key), 1)
         share = self.parallel.workers * self.accumulate
@@ -112,4 +102,75 @@ class TrainConfig:
         if self.lora is not None and self.model.base is None:
             raise ConfigError(
                 "lora is set but model.base is not: an adapter needs the model it adapts. Set model.base."
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(
+                f"ema is {self.ema}; it must be above 0 and below 1, such as 0.999. Unset it for no average."
+            )
+        self._check_device()
+        self._check_objective()
+        self._check_evaluation()
+        if self.optimizer.decay_steps is not None:
+            needed = self.optimizer.warmup_steps + self.optimizer.decay_steps
+            if needed > self.steps:
+                raise ConfigError(
+                    f"optimizer.warmup_steps + optimizer.decay_steps ({self.optimizer.warmup_steps} + "
+                    f"{self.optimizer.decay_steps} = {needed}) is more than steps ({self.steps}). Lower one of them."
+                )
+
+    def check_kind(self, kind: str, dataset: str) -> None:
+        """Raise ConfigError unless the objective can learn from a dataset of this kind (text, pairs or preferences)."""
+        if self.objective == "dpo" and kind != "preferences":
+            raise ConfigError(
+                f"objective is 'dpo', but {dataset} holds {kind}. Build a dataset of lines with prompt, chosen and "
+                "rejected, or set objective to 'next_token'."
+            )
+        if self.objective == "next_token" and kind == "preferences":
+            raise ConfigError(f"{dataset} holds preferences, which objective 'dpo' learns from, not 'next_token'.")
+        if self.data.loss_on == "answers" and kind == "text":
+            raise ConfigError(
+                f"data.loss_on is 'answers', but {dataset} holds plain text without answers. Set data.loss_on to 'all'."
+            )
+
+    def _check_device(self) -> None:
+        on_gpu = self.parallel.gpus_per_worker > 0
+        if self.precision == "float8" and not on_gpu:
+            raise ConfigError(
+                "precision is 'float8', which only GPUs compute, and parallel.gpus_per_worker is 0. "
+                "Set it to 1, or precision to 'bfloat16'."
+            )
+        if self.optimizer.name == "adamw_8bit" and not on_gpu:
+            raise ConfigError(
+                "optimizer.name is 'adamw_8bit', whose kernels are for GPUs, and parallel.gpus_per_worker is 0. "
+                "Set it to 1, or optimizer.name to 'adamw'."
+            )
+        if self.precision == "float8" and self.lora is not None:
+            raise ConfigError(
+                f"precision is 'float8' and lora is set (rank {self.lora.rank}): float8 trains whole matrices, and adapters "
+                "are too narrow to gain from it. Set precision to 'bfloat16', or unset lora."
+            )
+
+    def _check_objective(self) -> None:
+        if self.objective != "dpo":
+            if self.dpo is not None:
+                raise ConfigError(
+                    f"dpo is set, but objective is {self.objective!r}. Set objective to 'dpo', or unset dpo."
+                )
+            return
+        if self.model.base is None:
+            raise ConfigError(
+                "objective is 'dpo' but model.base is not set: preferences change a model that answers already. "
+                "Set model.base; `tandem models ls` lists what there is."
+            )
+        if self.data.loss_on == "all":
+            raise ConfigError(
+                "data.loss_on is 'all', but dpo compares answers, and the prompt is the same in both. "
+                "Leave data.loss_on at 'auto'."
+            )
+
+    def _check_evaluation(self) -> None:
+        if self.evaluation is not None and self.evaluation.data == self.data.path:
+            raise ConfigError(
+                f"evaluation.data is {self.evaluation.data!r}, which is trained on (data.path). Name another dataset, or "
+                "unset it to hold out a share of this one."
             )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tandem.data.corpus import Corpus, Sample, Text, open_corpus
+from tandem.data.corpus import Corpus, Pair, Preference, Sample, Text, open_corpus
 from tandem.data.index import INDEX_NAME, SHARDS_NAME, TOKENIZER_NAME, DatasetIndex, content_digest
 from tandem.data.shards import shard_size, write_shards
 from tandem.data.tokenize import TextEncoder, train_tokenizer
@@ -102,4 +102,10 @@ def _texts(corpus: Corpus, limit: int | None) -> Iterator[str]:
         if taken > TOKENIZER_TEXT:
             return
         taken += sample.size
-        yield from [sample.text] if isinstance(sample, Text) else [sample.prompt, sample.answer]
+        match sample:
+            case Text(text):
+                yield text
+            case Pair(prompt, answer):
+                yield from (prompt, answer)
+            case Preference(prompt, chosen, rejected):
+                yield from (prompt, chosen, rejected)

@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tandem.data import stdlib
 from tandem.data.index import Kind
 from tandem.errors import DataError, did_you_mean
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-BUILT_IN = ("stdlib", "stdlib-docstrings")
+BUILT_IN = ("stdlib", "stdlib-docstrings", "stdlib-preferences")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Text:
     """A document to continue."""
 
     text: str
+    kind: ClassVar[Kind] = "text"
 
     @property
     def size(self) -> int:
@@ -37,6 +38,7 @@ class Pair:
 
     prompt: str
     answer: str
+    kind: ClassVar[Kind] = "pairs"
 
     @property
     def size(self) -> int:
@@ -44,7 +46,22 @@ class Pair:
         return len(self.prompt) + len(self.answer)
 
 
-Sample = Text | Pair
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A question with two answers, the better one and the worse one."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    kind: ClassVar[Kind] = "preferences"
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+Sample = Text | Pair | Preference
 
 
 class Corpus(Protocol):
@@ -52,7 +69,7 @@ class Corpus(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """text or pairs."""
+        """text, pairs or preferences."""
         ...
 
     def samples(self) -> Iterator[Sample]:
@@ -61,9 +78,9 @@ class Corpus(Protocol):
 
 
 def open_corpus(source: str, kind: str = "auto") -> Corpus:
-    """The corpus that `source` names: `stdlib`, `stdlib-docstrings`, a .jsonl or .txt file, or a folder of text files.
+    """The corpus that `source` names: one of BUILT_IN, a .jsonl or .txt file, or a folder of text files.
 
-    Raises DataError if there is none, or if it is not of the `kind` asked for (auto, text or pairs).
+    Raises DataError if there is none, or if it is not of the `kind` asked for (auto, text, pairs or preferences).
     """
     corpus = _open(source, kind)
     if kind not in ("auto", corpus.kind):
@@ -76,6 +93,8 @@ def _open(source: str, kind: str) -> Corpus:
         return StdlibTexts()
     if source == "stdlib-docstrings":
         return StdlibQuestions()
+    if source == "stdlib-preferences":
+        return StdlibPreferences()
     path = Path(source).expanduser()
     if path.is_dir():
         return TextFolder(path)
@@ -121,6 +140,19 @@ class StdlibQuestions:
 
 
 @dataclass(frozen=True)
+class StdlibPreferences:
+    """What a function of the standard library does: what its docstring says, rather than what that of another one does."""
+
+    kind: Kind = "preferences"
+
+    def samples(self) -> Iterator[Sample]:
+        """Questions in the order of StdlibQuestions; the worse answer is that of the question after."""
+        found = list(stdlib.questions())
+        for (prompt, chosen), (_, rejected) in zip(found, [*found[1:], *found[:1]], strict=True):
+            yield Preference(prompt, chosen, rejected)
+
+
+@dataclass(frozen=True)
 class TextFile:
     """A text file, cut at blank lines so that even a small one gives many shards."""
 
@@ -148,21 +180,21 @@ class TextFolder:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A JSON object a line: {"text"}, {"prompt", "answer"} or {"input", "output"}."""
+    """A JSON object a line: {"text"}, {"prompt", "answer"}, {"input", "output"} or {"prompt", "chosen", "rejected"}."""
 
     path: Path
     kind: Kind
 
     def samples(self) -> Iterator[Sample]:
-        """Samples in the order of their lines; blank lines and empty texts are left out."""
+        """Samples in the order of their lines; blank lines, empty texts and answers that are equally good are left out."""
         for number, value in _objects(self.path):
             sample = _sample(value, f"{self.path} line {number}")
-            if isinstance(sample, Text) != (self.kind == "text"):
+            if sample.kind != self.kind:
                 raise DataError(
                     f"{self.path} line {number} is of another kind than {self.kind}: one file holds either texts "
-                    '({"text"}) or pairs ({"prompt", "answer"}).'
+                    '({"text"}), pairs ({"prompt", "answer"}) or preferences ({"prompt", "chosen", "rejected"}).'
                 )
-            if sample.size and (isinstance(sample, Text) or sample.answer.strip()):
+            if _says_something(sample):
                 yield sample
 
 
@@ -183,8 +215,11 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 def _kind_of(path: Path) -> Kind:
     for number, value in _objects(path):
-        return "text" if isinstance(_sample(value, f"{path} line {number}"), Text) else "pairs"
-    raise DataError(f"{path} holds no sample. Each line is a JSON object with text, or with prompt and answer.")
+        return _sample(value, f"{path} line {number}").kind
+    raise DataError(
+        f"{path} holds no sample. Each line is a JSON object with text, with prompt and answer, or with prompt, chosen and "
+        "rejected."
+    )
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -206,18 +241,35 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} cannot be read: {error}.") from error
 
 
+_SHAPES: tuple[tuple[tuple[str, ...], type[Text] | type[Pair] | type[Preference]], ...] = (
+    (("prompt", "chosen", "rejected"), Preference),
+    (("prompt", "answer"), Pair),
+    (("input", "output"), Pair),
+    (("text",), Text),
+)
+
+
 def _sample(value: dict[str, Any], where: str) -> Sample:
-    for keys in (["prompt", "answer"], ["input", "output"], ["text"]):
+    for keys, kind in _SHAPES:
         if all(key in value for key in keys):
             for key in keys:
                 if not isinstance(value[key], str):
                     raise DataError(f"{where}: {key!r} is a {type(value[key]).__name__}; it must be a string.")
-            found: list[str] = [value[key] for key in keys]
-            return Text(found[0]) if len(found) == 1 else Pair(found[0], found[1])
+            return kind(*(value[key] for key in keys))
     raise DataError(
         f"{where} has the keys {', '.join(map(str, value)) or '(none)'}; "
-        'it needs "text", or "prompt" and "answer", or "input" and "output".'
+        'it needs "text", or "prompt" and "answer", or "input" and "output", or "prompt", "chosen" and "rejected".'
     )
+
+
+def _says_something(sample: Sample) -> bool:
+    match sample:
+        case Text(text):
+            return bool(text)
+        case Pair(_, answer):
+            return bool(answer.strip())
+        case Preference(_, chosen, rejected):
+            return bool(chosen.strip() and rejected.strip()) and chosen != rejected
 
 
 def _read_text(path: Path) -> str:

@@ -12,7 +12,7 @@ from tandem.errors import DataError, did_you_mean
 from tandem.ids import digest, file_digest
 from tandem.settings import settings
 
-Kind = Literal["text", "pairs"]
+Kind = Literal["text", "pairs", "preferences"]
 INDEX_NAME = "index.json"
 SHARDS_NAME = "shards"
 TOKENIZER_NAME = "tokenizer"
@@ -34,7 +34,7 @@ class DatasetIndex:
     """A dataset: its shards in order, and what they were made from."""
 
     kind: Kind
-    """text (KEY.txt) or pairs (KEY.json with prompt and answer)."""
+    """text (KEY.txt), pairs (KEY.json with prompt and answer) or preferences (KEY.json with prompt, chosen and rejected)."""
     samples: int
     shards: tuple[ShardInfo, ...]
     digest: str

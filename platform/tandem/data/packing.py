@@ -3,6 +3,9 @@
 A row is three int32 vectors of T: ids; labels, -100 where no loss is taken (padding, prompts, and the first token of a
 document, which nothing before it can tell); positions, which start again at 0 with each document, so that attention that
 follows them never crosses a boundary (transformers builds that mask from positions when it is given no other).
+
+A row of preferences is two such rows, one after the other: ids, labels and positions of chosen answers, then of rejected
+ones. Each side has the same number of documents, prompts included; the n-th of one side is the pair of the n-th of the other.
 """
 
 from __future__ import annotations
@@ -17,14 +20,14 @@ from tandem.data.tokenize import Encoded
 
 IGNORED = -100
 Rows = npt.NDArray[np.int32]
-"""[rows, 3, T]: ids, labels, positions."""
+"""[rows, 3, T]: ids, labels, positions; of preferences [rows, 6, T]."""
 
 
 class RowSource(Protocol):
     """The rows of one rank."""
 
     def take(self, count: int) -> Rows:
-        """The next `count` rows: [count, 3, T] int32 (ids, labels, positions)."""
+        """The next `count` rows: [count, 3, T] int32 (ids, labels, positions), or [count, 6, T] of preferences."""
         ...
 
 
@@ -60,25 +63,51 @@ def split_rows(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]
 
 def fit_rows(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
     """Rows of whole documents, each in the first row with room; documents without loss are left out."""
-    rows: list[list[Encoded]] = []
-    room: list[int] = []
+    rows = first_fit(((_cut(document, length),) for document in documents), length)
+    return [[document for (document,) in row] for row in rows]
+
+
+def pack_preferences(pairs: Iterable[tuple[Encoded, Encoded]], length: int, pad_id: int) -> Rows:
+    """Rows [n, 6, T] of pairs (chosen, rejected), each whole in the first row with room for it on both sides.
+
+    A side longer than a row is cut at `length`. A pair is left out if a side then has no token with loss, or if both sides
+    are the same.
+    """
+    cut = ((_cut(chosen, length), _cut(rejected, length)) for chosen, rejected in pairs)
+    rows = first_fit(((chosen, rejected) for chosen, rejected in cut if chosen.ids != rejected.ids), length)
+    packed = [np.concatenate([_row([pair[side] for pair in row], length, pad_id) for side in (0, 1)]) for row in rows]
+    return np.stack(packed) if packed else np.empty((0, 6, length), np.int32)
+
+
+def first_fit(bundles: Iterable[tuple[Encoded, ...]], length: int) -> list[list[tuple[Encoded, ...]]]:
+    """Bundles of one document for each side of a row (one or two), put into the first row where each side has room for its own.
+
+    Bundles in which a document has no loss are left out.
+    """
+    rows: list[list[tuple[Encoded, ...]]] = []
+    room: list[list[int]] = []
     first_open = 0
-    for document in documents:
-        whole = Encoded(document.ids[:length], document.targets[:length])
-        size = len(whole.ids)
-        if not any(whole.targets[1:]):
+    for bundle in bundles:
+        sizes = [len(document.ids) for document in bundle]
+        if not all(any(document.targets[1:]) for document in bundle):
             continue
         for number in range(first_open, len(rows)):
-            if room[number] >= size:
-                rows[number].append(whole)
-                room[number] -= size
+            left = room[number]
+            # One side or two: the first and the last are all of them, and a generator here made packing 3 times slower.
+            if left[0] >= sizes[0] and left[-1] >= sizes[-1]:
+                rows[number].append(bundle)
+                room[number] = [have - size for have, size in zip(left, sizes, strict=True)]
                 break
         else:
-            rows.append([whole])
-            room.append(length - size)
+            rows.append([bundle])
+            room.append([length - size for size in sizes])
         # Looking back further than this many rows costs more than it fills.
         first_open = max(first_open, len(rows) - 64)
     return rows
+
+
+def _cut(document: Encoded, length: int) -> Encoded:
+    return Encoded(document.ids[:length], document.targets[:length])
 
 
 def _row(documents: list[Encoded], length: int, pad_id: int) -> Rows:

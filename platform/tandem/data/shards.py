@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tandem.data.corpus import Pair, Sample, Text
+from tandem.data.corpus import Pair, Preference, Sample, Text
 from tandem.data.index import ShardInfo
 from tandem.ids import file_digest
 from tandem.storage import disk_errors
@@ -18,11 +19,11 @@ LARGEST_SHARD = 32 * 2**20
 
 
 def shard_size(total: int, samples: int, kind: str) -> int:
-    """Characters a shard should hold: about 64 shards, none above 32 MiB, and of pairs at least 6 in each.
+    """Characters a shard should hold: about 64 shards, none above 32 MiB, and of pairs and preferences at least 6 in each.
 
     Many shards make lanes of even length; Ray Data reads a tar from its start, so a shard stays small.
     """
-    fewest = 6 * total // max(1, samples) if kind == "pairs" else 4096
+    fewest = 6 * total // max(1, samples) if kind != "text" else 4096
     return max(1, min(LARGEST_SHARD, max(total // TARGET_SHARDS, fewest)))
 
 
@@ -60,7 +61,7 @@ def _write_shard(samples: list[Sample], path: Path, first: int) -> ShardInfo:
             if isinstance(sample, Text):
                 name, data = f"{key:08d}.txt", sample.text.encode("utf-8", "replace")
             else:
-                text = json.dumps({"prompt": sample.prompt, "answer": sample.answer}, ensure_ascii=False)
+                text = json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
                 name, data = f"{key:08d}.json", text.encode("utf-8", "replace")
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -74,9 +75,13 @@ def read_samples(paths: Iterable[Path]) -> Iterator[Sample]:
         with tarfile.open(path) as tar:
             for member in tar:
                 file = tar.extractfile(member)
-                text = file.read().decode() if file else ""
-                if member.name.endswith(".json"):
-                    pair = json.loads(text)
-                    yield Pair(pair["prompt"], pair["answer"])
-                else:
-                    yield Text(text)
+                data = file.read() if file else b""
+                yield decode_json(data) if member.name.endswith(".json") else Text(data.decode())
+
+
+def decode_json(data: bytes) -> Pair | Preference:
+    """The sample in a KEY.json."""
+    value = json.loads(data)
+    if "chosen" in value:
+        return Preference(value["prompt"], value["chosen"], value["rejected"])
+    return Pair(value["prompt"], value["answer"])

@@ -7,9 +7,8 @@ from shared memory. A larger one is streamed: every lane reads its shards ahead 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ import ray
 import ray.data
 
 from tandem.config import DataConfig
+from tandem.data.corpus import Pair, Preference, Sample, Text
 from tandem.data.index import DatasetIndex, Kind
 from tandem.data.order import Lane, held_rows, lane_count, lanes_of
-from tandem.data.packing import Rows, RowSource, pack
+from tandem.data.packing import Rows, RowSource, pack, pack_preferences
+from tandem.data.shards import decode_json
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 
@@ -46,16 +47,27 @@ class PackSpec:
         """Tokenise and pack the samples of one or several shards; rows never mix shards."""
         paths = np.asarray(batch["path"])
         rows = [self._shard(batch, np.flatnonzero(paths == path)) for path in dict.fromkeys(paths.tolist())]
-        packed = np.concatenate(rows) if rows else np.empty((0, 3, self.length), np.int32)
-        return {"row": packed}
+        return {"row": np.concatenate(rows) if rows else self.rows([])}
 
     def _shard(self, batch: dict[str, Any], members: Any) -> Rows:
-        encoder = self.encoder
         if self.kind == "text":
-            documents = encoder.texts([bytes(batch["txt"][i]).decode("utf-8") for i in members])
-            return pack(documents, self.length, encoder.pad_id, split=True)
-        pairs = [_pair(bytes(batch["json"][i])) for i in members]
-        return pack(encoder.pairs(pairs, loss_on_all=self.loss_on_all), self.length, encoder.pad_id, split=False)
+            return self.rows([Text(bytes(batch["txt"][i]).decode("utf-8")) for i in members])
+        return self.rows([decode_json(bytes(batch["json"][i])) for i in members])
+
+    def rows(self, samples: Iterable[Sample]) -> Rows:
+        """The rows of one shard's samples, which are of this kind."""
+        encoder, length = self.encoder, self.length
+        match self.kind:
+            case "text":
+                texts = [s.text for s in samples if isinstance(s, Text)]
+                return pack(encoder.texts(texts), length, encoder.pad_id, split=True)
+            case "pairs":
+                pairs = [(s.prompt, s.answer) for s in samples if isinstance(s, Pair)]
+                documents = encoder.pairs(pairs, loss_on_all=self.loss_on_all)
+                return pack(documents, length, encoder.pad_id, split=False)
+            case "preferences":
+                found = [(s.prompt, s.chosen, s.rejected) for s in samples if isinstance(s, Preference)]
+                return pack_preferences(encoder.preferences(found), length, encoder.pad_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +203,7 @@ def open_stream(
     spec = PackSpec(
         encoder=encoder, kind=index.kind, length=config.sequence_length, loss_on_all=config.loss_on == "all"
     )
-    if index.kind == "pairs":
+    if index.kind != "text":
         # A chat template that cannot be used is told of here, not by a task far away.
         list(encoder.pairs([("question", "answer")]))
     shards = tuple(str(path) for path in index.shard_paths(folder))
@@ -222,11 +234,8 @@ def _nothing_usable(folder: Path, index: DatasetIndex, config: DataConfig) -> Da
     reason = (
         f"none of its {index.samples} answers begins within {config.sequence_length} tokens"
         if index.kind == "pairs"
+        else f"none of its {index.samples} pairs of answers differs within {config.sequence_length} tokens"
+        if index.kind == "preferences"
         else f"its {index.samples} texts are empty"
     )
     return DataError(f"{folder} holds no usable row: {reason}. Raise data.sequence_length, or use other data.")
-
-
-def _pair(data: bytes) -> tuple[str, str]:
-    value = json.loads(data)
-    return value["prompt"], value["answer"]

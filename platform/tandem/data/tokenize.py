@@ -173,6 +173,12 @@ class TextEncoder:
             ids = list(question.ids) + list(reply.ids)
             yield Encoded(ids, [loss_on_all] * len(question.ids) + [True] * len(reply.ids))
 
+    def preferences(self, found: list[tuple[str, str, str]]) -> Iterator[tuple[Encoded, Encoded]]:
+        """Chats of a prompt with its chosen and with its rejected answer; loss on the answers and their end tokens."""
+        chosen = self.pairs([(prompt, better) for prompt, better, _ in found])
+        rejected = self.pairs([(prompt, worse) for prompt, _, worse in found])
+        return zip(chosen, rejected, strict=True)
+
     @cached_property
     def _template(self) -> jinja2.Template:
         source = self.config.get("chat_template")

@@ -29,25 +29,39 @@ def prepare(config: TrainConfig) -> JobFolder:
     """
     folder, index = find_dataset(config.data.path)
     base = find_base(config.model.base) if config.model.base else None
-    max_length = base.max_length if base else config.model.max_length
-    if max_length and config.data.sequence_length > max_length:
-        raise ConfigError(
-            f"data.sequence_length ({config.data.sequence_length}) is longer than the model takes ({max_length}). "
-            f"Lower it to {max_length}, or train a model with a larger model.max_length."
-        )
-    if config.data.loss_on == "answers" and index.kind != "pairs":
-        raise ConfigError(
-            f"data.loss_on is 'answers', but {folder} holds plain text without answers. Set data.loss_on to 'all'."
-        )
+    reference = find_base(config.dpo.reference, "dpo.reference") if config.dpo and config.dpo.reference else None
+    for max_length in (
+        base.max_length if base else config.model.max_length,
+        reference.max_length if reference else None,
+    ):
+        if max_length and config.data.sequence_length > max_length:
+            raise ConfigError(
+                f"data.sequence_length ({config.data.sequence_length}) is longer than the model takes ({max_length}). "
+                f"Lower it to {max_length}, or train a model with a larger model.max_length."
+            )
+    config.check_kind(index.kind, str(folder))
+    measured = None
+    evaluation = config.evaluation
+    if evaluation is not None and evaluation.data is not None:
+        place, measured = find_dataset(evaluation.data)
+        config.check_kind(measured.kind, str(place))
+        if place == folder:
+            raise ConfigError(f"evaluation.data is {place}, which is trained on. Name another dataset, or unset it.")
+        evaluation = replace(evaluation, data=str(place))
     resolved = replace(
         config,
         data=replace(config.data, path=str(folder)),
         model=replace(config.model, base=base.id if base else None),
+        dpo=replace(config.dpo, reference=reference.id) if config.dpo and reference else config.dpo,
+        evaluation=evaluation,
     )
     plain = to_dict(resolved)
     content = {k: v for k, v in plain.items() if k not in ("parallel", "checkpoint", "log_every")}
     content["data"] = {k: v for k, v in plain["data"].items() if k not in ("path", "readers", "prefetch_batches")}
-    made_of = [content, index.digest, index.tokenizer_digest, base.digest() if base else None]
+    if content["evaluation"] is not None:
+        content["evaluation"] = {**content["evaluation"], "data": measured.digest if measured else None}
+    digests = [found.digest() if found else None for found in (base, reference)]
+    made_of = [content, index.digest, index.tokenizer_digest, *digests]
     job = JobFolder(settings().jobs_dir / job_id(config.name, made_of))
     require_space(job.path, SPACE_NEEDED, f"The job {job.id}")
     with disk_errors("writing the job's config", job.path):

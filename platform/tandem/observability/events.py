@@ -3,10 +3,11 @@
 | event      | fields                                                                                            |
 |------------|---------------------------------------------------------------------------------------------------|
 | started    | job, kind, workers, strategy, parameters, trainable, steps, resumed_from (step or null)           |
-| step       | step, steps, loss, grad_norm, learning_rate, tokens_per_s, tokens, seconds                        |
+| step       | step, steps, loss, grad_norm, learning_rate, tokens_per_s, tokens, seconds, metrics (by name)     |
+| evaluation | step, rows, averaged (the weights were), loss, and perplexity, or what else the objective reports |
 | checkpoint | step, path                                                                                        |
 | restart    | reason, resumed_from                                                                              |
-| finished   | model (the registered id), path, plot, loss, steps, seconds                                       |
+| finished   | model (the registered id), path, plot, loss, evaluation (the last, or null), steps, seconds       |
 | failed     | error                                                                                             |
 """
 

@@ -29,8 +29,8 @@ class BaseRef:
         return self.record.digest if self.record else folder_digest(self.path)
 
 
-def find_base(base: str) -> BaseRef:
-    """The model that `model.base` names: a folder with config.json, a `name@version`, or a name's newest version.
+def find_base(base: str, key: str = "model.base") -> BaseRef:
+    """The model that the setting `key` names: a folder with config.json, a `name@version`, or a name's newest version.
 
     Raises UnknownModelError with the nearest name, ConfigError for an adapter, RegistryError for a folder without weights.
     """
@@ -40,9 +40,9 @@ def find_base(base: str) -> BaseRef:
     try:
         record = Registry.open().resolve(base)
     except UnknownModelError as error:
-        raise UnknownModelError(f"model.base: {error}") from error
+        raise UnknownModelError(f"{key}: {error}") from error
     if record.kind != "model":
         raise ConfigError(
-            f"model.base is {record.id}, an adapter of {record.base}. Name the model itself, or export a merged one."
+            f"{key} is {record.id}, an adapter of {record.base}. Name the model itself, or export a merged one."
         )
     return BaseRef(id=record.id, path=record.path, max_length=record.max_length, record=record)

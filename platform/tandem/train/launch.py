@@ -30,10 +30,12 @@ from tandem import errors
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_whole
 from tandem.config import TrainConfig, load_yaml, to_dict
-from tandem.data.index import TOKENIZER_NAME, find_dataset
-from tandem.data.stream import open_stream
+from tandem.data.heldout import evaluation_rows, hold_out
+from tandem.data.index import TOKENIZER_NAME, DatasetIndex, find_dataset
+from tandem.data.packing import Rows
+from tandem.data.stream import Stream, open_stream
 from tandem.data.tokenize import TextEncoder
-from tandem.errors import ClusterError, DataError, TandemError
+from tandem.errors import ClusterError, ConfigError, DataError, TandemError
 from tandem.ids import digest
 from tandem.observability import events
 from tandem.registry import BaseRef, ModelRecord, Registry, find_base
@@ -97,9 +99,14 @@ def run_job(job: Path, journal: Journal) -> None:
         journal.write({k: v for k, v in done.items() if k != "time"})
         return
     folder, index = find_dataset(config.data.path)
+    config.check_kind(index.kind, str(folder))
     base = find_base(config.model.base) if config.model.base else None
+    whole, held = index, None
+    if config.evaluation is not None and config.evaluation.share:
+        index, held = hold_out(index, config.evaluation.share, folder)
     tokenizer = _tokenizer(config, base, folder)
     encoder = TextEncoder(str(tokenizer))
+    reference = reference_model(config, base, encoder)
     connect(config)
     try:
         # Raises before a worker starts if nothing in the data can be learned from.
@@ -111,30 +118,35 @@ def run_job(job: Path, journal: Journal) -> None:
                 f"({len(damaged)} of {len(index.shards)} shards). Build the dataset again: `tandem data build`."
             ) from error
         raise
+    rows = _evaluation_rows(config, stream, folder, held)
     mailbox = open_mailbox()
     task = WorkerTask(
         config=config,
         job=job,
         base=base.path if base else None,
         base_id=base.id if base else None,
+        reference=reference,
         tokenizer=tokenizer,
         stream=stream,
+        evaluation=None if rows is None else ray.put(rows),
         mailbox=mailbox,
     )
     end = _run_workers(task, journal)
     plot_run(journal.read(), job / "loss.png", title=config.name)
     lineage = {
         "job": job.name,
-        "dataset": index.digest,
+        "dataset": whole.digest,
         "config": digest(to_dict(config)),
         "steps": config.steps,
         "loss": end.get("loss"),
+        "evaluation": end.get("evaluation"),
     }
     record = _register(config, job / "export", base, lineage)
     journal.write(
         {
             "event": "finished", "model": record.id, "path": str(record.path), "plot": str(job / "loss.png"),
-            "loss": end.get("loss"), "steps": config.steps, "seconds": round(time.monotonic() - began, 3),
+            "loss": end.get("loss"), "evaluation": end.get("evaluation"), "steps": config.steps,
+            "seconds": round(time.monotonic() - began, 3),
         }
     )  # fmt: skip
 
@@ -178,6 +190,37 @@ def check_room(config: TrainConfig, total: dict[str, float]) -> None:
                 f"{parallel.workers} workers of {each:g} {name} each{beside} need {needed:g} {name}; the whole cluster has "
                 f"{there:g}. Lower parallel.workers or parallel.{name.lower()}s_per_worker, or add a node."
             )
+
+
+def _evaluation_rows(config: TrainConfig, stream: Stream, folder: Path, held: DatasetIndex | None) -> Rows | None:
+    if config.evaluation is None:
+        return None
+    if config.evaluation.data is not None:
+        folder, held = find_dataset(config.evaluation.data)
+        config.check_kind(held.kind, str(folder))
+    assert held is not None, "EvaluationConfig has data or a share to hold out"
+    return evaluation_rows(folder, held, stream.spec, config.evaluation.rows)
+
+
+def reference_model(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
+    """The folder of the model that dpo compares with; None without dpo, or if that is the base of the job's adapters.
+
+    Raises ConfigError if its tokenizer is not that of the base.
+    """
+    if config.objective != "dpo" or base is None:
+        return None
+    if config.dpo is None or config.dpo.reference is None:
+        # Adapters are compared with the model that they adapt, which is there already.
+        return base.path if config.lora is None else None
+    found = find_base(config.dpo.reference, "dpo.reference")
+    ours, theirs = encoder.tokenizer.get_vocab(), TextEncoder(str(found.path)).tokenizer.get_vocab()
+    if ours != theirs:
+        raise ConfigError(
+            f"dpo.reference ({found.id}) has another tokenizer than model.base ({base.id}): {len(theirs)} tokens, of which "
+            f"{len(ours.items() & theirs.items())} are among the base's {len(ours)}, so their answers cannot be compared. "
+            "Name a model that comes from the same base, or unset dpo.reference."
+        )
+    return found.path
 
 
 def _tokenizer(config: TrainConfig, base: BaseRef | None, dataset: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tandem.config import TrainConfig
 from tandem.data.packing import RowSource
-from tandem.train.objective import count_targets, step_loss, summed_loss
+from tandem.train.ema import Ema
+from tandem.train.objective import NextToken, Objective, Sums, step_loss
+from tandem.train.optimizer import set_learning_rate
+from tandem.train.precision import LossScaler, computing
 from tandem.train.schedule import learning_rate
 
 
@@ -25,9 +28,9 @@ class StepReport:
 
     step: int
     loss: float
-    """Mean over the step's tokens with loss, in nats."""
+    """Mean over what the objective counts in the step: tokens with loss (in nats), or pairs."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; not finite in a float16 step that was left out."""
     learning_rate: float
     tokens: int
     """Tokens of all rows since training began (padding too), over all ranks."""
@@ -35,6 +38,8 @@ class StepReport:
     """Since the last report."""
     seconds: float
     """Since this process began to train."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What else the objective reports, as means over the step; with float16, the loss scale."""
 
 
 @dataclass
@@ -56,12 +61,18 @@ def train(
     report: Callable[[StepReport], None],
     save: Callable[[LoopState], None],
     device: torch.device,
+    objective: Objective | None = None,
+    ema: Ema | None = None,
+    scaler: LossScaler | None = None,
+    evaluate: Callable[[int], None] | None = None,
 ) -> None:
     """Train from `state` to `config.steps`.
 
     Each step takes this rank's share of `config.batch_size` rows. `report` is called every `log_every` steps and at the last,
-    `save` every `checkpoint.every_steps` and at the last, on every rank at the same step.
+    `save` every `checkpoint.every_steps` and at the last, on every rank at the same step; so is `evaluate`, if it is given,
+    every `evaluation.every_steps` and at the last. `objective`: None is the next token.
     """
+    objective = objective or NextToken()
     model.train()
     share = config.batch_size // ranks
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -70,54 +81,84 @@ def train(
     while state.step < config.steps:
         state.step += 1
         rate = learning_rate(config.optimizer, state.step, config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         batch = torch.from_numpy(rows.take(share)).to(device=device, dtype=torch.long)
-        targets = count_targets(batch[:, 1])
+        targets = objective.count(batch)
         if ranks > 1:
             dist.all_reduce(targets)
-        total = backward(model, batch, targets, config.accumulate, ranks)
+        scale = scaler.scale if scaler else 1.0
+        total, sums = backward(model, batch, targets, config, ranks, objective, scale)
+        if scaler:
+            scaler.unscale(p.grad for p in parameters if p.grad is not None)
         norm = clip(parameters, config.optimizer.clip_norm)
-        optimizer.step()
+        if scaler is None or scaler.accept(norm):
+            optimizer.step()
+            if ema:
+                ema.update(model)
         optimizer.zero_grad()
-        tokens = config.batch_size * batch.shape[2]
+        # A row of preferences is two rows of tokens.
+        tokens = config.batch_size * batch.shape[1] // 3 * batch.shape[2]
         state.tokens += tokens
         since += tokens
         last = state.step == config.steps
         if state.step % config.log_every == 0 or last:
+            sums = {"loss": total, **sums}
+            values = torch.stack([value.float() for value in sums.values()]) / targets.clamp(min=1)
             if ranks > 1:
-                dist.all_reduce(total)
+                dist.all_reduce(values)
+            means = dict(zip(sums, values.tolist(), strict=True))
             now = time.perf_counter()
             report(
                 StepReport(
                     step=state.step,
-                    loss=float(total / targets.clamp(min=1)),
+                    loss=means.pop("loss"),
                     grad_norm=norm,
                     learning_rate=rate,
                     tokens=state.tokens,
                     tokens_per_s=since / max(1e-9, now - marked),
                     seconds=now - began,
+                    metrics=means | ({"loss_scale": scale} if scaler else {}),
                 )
             )
             marked, since = now, 0
-        every = config.checkpoint.every_steps
-        if last or (every and state.step % every == 0):
-            saving = time.perf_counter()
+        pausing = time.perf_counter()
+        if evaluate and config.evaluation and (last or _due(state.step, config.evaluation.every_steps)):
+            evaluate(state.step)
+        if last or _due(state.step, config.checkpoint.every_steps):
             save(state)
-            # The next report's speed is that of training, not of the disk.
-            marked += time.perf_counter() - saving
+        # The next report's speed is that of training, not of the disk.
+        marked += time.perf_counter() - pausing
 
 
-def backward(model: nn.Module, batch: Tensor, targets: Tensor, accumulate: int, ranks: int) -> Tensor:
-    """Gradients of one step over this rank's rows, in `accumulate` micro-batches; returns the summed loss (a scalar)."""
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def backward(
+    model: nn.Module,
+    batch: Tensor,
+    targets: Tensor,
+    config: TrainConfig,
+    ranks: int,
+    objective: Objective,
+    scale: float = 1.0,
+) -> tuple[Tensor, Sums]:
+    """Gradients (times `scale`) of one step over this rank's rows, in `config.accumulate` micro-batches.
+
+    Returns the summed loss (a scalar), and the sums of what else the objective reports.
+    """
     total = torch.zeros((), dtype=torch.float32, device=batch.device)
-    pieces = batch.chunk(accumulate)
+    sums: Sums = {}
+    pieces = batch.chunk(config.accumulate)
     for number, piece in enumerate(pieces, 1):
         with gradients_synced(model, number == len(pieces)):
-            summed = summed_loss(model, piece)
-            step_loss(summed, targets, ranks).backward()
+            with computing(model, config.precision, batch.device):
+                summed, others = objective.loss(model, piece)
+            (step_loss(summed, targets, ranks) * scale).backward()
         total += summed.detach()
-    return total
+        for name, value in others.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return total, sums
 
 
 @contextlib.contextmanager

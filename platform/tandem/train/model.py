@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ConfigError
+from tandem.train.precision import sharding_policy
 
 
 def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, seed: int) -> nn.Module:
@@ -70,15 +71,15 @@ def distribute(model: nn.Module, mesh: DeviceMesh, *, precision: str) -> nn.Modu
     """
     shard, replicate = mesh["dp_shard"].size(), mesh["dp_replicate"].size()
     if shard > 1:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         options: dict[str, Any] = {
             "mesh": mesh["dp_replicate", "dp_shard"] if replicate > 1 else mesh["dp_shard"],
-            **({"mp_policy": policy} if precision == "bfloat16" else {}),
+            "mp_policy": sharding_policy(precision),
         }
         for layer in decoder_layers(model):
             fully_shard(layer, **options)
         fully_shard(model, **options)
-    elif replicate > 1:
+    elif replicate > 1 and any(p.requires_grad for p in model.parameters()):
+        # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
         return DistributedDataParallel(
             model, process_group=mesh["dp_replicate"].get_group(), gradient_as_bucket_view=True, broadcast_buffers=False
         )
@@ -97,6 +98,16 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model without DDP around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of parameters that FSDP2 has gathered; without effect on any other model.
+
+    After a forward pass that no backward pass follows, some stay gathered: a later change of the shards would not reach them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -1,15 +1,51 @@
-"""The loss of pretraining and of fine-tuning: cross-entropy of the next token where labels say so.
+"""What is learned: an objective tells how many things a step is a mean over, and what a micro-batch loses in sum.
 
-One number for a step, whatever the micro-batches and ranks: the sum over all tokens with loss, divided by their count.
+One number for a step, whatever the micro-batches and ranks: the sum over all tokens (or pairs), divided by their count.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tandem.data.packing import IGNORED
+
+Sums = dict[str, Tensor]
+"""Further numbers of a micro-batch, by name: float32 scalars, summed over what the objective counts."""
+
+
+class Objective(Protocol):
+    """What the loop and the evaluation ask of pretraining, fine-tuning and DPO alike."""
+
+    @property
+    def unit(self) -> str:
+        """What is counted: tokens or pairs."""
+        ...
+
+    def count(self, rows: Tensor) -> Tensor:
+        """How many there are in rows [B, 3 or 6, T]: int64 scalar."""
+        ...
+
+    def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
+        """The summed loss of rows (a scalar to differentiate), and what else to report of them."""
+        ...
+
+
+class NextToken:
+    """Cross-entropy of the next token where labels say so: pretraining, and fine-tuning on answers."""
+
+    unit = "tokens"
+
+    def count(self, rows: Tensor) -> Tensor:
+        """Tokens with loss in rows [B, 3, T]."""
+        return count_targets(rows[:, 1])
+
+    def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
+        """Summed cross-entropy in nats of rows [B, 3, T]."""
+        return summed_loss(model, rows), {}
 
 
 def count_targets(labels_BT: Tensor) -> Tensor:
@@ -20,10 +56,20 @@ def count_targets(labels_BT: Tensor) -> Tensor:
 def summed_loss(model: nn.Module, rows_B3T: Tensor) -> Tensor:
     """Summed cross-entropy (nats) of one micro-batch of packed rows (see `tandem.data.packing`)."""
     ids, labels, positions = rows_B3T[:, 0], rows_B3T[:, 1], rows_B3T[:, 2]
+    return summed_cross_entropy(logits_of(model, ids, positions), labels)
+
+
+def logits_of(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """The model's logits [B, T, V] for packed rows."""
     # No attention mask: transformers then builds one from the positions, which keeps documents apart.
-    logits_BTV = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    logits: Tensor = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+    return logits
+
+
+def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Summed cross-entropy (nats) of logits with the tokens that follow."""
     # Labels move, not logits: shifting those copies the largest tensor of the step.
-    wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    wanted = following(labels_BT).flatten()
     logits_NV = logits_BTV.flatten(0, 1)
     kept = (wanted != IGNORED).nonzero().squeeze(1)
     if 2 * len(kept) < len(wanted):
@@ -32,9 +78,14 @@ def summed_loss(model: nn.Module, rows_B3T: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV.float(), wanted, ignore_index=IGNORED, reduction="sum")
 
 
-def step_loss(total: Tensor, targets: Tensor, ranks: int) -> Tensor:
-    """What a rank differentiates, so that the mean over ranks is the gradient of the mean over all tokens.
+def following(labels_BT: Tensor) -> Tensor:
+    """For each place, the label of the next one, which is what its logits are to tell; none at the end of a row."""
+    return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
-    `total`: this micro-batch's summed loss; `targets`: tokens with loss over all ranks and micro-batches of the step.
+
+def step_loss(total: Tensor, targets: Tensor, ranks: int) -> Tensor:
+    """What a rank differentiates, so that the mean over ranks is the gradient of the mean over all tokens (or pairs).
+
+    `total`: this micro-batch's summed loss; `targets`: what the objective counts over all ranks and micro-batches of the step.
     """
     return total * (ranks / targets.clamp(min=1)).to(torch.float32)

@@ -11,14 +11,14 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of step `step` (from 1) of `steps`: a linear warm-up, then the schedule down to `final_fraction`."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    # Of wsd, what comes before the decay does not depend on `steps`: a longer run can start from any of it.
+    began = config.warmup_steps if config.decay_steps is None else steps - config.decay_steps
+    done = min(1.0, max(0.0, (step - began) / max(1, steps - began)))
     match config.schedule:
         case "constant":
-            share = 1.0
-        case "linear":
+            return config.learning_rate
+        case "linear" | "wsd":
             share = 1 - done
         case _:
             share = 0.5 * (1 + math.cos(math.pi * done))
-    if config.schedule == "constant":
-        return config.learning_rate
     return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * share)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,27 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from tandem.checkpoint import folders, sharded
 from tandem.checkpoint.export import export
 from tandem.checkpoint.folders import SavedState
-from tandem.config import TrainConfig
+from tandem.config import DpoConfig, TrainConfig
 from tandem.data.build import tokenizer_files
 from tandem.data.stream import Stream
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import TandemError
+from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
+from tandem.train.ema import Ema
+from tandem.train.evaluate import evaluate
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
 from tandem.train.model import build_model, count_parameters, distribute
+from tandem.train.objective import NextToken, Objective
+from tandem.train.optimizer import build_optimizer
+from tandem.train.precision import LossScaler, use_float8
+from tandem.train.recompute import recompute_activations
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -39,8 +48,12 @@ class WorkerTask:
     base: Path | None
     """Folder of the base model."""
     base_id: str | None
+    reference: Path | None
+    """Folder of the model that dpo compares with; None with adapters that are compared with their base."""
     tokenizer: Path
     stream: Stream
+    evaluation: Any
+    """Object reference of the rows to evaluate on, or None."""
     mailbox: Any
     """Actor that takes events (see `tandem.train.mailbox`)."""
 
@@ -77,24 +90,27 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     if config.lora is not None:
         model = add_adapters(model, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
     total, trainable = count_parameters(model)
+    model = recompute_activations(model, config.recompute)
+    if config.precision == "float8":
+        model = use_float8(model)
+    mesh = degrees.mesh(device.type, world)
     # Sharding comes last: it groups the parameters that finally exist.
-    model = distribute(model.to(device), degrees.mesh(device.type, world), precision=config.precision)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    model = distribute(model.to(device), mesh, precision=config.precision)
+    optimizer = build_optimizer(model, config.optimizer, device)
+    objective = _objective(task, encoder, mesh, device)
+    ema = Ema(model, config.ema) if config.ema is not None else None
+    scaler = LossScaler() if config.precision == "float16" else None
+    extra = {name: thing for name, thing in (("ema", ema), ("scaler", scaler)) if thing is not None}
     torch.manual_seed(config.seed + 1 + rank)
 
     root = task.job / "checkpoints"
     newest = folders.latest(root)
-    found = sharded.load(newest, model, optimizer) if newest else None
+    found = sharded.load(newest, model, optimizer, extra=extra) if newest else None
     state = LoopState(step=found.step, tokens=found.tokens) if found else LoopState()
     last_loss = found.loss if found else None
     emit(
         {
-            "event": "started", "job": task.job.name, "kind": "sft" if task.base else "pretrain",
+            "event": "started", "job": task.job.name, "kind": _kind(task),
             "workers": world, "strategy": config.parallel.strategy, "parameters": total, "trainable": trainable,
             "steps": config.steps, "resumed_from": found.step if found else None,
         }
@@ -113,15 +129,48 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             world=world,
             cursor=task.stream.cursor(now.step * config.batch_size),
         )
-        path = sharded.save(root, model, optimizer, saved, keep=config.checkpoint.keep)
+        path = sharded.save(root, model, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
         emit({"event": "checkpoint", "step": now.step, "path": str(path)})
+
+    evaluated: dict[str, float] | None = None
+
+    def averaged() -> AbstractContextManager[None]:
+        return ema.swapped(model) if ema else contextlib.nullcontext()
+
+    def measure(step: int) -> None:
+        nonlocal evaluated
+        held = ray.get(task.evaluation)
+        share = config.batch_size // degrees.data_parallel // config.accumulate
+        with averaged():
+            evaluated = evaluate(
+                model, objective, held, rank=degrees.data_rank(rank), ranks=degrees.data_parallel, batch_rows=share,
+                device=device, precision=config.precision,
+            )  # fmt: skip
+        emit({"event": "evaluation", "step": step, "rows": len(held), "averaged": ema is not None, **evaluated})
 
     if state.step < config.steps:
         rows = task.stream.rows(degrees.data_rank(rank), degrees.data_parallel, found.cursor if found else None)
         train(
-            model, optimizer, rows, config, state, ranks=degrees.data_parallel, report=report, save=save, device=device
-        )
-    export(model, task.job / "export", beside=tokenizer_files(task.tokenizer))
+            model, optimizer, rows, config, state, ranks=degrees.data_parallel, report=report, save=save, device=device,
+            objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
+        )  # fmt: skip
+    with averaged():
+        export(model, task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
         dist.barrier()
-    emit({"event": "exported", "loss": last_loss, "step": state.step})
+    emit({"event": "exported", "loss": last_loss, "step": state.step, "evaluation": evaluated})
+
+
+def _kind(task: WorkerTask) -> str:
+    return "dpo" if task.config.objective == "dpo" else "sft" if task.base else "pretrain"
+
+
+def _objective(task: WorkerTask, encoder: TextEncoder, mesh: DeviceMesh, device: torch.device) -> Objective:
+    config = task.config
+    if config.objective == "next_token":
+        return NextToken()
+    chosen = config.dpo or DpoConfig()
+    if task.reference is None:
+        return Dpo(chosen, WithoutAdapters())
+    reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
+    return Dpo(chosen, FrozenModel(distribute(reference.to(device), mesh, precision=config.precision)))

@@ -34,6 +34,14 @@ def test_loss_and_throughput_are_said_where_there_is_no_terminal() -> None:
     assert "8,000 tok/s" in text
 
 
+def test_an_evaluation_is_said_with_all_that_it_measured() -> None:
+    measured = {"loss": 0.51234, "reward_margin": 1.5, "reward_accuracy": 0.75}
+    text, _ = shown(
+        STARTED, events.encode({"event": "evaluation", "step": 4, "rows": 64, "averaged": True, **measured})
+    )
+    assert "evaluation at step 4: loss 0.5123  reward_margin 1.5  reward_accuracy 0.75 (64 rows)" in text
+
+
 def test_a_restart_is_said_with_its_reason() -> None:
     text, _ = shown(STARTED, events.encode({"event": "restart", "reason": "worker 1 died [SIGKILL]"}))
     assert "restarted: worker 1 died [SIGKILL]" in text

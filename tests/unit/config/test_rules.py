@@ -8,6 +8,8 @@ import pytest
 
 from tandem.config import (
     DataConfig,
+    DpoConfig,
+    EvaluationConfig,
     GatewayConfig,
     LoraConfig,
     ModelConfig,
@@ -71,6 +73,13 @@ def test_the_defaults_are_allowed():
         (OptimizerConfig, {"learning_rate": float("nan")}),
         (OptimizerConfig, {"clip_norm": float("nan")}),
         (OptimizerConfig, {"final_fraction": 1.1}),
+        (OptimizerConfig, {"betas": (0.9, 1.0)}),
+        (OptimizerConfig, {"weight_decay": -0.1}),
+        (OptimizerConfig, {"decay_steps": 0, "schedule": "wsd"}),
+        (DpoConfig, {"beta": 0.0}),
+        (DpoConfig, {"label_smoothing": 0.5}),
+        (EvaluationConfig, {"held_out": 0.6}),
+        (EvaluationConfig, {"rows": 0}),
         (GatewayConfig, {"replicas": 0}),
         (GatewayConfig, {"max_body_bytes": 10}),
     ],
@@ -96,3 +105,68 @@ def test_not_a_number_is_in_no_range():
         check.at_least("x", float("nan"), 0)
     with pytest.raises(ConfigError):
         check.between("x", float("nan"), 0, 1)
+
+
+def train(**values: object) -> TrainConfig:
+    return from_dict(TrainConfig, {"name": "n", "data": {"path": "p"}, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"precision": "float8"},
+            r"'float8', which only GPUs compute, and parallel\.gpus_per_worker is 0\. Set it to 1",
+        ),
+        ({"optimizer": {"name": "adamw_8bit"}}, r"'adamw_8bit'.*parallel\.gpus_per_worker is 0\. Set it to 1"),
+        (
+            {"precision": "float8", "parallel": {"gpus_per_worker": 1}, "lora": {"rank": 8}, "model": {"base": "b"}},
+            r"lora is set \(rank 8\)",
+        ),
+        ({"optimizer": {"schedule": "wsd"}}, r"decay_steps is not set\. Set it"),
+        ({"optimizer": {"decay_steps": 5}}, r"decay_steps is 5.*schedule is 'cosine'"),
+        (
+            {"optimizer": {"schedule": "wsd", "decay_steps": 95}, "steps": 100},
+            r"\(10 \+ 95 = 105\) is more than steps \(100\)",
+        ),
+        ({"ema": 1.0}, r"ema is 1\.0; it must be above 0 and below 1"),
+        ({"objective": "dpo"}, r"model\.base is not set"),
+        ({"dpo": {"beta": 0.2}}, r"objective is 'next_token'\. Set objective to 'dpo'"),
+        (
+            {"objective": "dpo", "model": {"base": "b"}, "data": {"path": "p", "loss_on": "all"}},
+            "'all', but dpo compares",
+        ),
+        ({"evaluation": {"data": "p"}}, r"which is trained on \(data\.path\)"),
+        ({"evaluation": {"data": "q", "held_out": 0.1}}, r"are both set"),
+        ({"evaluation": {"held_out": 0.0}}, "nothing to evaluate on"),
+        ({"recompute": "fulll"}, "Did you mean 'full'"),
+        ({"precision": "float-16"}, "Did you mean 'float16'"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_with_the_next_step(values, message):
+    with pytest.raises(ConfigError, match=message):
+        train(**values)
+
+
+def test_what_needs_a_gpu_is_allowed_on_one():
+    found = train(precision="float8", optimizer={"name": "adamw_8bit"}, parallel={"gpus_per_worker": 1})
+    assert found.precision == "float8"
+
+
+def test_a_share_is_held_out_unless_other_data_is_named():
+    assert EvaluationConfig().share == 0.05
+    assert EvaluationConfig(held_out=0.2).share == 0.2
+    assert EvaluationConfig(data="q").share == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"objective": "dpo", "model": {"base": "b"}}, "pairs", "d holds pairs.*prompt, chosen and rejected"),
+        ({}, "preferences", "d holds preferences, which objective 'dpo' learns from"),
+        ({"data": {"path": "p", "loss_on": "answers"}}, "text", "plain text without answers"),
+    ],
+)
+def test_data_that_the_objective_cannot_learn_from_is_refused(values, kind, message):
+    with pytest.raises(ConfigError, match=message):
+        train(**values).check_kind(kind, "d")

@@ -38,6 +38,21 @@ def test_shards_are_read_by_the_webdataset_package_and_the_index_knows_their_dig
     assert found == [f"It is {n}." for n in range(100)]
 
 
+def test_preferences_are_written_and_read_back(tmp_path: Path):
+    from tandem.data.corpus import Preference
+    from tandem.data.shards import read_samples
+
+    lines = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "Nothing."} for n in range(60)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    built = build_dataset(str(tmp_path / "p.jsonl"), tmp_path / "data", vocab_size=300)
+    assert (built.kind, built.samples) == ("preferences", 60)
+    paths = built.shard_paths(tmp_path / "data")
+    assert len(paths) > 4
+    assert list(read_samples(paths)) == [Preference(**line) for line in lines]
+    samples = webdataset.WebDataset([str(path) for path in paths], shardshuffle=False)
+    assert [json.loads(sample["json"]) for sample in samples] == lines
+
+
 def test_the_same_corpus_gives_the_same_digest_and_another_another(tmp_path: Path, pairs: str):
     first, second = (build_dataset(pairs, tmp_path / name, vocab_size=300) for name in "ab")
     assert (first.digest, first.tokenizer_digest) == (second.digest, second.tokenizer_digest)

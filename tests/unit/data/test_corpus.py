@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tandem.data import stdlib
-from tandem.data.corpus import Pair, Text, cut, open_corpus
+from tandem.data.corpus import Pair, Preference, Text, cut, open_corpus
 from tandem.errors import DataError
 
 
@@ -79,6 +79,41 @@ def test_both_spellings_of_pairs_and_blank_ones_left_out(tmp_path: Path):
         '{"input": "q", "output": "r"}\n{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": "  "}\n',
     )
     assert list(open_corpus(path).samples()) == [Pair("q", "r"), Pair("a", "b")]
+
+
+def test_preferences_are_read_and_those_without_a_difference_left_out(tmp_path: Path):
+    path = write(
+        tmp_path / "p.jsonl",
+        '{"prompt": "q", "chosen": "good", "rejected": "bad"}\n'
+        '{"prompt": "q", "chosen": "same", "rejected": "same"}\n'
+        '{"prompt": "q", "chosen": " ", "rejected": "bad"}\n',
+    )
+    corpus = open_corpus(path)
+    assert corpus.kind == "preferences"
+    assert list(corpus.samples()) == [Preference("q", "good", "bad")]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "p", "chosen": "c"}', 'line 2 has the keys prompt, chosen; it needs .*"chosen" and "rejected"'),
+        ('{"prompt": "p", "chosen": "c", "rejected": ["r"]}', "line 2: 'rejected' is a list"),
+        ('{"prompt": "p", "answer": "a"}', "line 2 is of another kind than preferences"),
+    ],
+)
+def test_a_bad_line_among_preferences_is_named(tmp_path: Path, line: str, said: str):
+    path = write(tmp_path / "p.jsonl", '{"prompt": "q", "chosen": "good", "rejected": "bad"}\n' + line + "\n")
+    with pytest.raises(DataError, match=said):
+        list(open_corpus(path).samples())
+
+
+def test_the_standard_library_prefers_an_answer_to_that_of_another_question():
+    found = list(open_corpus("stdlib-preferences").samples())
+    answers = dict(stdlib.questions())
+    assert len(found) == len(answers)
+    for sample in found:
+        assert isinstance(sample, Preference)
+        assert answers[sample.prompt] == sample.chosen != sample.rejected in answers.values()
 
 
 def test_a_kind_that_the_file_does_not_hold_is_refused(tmp_path: Path):

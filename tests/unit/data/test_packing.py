@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.data.packing import IGNORED, pack, split_rows
+from tandem.data.packing import IGNORED, pack, pack_preferences, split_rows
 from tandem.data.tokenize import Encoded
 
 PAD = 0
@@ -70,3 +72,50 @@ def test_labels_are_ids_or_ignored_and_never_at_a_first_token(found: list[Encode
     steps = np.diff(positions, axis=1)
     assert ((steps == 1) | (positions[:, 1:] == 0)).all()
     assert (labels != IGNORED).any(axis=1).all()
+
+
+def reply(*ids: int) -> Encoded:
+    """A prompt of one token, 9, and an answer."""
+    return Encoded([9, *ids], [False] + [True] * len(ids))
+
+
+def test_a_pair_of_answers_is_in_one_row_side_by_side():
+    rows = pack_preferences([(reply(1, 2), reply(3)), (reply(4), reply(5, 6))], 6, PAD)
+    assert rows.tolist() == [
+        [
+            [9, 1, 2, 9, 4, 0], [-100, 1, 2, -100, 4, -100], [0, 1, 2, 0, 1, 0],
+            [9, 3, 9, 5, 6, 0], [-100, 3, -100, 5, 6, -100], [0, 1, 0, 1, 2, 0],
+        ]
+    ]  # fmt: skip
+
+
+def test_a_pair_goes_where_both_sides_have_room():
+    first, wide, narrow = (reply(1, 2), reply(3)), (reply(4), reply(5, 6, 7)), (reply(8), reply(7))
+    rows = pack_preferences([first, wide, narrow], 5, PAD)
+    assert rows[:, 0].tolist() == [[9, 1, 2, 9, 8], [9, 4, 0, 0, 0]]
+    assert rows[:, 3].tolist() == [[9, 3, 9, 7, 0], [9, 5, 6, 7, 0]]
+
+
+def test_a_pair_without_a_difference_or_an_answer_within_a_row_is_left_out():
+    late = Encoded([9] * 5 + [1], [False] * 5 + [True])
+    alike = (reply(1, 2, 3, 4), reply(1, 2, 3, 5))
+    assert pack_preferences([(late, reply(1)), (reply(1), late), alike], 4, PAD).shape == (0, 6, 4)
+
+
+answers = st.lists(st.integers(1, 8), min_size=1, max_size=12).map(lambda ids: reply(*ids))
+
+
+@given(st.lists(st.tuples(answers, answers), max_size=20), st.integers(4, 20))
+def test_both_sides_of_a_row_hold_the_same_pairs_in_order(pairs: list[tuple[Encoded, Encoded]], length: int):
+    rows = pack_preferences(pairs, length, PAD)
+    found = []
+    for row in rows:
+        sides = []
+        for ids, labels, positions in (row[:3], row[3:]):
+            starts = [*np.flatnonzero(positions == 0), length]
+            spans = [slice(a, b) for a, b in itertools.pairwise(starts)]
+            sides.append([ids[s].tolist() for s in spans if (labels[s] != IGNORED).any()])
+        assert len(sides[0]) == len(sides[1])
+        found += [(tuple(a), tuple(b)) for a, b in zip(*sides, strict=True)]
+    cut = [(tuple(a.ids[:length]), tuple(b.ids[:length])) for a, b in pairs]
+    assert sorted(found) == sorted((a, b) for a, b in cut if a != b)

@@ -54,6 +54,12 @@ def test_only_the_answer_and_its_end_carry_loss(encoder: TextEncoder):
     assert prompt == encoder.tokenizer.encode(asked, add_special_tokens=False).ids
 
 
+def test_both_answers_of_a_preference_follow_the_same_prompt(encoder: TextEncoder):
+    ((chosen, rejected),) = encoder.preferences([("What is it?", "A path.", "No idea at all.")])
+    assert [chosen] == list(encoder.pairs([("What is it?", "A path.")]))
+    assert [rejected] == list(encoder.pairs([("What is it?", "No idea at all.")]))
+
+
 def test_loss_on_all_covers_the_prompt_too(encoder: TextEncoder):
     (encoded,) = encoder.pairs([("What?", "That.")], loss_on_all=True)
     assert all(encoded.targets)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tandem.config import DataConfig, LoraConfig, ModelConfig, ParallelismConfig, TrainConfig
+from tandem.config import (
+    DataConfig,
+    DpoConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelismConfig,
+    TrainConfig,
+)
 from tandem.data.build import build_dataset
 from tandem.errors import ConfigError, DataError, StorageError, UnknownModelError
 from tandem.jobs import prepare as module
@@ -91,6 +99,51 @@ def test_an_unknown_base_is_refused_with_the_nearest_name(dataset: str, tandem_h
 def test_loss_on_answers_needs_answers(dataset: str) -> None:
     with pytest.raises(ConfigError, match="plain text without answers"):
         prepare(config(dataset, data=DataConfig(path=dataset, loss_on="answers")))
+
+
+def preferences(home: Path, name: str, word: str = "bad") -> str:
+    source = home / "preferences.jsonl"
+    lines = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": word} for i in range(20)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build_dataset(str(source), home / "data" / name, tokenizer=home / "data" / "texts" / "tokenizer", replace=True)
+    return name
+
+
+def test_an_objective_is_refused_data_of_another_kind(dataset: str, tandem_home: Path) -> None:
+    a_model(tandem_home)
+    with pytest.raises(ConfigError, match="holds preferences"):
+        prepare(config(preferences(tandem_home, "prefs")))
+    with pytest.raises(ConfigError, match="holds text"):
+        prepare(config(dataset, objective="dpo", model=ModelConfig(base="base")))
+    with pytest.raises(ConfigError, match="prefs holds preferences"):
+        prepare(config(dataset, evaluation=EvaluationConfig(data="prefs")))
+
+
+def test_a_reference_is_pinned_and_checked_as_a_base_is(dataset: str, tandem_home: Path) -> None:
+    a_model(tandem_home)
+    job = config(preferences(tandem_home, "prefs"), objective="dpo", model=ModelConfig(base="base"))
+    assert prepare(replace(job, dpo=DpoConfig(reference="base"))).config().dpo == DpoConfig(reference="base@1")
+    with pytest.raises(UnknownModelError, match="dpo.reference"):
+        prepare(replace(job, dpo=DpoConfig(reference="bse")))
+
+
+def test_what_is_evaluated_on_is_part_of_the_job_by_its_contents(dataset: str, tandem_home: Path) -> None:
+    a_model(tandem_home)
+    job = config(
+        preferences(tandem_home, "prefs"), objective="dpo", model=ModelConfig(base="base"),
+        evaluation=EvaluationConfig(data=preferences(tandem_home, "others", "worse")),
+    )  # fmt: skip
+    first = prepare(job)
+    assert first.config().evaluation == EvaluationConfig(data=str(tandem_home / "data" / "others"))
+    (tandem_home / "data" / "others").rename(tandem_home / "data" / "moved")
+    assert prepare(replace(job, evaluation=EvaluationConfig(data="moved"))) == first
+    preferences(tandem_home, "moved", "much worse")
+    assert prepare(replace(job, evaluation=EvaluationConfig(data="moved"))) != first
+
+
+def test_evaluating_on_the_training_data_is_refused_by_any_of_its_names(dataset: str, tandem_home: Path) -> None:
+    with pytest.raises(ConfigError, match="is trained on"):
+        prepare(config(dataset, evaluation=EvaluationConfig(data=str(tandem_home / "data" / dataset))))
 
 
 def test_a_full_disk_is_refused_with_the_numbers(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,25 +11,13 @@ import torch.nn.functional as F
 
 from tandem.config import LoraConfig, ModelConfig
 from tandem.data.packing import IGNORED, pack
-from tandem.data.tokenize import Encoded, TextEncoder, train_tokenizer
+from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import ConfigError
 from tandem.train.lora import add_adapters
 from tandem.train.model import build_model, count_parameters, decoder_layers
 from tandem.train.objective import count_targets, step_loss, summed_loss
 
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["some words to learn from"] * 5, folder, vocab_size=280)
-    return TextEncoder(str(folder))
-
-
-@pytest.fixture
-def model(encoder: TextEncoder) -> torch.nn.Module:
-    return build_model(SHAPE, None, encoder, seed=0).eval()
 
 
 def test_the_same_seed_gives_the_same_weights(encoder: TextEncoder, model: torch.nn.Module):

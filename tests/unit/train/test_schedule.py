@@ -23,6 +23,20 @@ def test_it_falls_to_the_final_fraction(schedule: str, middle: float, end: float
     assert learning_rate(config, 100, 100) == pytest.approx(end)
 
 
+def test_wsd_stays_at_the_peak_and_falls_in_a_line_at_the_end():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=10, schedule="wsd", decay_steps=20, final_fraction=0.0)
+    rates = [learning_rate(config, step, 100) for step in range(1, 101)]
+    assert rates[4] == pytest.approx(0.05) and rates[9:80] == [0.1] * 71
+    assert rates[80:] == pytest.approx([0.1 * left / 20 for left in range(19, -1, -1)])
+
+
+def test_wsd_before_its_decay_does_not_depend_on_how_long_a_run_is():
+    config = OptimizerConfig(schedule="wsd", decay_steps=20)
+    assert [learning_rate(config, s, 100) for s in range(1, 80)] == [
+        learning_rate(config, s, 500) for s in range(1, 80)
+    ]
+
+
 def test_it_never_rises_after_the_warm_up():
     config = OptimizerConfig(warmup_steps=5)
     rates = [learning_rate(config, step, 60) for step in range(5, 61)]

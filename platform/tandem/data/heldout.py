@@ -1,0 +1,59 @@
+"""Rows to evaluate on: from shards that are kept out of training, or from another dataset; always the same ones."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tandem.data.index import DatasetIndex
+from tandem.data.packing import Rows
+from tandem.data.shards import read_samples
+from tandem.data.stream import PackSpec
+from tandem.errors import DataError
+
+SPREAD = 4
+"""Rows are picked evenly from this many times as many, so that they do not all come from one place."""
+
+
+def hold_out(index: DatasetIndex, share: float, folder: Path) -> tuple[DatasetIndex, DatasetIndex]:
+    """The dataset in `folder` in two: what is trained on, and `share` of its shards, spread evenly over it.
+
+    At least one shard on each side; DataError if there is only one.
+    """
+    total = len(index.shards)
+    if total < 2:
+        raise DataError(
+            f"{folder} has {total} shard, so none can be held out for evaluation. Name another dataset in evaluation.data, "
+            "or add data."
+        )
+    count = min(total - 1, max(1, round(share * total)))
+    held = {int((number + 0.5) * total / count) for number in range(count)}
+    return _part(index, set(range(total)) - held), _part(index, held)
+
+
+def evaluation_rows(folder: Path, index: DatasetIndex, spec: PackSpec, count: int) -> Rows:
+    """`count` packed rows of the dataset in `folder`, or all if it has fewer. DataError if it has none with loss."""
+    spec = replace(spec, kind=index.kind)
+    packed: list[Rows] = []
+    for path in index.shard_paths(folder):
+        try:
+            packed.append(spec.rows(read_samples([path])))
+        except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+            raise DataError(f"{path} cannot be read: {error}. Build the dataset again: `tandem data build`.") from error
+        if sum(map(len, packed)) >= SPREAD * count:
+            break
+    rows = np.concatenate(packed)
+    if not len(rows):
+        raise DataError(
+            f"The {len(index.shards)} shards of {folder} to evaluate on hold no row with loss within {spec.length} tokens. "
+            "Raise evaluation.held_out or data.sequence_length, or name another dataset in evaluation.data."
+        )
+    return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+
+
+def _part(index: DatasetIndex, numbers: set[int]) -> DatasetIndex:
+    shards = tuple(shard for number, shard in enumerate(index.shards) if number in numbers)
+    return replace(index, shards=shards, samples=sum(shard.samples for shard in shards))

@@ -1,0 +1,79 @@
+"""An exponential moving average of the weights (Polyak and Juditsky 1992): what is evaluated and exported if it is on.
+
+Each rank averages the shards it holds: nothing is gathered and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tandem.train.model import reshard, unwrapped
+
+
+class Ema:
+    """The average of a model's trained parameters, sharded as they are; takes as much memory as they do.
+
+    Over the first steps the decay is (1 + n) / (10 + n), if that is less: the random start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._updates = 0
+        self._average = {name: p.detach().clone() for name, p in _trained(model)}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after a step of the optimizer."""
+        self._updates += 1
+        decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
+        average, current = self._pairs(model)
+        if average:
+            torch._foreach_lerp_(average, current, 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model has the average for weights; afterwards its own again, to the last bit."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For torch.distributed.checkpoint: the average by the parameters' names, sharded as they are."""
+        return {"updates": self._updates, "average": self._average}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same parameters."""
+        self._updates = int(state["updates"])
+        for name, value in self._average.items():
+            if state["average"][name] is not value:
+                value.copy_(state["average"][name])
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        # FSDP2 keeps some parameters gathered after a forward pass without a backward one: those would be the old weights.
+        reshard(model)
+        for average, current in zip(*self._pairs(model), strict=True):
+            held = current.clone()
+            current.copy_(average)
+            average.copy_(held)
+
+    def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        current = {name: p.detach() for name, p in _trained(model)}
+        return [_local(a) for a in self._average.values()], [_local(current[name]) for name in self._average]
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in unwrapped(model).named_parameters() if p.requires_grad)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,70 @@
+"""The optimizer of a model: AdamW over its trained parameters, in groups that decay and groups that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tandem.config import OptimizerConfig
+from tandem.errors import ConfigError, EnvironmentProblem
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:
+    """AdamW over the parameters of `model` that require gradients, sharded (DTensor) or not.
+
+    Raises ConfigError for adamw_8bit anywhere but on a GPU, EnvironmentProblem if its package is not installed.
+    """
+    groups = [group for group in decay_groups(model, config) if group["params"]]
+    common: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas}
+    if config.name == "adamw_8bit":
+        return _adamw_8bit(groups, common, device)
+    # Not fused is torch's own choice: `fused=False` would forbid its foreach kernels too.
+    return torch.optim.AdamW(groups, **common, fused=config.fused or None)
+
+
+def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Two parameter groups, with and without weight decay; each trained parameter is in one of them, once."""
+    embeddings = set() if config.decay_embeddings else {id(p) for p in _embeddings(model)}
+    decaying: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    # A tied parameter has several names; parameters() gives it once.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decaying if decays else free).append(parameter)
+    return [{"params": decaying, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every group the rate; in place where an optimizer keeps it as a tensor, as torchao's do."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield from module.parameters(recurse=False)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], common: dict[str, Any], device: torch.device) -> Optimizer:
+    if device.type == "cpu":
+        raise ConfigError(
+            "optimizer.name is 'adamw_8bit', whose kernels are for GPUs, and this worker has none. "
+            "Set parallel.gpus_per_worker to 1, or optimizer.name to 'adamw'."
+        )
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "optimizer.name 'adamw_8bit' needs torchao, which is not installed here. `pip install 'tandem[gpu]'` brings it."
+        ) from error
+    optimizer: Optimizer = AdamW8bit(groups, **common)
+    return optimizer

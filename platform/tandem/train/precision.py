@@ -1,0 +1,97 @@
+"""What a model computes in. Weights, gradients and optimizer state are float32 whatever is chosen here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+from tandem.errors import ConfigError, EnvironmentProblem
+
+COMPUTED_IN = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
+"""What is not float32; float8 is for matrix products only, the rest of such a model is bfloat16."""
+
+
+def sharding_policy(precision: str) -> MixedPrecisionPolicy:
+    """What `fully_shard` gathers parameters as; gradients are summed in float32."""
+    return MixedPrecisionPolicy(param_dtype=COMPUTED_IN.get(precision), reduce_dtype=torch.float32)
+
+
+def computing(model: nn.Module, precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context for a forward pass of `model`: autocast, unless FSDP2 casts the parameters already."""
+    if precision not in COMPUTED_IN or isinstance(model, FSDPModule):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, COMPUTED_IN[precision])
+
+
+def use_float8(model: nn.Module) -> nn.Module:
+    """`model` with its linear layers multiplying in float8, each tensor scaled by its largest value (by torchao).
+
+    The output layer stays as it is. To be called before the model is sharded. Raises EnvironmentProblem if torchao is not
+    installed, ConfigError if no layer has dimensions that are multiples of 16, which float8 kernels need.
+    """
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "precision 'float8' needs torchao, which is not installed here. `pip install 'tandem[gpu]'` brings it."
+        ) from error
+    whole: Any = model
+    output = whole.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
+    fitting = {id(m) for m in layers if m.in_features % 16 == 0 and m.out_features % 16 == 0}
+    if not fitting:
+        raise ConfigError(
+            f"precision is 'float8', but none of the model's {len(layers)} linear layers has both dimensions in multiples of "
+            "16. Set precision to 'bfloat16', or train a model with another hidden_size and intermediate_size."
+        )
+    converted: nn.Module = convert_to_float8_training(
+        model, module_filter_fn=lambda module, name: id(module) in fitting
+    )
+    return converted
+
+
+class LossScaler:
+    """Keeps float16 gradients from vanishing: the loss is multiplied, gradients are divided by the same number again.
+
+    A step whose gradients are not finite is left out and halves the scale; 2,000 good ones in a row double it. Every rank
+    decides alike, since it decides by the norm over the whole mesh.
+    """
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, scale: float = 2.0**16) -> None:
+        self.scale = scale
+        self._good = 0
+
+    def unscale(self, gradients: Iterable[Tensor]) -> None:
+        """Divide gradients by the scale, in place."""
+        # The scale is a power of two: this is exact.
+        local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+        if local:
+            torch._foreach_mul_(local, 1 / self.scale)
+
+    def accept(self, norm: float) -> bool:
+        """Whether the step may be taken, by the global norm of its gradients; sets the scale of the next."""
+        if norm - norm != 0:  # infinite, or not a number
+            self.scale = max(1.0, self.scale / 2)
+            self._good = 0
+            return False
+        self._good += 1
+        if self._good == self.GROWTH_STEPS:
+            self.scale *= 2
+            self._good = 0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"scale": self.scale, "good": self._good}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.scale, self._good = float(state["scale"]), int(state["good"])

@@ -1,0 +1,130 @@
+"""DPO, averages of the weights and evaluations give on two ranks what they give on one, and do not disturb training."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandem.data.packing import pack, pack_preferences
+from tandem.data.tokenize import TextEncoder, train_tokenizer
+from tandem.settings import child_environment
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what one process and two processes gave for every case of objectives_world.py."""
+    folder = tmp_path_factory.mktemp("objectives")
+    texts = [f"Line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs." for n in range(60)]
+    train_tokenizer(texts, folder / "tokenizer", vocab_size=300)
+    encoder = TextEncoder(str(folder / "tokenizer"))
+    np.save(folder / "text.npy", pack(encoder.texts(texts), 32, encoder.pad_id, split=True))
+    pairs = [(f"{n}?", f"{n * 7 % 13} dogs", "the fox" if n % 3 else "quick") for n in range(60)]
+    np.save(folder / "preferences.npy", pack_preferences(encoder.preferences(pairs), 32, encoder.pad_id))
+    script = Path(__file__).with_name("objectives_world.py")
+    for size in (1, 2):
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(folder), str(rank), str(size)],
+                env=child_environment({"OMP_NUM_THREADS": "1"}),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+        for process in running:
+            _, said = process.communicate(timeout=300)
+            assert process.returncode == 0, said[-3000:]
+    return folder
+
+
+def result(world: Path, size: int, case: str, rank: int = 0) -> dict[str, Any]:
+    return dict(json.loads((world / f"results-{size}-{rank}.json").read_text())[case])
+
+
+def alike(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    for key in ("steps", "evaluations"):
+        assert len(found[key]) == len(expected[key])
+        for ours, theirs in zip(found[key], expected[key], strict=True):
+            assert ours.pop("metrics", None) == pytest.approx(theirs.pop("metrics", None), abs=tolerance)
+            # A perplexity is the exponential of its loss: it differs by as much as a share.
+            assert ours == pytest.approx(theirs, abs=tolerance, rel=tolerance)
+
+
+@pytest.mark.parametrize("case", ["ema", "dpo", "dpo lora"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_two_ranks_report_and_evaluate_as_one_does(world: Path, case: str, strategy: str):
+    found, alone = result(world, 2, f"{case} {strategy}"), result(world, 1, f"{case} fsdp2")
+    assert len(alone["evaluations"]) == 3 and alone["evaluations"][-1]["loss"] < alone["evaluations"][0]["loss"]
+    alike(found, alone, 1e-5)
+
+
+def test_dpo_learns_to_prefer_and_says_so(world: Path):
+    told = result(world, 1, "dpo lora fsdp2")
+    # An adapter starts as nothing: no margin, and log 2 for every pair.
+    assert told["steps"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert told["steps"][0]["metrics"] == {"reward_margin": 0.0, "reward_accuracy": 0.0}
+    assert told["evaluations"][-1]["reward_margin"] > 0 and told["evaluations"][-1]["reward_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(("case", "without"), [("ema fsdp2", "undisturbed"), ("dpo lora fsdp2", "undisturbed lora")])
+@pytest.mark.parametrize("size", [1, 2])
+def test_evaluations_and_averages_leave_training_as_it_is(world: Path, case: str, without: str, size: int):
+    assert result(world, size, case)["steps"] == result(world, size, without)["steps"]
+
+
+def test_the_average_is_evaluated_in_place_of_the_weights(world: Path):
+    for told in result(world, 2, "ema fsdp2")["evaluations"]:
+        assert abs(told["averaged"] - told["loss"]) > 1e-4
+
+
+def test_perplexity_is_of_tokens_only(world: Path):
+    text, pairs = (result(world, 1, case)["evaluations"][-1] for case in ("ema fsdp2", "dpo fsdp2"))
+    assert text["perplexity"] == pytest.approx(math.exp(text["loss"])) and "perplexity" not in pairs
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_recomputation_changes_no_number(world: Path, mode: str, size: int):
+    alike(result(world, size, mode), result(world, size, "ema fsdp2"), 1e-6)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float16", 0.01), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_lower_precision_comes_close_to_float32(world: Path, precision: str, tolerance: float, size: int):
+    exact = [step["loss"] for step in result(world, 1, "ema fsdp2")["steps"]]
+    found = [step["loss"] for step in result(world, size, precision)["steps"]]
+    assert found == pytest.approx(exact, abs=tolerance) and found != pytest.approx(exact, abs=1e-7)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_resumed_run_goes_on_with_its_average_and_its_scale(world: Path, size: int):
+    found, undisturbed = result(world, size, "resumed"), result(world, size, "float16")
+    alike(found, undisturbed, 1e-6)
+
+
+def test_steps_that_overflow_are_left_out_on_every_rank_alike(world: Path):
+    ranks = [result(world, 2, "overflow", rank) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    scales = [step["metrics"]["loss_scale"] for step in ranks[0]["steps"]]
+    assert scales == [2.0**-n * 2.0**127 for n in range(5)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_average_is_what_is_exported(world: Path, size: int):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tandem.train.evaluate import evaluate
+    from tandem.train.objective import NextToken
+
+    model = AutoModelForCausalLM.from_pretrained(world / f"export-fsdp2-{size}")
+    rows = np.load(world / "text.npy")[:7]
+    found = evaluate(model, NextToken(), rows, rank=0, ranks=1, batch_rows=7, device=torch.device("cpu"))
+    assert found["loss"] == pytest.approx(result(world, size, "resumed")["evaluations"][-1]["averaged"], abs=5e-3)

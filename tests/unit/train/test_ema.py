@@ -1,0 +1,81 @@
+"""The average follows the weights slowly, and can stand in for them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tandem.config import LoraConfig
+from tandem.train.ema import Ema
+from tandem.train.lora import add_adapters
+
+
+def plain(values: list[float], decay: float) -> float:
+    """The average after weights `values`, of which the first is where training began."""
+    average = values[0]
+    for step, value in enumerate(values[1:], 1):
+        now = min(decay, (1 + step) / (10 + step))
+        average = now * average + (1 - now) * value
+    return average
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_it_is_the_decayed_average_of_the_weights(decay: float):
+    module = torch.nn.Linear(1, 1, bias=False)
+    values = [1.0, 3.0, -2.0, 5.0, 5.0]
+    module.weight.data.fill_(values[0])
+    ema = Ema(module, decay)
+    for value in values[1:]:
+        module.weight.data.fill_(value)
+        ema.update(module)
+    with ema.swapped(module):
+        assert float(module.weight.detach()) == pytest.approx(plain(values, decay))
+
+
+def test_weights_are_swapped_in_and_come_back_bit_for_bit(model: torch.nn.Module):
+    ema = Ema(model, 0.9)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    ema.update(model)
+    trained = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyError), ema.swapped(model):
+        assert not torch.equal(model.lm_head.weight, trained["lm_head.weight"])
+        assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+        raise KeyError
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+
+
+def test_only_what_is_trained_is_averaged(model: torch.nn.Module):
+    adapted = add_adapters(model, LoraConfig(rank=4), base_id="b", seed=0)
+    names = set(Ema(adapted, 0.9).state_dict()["average"])
+    assert names == {name for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+def test_a_checkpoint_brings_the_average_back(model: torch.nn.Module, tmp_path: Path):
+    ema = Ema(model, 0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    ema.update(model)
+    dcp.save({"ema": ema}, checkpoint_id=tmp_path, no_dist=True)
+    other = Ema(model, 0.9)
+    dcp.load({"ema": other}, checkpoint_id=tmp_path, no_dist=True)
+    ours, theirs = ema.state_dict(), other.state_dict()
+    assert ours["updates"] == theirs["updates"] == 1
+    assert all(torch.equal(value, theirs["average"][name]) for name, value in ours["average"].items())
+
+
+def test_a_state_is_copied_and_not_shared(model: torch.nn.Module):
+    ema, other = Ema(model, 0.9), Ema(model, 0.9)
+    other.load_state_dict(ema.state_dict())
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    ema.update(model)
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(ema.state_dict()["average"][name], other.state_dict()["average"][name])
