@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stored_metrics
 import yaml
 
 from tandem.checkpoint import folders
@@ -144,6 +145,12 @@ def test_pretraining_ends_with_a_registered_model_a_curve_and_its_events(home: P
     assert (job / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in folders.saved(job / "checkpoints")] == ["step-00000005", "step-00000010"]
     assert not (job / ".ray").exists()
+    steps = [e for e in found if e["event"] == "step"]
+    assert all(0 < e["mfu"] < 2 and e["memory_bytes"] > 2**26 for e in steps)
+    assert found[-1]["tokens"] == steps[-1]["tokens"] == 10 * 4 * 32
+    told = stored_metrics.tensorboard(job / "tensorboard")
+    assert [step for step, _ in told["train/loss"]] == list(range(1, 11))
+    assert dict(told["train/loss"]) == pytest.approx(losses(home, "base"), rel=1e-5)
     record = Registry(f"sqlite:///{home}/tandem.db").resolve("base")
     assert (record.id, record.path, record.max_length) == (base, job / "export", 64)
     assert record.lineage["job"] == "base" and record.lineage["steps"] == 10
@@ -205,7 +212,9 @@ def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(
 ):
     from ray.util.state import list_actors
 
-    driver = run("killed", steps=400, checkpoint={"every_steps": 20}, log_every=1)
+    store = f"sqlite:///{home}/mlflow.db"
+    metrics = {"wandb": {"project": "p", "mode": "offline"}, "mlflow": {"uri": store}}
+    driver = run("killed", steps=400, checkpoint={"every_steps": 20}, log_every=1, metrics=metrics)
     driver.wait_for(lambda e: e["event"] == "step" and e["step"] == 25)
     workers = list_actors(
         address=ray_cluster.dashboard_url, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
@@ -227,6 +236,16 @@ def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(
     assert sorted(told) == list(range(1, 401))
     assert any(len(values) > 1 for values in told.values())
     assert all(value == pytest.approx(values[0], abs=1e-6) for values in told.values() for value in values)
+    # Whatever follows the numbers has each step once, as it was.
+    first = {step: pytest.approx(values[0], rel=1e-5) for step, values in told.items()}
+    job = home / "jobs" / "killed"
+    runs, on_wandb = stored_metrics.wandb_offline(job)
+    jobs, on_mlflow = stored_metrics.mlflow(store, "tandem")
+    assert runs == jobs == {"killed"}
+    for series in (stored_metrics.tensorboard(job / "tensorboard"), on_wandb, on_mlflow):
+        assert len(series["train/loss"]) == 400 and dict(series["train/loss"]) == first
+        assert {"train/grad_norm", "train/learning_rate", "train/mfu", "train/memory_bytes"} <= series.keys()
+    assert not [e for e in events.read(job / "events.jsonl") if e["event"] == "notice"]
 
 
 def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, base: str, run: Callable[..., Driver]):
