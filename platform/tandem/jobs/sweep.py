@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from tandem.config import TrainConfig
+from tandem.config import TrainConfig, from_dict
 from tandem.config.check import one_of
 from tandem.config.sweep import METRICS, Trial, described, trial_config
 from tandem.errors import ClusterError, ConfigError
@@ -61,9 +61,7 @@ class SweepFolder(RunFolder):
 
     def plan(self) -> SweepPlan:
         """What is tried."""
-        plain: dict[str, Any] = json.loads((self.path / "sweep.json").read_text())
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-        return SweepPlan(**known)
+        return from_dict(SweepPlan, json.loads((self.path / "sweep.json").read_text()))
 
     def jobs(self) -> list[JobFolder]:
         """The trials' jobs, in their order."""
