@@ -115,7 +115,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep(
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_leaves_no_trial_running_and_goes_on_later(
+def test_a_stopped_sweep_leaves_no_trial_running(
     cluster: LocalCluster, session_home: Path, config: Path, tmp_path: Path
 ):
     command = [
