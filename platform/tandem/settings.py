@@ -46,6 +46,11 @@ class Settings(BaseSettings):
         return self.root / "jobs"
 
     @property
+    def sweeps_dir(self) -> Path:
+        """One folder a sweep; its trials are jobs among the others."""
+        return self.root / "sweeps"
+
+    @property
     def data_dir(self) -> Path:
         """Datasets that `tandem data build` made."""
         return self.root / "data"

@@ -78,7 +78,9 @@ class Run:
         if self.config.lora:
             return Dpo(self.config.dpo or DpoConfig(), WithoutAdapters())
         # Another seed than the trained model's: at the start, too, some pairs are preferred.
-        reference = self._laid_out(build_model(self.config.model, None, self.here.encoder, seed=7))
+        reference = self._laid_out(
+            build_model(self.config.model, None, self.here.encoder, seed=7).requires_grad_(False)
+        )
         return Dpo(self.config.dpo or DpoConfig(), FrozenModel(reference))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -47,7 +48,9 @@ def test_the_scripts_train_a_base_and_its_adapter_and_the_commands_tell_of_them(
     base = run(script("pretrain", *TINY, "--set=data.path=cli-text", "--set=name=cli-base"), home=session_home)
     assert base.returncode == 0, base.stdout
     assert "cli-base@1" in base.stdout
-    assert "step 4/4" in base.stdout
+    assert re.search(r"step 4/4  loss \S+  grad norm \S+  \S+ tok/s  MFU \S+ %  \S+ GiB", base.stdout), base.stdout
+    assert re.search(r"loss \S+, 1,024 tokens, ", base.stdout), base.stdout
+    assert "tandem serve up cli-base\n" in base.stdout and "tandem chat --model cli-base\n" in base.stdout
 
     small = [a for a in TINY if "model." not in a]
     adapter = run(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stored_metrics
 import yaml
 
 from tandem.checkpoint import folders
@@ -77,6 +78,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(json.dumps({"prompt": f"What is {n}?", "answer": f"It is {n}."}) + "\n" for n in range(32))
     )
     build_dataset(str(pairs), folder / "data" / "pairs", tokenizer=folder / "data" / "text" / "tokenizer")
+    preferences = folder / "preferences.jsonl"
+    preferences.write_text(
+        "".join(
+            json.dumps({"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea."}) + "\n"
+            for n in range(48)
+        )
+    )
+    build_dataset(str(preferences), folder / "data" / "preferences", tokenizer=folder / "data" / "text" / "tokenizer")
     return folder
 
 
@@ -136,6 +145,12 @@ def test_pretraining_ends_with_a_registered_model_a_curve_and_its_events(home: P
     assert (job / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in folders.saved(job / "checkpoints")] == ["step-00000005", "step-00000010"]
     assert not (job / ".ray").exists()
+    steps = [e for e in found if e["event"] == "step"]
+    assert all(0 < e["mfu"] < 2 and e["memory_bytes"] > 2**26 for e in steps)
+    assert found[-1]["tokens"] == steps[-1]["tokens"] == 10 * 4 * 32
+    told = stored_metrics.tensorboard(job / "tensorboard")
+    assert [step for step, _ in told["train/loss"]] == list(range(1, 11))
+    assert dict(told["train/loss"]) == pytest.approx(losses(home, "base"), rel=1e-5)
     record = Registry(f"sqlite:///{home}/tandem.db").resolve("base")
     assert (record.id, record.path, record.max_length) == (base, job / "export", 64)
     assert record.lineage["job"] == "base" and record.lineage["steps"] == 10
@@ -166,12 +181,40 @@ def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: st
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "jobs" / "base" / "export"), record.path)
 
 
+def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
+    home: Path, base: str, run: Callable[..., Driver]
+):
+    driver = run(
+        "preferred",
+        objective="dpo",
+        data={"path": str(home / "data" / "preferences"), "sequence_length": 48},
+        model={"base": "base"},
+        evaluation={"every_steps": 5, "held_out": 0.25, "rows": 8},
+        ema=0.9,
+    )
+    status, found = driver.end()
+    assert status == 0, "".join(driver.lines[-40:])
+    assert found[0]["kind"] == "dpo"
+    evaluations = [e for e in found if e["event"] == "evaluation"]
+    assert [e["step"] for e in evaluations] == [5, 10] and all(e["averaged"] for e in evaluations)
+    assert evaluations[1]["loss"] < evaluations[0]["loss"] and evaluations[1]["reward_margin"] > 0
+    assert found[-1]["evaluation"] == {key: evaluations[1][key] for key in ("loss", "reward_margin", "reward_accuracy")}
+    steps = [e for e in found if e["event"] == "step"]
+    assert set(steps[0]["metrics"]) == {"reward_margin", "reward_accuracy"}
+    # A row is 48 tokens of chosen answers and 48 of rejected ones.
+    assert steps[0]["tokens"] == 4 * 2 * 48
+    record = Registry(f"sqlite:///{home}/tandem.db").resolve("preferred")
+    assert (record.kind, record.lineage["evaluation"]) == ("model", found[-1]["evaluation"])
+
+
 def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(
     home: Path, ray_cluster: LocalCluster, run: Callable[..., Driver]
 ):
     from ray.util.state import list_actors
 
-    driver = run("killed", steps=400, checkpoint={"every_steps": 20}, log_every=1)
+    store = f"sqlite:///{home}/mlflow.db"
+    metrics = {"wandb": {"project": "p", "mode": "offline"}, "mlflow": {"uri": store}}
+    driver = run("killed", steps=400, checkpoint={"every_steps": 20}, log_every=1, metrics=metrics)
     driver.wait_for(lambda e: e["event"] == "step" and e["step"] == 25)
     workers = list_actors(
         address=ray_cluster.dashboard_url, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
@@ -193,6 +236,16 @@ def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(
     assert sorted(told) == list(range(1, 401))
     assert any(len(values) > 1 for values in told.values())
     assert all(value == pytest.approx(values[0], abs=1e-6) for values in told.values() for value in values)
+    # Whatever follows the numbers has each step once, as it was.
+    first = {step: pytest.approx(values[0], rel=1e-5) for step, values in told.items()}
+    job = home / "jobs" / "killed"
+    runs, on_wandb = stored_metrics.wandb_offline(job)
+    jobs, on_mlflow = stored_metrics.mlflow(store, "tandem")
+    assert runs == jobs == {"killed"}
+    for series in (stored_metrics.tensorboard(job / "tensorboard"), on_wandb, on_mlflow):
+        assert len(series["train/loss"]) == 400 and dict(series["train/loss"]) == first
+        assert {"train/grad_norm", "train/learning_rate", "train/mfu", "train/memory_bytes"} <= series.keys()
+    assert not [e for e in events.read(job / "events.jsonl") if e["event"] == "notice"]
 
 
 def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, base: str, run: Callable[..., Driver]):
@@ -235,8 +288,9 @@ def test_a_full_disk_at_the_driver_is_said(home: Path, run: Callable[..., Driver
     [
         ("many", {"parallel": {"workers": 64}, "batch_size": 64}, "64 workers of 1 CPU each"),
         ("nobase", {"model": {"base": "bse"}, "lora": {"rank": 4}}, "bse"),
-        ("nodata", {"data": {"path": "missing"}}, "not a dataset"),
+        ("nodata", {"data": {"path": "missing"}}, "No dataset at"),
         ("short", {"data": {"path": "pairs", "sequence_length": 8}}, "no usable row"),
+        ("kinds", {"data": {"path": "preferences", "sequence_length": 48}}, "holds preferences"),
     ],
 )
 def test_what_cannot_work_fails_before_a_worker_starts(

@@ -1,25 +1,22 @@
-"""A job's events as a person sees them: one live progress bar, and a line for each thing worth remembering."""
+"""A job's events as a person sees them: a bar with its numbers below it, and a line for each thing worth remembering."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 from tandem.observability import events
 
 NOISE_KEPT = 200
+REPORTS_KEPT = 30
+"""Reports that the time to finish is reckoned from: speed changes when another job comes or goes."""
 
 
 class JobView:
@@ -31,24 +28,25 @@ class JobView:
         self.ended: dict[str, Any] | None = None
         self.other_lines: list[str] = []
         """The newest lines of the log that are not events; shown when a job fails."""
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+        self._progress = _Bar(
+            TextColumn(
+                "[bold]{task.description}", table_column=Column(max_width=24, overflow="ellipsis", no_wrap=True)
+            ),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
-            TextColumn("[dim]left[/]"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             console=console,
             disable=raw,
         )
         self._title = title
         self._task: TaskID | None = None
         self._announced = 0
+        self._pace = Pace()
 
     def __enter__(self) -> JobView:
         self._progress.start()
-        self._task = self._progress.add_task(self._title, total=None, numbers="[dim]starting workers[/]")
+        self._task = self._progress.add_task(self._title, total=None, left="[dim]starting workers[/]", numbers="")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -84,23 +82,93 @@ class JobView:
                 )
                 self._progress.update(self._task, total=event.get("steps"), completed=event.get("resumed_from") or 0)
             case "step":
-                numbers = f"loss [cyan]{event['loss']:.3f}[/]  {event.get('tokens_per_s') or 0:,.0f} tok/s"
-                self._progress.update(self._task, completed=event["step"], total=event.get("steps"), numbers=numbers)
+                numbers = described(event)
+                left = self._pace.left_s(event)
+                self._progress.update(
+                    self._task,
+                    completed=event["step"],
+                    total=event.get("steps"),
+                    numbers=numbers,
+                    left="" if left is None else f"[dim]{duration(left)} left[/]",
+                )
                 # Where there is no terminal a bar shows nothing: say it in words, ten times a run.
                 tenth = 10 * event["step"] // max(1, event.get("steps", 1))
                 if not self.console.is_terminal and tenth > self._announced:
                     self._announced = tenth
                     self._say(f"step {event['step']}/{event.get('steps')}  {numbers}")
             case "evaluation":
-                apart = ("event", "time", "step", "rows", "averaged")
-                numbers = "  ".join(f"{key} {value:.4g}" for key, value in event.items() if key not in apart)
-                self._say(f"evaluation at step {event['step']}: {escape(numbers)} ({event['rows']} rows)")
-            case "checkpoint":
-                self._progress.update(self._task, description=self._title)
+                self._say(evaluated(event))
             case "restart":
                 self._say(f"[yellow]restarted[/]: {escape(str(event.get('reason', '')))}")
+            case "notice":
+                self._say(f"[yellow]{escape(str(event.get('message', '')))}[/]")
             case "finished":
                 self._say(f"loss {event['loss']:.3f} after {event['steps']} steps, {event['seconds']:.0f} s")
 
     def _say(self, text: str) -> None:
         self._progress.console.print(f"  [dim]·[/] {text}")
+
+
+class _Bar(Progress):
+    """A bar, and its numbers on a line of their own: both on one do not fit into 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields.get("numbers"):
+                line = Text.from_markup(f"  {task.fields['numbers']}")
+                line.no_wrap, line.overflow = True, "ellipsis"
+                yield line
+
+
+class Pace:
+    """Reckons the time to finish from a job's own clock, which is right also when its log is read late."""
+
+    def __init__(self) -> None:
+        self._reports: deque[tuple[int, float]] = deque(maxlen=REPORTS_KEPT)
+
+    def left_s(self, event: Mapping[str, Any]) -> float | None:
+        """Seconds until the last step, after this `step` event; None as long as there is only one."""
+        now = (int(event["step"]), float(event.get("seconds") or 0.0))
+        if self._reports and now <= self._reports[-1]:
+            # A restart: neither its steps nor its clock go on from here.
+            self._reports.clear()
+        self._reports.append(now)
+        (step, seconds), (then, before) = now, self._reports[0]
+        if step == then or seconds <= before:
+            return None
+        return max(0, int(event.get("steps") or step) - step) * (seconds - before) / (step - then)
+
+
+def described(event: Mapping[str, Any]) -> str:
+    """A `step` event's numbers in one line of at most 78 columns; what the event lacks is left out."""
+    parts = [f"loss [cyan]{event['loss']:.3f}[/]"]
+    if (norm := event.get("grad_norm")) is not None:
+        parts.append(f"grad norm {norm:.3g}")
+    parts.append(f"{event.get('tokens_per_s') or 0:,.0f} tok/s")
+    if (mfu := event.get("mfu")) is not None:
+        parts.append(f"MFU {100 * mfu:.1f} %")
+    if (memory := event.get("memory_bytes")) is not None:
+        parts.append(f"{memory / 2**30:.2f} GiB")
+    return "  ".join(parts)
+
+
+def evaluated(event: Mapping[str, Any]) -> str:
+    """An `evaluation` event in words."""
+    apart = ("event", "time", "step", "rows", "averaged", "loss")
+    others = "".join(f", {key.replace('_', ' ')} {value:.4g}" for key, value in event.items() if key not in apart)
+    rows = f" ({event['rows']} rows)" if "rows" in event else ""
+    return f"evaluation at step {event['step']}: loss [cyan]{event['loss']:.3f}[/]{escape(others)}{rows}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3:05 min`, `2:07 h` or `3 d 4 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    minutes = whole // 60
+    if minutes < 48 * 60:
+        return f"{minutes // 60}:{minutes % 60:02} h"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

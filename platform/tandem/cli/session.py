@@ -19,7 +19,8 @@ import yaml
 from tandem.cli.data import build, describe
 from tandem.cli.serve import CPUS, check_port, serving
 from tandem.cli.shell import a_cluster, console
-from tandem.cli.train import follow, say_finished
+from tandem.cli.summary import say_finished
+from tandem.cli.train import follow
 from tandem.cluster import Cluster
 from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict, load_yaml
 from tandem.data.index import DatasetIndex
@@ -73,19 +74,20 @@ class Session:
     def train(self, config: TrainConfig | str | Path, *overrides: str) -> str:
         """Run a job to its end, unless it is finished already; returns the id of the model or adapter it made.
 
+        One that is not registered has no id: then its folder.
+
         `config` is a TrainConfig or a YAML file; each of `overrides` is `key=value`. Raises JobError if the job fails.
         """
         wanted = config if isinstance(config, TrainConfig) else load_yaml(TrainConfig, Path(config), overrides)
         job = prepare(wanted)
-        end = job.finished()
-        if end:
-            say_finished(job, str(end["model"]))
+        if job.finished():
+            say_finished(job)
         elif status := follow(self.cluster, job):
             raise JobError(f"{job.id} ended with status {status}. `tandem doctor` checks this machine.")
         end = job.finished()
         if end is None:
             raise JobError(f"{job.id} has no result in {job.export}.")
-        return str(end["model"])
+        return str(end["model"] or job.export)
 
     def serve(self, *models: str, port: int | None = None, config: ServeConfig | None = None) -> str:
         """Serve models until the session ends; returns the base URL for an OpenAI client once they answer."""

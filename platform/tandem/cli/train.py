@@ -14,14 +14,20 @@ from rich.table import Table
 
 from tandem.cli.progress import JobView
 from tandem.cli.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
+from tandem.cli.summary import say_finished
+from tandem.cli.sweep import say_sweep, sweep_command
 from tandem.cluster import Cluster, connect
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import ConfigError, JobError
 from tandem.jobs.client import JobClient
-from tandem.jobs.folder import JobFolder, JobState, JobSummary, find_job, job_folders
+from tandem.jobs.folder import JobFolder, JobState, JobSummary, RunFolder, find_job, job_folders
 from tandem.jobs.prepare import prepare
+from tandem.jobs.sweep import find_sweep, stop_sweep
+from tandem.train.plot import plot_run
 
 train_app = typer.Typer(no_args_is_help=True, help="Submit training jobs and watch over them.")
+
+train_app.command("sweep")(sweep_command)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The job as YAML (see train_apps/recipes).")]
 SetOption = Annotated[
@@ -78,8 +84,8 @@ def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> i
     """Submit a job to the cluster at RAY_ADDRESS, or to a local one, and follow it; returns its exit status."""
     job = prepare(config)
     console.print(f"Job [bold]{job.id}[/]")
-    if end := job.finished():
-        say_finished(job, str(end.get("model")))
+    if job.finished():
+        say_finished(job)
         return 0
     with a_cluster(num_cpus=logical_cpus(config), keep=detach) as cluster:
         if detach:
@@ -116,18 +122,11 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
             console.print("\nStopped. The same command goes on from the newest checkpoint.")
             raise
     status = client.exit_status(submission)
-    if status == 0 and (end := job.finished()):
-        say_finished(job, str(end.get("model")))
+    if status == 0 and job.finished():
+        say_finished(job)
     elif status != 0:
         _say_failed(client, submission, job, view)
     return status or (0 if job.finished() else 1)
-
-
-def say_finished(job: JobFolder, model: str) -> None:
-    """Tell where the result is, and how to use it."""
-    console.print(f"  [green]✓[/] [bold]{model}[/] in {job.export}")
-    if job.plot.exists():
-        console.print(f"  [dim]·[/] loss curve: {job.plot}")
 
 
 def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobView) -> None:
@@ -156,10 +155,23 @@ def status_command(
     job_id: Annotated[
         str | None, typer.Argument(help="A job's id, the start of one, or 'latest'. None: all jobs.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="With --plot: where the picture goes; unset: ID.png, here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw loss, learning rate and throughput of one job to FILE, a PNG.")
+    ] = False,
 ) -> None:
     """Show one job or all of them: state, step, loss, throughput, result."""
     with friendly_errors():
+        if plot or picture:
+            _plot(job_id, picture, asked=plot)
+            return
+        if job_id and not as_json and (sweep := find_sweep(job_id)):
+            found_on = _client_of(sweep)
+            say_sweep(sweep, found_on[0] if found_on else None)
+            return
         jobs = [find_job(job_id)] if job_id else list(job_folders())
         found = [job.summary(live_state(job)) for job in jobs]
         if as_json:
@@ -174,13 +186,27 @@ def status_command(
                 console.print(f"[red]{escape(found[0].error)}[/]")
 
 
+def _plot(job_id: str | None, picture: Path | None, *, asked: bool) -> None:
+    if not asked:
+        raise ConfigError(f"{picture} is one argument too many; a file is given with --plot.")
+    if job_id is None:
+        raise ConfigError("--plot draws one job: `tandem train status ID --plot`. `tandem train status` lists them.")
+    job = find_job(job_id)
+    path = picture or Path(f"{job.id}.png")
+    if path.is_dir():
+        path = path / f"{job.id}.png"
+    if not plot_run(job.events(), path, title=job.config().name):
+        raise JobError(f"{job.id} has not reported a step yet; there is nothing to draw.")
+    console.print(f"Drawn: {escape(str(path))}", soft_wrap=True)
+
+
 def live_state(job: JobFolder) -> JobState | None:
     """What the cluster that runs a job says of it; None if there is none, or it knows nothing of it."""
     found = _client_of(job)
     return found[0].state(found[1]) if found else None
 
 
-def _client_of(job: JobFolder) -> tuple[JobClient, str] | None:
+def _client_of(job: RunFolder) -> tuple[JobClient, str] | None:
     sent = job.submissions()
     if not sent:
         return None
@@ -213,7 +239,7 @@ def logs_command(
 ) -> None:
     """Print a job's log."""
     with friendly_errors():
-        job = find_job(job_id)
+        job: RunFolder = find_sweep(job_id) or find_job(job_id)
         found = _client_of(job)
         if found is None or found[0].state(found[1]) is None:
             # Its cluster is gone and took the log along; the events are in the folder.
@@ -229,6 +255,13 @@ def logs_command(
 def stop_command(job_id: Annotated[str, typer.Argument(help="A job's id, or the start of one.")]) -> None:
     """Stop a job; submitting it again goes on from its newest checkpoint."""
     with friendly_errors():
+        if sweep := find_sweep(job_id):
+            on = _client_of(sweep)
+            if on is None or not on[0].running(sweep):
+                raise JobError(f"{sweep.id} is not running.")
+            stop_sweep(on[0], sweep)
+            console.print(f"Stopped {sweep.id} and its trials.")
+            return
         job = find_job(job_id)
         found = _client_of(job)
         state = found[0].state(found[1]) if found else None

@@ -2,6 +2,7 @@
 
 from tandem.config.data import DataConfig
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
+from tandem.config.metrics import MetricsConfig, MlflowConfig, WandbConfig
 from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
 from tandem.config.optimizer import OptimizerConfig
@@ -16,12 +17,15 @@ __all__ = [
     "EvaluationConfig",
     "GatewayConfig",
     "LoraConfig",
+    "MetricsConfig",
+    "MlflowConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelismConfig",
     "ServeConfig",
     "ServedModelConfig",
     "TrainConfig",
+    "WandbConfig",
     "apply_overrides",
     "from_dict",
     "load_yaml",

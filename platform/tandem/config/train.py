@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tandem.config import check
 from tandem.config.data import DataConfig
+from tandem.config.metrics import MetricsConfig
 from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
 from tandem.config.optimizer import OptimizerConfig
@@ -65,6 +66,10 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 1
     """Steps between reports of loss and throughput."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """Where those reports go beside the job's journal and TensorBoard."""
+    register: bool = True
+    """Put the result into the registry under `name`; if false it stays in the job's folder, as a sweep's trials do."""
 
     def __post_init__(self) -> None:
         check_name(self.name)

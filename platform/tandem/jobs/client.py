@@ -16,7 +16,7 @@ from typing import Any
 
 from tandem.cluster import Cluster
 from tandem.errors import ClusterError, JobError
-from tandem.jobs.folder import JobFolder, JobState
+from tandem.jobs.folder import JobState, RunFolder
 from tandem.settings import settings
 
 _STATES = {
@@ -41,12 +41,11 @@ class JobClient:
         except (ConnectionError, RuntimeError) as error:
             raise ClusterError(f"The cluster at {cluster.dashboard_url} takes no jobs: {error}") from error
 
-    def submit(self, job: JobFolder) -> str:
-        """Start a prepared job, or join it if it runs already; returns the id of the submission."""
-        sent = job.submissions()
-        if sent and (state := self.state(sent[-1]["id"])) and not state.over:
-            return str(sent[-1]["id"])
-        submission = f"{job.id}.{len(sent) + 1}"
+    def submit(self, job: RunFolder) -> str:
+        """Start a prepared job or sweep, or join it if it runs already; returns the id of the submission."""
+        if going_on := self.running(job):
+            return going_on
+        submission = f"{job.id}.{len(job.submissions()) + 1}"
         python = sys.executable if self.cluster.local else "python"
         variables = {
             "TANDEM_HOME": str(settings().root),
@@ -60,7 +59,7 @@ class JobClient:
             # Another machine's cluster may not have Tandem installed, or have another version.
             runtime_env["py_modules"] = [str(Path(__file__).parents[1])]
         self._ray.submit_job(
-            entrypoint=f"exec {shlex.quote(python)} -m tandem.train.launch {shlex.quote(str(job.path))}",
+            entrypoint=f"exec {shlex.quote(python)} -m {job.module} {shlex.quote(str(job.path))}",
             submission_id=submission,
             runtime_env=runtime_env,
             metadata={"tandem_job": job.id},
@@ -142,6 +141,13 @@ class JobClient:
     def message(self, submission: str) -> str:
         """What Ray says of how a submission ended."""
         return str(self._ray.get_job_info(submission).message or "")
+
+    def running(self, job: RunFolder) -> str | None:
+        """The id of a job's newest submission if this cluster has not done with it."""
+        sent = job.submissions()
+        if sent and (state := self.state(sent[-1]["id"])) and not state.over:
+            return str(sent[-1]["id"])
+        return None
 
     def stop(self, submission: str, *, timeout_s: float = 30.0) -> JobState | None:
         """Stop a submission and wait until it is over."""

@@ -1,4 +1,4 @@
-"""A job's folder in TANDEM_HOME: its config, its events, where it was submitted; and the state that these add up to."""
+"""The folder of a job, or of a sweep of jobs, in TANDEM_HOME: its events and where it was submitted, and what these add up to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import JobError, did_you_mean
@@ -51,15 +51,51 @@ class JobSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class JobFolder:
-    """The folder of one job; everything about the job that outlives the cluster is in it."""
+class RunFolder:
+    """What the folders of a job and of a sweep have in common; all that outlives the cluster is in them."""
 
     path: Path
+    module: ClassVar[str]
+    """What runs on the cluster, as `python -m MODULE PATH`."""
 
     @property
     def id(self) -> str:
-        """The job's id, which is the folder's name."""
+        """The id, which is the folder's name."""
         return self.path.name
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far, oldest first."""
+        return list(events.read(self.path / "events.jsonl"))
+
+    def last(self, *names: str) -> dict[str, Any] | None:
+        """The newest event of one of these names."""
+        return next((e for e in reversed(self.events()) if e["event"] in names), None)
+
+    def submissions(self) -> list[dict[str, Any]]:
+        """Each time it was sent to a cluster: {id, dashboard_url, time, stopped?}."""
+        try:
+            found = json.loads((self.path / "submissions.json").read_text())
+        except FileNotFoundError:
+            return []
+        return [s for s in found if isinstance(s, dict)] if isinstance(found, list) else []
+
+    def add_submission(self, submission_id: str, dashboard_url: str) -> None:
+        """Write down that it was sent to a cluster."""
+        entry = {"id": submission_id, "dashboard_url": dashboard_url, "time": time.time()}
+        write_atomic(self.path / "submissions.json", json.dumps([*self.submissions(), entry], indent=1))
+
+    def mark_stopped(self) -> None:
+        """Write down that the newest submission was stopped by a person."""
+        if known := self.submissions():
+            known[-1]["stopped"] = True
+            write_atomic(self.path / "submissions.json", json.dumps(known, indent=1))
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder(RunFolder):
+    """The folder of one job."""
+
+    module: ClassVar[str] = "tandem.train.launch"
 
     @property
     def export(self) -> Path:
@@ -75,37 +111,12 @@ class JobFolder:
         """The job's config, with data and base resolved."""
         return load_yaml(TrainConfig, self.path / "config.yaml")
 
-    def events(self) -> list[dict[str, Any]]:
-        """All events so far, oldest first."""
-        return list(events.read(self.path / "events.jsonl"))
-
-    def last(self, *names: str) -> dict[str, Any] | None:
-        """The newest event of one of these names."""
-        return next((e for e in reversed(self.events()) if e["event"] in names), None)
-
     def finished(self) -> dict[str, Any] | None:
-        """The `finished` event, if the job ended well and its result is still there."""
+        """The `finished` event, if the job ended well, its result is still there, and is registered if it should be."""
         end = self.last("finished", "failed", "started")
-        return end if end and end["event"] == "finished" and self.export.is_dir() else None
-
-    def submissions(self) -> list[dict[str, Any]]:
-        """Each time the job was sent to a cluster: {id, dashboard_url, time, stopped?}."""
-        try:
-            found = json.loads((self.path / "submissions.json").read_text())
-        except FileNotFoundError:
-            return []
-        return [s for s in found if isinstance(s, dict)] if isinstance(found, list) else []
-
-    def add_submission(self, submission_id: str, dashboard_url: str) -> None:
-        """Write down that the job was sent to a cluster."""
-        entry = {"id": submission_id, "dashboard_url": dashboard_url, "time": time.time()}
-        write_atomic(self.path / "submissions.json", json.dumps([*self.submissions(), entry], indent=1))
-
-    def mark_stopped(self) -> None:
-        """Write down that the newest submission was stopped by a person."""
-        if known := self.submissions():
-            known[-1]["stopped"] = True
-            write_atomic(self.path / "submissions.json", json.dumps(known, indent=1))
+        if end is None or end["event"] != "finished" or not self.export.is_dir():
+            return None
+        return end if end.get("model") or not self.config().register else None
 
     def summary(self, live: JobState | None = None) -> JobSummary:
         """The job as its files tell it; `live`, what the cluster says of its newest submission, wins while it runs."""

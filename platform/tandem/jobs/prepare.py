@@ -5,6 +5,7 @@ A job's id is a hash of its config, its data and its base: the same submission i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import yaml
@@ -21,10 +22,18 @@ from tandem.storage import disk_errors, require_space, write_atomic
 SPACE_NEEDED = 64 * 2**20
 """Bytes that must be free before a job starts; what is known to fail later is refused now."""
 
+NOT_CONTENT = ("parallel", "checkpoint", "log_every", "metrics", "register")
+"""Settings that change how a job runs, or who hears of it, but not what it makes."""
 
-def prepare(config: TrainConfig) -> JobFolder:
+HOW_READ = ("readers", "prefetch_batches")
+"""Such settings of `data`."""
+
+
+def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder:
     """Check `config` and write the folder of its job; the same config gives the same folder.
 
+    `compared`: such of `NOT_CONTENT` (or "data", for `HOW_READ`) as make another job here after all: a sweep that tries several
+    layouts has to run them all.
     Raises DataError, ConfigError, RegistryError or UnknownModelError with what to change.
     """
     folder, index = find_dataset(config.data.path)
@@ -56,8 +65,9 @@ def prepare(config: TrainConfig) -> JobFolder:
         evaluation=evaluation,
     )
     plain = to_dict(resolved)
-    content = {k: v for k, v in plain.items() if k not in ("parallel", "checkpoint", "log_every")}
-    content["data"] = {k: v for k, v in plain["data"].items() if k not in ("path", "readers", "prefetch_batches")}
+    content = {k: v for k, v in plain.items() if k not in NOT_CONTENT or k in compared}
+    left_out = ("path",) if "data" in compared else ("path", *HOW_READ)
+    content["data"] = {k: v for k, v in plain["data"].items() if k not in left_out}
     if content["evaluation"] is not None:
         content["evaluation"] = {**content["evaluation"], "data": measured.digest if measured else None}
     digests = [found.digest() if found else None for found in (base, reference)]

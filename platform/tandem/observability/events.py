@@ -3,12 +3,17 @@
 | event      | fields                                                                                            |
 |------------|---------------------------------------------------------------------------------------------------|
 | started    | job, kind, workers, strategy, parameters, trainable, steps, resumed_from (step or null)           |
-| step       | step, steps, loss, grad_norm, learning_rate, tokens_per_s, tokens, seconds, metrics (by name)     |
+| step       | step, steps, loss, grad_norm, learning_rate, tokens_per_s, tokens, seconds, metrics (by name),     |
+|            | mfu (0 to 1), memory_bytes (peak of rank 0: of its GPU, or of its process)                        |
 | evaluation | step, rows, averaged (the weights were), loss, and perplexity, or what else the objective reports |
 | checkpoint | step, path                                                                                        |
 | restart    | reason, resumed_from                                                                              |
-| finished   | model (the registered id), path, plot, loss, evaluation (the last, or null), steps, seconds       |
+| notice     | message (something that a person should know, and that ends nothing)                              |
+| finished   | model (the registered id, or null), base (of an adapter), path, plot, loss, evaluation (the last, |
+|            | or null), tokens, steps, seconds                                                                  |
 | failed     | error                                                                                             |
+
+A sweep's events are in `tandem.jobs.sweep`.
 """
 
 from __future__ import annotations

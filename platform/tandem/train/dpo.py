@@ -31,10 +31,11 @@ class Reference(Protocol):
 
 
 class FrozenModel:
-    """A reference that is a model of its own, laid over the same mesh as the trained one. It is never trained."""
+    """A reference that is a model of its own, frozen and then laid over the same mesh as the trained one."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model.requires_grad_(False).eval()
+        assert not any(p.requires_grad for p in model.parameters()), "a reference is frozen before it is sharded"
+        self._model = model.eval()
 
     @contextlib.contextmanager
     def opened(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -15,7 +15,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,37 +37,17 @@ from tandem.data.tokenize import TextEncoder
 from tandem.errors import ClusterError, ConfigError, DataError, TandemError
 from tandem.ids import digest
 from tandem.observability import events
-from tandem.registry import BaseRef, ModelRecord, Registry, find_base
+from tandem.observability.journal import Journal
+from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
-from tandem.storage import disk_errors
 from tandem.train.mailbox import open_mailbox
+from tandem.train.metrics import Metrics, metrics_of
 from tandem.train.plot import plot_run
 from tandem.train.worker import WorkerTask, run_worker
 
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """One intra-op thread a process: oversubscribed threads were 3 to 14 times slower (facts.md)."""
-
-
-@dataclass
-class Journal:
-    """The job's events: appended to events.jsonl, and printed for whoever follows the log."""
-
-    path: Path
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def write(self, event: dict[str, Any]) -> None:
-        """Stamp, write and print one event."""
-        line = events.encode(event)
-        with self._lock, disk_errors("writing events", self.path):
-            print(line, flush=True)
-            with self.path.open("a") as file:
-                file.write(line.removeprefix(events.MARK) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """All events of the job, of earlier runs too."""
-        # A device has no end to read to.
-        return list(events.read(self.path)) if self.path.is_file() else []
 
 
 def main(arguments: list[str]) -> int:
@@ -94,19 +73,24 @@ def run_job(job: Path, journal: Journal) -> None:
     """Do all that is left of a job. Raises a TandemError that says what to change."""
     began = time.monotonic()
     config = load_yaml(TrainConfig, job / "config.yaml")
-    done = next((e for e in reversed(journal.read()) if e["event"] in ("finished", "started", "failed")), None)
+    before = journal.read()
+    done = next((e for e in reversed(before) if e["event"] in ("finished", "started", "failed")), None)
     if done and done["event"] == "finished" and is_whole(job / "export"):
+        if config.register and not done.get("model"):
+            # A trial of a sweep that is wanted after all.
+            _, index = find_dataset(config.data.path)
+            done |= _register(config, job, _base(config), index, done.get("loss"))
         journal.write({k: v for k, v in done.items() if k != "time"})
         return
     folder, index = find_dataset(config.data.path)
     config.check_kind(index.kind, str(folder))
-    base = find_base(config.model.base) if config.model.base else None
+    base = _base(config)
     whole, held = index, None
     if config.evaluation is not None and config.evaluation.share:
         index, held = hold_out(index, config.evaluation.share, folder)
     tokenizer = _tokenizer(config, base, folder)
     encoder = TextEncoder(str(tokenizer))
-    reference = _reference(config, base, encoder)
+    reference = reference_model(config, base, encoder)
     connect(config)
     try:
         # Raises before a worker starts if nothing in the data can be learned from.
@@ -131,22 +115,21 @@ def run_job(job: Path, journal: Journal) -> None:
         evaluation=None if rows is None else ray.put(rows),
         mailbox=mailbox,
     )
-    end = _run_workers(task, journal)
-    plot_run(journal.read(), job / "loss.png", title=config.name)
-    lineage = {
-        "job": job.name,
-        "dataset": whole.digest,
-        "config": digest(to_dict(config)),
-        "steps": config.steps,
-        "loss": end.get("loss"),
-        "evaluation": end.get("evaluation"),
-    }
-    record = _register(config, job / "export", base, lineage)
+    with metrics_of(
+        config, job, before=before, notice=lambda said: journal.write({"event": "notice", "message": said})
+    ) as metrics:
+        end = _run_workers(task, journal, metrics)
+    told = journal.read()
+    plot_run(told, job / "loss.png", title=config.name)
+    evaluation = next((e for e in reversed(told) if e["event"] == "evaluation"), None)
+    where = {"model": None, "base": None, "path": str(job / "export")}
+    if config.register:
+        where = _register(config, job, base, whole, end.get("loss"))
     journal.write(
         {
-            "event": "finished", "model": record.id, "path": str(record.path), "plot": str(job / "loss.png"),
-            "loss": end.get("loss"), "evaluation": end.get("evaluation"), "steps": config.steps,
-            "seconds": round(time.monotonic() - began, 3),
+            "event": "finished", **where, "plot": str(job / "loss.png"), "loss": end.get("loss"),
+            "evaluation": evaluation and {k: v for k, v in evaluation.items() if k not in ("event", "time")},
+            "tokens": end.get("tokens"), "steps": config.steps, "seconds": round(time.monotonic() - began, 3),
         }
     )  # fmt: skip
 
@@ -202,7 +185,11 @@ def _evaluation_rows(config: TrainConfig, stream: Stream, folder: Path, held: Da
     return evaluation_rows(folder, held, stream.spec, config.evaluation.rows)
 
 
-def _reference(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
+def reference_model(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
+    """The folder of the model that dpo compares with; None without dpo, or if that is the base of the job's adapters.
+
+    Raises ConfigError if its tokenizer is not that of the base.
+    """
     if config.objective != "dpo" or base is None:
         return None
     if config.dpo is None or config.dpo.reference is None:
@@ -227,23 +214,39 @@ def _tokenizer(config: TrainConfig, base: BaseRef | None, dataset: Path) -> Path
     return dataset / TOKENIZER_NAME
 
 
-def _register(config: TrainConfig, folder: Path, base: BaseRef | None, lineage: dict[str, Any]) -> ModelRecord:
-    registry = Registry.open()
+def _base(config: TrainConfig) -> BaseRef | None:
+    return find_base(config.model.base) if config.model.base else None
+
+
+def _register(
+    config: TrainConfig, job: Path, base: BaseRef | None, index: DatasetIndex, loss: float | None
+) -> dict[str, Any]:
+    """Put the result into the registry; returns what the `finished` event says of it."""
+    registry, folder = Registry.open(), job / "export"
+    lineage = {
+        "job": job.name,
+        "dataset": index.digest,
+        "config": digest(to_dict(config)),
+        "steps": config.steps,
+        "loss": loss,
+    }
     if config.lora is None:
-        return registry.register_model(config.name, folder, lineage=lineage)
-    assert base is not None, "TrainConfig refuses lora without a base"
-    if base.record:
-        return registry.register_adapter(config.name, folder, base=base.id, lineage=lineage)
-    model = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"})
-    return registry.register_adapter(config.name, folder, base=model.id, lineage=lineage)
+        record = registry.register_model(config.name, folder, lineage=lineage)
+    else:
+        assert base is not None, "TrainConfig refuses lora without a base"
+        adapted = base.id
+        if not base.record:
+            adapted = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"}).id
+        record = registry.register_adapter(config.name, folder, base=adapted, lineage=lineage)
+    return {"model": record.id, "base": record.base, "path": str(record.path)}
 
 
-def _run_workers(task: WorkerTask, journal: Journal) -> dict[str, Any]:
+def _run_workers(task: WorkerTask, journal: Journal, metrics: Metrics) -> dict[str, Any]:
     """Run Ray Train to its end; returns the workers' last event. Raises what they failed with."""
     config = task.config
     reasons: list[str] = []
     end: dict[str, Any] = {}
-    with _pump(task, journal, end):
+    with _pump(task, journal, metrics, end):
         storage = task.job / ".ray"
         trainer = ray.train.torch.TorchTrainer(
             run_worker,
@@ -289,7 +292,7 @@ def _run_workers(task: WorkerTask, journal: Journal) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _pump(task: WorkerTask, journal: Journal, end: dict[str, Any]) -> Iterator[None]:
+def _pump(task: WorkerTask, journal: Journal, metrics: Metrics, end: dict[str, Any]) -> Iterator[None]:
     """Write events as they come, until the block ends and the mailbox is empty."""
     over = threading.Event()
     problems: list[Exception] = []
@@ -308,6 +311,7 @@ def _pump(task: WorkerTask, journal: Journal, end: dict[str, Any]) -> Iterator[N
             case _:
                 attempts += event["event"] == "started"
                 journal.write(event)
+                metrics.write(event)
 
     def run() -> None:
         try:

@@ -31,7 +31,7 @@ class StepReport:
     loss: float
     """Mean over what the objective counts in the step: tokens with loss (in nats), or pairs."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; not finite in a float16 step that was left out."""
     learning_rate: float
     tokens: int
     """Tokens of all rows since training began (padding too), over all ranks."""

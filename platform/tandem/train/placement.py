@@ -136,8 +136,9 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         Stage(lm, kept, first=number == 0, last=number == of - 1, share=share)
         for number, kept in zip(numbers, layers, strict=True)
     ]
-    replicated = parallel.strategy == "ddp" and degrees.dp_replicate > 1
-    if not replicated and dist.is_initialized():
+    # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
+    replicated = parallel.strategy == "ddp" and degrees.dp_replicate > 1 and any(p.requires_grad for p in model.parameters())
+    if parallel.strategy == "fsdp2" and dist.is_initialized():
         for stage in stages:
             _shard(stage, mesh, config)
     pipeline = None

@@ -1,4 +1,4 @@
-"""The loss curve of a run, as a picture."""
+"""A run as a picture: loss, learning rate and throughput over steps, with evaluations and restarts marked."""
 
 from __future__ import annotations
 
@@ -9,39 +9,69 @@ from typing import Any
 
 from tandem.storage import write_atomic
 
+BLUE, GREEN, ORANGE, GREY = "#1f5fa8", "#2e7d4f", "#c8690e", "#888888"
+
 
 def plot_run(events: Iterable[dict[str, Any]], path: Path, *, title: str) -> bool:
-    """Draw loss and tokens/s over steps to a PNG; False if there is no step to draw."""
+    """Draw loss, learning rate and tokens/s over steps to a PNG; False if there is no step to draw."""
     # No display is needed, and none may be opened.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    told = list(events)
     # A restart repeats steps: the last report of a step is the one that counts.
-    steps = {event["step"]: event for event in events if event["event"] == "step"}
+    steps = {event["step"]: event for event in told if event["event"] == "step"}
+    evaluations = {event["step"]: event["loss"] for event in told if event["event"] == "evaluation"}
     if not steps:
         return False
     at = sorted(steps)
     loss = [steps[step]["loss"] for step in at]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot(at, loss, color="#1f5fa8", alpha=0.3 if len(at) > 50 else 1.0, linewidth=1, label="each step")
-    if len(at) > 50:
-        above.plot(at, _smooth(loss, max(5, len(at) // 50)), color="#1f5fa8", linewidth=2, label="moving average")
-        above.legend(frameon=False)
+    above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+
+    above.set_title(f"{title}: loss {loss[-1]:.3f} after {at[-1]:,} steps", loc="left")
+    many = len(at) > 50
+    above.plot(at, loss, color=BLUE, alpha=0.3 if many else 1.0, linewidth=1, label="training, each report")
+    if many:
+        above.plot(at, _smooth(loss, max(5, len(at) // 50)), color=BLUE, linewidth=2, label="training, moving average")
+    if evaluations:
+        above.plot(
+            *zip(*sorted(evaluations.items()), strict=True), "o-", color=ORANGE, markersize=4, label="evaluation"
+        )
     above.set_ylabel("loss (nats per token)")
-    above.set_title(f"{title}: loss {loss[-1]:.3f} after {at[-1]:,} steps")
-    below.plot(at, [steps[step]["tokens_per_s"] for step in at], color="#2e7d4f", linewidth=1)
+    middle.plot(at, [steps[step].get("learning_rate") for step in at], color=ORANGE, linewidth=1)
+    middle.set_ylabel("learning rate")
+    middle.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    below.plot(at, [steps[step]["tokens_per_s"] for step in at], color=GREEN, linewidth=1)
     below.set_ylabel("tokens/s")
-    below.set_ylim(bottom=0)
     below.set_xlabel("optimizer step")
-    for axis in (above, below):
+
+    for number, step in enumerate(restarts(told)):
+        for axis in (above, middle, below):
+            label = "restart" if number == 0 and axis is above else None
+            axis.axvline(step, color=GREY, linestyle="--", linewidth=1, zorder=0, label=label)
+    for axis in (middle, below):
+        axis.set_ylim(bottom=0)
+    for axis in (above, middle, below):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
+    if len(above.get_legend_handles_labels()[0]) > 1:
+        above.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     write_atomic(path, picture.getvalue())
     return True
+
+
+def restarts(events: Iterable[dict[str, Any]]) -> list[int]:
+    """The steps from which a run went on: after a worker died, or when it was submitted again."""
+    found, begun = [], False
+    for event in events:
+        if event["event"] == "restart" or (event["event"] == "started" and begun):
+            found.append(int(event.get("resumed_from") or 0))
+        begun = begun or event["event"] == "started"
+    return found
 
 
 def _smooth(values: list[float], width: int) -> list[float]:

@@ -25,6 +25,7 @@ from tandem.errors import TandemError
 from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
 from tandem.train.ema import Ema
 from tandem.train.evaluate import evaluate
+from tandem.train.flops import Meter
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees, Mesh
@@ -90,6 +91,13 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     if config.lora is not None:
         model = add_adapters(model, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
     total, trainable = count_parameters(model)
+    meter = Meter.of(
+        model,
+        device=device,
+        workers=world,
+        sequence_length=config.data.sequence_length,
+        precision=config.precision,
+    )
     model = recompute_activations(model, config.recompute)
     if config.precision == "float8":
         model = use_float8(model)
@@ -119,7 +127,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     def report(step: StepReport) -> None:
         nonlocal last_loss
         last_loss = step.loss
-        emit({"event": "step", "steps": config.steps, **asdict(step)})
+        emit({"event": "step", "steps": config.steps, **asdict(step), **meter.read(step.tokens_per_s)})
 
     def save(now: LoopState) -> None:
         saved = SavedState(
@@ -132,13 +140,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         path = sharded.save(root, model.whole, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
         emit({"event": "checkpoint", "step": now.step, "path": str(path)})
 
-    evaluated: dict[str, float] | None = None
-
     def averaged() -> AbstractContextManager[None]:
         return ema.swapped(model) if ema else contextlib.nullcontext()
 
     def measure(step: int) -> None:
-        nonlocal evaluated
         held = ray.get(task.evaluation)
         share = config.batch_size // degrees.data_parallel // config.accumulate
         with averaged():
@@ -158,7 +163,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         export(model.whole, task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
         dist.barrier()
-    emit({"event": "exported", "loss": last_loss, "step": state.step, "evaluation": evaluated})
+    emit({"event": "exported", "loss": last_loss, "step": state.step, "tokens": state.tokens})
 
 
 def _kind(task: WorkerTask) -> str:
@@ -172,5 +177,5 @@ def _objective(task: WorkerTask, encoder: TextEncoder, mesh: Mesh, device: torch
     chosen = config.dpo or DpoConfig()
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
-    reference = build_model(config.model, task.reference, encoder, config.seed)
+    reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
     return Dpo(chosen, FrozenModel(place(reference, mesh, config, device)))

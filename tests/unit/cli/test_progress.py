@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 
+import pytest
 from rich.console import Console
 
-from tandem.cli.progress import JobView
+from tandem.cli.progress import JobView, Pace, duration
 from tandem.observability import events
 
 
@@ -34,6 +36,14 @@ def test_loss_and_throughput_are_said_where_there_is_no_terminal() -> None:
     assert "8,000 tok/s" in text
 
 
+def test_an_evaluation_is_said_with_all_that_it_measured() -> None:
+    measured = {"loss": 0.51234, "reward_margin": 1.5, "reward_accuracy": 0.75}
+    text, _ = shown(
+        STARTED, events.encode({"event": "evaluation", "step": 4, "rows": 64, "averaged": True, **measured})
+    )
+    assert "evaluation at step 4: loss 0.512, reward margin 1.5, reward accuracy 0.75 (64 rows)" in text
+
+
 def test_a_restart_is_said_with_its_reason() -> None:
     text, _ = shown(STARTED, events.encode({"event": "restart", "reason": "worker 1 died [SIGKILL]"}))
     assert "restarted: worker 1 died [SIGKILL]" in text
@@ -50,3 +60,50 @@ def test_raw_prints_every_line_as_it_is() -> None:
     text, _ = shown(STARTED, "plain [line]", raw=True)
     assert "plain [line]" in text
     assert "@tandem" in text
+
+
+FULL_STEP = {
+    "event": "step", "step": 123_456, "steps": 1_000_000, "loss": 12.3456, "grad_norm": 123.456, "tokens_per_s": 1_234_567.8,
+    "tokens": 1, "seconds": 1000.0, "mfu": 0.4567, "memory_bytes": 79 * 2**30, "learning_rate": 1e-3,
+}  # fmt: skip
+
+
+def test_a_terminal_of_80_columns_shows_every_number_of_a_step_on_two_lines() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True)
+    with JobView(console, "a-model-with-a-name-far-too-long-for-a-line") as view:
+        view.show(events.encode({"event": "started", "steps": 1_000_000, "workers": 2, "strategy": "fsdp2"}))
+        view.show(events.encode({**FULL_STEP, "step": 123_356, "seconds": 900.0}))
+        view.show(events.encode(FULL_STEP))
+    # A frame is drawn over the one before: the cursor goes back.
+    bar, numbers = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").strip().splitlines()[-2:]
+    assert len(bar) <= 80 and len(numbers) <= 80
+    assert bar.startswith("a-model-with-a-name-fa") and "123456/1000000" in bar
+    assert bar.rstrip().endswith("10 d 3 h left")
+    assert numbers.strip().split("  ") == ["loss 12.346", "grad norm 123", "1,234,568 tok/s", "MFU 45.7 %", "79.00 GiB"]
+
+
+def test_an_evaluation_and_a_notice_get_a_line() -> None:
+    text, _ = shown(
+        STARTED,
+        events.encode({"event": "evaluation", "step": 50, "loss": 2.0, "perplexity": 7.389}),
+        events.encode({"event": "notice", "message": "MLflow gets no more numbers: [Errno 111]"}),
+    )
+    assert "evaluation at step 50: loss 2.000, perplexity 7.389" in text
+    assert "MLflow gets no more numbers: [Errno 111]" in text
+
+
+def test_the_time_to_finish_follows_the_jobs_own_clock() -> None:
+    pace = Pace()
+    assert pace.left_s({"step": 10, "steps": 100, "seconds": 5.0}) is None
+    assert pace.left_s({"step": 20, "steps": 100, "seconds": 25.0}) == pytest.approx(160)
+    assert pace.left_s({"step": 15, "steps": 100, "seconds": 1.0}) is None, "after a restart there is no pace yet"
+    assert pace.left_s({"step": 16, "steps": 100, "seconds": 2.0}) == pytest.approx(84)
+    assert pace.left_s({"step": 100, "steps": 100, "seconds": 90.0}) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(4.6, "5 s"), (185, "3:05 min"), (7620, "2:07 h"), (3 * 86400 + 4 * 3600, "3 d 4 h")]
+)
+def test_a_duration_is_said_in_units_that_fit(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

@@ -46,7 +46,7 @@ def test_pairs_have_no_perplexity(model: torch.nn.Module):
     from tandem.data.packing import pack_preferences
 
     pair = (Encoded([5, 6, 7], [False, True, True]), Encoded([5, 8], [False, True]))
-    objective = Dpo(DpoConfig(), FrozenModel(copy.deepcopy(model)))
+    objective = Dpo(DpoConfig(), FrozenModel(copy.deepcopy(model).requires_grad_(False)))
     found = evaluate(model, objective, pack_preferences([pair], 8, 0), rank=0, ranks=1, batch_rows=4, device=CPU)
     assert found == {"loss": pytest.approx(math.log(2)), "reward_margin": 0.0, "reward_accuracy": 0.0}
 

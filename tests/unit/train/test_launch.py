@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tandem.config import DataConfig, ParallelismConfig, TrainConfig
-from tandem.errors import ClusterError
-from tandem.train.launch import check_room
+from tandem.config import DataConfig, DpoConfig, LoraConfig, ModelConfig, ParallelismConfig, TrainConfig
+from tandem.data.tokenize import TextEncoder, train_tokenizer
+from tandem.errors import ClusterError, ConfigError
+from tandem.registry import BaseRef
+from tandem.train.launch import check_room, reference_model
 
 
 def config(**parallel: float) -> TrainConfig:
@@ -25,3 +29,41 @@ def test_workers_that_the_whole_cluster_cannot_hold_are_refused_with_the_numbers
 def test_workers_that_fit_are_not():
     check_room(config(workers=3), {"CPU": 4.0})
     check_room(config(workers=2, gpus_per_worker=1), {"CPU": 8.0, "GPU": 2.0})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `base`, `alike` and `other`: the last with another tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, text in (("base", "some words"), ("alike", "some words"), ("other", "different letters entirely")):
+        train_tokenizer([text] * 5, folder / name, vocab_size=270)
+        (folder / name / "config.json").write_text("{}")
+        (folder / name / "model.safetensors").write_bytes(b"x")
+    return folder
+
+
+def reference_of(models: Path, reference: str | None, *, lora: bool = False, objective: str = "dpo") -> Path | None:
+    base = BaseRef(id="base@1", path=models / "base", max_length=None, record=None)
+    dpo = objective == "dpo"
+    job = TrainConfig(
+        name="a", data=DataConfig(path="x"), model=ModelConfig(base="base"), objective=objective,
+        lora=LoraConfig(rank=4) if lora else None,
+        dpo=DpoConfig(reference=str(models / reference) if reference else None) if dpo else None,
+    )  # fmt: skip
+    return reference_model(job, base, TextEncoder(str(models / "base")))
+
+
+def test_preferences_are_compared_with_the_base_or_the_model_that_is_named(models: Path):
+    assert reference_of(models, None) == models / "base"
+    assert reference_of(models, "alike") == models / "alike"
+    assert reference_of(models, "alike", lora=True) == models / "alike"
+
+
+def test_adapters_are_compared_with_their_base_which_needs_no_second_model(models: Path):
+    assert reference_of(models, None, lora=True) is None
+    assert reference_of(models, None, objective="next_token") is None
+
+
+def test_a_reference_with_another_tokenizer_is_refused_with_the_numbers(models: Path):
+    with pytest.raises(ConfigError, match=r"another tokenizer than model\.base \(base@1\): \d+ tokens, of which \d+"):
+        reference_of(models, "other")

@@ -1,0 +1,244 @@
+"""`tandem train sweep`: try several values for keys of a config, side by side, and register the best model that comes of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from tandem.cli.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
+from tandem.cli.summary import say_finished
+from tandem.cluster import Cluster
+from tandem.config import apply_overrides
+from tandem.config.load import read_yaml
+from tandem.config.sweep import METRICS, parse_parameter, plan_trials, score
+from tandem.jobs.client import JobClient
+from tandem.jobs.folder import JobFolder, JobState
+from tandem.jobs.sweep import WATCHING_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep
+from tandem.observability import events
+
+COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "stopped": "yellow"}
+
+
+def sweep_command(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The job as YAML (see train_apps/recipes).")],
+    params: Annotated[
+        list[str],
+        typer.Option(
+            "--param",
+            "-p",
+            metavar="KEY=...",
+            help="Values to try, such as optimizer.learning_rate=1e-3,3e-3 or =loguniform(1e-4,1e-2); also uniform, randint.",
+        ),
+    ],
+    trials: Annotated[int | None, typer.Option(help="How many trials; unset: all combinations of the values.")] = None,
+    metric: Annotated[str, typer.Option(help=f"What they are compared by: {', '.join(METRICS)}.")] = "loss",
+    parallel: Annotated[
+        int | None, typer.Option(help="Trials at once; unset: as many as the cluster has room for.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random: the same seed gives the same trials.")] = 0,
+    overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the sweep goes on.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Print the log as it is instead of a table.")] = False,
+) -> None:
+    """Try values for keys of a config, each as a job of its own; the best model is registered under the config's name."""
+    with friendly_errors():
+        planned = plan_trials([parse_parameter(text) for text in params], trials, seed=seed)
+        values = apply_overrides(read_yaml(config), overrides)
+        sweep = prepare_sweep(values, planned, metric=metric, parallel=parallel or len(planned))
+        raise SystemExit(submit_sweep(sweep, share_cores=parallel is None, detach=detach, raw=raw))
+
+
+def submit_sweep(sweep: SweepFolder, *, share_cores: bool, detach: bool = False, raw: bool = False) -> int:
+    """Submit a sweep to the cluster at RAY_ADDRESS, or to a local one, and follow it; returns its exit status.
+
+    `share_cores`: on a local cluster, state no more CPUs than the machine has cores for, so that trials do not slow each other.
+    """
+    plan = sweep.plan()
+    console.print(f"Sweep [bold]{sweep.id}[/]: {len(plan.trials)} trials")
+    if end := sweep.swept():
+        say_swept(sweep, end)
+        return 0
+    with a_cluster(num_cpus=cpus_for(sweep, share_cores=share_cores), keep=detach) as cluster:
+        if detach:
+            JobClient(cluster).submit(sweep)
+            console.print(f"Submitted. `tandem train status {sweep.id}` tells how it is.")
+            return 0
+        return follow_sweep(cluster, sweep, raw=raw)
+
+
+def follow_sweep(cluster: Cluster, sweep: SweepFolder, *, raw: bool = False) -> int:
+    """Submit a prepared sweep and show it until it is over; returns its exit status.
+
+    Ctrl-C stops a sweep on a cluster of our own, and lets go of one on any other.
+    """
+    client = JobClient(cluster)
+    submission = client.submit(sweep)
+    with SweepView(console, sweep.plan(), raw=raw) as view:
+        try:
+            for line in client.follow(submission):
+                view.show(line)
+        except BaseException as left:
+            if not isinstance(left, KeyboardInterrupt | SystemExit):
+                raise
+            if not cluster.owned:
+                console.print(f"\nThe sweep goes on. `tandem train stop {sweep.id}` ends it.")
+                return INTERRUPTED
+            with uninterrupted():
+                stop_sweep(client, sweep, timeout_s=10)
+            console.print("\nStopped. The same command goes on with the trials that are not finished.")
+            raise
+    status = client.exit_status(submission)
+    if status == 0 and (end := sweep.swept()):
+        say_swept(sweep, end, table=raw or not console.is_terminal)
+    elif client.state(submission) is JobState.STOPPED:
+        console.print(
+            f"[yellow]{sweep.id} was stopped.[/] The same command goes on with the trials that are not finished."
+        )
+    elif status != 0:
+        failed = sweep.last("failed") or {}
+        reason = failed.get("error") or "\n".join(view.other_lines[-15:]) or client.message(submission)
+        console.print(f"[bold red]{sweep.id} failed:[/] {escape(str(reason))}", soft_wrap=True)
+    return status or (0 if sweep.swept() else 1)
+
+
+class SweepView:
+    """Shows a sweep's log: a table that lives where there is a terminal, else a line for each trial that begins or ends."""
+
+    def __init__(self, output: Console, plan: SweepPlan, *, raw: bool = False) -> None:
+        self.console, self.plan, self.raw = output, plan, raw
+        self.other_lines: list[str] = []
+        """The newest lines of the log that are not events."""
+        self._news: dict[int, dict[str, Any]] = {}
+        self._live = Live(console=output, auto_refresh=False) if output.is_terminal and not raw else None
+
+    def __enter__(self) -> SweepView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, line: str) -> None:
+        """Show one line of the sweep's log."""
+        event = events.decode(line)
+        if self.raw:
+            self.console.print(line, markup=False, soft_wrap=True)
+        elif event is None:
+            self.other_lines = [*self.other_lines[-200:], line]
+        elif event["event"] == "sweeping":
+            self.console.print(f"  [dim]·[/] {event['parallel']} of {event['trials']} at once")
+        elif event["event"] == "trial":
+            self._take(event)
+        elif event["event"] == "swept" and self._live is not None:
+            self._live.update(trials_table(self.plan, self._news, best=event["best"]), refresh=True)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        number, before = int(event["trial"]), self._news.get(int(event["trial"]), {})
+        self._news[number] = {**before, **event}
+        if self._live is not None:
+            self._live.update(trials_table(self.plan, self._news), refresh=True)
+        elif event["state"] != before.get("state") and event["state"] != JobState.PENDING:
+            loss = f", loss {event['loss']:.3f}" if "loss" in event else ""
+            trial = " ".join(f"{k}={v}" for k, v in self.plan.trials[number - 1].items())
+            why = f": {escape(str(event['error']))}" if "error" in event else ""
+            self.console.print(
+                f"  [dim]·[/] trial {number} ({escape(trial)}) {event['state']}{loss}{why}", soft_wrap=True
+            )
+
+
+def trials_table(plan: SweepPlan, news: Mapping[int, Mapping[str, Any]], *, best: int | None = None) -> Table:
+    """A row for each trial: its values, and what is known of it by its number (from 1)."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("trial", justify="right")
+    for key in plan.trials[0]:
+        # The last word says it; the whole key is in the command.
+        table.add_column(key.rpartition(".")[2], justify="right")
+    table.add_column("state")
+    shown = [("step", "step"), ("loss", "loss"), ("tok/s", "tokens_per_s")]
+    if plan.metric not in dict(shown).values():
+        shown.append((plan.metric, plan.metric))
+    for title, _ in shown:
+        table.add_column(title, justify="right")
+    for number, trial in enumerate(plan.trials, 1):
+        told = news.get(number, {})
+        state = str(told.get("state", "waiting"))
+        table.add_row(
+            f"[green]★[/] {number}" if number == best else str(number),
+            *(escape(value) for value in trial.values()),
+            f"[{COLOURS.get(state, 'white')}]{state}[/]",
+            *(_cell(key, told) for _, key in shown),
+        )
+    return table
+
+
+def _cell(key: str, told: Mapping[str, Any]) -> str:
+    value = told.get(key)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return ""
+    if key == "step":
+        return f"{value:.0f}/{told['steps']:.0f}" if "steps" in told else f"{value:.0f}"
+    return f"{value:,.0f}" if key in ("tokens_per_s", "memory_bytes") else f"{value:.4f}"
+
+
+def as_told(jobs: Iterable[JobFolder], metric: str, client: JobClient | None = None) -> dict[int, dict[str, Any]]:
+    """What is known of each trial by its job's folder, and by the cluster if there is one."""
+    found = {}
+    for number, job in enumerate(jobs, 1):
+        sent = job.submissions()
+        summary = job.summary(client.state(str(sent[-1]["id"])) if client and sent else None)
+        step = job.last("step") or {}
+        evaluation = job.last("evaluation") or {}
+        value = score(metric, job.events())
+        found[number] = {
+            **step,
+            "evaluation_loss": evaluation.get("loss"),
+            "state": "waiting" if summary.state is JobState.NEW else str(summary.state),
+            metric: value,
+        }
+    return found
+
+
+def say_swept(sweep: SweepFolder, end: Mapping[str, Any], *, table: bool = True) -> None:
+    """Print the trials of a sweep that is done, and its best one."""
+    plan = sweep.plan()
+    if table:
+        console.print(trials_table(plan, as_told(sweep.jobs(), plan.metric), best=end["best"]))
+    values = " ".join(f"--set {key}={value}" for key, value in plan.trials[end["best"] - 1].items())
+    console.print(
+        f"\nThe best is trial {end['best']}, with a {plan.metric} of {end['score']:.4g}: {escape(values)}",
+        soft_wrap=True,
+    )
+    say_finished(sweep.jobs()[end["best"] - 1])
+
+
+def say_sweep(sweep: SweepFolder, client: JobClient | None) -> None:
+    """Print how a sweep stands."""
+    if end := sweep.swept():
+        say_swept(sweep, end)
+        return
+    plan = sweep.plan()
+    console.print(trials_table(plan, as_told(sweep.jobs(), plan.metric, client)))
+
+
+def cpus_for(sweep: SweepFolder, *, share_cores: bool) -> int:
+    """CPUs that a local cluster states: as many as the trials that run at once ask for.
+
+    With `share_cores`, that is as many trials as have a core for each worker.
+    """
+    configs = [job.config() for job in sweep.jobs()]
+    workers = max(config.parallel.workers * config.parallel.cpus_per_worker for config in configs)
+    readers = max(config.data.readers for config in configs)
+    cores = os.cpu_count() or 1
+    at_once = max(1, int(cores // workers)) if share_cores and workers else sweep.plan().parallel
+    return max(cores, math.ceil(at_once * (workers + readers + WATCHING_CPUS)))

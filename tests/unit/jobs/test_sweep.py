@@ -1,0 +1,129 @@
+"""A sweep's trials are jobs like any other, all of them checked before one starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.config import DataConfig, ParallelismConfig, TrainConfig
+from tandem.data.build import build_dataset
+from tandem.errors import ClusterError, ConfigError
+from tandem.jobs.folder import JobFolder
+from tandem.jobs.prepare import prepare
+from tandem.jobs.sweep import SweepFolder, find_sweep, prepare_sweep, trials_at_once
+from tandem.jobs.tune import best_of, reportable
+
+RATES = [{"optimizer.learning_rate": "1e-3"}, {"optimizer.learning_rate": "3e-3"}]
+
+
+@pytest.fixture
+def values(tandem_home: Path) -> dict[str, Any]:
+    source = tandem_home / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": f"a line of text {i} " * 30}) + "\n" for i in range(40)))
+    build_dataset(str(source), tandem_home / "data" / "texts", vocab_size=300)
+    return {"name": "m", "data": {"path": "texts", "sequence_length": 64}}
+
+
+def sweep_of(values: dict[str, Any], trials: list[dict[str, str]], **changes: Any) -> SweepFolder:
+    return prepare_sweep(values, trials, **{"metric": "loss", "parallel": 2, **changes})
+
+
+def finish(job: JobFolder, model: str | None) -> None:
+    job.export.mkdir(exist_ok=True)
+    (job.path / "events.jsonl").write_text(json.dumps({"event": "finished", "model": model, "loss": 1.0}) + "\n")
+
+
+def test_a_trial_is_the_job_that_its_values_make_but_is_not_registered(values: dict[str, Any]):
+    sweep = sweep_of(values, RATES)
+    first, second = sweep.jobs()
+    assert (first.config().register, second.config().optimizer.learning_rate) == (False, 0.003)
+    by_hand = first.config()
+    assert prepare(replace(by_hand, register=True)) == first
+    assert sweep.plan().trials == tuple(RATES)
+    assert sweep.plan().register
+
+
+def test_a_finished_trial_counts_as_finished_until_it_is_wanted_in_the_registry(values: dict[str, Any]):
+    job = sweep_of(values, RATES).jobs()[0]
+    finish(job, None)
+    assert job.finished()
+    prepare(replace(job.config(), register=True))
+    assert job.finished() is None
+    finish(job, "m@1")
+    assert job.finished()
+
+
+def test_the_same_sweep_is_the_same_folder_and_another_metric_another(values: dict[str, Any]):
+    first = sweep_of(values, RATES)
+    assert sweep_of(values, RATES, parallel=1) == first
+    assert sweep_of(values, RATES, metric="mfu") != first
+    assert find_sweep(first.id) == first
+    assert find_sweep("m") is None, "a job's id starts so too"
+
+
+def test_trials_that_differ_only_in_how_they_run_are_jobs_of_their_own(values: dict[str, Any]):
+    jobs = sweep_of(values, [{"parallel.workers": "1"}, {"parallel.workers": "2"}], metric="tokens_per_s").jobs()
+    assert [job.config().parallel.workers for job in jobs] == [1, 2]
+    read = sweep_of(values, [{"data.readers": "0.25"}, {"data.readers": "0.5"}]).jobs()
+    assert [job.config().data.readers for job in read] == [0.25, 0.5]
+
+
+def test_nothing_is_written_when_one_trial_cannot_be(values: dict[str, Any], tandem_home: Path):
+    with pytest.raises(
+        ConfigError, match=r"The trial optimizer.learnin_rate=1 cannot be: .*Did you mean 'learning_rate'"
+    ):
+        sweep_of(values, [*RATES, {"optimizer.learnin_rate": "1"}])
+    with pytest.raises(ConfigError, match="--metric is 'los'.*Did you mean 'loss'"):
+        sweep_of(values, RATES, metric="los")
+    with pytest.raises(ConfigError, match="--parallel is 0"):
+        sweep_of(values, RATES, parallel=0)
+    assert not (tandem_home / "jobs").exists()
+    assert not (tandem_home / "sweeps").exists()
+
+
+def test_values_that_mean_the_same_are_refused(values: dict[str, Any]):
+    with pytest.raises(ConfigError, match="are the same job"):
+        sweep_of(values, [{"seed": "1"}, {"seed": "0x1"}])
+
+
+def test_a_sweep_is_done_when_its_best_trial_is_there(values: dict[str, Any]):
+    sweep = sweep_of(values, RATES)
+    assert sweep.swept() is None
+    end = {"event": "swept", "best": 1, "score": 1.0, "job": sweep.jobs()[0].id}
+    (sweep.path / "events.jsonl").write_text(json.dumps(end) + "\n")
+    assert sweep.swept() is None
+    finish(sweep.jobs()[0], None)
+    assert sweep.swept() == end
+
+
+def config(**parallel: float) -> TrainConfig:
+    return TrainConfig(name="a", data=DataConfig(path="x"), parallel=ParallelismConfig(**parallel), batch_size=24)
+
+
+def test_no_more_trials_run_at_once_than_the_largest_has_room_for():
+    two = [config(workers=1), config(workers=2)]
+    assert trials_at_once(two, {"CPU": 4.51}, 8) == 2
+    assert trials_at_once(two, {"CPU": 4.5}, 8) == 1
+    assert trials_at_once(two, {"CPU": 64.0}, 3) == 3
+    assert trials_at_once([config(workers=2, gpus_per_worker=1)], {"CPU": 64.0, "GPU": 5.0}, 8) == 2
+    with pytest.raises(ClusterError, match="needs 2.251 CPU, and the whole cluster has 2"):
+        trials_at_once(two, {"CPU": 2.0}, 8)
+
+
+def test_the_best_is_the_first_of_the_best_scores():
+    assert best_of("loss", [None, 2.0, 1.0, 1.0]) == 2
+    assert best_of("tokens_per_s", [0.0, None, 5.0]) == 2
+    assert best_of("loss", [None, None]) is None
+
+
+def test_a_trial_reports_numbers_alone():
+    told = {
+        "step": {"event": "step", "time": 1.0, "step": 3, "loss": 2.0},
+        "evaluation": {"loss": 2.5, "perplexity": 12.0},
+    }
+    assert reportable(told) == {"step": 3, "loss": 2.0, "evaluation_loss": 2.5, "perplexity": 12.0}
+    assert reportable({}) == {}
