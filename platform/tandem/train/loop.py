@@ -18,7 +18,7 @@ from tandem.train.ema import Ema
 from tandem.train.objective import NextToken, Objective, Sums, step_loss
 from tandem.train.optimizer import set_learning_rate
 from tandem.train.pipeline import Pipeline
-from tandem.train.placement import PlacedModel
+from tandem.train.placement import Trained
 from tandem.train.precision import LossScaler, computing
 from tandem.train.schedule import learning_rate
 
@@ -52,7 +52,7 @@ class LoopState:
 
 
 def train(
-    model: PlacedModel,
+    model: Trained,
     optimizer: torch.optim.Optimizer,
     rows: RowSource,
     config: TrainConfig,
@@ -77,7 +77,6 @@ def train(
     degrees = model.mesh.degrees
     data_ranks, ranks, spread = degrees.data_parallel, degrees.token_parallel, dist.is_initialized()
     share = config.batch_size // data_ranks
-    parameters = [p for p in model.parameters() if p.requires_grad]
     began = marked = time.perf_counter()
     since = 0
     while state.step < config.steps:
@@ -92,14 +91,9 @@ def train(
             targets = targets // (dist.get_world_size() // data_ranks)
         scale = scaler.scale if scaler else 1.0
         total, sums = backward(model, batch, targets, config, ranks, objective, scale)
-        if scaler:
-            scaler.unscale(p.grad for p in parameters if p.grad is not None)
-        norm = model.clip(config.optimizer.clip_norm)
-        if scaler is None or scaler.accept(norm):
-            optimizer.step()
-            if ema:
-                ema.update(model)
-        optimizer.zero_grad()
+        norm, taken = model.step(optimizer, config.optimizer.clip_norm, scaler)
+        if taken and ema:
+            ema.update(model)
         # A row of preferences is two rows of tokens.
         tokens = config.batch_size * batch.shape[1] // 3 * batch.shape[2]
         state.tokens += tokens
@@ -141,7 +135,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def backward(
-    model: PlacedModel,
+    model: Trained,
     batch: Tensor,
     targets: Tensor,
     config: TrainConfig,
@@ -165,7 +159,7 @@ def backward(
             with model.gradients_synced(number == len(pieces)):
                 with computing(model, config.precision, batch.device):
                     summed, others = objective.loss(model, piece)
-                (step_loss(summed, targets, ranks) * scale).backward()
+                model.backward(step_loss(summed, targets, ranks) * scale)
             total += summed.detach()
             for name, value in others.items():
                 sums[name] = sums[name] + value if name in sums else value

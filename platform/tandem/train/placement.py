@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from tandem.config import TrainConfig
 from tandem.errors import LayoutError
@@ -24,9 +26,56 @@ from tandem.train.context_parallel import share_sequences
 from tandem.train.expert_parallel import SharedExperts, split_experts
 from tandem.train.mesh import Mesh
 from tandem.train.pipeline import PARTS, Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
-from tandem.train.precision import sharding_policy
+from tandem.train.precision import LossScaler, sharding_policy
 from tandem.train.stage import Share, Stage, whole_sequence
 from tandem.train.tensor_parallel import split_tensors
+
+
+class Trained(Protocol):
+    """What the loop asks of a model, however it is laid over the ranks: by `place`, or by DeepSpeed."""
+
+    mesh: Mesh
+    share: Share
+    """Cuts this rank's part out of a sequence."""
+    pipeline: Pipeline | None
+    training: bool
+
+    @property
+    def whole(self) -> nn.Module:
+        """The transformers or peft model, with what this rank has of it."""
+        ...
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are cast to the computing type by what holds them; else autocast does it."""
+        ...
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
+        """Token ids and positions (B, T), whole, to `.logits` (B, T or this rank's part of it, V or a DTensor cut along it)."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Dropout on (or off)."""
+        ...
+
+    def gradients_synced(self, sync: bool) -> AbstractContextManager[None]:
+        """Exchange gradients in this backward pass only if `sync`: once a step, with the last micro-batch."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch."""
+        ...
+
+    def finish_gradients(self) -> None:
+        """What is left to exchange after the last backward pass of a step."""
+        ...
+
+    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None) -> tuple[float, bool]:
+        """Clip gradients to a global norm of `limit` (0: leave them), take a step, and forget them.
+
+        Returns the norm before clipping, over the whole mesh, and whether the step was taken: not if float16 overflowed.
+        """
+        ...
 
 
 class PlacedModel(nn.Module):
@@ -86,6 +135,21 @@ class PlacedModel(nn.Module):
                 module.set_requires_gradient_sync(sync, recurse=False)
         yield
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch."""
+        loss.backward()
+
+    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None) -> tuple[float, bool]:
+        """Clip gradients to a global norm of `limit`, take a step, and forget them: the norm, and whether it was taken."""
+        if scaler:
+            scaler.unscale(p.grad for p in self.parameters() if p.grad is not None)
+        norm = self.clip(limit)
+        taken = scaler is None or scaler.accept(norm)
+        if taken:
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm, taken
+
     def finish_gradients(self) -> None:
         """What is left to exchange after the last backward pass of a step."""
         if self._tied is not None:
@@ -137,7 +201,9 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         for number, kept in zip(numbers, layers, strict=True)
     ]
     # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
-    replicated = parallel.strategy == "ddp" and degrees.dp_replicate > 1 and any(p.requires_grad for p in model.parameters())
+    replicated = (
+        parallel.strategy == "ddp" and degrees.dp_replicate > 1 and any(p.requires_grad for p in model.parameters())
+    )
     if parallel.strategy == "fsdp2" and dist.is_initialized():
         for stage in stages:
             _shard(stage, mesh, config)
