@@ -32,24 +32,36 @@ class Case:
     """llama, qwen3 or moe; with `lora` or `dora` behind a plus."""
     workers: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Set: the strategy is deepspeed."""
     accumulate: int = 2
     tied: bool = True
 
     @property
     def name(self) -> str:
         """As the table shows it."""
-        degrees = [f"{key} {value}" for key, value in self.parallel.items()]
+        degrees = [f"{key} {value}" for key, value in (self.parallel | self.deepspeed).items()]
         return f"{self.model}: {', '.join(degrees) or 'one process'}"
 
     @property
     def alone(self) -> Case:
         """The same in one process."""
-        return replace(self, workers=1, parallel={})
+        return replace(self, workers=1, parallel={}, deepspeed={})
 
 
+ZERO = (
+    {"stage": 1},
+    {"stage": 2},
+    {"stage": 3},
+    {"stage": 1, "offload_optimizer": "cpu"},
+    {"stage": 2, "offload_optimizer": "cpu"},
+    {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+)
 CASES = (
     Case(workers=2, parallel={"strategy": "ddp"}),
     Case(workers=2, parallel={"strategy": "fsdp2"}),
+    *(Case(workers=2, parallel={"strategy": "deepspeed"}, deepspeed=zero) for zero in ZERO),
+    Case(model="llama+lora", workers=2, parallel={"strategy": "deepspeed"}, deepspeed={"stage": 3}),
     Case(workers=4, parallel={"replicate": 2}),
     Case(workers=2, parallel={"tensor": 2, "sequence_parallel": False}),
     Case(workers=2, parallel={"tensor": 2}),
@@ -159,7 +171,16 @@ def run(case: Case) -> list[list[float]]:
     import torch
     import torch.distributed as dist
 
-    from tandem.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainConfig
+    from tandem.config import (
+        DataConfig,
+        DeepSpeedConfig,
+        LoraConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelismConfig,
+        TrainConfig,
+    )
+    from tandem.train import deepspeed
     from tandem.train.loop import LoopState, train
     from tandem.train.lora import add_adapters
     from tandem.train.mesh import Degrees
@@ -177,6 +198,7 @@ def run(case: Case) -> list[list[float]]:
         model=ModelConfig(base="b") if lora else ModelConfig(),
         lora=lora,
         parallel=ParallelismConfig(workers=case.workers, **case.parallel),
+        deepspeed=DeepSpeedConfig(**case.deepspeed) if case.deepspeed else None,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, clip_norm=0.5, weight_decay=0.1),
         steps=STEPS,
         batch_size=ROWS,
@@ -190,8 +212,13 @@ def run(case: Case) -> list[list[float]]:
             if "lora_B" in name:  # zero at first: with it nothing would be learned by lora_A in the first step
                 torch.nn.init.normal_(parameter, std=0.05)
     mesh = Degrees.of(config.parallel).mesh("cpu", case.workers)
-    placed = place(model, mesh, config, cpu)
-    optimizer = build_optimizer(placed, config.optimizer, cpu)
+    if case.deepspeed:
+        # Of so small a model, ZeRO 3 would leave all parameters whole.
+        deepspeed.WHOLE_BELOW = 100
+        placed, optimizer = deepspeed.with_deepspeed(model, mesh, config, cpu)
+    else:
+        placed = place(model, mesh, config, cpu)
+        optimizer = build_optimizer(placed, config.optimizer, cpu)
     told: list[list[float]] = []
     train(
         placed, optimizer, Dealt(mesh.degrees.data_rank(dist.get_rank()), mesh.degrees.data_parallel), config, LoopState(),

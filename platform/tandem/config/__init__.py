@@ -1,6 +1,7 @@
 """What a person writes: frozen dataclasses, and the strict loader that turns YAML and `--set` into them."""
 
 from tandem.config.data import DataConfig
+from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
 from tandem.config.metrics import MetricsConfig, MlflowConfig, WandbConfig
 from tandem.config.model import LoraConfig, ModelConfig
@@ -13,6 +14,7 @@ from tandem.config.train import CheckpointConfig, TrainConfig
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DeepSpeedConfig",
     "DpoConfig",
     "EvaluationConfig",
     "GatewayConfig",

@@ -18,7 +18,7 @@ class ParallelismConfig:
     workers: int = 1
     """Processes, each with one device (or one CPU thread)."""
     strategy: str = "fsdp2"
-    """fsdp2 (parameters, gradients and optimizer sharded) or ddp (replicated)."""
+    """fsdp2 (parameters, gradients and optimizer sharded), ddp (replicated) or deepspeed (ZeRO, as `deepspeed` says)."""
     pipeline: int = 1
     """Stages that the layers are cut into, one after the other."""
     replicate: int = 1
@@ -41,7 +41,7 @@ class ParallelismConfig:
     def __post_init__(self) -> None:
         for key in ("workers", *DEGREES):
             check.at_least(f"parallel.{key}", getattr(self, key), 1)
-        check.one_of("parallel.strategy", self.strategy, ("fsdp2", "ddp"))
+        check.one_of("parallel.strategy", self.strategy, ("fsdp2", "ddp", "deepspeed"))
         check.one_of("parallel.schedule", self.schedule, SCHEDULES)
         check.at_least("parallel.cpus_per_worker", self.cpus_per_worker, 0.0)
         check.at_least("parallel.gpus_per_worker", self.gpus_per_worker, 0.0)
@@ -61,6 +61,11 @@ class ParallelismConfig:
         if self.strategy == "ddp" and inner * self.expert > 1:
             raise LayoutError(
                 f"parallel: {named or f'expert={self.expert}'} needs strategy fsdp2; ddp holds whole models."
+            )
+        if self.strategy == "deepspeed" and inner * self.replicate * self.expert > 1:
+            raise LayoutError(
+                f"parallel: {' x '.join(f'{key}={getattr(self, key)}' for key in DEGREES if getattr(self, key) > 1)} needs "
+                "strategy fsdp2; deepspeed shares the data only. Set strategy to 'fsdp2', or leave the degrees at 1."
             )
         if self.shard % self.expert:
             fits = next(n for n in range(self.expert, 0, -1) if self.shard % n == 0)

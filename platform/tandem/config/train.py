@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tandem.config import check
 from tandem.config.data import DataConfig
+from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.metrics import MetricsConfig
 from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
@@ -43,6 +44,8 @@ class TrainConfig:
     lora: LoraConfig | None = None
     """Set: only adapters are trained, and an adapter of `model.base` is registered."""
     parallel: ParallelismConfig = field(default_factory=ParallelismConfig)
+    deepspeed: DeepSpeedConfig | None = None
+    """How `parallel.strategy: deepspeed` shares the model; unset: ZeRO 3 without offload."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     steps: int = 100
@@ -94,6 +97,7 @@ class TrainConfig:
                 f"ema is {self.ema}; it must be above 0 and below 1, such as 0.999. Unset it for no average."
             )
         self._check_device()
+        self._check_deepspeed()
         self._check_objective()
         self._check_evaluation()
         if self.optimizer.decay_steps is not None:
@@ -134,6 +138,30 @@ class TrainConfig:
             raise ConfigError(
                 f"precision is 'float8' and lora is set (rank {self.lora.rank}): float8 trains whole matrices, and adapters "
                 "are too narrow to gain from it. Set precision to 'bfloat16', or unset lora."
+            )
+
+    def _check_deepspeed(self) -> None:
+        if self.parallel.strategy != "deepspeed":
+            if self.deepspeed is not None:
+                raise ConfigError(
+                    f"deepspeed is set, but parallel.strategy is {self.parallel.strategy!r}. Set it to 'deepspeed', or unset "
+                    "deepspeed."
+                )
+            return
+        for key, found, refused, instead in (
+            ("precision", self.precision, "float8", "bfloat16"),
+            ("optimizer.name", self.optimizer.name, "adamw_8bit", "adamw"),
+        ):
+            if found == refused:
+                raise ConfigError(
+                    f"{key} is {found!r}, which does not work in DeepSpeed's flat buffers. Set it to {instead!r}, or "
+                    "parallel.strategy to 'fsdp2'."
+                )
+        stage = (self.deepspeed or DeepSpeedConfig()).stage
+        if self.ema is not None and stage == 3:
+            raise ConfigError(
+                f"ema is {self.ema}, but ZeRO {stage} leaves no rank with parameters to average. Set deepspeed.stage to 1 or 2, "
+                "or parallel.strategy to 'fsdp2'."
             )
 
     def _check_objective(self) -> None:

@@ -41,6 +41,7 @@ from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
+from tandem.train.deepspeed import check_deepspeed
 from tandem.train.mailbox import open_mailbox
 from tandem.train.metrics import Metrics, metrics_of
 from tandem.train.plot import plot_run
@@ -82,6 +83,7 @@ def run_job(job: Path, journal: Journal) -> None:
             done |= _register(config, job, _base(config), index, done.get("loss"))
         journal.write({k: v for k, v in done.items() if k != "time"})
         return
+    check_deepspeed(config)
     folder, index = find_dataset(config.data.path)
     config.check_kind(index.kind, str(folder))
     base = _base(config)

@@ -32,6 +32,11 @@ class Trained(nn.Module, abc.ABC):
         """The transformers or peft model, with what this rank has of it, under the names that checkpoints have."""
 
     @property
+    def saved(self) -> nn.Module:
+        """What `checkpoint.sharded` is to save, or to load into."""
+        return self.whole
+
+    @property
     @abc.abstractmethod
     def sharded(self) -> bool:
         """Whether what holds the parameters casts them to the computing type; else autocast does it."""

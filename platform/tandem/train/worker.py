@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
 
 from tandem.checkpoint import folders, sharded
 from tandem.checkpoint.export import export
@@ -22,13 +24,14 @@ from tandem.data.build import tokenizer_files
 from tandem.data.stream import Stream
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import TandemError
+from tandem.train.deepspeed import with_deepspeed
 from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
 from tandem.train.ema import Ema
 from tandem.train.evaluate import evaluate
 from tandem.train.flops import Meter
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees
+from tandem.train.mesh import Degrees, Mesh
 from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
 from tandem.train.optimizer import build_optimizer
@@ -103,8 +106,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     if config.precision == "float8":
         built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
-    model = place(built, degrees.mesh(device.type, world), config, device)
-    optimizer = build_optimizer(model, config.optimizer, device)
+    model, optimizer = _laid_out(built, degrees.mesh(device.type, world), config, device)
     objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
@@ -113,7 +115,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     root = task.job / "checkpoints"
     newest = folders.latest(root)
-    found = sharded.load(newest, model.whole, optimizer, extra=extra) if newest else None
+    found = sharded.load(newest, model.saved, optimizer, extra=extra) if newest else None
     state = LoopState(step=found.step, tokens=found.tokens) if found else LoopState()
     last_loss = found.loss if found else None
     emit(
@@ -137,7 +139,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             world=world,
             cursor=task.stream.cursor(now.step * config.batch_size),
         )
-        path = sharded.save(root, model.whole, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
+        path = sharded.save(root, model.saved, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
         emit({"event": "checkpoint", "step": now.step, "path": str(path)})
 
     def averaged() -> AbstractContextManager[None]:
@@ -166,6 +168,13 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     emit({"event": "exported", "loss": last_loss, "step": state.step, "tokens": state.tokens})
 
 
+def _laid_out(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> tuple[Trained, Optimizer]:
+    if config.parallel.strategy == "deepspeed":
+        return with_deepspeed(model, mesh, config, device)
+    placed = place(model, mesh, config, device)
+    return placed, build_optimizer(placed, config.optimizer, device)
+
+
 def _kind(task: WorkerTask) -> str:
     return "dpo" if task.config.objective == "dpo" else "sft" if task.base else "pretrain"
 
@@ -178,4 +187,7 @@ def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: t
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
     reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
+    if config.parallel.strategy == "deepspeed":
+        # It is not trained: FSDP2 shards it as ZeRO 3 would.
+        config = replace(config, deepspeed=None, parallel=replace(config.parallel, strategy="fsdp2"))
     return Dpo(chosen, FrozenModel(place(reference, model.mesh, config, device)))
