@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import cast
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -98,7 +97,7 @@ class Mesh:
 
     def __getitem__(self, axis: str) -> DeviceMesh:
         """One axis: pp, dp_replicate, ep, cp or tp."""
-        return cast(DeviceMesh, self.whole[axis])
+        return self.whole[axis]
 
     @property
     def parameters(self) -> DeviceMesh:
@@ -113,9 +112,9 @@ class Mesh:
     @property
     def experts_cut(self) -> DeviceMesh:
         """What the experts of a mixture are cut over: (ep, tp)."""
-        return cast(DeviceMesh, self.whole["ep", "tp"])
+        return self.whole["ep", "tp"]
 
     def _over(self, name: str, inner: DeviceMesh) -> DeviceMesh:
         if self.degrees.dp_replicate == 1:
             return inner
-        return cast(DeviceMesh, self.whole["dp_replicate", name])
+        return self.whole["dp_replicate", name]

@@ -26,7 +26,7 @@ from tandem.train.expert_parallel import SharedExperts, split_experts
 from tandem.train.mesh import Mesh
 from tandem.train.model import reshard
 from tandem.train.pipeline import PARTS, Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
-from tandem.train.precision import LossScaler, sharding_policy
+from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
 from tandem.train.stage import Share, Stage, whole_sequence
 from tandem.train.tensor_parallel import split_tensors
 from tandem.train.trained import Trained
@@ -185,7 +185,8 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     replicated = (
         parallel.strategy == "ddp" and degrees.dp_replicate > 1 and any(p.requires_grad for p in model.parameters())
     )
-    if parallel.strategy == "fsdp2" and dist.is_initialized():
+    # One process has nothing to share out, but may have to compute in another type than its weights have.
+    if parallel.strategy == "fsdp2" and (degrees.world > 1 or config.precision in COMPUTED_IN):
         for stage in stages:
             _shard(stage, mesh, config)
     pipeline = None
