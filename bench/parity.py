@@ -184,8 +184,7 @@ def run(case: Case) -> list[list[float]]:
     from tandem.train.loop import LoopState, train
     from tandem.train.lora import add_adapters
     from tandem.train.mesh import Degrees
-    from tandem.train.optimizer import build_optimizer
-    from tandem.train.placement import place
+    from tandem.train.strategy import lay_out
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -212,13 +211,9 @@ def run(case: Case) -> list[list[float]]:
             if "lora_B" in name:  # zero at first: with it nothing would be learned by lora_A in the first step
                 torch.nn.init.normal_(parameter, std=0.05)
     mesh = Degrees.of(config.parallel).mesh("cpu", case.workers)
-    if case.deepspeed:
-        # Of so small a model, ZeRO 3 would leave all parameters whole.
-        deepspeed.WHOLE_BELOW = 100
-        placed, optimizer = deepspeed.with_deepspeed(model, mesh, config, cpu)
-    else:
-        placed = place(model, mesh, config, cpu)
-        optimizer = build_optimizer(placed, config.optimizer, cpu)
+    # Of so small a model, ZeRO 3 would leave all parameters whole.
+    deepspeed.WHOLE_BELOW = 100
+    placed, optimizer = lay_out(model, mesh, config, cpu)
     told: list[list[float]] = []
     train(
         placed, optimizer, Dealt(mesh.degrees.data_rank(dist.get_rank()), mesh.degrees.data_parallel), config, LoopState(),

@@ -40,10 +40,9 @@ from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
 from tandem.train.model import build_model
 from tandem.train.objective import NextToken, Objective
-from tandem.train.optimizer import build_optimizer
-from tandem.train.placement import place
 from tandem.train.precision import LossScaler
 from tandem.train.recompute import recompute_activations
+from tandem.train.strategy import lay_out, lay_out_frozen
 
 STEPS = 5
 CPU = torch.device("cpu")
@@ -59,16 +58,14 @@ class Run:
         model: Any = build_model(config.model, None, here.encoder, seed)
         if config.lora:
             model = add_adapters(model, config.lora, base_id="b@1", seed=seed)
-        self.model = self._laid_out(recompute_activations(model, config.recompute))
-        self.optimizer = build_optimizer(self.model, config.optimizer, CPU)
+        model = recompute_activations(model, config.recompute)
+        self.mesh = self.degrees.mesh("cpu", here.world)
+        self.model, self.optimizer = lay_out(model, self.mesh, config, CPU)
         self.ema = Ema(self.model, config.ema) if config.ema is not None else None
         self.scaler = LossScaler() if config.precision == "float16" else None
         self.objective = self._objective()
         self.reports: list[StepReport] = []
         self.evaluations: list[dict[str, float]] = []
-
-    def _laid_out(self, model: Any) -> Any:
-        return place(model, self.degrees.mesh("cpu", self.here.world), self.config, CPU)
 
     def _objective(self) -> Objective:
         if self.config.objective == "next_token":
@@ -76,10 +73,9 @@ class Run:
         if self.config.lora:
             return Dpo(self.config.dpo or DpoConfig(), WithoutAdapters())
         # Another seed than the trained model's: at the start, too, some pairs are preferred.
-        reference = self._laid_out(
-            build_model(self.config.model, None, self.here.encoder, seed=7).requires_grad_(False)
-        )
-        return Dpo(self.config.dpo or DpoConfig(), FrozenModel(reference))
+        reference = build_model(self.config.model, None, self.here.encoder, seed=7).requires_grad_(False)
+        frozen = FrozenModel(lay_out_frozen(reference, self.mesh, self.config, CPU))
+        return Dpo(self.config.dpo or DpoConfig(), frozen)
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -103,7 +99,7 @@ class Run:
         if resume:
             newest = folders.latest(root) if root else None
             assert newest is not None
-            found = sharded.load(newest, self.model.whole, self.optimizer, extra=self.extra)
+            found = sharded.load(newest, self.model.saved, self.optimizer, extra=self.extra)
             state = LoopState(found.step, found.tokens)
 
         class Stop(Exception):
@@ -112,7 +108,7 @@ class Run:
         def save(now: LoopState) -> None:
             if root:
                 saved = SavedState(step=now.step, tokens=now.tokens, loss=None, world=self.here.world)
-                sharded.save(root, self.model.whole, self.optimizer, saved, keep=2, extra=self.extra)
+                sharded.save(root, self.model.saved, self.optimizer, saved, keep=2, extra=self.extra)
             if now.step == stop:
                 raise Stop
 

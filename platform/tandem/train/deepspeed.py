@@ -7,17 +7,22 @@ scaling the loss, counting micro-batches and the learning rate stay with the loo
 from __future__ import annotations
 
 import contextlib
-import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import cpp_extension
 
-from tandem.config import DeepSpeedConfig, TrainConfig
+from tandem.config import DeepSpeedConfig, TrainConfig, to_dict
 from tandem.errors import EnvironmentProblem
+from tandem.ids import digest
+from tandem.settings import export
+from tandem.storage import disk_errors
 from tandem.train.mesh import Mesh
 from tandem.train.optimizer import build_optimizer
 from tandem.train.precision import LossScaler
@@ -35,7 +40,8 @@ def check_deepspeed(config: TrainConfig) -> None:
     """Raise EnvironmentProblem if this machine lacks what the config asks of DeepSpeed; nothing without that strategy."""
     if config.parallel.strategy != "deepspeed":
         return
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # Read by DeepSpeed when it is imported; else it looks for devices itself, and warns of finding none.
+    export({"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"})
     try:
         import deepspeed.ops.op_builder
     except ImportError as error:
@@ -45,11 +51,19 @@ def check_deepspeed(config: TrainConfig) -> None:
         ) from error
     chosen = config.deepspeed or DeepSpeedConfig()
     to_disk = [key for key in ("offload_optimizer", "offload_parameters") if getattr(chosen, key) == "nvme"]
-    if to_disk and not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+    if not to_disk:
+        return
+    needed = {
+        "libaio with its header (`apt install libaio-dev`, or name its folders in CFLAGS and LDFLAGS)": (
+            deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False)
+        ),
+        "a C++ compiler (`apt install g++`)": shutil.which(cpp_extension.get_cxx_compiler()),
+        "ninja on the PATH (`pip install ninja`)": cpp_extension.is_ninja_available(),
+    }
+    if missing := [name for name, there in needed.items() if not there]:
         raise EnvironmentProblem(
-            f"deepspeed.{to_disk[0]} is 'nvme', for which DeepSpeed compiles its async_io against libaio, and libaio (or its "
-            "header, or a C++ compiler) is not there. `apt install libaio-dev g++`, or name its folders in CFLAGS and LDFLAGS, "
-            f"or set {' and '.join(to_disk)} to 'cpu'."
+            f"deepspeed.{to_disk[0]} is 'nvme', for which DeepSpeed compiles its async_io. Missing here: {', '.join(missing)}. "
+            f"Install it, or set {' and '.join(to_disk)} to 'cpu'."
         )
 
 
@@ -58,17 +72,29 @@ def with_deepspeed(
 ) -> tuple[ZeroModel, Optimizer]:
     """`model` (a transformers causal LM, under peft or not, the same on every rank) in a DeepSpeed engine, and its optimizer.
 
-    The process group is there already. Raises EnvironmentProblem if this machine lacks what the config asks for.
+    The process group is there already. Raises EnvironmentProblem if this machine lacks what the config asks for, StorageError
+    if it cannot offload to the folder that it names.
     """
     check_deepspeed(config)
     import deepspeed
 
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # For inference between processes of one machine. It would be compiled here, for a minute, and not used.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    export({"LOCAL_RANK": str(device.index or 0)})
     optimizer = build_optimizer(model, config.optimizer, device)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=engine_options(model, config, pin=device.type == "cuda")
-    )
-    return ZeroModel(engine, optimizer, mesh), optimizer
+    folder = disk_folder(config)
+    if folder is not None:
+        with disk_errors("offloading to deepspeed.nvme_path", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    options = engine_options(model, config, pin=device.type == "cuda")
+    offload = options["zero_optimization"].get("offload_param", {})
+    if offload.get("device") == "nvme":
+        # The engine would name the type, and on a CPU DeepSpeed 0.19 then takes bfloat16: what goes to the disk would be rounded.
+        deepspeed.zero.Init(
+            module=model, config_dict_or_path=options, remote_device="nvme", pin_memory=offload["pin_memory"]
+        )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+    return ZeroModel(engine, optimizer, mesh, folder), optimizer
 
 
 def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[str, Any]:
@@ -84,7 +110,7 @@ def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[
         if place != "none":
             zero[name] = {"device": place, "pin_memory": pin}
         if place == "nvme":
-            zero[name]["nvme_path"] = chosen.nvme_path
+            zero[name]["nvme_path"] = str(disk_folder(config))
     if chosen.offload_parameters == "nvme":
         zero["offload_param"]["buffer_size"] = max(sizes)
     return {
@@ -97,13 +123,22 @@ def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[
     }
 
 
+def disk_folder(config: TrainConfig) -> Path | None:
+    """Where a job's workers keep what is offloaded to a disk: a folder that no other job has; None without."""
+    if config.deepspeed is None or config.deepspeed.nvme_path is None:
+        return None
+    return Path(config.deepspeed.nvme_path).expanduser() / f"{config.name}-{digest(to_dict(config))[:12]}"
+
+
 class ZeroModel(Trained):
     """A causal LM in a DeepSpeed engine."""
 
     _engine: Any
 
-    def __init__(self, engine: Any, optimizer: Optimizer, mesh: Mesh) -> None:
+    def __init__(self, engine: Any, optimizer: Optimizer, mesh: Mesh, folder: Path | None) -> None:
+        """`folder`: where the engine keeps what is offloaded to a disk."""
         super().__init__()
+        self._folder = folder
         self.mesh = mesh
         self.share = whole_sequence
         self.pipeline = None
@@ -188,6 +223,11 @@ class ZeroModel(Trained):
         """See `sharded.OwnState`."""
         self._state.put_back(content)
 
+    def close(self) -> None:
+        """See `Trained`: what was offloaded to a disk goes away."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
 
 @contextlib.contextmanager
 def _gathered(parameter: Tensor) -> Iterator[None]:
@@ -195,7 +235,7 @@ def _gathered(parameter: Tensor) -> Iterator[None]:
     if not hasattr(parameter, "ds_id"):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         yield

@@ -70,3 +70,6 @@ class Trained(nn.Module, abc.ABC):
 
         Every rank calls it. Names and shapes are those of the transformers or peft model.
         """
+
+    def close(self) -> None:
+        """Let go of what is kept outside of memory. Every rank calls it, when all are done."""

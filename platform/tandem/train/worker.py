@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.optim import Optimizer
 
 from tandem.checkpoint import folders, sharded
 from tandem.checkpoint.export import export
@@ -24,20 +22,18 @@ from tandem.data.build import tokenizer_files
 from tandem.data.stream import Stream
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import TandemError
-from tandem.train.deepspeed import with_deepspeed
 from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
 from tandem.train.ema import Ema
 from tandem.train.evaluate import evaluate
 from tandem.train.flops import Meter
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees, Mesh
+from tandem.train.mesh import Degrees
 from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
-from tandem.train.optimizer import build_optimizer
-from tandem.train.placement import place
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.recompute import recompute_activations
+from tandem.train.strategy import lay_out, lay_out_frozen
 from tandem.train.trained import Trained
 
 Emit = Callable[[dict[str, Any]], None]
@@ -106,7 +102,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     if config.precision == "float8":
         built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
-    model, optimizer = _laid_out(built, degrees.mesh(device.type, world), config, device)
+    model, optimizer = lay_out(built, degrees.mesh(device.type, world), config, device)
     objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
@@ -165,14 +161,8 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         export(model.whole, model.weights(), task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
         dist.barrier()
+    model.close()
     emit({"event": "exported", "loss": last_loss, "step": state.step, "tokens": state.tokens})
-
-
-def _laid_out(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> tuple[Trained, Optimizer]:
-    if config.parallel.strategy == "deepspeed":
-        return with_deepspeed(model, mesh, config, device)
-    placed = place(model, mesh, config, device)
-    return placed, build_optimizer(placed, config.optimizer, device)
 
 
 def _kind(task: WorkerTask) -> str:
@@ -187,7 +177,4 @@ def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: t
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
     reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
-    if config.parallel.strategy == "deepspeed":
-        # It is not trained: FSDP2 shards it as ZeRO 3 would.
-        config = replace(config, deepspeed=None, parallel=replace(config.parallel, strategy="fsdp2"))
-    return Dpo(chosen, FrozenModel(place(reference, model.mesh, config, device)))
+    return Dpo(chosen, FrozenModel(lay_out_frozen(reference, model.mesh, config, device)))

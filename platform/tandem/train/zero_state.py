@@ -127,6 +127,7 @@ class ZeroState(abc.ABC):
         state: dict[str, Tensor] = self._optimizer.state[buffer]
         if not state:
             # As AdamW makes them in its first step, which has not been taken.
+            changed = True
             state |= {key: torch.zeros_like(buffer, requires_grad=False) for key in MOMENTS}
             fused = self._optimizer.defaults.get("fused") or self._optimizer.defaults.get("capturable")
             state["step"] = torch.zeros((), dtype=torch.float32, device=buffer.device if fused else "cpu")
