@@ -22,14 +22,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 BAR = 1e-5
 STEPS, SAVED, ROWS, HELD, LENGTH = 5, 3, 8, 7, 32
-CLIP, RATE = 0.5, 1e-2
+CLIP, RATE = 0.5, 3e-3
+"""RATE: at 1e-2 AdamW made of a rounding error of 5e-8 in the first gradients one of 1e-5 in the fifth's norm."""
 COLUMNS = ("loss", "gradient norm", "evaluation", "exported", "resumed")
 
 
@@ -163,8 +164,8 @@ def difference(expected: list[float], found: list[float]) -> float:
     return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, found, strict=True))
 
 
-def world(numbers: list[int], workers: int) -> list[dict[str, Any]]:
-    """Run cases in one world of `workers` processes; what rank 0 told of each."""
+def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
+    """Run cases in one world of `workers` processes; what rank 0 tells of each."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     with contextlib.ExitStack() as stack:
@@ -185,12 +186,14 @@ def world(numbers: list[int], workers: int) -> list[dict[str, Any]]:
         ]  # fmt: skip
         for process in processes:
             stack.callback(process.kill)
-        said = processes[0].communicate(timeout=1800)[0]
-        for rank, process in enumerate(processes):
-            if process.wait(60):
-                logs[rank].seek(0)
-                raise SystemExit(f"Rank {rank} ended with {process.returncode}:\n{logs[rank].read()[-4000:]}")
-    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        assert processes[0].stdout is not None
+        for line in processes[0].stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        failed = {rank: (folder / f"log-{rank}").read_text() for rank, p in enumerate(processes) if p.wait(60)}
+    # Ranks that only lost a peer say little.
+    for rank, said in sorted(failed.items(), key=lambda item: "closed by peer" in item[1]):
+        raise SystemExit(f"Rank {rank} ended:\n{said[-4000:]}")
 
 
 def run_world(cases: list[Case]) -> None:
