@@ -14,13 +14,14 @@ from tandem.config import (
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelismConfig,
     ServeConfig,
     ServedModelConfig,
     TrainConfig,
     check,
     from_dict,
 )
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, LayoutError
 
 
 @pytest.mark.parametrize(("batch", "nearest"), [(7, 8), (5, 4), (1, 4), (11, 12)])
@@ -54,6 +55,13 @@ def test_an_adapter_needs_a_base():
 def test_a_shape_that_no_model_can_have_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**values)
+
+
+@pytest.mark.parametrize("degree", ["pipeline", "replicate", "context", "expert", "tensor"])
+def test_deepspeed_shares_the_data_only(degree):
+    with pytest.raises(LayoutError, match=rf"{degree}=2 needs strategy fsdp2; deepspeed shares the data only\. Set"):
+        ParallelismConfig(workers=4, strategy="deepspeed", **{degree: 2})
+    assert ParallelismConfig(workers=4, strategy="deepspeed").shard == 4
 
 
 def test_the_defaults_are_allowed():
@@ -107,6 +115,9 @@ def test_not_a_number_is_in_no_range():
         check.between("x", float("nan"), 0, 1)
 
 
+ZERO = {"parallel": {"strategy": "deepspeed"}}
+
+
 def train(**values: object) -> TrainConfig:
     return from_dict(TrainConfig, {"name": "n", "data": {"path": "p"}, **values})
 
@@ -128,6 +139,31 @@ def train(**values: object) -> TrainConfig:
         (
             {"optimizer": {"schedule": "wsd", "decay_steps": 95}, "steps": 100},
             r"\(10 \+ 95 = 105\) is more than steps \(100\)",
+        ),
+        ({"deepspeed": {"stage": 2}}, r"deepspeed is set, but parallel\.strategy is 'fsdp2'\. Set it to 'deepspeed'"),
+        ({**ZERO, "deepspeed": {"stage": 4}}, r"deepspeed\.stage is 4; it must be between 1 and 3"),
+        (
+            {**ZERO, "deepspeed": {"offload_optimizer": "disk"}},
+            r"offload_optimizer is 'disk'; it must be one of none, cpu",
+        ),
+        (
+            {**ZERO, "deepspeed": {"stage": 2, "offload_parameters": "cpu"}},
+            r"offload_parameters is 'cpu', which needs stage 3; deepspeed\.stage is 2\. Set it to 3",
+        ),
+        (
+            {**ZERO, "deepspeed": {"stage": 1, "offload_optimizer": "nvme", "nvme_path": "/n"}},
+            r"offload_optimizer is 'nvme', which needs stage 3.*or offload_optimizer to cpu",
+        ),
+        ({**ZERO, "deepspeed": {"offload_parameters": "nvme"}}, r"nvme_path is not set\. Set it to a folder"),
+        ({**ZERO, "deepspeed": {"nvme_path": "/n"}}, r"nvme_path is '/n', but nothing is offloaded to it"),
+        ({**ZERO, "ema": 0.9}, r"ema is 0\.9, but ZeRO 3 leaves no rank.*deepspeed\.stage to 1 or 2"),
+        (
+            {"parallel": {"strategy": "deepspeed", "gpus_per_worker": 1}, "precision": "float8"},
+            r"precision is 'float8', which does not work in DeepSpeed's flat buffers\. Set it to 'bfloat16'",
+        ),
+        (
+            {"parallel": {"strategy": "deepspeed", "gpus_per_worker": 1}, "optimizer": {"name": "adamw_8bit"}},
+            r"optimizer\.name is 'adamw_8bit', which does not work in DeepSpeed's",
         ),
         ({"ema": 1.0}, r"ema is 1\.0; it must be above 0 and below 1"),
         ({"objective": "dpo"}, r"model\.base is not set"),
