@@ -207,6 +207,15 @@ def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
     assert (record.kind, record.lineage["evaluation"]) == ("model", found[-1]["evaluation"])
 
 
+def test_deepspeed_trains_what_fsdp2_does(home: Path, base: str, run: Callable[..., Driver]):
+    driver = run("zero", parallel={"workers": 2, "strategy": "deepspeed"}, deepspeed={"stage": 3})
+    status, found = driver.end()
+    assert status == 0, "".join(driver.lines[-40:])
+    assert losses(home, "zero") == pytest.approx(losses(home, "base"), abs=1e-5)
+    assert [e["step"] for e in found if e["event"] == "checkpoint"] == [5, 10]
+    assert (Path(found[-1]["path"]) / "model.safetensors").exists()
+
+
 def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(
     home: Path, ray_cluster: LocalCluster, run: Callable[..., Driver]
 ):
