@@ -56,6 +56,7 @@ class ZeroWorld(World):
         root = self.folder / "checkpoints" / "disk"
         run.config = replace(config, checkpoint=replace(config.checkpoint, every_steps=2))
         first = run.go(root=root, stop=2)
+        self._end(run)
         second = Run(self, run.config, seed=1).go(root=root, resume=True)
         self._end(second)
         return {key: first.told[key] + second.told[key] for key in first.told}

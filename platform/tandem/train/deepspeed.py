@@ -80,7 +80,8 @@ def with_deepspeed(
 
     # For inference between processes of one machine. It would be compiled here, for a minute, and not used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    export({"LOCAL_RANK": str(device.index or 0)})
+    # DeepSpeed takes the device of that number; Ray has chosen one already.
+    export({"LOCAL_RANK": str(device.index or 0)}, override=device.index is not None)
     optimizer = build_optimizer(model, config.optimizer, device)
     folder = disk_folder(config)
     if folder is not None:
