@@ -35,7 +35,14 @@ def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, se
 
 def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
     """A stock transformers model with random weights; its vocabulary is the tokenizer's."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     shape: dict[str, Any] = {
         "vocab_size": encoder.vocab_size,
@@ -56,6 +63,15 @@ def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
         "initializer_range": config.hidden_size**-0.5,
         "use_cache": True,
     }
+    if config.architecture == "qwen3_moe":
+        shape |= {
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            # The weights of a token's experts sum to 1, as in the published models.
+            "norm_topk_prob": True,
+        }
+        return cast(nn.Module, Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)))
     if config.architecture == "qwen3":
         return cast(nn.Module, Qwen3ForCausalLM(Qwen3Config(**shape)))
     return cast(nn.Module, LlamaForCausalLM(LlamaConfig(**shape)))
