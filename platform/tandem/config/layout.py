@@ -1,7 +1,7 @@
 """Whether a model can be trained in a layout, and the nearest one in which it can. Pure: numbers in, a refusal out.
 
-Every rule that needs the model's shape is here, once: the submission asks before a job exists, the driver before a worker starts, and
-each worker of the model that it has in its hands.
+Every rule that needs the model's shape is here, once: the submission asks before a job exists, the driver before a worker
+starts, and each worker of the model that it has in its hands.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
 """Parts of the model that each pipeline rank holds, by schedule."""
 
 DEGREES = ("tensor", "pipeline", "expert", "context", "workers")
+
+EFFORT = {"parallel.workers": 1.5, "accumulate": 0.5, "batch_size": 0.5, "data.sequence_length": 0.5}
+"""What it takes to change a setting, where a degree takes 1: other rows are soon had, other machines are not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +62,7 @@ class ModelShape:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> ModelShape:
-        """The shape that a config.json tells."""
+        """The shape that a config.json tells, or the same of a transformers config."""
 
         def number(*keys: str) -> int | None:
             found = (values.get(key) for key in keys)
@@ -166,7 +169,8 @@ def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
         if shape.layers and shape.layers % (parallel.pipeline * parts):
             held = f" x {parts} parts a rank ({parallel.schedule})" if parts > 1 else ""
             yield (
-                f"The model's {shape.layers} layers do not divide into the stages of parallel.pipeline={parallel.pipeline}{held}."
+                f"The model's {shape.layers} layers do not divide into the stages of parallel.pipeline="
+                f"{parallel.pipeline}{held}."
             )
         if not micro_batches_fit(parallel.schedule, parallel.pipeline, config.accumulate):
             needs = (
@@ -246,7 +250,8 @@ def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) 
     length = min(_nearest_multiple(config.data.sequence_length, unit), int(limit) // unit * unit)
     new["data.sequence_length"] = length if length >= 8 else -(-8 // unit) * unit
     changes = {key: value for key, value in new.items() if value != now[key]}
-    return sum(1 + abs(math.log2(value / now[key])) / 8 for key, value in changes.items()), changes
+    effort = sum(EFFORT.get(key, 1.0) + abs(math.log2(value / now[key])) / 8 for key, value in changes.items())
+    return effort, changes
 
 
 def _works(shape: ModelShape, config: TrainConfig, changes: Mapping[str, int]) -> bool:
@@ -257,9 +262,7 @@ def _works(shape: ModelShape, config: TrainConfig, changes: Mapping[str, int]) -
             parallel=replace(config.parallel, **degrees),
             accumulate=changes.get("accumulate", config.accumulate),
             batch_size=changes.get("batch_size", config.batch_size),
-            data=replace(
-                config.data, sequence_length=changes.get("data.sequence_length", config.data.sequence_length)
-            ),
+            data=replace(config.data, sequence_length=changes.get("data.sequence_length", config.data.sequence_length)),
         )
     except (ConfigError, LayoutError):
         return False

@@ -29,7 +29,9 @@ class LoraConfig:
         check.between("lora.rank", self.rank, 1, 512)
         check.between("lora.dropout", self.dropout, 0.0, 0.99)
         if self.target_modules is not None and not self.target_modules:
-            raise ConfigError("lora.target_modules is empty; name at least one linear layer, such as q_proj, or unset it.")
+            raise ConfigError(
+                "lora.target_modules is empty; name at least one linear layer, such as q_proj, or unset it."
+            )
         if self.quantize is not None:
             check.one_of("lora.quantize", self.quantize, ("nf4",))
 
@@ -94,10 +96,16 @@ class ModelConfig:
                         "Set model.architecture to 'qwen3_moe', or unset it."
                     )
             elif value is None:
-                raise ConfigError(f"model.architecture is 'qwen3_moe', but model.{key} is not set. Set it, such as {such_as}.")
+                raise ConfigError(
+                    f"model.architecture is 'qwen3_moe', but model.{key} is not set. Set it, such as {such_as}."
+                )
             else:
                 check.at_least(f"model.{key}", value, 1)
-        if self.num_experts is not None and self.experts_per_token is not None and self.experts_per_token > self.num_experts:
+        if (
+            self.num_experts is not None
+            and self.experts_per_token is not None
+            and self.experts_per_token > self.num_experts
+        ):
             raise ConfigError(
                 f"model.experts_per_token ({self.experts_per_token}) is more than model.num_experts ({self.num_experts}). "
                 f"Lower it to {self.num_experts} at most."

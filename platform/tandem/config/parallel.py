@@ -49,18 +49,18 @@ class ParallelismConfig:
         named = " x ".join(
             f"{key}={getattr(self, key)}" for key in DEGREES if getattr(self, key) > 1 and key != "expert"
         )
+        if self.strategy == "ddp" and self.replicate > 1:
+            raise LayoutError("parallel.replicate is for fsdp2; ddp replicates across all workers. Leave it out.")
+        if self.strategy == "ddp" and inner * self.expert > 1:
+            raise LayoutError(
+                f"parallel: {named or f'expert={self.expert}'} needs strategy fsdp2; ddp holds whole models."
+            )
         if self.workers % (inner * self.replicate):
             group = inner * self.replicate
             fits = max(group, round(self.workers / group) * group)
             raise LayoutError(
                 f"parallel: {named} makes groups of {group}, and {self.workers} workers are no multiple of that. "
                 f"The nearest that works is workers={fits}."
-            )
-        if self.strategy == "ddp" and self.replicate > 1:
-            raise LayoutError("parallel.replicate is for fsdp2; ddp replicates across all workers. Leave it out.")
-        if self.strategy == "ddp" and inner * self.expert > 1:
-            raise LayoutError(
-                f"parallel: {named or f'expert={self.expert}'} needs strategy fsdp2; ddp holds whole models."
             )
         if self.shard % self.expert:
             fits = next(n for n in range(self.expert, 0, -1) if self.shard % n == 0)

@@ -130,6 +130,11 @@ class TrainConfig:
                 "optimizer.name is 'adamw_8bit', whose kernels are for GPUs, and parallel.gpus_per_worker is 0. "
                 "Set it to 1, or optimizer.name to 'adamw'."
             )
+        if self.lora is not None and self.lora.quantize and not on_gpu:
+            raise ConfigError(
+                f"lora.quantize is {self.lora.quantize!r}, whose kernels are for GPUs, and parallel.gpus_per_worker is 0. "
+                "Set it to 1, or unset lora.quantize."
+            )
         if self.precision == "float8" and self.lora is not None:
             raise ConfigError(
                 f"precision is 'float8' and lora is set (rank {self.lora.rank}): float8 trains whole matrices, and adapters "

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tandem.config.layout import ModelShape
 from tandem.errors import RegistryError
 
 
@@ -23,6 +24,11 @@ def model_max_length(folder: Path) -> int | None:
         if isinstance(length, int) and not isinstance(length, bool):
             return length
     return None
+
+
+def model_shape(folder: Path) -> ModelShape:
+    """The shape of the model in `folder`, by its config.json; RegistryError if that cannot be read."""
+    return ModelShape.read(_read(folder, "config.json", "model"))
 
 
 def adapter_rank(folder: Path) -> int:

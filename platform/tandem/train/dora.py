@@ -33,7 +33,10 @@ class Magnitude(nn.Module):
         base_result: Tensor | None = None,
         adapter_name: str = "default",
     ) -> Tensor:
-        """What has to be added to the base layer's output for inputs `x` (..., in); `base_result` is that, if `x` is its input."""
+        """What has to be added to the base layer's output (..., out) for inputs `x` (..., in).
+
+        `base_result`: that output, unless dropout has changed `x` since.
+        """
         weight = _whole_precision(base_layer)
         with torch.no_grad():
             moved = weight.to(lora_A.weight.dtype) + scaling * (lora_B.weight @ lora_A.weight)

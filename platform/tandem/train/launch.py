@@ -29,6 +29,7 @@ from tandem import errors
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_whole
 from tandem.config import TrainConfig, load_yaml, to_dict
+from tandem.config.layout import ModelShape, check_layout
 from tandem.data.heldout import evaluation_rows, hold_out
 from tandem.data.index import TOKENIZER_NAME, DatasetIndex, find_dataset
 from tandem.data.packing import Rows
@@ -85,6 +86,7 @@ def run_job(job: Path, journal: Journal) -> None:
     folder, index = find_dataset(config.data.path)
     config.check_kind(index.kind, str(folder))
     base = _base(config)
+    check_layout(base.shape() if base else ModelShape.of(config.model), config)
     whole, held = index, None
     if config.evaluation is not None and config.evaluation.share:
         index, held = hold_out(index, config.evaluation.share, folder)

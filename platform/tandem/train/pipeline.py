@@ -13,12 +13,10 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from tandem.config import TrainConfig
-from tandem.errors import LayoutError
+from tandem.config.layout import PARTS
 from tandem.train.precision import COMPUTED_IN
 
 TORCH_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "ZBVZeroBubble"}
-PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
-"""Parts of the model that each rank holds."""
 
 
 def stages_of(rank: int, ranks: int, schedule: str) -> list[int]:
@@ -33,13 +31,7 @@ def stages_of(rank: int, ranks: int, schedule: str) -> list[int]:
 
 
 def layers_of_stage(stage: int, stages: int, layers: int) -> range:
-    """The layers of one stage; LayoutError with the nearest count unless they divide."""
-    if layers % stages:
-        fits = next(n for n in range(stages, 0, -1) if layers % n == 0)
-        raise LayoutError(
-            f"The model's {layers} layers do not divide into {stages} stages. The nearest that works is {fits} stages: set "
-            "parallel.pipeline to that (half of it with the interleaved and zero_bubble schedules)."
-        )
+    """The layers of one stage, of `stages` that divide them."""
     each = layers // stages
     return range(stage * each, (stage + 1) * each)
 

@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from tandem.config import TrainConfig
-from tandem.errors import LayoutError
+from tandem.config.layout import PARTS, ModelShape, check_layout
 from tandem.train.context_parallel import share_sequences
 from tandem.train.expert_parallel import SharedExperts, split_experts
 from tandem.train.mesh import Mesh
 from tandem.train.model import reshard
-from tandem.train.pipeline import PARTS, Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
+from tandem.train.pipeline import Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
 from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
 from tandem.train.stage import Share, Stage, whole_sequence
 from tandem.train.tensor_parallel import split_tensors
@@ -163,7 +163,7 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     """
     degrees, parallel = mesh.degrees, config.parallel
     lm = causal_lm(model)
-    check_model(lm.config, config)
+    check_layout(ModelShape.read(lm.config.to_dict()), config)
     share: Share = share_sequences(lm, mesh["cp"]) if degrees.cp > 1 else whole_sequence
     if degrees.pp > 1:
         numbers = stages_of(mesh["pp"].get_local_rank(), degrees.pp, parallel.schedule)
@@ -172,9 +172,7 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         keep_stages(lm, numbers, of, layers)
     else:
         numbers, of, layers = [0], 1, [range(lm.config.num_hidden_layers)]
-    experts = split_experts(lm, mesh.experts_cut)
-    if config.parallel.expert > 1 and not experts and degrees.pp == 1:
-        raise LayoutError(f"parallel.expert is {config.parallel.expert}, but the model has no experts. Set it to 1.")
+    split_experts(lm, mesh.experts_cut)
     split_tensors(lm, mesh["tp"], sequence_parallel=parallel.sequence_parallel, loss_parallel=True)
     model.to(device)
     stages = [
@@ -193,31 +191,6 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     if degrees.pp > 1:
         pipeline = Pipeline.of(stages, numbers, mesh["pp"], config=config, lm_config=lm.config, device=device)
     return PlacedModel(model, stages, mesh=mesh, share=share, pipeline=pipeline, replicated=replicated)
-
-
-def check_model(shape: Any, config: TrainConfig) -> None:
-    """Refuse what the model's shape cannot do, with the numbers and the nearest layout that works."""
-    parallel = config.parallel
-    for name, count in (
-        ("key/value heads", getattr(shape, "num_key_value_heads", None)),
-        ("attention heads", getattr(shape, "num_attention_heads", None)),
-    ):
-        if count and count % parallel.tensor:
-            fits = next(n for n in range(min(count, parallel.tensor), 0, -1) if count % n == 0)
-            raise LayoutError(
-                f"parallel.tensor ({parallel.tensor}) must divide the model's {count} {name}. The nearest that works is "
-                f"tensor={fits}."
-            )
-    pieces = {"2 x parallel.context": 2 * parallel.context} if parallel.context > 1 else {}
-    if parallel.tensor > 1 and parallel.sequence_parallel:
-        pieces["parallel.tensor"] = parallel.tensor
-    length = config.data.sequence_length
-    for name, count in pieces.items():
-        if length % count:
-            raise LayoutError(
-                f"data.sequence_length ({length}) must be a multiple of {name} ({count}). The nearest that works is "
-                f"{max(1, round(length / count)) * count}."
-            )
 
 
 def _shard(stage: Stage, mesh: Mesh, config: TrainConfig) -> None:

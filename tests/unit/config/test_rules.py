@@ -49,6 +49,23 @@ def test_an_adapter_needs_a_base():
         ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
         ({"architecture": "lama"}, "Did you mean 'llama'"),
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
+        (
+            {"architecture": "qwen3_moe", "experts_per_token": 2},
+            r"'qwen3_moe', but model\.num_experts is not set\. Set it, such as 8\.",
+        ),
+        (
+            {"architecture": "qwen3_moe", "num_experts": 4, "experts_per_token": 2, "intermediate_size": 400},
+            r"model\.moe_intermediate_size is not set\. Set it, such as 100\.",
+        ),
+        (
+            {"architecture": "qwen3_moe", "num_experts": 4, "experts_per_token": 5, "moe_intermediate_size": 8},
+            r"experts_per_token \(5\) is more than model\.num_experts \(4\)\. Lower it to 4",
+        ),
+        (
+            {"architecture": "qwen3_moe", "num_experts": 4, "experts_per_token": 0, "moe_intermediate_size": 8},
+            "experts_per_token is 0; it must be at least 1",
+        ),
+        ({"num_experts": 8}, r"num_experts is 8, but model\.architecture is 'llama', which has no experts"),
     ],
 )
 def test_a_shape_that_no_model_can_have_is_refused(values, message):
@@ -123,6 +140,11 @@ def train(**values: object) -> TrainConfig:
             {"precision": "float8", "parallel": {"gpus_per_worker": 1}, "lora": {"rank": 8}, "model": {"base": "b"}},
             r"lora is set \(rank 8\)",
         ),
+        (
+            {"lora": {"quantize": "nf4"}, "model": {"base": "b"}},
+            r"lora\.quantize is 'nf4'.*parallel\.gpus_per_worker is 0\. Set it to 1, or unset lora\.quantize",
+        ),
+        ({"lora": {"quantize": "nf5"}, "model": {"base": "b"}}, "lora.quantize is 'nf5'.*Did you mean 'nf4'"),
         ({"optimizer": {"schedule": "wsd"}}, r"decay_steps is not set\. Set it"),
         ({"optimizer": {"decay_steps": 5}}, r"decay_steps is 5.*schedule is 'cosine'"),
         (
