@@ -89,7 +89,8 @@ class ModelShape:
 def check_layout(shape: ModelShape, config: TrainConfig) -> None:
     """Refuse what cannot be trained as `config` says.
 
-    Raises LayoutError with the fact, the numbers and the nearest settings that work, ConfigError for a model that no layout suits.
+    Raises LayoutError with the fact, the numbers and the nearest settings that work; ConfigError for a model that no layout
+    suits.
     """
     if shape.family is not None and shape.family not in FAMILIES:
         raise ConfigError(
@@ -255,7 +256,9 @@ def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) 
 
 
 def _works(shape: ModelShape, config: TrainConfig, changes: Mapping[str, int]) -> bool:
-    degrees = {key.removeprefix("parallel."): value for key, value in changes.items() if key.startswith("parallel.")}
+    degrees: dict[str, Any] = {
+        key.removeprefix("parallel."): value for key, value in changes.items() if key.startswith("parallel.")
+    }
     try:
         tried = replace(
             config,

@@ -46,7 +46,8 @@ class Magnitude(nn.Module):
             base_result = F.linear(x, weight.to(x.dtype))
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias
-        return (scale - 1) * base_result + scale * (lora_B(lora_A(x)) * scaling)
+        added: Tensor = (scale - 1) * base_result + scale * (lora_B(lora_A(x)) * scaling)
+        return added
 
 
 def use_magnitudes(adapted: nn.Module) -> None:
@@ -54,6 +55,7 @@ def use_magnitudes(adapted: nn.Module) -> None:
     for module in adapted.modules():
         vectors: Any = getattr(module, "lora_magnitude_vector", None)
         if isinstance(vectors, nn.ModuleDict):
+            made: Any
             for name, made in list(vectors.items()):
                 vectors[name] = Magnitude(made.weight)
 

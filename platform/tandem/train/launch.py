@@ -256,6 +256,8 @@ def _run_workers(task: WorkerTask, journal: Journal, metrics: Metrics) -> dict[s
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.parallel.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.parallel.workers,
+                # As few nodes as can be; Ray numbers the ranks of a node in a row, which is how tensor groups are cut.
+                placement_strategy="PACK",
                 use_gpu=config.parallel.gpus_per_worker > 0,
                 resources_per_worker={
                     "CPU": config.parallel.cpus_per_worker,

@@ -34,6 +34,7 @@ from tandem.train.objective import NextToken, Objective
 from tandem.train.optimizer import build_optimizer
 from tandem.train.placement import place
 from tandem.train.precision import LossScaler, use_float8
+from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
 from tandem.train.trained import Trained
 
@@ -88,7 +89,12 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     degrees = Degrees.of(config.parallel)
     encoder = TextEncoder(str(task.tokenizer))
 
-    built = build_model(config.model, task.base, encoder, config.seed)
+    # Asked before the model is read, which may take long.
+    degrees.check_nodes(_nodes(world))
+    if config.lora is not None and config.lora.quantize is not None and task.base is not None:
+        built = load_nf4(task.base, config.precision, device)
+    else:
+        built = build_model(config.model, task.base, encoder, config.seed)
     if config.lora is not None:
         built = add_adapters(built, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
     total, trainable = count_parameters(built)
@@ -164,6 +170,15 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     if dist.is_initialized():
         dist.barrier()
     emit({"event": "exported", "loss": last_loss, "step": state.step, "tokens": state.tokens})
+
+
+def _nodes(world: int) -> list[str]:
+    """The node that Ray has put each rank on."""
+    mine: str = ray.get_runtime_context().get_node_id()
+    nodes = [mine] * world
+    if dist.is_initialized():
+        dist.all_gather_object(nodes, mine)
+    return nodes
 
 
 def _kind(task: WorkerTask) -> str:
