@@ -205,8 +205,6 @@ def _uncut(shape: ModelShape, config: TrainConfig, tensor: int) -> str | None:
     ):
         if count and count % tensor:
             return f"must divide the model's {count} {name}"
-    if tensor > 1 and config.objective == "dpo":
-        return "must be 1 with objective 'dpo', which asks for whole logits"
     if tensor > 1 and config.lora is not None and config.lora.quantize:
         return f"must be 1 with lora.quantize {config.lora.quantize!r}: packed weights cannot be cut"
     return None

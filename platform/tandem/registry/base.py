@@ -48,6 +48,7 @@ def find_base(base: str, key: str = "model.base") -> BaseRef:
         raise UnknownModelError(f"{key}: {error}") from error
     if record.kind != "model":
         raise ConfigError(
-            f"{key} is {record.id}, an adapter of {record.base}. Name the model itself, or export a merged one."
+            f"{key} is {record.id}, an adapter of {record.base}. Name the model itself, or merge them: "
+            f"`tandem models merge {record.id} NEW_NAME`."
         )
     return BaseRef(id=record.id, path=record.path, max_length=record.max_length, record=record)

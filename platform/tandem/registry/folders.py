@@ -45,6 +45,11 @@ def adapter_rank(folder: Path) -> int:
     return rank
 
 
+def is_dora(folder: Path) -> bool:
+    """Whether the adapter in `folder` is a DoRA one, which peft takes and vLLM does not."""
+    return _read(folder, "adapter_config.json", "adapter").get("use_dora") is True
+
+
 def _read(folder: Path, name: str, kind: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise RegistryError(f"There is no folder {folder}, so no {kind} to register.")

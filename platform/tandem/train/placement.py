@@ -173,7 +173,13 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     else:
         numbers, of, layers = [0], 1, [range(lm.config.num_hidden_layers)]
     split_experts(lm, mesh.experts_cut)
-    split_tensors(lm, mesh["tp"], sequence_parallel=parallel.sequence_parallel, loss_parallel=True)
+    # Only the cross-entropy of the next token is computed on logits that are cut along the vocabulary.
+    split_tensors(
+        lm,
+        mesh["tp"],
+        sequence_parallel=parallel.sequence_parallel,
+        loss_parallel=config.objective == "next_token",
+    )
     model.to(device)
     stages = [
         Stage(lm, kept, first=number == 0, last=number == of - 1, share=share)

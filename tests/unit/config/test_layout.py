@@ -115,11 +115,6 @@ def changed(before: TrainConfig, changes: dict[str, int]) -> TrainConfig:
         ),
         (
             DENSE,
-            {"objective": "dpo", "model": {"base": "b"}, "parallel": {"workers": 2, "tensor": 2}},
-            r"tensor \(2\) must be 1 with objective 'dpo'.*: parallel\.tensor=1\.",
-        ),
-        (
-            DENSE,
             {
                 "lora": {"quantize": "nf4"}, "model": {"base": "b"},
                 "parallel": {"workers": 2, "tensor": 2, "gpus_per_worker": 1},
