@@ -10,7 +10,7 @@
 | restart    | reason, resumed_from                                                                              |
 | notice     | message (something that a person should know, and that ends nothing)                              |
 | finished   | model (the registered id, or null), base (of an adapter), path, plot, loss, evaluation (the last, |
-|            | or null), tokens, steps, seconds                                                                  |
+|            | or null), tokens, steps, seconds, dora (true: an adapter to be merged before it is served)        |
 | failed     | error                                                                                             |
 
 A sweep's events are in `tandem.jobs.sweep`.
