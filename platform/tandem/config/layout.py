@@ -17,7 +17,8 @@ from tandem.config.train import TrainConfig
 from tandem.errors import ConfigError, LayoutError
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
-"""`model_type`s whose layers training can go through by itself; each is compared with transformers' own forward in the tests."""
+"""`model_type`s whose layers training can go through by itself, as cutting a model takes; each is compared with transformers' own
+forward in the tests. Of others whole models are trained, by that forward."""
 
 PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
 """Parts of the model that each pipeline rank holds, by schedule."""
@@ -89,14 +90,8 @@ class ModelShape:
 def check_layout(shape: ModelShape, config: TrainConfig) -> None:
     """Refuse what cannot be trained as `config` says.
 
-    Raises LayoutError with the fact, the numbers and the nearest settings that work; ConfigError for a model that no layout
-    suits.
+    Raises LayoutError with the fact, the numbers and the nearest settings that work.
     """
-    if shape.family is not None and shape.family not in FAMILIES:
-        raise ConfigError(
-            f"model.base is a {shape.family!r}, and training knows the layers of {', '.join(FAMILIES)}. "
-            "Start from a model of one of these."
-        )
     fact = _problem(shape, config)
     if fact is None:
         return
@@ -111,10 +106,13 @@ def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
     Degrees are only lowered; the batch, micro-batches and rows follow them where they must.
     """
     parallel = config.parallel
-    stages = [n for n in range(1, parallel.pipeline + 1) if _stages_fit(shape, config, n)]
-    tensors = [n for n in range(1, parallel.tensor + 1) if _uncut(shape, config, n) is None]
-    experts = [n for n in range(1, parallel.expert + 1) if _experts_fit(shape, n)]
-    contexts = [n for n in range(1, parallel.context + 1) if parallel.context % n == 0 and _contexts_fit(config, n)]
+    most = parallel.workers if layers_known(shape, config) else 1
+    stages = [n for n in range(1, parallel.pipeline + 1) if n <= most and _stages_fit(shape, config, n)]
+    tensors = [n for n in range(1, parallel.tensor + 1) if n <= most and _uncut(shape, config, n) is None]
+    experts = [n for n in range(1, parallel.expert + 1) if n <= most and _experts_fit(shape, n)]
+    contexts = [
+        n for n in range(1, min(most, parallel.context) + 1) if parallel.context % n == 0 and _contexts_fit(config, n)
+    ]
     best: tuple[float, dict[str, int]] = (math.inf, {})
     for tensor, pipeline, expert, context in itertools.product(tensors, stages, experts, contexts):
         group = tensor * pipeline * context
@@ -126,6 +124,11 @@ def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
             if cost < best[0] and _works(shape, config, changes):
                 best = (cost, changes)
     return best[1]
+
+
+def layers_known(shape: ModelShape, config: TrainConfig) -> bool:
+    """Whether training can go through the model's layers itself."""
+    return _unknown(shape, config) is None
 
 
 def micro_batches_fit(schedule: str, stages: int, count: int) -> bool:
@@ -155,6 +158,10 @@ def _problem(shape: ModelShape, config: TrainConfig) -> str | None:
 
 def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
     parallel = config.parallel
+    if unknown := _unknown(shape, config):
+        for key in ("tensor", "pipeline", "expert", "context"):
+            if (degree := getattr(parallel, key)) > 1:
+                yield f"parallel.{key} is {degree}, for which training goes through the layers itself, but {unknown}."
     if not _experts_fit(shape, parallel.expert):
         if shape.experts == 0:
             yield f"parallel.expert is {parallel.expert}, but the model is dense: it has no experts to share."
@@ -188,11 +195,18 @@ def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
         if parallel.tensor > 1 and parallel.sequence_parallel:
             of = "2 x parallel.context and parallel.context x parallel.tensor" if of else "parallel.tensor"
         yield f"data.sequence_length ({length}) must be a multiple of {unit}, for {of}."
-    if shape.window is not None and length > shape.window:
-        yield (
-            f"data.sequence_length ({length}) is longer than the window that the model's attention has ({shape.window}), "
-            "which training does not cut off."
+
+
+def _unknown(shape: ModelShape, config: TrainConfig) -> str | None:
+    """Why training cannot go through the model's layers itself."""
+    if shape.family is not None and shape.family not in FAMILIES:
+        return f"it knows those of {', '.join(FAMILIES)}, and the model is a {shape.family!r}"
+    if shape.window is not None and config.data.sequence_length > shape.window:
+        return (
+            f"the model's attention looks back {shape.window} tokens, less than data.sequence_length "
+            f"({config.data.sequence_length})"
         )
+    return None
 
 
 def _uncut(shape: ModelShape, config: TrainConfig, tensor: int) -> str | None:
@@ -245,7 +259,7 @@ def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) 
     new["batch_size"] = _nearest_multiple(config.batch_size, share)
     cut = replace(parallel, expert=1, replicate=1, pipeline=1, workers=tensor * context, tensor=tensor, context=context)
     unit = length_unit(replace(config, parallel=cut, batch_size=config.accumulate)) if parallel.strategy != "ddp" else 1
-    limit = min(shape.max_length or math.inf, shape.window or math.inf, max(config.data.sequence_length, unit) + unit)
+    limit = min(shape.max_length or math.inf, max(config.data.sequence_length, unit) + unit)
     length = min(_nearest_multiple(config.data.sequence_length, unit), int(limit) // unit * unit)
     new["data.sequence_length"] = length if length >= 8 else -(-8 // unit) * unit
     changes = {key: value for key, value in new.items() if value != now[key]}

@@ -54,6 +54,21 @@ class Stage(nn.Module):
         return logits
 
 
+class OwnForward(nn.Module):
+    """A whole causal LM, called by transformers' own forward pass: for models whose layers are not known here."""
+
+    def __init__(self, lm: Any, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.lm = lm
+        # A plain list: they are the model's already.
+        self.layers = list(layers)
+
+    def forward(self, input_ids: Tensor, positions_BT: Tensor) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V); transformers keeps documents apart by their positions."""
+        logits: Tensor = self.lm(input_ids=input_ids, position_ids=positions_BT, use_cache=False).logits
+        return logits
+
+
 def document_mask(positions_BT: Tensor, share: Share) -> Tensor:
     """Who may look at whom: earlier tokens of the same document. Bool (B, 1, this rank's queries, all keys).
 

@@ -17,7 +17,7 @@ from tandem.config.layout import (
     micro_batches_fit,
     nearest_layout,
 )
-from tandem.errors import ConfigError, LayoutError
+from tandem.errors import LayoutError
 
 DENSE = ModelShape(family="llama", layers=4, heads=8, kv_heads=2, width=96, max_length=512)
 MIXTURE = ModelShape(family="qwen3_moe", layers=4, heads=8, kv_heads=4, experts=6, expert_width=20, max_length=512)
@@ -100,8 +100,8 @@ def changed(before: TrainConfig, changes: dict[str, int]) -> TrainConfig:
         ),
         (
             ModelShape(family="mistral", window=128),
-            {"data": {"sequence_length": 256}},
-            r"sequence_length \(256\) is longer than the window .* \(128\).*: data\.sequence_length=128\.",
+            {"parallel": {"workers": 2, "tensor": 2}, "data": {"sequence_length": 256}},
+            r"parallel\.tensor is 2, .* looks back 128 tokens, less than data\.sequence_length \(256\).*: parallel\.tensor=1\.",
         ),
         (
             DENSE,
@@ -141,9 +141,11 @@ def test_a_batch_follows_the_degrees_if_it_must():
     assert nearest_layout(DENSE, refused) == {"parallel.tensor": 2, "batch_size": 2}
 
 
-def test_a_model_whose_layers_training_does_not_know_is_refused():
-    with pytest.raises(ConfigError, match="'gemma2'.*llama, mistral"):
-        check_layout(ModelShape(family="gemma2"), config())
+def test_a_model_whose_layers_training_does_not_know_is_not_cut():
+    gemma = ModelShape(family="gemma2", layers=4, heads=4, kv_heads=4)
+    check_layout(gemma, config(parallel={"workers": 4, "replicate": 2}))
+    with pytest.raises(LayoutError, match="pipeline is 2, .* llama, mistral.* is a 'gemma2'.*: parallel.pipeline=1"):
+        check_layout(gemma, config(parallel={"workers": 2, "pipeline": 2}))
 
 
 @pytest.mark.parametrize(
