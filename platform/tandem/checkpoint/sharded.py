@@ -29,7 +29,8 @@ from tandem.checkpoint.folders import SavedState
 from tandem.errors import CheckpointError, StorageError
 from tandem.storage import disk_errors, free_bytes
 
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+# Flat: an optimizer's state is then told by its parameters' names alone, and the stages of a pipeline have different ones.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False, flatten_optimizer_state_dict=True)
 _NOTHING: Mapping[str, Stateful] = {}
 
 
@@ -97,9 +98,8 @@ def load(
 
 
 def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     # torch leaves a frozen weight in if it is tied to another one: a LoRA checkpoint would hold the embedding.
-    frozen = {name for name, p in inner.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     held = get_model_state_dict(model, options=_OPTIONS)
     return {
         "model": {name: value for name, value in held.items() if name not in frozen},

@@ -49,7 +49,7 @@ def share_sequences(model: Any, mesh: DeviceMesh) -> SequenceShare:
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         order = share.order(attention_mask.shape[-1], key.device)
-        key, value = (_Gather.apply(t, mesh.get_group()).index_select(2, order) for t in (key, value))
+        key, value = (_gathered(t, mesh.get_group()).index_select(2, order) for t in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = attend
@@ -73,3 +73,7 @@ class _Gather(torch.autograd.Function):
         whole = gradients[0].contiguous()
         dist.all_reduce(whole, group=ctx.group)
         return whole.chunk(ctx.group.size(), dim=2)[ctx.group.rank()].contiguous(), None
+
+
+# autograd's functions have no types of their own.
+_gathered: Any = _Gather.apply

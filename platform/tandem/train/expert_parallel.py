@@ -7,7 +7,7 @@ each expert's inner width is cut as well.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ class SharedExperts(nn.Module):
         """The weighted sum of each token's experts: hidden states (N, H), expert numbers and weights (N, K)."""
         if self._tp is not None:
             # Each tensor rank has a part of every expert: what comes back from it is a part of the gradient.
-            hidden_NH, weights_NK = _SumGradient.apply(hidden_NH, self._tp), _SumGradient.apply(weights_NK, self._tp)
+            hidden_NH, weights_NK = _sum_gradient(hidden_NH, self._tp), _sum_gradient(weights_NK, self._tp)
         top = chosen_NK.shape[1]
         by_expert = chosen_NK.flatten().argsort(stable=True)
         token = by_expert // top
@@ -82,23 +82,27 @@ class SharedExperts(nn.Module):
             dist.all_to_all_single(there, counts, group=self._ep)
             outgoing = counts.view(self._ranks, -1).sum(1).tolist()
             incoming = there.view(self._ranks, -1).sum(1).tolist()
-            received = _Exchange.apply(sent, outgoing, incoming, self._ep)
+            received = _exchanged(sent, outgoing, incoming, self._ep)
             # They come sorted by rank and then expert; the experts want them the other way round.
             expert = torch.arange(self._held, device=there.device).repeat(self._ranks).repeat_interleave(there)
             order = expert.argsort(stable=True)
             computed = self._compute(received[order], there.view(self._ranks, -1).sum(0))
-            done = _Exchange.apply(computed[order.argsort()], incoming, outgoing, self._ep)
+            done = _exchanged(computed[order.argsort()], incoming, outgoing, self._ep)
         done = done * weights_NK.flatten()[by_expert, None].to(done.dtype)
         result = torch.zeros_like(hidden_NH).index_add(0, token, done)
-        return _Sum.apply(result, self._tp) if self._tp is not None else result
+        return cast(Tensor, _summed(result, self._tp)) if self._tp is not None else result
 
     def _compute(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        gate_up, down = self.gate_up_proj.to_local().flatten(1, 2), self.down_proj.to_local()
+        gate_up, down = _local(self.gate_up_proj).flatten(1, 2), _local(self.down_proj)
         outputs = []
         for number, part in enumerate(tokens.split(counts.tolist())):
             gate, up = nn.functional.linear(part, gate_up[number]).chunk(2, dim=-1)
             outputs.append(nn.functional.linear(self.act_fn(gate) * up, down[number]))
         return torch.cat(outputs)
+
+
+def _local(tensor: Any) -> Tensor:
+    return cast(Tensor, tensor.to_local())
 
 
 class _Exchange(torch.autograd.Function):
@@ -147,3 +151,9 @@ class _SumGradient(torch.autograd.Function):
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None
+
+
+# autograd's functions have no types of their own.
+_exchanged: Any = _Exchange.apply
+_summed: Any = _Sum.apply
+_sum_gradient: Any = _SumGradient.apply

@@ -13,14 +13,13 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from tandem.config import TrainConfig
 from tandem.data.packing import RowSource
-from tandem.errors import LayoutError
 from tandem.train.ema import Ema
-from tandem.train.objective import NextToken, Objective, Sums, step_loss
+from tandem.train.objective import NextToken, Objective, Sums, next_token, step_loss
 from tandem.train.optimizer import set_learning_rate
 from tandem.train.pipeline import Pipeline
-from tandem.train.placement import Trained
 from tandem.train.precision import LossScaler, computing
 from tandem.train.schedule import learning_rate
+from tandem.train.trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +150,7 @@ def backward(
     sums: Sums = {}
     with loss_parallel():
         if model.pipeline is not None:
-            _through_pipeline(model.pipeline, batch, targets, config, ranks, objective, scale, total)
+            _through_pipeline(model.pipeline, batch, targets, ranks, next_token(objective), scale, total)
             model.finish_gradients()
             return total, sums
         pieces = batch.chunk(config.accumulate)
@@ -170,17 +169,11 @@ def _through_pipeline(
     pipeline: Pipeline,
     batch: Tensor,
     targets: Tensor,
-    config: TrainConfig,
     ranks: int,
-    objective: Objective,
+    objective: NextToken,
     scale: float,
     total: Tensor,
 ) -> None:
-    if not isinstance(objective, NextToken):
-        raise LayoutError(
-            f"objective {config.objective!r} does not work across pipeline stages. Set parallel.pipeline to 1."
-        )
-
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         summed = objective.of_logits(logits, labels)
         total.add_(summed.detach())

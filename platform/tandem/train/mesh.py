@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -57,7 +55,7 @@ class Degrees:
     @property
     def world(self) -> int:
         """Workers needed."""
-        return math.prod(dataclasses.astuple(self)) // self.ep
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
     @property
     def data_parallel(self) -> int:
@@ -99,8 +97,7 @@ class Mesh:
 
     def __getitem__(self, axis: str) -> DeviceMesh:
         """One axis: pp, dp_replicate, ep, cp or tp."""
-        found: Any = self.whole[axis]
-        return found
+        return self.whole[axis]
 
     @property
     def parameters(self) -> DeviceMesh:
@@ -115,11 +112,9 @@ class Mesh:
     @property
     def experts_cut(self) -> DeviceMesh:
         """What the experts of a mixture are cut over: (ep, tp)."""
-        found: Any = self.whole["ep", "tp"]
-        return found
+        return self.whole["ep", "tp"]
 
     def _over(self, name: str, inner: DeviceMesh) -> DeviceMesh:
         if self.degrees.dp_replicate == 1:
             return inner
-        found: Any = self.whole["dp_replicate", name]
-        return found
+        return self.whole["dp_replicate", name]

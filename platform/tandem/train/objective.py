@@ -5,7 +5,6 @@ One number for a step, whatever the micro-batches and ranks: the sum over all to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tandem.data.packing import IGNORED
+from tandem.errors import LayoutError
+from tandem.train.stage import Share, whole_sequence
 
 Sums = dict[str, Tensor]
 """Further numbers of a micro-batch, by name: float32 scalars, summed over what the objective counts."""
@@ -41,9 +42,9 @@ class NextToken:
 
     unit = "tokens"
 
-    def __init__(self, share: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, share: Share = whole_sequence) -> None:
         """`share` cuts this rank's part out of a sequence, if ranks share them."""
-        self._share = share or (lambda tensor: tensor)
+        self._share = share
 
     def count(self, rows: Tensor) -> Tensor:
         """Tokens with loss in rows [B, 3, T]."""
@@ -56,6 +57,16 @@ class NextToken:
     def of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """Summed cross-entropy in nats of this rank's logits; the labels are those of whole sequences."""
         return summed_cross_entropy(logits_BTV, self._share(following(labels_BT)))
+
+
+def next_token(objective: Objective) -> NextToken:
+    """The objective, if it can be computed from logits alone, as the last stage of a pipeline does; else LayoutError."""
+    if not isinstance(objective, NextToken):
+        raise LayoutError(
+            f"{type(objective).__name__} does not work across pipeline stages: it asks the model several times. "
+            "Set parallel.pipeline to 1."
+        )
+    return objective
 
 
 def count_targets(labels_BT: Tensor) -> Tensor:
@@ -71,7 +82,7 @@ def logits_of(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
 
 
 def summed_cross_entropy(logits_BTV: Tensor, wanted_BT: Tensor) -> Tensor:
-    """Summed cross-entropy (nats) of logits, which may be a DTensor cut along the vocabulary, with the tokens they are to tell."""
+    """Summed cross-entropy (nats) of logits with the tokens they are to tell; they may be a DTensor cut along the vocabulary."""
     wanted = wanted_BT.flatten()
     logits_NV = logits_BTV.flatten(0, 1)
     if isinstance(logits_NV, DTensor):

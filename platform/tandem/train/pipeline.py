@@ -84,7 +84,7 @@ class Pipeline:
         lm_config: Any,
         device: torch.device,
     ) -> Pipeline:
-        """The stages `numbers` of a model, one of `modules` for each; every rank of a step takes `config.accumulate` micro-batches."""
+        """The stages `numbers` of a model, one of `modules` for each. A step runs `config.accumulate` micro-batches."""
         parallel = config.parallel
         of = mesh.size() * PARTS[parallel.schedule]
         rows = config.batch_size // parallel.data // config.accumulate
@@ -113,7 +113,15 @@ class Pipeline:
 
     def step(self, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Forward and backward of all micro-batches of `rows` (B, 3, T); `loss` takes the logits and labels of each."""
+        self._run(self.schedule.step, rows, loss)
+
+    def evaluate(self, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """The same without a backward pass."""
+        self._run(self.schedule.eval, rows, loss)
+
+    def _run(self, run: Callable[..., Any], rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.schedule._loss_fn = loss
         arguments = (rows[:, 0],) if self.has_first else ()
         target = rows[:, 1] if self.has_last else None
-        self.schedule.step(*arguments, target=target, positions_BT=rows[:, 2].contiguous())
+        # The logits of all micro-batches, put together, would be the largest thing in memory.
+        run(*arguments, target=target, return_outputs=False, positions_BT=rows[:, 2].contiguous())

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,61 +24,19 @@ from tandem.errors import LayoutError
 from tandem.train.context_parallel import share_sequences
 from tandem.train.expert_parallel import SharedExperts, split_experts
 from tandem.train.mesh import Mesh
+from tandem.train.model import reshard
 from tandem.train.pipeline import PARTS, Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
-from tandem.train.precision import LossScaler, sharding_policy
+from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
 from tandem.train.stage import Share, Stage, whole_sequence
 from tandem.train.tensor_parallel import split_tensors
+from tandem.train.trained import Trained
 
 
-class Trained(Protocol):
-    """What the loop asks of a model, however it is laid over the ranks: by `place`, or by DeepSpeed."""
-
-    mesh: Mesh
-    share: Share
-    """Cuts this rank's part out of a sequence."""
-    pipeline: Pipeline | None
-    training: bool
-
-    @property
-    def whole(self) -> nn.Module:
-        """The transformers or peft model, with what this rank has of it."""
-        ...
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are cast to the computing type by what holds them; else autocast does it."""
-        ...
-
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
-        """Token ids and positions (B, T), whole, to `.logits` (B, T or this rank's part of it, V or a DTensor cut along it)."""
-        ...
-
-    def train(self, mode: bool = True) -> Any:
-        """Dropout on (or off)."""
-        ...
-
-    def gradients_synced(self, sync: bool) -> AbstractContextManager[None]:
-        """Exchange gradients in this backward pass only if `sync`: once a step, with the last micro-batch."""
-        ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch."""
-        ...
-
-    def finish_gradients(self) -> None:
-        """What is left to exchange after the last backward pass of a step."""
-        ...
-
-    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None) -> tuple[float, bool]:
-        """Clip gradients to a global norm of `limit` (0: leave them), take a step, and forget them.
-
-        Returns the norm before clipping, over the whole mesh, and whether the step was taken: not if float16 overflowed.
-        """
-        ...
-
-
-class PlacedModel(nn.Module):
+class PlacedModel(Trained):
     """A causal LM as one rank of the mesh holds it. Without a pipeline it is called as transformers' models are."""
+
+    _whole: nn.Module
+    _called: nn.Module
 
     def __init__(
         self,
@@ -95,7 +52,6 @@ class PlacedModel(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.mesh = mesh
         self.share = share
-        """Cuts this rank's part out of a sequence."""
         self.pipeline = pipeline
         # Not a submodule: its parameters are the stages', under the names that checkpoints and exports have.
         object.__setattr__(self, "_whole", whole)
@@ -110,22 +66,21 @@ class PlacedModel(nn.Module):
 
     @property
     def whole(self) -> nn.Module:
-        """The transformers or peft model, with what this rank has of it."""
-        whole: nn.Module = self._whole
-        return whole
+        """See `Trained`."""
+        return self._whole
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
-        """Token ids and positions (B, T), whole, to `.logits` (B, T or this rank's part of it, V or a DTensor cut along it)."""
+        """See `Trained`."""
         return SimpleNamespace(logits=self._called(input_ids, position_ids))
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 holds the parameters, and so casts them."""
+        """Whether FSDP2 holds the parameters."""
         return isinstance(self.stages[0], FSDPModule)
 
     @contextlib.contextmanager
     def gradients_synced(self, sync: bool) -> Iterator[None]:
-        """Exchange gradients in this backward pass only if `sync`: once a step, with the last micro-batch."""
+        """See `Trained`."""
         if isinstance(self._called, DistributedDataParallel) and not sync:
             with self._called.no_sync():
                 yield
@@ -136,11 +91,11 @@ class PlacedModel(nn.Module):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch."""
+        """See `Trained`."""
         loss.backward()
 
     def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None) -> tuple[float, bool]:
-        """Clip gradients to a global norm of `limit`, take a step, and forget them: the norm, and whether it was taken."""
+        """See `Trained`."""
         if scaler:
             scaler.unscale(p.grad for p in self.parameters() if p.grad is not None)
         norm = self.clip(limit)
@@ -151,9 +106,35 @@ class PlacedModel(nn.Module):
         return norm, taken
 
     def finish_gradients(self) -> None:
-        """What is left to exchange after the last backward pass of a step."""
+        """See `Trained`."""
         if self._tied is not None:
             self._tied.sum_gradients()
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """See `Trained`. The first rank of each stage gathers it, parameter by parameter; they send them to rank 0."""
+        reshard(self)
+        rank, stage_ranks = (
+            (dist.get_rank(), dist.get_world_size() // self.mesh.degrees.pp) if dist.is_initialized() else (0, 1)
+        )
+        adapters = hasattr(self.whole, "peft_config")
+        experts = {
+            f"{name}.gate_up_proj" for name, module in self.whole.named_modules() if isinstance(module, SharedExperts)
+        }
+        found: dict[str, Tensor] = {}
+        for name, held in self.whole.state_dict(keep_vars=True).items():
+            if adapters and not held.requires_grad:
+                continue
+            full = held.full_tensor() if isinstance(held, DTensor) else held.detach()
+            if rank % stage_ranks == 0:
+                found[name] = (full.flatten(1, 2) if name in experts else full).cpu()
+        if rank == 0:
+            for lead in range(stage_ranks, stage_ranks * self.mesh.degrees.pp, stage_ranks):
+                found |= _received(lead)
+            return found
+        if rank % stage_ranks == 0:
+            _send(found, 0, next(self.parameters()).device)
+        return {}
 
     def clip(self, limit: float) -> float:
         """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh."""
@@ -204,7 +185,8 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     replicated = (
         parallel.strategy == "ddp" and degrees.dp_replicate > 1 and any(p.requires_grad for p in model.parameters())
     )
-    if parallel.strategy == "fsdp2" and dist.is_initialized():
+    # One process has nothing to share out, but may have to compute in another type than its weights have.
+    if parallel.strategy == "fsdp2" and (degrees.world > 1 or config.precision in COMPUTED_IN):
         for stage in stages:
             _shard(stage, mesh, config)
     pipeline = None
@@ -249,7 +231,8 @@ def _shard(stage: Stage, mesh: Mesh, config: TrainConfig) -> None:
             if isinstance(module, SharedExperts):
                 fully_shard(module, mesh=mesh.experts, **options)
                 # Its gradient holds the tokens of all expert ranks already.
-                module.set_gradient_divide_factor(float(mesh.degrees.token_parallel))
+                sharded: Any = module
+                sharded.set_gradient_divide_factor(float(mesh.degrees.token_parallel))
         fully_shard(layer, mesh=mesh.parameters, **options)
     fully_shard(stage, mesh=mesh.parameters, **options)
 
@@ -292,6 +275,25 @@ class _TiedStages:
             total = gradients[0] + gradients[1]
             for gradient in gradients:
                 gradient.copy_(total)
+
+
+def _send(tensors: dict[str, Tensor], to: int, device: torch.device) -> None:
+    shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+    dist.send_object_list([shapes, device.type], dst=to)
+    for tensor in tensors.values():
+        dist.send(tensor.to(device).contiguous(), dst=to)
+
+
+def _received(sender: int) -> dict[str, Tensor]:
+    told: list[Any] = [None, None]
+    dist.recv_object_list(told, src=sender)
+    shapes, device = told
+    found = {}
+    for name, shape, dtype in shapes:
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(buffer, src=sender)
+        found[name] = buffer.cpu()
+    return found
 
 
 def _local(tensor: Any) -> Tensor:

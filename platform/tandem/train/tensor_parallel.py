@@ -84,7 +84,7 @@ class CutLinear(ParallelStyle):
         return hook
 
 
-def split_tensors(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool, loss_parallel: bool) -> None:
+def split_tensors(model: Any, mesh: DeviceMesh, *, sequence_parallel: bool, loss_parallel: bool) -> None:
     """Cut the decoder layers, the embedding and the head of a causal LM (or a stage of one) over `mesh`, in place.
 
     With `loss_parallel` the head's output stays cut along the vocabulary, as a DTensor.
@@ -115,7 +115,7 @@ def split_tensors(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool
 def _layer_plan(layer: nn.Module, between: Any) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {}
     cut = isinstance(between, Shard)
-    for name, module in layer.named_modules():
+    for name, _ in layer.named_modules():
         leaf = name.rpartition(".")[2]
         if leaf in INTO:
             plan[name] = CutLinear(into=True, input_layout=Replicate(), output_layout=Shard(-1))

@@ -28,13 +28,14 @@ from tandem.train.evaluate import evaluate
 from tandem.train.flops import Meter
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees, Mesh
+from tandem.train.mesh import Degrees
 from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
 from tandem.train.optimizer import build_optimizer
 from tandem.train.placement import place
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.recompute import recompute_activations
+from tandem.train.trained import Trained
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -87,25 +88,24 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     degrees = Degrees.of(config.parallel)
     encoder = TextEncoder(str(task.tokenizer))
 
-    model = build_model(config.model, task.base, encoder, config.seed)
+    built = build_model(config.model, task.base, encoder, config.seed)
     if config.lora is not None:
-        model = add_adapters(model, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
-    total, trainable = count_parameters(model)
+        built = add_adapters(built, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
+    total, trainable = count_parameters(built)
     meter = Meter.of(
-        model,
+        built,
         device=device,
         workers=world,
         sequence_length=config.data.sequence_length,
         precision=config.precision,
     )
-    model = recompute_activations(model, config.recompute)
+    built = recompute_activations(built, config.recompute)
     if config.precision == "float8":
-        model = use_float8(model)
-    mesh = degrees.mesh(device.type, world)
+        built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
-    model = place(model, mesh, config, device)
+    model = place(built, degrees.mesh(device.type, world), config, device)
     optimizer = build_optimizer(model, config.optimizer, device)
-    objective = _objective(task, encoder, mesh, device)
+    objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
     extra = {name: thing for name, thing in (("ema", ema), ("scaler", scaler)) if thing is not None}
@@ -145,11 +145,11 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     def measure(step: int) -> None:
         held = ray.get(task.evaluation)
-        share = config.batch_size // degrees.data_parallel // config.accumulate
+        share = config.batch_size // degrees.data_parallel
+        share //= 1 if model.pipeline else config.accumulate
         with averaged():
             evaluated = evaluate(
-                model, objective, held, rank=degrees.data_rank(rank), ranks=degrees.data_parallel, batch_rows=share,
-                device=device, precision=config.precision,
+                model, objective, held, batch_rows=share, device=device, precision=config.precision,
             )  # fmt: skip
         emit({"event": "evaluation", "step": step, "rows": len(held), "averaged": ema is not None, **evaluated})
 
@@ -160,7 +160,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
         )  # fmt: skip
     with averaged():
-        export(model.whole, task.job / "export", beside=tokenizer_files(task.tokenizer))
+        export(model.whole, model.weights(), task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
         dist.barrier()
     emit({"event": "exported", "loss": last_loss, "step": state.step, "tokens": state.tokens})
@@ -170,12 +170,12 @@ def _kind(task: WorkerTask) -> str:
     return "dpo" if task.config.objective == "dpo" else "sft" if task.base else "pretrain"
 
 
-def _objective(task: WorkerTask, encoder: TextEncoder, mesh: Mesh, device: torch.device) -> Objective:
+def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: torch.device) -> Objective:
     config = task.config
     if config.objective == "next_token":
-        return NextToken()
+        return NextToken(model.share)
     chosen = config.dpo or DpoConfig()
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
     reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
-    return Dpo(chosen, FrozenModel(place(reference, mesh, config, device)))
+    return Dpo(chosen, FrozenModel(place(reference, model.mesh, config, device)))

@@ -15,7 +15,7 @@ from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import ConfigError
 from tandem.train.lora import add_adapters
 from tandem.train.model import build_model, count_parameters, decoder_layers
-from tandem.train.objective import count_targets, step_loss, summed_loss
+from tandem.train.objective import NextToken, count_targets, step_loss
 
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
 
@@ -58,7 +58,7 @@ def test_the_loss_is_the_sum_over_labelled_tokens(model: torch.nn.Module):
     expected = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), rows[:, 1, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    torch.testing.assert_close(summed_loss(model, rows), expected)
+    torch.testing.assert_close(NextToken().loss(model, rows)[0], expected)
 
 
 def test_gradients_of_micro_batches_and_ranks_add_up_to_the_mean_over_tokens():
