@@ -203,6 +203,7 @@ class Half(nn.Module):
         self.norm, self.head = (None, None) if first else (inner.norm, model.lm_head)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Ids of the first stage or hidden states of the second, to hidden states or logits."""
         hidden = x if self.embed is None else self.embed(x)
         mask = _mask(self.config, positions)
         rotary = self.rotary(hidden, position_ids=positions)

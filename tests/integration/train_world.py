@@ -31,6 +31,7 @@ from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
 from tandem.train.model import build_model
 from tandem.train.placement import place
+from tandem.train.recompute import recompute_activations
 
 STEPS = 6
 
@@ -75,6 +76,7 @@ class World:
         model: Any = build_model(config.model, None, self.encoder, seed=0)
         if config.lora:
             model = add_adapters(model, config.lora, base_id="b@1", seed=0)
+        model = recompute_activations(model, config.recompute)
         mesh = Degrees.of(config.parallel).mesh("cpu", self.world)
         model = place(model, mesh, config, torch.device("cpu"))
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -166,6 +168,8 @@ def main(folder: Path, rank: int, world: int) -> None:
     }
     if world > 1:
         cases["full disk"] = here.full_disk
+        cases["compiled"] = lambda: here.losses("fsdp2", compile=True)
+        cases["compiled, recomputed"] = lambda: here.losses("fsdp2", compile=True, recompute="selective")
     results = {name: case() for name, case in cases.items()}
     (folder / f"results-{world}-{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -21,13 +21,15 @@ from torch.optim import Optimizer
 
 from tandem.config import TrainConfig
 from tandem.errors import LayoutError
+from tandem.train.compiled import compile_layers
 from tandem.train.context_parallel import share_sequences
 from tandem.train.expert_parallel import SharedExperts, split_experts
+from tandem.train.flex_attention import attend_in_blocks, document_blocks
 from tandem.train.mesh import Mesh
 from tandem.train.model import reshard
 from tandem.train.pipeline import PARTS, Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
 from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
-from tandem.train.stage import Share, Stage, whole_sequence
+from tandem.train.stage import Mask, Share, Stage, document_mask, whole_sequence
 from tandem.train.tensor_parallel import split_tensors
 from tandem.train.trained import Trained
 
@@ -172,13 +174,19 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         keep_stages(lm, numbers, of, layers)
     else:
         numbers, of, layers = [0], 1, [range(lm.config.num_hidden_layers)]
+    mask: Mask = document_mask
+    if config.attention == "flex":
+        attend_in_blocks(lm)
+        mask = document_blocks
     experts = split_experts(lm, mesh.experts_cut)
     if config.parallel.expert > 1 and not experts and degrees.pp == 1:
         raise LayoutError(f"parallel.expert is {config.parallel.expert}, but the model has no experts. Set it to 1.")
     split_tensors(lm, mesh["tp"], sequence_parallel=parallel.sequence_parallel, loss_parallel=True)
     model.to(device)
+    if config.compile:
+        compile_layers(lm.model.layers.values() if isinstance(lm.model.layers, nn.ModuleDict) else lm.model.layers)
     stages = [
-        Stage(lm, kept, first=number == 0, last=number == of - 1, share=share)
+        Stage(lm, kept, first=number == 0, last=number == of - 1, share=share, mask=mask)
         for number, kept in zip(numbers, layers, strict=True)
     ]
     # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
