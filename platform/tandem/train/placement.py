@@ -142,14 +142,14 @@ class PlacedModel(Trained):
         """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh."""
         counted = [p for p in self.parameters() if p.grad is not None and not (self._tied and self._tied.repeats(p))]
         ranks = dist.get_world_size() // self.mesh.degrees.pp if dist.is_initialized() else 1
-        squares = torch.zeros((), dtype=torch.float64)
+        device = next(self.parameters()).device
+        squares = torch.zeros((), dtype=torch.float64, device=device)
         for parameter in counted:
-            gradient = parameter.grad
-            # Ranks that hold the same part count it once between them.
-            squares += _local(gradient).double().pow(2).sum().cpu() * (_shards(gradient) / ranks)
+            # Row by row: float32 is exact enough for a row, and far faster than float64 for a matrix. Nothing waits for the
+            # device. Ranks that hold the same part count it once between them.
+            rows = torch.linalg.vector_norm(_local(parameter.grad), dim=-1).double()
+            squares += rows.square().sum() * (_shards(parameter.grad) / ranks)
         if dist.is_initialized():
-            device = next(self.parameters()).device
-            squares = squares.to(device)
             dist.all_reduce(squares)
         norm = float(squares.sqrt())
         if limit:
