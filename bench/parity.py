@@ -1,135 +1,182 @@
 """Every parallel layout against one process: losses and gradient norms of five steps, in float32.
 
-    python bench/parity.py [--quick] [--only NAME ...] [--json FILE] [--check]
+    python bench/parity.py [--workers N ...] [--only TEXT ...] [--json FILE] [--check]
 
-Each layout runs in a world of gloo processes of its own, with accumulation and clipping on, and starts from the same weights and
-rows as the one process. The table shows the largest difference of a loss and of a gradient norm, relative to 1 or to the number,
-whichever is larger; `--check` exits 1 where one is above 1e-5, and prints the largest last. `--quick` leaves out worlds of 8.
+What it is compared with is written by hand: a transformers model, its own forward pass, AdamW and clip_grad_norm_, one process,
+no micro-batches. Every layout starts from the same weights and rows, with two micro-batches or more and gradients clipped. Beside
+losses and norms each case shows
+    evaluation   the loss on 7 held-out rows after training, against the hand-written one's
+    exported     the same from the gathered weights in a plain transformers model, against that evaluation
+    resumed      the losses of a run that was saved after step 3 and went on in a new model, against the undisturbed run's
+A cell is the largest difference, relative to the number or to 1, whichever is larger. `--check` exits 1 where one is above 1e-5,
+and prints the largest last. Layouts of one size run one after the other in one world of gloo processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 BAR = 1e-5
-STEPS, ROWS, LENGTH = 5, 8, 32
+STEPS, SAVED, ROWS, HELD, LENGTH = 5, 3, 8, 7, 32
+CLIP, RATE = 0.5, 3e-3
+"""RATE: at 1e-2 AdamW made of a rounding error of 5e-8 in the first gradients one of 1e-5 in the fifth's norm."""
+COLUMNS = ("loss", "gradient norm", "evaluation", "exported", "resumed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One cell of the table."""
+    """One row of the table."""
 
     model: str = "llama"
-    """llama, qwen3 or moe; with `lora` or `dora` behind a plus."""
+    """llama, qwen3 or moe, with `+lora` or `+dora` behind it."""
     workers: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
     accumulate: int = 2
     tied: bool = True
+    objective: str = "next_token"
+    changes: dict[str, Any] = field(default_factory=dict)
+    """To the rest of the config."""
 
     @property
     def name(self) -> str:
         """As the table shows it."""
-        degrees = [f"{key} {value}" for key, value in self.parallel.items()]
-        return f"{self.model}: {', '.join(degrees) or 'one process'}"
+        asked = {**self.parallel, **self.changes, **({"dpo": ""} if self.objective == "dpo" else {})}
+        told = ", ".join(f"{key} {value}".strip().replace("_", " ") for key, value in asked.items())
+        model = self.model + ("" if self.tied else " untied")
+        return f"{model}: {told or f'{self.workers} process'}"
 
     @property
-    def alone(self) -> Case:
-        """The same in one process."""
-        return replace(self, workers=1, parallel={})
+    def alone(self) -> str:
+        """Which hand-written run it is compared with."""
+        return json.dumps([self.model, self.tied, self.objective])
 
 
 CASES = (
+    Case(),
+    Case(model="moe"),
     Case(workers=2, parallel={"strategy": "ddp"}),
     Case(workers=2, parallel={"strategy": "fsdp2"}),
-    Case(workers=4, parallel={"replicate": 2}),
+    Case(workers=2, parallel={"strategy": "fsdp2"}, changes={"recompute": "selective"}),
+    Case(workers=2, parallel={"strategy": "fsdp2"}, changes={"recompute": "full"}),
+    Case(workers=2, parallel={"strategy": "fsdp2"}, objective="dpo"),
     Case(workers=2, parallel={"tensor": 2, "sequence_parallel": False}),
     Case(workers=2, parallel={"tensor": 2}),
+    Case(workers=2, parallel={"tensor": 2}, objective="dpo"),
     Case(workers=2, parallel={"context": 2}),
     Case(workers=2, parallel={"pipeline": 2, "schedule": "gpipe"}),
-    Case(workers=2, parallel={"pipeline": 2, "schedule": "1f1b"}),
+    Case(workers=2, parallel={"pipeline": 2, "schedule": "1f1b"}, accumulate=4),
     Case(workers=2, parallel={"pipeline": 2, "schedule": "interleaved"}),
     Case(workers=2, parallel={"pipeline": 2, "schedule": "zero_bubble"}, accumulate=4),
+    Case(workers=2, parallel={"pipeline": 2}, changes={"recompute": "full"}),
     Case(model="qwen3", workers=2, parallel={"tensor": 2}, tied=False),
-    Case(model="qwen3", workers=4, parallel={"tensor": 2}),
+    Case(model="qwen3", workers=2, parallel={"pipeline": 2}, tied=False),
+    Case(model="moe", workers=2, parallel={"strategy": "fsdp2"}),
     Case(model="moe", workers=2, parallel={"expert": 2}),
     Case(model="moe", workers=2, parallel={"tensor": 2}),
-    Case(model="moe", workers=2, parallel={"pipeline": 2}, tied=False),
-    Case(model="moe", workers=4, parallel={"tensor": 2, "expert": 2}),
+    Case(model="moe", workers=2, parallel={"pipeline": 2}),
+    Case(model="llama+lora", workers=2, parallel={"strategy": "ddp"}),
+    Case(model="llama+lora", workers=2, parallel={"strategy": "fsdp2"}),
     Case(model="llama+lora", workers=2, parallel={"tensor": 2}),
+    Case(model="llama+lora", workers=2, parallel={"pipeline": 2}),
+    Case(workers=4, parallel={"replicate": 2}),
+    Case(workers=4, parallel={"tensor": 2}),
+    Case(workers=4, parallel={"context": 2}),
+    Case(workers=4, parallel={"pipeline": 2, "schedule": "interleaved"}, accumulate=4),
+    Case(model="qwen3", workers=4, parallel={"tensor": 2, "context": 2}),
+    Case(model="moe", workers=4, parallel={"tensor": 2, "expert": 2}),
+    Case(model="moe", workers=4, parallel={"replicate": 2, "expert": 2}),
+    Case(model="moe", workers=4, parallel={"pipeline": 2, "expert": 2}),
     Case(model="llama+lora", workers=4, parallel={"tensor": 2}),
-    Case(model="llama+dora", workers=4, parallel={"tensor": 2}),
     Case(workers=8, parallel={"pipeline": 2, "tensor": 2}),
-    Case(model="moe", workers=8, parallel={"replicate": 2, "tensor": 2, "expert": 2}),
+    Case(workers=8, parallel={"pipeline": 2, "schedule": "zero_bubble", "tensor": 2}, accumulate=4),
     Case(workers=8, parallel={"context": 2, "tensor": 2}),
+    Case(model="moe", workers=8, parallel={"replicate": 2, "tensor": 2, "expert": 2}),
+    Case(model="moe", workers=8, parallel={"pipeline": 2, "tensor": 2, "expert": 2}),
 )
 
 
 def main() -> int:
     """Run the cases and print the table; 1 if a cell is above the bar and --check is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="no worlds of 8 processes")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8], help="sizes of worlds")
     parser.add_argument("--only", nargs="+", default=[], help="cases whose name has one of these texts")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--check", action="store_true", help=f"exit 1 where a difference is above {BAR}")
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--world", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case is not None:
-        case = CASES[options.case]
-        print(json.dumps(run(case.alone if options.alone else case)))
+    if options.world:
+        run_world([CASES[number] for number in json.loads(options.world)])
         return 0
-    chosen = [
-        (number, case)
-        for number, case in enumerate(CASES)
-        if not (options.quick and case.workers > 4) and (not options.only or any(o in case.name for o in options.only))
-    ]
-    known: dict[str, Any] = {}
-    results = []
-    for number, case in chosen:
-        key = repr(case.alone)
-        known[key] = known.get(key) or world(number, 1, alone=True)
-        found = world(number, case.workers)
-        loss, norm = (difference(known[key], found, column) for column in (0, 1))
-        results.append({"case": case.name, "workers": case.workers, "loss": loss, "gradient_norm": norm})
-        print(f"{case.name} ({case.workers}): {loss:.1e} {norm:.1e}", flush=True)
+    results = measure(options.workers, options.only)
     show(results)
     if options.json:
         options.json.write_text(json.dumps({"bar": BAR, "results": results}, indent=1) + "\n")
-    worst = max((max(r["loss"], r["gradient_norm"]) for r in results), default=0.0)
+    worst = max((r[column] for r in results for column in COLUMNS), default=0.0)
     print(f"Largest difference: {worst:.1e}; the bar is {BAR:.0e}: {'met' if worst <= BAR else 'MISSED'}.")
     return int(options.check and not worst <= BAR)
 
 
-def difference(expected: list[list[float]], found: list[list[float]], column: int) -> float:
-    """The largest relative difference of a column; infinite where a run ended early."""
+def measure(workers: list[int], only: list[str]) -> list[dict[str, Any]]:
+    """A row of differences for each case of these sizes."""
+    results = []
+    for size in workers:
+        chosen = [
+            number
+            for number, case in enumerate(CASES)
+            if case.workers == size and (not only or any(text in case.name for text in only))
+        ]
+        if not chosen:
+            continue
+        for number, told in zip(chosen, world(chosen, size), strict=True):
+            case = CASES[number]
+            results.append({"case": case.name, "workers": case.workers, **differences(told)})
+            print(f"{case.name} ({size}):", *(f"{results[-1][c]:.1e}" for c in COLUMNS), flush=True)
+    return results
+
+
+def differences(told: dict[str, Any]) -> dict[str, float]:
+    """The cells of a row."""
+    ours, theirs = told["ours"], told["theirs"]
+    return {
+        "loss": difference(theirs["losses"], ours["losses"]),
+        "gradient norm": difference(theirs["norms"], ours["norms"]),
+        "evaluation": difference([theirs["evaluation"]], [ours["evaluation"]]),
+        "exported": difference([ours["evaluation"]], [ours["exported"]]),
+        "resumed": difference(ours["losses"], ours["resumed"]),
+    }
+
+
+def difference(expected: list[float], found: list[float]) -> float:
+    """The largest relative difference; infinite where a run ended early."""
     if len(expected) != len(found):
         return float("inf")
-    pairs = ((a[column], b[column]) for a, b in zip(expected, found, strict=True))
-    return max(abs(a - b) / max(1.0, abs(a)) for a, b in pairs)
+    return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, found, strict=True))
 
 
-def world(number: int, workers: int, *, alone: bool = False) -> Any:
-    """Run a case in `workers` processes; what rank 0 printed."""
+def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
+    """Run cases in one world of `workers` processes; what rank 0 tells of each."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    command = [sys.executable, __file__, "--case", str(number), *(["--alone"] if alone else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [open(Path(folder) / str(rank), "w+") for rank in range(workers)]  # noqa: SIM115 - closed below
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        logs = [stack.enter_context((folder / f"log-{rank}").open("w+")) for rank in range(workers)]
         processes = [
             subprocess.Popen(
-                command,
+                [sys.executable, __file__, "--world", json.dumps(numbers)],
                 env={
                     **os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                    "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder),
                 },
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stderr=logs[rank],
@@ -137,73 +184,245 @@ def world(number: int, workers: int, *, alone: bool = False) -> Any:
             )
             for rank in range(workers)
         ]  # fmt: skip
-        try:
-            said = processes[0].communicate(timeout=600)[0]
-            statuses = [process.wait(60) for process in processes]
-            if any(statuses):
-                rank = next(r for r, status in enumerate(statuses) if status)
-                logs[rank].seek(0)
-                raise SystemExit(
-                    f"{CASES[number].name}: rank {rank} ended with {statuses[rank]}:\n{logs[rank].read()[-3000:]}"
-                )
-        finally:
-            for process in processes:
-                process.kill()
-            for log in logs:
-                log.close()
-    return json.loads(said.splitlines()[-1])
+        for process in processes:
+            stack.callback(process.kill)
+        assert processes[0].stdout is not None
+        for line in processes[0].stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        failed = {rank: (folder / f"log-{rank}").read_text() for rank, p in enumerate(processes) if p.wait(60)}
+    # Ranks that only lost a peer say little.
+    for rank, said in sorted(failed.items(), key=lambda item: "closed by peer" in item[1]):
+        raise SystemExit(f"Rank {rank} ended:\n{said[-4000:]}")
 
 
-def run(case: Case) -> list[list[float]]:
-    """One rank of a world: [loss, gradient norm] of each step."""
+def run_world(cases: list[Case]) -> None:
+    """One rank of a world: runs the cases; rank 0 prints a line of JSON for each."""
     import torch
     import torch.distributed as dist
 
-    from tandem.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainConfig
-    from tandem.train.loop import LoopState, train
-    from tandem.train.lora import add_adapters
-    from tandem.train.mesh import Degrees
-    from tandem.train.optimizer import build_optimizer
-    from tandem.train.placement import place
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    known: dict[str, Any] = {}
+    for case in cases:
+        if dist.get_rank() == 0 and case.alone not in known:
+            known[case.alone] = by_hand(case)
+        ours = laid_out(case)
+        if dist.get_rank() == 0:
+            print(json.dumps({"ours": ours, "theirs": known[case.alone]}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def by_hand(case: Case) -> dict[str, Any]:
+    """The same training as a short loop of torch and transformers."""
+    import torch
+
+    config = config_of(replace(case, parallel={}, changes={}, workers=1, accumulate=1))
+    model = new_model(case)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    embeddings = (model.get_input_embeddings().weight,)
+    decayed: dict[bool, list[Any]] = {True: [], False: []}
+    for parameter in trained:
+        decayed[parameter.ndim > 1 and not any(parameter is e for e in embeddings)].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": found, "weight_decay": config.optimizer.weight_decay * decays} for decays, found in decayed.items()],
+        lr=RATE, betas=config.optimizer.betas,
+    )  # fmt: skip
+    lose = pair_loss(case) if case.objective == "dpo" else token_loss
+    losses, norms = [], []
+    rows = torch.from_numpy(all_rows(case)).long()
+    for step in range(STEPS):
+        loss = lose(model, rows[step * ROWS : (step + 1) * ROWS])
+        loss.backward()
+        losses.append(float(loss.detach()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, CLIP)))
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        evaluation = float(lose(model.eval(), rows[STEPS * ROWS :]))
+    return {"losses": losses, "norms": norms, "evaluation": evaluation}
+
+
+def token_loss(model: Any, rows: Any) -> Any:
+    """The mean cross-entropy (nats) of rows (B, 3, T), by transformers' own forward pass."""
+    import torch.nn.functional as F
+
+    logits = model(input_ids=rows[:, 0], position_ids=rows[:, 2], use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1, 1:].flatten(), ignore_index=-100)
+
+
+def pair_loss(case: Case) -> Callable[[Any, Any], Any]:
+    """The mean DPO loss of rows (B, 6, T) with one pair each, against the model that training starts from, with other weights."""
+    import torch
+    import torch.nn.functional as F
+
+    reference = new_model(case, seed=7).eval()
+
+    def answer(model: Any, side: Any) -> Any:
+        logits = model(input_ids=side[:, 0], position_ids=side[:, 2], use_cache=False).logits[:, :-1]
+        wanted = side[:, 1, 1:]
+        told = logits.log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
+        return (told * (wanted != -100)).double().sum(1)
+
+    def lose(model: Any, rows: Any) -> Any:
+        with torch.no_grad():
+            before = answer(reference, rows[:, :3]) - answer(reference, rows[:, 3:])
+        gain = answer(model, rows[:, :3]) - answer(model, rows[:, 3:]) - before
+        return -F.logsigmoid(0.1 * gain).mean().float()
+
+    return lose
+
+
+def laid_out(case: Case) -> dict[str, Any]:
+    """Tandem's training over this world; the same on every rank but for what rank 0 alone has."""
+    import torch
+    import torch.distributed as dist
+
+    from tandem.checkpoint import folders, sharded
+    from tandem.checkpoint.folders import SavedState
+    from tandem.train.evaluate import evaluate
+    from tandem.train.loop import LoopState, StepReport, train
+
+    config, cpu = config_of(case), torch.device("cpu")
+    told: dict[str, list[StepReport]] = {"whole": [], "resumed": []}
+    rows = all_rows(case)
+    root = shared_folder()
+
+    def go(run: str, run_config: Any, parts: Any, state: LoopState, *, save: bool = False) -> None:
+        model, optimizer, objective = parts
+        degrees = model.mesh.degrees
+        dealt = Dealt(rows[: STEPS * ROWS], degrees.data_rank(dist.get_rank()), degrees.data_parallel, state.step)
+
+        def saved(now: LoopState) -> None:
+            if save:
+                kept = SavedState(step=now.step, tokens=now.tokens, loss=None, world=case.workers)
+                sharded.save(root, model.whole, optimizer, kept, keep=1)
+
+        train(
+            model,
+            optimizer,
+            dealt,
+            run_config,
+            state,
+            report=told[run].append,
+            save=saved,
+            device=cpu,
+            objective=objective,
+        )
+
+    parts = build(case, config)
+    go("whole", config, parts, LoopState())
+    evaluation = evaluate(parts[0], parts[2], rows[STEPS * ROWS :], batch_rows=ROWS // config.parallel.data, device=cpu)
+    exported = export_loss(case, parts[0])
+    go("resumed", replace(config, steps=SAVED), build(case, config), LoopState(), save=True)
+    again = build(case, config, seed=1)
+    newest = folders.latest(root)
+    assert newest is not None
+    found = sharded.load(newest, again[0].whole, again[1])
+    go("resumed", config, again, LoopState(found.step, found.tokens))
+    return {
+        "losses": [step.loss for step in told["whole"]],
+        "norms": [step.grad_norm for step in told["whole"]],
+        "evaluation": evaluation["loss"],
+        "exported": exported,
+        "resumed": [step.loss for step in told["resumed"]],
+    }
+
+
+def build(case: Case, config: Any, seed: int = 0) -> tuple[Any, Any, Any]:
+    """A model over the mesh, its optimizer and its objective."""
+    import torch
+
+    from tandem.config import DpoConfig
+    from tandem.train.dpo import Dpo, FrozenModel
+    from tandem.train.mesh import Degrees
+    from tandem.train.objective import NextToken
+    from tandem.train.optimizer import build_optimizer
+    from tandem.train.placement import place
+    from tandem.train.recompute import recompute_activations
+
     cpu = torch.device("cpu")
-    kind, _, adapters = case.model.partition("+")
-    lora = LoraConfig(rank=4, **({"dora": True} if adapters == "dora" else {})) if adapters else None
-    config = TrainConfig(
+    mesh = Degrees.of(config.parallel).mesh("cpu", case.workers)
+    model = place(recompute_activations(new_model(case, seed), config.recompute), mesh, config, cpu)
+    optimizer = build_optimizer(model, config.optimizer, cpu)
+    if case.objective == "dpo":
+        reference = place(new_model(case, seed=7).requires_grad_(False), mesh, config, cpu)
+        return model, optimizer, Dpo(DpoConfig(), FrozenModel(reference))
+    return model, optimizer, NextToken(model.share)
+
+
+def export_loss(case: Case, model: Any) -> float:
+    """The evaluation of a plain transformers model that has the gathered weights; on ranks other than 0: of none."""
+    import torch
+    import torch.distributed as dist
+
+    weights = model.weights()
+    if dist.get_rank() != 0:
+        return 0.0
+    plain = new_model(case, seed=3)
+    if "+" in case.model:
+        # The base is the one that was trained on; the adapters are those that came out.
+        plain = new_model(case)
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+    left_out = plain.load_state_dict(weights, strict="+" not in case.model)
+    assert not left_out.unexpected_keys
+    lose = pair_loss(case) if case.objective == "dpo" else token_loss
+    with torch.no_grad():
+        return float(lose(plain.eval(), torch.from_numpy(all_rows(case)[STEPS * ROWS :]).long()))
+
+
+def shared_folder() -> Path:
+    """A new folder that all ranks know."""
+    import torch.distributed as dist
+
+    told = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    return Path(str(told[0]))
+
+
+def config_of(case: Case) -> Any:
+    """The training config of a case."""
+    from tandem.config import (
+        DataConfig,
+        DpoConfig,
+        LoraConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelismConfig,
+        TrainConfig,
+    )
+
+    _, _, adapters = case.model.partition("+")
+    based = bool(adapters) or case.objective == "dpo"
+    return TrainConfig(
         name="parity",
         data=DataConfig(path="x", sequence_length=LENGTH),
-        model=ModelConfig(base="b") if lora else ModelConfig(),
-        lora=lora,
+        model=ModelConfig(base="b") if based else ModelConfig(),
+        lora=LoraConfig(rank=4, **({"dora": True} if adapters == "dora" else {})) if adapters else None,
+        objective=case.objective,
+        dpo=DpoConfig() if case.objective == "dpo" else None,
         parallel=ParallelismConfig(workers=case.workers, **case.parallel),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, clip_norm=0.5, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=RATE,
+            schedule="constant",
+            warmup_steps=0,
+            clip_norm=CLIP,
+            weight_decay=0.1,
+            decay_embeddings=False,
+        ),
         steps=STEPS,
         batch_size=ROWS,
         accumulate=case.accumulate,
+        **case.changes,
     )
-    model = new_model(kind, case.tied)
-    if config.lora is not None:
-        model = add_adapters(model, config.lora, base_id="b", seed=0)
-        torch.manual_seed(3)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at first: with it nothing would be learned by lora_A in the first step
-                torch.nn.init.normal_(parameter, std=0.05)
-    mesh = Degrees.of(config.parallel).mesh("cpu", case.workers)
-    placed = place(model, mesh, config, cpu)
-    optimizer = build_optimizer(placed, config.optimizer, cpu)
-    told: list[list[float]] = []
-    train(
-        placed, optimizer, Dealt(mesh.degrees.data_rank(dist.get_rank()), mesh.degrees.data_parallel), config, LoopState(),
-        report=lambda step: told.append([step.loss, step.grad_norm]), save=lambda state: None, device=cpu,
-    )  # fmt: skip
-    dist.barrier()
-    dist.destroy_process_group()
-    return told
 
 
-def new_model(kind: str, tied: bool) -> Any:
-    """A tiny model of a transformers class, the same in every process."""
+def new_model(case: Case, seed: int = 0) -> Any:
+    """A tiny model of a transformers class, the same in every process; adapters come filled."""
     import torch
     from transformers import (
         LlamaConfig,
@@ -214,33 +433,61 @@ def new_model(kind: str, tied: bool) -> Any:
         Qwen3MoeForCausalLM,
     )
 
+    from tandem.train.lora import add_adapters
+
+    kind, _, adapters = case.model.partition("+")
     shape: dict[str, Any] = {
         "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": tied, "initializer_range": 0.15,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": case.tied,
+        "initializer_range": 0.15,
     }  # fmt: skip
-    torch.manual_seed(0)
+    # A base is the same whatever is put on it.
+    torch.manual_seed(0 if adapters else seed)
+    model: Any
     if kind == "moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, head_dim=8))
-    if kind == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8))
-    return LlamaForCausalLM(LlamaConfig(**shape))
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, head_dim=8))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    if not adapters:
+        return model
+    lora = config_of(replace(case, workers=1, parallel={}, changes={})).lora
+    model = add_adapters(model, lora, base_id="b", seed=seed)
+    torch.manual_seed(seed + 3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first: with it nothing would be learned by lora_A in the first step
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def all_rows(case: Case) -> Any:
+    """What is trained on, and behind it what is held out: two documents a row, or for dpo a pair of prompts with answers."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    count = STEPS * ROWS + HELD
+    sides = 2 if case.objective == "dpo" else 1
+    rows = np.zeros((count, 3 * sides, LENGTH), np.int32)
+    for side in range(0, 3 * sides, 3):
+        rows[:, side] = rows[:, side + 1] = random.integers(0, 96, (count, LENGTH))
+        if sides == 2:
+            rows[:, side + 1, : 6 + side] = -100
+            rows[:, side + 2] = np.arange(LENGTH)
+            continue
+        rows[:, 1, :5] = -100
+        rows[::3, 1, 20:] = -100
+        for row, cut in zip(rows, random.integers(4, LENGTH - 4, count), strict=True):
+            row[2] = np.concatenate([np.arange(cut), np.arange(LENGTH - cut)])
+    return rows
 
 
 class Dealt:
-    """Rows of one data-parallel rank: two documents a row, and stretches without loss of different lengths."""
+    """Rows of one data-parallel rank, from a step on."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        import numpy as np
-
-        random = np.random.default_rng(0)
-        self._rows = np.zeros((STEPS * ROWS, 3, LENGTH), np.int32)
-        self._rows[:, 0] = self._rows[:, 1] = random.integers(0, 96, (STEPS * ROWS, LENGTH))
-        self._rows[:, 1, :5] = -100
-        self._rows[::3, 1, 20:] = -100
-        for row, cut in zip(self._rows, random.integers(4, LENGTH - 4, len(self._rows)), strict=True):
-            row[2] = np.concatenate([np.arange(cut), np.arange(LENGTH - cut)])
-        self._rank, self._ranks, self._taken = rank, ranks, 0
+    def __init__(self, rows: Any, rank: int, ranks: int, step: int) -> None:
+        self._rows, self._rank, self._ranks, self._taken = rows, rank, ranks, step * ROWS // ranks
 
     def take(self, count: int) -> Any:
         """The next `count` rows."""
@@ -253,13 +500,13 @@ def show(results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{STEPS} steps against one process, float32, gloo: largest relative difference")
-    for column in ("layout", "processes", "loss", "gradient norm"):
+    table = Table(title=f"{STEPS} steps against a hand-written loop, float32, gloo: largest relative difference")
+    for column in ("layout", "processes", *COLUMNS):
         table.add_column(column, justify="left" if column == "layout" else "right")
     for r in results:
-        style = "" if max(r["loss"], r["gradient_norm"]) <= BAR else "red"
-        table.add_row(r["case"], str(r["workers"]), f"{r['loss']:.1e}", f"{r['gradient_norm']:.1e}", style=style)
-    Console(width=120).print(table)
+        style = "" if max(r[column] for column in COLUMNS) <= BAR else "red"
+        table.add_row(r["case"], str(r["workers"]), *(f"{r[column]:.1e}" for column in COLUMNS), style=style)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

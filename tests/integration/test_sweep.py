@@ -68,9 +68,10 @@ def test_two_trials_run_as_jobs_and_the_better_one_is_registered_by_the_configs_
     assert [r.id for r in registry.list(all_versions=True) if r.name.startswith("swept")] == ["swept@1"]
     record = registry.resolve("swept")
     assert (record.path, record.lineage["job"], record.lineage["loss"]) == (good.export, good.id, losses[0])
-    # Both were on the cluster at the same time.
-    spans = [(job.events()[0]["time"], job.last("finished")["time"]) for job in (good, bad)]
-    assert max(begin for begin, _ in spans) < min(end for _, end in spans)
+    # Both had their turn before one was done.
+    turns = [(e["trial"], e["state"]) for e in found.events() if e["event"] == "trial"]
+    begun = [turns.index((trial, "pending")) for trial in (1, 2)]
+    assert max(begun) < min(turns.index((trial, "finished")) for trial in (1, 2)), turns
 
     # Trials are jobs like any other.
     status_of_trial = json.loads(tandem("train", "status", bad.id, "--json", home=session_home).stdout)

@@ -29,8 +29,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean loss over `rows`, with perplexity where tokens are counted, and the means of what else the objective reports.
 
-    Every rank calls it with all the rows; each data-parallel rank takes its share of them, `batch_rows` at a time (of a
-    pipeline, one training step's). The model comes back in the mode it was in.
+    Every rank calls it with all the rows; each data-parallel rank takes its share of them, `batch_rows` at a time. The model
+    comes back in the mode it was in.
     """
     training = model.training
     model.eval()
@@ -40,7 +40,7 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     with torch.no_grad(), loss_parallel():
         count = objective.count(torch.from_numpy(rows.astype(np.int64)).to(device))
-        for part in shares(rows, rank, degrees.data_parallel, batch_rows, whole=model.pipeline is not None):
+        for part in shares(rows, rank, degrees.data_parallel, batch_rows):
             batch = torch.from_numpy(part.astype(np.int64)).to(device)
             with computing(model, precision, device):
                 summed, others = _losses(model, objective, batch)
@@ -65,26 +65,16 @@ def evaluate(
 def _losses(model: Trained, objective: Objective, batch: Tensor) -> tuple[Tensor, Sums]:
     if model.pipeline is None:
         return objective.loss(model, batch)
-    total = torch.zeros((), dtype=torch.float64, device=batch.device)
-
-    def add(logits: Tensor, labels: Tensor) -> Tensor:
-        summed = next_token(objective).of_logits(logits, labels)
-        total.add_(summed)
-        return summed
-
-    model.pipeline.evaluate(batch, add)
-    return total, {}
+    logits = model.pipeline.logits(batch)
+    if logits is None:
+        return torch.zeros((), device=batch.device), {}
+    return next_token(objective).of_logits(logits, batch[:, 1]), {}
 
 
-def shares(rows: Rows, rank: int, ranks: int, batch_rows: int, *, whole: bool = False) -> Iterator[Rows]:
-    """A rank's rows in equally many batches on every rank, since sharded ranks run together; rows of padding fill up.
-
-    `whole`: the last batch is as large as the others.
-    """
+def shares(rows: Rows, rank: int, ranks: int, batch_rows: int) -> Iterator[Rows]:
+    """A rank's rows in equally many batches on every rank, since sharded ranks run together; rows of padding fill up."""
     mine = rows[rank::ranks]
     each = math.ceil(len(rows) / ranks)
-    if whole:
-        each = math.ceil(each / batch_rows) * batch_rows
     padding = np.repeat(rows[:1], each - len(mine), axis=0)
     padding[:, 1::3] = IGNORED
     filled = np.concatenate((mine, padding))

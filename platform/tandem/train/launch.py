@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def run_job(job: Path, journal: Journal) -> None:
         if config.register and not done.get("model"):
             # A trial of a sweep that is wanted after all.
             _, index = find_dataset(config.data.path)
-            done |= _register(config, job, _base(config), index, done.get("loss"))
+            done |= _register(config, job, _base(config), index, done)
         journal.write({k: v for k, v in done.items() if k != "time"})
         return
     folder, index = find_dataset(config.data.path)
@@ -121,17 +121,23 @@ def run_job(job: Path, journal: Journal) -> None:
         end = _run_workers(task, journal, metrics)
     told = journal.read()
     plot_run(told, job / "loss.png", title=config.name)
-    evaluation = next((e for e in reversed(told) if e["event"] == "evaluation"), None)
+    end["evaluation"] = next((measured(e) for e in reversed(told) if e["event"] == "evaluation"), None)
     where = {"model": None, "base": None, "path": str(job / "export")}
     if config.register:
-        where = _register(config, job, base, whole, end.get("loss"))
+        where = _register(config, job, base, whole, end)
     journal.write(
         {
             "event": "finished", **where, "plot": str(job / "loss.png"), "loss": end.get("loss"),
-            "evaluation": evaluation and {k: v for k, v in evaluation.items() if k not in ("event", "time")},
-            "tokens": end.get("tokens"), "steps": config.steps, "seconds": round(time.monotonic() - began, 3),
+            "evaluation": end["evaluation"], "tokens": end.get("tokens"),
+            "steps": config.steps, "seconds": round(time.monotonic() - began, 3),
         }
     )  # fmt: skip
+
+
+def measured(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an `evaluation` event that were measured."""
+    about = ("event", "time", "step", "rows", "averaged")
+    return {name: value for name, value in evaluation.items() if name not in about}
 
 
 def connect(config: TrainConfig) -> None:
@@ -219,16 +225,17 @@ def _base(config: TrainConfig) -> BaseRef | None:
 
 
 def _register(
-    config: TrainConfig, job: Path, base: BaseRef | None, index: DatasetIndex, loss: float | None
+    config: TrainConfig, job: Path, base: BaseRef | None, index: DatasetIndex, end: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Put the result into the registry; returns what the `finished` event says of it."""
+    """Put the result into the registry, with loss and evaluation of the `end`; returns what the `finished` event says of it."""
     registry, folder = Registry.open(), job / "export"
     lineage = {
         "job": job.name,
         "dataset": index.digest,
         "config": digest(to_dict(config)),
         "steps": config.steps,
-        "loss": loss,
+        "loss": end.get("loss"),
+        "evaluation": end.get("evaluation"),
     }
     if config.lora is None:
         record = registry.register_model(config.name, folder, lineage=lineage)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
@@ -70,6 +71,12 @@ class Pipeline:
 
     name: str
     schedule: Any
+    mesh: DeviceMesh
+    held: dict[int, nn.Module]
+    """This rank's stages, by number."""
+    between: tuple[int, int]
+    """Shape of what goes from stage to stage, without the rows: this rank's part of a sequence, and the hidden width."""
+    dtype: torch.dtype
     has_first: bool
     has_last: bool
 
@@ -107,21 +114,39 @@ class Pipeline:
             name=parallel.schedule,
             # Gradients are scaled by tokens, not by micro-batches.
             schedule=made(held, config.accumulate, loss_fn=lambda output, target: output.sum(), scale_grads=False),
+            mesh=mesh,
+            held=dict(zip(numbers, modules, strict=True)),
+            between=(between, lm_config.hidden_size),
+            dtype=dtype,
             has_first=0 in numbers,
             has_last=of - 1 in numbers,
         )
 
     def step(self, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Forward and backward of all micro-batches of `rows` (B, 3, T); `loss` takes the logits and labels of each."""
-        self._run(self.schedule.step, rows, loss)
-
-    def evaluate(self, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """The same without a backward pass."""
-        self._run(self.schedule.eval, rows, loss)
-
-    def _run(self, run: Callable[..., Any], rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.schedule._loss_fn = loss
         arguments = (rows[:, 0],) if self.has_first else ()
         target = rows[:, 1] if self.has_last else None
         # The logits of all micro-batches, put together, would be the largest thing in memory.
-        run(*arguments, target=target, return_outputs=False, positions_BT=rows[:, 2].contiguous())
+        self.schedule.step(*arguments, target=target, return_outputs=False, positions_BT=rows[:, 2].contiguous())
+
+    def logits(self, rows: Tensor) -> Tensor | None:
+        """Forward pass of `rows` (B, 3, T) without gradients; the logits on the ranks of the last stage, else None.
+
+        torch's schedules have one too, but not where a rank holds two stages that follow each other.
+        """
+        ranks, group = self.mesh.size(), self.mesh.get_group()
+        owner = {number: rank for rank in range(ranks) for number in stages_of(rank, ranks, self.name)}
+        me, last = self.mesh.get_local_rank(), len(owner) - 1
+        x, sent = rows[:, 0], list[dist.Work | None]()
+        for number, module in sorted(self.held.items()):
+            if number > 0 and owner[number - 1] != me:
+                x = torch.empty(len(rows), *self.between, dtype=self.dtype, device=rows.device)
+                dist.recv(x, group=group, group_src=owner[number - 1])
+            x = module(x, rows[:, 2])
+            if number < last and owner[number + 1] != me:
+                sent.append(dist.isend(x.contiguous(), group=group, group_dst=owner[number + 1]))
+        for work in sent:
+            if work is not None:
+                work.wait()
+        return x if self.has_last else None

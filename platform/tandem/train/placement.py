@@ -181,7 +181,13 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     experts = split_experts(lm, mesh.experts_cut)
     if config.parallel.expert > 1 and not experts and degrees.pp == 1:
         raise LayoutError(f"parallel.expert is {config.parallel.expert}, but the model has no experts. Set it to 1.")
-    split_tensors(lm, mesh["tp"], sequence_parallel=parallel.sequence_parallel, loss_parallel=True)
+    # Only the cross-entropy of the next token is computed on logits that are cut along the vocabulary.
+    split_tensors(
+        lm,
+        mesh["tp"],
+        sequence_parallel=parallel.sequence_parallel,
+        loss_parallel=config.objective == "next_token",
+    )
     model.to(device)
     if config.compile:
         compile_layers(lm.model.layers.values() if isinstance(lm.model.layers, nn.ModuleDict) else lm.model.layers)

@@ -42,6 +42,8 @@ class Stage(nn.Module):
         self.embed_tokens = lm.model.embed_tokens if first else None
         self.norm = lm.model.norm if last else None
         self.lm_head = lm.lm_head if last else None
+        self.tied = bool(lm.config.tie_word_embeddings)
+        """Whether the head's weight is the embedding's, here or in another stage."""
         self._share = share
         self._mask = mask or document_mask
 

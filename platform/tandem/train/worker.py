@@ -145,8 +145,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     def measure(step: int) -> None:
         held = ray.get(task.evaluation)
-        share = config.batch_size // degrees.data_parallel
-        share //= 1 if model.pipeline else config.accumulate
+        share = config.batch_size // degrees.data_parallel // config.accumulate
         with averaged():
             evaluated = evaluate(
                 model, objective, held, batch_rows=share, device=device, precision=config.precision,

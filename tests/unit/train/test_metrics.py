@@ -95,6 +95,9 @@ def test_wandb_offline_goes_on_in_the_same_run(tmp_path: Path):
     first = [step(1), step(2), step(3), evaluation(2)]
     again = [step(3), step(4)]
     assert run(config, job, [], first) == run(config, job, first, again) == []
+    import wandb
+
+    wandb.teardown()  # its service would outlive the test
     ids, found = stored_metrics.wandb_offline(job)
     assert ids == {"a-123"}
     assert found["train/loss"] == [(n, pytest.approx(4.0 / n)) for n in range(1, 5)]
