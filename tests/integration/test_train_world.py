@@ -53,7 +53,7 @@ def test_two_workers_lose_what_one_does(world: Path, case: str):
     assert results(world, 1)[case] == pytest.approx(alone, abs=1e-5)
 
 
-@pytest.mark.parametrize("case", ["compiled", "compiled, recomputed"])
+@pytest.mark.parametrize("case", ["compiled", "compiled, cut", "compiled, recomputed"])
 def test_compiled_layers_lose_what_others_do(world: Path, case: str):
     assert results(world, 2)[case] == pytest.approx(results(world, 1)["fsdp2"], abs=1e-4)
 

@@ -144,11 +144,6 @@ class TrainConfig:
 
     def _check_compile(self) -> None:
         parallel = self.parallel
-        if self.compile and parallel.tensor > 1:
-            raise ConfigError(
-                f"compile is on and parallel.tensor is {parallel.tensor}: of layers that are cut, torch 2.13 compiles gradients "
-                "that are wrong. Set compile to false, or parallel.tensor to 1."
-            )
         if self.compile and parallel.pipeline > 1 and parallel.schedule == "zero_bubble":
             raise ConfigError(
                 "compile is on and parallel.schedule is 'zero_bubble', which splits the backward pass of a layer: one that is "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 Share = Callable[[Tensor], Tensor]
 """Cuts a rank's part out of a tensor, along its last axis, the sequence."""
@@ -54,6 +55,9 @@ class Stage(nn.Module):
         """
         here = self._share(positions_BT)
         hidden = self.embed_tokens(self._share(x)) if self.embed_tokens is not None else x
+        if isinstance(hidden, AsyncCollectiveTensor):
+            # Still on its way from other ranks: a compiled layer would lose the embedding's gradient (torch 2.13).
+            hidden = hidden.clone()
         rotary = self.rotary_emb(hidden, position_ids=here)
         mask = self._mask(positions_BT, self._share)
         for layer in self.layers:

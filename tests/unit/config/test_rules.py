@@ -141,10 +141,6 @@ def train(**values: object) -> TrainConfig:
         ({"evaluation": {"held_out": 0.0}}, "nothing to evaluate on"),
         ({"recompute": "fulll"}, "Did you mean 'full'"),
         (
-            {"compile": True, "parallel": {"workers": 2, "tensor": 2}},
-            r"parallel\.tensor is 2.*Set compile to false, or parallel\.tensor to 1",
-        ),
-        (
             {"compile": True, "parallel": {"workers": 2, "pipeline": 2, "schedule": "zero_bubble"}},
             r"'zero_bubble'.*parallel\.schedule to 'interleaved'",
         ),
