@@ -94,7 +94,7 @@ def run_job(job: Path, journal: Journal) -> None:
     connect(config)
     try:
         # Raises before a worker starts if nothing in the data can be learned from.
-        stream = open_stream(folder, index, encoder, config.data, workers=config.parallel.workers, seed=config.seed)
+        stream = open_stream(folder, index, encoder, config.data, workers=config.parallel.data, seed=config.seed)
     except ray.exceptions.RayError as error:
         if damaged := index.damaged(folder):
             raise DataError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -49,12 +49,14 @@ class PlacedModel(Trained):
         share: Share,
         pipeline: Pipeline | None,
         replicated: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.mesh = mesh
         self.share = share
         self.pipeline = pipeline
+        self._device = device
         # Not a submodule: its parameters are the stages', under the names that checkpoints and exports have.
         object.__setattr__(self, "_whole", whole)
         called: nn.Module = stages[0]
@@ -110,7 +112,7 @@ class PlacedModel(Trained):
     def finish_gradients(self) -> None:
         """See `Trained`."""
         if self._tied is not None:
-            self._tied.sum_gradients()
+            self._tied.sum_gradients(self._device)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -135,21 +137,21 @@ class PlacedModel(Trained):
                 found |= _received(lead)
             return found
         if rank % stage_ranks == 0:
-            _send(found, 0, next(self.parameters()).device)
+            _send(found, 0, self._device)
         return {}
 
     def clip(self, limit: float) -> float:
         """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh."""
         counted = [p for p in self.parameters() if p.grad is not None and not (self._tied and self._tied.repeats(p))]
         ranks = dist.get_world_size() // self.mesh.degrees.pp if dist.is_initialized() else 1
-        device = next(self.parameters()).device
-        squares = torch.zeros((), dtype=torch.float64, device=device)
+        squares = torch.zeros((), dtype=torch.float64, device=next(self.parameters()).device)
         for parameter in counted:
             # Row by row: float32 is exact enough for a row, and far faster than float64 for a matrix. Nothing waits for the
             # device. Ranks that hold the same part count it once between them.
             rows = torch.linalg.vector_norm(_local(parameter.grad), dim=-1).double()
             squares += rows.square().sum() * (_shards(parameter.grad) / ranks)
         if dist.is_initialized():
+            squares = squares.to(self._device)
             dist.all_reduce(squares)
         norm = float(squares.sqrt())
         if limit:
@@ -199,14 +201,15 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     replicated = (
         parallel.strategy == "ddp" and degrees.dp_replicate > 1 and any(p.requires_grad for p in model.parameters())
     )
-    # One process has nothing to share out, but may have to compute in another type than its weights have.
-    if parallel.strategy == "fsdp2" and (degrees.world > 1 or config.precision in COMPUTED_IN):
+    # One process has nothing to share out, but may compute in another type than its weights have, or keep them elsewhere.
+    alone = degrees.world == 1 and config.precision not in COMPUTED_IN and not parallel.offload
+    if parallel.strategy == "fsdp2" and not alone:
         for stage in stages:
             _shard(stage, mesh, config)
     pipeline = None
     if degrees.pp > 1:
         pipeline = Pipeline.of(stages, numbers, mesh["pp"], config=config, lm_config=lm.config, device=device)
-    return PlacedModel(model, stages, mesh=mesh, share=share, pipeline=pipeline, replicated=replicated)
+    return PlacedModel(model, stages, mesh=mesh, share=share, pipeline=pipeline, replicated=replicated, device=device)
 
 
 def check_model(shape: Any, config: TrainConfig) -> None:
@@ -240,6 +243,8 @@ def _shard(stage: Stage, mesh: Mesh, config: TrainConfig) -> None:
         # Gathering again for every micro-batch of a pipeline would cost more than it saves.
         "reshard_after_forward": mesh.degrees.pp == 1,
     }
+    if config.parallel.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.whole.device_type != "cpu")
     for layer in stage.layers:
         for module in layer.modules():
             if isinstance(module, SharedExperts):
@@ -279,12 +284,15 @@ class _TiedStages:
         """Whether a parameter is the copy that does not count."""
         return parameter is self._repeated
 
-    def sum_gradients(self) -> None:
+    def sum_gradients(self, device: torch.device) -> None:
         """Give both copies the sum of their gradients."""
         gradients = [_local(p.grad) for p in self._mine if p.grad is not None]
         if self._group is not None:
             for gradient in gradients:
-                dist.all_reduce(gradient, group=self._group)
+                # It may have been offloaded.
+                there = gradient.to(device)
+                dist.all_reduce(there, group=self._group)
+                gradient.copy_(there)
         elif len(gradients) == 2:
             total = gradients[0] + gradients[1]
             for gradient in gradients:

@@ -109,7 +109,8 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
     extra = {name: thing for name, thing in (("ema", ema), ("scaler", scaler)) if thing is not None}
-    torch.manual_seed(config.seed + 1 + rank)
+    # Tensor peers drop out the same: what they compute between the matrix products is the same.
+    torch.manual_seed(config.seed + 1 + rank // degrees.tp)
 
     root = task.job / "checkpoints"
     newest = folders.latest(root)
@@ -119,7 +120,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     emit(
         {
             "event": "started", "job": task.job.name, "kind": _kind(task),
-            "workers": world, "strategy": config.parallel.strategy, "parameters": total, "trainable": trainable,
+            "workers": world, "layout": config.parallel.layout, "parameters": total, "trainable": trainable,
             "steps": config.steps, "resumed_from": found.step if found else None,
         }
     )  # fmt: skip
