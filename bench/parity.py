@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -171,8 +170,6 @@ def difference(expected: list[float], found: list[float]) -> float:
 
 def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
     """Run cases in one world of `workers` processes; what rank 0 tells of each."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         logs = [stack.enter_context((folder / f"log-{rank}").open("w+")) for rank in range(workers)]
@@ -180,8 +177,8 @@ def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
             subprocess.Popen(
                 [sys.executable, __file__, "--world", json.dumps(numbers)],
                 env={
-                    **os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder),
+                    **os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers), "RENDEZVOUS": f"file://{folder}/rendezvous",
+                    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder),
                 },
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stderr=logs[rank],
@@ -195,10 +192,18 @@ def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
         for line in processes[0].stdout:
             if line.startswith("{"):
                 yield json.loads(line)
-        failed = {rank: (folder / f"log-{rank}").read_text() for rank, p in enumerate(processes) if p.wait(60)}
+        failed = {rank: (folder / f"log-{rank}").read_text() for rank, p in enumerate(processes) if failing(p)}
     # Ranks that only lost a peer say little.
     for rank, said in sorted(failed.items(), key=lambda item: "closed by peer" in item[1]):
         raise SystemExit(f"Rank {rank} ended:\n{said[-4000:]}")
+
+
+def failing(process: subprocess.Popen[str]) -> bool:
+    """Whether a process ends with an error, or not within a minute."""
+    try:
+        return process.wait(60) != 0
+    except subprocess.TimeoutExpired:
+        return True
 
 
 def run_world(cases: list[Case]) -> None:
@@ -207,7 +212,8 @@ def run_world(cases: list[Case]) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=size)
     known: dict[str, Any] = {}
     for case in cases:
         if dist.get_rank() == 0 and case.alone not in known:

@@ -63,6 +63,10 @@ class TrainConfig:
     """What is computed in: float32, bfloat16, float16 (with a loss scaler) or float8 (on a GPU). Weights stay float32."""
     recompute: str = "none"
     """Activations computed again in the backward pass, to save memory: none, selective (all but matrix products), full."""
+    compile: bool = False
+    """Compile the model's layers (torch.compile): faster steps on a GPU, after a first one that takes a minute longer."""
+    attention: str = "sdpa"
+    """sdpa, or flex: what a token of another document would take is not computed (on a GPU, with compile)."""
     seed: int = 0
     log_every: int = 1
     """Steps between reports of loss and throughput."""
@@ -76,6 +80,7 @@ class TrainConfig:
         check.one_of("objective", self.objective, ("next_token", "dpo"))
         check.one_of("precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
         check.one_of("recompute", self.recompute, ("none", "selective", "full"))
+        check.one_of("attention", self.attention, ("sdpa", "flex"))
         for key in ("steps", "batch_size", "accumulate", "log_every"):
             check.at_least(key, getattr(self, key), 1)
         share = self.parallel.data * self.accumulate
@@ -94,6 +99,7 @@ class TrainConfig:
                 f"ema is {self.ema}; it must be above 0 and below 1, such as 0.999. Unset it for no average."
             )
         self._check_device()
+        self._check_compile()
         self._check_objective()
         self._check_evaluation()
         if self.optimizer.decay_steps is not None:
@@ -140,6 +146,25 @@ class TrainConfig:
                 f"precision is 'float8' and lora is set (rank {self.lora.rank}): float8 trains whole matrices, and adapters "
                 "are too narrow to gain from it. Set precision to 'bfloat16', or unset lora."
             )
+
+    def _check_compile(self) -> None:
+        parallel = self.parallel
+        if self.compile and parallel.pipeline > 1 and parallel.schedule == "zero_bubble":
+            raise ConfigError(
+                "compile is on and parallel.schedule is 'zero_bubble', which splits the backward pass of a layer: one that is "
+                "compiled is a single piece. Set compile to false, or parallel.schedule to 'interleaved'."
+            )
+        if self.attention == "flex":
+            if parallel.gpus_per_worker == 0 or not self.compile:
+                raise ConfigError(
+                    f"attention is 'flex', which is fast only when compiled on a GPU; compile is {str(self.compile).lower()} and "
+                    f"parallel.gpus_per_worker is {parallel.gpus_per_worker:g}. Set both, or attention to 'sdpa'."
+                )
+            if parallel.context > 1:
+                raise ConfigError(
+                    f"attention is 'flex' and parallel.context is {parallel.context}: sequences that are shared have an "
+                    "attention of their own. Set attention to 'sdpa', or parallel.context to 1."
+                )
 
     def _check_objective(self) -> None:
         if self.objective != "dpo":

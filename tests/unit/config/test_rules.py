@@ -162,6 +162,16 @@ def train(**values: object) -> TrainConfig:
         ({"evaluation": {"data": "q", "held_out": 0.1}}, r"are both set"),
         ({"evaluation": {"held_out": 0.0}}, "nothing to evaluate on"),
         ({"recompute": "fulll"}, "Did you mean 'full'"),
+        (
+            {"compile": True, "parallel": {"workers": 2, "pipeline": 2, "schedule": "zero_bubble"}},
+            r"'zero_bubble'.*parallel\.schedule to 'interleaved'",
+        ),
+        ({"attention": "flex", "compile": True}, r"compile is true and parallel\.gpus_per_worker is 0\. Set both"),
+        ({"attention": "flex", "parallel": {"gpus_per_worker": 1}}, r"compile is false and parallel"),
+        (
+            {"attention": "flex", "compile": True, "parallel": {"workers": 2, "context": 2, "gpus_per_worker": 1}},
+            r"parallel\.context is 2.*Set attention to 'sdpa'",
+        ),
         ({"precision": "float-16"}, "Did you mean 'float16'"),
     ],
 )
@@ -173,6 +183,7 @@ def test_what_cannot_go_together_is_refused_with_the_next_step(values, message):
 def test_what_needs_a_gpu_is_allowed_on_one():
     found = train(precision="float8", optimizer={"name": "adamw_8bit"}, parallel={"gpus_per_worker": 1})
     assert found.precision == "float8"
+    assert train(attention="flex", compile=True, parallel={"gpus_per_worker": 1}).attention == "flex"
 
 
 def test_a_share_is_held_out_unless_other_data_is_named():
