@@ -38,7 +38,7 @@ class Case:
     """One row of the table."""
 
     model: str = "llama"
-    """llama, qwen3 or moe, with `+lora` or `+dora` behind it."""
+    """llama, qwen3, gemma2 or moe, with `+lora` or `+dora` behind it."""
     workers: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
     accumulate: int = 2
@@ -81,6 +81,8 @@ CASES = (
     Case(workers=2, parallel={"pipeline": 2}, changes={"recompute": "full"}),
     Case(model="qwen3", workers=2, parallel={"tensor": 2}, tied=False),
     Case(model="qwen3", workers=2, parallel={"pipeline": 2}, tied=False),
+    Case(model="gemma2", workers=2, parallel={"strategy": "fsdp2"}),
+    Case(model="gemma2+lora", workers=2, parallel={"strategy": "ddp"}),
     Case(model="moe", workers=2, parallel={"strategy": "fsdp2"}),
     Case(model="moe", workers=2, parallel={"expert": 2}),
     Case(model="moe", workers=2, parallel={"tensor": 2}),
@@ -436,6 +438,8 @@ def new_model(case: Case, seed: int = 0) -> Any:
     """A tiny model of a transformers class, the same in every process; adapters come filled."""
     import torch
     from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         Qwen3Config,
@@ -458,6 +462,8 @@ def new_model(case: Case, seed: int = 0) -> Any:
     if kind == "moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, head_dim=8))
+    elif kind == "gemma2":  # its layers are not known to training: it goes by transformers' own forward pass
+        model = Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, sliding_window=8))
     elif kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8))
     else:
