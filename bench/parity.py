@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,7 @@ class Case:
     """One row of the table."""
 
     model: str = "llama"
-    """llama, qwen3 or moe, with `+lora` or `+dora` behind it."""
+    """llama, qwen3, gemma2 or moe, with `+lora` or `+dora` behind it."""
     workers: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
     accumulate: int = 2
@@ -79,6 +78,7 @@ CASES = (
     Case(workers=2, parallel={"strategy": "fsdp2"}),
     Case(workers=2, parallel={"strategy": "fsdp2"}, changes={"recompute": "selective"}),
     Case(workers=2, parallel={"strategy": "fsdp2"}, changes={"recompute": "full"}),
+    Case(workers=2, parallel={"offload": True}),
     Case(workers=2, parallel={"strategy": "fsdp2"}, objective="dpo"),
     Case(workers=2, parallel={"tensor": 2, "sequence_parallel": False}),
     Case(workers=2, parallel={"tensor": 2}),
@@ -91,6 +91,8 @@ CASES = (
     Case(workers=2, parallel={"pipeline": 2}, changes={"recompute": "full"}),
     Case(model="qwen3", workers=2, parallel={"tensor": 2}, tied=False),
     Case(model="qwen3", workers=2, parallel={"pipeline": 2}, tied=False),
+    Case(model="gemma2", workers=2, parallel={"strategy": "fsdp2"}),
+    Case(model="gemma2+lora", workers=2, parallel={"strategy": "ddp"}),
     Case(model="moe", workers=2, parallel={"strategy": "fsdp2"}),
     Case(model="moe", workers=2, parallel={"expert": 2}),
     Case(model="moe", workers=2, parallel={"tensor": 2}),
@@ -103,9 +105,13 @@ CASES = (
     Case(workers=2, parallel={"strategy": "deepspeed"}, zero={"stage": 3}, objective="dpo"),
     Case(model="moe", workers=2, parallel={"strategy": "deepspeed"}, zero={"stage": 3}),
     Case(model="llama+lora", workers=2, parallel={"strategy": "deepspeed"}, zero={"stage": 3}),
+    Case(model="llama+dora", workers=2, parallel={"strategy": "deepspeed"}, zero={"stage": 2}),
     Case(workers=4, parallel={"strategy": "deepspeed"}, zero={"stage": 3}),
+    Case(model="llama+dora", workers=2, parallel={"strategy": "fsdp2"}),
+    Case(model="moe+lora", workers=2, parallel={"expert": 2}),
     Case(workers=4, parallel={"replicate": 2}),
     Case(workers=4, parallel={"tensor": 2}),
+    Case(workers=4, parallel={"tensor": 2, "offload": True}),
     Case(workers=4, parallel={"context": 2}),
     Case(workers=4, parallel={"pipeline": 2, "schedule": "interleaved"}, accumulate=4),
     Case(model="qwen3", workers=4, parallel={"tensor": 2, "context": 2}),
@@ -113,6 +119,7 @@ CASES = (
     Case(model="moe", workers=4, parallel={"replicate": 2, "expert": 2}),
     Case(model="moe", workers=4, parallel={"pipeline": 2, "expert": 2}),
     Case(model="llama+lora", workers=4, parallel={"tensor": 2}),
+    Case(model="llama+dora", workers=4, parallel={"tensor": 2}),
     Case(workers=8, parallel={"pipeline": 2, "tensor": 2}),
     Case(workers=8, parallel={"pipeline": 2, "schedule": "zero_bubble", "tensor": 2}, accumulate=4),
     Case(workers=8, parallel={"context": 2, "tensor": 2}),
@@ -181,8 +188,6 @@ def difference(expected: list[float], found: list[float]) -> float:
 
 def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
     """Run cases in one world of `workers` processes; what rank 0 tells of each."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         logs = [stack.enter_context((folder / f"log-{rank}").open("w+")) for rank in range(workers)]
@@ -190,8 +195,8 @@ def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
             subprocess.Popen(
                 [sys.executable, __file__, "--world", json.dumps(numbers)],
                 env={
-                    **os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder),
+                    **os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers), "RENDEZVOUS": f"file://{folder}/rendezvous",
+                    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder),
                 },
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stderr=logs[rank],
@@ -205,10 +210,18 @@ def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
         for line in processes[0].stdout:
             if line.startswith("{"):
                 yield json.loads(line)
-        failed = {rank: (folder / f"log-{rank}").read_text() for rank, p in enumerate(processes) if p.wait(60)}
+        failed = {rank: (folder / f"log-{rank}").read_text() for rank, p in enumerate(processes) if failing(p)}
     # Ranks that only lost a peer say little.
     for rank, said in sorted(failed.items(), key=lambda item: "closed by peer" in item[1]):
         raise SystemExit(f"Rank {rank} ended:\n{said[-4000:]}")
+
+
+def failing(process: subprocess.Popen[str]) -> bool:
+    """Whether a process ends with an error, or not within a minute."""
+    try:
+        return process.wait(60) != 0
+    except subprocess.TimeoutExpired:
+        return True
 
 
 def run_world(cases: list[Case]) -> None:
@@ -217,7 +230,8 @@ def run_world(cases: list[Case]) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=size)
     known: dict[str, Any] = {}
     for case in cases:
         if dist.get_rank() == 0 and case.alone not in known:
@@ -443,6 +457,8 @@ def new_model(case: Case, seed: int = 0) -> Any:
     """A tiny model of a transformers class, the same in every process; adapters come filled."""
     import torch
     from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         Qwen3Config,
@@ -465,6 +481,8 @@ def new_model(case: Case, seed: int = 0) -> Any:
     if kind == "moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, head_dim=8))
+    elif kind == "gemma2":  # its layers are not known to training: it goes by transformers' own forward pass
+        model = Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, sliding_window=8))
     elif kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8))
     else:

@@ -31,6 +31,7 @@ from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
 from tandem.train.model import build_model
 from tandem.train.placement import place
+from tandem.train.recompute import recompute_activations
 
 STEPS = 6
 
@@ -75,6 +76,7 @@ class World:
         model: Any = build_model(config.model, None, self.encoder, seed=0)
         if config.lora:
             model = add_adapters(model, config.lora, base_id="b@1", seed=0)
+        model = recompute_activations(model, config.recompute)
         mesh = Degrees.of(config.parallel).mesh("cpu", self.world)
         model = place(model, mesh, config, torch.device("cpu"))
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -99,15 +101,18 @@ class World:
             if now.step == stop:
                 raise Stop
 
-        rows = Listed(self.rows, self.rank, self.world, state.step * config.batch_size)
+        degrees = Degrees.of(config.parallel)
+        rank, ranks = degrees.data_rank(self.rank), degrees.data_parallel
+        rows = Listed(self.rows, rank, ranks, state.step * config.batch_size)
         try:
             train(*parts, rows, config, state, report=report, save=save, device=torch.device("cpu"))
         except Stop:
             pass
         return losses
 
-    def losses(self, strategy: str, **changes: Any) -> list[float]:
+    def losses(self, strategy: str, *, tensor: int = 1, **changes: Any) -> list[float]:
         config = self.config(strategy, **changes)
+        config = replace(config, parallel=replace(config.parallel, tensor=tensor))
         return self.run(config, self.build(config), LoopState())
 
     def resumed(self, strategy: str, lora: bool) -> dict[str, Any]:
@@ -166,6 +171,9 @@ def main(folder: Path, rank: int, world: int) -> None:
     }
     if world > 1:
         cases["full disk"] = here.full_disk
+        cases["compiled"] = lambda: here.losses("fsdp2", compile=True)
+        cases["compiled, cut"] = lambda: here.losses("fsdp2", compile=True, tensor=2)
+        cases["compiled, recomputed"] = lambda: here.losses("fsdp2", compile=True, recompute="selective")
     results = {name: case() for name, case in cases.items()}
     (folder / f"results-{world}-{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -33,6 +33,8 @@ class ParallelismConfig:
     """With tensor > 1: what is between the matrix multiplications is shared too, along the sequence."""
     schedule: str = "1f1b"
     """Order of a pipeline's micro-batches: gpipe, 1f1b, interleaved (two parts of the model a rank) or zero_bubble."""
+    offload: bool = False
+    """With fsdp2: parameters, gradients and optimizer state lie in the CPU's memory, where the optimizer steps too."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for each worker."""
     gpus_per_worker: float = 0.0
@@ -49,12 +51,9 @@ class ParallelismConfig:
         named = " x ".join(
             f"{key}={getattr(self, key)}" for key in DEGREES if getattr(self, key) > 1 and key != "expert"
         )
-        if self.workers % (inner * self.replicate):
-            group = inner * self.replicate
-            fits = max(group, round(self.workers / group) * group)
+        if self.strategy == "ddp" and self.offload:
             raise LayoutError(
-                f"parallel: {named} makes groups of {group}, and {self.workers} workers are no multiple of that. "
-                f"The nearest that works is workers={fits}."
+                "parallel.offload is for fsdp2; ddp holds whole models. Set parallel.strategy to 'fsdp2'."
             )
         if self.strategy == "ddp" and self.replicate > 1:
             raise LayoutError("parallel.replicate is for fsdp2; ddp replicates across all workers. Leave it out.")
@@ -62,10 +61,22 @@ class ParallelismConfig:
             raise LayoutError(
                 f"parallel: {named or f'expert={self.expert}'} needs strategy fsdp2; ddp holds whole models."
             )
+        if self.strategy == "deepspeed" and self.offload:
+            raise LayoutError(
+                "parallel.offload is for fsdp2. Leave it out; deepspeed.offload_optimizer and deepspeed.offload_parameters say "
+                "what DeepSpeed keeps in the CPU's memory."
+            )
         if self.strategy == "deepspeed" and inner * self.replicate * self.expert > 1:
             raise LayoutError(
                 f"parallel: {' x '.join(f'{key}={getattr(self, key)}' for key in DEGREES if getattr(self, key) > 1)} needs "
                 "strategy fsdp2; deepspeed shares the data only. Set strategy to 'fsdp2', or leave the degrees at 1."
+            )
+        if self.workers % (inner * self.replicate):
+            group = inner * self.replicate
+            fits = max(group, round(self.workers / group) * group)
+            raise LayoutError(
+                f"parallel: {named} makes groups of {group}, and {self.workers} workers are no multiple of that. "
+                f"The nearest that works is workers={fits}."
             )
         if self.shard % self.expert:
             fits = next(n for n in range(self.expert, 0, -1) if self.shard % n == 0)
@@ -78,6 +89,15 @@ class ParallelismConfig:
     def shard(self) -> int:
         """Ranks that share one copy of the parameters and see different rows."""
         return self.workers // (self.pipeline * self.replicate * self.context * self.tensor)
+
+    @property
+    def layout(self) -> str:
+        """The layout in words: the strategy, and the degrees above 1."""
+        degrees = {key: getattr(self, key) for key in DEGREES} | {"shard": self.shard}
+        if self.strategy == "ddp" or list(degrees.values()) == [1] * len(DEGREES) + [self.shard]:
+            return self.strategy
+        told = " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
+        return f"{self.strategy}, {told}" + (f" ({self.schedule})" if self.pipeline > 1 else "")
 
     @property
     def data(self) -> int:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tandem.errors import LayoutError
-
 
 def split_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     """Replace every stack of experts in `model` by this rank's part of it over the mesh's axes ep and tp; returns those."""
@@ -32,29 +30,17 @@ def split_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
 
 
 class SharedExperts(nn.Module):
-    """This rank's experts, and the way of every token to the rank that has its experts."""
+    """This rank's experts, and the way of every token to the rank that has its experts. ep divides experts, tp their width."""
 
     def __init__(self, whole: Any, mesh: DeviceMesh) -> None:
         super().__init__()
         ep, tp = mesh["ep"], mesh["tp"]
         self.num_experts = whole.num_experts
-        if self.num_experts % ep.size():
-            fits = next(n for n in range(ep.size(), 0, -1) if self.num_experts % n == 0)
-            raise LayoutError(
-                f"parallel.expert ({ep.size()}) must divide the model's {self.num_experts} experts. "
-                f"The nearest that works is expert={fits}."
-            )
         self._ep = ep.get_group() if ep.size() > 1 else None
         self._tp = tp.get_group() if tp.size() > 1 else None
         self._ranks, self._held = ep.size(), self.num_experts // ep.size()
         self.act_fn = whole.act_fn
         width = whole.down_proj.shape[2]
-        if width % tp.size():
-            fits = next(n for n in range(tp.size(), 0, -1) if width % n == 0)
-            raise LayoutError(
-                f"parallel.tensor ({tp.size()}) must divide the width of the model's experts ({width}). "
-                f"The nearest that works is tensor={fits}."
-            )
         # (E, 2, I, H): gate and up apart, so that a cut of I is one of each.
         gate_up = whole.gate_up_proj.detach().unflatten(1, (2, width))
         for name, weight, inner in (("gate_up_proj", gate_up, 2), ("down_proj", whole.down_proj.detach(), 2)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -81,6 +82,23 @@ class Degrees:
             self, init_device_mesh(device_type, tuple(axes_and_sizes.values()), mesh_dim_names=tuple(axes_and_sizes))
         )
 
+    def check_nodes(self, nodes: Sequence[str]) -> None:
+        """Refuse tensor groups that are spread over nodes; `nodes` has each rank's. LayoutError says which rank is where."""
+        for first in range(0, len(nodes), self.tp):
+            group = nodes[first : first + self.tp]
+            if len(set(group)) > 1:
+                places = "; ".join(
+                    f"{_ranks(rank for rank, at in enumerate(nodes) if at == node)} on {node[:8]}"
+                    for node in dict.fromkeys(nodes)
+                )
+                together = max(nodes.count(node) for node in set(nodes))
+                fits = next(n for n in range(min(self.tp - 1, together), 0, -1) if self.tp % n == 0)
+                raise LayoutError(
+                    f"parallel.tensor ({self.tp}) makes a group of ranks {first} to {first + self.tp - 1}, which Ray has put on "
+                    f"{len(set(group))} nodes: {places}. A tensor group exchanges every layer's activations, so it stays on one: "
+                    f"lower parallel.tensor to {fits}, or give each node room for a multiple of {self.tp} workers."
+                )
+
     def data_rank(self, rank: int) -> int:
         """Which share of the rows a rank sees; pipeline, context and tensor peers see the same."""
         return rank // (self.cp * self.tp) % self.data_parallel
@@ -118,3 +136,8 @@ class Mesh:
         if self.degrees.dp_replicate == 1:
             return inner
         return self.whole["dp_replicate", name]
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    found = list(ranks)
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ConfigError
+from tandem.train.quantize import weights_in
 
 
 def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, seed: int) -> nn.Module:
@@ -35,7 +36,14 @@ def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, se
 
 def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
     """A stock transformers model with random weights; its vocabulary is the tokenizer's."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     shape: dict[str, Any] = {
         "vocab_size": encoder.vocab_size,
@@ -56,6 +64,15 @@ def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
         "initializer_range": config.hidden_size**-0.5,
         "use_cache": True,
     }
+    if config.architecture == "qwen3_moe":
+        shape |= {
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            # The weights of a token's experts sum to 1, as in the published models.
+            "norm_topk_prob": True,
+        }
+        return cast(nn.Module, Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)))
     if config.architecture == "qwen3":
         return cast(nn.Module, Qwen3ForCausalLM(Qwen3Config(**shape)))
     return cast(nn.Module, LlamaForCausalLM(LlamaConfig(**shape)))
@@ -89,4 +106,4 @@ def reshard(model: nn.Module) -> None:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters, and those of them that are trained."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(map(weights_in, parameters)), sum(weights_in(p) for p in parameters if p.requires_grad)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tandem.data.packing import IGNORED
 from tandem.errors import LayoutError
+from tandem.train.cross_entropy import cross_entropy_in_pieces
 from tandem.train.stage import Share, whole_sequence
 
 Sums = dict[str, Tensor]
@@ -93,7 +94,7 @@ def summed_cross_entropy(logits_BTV: Tensor, wanted_BT: Tensor) -> Tensor:
     if 2 * len(kept) < len(wanted):
         # Prompts and padding need no softmax: of a fine-tuning row, most tokens.
         logits_NV, wanted = logits_NV.index_select(0, kept), wanted[kept]
-    return F.cross_entropy(logits_NV.float(), wanted, ignore_index=IGNORED, reduction="sum")
+    return cross_entropy_in_pieces(logits_NV, wanted)
 
 
 def following(labels_BT: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,10 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from tandem.config import TrainConfig
-from tandem.errors import LayoutError
+from tandem.config.layout import PARTS
 from tandem.train.precision import COMPUTED_IN
 
 TORCH_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "ZBVZeroBubble"}
-PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
-"""Parts of the model that each rank holds."""
 
 
 def stages_of(rank: int, ranks: int, schedule: str) -> list[int]:
@@ -34,13 +32,7 @@ def stages_of(rank: int, ranks: int, schedule: str) -> list[int]:
 
 
 def layers_of_stage(stage: int, stages: int, layers: int) -> range:
-    """The layers of one stage; LayoutError with the nearest count unless they divide."""
-    if layers % stages:
-        fits = next(n for n in range(stages, 0, -1) if layers % n == 0)
-        raise LayoutError(
-            f"The model's {layers} layers do not divide into {stages} stages. The nearest that works is {fits} stages: set "
-            "parallel.pipeline to that (half of it with the interleaved and zero_bubble schedules)."
-        )
+    """The layers of one stage, of `stages` that divide them."""
     each = layers // stages
     return range(stage * each, (stage + 1) * each)
 
@@ -83,15 +75,14 @@ class Pipeline:
     @classmethod
     def of(
         cls,
-        modules: Sequence[nn.Module],
-        numbers: Sequence[int],
+        held: Mapping[int, nn.Module],
         mesh: DeviceMesh,
         *,
         config: TrainConfig,
         lm_config: Any,
         device: torch.device,
     ) -> Pipeline:
-        """The stages `numbers` of a model, one of `modules` for each. A step runs `config.accumulate` micro-batches."""
+        """The stages of a model that this rank holds, by number. A step runs `config.accumulate` micro-batches."""
         parallel = config.parallel
         of = mesh.size() * PARTS[parallel.schedule]
         rows = config.batch_size // parallel.data // config.accumulate
@@ -106,20 +97,20 @@ class Pipeline:
                 module, number, of, device, group=mesh.get_group(),
                 input_args=(ids if number == 0 else hidden,), output_args=(logits if number == of - 1 else hidden,),
             )
-            for module, number in zip(modules, numbers, strict=True)
+            for number, module in held.items()
         ]  # fmt: skip
         made = get_schedule_class(TORCH_NAMES[parallel.schedule])
-        held: Any = stages if PARTS[parallel.schedule] > 1 else stages[0]
+        run: Any = stages if PARTS[parallel.schedule] > 1 else stages[0]
         return cls(
             name=parallel.schedule,
             # Gradients are scaled by tokens, not by micro-batches.
-            schedule=made(held, config.accumulate, loss_fn=lambda output, target: output.sum(), scale_grads=False),
+            schedule=made(run, config.accumulate, loss_fn=lambda output, target: output.sum(), scale_grads=False),
             mesh=mesh,
-            held=dict(zip(numbers, modules, strict=True)),
+            held=dict(held),
             between=(between, lm_config.hidden_size),
             dtype=dtype,
-            has_first=0 in numbers,
-            has_last=of - 1 in numbers,
+            has_first=0 in held,
+            has_last=of - 1 in held,
         )
 
     def step(self, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:

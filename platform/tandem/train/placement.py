@@ -7,27 +7,30 @@ was added after it would stay whole on every rank, and drift apart.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from tandem.config import TrainConfig
+from tandem.config.layout import PARTS, ModelShape, check_layout, layers_known
 from tandem.errors import LayoutError
+from tandem.train.compiled import compile_layers
 from tandem.train.context_parallel import share_sequences
 from tandem.train.expert_parallel import SharedExperts, split_experts
+from tandem.train.flex_attention import attend_in_blocks, document_blocks
 from tandem.train.mesh import Mesh
-from tandem.train.model import reshard
-from tandem.train.pipeline import PARTS, Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
+from tandem.train.model import decoder_layers, reshard
+from tandem.train.pipeline import Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
 from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
-from tandem.train.stage import Share, Stage, whole_sequence
+from tandem.train.stage import Mask, OwnForward, Share, Stage, document_mask, whole_sequence
 from tandem.train.tensor_parallel import split_tensors
 from tandem.train.trained import Trained
 
@@ -41,25 +44,27 @@ class PlacedModel(Trained):
     def __init__(
         self,
         whole: nn.Module,
-        stages: list[Stage],
+        stages: Sequence[nn.Module],
         *,
         mesh: Mesh,
         share: Share,
         pipeline: Pipeline | None,
         replicated: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.mesh = mesh
         self.share = share
         self.pipeline = pipeline
+        self._device = device
         # Not a submodule: its parameters are the stages', under the names that checkpoints and exports have.
         object.__setattr__(self, "_whole", whole)
         called: nn.Module = stages[0]
         if replicated:
             group = mesh["dp_replicate"].get_group()
             called = DistributedDataParallel(
-                called, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
+                called, process_group=group, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
         object.__setattr__(self, "_called", called)
         self._tied = _TiedStages.of(self)
@@ -108,7 +113,7 @@ class PlacedModel(Trained):
     def finish_gradients(self) -> None:
         """See `Trained`."""
         if self._tied is not None:
-            self._tied.sum_gradients()
+            self._tied.sum_gradients(self._device)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -133,21 +138,21 @@ class PlacedModel(Trained):
                 found |= _received(lead)
             return found
         if rank % stage_ranks == 0:
-            _send(found, 0, next(self.parameters()).device)
+            _send(found, 0, self._device)
         return {}
 
     def clip(self, limit: float) -> float:
         """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh."""
         counted = [p for p in self.parameters() if p.grad is not None and not (self._tied and self._tied.repeats(p))]
         ranks = dist.get_world_size() // self.mesh.degrees.pp if dist.is_initialized() else 1
-        squares = torch.zeros((), dtype=torch.float64)
+        squares = torch.zeros((), dtype=torch.float64, device=next(self.parameters()).device)
         for parameter in counted:
-            gradient = parameter.grad
-            # Ranks that hold the same part count it once between them.
-            squares += _local(gradient).double().pow(2).sum().cpu() * (_shards(gradient) / ranks)
+            # Row by row: float32 is exact enough for a row, and far faster than float64 for a matrix. Nothing waits for the
+            # device. Ranks that hold the same part count it once between them.
+            rows = torch.linalg.vector_norm(_local(parameter.grad), dim=-1).double()
+            squares += rows.square().sum() * (_shards(parameter.grad) / ranks)
         if dist.is_initialized():
-            device = next(self.parameters()).device
-            squares = squares.to(device)
+            squares = squares.to(self._device)
             dist.all_reduce(squares)
         norm = float(squares.sqrt())
         if limit:
@@ -161,20 +166,62 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
 
     Raises LayoutError if the model cannot be cut in that way.
     """
-    degrees, parallel = mesh.degrees, config.parallel
+    parallel = config.parallel
     lm = causal_lm(model)
-    check_model(lm.config, config)
-    share: Share = share_sequences(lm, mesh["cp"]) if degrees.cp > 1 else whole_sequence
-    if degrees.pp > 1:
-        numbers = stages_of(mesh["pp"].get_local_rank(), degrees.pp, parallel.schedule)
-        of = degrees.pp * PARTS[parallel.schedule]
-        layers = [layers_of_stage(number, of, lm.config.num_hidden_layers) for number in numbers]
-        keep_stages(lm, numbers, of, layers)
+    shape = ModelShape.read(lm.config.to_dict())
+    check_layout(shape, config)
+    share: Share = whole_sequence
+    stages: Mapping[int, Stage | OwnForward]
+    if layers_known(shape, config):
+        share, stages = _cut(lm, mesh, config)
+    elif config.attention == "flex":
+        raise LayoutError(
+            f"attention is 'flex', for which training goes through the layers itself, and those of a {shape.family!r} are not "
+            "known. Set attention to 'sdpa'."
+        )
     else:
-        numbers, of, layers = [0], 1, [range(lm.config.num_hidden_layers)]
-    experts = split_experts(lm, mesh.experts_cut)
-    if config.parallel.expert > 1 and not experts and degrees.pp == 1:
-        raise LayoutError(f"parallel.expert is {config.parallel.expert}, but the model has no experts. Set it to 1.")
+        stages = {0: OwnForward(lm, decoder_layers(lm))}
+    model.to(device)
+    if config.compile:
+        compile_layers(layer for stage in stages.values() for layer in stage.layers)
+    # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
+    replicated = (
+        parallel.strategy == "ddp" and parallel.workers > 1 and any(p.requires_grad for p in model.parameters())
+    )
+    # A rank that shares a stage with no other may still compute in another type than its weights have, or keep them elsewhere.
+    shared = parallel.workers > parallel.pipeline or config.precision in COMPUTED_IN or parallel.offload
+    if parallel.strategy == "fsdp2" and shared:
+        for stage in stages.values():
+            _shard(stage, mesh, config)
+    pipeline = None
+    if parallel.pipeline > 1:
+        pipeline = Pipeline.of(stages, mesh["pp"], config=config, lm_config=lm.config, device=device)
+    return PlacedModel(
+        model,
+        list(stages.values()),
+        mesh=mesh,
+        share=share,
+        pipeline=pipeline,
+        replicated=replicated,
+        device=device,
+    )
+
+
+def _cut(lm: Any, mesh: Mesh, config: TrainConfig) -> tuple[Share, dict[int, Stage]]:
+    """Take out of a causal LM what other ranks have; how sequences are shared, and the stages that are left, by number."""
+    degrees, parallel = mesh.degrees, config.parallel
+    share: Share = share_sequences(lm, mesh["cp"]) if degrees.cp > 1 else whole_sequence
+    mask: Mask = document_mask
+    if config.attention == "flex":
+        attend_in_blocks(lm)
+        mask = document_blocks
+    parts = PARTS[parallel.schedule] if degrees.pp > 1 else 1
+    numbers = stages_of(mesh["pp"].get_local_rank(), degrees.pp, parallel.schedule) if degrees.pp > 1 else [0]
+    of = degrees.pp * parts
+    layers = [layers_of_stage(number, of, lm.config.num_hidden_layers) for number in numbers]
+    if of > 1:
+        keep_stages(lm, numbers, of, layers)
+    split_experts(lm, mesh.experts_cut)
     # Only the cross-entropy of the next token is computed on logits that are cut along the vocabulary.
     split_tensors(
         lm,
@@ -182,56 +229,20 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         sequence_parallel=parallel.sequence_parallel,
         loss_parallel=config.objective == "next_token",
     )
-    model.to(device)
-    stages = [
-        Stage(lm, kept, first=number == 0, last=number == of - 1, share=share)
+    return share, {
+        number: Stage(lm, kept, first=number == 0, last=number == of - 1, share=share, mask=mask)
         for number, kept in zip(numbers, layers, strict=True)
-    ]
-    # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
-    replicated = (
-        parallel.strategy == "ddp" and degrees.dp_replicate > 1 and any(p.requires_grad for p in model.parameters())
-    )
-    # One process has nothing to share out, but may have to compute in another type than its weights have.
-    if parallel.strategy == "fsdp2" and (degrees.world > 1 or config.precision in COMPUTED_IN):
-        for stage in stages:
-            _shard(stage, mesh, config)
-    pipeline = None
-    if degrees.pp > 1:
-        pipeline = Pipeline.of(stages, numbers, mesh["pp"], config=config, lm_config=lm.config, device=device)
-    return PlacedModel(model, stages, mesh=mesh, share=share, pipeline=pipeline, replicated=replicated)
+    }
 
 
-def check_model(shape: Any, config: TrainConfig) -> None:
-    """Refuse what the model's shape cannot do, with the numbers and the nearest layout that works."""
-    parallel = config.parallel
-    for name, count in (
-        ("key/value heads", getattr(shape, "num_key_value_heads", None)),
-        ("attention heads", getattr(shape, "num_attention_heads", None)),
-    ):
-        if count and count % parallel.tensor:
-            fits = next(n for n in range(min(count, parallel.tensor), 0, -1) if count % n == 0)
-            raise LayoutError(
-                f"parallel.tensor ({parallel.tensor}) must divide the model's {count} {name}. The nearest that works is "
-                f"tensor={fits}."
-            )
-    pieces = {"2 x parallel.context": 2 * parallel.context} if parallel.context > 1 else {}
-    if parallel.tensor > 1 and parallel.sequence_parallel:
-        pieces["parallel.tensor"] = parallel.tensor
-    length = config.data.sequence_length
-    for name, count in pieces.items():
-        if length % count:
-            raise LayoutError(
-                f"data.sequence_length ({length}) must be a multiple of {name} ({count}). The nearest that works is "
-                f"{max(1, round(length / count)) * count}."
-            )
-
-
-def _shard(stage: Stage, mesh: Mesh, config: TrainConfig) -> None:
+def _shard(stage: Stage | OwnForward, mesh: Mesh, config: TrainConfig) -> None:
     options: dict[str, Any] = {
         "mp_policy": sharding_policy(config.precision),
         # Gathering again for every micro-batch of a pipeline would cost more than it saves.
         "reshard_after_forward": mesh.degrees.pp == 1,
     }
+    if config.parallel.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.whole.device_type != "cpu")
     for layer in stage.layers:
         for module in layer.modules():
             if isinstance(module, SharedExperts):
@@ -271,12 +282,15 @@ class _TiedStages:
         """Whether a parameter is the copy that does not count."""
         return parameter is self._repeated
 
-    def sum_gradients(self) -> None:
+    def sum_gradients(self, device: torch.device) -> None:
         """Give both copies the sum of their gradients."""
         gradients = [_local(p.grad) for p in self._mine if p.grad is not None]
         if self._group is not None:
             for gradient in gradients:
-                dist.all_reduce(gradient, group=self._group)
+                # It may have been offloaded.
+                there = gradient.to(device)
+                dist.all_reduce(there, group=self._group)
+                gradient.copy_(there)
         elif len(gradients) == 2:
             total = gradients[0] + gradients[1]
             for gradient in gradients:

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 Share = Callable[[Tensor], Tensor]
 """Cuts a rank's part out of a tensor, along its last axis, the sequence."""
+Mask = Callable[[Tensor, Share], Any]
+"""From the positions of whole sequences (B, T) to what a model's attention takes as its mask."""
 
 
 def whole_sequence(tensor: Tensor) -> Tensor:
@@ -24,7 +27,14 @@ class Stage(nn.Module):
     """Layers of a transformers causal LM, with its embedding if it is the first stage and its head if it is the last."""
 
     def __init__(
-        self, lm: Any, layers: Iterable[int], *, first: bool, last: bool, share: Share = whole_sequence
+        self,
+        lm: Any,
+        layers: Iterable[int],
+        *,
+        first: bool,
+        last: bool,
+        share: Share = whole_sequence,
+        mask: Mask | None = None,
     ) -> None:
         super().__init__()
         held = lm.model.layers
@@ -36,6 +46,7 @@ class Stage(nn.Module):
         self.tied = bool(lm.config.tie_word_embeddings)
         """Whether the head's weight is the embedding's, here or in another stage."""
         self._share = share
+        self._mask = mask or document_mask
 
     def forward(self, x: Tensor, positions_BT: Tensor) -> Tensor:
         """`x`: token ids (B, T) for the first stage, else hidden states; positions are those of whole sequences.
@@ -44,13 +55,31 @@ class Stage(nn.Module):
         """
         here = self._share(positions_BT)
         hidden = self.embed_tokens(self._share(x)) if self.embed_tokens is not None else x
+        if isinstance(hidden, AsyncCollectiveTensor):
+            # Still on its way from other ranks: a compiled layer would lose the embedding's gradient (torch 2.13).
+            hidden = hidden.clone()
         rotary = self.rotary_emb(hidden, position_ids=here)
-        mask = document_mask(positions_BT, self._share)
+        mask = self._mask(positions_BT, self._share)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_ids=here, position_embeddings=rotary, use_cache=False)
         if self.norm is None or self.lm_head is None:
             return hidden
         logits: Tensor = self.lm_head(self.norm(hidden))
+        return logits
+
+
+class OwnForward(nn.Module):
+    """A whole causal LM, called by transformers' own forward pass: for models whose layers are not known here."""
+
+    def __init__(self, lm: Any, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.lm = lm
+        # A plain list: they are the model's already.
+        self.layers = list(layers)
+
+    def forward(self, input_ids: Tensor, positions_BT: Tensor) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V); transformers keeps documents apart by their positions."""
+        logits: Tensor = self.lm(input_ids=input_ids, position_ids=positions_BT, use_cache=False).logits
         return logits
 
 

@@ -73,7 +73,8 @@ class CutLinear(ParallelStyle):
             x, *rest = arguments
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, mesh, [self._input], run_check=False)
-            return (x.redistribute(placements=[wanted]), *rest)
+            # Where nothing is to be changed, redistribute would still reduce the gradient on its way back.
+            return (x if x.placements == (wanted,) else x.redistribute(placements=[wanted]), *rest)
 
         return hook
 
@@ -125,22 +126,20 @@ def _layer_plan(layer: nn.Module, between: Any) -> dict[str, ParallelStyle]:
             plan[name] = SequenceParallel(sequence_dim=HEAD_DIM, use_local_output=True)
         elif cut and leaf in ("input_layernorm", "post_attention_layernorm"):
             plan[name] = SequenceParallel(use_local_output=True)
-    if cut:
-        # Heads and experts need whole sequences.
-        plan["self_attn"] = PrepareModuleInput(
-            input_kwarg_layouts={"hidden_states": between},
-            desired_input_kwarg_layouts={"hidden_states": Replicate()},
-            use_local_output=True,
-        )
-        plan["mlp"] = PrepareModuleInput(
-            input_layouts=(between,), desired_input_layouts=(Replicate(),), use_local_output=True
-        )
-        if any(isinstance(module, SharedExperts) for module in layer.modules()):
-            # Experts give back whole sequences; an MLP's last matrix cuts them itself.
-            plan["mlp"] = PrepareModuleInputOutput(
-                input_layouts=(between,), desired_input_layouts=(Replicate(),), use_local_input=True,
-                output_layouts=(Replicate(),), desired_output_layouts=(between,), use_local_output=True,
-            )  # fmt: skip
+    experts = any(isinstance(module, SharedExperts) for module in layer.modules())
+    # Heads and experts need whole sequences. They stay DTensors up to the matrices, so that the gradients of all that read them
+    # are added up before they are exchanged: one exchange, not one a matrix.
+    plan["self_attn"] = PrepareModuleInput(
+        input_kwarg_layouts={"hidden_states": between}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+    )
+    if not experts:
+        plan["mlp"] = PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),))
+    elif cut:
+        # Experts give back whole sequences; an MLP's last matrix cuts them itself.
+        plan["mlp"] = PrepareModuleInputOutput(
+            input_layouts=(between,), desired_input_layouts=(Replicate(),), use_local_input=True,
+            output_layouts=(Replicate(),), desired_output_layouts=(between,), use_local_output=True,
+        )  # fmt: skip
     return plan
 
 

@@ -32,6 +32,7 @@ from tandem.train.mesh import Degrees
 from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
 from tandem.train.precision import LossScaler, use_float8
+from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
 from tandem.train.strategy import lay_out, lay_out_frozen
 from tandem.train.trained import Trained
@@ -87,7 +88,12 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     degrees = Degrees.of(config.parallel)
     encoder = TextEncoder(str(task.tokenizer))
 
-    built = build_model(config.model, task.base, encoder, config.seed)
+    # Asked before the model is read, which may take long.
+    degrees.check_nodes(_nodes(world))
+    if config.lora is not None and config.lora.quantize is not None and task.base is not None:
+        built = load_nf4(task.base, config.precision, device)
+    else:
+        built = build_model(config.model, task.base, encoder, config.seed)
     if config.lora is not None:
         built = add_adapters(built, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
     total, trainable = count_parameters(built)
@@ -107,7 +113,8 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
     extra = {name: thing for name, thing in (("ema", ema), ("scaler", scaler)) if thing is not None}
-    torch.manual_seed(config.seed + 1 + rank)
+    # Tensor peers drop out the same: what they compute between the matrix products is the same.
+    torch.manual_seed(config.seed + 1 + rank // degrees.tp)
 
     root = task.job / "checkpoints"
     newest = folders.latest(root)
@@ -117,7 +124,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     emit(
         {
             "event": "started", "job": task.job.name, "kind": _kind(task),
-            "workers": world, "strategy": config.parallel.strategy, "parameters": total, "trainable": trainable,
+            "workers": world, "layout": config.parallel.layout, "parameters": total, "trainable": trainable,
             "steps": config.steps, "resumed_from": found.step if found else None,
         }
     )  # fmt: skip
@@ -162,6 +169,15 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         dist.barrier()
     model.close()
     emit({"event": "exported", "loss": last_loss, "step": state.step, "tokens": state.tokens})
+
+
+def _nodes(world: int) -> list[str]:
+    """The node that Ray has put each rank on."""
+    mine: str = ray.get_runtime_context().get_node_id()
+    nodes = [mine] * world
+    if dist.is_initialized():
+        dist.all_gather_object(nodes, mine)
+    return nodes
 
 
 def _kind(task: WorkerTask) -> str:
