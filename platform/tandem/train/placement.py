@@ -182,6 +182,9 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     else:
         stages = {0: OwnForward(lm, decoder_layers(lm))}
     model.to(device)
+    for stage in stages.values():
+        if isinstance(stage, OwnForward):
+            stage.check_documents(device)
     if config.compile:
         compile_layers(layer for stage in stages.values() for layer in stage.layers)
     # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.

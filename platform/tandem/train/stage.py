@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+from tandem.errors import LayoutError
 
 Share = Callable[[Tensor], Tensor]
 """Cuts a rank's part out of a tensor, along its last axis, the sequence."""
@@ -81,6 +84,22 @@ class OwnForward(nn.Module):
         """Token ids (B, T) to logits (B, T, V); transformers keeps documents apart by their positions."""
         logits: Tensor = self.lm(input_ids=input_ids, position_ids=positions_BT, use_cache=False).logits
         return logits
+
+    @torch.no_grad()
+    def check_documents(self, device: torch.device) -> None:
+        """Raise LayoutError unless a document's logits are the same behind another one in a row as alone."""
+        ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=device)
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+        training = self.training
+        self.eval()
+        packed, alone = self(ids, positions)[:, 3:], self(ids[:, 3:], positions[:, 3:])
+        self.train(training)
+        off = float((packed - alone).abs().max() / alone.abs().max())
+        if not off < 1e-2:
+            raise LayoutError(
+                f"{type(self.lm).__name__} does not keep the documents of a packed row apart: the logits of one change by "
+                f"{off:.0%} behind another. Start from a model of another family."
+            )
 
 
 def document_mask(positions_BT: Tensor, share: Share) -> Tensor:

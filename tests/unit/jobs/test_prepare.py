@@ -97,8 +97,8 @@ def test_a_layout_that_the_model_cannot_have_is_refused_before_there_is_a_job(
     with pytest.raises(LayoutError, match="must divide the model's 3 key/value heads"):
         prepare(config(dataset, parallel=four, model=ModelConfig(base=str(folder))))
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match="model.base is a 'gpt2'"):
-        prepare(config(dataset, model=ModelConfig(base=str(folder))))
+    with pytest.raises(LayoutError, match="the model is a 'gpt2'"):
+        prepare(config(dataset, parallel=four, model=ModelConfig(base=str(folder))))
     assert not list((tandem_home / "jobs").glob("*"))
 
 

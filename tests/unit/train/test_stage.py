@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tandem.config import ModelConfig
 from tandem.config.layout import FAMILIES, ModelShape
 from tandem.data.tokenize import TextEncoder
+from tandem.errors import LayoutError
 from tandem.train.model import build_model
-from tandem.train.stage import Stage
+from tandem.train.stage import OwnForward, Stage
 
 SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -43,3 +45,20 @@ def test_a_model_has_the_same_shape_by_its_config_and_by_its_files(encoder: Text
     ):  # fmt: skip
         built: Any = build_model(config, None, encoder, seed=0)
         assert ModelShape.read(built.config.to_dict()) == ModelShape.of(config)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "phi3", "olmo2", "gpt_neox"])
+def test_models_of_other_families_keep_documents_apart_by_themselves(family: str):
+    torch.manual_seed(0)
+    small = {**SMALL, "head_dim": 8, "sliding_window": 8, "n_head": 4, "n_embd": 32, "n_layer": 2, "n_positions": 64}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small))
+    OwnForward(model, []).check_documents(torch.device("cpu"))
+
+
+def test_a_model_that_mixes_documents_is_refused():
+    class Mixing(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids, 8).float().cumsum(1))
+
+    with pytest.raises(LayoutError, match="Mixing does not keep the documents of a packed row apart"):
+        OwnForward(Mixing(), []).check_documents(torch.device("cpu"))
