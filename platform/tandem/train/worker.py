@@ -142,6 +142,9 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             world=world,
             cursor=task.stream.cursor(now.step * config.batch_size),
         )
+        if rank == 0:
+            # What a run that goes on from here will not tell again has to be told before.
+            ray.get(task.mailbox.flush.remote())
         path = sharded.save(root, model.saved, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
         emit({"event": "checkpoint", "step": now.step, "path": str(path)})
 
