@@ -1,6 +1,6 @@
 """What a person writes: frozen dataclasses, and the strict loader that turns YAML and `--set` into them."""
 
-from tandem.config.data import DataConfig
+from tandem.config.data import DataConfig, MixturePart
 from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
 from tandem.config.metrics import MetricsConfig, MlflowConfig, WandbConfig
@@ -20,6 +20,7 @@ __all__ = [
     "GatewayConfig",
     "LoraConfig",
     "MetricsConfig",
+    "MixturePart",
     "MlflowConfig",
     "ModelConfig",
     "OptimizerConfig",

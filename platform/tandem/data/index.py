@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tandem.config import DataConfig
 from tandem.errors import DataError, did_you_mean
 from tandem.ids import digest, file_digest
 from tandem.settings import settings
@@ -91,6 +92,38 @@ class DatasetIndex:
         return sum(shard.bytes for shard in self.shards)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A dataset that is there, and its share of a mixture."""
+
+    folder: Path
+    index: DatasetIndex
+    weight: float = 1.0
+    """Relative to the other parts' weights."""
+
+
+def find_parts(config: DataConfig) -> tuple[Part, ...]:
+    """The datasets that a config names; DataError if one is missing, or if two are one."""
+    parts: list[Part] = []
+    for named in config.parts:
+        folder, index = find_dataset(named.path)
+        if any(part.folder == folder for part in parts):
+            raise DataError(f"data.mixture names {folder} twice. Name it once, with the sum of the weights.")
+        parts.append(Part(folder=folder, index=index, weight=named.weight))
+    return tuple(parts)
+
+
+def check_tokenizers(parts: tuple[Part, ...]) -> None:
+    """Raise DataError unless all parts have the same tokenizer: a model that comes without one takes theirs."""
+    first = parts[0]
+    for part in parts[1:]:
+        if part.index.tokenizer_digest != first.index.tokenizer_digest:
+            raise DataError(
+                f"{part.folder} has another tokenizer than {first.folder}, and a new model needs one. Build it with the other's "
+                f"(`tandem data build SOURCE NAME --tokenizer {first.folder.name}`), or set model.tokenizer."
+            )
+
+
 def find_dataset(path: str) -> tuple[Path, DatasetIndex]:
     """The folder and index of a dataset, by path or by its name below TANDEM_HOME/data; DataError with the nearest name."""
     home = settings().data_dir
@@ -102,6 +135,13 @@ def find_dataset(path: str) -> tuple[Path, DatasetIndex]:
             f"Make one: `tandem data build SOURCE NAME` (known here: {', '.join(known) or 'none'})."
         )
     return folder, DatasetIndex.load(folder)
+
+
+def parts_digest(parts: tuple[Part, ...]) -> str:
+    """The digest of the datasets' contents and weights; of one dataset, its own."""
+    if len(parts) == 1:
+        return parts[0].index.digest
+    return digest([[part.index.digest, part.weight] for part in parts])
 
 
 def content_digest(kind: str, shards: tuple[ShardInfo, ...]) -> str:

@@ -162,7 +162,9 @@ class _Track:
             if not self._open:
                 # An epoch that gave nothing is followed by one that gives nothing.
                 if fruitless >= self._shards:
-                    raise DataError(f"No usable row came from any of the {self._shards} shards of dataset {self._number}.")
+                    raise DataError(
+                        f"No usable row came from any of the {self._shards} shards of dataset {self._number}."
+                    )
                 self._epoch, self._next = self._epoch + 1, 0
                 for _ in range(min(self._order.open_shards, self._shards)):
                     self._open.append(self._opened())

@@ -8,6 +8,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from tandem.data.corpus import Pair, Preference, Sample, Text
 from tandem.data.index import ShardInfo
@@ -15,13 +16,13 @@ from tandem.ids import file_digest
 from tandem.storage import disk_errors
 
 TARGET_SHARDS = 64
-LARGEST_SHARD = 32 * 2**20
+LARGEST_SHARD = 8 * 2**20
 
 
 def shard_size(total: int, samples: int, kind: str) -> int:
-    """Characters a shard should hold: about 64 shards, none above 32 MiB, and of pairs and preferences at least 6 in each.
+    """Characters a shard should hold: about 64 shards, none above 8 MiB, and of pairs and preferences at least 6 in each.
 
-    Many shards make lanes of even length; Ray Data reads a tar from its start, so a shard stays small.
+    Many shards mix well and are read by many; several lie packed in memory at a time, so a shard stays small.
     """
     fewest = 6 * total // max(1, samples) if kind != "text" else 4096
     return max(1, min(LARGEST_SHARD, max(total // TARGET_SHARDS, fewest)))
@@ -72,11 +73,17 @@ def _write_shard(samples: list[Sample], path: Path, first: int) -> ShardInfo:
 def read_samples(paths: Iterable[Path]) -> Iterator[Sample]:
     """The samples in shards that `write_shards` wrote, in order."""
     for path in paths:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                data = file.read() if file else b""
-                yield decode_json(data) if member.name.endswith(".json") else Text(data.decode())
+        with path.open("rb") as file:
+            yield from samples_in(file)
+
+
+def samples_in(file: IO[bytes]) -> Iterator[Sample]:
+    """The samples in one such shard."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            opened = tar.extractfile(member)
+            data = opened.read() if opened else b""
+            yield decode_json(data) if member.name.endswith(".json") else Text(data.decode())
 
 
 def decode_json(data: bytes) -> Pair | Preference:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,12 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int, max_
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
+@lru_cache(maxsize=4)
+def _read_tokenizer(path: str, changed_ns: int) -> Tokenizer:
+    """Read once a process: a large vocabulary takes a second, and every task unpickles an encoder of its own."""
+    return Tokenizer.from_file(path)
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """Encodes samples with the tokenizer in `folder`. Cheap to pickle: the tokenizer is read where it is used."""
@@ -99,7 +105,7 @@ class TextEncoder:
         """tokenizer.json."""
         path = Path(self.folder) / "tokenizer.json"
         try:
-            return Tokenizer.from_file(str(path))
+            return _read_tokenizer(str(path), path.stat().st_mtime_ns)
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"{path} cannot be read: {error}. It must be a fast tokenizer (tokenizer.json).") from error
 

@@ -140,7 +140,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             tokens=now.tokens,
             loss=last_loss,
             world=world,
-            cursor=task.stream.cursor(now.step * config.batch_size),
+            cursor=rows.cursor(),
         )
         if rank == 0:
             # What a run that goes on from here will not tell again has to be told before.
@@ -161,11 +161,15 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         emit({"event": "evaluation", "step": step, "rows": len(held), "averaged": ema is not None, **evaluated})
 
     if state.step < config.steps:
-        rows = task.stream.rows(degrees.data_rank(rank), degrees.data_parallel, found.cursor if found else None)
-        train(
-            model, optimizer, rows, config, state, report=report, save=save, device=device,
-            objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
+        rows = task.stream.rows(
+            degrees.data_rank(rank), degrees.data_parallel, found.cursor if found else None, process=(rank, world),
+            tell=lambda message: emit({"event": "notice", "message": message}),
         )  # fmt: skip
+        with contextlib.closing(rows):
+            train(
+                model, optimizer, rows, config, state, report=report, save=save, device=device,
+                objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
+            )  # fmt: skip
     with averaged():
         export(model.whole, model.weights(), task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():

@@ -241,7 +241,9 @@ def train_configs(draw):
     )
     return TrainConfig(
         name=draw(names),
-        data=draw(st.builds(DataConfig, path=texts, sequence_length=st.integers(8, 9999), shuffle=st.booleans())),
+        data=draw(
+            st.builds(DataConfig, path=texts.filter(bool), sequence_length=st.integers(8, 9999), shuffle=st.booleans())
+        ),
         model=model,
         lora=None if base is None else draw(st.none() | lora),
         parallel=ParallelismConfig(workers=workers, strategy=draw(st.sampled_from(["fsdp2", "ddp"]))),

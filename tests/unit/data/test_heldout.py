@@ -11,7 +11,7 @@ import pytest
 from tandem.data.build import build_dataset
 from tandem.data.heldout import evaluation_rows, hold_out
 from tandem.data.index import DatasetIndex, ShardInfo
-from tandem.data.stream import PackSpec
+from tandem.data.spec import PackSpec
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 

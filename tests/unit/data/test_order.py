@@ -32,9 +32,7 @@ class Data:
 
 
 def data(*counts: list[int], weights: list[float] | None = None, seed: int = 0, **settings: object) -> Data:
-    order = Order(
-        shards=tuple(map(len, counts)), weights=tuple(weights or [1.0] * len(counts)), seed=seed, **settings
-    )  # type: ignore[arg-type]
+    order = Order(shards=tuple(map(len, counts)), weights=tuple(weights or [1.0] * len(counts)), seed=seed, **settings)  # type: ignore[arg-type]
     return Data(tuple(map(tuple, counts)), order)
 
 
