@@ -112,7 +112,7 @@ def test_an_older_cursor_gives_the_same_rows_again(stream: Stream):
         source.take(5 * epoch(stream))
     with closing(stream.rows(0, 1, cursor)) as source:
         np.testing.assert_array_equal(source.take(30), after)
-        assert [stream.name(place) for place in source.places[:1]][0].endswith("(epoch 1)")
+        assert stream.name(source.places[0]).endswith("(epoch 1)")
 
 
 def test_a_batch_of_another_size_goes_on_where_the_last_one_ended(stream: Stream):

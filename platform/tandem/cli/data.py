@@ -28,8 +28,8 @@ def build_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A .jsonl, .txt or folder of texts; or 'stdlib', 'stdlib-docstrings' or 'stdlib-preferences', which every "
-            "Python has."
+            help="Text, JSON lines, Parquet, Arrow or WebDataset shards: a file, or a folder of such files, or one that Hugging "
+            "Face's datasets saved; or 'stdlib', 'stdlib-docstrings' or 'stdlib-preferences', which every Python has."
         ),
     ],
     name: Annotated[str, typer.Argument(help="What the dataset is called; it is written to TANDEM_HOME/data/NAME.")],
@@ -38,7 +38,7 @@ def build_command(
         typer.Option(help="A tokenizer's folder, or a dataset whose tokenizer to use. None: train one on the texts."),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries of a tokenizer that is trained.")] = 4096,
-    kind: Annotated[str, typer.Option(help="text, pairs, preferences, or auto.")] = "auto",
+    kind: Annotated[str, typer.Option(help="text, pairs, chats, preferences, or auto.")] = "auto",
     limit: Annotated[int | None, typer.Option(help="Use at most this many samples.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
 ) -> None:
@@ -96,7 +96,9 @@ def build(
 
 def describe(index: DatasetIndex) -> str:
     """A dataset in a few words."""
-    what = {"text": "texts", "pairs": "question-answer pairs", "preferences": "preferences"}[index.kind]
+    what = {"text": "texts", "pairs": "question-answer pairs", "chats": "chats", "preferences": "preferences"}[
+        index.kind
+    ]
     return f"{index.samples:,} {what}, {index.total_bytes / 2**20:.1f} MiB in {len(index.shards)} shards"
 
 

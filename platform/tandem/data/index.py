@@ -13,7 +13,7 @@ from tandem.errors import DataError, did_you_mean
 from tandem.ids import digest, file_digest
 from tandem.settings import settings
 
-Kind = Literal["text", "pairs", "preferences"]
+Kind = Literal["text", "pairs", "chats", "preferences"]
 INDEX_NAME = "index.json"
 SHARDS_NAME = "shards"
 TOKENIZER_NAME = "tokenizer"
@@ -28,6 +28,8 @@ class ShardInfo:
     bytes: int
     """Size of the file."""
     sha256: str
+    characters: int = 0
+    """Of its samples' texts; 0 in an index of an older Tandem."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,7 @@ class DatasetIndex:
     """A dataset: its shards in order, and what they were made from."""
 
     kind: Kind
-    """text (KEY.txt), pairs (KEY.json with prompt and answer) or preferences (KEY.json with prompt, chosen and rejected)."""
+    """text (KEY.txt), or KEY.json: pairs (prompt and answer), chats (messages), preferences (prompt, chosen and rejected)."""
     samples: int
     shards: tuple[ShardInfo, ...]
     digest: str
@@ -85,6 +87,11 @@ class DatasetIndex:
     def shard_paths(self, folder: Path) -> list[Path]:
         """The shards' files, in order."""
         return [folder / SHARDS_NAME / shard.name for shard in self.shards]
+
+    @property
+    def characters(self) -> int:
+        """Of all texts."""
+        return sum(shard.characters for shard in self.shards)
 
     @property
     def total_bytes(self) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tandem.data.corpus import Pair, Preference, Sample, Text
 from tandem.data.index import Kind, Part
 from tandem.data.packing import Rows, pack, pack_preferences
+from tandem.data.samples import Chat, Pair, Preference, Sample, Text
 from tandem.data.shards import samples_in
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
@@ -46,6 +46,10 @@ class PackSpec:
             case "pairs":
                 pairs = [(s.prompt, s.answer) for s in samples if isinstance(s, Pair)]
                 documents = encoder.pairs(pairs, loss_on_all=self.loss_on_all)
+                return pack(documents, length, encoder.pad_id, split=False)
+            case "chats":
+                chats = [[asdict(message) for message in s.messages] for s in samples if isinstance(s, Chat)]
+                documents = encoder.chats(chats, loss_on_all=self.loss_on_all)
                 return pack(documents, length, encoder.pad_id, split=False)
             case "preferences":
                 found = [(s.prompt, s.chosen, s.rejected) for s in samples if isinstance(s, Preference)]

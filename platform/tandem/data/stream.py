@@ -309,6 +309,7 @@ def _check_rows(stream: Stream, parts: tuple[Part, ...], workers: int) -> None:
 def _nothing_usable(folder: Path, kind: str, samples: int, config: DataConfig) -> DataError:
     reason = {
         "text": f"its {samples} texts are empty",
+        "chats": f"in none of its {samples} chats does the assistant speak within {config.sequence_length} tokens",
         "pairs": f"none of its {samples} answers begins within {config.sequence_length} tokens",
         "preferences": f"none of its {samples} pairs of answers differs within {config.sequence_length} tokens",
     }[kind]

@@ -6,6 +6,7 @@ rendering equal to transformers' own.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -156,28 +157,48 @@ class TextEncoder:
             yield Encoded(ids, [True] * len(ids))
 
     def pairs(self, pairs: list[tuple[str, str]], *, loss_on_all: bool = False) -> Iterator[Encoded]:
-        """Chats of one question and its answer; loss on the answer and its end token (or on all).
+        """Chats of one question and its answer; loss on the answer and its end token (or on all)."""
+        turns = ([{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs)
+        return self.chats(list(turns), loss_on_all=loss_on_all)
 
-        Prompt and answer are encoded apart, so that the prompt's ids are those that a server will see.
+    def chats(self, chats: list[list[dict[str, str]]], *, loss_on_all: bool = False) -> Iterator[Encoded]:
+        """Chats of any turns; loss on what the assistant says, and the end token after it (or on all).
+
+        What comes before an answer and the answer are encoded apart, so that the former's ids are those that a server will see.
+        Where the template writes a turn differently once others follow, each answer is a document of its own, after the turns
+        as the template writes them then. Raises DataError if even then an answer cannot be told from what it answers.
         """
-        prompts, answers = [], []
-        for prompt, answer in pairs:
-            asked = [{"role": "user", "content": prompt}]
-            before = self.render(asked, add_generation_prompt=True)
-            whole = self.render([*asked, {"role": "assistant", "content": answer}])
-            if not whole.startswith(before):
-                raise DataError(
-                    f"The chat template in {self.folder} writes the question differently once it is answered, so the answer's "
-                    "tokens cannot be told apart. Use another template, or data.loss_on=all with plain text."
-                )
-            prompts.append(before)
-            answers.append(whole[len(before) :])
-        encode = self.tokenizer.encode_batch
-        for question, reply in zip(
-            encode(prompts, add_special_tokens=False), encode(answers, add_special_tokens=False), strict=True
-        ):
-            ids = list(question.ids) + list(reply.ids)
-            yield Encoded(ids, [loss_on_all] * len(question.ids) + [True] * len(reply.ids))
+        documents = [document for messages in chats for document in self._documents(messages)]
+        pieces = [text for document in documents for text, _ in document]
+        encoded = iter(self.tokenizer.encode_batch(pieces, add_special_tokens=False))
+        for document in documents:
+            ids, targets = list[int](), list[bool]()
+            for _, spoken in document:
+                piece = next(encoded).ids
+                ids += piece
+                targets += [spoken or loss_on_all] * len(piece)
+            yield Encoded(ids, targets)
+
+    def _documents(self, messages: list[dict[str, str]]) -> list[list[tuple[str, bool]]]:
+        """A chat as documents of pieces, each with whether the assistant says it; what follows its last answer is left out."""
+        turns = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self.render(messages[:number], add_generation_prompt=True)
+                after = self.render(messages[: number + 1])
+                if not after.startswith(before):
+                    raise DataError(
+                        f"The chat template in {self.folder} writes the question differently once it is answered, so the "
+                        "answer's tokens cannot be told apart. Use another template, or data.loss_on=all with plain text."
+                    )
+                turns.append((before, after))
+        if any(not later.startswith(earlier) for (_, earlier), (later, _) in itertools.pairwise(turns)):
+            return [[(before, False), (after[len(before) :], True)] for before, after in turns]
+        pieces, at = list[tuple[str, bool]](), 0
+        for before, after in turns:
+            pieces += [(before[at:], False), (after[len(before) :], True)]
+            at = len(after)
+        return [pieces]
 
     def preferences(self, found: list[tuple[str, str, str]]) -> Iterator[tuple[Encoded, Encoded]]:
         """Chats of a prompt with its chosen and with its rejected answer; loss on the answers and their end tokens."""
