@@ -129,10 +129,15 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         }
     )  # fmt: skip
 
+    before = (0.0, 0.0)
+
     def report(step: StepReport) -> None:
-        nonlocal last_loss
+        nonlocal last_loss, before
         last_loss = step.loss
-        emit({"event": "step", "steps": config.steps, **asdict(step), **meter.read(step.tokens_per_s)})
+        now = step.seconds, rows.waited_s
+        waited = {"data_wait": (now[1] - before[1]) / max(1e-9, now[0] - before[0])}
+        before = now
+        emit({"event": "step", "steps": config.steps, **asdict(step), **meter.read(step.tokens_per_s), **waited})
 
     def save(now: LoopState) -> None:
         saved = SavedState(
