@@ -46,6 +46,7 @@ def open_feed(order: Order, sources: tuple[Source, ...], config: DataConfig, hel
 
 @dataclass
 class _Block:
+    place: Place
     reference: Any
     takers: set[int] = field(default_factory=set)
 
@@ -66,6 +67,8 @@ class Feed:
         """Places that were asked for and are in no plan."""
         self._planned: dict[Key, Place] = {}
         """What is being read, and will come in this order."""
+        self._latest: dict[int, Place] = {}
+        """The furthest place of each dataset in the request for it that came last: what lies before it is not waited for."""
         self._failed = False
         self._next: list[Place] = [Place(number, 0, 0) for number in range(len(sources))]
         """Where reading ahead goes on, for each dataset."""
@@ -79,7 +82,9 @@ class Feed:
         """
         futures = []
         with self._lock:
-            for place in dict.fromkeys(map(Place._make, places)):
+            asked = sorted({Place._make(place) for place in places})
+            self._latest |= {place.dataset: place for place in asked}
+            for place in asked:
                 key = self._key(place)
                 if (block := self._blocks.pop(key, None)) is not None:
                     # Last in the dictionary: asked for just now.
@@ -91,17 +96,25 @@ class Feed:
                     continue
                 if key not in self._waiting:
                     self._waiting[key] = Future()
-                    if key not in self._planned:
+                    if key not in self._planned or self._skips(place):
                         self._asked.append(place)
                 futures.append(self._waiting[key])
             self._lock.notify_all()
         found = [[await asyncio.wrap_future(future)] for future in futures]
         with self._lock:
-            for place in places:
+            for place in asked:
                 if (block := self._blocks.get(self._key(place))) is not None:
                     self._took(self._key(place), block, taker, takers)
             self._lock.notify_all()
-        return found
+        by_place = dict(zip(asked, found, strict=True))
+        return [by_place[Place._make(place)] for place in places]
+
+    def _skips(self, place: Place) -> bool:
+        """Whether the plan has others of the dataset before this one, which nobody has asked for: shards come in order."""
+        return any(
+            other.dataset == place.dataset and other < place and key not in self._waiting
+            for key, other in self._planned.items()
+        )
 
     def _key(self, place: Place) -> Key:
         # Blocks that stay serve every epoch.
@@ -117,14 +130,16 @@ class Feed:
         asked = [known for known, other in self._blocks.items() if other.takers]
         for known in asked[: max(0, len(asked) - self._kept)]:
             del self._blocks[known]
+        passed = [known for known, other in self._blocks.items() if not other.takers and self._passed(other)]
+        for known in passed:
+            del self._blocks[known]
+
+    def _passed(self, block: _Block) -> bool:
+        return block.place < self._latest.get(block.place.dataset, block.place)
 
     # ---- the thread that reads ----
 
     def _read(self) -> None:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
         while True:
             plan = self._plan()
             try:
@@ -147,13 +162,13 @@ class Feed:
             return plan
 
     def _planned_now(self) -> list[Place]:
-        plan, self._asked = sorted(self._asked), []
+        wanted = {key: place for place in sorted(self._asked) if (key := self._key(place)) in self._waiting}
+        plan, keys, self._asked = list(wanted.values()), set(wanted), []
         if plan and not self._held:
             # Reading goes on from another place than was thought: what lies ready for the old one is in the way.
             self._blocks = {key: block for key, block in self._blocks.items() if block.takers}
         for place in plan:
             self._next[place.dataset] = self._order.after(place)
-        keys = {self._key(place) for place in plan}
         # Read so many bytes of each dataset for its weight: the one that has read least comes next.
         coming = [(0.0, number) for number in range(len(self._sources))]
         for _ in range(WINDOW + sum(self._order.shards)):
@@ -171,6 +186,10 @@ class Feed:
 
     def _packed(self, plan: list[Place]) -> Iterator[Any]:
         """References to the packed blocks of a plan, by Ray Data."""
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         config = self._config
         pack = PackShards(self._sources, tuple((place.dataset, self._order.shard(place)) for place in plan))
         packed = ray.data.range(len(plan), override_num_blocks=len(plan), concurrency=config.reader_tasks).map_batches(
@@ -188,7 +207,7 @@ class Feed:
         with self._lock:
             key = self._key(place)
             del self._planned[key]
-            self._blocks[key] = _Block(reference)
+            self._blocks[key] = _Block(place, reference)
             if (future := self._waiting.pop(key, None)) is not None:
                 future.set_result(reference)
             while not self._waiting and not self._asked and self._ready() >= self._config.read_ahead:
@@ -210,4 +229,4 @@ class Feed:
             self._waiting.clear()
 
     def _ready(self) -> int:
-        return sum(not block.takers for block in self._blocks.values())
+        return sum(not block.takers and not self._passed(block) for block in self._blocks.values())

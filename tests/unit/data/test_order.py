@@ -122,6 +122,14 @@ def test_epochs_seeds_and_datasets_differ_and_repeat():
     both = data(*counts, *counts).first(180)
     ours, theirs = ([(r.shard, r.row) for r in both if r.dataset == n][:45] for n in (0, 1))
     assert ours == first and theirs != first
+    # Not only the rows of a shard: the shards themselves come in orders of their own.
+    orders = [
+        [data(*counts, *counts, seed=seed).order.shard(Place(number, epoch, ordinal)) for ordinal in range(9)]
+        for seed in (0, 1)
+        for number in (0, 1)
+        for epoch in (0, 1)
+    ]
+    assert len(set(map(tuple, orders))) == 8 and all(sorted(order) == list(range(9)) for order in orders)
 
 
 def test_without_shuffling_open_shards_take_turns_in_their_own_order():
