@@ -552,8 +552,10 @@ def markdown(results: list[dict[str, Any]]) -> str:
     for row in results:
         layouts.setdefault((row["case"].partition(": ")[2], row["workers"]), []).append(row)
     lines = [
-        f"Largest relative difference of {STEPS} steps' losses, gradient norms, the evaluation after them, the exported weights and a "
-        "resumed run to a hand-written loop in one process; float32, gloo.",
+        "# Layouts against one process",
+        "",
+        f"{STEPS} steps, float32, gloo: the largest relative difference of a loss, a gradient norm, the evaluation after them,",
+        "that of the exported weights, or a loss of a resumed run, to a hand-written loop in one process.",
         "",
         "| layout | processes | models | largest difference |",
         "|---|---|---|---|",
@@ -562,7 +564,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         models = ", ".join(row["case"].partition(": ")[0] for row in rows)
         worst = max(row[column] for row in rows for column in COLUMNS)
         lines.append(f"| {layout} | {workers} | {models} | {worst:.1e} |")
-    return "\n".join(["# Layouts against one process", "", *lines, ""])
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
