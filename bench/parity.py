@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Case:
     """How DeepSpeed shares the model, if the strategy is deepspeed."""
     changes: dict[str, Any] = field(default_factory=dict)
     """To the rest of the config."""
+    first: bool = False
+    """Whether every run of the tests tries it; the others are for `make test-all`."""
 
     @property
     def name(self) -> str:
@@ -72,42 +74,42 @@ ZERO = (
     {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
 )
 CASES = (
-    Case(),
-    Case(model="moe"),
-    Case(workers=2, parallel={"strategy": "ddp"}),
-    Case(workers=2, parallel={"strategy": "fsdp2"}),
+    Case(first=True),
+    Case(model="moe", first=True),
+    Case(workers=2, parallel={"strategy": "ddp"}, first=True),
+    Case(workers=2, parallel={"strategy": "fsdp2"}, first=True),
     Case(workers=2, parallel={"strategy": "fsdp2"}, changes={"recompute": "selective"}),
     Case(workers=2, parallel={"strategy": "fsdp2"}, changes={"recompute": "full"}),
     Case(workers=2, parallel={"offload": True}),
     Case(workers=2, parallel={"strategy": "fsdp2"}, objective="dpo"),
     Case(workers=2, parallel={"tensor": 2, "sequence_parallel": False}),
-    Case(workers=2, parallel={"tensor": 2}),
-    Case(workers=2, parallel={"tensor": 2}, objective="dpo"),
-    Case(workers=2, parallel={"context": 2}),
+    Case(workers=2, parallel={"tensor": 2}, first=True),
+    Case(workers=2, parallel={"tensor": 2}, objective="dpo", first=True),
+    Case(workers=2, parallel={"context": 2}, first=True),
     Case(workers=2, parallel={"pipeline": 2, "schedule": "gpipe"}),
-    Case(workers=2, parallel={"pipeline": 2, "schedule": "1f1b"}, accumulate=4),
-    Case(workers=2, parallel={"pipeline": 2, "schedule": "interleaved"}),
-    Case(workers=2, parallel={"pipeline": 2, "schedule": "zero_bubble"}, accumulate=4),
+    Case(workers=2, parallel={"pipeline": 2, "schedule": "1f1b"}, accumulate=4, first=True),
+    Case(workers=2, parallel={"pipeline": 2, "schedule": "interleaved"}, first=True),
+    Case(workers=2, parallel={"pipeline": 2, "schedule": "zero_bubble"}, accumulate=4, first=True),
     Case(workers=2, parallel={"pipeline": 2}, changes={"recompute": "full"}),
-    Case(model="qwen3", workers=2, parallel={"tensor": 2}, tied=False),
+    Case(model="qwen3", workers=2, parallel={"tensor": 2}, tied=False, first=True),
     Case(model="qwen3", workers=2, parallel={"pipeline": 2}, tied=False),
-    Case(model="gemma2", workers=2, parallel={"strategy": "fsdp2"}),
+    Case(model="gemma2", workers=2, parallel={"strategy": "fsdp2"}, first=True),
     Case(model="gemma2+lora", workers=2, parallel={"strategy": "ddp"}),
     Case(model="moe", workers=2, parallel={"strategy": "fsdp2"}),
-    Case(model="moe", workers=2, parallel={"expert": 2}),
-    Case(model="moe", workers=2, parallel={"tensor": 2}),
+    Case(model="moe", workers=2, parallel={"expert": 2}, first=True),
+    Case(model="moe", workers=2, parallel={"tensor": 2}, first=True),
     Case(model="moe", workers=2, parallel={"pipeline": 2}),
     Case(model="llama+lora", workers=2, parallel={"strategy": "ddp"}),
     Case(model="llama+lora", workers=2, parallel={"strategy": "fsdp2"}),
-    Case(model="llama+lora", workers=2, parallel={"tensor": 2}),
-    Case(model="llama+lora", workers=2, parallel={"pipeline": 2}),
+    Case(model="llama+lora", workers=2, parallel={"tensor": 2}, first=True),
+    Case(model="llama+lora", workers=2, parallel={"pipeline": 2}, first=True),
     *(Case(workers=2, parallel={"strategy": "deepspeed"}, zero=zero) for zero in ZERO),
     Case(workers=2, parallel={"strategy": "deepspeed"}, zero={"stage": 3}, objective="dpo"),
     Case(model="moe", workers=2, parallel={"strategy": "deepspeed"}, zero={"stage": 3}),
     Case(model="llama+lora", workers=2, parallel={"strategy": "deepspeed"}, zero={"stage": 3}),
     Case(model="llama+dora", workers=2, parallel={"strategy": "deepspeed"}, zero={"stage": 2}),
     Case(workers=4, parallel={"strategy": "deepspeed"}, zero={"stage": 3}),
-    Case(model="llama+dora", workers=2, parallel={"strategy": "fsdp2"}),
+    Case(model="llama+dora", workers=2, parallel={"strategy": "fsdp2"}, first=True),
     Case(model="moe+lora", workers=2, parallel={"expert": 2}),
     Case(workers=4, parallel={"replicate": 2}),
     Case(workers=4, parallel={"tensor": 2}),
@@ -140,7 +142,8 @@ def main() -> int:
     if options.world:
         run_world([CASES[number] for number in json.loads(options.world)])
         return 0
-    results = measure(options.workers, options.only)
+    named = (case for case in CASES if not options.only or any(text in case.name for text in options.only))
+    results = measure(case for case in named if case.workers in options.workers)
     show(results)
     if options.json:
         options.json.write_text(json.dumps({"bar": BAR, "results": results}, indent=1) + "\n")
@@ -150,17 +153,12 @@ def main() -> int:
     return int(options.check and not worst <= BAR)
 
 
-def measure(workers: list[int], only: list[str]) -> list[dict[str, Any]]:
-    """A row of differences for each case of these sizes."""
+def measure(cases: Iterable[Case]) -> list[dict[str, Any]]:
+    """A row of differences for each case; those of one size in one world."""
     results = []
-    for size in workers:
-        chosen = [
-            number
-            for number, case in enumerate(CASES)
-            if case.workers == size and (not only or any(text in case.name for text in only))
-        ]
-        if not chosen:
-            continue
+    wanted = list(cases)
+    for size in sorted({case.workers for case in wanted}):
+        chosen = [CASES.index(case) for case in wanted if case.workers == size]
         for number, told in zip(chosen, world(chosen, size), strict=True):
             case = CASES[number]
             results.append({"case": case.name, "workers": case.workers, **differences(told)})
