@@ -32,7 +32,7 @@ ALL = 2**40
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two of 9 and 4 shards, with one tokenizer."""
+    """Two of several shards, with one tokenizer."""
     folder = tmp_path_factory.mktemp("stream")
     for name, paragraphs, shard_bytes in (("text", 300, 1300), ("more", 60, 600)):
         (folder / f"{name}.txt").write_text(
@@ -185,7 +185,7 @@ def damaged(datasets: tuple[Path, Path], tmp_path: Path) -> Path:
     """A dataset with two shards of which a byte has changed."""
     folder = tmp_path / "damaged"
     shutil.copytree(datasets[1], folder)
-    for name in ("000001.tar", "000003.tar"):
+    for name in ("000001.tar", "000002.tar"):
         shard = folder / "shards" / name
         data = bytearray(shard.read_bytes())
         data[600] ^= 1
@@ -198,10 +198,10 @@ def test_damaged_shards_are_left_out_and_named_up_to_the_limit(damaged: Path, ra
     told: list[str] = []
     with closing(stream.rows(0, 1, None, tell=told.append)) as source:
         rows = source.take(200)
-        assert {place.shard for place in source.places} == {0, 2}
+        assert {place.shard for place in source.places} == set(range(len(stream.sources[0].paths))) - {1, 2}
     assert len(rows) == 200 and len(told) == 2
     assert "number 1 of at most 2" in told[0] and "is damaged" in told[0]
-    assert {"000001.tar", "000003.tar"} == {name for name in ("000001.tar", "000003.tar") for t in told if name in t}
+    assert {"000001.tar", "000002.tar"} == {name for name in ("000001.tar", "000002.tar") for t in told if name in t}
     fewer = replace(stream, config=replace(stream.config, skip_damaged=1))
     with closing(fewer.rows(0, 1, None)) as source, pytest.raises(DataError, match=r"skip_damaged \(1\)"):
         source.take(200)
