@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # because pip would ask it for every other package too.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-LOCKS := requirements/torch-cpu.lock requirements/cpu.lock
+LOCKS := requirements/torch-cpu.lock requirements/cpu.lock requirements/build.txt
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
@@ -24,7 +24,7 @@ $(VENV)/.ready: $(LOCKS) pyproject.toml Makefile
 	@echo "Installing the locked environment into $(VENV) (about 2 minutes, 4.3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r requirements/torch-cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
-	@$(PIP) install --no-deps --require-hashes -r requirements/cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
+	@PIP_CONSTRAINT=$(CURDIR)/requirements/build.txt $(PIP) install --no-deps --require-hashes -r requirements/cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
 	@$(PIP) install --no-deps --no-build-isolation -e . 2>.pip.log || { cat .pip.log; exit 1; }
 	@rm -f .pip.log
 	@touch $@

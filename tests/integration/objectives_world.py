@@ -38,11 +38,11 @@ from tandem.train.evaluate import evaluate
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
-from tandem.train.model import build_model, distribute
+from tandem.train.model import build_model
 from tandem.train.objective import NextToken, Objective
-from tandem.train.optimizer import build_optimizer
 from tandem.train.precision import LossScaler
 from tandem.train.recompute import recompute_activations
+from tandem.train.strategy import lay_out, lay_out_frozen
 
 STEPS = 5
 CPU = torch.device("cpu")
@@ -58,19 +58,14 @@ class Run:
         model: Any = build_model(config.model, None, here.encoder, seed)
         if config.lora:
             model = add_adapters(model, config.lora, base_id="b@1", seed=seed)
-        self.model = self._laid_out(recompute_activations(model, config.recompute))
-        self.optimizer = build_optimizer(self.model, config.optimizer, CPU)
+        model = recompute_activations(model, config.recompute)
+        self.mesh = self.degrees.mesh("cpu", here.world)
+        self.model, self.optimizer = lay_out(model, self.mesh, config, CPU)
         self.ema = Ema(self.model, config.ema) if config.ema is not None else None
         self.scaler = LossScaler() if config.precision == "float16" else None
         self.objective = self._objective()
         self.reports: list[StepReport] = []
         self.evaluations: list[dict[str, float]] = []
-
-    def _laid_out(self, model: Any) -> Any:
-        if self.here.world == 1:
-            return model
-        mesh = self.degrees.mesh("cpu", self.here.world)
-        return distribute(model, mesh, precision=self.config.precision)
 
     def _objective(self) -> Objective:
         if self.config.objective == "next_token":
@@ -78,10 +73,9 @@ class Run:
         if self.config.lora:
             return Dpo(self.config.dpo or DpoConfig(), WithoutAdapters())
         # Another seed than the trained model's: at the start, too, some pairs are preferred.
-        reference = self._laid_out(
-            build_model(self.config.model, None, self.here.encoder, seed=7).requires_grad_(False)
-        )
-        return Dpo(self.config.dpo or DpoConfig(), FrozenModel(reference))
+        reference = build_model(self.config.model, None, self.here.encoder, seed=7).requires_grad_(False)
+        frozen = FrozenModel(lay_out_frozen(reference, self.mesh, self.config, CPU))
+        return Dpo(self.config.dpo or DpoConfig(), frozen)
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -89,10 +83,7 @@ class Run:
         return {name: thing for name, thing in named.items() if thing is not None}
 
     def measure(self, rows: Any) -> dict[str, float]:
-        return evaluate(
-            self.model, self.objective, rows, rank=self.here.rank, ranks=self.here.world, batch_rows=2, device=CPU,
-            precision=self.config.precision,
-        )  # fmt: skip
+        return evaluate(self.model, self.objective, rows, batch_rows=2, device=CPU, precision=self.config.precision)
 
     def _evaluate(self, step: int) -> None:
         rows = self.here.held[self.config.objective]
@@ -108,7 +99,7 @@ class Run:
         if resume:
             newest = folders.latest(root) if root else None
             assert newest is not None
-            found = sharded.load(newest, self.model, self.optimizer, extra=self.extra)
+            found = sharded.load(newest, self.model.saved, self.optimizer, extra=self.extra)
             state = LoopState(found.step, found.tokens)
 
         class Stop(Exception):
@@ -117,7 +108,7 @@ class Run:
         def save(now: LoopState) -> None:
             if root:
                 saved = SavedState(step=now.step, tokens=now.tokens, loss=None, world=self.here.world)
-                sharded.save(root, self.model, self.optimizer, saved, keep=2, extra=self.extra)
+                sharded.save(root, self.model.saved, self.optimizer, saved, keep=2, extra=self.extra)
             if now.step == stop:
                 raise Stop
 
@@ -125,7 +116,7 @@ class Run:
         rows = Listed(self.here.rows[self.config.objective], self.here.rank, self.here.world, done)
         try:
             train(
-                self.model, self.optimizer, rows, self.config, state, ranks=self.here.world, report=self.reports.append,
+                self.model, self.optimizer, rows, self.config, state, report=self.reports.append,
                 save=save, device=CPU, objective=self.objective, ema=self.ema, scaler=self.scaler,
                 evaluate=self._evaluate if self.config.evaluation else None,
             )  # fmt: skip
@@ -188,7 +179,7 @@ class World:
         second = Run(self, config, seed=1).go(resume=True, root=root)
         assert second.ema is not None
         with second.ema.swapped(second.model):
-            export(second.model, self.folder / f"export-{strategy}-{self.world}")
+            export(second.model.whole, second.model.weights(), self.folder / f"export-{strategy}-{self.world}")
         return {key: first.told[key] + second.told[key] for key in first.told}
 
     def overflowing(self) -> dict[str, Any]:
@@ -200,9 +191,8 @@ class World:
 
 def main(folder: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
-    if world > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1")
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    os.environ.update(MASTER_ADDR="127.0.0.1")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world)
     here = World(folder, rank, world)
     cases: dict[str, Callable[[], Any]] = {
         "overflow": here.overflowing,
@@ -220,8 +210,7 @@ def main(folder: Path, rank: int, world: int) -> None:
         cases[f"dpo lora {strategy}"] = lambda s=strategy: here.run(s, objective="dpo", lora=True)
     results = {name: case() for name, case in cases.items()}
     (folder / f"results-{world}-{rank}.json").write_text(json.dumps(results))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_a_cursor_of_other_data_is_refused(dataset: Path, held: Stream):
 
 
 def test_too_little_data_for_the_workers_is_refused(dataset: Path, ray_cluster: LocalCluster):
-    with pytest.raises(DataError, match="too few for 5000 workers"):
+    with pytest.raises(DataError, match="too few for the 5000 workers"):
         opened(dataset, workers=5000)
     with pytest.raises(DataError, match="each worker needs one"):
         opened(dataset, workers=5000, held_bytes=0)

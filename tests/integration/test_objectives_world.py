@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-
-from tandem.data.packing import pack, pack_preferences
-from tandem.data.tokenize import TextEncoder, train_tokenizer
-from tandem.settings import child_environment
+from worlds import alike, result, run_worlds
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what one process and two processes gave for every case of objectives_world.py."""
-    folder = tmp_path_factory.mktemp("objectives")
-    texts = [f"Line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs." for n in range(60)]
-    train_tokenizer(texts, folder / "tokenizer", vocab_size=300)
-    encoder = TextEncoder(str(folder / "tokenizer"))
-    np.save(folder / "text.npy", pack(encoder.texts(texts), 32, encoder.pad_id, split=True))
-    pairs = [(f"{n}?", f"{n * 7 % 13} dogs", "the fox" if n % 3 else "quick") for n in range(60)]
-    np.save(folder / "preferences.npy", pack_preferences(encoder.preferences(pairs), 32, encoder.pad_id))
-    script = Path(__file__).with_name("objectives_world.py")
-    for size in (1, 2):
-        running = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder), str(rank), str(size)],
-                env=child_environment({"OMP_NUM_THREADS": "1"}),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(size)
-        ]
-        for process in running:
-            _, said = process.communicate(timeout=300)
-            assert process.returncode == 0, said[-3000:]
-    return folder
-
-
-def result(world: Path, size: int, case: str, rank: int = 0) -> dict[str, Any]:
-    return dict(json.loads((world / f"results-{size}-{rank}.json").read_text())[case])
-
-
-def alike(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    for key in ("steps", "evaluations"):
-        assert len(found[key]) == len(expected[key])
-        for ours, theirs in zip(found[key], expected[key], strict=True):
-            assert ours.pop("metrics", None) == pytest.approx(theirs.pop("metrics", None), abs=tolerance)
-            # A perplexity is the exponential of its loss: it differs by as much as a share.
-            assert ours == pytest.approx(theirs, abs=tolerance, rel=tolerance)
+    return run_worlds("objectives_world.py", tmp_path_factory.mktemp("objectives"))
 
 
 @pytest.mark.parametrize("case", ["ema", "dpo", "dpo lora"])
@@ -121,10 +80,11 @@ def test_the_average_is_what_is_exported(world: Path, size: int):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tandem.train.evaluate import evaluate
     from tandem.train.objective import NextToken
 
     model = AutoModelForCausalLM.from_pretrained(world / f"export-fsdp2-{size}")
     rows = np.load(world / "text.npy")[:7]
-    found = evaluate(model, NextToken(), rows, rank=0, ranks=1, batch_rows=7, device=torch.device("cpu"))
-    assert found["loss"] == pytest.approx(result(world, size, "resumed")["evaluations"][-1]["averaged"], abs=5e-3)
+    objective, batch = NextToken(), torch.from_numpy(rows).long()
+    with torch.no_grad():
+        found = float(objective.loss(model, batch)[0] / objective.count(batch))
+    assert found == pytest.approx(result(world, size, "resumed")["evaluations"][-1]["averaged"], abs=5e-3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,17 @@ def test_a_wrong_argument_is_refused_with_vllms_own_words_or_the_nearest_name(
 
 def test_right_arguments_pass(folder: Path) -> None:
     check_engine_args(spec(folder, max_model_len=64, max_num_seqs=4))
+
+
+def test_a_mixture_on_the_cpu_is_served_without_adapters(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "mixture")
+    values = json.loads((folder / "config.json").read_text())
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    values |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **experts}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"a mixture of experts.*Set models\[\]\.max_adapters to 0"):
+        check_engine_args(spec(folder))
+    check_engine_args(replace(spec(folder), max_adapters=0))
 
 
 def test_the_app_is_not_built_with_a_wrong_argument(folder: Path, tandem_home: Path) -> None:

@@ -181,6 +181,40 @@ def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: st
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "jobs" / "base" / "export"), record.path)
 
 
+@pytest.mark.parametrize(
+    ("name", "parallel", "lora"),
+    [
+        ("tensor", {"tensor": 2}, None),
+        pytest.param("pipeline", {"pipeline": 2, "schedule": "interleaved"}, None, marks=pytest.mark.slow),
+        ("pipeline-lora", {"pipeline": 2}, {"rank": 4}),
+    ],
+)
+def test_a_layout_of_the_config_trains_evaluates_resumes_and_exports(
+    home: Path, base: str, run: Callable[..., Driver], name: str, parallel: dict[str, Any], lora: dict[str, Any] | None
+):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = {"model": {"base": "base"}} if lora else {"model": {**MODEL, "num_layers": 4}}
+    settings = {"parallel": {"workers": 2, **parallel}, "evaluation": {"every_steps": 5, "held_out": 0.1, "rows": 6}}
+    whole = {**settings, **model, "lora": lora, "accumulate": 4, "register": False, "steps": 60}
+    driver = run(name, **whole, checkpoint={"every_steps": 5})
+    # Ended after the first checkpoint, and started again.
+    driver.wait_for(lambda e: e["event"] == "checkpoint")
+    driver.process.send_signal(signal.SIGTERM)
+    driver.process.wait(timeout=60)
+    status, found = run(name).end()
+    assert status == 0, found
+    assert found[0]["event"] == "started" and 5 <= found[0]["resumed_from"] < 60
+    assert f"{next(iter(parallel))} 2" in found[0]["layout"]
+    end = found[-1]
+    assert end["steps"] == 60 and end["evaluation"]["loss"] > 0
+    if lora is None:
+        loaded = AutoModelForCausalLM.from_pretrained(end["path"])
+        logits = loaded(torch.arange(8)[None]).logits
+        assert loaded.config.num_hidden_layers == 4 and torch.isfinite(logits).all()
+
+
 def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
     home: Path, base: str, run: Callable[..., Driver]
 ):
@@ -205,6 +239,15 @@ def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
     assert steps[0]["tokens"] == 4 * 2 * 48
     record = Registry(f"sqlite:///{home}/tandem.db").resolve("preferred")
     assert (record.kind, record.lineage["evaluation"]) == ("model", found[-1]["evaluation"])
+
+
+def test_deepspeed_trains_what_fsdp2_does(home: Path, base: str, run: Callable[..., Driver]):
+    driver = run("zero", parallel={"workers": 2, "strategy": "deepspeed"}, deepspeed={"stage": 3})
+    status, found = driver.end()
+    assert status == 0, "".join(driver.lines[-40:])
+    assert losses(home, "zero") == pytest.approx(losses(home, "base"), abs=1e-5)
+    assert [e["step"] for e in found if e["event"] == "checkpoint"] == [5, 10]
+    assert (Path(found[-1]["path"]) / "model.safetensors").exists()
 
 
 def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(

@@ -53,6 +53,11 @@ def test_two_workers_lose_what_one_does(world: Path, case: str):
     assert results(world, 1)[case] == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.parametrize("case", ["compiled", "compiled, cut", "compiled, recomputed"])
+def test_compiled_layers_lose_what_others_do(world: Path, case: str):
+    assert results(world, 2)[case] == pytest.approx(results(world, 1)["fsdp2"], abs=1e-4)
+
+
 @pytest.mark.parametrize("case", ["lora ddp", "lora fsdp2"])
 def test_adapters_train_alike_on_one_and_two_workers(world: Path, case: str):
     alone = results(world, 1)["lora fsdp2"]

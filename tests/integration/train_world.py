@@ -29,7 +29,9 @@ from tandem.errors import StorageError
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
-from tandem.train.model import build_model, distribute
+from tandem.train.model import build_model
+from tandem.train.placement import place
+from tandem.train.recompute import recompute_activations
 
 STEPS = 6
 
@@ -74,8 +76,9 @@ class World:
         model: Any = build_model(config.model, None, self.encoder, seed=0)
         if config.lora:
             model = add_adapters(model, config.lora, base_id="b@1", seed=0)
-        if self.world > 1:
-            model = distribute(model, Degrees.of(config.parallel).mesh("cpu", self.world), precision="float32")
+        model = recompute_activations(model, config.recompute)
+        mesh = Degrees.of(config.parallel).mesh("cpu", self.world)
+        model = place(model, mesh, config, torch.device("cpu"))
         trained = [p for p in model.parameters() if p.requires_grad]
         return model, torch.optim.AdamW(trained, lr=1e-2, betas=config.optimizer.betas)
 
@@ -94,19 +97,22 @@ class World:
         def save(now: LoopState) -> None:
             if root:
                 saved = SavedState(step=now.step, tokens=now.tokens, loss=losses[-1], world=self.world, cursor={})
-                sharded.save(root, *parts, saved, keep=2)
+                sharded.save(root, parts[0].whole, parts[1], saved, keep=2)
             if now.step == stop:
                 raise Stop
 
-        rows = Listed(self.rows, self.rank, self.world, state.step * config.batch_size)
+        degrees = Degrees.of(config.parallel)
+        rank, ranks = degrees.data_rank(self.rank), degrees.data_parallel
+        rows = Listed(self.rows, rank, ranks, state.step * config.batch_size)
         try:
-            train(*parts, rows, config, state, ranks=self.world, report=report, save=save, device=torch.device("cpu"))
+            train(*parts, rows, config, state, report=report, save=save, device=torch.device("cpu"))
         except Stop:
             pass
         return losses
 
-    def losses(self, strategy: str, **changes: Any) -> list[float]:
+    def losses(self, strategy: str, *, tensor: int = 1, **changes: Any) -> list[float]:
         config = self.config(strategy, **changes)
+        config = replace(config, parallel=replace(config.parallel, tensor=tensor))
         return self.run(config, self.build(config), LoopState())
 
     def resumed(self, strategy: str, lora: bool) -> dict[str, Any]:
@@ -118,10 +124,10 @@ class World:
         parts = self.build(replace(config, seed=1))
         newest = folders.latest(root)
         assert newest is not None
-        found = sharded.load(newest, *parts)
+        found = sharded.load(newest, parts[0].whole, parts[1])
         losses += self.run(config, parts, LoopState(found.step, found.tokens), root=root)
         target = self.folder / f"export-{strategy}-{lora}-{self.world}"
-        export(parts[0], target, beside=tokenizer_files(self.folder / "tokenizer"))
+        export(parts[0].whole, parts[0].weights(), target, beside=tokenizer_files(self.folder / "tokenizer"))
         return {"losses": losses, "saved": [p.name for p in folders.saved(root)]}
 
     def full_disk(self) -> dict[str, Any]:
@@ -129,27 +135,28 @@ class World:
         root = self.folder / "full"
         config = self.config("fsdp2")
         parts = self.build(config)
-        sharded.save(root, *parts, SavedState(step=1, tokens=1, loss=1.0, world=self.world), keep=2)
+        held = (parts[0].whole, parts[1])
+        sharded.save(root, *held, SavedState(step=1, tokens=1, loss=1.0, world=self.world), keep=2)
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
         said = ""
         try:
-            sharded.save(root, *parts, SavedState(step=2, tokens=2, loss=1.0, world=self.world), keep=2)
+            sharded.save(root, *held, SavedState(step=2, tokens=2, loss=1.0, world=self.world), keep=2)
         except StorageError as error:
             said = str(error)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
         newest = folders.latest(root)
         assert newest is not None
-        loaded = sharded.load(newest, *self.build(config))
+        model, optimizer = self.build(config)
+        loaded = sharded.load(newest, model.whole, optimizer)
         return {"said": said, "step": loaded.step}
 
 
 def main(folder: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
-    if world > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1")
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    os.environ.update(MASTER_ADDR="127.0.0.1")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world)
     here = World(folder, rank, world)
     cases: dict[str, Callable[[], Any]] = {
         "ddp": lambda: here.losses("ddp"),
@@ -164,10 +171,12 @@ def main(folder: Path, rank: int, world: int) -> None:
     }
     if world > 1:
         cases["full disk"] = here.full_disk
+        cases["compiled"] = lambda: here.losses("fsdp2", compile=True)
+        cases["compiled, cut"] = lambda: here.losses("fsdp2", compile=True, tensor=2)
+        cases["compiled, recomputed"] = lambda: here.losses("fsdp2", compile=True, recompute="selective")
     results = {name: case() for name, case in cases.items()}
     (folder / f"results-{world}-{rank}.json").write_text(json.dumps(results))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 
 from tandem.storage import publish_folder
 
 
-def export(model: nn.Module, target: Path, *, beside: Iterable[Path] = ()) -> None:
-    """Write `model` to `target`, replacing what is there. Every rank calls it; rank 0 writes.
+def export(model: nn.Module, weights: Mapping[str, torch.Tensor], target: Path, *, beside: Iterable[Path] = ()) -> None:
+    """Write `weights`, whole, of a transformers or peft `model` to `target`, replacing what is there; only rank 0 writes.
 
     A peft model becomes an adapter folder, any other a folder that AutoModelForCausalLM and vLLM load, with copies of the
-    files `beside` it: its tokenizer's.
+    files `beside` it: its tokenizer's. The model itself may hold a part, or shards.
     """
-    adapter = getattr(_plain(model), "peft_config", None) is not None
-    weights = get_model_state_dict(
-        model,
-        options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter, strict=False),
-    )
+    adapter = getattr(model, "peft_config", None) is not None
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     with publish_folder(target, replace=True) as staging:
-        (_export_adapter if adapter else _export_model)(
-            _plain(model), cast("dict[str, torch.Tensor]", weights), staging
-        )
+        (_export_adapter if adapter else _export_model)(model, dict(weights), staging)
         if not adapter:
             for file in beside:
                 shutil.copyfile(file, staging / file.name)
@@ -46,12 +39,14 @@ def is_whole(target: Path) -> bool:
 
 
 def _export_model(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    # The trained model may be sharded, and save_pretrained would ask it for its weights: an empty one of its class takes them.
-    plain: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-    model.config.architectures = [plain.__name__]
-    model.config.dtype = torch.float32
+    # The trained model may be cut and sharded, and save_pretrained would ask it for its weights: an empty one of its class
+    # takes them.
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        shell = plain(model.config)
+        shell = type(model)(config)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     shell.load_state_dict(weights, assign=True, strict=False)
     shell.tie_weights()
@@ -82,7 +77,3 @@ def _export_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) 
 def _sorted(values: dict[str, Any]) -> dict[str, Any]:
     found = values.get("target_modules")
     return {**values, "target_modules": sorted(found)} if isinstance(found, list) else values
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

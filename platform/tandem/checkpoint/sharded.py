@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,22 @@ from tandem.checkpoint.folders import SavedState
 from tandem.errors import CheckpointError, StorageError
 from tandem.storage import disk_errors, free_bytes
 
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+# Flat: an optimizer's state is then told by its parameters' names alone, and the stages of a pipeline have different ones.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False, flatten_optimizer_state_dict=True)
 _NOTHING: Mapping[str, Stateful] = {}
+
+
+@runtime_checkable
+class OwnState(Protocol):
+    """A model whose weights and optimizer state torch does not find, such as one in a DeepSpeed engine."""
+
+    def training_state(self) -> dict[str, dict[str, Any]]:
+        """This rank's `model` and `optimizer`, under the names that torch gives them; what is loaded is loaded into it."""
+        ...
+
+    def set_training_state(self, content: dict[str, dict[str, Any]]) -> None:
+        """Go on from what was loaded into a `training_state`."""
+        ...
 
 
 def save(
@@ -84,8 +98,11 @@ def load(
         del content["random"]  # a rank that was not there has no random state to go on with
     try:
         load_state(content, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
-        set_model_state_dict(model, content["model"], options=_OPTIONS)
-        set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_OPTIONS)
+        if isinstance(model, OwnState):
+            model.set_training_state(content)
+        else:
+            set_model_state_dict(model, content["model"], options=_OPTIONS)
+            set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_OPTIONS)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded: {_root_cause(error)}. "
@@ -97,14 +114,16 @@ def load(
 
 
 def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    random = {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()}
+    if isinstance(model, OwnState):
+        return {**model.training_state(), "random": random}
     # torch leaves a frozen weight in if it is tied to another one: a LoRA checkpoint would hold the embedding.
-    frozen = {name for name, p in inner.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     held = get_model_state_dict(model, options=_OPTIONS)
     return {
         "model": {name: value for name, value in held.items() if name not in frozen},
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
-        "random": {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()},
+        "random": random,
     }
 
 

@@ -13,9 +13,12 @@ from rich.table import Table
 
 from tandem.cli.shell import console as terminal
 from tandem.cli.shell import friendly_errors
+from tandem.errors import RegistryError
+from tandem.ids import check_name
 from tandem.registry import ModelRecord, Registry
+from tandem.settings import settings
 
-models_app = typer.Typer(no_args_is_help=True, help="List, show and forget models and adapters.")
+models_app = typer.Typer(no_args_is_help=True, help="List, show, merge and forget models and adapters.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="A name (its newest version), or an id such as my-model@2.")]
@@ -76,13 +79,39 @@ def remove_command(
             )
 
 
+@models_app.command("merge")
+def merge_command(
+    adapter: Annotated[
+        str, typer.Argument(help="An adapter's name (its newest version), or an id such as my-adapter@2.")
+    ],
+    name: Annotated[str, typer.Argument(help="What the merged model is called.")],
+) -> None:
+    """Add an adapter into its base, as a model of its own: what a DoRA adapter needs to be served."""
+    with friendly_errors():
+        registry = Registry.open()
+        record = registry.resolve(adapter)
+        if record.kind != "adapter" or record.base is None:
+            raise RegistryError(f"{record.id} is a model, not an adapter. `tandem models ls` lists what there is.")
+        check_name(name, "model name")
+        base = registry.resolve(record.base)
+        # Loads PyTorch, which takes seconds: only where it is needed.
+        from tandem.train.merge import merge_adapter
+
+        folder = settings().root / "merged" / f"{name}-{record.id}"
+        with terminal.status(f"Merging {record.id} into {base.id}"):
+            merge_adapter(base.path, record.path, folder)
+        merged = registry.register_model(name, folder, lineage={"merged": record.id, "base": base.id})
+        terminal.print(f"[bold]{escape(merged.id)}[/] is {escape(record.id)} merged into {escape(base.id)}.")
+        terminal.print(f"serve it: [cyan]tandem serve up {escape(merged.name)}[/]")
+
+
 def listing(records: list[ModelRecord], now: datetime) -> Table:
     """A table with a row for each record."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("NAME", "VERSION", "KIND", "BASE", "LOSS", "CREATED"):
         table.add_column(column, justify="right" if column in ("VERSION", "LOSS") else "left", no_wrap=column == "NAME")
     for record in records:
-        kind = f"LoRA, rank {record.rank}" if record.kind == "adapter" else "model"
+        kind = f"{'DoRA' if record.dora else 'LoRA'}, rank {record.rank}" if record.kind == "adapter" else "model"
         table.add_row(
             f"[bold]{escape(record.name)}[/]",
             str(record.version),

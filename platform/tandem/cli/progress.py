@@ -78,7 +78,7 @@ class JobView:
                 trainable = event.get("trainable") or event.get("parameters") or 0
                 self._say(
                     f"{event.get('parameters', 0):,} parameters, {trainable:,} trained; "
-                    f"{event.get('workers')} workers, {event.get('strategy')}{resumed}"
+                    f"{event.get('workers')} workers, {event.get('layout')}{resumed}"
                 )
                 self._progress.update(self._task, total=event.get("steps"), completed=event.get("resumed_from") or 0)
             case "step":

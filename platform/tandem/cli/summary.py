@@ -48,4 +48,11 @@ def commands(end: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not model:
         return []
     name = split_version(str(model))[0]
+    if end.get("dora"):
+        merged = f"{name}-merged"
+        return [
+            ("merge it", f"tandem models merge {name} {merged}"),
+            ("serve it", f"tandem serve up {merged}"),
+            ("ask it", f"tandem chat --model {merged}"),
+        ]
     return [("serve it", f"tandem serve up {base or name}"), ("ask it", f"tandem chat --model {name}")]

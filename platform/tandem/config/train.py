@@ -6,32 +6,14 @@ from dataclasses import dataclass, field
 
 from tandem.config import check
 from tandem.config.data import DataConfig
+from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.metrics import MetricsConfig
 from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
 from tandem.config.optimizer import OptimizerConfig
+from tandem.config.parallel import ParallelismConfig
 from tandem.errors import ConfigError
 from tandem.ids import check_name
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelismConfig:
-    """How the workers share the work."""
-
-    workers: int = 1
-    """Processes, each with one device (or one CPU thread)."""
-    strategy: str = "fsdp2"
-    """fsdp2 (parameters, gradients and optimizer sharded) or ddp (replicated)."""
-    cpus_per_worker: float = 1.0
-    """CPUs that Ray reserves for each worker."""
-    gpus_per_worker: float = 0.0
-    """GPUs that Ray reserves for each worker; 0 trains on the CPU."""
-
-    def __post_init__(self) -> None:
-        check.at_least("parallel.workers", self.workers, 1)
-        check.one_of("parallel.strategy", self.strategy, ("fsdp2", "ddp"))
-        check.at_least("parallel.cpus_per_worker", self.cpus_per_worker, 0.0)
-        check.at_least("parallel.gpus_per_worker", self.gpus_per_worker, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +44,8 @@ class TrainConfig:
     lora: LoraConfig | None = None
     """Set: only adapters are trained, and an adapter of `model.base` is registered."""
     parallel: ParallelismConfig = field(default_factory=ParallelismConfig)
+    deepspeed: DeepSpeedConfig | None = None
+    """How `parallel.strategy: deepspeed` shares the model; unset: ZeRO 3 without offload."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     steps: int = 100
@@ -82,6 +66,10 @@ class TrainConfig:
     """What is computed in: float32, bfloat16, float16 (with a loss scaler) or float8 (on a GPU). Weights stay float32."""
     recompute: str = "none"
     """Activations computed again in the backward pass, to save memory: none, selective (all but matrix products), full."""
+    compile: bool = False
+    """Compile the model's layers (torch.compile): faster steps on a GPU, after a first one that takes a minute longer."""
+    attention: str = "sdpa"
+    """sdpa, or flex: what a token of another document would take is not computed (on a GPU, with compile)."""
     seed: int = 0
     log_every: int = 1
     """Steps between reports of loss and throughput."""
@@ -95,14 +83,15 @@ class TrainConfig:
         check.one_of("objective", self.objective, ("next_token", "dpo"))
         check.one_of("precision", self.precision, ("float32", "bfloat16", "float16", "float8"))
         check.one_of("recompute", self.recompute, ("none", "selective", "full"))
+        check.one_of("attention", self.attention, ("sdpa", "flex"))
         for key in ("steps", "batch_size", "accumulate", "log_every"):
             check.at_least(key, getattr(self, key), 1)
-        share = self.parallel.workers * self.accumulate
+        share = self.parallel.data * self.accumulate
         if self.batch_size % share:
             fits = max(share, round(self.batch_size / share) * share)
             raise ConfigError(
-                f"batch_size ({self.batch_size}) must be a multiple of parallel.workers x accumulate "
-                f"({self.parallel.workers} x {self.accumulate} = {share}). The nearest that works is {fits}."
+                f"batch_size ({self.batch_size}) must be a multiple of the workers that see different rows x accumulate "
+                f"({self.parallel.data} x {self.accumulate} = {share}). The nearest that works is {fits}."
             )
         if self.lora is not None and self.model.base is None:
             raise ConfigError(
@@ -113,6 +102,8 @@ class TrainConfig:
                 f"ema is {self.ema}; it must be above 0 and below 1, such as 0.999. Unset it for no average."
             )
         self._check_device()
+        self._check_deepspeed()
+        self._check_compile()
         self._check_objective()
         self._check_evaluation()
         if self.optimizer.decay_steps is not None:
@@ -149,11 +140,68 @@ class TrainConfig:
                 "optimizer.name is 'adamw_8bit', whose kernels are for GPUs, and parallel.gpus_per_worker is 0. "
                 "Set it to 1, or optimizer.name to 'adamw'."
             )
+        if self.lora is not None and self.lora.quantize and not on_gpu:
+            raise ConfigError(
+                f"lora.quantize is {self.lora.quantize!r}, whose kernels are for GPUs, and parallel.gpus_per_worker is 0. "
+                "Set it to 1, or unset lora.quantize."
+            )
         if self.precision == "float8" and self.lora is not None:
             raise ConfigError(
                 f"precision is 'float8' and lora is set (rank {self.lora.rank}): float8 trains whole matrices, and adapters "
                 "are too narrow to gain from it. Set precision to 'bfloat16', or unset lora."
             )
+
+    def _check_deepspeed(self) -> None:
+        if self.parallel.strategy != "deepspeed":
+            if self.deepspeed is not None:
+                raise ConfigError(
+                    f"deepspeed is set, but parallel.strategy is {self.parallel.strategy!r}. Set it to 'deepspeed', or unset "
+                    "deepspeed."
+                )
+            return
+        fsdp2 = "or parallel.strategy to 'fsdp2'."
+        for key, found, refused, instead in (
+            ("precision", self.precision, "float8", "'bfloat16'"),
+            ("optimizer.name", self.optimizer.name, "adamw_8bit", "'adamw'"),
+            ("lora.quantize", self.lora and self.lora.quantize, "nf4", "null"),
+            ("compile", self.compile, True, "false"),
+            ("attention", self.attention, "flex", "'sdpa'"),
+        ):
+            if found == refused:
+                raise ConfigError(
+                    f"{key} is {found!r}, which does not go with parallel.strategy 'deepspeed'. Set it to {instead}, {fsdp2}"
+                )
+        stage = (self.deepspeed or DeepSpeedConfig()).stage
+        if stage < 3:
+            return
+        if self.ema is not None:
+            raise ConfigError(
+                f"ema is {self.ema}, but ZeRO 3 leaves no rank with parameters to average. Set deepspeed.stage to 1 or 2, {fsdp2}"
+            )
+        if self.lora is not None and self.lora.dora:
+            raise ConfigError(
+                "lora.dora is on, which reads weights that ZeRO 3 has let go of by then. Set deepspeed.stage to 1 or 2, "
+                f"{fsdp2}"
+            )
+
+    def _check_compile(self) -> None:
+        parallel = self.parallel
+        if self.compile and parallel.pipeline > 1 and parallel.schedule == "zero_bubble":
+            raise ConfigError(
+                "compile is on and parallel.schedule is 'zero_bubble', which splits the backward pass of a layer: one that is "
+                "compiled is a single piece. Set compile to false, or parallel.schedule to 'interleaved'."
+            )
+        if self.attention == "flex":
+            if parallel.gpus_per_worker == 0 or not self.compile:
+                raise ConfigError(
+                    f"attention is 'flex', which is fast only when compiled on a GPU; compile is {str(self.compile).lower()} and "
+                    f"parallel.gpus_per_worker is {parallel.gpus_per_worker:g}. Set both, or attention to 'sdpa'."
+                )
+            if parallel.context > 1:
+                raise ConfigError(
+                    f"attention is 'flex' and parallel.context is {parallel.context}: sequences that are shared have an "
+                    "attention of their own. Set attention to 'sdpa', or parallel.context to 1."
+                )
 
     def _check_objective(self) -> None:
         if self.objective != "dpo":

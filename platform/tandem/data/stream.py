@@ -195,7 +195,7 @@ def open_stream(
     seed: int,
     held_bytes: int | None = None,
 ) -> Stream:
-    """Prepare a dataset for `workers` ranks; called once, by the driver, after `ray.init`.
+    """Prepare a dataset for `workers` ranks that see different rows; called once, by the driver, after `ray.init`.
 
     `held_bytes`: most packed bytes to hold (None: a quarter of the object store). Raises DataError before any worker starts
     when no row carries loss, or when there are too few rows or shards for the workers.
@@ -224,8 +224,8 @@ def open_stream(
         raise _nothing_usable(folder, index, config)
     if total < workers:
         raise DataError(
-            f"{folder} packs into {total} rows of {config.sequence_length} tokens, too few for {workers} workers. "
-            "Lower data.sequence_length or parallel.workers, or add data."
+            f"{folder} packs into {total} rows of {config.sequence_length} tokens, too few for the {workers} workers that see "
+            "different rows. Lower data.sequence_length or parallel.workers, or add data."
         )
     return replace(stream, held=tuple(r for r, _ in kept), counts=tuple(c for _, c in kept))
 

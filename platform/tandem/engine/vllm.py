@@ -206,7 +206,7 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
     """vLLM's own checked configuration; ConfigError with its words for a value that it refuses."""
     try:
         validate_api_server_args(args)
-        return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     except (Exception, SystemExit) as error:
         details = getattr(error, "errors", None)
         if callable(details):
@@ -218,6 +218,13 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
         raise ConfigError(
             f"vLLM refuses the settings of {spec.name} (engine_args: {given}). It says: {said}"
         ) from error
+    if spec.max_adapters and not spec.gpus and config.model_config.is_moe:
+        # With adapters on, vLLM routes tokens to experts by a kernel that its CPU build lacks, whatever the adapters adapt.
+        raise ConfigError(
+            f"{spec.name} is a mixture of experts, which vLLM serves with adapters on GPUs only; gpus_per_replica is 0 and "
+            f"max_adapters is {spec.max_adapters}. Set models[].max_adapters to 0, or gpus_per_replica."
+        )
+    return config
 
 
 def main() -> int:

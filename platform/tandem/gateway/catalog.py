@@ -92,6 +92,13 @@ class Catalog:
             raise unknown_model(f"The model {name!r} is not served here: {what}, and this app serves {here}.")
         if record.kind == "model":
             return Target(base=base)
+        if record.dora:
+            raise ApiError(
+                400,
+                f"{record.id} is a DoRA adapter, which vLLM does not serve. Merge it into its base: "
+                f"`tandem models merge {record.id} NEW_NAME`, and serve that.",
+                param="model",
+            )
         config = base.config
         if not config.max_adapters:
             raise ApiError(400, f"{base.name} is served without adapters (max_adapters is 0).", param="model")
@@ -109,7 +116,7 @@ class Catalog:
         cards = [Card(name=m.name, id=m.id, base=m, adapter=False, created=m.created) for m in self.models]
         for record in await self._ask(lambda: self._registry.list(kind="adapter")):
             base = self._by_id.get(record.base or "")
-            if base is not None and base.config.max_adapters and record.name not in self._served:
+            if base is not None and base.config.max_adapters and not record.dora and record.name not in self._served:
                 created = int(record.created_at.timestamp())
                 cards.append(Card(name=record.name, id=record.id, base=base, adapter=True, created=created))
         return cards

@@ -11,6 +11,7 @@ from dataclasses import replace
 import yaml
 
 from tandem.config import TrainConfig, to_dict
+from tandem.config.layout import ModelShape, check_layout
 from tandem.data.index import find_dataset
 from tandem.errors import ConfigError
 from tandem.ids import job_id
@@ -34,7 +35,7 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
 
     `compared`: such of `NOT_CONTENT` (or "data", for `HOW_READ`) as make another job here after all: a sweep that tries several
     layouts has to run them all.
-    Raises DataError, ConfigError, RegistryError or UnknownModelError with what to change.
+    Raises DataError, ConfigError, LayoutError, RegistryError or UnknownModelError with what to change.
     """
     folder, index = find_dataset(config.data.path)
     base = find_base(config.model.base) if config.model.base else None
@@ -49,6 +50,9 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
                 f"Lower it to {max_length}, or train a model with a larger model.max_length."
             )
     config.check_kind(index.kind, str(folder))
+    check_layout(base.shape() if base else ModelShape.of(config.model), config)
+    if reference:
+        check_layout(reference.shape(), config)
     measured = None
     evaluation = config.evaluation
     if evaluation is not None and evaluation.data is not None:

@@ -2,7 +2,7 @@
 
 | event      | fields                                                                                            |
 |------------|---------------------------------------------------------------------------------------------------|
-| started    | job, kind, workers, strategy, parameters, trainable, steps, resumed_from (step or null)           |
+| started    | job, kind, workers, layout, parameters, trainable, steps, resumed_from (step or null)             |
 | step       | step, steps, loss, grad_norm, learning_rate, tokens_per_s, tokens, seconds, metrics (by name),     |
 |            | mfu (0 to 1), memory_bytes (peak of rank 0: of its GPU, or of its process)                        |
 | evaluation | step, rows, averaged (the weights were), loss, and perplexity, or what else the objective reports |
@@ -10,7 +10,7 @@
 | restart    | reason, resumed_from                                                                              |
 | notice     | message (something that a person should know, and that ends nothing)                              |
 | finished   | model (the registered id, or null), base (of an adapter), path, plot, loss, evaluation (the last, |
-|            | or null), tokens, steps, seconds                                                                  |
+|            | or null), tokens, steps, seconds, dora (true: an adapter to be merged before it is served)        |
 | failed     | error                                                                                             |
 
 A sweep's events are in `tandem.jobs.sweep`.

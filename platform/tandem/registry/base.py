@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.config.layout import ModelShape
 from tandem.errors import ConfigError, UnknownModelError
 from tandem.ids import folder_digest
-from tandem.registry.folders import model_max_length
+from tandem.registry.folders import model_max_length, model_shape
 from tandem.registry.records import ModelRecord
 from tandem.registry.store import Registry
 
@@ -23,6 +24,10 @@ class BaseRef:
     """The positions that it was made for."""
     record: ModelRecord | None
     """None for one that is not registered."""
+
+    def shape(self) -> ModelShape:
+        """What its config.json says of its layers; RegistryError if that cannot be read."""
+        return model_shape(self.path)
 
     def digest(self) -> str:
         """sha256 over the folder's files; reads them all if the registry does not know it."""
@@ -43,6 +48,7 @@ def find_base(base: str, key: str = "model.base") -> BaseRef:
         raise UnknownModelError(f"{key}: {error}") from error
     if record.kind != "model":
         raise ConfigError(
-            f"{key} is {record.id}, an adapter of {record.base}. Name the model itself, or export a merged one."
+            f"{key} is {record.id}, an adapter of {record.base}. Name the model itself, or merge them: "
+            f"`tandem models merge {record.id} NEW_NAME`."
         )
     return BaseRef(id=record.id, path=record.path, max_length=record.max_length, record=record)

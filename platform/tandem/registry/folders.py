@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tandem.config.layout import ModelShape
 from tandem.errors import RegistryError
 
 
@@ -25,6 +26,11 @@ def model_max_length(folder: Path) -> int | None:
     return None
 
 
+def model_shape(folder: Path) -> ModelShape:
+    """The shape of the model in `folder`, by its config.json; RegistryError if that cannot be read."""
+    return ModelShape.read(_read(folder, "config.json", "model"))
+
+
 def adapter_rank(folder: Path) -> int:
     """The rank of the LoRA adapter in `folder`; RegistryError if it is not one in peft's format."""
     config = _read(folder, "adapter_config.json", "adapter")
@@ -37,6 +43,11 @@ def adapter_rank(folder: Path) -> int:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise RegistryError(f"{folder / 'adapter_config.json'}: r is {rank!r}; it must be a rank of at least 1.")
     return rank
+
+
+def is_dora(folder: Path) -> bool:
+    """Whether the adapter in `folder` is a DoRA one, which peft takes and vLLM does not."""
+    return _read(folder, "adapter_config.json", "adapter").get("use_dora") is True
 
 
 def _read(folder: Path, name: str, kind: str) -> dict[str, Any]:

@@ -36,6 +36,11 @@ class ModelRecord:
     """UTC."""
 
     @property
+    def dora(self) -> bool:
+        """Whether it is an adapter that has to be merged before it can be served."""
+        return bool(self.lineage.get("dora"))
+
+    @property
     def id(self) -> str:
         """`name@version`: what engines know it by, so that no version is ever taken for another."""
         return versioned(self.name, self.version)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from tandem.errors import RegistryError, UnknownModelError, did_you_mean
 from tandem.ids import canonical_json, check_name, folder_digest, split_version, versioned
 from tandem.registry.database import database_errors, open_database
-from tandem.registry.folders import adapter_rank, model_max_length
+from tandem.registry.folders import adapter_rank, is_dora, model_max_length
 from tandem.registry.records import Kind, ModelRecord
 from tandem.registry.schema import ClockRow, ModelRow, NameRow
 from tandem.settings import settings
@@ -65,10 +65,11 @@ class Registry:
         folder = local_path(path)
         check_name(name, "adapter name")
         rank = adapter_rank(folder)
+        lineage = dict(lineage or {}) | ({"dora": True} if is_dora(folder) else {})
         adapted = self.resolve(base)
         if adapted.kind != "model":
             raise RegistryError(f"{adapted.id} is an adapter of {adapted.base}; an adapter needs a model as its base.")
-        return self._register(name, "adapter", folder, lineage or {}, base=adapted.id, rank=rank)
+        return self._register(name, "adapter", folder, lineage, base=adapted.id, rank=rank)
 
     def resolve(self, name_or_id: str) -> ModelRecord:
         """The record of `name@version`, or of a name's newest version; UnknownModelError with the nearest name."""

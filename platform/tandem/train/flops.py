@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tandem.train.quantize import weights_in
+
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -126,8 +128,10 @@ class Meter:
             )
         return cls(
             token_flops=flops_per_token(
-                active_parameters=active_parameters(((n, p.numel()) for n, p in parameters), text),
-                trained_parameters=active_parameters(((n, p.numel()) for n, p in parameters if p.requires_grad), text),
+                active_parameters=active_parameters(((n, weights_in(p)) for n, p in parameters), text),
+                trained_parameters=active_parameters(
+                    ((n, weights_in(p)) for n, p in parameters if p.requires_grad), text
+                ),
                 num_layers=text.num_hidden_layers,
                 attention_width=width,
                 sequence_length=sequence_length,

@@ -29,6 +29,7 @@ from tandem import errors
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_whole
 from tandem.config import TrainConfig, load_yaml, to_dict
+from tandem.config.layout import ModelShape, check_layout
 from tandem.data.heldout import evaluation_rows, hold_out
 from tandem.data.index import TOKENIZER_NAME, DatasetIndex, find_dataset
 from tandem.data.packing import Rows
@@ -41,6 +42,7 @@ from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
+from tandem.train.deepspeed import check_deepspeed
 from tandem.train.mailbox import open_mailbox
 from tandem.train.metrics import Metrics, metrics_of
 from tandem.train.plot import plot_run
@@ -82,9 +84,11 @@ def run_job(job: Path, journal: Journal) -> None:
             done |= _register(config, job, _base(config), index, done)
         journal.write({k: v for k, v in done.items() if k != "time"})
         return
+    check_deepspeed(config)
     folder, index = find_dataset(config.data.path)
     config.check_kind(index.kind, str(folder))
     base = _base(config)
+    check_layout(base.shape() if base else ModelShape.of(config.model), config)
     whole, held = index, None
     if config.evaluation is not None and config.evaluation.share:
         index, held = hold_out(index, config.evaluation.share, folder)
@@ -94,7 +98,7 @@ def run_job(job: Path, journal: Journal) -> None:
     connect(config)
     try:
         # Raises before a worker starts if nothing in the data can be learned from.
-        stream = open_stream(folder, index, encoder, config.data, workers=config.parallel.workers, seed=config.seed)
+        stream = open_stream(folder, index, encoder, config.data, workers=config.parallel.data, seed=config.seed)
     except ray.exceptions.RayError as error:
         if damaged := index.damaged(folder):
             raise DataError(
@@ -245,7 +249,7 @@ def _register(
         if not base.record:
             adapted = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"}).id
         record = registry.register_adapter(config.name, folder, base=adapted, lineage=lineage)
-    return {"model": record.id, "base": record.base, "path": str(record.path)}
+    return {"model": record.id, "base": record.base, "path": str(record.path)} | ({"dora": True} if record.dora else {})
 
 
 def _run_workers(task: WorkerTask, journal: Journal, metrics: Metrics) -> dict[str, Any]:
@@ -261,6 +265,8 @@ def _run_workers(task: WorkerTask, journal: Journal, metrics: Metrics) -> dict[s
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.parallel.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.parallel.workers,
+                # As few nodes as can be; Ray numbers the ranks of a node in a row, which is how tensor groups are cut.
+                placement_strategy="PACK",
                 use_gpu=config.parallel.gpus_per_worker > 0,
                 resources_per_worker={
                     "CPU": config.parallel.cpus_per_worker,

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+from torch.distributed.tensor.parallel import loss_parallel
 
 from tandem.config import TrainConfig
 from tandem.data.packing import RowSource
 from tandem.train.ema import Ema
-from tandem.train.objective import NextToken, Objective, Sums, step_loss
+from tandem.train.objective import NextToken, Objective, Sums, next_token, step_loss
 from tandem.train.optimizer import set_learning_rate
+from tandem.train.pipeline import Pipeline
 from tandem.train.precision import LossScaler, computing
 from tandem.train.schedule import learning_rate
+from tandem.train.trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,13 +51,12 @@ class LoopState:
 
 
 def train(
-    model: nn.Module,
+    model: Trained,
     optimizer: torch.optim.Optimizer,
     rows: RowSource,
     config: TrainConfig,
     state: LoopState,
     *,
-    ranks: int,
     report: Callable[[StepReport], None],
     save: Callable[[LoopState], None],
     device: torch.device,
@@ -72,10 +71,11 @@ def train(
     `save` every `checkpoint.every_steps` and at the last, on every rank at the same step; so is `evaluate`, if it is given,
     every `evaluation.every_steps` and at the last. `objective`: None is the next token.
     """
-    objective = objective or NextToken()
+    objective = objective or NextToken(model.share)
     model.train()
-    share = config.batch_size // ranks
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    degrees = model.mesh.degrees
+    data_ranks, ranks, spread = degrees.data_parallel, degrees.token_parallel, dist.is_initialized()
+    share = config.batch_size // data_ranks
     began = marked = time.perf_counter()
     since = 0
     while state.step < config.steps:
@@ -84,18 +84,15 @@ def train(
         set_learning_rate(optimizer, rate)
         batch = torch.from_numpy(rows.take(share)).to(device=device, dtype=torch.long)
         targets = objective.count(batch)
-        if ranks > 1:
+        if spread:
             dist.all_reduce(targets)
+            # Pipeline, context and tensor peers have counted the same rows.
+            targets = targets // (dist.get_world_size() // data_ranks)
         scale = scaler.scale if scaler else 1.0
         total, sums = backward(model, batch, targets, config, ranks, objective, scale)
-        if scaler:
-            scaler.unscale(p.grad for p in parameters if p.grad is not None)
-        norm = clip(parameters, config.optimizer.clip_norm)
-        if scaler is None or scaler.accept(norm):
-            optimizer.step()
-            if ema:
-                ema.update(model)
-        optimizer.zero_grad()
+        norm, taken = model.step(optimizer, config.optimizer.clip_norm, scaler)
+        if taken and ema:
+            ema.update(model)
         # A row of preferences is two rows of tokens.
         tokens = config.batch_size * batch.shape[1] // 3 * batch.shape[2]
         state.tokens += tokens
@@ -104,8 +101,10 @@ def train(
         if state.step % config.log_every == 0 or last:
             sums = {"loss": total, **sums}
             values = torch.stack([value.float() for value in sums.values()]) / targets.clamp(min=1)
-            if ranks > 1:
+            if spread:
                 dist.all_reduce(values)
+                # Tensor peers have the same loss.
+                values /= model.mesh.degrees.tp
             means = dict(zip(sums, values.tolist(), strict=True))
             now = time.perf_counter()
             report(
@@ -135,7 +134,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def backward(
-    model: nn.Module,
+    model: Trained,
     batch: Tensor,
     targets: Tensor,
     config: TrainConfig,
@@ -145,40 +144,39 @@ def backward(
 ) -> tuple[Tensor, Sums]:
     """Gradients (times `scale`) of one step over this rank's rows, in `config.accumulate` micro-batches.
 
-    Returns the summed loss (a scalar), and the sums of what else the objective reports.
+    Returns the summed loss (a scalar), and the sums of what else the objective reports; of a pipeline, on its last stage.
     """
     total = torch.zeros((), dtype=torch.float32, device=batch.device)
     sums: Sums = {}
-    pieces = batch.chunk(config.accumulate)
-    for number, piece in enumerate(pieces, 1):
-        with gradients_synced(model, number == len(pieces)):
-            with computing(model, config.precision, batch.device):
-                summed, others = objective.loss(model, piece)
-            (step_loss(summed, targets, ranks) * scale).backward()
-        total += summed.detach()
-        for name, value in others.items():
-            sums[name] = sums[name] + value if name in sums else value
+    with loss_parallel():
+        if model.pipeline is not None:
+            _through_pipeline(model.pipeline, batch, targets, ranks, next_token(objective), scale, total)
+            model.finish_gradients()
+            return total, sums
+        pieces = batch.chunk(config.accumulate)
+        for number, piece in enumerate(pieces, 1):
+            with model.gradients_synced(number == len(pieces)):
+                with computing(model, config.precision, batch.device):
+                    summed, others = objective.loss(model, piece)
+                model.backward(step_loss(summed, targets, ranks) * scale)
+            total += summed.detach()
+            for name, value in others.items():
+                sums[name] = sums[name] + value if name in sums else value
     return total, sums
 
 
-@contextlib.contextmanager
-def gradients_synced(model: nn.Module, sync: bool) -> Iterator[None]:
-    """Exchange gradients in this backward pass only if `sync`: once a step, with the last micro-batch."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not sync:
-        with model.no_sync():
-            yield
-    else:
-        yield
+def _through_pipeline(
+    pipeline: Pipeline,
+    batch: Tensor,
+    targets: Tensor,
+    ranks: int,
+    objective: NextToken,
+    scale: float,
+    total: Tensor,
+) -> None:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        summed = objective.of_logits(logits, labels)
+        total.add_(summed.detach())
+        return step_loss(summed, targets, ranks) * scale
 
-
-def clip(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
-    if limit:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    pipeline.step(batch, loss)

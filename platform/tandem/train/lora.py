@@ -1,4 +1,4 @@
-"""LoRA by peft: adapters into a model, before it is sharded."""
+"""LoRA and DoRA by peft: adapters into a model, before it is sharded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from torch import nn
 
 from tandem.config import LoraConfig
 from tandem.errors import ConfigError
+from tandem.train.dora import use_magnitudes
+
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers that get an adapter unless a config names others. Experts are not among them: they are stacked parameters."""
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: int) -> Any:
@@ -19,14 +23,6 @@ def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: in
     import peft
     import torch
 
-    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-    for target in config.target_modules:
-        if target not in linear:
-            near = difflib.get_close_matches(target, linear, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"lora.target_modules names {target!r}, which the model lacks.{hint} Its linear layers: {', '.join(linear)}."
-            )
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(
         model,
@@ -34,10 +30,30 @@ def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: in
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
-            target_modules=list(config.target_modules),
+            target_modules=targets(model, config),
+            use_dora=config.dora,
             task_type="CAUSAL_LM",
         ),
     )
+    if config.dora:
+        use_magnitudes(adapted)
     for held in adapted.peft_config.values():
         held.base_model_name_or_path = base_id
     return adapted
+
+
+def targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of the linear layers that get an adapter; ConfigError for one that the model lacks, with the nearest."""
+    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    if config.target_modules is None:
+        return [name for name in ADAPTED if name in linear]
+    for target in config.target_modules:
+        if target not in linear:
+            near = difflib.get_close_matches(target, linear, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            if any(hasattr(m, "experts") for m in model.modules()):
+                hint = " Its experts are stacked in one parameter, which adapters do not reach."
+            raise ConfigError(
+                f"lora.target_modules names {target!r}, which the model lacks.{hint} Its linear layers: {', '.join(linear)}."
+            )
+    return list(config.target_modules)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -15,43 +14,130 @@ from tandem.errors import LayoutError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Degrees:
-    """Ranks along each axis of the mesh; the product is the number of workers."""
+    """Ranks along each axis of the mesh; the product is the number of workers.
 
+    Experts are shared by ranks that see different rows, so their axis is cut out of dp_shard, as its inner part.
+    """
+
+    pp: int = 1
+    """Pipeline stages."""
     dp_replicate: int = 1
     """Groups that hold the same parameters and see different rows."""
     dp_shard: int = 1
     """Ranks that share one copy of the parameters (FSDP2) and see different rows."""
+    ep: int = 1
+    """Of those, neighbours that share the experts of a mixture."""
+    cp: int = 1
+    """Ranks that share each sequence."""
+    tp: int = 1
+    """Ranks that share each matrix multiplication."""
 
     def __post_init__(self) -> None:
         for name, degree in dataclasses.asdict(self).items():
             if degree < 1:
                 raise LayoutError(f"{name} is {degree}; a degree is at least 1.")
+        if self.dp_shard % self.ep:
+            raise LayoutError(f"ep ({self.ep}) must divide dp_shard ({self.dp_shard}).")
 
     @classmethod
     def of(cls, config: ParallelismConfig) -> Degrees:
         """The degrees that a config asks for."""
         if config.strategy == "ddp":
             return cls(dp_replicate=config.workers)
-        return cls(dp_shard=config.workers)
+        return cls(
+            pp=config.pipeline,
+            dp_replicate=config.replicate,
+            dp_shard=config.shard,
+            ep=config.expert,
+            cp=config.context,
+            tp=config.tensor,
+        )
 
     @property
     def world(self) -> int:
         """Workers needed."""
-        return math.prod(dataclasses.astuple(self))
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that see different rows."""
+        """Groups that see different rows."""
         return self.dp_replicate * self.dp_shard
 
-    def mesh(self, device_type: str, world_size: int) -> DeviceMesh:
+    @property
+    def token_parallel(self) -> int:
+        """Ranks that see different tokens: over these the loss is summed and gradients are averaged."""
+        return self.data_parallel * self.cp
+
+    def mesh(self, device_type: str, world_size: int) -> Mesh:
         """The mesh over all ranks; needs the process group. LayoutError unless the degrees fit `world_size`."""
         if self.world != world_size:
-            axes = " x ".join(f"{name}={n}" for name, n in dataclasses.asdict(self).items())
+            axes = " x ".join(f"{name}={n}" for name, n in dataclasses.asdict(self).items() if n > 1) or "one rank"
             raise LayoutError(f"{axes} needs {self.world} workers; there are {world_size}.")
-        values: dict[str, Any] = dataclasses.asdict(self)
-        return init_device_mesh(device_type, tuple(values.values()), mesh_dim_names=tuple(values))
+        # dp_shard is made of its outer part and ep.
+        axes_and_sizes: dict[str, int] = {
+            "pp": self.pp, "dp_replicate": self.dp_replicate, "dp_outer": self.dp_shard // self.ep, "ep": self.ep,
+            "cp": self.cp, "tp": self.tp,
+        }  # fmt: skip
+        return Mesh(
+            self, init_device_mesh(device_type, tuple(axes_and_sizes.values()), mesh_dim_names=tuple(axes_and_sizes))
+        )
+
+    def check_nodes(self, nodes: Sequence[str]) -> None:
+        """Refuse tensor groups that are spread over nodes; `nodes` has each rank's. LayoutError says which rank is where."""
+        for first in range(0, len(nodes), self.tp):
+            group = nodes[first : first + self.tp]
+            if len(set(group)) > 1:
+                places = "; ".join(
+                    f"{_ranks(rank for rank, at in enumerate(nodes) if at == node)} on {node[:8]}"
+                    for node in dict.fromkeys(nodes)
+                )
+                together = max(nodes.count(node) for node in set(nodes))
+                fits = next(n for n in range(min(self.tp - 1, together), 0, -1) if self.tp % n == 0)
+                raise LayoutError(
+                    f"parallel.tensor ({self.tp}) makes a group of ranks {first} to {first + self.tp - 1}, which Ray has put on "
+                    f"{len(set(group))} nodes: {places}. A tensor group exchanges every layer's activations, so it stays on one: "
+                    f"lower parallel.tensor to {fits}, or give each node room for a multiple of {self.tp} workers."
+                )
 
     def data_rank(self, rank: int) -> int:
-        """Which share of the rows a rank sees."""
-        return rank % self.data_parallel
+        """Which share of the rows a rank sees; pipeline, context and tensor peers see the same."""
+        return rank // (self.cp * self.tp) % self.data_parallel
+
+
+class Mesh:
+    """The device mesh, with the axes that are made of others."""
+
+    def __init__(self, degrees: Degrees, whole: DeviceMesh) -> None:
+        self.degrees = degrees
+        self.whole = whole
+        self._shard = whole["dp_outer", "ep", "cp"]._flatten("shard")
+        self._expert_shard = whole["dp_outer", "cp"]._flatten("expert_shard")
+
+    def __getitem__(self, axis: str) -> DeviceMesh:
+        """One axis: pp, dp_replicate, ep, cp or tp."""
+        return self.whole[axis]
+
+    @property
+    def parameters(self) -> DeviceMesh:
+        """What parameters are sharded over, and, as an outer axis, replicated over."""
+        return self._over("shard", self._shard)
+
+    @property
+    def experts(self) -> DeviceMesh:
+        """The same for the experts of a mixture, which `ep` has shared out already."""
+        return self._over("expert_shard", self._expert_shard)
+
+    @property
+    def experts_cut(self) -> DeviceMesh:
+        """What the experts of a mixture are cut over: (ep, tp)."""
+        return self.whole["ep", "tp"]
+
+    def _over(self, name: str, inner: DeviceMesh) -> DeviceMesh:
+        if self.degrees.dp_replicate == 1:
+            return inner
+        return self.whole["dp_replicate", name]
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    found = list(ranks)
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"

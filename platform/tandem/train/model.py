@@ -1,4 +1,4 @@
-"""The model to train: built by its shape or loaded from its base, given adapters, then laid over the mesh."""
+"""The model to train: built by its shape or loaded from its base."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
 
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.precision import sharding_policy
+from tandem.train.quantize import weights_in
 
 
 def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, seed: int) -> nn.Module:
@@ -38,7 +36,14 @@ def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, se
 
 def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
     """A stock transformers model with random weights; its vocabulary is the tokenizer's."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     shape: dict[str, Any] = {
         "vocab_size": encoder.vocab_size,
@@ -59,31 +64,18 @@ def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
         "initializer_range": config.hidden_size**-0.5,
         "use_cache": True,
     }
+    if config.architecture == "qwen3_moe":
+        shape |= {
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            # The weights of a token's experts sum to 1, as in the published models.
+            "norm_topk_prob": True,
+        }
+        return cast(nn.Module, Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)))
     if config.architecture == "qwen3":
         return cast(nn.Module, Qwen3ForCausalLM(Qwen3Config(**shape)))
     return cast(nn.Module, LlamaForCausalLM(LlamaConfig(**shape)))
-
-
-def distribute(model: nn.Module, mesh: DeviceMesh, *, precision: str) -> nn.Module:
-    """Lay `model` over the mesh: sharded along dp_shard, replicated along dp_replicate.
-
-    Adapters must be in already: sharding groups the parameters that finally exist (training.md: otherwise adapters diverge).
-    """
-    shard, replicate = mesh["dp_shard"].size(), mesh["dp_replicate"].size()
-    if shard > 1:
-        options: dict[str, Any] = {
-            "mesh": mesh["dp_replicate", "dp_shard"] if replicate > 1 else mesh["dp_shard"],
-            "mp_policy": sharding_policy(precision),
-        }
-        for layer in decoder_layers(model):
-            fully_shard(layer, **options)
-        fully_shard(model, **options)
-    elif replicate > 1 and any(p.requires_grad for p in model.parameters()):
-        # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
-        return DistributedDataParallel(
-            model, process_group=mesh["dp_replicate"].get_group(), gradient_as_bucket_view=True, broadcast_buffers=False
-        )
-    return model
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -96,8 +88,9 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without DDP around it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The transformers or peft model inside one that is laid over a mesh."""
+    whole: nn.Module = getattr(model, "whole", model)
+    return whole
 
 
 def reshard(model: nn.Module) -> None:
@@ -113,4 +106,4 @@ def reshard(model: nn.Module) -> None:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters, and those of them that are trained."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(map(weights_in, parameters)), sum(weights_in(p) for p in parameters if p.requires_grad)

@@ -5,13 +5,17 @@ One number for a step, whatever the micro-batches and ranks: the sum over all to
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tandem.data.packing import IGNORED
+from tandem.errors import LayoutError
+from tandem.train.cross_entropy import cross_entropy_in_pieces
+from tandem.train.stage import Share, whole_sequence
 
 Sums = dict[str, Tensor]
 """Further numbers of a micro-batch, by name: float32 scalars, summed over what the objective counts."""
@@ -39,24 +43,36 @@ class NextToken:
 
     unit = "tokens"
 
+    def __init__(self, share: Share = whole_sequence) -> None:
+        """`share` cuts this rank's part out of a sequence, if ranks share them."""
+        self._share = share
+
     def count(self, rows: Tensor) -> Tensor:
         """Tokens with loss in rows [B, 3, T]."""
         return count_targets(rows[:, 1])
 
     def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
         """Summed cross-entropy in nats of rows [B, 3, T]."""
-        return summed_loss(model, rows), {}
+        return self.of_logits(logits_of(model, rows[:, 0], rows[:, 2]), rows[:, 1]), {}
+
+    def of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        """Summed cross-entropy in nats of this rank's logits; the labels are those of whole sequences."""
+        return summed_cross_entropy(logits_BTV, self._share(following(labels_BT)))
+
+
+def next_token(objective: Objective) -> NextToken:
+    """The objective, if it can be computed from logits alone, as the last stage of a pipeline does; else LayoutError."""
+    if not isinstance(objective, NextToken):
+        raise LayoutError(
+            f"{type(objective).__name__} does not work across pipeline stages: it asks the model several times. "
+            "Set parallel.pipeline to 1."
+        )
+    return objective
 
 
 def count_targets(labels_BT: Tensor) -> Tensor:
     """Tokens with loss in rows of labels (the first token of a row has none before it), int64 scalar."""
     return (labels_BT[:, 1:] != IGNORED).sum()
-
-
-def summed_loss(model: nn.Module, rows_B3T: Tensor) -> Tensor:
-    """Summed cross-entropy (nats) of one micro-batch of packed rows (see `tandem.data.packing`)."""
-    ids, labels, positions = rows_B3T[:, 0], rows_B3T[:, 1], rows_B3T[:, 2]
-    return summed_cross_entropy(logits_of(model, ids, positions), labels)
 
 
 def logits_of(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
@@ -66,16 +82,19 @@ def logits_of(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
     return logits
 
 
-def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Summed cross-entropy (nats) of logits with the tokens that follow."""
-    # Labels move, not logits: shifting those copies the largest tensor of the step.
-    wanted = following(labels_BT).flatten()
+def summed_cross_entropy(logits_BTV: Tensor, wanted_BT: Tensor) -> Tensor:
+    """Summed cross-entropy (nats) of logits with the tokens they are to tell; they may be a DTensor cut along the vocabulary."""
+    wanted = wanted_BT.flatten()
     logits_NV = logits_BTV.flatten(0, 1)
+    if isinstance(logits_NV, DTensor):
+        # Under `loss_parallel`, which the loop sets for forward and backward.
+        total: Any = F.cross_entropy(logits_NV.float(), wanted, ignore_index=IGNORED, reduction="sum")
+        return total.to_local() if isinstance(total, DTensor) else total
     kept = (wanted != IGNORED).nonzero().squeeze(1)
     if 2 * len(kept) < len(wanted):
         # Prompts and padding need no softmax: of a fine-tuning row, most tokens.
         logits_NV, wanted = logits_NV.index_select(0, kept), wanted[kept]
-    return F.cross_entropy(logits_NV.float(), wanted, ignore_index=IGNORED, reduction="sum")
+    return cross_entropy_in_pieces(logits_NV, wanted)
 
 
 def following(labels_BT: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from tandem.config import OptimizerConfig
 from tandem.errors import ConfigError, EnvironmentProblem
+from tandem.train.stage import Stage
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:
@@ -52,6 +53,9 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             yield from module.parameters(recurse=False)
+        elif isinstance(module, Stage) and module.tied and module.lm_head is not None:
+            # Of a pipeline, the last stage's copy.
+            yield from module.lm_head.parameters(recurse=False)
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], common: dict[str, Any], device: torch.device) -> Optimizer:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tandem.errors import ConfigError, EnvironmentProblem
 
@@ -24,7 +24,7 @@ def sharding_policy(precision: str) -> MixedPrecisionPolicy:
 
 def computing(model: nn.Module, precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The context for a forward pass of `model`: autocast, unless FSDP2 casts the parameters already."""
-    if precision not in COMPUTED_IN or isinstance(model, FSDPModule):
+    if precision not in COMPUTED_IN or getattr(model, "sharded", False):
         return contextlib.nullcontext()
     return torch.autocast(device.type, COMPUTED_IN[precision])
 

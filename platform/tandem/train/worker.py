@@ -13,7 +13,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from tandem.checkpoint import folders, sharded
 from tandem.checkpoint.export import export
@@ -30,11 +29,13 @@ from tandem.train.flops import Meter
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
-from tandem.train.model import build_model, count_parameters, distribute
+from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
-from tandem.train.optimizer import build_optimizer
 from tandem.train.precision import LossScaler, use_float8
+from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
+from tandem.train.strategy import lay_out, lay_out_frozen
+from tandem.train.trained import Trained
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -87,39 +88,43 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     degrees = Degrees.of(config.parallel)
     encoder = TextEncoder(str(task.tokenizer))
 
-    model = build_model(config.model, task.base, encoder, config.seed)
+    # Asked before the model is read, which may take long.
+    degrees.check_nodes(_nodes(world))
+    if config.lora is not None and config.lora.quantize is not None and task.base is not None:
+        built = load_nf4(task.base, config.precision, device)
+    else:
+        built = build_model(config.model, task.base, encoder, config.seed)
     if config.lora is not None:
-        model = add_adapters(model, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
-    total, trainable = count_parameters(model)
+        built = add_adapters(built, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
+    total, trainable = count_parameters(built)
     meter = Meter.of(
-        model,
+        built,
         device=device,
         workers=world,
         sequence_length=config.data.sequence_length,
         precision=config.precision,
     )
-    model = recompute_activations(model, config.recompute)
+    built = recompute_activations(built, config.recompute)
     if config.precision == "float8":
-        model = use_float8(model)
-    mesh = degrees.mesh(device.type, world)
+        built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
-    model = distribute(model.to(device), mesh, precision=config.precision)
-    optimizer = build_optimizer(model, config.optimizer, device)
-    objective = _objective(task, encoder, mesh, device)
+    model, optimizer = lay_out(built, degrees.mesh(device.type, world), config, device)
+    objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
     extra = {name: thing for name, thing in (("ema", ema), ("scaler", scaler)) if thing is not None}
-    torch.manual_seed(config.seed + 1 + rank)
+    # Tensor peers drop out the same: what they compute between the matrix products is the same.
+    torch.manual_seed(config.seed + 1 + rank // degrees.tp)
 
     root = task.job / "checkpoints"
     newest = folders.latest(root)
-    found = sharded.load(newest, model, optimizer, extra=extra) if newest else None
+    found = sharded.load(newest, model.saved, optimizer, extra=extra) if newest else None
     state = LoopState(step=found.step, tokens=found.tokens) if found else LoopState()
     last_loss = found.loss if found else None
     emit(
         {
             "event": "started", "job": task.job.name, "kind": _kind(task),
-            "workers": world, "strategy": config.parallel.strategy, "parameters": total, "trainable": trainable,
+            "workers": world, "layout": config.parallel.layout, "parameters": total, "trainable": trainable,
             "steps": config.steps, "resumed_from": found.step if found else None,
         }
     )  # fmt: skip
@@ -137,7 +142,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             world=world,
             cursor=task.stream.cursor(now.step * config.batch_size),
         )
-        path = sharded.save(root, model, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
+        if rank == 0:
+            # What a run that goes on from here will not tell again has to be told before.
+            ray.get(task.mailbox.flush.remote())
+        path = sharded.save(root, model.saved, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
         emit({"event": "checkpoint", "step": now.step, "path": str(path)})
 
     def averaged() -> AbstractContextManager[None]:
@@ -148,34 +156,43 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         share = config.batch_size // degrees.data_parallel // config.accumulate
         with averaged():
             evaluated = evaluate(
-                model, objective, held, rank=degrees.data_rank(rank), ranks=degrees.data_parallel, batch_rows=share,
-                device=device, precision=config.precision,
+                model, objective, held, batch_rows=share, device=device, precision=config.precision,
             )  # fmt: skip
         emit({"event": "evaluation", "step": step, "rows": len(held), "averaged": ema is not None, **evaluated})
 
     if state.step < config.steps:
         rows = task.stream.rows(degrees.data_rank(rank), degrees.data_parallel, found.cursor if found else None)
         train(
-            model, optimizer, rows, config, state, ranks=degrees.data_parallel, report=report, save=save, device=device,
+            model, optimizer, rows, config, state, report=report, save=save, device=device,
             objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
         )  # fmt: skip
     with averaged():
-        export(model, task.job / "export", beside=tokenizer_files(task.tokenizer))
+        export(model.whole, model.weights(), task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
         dist.barrier()
+    model.close()
     emit({"event": "exported", "loss": last_loss, "step": state.step, "tokens": state.tokens})
+
+
+def _nodes(world: int) -> list[str]:
+    """The node that Ray has put each rank on."""
+    mine: str = ray.get_runtime_context().get_node_id()
+    nodes = [mine] * world
+    if dist.is_initialized():
+        dist.all_gather_object(nodes, mine)
+    return nodes
 
 
 def _kind(task: WorkerTask) -> str:
     return "dpo" if task.config.objective == "dpo" else "sft" if task.base else "pretrain"
 
 
-def _objective(task: WorkerTask, encoder: TextEncoder, mesh: DeviceMesh, device: torch.device) -> Objective:
+def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: torch.device) -> Objective:
     config = task.config
     if config.objective == "next_token":
-        return NextToken()
+        return NextToken(model.share)
     chosen = config.dpo or DpoConfig()
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
     reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
-    return Dpo(chosen, FrozenModel(distribute(reference.to(device), mesh, precision=config.precision)))
+    return Dpo(chosen, FrozenModel(lay_out_frozen(reference, model.mesh, config, device)))

@@ -20,7 +20,7 @@ def shown(*lines: str, raw: bool = False) -> tuple[str, JobView]:
 
 
 STARTED = events.encode(
-    {"event": "started", "parameters": 2_400_000, "trainable": 1000, "workers": 2, "strategy": "fsdp2", "steps": 10}
+    {"event": "started", "parameters": 2_400_000, "trainable": 1000, "workers": 2, "layout": "fsdp2", "steps": 10}
 )
 
 
@@ -72,7 +72,7 @@ def test_a_terminal_of_80_columns_shows_every_number_of_a_step_on_two_lines() ->
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True)
     with JobView(console, "a-model-with-a-name-far-too-long-for-a-line") as view:
-        view.show(events.encode({"event": "started", "steps": 1_000_000, "workers": 2, "strategy": "fsdp2"}))
+        view.show(events.encode({"event": "started", "steps": 1_000_000, "workers": 2, "layout": "fsdp2"}))
         view.show(events.encode({**FULL_STEP, "step": 123_356, "seconds": 900.0}))
         view.show(events.encode(FULL_STEP))
     # A frame is drawn over the one before: the cursor goes back.

@@ -20,3 +20,9 @@ def test_a_model_is_served_by_its_own_name_and_an_adapter_by_its_bases():
     assert commands(END) == [("serve it", "tandem serve up helper"), ("ask it", "tandem chat --model helper")]
     assert commands({**END, "base": "base@2"})[0] == ("serve it", "tandem serve up base@2")
     assert commands({**END, "model": None}) == []
+
+
+def test_a_dora_adapter_is_merged_first():
+    told = dict(commands({**END, "base": "base@2", "dora": True}))
+    assert told["merge it"] == "tandem models merge helper helper-merged"
+    assert told["serve it"] == "tandem serve up helper-merged"

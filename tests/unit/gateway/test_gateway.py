@@ -53,10 +53,10 @@ class World:
         self.version += 1
         await asyncio.sleep(0.1)
 
-    def adapter(self, name: str, rank: int = 8) -> None:
+    def adapter(self, name: str, rank: int = 8, **values: bool) -> None:
         path = self.folder / f"{name}-{rank}"
         path.mkdir()
-        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
+        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, **values}))
         (path / "adapter_model.safetensors").write_bytes(name.encode() + bytes([rank]))
         self.registry.register_adapter(name, path, base="base")
 
@@ -130,6 +130,14 @@ async def test_too_large_a_rank_is_refused_with_both_numbers(world: World) -> No
     world.adapter("wide", rank=32)
     answer = await world.http.post("/v1/completions", json=BODY | {"model": "wide"})
     assert answer.status_code == 400 and "rank 32" in answer.text and "max_lora_rank 16" in answer.text
+
+
+async def test_a_dora_adapter_is_refused_with_the_way_to_serve_it(world: World) -> None:
+    await world.add_engine(echo())
+    world.adapter("lengths", use_dora=True)
+    answer = await world.http.post("/v1/completions", json=BODY | {"model": "lengths"})
+    assert answer.status_code == 400 and "`tandem models merge lengths@1 NEW_NAME`" in answer.text
+    assert "lengths" not in (await world.http.get("/v1/models")).text
 
 
 async def test_an_unknown_model_is_404_with_the_nearest_name(world: World) -> None:

@@ -18,7 +18,7 @@ from tandem.config import (
     TrainConfig,
 )
 from tandem.data.build import build_dataset
-from tandem.errors import ConfigError, DataError, StorageError, UnknownModelError
+from tandem.errors import ConfigError, DataError, LayoutError, StorageError, UnknownModelError
 from tandem.jobs import prepare as module
 from tandem.jobs.prepare import prepare
 from tandem.registry import Registry
@@ -82,6 +82,24 @@ def test_rows_longer_than_a_registered_base_are_refused(dataset: str, tandem_hom
     a_model(tandem_home, positions=48)
     with pytest.raises(ConfigError, match=r"\(64\).*\(48\)"):
         prepare(config(dataset, model=ModelConfig(base="base")))
+
+
+def test_a_layout_that_the_model_cannot_have_is_refused_before_there_is_a_job(
+    dataset: str, tandem_home: Path, tmp_path: Path
+) -> None:
+    four = ParallelismConfig(workers=4, tensor=4)
+    with pytest.raises(LayoutError, match="must divide the model's 2 key/value heads"):
+        prepare(config(dataset, parallel=four))
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_key_value_heads": 3}))
+    (folder / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(LayoutError, match="must divide the model's 3 key/value heads"):
+        prepare(config(dataset, parallel=four, model=ModelConfig(base=str(folder))))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(LayoutError, match="the model is a 'gpt2'"):
+        prepare(config(dataset, parallel=four, model=ModelConfig(base=str(folder))))
+    assert not list((tandem_home / "jobs").glob("*"))
 
 
 def test_a_base_is_pinned_to_its_version(dataset: str, tandem_home: Path) -> None:

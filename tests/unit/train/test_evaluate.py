@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from tandem.data.packing import IGNORED, Rows, pack
 from tandem.data.tokenize import Encoded
 from tandem.train.dpo import Dpo, FrozenModel
 from tandem.train.evaluate import evaluate, shares
-from tandem.train.objective import NextToken, summed_loss
+from tandem.train.objective import NextToken
+from tandem.train.trained import Trained
+
+Alone = Callable[..., Trained]
 
 CPU = torch.device("cpu")
 
@@ -27,27 +31,29 @@ def rows() -> Rows:
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 5])
-def test_it_is_the_mean_over_all_tokens_and_its_exponential(model: torch.nn.Module, rows: Rows, batch_rows: int):
+def test_it_is_the_mean_over_all_tokens_and_its_exponential(
+    model: torch.nn.Module, alone: Alone, rows: Rows, batch_rows: int
+):
     tokens = torch.from_numpy(rows.astype(np.int64))
-    expected = float(summed_loss(model, tokens).detach()) / int((rows[:, 1] != IGNORED).sum())
-    found = evaluate(model, NextToken(), rows, rank=0, ranks=1, batch_rows=batch_rows, device=CPU)
+    expected = float(NextToken().loss(model, tokens)[0].detach()) / int((rows[:, 1] != IGNORED).sum())
+    found = evaluate(alone(model), NextToken(), rows, batch_rows=batch_rows, device=CPU)
     assert found == {"loss": pytest.approx(expected, abs=1e-5), "perplexity": pytest.approx(math.exp(found["loss"]))}
 
 
-def test_the_model_is_left_as_it_was(model: torch.nn.Module, rows: Rows):
-    model.train()
+def test_the_model_is_left_as_it_was(model: torch.nn.Module, alone: Alone, rows: Rows):
+    placed = alone(model).train()
     before = copy.deepcopy(model.state_dict())
-    evaluate(model, NextToken(), rows, rank=0, ranks=1, batch_rows=2, device=CPU)
-    assert model.training and all(p.grad is None for p in model.parameters())
+    evaluate(placed, NextToken(), rows, batch_rows=2, device=CPU)
+    assert placed.training and model.model.layers[0].training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_pairs_have_no_perplexity(model: torch.nn.Module):
+def test_pairs_have_no_perplexity(model: torch.nn.Module, alone: Alone):
     from tandem.data.packing import pack_preferences
 
     pair = (Encoded([5, 6, 7], [False, True, True]), Encoded([5, 8], [False, True]))
     objective = Dpo(DpoConfig(), FrozenModel(copy.deepcopy(model).requires_grad_(False)))
-    found = evaluate(model, objective, pack_preferences([pair], 8, 0), rank=0, ranks=1, batch_rows=4, device=CPU)
+    found = evaluate(alone(model), objective, pack_preferences([pair], 8, 0), batch_rows=4, device=CPU)
     assert found == {"loss": pytest.approx(math.log(2)), "reward_margin": 0.0, "reward_accuracy": 0.0}
 
 

@@ -25,3 +25,23 @@ def test_degrees_that_do_not_fit_are_refused_with_the_numbers():
         Degrees(dp_replicate=2, dp_shard=3).mesh("cpu", 4)
     with pytest.raises(LayoutError, match="dp_shard is 0"):
         Degrees(dp_shard=0)
+
+
+@pytest.mark.parametrize("nodes", ["aaaa", "aabb", "bbaa"])
+def test_tensor_groups_that_are_each_on_one_node_are_let_through(nodes: str):
+    Degrees(dp_shard=2, tp=2).check_nodes(nodes)
+
+
+def test_a_tensor_group_that_is_spread_over_nodes_is_refused_with_who_is_where():
+    with pytest.raises(
+        LayoutError,
+        match=r"tensor \(2\) makes a group of ranks 2 to 3.* 2 nodes: ranks 0, 1, 2 on one; rank 3 on two\."
+        r".* lower parallel\.tensor to 1, or give each node room for a multiple of 2 workers",
+    ):
+        Degrees(dp_shard=2, tp=2).check_nodes(["one", "one", "one", "two"])
+    with pytest.raises(LayoutError, match=r"lower parallel\.tensor to 2"):
+        Degrees(tp=4).check_nodes(["one", "one", "two", "two"])
+
+
+def test_what_is_no_tensor_group_may_be_spread():
+    Degrees(pp=2, dp_shard=2).check_nodes(["one", "two", "three", "four"])

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
+from tandem.checkpoint.export import export
 from tandem.config import LoraConfig, ModelConfig
 from tandem.data.packing import IGNORED, pack
 from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.lora import add_adapters
+from tandem.train.dora import Magnitude
+from tandem.train.lora import ADAPTED, add_adapters
 from tandem.train.model import build_model, count_parameters, decoder_layers
-from tandem.train.objective import count_targets, step_loss, summed_loss
+from tandem.train.objective import NextToken, count_targets, step_loss
 
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
 
@@ -58,7 +63,7 @@ def test_the_loss_is_the_sum_over_labelled_tokens(model: torch.nn.Module):
     expected = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), rows[:, 1, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    torch.testing.assert_close(summed_loss(model, rows), expected)
+    torch.testing.assert_close(NextToken().loss(model, rows)[0], expected)
 
 
 def test_gradients_of_micro_batches_and_ranks_add_up_to_the_mean_over_tokens():
@@ -83,6 +88,80 @@ def test_only_adapters_train(model: torch.nn.Module):
 def test_a_target_module_that_is_not_there_is_refused_with_the_nearest(model: torch.nn.Module):
     with pytest.raises(ConfigError, match="Did you mean 'q_proj'"):
         add_adapters(model, LoraConfig(target_modules=("q_projj",)), base_id="b", seed=0)
+
+
+@pytest.fixture
+def mixture(encoder: TextEncoder) -> Any:
+    config = ModelConfig(
+        architecture="qwen3_moe", hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, max_length=64, num_experts=4,
+        experts_per_token=2, moe_intermediate_size=16,
+    )  # fmt: skip
+    return build_model(config, None, encoder, seed=0).eval()
+
+
+def test_a_mixture_is_exported_as_others_load_it(mixture: Any, tmp_path: Path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    export(mixture, mixture.state_dict(), tmp_path / "export")
+    config = AutoConfig.from_pretrained(tmp_path / "export")
+    assert config.architectures == ["Qwen3MoeForCausalLM"]
+    # What vLLM's class of that name asks its config.
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (4, 2, 16)
+    assert (config.norm_topk_prob, config.mlp_only_layers, config.decoder_sparse_step) == (True, [], 1)
+    with safe_open(tmp_path / "export" / "model.safetensors", "pt") as file:
+        assert file.get_slice("model.layers.0.mlp.experts.3.gate_proj.weight").get_shape() == [16, 32]
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.arange(5, 15)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, mixture(input_ids=ids).logits)
+
+
+def test_adapters_of_a_mixture_go_to_its_attention(mixture: Any):
+    adapted = add_adapters(mixture, LoraConfig(rank=4), base_id="b", seed=0)
+    owners = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert owners == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert set(adapted.peft_config["default"].target_modules) == owners
+
+
+def test_adapters_for_experts_are_refused(mixture: Any):
+    with pytest.raises(
+        ConfigError, match="'gate_proj', which the model lacks. Its experts are stacked in one parameter"
+    ):
+        add_adapters(mixture, LoraConfig(target_modules=("gate_proj",)), base_id="b", seed=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_gives_what_peft_gives(encoder: TextEncoder, dropout: float):
+    config = LoraConfig(rank=4, dora=True, dropout=dropout)
+    ours: Any = add_adapters(build_model(SHAPE, None, encoder, seed=0), config, base_id="b", seed=0)
+    theirs: Any = peft.get_peft_model(
+        build_model(SHAPE, None, encoder, seed=0),
+        peft.LoraConfig(r=4, lora_alpha=32.0, lora_dropout=dropout, target_modules=list(ADAPTED), use_dora=True),
+    )
+    for name, parameter in ours.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.arange(5, 25)[None]
+    told = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        logits = model.train()(input_ids=ids).logits
+        logits.square().mean().backward()
+        told.append([logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for mine, other in zip(*told, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+
+
+def test_dora_of_a_layer_with_a_bias_moves_its_weight_only():
+    layer = torch.nn.Linear(6, 5)
+    lora_a, lora_b = torch.nn.Linear(6, 2, bias=False), torch.nn.Linear(2, 5, bias=False)
+    length = torch.nn.Parameter(torch.rand(5) + 0.5)
+    x = torch.randn(3, 6)
+    added = Magnitude(length)(x, lora_A=lora_a, lora_B=lora_b, scaling=0.5, base_layer=layer, base_result=layer(x))
+    weight = layer.weight + 0.5 * lora_b.weight @ lora_a.weight
+    weight = length[:, None] * weight / weight.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer(x) + added, F.linear(x, weight, layer.bias))
 
 
 def test_a_base_that_cannot_be_loaded_is_refused(encoder: TextEncoder, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.model import build_model
 from tandem.train.optimizer import build_optimizer
 from tandem.train.precision import LossScaler, use_float8
+from tandem.train.trained import Trained
+
+Alone = Callable[..., Trained]
 
 CPU = torch.device("cpu")
 
@@ -28,14 +32,14 @@ class Repeated:
         return self.rows[:count]
 
 
-def run(encoder: TextEncoder, precision: str, scaler: LossScaler | None = None) -> list[StepReport]:
+def run(encoder: TextEncoder, alone: Alone, precision: str, scaler: LossScaler | None = None) -> list[StepReport]:
     shape = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
     config = TrainConfig(name="t", data=DataConfig(path="p"), model=shape, steps=6, batch_size=4, precision=precision)
-    model = build_model(shape, None, encoder, seed=0)
+    model = alone(build_model(shape, None, encoder, seed=0), precision=precision)
     rows = pack([Encoded(list(range(5 + n, 21 + n)), [True] * 16) for n in range(4)], 16, 0, split=True)
     reports: list[StepReport] = []
     train(
-        model, build_optimizer(model, config.optimizer, CPU), Repeated(rows), config, LoopState(), ranks=1,
+        model, build_optimizer(model, config.optimizer, CPU), Repeated(rows), config, LoopState(),
         report=reports.append, save=lambda state: None, device=CPU, scaler=scaler,
     )  # fmt: skip
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -44,24 +48,24 @@ def run(encoder: TextEncoder, precision: str, scaler: LossScaler | None = None) 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.03), ("float16", 0.01)])
 def test_lower_precision_comes_close_to_float32_and_is_not_float32(
-    encoder: TextEncoder, precision: str, tolerance: float
+    encoder: TextEncoder, alone: Alone, precision: str, tolerance: float
 ):
-    exact = [report.loss for report in run(encoder, "float32")]
-    found = [report.loss for report in run(encoder, precision, LossScaler() if precision == "float16" else None)]
+    exact = [report.loss for report in run(encoder, alone, "float32")]
+    found = [report.loss for report in run(encoder, alone, precision, LossScaler() if precision == "float16" else None)]
     assert exact[-1] < exact[0] - 0.1
     assert found == pytest.approx(exact, abs=tolerance)
     assert found != pytest.approx(exact, abs=1e-7)
 
 
-def test_the_scale_leaves_norms_and_steps_as_they_are(encoder: TextEncoder):
-    plain, scaled = run(encoder, "float32"), run(encoder, "float32", LossScaler(2.0**10))
+def test_the_scale_leaves_norms_and_steps_as_they_are(encoder: TextEncoder, alone: Alone):
+    plain, scaled = run(encoder, alone, "float32"), run(encoder, alone, "float32", LossScaler(2.0**10))
     assert [r.loss for r in scaled] == pytest.approx([r.loss for r in plain], abs=1e-6)
     assert [r.grad_norm for r in scaled] == pytest.approx([r.grad_norm for r in plain], abs=1e-5)
     assert [r.metrics for r in scaled] == [{"loss_scale": 2.0**10}] * 6 and plain[0].metrics == {}
 
 
-def test_steps_that_overflow_are_left_out_until_the_scale_fits(encoder: TextEncoder):
-    reports = run(encoder, "float16", LossScaler(2.0**127))
+def test_steps_that_overflow_are_left_out_until_the_scale_fits(encoder: TextEncoder, alone: Alone):
+    reports = run(encoder, alone, "float16", LossScaler(2.0**127))
     skipped = [r for r in reports if not math.isfinite(r.grad_norm)]
     assert skipped and [r.metrics["loss_scale"] for r in reports[:2]] == [2.0**127, 2.0**126]
     assert all(r.loss == reports[0].loss for r in skipped)

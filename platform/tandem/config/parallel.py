@@ -1,0 +1,105 @@
+"""How a training job's workers share the model and the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.config import check
+from tandem.errors import LayoutError
+
+DEGREES = ("pipeline", "replicate", "context", "expert", "tensor")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelismConfig:
+    """How the workers share the work. The degrees multiply to `workers`; what is left over shards the data."""
+
+    workers: int = 1
+    """Processes, each with one device (or one CPU thread)."""
+    strategy: str = "fsdp2"
+    """fsdp2 (parameters, gradients and optimizer sharded), ddp (replicated) or deepspeed (ZeRO, as `deepspeed` says)."""
+    pipeline: int = 1
+    """Stages that the layers are cut into, one after the other."""
+    replicate: int = 1
+    """With fsdp2: groups that each hold all parameters (HSDP); the shards of a group stay near each other."""
+    context: int = 1
+    """Ranks that share each sequence."""
+    expert: int = 1
+    """Ranks that share the experts of a mixture; they are ranks that see different rows, so they come out of the data degree."""
+    tensor: int = 1
+    """Ranks that share each matrix multiplication; they stay inside one node."""
+    sequence_parallel: bool = True
+    """With tensor > 1: what is between the matrix multiplications is shared too, along the sequence."""
+    schedule: str = "1f1b"
+    """Order of a pipeline's micro-batches: gpipe, 1f1b, interleaved (two parts of the model a rank) or zero_bubble."""
+    offload: bool = False
+    """With fsdp2: parameters, gradients and optimizer state lie in the CPU's memory, where the optimizer steps too."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray reserves for each worker."""
+    gpus_per_worker: float = 0.0
+    """GPUs that Ray reserves for each worker; 0 trains on the CPU."""
+
+    def __post_init__(self) -> None:
+        for key in ("workers", *DEGREES):
+            check.at_least(f"parallel.{key}", getattr(self, key), 1)
+        check.one_of("parallel.strategy", self.strategy, ("fsdp2", "ddp", "deepspeed"))
+        check.one_of("parallel.schedule", self.schedule, SCHEDULES)
+        check.at_least("parallel.cpus_per_worker", self.cpus_per_worker, 0.0)
+        check.at_least("parallel.gpus_per_worker", self.gpus_per_worker, 0.0)
+        inner = self.pipeline * self.context * self.tensor
+        named = " x ".join(
+            f"{key}={getattr(self, key)}" for key in DEGREES if getattr(self, key) > 1 and key != "expert"
+        )
+        if self.strategy == "ddp" and self.offload:
+            raise LayoutError(
+                "parallel.offload is for fsdp2; ddp holds whole models. Set parallel.strategy to 'fsdp2'."
+            )
+        if self.strategy == "ddp" and self.replicate > 1:
+            raise LayoutError("parallel.replicate is for fsdp2; ddp replicates across all workers. Leave it out.")
+        if self.strategy == "ddp" and inner * self.expert > 1:
+            raise LayoutError(
+                f"parallel: {named or f'expert={self.expert}'} needs strategy fsdp2; ddp holds whole models."
+            )
+        if self.strategy == "deepspeed" and self.offload:
+            raise LayoutError(
+                "parallel.offload is for fsdp2. Leave it out; deepspeed.offload_optimizer and deepspeed.offload_parameters say "
+                "what DeepSpeed keeps in the CPU's memory."
+            )
+        if self.strategy == "deepspeed" and inner * self.replicate * self.expert > 1:
+            raise LayoutError(
+                f"parallel: {' x '.join(f'{key}={getattr(self, key)}' for key in DEGREES if getattr(self, key) > 1)} needs "
+                "strategy fsdp2; deepspeed shares the data only. Set strategy to 'fsdp2', or leave the degrees at 1."
+            )
+        if self.workers % (inner * self.replicate):
+            group = inner * self.replicate
+            fits = max(group, round(self.workers / group) * group)
+            raise LayoutError(
+                f"parallel: {named} makes groups of {group}, and {self.workers} workers are no multiple of that. "
+                f"The nearest that works is workers={fits}."
+            )
+        if self.shard % self.expert:
+            fits = next(n for n in range(self.expert, 0, -1) if self.shard % n == 0)
+            raise LayoutError(
+                f"parallel.expert ({self.expert}) must divide the ranks that shard the data ({self.shard}: {self.workers} "
+                f"workers / {inner * self.replicate}). The nearest that works is expert={fits}."
+            )
+
+    @property
+    def shard(self) -> int:
+        """Ranks that share one copy of the parameters and see different rows."""
+        return self.workers // (self.pipeline * self.replicate * self.context * self.tensor)
+
+    @property
+    def layout(self) -> str:
+        """The layout in words: the strategy, and the degrees above 1."""
+        degrees = {key: getattr(self, key) for key in DEGREES} | {"shard": self.shard}
+        if self.strategy == "ddp" or list(degrees.values()) == [1] * len(DEGREES) + [self.shard]:
+            return self.strategy
+        told = " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
+        return f"{self.strategy}, {told}" + (f" ({self.schedule})" if self.pipeline > 1 else "")
+
+    @property
+    def data(self) -> int:
+        """Ranks, or groups of them, that see different rows."""
+        return self.replicate * self.shard

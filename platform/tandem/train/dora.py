@@ -1,0 +1,71 @@
+"""DoRA (Liu et al. 2024): an adapted weight is a trained length for each of its rows, times the row's direction.
+
+    W' = m (W + s B A) / ||W + s B A||        row by row; the norm counts as a constant, as in section 4.3 of the paper
+
+peft makes and initialises the lengths; its own forward multiplies by an identity matrix that is no DTensor, so that it fails
+under tensor parallelism. This one is the same sum on whole weights and on cut ones: DTensor adds up what a norm lacks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Magnitude(nn.Module):
+    """The lengths (out) of a weight (out, in). Called by peft's linear layer, as peft's own is."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lora_A: nn.Linear,
+        lora_B: nn.Linear,
+        scaling: float,
+        base_layer: Any,
+        base_result: Tensor | None = None,
+        adapter_name: str = "default",
+    ) -> Tensor:
+        """What has to be added to the base layer's output (..., out) for inputs `x` (..., in).
+
+        `base_result`: that output, unless dropout has changed `x` since.
+        """
+        weight = _whole_precision(base_layer)
+        with torch.no_grad():
+            moved = weight.to(lora_A.weight.dtype) + scaling * (lora_B.weight @ lora_A.weight)
+            length = torch.linalg.vector_norm(moved.float(), dim=1)
+        scale = self.weight / length.to(self.weight.dtype)
+        if base_result is None:  # dropout: x is not what the base layer saw
+            base_result = F.linear(x, weight.to(x.dtype))
+        elif base_layer.bias is not None:
+            base_result = base_result - base_layer.bias
+        added: Tensor = (scale - 1) * base_result + scale * (lora_B(lora_A(x)) * scaling)
+        return added
+
+
+def use_magnitudes(adapted: nn.Module) -> None:
+    """Put a `Magnitude` in the place of each one that peft has made."""
+    for module in adapted.modules():
+        vectors: Any = getattr(module, "lora_magnitude_vector", None)
+        if isinstance(vectors, nn.ModuleDict):
+            made: Any
+            for name, made in list(vectors.items()):
+                vectors[name] = Magnitude(made.weight)
+
+
+def _whole_precision(base_layer: Any) -> Tensor:
+    """A layer's weight, out of the 4 bits that it may be held in."""
+    if getattr(base_layer.weight, "quant_state", None) is None:
+        weight: Tensor = base_layer.weight
+        return weight
+    from peft.utils.integrations import dequantize_module_weight
+
+    unpacked: Tensor = dequantize_module_weight(base_layer)
+    return unpacked

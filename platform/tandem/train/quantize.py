@@ -1,0 +1,53 @@
+"""A base whose linear layers are held in 4 bits (QLoRA, Dettmers et al. 2023): frozen, under adapters that train.
+
+By bitsandbytes: NormalFloat in blocks of 64, whose scales are in 8 bits themselves, about 4.1 bits a weight. What is packed is
+bytes, so FSDP2 shards it as it is and casts nothing; each layer keeps what unpacks them. The output layer and embeddings stay
+whole.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tandem.errors import ConfigError, EnvironmentProblem
+from tandem.train.precision import COMPUTED_IN
+
+
+def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
+    """The model in `base`, on `device`, its linear layers packed; they compute in `precision`.
+
+    Raises EnvironmentProblem if bitsandbytes is not installed, ConfigError if the model cannot be loaded so.
+    """
+    try:
+        import bitsandbytes  # noqa: F401 - transformers asks for it much later
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "lora.quantize 'nf4' needs bitsandbytes, which is not installed here. `pip install 'tandem[gpu]'` brings it."
+        ) from error
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    packing = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=COMPUTED_IN.get(precision, torch.float32),
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, quantization_config=packing, device_map={"": device}
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.base {base} cannot be loaded in 4 bits: {error}") from error
+    return model
+
+
+def weights_in(parameter: Any) -> int:
+    """How many weights a parameter holds, packed or not."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else int(parameter.numel())

@@ -1,0 +1,113 @@
+"""A causal LM, or a run of its layers, as one module that training calls.
+
+One forward for every layout. It goes through a transformers model's own embedding, layers, norm and head, but prepares
+positions and masks itself, since a rank may hold a part of the layers, of each sequence, or of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+from tandem.errors import LayoutError
+
+Share = Callable[[Tensor], Tensor]
+"""Cuts a rank's part out of a tensor, along its last axis, the sequence."""
+Mask = Callable[[Tensor, Share], Any]
+"""From the positions of whole sequences (B, T) to what a model's attention takes as its mask."""
+
+
+def whole_sequence(tensor: Tensor) -> Tensor:
+    """A rank's part where sequences are not shared."""
+    return tensor
+
+
+class Stage(nn.Module):
+    """Layers of a transformers causal LM, with its embedding if it is the first stage and its head if it is the last."""
+
+    def __init__(
+        self,
+        lm: Any,
+        layers: Iterable[int],
+        *,
+        first: bool,
+        last: bool,
+        share: Share = whole_sequence,
+        mask: Mask | None = None,
+    ) -> None:
+        super().__init__()
+        held = lm.model.layers
+        self.layers = nn.ModuleList(held[str(n)] if isinstance(held, nn.ModuleDict) else held[n] for n in layers)
+        self.rotary_emb = lm.model.rotary_emb
+        self.embed_tokens = lm.model.embed_tokens if first else None
+        self.norm = lm.model.norm if last else None
+        self.lm_head = lm.lm_head if last else None
+        self.tied = bool(lm.config.tie_word_embeddings)
+        """Whether the head's weight is the embedding's, here or in another stage."""
+        self._share = share
+        self._mask = mask or document_mask
+
+    def forward(self, x: Tensor, positions_BT: Tensor) -> Tensor:
+        """`x`: token ids (B, T) for the first stage, else hidden states; positions are those of whole sequences.
+
+        Returns hidden states, or after the last layer logits, of this rank's part of the sequences.
+        """
+        here = self._share(positions_BT)
+        hidden = self.embed_tokens(self._share(x)) if self.embed_tokens is not None else x
+        if isinstance(hidden, AsyncCollectiveTensor):
+            # Still on its way from other ranks: a compiled layer would lose the embedding's gradient (torch 2.13).
+            hidden = hidden.clone()
+        rotary = self.rotary_emb(hidden, position_ids=here)
+        mask = self._mask(positions_BT, self._share)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_ids=here, position_embeddings=rotary, use_cache=False)
+        if self.norm is None or self.lm_head is None:
+            return hidden
+        logits: Tensor = self.lm_head(self.norm(hidden))
+        return logits
+
+
+class OwnForward(nn.Module):
+    """A whole causal LM, called by transformers' own forward pass: for models whose layers are not known here."""
+
+    def __init__(self, lm: Any, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.lm = lm
+        # A plain list: they are the model's already.
+        self.layers = list(layers)
+
+    def forward(self, input_ids: Tensor, positions_BT: Tensor) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V); transformers keeps documents apart by their positions."""
+        logits: Tensor = self.lm(input_ids=input_ids, position_ids=positions_BT, use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def check_documents(self, device: torch.device) -> None:
+        """Raise LayoutError unless a document's logits are the same behind another one in a row as alone."""
+        ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=device)
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+        training = self.training
+        self.eval()
+        packed, alone = self(ids, positions)[:, 3:], self(ids[:, 3:], positions[:, 3:])
+        self.train(training)
+        off = float((packed - alone).abs().max() / alone.abs().max())
+        if not off < 1e-2:
+            raise LayoutError(
+                f"{type(self.lm).__name__} does not keep the documents of a packed row apart: the logits of one change by "
+                f"{off:.0%} behind another. Start from a model of another family."
+            )
+
+
+def document_mask(positions_BT: Tensor, share: Share) -> Tensor:
+    """Who may look at whom: earlier tokens of the same document. Bool (B, 1, this rank's queries, all keys).
+
+    Documents are told apart by their positions, which start again from 0.
+    """
+    documents = (positions_BT == 0).cumsum(1)
+    same = share(documents)[:, :, None] == documents[:, None, :]
+    earlier = share(positions_BT)[:, :, None] >= positions_BT[:, None, :]
+    return (same & earlier)[:, None]

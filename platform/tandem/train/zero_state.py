@@ -1,0 +1,215 @@
+"""What is trained under DeepSpeed, as checkpoints have it: pieces of parameters, by the names and shapes that FSDP2's have.
+
+A checkpoint is then independent of the ZeRO stage, the offload and the number of workers, and an FSDP2 run can go on from it.
+DeepSpeed has no public way to put back a state that it did not write itself: here are the few parts of its optimizers that do
+it, as they are in the version that the lock pins. DeepSpeed itself is not imported.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tandem.checkpoint.pieces import Pieces
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The elements of one parameter that this rank keeps, in one of its flat buffers."""
+
+    names: Sequence[str]
+    """Those of the parameter: of one that is tied, several."""
+    shape: Sequence[int]
+    start: int
+    """First element of the parameter."""
+    count: int
+    """0: all of it is kept elsewhere."""
+    buffer: int
+    """Number of the flat buffer."""
+    at: int
+    """First element of the buffer."""
+    group: int
+    """Number of the optimizer's parameter group."""
+
+    def within(self, buffer: Tensor) -> Tensor:
+        """This run's part of a flat buffer."""
+        return buffer.detach().narrow(0, self.at, self.count)
+
+
+class ZeroState(abc.ABC):
+    """The trained weights and the optimizer's state on this rank."""
+
+    def __init__(self, zero: Any, optimizer: Optimizer, model: nn.Module) -> None:
+        """`zero`: DeepSpeed's optimizer around `optimizer`, which is AdamW."""
+        self._zero = zero
+        self._optimizer = optimizer
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                names.setdefault(parameter, []).append(name)
+        self._runs = [self._run(parameter, found) for parameter, found in names.items()]
+
+    @staticmethod
+    def of(zero: Any, optimizer: Optimizer, model: nn.Module) -> ZeroState:
+        """The state of a stage 3 engine, or of one of the others."""
+        cut = hasattr(zero, "fp32_partitioned_groups_flat")
+        return (_Cut if cut else _Flattened)(zero, optimizer, model)
+
+    def content(self) -> dict[str, dict[str, Any]]:
+        """`model` and `optimizer`, to save, or to load into."""
+        model: dict[str, Any] = {}
+        optimizer: dict[str, Any] = {}
+        for number in self._numbers():
+            with self._here(number) as (buffer, state):
+                for run in self._of(number):
+                    first, *tied = run.names
+                    optimizer[f"state.{first}.step"] = state["step"].detach().clone()
+                    group = self._optimizer.param_groups[run.group]
+                    optimizer |= {f"param_groups.{first}.{k}": v for k, v in group.items() if k != "params"}
+                    if run.count:
+                        model[first] = self._piece(run, buffer)
+                        model |= dict.fromkeys(tied, model[first])
+                        optimizer |= {f"state.{first}.{key}": self._piece(run, state[key]) for key in MOMENTS}
+        return {"model": model, "optimizer": optimizer}
+
+    @torch.no_grad()
+    def put_back(self, content: dict[str, dict[str, Any]]) -> None:
+        """Go on from what was loaded into `content`. Every rank calls it."""
+        for number in self._numbers():
+            with self._here(number, changed=True) as (buffer, state):
+                for run in self._of(number):
+                    first = run.names[0]
+                    state["step"].copy_(content["optimizer"][f"state.{first}.step"])
+                    if run.count:
+                        _fill(run.within(buffer), content["model"][first])
+                        for key in MOMENTS:
+                            _fill(run.within(state[key]), content["optimizer"][f"state.{first}.{key}"])
+                self._to_parameters(number)
+        self._share_parameters()
+
+    @abc.abstractmethod
+    def _run(self, parameter: nn.Parameter, names: Sequence[str]) -> Run: ...
+
+    @abc.abstractmethod
+    def _buffer(self, number: int) -> Tensor:
+        """A flat buffer of weights, which is a key of the optimizer's state."""
+
+    def _swapped(self, number: int) -> bool:
+        """Whether a buffer and its state lie on a disk."""
+        return False
+
+    @abc.abstractmethod
+    def _to_parameters(self, number: int) -> None:
+        """Give the model's parameters the values of a buffer that was changed."""
+
+    @abc.abstractmethod
+    def _share_parameters(self) -> None:
+        """Give the other ranks what each has changed."""
+
+    @contextlib.contextmanager
+    def _here(self, number: int, *, changed: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """A buffer and its state in memory; with `changed`, what is on a disk is written there again."""
+        zero, swapped = self._zero, self._swapped(number)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(number)
+        buffer = self._buffer(number)
+        state: dict[str, Tensor] = self._optimizer.state[buffer]
+        if not state:
+            # As AdamW makes them in its first step, which has not been taken.
+            changed = True
+            state |= {key: torch.zeros_like(buffer, requires_grad=False) for key in MOMENTS}
+            fused = self._optimizer.defaults.get("fused") or self._optimizer.defaults.get("capturable")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=buffer.device if fused else "cpu")
+        yield buffer, state
+        if swapped and changed:
+            zero._optimizer_states_and_gradient_swap_out(number)
+        elif swapped:
+            zero._release_swap_buffers(number)
+
+    def _piece(self, run: Run, buffer: Tensor) -> Pieces:
+        part = run.within(buffer)
+        # The memory that a swapped buffer is read into is used for the next one.
+        return Pieces(part.clone() if self._swapped(run.buffer) else part, run.shape, run.start)
+
+    def _numbers(self) -> list[int]:
+        return sorted({run.buffer for run in self._runs})
+
+    def _of(self, number: int) -> Iterator[Run]:
+        return (run for run in self._runs if run.buffer == number)
+
+
+class _Flattened(ZeroState):
+    """ZeRO 1 and 2: each group of parameters is one long buffer, of which a rank keeps an even share."""
+
+    def _run(self, parameter: nn.Parameter, names: Sequence[str]) -> Run:
+        group = next(n for n, held in enumerate(self._zero.bit16_groups) if any(p is parameter for p in held))
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        return Run(
+            names=names,
+            shape=tuple(parameter.shape),
+            start=mapping.lp_fragment_address.start if mapping else 0,
+            count=mapping.lp_fragment_address.numel if mapping else 0,
+            buffer=group,
+            at=mapping.hp_fragment_address.start if mapping else 0,
+            group=group,
+        )
+
+    def _buffer(self, number: int) -> Tensor:
+        found: Tensor = self._zero.single_partition_of_fp32_groups[number]
+        return found
+
+    def _to_parameters(self, number: int) -> None:
+        pass
+
+    def _share_parameters(self) -> None:
+        self._zero.update_lp_params()
+
+
+class _Cut(ZeroState):
+    """ZeRO 3: each parameter is cut into even shares, the last one padded; a rank's shares lie one after the other in buffers."""
+
+    def _run(self, parameter: nn.Parameter, names: Sequence[str]) -> Run:
+        zero, held = self._zero, parameter  # of DeepSpeed's making: see `ds_...`
+        buffer, at, share = zero.grad_position[zero.get_param_id(held)]
+        start = dist.get_rank() * share
+        numel = held.ds_numel  # type: ignore[attr-defined]
+        return Run(
+            names=names,
+            shape=tuple(held.ds_shape),  # type: ignore[attr-defined]
+            start=start,
+            count=max(0, min(share, numel - start)),
+            buffer=buffer,
+            at=at,
+            group=zero.sub_group_to_group_id[buffer],
+        )
+
+    def _buffer(self, number: int) -> Tensor:
+        found: Tensor = self._zero.fp32_partitioned_groups_flat[number]
+        return found
+
+    def _swapped(self, number: int) -> bool:
+        return bool(self._zero._swappable_optimizer_subgroup(number))
+
+    def _to_parameters(self, number: int) -> None:
+        self._zero._reassign_or_swap_out_partitioned_parameters(number)
+
+    def _share_parameters(self) -> None:
+        # Small parameters stay whole on every rank between steps.
+        self._zero._partition_all_parameters()
+        self._zero._post_step(set())
+
+
+def _fill(part: Tensor, loaded: Pieces) -> None:
+    if part.data_ptr() != loaded.flat.data_ptr():
+        part.copy_(loaded.flat)

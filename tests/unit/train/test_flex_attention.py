@@ -1,0 +1,37 @@
+"""FlexAttention lets a token look at the same tokens as the mask does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tandem.train.flex_attention import attend_in_blocks, document_blocks
+from tandem.train.stage import Stage, document_mask, whole_sequence
+
+
+def test_blocks_hold_what_the_mask_of_packed_documents_holds() -> None:
+    positions = packed_positions()
+    blocks, mask = document_blocks(positions, whole_sequence), document_mask(positions, whole_sequence)
+    rows, length = positions.shape
+    places = torch.arange(length)
+    for row in range(rows):
+        said = blocks.mask_mod(torch.tensor(row), torch.tensor(0), places[:, None], places[None])
+        assert torch.equal(said, mask[row, 0])
+
+
+def test_logits_of_packed_rows_are_those_of_the_mask(model: Any) -> None:
+    # On a CPU FlexAttention has no backward pass; tests/gpu compares losses over steps.
+    positions = packed_positions()
+    ids = torch.arange(positions.numel()).reshape(positions.shape) % 32
+    layers = range(len(model.model.layers))
+    with torch.no_grad():
+        masked = Stage(model, layers, first=True, last=True)(ids, positions)
+        attend_in_blocks(model)
+        in_blocks = Stage(model, layers, first=True, last=True, mask=document_blocks)(ids, positions)
+    torch.testing.assert_close(in_blocks, masked)
+
+
+def packed_positions() -> torch.Tensor:
+    """Two rows of two and three documents."""
+    return torch.tensor([[*range(9), *range(7)], [*range(3), *range(11), *range(2)]])
