@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tandem.config import DataConfig
 from tandem.errors import DataError, did_you_mean
-from tandem.ids import digest, file_digest
+from tandem.ids import digest
 from tandem.settings import settings
 
 Kind = Literal["text", "pairs", "chats", "preferences"]
@@ -70,15 +70,6 @@ class DatasetIndex:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
                 raise DataError(f"{file} {state}. Build the dataset again: `tandem data build`.")
         return index
-
-    def damaged(self, folder: Path) -> list[Path]:
-        """The shards whose bytes are not those that were written; reads all of them."""
-        paths = self.shard_paths(folder)
-        return [
-            path
-            for path, shard in zip(paths, self.shards, strict=True)
-            if not path.exists() or file_digest(path) != shard.sha256
-        ]
 
     def to_json(self) -> str:
         """The text of index.json."""

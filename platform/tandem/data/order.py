@@ -97,8 +97,9 @@ def permutation(count: int, seed: Sequence[int], shuffle: bool) -> npt.NDArray[n
     return np.random.default_rng(tuple(seed)).permutation(count) if shuffle else np.arange(count)
 
 
-_cached_order = lru_cache(maxsize=64)(permutation)
-_cached_rows = lru_cache(maxsize=256)(permutation)
+# Room for the open shards of a mixture of a hundred datasets: a permutation for every row would take longer than its step.
+_cached_order = lru_cache(maxsize=256)(permutation)
+_cached_rows = lru_cache(maxsize=1024)(permutation)
 
 
 @lru_cache(maxsize=8)

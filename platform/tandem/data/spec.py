@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from tandem.data.samples import Chat, Pair, Preference, Sample, Text
 from tandem.data.shards import samples_in
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
+
+READ_AGAIN_S = (0.5, 2.0, 8.0)
+"""Pauses after which a shard that could not be read is tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ class Source:
         path = Path(self.paths[shard])
         again = "Build the dataset again: `tandem data build`."
         try:
-            data = path.read_bytes()
+            data = _read(path)
             if hashlib.sha256(data).hexdigest() != self.digests[shard]:
                 raise DataError(
                     f"{path} is damaged: its bytes are not those that index.json has the digest of. {again}"
@@ -91,6 +95,16 @@ class Source:
             return self.spec.rows(samples_in(io.BytesIO(data)))
         except (tarfile.TarError, OSError, ValueError, KeyError) as error:
             raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}. {again}") from error
+
+
+def _read(path: Path) -> bytes:
+    # A shard that is left out changes the order of rows after it: storage that is gone for a moment must not do that.
+    for pause in READ_AGAIN_S:
+        try:
+            return path.read_bytes()
+        except OSError:
+            time.sleep(pause)
+    return path.read_bytes()
 
 
 @dataclass(frozen=True)

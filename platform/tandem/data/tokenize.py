@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -30,6 +33,17 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 """Each turn is its role's token, its text and the end token; an answer ends where the end token comes."""
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`, with which some templates mark what the assistant says: written as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """What lies between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +150,12 @@ class TextEncoder:
         return int(self.tokenizer.get_vocab_size())
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        """The chat as text, by the tokenizer's chat template."""
-        return str(
-            self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.token("bos_token") or "",
-                eos_token=self.token("eos_token") or "",
-                pad_token=self.token("pad_token") or "",
-            )
-        )
+        """The chat as text, by the tokenizer's chat template; DataError if the template refuses it."""
+        special = {name: self.token(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
+        try:
+            return str(self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special))
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(f"The chat template in {self.folder} refuses a chat: {error}") from error
 
     def texts(self, texts: list[str]) -> Iterator[Encoded]:
         """Documents: begin token (where the tokenizer has one), text, end token; loss on all."""
@@ -214,17 +224,33 @@ class TextEncoder:
                 f"The tokenizer in {self.folder} has no chat template, which question-answer pairs need. "
                 "Use a tokenizer that has one, or make the dataset of plain text."
             )
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        # As transformers has it, but for strftime_now: what is learned must not depend on the day.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
 
         def refuse(message: str) -> None:
-            raise DataError(f"The chat template in {self.folder} refuses the chat: {message}")
+            raise jinja2.TemplateError(message)
 
         environment.globals["raise_exception"] = refuse
-        return environment.from_string(source)
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise DataError(f"The chat template in {self.folder} cannot be used: {error}") from error
 
     def __getstate__(self) -> dict[str, str]:
         return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, str]) -> None:
         self.__dict__.update(state)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tandem.data import spec
 from tandem.data.build import build_dataset
 from tandem.data.index import DatasetIndex, Kind, Part
 from tandem.data.packing import pack, pack_preferences
@@ -64,7 +66,10 @@ def test_a_shard_without_usable_rows_gives_none_of_the_right_shape(folder: Path,
     assert rows.shape == (0, width, 8) and not error
 
 
-def test_a_shard_whose_bytes_changed_is_named_and_does_not_stop_the_others(folder: Path, tmp_path: Path):
+def test_a_shard_whose_bytes_changed_is_named_and_does_not_stop_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(spec, "READ_AGAIN_S", (0.0,))
     texts = source(folder, "text")
     copy = tmp_path / "000001.tar"
     data = bytearray(Path(texts.paths[1]).read_bytes())
@@ -78,3 +83,19 @@ def test_a_shard_whose_bytes_changed_is_named_and_does_not_stop_the_others(folde
     assert "missing.tar cannot be read: FileNotFoundError" in missing
     with pytest.raises(DataError, match="is damaged"):
         changed.rows(1)
+
+
+def test_storage_that_is_gone_for_a_moment_is_read_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = source(folder, "text")
+    moved = tmp_path / "000000.tar"
+    away = Source(spec=texts.spec, paths=(str(moved),), bytes=texts.bytes[:1], digests=texts.digests[:1])
+    waited: list[float] = []
+
+    def pause(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            shutil.copyfile(texts.paths[0], moved)
+
+    monkeypatch.setattr(spec.time, "sleep", pause)
+    np.testing.assert_array_equal(away.rows(0), texts.rows(0))
+    assert waited == list(spec.READ_AGAIN_S[:2])

@@ -136,3 +136,44 @@ def test_a_template_that_rewrites_earlier_turns_gives_each_answer_a_document_of_
     assert learned(encoder, second) == "[hm] Another naïve one.;"
     shown = encoder.tokenizer.decode(second.ids, skip_special_tokens=False)
     assert "<|assistant|>A path.;" in shown and shown.count("[hm]") == 1
+
+
+TEMPLATES = {
+    "generation": (
+        "{%- for m in messages -%}[{{ m.role }}]{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{%- endfor -%}{% if add_generation_prompt %}[assistant]{% endif %}"
+    ),
+    "loop controls": (
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}|"
+        "{% if m.role == 'assistant' %}{% break %}{% endif %}{% endfor %}"
+    ),
+    "json": "{{ messages | tojson(ensure_ascii=True, indent=2) }}{{ messages | tojson(sort_keys=True) }}",
+}
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_what_templates_use_is_rendered_as_transformers_does(folder: Path, tmp_path: Path, name: str):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text(TEMPLATES[name])
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "t"), TextEncoder(str(tmp_path / "t"))
+    for chat in (*CHATS, CHAT):
+        text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert ours.render(chat, add_generation_prompt=True) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses a chat: roles must alternate"),
+        ("{{ messages[0].nothing.more }}", "refuses a chat: .* has no attribute 'nothing'"),
+        ("{% for m in messages %}", "cannot be used: "),
+    ],
+)
+def test_a_template_that_cannot_render_a_chat_is_said(folder: Path, tmp_path: Path, template: str, said: str):
+    shutil.copytree(folder, tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataError, match=f"The chat template in .* {said}"):
+        list(TextEncoder(str(tmp_path / "t")).pairs([("q", "a")]))
