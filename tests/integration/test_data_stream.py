@@ -143,6 +143,32 @@ def test_the_feed_can_die_and_rows_go_on(stream: Stream):
     np.testing.assert_array_equal(np.concatenate(rows), expected(stream, 8 * 22))
 
 
+def test_blocks_that_are_lost_on_their_way_are_packed_again(stream: Stream):
+    import ray
+    from ray._private.internal_api import free
+
+    with closing(stream.rows(0, 1, None)) as source:
+        first = source.take(8)
+        cursor = source.cursor()
+    open_now = Walk(stream.order, lambda place: 0, cursor["walk"]).coming(0)
+    references = ray.get(stream.feed.blocks.remote(open_now, -1, 1))
+    free([reference for (reference,) in references])
+    with closing(stream.rows(0, 1, cursor)) as source:
+        np.testing.assert_array_equal(np.concatenate([first, source.take(40)]), expected(stream, 48))
+
+
+def test_rows_that_are_skipped_do_not_come_and_leave_the_rest_as_it_is(stream: Stream):
+    ranks = [stream.rows(rank, 2, None) for rank in range(2)]
+    rows = expected(stream, 8 + epoch(stream) + 12)
+    for source in ranks:
+        source.take(4)
+        source.skip(epoch(stream))
+    assert ranks[0].cursor() == ranks[1].cursor() and ranks[0].cursor()["walk"]["rows"] == 8 + epoch(stream)
+    for rank, source in enumerate(ranks):
+        with closing(source):
+            np.testing.assert_array_equal(source.take(6), rows[-12:][rank::2])
+
+
 def test_held_and_streamed_rows_have_one_identity_and_one_order(datasets: tuple[Path, Path], ray_cluster: LocalCluster):
     held, streamed = opened(*datasets, held_bytes=ALL), opened(*datasets, held_bytes=0)
     with closing(held.rows(0, 1, None)) as first:

@@ -75,10 +75,11 @@ class Feed:
         self._kept = order.open_shards * len(sources) + STRAGGLERS
         threading.Thread(target=self._read, name="reader", daemon=True).start()
 
-    async def blocks(self, places: list[Place], taker: int, takers: int) -> list[list[Any]]:
+    async def blocks(self, places: list[Place], taker: int, takers: int, lost: bool = False) -> list[list[Any]]:
         """References to the blocks at these places, each in a list of its own, once they are packed.
 
-        `taker` of `takers` asks: a block is let go when all have asked for it; -1 is none of them.
+        `taker` of `takers` asks: a block is let go when all have asked for it; -1 is none of them. `lost`: what lies ready is of
+        no use, because one of these blocks is gone.
         """
         futures = []
         with self._lock:
@@ -86,7 +87,7 @@ class Feed:
             self._latest |= {place.dataset: place for place in asked}
             for place in asked:
                 key = self._key(place)
-                if (block := self._blocks.pop(key, None)) is not None:
+                if (block := self._blocks.pop(key, None)) is not None and not lost:
                     # Last in the dictionary: asked for just now.
                     self._blocks[key] = block
                     self._took(key, block, taker, takers)

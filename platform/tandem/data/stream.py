@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import ray.exceptions
 
 from tandem.config import DataConfig
 from tandem.data.feed import open_feed
@@ -30,6 +31,9 @@ from tandem.ids import digest
 
 HELD_SHARE = 0.25
 """Share of the object store that packed rows may stay in."""
+
+ASKED_AGAIN = 3
+"""Times that blocks which got lost on their way are asked for again."""
 
 Tell = Callable[[str], None]
 
@@ -117,6 +121,16 @@ class StreamRows:
         self.waited_s += time.perf_counter() - began
         return batch.rows
 
+    def skip(self, count: int) -> None:
+        """Leave out the next `count` rows of all ranks together; every rank has to."""
+        self.close()
+        blocks = Blocks(self._stream, self._process, self._left_out)
+        walk = Walk(self._stream.order, blocks.count, self._state)
+        for _ in range(count):
+            next(walk)
+            blocks.keep(walk.coming(0))
+        self._state = walk.state()
+
     def cursor(self) -> dict[str, Any]:
         """What a checkpoint keeps, to go on after the rows that all ranks have taken so far."""
         state = self._state or Walk(self._stream.order, lambda place: 0).state()
@@ -167,11 +181,23 @@ class Blocks:
         missing = [place for place in places if place not in self._found]
         if not missing:
             return
-        references = ray.get(self._stream.feed.blocks.remote(missing, *self._process))
-        for place, block in zip(missing, ray.get([reference for (reference,) in references]), strict=True):
+        for place, block in zip(missing, self._fetched(missing), strict=True):
             self._found[place], error = rows_of(block)
             if error:
                 self._left_out.add((place.dataset, self._stream.order.shard(place)), error)
+
+    def _fetched(self, places: list[Place]) -> list[Any]:
+        lost = False
+        for left in reversed(range(ASKED_AGAIN + 1)):
+            references = ray.get(self._stream.feed.blocks.remote(places, *self._process, lost))
+            try:
+                return ray.get([reference for (reference,) in references])
+            except ray.exceptions.ObjectLostError:
+                # The feed, or the node where a block lay, has died since: what it held is packed again.
+                lost = True
+                if not left:
+                    raise
+        raise AssertionError("the last time returns or raises")
 
     def keep(self, places: list[Place]) -> None:
         """Let go of all others."""

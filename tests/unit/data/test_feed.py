@@ -44,9 +44,9 @@ class Reading(Feed):
             self.read.append(place)
             yield f"block {place.dataset} {self._order.shard(place)}"
 
-    def ask(self, *places: tuple[int, int, int], taker: int = 0, takers: int = 1) -> list[Any]:
+    def ask(self, *places: tuple[int, int, int], taker: int = 0, takers: int = 1, lost: bool = False) -> list[Any]:
         async def wait() -> Any:
-            return await asyncio.wait_for(self.blocks([Place(*p) for p in places], taker, takers), 5)
+            return await asyncio.wait_for(self.blocks([Place(*p) for p in places], taker, takers, lost), 5)
 
         return [reference for (reference,) in asyncio.run(wait())]
 
@@ -102,6 +102,14 @@ def test_a_block_is_let_go_when_all_have_taken_it_and_read_again_for_who_asks_th
     assert feed.read.count(Place(0, 0, 0)) == 1
     feed.ask((0, 0, 0), taker=1, takers=2)
     assert feed.read.count(Place(0, 0, 0)) == 2
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_block_that_was_lost_is_read_again(held: bool):
+    feed = Reading((50,), held=held, read_ahead=1)
+    for lost in (False, False, True):
+        assert feed.ask((0, 0, 3), (0, 0, 4), taker=0, takers=2, lost=lost) == ["block 0 3", "block 0 4"]
+        assert settled(feed).count(Place(0, 0, 3)) == 1 + lost
 
 
 def test_one_that_never_comes_does_not_keep_blocks_for_ever():
