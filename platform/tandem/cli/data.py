@@ -169,9 +169,9 @@ def describe(index: DatasetIndex) -> str:
         index.kind
     ]
     size = f"{index.characters:,} characters, " if index.characters else ""
+    shards = f"{len(index.shards)} shard{'s' if len(index.shards) != 1 else ''}"
     return (
-        f"{index.samples:,} {what}, {size}{index.total_bytes / 2**20:.1f} MiB in {len(index.shards)} shards, "
-        f"digest {index.digest[:12]}"
+        f"{index.samples:,} {what}, {size}{index.total_bytes / 2**20:.1f} MiB in {shards}, digest {index.digest[:12]}"
     )
 
 
