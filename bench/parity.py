@@ -326,7 +326,7 @@ def laid_out(case: Case) -> dict[str, Any]:
         def saved(now: LoopState) -> None:
             if save:
                 kept = SavedState(step=now.step, tokens=now.tokens, loss=None, world=case.workers)
-                sharded.save(root, model.saved, optimizer, kept, keep=1)
+                sharded.save(root, model, optimizer, kept, keep=1)
 
         train(
             model,
@@ -348,7 +348,7 @@ def laid_out(case: Case) -> dict[str, Any]:
     again = build(case, config, seed=1)
     newest = folders.latest(root)
     assert newest is not None
-    found = sharded.load(newest, again[0].saved, again[1])
+    found = sharded.load(newest, again[0], again[1])
     go("resumed", config, again, LoopState(found.step, found.tokens))
     return {
         "losses": [step.loss for step in told["whole"]],

@@ -7,19 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.checkpoint.stateful import Stateful
@@ -29,27 +21,24 @@ from tandem.checkpoint.folders import SavedState
 from tandem.errors import CheckpointError, StorageError
 from tandem.storage import disk_errors, free_bytes
 
-# Flat: an optimizer's state is then told by its parameters' names alone, and the stages of a pipeline have different ones.
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False, flatten_optimizer_state_dict=True)
 _NOTHING: Mapping[str, Stateful] = {}
 
 
-@runtime_checkable
-class OwnState(Protocol):
-    """A model whose weights and optimizer state torch does not find, such as one in a DeepSpeed engine."""
+class Trained(Protocol):
+    """A model that is trained, as one rank holds it."""
 
-    def training_state(self) -> dict[str, dict[str, Any]]:
-        """This rank's `model` and `optimizer`, under the names that torch gives them; what is loaded is loaded into it."""
+    def training_state(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+        """This rank's part of `model` and `optimizer`, by the plain model's names and shapes; loaded into in place."""
         ...
 
-    def set_training_state(self, content: dict[str, dict[str, Any]]) -> None:
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
         """Go on from what was loaded into a `training_state`."""
         ...
 
 
 def save(
     root: Path,
-    model: nn.Module,
+    model: Trained,
     optimizer: torch.optim.Optimizer,
     state: SavedState,
     *,
@@ -86,7 +75,7 @@ def save(
 
 
 def load(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
+    checkpoint: Path, model: Trained, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
 ) -> SavedState:
     """Put a checkpoint into `model`, `optimizer` and `extra`, however they are sharded now. Every rank calls it.
 
@@ -98,11 +87,7 @@ def load(
         del content["random"]  # a rank that was not there has no random state to go on with
     try:
         load_state(content, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
-        if isinstance(model, OwnState):
-            model.set_training_state(content)
-        else:
-            set_model_state_dict(model, content["model"], options=_OPTIONS)
-            set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_OPTIONS)
+        model.set_training_state(content, optimizer)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded: {_root_cause(error)}. "
@@ -113,18 +98,9 @@ def load(
     return state
 
 
-def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _content(model: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     random = {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()}
-    if isinstance(model, OwnState):
-        return {**model.training_state(), "random": random}
-    # torch leaves a frozen weight in if it is tied to another one: a LoRA checkpoint would hold the embedding.
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    held = get_model_state_dict(model, options=_OPTIONS)
-    return {
-        "model": {name: value for name, value in held.items() if name not in frozen},
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
-        "random": random,
-    }
+    return {**model.training_state(optimizer), "random": random}
 
 
 def _agree(problem: str | None) -> None:

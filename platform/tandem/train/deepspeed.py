@@ -159,11 +159,6 @@ class ZeroModel(Trained):
         """Never: ZeRO's parameters are float32."""
         return False
 
-    @property
-    def saved(self) -> nn.Module:
-        """See `Trained`; torch does not find the state of this one."""
-        return self
-
     def train(self, mode: bool = True) -> ZeroModel:
         """See `nn.Module`."""
         super().train(mode)
@@ -216,12 +211,12 @@ class ZeroModel(Trained):
                     found[name] = held.detach().to("cpu", copy=True)
         return found
 
-    def training_state(self) -> dict[str, dict[str, Any]]:
-        """See `sharded.OwnState`."""
+    def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """See `Trained`."""
         return self._state.content()
 
-    def set_training_state(self, content: dict[str, dict[str, Any]]) -> None:
-        """See `sharded.OwnState`."""
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
+        """See `Trained`."""
         self._state.put_back(content)
 
     def close(self) -> None:

@@ -19,15 +19,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from tandem.checkpoint.parts import Parts
 from tandem.config import TrainConfig
 from tandem.config.layout import PARTS, ModelShape, check_layout, layers_known
 from tandem.errors import LayoutError
+from tandem.train.canonical import canonical, persistent_buffers, settle
 from tandem.train.compiled import compile_layers
 from tandem.train.context_parallel import share_sequences
 from tandem.train.expert_parallel import SharedExperts, split_experts
 from tandem.train.flex_attention import attend_in_blocks, document_blocks
 from tandem.train.mesh import Mesh
 from tandem.train.model import decoder_layers, reshard
+from tandem.train.optimizer import start_state
 from tandem.train.pipeline import Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
 from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
 from tandem.train.stage import Mask, OwnForward, Share, Stage, document_mask, whole_sequence
@@ -114,6 +117,32 @@ class PlacedModel(Trained):
         """See `Trained`."""
         if self._tied is not None:
             self._tied.sum_gradients(self._device)
+
+    def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """See `Trained`. It shares the memory of what is trained."""
+        reshard(self)
+        start_state(optimizer)
+        state: dict[str, Parts] = {}
+        for key, held in self._optimizer_state(optimizer).items():
+            state |= {f"{name}.{key}": part for name, part in canonical(self.whole, held).items()}
+        return {"model": canonical(self.whole, self._trained()), "optimizer": dict(state)}
+
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
+        """See `Trained`: what was loaded is there already."""
+        for held in (self._trained(), *self._optimizer_state(optimizer).values()):
+            settle(self.whole, held)
+
+    def _trained(self) -> dict[str, Tensor]:
+        trained = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
+        return {**trained, **dict(persistent_buffers(self.whole))}
+
+    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+        """For each thing that the optimizer keeps of a parameter: that of all parameters, by their names."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.whole.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                found.setdefault(key, {})[name] = value
+        return found
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:

@@ -32,11 +32,6 @@ class Trained(nn.Module, abc.ABC):
         """The transformers or peft model, with what this rank has of it, under the names that checkpoints have."""
 
     @property
-    def saved(self) -> nn.Module:
-        """What `checkpoint.sharded` is to save, or to load into."""
-        return self.whole
-
-    @property
     @abc.abstractmethod
     def sharded(self) -> bool:
         """Whether what holds the parameters casts them to the computing type; else autocast does it."""
@@ -63,6 +58,17 @@ class Trained(nn.Module, abc.ABC):
 
         Returns the norm before clipping, over the whole mesh, and whether the step was taken: not if float16 overflowed.
         """
+
+    @abc.abstractmethod
+    def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """This rank's part of the trained weights (`model`) and of the optimizer's state (`optimizer`), to save or to load into.
+
+        Names and shapes are those of the plain model, so that any layout reads what another has written.
+        """
+
+    @abc.abstractmethod
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
+        """Go on from what was loaded into a `training_state`."""
 
     @abc.abstractmethod
     def weights(self) -> dict[str, Tensor]:

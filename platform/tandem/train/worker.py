@@ -118,7 +118,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     root = task.job / "checkpoints"
     newest = folders.latest(root)
-    found = sharded.load(newest, model.saved, optimizer, extra=extra) if newest else None
+    found = sharded.load(newest, model, optimizer, extra=extra) if newest else None
     state = LoopState(step=found.step, tokens=found.tokens) if found else LoopState()
     last_loss = found.loss if found else None
     emit(
@@ -145,7 +145,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         if rank == 0:
             # What a run that goes on from here will not tell again has to be told before.
             ray.get(task.mailbox.flush.remote())
-        path = sharded.save(root, model.saved, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
+        path = sharded.save(root, model, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
         emit({"event": "checkpoint", "step": now.step, "path": str(path)})
 
     def averaged() -> AbstractContextManager[None]:
