@@ -1,4 +1,4 @@
-"""A run goes on in any other layout, on fewer workers or more, as if it had never been interrupted: optimizer and schedule too."""
+"""A run goes on in any other layout, on fewer workers or more, as if it had never been interrupted."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from tandem.checkpoint import folders, sharded
+from tandem.checkpoint import folders
 from tandem.checkpoint.export import export
 from tandem.checkpoint.folders import SavedState
+from tandem.checkpoint.sharded import Checkpoints
 from tandem.config import DpoConfig, TrainConfig
 from tandem.data.build import tokenizer_files
 from tandem.data.stream import Stream
@@ -116,11 +117,18 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     # Tensor peers drop out the same: what they compute between the matrix products is the same.
     torch.manual_seed(config.seed + 1 + rank // degrees.tp)
 
-    root = task.job / "checkpoints"
-    newest = folders.latest(root)
-    found = sharded.load(newest, model, optimizer, extra=extra) if newest else None
+    checkpoints = Checkpoints(
+        folders.root_of(config.checkpoint, task.job),
+        keep=config.checkpoint.keep,
+        best=config.checkpoint.best,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    found, damaged = checkpoints.load(model, optimizer, extra=extra)
     state = LoopState(step=found.step, tokens=found.tokens) if found else LoopState()
     last_loss = found.loss if found else None
+    measured: tuple[int, dict[str, float]] = (0, {})
+    for message in damaged:
+        emit({"event": "notice", "message": message})
     emit(
         {
             "event": "started", "job": task.job.name, "kind": _kind(task),
@@ -141,23 +149,31 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             loss=last_loss,
             world=world,
             cursor=task.stream.cursor(now.step * config.batch_size),
+            metrics={
+                **({} if last_loss is None else {"loss": last_loss}),
+                **(measured[1] if measured[0] == now.step else {}),
+            },
         )
         if rank == 0:
             # What a run that goes on from here will not tell again has to be told before.
             ray.get(task.mailbox.flush.remote())
-        path = sharded.save(root, model, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
-        emit({"event": "checkpoint", "step": now.step, "path": str(path)})
+        checkpoints.save(
+            model, optimizer, saved, extra=extra,
+            committed=lambda path: emit({"event": "checkpoint", "step": saved.step, "path": str(path)}),
+        )  # fmt: skip
 
     def averaged() -> AbstractContextManager[None]:
         return ema.swapped(model) if ema else contextlib.nullcontext()
 
     def measure(step: int) -> None:
+        nonlocal measured
         held = ray.get(task.evaluation)
         share = config.batch_size // degrees.data_parallel // config.accumulate
         with averaged():
             evaluated = evaluate(
                 model, objective, held, batch_rows=share, device=device, precision=config.precision,
             )  # fmt: skip
+        measured = (step, {f"evaluation_{name}": value for name, value in evaluated.items()})
         emit({"event": "evaluation", "step": step, "rows": len(held), "averaged": ema is not None, **evaluated})
 
     if state.step < config.steps:
@@ -166,6 +182,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             model, optimizer, rows, config, state, report=report, save=save, device=device,
             objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
         )  # fmt: skip
+    checkpoints.wait()
     with averaged():
         export(model.whole, model.weights(), task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
