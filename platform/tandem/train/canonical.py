@@ -23,7 +23,7 @@ def canonical(model: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Parts]:
 
     They are parameters, or of their shapes: averages, and an optimizer's state.
     """
-    experts = _experts(model)
+    experts = shared_experts(model)
     found: dict[str, Parts] = {}
     for name, tensor in held.items():
         known = plain_name(model, name)
@@ -58,7 +58,8 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}".lstrip("."), buffer
 
 
-def _experts(model: nn.Module) -> set[str]:
+def shared_experts(model: nn.Module) -> set[str]:
+    """Names of parameters that are held as (E, 2, I, H)."""
     modules = unwrapped(model).named_modules()
     return {f"{name}.gate_up_proj" for name, module in modules if isinstance(module, SharedExperts)}
 

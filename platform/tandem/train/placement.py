@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from tandem.checkpoint.parts import Parts
+from tandem.checkpoint.tensors import Held
 from tandem.config import TrainConfig
 from tandem.config.layout import PARTS, ModelShape, check_layout, layers_known
 from tandem.errors import LayoutError
-from tandem.train.canonical import canonical, persistent_buffers, settle
+from tandem.train.canonical import canonical, persistent_buffers, plain_name, settle, shared_experts
 from tandem.train.compiled import compile_layers
 from tandem.train.context_parallel import share_sequences
 from tandem.train.expert_parallel import SharedExperts, split_experts
@@ -144,31 +145,16 @@ class PlacedModel(Trained):
                 found.setdefault(key, {})[name] = value
         return found
 
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """See `Trained`. The first rank of each stage gathers it, parameter by parameter; they send them to rank 0."""
+    def weights(self) -> list[Held]:
+        """See `Trained`."""
         reshard(self)
-        rank, stage_ranks = (
-            (dist.get_rank(), dist.get_world_size() // self.mesh.degrees.pp) if dist.is_initialized() else (0, 1)
-        )
         adapters = hasattr(self.whole, "peft_config")
-        experts = {
-            f"{name}.gate_up_proj" for name, module in self.whole.named_modules() if isinstance(module, SharedExperts)
-        }
-        found: dict[str, Tensor] = {}
-        for name, held in self.whole.state_dict(keep_vars=True).items():
-            if adapters and not held.requires_grad:
-                continue
-            full = held.full_tensor() if isinstance(held, DTensor) else held.detach()
-            if rank % stage_ranks == 0:
-                found[name] = (full.flatten(1, 2) if name in experts else full).cpu()
-        if rank == 0:
-            for lead in range(stage_ranks, stage_ranks * self.mesh.degrees.pp, stage_ranks):
-                found |= _received(lead)
-            return found
-        if rank % stage_ranks == 0:
-            _send(found, 0, self._device)
-        return {}
+        tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
+        if not adapters:
+            tensors |= dict(persistent_buffers(self.whole))
+        # A second copy of an embedding is told by the stage that has the first.
+        experts = shared_experts(self.whole)
+        return [_held(name, t, name in experts) for name, t in tensors.items() if plain_name(self.whole, name) == name]
 
     def clip(self, limit: float) -> float:
         """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh."""
@@ -329,23 +315,17 @@ class _TiedStages:
                 gradient.copy_(total)
 
 
-def _send(tensors: dict[str, Tensor], to: int, device: torch.device) -> None:
-    shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-    dist.send_object_list([shapes, device.type], dst=to)
-    for tensor in tensors.values():
-        dist.send(tensor.to(device).contiguous(), dst=to)
+def _held(name: str, tensor: Tensor, shared_experts: bool) -> Held:
+    shape = tuple(tensor.shape)
+    if shared_experts:
+        shape = (shape[0], shape[1] * shape[2], shape[3])
 
+    @torch.no_grad()
+    def whole() -> Tensor:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        return full.view(shape)
 
-def _received(sender: int) -> dict[str, Tensor]:
-    told: list[Any] = [None, None]
-    dist.recv_object_list(told, src=sender)
-    shapes, device = told
-    found = {}
-    for name, shape, dtype in shapes:
-        buffer = torch.empty(shape, dtype=dtype, device=device)
-        dist.recv(buffer, src=sender)
-        found[name] = buffer.cpu()
-    return found
+    return Held(name=name, shape=shape, dtype=tensor.dtype, whole=whole)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tandem.checkpoint.tensors import Held
 from tandem.train.mesh import Mesh
 from tandem.train.precision import LossScaler
 from tandem.train.stage import Share
@@ -71,10 +72,10 @@ class Trained(nn.Module, abc.ABC):
         """Go on from what was loaded into a `training_state`."""
 
     @abc.abstractmethod
-    def weights(self) -> dict[str, Tensor]:
-        """All weights, or of a peft model those that are trained, whole and on the CPU, on rank 0; nothing on the others.
+    def weights(self) -> list[Held]:
+        """What this rank has of all weights, or of a peft model of those that are trained, to be made whole one by one.
 
-        Every rank calls it. Names and shapes are those of the transformers or peft model.
+        Names and shapes are those of the plain model.
         """
 
     def close(self) -> None:
