@@ -34,6 +34,7 @@ from tandem.train.model import decoder_layers, reshard
 from tandem.train.optimizer import start_state
 from tandem.train.pipeline import Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
 from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
+from tandem.train.sharded_base import is_empty, make_room
 from tandem.train.stage import Mask, OwnForward, Share, Stage, document_mask, whole_sequence
 from tandem.train.tensor_parallel import split_tensors
 from tandem.train.trained import Trained
@@ -179,7 +180,7 @@ class PlacedModel(Trained):
 def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> PlacedModel:
     """Lay `model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place.
 
-    Raises LayoutError if the model cannot be cut in that way.
+    Of an empty model (see `sharded_base`) the weights are to be filled in. Raises LayoutError if it cannot be cut in that way.
     """
     parallel = config.parallel
     lm = causal_lm(model)
@@ -196,7 +197,9 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         )
     else:
         stages = {0: OwnForward(lm, decoder_layers(lm))}
-    model.to(device)
+    empty = is_empty(model)
+    if not empty:
+        model.to(device)
     for stage in stages.values():
         if isinstance(stage, OwnForward):
             stage.check_documents(device)
@@ -211,6 +214,9 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     if parallel.strategy == "fsdp2" and shared:
         for stage in stages.values():
             _shard(stage, mesh, config)
+    if empty:
+        for stage in stages.values():
+            make_room(stage, torch.device("cpu") if parallel.offload else device)
     pipeline = None
     if parallel.pipeline > 1:
         pipeline = Pipeline.of(stages, mesh["pp"], config=config, lm_config=lm.config, device=device)

@@ -35,6 +35,7 @@ from tandem.train.objective import NextToken, Objective
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
+from tandem.train.sharded_base import empty_base, fill
 from tandem.train.strategy import lay_out, lay_out_frozen
 from tandem.train.trained import Trained
 
@@ -91,7 +92,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     # Asked before the model is read, which may take long.
     degrees.check_nodes(_nodes(world))
-    if config.lora is not None and config.lora.quantize is not None and task.base is not None:
+    empty = empty_base(config, task.base) if task.base is not None else None
+    if empty is not None:
+        built = empty
+    elif config.lora is not None and config.lora.quantize is not None and task.base is not None:
         built = load_nf4(task.base, config.precision, device)
     else:
         built = build_model(config.model, task.base, encoder, config.seed)
@@ -110,6 +114,8 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
     model, optimizer = lay_out(built, degrees.mesh(device.type, world), config, device)
+    if empty is not None and task.base is not None:
+        fill(model.whole, task.base)
     objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
@@ -211,5 +217,9 @@ def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: t
     chosen = config.dpo or DpoConfig()
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
-    reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
-    return Dpo(chosen, FrozenModel(lay_out_frozen(reference, model.mesh, config, device)))
+    empty = empty_base(config, task.reference)
+    reference = empty or build_model(config.model, task.reference, encoder, config.seed)
+    frozen = lay_out_frozen(reference.requires_grad_(False), model.mesh, config, device)
+    if empty is not None:
+        fill(frozen.whole, task.reference)
+    return Dpo(chosen, FrozenModel(frozen))
