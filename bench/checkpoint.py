@@ -2,8 +2,8 @@
 
     python bench/checkpoint.py [--workers N] [--rounds N] [--folder PATH] [--json FILE] [--check]
 
-A model of 63 million parameters (its state is 0.76 GB: weights and both moments of AdamW, float32) is trained by Tandem's own step
-under FSDP2 on gloo. A round is some steps without a save, as many with a synchronous save before them, and as many with an
+A model of 63 million parameters (its state is 0.76 GB: weights and both moments of AdamW, float32) is trained by Tandem's own
+step under FSDP2 on gloo. A round is some steps without a save, as many with a synchronous save before them, and as many with an
 asynchronous one; figures are medians over the rounds.
 
     stopped      seconds that `save` keeps the training loop waiting
