@@ -1,6 +1,7 @@
 """Processes for test_resume_layouts.py: runs that save in one layout, and runs that go on in another.
 
-python resume_world.py FOLDER RANK WORLD NUMBER, where FOLDER/world-NUMBER.json lists what this world has to do.
+python resume_world.py FOLDER RANK WORLD NUMBER PLACE, where FOLDER/world-NUMBER.json lists what this world has to do, and PLACE
+is a folder or a URI for checkpoints.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tandem.storage import Location, join, located
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "parity.py"
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -42,7 +45,7 @@ def load_parity() -> Any:
 
 
 def run(
-    parity: Any, model: str, layout: str, workers: int, root: Path, *, saves: bool, resumes: bool
+    parity: Any, model: str, layout: str, workers: int, root: Location, *, saves: bool, resumes: bool
 ) -> dict[str, Any]:
     """Train from the start, or from a checkpoint on, to the step that is saved or to the end; what was measured on the way."""
     import torch
@@ -69,8 +72,8 @@ def run(
     if resumes:
         newest = folders.latest(root)
         assert newest is not None
-        if ema and not (root / "averaged").exists():
-            extra = {}
+        if any(zero in str(root) for zero in ("zero 1", "zero 3")):
+            extra = {}  # they save no average
         found = sharded.load(newest, held, optimizer, extra=extra)
         state = LoopState(found.step, found.tokens)
 
@@ -81,8 +84,6 @@ def run(
         if saves and now.step == parity.SAVED:
             kept = SavedState(step=now.step, tokens=now.tokens, loss=None, world=workers)
             sharded.save(root, held, optimizer, kept, keep=1, extra=extra)
-            if ema:
-                (root / "averaged").touch()
             raise Stop
 
     rows, degrees, reports = parity.all_rows(case), held.mesh.degrees, list[Any]()
@@ -112,7 +113,7 @@ def run(
     return told
 
 
-def main(folder: Path, rank: int, world: int, number: int) -> None:
+def main(folder: Path, rank: int, world: int, number: int, place: Location) -> None:
     import torch
     import torch.distributed as dist
 
@@ -123,7 +124,7 @@ def main(folder: Path, rank: int, world: int, number: int) -> None:
     told = {}
     for what, model, layout, source in json.loads((folder / f"world-{number}.json").read_text()):
         # Undisturbed, saving, or going on from what another layout has saved.
-        root = folder / (source or f"{model} {layout} {world}")
+        root = join(place, source or f"{model} {layout} {world}")
         told[f"{what} {model} {source} {layout}"] = run(
             parity, model, layout, world, root, saves=what == "save", resumes=what == "resume"
         )
@@ -134,4 +135,4 @@ def main(folder: Path, rank: int, world: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), located(sys.argv[5]))

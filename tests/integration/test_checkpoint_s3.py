@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from resume_world import load_parity
+from resume_worlds import check, run_worlds
 
 from tandem.checkpoint import folders
 from tandem.checkpoint.folders import SavedState
@@ -115,3 +118,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_work_starts(root: str)
     check_writable(root)
     with pytest.raises(StorageError, match="Check that the bucket exists"):
         check_writable("s3://no-such-bucket/run")
+
+
+def test_ranks_write_their_shards_to_it_and_another_layout_goes_on(root: str, tmp_path: Path):
+    way = ("llama", "fsdp2", 2, "tp2", 2)
+    check(load_parity(), run_worlds(tmp_path, (way,), place=root), way)
