@@ -22,12 +22,13 @@ import torch.distributed as dist
 from resume_world import load_parity
 
 from tandem.checkpoint.export import export, weights_of
-from tandem.checkpoint.tensors import gathered
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
+from tandem.train.canonical import canonical
+from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
 from tandem.train.model import build_model
-from tandem.train.sharded_base import empty_base, fill
+from tandem.train.sharded_base import empty_base, fill, let_go
 from tandem.train.strategy import lay_out
 
 CPU = torch.device("cpu")
@@ -38,6 +39,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pp2": ("llama", {"pipeline": 2}),
     "pp2 zero bubble": ("llama", {"pipeline": 2, "schedule": "zero_bubble"}),
     "offloaded": ("qwen3", {"offload": True}),
+    "lora": ("llama+lora", {"strategy": "fsdp2"}),
+    "lora tp2": ("llama+lora", {"tensor": 2}),
+    "lora pp2": ("llama+lora", {"pipeline": 2}),
     "moe": ("moe", {"strategy": "fsdp2"}),
     "moe ep2": ("moe", {"expert": 2}),
     "moe tp2": ("moe", {"tensor": 2}),
@@ -83,31 +87,45 @@ def main(folder: Path, rank: int, world: int) -> None:
             model=kind.removesuffix(" untied"), workers=world, parallel=parallel, tied="untied" not in kind,
             accumulate=4 if "bubble" in name else 2,
         )  # fmt: skip
-        plain = parity.new_model(case)
+        plain = parity.new_model(replace(case, model=case.model.removesuffix("+lora")))
         base = folder / "bases" / name
         # Small files: a rank opens several.
         export(plain, weights_of(plain), base, file_bytes=30_000)
         config = parity.config_of(case)
-        empty = empty_base(config, base)
+        empty: Any = empty_base(config, base)
         assert empty is not None
+        if config.lora:
+            empty, plain = (add_adapters(m, config.lora, base_id="b", seed=0) for m in (empty, plain))
+        adapters = let_go(empty)
         model, _ = lay_out(empty, Degrees.of(config.parallel).mesh("cpu", world), config, CPU)
-        fill(model.whole, base)
-        found = gathered(model.weights())
-        expected = dict(plain.named_parameters())
+        fill(model.whole, base, adapters)
+        expected: dict[str, Any] = dict(plain.named_parameters())
+        held = canonical(model.whole, dict(model.whole.named_parameters()))
         rotary: Any = next(b for n, b in model.whole.named_buffers() if "inv_freq" in n)
         told[name] = {
-            "same": rank > 0
-            or (found.keys() == expected.keys() and all(torch.equal(found[n], p) for n, p in expected.items())),
+            "same": all(
+                torch.equal(box, expected[n][tuple(slice(a, a + s) for a, s in zip(at, box.shape, strict=True))])
+                for n, part in held.items()
+                for at, box in part.boxes.items()
+            ),
+            "elements": sum(box.numel() for part in held.values() for box in part.boxes.values()) / model_size(plain),
+            "trained": all(
+                p.requires_grad == ("lora_" in n or config.lora is None) for n, p in model.whole.named_parameters()
+            ),
             "rotary": torch.equal(rotary, next(b for n, b in plain.named_buffers() if "inv_freq" in n)),
         }
         # What was read goes on as what was built.
         if name == "moe":
             export(model.whole, model.weights(), folder / "again", file_bytes=30_000)
     told["memory"] = memory(parity, folder, world)
-    lora = parity.config_of(parity.Case(model="llama+lora", workers=world, parallel={"strategy": "fsdp2"}))
-    told["with adapters"] = empty_base(lora, folder / "bases" / "fsdp2") is None
+    dora = parity.config_of(parity.Case(model="llama+dora", workers=world, parallel={"strategy": "fsdp2"}))
+    told["dora"] = {"reads all": empty_base(dora, folder / "bases" / "fsdp2") is None}
     (folder / f"results-{world}-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
+
+
+def model_size(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def memory(parity: Any, folder: Path, world: int) -> dict[str, int]:
@@ -127,8 +145,9 @@ def memory(parity: Any, folder: Path, world: int) -> dict[str, int]:
     with peak() as slices:
         empty = empty_base(config, base)
         assert empty is not None
+        let_go(empty)
         filled, _ = lay_out(empty, mesh, config, CPU)
-        fill(filled.whole, base)
+        fill(filled.whole, base, {})
     del empty, filled
     with peak() as whole:
         built, _ = lay_out(build_model(config.model, base, encoder, 0), mesh, config, CPU)

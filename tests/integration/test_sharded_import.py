@@ -37,8 +37,5 @@ def test_what_was_read_in_slices_is_exported_by_all_ranks(world: Path):
     assert first.keys() == again.keys() and all((first[name] == again[name]).all() for name in first)
 
 
-def test_with_adapters_each_rank_reads_all_of_it(world: Path):
-    assert (
-        result(world, 2, "memory")
-        and world.joinpath("results-2-0.json").read_text().count('"with adapters": true') == 1
-    )
+def test_dora_reads_all_of_it_since_its_lengths_are_those_of_the_weights(world: Path):
+    assert result(world, 2, "dora") == {"reads all": True}

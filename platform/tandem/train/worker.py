@@ -35,7 +35,7 @@ from tandem.train.objective import NextToken, Objective
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
-from tandem.train.sharded_base import empty_base, fill
+from tandem.train.sharded_base import empty_base, fill, let_go
 from tandem.train.strategy import lay_out, lay_out_frozen
 from tandem.train.trained import Trained
 
@@ -113,9 +113,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     if config.precision == "float8":
         built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
+    adapters = let_go(built) if empty is not None else {}
     model, optimizer = lay_out(built, degrees.mesh(device.type, world), config, device)
     if empty is not None and task.base is not None:
-        fill(model.whole, task.base)
+        fill(model.whole, task.base, adapters)
     objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
@@ -218,8 +219,9 @@ def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: t
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
     empty = empty_base(config, task.reference)
-    reference = empty or build_model(config.model, task.reference, encoder, config.seed)
+    reference = empty if empty is not None else build_model(config.model, task.reference, encoder, config.seed)
+    adapters = let_go(reference) if empty is not None else {}
     frozen = lay_out_frozen(reference.requires_grad_(False), model.mesh, config, device)
     if empty is not None:
-        fill(frozen.whole, task.reference)
+        fill(frozen.whole, task.reference, adapters)
     return Dpo(chosen, FrozenModel(frozen))
