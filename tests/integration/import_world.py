@@ -129,7 +129,7 @@ def model_size(model: Any) -> int:
 
 
 def memory(parity: Any, folder: Path, world: int) -> dict[str, int]:
-    """Bytes that a base (135 MB in float32) takes of a rank that reads it whole and then shards it, and of one that reads slices."""
+    """Bytes that a base (135 MB in float32) takes of a rank that reads it whole to shard it, and of one that reads slices."""
     encoder = TextEncoder(str(folder / "tokenizer"))
     shape = ModelConfig(**WIDE, max_length=64)
     base, config = (
