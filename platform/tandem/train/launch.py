@@ -140,6 +140,12 @@ def run_job(job: Path, journal: Journal) -> None:
     )  # fmt: skip
 
 
+def worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Variables of a job's workers."""
+    # Where DeepSpeed is installed transformers imports it, and it would look for devices, and warn of finding none.
+    return {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cuda" if config.parallel.gpus_per_worker else "cpu"}
+
+
 def measured(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of an `evaluation` event that were measured."""
     about = ("event", "time", "step", "rows", "averaged")
@@ -281,7 +287,7 @@ def _run_workers(task: WorkerTask, journal: Journal, metrics: Metrics) -> dict[s
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
                 callbacks=[FailureReporter(task.mailbox)],
-                worker_runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)},
+                worker_runtime_env={"env_vars": worker_environment(config)},
             ),
         )
         try:
