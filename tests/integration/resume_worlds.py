@@ -20,8 +20,8 @@ def run_worlds(folder: Path, ways: tuple[Way, ...], place: str = "") -> dict[str
     alone = [["whole", model, "fsdp2", ""] for model in sorted({way[0] for way in ways})]
     sizes = sorted({way[2] for way in ways} | {way[4] for way in ways})
     worlds: list[tuple[int, list[Any]]] = []
-    for place, size in enumerate(sizes):
-        tasks = alone if not place else []
+    for position, size in enumerate(sizes):
+        tasks = alone if not position else []
         tasks = [*tasks, *(["save", model, layout, ""] for model, layout, workers in saves if workers == size)]
         worlds.append((size, [*tasks, *(task(way) for way in ways if way[4] == size and way[2] <= size)]))
     worlds += [
