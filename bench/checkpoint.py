@@ -245,9 +245,10 @@ def title(figures: dict[str, Any]) -> str:
 
 def verdict(figures: dict[str, Any]) -> str:
     """Whether the bar is met."""
+    met = "met" if figures["share"] <= BAR else "MISSED"
     return (
         f"The asynchronous stop is {figures['share']:.1%} of the synchronous one "
-        f"({figures['least']:.1%} to {figures['most']:.1%}); the bar is {BAR:.0%}: {'met' if figures['share'] <= BAR else 'MISSED'}."
+        f"({figures['least']:.1%} to {figures['most']:.1%}); the bar is {BAR:.0%}: {met}."
     )
 
 
