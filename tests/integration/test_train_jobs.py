@@ -340,12 +340,9 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_workers_start(ho
     assert [e["event"] for e in found] == ["failed"] and "checkpoints is a file" in found[-1]["error"]
 
 
-def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(
-    home: Path, tmp_path: Path, run: Callable[..., Driver]
-):
+def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "refused" / "checkpoints").mkdir(parents=True)
-    # A link is not removed as a folder is.
-    (home / "jobs" / "refused" / "checkpoints" / ".step-00000005.tmp").symlink_to(tmp_path)
+    (home / "jobs" / "refused" / "checkpoints" / "step-00000005").write_text("a file where a checkpoint must be")
     driver = run("refused", steps=5)
     status, found = driver.end()
     assert status == 1
