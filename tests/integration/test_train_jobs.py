@@ -346,7 +346,7 @@ def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, 
     driver = run("refused", steps=5)
     status, found = driver.end()
     assert status == 1
-    assert found[-1]["event"] == "failed" and "checkpoints" in found[-1]["error"]
+    assert found[-1]["event"] == "failed" and "step-00000005 is a file" in found[-1]["error"]
     assert sum(e["event"] == "started" for e in found) == 1
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.config import CheckpointConfig
-from tandem.errors import CheckpointError
+from tandem.errors import CheckpointError, StorageError
 from tandem.storage import Location, base_name, disk_errors, file_system, join, located
 
 STATE_NAME = "state.json"
@@ -120,6 +120,10 @@ def publish(root: Location, state: SavedState, files: Mapping[str, FileRecord]) 
         if isinstance(staging, Path) and isinstance(final, Path):
             for path in (staging / STATE_NAME, staging / MANIFEST_NAME, staging):
                 _sync(path)
+            if final.is_file():
+                raise StorageError(
+                    f"{final} is a file, where a checkpoint must get its name. Remove it, then run the job again."
+                )
             if final.exists():
                 _remove(store, final)
             staging.rename(final)
