@@ -41,6 +41,7 @@ from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
+from tandem.storage import check_writable
 from tandem.train.deepspeed import check_deepspeed
 from tandem.train.mailbox import open_mailbox
 from tandem.train.metrics import Metrics, metrics_of
@@ -95,6 +96,7 @@ def run_job(job: Path, journal: Journal) -> None:
     tokenizer = _tokenizer(config, base, parts)
     encoder = TextEncoder(str(tokenizer))
     reference = reference_model(config, base, encoder)
+    check_writable(folders.root_of(config.checkpoint, job))
     connect(config)
     # Raises before a worker starts if nothing in the data can be learned from.
     stream = open_stream(trained, encoder, config.data, workers=config.parallel.data, seed=config.seed)
@@ -292,7 +294,7 @@ def _run_workers(task: WorkerTask, journal: Journal, metrics: Metrics) -> dict[s
         kind, message, _ = fault
         raise getattr(errors, kind, errors.JobError)(message)
     if reasons:
-        newest = folders.latest(task.job / "checkpoints")
+        newest = folders.latest(folders.root_of(config.checkpoint, task.job))
         where = f"step {folders.read_state(newest).step}" if newest else "the start"
         raise errors.JobError(
             f"Training failed {config.checkpoint.max_failures + 1} times, the last time with: {_last_line(reasons[0])} "

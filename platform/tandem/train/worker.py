@@ -14,9 +14,10 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from tandem.checkpoint import folders, sharded
+from tandem.checkpoint import folders
 from tandem.checkpoint.export import export
 from tandem.checkpoint.folders import SavedState
+from tandem.checkpoint.sharded import Checkpoints
 from tandem.config import DpoConfig, TrainConfig
 from tandem.data.build import tokenizer_files
 from tandem.data.stream import Stream
@@ -34,6 +35,7 @@ from tandem.train.objective import NextToken, Objective
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
+from tandem.train.sharded_base import empty_base, fill, let_go
 from tandem.train.strategy import lay_out, lay_out_frozen
 from tandem.train.trained import Trained
 
@@ -90,7 +92,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     # Asked before the model is read, which may take long.
     degrees.check_nodes(_nodes(world))
-    if config.lora is not None and config.lora.quantize is not None and task.base is not None:
+    empty = empty_base(config, task.base) if task.base is not None else None
+    if empty is not None:
+        built = empty
+    elif config.lora is not None and config.lora.quantize is not None and task.base is not None:
         built = load_nf4(task.base, config.precision, device)
     else:
         built = build_model(config.model, task.base, encoder, config.seed)
@@ -108,7 +113,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     if config.precision == "float8":
         built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
+    adapters = let_go(built) if empty is not None else {}
     model, optimizer = lay_out(built, degrees.mesh(device.type, world), config, device)
+    if empty is not None and task.base is not None:
+        fill(model, task.base, adapters, device)
     objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
@@ -116,11 +124,18 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     # Tensor peers drop out the same: what they compute between the matrix products is the same.
     torch.manual_seed(config.seed + 1 + rank // degrees.tp)
 
-    root = task.job / "checkpoints"
-    newest = folders.latest(root)
-    found = sharded.load(newest, model.saved, optimizer, extra=extra) if newest else None
+    checkpoints = Checkpoints(
+        folders.root_of(config.checkpoint, task.job),
+        keep=config.checkpoint.keep,
+        best=config.checkpoint.best,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    found, damaged = checkpoints.load(model, optimizer, extra=extra)
     state = LoopState(step=found.step, tokens=found.tokens) if found else LoopState()
     last_loss = found.loss if found else None
+    measured: tuple[int, dict[str, float]] = (0, {})
+    for message in damaged:
+        emit({"event": "notice", "message": message})
     emit(
         {
             "event": "started", "job": task.job.name, "kind": _kind(task),
@@ -146,23 +161,31 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
             loss=last_loss,
             world=world,
             cursor=rows.cursor(),
+            metrics={
+                **({} if last_loss is None else {"loss": last_loss}),
+                **(measured[1] if measured[0] == now.step else {}),
+            },
         )
         if rank == 0:
             # What a run that goes on from here will not tell again has to be told before.
             ray.get(task.mailbox.flush.remote())
-        path = sharded.save(root, model.saved, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
-        emit({"event": "checkpoint", "step": now.step, "path": str(path)})
+        checkpoints.save(
+            model, optimizer, saved, extra=extra,
+            committed=lambda path: emit({"event": "checkpoint", "step": saved.step, "path": str(path)}),
+        )  # fmt: skip
 
     def averaged() -> AbstractContextManager[None]:
         return ema.swapped(model) if ema else contextlib.nullcontext()
 
     def measure(step: int) -> None:
+        nonlocal measured
         held = ray.get(task.evaluation)
         share = config.batch_size // degrees.data_parallel // config.accumulate
         with averaged():
             evaluated = evaluate(
                 model, objective, held, batch_rows=share, device=device, precision=config.precision,
             )  # fmt: skip
+        measured = (step, {f"evaluation_{name}": value for name, value in evaluated.items()})
         emit({"event": "evaluation", "step": step, "rows": len(held), "averaged": ema is not None, **evaluated})
 
     if state.step < config.steps:
@@ -175,6 +198,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
                 model, optimizer, rows, config, state, report=report, save=save, device=device,
                 objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
             )  # fmt: skip
+    checkpoints.wait()
     with averaged():
         export(model.whole, model.weights(), task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
@@ -203,5 +227,10 @@ def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: t
     chosen = config.dpo or DpoConfig()
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
-    reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
-    return Dpo(chosen, FrozenModel(lay_out_frozen(reference, model.mesh, config, device)))
+    empty = empty_base(config, task.reference)
+    reference = empty if empty is not None else build_model(config.model, task.reference, encoder, config.seed)
+    adapters = let_go(reference) if empty is not None else {}
+    frozen = lay_out_frozen(reference.requires_grad_(False), model.mesh, config, device)
+    if empty is not None:
+        fill(frozen, task.reference, adapters, device)
+    return Dpo(chosen, FrozenModel(frozen))
