@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import yaml
 
-from tandem.config import TrainConfig, to_dict
+from tandem.config import TrainConfig, check_elastic, sized, sizes, to_dict
 from tandem.config.layout import ModelShape, check_layout
 from tandem.data.index import find_dataset
 from tandem.errors import ConfigError
@@ -23,7 +23,7 @@ from tandem.storage import disk_errors, require_space, write_atomic
 SPACE_NEEDED = 64 * 2**20
 """Bytes that must be free before a job starts; what is known to fail later is refused now."""
 
-NOT_CONTENT = ("parallel", "checkpoint", "log_every", "metrics", "register")
+NOT_CONTENT = ("parallel", "checkpoint", "faults", "log_every", "metrics", "register")
 """Settings that change how a job runs, or who hears of it, but not what it makes."""
 
 HOW_READ = ("readers", "prefetch_batches")
@@ -50,7 +50,9 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
                 f"Lower it to {max_length}, or train a model with a larger model.max_length."
             )
     config.check_kind(index.kind, str(folder))
-    check_layout(base.shape() if base else ModelShape.of(config.model), config)
+    check_elastic(config)
+    for size in sizes(config):
+        check_layout(base.shape() if base else ModelShape.of(config.model), sized(config, size))
     if reference:
         check_layout(reference.shape(), config)
     measured = None
