@@ -1,7 +1,7 @@
 """With how many workers a run can go on, and what its config then is. Pure.
 
-A run with `parallel.workers: {min, max}` keeps its model-parallel groups whole and its batches what they are: fewer workers take more
-rows each, in more micro-batches, so that a micro-batch is no larger than it was planned for.
+A run with `parallel.workers: {min, max}` keeps its model-parallel groups whole and its batches what they are: fewer workers take
+more rows each, in more micro-batches, so that a micro-batch is no larger than it was planned for.
 """
 
 from __future__ import annotations

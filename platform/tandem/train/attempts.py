@@ -1,8 +1,8 @@
 """Runs a job's workers under Ray Train, again and again until they are done: what goes wrong in between is borne, and told.
 
-One attempt is one run of Ray Train with a fixed number of workers and no retries of its own. What follows it is decided here, in one
-place, whether a worker died, a node, Ray Train's controller, or nobody: the driver ends workers that hang, asks them to leave when
-they may have more company or must have less, and counts how often in a row nothing came of it.
+One attempt is one run of Ray Train with a fixed number of workers and no retries of its own. What follows it is decided here, in
+one place, whether a worker died, a node, Ray Train's controller, or nobody: the driver ends workers that hang, asks them to leave
+when there is room for more or will be less, and counts how often in a row nothing came of it.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _roll_back(
     said = f"the loss jumped to {spike['loss']:.4g} in step {at}, from {spike['median']:.4g}"
     if again >= policy.max_rollbacks:
         raise JobError(
-            f"{said[0].upper()}{said[1:]}, and the run has gone back {again} times before. Lower optimizer.learning_rate, or raise "
-            f"faults.spike.max_rollbacks ({policy.max_rollbacks}) or faults.spike.factor ({policy.factor:g})."
+            f"{said[0].upper()}{said[1:]}, and the run has gone back {again} times before. Lower optimizer.learning_rate, or "
+            f"raise faults.spike.max_rollbacks ({policy.max_rollbacks}) or faults.spike.factor ({policy.factor:g})."
         )
     state = folders.read_state(newest) if newest else None
     first = int(state.cursor.get("rows", state.step * config.batch_size)) if state else 0
@@ -282,6 +282,7 @@ class Watch(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        """See `Thread`."""
         try:
             while True:
                 last = self._over.is_set()

@@ -6,11 +6,15 @@ registers the result. Run again on the same folder it goes on from the newest ch
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +36,21 @@ from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
+from tandem.storage import disk_errors
 from tandem.train.attempts import WORKER_ENVIRONMENT, Asked, run_workers
 from tandem.train.deepspeed import check_deepspeed
+from tandem.train.keeper import KEPT
 from tandem.train.metrics import metrics_of
 from tandem.train.plot import plot_run
 from tandem.train.worker import WorkerTask
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job in the folder named by the only argument; returns the exit status."""
-    if len(arguments) != 1:
+    """Run the job in the folder named by the first argument; returns the exit status.
+
+    A second one, `--kept`, says that standard input ends with the process that keeps this one going.
+    """
+    if len(arguments) not in (1, 2) or arguments[1:] not in ([], [KEPT]):
         print("usage: python -m tandem.train.launch JOB_DIR", file=sys.stderr)
         return 2
     job = Path(arguments[0]).expanduser().resolve()
@@ -55,9 +64,15 @@ def main(arguments: list[str]) -> int:
             sys.exit(JobStopped.exit_code)
 
     signal.signal(signal.SIGTERM, stop)
+    if arguments[1:]:
+        threading.Thread(target=_leave_with_the_keeper, name="keeper", daemon=True).start()
     try:
-        run_job(job, journal, asked)
+        with only_driver(job, journal):
+            run_job(job, journal, asked)
         return 0
+    except SystemExit:
+        journal.write({"event": "stopped", "reason": "The job was told to stop. It goes on with the same command."})
+        raise
     except JobStopped as stopped:
         journal.write({"event": "stopped", "reason": str(stopped)})
         return stopped.exit_code
@@ -66,6 +81,33 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         logging.getLogger(__name__).exception("The job failed in a way that Tandem does not know.")
         return _failed(journal, f"{type(error).__name__}: {error}", 1)
+
+
+def _leave_with_the_keeper() -> None:
+    # Nothing is ever written there: it ends when the keeper does.
+    with contextlib.suppress(OSError):
+        while os.read(0, 1024):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def only_driver(job: Path, journal: Journal) -> Iterator[None]:
+    """For the length of a block no other process drives the job; waits for one that does, such as one whose keeper was killed."""
+    with disk_errors("starting the job", job):
+        file = (job / ".driver").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            journal.write(
+                {"event": "notice", "message": "Another driver of this job has not ended yet; this one waits."}
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # A file system without locks: then nobody is kept out.
+            pass
+        yield
 
 
 def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
