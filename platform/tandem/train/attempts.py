@@ -34,6 +34,7 @@ from tandem.train import health
 from tandem.train.health import Sign
 from tandem.train.mailbox import open_mailbox
 from tandem.train.metrics import Metrics
+from tandem.train.persistence import wait_for_storage
 from tandem.train.processes import end_workers, stack_of
 from tandem.train.room import fitting, nodes_now, placed
 from tandem.train.worker import WorkerTask, run_worker
@@ -119,6 +120,7 @@ def run_workers(task: WorkerTask, journal: Journal, metrics: Metrics, asked: Ask
     failures, kept = 0, -1
     skip = [(e["rows"][0], e["rows"][1]) for e in journal.read() if e["event"] == "rollback"]
     while True:
+        wait_for_storage(root, journal, config.faults.storage_retry_s)
         workers = config.parallel.workers
         if len(sizes(config)) > 1:
             workers = _room(config, settle=course.starts > 0)

@@ -1,7 +1,7 @@
 """Whether the workers of a run are well: signs of life from each, and what the driver makes of them.
 
-A rank that is stopped gives no sign; the others wait for it in a collective, but their signs go on, from a thread of their own. So
-the silent one is the one to blame. If all are heard and none gets on, they wait for each other.
+A rank that is stopped gives no sign; the others wait for it in a collective, but their signs go on, from a thread of their own.
+So the silent one is the one to blame. If all are heard and none gets on, they wait for each other.
 """
 
 from __future__ import annotations

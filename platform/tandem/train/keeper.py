@@ -1,6 +1,6 @@
 """Keeps a job's driver going: `python -m tandem.train.keeper JOB_DIR`, which is what a Ray job runs.
 
-The driver is a child of this small process, which has nothing to lose: a driver that is killed, such as by a kernel without memory,
+The driver is a child of this small process, which has nothing to lose: a driver that is killed, say by a kernel without memory,
 is started again and goes on from the newest checkpoint; one that ends by itself ends the job. If this process is killed, the
 driver notices, saves what it has, and leaves; who follows the job submits it again.
 """

@@ -34,6 +34,7 @@ from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
 from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
+from tandem.train.persistence import persistently
 from tandem.train.policy import LeftOut, Spiked
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.quantize import load_nf4
@@ -223,7 +224,12 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
         if rank == 0:
             # What a run that goes on from here will not tell again has to be told before.
             ray.get(task.mailbox.flush.remote())
-        path = sharded.save(root, model.saved, optimizer, saved, keep=config.checkpoint.keep, extra=extra)
+        path = persistently(
+            lambda: sharded.save(root, model.saved, optimizer, saved, keep=config.checkpoint.keep, extra=extra),
+            limit_s=config.faults.storage_retry_s,
+            hopeless=root.is_file,
+            tell=lambda message: emit({"event": "notice", "message": message}),
+        )
         emit({"event": "checkpoint", "step": now.step, "path": str(path)})
 
     def averaged() -> AbstractContextManager[None]:

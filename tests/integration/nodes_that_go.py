@@ -1,0 +1,54 @@
+"""For test_faults.py: a Ray cluster of which a node is killed while a job trains, and comes back.
+
+python nodes_that_go.py HOME STEPS
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tandem import settings as environment
+from tandem.cluster import authentication
+
+environment.export(authentication())
+
+import ray  # noqa: E402 - it reads the environment when it is imported
+from drivers import Driver, write_job  # noqa: E402
+from ray.cluster_utils import Cluster  # noqa: E402
+
+
+def main(home: Path, steps: int) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    try:
+        for name, workers in (("elastic", {"min": 2, "max": 4}), ("fixed", 4)):
+            node = cluster.add_node(num_cpus=2)
+            cluster.wait_for_nodes()
+            job = write_job(
+                home, name, steps=steps, checkpoint={"every_steps": 10}, parallel={"workers": workers},
+                faults={"grow_after_s": 2.0, "heartbeat_s": 0.5, "hang_after_s": 20.0},
+            )  # fmt: skip
+            driver = Driver(job, home, cluster.address)
+            try:
+                driver.wait_for_step(12)
+                cluster.remove_node(node, allow_graceful=False)
+                print(name, "node killed", flush=True)
+                if name == "elastic":
+                    driver.wait_for(lambda e: e["event"] == "resized")
+                else:
+                    driver.wait_for(lambda e: e["event"] == "fault")
+                node = cluster.add_node(num_cpus=2)
+                print(name, "node is back", flush=True)
+                status, left = driver.end()
+                print(name, status, [e for e in left if e["event"] != "step"], flush=True)
+                print("".join(line for line in driver.lines[-80:] if '"event": "step"' not in line), flush=True)
+            finally:
+                driver.kill()
+            cluster.remove_node(node)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
