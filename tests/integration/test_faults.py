@@ -1,4 +1,4 @@
-"""What a run survives: each fault is done to real processes, and the loss curve is held to that of a run that nothing was done to."""
+"""What a run survives: each fault is done to real processes; the loss curve is held to that of a run that nothing was done to."""
 
 from __future__ import annotations
 

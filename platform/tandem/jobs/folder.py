@@ -189,13 +189,13 @@ def health_of(known: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for event in known:
         match event["event"]:
             case "started":
-                found |= {"workers": event["workers"], "layout": event["layout"]}
+                found |= {"workers": event.get("workers"), "layout": event.get("layout")}
                 # A driver that came after another one starts as if it were the first.
                 restarts += started
                 repeated += max(0, newest - (event.get("resumed_from") or 0)) if started else 0
                 started = True
             case "resized":
-                found |= {"workers": event["to"], "layout": event["layout"]}
+                found |= {"workers": event["to"], "layout": event.get("layout")}
             case "restart":
                 restarts += 1
                 repeated += max(0, newest - (event.get("resumed_from") or 0))
