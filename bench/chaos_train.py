@@ -2,13 +2,13 @@
 
     python bench/chaos_train.py [--seed N] [--steps 200] [--every 20] [--quick] [--json FILE] [--check]
 
-Every `--every` steps one fault is done to the second job, drawn by the seed: a worker killed (SIGKILL), stopped (SIGSTOP) or told to
-end (SIGTERM), Ray Train's controller killed, the driver killed, the folder of the checkpoints away for some seconds. Both are jobs of
-two workers with FSDP2 on a Ray cluster of their own, submitted as people submit them. Printed are, for each fault, the steps that
-were computed twice and the seconds in which nothing new was computed, and the last losses of both jobs.
+Every `--every` steps one fault is done to the second job, drawn by the seed: a worker killed (SIGKILL), stopped (SIGSTOP) or told
+to end (SIGTERM), Ray Train's controller killed, the driver killed, the folder of the checkpoints away for some seconds. Both are
+jobs of two workers with FSDP2 on a Ray cluster of their own, submitted as people submit them. Printed are, for each fault, the
+steps that were computed twice and the seconds in which nothing new was computed, and the last losses of both jobs.
 
-`--check` exits 1 unless the last losses are the same within 1e-5, every step was reported, and no fault had more than one checkpoint
-interval computed again.
+`--check` exits 1 unless the last losses are the same within 1e-5, every step was reported, and no fault had more than one
+checkpoint interval computed again.
 """
 
 from __future__ import annotations
@@ -254,18 +254,24 @@ def verdicts(results: dict[str, Any]) -> list[tuple[bool, str]]:
 def page(results: dict[str, Any]) -> str:
     """The result for a page."""
     calm, chaos = results["calm"], results["chaos"]
+    about = (
+        f"{results['cores']} cores, 2 workers, {results['steps']} steps, a checkpoint every {results['checkpoint_every']}, "
+        f"a fault every {results['every']}, seed {results['seed']}."
+    )
+    both = (
+        f"Left alone: {calm['seconds']:.0f} s, last loss {calm['last_loss']:.6f}. With faults: {chaos['seconds']:.0f} s, last "
+        f"loss {chaos['last_loss']:.6f}; {chaos['twice']} steps computed twice, {chaos['seconds'] - calm['seconds']:.0f} s lost."
+    )
     lines = [
         "# Faults during training",
         "",
-        f"{results['cores']} cores, 2 workers, {results['steps']} steps, a checkpoint every {results['checkpoint_every']}, a fault "
-        f"every {results['every']}, seed {results['seed']}.",
+        about,
         "",
         "| fault | at step | computed twice | seconds without a new step |",
         "|---|---|---|---|",
         *(f"| {f['fault']} | {f['step']} | {f['twice']} | {f['lost_s']:.1f} |" for f in chaos["faults"]),
         "",
-        f"Left alone: {calm['seconds']:.0f} s, last loss {calm['last_loss']:.6f}. With faults: {chaos['seconds']:.0f} s, last loss "
-        f"{chaos['last_loss']:.6f}; {chaos['twice']} steps computed twice, {chaos['seconds'] - calm['seconds']:.0f} s lost.",
+        both,
         "",
         *(f"- {sentence}: {'met' if met else 'MISSED'}." for met, sentence in verdicts(results)),
         "",
