@@ -181,7 +181,7 @@ def _roll_back(
 
 def _room(config: TrainConfig, *, settle: bool) -> int:
     """How many workers an elastic run is to begin with now: the most there is room for, and never fewer than its least."""
-    deadline = time.monotonic() + (SETTLE_S if settle else 0.0)
+    deadline = time.monotonic() + (SETTLE_S if settle else SETTLE_S / 3)
     seen: list[int] = []
     while True:
         seen.append(fitting(nodes_now(), config))

@@ -192,6 +192,7 @@ def connect(config: TrainConfig) -> None:
         local: dict[str, Any] = (
             {} if address else {"num_cpus": max(8, int(parallel.workers * parallel.cpus_per_worker) + 2)}
         )
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address=address or "local",
@@ -204,6 +205,9 @@ def connect(config: TrainConfig) -> None:
             raise ClusterError(
                 f"No Ray cluster answers at {address}: {error}. Start one, or unset RAY_ADDRESS."
             ) from error
+        if callable(handler):
+            # Ray has set its own, which ends the process without a word.
+            signal.signal(signal.SIGTERM, handler)
     check_room(config, ray.cluster_resources())
 
 
