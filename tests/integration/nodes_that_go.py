@@ -6,7 +6,9 @@ python nodes_that_go.py HOME STEPS
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from tandem import settings as environment
 from tandem.cluster import authentication
@@ -21,7 +23,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 def main(home: Path, steps: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
     try:
-        for name, workers in (("elastic", {"min": 2, "max": 4}), ("fixed", 4)):
+        for name, workers in (("elastic", {"min": 2, "max": 4}), ("fixed", 4), ("drained", {"min": 2, "max": 4})):
             node = cluster.add_node(num_cpus=2)
             cluster.wait_for_nodes()
             job = write_job(
@@ -31,23 +33,37 @@ def main(home: Path, steps: int) -> None:
             driver = Driver(job, home, cluster.address)
             try:
                 driver.wait_for_step(12)
-                cluster.remove_node(node, allow_graceful=False)
-                print(name, "node killed", flush=True)
-                if name == "elastic":
+                if name == "drained":
+                    drain(cluster, node)
                     driver.wait_for(lambda e: e["event"] == "resized")
+                    cluster.remove_node(node, allow_graceful=False)
                 else:
-                    driver.wait_for(lambda e: e["event"] == "fault")
-                node = cluster.add_node(num_cpus=2)
-                print(name, "node is back", flush=True)
+                    cluster.remove_node(node, allow_graceful=False)
+                    driver.wait_for(lambda e: e["event"] == ("fault" if name == "fixed" else "resized"))
+                    node = cluster.add_node(num_cpus=2)
                 status, left = driver.end()
                 print(name, status, [e for e in left if e["event"] != "step"], flush=True)
                 print("".join(line for line in driver.lines[-80:] if '"event": "step"' not in line), flush=True)
             finally:
                 driver.kill()
-            cluster.remove_node(node)
+            if name != "drained":
+                cluster.remove_node(node)
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def drain(cluster: Cluster, node: Any) -> None:
+    """Tell Ray that a node will be taken away in a minute, as an autoscaler does."""
+    from ray.core.generated import autoscaler_pb2
+
+    taken, why = ray._raylet.GcsClient(address=cluster.address).drain_node(
+        node.node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        "it is wanted elsewhere",
+        int(1000 * (time.time() + 60)),
+    )
+    assert taken, why
 
 
 if __name__ == "__main__":

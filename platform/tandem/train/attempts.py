@@ -8,6 +8,7 @@ when there is room for more or will be less, and counts how often in a row nothi
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -38,6 +39,8 @@ from tandem.train.persistence import wait_for_storage
 from tandem.train.processes import end_workers, stack_of
 from tandem.train.room import fitting, nodes_now, placed
 from tandem.train.worker import WorkerTask, run_worker
+
+log = logging.getLogger(__name__)
 
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """One intra-op thread a process: oversubscribed threads were 3 to 14 times slower (facts.md)."""
@@ -296,8 +299,9 @@ class Watch(threading.Thread):
                     self._look()
                     self._looked = time.monotonic()
         except ray.exceptions.RayActorError as error:
-            # The mailbox is gone: workers notice, and the attempt ends with that.
+            # The mailbox is gone: nobody would hear the workers, so they start again with another.
             self.hang = self.hang or Fault(kind="mailbox", reason=f"the mailbox ended: {_last_line(str(error))}")
+            end_workers(self.signs)
         except Exception as error:  # noqa: BLE001 - raised again by the main thread
             self.problem = error
             # The workers' next look at the mailbox tells them; what is trained so far stays.
@@ -404,7 +408,11 @@ class Watch(threading.Thread):
         if wishes := [sign.wish for sign in self.signs if sign.wish]:
             self._leave(wishes[0])
             return
-        nodes = nodes_now()
+        try:
+            nodes = nodes_now()
+        except Exception as error:  # noqa: BLE001 - whatever the cluster cannot say now, it says later
+            log.warning("The cluster does not tell its nodes: %s", error)
+            return
         ours = placed(self.signs)
         going = {node.id for node in nodes if node.leaving and node.id in ours}
         if going - self._saved_for:
