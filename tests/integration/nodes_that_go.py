@@ -39,7 +39,8 @@ def main(home: Path, steps: int) -> None:
                     cluster.remove_node(node, allow_graceful=False)
                 else:
                     cluster.remove_node(node, allow_graceful=False)
-                    driver.wait_for(lambda e: e["event"] == ("fault" if name == "fixed" else "resized"))
+                    ends = "fault" if name == "fixed" else "resized"
+                    driver.wait_for(lambda e, wanted=ends: e["event"] == wanted)
                     node = cluster.add_node(num_cpus=2)
                 status, left = driver.end()
                 print(name, status, [e for e in left if e["event"] != "step"], flush=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,54 +13,13 @@ from typing import Any
 import pytest
 import stored_metrics
 import yaml
+from drivers import MODEL, Driver
 
 from tandem.checkpoint import folders
 from tandem.cluster import LocalCluster
 from tandem.data.build import build_dataset
 from tandem.observability import events
 from tandem.registry import Registry
-from tandem.settings import child_environment
-
-MODEL = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "intermediate_size": 48,
-    "max_length": 64,
-}
-
-
-class Driver:
-    """One run of a job's driver."""
-
-    def __init__(self, job: Path, home: Path, cluster: LocalCluster) -> None:
-        self.lines: list[str] = []
-        variables = {"TANDEM_HOME": str(home), "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tandem.train.launch", str(job)],
-            env=child_environment(variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Events as they are printed."""
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if event := events.decode(line):
-                yield event
-
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first event from now on that is wanted."""
-        for event in self.events():
-            if wanted(event):
-                return event
-        raise AssertionError("".join(self.lines[-40:]))
-
-    def end(self) -> tuple[int, list[dict[str, Any]]]:
-        """Exit status and the events that were left."""
-        left = list(self.events())
-        return self.process.wait(timeout=60), left
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +60,7 @@ def run(home: Path, ray_cluster: LocalCluster) -> Iterator[Callable[..., Driver]
             }  # fmt: skip
             job.mkdir(parents=True, exist_ok=True)
             (job / "config.yaml").write_text(yaml.safe_dump(config))
-        drivers.append(Driver(job, home, ray_cluster))
+        drivers.append(Driver(job, home, ray_cluster.address))
         return drivers[-1]
 
     yield start
@@ -128,7 +85,7 @@ def base(home: Path, ray_cluster: LocalCluster) -> str:
         "optimizer": {"learning_rate": 0.01},
     }  # fmt: skip
     (job / "config.yaml").write_text(yaml.safe_dump(config))
-    driver = Driver(job, home, ray_cluster)
+    driver = Driver(job, home, ray_cluster.address)
     status, found = driver.end()
     assert status == 0, "".join(driver.lines[-40:])
     return str(found[-1]["model"])
