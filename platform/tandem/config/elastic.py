@@ -50,8 +50,6 @@ def _fitting(config: TrainConfig, workers: int) -> TrainConfig | None:
     planned = config.parallel
     if workers == planned.workers:
         return replace(config, parallel=replace(planned, min_workers=None)) if planned.min_workers else config
-    if workers % planned.group:
-        return None
     try:
         parallel = replace(planned, workers=workers, min_workers=None)
     except LayoutError:

@@ -109,5 +109,4 @@ def test_what_a_job_has_survived_is_told_with_what_it_cost(tandem_home: Path) ->
 
 def test_a_job_that_was_told_to_stop_is_stopped_and_not_failed(tandem_home: Path) -> None:
     job = make_job(tandem_home, "a-1", {"event": "started"}, {"event": "stopped", "reason": "asked"})
-    job.add_submission("a-1.1", "http://x")
     assert job.summary().state is JobState.STOPPED

@@ -95,6 +95,19 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told_with_its_rows(enc
     assert reports[-1].loss < reports[0].loss
 
 
+def test_a_loss_that_is_not_finite_is_not_learned_from_though_gradients_are(encoder: TextEncoder, alone: Alone):
+    model = alone(build_model(SHAPE, None, encoder, seed=0))
+    optimizer = build_optimizer(model, CONFIG.optimizer, torch.device("cpu"))
+    for loss, wanted in ((1.0, True), (math.inf, False), (math.nan, False)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        norm, taken = model.step(optimizer, 1.0, None, torch.tensor(loss))
+        assert taken is wanted and math.isfinite(norm) is wanted
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert same is not wanted
+
+
 def test_too_many_such_steps_in_a_row_end_the_run(encoder: TextEncoder, alone: Alone):
     config = replace(CONFIG, faults=FaultsConfig(max_nonfinite=2))
     with pytest.raises(JobError, match=r"2 steps in a row.*step 4 \(rows 6 to 7.*step 5 \(rows 8 to 9"):
