@@ -24,6 +24,7 @@ import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from tandem import errors
@@ -120,7 +121,7 @@ def run_workers(task: WorkerTask, journal: Journal, metrics: Metrics, asked: Ask
     asked = asked or Asked()
     config, root = task.config, task.job / "checkpoints"
     course = Course(journal, metrics)
-    failures, kept = 0, -1
+    failures, kept, waited = 0, -1, False
     skip = [(e["rows"][0], e["rows"][1]) for e in journal.read() if e["event"] == "rollback"]
     while True:
         wait_for_storage(root, journal, config.faults.storage_retry_s)
@@ -140,7 +141,13 @@ def run_workers(task: WorkerTask, journal: Journal, metrics: Metrics, asked: Ask
             where = f"It goes on from step {step} with the same command."
             raise JobStopped(f"The job was told to stop, and left after step {course.step}. {where}")
         if outcome.left is not None:
-            course.reason = str(outcome.left["reason"])
+            if not outcome.left.get("waited"):
+                course.reason = str(outcome.left["reason"])
+            elif not waited:
+                journal.write(
+                    {"event": "notice", "message": f"{outcome.left['reason'].capitalize()}; the run waits for it."}
+                )
+            waited = bool(outcome.left.get("waited"))
             if spike := outcome.left.get("spike"):
                 skip.append(_roll_back(config, spike, outcome.left["step"], newest, journal, again=len(skip)))
             continue
@@ -200,7 +207,6 @@ def _attempt(task: WorkerTask, course: Course, asked: Asked, *, whole: TrainConf
     """Run Ray Train once."""
     config, outcome = task.config, Outcome()
     storage = task.job / ".ray"
-    elastic = len(sizes(whole)) > 1
     with _watched(task, course, asked, outcome, whole) as watch:
         trainer = ray.train.torch.TorchTrainer(
             run_worker,
@@ -220,17 +226,17 @@ def _attempt(task: WorkerTask, course: Course, asked: Asked, *, whole: TrainConf
                 # Our own checkpoints say where to go on; Ray's record of a run that died must not.
                 name=uuid.uuid4().hex[:8],
                 storage_path=str(storage),
-                # An elastic run that finds less room than it saw is planned anew; any other waits, and so asks for nodes.
-                failure_config=FailureConfig(
-                    max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if elastic else -1
-                ),
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
                 worker_runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)},
             ),
         )
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            outcome.fault = watch.hang or _why(error, watch.signs)
+            if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+                outcome.left = {"reason": f"there was no room for {config.parallel.workers} workers", "waited": True}
+            else:
+                outcome.fault = watch.hang or _why(error, watch.signs)
         except ray.exceptions.RayError as error:
             # The controller is gone. Ray ends its workers, which must be over before others write checkpoints.
             outcome.fault = watch.hang or Fault(
