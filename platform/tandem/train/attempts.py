@@ -298,7 +298,7 @@ class Watch(threading.Thread):
             while True:
                 last = self._over.is_set()
                 for event in ray.get(self._task.mailbox.take.remote(0.05 if last else 0.5)):
-                    self._handle(event)
+                    self._take_in(event)
                 if last:
                     return
                 if time.monotonic() - self._looked >= min(1.0, self._task.config.faults.heartbeat_s):
@@ -315,7 +315,7 @@ class Watch(threading.Thread):
                 ray.get(self._task.mailbox.fail.remote(type(error).__name__, str(error), 1))
                 end_workers(self.signs)
 
-    def _handle(self, event: dict[str, Any]) -> None:
+    def _take_in(self, event: dict[str, Any]) -> None:
         course = self._course
         match event["event"]:
             case "exported":
@@ -326,14 +326,14 @@ class Watch(threading.Thread):
                     "reason": self._leaving or ("a loss that jumped" if "spike" in event else "asked to"),
                 }
             case "started":
-                self._started(event)
+                self._begun(event)
             case _:
                 if event["event"] == "step":
                     course.step, course.broke_at = event["step"], time.monotonic()
                 course.journal.write(event)
                 course.metrics.write(event)
 
-    def _started(self, event: dict[str, Any]) -> None:
+    def _begun(self, event: dict[str, Any]) -> None:
         course = self._course
         course.starts += 1
         if course.starts == 1:
