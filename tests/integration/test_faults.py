@@ -30,7 +30,7 @@ STEPS, EVERY = 80, 10
 
 RUN = {"steps": STEPS, "checkpoint": {"every_steps": EVERY}}
 
-FAST = {"heartbeat_s": 0.5, "hang_after_s": 8.0}
+FAST = {"heartbeat_s": 0.5, "hang_after_s": 12.0}
 
 
 @pytest.fixture(scope="module")

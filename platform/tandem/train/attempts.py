@@ -459,5 +459,7 @@ def _watched(task: WorkerTask, course: Course, asked: Asked, outcome: Outcome, w
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    # What Ray has to say of any process that ended tells nothing of this one.
+    said = text.partition("Some common causes include")[0]
+    lines = [line.strip() for line in said.strip().splitlines() if line.strip()]
     return lines[-1][:500] if lines else "no reason given"
