@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "parity.py"
-IN_EVERY_RUN = 2
-"""Processes of the largest worlds that `make test` starts; larger ones are for `make test-all`."""
 
 
 def _parity() -> Any:
@@ -29,35 +27,30 @@ parity = _parity()
 
 
 @pytest.fixture(scope="module")
-def rows() -> Callable[[int], dict[str, dict[str, Any]]]:
-    """The table's rows of all cases with so many processes, by name; one world for all of them."""
-    known: dict[int, dict[str, dict[str, Any]]] = {}
+def row() -> Callable[[Any], dict[str, Any]]:
+    """The table's row of a case; those with so many processes, of every run or of the others, share a world."""
+    known: dict[tuple[int, bool], dict[str, dict[str, Any]]] = {}
 
-    def of(workers: int) -> dict[str, dict[str, Any]]:
-        if workers not in known:
-            known[workers] = {row["case"]: row for row in parity.measure([workers], [])}
-        return known[workers]
+    def of(case: Any) -> dict[str, Any]:
+        world = (case.workers, case.first)
+        if world not in known:
+            cases = [other for other in parity.CASES if (other.workers, other.first) == world]
+            known[world] = {row["case"]: row for row in parity.measure(cases)}
+        return known[world][case.name]
 
     return of
 
 
 @pytest.mark.parametrize(
-    ("workers", "name"),
+    "case",
     [
-        pytest.param(
-            case.workers,
-            case.name,
-            id=f"{case.workers}-{case.name}",
-            marks=[] if case.workers <= IN_EVERY_RUN else [pytest.mark.slow],
-        )
+        pytest.param(case, id=f"{case.workers}-{case.name}", marks=[] if case.first else [pytest.mark.slow])
         for case in parity.CASES
     ],
 )
-def test_a_layout_gives_what_one_process_gives(
-    rows: Callable[[int], dict[str, dict[str, Any]]], workers: int, name: str
-):
-    row = rows(workers)[name]
-    assert {column: row[column] for column in parity.COLUMNS} == pytest.approx(
+def test_a_layout_gives_what_one_process_gives(row: Callable[[Any], dict[str, Any]], case: Any):
+    found = row(case)
+    assert {column: found[column] for column in parity.COLUMNS} == pytest.approx(
         dict.fromkeys(parity.COLUMNS, 0.0), abs=parity.BAR
     )
 

@@ -142,7 +142,7 @@ def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: st
     ("name", "parallel", "lora"),
     [
         ("tensor", {"tensor": 2}, None),
-        ("pipeline", {"pipeline": 2, "schedule": "interleaved"}, None),
+        pytest.param("pipeline", {"pipeline": 2, "schedule": "interleaved"}, None, marks=pytest.mark.slow),
         ("pipeline-lora", {"pipeline": 2}, {"rank": 4}),
     ],
 )

@@ -50,6 +50,12 @@ SETTLE_S = 30.0
 """Seconds at most in which an elastic run waits for the room that its old workers leave, before it goes on with fewer."""
 
 
+def worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Variables of a job's workers."""
+    # Where DeepSpeed is installed transformers imports it, and it would look for devices, and warn of finding none.
+    return {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cuda" if config.parallel.gpus_per_worker else "cpu"}
+
+
 class Asked:
     """Whether the job was told to stop; set by a signal's handler, which may do nothing more."""
 
@@ -227,7 +233,7 @@ def _attempt(task: WorkerTask, course: Course, asked: Asked, *, whole: TrainConf
                 name=uuid.uuid4().hex[:8],
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-                worker_runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)},
+                worker_runtime_env={"env_vars": worker_environment(config)},
             ),
         )
         try:

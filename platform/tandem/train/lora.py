@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,7 +12,8 @@ from tandem.errors import ConfigError
 from tandem.train.dora import use_magnitudes
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers that get an adapter unless a config names others. Experts are not among them: they are stacked parameters."""
+"""Linear layers that get an adapter unless a config names others; of a model that has none of these, all but its head. Experts
+are not among them: they are stacked parameters."""
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: int) -> Any:
@@ -46,7 +47,15 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the linear layers that get an adapter; ConfigError for one that the model lacks, with the nearest."""
     linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
     if config.target_modules is None:
-        return [name for name in ADAPTED if name in linear]
+        head = cast(Any, model).get_output_embeddings()
+        others = {name.rpartition(".")[2] for name, m in model.named_modules() if m is head}
+        chosen = [name for name in ADAPTED if name in linear] or [name for name in linear if name not in others]
+        if not chosen:
+            raise ConfigError(
+                f"lora is set, but {type(model).__name__} has no linear layers that adapters could be put on. Unset lora to "
+                "train all of it."
+            )
+        return chosen
     for target in config.target_modules:
         if target not in linear:
             near = difflib.get_close_matches(target, linear, n=1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.checkpoint.export import export
 from tandem.config import LoraConfig, ModelConfig
@@ -18,10 +19,14 @@ from tandem.data.packing import IGNORED, pack
 from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import ConfigError
 from tandem.train.dora import Magnitude
-from tandem.train.lora import ADAPTED, add_adapters
+from tandem.train.lora import ADAPTED, add_adapters, targets
 from tandem.train.model import build_model, count_parameters, decoder_layers
 from tandem.train.objective import NextToken, count_targets, step_loss
 
+OTHERS: dict[str, Any] = {
+    "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
 
 
@@ -168,3 +173,20 @@ def test_a_base_that_cannot_be_loaded_is_refused(encoder: TextEncoder, tmp_path:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         build_model(ModelConfig(base="x"), tmp_path, encoder, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "adapted"),
+    [("gpt_neox", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]), ("olmo2", list(ADAPTED))],
+)
+def test_a_model_with_other_names_has_all_its_linear_layers_adapted(family: str, adapted: list[str]):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **OTHERS))
+    assert targets(model, LoraConfig()) == adapted
+
+
+def test_a_model_without_linear_layers_is_refused_an_adapter():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=16, vocab_size=90)
+    )
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel has no linear layers"):
+        targets(model, LoraConfig())
