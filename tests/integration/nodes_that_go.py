@@ -32,6 +32,7 @@ def main(home: Path, steps: int) -> None:
             )  # fmt: skip
             driver = Driver(job, home, cluster.address)
             try:
+                driver.wait_for(lambda e: e["event"] == "checkpoint")
                 driver.wait_for_step(12)
                 if name == "drained":
                     drain(cluster, node)

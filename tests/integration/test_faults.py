@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import stored_metrics
 from drivers import Driver, losses, write_job
 
 from tandem.checkpoint import folders
@@ -84,15 +85,53 @@ def as_undisturbed(driver: Driver, undisturbed: dict[int, float]) -> list[dict[s
     return list(events.read(driver.job / "events.jsonl"))
 
 
+def past_a_checkpoint(driver: Driver) -> None:
+    """Return when a run has gone some steps beyond its first checkpoint, which is whole."""
+    driver.wait_for(lambda e: e["event"] == "checkpoint")
+    driver.wait_for_step(EVERY + 2)
+
+
 def computed_twice(found: list[dict[str, Any]]) -> int:
     return len([e for e in found if e["event"] == "step"]) - STEPS
+
+
+def test_a_worker_may_be_killed_and_whoever_follows_the_numbers_has_each_step_once(
+    home: Path, run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
+):
+    store = f"sqlite:///{home}/mlflow.db"
+    driver = run("worker", metrics={"wandb": {"project": "p", "mode": "offline"}, "mlflow": {"uri": store}})
+    past_a_checkpoint(driver)
+    killed = actors(ray_cluster, "RayTrainWorker")[1]
+    os.kill(killed, signal.SIGKILL)
+    fault = driver.wait_for(lambda e: e["event"] == "fault")
+    restart = driver.wait_for(lambda e: e["event"] == "restart")
+    after = driver.wait_for(lambda e: e["event"] == "step")
+    found = as_undisturbed(driver, undisturbed)
+    assert fault["kind"] == "worker" and restart["reason"] == fault["reason"]
+    assert re.search(r"worker \d: .*\b(died|killed|exit|SIGKILL)", fault["reason"])
+    assert restart["resumed_from"] >= EVERY and restart["resumed_from"] % EVERY == 0
+    assert after["step"] == restart["resumed_from"] + 1
+    assert computed_twice(found) == restart["repeated"] <= EVERY
+    assert restart["lost_s"] > 0
+    # Steps that were repeated gave what they gave before, and who follows the numbers has each of them once.
+    told = {e["step"]: pytest.approx(e["loss"], rel=1e-5) for e in found if e["event"] == "step"}
+    assert [e["loss"] for e in found if e["event"] == "step"] == [
+        told[e["step"]] for e in found if e["event"] == "step"
+    ]
+    runs, on_wandb = stored_metrics.wandb_offline(driver.job)
+    jobs, on_mlflow = stored_metrics.mlflow(store, "tandem")
+    assert runs == jobs == {"worker"}
+    for series in (stored_metrics.tensorboard(driver.job / "tensorboard"), on_wandb, on_mlflow):
+        assert len(series["train/loss"]) == STEPS and dict(series["train/loss"]) == told
+        assert {"train/grad_norm", "train/learning_rate", "train/mfu", "train/memory_bytes"} <= series.keys()
+    assert not [e for e in found if e["event"] == "notice"]
 
 
 def test_a_rank_that_is_stopped_is_found_shown_and_started_again(
     run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
     driver = run("stopped-rank", faults=FAST)
-    driver.wait_for_step(EVERY + 2)
+    past_a_checkpoint(driver)
     pids = actors(ray_cluster, "RayTrainWorker")
     assert len(pids) == 2
     os.kill(pids[0], signal.SIGSTOP)
@@ -114,7 +153,7 @@ def test_ray_trains_controller_may_be_killed(
     run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
     driver = run("controller")
-    driver.wait_for_step(EVERY + 2)
+    past_a_checkpoint(driver)
     workers = actors(ray_cluster, "RayTrainWorker")
     (controller,) = actors(ray_cluster, "TrainController")
     os.kill(controller, signal.SIGKILL)
@@ -167,6 +206,7 @@ def test_a_driver_that_is_killed_is_started_again_also_together_with_its_keeper(
 
     follower = threading.Thread(target=follow)
     follower.start()
+    wait_until(lambda: any(e["event"] == "checkpoint" for e in job.events()))
     wait_for_steps(job, EVERY + 2)
     (driver,) = processes("tandem.train.launch", job.path)
     driver.kill()
