@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -264,6 +265,37 @@ def test_storage_that_is_away_for_a_while_is_waited_for(
     found = as_undisturbed(driver, undisturbed)
     assert computed_twice(found) == 0
     assert [p.name for p in folders.saved(kept)] == ["step-00000070", "step-00000080"]
+
+
+@pytest.fixture
+def small_disk(home: Path) -> Iterator[Path]:
+    """A file system of 8 MiB, for the checkpoints of the job `full-disk`."""
+    folder = home / "jobs" / "full-disk" / "checkpoints"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while_is_waited_for_and_loses_no_checkpoint(
+    small_disk: Path, run: Callable[..., Driver], undisturbed: dict[int, float]
+):
+    driver = run("full-disk")
+    past_a_checkpoint(driver)
+    fill = small_disk / "fill"
+    with contextlib.suppress(OSError), fill.open("wb") as file:
+        while True:
+            file.write(bytes(2**16))
+    told = driver.wait_for(lambda e: e["event"] == "notice")
+    assert "disk is full" in told["message"] and "is tried again" in told["message"]
+    whole = folders.saved(small_disk)
+    assert whole and folders.read_state(whole[-1]).step >= EVERY
+    fill.unlink()
+    found = as_undisturbed(driver, undisturbed)
+    assert computed_twice(found) == 0
+    assert [p.name for p in folders.saved(small_disk)] == ["step-00000070", "step-00000080"]
 
 
 def test_storage_that_stays_away_stops_the_run_and_it_does_not_begin_anew(run: Callable[..., Driver]):

@@ -124,7 +124,8 @@ def run_workers(task: WorkerTask, journal: Journal, metrics: Metrics, asked: Ask
 
     Raises what they cannot go on from, JobError after too many faults without a new checkpoint, JobStopped if `asked` to.
     """
-    asked = asked or Asked()
+    # Not `or`: it is false until it was asked.
+    asked = Asked() if asked is None else asked
     config, root = task.config, task.job / "checkpoints"
     course = Course(journal, metrics)
     failures, kept, waited = 0, -1, False
