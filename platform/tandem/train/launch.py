@@ -71,8 +71,11 @@ def main(arguments: list[str]) -> int:
             run_job(job, journal, asked)
         return 0
     except SystemExit:
+        if not asked:
+            raise
         journal.write({"event": "stopped", "reason": "The job was told to stop. It goes on with the same command."})
-        raise
+        # Where Ray waits, it makes another status of ours.
+        return JobStopped.exit_code
     except JobStopped as stopped:
         journal.write({"event": "stopped", "reason": str(stopped)})
         return stopped.exit_code
