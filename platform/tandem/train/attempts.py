@@ -37,7 +37,7 @@ from tandem.train.health import Sign
 from tandem.train.mailbox import open_mailbox
 from tandem.train.metrics import Metrics
 from tandem.train.persistence import wait_for_storage
-from tandem.train.processes import end_workers, stack_of
+from tandem.train.processes import end_workers, lost_nodes, stack_of
 from tandem.train.room import fitting, nodes_now, placed
 from tandem.train.worker import WorkerTask, run_worker
 
@@ -267,9 +267,8 @@ def _why(error: ray.train.TrainingFailedError, signs: Sequence[Sign]) -> Fault:
         rank for rank, e in failures.items() if any(word in f"{type(e).__name__} {e}" for word in ("ActorDied", "Died"))
     ]
     rank = next(iter(died), min(failures))
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    lost = sorted({sign.node for sign in signs} - alive)
-    if lost:
+    # Its peers tell of a lost connection, before anybody knows of the node.
+    if lost := lost_nodes(sign.node for sign in signs):
         ranks = [sign.rank for sign in signs if sign.node in lost]
         names = ", ".join(node[:8] for node in lost)
         return Fault(kind="node", reason=f"node {names} went, and ranks {ranks} with it", rank=ranks[0])
