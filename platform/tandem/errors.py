@@ -10,6 +10,7 @@ TandemError
 │   └── UnknownModelError   no model or adapter of that name
 ├── ClusterError         no Ray cluster, or one that refused
 ├── JobError             a job that failed or does not exist
+│   └── JobStopped          a job that was told to stop, and can go on
 ├── EngineError          an engine that cannot start or go on
 └── EnvironmentProblem   a machine that lacks something
 """
@@ -64,6 +65,12 @@ class ClusterError(TandemError):
 
 class JobError(TandemError):
     """A job that failed, or that does not exist."""
+
+
+class JobStopped(JobError):
+    """A job that was told to stop; it has left what it takes to go on."""
+
+    exit_code = 143
 
 
 class EngineError(TandemError):

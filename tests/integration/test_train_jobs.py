@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,54 +12,13 @@ from typing import Any
 import pytest
 import stored_metrics
 import yaml
+from drivers import MODEL, Driver
 
 from tandem.checkpoint import folders
 from tandem.cluster import LocalCluster
 from tandem.data.build import build_dataset
 from tandem.observability import events
 from tandem.registry import Registry
-from tandem.settings import child_environment
-
-MODEL = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "intermediate_size": 48,
-    "max_length": 64,
-}
-
-
-class Driver:
-    """One run of a job's driver."""
-
-    def __init__(self, job: Path, home: Path, cluster: LocalCluster) -> None:
-        self.lines: list[str] = []
-        variables = {"TANDEM_HOME": str(home), "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tandem.train.launch", str(job)],
-            env=child_environment(variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Events as they are printed."""
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if event := events.decode(line):
-                yield event
-
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first event from now on that is wanted."""
-        for event in self.events():
-            if wanted(event):
-                return event
-        raise AssertionError("".join(self.lines[-40:]))
-
-    def end(self) -> tuple[int, list[dict[str, Any]]]:
-        """Exit status and the events that were left."""
-        left = list(self.events())
-        return self.process.wait(timeout=60), left
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +59,7 @@ def run(home: Path, ray_cluster: LocalCluster) -> Iterator[Callable[..., Driver]
             }  # fmt: skip
             job.mkdir(parents=True, exist_ok=True)
             (job / "config.yaml").write_text(yaml.safe_dump(config))
-        drivers.append(Driver(job, home, ray_cluster))
+        drivers.append(Driver(job, home, ray_cluster.address))
         return drivers[-1]
 
     yield start
@@ -128,7 +84,7 @@ def base(home: Path, ray_cluster: LocalCluster) -> str:
         "optimizer": {"learning_rate": 0.01},
     }  # fmt: skip
     (job / "config.yaml").write_text(yaml.safe_dump(config))
-    driver = Driver(job, home, ray_cluster)
+    driver = Driver(job, home, ray_cluster.address)
     status, found = driver.end()
     assert status == 0, "".join(driver.lines[-40:])
     return str(found[-1]["model"])
@@ -248,47 +204,6 @@ def test_deepspeed_trains_what_fsdp2_does(home: Path, base: str, run: Callable[.
     assert losses(home, "zero") == pytest.approx(losses(home, "base"), abs=1e-5)
     assert [e["step"] for e in found if e["event"] == "checkpoint"] == [5, 10]
     assert (Path(found[-1]["path"]) / "model.safetensors").exists()
-
-
-def test_a_killed_worker_restarts_from_the_last_checkpoint_and_loses_nothing(
-    home: Path, ray_cluster: LocalCluster, run: Callable[..., Driver]
-):
-    from ray.util.state import list_actors
-
-    store = f"sqlite:///{home}/mlflow.db"
-    metrics = {"wandb": {"project": "p", "mode": "offline"}, "mlflow": {"uri": store}}
-    driver = run("killed", steps=400, checkpoint={"every_steps": 20}, log_every=1, metrics=metrics)
-    driver.wait_for(lambda e: e["event"] == "step" and e["step"] == 25)
-    workers = list_actors(
-        address=ray_cluster.dashboard_url, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
-    )
-    assert len(workers) == 2
-    os.kill(workers[1].pid, signal.SIGKILL)
-    restart = driver.wait_for(lambda e: e["event"] == "restart")
-    assert restart["resumed_from"] >= 20 and restart["resumed_from"] % 20 == 0
-    assert "worker" in restart["reason"]
-    after = driver.wait_for(lambda e: e["event"] == "step")
-    assert after["step"] == restart["resumed_from"] + 1
-    status, found = driver.end()
-    assert status == 0 and found[-1]["event"] == "finished", "".join(driver.lines[-40:])
-    # The steps that were repeated gave what they gave before: same rows, same state.
-    told: dict[int, list[float]] = {}
-    for event in events.read(home / "jobs" / "killed" / "events.jsonl"):
-        if event["event"] == "step":
-            told.setdefault(event["step"], []).append(event["loss"])
-    assert sorted(told) == list(range(1, 401))
-    assert any(len(values) > 1 for values in told.values())
-    assert all(value == pytest.approx(values[0], abs=1e-6) for values in told.values() for value in values)
-    # Whatever follows the numbers has each step once, as it was.
-    first = {step: pytest.approx(values[0], rel=1e-5) for step, values in told.items()}
-    job = home / "jobs" / "killed"
-    runs, on_wandb = stored_metrics.wandb_offline(job)
-    jobs, on_mlflow = stored_metrics.mlflow(store, "tandem")
-    assert runs == jobs == {"killed"}
-    for series in (stored_metrics.tensorboard(job / "tensorboard"), on_wandb, on_mlflow):
-        assert len(series["train/loss"]) == 400 and dict(series["train/loss"]) == first
-        assert {"train/grad_norm", "train/learning_rate", "train/mfu", "train/memory_bytes"} <= series.keys()
-    assert not [e for e in events.read(job / "events.jsonl") if e["event"] == "notice"]
 
 
 def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, base: str, run: Callable[..., Driver]):

@@ -22,8 +22,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from tandem.config import CheckpointConfig, DataConfig, ModelConfig, ParallelismConfig, TrainConfig  # noqa: E402
 from tandem.errors import LayoutError  # noqa: E402
 from tandem.observability.journal import Journal  # noqa: E402
-from tandem.train import launch  # noqa: E402
-from tandem.train.mailbox import open_mailbox  # noqa: E402
+from tandem.train.attempts import run_workers  # noqa: E402
 from tandem.train.worker import WorkerTask  # noqa: E402
 
 
@@ -67,11 +66,11 @@ def outcome(tokenizer: Path, job: Path, cpus_per_worker: float) -> str:
     )
     task = WorkerTask(
         config=config, job=job, base=None, base_id=None, reference=None, tokenizer=tokenizer,
-        stream=Rows(), evaluation=None, mailbox=open_mailbox(),
+        stream=Rows(), evaluation=None,
     )  # type: ignore[arg-type]  # fmt: skip
     metrics: Any = SimpleNamespace(write=lambda event: None)
     try:
-        end = launch._run_workers(task, Journal(job / "events.jsonl"), metrics)
+        end = run_workers(task, Journal(job / "events.jsonl"), metrics)
         return f"TRAINED {end['step']}"
     except LayoutError as error:
         return f"REFUSED {error}"

@@ -65,7 +65,7 @@ class JobView:
         if event is None:
             self.other_lines = [*self.other_lines[-NOISE_KEPT:], line]
             return
-        if event["event"] in ("finished", "failed"):
+        if event["event"] in ("finished", "failed", "stopped"):
             self.ended = event
         if not self.raw:
             self._show_event(event)
@@ -100,6 +100,12 @@ class JobView:
                 self._say(evaluated(event))
             case "restart":
                 self._say(f"[yellow]restarted[/]: {escape(str(event.get('reason', '')))}")
+            case "resized":
+                self._say(
+                    f"[yellow]{event['from']} -> {event['to']} workers[/]: {escape(str(event.get('reason', '')))}"
+                )
+            case "hang" | "slow" | "skipped" | "rollback" | "stopped":
+                self._say(f"[yellow]{escape(str(event.get('reason', '')))}[/]")
             case "notice":
                 self._say(f"[yellow]{escape(str(event.get('message', '')))}[/]")
             case "finished":

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.progress import JobView
+from tandem.cli.progress import JobView, duration
 from tandem.cli.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
 from tandem.cli.summary import say_finished
 from tandem.cli.sweep import say_sweep, sweep_command
@@ -107,7 +107,7 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
     submission = client.submit(job)
     with JobView(console, title or job.config().name, raw=raw) as view:
         try:
-            view.follow(client.follow(submission))
+            view.follow(client.follow_on(job, submission))
         except BaseException as left:
             if not isinstance(left, KeyboardInterrupt | SystemExit):
                 raise
@@ -117,16 +117,23 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
                 )
                 return INTERRUPTED
             with uninterrupted():
-                client.stop(submission, timeout_s=10)
+                client.stop(_newest(job, submission), timeout_s=10)
                 job.mark_stopped()
             console.print("\nStopped. The same command goes on from the newest checkpoint.")
             raise
+    submission = _newest(job, submission)
     status = client.exit_status(submission)
     if status == 0 and job.finished():
         say_finished(job)
     elif status != 0:
         _say_failed(client, submission, job, view)
     return status or (0 if job.finished() else 1)
+
+
+def _newest(job: JobFolder, submission: str) -> str:
+    # A lost driver has been submitted again meanwhile.
+    sent = job.submissions()
+    return str(sent[-1]["id"]) if sent else submission
 
 
 def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobView) -> None:
@@ -163,7 +170,7 @@ def status_command(
         bool, typer.Option("--plot", help="Draw loss, learning rate and throughput of one job to FILE, a PNG.")
     ] = False,
 ) -> None:
-    """Show one job or all of them: state, step, loss, throughput, result."""
+    """Show one job or all of them: state, step, loss, throughput, result; of one, also workers, checkpoint and faults."""
     with friendly_errors():
         if plot or picture:
             _plot(job_id, picture, asked=plot)
@@ -182,8 +189,27 @@ def status_command(
             )
         else:
             console.print(_table(found))
+            if job_id:
+                for line in health_lines(found[0], time.time()):
+                    console.print(f"  [dim]·[/] {escape(line)}", soft_wrap=True)
             if job_id and found[0].error:
                 console.print(f"[red]{escape(found[0].error)}[/]")
+
+
+def health_lines(s: JobSummary, now: float) -> list[str]:
+    """How a job fares, in sentences."""
+    lines = []
+    if s.workers:
+        lines.append(f"{s.workers} workers, {s.layout}")
+    if s.checkpoint is not None:
+        ago = f", {duration(now - s.checkpoint_at)} ago" if s.checkpoint_at else ""
+        lines.append(f"last checkpoint: step {s.checkpoint}{ago}")
+    if s.faults or s.restarts:
+        told = ", ".join(f"{count} x {kind}" for kind, count in sorted(s.faults.items())) or "none"
+        lines.append(f"faults: {told}; {s.restarts} restarts, {s.repeated_steps} steps computed twice")
+    if s.skipped_steps:
+        lines.append(f"{s.skipped_steps} steps left out, since they were not finite")
+    return [*lines, *s.warnings]
 
 
 def _plot(job_id: str | None, picture: Path | None, *, asked: bool) -> None:
@@ -267,6 +293,7 @@ def stop_command(job_id: Annotated[str, typer.Argument(help="A job's id, or the 
         state = found[0].state(found[1]) if found else None
         if found is None or state is None or state.over:
             raise JobError(f"{job.id} is not running; it is {job.summary(state).state}.")
-        found[0].stop(found[1])
+        # Marked first: whoever follows it is not to submit it again.
         job.mark_stopped()
-        console.print(f"Stopped {job.id}.")
+        found[0].stop(found[1], timeout_s=job.leave_s + 30)
+        console.print(f"Stopped {job.id}. The same command goes on from its newest checkpoint.")

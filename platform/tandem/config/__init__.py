@@ -2,6 +2,8 @@
 
 from tandem.config.data import DataConfig, MixturePart
 from tandem.config.deepspeed import DeepSpeedConfig
+from tandem.config.elastic import check_elastic, sized, sizes
+from tandem.config.faults import FaultsConfig, SpikeConfig
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
 from tandem.config.metrics import MetricsConfig, MlflowConfig, WandbConfig
 from tandem.config.model import LoraConfig, ModelConfig
@@ -17,6 +19,7 @@ __all__ = [
     "DeepSpeedConfig",
     "DpoConfig",
     "EvaluationConfig",
+    "FaultsConfig",
     "GatewayConfig",
     "LoraConfig",
     "MetricsConfig",
@@ -27,10 +30,14 @@ __all__ = [
     "ParallelismConfig",
     "ServeConfig",
     "ServedModelConfig",
+    "SpikeConfig",
     "TrainConfig",
     "WandbConfig",
     "apply_overrides",
+    "check_elastic",
     "from_dict",
     "load_yaml",
+    "sized",
+    "sizes",
     "to_dict",
 ]

@@ -76,6 +76,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a `cls` from plain values; ConfigError names the key, with the nearest valid one."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'the config'} is {_named(values)}; it must be a mapping.")
+    if (as_written := getattr(cls, "as_written", None)) is not None:
+        # A class that can be written in more than one way.
+        values = as_written(values)
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     hints = typing.get_type_hints(cls)
     for key in values:

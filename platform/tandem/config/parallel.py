@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tandem.config import check
-from tandem.errors import LayoutError
+from tandem.errors import ConfigError, LayoutError
 
 DEGREES = ("pipeline", "replicate", "context", "expert", "tensor")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
@@ -16,7 +18,10 @@ class ParallelismConfig:
     """How the workers share the work. The degrees multiply to `workers`; what is left over shards the data."""
 
     workers: int = 1
-    """Processes, each with one device (or one CPU thread)."""
+    """Processes, each with one device (or one CPU thread). Written as `{min: 2, max: 4}`, this is the most, and the least is
+    `min_workers`."""
+    min_workers: int | None = None
+    """Set: the run goes on with fewer workers, down to so many, as nodes go, and with more as they come back."""
     strategy: str = "fsdp2"
     """fsdp2 (parameters, gradients and optimizer sharded), ddp (replicated) or deepspeed (ZeRO, as `deepspeed` says)."""
     pipeline: int = 1
@@ -40,9 +45,23 @@ class ParallelismConfig:
     gpus_per_worker: float = 0.0
     """GPUs that Ray reserves for each worker; 0 trains on the CPU."""
 
+    @staticmethod
+    def as_written(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings by their names: `workers: {min: 2, max: 4}` is two of them."""
+        workers = values.get("workers")
+        if not isinstance(workers, Mapping):
+            return values
+        if set(workers) != {"min", "max"}:
+            raise ConfigError(
+                f"parallel.workers has the keys {', '.join(map(str, workers)) or 'none'}; write a number, or both of min and max."
+            )
+        return {**values, "workers": workers["max"], "min_workers": workers["min"]}
+
     def __post_init__(self) -> None:
         for key in ("workers", *DEGREES):
             check.at_least(f"parallel.{key}", getattr(self, key), 1)
+        if self.min_workers is not None:
+            check.between("parallel.workers.min", self.min_workers, 1, self.workers)
         check.one_of("parallel.strategy", self.strategy, ("fsdp2", "ddp", "deepspeed"))
         check.one_of("parallel.schedule", self.schedule, SCHEDULES)
         check.at_least("parallel.cpus_per_worker", self.cpus_per_worker, 0.0)
@@ -84,6 +103,11 @@ class ParallelismConfig:
                 f"parallel.expert ({self.expert}) must divide the ranks that shard the data ({self.shard}: {self.workers} "
                 f"workers / {inner * self.replicate}). The nearest that works is expert={fits}."
             )
+
+    @property
+    def group(self) -> int:
+        """Workers that only make sense together: whole model-parallel groups, of each replica one."""
+        return self.pipeline * self.replicate * self.context * self.tensor * self.expert
 
     @property
     def shard(self) -> int:

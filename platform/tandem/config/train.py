@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from tandem.config import check
 from tandem.config.data import DataConfig
 from tandem.config.deepspeed import DeepSpeedConfig
+from tandem.config.faults import FaultsConfig
 from tandem.config.metrics import MetricsConfig
 from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
@@ -33,7 +34,7 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write in the background while training goes on, from a copy in the CPU's memory."""
     max_failures: int = 3
-    """Times that a run starts again from its newest checkpoint after a worker died."""
+    """Times in a row that a run starts again without having come to a new checkpoint."""
 
     def __post_init__(self) -> None:
         check.at_least("checkpoint.every_steps", self.every_steps, 0)
@@ -61,6 +62,8 @@ class TrainConfig:
     """How `parallel.strategy: deepspeed` shares the model; unset: ZeRO 3 without offload."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    """How hangs, bad numbers and lost storage are found, and how long they are borne."""
     steps: int = 100
     """Optimizer steps."""
     batch_size: int = 8

@@ -38,6 +38,11 @@ ASKED_AGAIN = 3
 Tell = Callable[[str], None]
 
 
+def rows_behind(cursor: Mapping[str, Any]) -> int:
+    """Rows of the stream, over all ranks, that lie before a cursor; those that were left out count too."""
+    return int(cursor["walk"]["rows"]) if cursor else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """Datasets as training wants them. Pickles into every worker; `rows` opens one rank's part."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -26,6 +28,13 @@ _STATES = {
     "FAILED": JobState.FAILED,
     "STOPPED": JobState.STOPPED,
 }
+
+
+STOP_SPARE_S = 10
+"""Seconds for all that a stopped job does beside saving."""
+
+RESUBMITTED = 3
+"""Times that whoever follows a job submits it again after its driver was lost."""
 
 
 class JobClient:
@@ -51,6 +60,8 @@ class JobClient:
             "TANDEM_HOME": str(settings().root),
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
+            # Ray kills what it has stopped after so many seconds; a job needs some to save what it has.
+            "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.leave_s) + STOP_SPARE_S),
         }
         if url := settings().database_url:
             variables["TANDEM_DATABASE_URL"] = url
@@ -103,6 +114,27 @@ class JobClient:
                     yield part
                 return
             time.sleep(poll_s)
+
+    def follow_on(self, job: RunFolder, submission: str) -> Iterator[str]:
+        """`follow`, and if the driver is lost, together with what keeps it going, submit the job again and follow that."""
+        for again in range(RESUBMITTED + 1):
+            yield from self.follow(submission)
+            if again == RESUBMITTED or not self.lost(job, submission):
+                return
+            submission = self.submit(job)
+
+    def lost(self, job: RunFolder, submission: str) -> bool:
+        """Whether a submission that is over was ended from outside: neither by itself nor by whoever may stop it."""
+        if self.state(submission) is not JobState.FAILED:
+            return False
+        sent = job.submissions()
+        if sent and sent[-1].get("stopped"):
+            return False
+        # What ends by itself says so; what was told to stop, too.
+        end = job.last("started", "finished", "failed", "stopped")
+        code = self._ray.get_job_info(submission).driver_exit_code
+        killed = code is None or code < 0 or code == 128 + signal.SIGKILL
+        return killed and (end is None or end["event"] == "started" or end["time"] < (sent[-1]["time"] if sent else 0))
 
     def _tail(self, submission: str) -> Iterator[str]:
         """Pieces of the log until it ends or the connection does.

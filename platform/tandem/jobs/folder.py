@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +49,22 @@ class JobSummary:
     error: str | None
     submitted_at: float | None
     """Seconds since 1970."""
+    workers: int | None = None
+    """Of the newest start; the config's until there is one."""
+    layout: str | None = None
+    checkpoint: int | None = None
+    """Step of the newest checkpoint."""
+    checkpoint_at: float | None = None
+    """When it was written, in seconds since 1970."""
+    faults: dict[str, int] = field(default_factory=dict)
+    """Faults so far, by kind: worker, node, hang, controller, driver. What runs or has finished has survived them."""
+    restarts: int = 0
+    repeated_steps: int = 0
+    """Steps that were computed twice for them."""
+    skipped_steps: int = 0
+    """Steps that were left out since they were not finite."""
+    warnings: list[str] = field(default_factory=list)
+    """The newest of what a person should know: slow ranks, rollbacks, notices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +79,11 @@ class RunFolder:
     def id(self) -> str:
         """The id, which is the folder's name."""
         return self.path.name
+
+    @property
+    def leave_s(self) -> float:
+        """Seconds that it may take to leave when it is told to stop."""
+        return 0.0
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far, oldest first."""
@@ -95,7 +117,12 @@ class RunFolder:
 class JobFolder(RunFolder):
     """The folder of one job."""
 
-    module: ClassVar[str] = "tandem.train.launch"
+    module: ClassVar[str] = "tandem.train.keeper"
+
+    @property
+    def leave_s(self) -> float:
+        """See `RunFolder`."""
+        return self.config().faults.leave_s
 
     @property
     def export(self) -> Path:
@@ -123,12 +150,12 @@ class JobFolder(RunFolder):
         known, sent = self.events(), self.submissions()
         sent_at = sent[-1]["time"] if sent else None
         last_step: dict[str, Any] = next((e for e in reversed(known) if e["event"] == "step"), {})
-        end = next((e for e in reversed(known) if e["event"] in ("finished", "failed", "started")), None)
+        end = next((e for e in reversed(known) if e["event"] in ("finished", "failed", "stopped", "started")), None)
         if self.finished():
             state = JobState.FINISHED
         elif live is not None:
             state = live
-        elif sent and sent[-1].get("stopped"):
+        elif (sent and sent[-1].get("stopped")) or (end and end["event"] == "stopped"):
             state = JobState.STOPPED
         elif end and end["event"] == "failed":
             state = JobState.FAILED
@@ -145,7 +172,50 @@ class JobFolder(RunFolder):
             model=end.get("model") if end and state is JobState.FINISHED else None,
             error=end.get("error") if end and state is JobState.FAILED else None,
             submitted_at=sent_at,
+            **health_of(known),
         )
+
+
+WARNINGS_SHOWN = 5
+
+
+def health_of(known: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a job's events tell of how it fares: the later fields of a `JobSummary`."""
+    found: dict[str, Any] = {"workers": None, "layout": None, "checkpoint": None, "checkpoint_at": None}
+    faults: Counter[str] = Counter()
+    restarts = repeated = skipped = newest = 0
+    warnings: list[str] = []
+    started = False
+    for event in known:
+        match event["event"]:
+            case "started":
+                found |= {"workers": event.get("workers"), "layout": event.get("layout")}
+                # A driver that came after another one starts as if it were the first.
+                restarts += started
+                repeated += max(0, newest - (event.get("resumed_from") or 0)) if started else 0
+                started = True
+            case "resized":
+                found |= {"workers": event["to"], "layout": event.get("layout")}
+            case "restart":
+                restarts += 1
+                repeated += max(0, newest - (event.get("resumed_from") or 0))
+            case "step":
+                newest = event["step"]
+            case "checkpoint":
+                found |= {"checkpoint": event["step"], "checkpoint_at": event.get("time")}
+            case "fault":
+                faults[str(event["kind"])] += 1
+            case "skipped":
+                skipped += 1
+                warnings.append(str(event["reason"]))
+            case "slow" | "rollback":
+                warnings.append(str(event["reason"]))
+            case "notice":
+                warnings.append(str(event["message"]))
+    return {
+        **found, "faults": dict(faults), "restarts": restarts, "repeated_steps": repeated, "skipped_steps": skipped,
+        "warnings": warnings[-WARNINGS_SHOWN:],
+    }  # fmt: skip
 
 
 def job_folders() -> Iterator[JobFolder]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import yaml
 
-from tandem.config import DataConfig, TrainConfig, to_dict
+from tandem.config import DataConfig, TrainConfig, check_elastic, sized, sizes, to_dict
 from tandem.config.layout import ModelShape, check_layout
 from tandem.data.index import check_tokenizers, find_dataset, find_parts, parts_digest
 from tandem.errors import ConfigError
@@ -23,7 +23,7 @@ from tandem.storage import disk_errors, require_space, write_atomic
 SPACE_NEEDED = 64 * 2**20
 """Bytes that must be free before a job starts; what is known to fail later is refused now."""
 
-NOT_CONTENT = ("parallel", "checkpoint", "log_every", "metrics", "register")
+NOT_CONTENT = ("parallel", "checkpoint", "faults", "log_every", "metrics", "register")
 """Settings that change how a job runs, or who hears of it, but not what it makes."""
 
 HOW_READ = ("readers", "reader_tasks", "read_ahead", "prefetch_batches", "skip_damaged")
@@ -53,7 +53,9 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
         config.check_kind(part.index.kind, str(part.folder))
     if base is None and config.model.tokenizer is None:
         check_tokenizers(parts)
-    check_layout(base.shape() if base else ModelShape.of(config.model), config)
+    check_elastic(config)
+    for size in sizes(config):
+        check_layout(base.shape() if base else ModelShape.of(config.model), sized(config, size))
     if reference:
         check_layout(reference.shape(), config)
     measured = None

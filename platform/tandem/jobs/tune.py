@@ -147,7 +147,7 @@ def run_trial(wanted: Mapping[str, Any]) -> None:
         client = JobClient(Cluster(**wanted["cluster"]))
         submission = client.submit(job)
         reported = -REPORT_EVERY_S
-        for line in client.follow(submission):
+        for line in client.follow_on(job, submission):
             event = events.decode(line)
             if event is None:
                 continue

@@ -7,7 +7,14 @@
 |            | mfu (0 to 1), memory_bytes (peak of rank 0: of its GPU, or of its process)                        |
 | evaluation | step, rows, averaged (the weights were), loss, and perplexity, or what else the objective reports |
 | checkpoint | step, path                                                                                        |
-| restart    | reason, resumed_from                                                                              |
+| fault      | kind (worker, node, hang, controller, driver), rank (or null), reason, step (the last one told)   |
+| hang       | ranks, reason, stacks (by rank: the Python stack of each that is stuck, and where the others wait) |
+| slow       | rank, node, reason                                                                                |
+| skipped    | step, first, rows, suspects, in_a_row, reason (a step that was not finite)                        |
+| rollback   | from, step (back to this), rows (first, and the one after the last, that are left out), loss, median, reason |
+| resized    | from, to (workers), layout, reason, step                                                          |
+| restart    | reason, resumed_from, workers, repeated (steps), lost_s                                           |
+| stopped    | reason (the job was told to stop, and can go on)                                                  |
 | notice     | message (something that a person should know, and that ends nothing)                              |
 | finished   | model (the registered id, or null), base (of an adapter), path, plot, loss, evaluation (the last, |
 |            | or null), tokens, steps, seconds, dora (true: an adapter to be merged before it is served)        |

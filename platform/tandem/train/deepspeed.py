@@ -184,8 +184,8 @@ class ZeroModel(Trained):
     def finish_gradients(self) -> None:
         """See `Trained`: nothing is left."""
 
-    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None) -> tuple[float, bool]:
-        """See `Trained`. Gradients that are not finite are never taken."""
+    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None, loss: Tensor) -> tuple[float, bool]:
+        """See `Trained`. Gradients that are not finite are never taken; DeepSpeed does not ask for the loss."""
         zero = self._engine.optimizer
         zero.clip_grad = limit
         if scaler:

@@ -7,63 +7,80 @@ registers the result. Run again on the same folder it goes on from the newest ch
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
-import shutil
+import os
 import signal
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
-import ray.train.v2.api.callback as train_callbacks
-from ray.train.v2.api.config import FailureConfig, RunConfig
+import ray.exceptions
 
-from tandem import errors
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_whole
-from tandem.config import TrainConfig, load_yaml, to_dict
+from tandem.config import TrainConfig, check_elastic, load_yaml, sized, sizes, to_dict
 from tandem.config.layout import ModelShape, check_layout
 from tandem.data.heldout import hold_out_of_each, rows_of_each
 from tandem.data.index import TOKENIZER_NAME, Part, check_tokenizers, find_dataset, find_parts, parts_digest
 from tandem.data.packing import Rows
 from tandem.data.stream import Stream, open_stream
 from tandem.data.tokenize import TextEncoder
-from tandem.errors import ClusterError, ConfigError, TandemError
+from tandem.errors import ClusterError, ConfigError, JobStopped, TandemError
 from tandem.ids import digest
 from tandem.observability import events
 from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
-from tandem.storage import check_writable
+from tandem.storage import check_writable, disk_errors
+from tandem.train.attempts import WORKER_ENVIRONMENT, Asked, run_workers
 from tandem.train.deepspeed import check_deepspeed
-from tandem.train.mailbox import open_mailbox
-from tandem.train.metrics import Metrics, metrics_of
+from tandem.train.keeper import KEPT
+from tandem.train.metrics import metrics_of
+from tandem.train.persistence import wait_for_storage
 from tandem.train.plot import plot_run
-from tandem.train.worker import WorkerTask, run_worker
-
-WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-"""One intra-op thread a process: oversubscribed threads were 3 to 14 times slower (facts.md)."""
+from tandem.train.worker import WorkerTask
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job in the folder named by the only argument; returns the exit status."""
-    if len(arguments) != 1:
+    """Run the job in the folder named by the first argument; returns the exit status.
+
+    A second one, `--kept`, says that standard input ends with the process that keeps this one going.
+    """
+    if len(arguments) not in (1, 2) or arguments[1:] not in ([], [KEPT]):
         print("usage: python -m tandem.train.launch JOB_DIR", file=sys.stderr)
         return 2
     job = Path(arguments[0]).expanduser().resolve()
     journal = Journal(job / "events.jsonl")
-    # A stopped job unwinds, so that Ray and the workers end with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    asked = Asked()
+
+    def stop(*_: object) -> None:
+        # Workers first save what they have; without any the job unwinds at once, so that Ray ends with it.
+        asked.set()
+        if asked.overdue or not asked.training:
+            sys.exit(JobStopped.exit_code)
+
+    signal.signal(signal.SIGTERM, stop)
+    if arguments[1:]:
+        threading.Thread(target=_leave_with_the_keeper, name="keeper", daemon=True).start()
     try:
-        run_job(job, journal)
+        with only_driver(job, journal):
+            run_job(job, journal, asked)
         return 0
+    except SystemExit:
+        if not asked:
+            raise
+        journal.write({"event": "stopped", "reason": "The job was told to stop. It goes on with the same command."})
+        # Where Ray waits, it makes another status of ours.
+        return JobStopped.exit_code
+    except JobStopped as stopped:
+        journal.write({"event": "stopped", "reason": str(stopped)})
+        return stopped.exit_code
     except TandemError as error:
         return _failed(journal, str(error), error.exit_code)
     except Exception as error:
@@ -71,8 +88,35 @@ def main(arguments: list[str]) -> int:
         return _failed(journal, f"{type(error).__name__}: {error}", 1)
 
 
-def run_job(job: Path, journal: Journal) -> None:
-    """Do all that is left of a job. Raises a TandemError that says what to change."""
+def _leave_with_the_keeper() -> None:
+    # Nothing is ever written there: it ends when the keeper does.
+    with contextlib.suppress(OSError):
+        while os.read(0, 1024):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def only_driver(job: Path, journal: Journal) -> Iterator[None]:
+    """For the length of a block no other process drives the job; waits for one that does, such as one whose keeper was killed."""
+    with disk_errors("starting the job", job):
+        file = (job / ".driver").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            journal.write(
+                {"event": "notice", "message": "Another driver of this job has not ended yet; this one waits."}
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # A file system without locks: then nobody is kept out.
+            pass
+        yield
+
+
+def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
+    """Do all that is left of a job. Raises a TandemError that says what to change, JobStopped once it was `asked` to stop."""
     began = time.monotonic()
     config = load_yaml(TrainConfig, job / "config.yaml")
     before = journal.read()
@@ -88,7 +132,9 @@ def run_job(job: Path, journal: Journal) -> None:
     for part in parts:
         config.check_kind(part.index.kind, str(part.folder))
     base = _base(config)
-    check_layout(base.shape() if base else ModelShape.of(config.model), config)
+    check_elastic(config)
+    for size in sizes(config):
+        check_layout(base.shape() if base else ModelShape.of(config.model), sized(config, size))
     trained: tuple[Part, ...] = parts
     held: tuple[Part, ...] = ()
     if config.evaluation is not None and config.evaluation.share:
@@ -96,12 +142,14 @@ def run_job(job: Path, journal: Journal) -> None:
     tokenizer = _tokenizer(config, base, parts)
     encoder = TextEncoder(str(tokenizer))
     reference = reference_model(config, base, encoder)
-    check_writable(folders.root_of(config.checkpoint, job))
+    root = folders.root_of(config.checkpoint, job)
+    # Before a folder is made where the one with the checkpoints is missing.
+    wait_for_storage(root, journal, config.faults.storage_retry_s)
+    check_writable(root)
     connect(config)
     # Raises before a worker starts if nothing in the data can be learned from.
     stream = open_stream(trained, encoder, config.data, workers=config.parallel.data, seed=config.seed)
     rows = _evaluation_rows(config, stream, held)
-    mailbox = open_mailbox()
     task = WorkerTask(
         config=config,
         job=job,
@@ -111,12 +159,11 @@ def run_job(job: Path, journal: Journal) -> None:
         tokenizer=tokenizer,
         stream=stream,
         evaluation=None if rows is None else ray.put(rows),
-        mailbox=mailbox,
     )
     with metrics_of(
         config, job, before=before, notice=lambda said: journal.write({"event": "notice", "message": said})
     ) as metrics:
-        end = _run_workers(task, journal, metrics)
+        end = run_workers(task, journal, metrics, asked)
     told = journal.read()
     plot_run(told, job / "loss.png", title=config.name)
     end["evaluation"] = next((measured(e) for e in reversed(told) if e["event"] == "evaluation"), None)
@@ -130,12 +177,6 @@ def run_job(job: Path, journal: Journal) -> None:
             "steps": config.steps, "seconds": round(time.monotonic() - began, 3),
         }
     )  # fmt: skip
-
-
-def worker_environment(config: TrainConfig) -> dict[str, str]:
-    """Variables of a job's workers."""
-    # Where DeepSpeed is installed transformers imports it, and it would look for devices, and warn of finding none.
-    return {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cuda" if config.parallel.gpus_per_worker else "cpu"}
 
 
 def measured(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -153,6 +194,7 @@ def connect(config: TrainConfig) -> None:
         local: dict[str, Any] = (
             {} if address else {"num_cpus": max(8, int(parallel.workers * parallel.cpus_per_worker) + 2)}
         )
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address=address or "local",
@@ -165,22 +207,25 @@ def connect(config: TrainConfig) -> None:
             raise ClusterError(
                 f"No Ray cluster answers at {address}: {error}. Start one, or unset RAY_ADDRESS."
             ) from error
+        if callable(handler):
+            # Ray has set its own, which ends the process without a word.
+            signal.signal(signal.SIGTERM, handler)
     check_room(config, ray.cluster_resources())
 
 
 def check_room(config: TrainConfig, total: dict[str, float]) -> None:
     """Refuse a request that the whole cluster, empty, could not hold: Ray would wait for ever."""
-    parallel = config.parallel
+    parallel, least = config.parallel, sizes(config)[0]
     # Reading the data needs room beside the workers.
     for name, each, spare in (
         ("CPU", parallel.cpus_per_worker, config.data.readers),
         ("GPU", parallel.gpus_per_worker, 0.0),
     ):
-        needed, there = parallel.workers * each + spare, total.get(name, 0.0)
+        needed, there = least * each + spare, total.get(name, 0.0)
         if each and needed > there:
             beside = f", and {spare:g} to read the data" if spare else ""
             raise ClusterError(
-                f"{parallel.workers} workers of {each:g} {name} each{beside} need {needed:g} {name}; the whole cluster has "
+                f"{least} workers of {each:g} {name} each{beside} need {needed:g} {name}; the whole cluster has "
                 f"{there:g}. Lower parallel.workers or parallel.{name.lower()}s_per_worker, or add a node."
             )
 
@@ -251,125 +296,6 @@ def _register(
             adapted = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"}).id
         record = registry.register_adapter(config.name, folder, base=adapted, lineage=lineage)
     return {"model": record.id, "base": record.base, "path": str(record.path)} | ({"dora": True} if record.dora else {})
-
-
-def _run_workers(task: WorkerTask, journal: Journal, metrics: Metrics) -> dict[str, Any]:
-    """Run Ray Train to its end; returns the workers' last event. Raises what they failed with."""
-    config = task.config
-    reasons: list[str] = []
-    end: dict[str, Any] = {}
-    with _pump(task, journal, metrics, end):
-        storage = task.job / ".ray"
-        trainer = ray.train.torch.TorchTrainer(
-            run_worker,
-            train_loop_config={"task": task},
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.parallel.gpus_per_worker else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.parallel.workers,
-                # As few nodes as can be; Ray numbers the ranks of a node in a row, which is how tensor groups are cut.
-                placement_strategy="PACK",
-                use_gpu=config.parallel.gpus_per_worker > 0,
-                resources_per_worker={
-                    "CPU": config.parallel.cpus_per_worker,
-                    **({"GPU": config.parallel.gpus_per_worker} if config.parallel.gpus_per_worker else {}),
-                },
-            ),
-            run_config=RunConfig(  # type: ignore[arg-type]
-                # Our own checkpoints say where to go on; Ray's record of a run that died must not.
-                name=uuid.uuid4().hex[:8],
-                storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-                callbacks=[FailureReporter(task.mailbox)],
-                worker_runtime_env={"env_vars": worker_environment(config)},
-            ),
-        )
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            reasons.append(str(error))
-        finally:
-            shutil.rmtree(storage, ignore_errors=True)
-        fault = ray.get(task.mailbox.failed.remote())
-    if fault is not None:
-        kind, message, _ = fault
-        raise getattr(errors, kind, errors.JobError)(message)
-    if reasons:
-        newest = folders.latest(folders.root_of(config.checkpoint, task.job))
-        where = f"step {folders.read_state(newest).step}" if newest else "the start"
-        raise errors.JobError(
-            f"Training failed {config.checkpoint.max_failures + 1} times, the last time with: {_last_line(reasons[0])} "
-            f"Run the same command again to go on from {where}."
-        )
-    if not end:
-        raise errors.JobError("Training ended without an export. Run the same command again.")
-    return end
-
-
-@contextlib.contextmanager
-def _pump(task: WorkerTask, journal: Journal, metrics: Metrics, end: dict[str, Any]) -> Iterator[None]:
-    """Write events as they come, until the block ends and the mailbox is empty."""
-    over = threading.Event()
-    problems: list[Exception] = []
-    attempts = 0
-    reason = "a worker ended"
-
-    def handle(event: dict[str, Any]) -> None:
-        nonlocal attempts, reason
-        match event["event"]:
-            case "fault":
-                reason = event["reason"]
-            case "exported":
-                end.update(event)
-            case "started" if attempts:
-                journal.write({"event": "restart", "reason": reason, "resumed_from": event["resumed_from"]})
-            case _:
-                attempts += event["event"] == "started"
-                journal.write(event)
-                metrics.write(event)
-
-    def run() -> None:
-        try:
-            while True:
-                last = over.is_set()
-                for event in ray.get(task.mailbox.take.remote(0.05 if last else 0.5)):
-                    handle(event)
-                if last:
-                    return
-        except Exception as error:  # noqa: BLE001 - raised again by the main thread
-            problems.append(error)
-            # The workers' next look at the mailbox tells them; what is trained so far stays.
-            with contextlib.suppress(Exception):
-                ray.get(task.mailbox.fail.remote(type(error).__name__, str(error), 1))
-
-    thread = threading.Thread(target=run, name="events", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    if problems:
-        raise problems[0]
-
-
-class FailureReporter(train_callbacks.UserCallback):
-    """Tells the mailbox why workers failed; runs in Ray Train's controller."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Note the first failure, before the workers start again."""
-        # The rank that lost a peer says so too; the one that died says why.
-        died = [r for r, e in worker_exceptions.items() if "Actor" in type(e).__name__ or "Died" in type(e).__name__]
-        rank = next(iter(died), min(worker_exceptions, default=0))
-        text = _last_line(str(worker_exceptions.get(rank, "")))
-        self._mailbox.put.remote({"event": "fault", "reason": f"worker {rank}: {text}"})
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "no reason given"
 
 
 def _failed(journal: Journal, message: str, exit_code: int) -> int:

@@ -14,9 +14,11 @@ from torch.distributed.tensor.parallel import loss_parallel
 from tandem.config import TrainConfig
 from tandem.data.packing import RowSource
 from tandem.train.ema import Ema
+from tandem.train.mesh import Degrees
 from tandem.train.objective import NextToken, Objective, Sums, next_token, step_loss
 from tandem.train.optimizer import set_learning_rate
 from tandem.train.pipeline import Pipeline
+from tandem.train.policy import LeftOut, NonFinite, Spiked, Spikes
 from tandem.train.precision import LossScaler, computing
 from tandem.train.schedule import learning_rate
 from tandem.train.trained import Trained
@@ -48,6 +50,29 @@ class LoopState:
 
     step: int = 0
     tokens: int = 0
+    rows: int = 0
+    """Rows of the stream that are behind; what was left out counts too."""
+
+
+GO_ON, SAVE, LEAVE = 0, 1, 2
+"""What may be wanted of a run after a step."""
+
+
+class Unwatched:
+    """What the loop tells whoever looks after it, and asks; nobody does here."""
+
+    def wish(self) -> int:
+        """What is wanted after this step: GO_ON, SAVE or LEAVE; asked on every rank, the first one's answer counts."""
+        return GO_ON
+
+    def at(self, phase: str, step: int) -> None:
+        """The rank begins something: step, evaluate or save."""
+
+    def waited(self, seconds: float) -> None:
+        """It has its rows of a step, after so long."""
+
+    def left_out(self, found: LeftOut) -> None:
+        """A step was not taken."""
 
 
 def train(
@@ -64,13 +89,20 @@ def train(
     ema: Ema | None = None,
     scaler: LossScaler | None = None,
     evaluate: Callable[[int], None] | None = None,
-) -> None:
+    watch: Unwatched | None = None,
+) -> bool:
     """Train from `state` to `config.steps`.
 
     Each step takes this rank's share of `config.batch_size` rows. `report` is called every `log_every` steps and at the last,
     `save` every `checkpoint.every_steps` and at the last, on every rank at the same step; so is `evaluate`, if it is given,
     every `evaluation.every_steps` and at the last. `objective`: None is the next token.
+
+    Returns whether it came to the end; it does not if `watch` wants it to leave, and then it has saved. Raises JobError after too
+    many steps that were not finite, Spiked for a loss that jumped if the config says so.
     """
+    watch = watch or Unwatched()
+    nonfinite = NonFinite(config.faults.max_nonfinite)
+    spikes = Spikes(config.faults.spike) if config.faults.spike else None
     objective = objective or NextToken(model.share)
     model.train()
     degrees = model.mesh.degrees
@@ -82,17 +114,33 @@ def train(
         state.step += 1
         rate = learning_rate(config.optimizer, state.step, config.steps)
         set_learning_rate(optimizer, rate)
-        batch = torch.from_numpy(rows.take(share)).to(device=device, dtype=torch.long)
-        targets = objective.count(batch)
+        watch.at("step", state.step)
+        pausing = time.perf_counter()
+        taken_rows = rows.take(share)
+        watch.waited(time.perf_counter() - pausing)
+        batch = torch.from_numpy(taken_rows).to(device=device, dtype=torch.long)
+        targets, wish = objective.count(batch), watch.wish()
         if spread:
-            dist.all_reduce(targets)
+            # One exchange for both: the first rank says what is wanted.
+            told = torch.stack([targets, torch.full_like(targets, wish if dist.get_rank() == 0 else 0)])
+            dist.all_reduce(told)
             # Pipeline, context and tensor peers have counted the same rows.
-            targets = targets // (dist.get_world_size() // data_ranks)
+            targets, wished = told[0] // (dist.get_world_size() // data_ranks), told[1]
+        else:
+            wished = torch.full_like(targets, wish)
         scale = scaler.scale if scaler else 1.0
         total, sums = backward(model, batch, targets, config, ranks, objective, scale)
-        norm, taken = model.step(optimizer, config.optimizer.clip_norm, scaler)
+        norm, taken = model.step(optimizer, config.optimizer.clip_norm, scaler, total)
         if taken and ema:
             ema.update(model)
+        if taken:
+            nonfinite.taken()
+        elif scaler is None or scaler.scale <= 1.0:
+            # A float16 step that overflows is nothing to be told of, as long as the scale can be lowered.
+            suspects = _suspects(total, state.rows, share, degrees)
+            watch.left_out(nonfinite.left_out(state.step, state.rows, config.batch_size, suspects))
+            nonfinite.check()
+        state.rows += config.batch_size
         # A row of preferences is two rows of tokens.
         tokens = config.batch_size * batch.shape[1] // 3 * batch.shape[2]
         state.tokens += tokens
@@ -107,10 +155,11 @@ def train(
                 values /= model.mesh.degrees.tp
             means = dict(zip(sums, values.tolist(), strict=True))
             now = time.perf_counter()
+            loss = means.pop("loss")
             report(
                 StepReport(
                     step=state.step,
-                    loss=means.pop("loss"),
+                    loss=loss,
                     grad_norm=norm,
                     learning_rate=rate,
                     tokens=state.tokens,
@@ -120,13 +169,33 @@ def train(
                 )
             )
             marked, since = now, 0
+            if spikes is not None and (median := spikes.jumped(loss)) is not None:
+                raise Spiked(step=state.step, rows=state.rows, loss=loss, median=median)
         pausing = time.perf_counter()
         if evaluate and config.evaluation and (last or _due(state.step, config.evaluation.every_steps)):
+            watch.at("evaluate", state.step)
             evaluate(state.step)
-        if last or _due(state.step, config.checkpoint.every_steps):
+        # Read here: by now a GPU has long known it.
+        order = int(wished)
+        if last or order or _due(state.step, config.checkpoint.every_steps):
+            watch.at("save", state.step)
             save(state)
+        if order == LEAVE and not last:
+            return False
         # The next report's speed is that of training, not of the disk.
         marked += time.perf_counter() - pausing
+    return True
+
+
+def _suspects(total: Tensor, first: int, share: int, degrees: Degrees) -> list[int]:
+    """Rows of this step whose rank's own loss is not finite; every rank calls it."""
+    bad = [not bool(torch.isfinite(total))]
+    if dist.is_initialized():
+        found: list[bool | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, bad[0])
+        bad = [bool(one) for one in found]
+    ranks = {degrees.data_rank(rank) for rank, wrong in enumerate(bad) if wrong}
+    return [first + rank + number * degrees.data_parallel for rank in ranks for number in range(share)]
 
 
 def _due(step: int, every: int) -> bool:

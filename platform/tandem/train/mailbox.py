@@ -1,20 +1,29 @@
-"""Where workers leave events for the driver: a small actor of the driver's, which outlives any worker."""
+"""Where workers leave events and signs of life for the driver, and find what it wants of them.
+
+It is a small actor of the driver's, on the driver's node, and outlives any worker.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class Mailbox:
-    """Events in the order they came, and the fault that ends the run, if there is one."""
+    """Events in the order they came, the newest sign of life of each rank, and the fault that ends the run, if there is one."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._fault: tuple[str, str, int] | None = None
         self._arrived = asyncio.Event()
+        self._signs: dict[int, dict[str, Any]] = {}
+        self._heard: dict[int, float] = {}
+        self._moved: dict[int, float] = {}
+        self._order: dict[str, Any] = {}
 
     async def put(self, event: dict[str, Any]) -> None:
         """Leave an event."""
@@ -42,7 +51,29 @@ class Mailbox:
         self._arrived.clear()
         return taken
 
+    async def beat(self, sign: dict[str, Any]) -> dict[str, Any]:
+        """A rank lives (see `tandem.train.health.Sign`); returns what the driver wants of the workers."""
+        rank, now = sign["rank"], time.monotonic()
+        before = self._signs.get(rank, {})
+        if (before.get("step"), before.get("phase")) != (sign["step"], sign["phase"]):
+            self._moved[rank] = now
+        self._signs[rank], self._heard[rank] = sign, now
+        return self._order
+
+    async def signs(self) -> list[dict[str, Any]]:
+        """The newest sign of life of each rank, with the seconds since it came and since the rank got anything done."""
+        now = time.monotonic()
+        return [
+            {**sign, "silent_s": now - self._heard[rank], "still_s": now - self._moved[rank]}
+            for rank, sign in sorted(self._signs.items())
+        ]
+
+    async def order(self, order: dict[str, Any]) -> None:
+        """Tell the workers, with their next sign of life, what is wanted of them."""
+        self._order = {**self._order, **order}
+
 
 def open_mailbox() -> Any:
-    """A mailbox near the driver; it goes when the driver goes."""
-    return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=64).remote()
+    """A mailbox beside the driver; it goes when the driver goes."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=64, scheduling_strategy=here).remote()

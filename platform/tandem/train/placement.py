@@ -7,6 +7,7 @@ was added after it would stay whole on every rank, and drift apart.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -104,12 +105,12 @@ class PlacedModel(Trained):
         """See `Trained`."""
         loss.backward()
 
-    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None) -> tuple[float, bool]:
+    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None, loss: Tensor) -> tuple[float, bool]:
         """See `Trained`."""
         if scaler:
             scaler.unscale(p.grad for p in self.parameters() if p.grad is not None)
-        norm = self.clip(limit)
-        taken = scaler is None or scaler.accept(norm)
+        norm = self.clip(limit, loss)
+        taken = scaler.accept(norm) if scaler else math.isfinite(norm)
         if taken:
             optimizer.step()
         optimizer.zero_grad()
@@ -157,8 +158,11 @@ class PlacedModel(Trained):
         experts = shared_experts(self.whole)
         return [_held(name, t, name in experts) for name, t in tensors.items() if plain_name(self.whole, name) == name]
 
-    def clip(self, limit: float) -> float:
-        """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh."""
+    def clip(self, limit: float, loss: Tensor | None = None) -> float:
+        """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh.
+
+        It is not a number if `loss` is not finite on any rank.
+        """
         counted = [p for p in self.parameters() if p.grad is not None and not (self._tied and self._tied.repeats(p))]
         ranks = dist.get_world_size() // self.mesh.degrees.pp if dist.is_initialized() else 1
         squares = torch.zeros((), dtype=torch.float64, device=next(self.parameters()).device)
@@ -167,6 +171,9 @@ class PlacedModel(Trained):
             # device. Ranks that hold the same part count it once between them.
             rows = torch.linalg.vector_norm(_local(parameter.grad), dim=-1).double()
             squares += rows.square().sum() * (_shards(parameter.grad) / ranks)
+        if loss is not None:
+            # Nothing, unless it is infinite or not a number: then all ranks come to know by the sum that they make anyway.
+            squares += loss.detach().to(squares) * 0
         if dist.is_initialized():
             squares = squares.to(self._device)
             dist.all_reduce(squares)

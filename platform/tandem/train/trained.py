@@ -54,10 +54,11 @@ class Trained(nn.Module, abc.ABC):
         """What is left to exchange after the last backward pass of a step."""
 
     @abc.abstractmethod
-    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None) -> tuple[float, bool]:
+    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None, loss: Tensor) -> tuple[float, bool]:
         """Clip gradients to a global norm of `limit` (0: leave them), take a step, and forget them.
 
-        Returns the norm before clipping, over the whole mesh, and whether the step was taken: not if float16 overflowed.
+        Returns the norm before clipping, over the whole mesh, and whether the step was taken: not if it, or this step's `loss` on
+        any rank, is not finite. Every rank decides alike.
         """
 
     @abc.abstractmethod

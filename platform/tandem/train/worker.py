@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -20,18 +22,21 @@ from tandem.checkpoint.folders import SavedState
 from tandem.checkpoint.sharded import Checkpoints
 from tandem.config import DpoConfig, TrainConfig
 from tandem.data.build import tokenizer_files
-from tandem.data.stream import Stream
+from tandem.data.stream import Stream, rows_behind
 from tandem.data.tokenize import TextEncoder
-from tandem.errors import TandemError
+from tandem.errors import StorageError, TandemError
 from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
 from tandem.train.ema import Ema
 from tandem.train.evaluate import evaluate
 from tandem.train.flops import Meter
-from tandem.train.loop import LoopState, StepReport, train
+from tandem.train.health import Probe, Pulse
+from tandem.train.loop import GO_ON, LEAVE, SAVE, LoopState, StepReport, Unwatched, train
 from tandem.train.lora import add_adapters
 from tandem.train.mesh import Degrees
 from tandem.train.model import build_model, count_parameters
 from tandem.train.objective import NextToken, Objective
+from tandem.train.persistence import persistently
+from tandem.train.policy import LeftOut, Spiked
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
@@ -40,6 +45,9 @@ from tandem.train.strategy import lay_out, lay_out_frozen
 from tandem.train.trained import Trained
 
 Emit = Callable[[dict[str, Any]], None]
+
+PROBE_EVERY_S = 2.0
+"""Seconds between measurements of a rank's own speed; each takes some milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,32 +66,102 @@ class WorkerTask:
     stream: Stream
     evaluation: Any
     """Object reference of the rows to evaluate on, or None."""
-    mailbox: Any
-    """Actor that takes events (see `tandem.train.mailbox`)."""
+    mailbox: Any = None
+    """Actor that takes events (see `tandem.train.mailbox`); each attempt has its own."""
+    skip: tuple[tuple[int, int], ...] = ()
+    """Rows that are left out, each from the first to the one after the last: those of a loss that jumped."""
 
 
 def run_worker(settings: dict[str, Any]) -> None:
-    """Train, save and export one job. Ray Train calls it in every worker, again after a failure."""
+    """Train, save and export one job, or a part of it. Ray Train calls it in every worker."""
     task: WorkerTask = settings["task"]
     context = ray.train.get_context()
+    rank = context.get_world_rank()
     # A fault that a second try would meet again has been told to the driver: nothing to do here.
     if ray.get(task.mailbox.failed.remote()):
         return
-    emit: Emit = (
-        (lambda event: task.mailbox.put.remote(event)) if context.get_world_rank() == 0 else (lambda event: None)
-    )
+    emit: Emit = (lambda event: task.mailbox.put.remote(event)) if rank == 0 else (lambda event: None)
+    here = ray.get_runtime_context()
+    pulse = Pulse(task.mailbox, rank=rank, node=here.get_node_id(), every_s=task.config.faults.heartbeat_s)
+    pulse.start()
+    _hear_sigterm(pulse)
     try:
-        _run(task, context.get_world_rank(), context.get_world_size(), emit)
+        _run(task, rank, context.get_world_size(), emit, pulse)
     except TandemError as error:
         ray.get(task.mailbox.fail.remote(type(error).__name__, str(error), error.exit_code))
+        raise
+    except Spiked as spike:
+        emit(
+            {
+                "event": "left",
+                "step": spike.step,
+                "spike": {"rows": spike.rows, "loss": spike.loss, "median": spike.median},
+            }
+        )
+    except Exception as error:
+        pulse.error = f"{type(error).__name__}: {str(error)[:500]}"
         raise
     finally:
         # Events are sent without waiting; they are all there before the process may go.
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(task.mailbox.flush.remote())
+        pulse.close()
 
 
-def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
+_HEARD: list[Pulse] = []
+"""The pulse of the worker in this process, which SIGTERM is told to."""
+
+
+def _hear_sigterm(pulse: Pulse) -> None:
+    # A handler can be set in the main thread only, and that is Ray's: it runs what is asked of the actor, once this thread waits.
+    _HEARD[:] = [pulse]
+    ray.get_runtime_context().current_actor.execute.remote(_set_handler)
+
+
+def _set_handler() -> None:
+    def wish(*_: object) -> None:
+        for pulse in _HEARD:
+            if pulse.wish or not pulse.is_alive():
+                # Twice means now, and what has nothing to save goes at once.
+                sys.exit(128 + signal.SIGTERM)
+            pulse.wish = f"rank {pulse.rank} was sent SIGTERM"
+
+    signal.signal(signal.SIGTERM, wish)
+
+
+class Overseen(Unwatched):
+    """What one rank's loop tells the driver, by its pulse, and what the driver wants of it."""
+
+    def __init__(self, pulse: Pulse, probe: Probe, emit: Emit) -> None:
+        self._pulse, self._probe, self._emit = pulse, probe, emit
+        self._saved = 0
+
+    def wish(self) -> int:
+        """See `Unwatched`."""
+        if self._pulse.order.get("leave"):
+            return LEAVE
+        asked = int(self._pulse.order.get("save", 0))
+        if asked > self._saved:
+            self._saved = asked
+            return SAVE
+        return GO_ON
+
+    def at(self, phase: str, step: int) -> None:
+        """See `Unwatched`."""
+        self._pulse.at(phase, step)
+        if phase == "step":
+            self._pulse.measured(compute_s=self._probe())
+
+    def waited(self, seconds: float) -> None:
+        """See `Unwatched`."""
+        self._pulse.measured(data_s=seconds)
+
+    def left_out(self, found: LeftOut) -> None:
+        """See `Unwatched`."""
+        self._emit({"event": "skipped", **asdict(found), "reason": f"not finite: {found.told()}"})
+
+
+def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> None:
     config = task.config
     torch.set_num_threads(1)
     device = ray.train.torch.get_device()
@@ -124,18 +202,22 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
     # Tensor peers drop out the same: what they compute between the matrix products is the same.
     torch.manual_seed(config.seed + 1 + rank // degrees.tp)
 
+    def notice(message: str) -> None:
+        emit({"event": "notice", "message": message})
+
+    root = folders.root_of(config.checkpoint, task.job)
     checkpoints = Checkpoints(
-        folders.root_of(config.checkpoint, task.job),
-        keep=config.checkpoint.keep,
-        best=config.checkpoint.best,
-        asynchronous=config.checkpoint.asynchronous,
+        root, keep=config.checkpoint.keep, best=config.checkpoint.best, asynchronous=config.checkpoint.asynchronous
     )
     found, damaged = checkpoints.load(model, optimizer, extra=extra)
-    state = LoopState(step=found.step, tokens=found.tokens) if found else LoopState()
+    state = LoopState()
+    if found:
+        state = LoopState(step=found.step, tokens=found.tokens, rows=rows_behind(found.cursor))
     last_loss = found.loss if found else None
     measured: tuple[int, dict[str, float]] = (0, {})
+    refused = False
     for message in damaged:
-        emit({"event": "notice", "message": message})
+        notice(message)
     emit(
         {
             "event": "started", "job": task.job.name, "kind": _kind(task),
@@ -169,10 +251,37 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
         if rank == 0:
             # What a run that goes on from here will not tell again has to be told before.
             ray.get(task.mailbox.flush.remote())
-        checkpoints.save(
-            model, optimizer, saved, extra=extra,
-            committed=lambda path: emit({"event": "checkpoint", "step": saved.step, "path": str(path)}),
-        )  # fmt: skip
+
+        def write() -> None:
+            nonlocal refused
+            try:
+                checkpoints.save(
+                    model, optimizer, saved, extra=extra,
+                    committed=lambda path: emit({"event": "checkpoint", "step": saved.step, "path": str(path)}),
+                )  # fmt: skip
+                if refused:
+                    # What is written in the background tells of a failure when the next one begins: too late for two in a row.
+                    checkpoints.wait()
+            except StorageError:
+                refused = True
+                raise
+            refused = False
+
+        persistently(
+            write,
+            limit_s=config.faults.storage_retry_s,
+            hopeless=lambda: isinstance(root, Path) and root.is_file(),
+            tell=notice,
+        )
+
+    def settle() -> None:
+        """See that the last checkpoint is whole."""
+        nonlocal refused
+        try:
+            checkpoints.wait()
+        except StorageError:
+            refused = True
+            save(state)
 
     def averaged() -> AbstractContextManager[None]:
         return ema.swapped(model) if ema else contextlib.nullcontext()
@@ -190,15 +299,33 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit) -> None:
 
     if state.step < config.steps:
         rows = task.stream.rows(
-            degrees.data_rank(rank), degrees.data_parallel, found.cursor if found else None, process=(rank, world),
-            tell=lambda message: emit({"event": "notice", "message": message}),
-        )  # fmt: skip
+            degrees.data_rank(rank),
+            degrees.data_parallel,
+            found.cursor if found else None,
+            process=(rank, world),
+            tell=notice,
+        )
         with contextlib.closing(rows):
-            train(
-                model, optimizer, rows, config, state, report=report, save=save, device=device,
-                objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
-            )  # fmt: skip
-    checkpoints.wait()
+            for first, end in task.skip:
+                if first <= state.rows < end:
+                    rows.skip(end - state.rows)
+                    state.rows = end
+            try:
+                ended = train(
+                    model, optimizer, rows, config, state, report=report, save=save, device=device,
+                    objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
+                    watch=Overseen(pulse, Probe(device, PROBE_EVERY_S), emit),
+                )  # fmt: skip
+            except Spiked:
+                with contextlib.suppress(StorageError):
+                    checkpoints.wait()
+                raise
+            settle()
+        if not ended:
+            model.close()
+            emit({"event": "left", "step": state.step})
+            return
+    pulse.at("export", state.step)
     with averaged():
         export(model.whole, model.weights(), task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""`tandem train status --plot`, on jobs that are only files."""
+"""`tandem train status`, on jobs that are only files: pictures, and how a job fares."""
 
 from __future__ import annotations
 
@@ -55,3 +55,31 @@ def test_a_job_without_a_step_is_not_drawn(job: str, tandem_home: Path):
     result = CliRunner().invoke(app, ["train", "status", job, "--plot"])
     assert result.exit_code == 1
     assert "has not reported a step yet" in result.output
+
+
+FARED = [
+    {"event": "started", "workers": 4, "layout": "tensor 2 x data 2", "resumed_from": None},
+    {**STEP, "step": 14},
+    {"event": "checkpoint", "step": 10, "path": "p", "time": 5.0},
+    {"event": "fault", "kind": "node", "rank": 2, "reason": "gone", "step": 14},
+    {"event": "resized", "from": 4, "to": 2, "layout": "tensor 2", "reason": "gone", "step": 10},
+    {"event": "restart", "reason": "gone", "resumed_from": 10},
+    {"event": "slow", "rank": 1, "reason": "rank 1 is slow: 9 ms"},
+]
+
+
+def test_an_operator_sees_workers_layout_throughput_checkpoint_and_what_was_survived(job: str, tandem_home: Path):
+    (tandem_home / "jobs" / job / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in FARED))
+    said = CliRunner().invoke(app, ["train", "status", job]).output
+    for wanted in (
+        "2 workers, tensor 2", "900", "last checkpoint: step 10", "faults: 1 x node; 1 restarts, 4 steps computed twice",
+        "rank 1 is slow: 9 ms",
+    ):  # fmt: skip
+        assert wanted in said, said
+    found = json.loads(CliRunner().invoke(app, ["train", "status", job, "--json"]).output)
+    wanted = {
+        "workers": 2, "layout": "tensor 2", "tokens_per_s": 900.0, "checkpoint": 10, "checkpoint_at": 5.0,
+        "faults": {"node": 1}, "restarts": 1, "repeated_steps": 4, "skipped_steps": 0,
+        "warnings": ["rank 1 is slow: 9 ms"],
+    }  # fmt: skip
+    assert {key: found[key] for key in wanted} == wanted

@@ -83,3 +83,30 @@ def test_a_job_is_found_by_the_start_of_its_id(tandem_home: Path) -> None:
         find_job("alpha")
     with pytest.raises(JobError, match="Did you mean 'beta-33'"):
         find_job("beta-34")
+
+
+def test_what_a_job_has_survived_is_told_with_what_it_cost(tandem_home: Path) -> None:
+    job = make_job(
+        tandem_home,
+        "a-1",
+        {"event": "started", "workers": 4, "layout": "fsdp2", "resumed_from": None},
+        {**STEP, "step": 14},
+        {"event": "checkpoint", "step": 10, "path": "p", "time": 5.0},
+        {"event": "fault", "kind": "node", "rank": 2, "reason": "gone", "step": 14},
+        {"event": "resized", "from": 4, "to": 2, "layout": "fsdp2", "reason": "gone", "step": 10},
+        {"event": "restart", "reason": "gone", "resumed_from": 10},
+        {"event": "skipped", "step": 11, "reason": "not finite: step 11"},
+        {**STEP, "step": 13},
+        {"event": "fault", "kind": "driver", "rank": None, "reason": "killed", "step": 10},
+        {"event": "started", "workers": 2, "layout": "ddp", "resumed_from": 10},
+        {"event": "slow", "rank": 1, "reason": "rank 1 is slow"},
+    )
+    found = job.summary()
+    assert (found.workers, found.layout, found.checkpoint, found.checkpoint_at) == (2, "ddp", 10, 5.0)
+    assert (found.faults, found.restarts, found.repeated_steps) == ({"node": 1, "driver": 1}, 2, 4 + 3)
+    assert (found.skipped_steps, found.warnings) == (1, ["not finite: step 11", "rank 1 is slow"])
+
+
+def test_a_job_that_was_told_to_stop_is_stopped_and_not_failed(tandem_home: Path) -> None:
+    job = make_job(tandem_home, "a-1", {"event": "started"}, {"event": "stopped", "reason": "asked"})
+    assert job.summary().state is JobState.STOPPED

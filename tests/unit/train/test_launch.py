@@ -1,7 +1,12 @@
-"""What the driver refuses before anything starts."""
+"""What the driver refuses before anything starts, and how it leaves when it is told to stop."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ from tandem.config import DataConfig, DpoConfig, LoraConfig, ModelConfig, Parall
 from tandem.data.tokenize import TextEncoder, train_tokenizer
 from tandem.errors import ClusterError, ConfigError
 from tandem.registry import BaseRef
+from tandem.train import launch
 from tandem.train.launch import check_room, reference_model
 
 
@@ -67,3 +73,30 @@ def test_adapters_are_compared_with_their_base_which_needs_no_second_model(model
 def test_a_reference_with_another_tokenizer_is_refused_with_the_numbers(models: Path):
     with pytest.raises(ConfigError, match=r"another tokenizer than model\.base \(base@1\): \d+ tokens, of which \d+"):
         reference_of(models, "other")
+
+
+@pytest.fixture
+def own_sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_driver_that_is_told_to_stop_before_there_are_workers_leaves_with_the_status_of_a_stopped_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_sigterm: None
+):
+    def told_to_stop(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            # As Ray does to it, where it waits.
+            sys.exit(1)
+
+    monkeypatch.setattr(launch, "run_job", told_to_stop)
+    assert launch.main([str(tmp_path)]) == 143
+    told = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert told == ["stopped"]
+    # Whoever leaves by itself, without having been told to, is not a job that was stopped.
+    monkeypatch.setattr(launch, "run_job", lambda *_: sys.exit(1))
+    with pytest.raises(SystemExit):
+        launch.main([str(tmp_path)])
