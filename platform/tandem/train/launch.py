@@ -187,7 +187,14 @@ def measured(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 def connect(config: TrainConfig) -> None:
     """Join the cluster (the job's own, RAY_ADDRESS, or a new local one); ClusterError if it can never hold the workers."""
-    export_variables({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_V2_ENABLED": "1"})
+    # Nodes that will be taken away are looked for by the driver (train/room.py): Ray's own watcher would be one process more.
+    export_variables(
+        {
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            "RAY_TRAIN_V2_ENABLED": "1",
+        }
+    )
     if not ray.is_initialized():
         parallel = config.parallel
         address = settings().ray_address
