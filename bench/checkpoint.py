@@ -127,7 +127,8 @@ def measure(rank: int, workers: int, rounds: int, folder: Path) -> None:
             slowed = time.perf_counter() - busy - taken * alone
             checkpoints.wait()
             size = sum(f.stat().st_size for f in folders.latest(folder / kind).iterdir())
-            if number:
+            # Rank 0 writes the figures, and is the one that is told of a commit.
+            if number and rank == 0:
                 found[kind].append(
                     {"stopped": stopped, "slowed": slowed, "to whole": whole[0] - began, "bytes": float(size)}
                 )

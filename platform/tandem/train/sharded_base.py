@@ -17,7 +17,6 @@ from tandem.checkpoint.source import Source
 from tandem.config import TrainConfig
 from tandem.errors import ConfigError
 from tandem.train.canonical import canonical, persistent_buffers, settle
-from tandem.train.model import reshard
 from tandem.train.stage import OwnForward
 from tandem.train.trained import Trained
 
@@ -87,8 +86,6 @@ def fill(model: Trained, base: Path, adapters: Mapping[str, Tensor], device: tor
     for module in model.modules():
         if isinstance(module, OwnForward):
             module.check_documents(device)
-    # What was gathered to compute that.
-    reshard(model)
 
 
 def is_empty(model: nn.Module) -> bool:
