@@ -9,9 +9,77 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tandem.errors import StorageError
+
+Location = str | Path
+"""A local path, or a URI that fsspec knows, such as s3://bucket/runs."""
+
+
+def is_remote(location: Location) -> bool:
+    """Whether `location` is a URI of anything but a local path."""
+    return isinstance(location, str) and urlsplit(location).scheme not in ("", "file")
+
+
+def located(location: Location) -> Location:
+    """An absolute Path for what is local, and the URI without its last slash for what is not."""
+    return str(location).rstrip("/") if is_remote(location) else local_path(location)
+
+
+def join(location: Location, *names: str) -> Location:
+    """What lies below a `located` location."""
+    return location.joinpath(*names) if isinstance(location, Path) else "/".join((location, *names))
+
+
+def base_name(location: Location) -> str:
+    """The last part of a path or URI."""
+    return str(location).rstrip("/").rpartition("/")[2]
+
+
+def file_system(location: Location) -> Any:
+    """The fsspec file system of a location, which takes its paths and URIs as they are.
+
+    Raises StorageError if what speaks to such a store is not installed.
+    """
+    # Imported here: few commands look at a store.
+    from fsspec.core import url_to_fs
+
+    try:
+        # Other processes write there too: what a folder held a moment ago says nothing.
+        return url_to_fs(str(location), **({"use_listings_cache": False} if is_remote(location) else {}))[0]
+    except ImportError as error:
+        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+        scheme = urlsplit(str(location)).scheme
+        raise StorageError(
+            f"{location} needs a package that is not installed here ({error}). "
+            f"`pip install {package.get(scheme, 'PACKAGE')}` on every node brings it."
+        ) from error
+    except ValueError as error:
+        raise StorageError(
+            f"{location} is in no store that fsspec knows: {error}. Give a path or an s3:// URI."
+        ) from error
+
+
+def check_writable(location: Location) -> None:
+    """Raise StorageError unless files can be written below `location`; a local folder is made."""
+    files, probe = file_system(location), join(location, f".probe-{uuid.uuid4().hex[:8]}")
+    if isinstance(location, Path):
+        with disk_errors("looking for a place for checkpoints", location):
+            try:
+                location.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                raise StorageError(f"{location} is a file. Checkpoints need a folder there: remove it.") from None
+        return
+    try:
+        files.pipe_file(str(probe), b"tandem")
+        files.rm_file(str(probe))
+    except Exception as error:  # a store's client has errors of its own
+        raise StorageError(
+            f"Nothing can be written below {location}: {type(error).__name__}: {error}. Check that the bucket exists and that "
+            "its credentials are in the environment of every node."
+        ) from error
 
 
 def local_path(uri: str | Path) -> Path:

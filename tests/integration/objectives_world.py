@@ -99,7 +99,7 @@ class Run:
         if resume:
             newest = folders.latest(root) if root else None
             assert newest is not None
-            found = sharded.load(newest, self.model.saved, self.optimizer, extra=self.extra)
+            found = sharded.load(newest, self.model, self.optimizer, extra=self.extra)
             state = LoopState(found.step, found.tokens)
 
         class Stop(Exception):
@@ -108,7 +108,7 @@ class Run:
         def save(now: LoopState) -> None:
             if root:
                 saved = SavedState(step=now.step, tokens=now.tokens, loss=None, world=self.here.world)
-                sharded.save(root, self.model.saved, self.optimizer, saved, keep=2, extra=self.extra)
+                sharded.save(root, self.model, self.optimizer, saved, keep=2, extra=self.extra)
             if now.step == stop:
                 raise Stop
 

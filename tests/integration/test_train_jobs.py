@@ -222,9 +222,45 @@ def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, b
     assert len(told) >= 5 and told == pytest.approx({step: undisturbed[step] for step in told}, abs=1e-5)
 
 
-def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, run: Callable[..., Driver]):
-    (home / "jobs" / "refused").mkdir(parents=True)
-    (home / "jobs" / "refused" / "checkpoints").write_text("a file where a folder must be")
+def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(
+    home: Path, base: str, tmp_path: Path, run: Callable[..., Driver]
+):
+    kept = {"every_steps": 3, "path": str(tmp_path), "best": "evaluation_loss"}
+    first = run("damaged", steps=200, checkpoint=kept, evaluation={"every_steps": 3, "held_out": 0.25, "rows": 8})
+    first.wait_for(lambda e: e["event"] == "checkpoint" and e["step"] >= 9)
+    first.process.kill()
+    first.process.wait()
+    time.sleep(1)
+    root = tmp_path / "damaged"
+    before, newest = folders.saved(root)[-2:]
+    file = next(newest.glob("__*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert "evaluation_loss" in folders.read_state(before).metrics
+    again = run("damaged")
+    notice = again.wait_for(lambda e: e["event"] == "notice")
+    assert f"{newest} is damaged: {file.name} has other bytes than were written" in notice["message"]
+    started = again.wait_for(lambda e: e["event"] == "started")
+    assert started["resumed_from"] == folders.step_of(before)
+    again.process.kill()
+    again.process.wait()
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_workers_start(home: Path, run: Callable[..., Driver]):
+    (home / "jobs" / "file").mkdir(parents=True)
+    (home / "jobs" / "file" / "checkpoints").write_text("a file where a folder must be")
+    status, found = run("file", steps=5).end()
+    assert status == 1
+    assert [e["event"] for e in found] == ["failed"] and "checkpoints is a file" in found[-1]["error"]
+
+
+def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(
+    home: Path, tmp_path: Path, run: Callable[..., Driver]
+):
+    (home / "jobs" / "refused" / "checkpoints").mkdir(parents=True)
+    # A link is not removed as a folder is.
+    (home / "jobs" / "refused" / "checkpoints" / ".step-00000005.tmp").symlink_to(tmp_path)
     driver = run("refused", steps=5)
     status, found = driver.end()
     assert status == 1

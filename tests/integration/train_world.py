@@ -97,7 +97,7 @@ class World:
         def save(now: LoopState) -> None:
             if root:
                 saved = SavedState(step=now.step, tokens=now.tokens, loss=losses[-1], world=self.world, cursor={})
-                sharded.save(root, parts[0].whole, parts[1], saved, keep=2)
+                sharded.save(root, parts[0], parts[1], saved, keep=2)
             if now.step == stop:
                 raise Stop
 
@@ -124,7 +124,7 @@ class World:
         parts = self.build(replace(config, seed=1))
         newest = folders.latest(root)
         assert newest is not None
-        found = sharded.load(newest, parts[0].whole, parts[1])
+        found = sharded.load(newest, parts[0], parts[1])
         losses += self.run(config, parts, LoopState(found.step, found.tokens), root=root)
         target = self.folder / f"export-{strategy}-{lora}-{self.world}"
         export(parts[0].whole, parts[0].weights(), target, beside=tokenizer_files(self.folder / "tokenizer"))
@@ -135,7 +135,7 @@ class World:
         root = self.folder / "full"
         config = self.config("fsdp2")
         parts = self.build(config)
-        held = (parts[0].whole, parts[1])
+        held = (parts[0], parts[1])
         sharded.save(root, *held, SavedState(step=1, tokens=1, loss=1.0, world=self.world), keep=2)
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
@@ -149,7 +149,7 @@ class World:
         newest = folders.latest(root)
         assert newest is not None
         model, optimizer = self.build(config)
-        loaded = sharded.load(newest, model.whole, optimizer)
+        loaded = sharded.load(newest, model, optimizer)
         return {"said": said, "step": loaded.step}
 
 

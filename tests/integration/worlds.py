@@ -16,15 +16,15 @@ from tandem.data.tokenize import TextEncoder, train_tokenizer
 from tandem.settings import child_environment
 
 
-def run_worlds(script: str, folder: Path) -> Path:
-    """One process, then two, of a script in this folder; they write `results-SIZE-RANK.json` into `folder`, which is returned."""
+def run_worlds(script: str, folder: Path, sizes: tuple[int, ...] = (1, 2)) -> Path:
+    """Worlds of `sizes` processes of a script in this folder; they write `results-SIZE-RANK.json` into `folder`."""
     texts = [f"Line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs." for n in range(60)]
     train_tokenizer(texts, folder / "tokenizer", vocab_size=300)
     encoder = TextEncoder(str(folder / "tokenizer"))
     np.save(folder / "text.npy", pack(encoder.texts(texts), 32, encoder.pad_id, split=True))
     pairs = [(f"{n}?", f"{n * 7 % 13} dogs", "the fox" if n % 3 else "quick") for n in range(60)]
     np.save(folder / "preferences.npy", pack_preferences(encoder.preferences(pairs), 32, encoder.pad_id))
-    for size in (1, 2):
+    for size in sizes:
         # Files, since a pipe that nobody reads yet fills up, and its process waits with all the others.
         logs = [folder / f"log-{size}-{rank}" for rank in range(size)]
         running = []

@@ -1,11 +1,15 @@
-"""Trained weights as others load them: a Hugging Face folder, or a peft adapter; both safetensors, published whole."""
+"""Trained weights as others load them: a Hugging Face folder, or a peft adapter; both safetensors, published whole.
+
+Tensors go from the ranks that have their parts straight into files, one at a time: no rank holds the model.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +17,70 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tandem.storage import publish_folder
+from tandem.checkpoint.tensors import FILE_BYTES, Convert, Held, one_file, shared_files, table_of, write
+from tandem.errors import StorageError, TandemError
+from tandem.storage import disk_errors, publish_folder
 
 
-def export(model: nn.Module, weights: Mapping[str, torch.Tensor], target: Path, *, beside: Iterable[Path] = ()) -> None:
-    """Write `weights`, whole, of a transformers or peft `model` to `target`, replacing what is there; only rank 0 writes.
+def export(
+    model: nn.Module,
+    weights: Sequence[Held],
+    target: Path,
+    *,
+    beside: Iterable[Path] = (),
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write the weights of a transformers or peft `model` to `target`, replacing what is there. Every rank calls it.
 
-    A peft model becomes an adapter folder, any other a folder that AutoModelForCausalLM and vLLM load, with copies of the
-    files `beside` it: its tokenizer's. The model itself may hold a part, or shards.
+    `weights`: what this rank has of them, by the plain model's names. A peft model becomes an adapter folder, any other a folder
+    that AutoModelForCausalLM and vLLM load, with copies of the files `beside` it: its tokenizer's. The model itself may hold a
+    part, or shards. Raises StorageError, on every rank, if the disk is full.
     """
     adapter = getattr(model, "peft_config", None) is not None
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    with publish_folder(target, replace=True) as staging:
-        (_export_adapter if adapter else _export_model)(model, dict(weights), staging)
-        if not adapter:
-            for file in beside:
-                shutil.copyfile(file, staging / file.name)
+    table = table_of(weights)
+    with _published_by_all(target) as staging:
+        if adapter:
+            convert: Convert = _adapter_names(model)
+            files = one_file(table, convert, "adapter_model.safetensors")
+        else:
+            shell = _shell(model)
+            convert = _original_names(shell)
+            files = shared_files(table, convert, file_bytes)
+        problem: str | None = None
+        try:
+            with disk_errors("exporting", target):
+                write(staging, files, weights, table, convert)
+        except (StorageError, OSError) as error:
+            problem = str(error)
+        _agree(problem)
+        if _rank() != 0:
+            return
+        if adapter:
+            _describe_adapter(model, staging)
+            return
+        shell.config.save_pretrained(staging)
+        generation: Any = model.generation_config
+        if generation is not None:
+            generation.save_pretrained(staging)
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": sum(file.bytes for file in files)},
+                "weight_map": {name: file.name for file in files for name in file.tensors},
+            }
+            (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for path in beside:
+            shutil.copyfile(path, staging / path.name)
+
+
+def weights_of(model: nn.Module) -> list[Held]:
+    """The weights of a model that is whole here: of a peft model those that are trained, of any other all."""
+    adapter = getattr(model, "peft_config", None) is not None
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+    return [
+        Held.of(name, tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in tied and (tensor.requires_grad or not adapter)
+    ]
 
 
 def is_whole(target: Path) -> bool:
@@ -38,33 +89,67 @@ def is_whole(target: Path) -> bool:
     return adapter or ((target / "config.json").exists() and any(target.glob("*.safetensors")))
 
 
-def _export_model(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    # The trained model may be cut and sharded, and save_pretrained would ask it for its weights: an empty one of its class
-    # takes them.
+@contextlib.contextmanager
+def _published_by_all(target: Path) -> Iterator[Path]:
+    """A folder that all ranks write to, and rank 0 publishes when the block ends; what fails there is raised on all of them."""
+    told: list[str | None] = [None, None]
+    stack = contextlib.ExitStack()
+    if _rank() == 0:
+        try:
+            told[0] = str(stack.enter_context(publish_folder(target, replace=True)))
+        except (TandemError, OSError) as error:
+            told[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    folder, problem = told
+    if folder is None:
+        raise StorageError(str(problem))
+    try:
+        with stack:
+            yield Path(folder)
+    except (TandemError, OSError) as error:
+        problem = str(error)
+    _agree(problem)
+
+
+def _agree(problem: str | None) -> None:
+    problems: list[str | None] = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise StorageError(found)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _shell(model: Any) -> Any:
+    """An empty model of the same class, which knows what its weights are called in files; the trained one may be cut."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        shell = type(model)(config)
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    shell.load_state_dict(weights, assign=True, strict=False)
-    shell.tie_weights()
-    if model.generation_config is not None:
-        shell.generation_config = model.generation_config
-    shell.save_pretrained(folder, state_dict=weights)
+        return type(model)(config)
 
 
-def _export_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _original_names(shell: Any) -> Convert:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # transformers stacks a mixture's experts when it loads them; files, and vLLM, have each by itself.
+    return lambda tensors: dict(revert_weight_conversion(shell, tensors))
+
+
+def _adapter_names(model: Any) -> Convert:
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
-    adapter = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in adapter.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    return lambda tensors: dict(get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False))
+
+
+def _describe_adapter(model: Any, folder: Path) -> None:
     config = model.peft_config["default"]
     was, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))

@@ -1,108 +1,181 @@
-"""Saves and loads training state with torch.distributed.checkpoint: each rank its shards, all of them in one folder.
+"""Saves and loads training state with torch.distributed.checkpoint: each rank its parts, all of them in one folder.
 
-Only what is trained is saved: a LoRA run's checkpoint holds its adapters, not the base.
+Only what is trained is saved: a LoRA run's checkpoint holds its adapters, not the base. Names and shapes are those of the plain
+model, so that a run goes on in any other layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.checkpoint.stateful import Stateful
 
 from tandem.checkpoint import folders
+from tandem.checkpoint.files import Reader, Writer
 from tandem.checkpoint.folders import SavedState
-from tandem.errors import CheckpointError, StorageError
-from tandem.storage import disk_errors, free_bytes
+from tandem.checkpoint.parts import Parts
+from tandem.errors import CheckpointError, StorageError, TandemError
+from tandem.storage import Location, disk_errors, free_bytes
 
-# Flat: an optimizer's state is then told by its parameters' names alone, and the stages of a pipeline have different ones.
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False, flatten_optimizer_state_dict=True)
 _NOTHING: Mapping[str, Stateful] = {}
 
 
-@runtime_checkable
-class OwnState(Protocol):
-    """A model whose weights and optimizer state torch does not find, such as one in a DeepSpeed engine."""
+class Trained(Protocol):
+    """A model that is trained, as one rank holds it."""
 
-    def training_state(self) -> dict[str, dict[str, Any]]:
-        """This rank's `model` and `optimizer`, under the names that torch gives them; what is loaded is loaded into it."""
+    def training_state(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+        """This rank's part of `model` and `optimizer`, by the plain model's names and shapes; loaded into in place."""
         ...
 
-    def set_training_state(self, content: dict[str, dict[str, Any]]) -> None:
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
         """Go on from what was loaded into a `training_state`."""
         ...
 
 
+class Checkpoints:
+    """The checkpoints of one run: written in the background while training goes on, and read back once they are verified.
+
+    Every rank makes one, and calls the same methods at the same steps. What is written in the background is a copy in the CPU's
+    memory; ranks agree on it in a process group of its own, so that nothing crosses what training exchanges.
+    """
+
+    def __init__(self, root: Location, *, keep: int, best: str | None = None, asynchronous: bool = True) -> None:
+        """`keep`: newest ones that stay; `best`: a metric by which the best one stays, too."""
+        self.root, self._keep, self._best = root, keep, best
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._stager = _Stager() if asynchronous else None
+        self._running: Future[Any] | None = None
+
+    def save(
+        self,
+        model: Trained,
+        optimizer: torch.optim.Optimizer,
+        state: SavedState,
+        *,
+        extra: Mapping[str, Stateful] = _NOTHING,
+        committed: Callable[[Location], None] = lambda checkpoint: None,
+    ) -> None:
+        """Begin to write a checkpoint; the one before is whole by then. Not in the background, it is whole on return.
+
+        `extra`: what else has a state, by name, such as an average of the weights. `committed` is called with the folder when it
+        is whole, in the background's thread. Raises StorageError, on every rank, if this checkpoint or the one before could not
+        be written; those that were whole stay so.
+        """
+        self.wait()
+        writer = Writer(self.root, state, lambda: folders.prune(self.root, self._keep, self._best))
+        content = _content(model, optimizer, extra)
+        options: dict[str, Any] = {
+            "storage_writer": writer, "process_group": self._group, "no_dist": self._group is None,
+        }  # fmt: skip
+        folder = folders.step_folder(self.root, state.step)
+        if self._stager is None:
+            _write(self.root, lambda: save_state(content, **options))
+            committed(folder)
+            return
+        begun: Any = async_save(content, async_stager=self._stager, **options)
+        begun.add_done_callback(lambda done: None if done.exception() else committed(folder))
+        self._running = begun
+
+    def wait(self) -> None:
+        """Return when what is being written is whole. Raises StorageError, on every rank, if it could not be."""
+        running, self._running = self._running, None
+        if running is not None:
+            _write(self.root, running.result)
+
+    def load(
+        self, model: Trained, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
+    ) -> tuple[SavedState | None, list[str]]:
+        """Go on from the newest checkpoint that is as it was written, however the model is sharded now.
+
+        Returns its plain part (None: there is none), and what a person should know of newer ones that are damaged. Those are set
+        aside. Raises CheckpointError if it is of another model.
+        """
+        rank, world = (dist.get_rank(), dist.get_world_size()) if self._group is not None else (0, 1)
+        whole, told = self._agreed(
+            lambda: (folders.saved(self.root), folders.unfinished(self.root)) if rank == 0 else None
+        )[0]
+        newest = folders.step_of(whole[-1]) if whole else -1
+        said = [
+            f"{checkpoint} has no {folders.MANIFEST_NAME}: it was not written to its end, or has lost it. It is not used."
+            for checkpoint in told
+            if folders.step_of(checkpoint) > newest
+        ]
+        for place, checkpoint in reversed(list(enumerate(whole))):
+            parts = self._agreed(lambda at=checkpoint: folders.damage(at, rank, world))
+            if damage := [found for part in parts for found in part]:
+                before = f"step {folders.step_of(whole[place - 1])}" if place else "the start: there is none before"
+                said.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run goes on from {before}.")
+                self._agreed(lambda at=checkpoint: folders.set_aside(at) if rank == 0 else None)
+                continue
+            return load(checkpoint, model, optimizer, extra=extra, group=self._group), said
+        return None, said
+
+    def _agreed(self, ask: Any) -> list[Any]:
+        """What `ask` gives on each rank; a rank's problem is raised on all of them, so that none waits for one that is gone."""
+        mine: tuple[Any, str | None]
+        try:
+            mine = (ask(), None)
+        except (TandemError, OSError) as error:
+            mine = (None, str(error))
+        every: list[Any] = [mine]
+        if self._group is not None:
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, mine, group=self._group)
+        for _, problem in every:
+            if problem is not None:
+                raise StorageError(f"Checkpoints below {self.root} cannot be read: {problem}")
+        return [found for found, _ in every]
+
+
 def save(
-    root: Path,
-    model: nn.Module,
+    root: Location,
+    model: Trained,
     optimizer: torch.optim.Optimizer,
     state: SavedState,
     *,
     keep: int,
     extra: Mapping[str, Stateful] = _NOTHING,
-) -> Path:
-    """Write a checkpoint below `root` and return its folder. Every rank calls it, at the same step.
-
-    `extra`: what else has a state, by name, such as an average of the weights.
-    A full disk raises StorageError on every rank; checkpoints that were whole stay so.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    problem: str | None = None
-    if rank == 0:
-        try:
-            folders.prepare(root, state.step)
-        except (StorageError, OSError) as error:
-            problem = str(error)
-    _agree(problem)
-    staging = folders.staging_folder(root, state.step)
-    problem = None
-    try:
-        save_state(_content(model, optimizer) | dict(extra), checkpoint_id=staging, no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError, RuntimeError) as error:
-        problem = _explain(error, root)
-    _agree(problem)
-    if rank == 0:
-        try:
-            folders.publish(root, state, keep)
-        except (StorageError, OSError) as error:
-            problem = str(error)
-    _agree(problem)
+) -> Location:
+    """Write one checkpoint below `root` and return its folder, when it is whole. See `Checkpoints.save`."""
+    writer = Writer(root, state, lambda: folders.prune(root, keep))
+    content = _content(model, optimizer, extra)
+    _write(root, lambda: save_state(content, storage_writer=writer, no_dist=not dist.is_initialized()))
     return folders.step_folder(root, state.step)
 
 
 def load(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
+    checkpoint: Location,
+    model: Trained,
+    optimizer: torch.optim.Optimizer,
+    *,
+    extra: Mapping[str, Stateful] = _NOTHING,
+    group: Any = None,
 ) -> SavedState:
     """Put a checkpoint into `model`, `optimizer` and `extra`, however they are sharded now. Every rank calls it.
 
-    Raises CheckpointError if it is damaged or of another model.
+    `group`: the process group to agree in. Raises CheckpointError if it is damaged or of another model.
     """
     state = folders.read_state(checkpoint)
-    content = _content(model, optimizer) | dict(extra)
+    content = _content(model, optimizer, extra)
     if (dist.get_rank() if dist.is_initialized() else 0) >= state.world:
         del content["random"]  # a rank that was not there has no random state to go on with
     try:
-        load_state(content, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
-        if isinstance(model, OwnState):
-            model.set_training_state(content)
-        else:
-            set_model_state_dict(model, content["model"], options=_OPTIONS)
-            set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_OPTIONS)
+        load_state(content, storage_reader=Reader(checkpoint), process_group=group, no_dist=not dist.is_initialized())
+        model.set_training_state(content, optimizer)
+        for name, thing in extra.items():
+            thing.load_state_dict(content[name])
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded: {_root_cause(error)}. "
@@ -113,29 +186,62 @@ def load(
     return state
 
 
-def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _content(model: Trained, optimizer: torch.optim.Optimizer, extra: Mapping[str, Stateful]) -> dict[str, Any]:
     random = {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()}
-    if isinstance(model, OwnState):
-        return {**model.training_state(), "random": random}
-    # torch leaves a frozen weight in if it is tied to another one: a LoRA checkpoint would hold the embedding.
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    held = get_model_state_dict(model, options=_OPTIONS)
-    return {
-        "model": {name: value for name, value in held.items() if name not in frozen},
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
-        "random": random,
-    }
+    others = {name: thing.state_dict() for name, thing in extra.items()}
+    return {**model.training_state(optimizer), "random": random, **others}
 
 
-def _agree(problem: str | None) -> None:
-    """Raise StorageError on every rank if any has a problem, so that none waits for one that is gone."""
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise StorageError(found)
+def _write(root: Location, result: Callable[[], Any]) -> None:
+    """Wait for a checkpoint to be whole; StorageError, on every rank, if it could not be written."""
+    try:
+        result()
+    except (CheckpointException, TandemError, OSError, RuntimeError) as error:
+        raise StorageError(_explain(error, root)) from error
+
+
+class _Stager(AsyncStager):
+    """Copies what is saved into the CPU's memory, always the same memory: to find it anew takes as long as the copy."""
+
+    _synchronize_after_execute = False
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Any, ...], Tensor] = {}
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """See torch's."""
+        staged: dict[str, Any] = self._copy(state_dict, ())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """See torch's: `stage` has waited for every copy."""
+        return
+
+    def close(self) -> None:
+        """See torch's."""
+        self._held.clear()
+
+    def _copy(self, value: Any, key: tuple[Any, ...]) -> Any:
+        if isinstance(value, Parts):
+            copies = [(tuple(at), self._box(held, (*key, at))) for at, held in value.boxes.items()]
+            return Parts(torch.empty((), dtype=value.dtype), value.shape, copies)
+        if isinstance(value, Tensor):
+            return self._box(value, key)
+        if isinstance(value, dict):
+            return {name: self._copy(held, (*key, name)) for name, held in value.items()}
+        return copy.deepcopy(value)
+
+    def _box(self, box: Tensor, key: tuple[Any, ...]) -> Tensor:
+        box = box.detach()
+        if type(box) not in (Tensor, torch.nn.Parameter):
+            # Of a class of its own, such as an optimizer's 8-bit numbers.
+            return box.to("cpu", copy=True)
+        held = self._held.get(key)
+        if held is None or held.shape != box.shape or held.dtype != box.dtype:
+            held = self._held[key] = torch.empty(box.shape, dtype=box.dtype, pin_memory=box.is_cuda)
+        return held.copy_(box, non_blocking=True)
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -146,18 +252,23 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _explain(error: BaseException, root: Path) -> str:
+def _explain(error: BaseException, root: Location) -> str:
     cause = _root_cause(error)
-    try:
-        with disk_errors("writing a checkpoint", root):
-            if isinstance(cause, OSError):
-                raise cause
-    except StorageError as known:
-        return str(known)
-    except OSError:
-        pass
-    # torch's writer tells of a full disk as a RuntimeError of its stream, too.
+    if isinstance(cause, StorageError):
+        return str(cause)
+    room = ""
+    if isinstance(root, Path):
+        try:
+            with disk_errors("writing a checkpoint", root):
+                if isinstance(cause, OSError):
+                    raise cause
+        except StorageError as known:
+            return str(known)
+        except OSError:
+            pass
+        # torch's writer tells of a full disk as a RuntimeError of its stream, too.
+        room = f" ({free_bytes(root) / 2**20:,.1f} MiB free)"
     return (
-        f"A checkpoint could not be written below {root}: {cause} ({free_bytes(root) / 2**20:,.1f} MiB free). Checkpoints "
-        "written before are whole. Free some space, then run the same command again: it goes on from the newest one."
+        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{room}. Checkpoints written before are "
+        "whole. Free some space, or see that the store answers, then run the same command again: it goes on from the newest one."
     )

@@ -15,6 +15,7 @@ from tandem.config.optimizer import OptimizerConfig
 from tandem.config.parallel import ParallelismConfig
 from tandem.errors import ConfigError
 from tandem.ids import check_name
+from tandem.storage import is_remote
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +26,24 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 2
     """Newest checkpoints kept."""
+    best: str | None = None
+    """A metric, such as evaluation_loss: the checkpoint that is best by it is kept beside the newest ones."""
+    path: str | None = None
+    """Where they lie, each job's in a folder of its own: an absolute path that every node has, or a URI such as
+    s3://bucket/runs. Unset: the job's folder."""
+    asynchronous: bool = True
+    """Write in the background while training goes on, from a copy in the CPU's memory."""
     max_failures: int = 3
     """Times in a row that a run starts again without having come to a new checkpoint."""
 
     def __post_init__(self) -> None:
         check.at_least("checkpoint.every_steps", self.every_steps, 0)
         check.at_least("checkpoint.keep", self.keep, 1)
+        if self.path is not None and not is_remote(self.path) and not self.path.startswith(("/", "~", "file://")):
+            raise ConfigError(
+                f"checkpoint.path is {self.path!r}, which is relative, and workers run in folders of their own. Give an absolute "
+                "path, or a URI such as s3://bucket/runs."
+            )
         check.at_least("checkpoint.max_failures", self.max_failures, 0)
 
 
@@ -109,6 +122,7 @@ class TrainConfig:
         self._check_compile()
         self._check_objective()
         self._check_evaluation()
+        self._check_best()
         if self.optimizer.decay_steps is not None:
             needed = self.optimizer.warmup_steps + self.optimizer.decay_steps
             if needed > self.steps:
@@ -229,4 +243,22 @@ class TrainConfig:
             raise ConfigError(
                 f"evaluation.data is {self.evaluation.data!r}, which is trained on (data.path). Name another dataset, or "
                 "unset it to hold out a share of this one."
+            )
+
+    def _check_best(self) -> None:
+        best, every = self.checkpoint.best, self.checkpoint.every_steps
+        if best is None or best == "loss":
+            return
+        if not best.startswith("evaluation_"):
+            raise ConfigError(
+                f"checkpoint.best is {best!r}; it must be 'loss', or what an evaluation measures with 'evaluation_' before it, "
+                "such as 'evaluation_loss'."
+            )
+        if self.evaluation is None:
+            raise ConfigError(f"checkpoint.best is {best!r}, but evaluation is not set. Set evaluation, or unset it.")
+        measured = self.evaluation.every_steps
+        if every and measured and every % measured:
+            raise ConfigError(
+                f"checkpoint.best is {best!r}, which is known of checkpoints that are made with an evaluation: "
+                f"checkpoint.every_steps ({every}) must be a multiple of evaluation.every_steps ({measured})."
             )

@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,6 +31,7 @@ from tandem.checkpoint import folders
 from tandem.config import SpikeConfig, TrainConfig, sized, sizes
 from tandem.errors import JobError, JobStopped
 from tandem.observability.journal import Journal
+from tandem.storage import Location
 from tandem.train import health
 from tandem.train.health import Sign
 from tandem.train.mailbox import open_mailbox
@@ -126,7 +126,7 @@ def run_workers(task: WorkerTask, journal: Journal, metrics: Metrics, asked: Ask
     """
     # Not `or`: it is false until it was asked.
     asked = Asked() if asked is None else asked
-    config, root = task.config, task.job / "checkpoints"
+    config, root = task.config, folders.root_of(task.config.checkpoint, task.job)
     course = Course(journal, metrics)
     failures, kept, waited = 0, -1, False
     skip = [(e["rows"][0], e["rows"][1]) for e in journal.read() if e["event"] == "rollback"]
@@ -174,7 +174,7 @@ def run_workers(task: WorkerTask, journal: Journal, metrics: Metrics, asked: Ask
 
 
 def _roll_back(
-    config: TrainConfig, spike: dict[str, Any], at: int, newest: Path | None, journal: Journal, *, again: int
+    config: TrainConfig, spike: dict[str, Any], at: int, newest: Location | None, journal: Journal, *, again: int
 ) -> tuple[int, int]:
     """The rows that are left out from now on, since the loss of step `at` jumped; JobError if that was once too often."""
     policy = config.faults.spike or SpikeConfig()

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
+from tandem.checkpoint.tensors import Held
 from tandem.config import DeepSpeedConfig, TrainConfig, to_dict
 from tandem.errors import EnvironmentProblem
 from tandem.ids import digest
 from tandem.settings import export
 from tandem.storage import disk_errors
+from tandem.train.canonical import persistent_buffers
 from tandem.train.mesh import Mesh
 from tandem.train.optimizer import build_optimizer
 from tandem.train.precision import LossScaler
@@ -159,11 +160,6 @@ class ZeroModel(Trained):
         """Never: ZeRO's parameters are float32."""
         return False
 
-    @property
-    def saved(self) -> nn.Module:
-        """See `Trained`; torch does not find the state of this one."""
-        return self
-
     def train(self, mode: bool = True) -> ZeroModel:
         """See `nn.Module`."""
         super().train(mode)
@@ -202,32 +198,36 @@ class ZeroModel(Trained):
             scaler.accept(norm)
         return norm, bool(self._engine.was_step_applied())
 
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """See `Trained`. Gathered parameter by parameter."""
+    def weights(self) -> list[Held]:
+        """See `Trained`."""
         adapters = hasattr(self.whole, "peft_config")
-        first = dist.get_rank() == 0
-        found: dict[str, Tensor] = {}
-        for name, held in self.whole.state_dict(keep_vars=True).items():
-            if adapters and not held.requires_grad:
-                continue
-            with _gathered(held):
-                if first:
-                    found[name] = held.detach().to("cpu", copy=True)
-        return found
+        tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
+        if not adapters:
+            tensors |= dict(persistent_buffers(self.whole))
+        return [_held(name, tensor) for name, tensor in tensors.items()]
 
-    def training_state(self) -> dict[str, dict[str, Any]]:
-        """See `sharded.OwnState`."""
+    def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """See `Trained`."""
         return self._state.content()
 
-    def set_training_state(self, content: dict[str, dict[str, Any]]) -> None:
-        """See `sharded.OwnState`."""
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
+        """See `Trained`."""
         self._state.put_back(content)
 
     def close(self) -> None:
         """See `Trained`: what was offloaded to a disk goes away."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _held(name: str, tensor: Any) -> Held:
+    @torch.no_grad()
+    def whole() -> Tensor:
+        with _gathered(tensor):
+            copied: Tensor = tensor.detach().clone()
+        return copied
+
+    return Held(name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, whole=whole)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tandem.train.canonical import canonical, settle
 from tandem.train.model import reshard, unwrapped
 
 
@@ -24,6 +25,7 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
+        self._model = model
         self._updates = 0
         self._average = {name: p.detach().clone() for name, p in _trained(model)}
 
@@ -46,16 +48,19 @@ class Ema:
             self._swap(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """For torch.distributed.checkpoint: the average by the parameters' names, sharded as they are."""
-        return {"updates": self._updates, "average": self._average}
+        """For torch.distributed.checkpoint: the average by the plain model's names, sharing its memory."""
+        return {"updates": self._updates, "average": canonical(self._model, self._average)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same parameters."""
+        """Go on from a state of the same parameters, such as what was loaded into a `state_dict`."""
         self._updates = int(state["updates"])
-        for name, value in self._average.items():
-            if state["average"][name] is not value:
-                value.copy_(state["average"][name])
+        for name, mine in canonical(self._model, self._average).items():
+            for at, held in mine.boxes.items():
+                loaded = state["average"][name].boxes[at]
+                if loaded.data_ptr() != held.data_ptr():
+                    held.copy_(loaded)
+        settle(self._model, self._average)
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:

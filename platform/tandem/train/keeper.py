@@ -70,8 +70,11 @@ def main(arguments: list[str]) -> int:
 
 def newest_step(job: Path) -> int:
     """The step of a job's newest checkpoint; 0 without one."""
-    found = folders.latest(job / "checkpoints")
-    return int(found.name.partition("-")[2]) if found else 0
+    try:
+        found = folders.latest(folders.root_of(load_yaml(TrainConfig, job / "config.yaml").checkpoint, job))
+    except TandemError:
+        return 0
+    return folders.step_of(found) if found else 0
 
 
 def limit(job: Path) -> int:

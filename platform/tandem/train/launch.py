@@ -21,6 +21,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_whole
 from tandem.config import TrainConfig, check_elastic, load_yaml, sized, sizes, to_dict
 from tandem.config.layout import ModelShape, check_layout
@@ -36,11 +37,12 @@ from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
-from tandem.storage import disk_errors
+from tandem.storage import check_writable, disk_errors
 from tandem.train.attempts import WORKER_ENVIRONMENT, Asked, run_workers
 from tandem.train.deepspeed import check_deepspeed
 from tandem.train.keeper import KEPT
 from tandem.train.metrics import metrics_of
+from tandem.train.persistence import wait_for_storage
 from tandem.train.plot import plot_run
 from tandem.train.worker import WorkerTask
 
@@ -139,6 +141,10 @@ def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
     tokenizer = _tokenizer(config, base, folder)
     encoder = TextEncoder(str(tokenizer))
     reference = reference_model(config, base, encoder)
+    root = folders.root_of(config.checkpoint, job)
+    # Before the folder is made: storage that is away for a while must not begin anew.
+    wait_for_storage(root, journal, config.faults.storage_retry_s)
+    check_writable(root)
     connect(config)
     try:
         # Raises before a worker starts if nothing in the data can be learned from.

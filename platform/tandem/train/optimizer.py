@@ -40,6 +40,22 @@ def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     return [{"params": decaying, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
+@torch.no_grad()
+def start_state(optimizer: Optimizer) -> None:
+    """Make what AdamW keeps of each parameter, as its first step would, where no step was taken yet."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                on_device = group.get("fused") or group.get("capturable")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+                # Those of torchao are held in 8 bits.
+                empty: Any = getattr(
+                    optimizer, "_new_buffer", lambda p, signed: torch.zeros_like(p, requires_grad=False)
+                )
+                state["exp_avg"], state["exp_avg_sq"] = empty(parameter, True), empty(parameter, False)
+
+
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Give every group the rate; in place where an optimizer keeps it as a tensor, as torchao's do."""
     for group in optimizer.param_groups:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from tandem.checkpoint import folders
 from tandem.errors import StorageError
 from tandem.observability.journal import Journal
+from tandem.storage import Location
 
 T = TypeVar("T")
 
@@ -52,7 +54,7 @@ def persistently(
 
 
 def wait_for_storage(
-    root: Path, journal: Journal, limit_s: float, *, sleep: Callable[[float], None] = time.sleep
+    root: Location, journal: Journal, limit_s: float, *, sleep: Callable[[float], None] = time.sleep
 ) -> None:
     """Return once the folder of a job's checkpoints is there, if there were any; StorageError after `limit_s`."""
     step = next((e["step"] for e in reversed(journal.read()) if e["event"] == "checkpoint"), None)
@@ -60,7 +62,9 @@ def wait_for_storage(
         return
 
     def look() -> None:
-        if not root.is_dir():
+        if not isinstance(root, Path):
+            folders.saved(root)
+        elif not root.is_dir():
             raise StorageError(
                 f"{root} is not there, though a checkpoint of step {step} was written below it. Bring the storage back, then run "
                 "the same command again; or make the folder, empty, to begin from the start."
@@ -69,7 +73,7 @@ def wait_for_storage(
     persistently(
         look,
         limit_s=limit_s,
-        hopeless=root.is_file,
+        hopeless=lambda: isinstance(root, Path) and root.is_file(),
         tell=lambda message: journal.write({"event": "notice", "message": message}),
         sleep=sleep,
     )

@@ -20,17 +20,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from tandem.checkpoint.parts import Parts
+from tandem.checkpoint.tensors import Held
 from tandem.config import TrainConfig
 from tandem.config.layout import PARTS, ModelShape, check_layout, layers_known
 from tandem.errors import LayoutError
+from tandem.train.canonical import canonical, persistent_buffers, plain_name, settle, shared_experts
 from tandem.train.compiled import compile_layers
 from tandem.train.context_parallel import share_sequences
 from tandem.train.expert_parallel import SharedExperts, split_experts
 from tandem.train.flex_attention import attend_in_blocks, document_blocks
 from tandem.train.mesh import Mesh
 from tandem.train.model import decoder_layers, reshard
+from tandem.train.optimizer import start_state
 from tandem.train.pipeline import Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
 from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
+from tandem.train.sharded_base import is_empty, make_room
 from tandem.train.stage import Mask, OwnForward, Share, Stage, document_mask, whole_sequence
 from tandem.train.tensor_parallel import split_tensors
 from tandem.train.trained import Trained
@@ -116,31 +121,42 @@ class PlacedModel(Trained):
         if self._tied is not None:
             self._tied.sum_gradients(self._device)
 
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """See `Trained`. The first rank of each stage gathers it, parameter by parameter; they send them to rank 0."""
+    def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """See `Trained`. It shares the memory of what is trained."""
         reshard(self)
-        rank, stage_ranks = (
-            (dist.get_rank(), dist.get_world_size() // self.mesh.degrees.pp) if dist.is_initialized() else (0, 1)
-        )
+        start_state(optimizer)
+        state: dict[str, Parts] = {}
+        for key, held in self._optimizer_state(optimizer).items():
+            state |= {f"{name}.{key}": part for name, part in canonical(self.whole, held).items()}
+        return {"model": canonical(self.whole, self._trained()), "optimizer": dict(state)}
+
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
+        """See `Trained`: what was loaded is there already."""
+        for held in (self._trained(), *self._optimizer_state(optimizer).values()):
+            settle(self.whole, held)
+
+    def _trained(self) -> dict[str, Tensor]:
+        trained = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
+        return {**trained, **dict(persistent_buffers(self.whole))}
+
+    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+        """For each thing that the optimizer keeps of a parameter: that of all parameters, by their names."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.whole.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                found.setdefault(key, {})[name] = value
+        return found
+
+    def weights(self) -> list[Held]:
+        """See `Trained`."""
+        reshard(self)
         adapters = hasattr(self.whole, "peft_config")
-        experts = {
-            f"{name}.gate_up_proj" for name, module in self.whole.named_modules() if isinstance(module, SharedExperts)
-        }
-        found: dict[str, Tensor] = {}
-        for name, held in self.whole.state_dict(keep_vars=True).items():
-            if adapters and not held.requires_grad:
-                continue
-            full = held.full_tensor() if isinstance(held, DTensor) else held.detach()
-            if rank % stage_ranks == 0:
-                found[name] = (full.flatten(1, 2) if name in experts else full).cpu()
-        if rank == 0:
-            for lead in range(stage_ranks, stage_ranks * self.mesh.degrees.pp, stage_ranks):
-                found |= _received(lead)
-            return found
-        if rank % stage_ranks == 0:
-            _send(found, 0, self._device)
-        return {}
+        tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
+        if not adapters:
+            tensors |= dict(persistent_buffers(self.whole))
+        # A second copy of an embedding is told by the stage that has the first.
+        experts = shared_experts(self.whole)
+        return [_held(name, t, name in experts) for name, t in tensors.items() if plain_name(self.whole, name) == name]
 
     def clip(self, limit: float, loss: Tensor | None = None) -> float:
         """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh.
@@ -171,7 +187,7 @@ class PlacedModel(Trained):
 def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> PlacedModel:
     """Lay `model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place.
 
-    Raises LayoutError if the model cannot be cut in that way.
+    Of an empty model (see `sharded_base`) the weights are to be filled in. Raises LayoutError if it cannot be cut in that way.
     """
     parallel = config.parallel
     lm = causal_lm(model)
@@ -188,7 +204,9 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         )
     else:
         stages = {0: OwnForward(lm, decoder_layers(lm))}
-    model.to(device)
+    empty = is_empty(model)
+    if not empty:
+        model.to(device)
     for stage in stages.values():
         if isinstance(stage, OwnForward):
             stage.check_documents(device)
@@ -203,6 +221,9 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     if parallel.strategy == "fsdp2" and shared:
         for stage in stages.values():
             _shard(stage, mesh, config)
+    if empty:
+        for stage in stages.values():
+            make_room(stage, torch.device("cpu") if parallel.offload else device)
     pipeline = None
     if parallel.pipeline > 1:
         pipeline = Pipeline.of(stages, mesh["pp"], config=config, lm_config=lm.config, device=device)
@@ -307,23 +328,17 @@ class _TiedStages:
                 gradient.copy_(total)
 
 
-def _send(tensors: dict[str, Tensor], to: int, device: torch.device) -> None:
-    shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-    dist.send_object_list([shapes, device.type], dst=to)
-    for tensor in tensors.values():
-        dist.send(tensor.to(device).contiguous(), dst=to)
+def _held(name: str, tensor: Tensor, shared_experts: bool) -> Held:
+    shape = tuple(tensor.shape)
+    if shared_experts:
+        shape = (shape[0], shape[1] * shape[2], shape[3])
 
+    @torch.no_grad()
+    def whole() -> Tensor:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        return full.view(shape)
 
-def _received(sender: int) -> dict[str, Tensor]:
-    told: list[Any] = [None, None]
-    dist.recv_object_list(told, src=sender)
-    shapes, device = told
-    found = {}
-    for name, shape, dtype in shapes:
-        buffer = torch.empty(shape, dtype=dtype, device=device)
-        dist.recv(buffer, src=sender)
-        found[name] = buffer.cpu()
-    return found
+    return Held(name=name, shape=shape, dtype=tensor.dtype, whole=whole)
 
 
 def _local(tensor: Any) -> Tensor:

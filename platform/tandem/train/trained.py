@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tandem.checkpoint.tensors import Held
 from tandem.train.mesh import Mesh
 from tandem.train.precision import LossScaler
 from tandem.train.stage import Share
@@ -30,11 +31,6 @@ class Trained(nn.Module, abc.ABC):
     @abc.abstractmethod
     def whole(self) -> nn.Module:
         """The transformers or peft model, with what this rank has of it, under the names that checkpoints have."""
-
-    @property
-    def saved(self) -> nn.Module:
-        """What `checkpoint.sharded` is to save, or to load into."""
-        return self.whole
 
     @property
     @abc.abstractmethod
@@ -66,10 +62,21 @@ class Trained(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def weights(self) -> dict[str, Tensor]:
-        """All weights, or of a peft model those that are trained, whole and on the CPU, on rank 0; nothing on the others.
+    def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """This rank's part of the trained weights (`model`) and of the optimizer's state (`optimizer`), to save or to load into.
 
-        Every rank calls it. Names and shapes are those of the transformers or peft model.
+        Names and shapes are those of the plain model, so that any layout reads what another has written.
+        """
+
+    @abc.abstractmethod
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
+        """Go on from what was loaded into a `training_state`."""
+
+    @abc.abstractmethod
+    def weights(self) -> list[Held]:
+        """What this rank has of all weights, or of a peft model of those that are trained, to be made whole one by one.
+
+        Names and shapes are those of the plain model.
         """
 
     def close(self) -> None:

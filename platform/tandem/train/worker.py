@@ -16,14 +16,15 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from tandem.checkpoint import folders, sharded
+from tandem.checkpoint import folders
 from tandem.checkpoint.export import export
 from tandem.checkpoint.folders import SavedState
+from tandem.checkpoint.sharded import Checkpoints
 from tandem.config import DpoConfig, TrainConfig
 from tandem.data.build import tokenizer_files
 from tandem.data.stream import Stream
 from tandem.data.tokenize import TextEncoder
-from tandem.errors import TandemError
+from tandem.errors import StorageError, TandemError
 from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
 from tandem.train.ema import Ema
 from tandem.train.evaluate import evaluate
@@ -39,6 +40,7 @@ from tandem.train.policy import LeftOut, Spiked
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
+from tandem.train.sharded_base import empty_base, fill, let_go
 from tandem.train.strategy import lay_out, lay_out_frozen
 from tandem.train.trained import Trained
 
@@ -165,7 +167,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
 
     # Asked before the model is read, which may take long.
     degrees.check_nodes(_nodes(world))
-    if config.lora is not None and config.lora.quantize is not None and task.base is not None:
+    empty = empty_base(config, task.base) if task.base is not None else None
+    if empty is not None:
+        built = empty
+    elif config.lora is not None and config.lora.quantize is not None and task.base is not None:
         built = load_nf4(task.base, config.precision, device)
     else:
         built = build_model(config.model, task.base, encoder, config.seed)
@@ -183,7 +188,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     if config.precision == "float8":
         built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
+    adapters = let_go(built) if empty is not None else {}
     model, optimizer = lay_out(built, degrees.mesh(device.type, world), config, device)
+    if empty is not None and task.base is not None:
+        fill(model.whole, task.base, adapters)
     objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
@@ -191,15 +199,23 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     # Tensor peers drop out the same: what they compute between the matrix products is the same.
     torch.manual_seed(config.seed + 1 + rank // degrees.tp)
 
-    root = task.job / "checkpoints"
-    newest = folders.latest(root)
-    found = sharded.load(newest, model.saved, optimizer, extra=extra) if newest else None
+    root = folders.root_of(config.checkpoint, task.job)
+    checkpoints = Checkpoints(
+        root,
+        keep=config.checkpoint.keep,
+        best=config.checkpoint.best,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    found, damaged = checkpoints.load(model, optimizer, extra=extra)
     state = LoopState(step=found.step, tokens=found.tokens, rows=_rows_behind(found, config)) if found else LoopState()
     place = found.cursor if found else None
     for first, end in task.skip:
         if first <= state.rows < end:
             state.rows, place = end, task.stream.cursor(end)
     last_loss = found.loss if found else None
+    measured: tuple[int, dict[str, float]] = (0, {})
+    for message in damaged:
+        emit({"event": "notice", "message": message})
     emit(
         {
             "event": "started", "job": task.job.name, "kind": _kind(task),
@@ -220,37 +236,70 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
             loss=last_loss,
             world=world,
             cursor=task.stream.cursor(now.rows),
+            metrics={
+                **({} if last_loss is None else {"loss": last_loss}),
+                **(measured[1] if measured[0] == now.step else {}),
+            },
         )
         if rank == 0:
             # What a run that goes on from here will not tell again has to be told before.
             ray.get(task.mailbox.flush.remote())
-        path = persistently(
-            lambda: sharded.save(root, model.saved, optimizer, saved, keep=config.checkpoint.keep, extra=extra),
+        try_on(
+            lambda: checkpoints.save(
+                model, optimizer, saved, extra=extra,
+                committed=lambda path: emit({"event": "checkpoint", "step": saved.step, "path": str(path)}),
+            )
+        )  # fmt: skip
+
+    def settle() -> None:
+        """Return when the newest checkpoint is whole; where it could not be written, it is written again."""
+        waited = False
+
+        def whole() -> None:
+            nonlocal waited
+            if waited:
+                save(state)
+            waited = True
+            checkpoints.wait()
+
+        try_on(whole)
+
+    def try_on(write: Callable[[], None]) -> None:
+        persistently(
+            write,
             limit_s=config.faults.storage_retry_s,
-            hopeless=root.is_file,
+            hopeless=lambda: isinstance(root, Path) and root.is_file(),
             tell=lambda message: emit({"event": "notice", "message": message}),
         )
-        emit({"event": "checkpoint", "step": now.step, "path": str(path)})
 
     def averaged() -> AbstractContextManager[None]:
         return ema.swapped(model) if ema else contextlib.nullcontext()
 
     def measure(step: int) -> None:
+        nonlocal measured
         held = ray.get(task.evaluation)
         share = config.batch_size // degrees.data_parallel // config.accumulate
         with averaged():
             evaluated = evaluate(
                 model, objective, held, batch_rows=share, device=device, precision=config.precision,
             )  # fmt: skip
+        measured = (step, {f"evaluation_{name}": value for name, value in evaluated.items()})
         emit({"event": "evaluation", "step": step, "rows": len(held), "averaged": ema is not None, **evaluated})
 
     if state.step < config.steps:
         rows = task.stream.rows(degrees.data_rank(rank), degrees.data_parallel, place)
-        ended = train(
-            model, optimizer, rows, config, state, report=report, save=save, device=device,
-            objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
-            watch=Overseen(pulse, Probe(device, PROBE_EVERY_S), emit),
-        )  # fmt: skip
+        try:
+            ended = train(
+                model, optimizer, rows, config, state, report=report, save=save, device=device,
+                objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
+                watch=Overseen(pulse, Probe(device, PROBE_EVERY_S), emit),
+            )  # fmt: skip
+        except Spiked:
+            # The driver looks for the newest checkpoint: the one that is being written counts.
+            with contextlib.suppress(StorageError):
+                checkpoints.wait()
+            raise
+        settle()
         if not ended:
             model.close()
             emit({"event": "left", "step": state.step})
@@ -288,5 +337,10 @@ def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: t
     chosen = config.dpo or DpoConfig()
     if task.reference is None:
         return Dpo(chosen, WithoutAdapters())
-    reference = build_model(config.model, task.reference, encoder, config.seed).requires_grad_(False)
-    return Dpo(chosen, FrozenModel(lay_out_frozen(reference, model.mesh, config, device)))
+    empty = empty_base(config, task.reference)
+    reference = empty if empty is not None else build_model(config.model, task.reference, encoder, config.seed)
+    adapters = let_go(reference) if empty is not None else {}
+    frozen = lay_out_frozen(reference.requires_grad_(False), model.mesh, config, device)
+    if empty is not None:
+        fill(frozen.whole, task.reference, adapters)
+    return Dpo(chosen, FrozenModel(frozen))

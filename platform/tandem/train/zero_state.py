@@ -1,4 +1,4 @@
-"""What is trained under DeepSpeed, as checkpoints have it: pieces of parameters, by the names and shapes that FSDP2's have.
+"""What is trained under DeepSpeed, as checkpoints have it: pieces of parameters, by the names and shapes of the plain model.
 
 A checkpoint is then independent of the ZeRO stage, the offload and the number of workers, and an FSDP2 run can go on from it.
 DeepSpeed has no public way to put back a state that it did not write itself: here are the few parts of its optimizers that do
@@ -28,8 +28,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Run:
     """The elements of one parameter that this rank keeps, in one of its flat buffers."""
 
-    names: Sequence[str]
-    """Those of the parameter: of one that is tied, several."""
+    name: str
+    """That of the parameter: of one that is tied, the first."""
     shape: Sequence[int]
     start: int
     """First element of the parameter."""
@@ -39,8 +39,6 @@ class Run:
     """Number of the flat buffer."""
     at: int
     """First element of the buffer."""
-    group: int
-    """Number of the optimizer's parameter group."""
 
     def within(self, buffer: Tensor) -> Tensor:
         """This run's part of a flat buffer."""
@@ -54,11 +52,7 @@ class ZeroState(abc.ABC):
         """`zero`: DeepSpeed's optimizer around `optimizer`, which is AdamW."""
         self._zero = zero
         self._optimizer = optimizer
-        names: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.requires_grad:
-                names.setdefault(parameter, []).append(name)
-        self._runs = [self._run(parameter, found) for parameter, found in names.items()]
+        self._runs = [self._run(p, name) for name, p in model.named_parameters() if p.requires_grad]
 
     @staticmethod
     def of(zero: Any, optimizer: Optimizer, model: nn.Module) -> ZeroState:
@@ -73,14 +67,11 @@ class ZeroState(abc.ABC):
         for number in self._numbers():
             with self._here(number) as (buffer, state):
                 for run in self._of(number):
-                    first, *tied = run.names
-                    optimizer[f"state.{first}.step"] = state["step"].detach().clone()
-                    group = self._optimizer.param_groups[run.group]
-                    optimizer |= {f"param_groups.{first}.{k}": v for k, v in group.items() if k != "params"}
+                    # A buffer has one count of its steps, and each of its parameters gets a copy to load into.
+                    optimizer[f"{run.name}.step"] = state["step"].detach().clone()
                     if run.count:
-                        model[first] = self._piece(run, buffer)
-                        model |= dict.fromkeys(tied, model[first])
-                        optimizer |= {f"state.{first}.{key}": self._piece(run, state[key]) for key in MOMENTS}
+                        model[run.name] = self._piece(run, buffer)
+                        optimizer |= {f"{run.name}.{key}": self._piece(run, state[key]) for key in MOMENTS}
         return {"model": model, "optimizer": optimizer}
 
     @torch.no_grad()
@@ -89,17 +80,16 @@ class ZeroState(abc.ABC):
         for number in self._numbers():
             with self._here(number, changed=True) as (buffer, state):
                 for run in self._of(number):
-                    first = run.names[0]
-                    state["step"].copy_(content["optimizer"][f"state.{first}.step"])
+                    state["step"].copy_(content["optimizer"][f"{run.name}.step"])
                     if run.count:
-                        _fill(run.within(buffer), content["model"][first])
+                        _fill(run.within(buffer), content["model"][run.name])
                         for key in MOMENTS:
-                            _fill(run.within(state[key]), content["optimizer"][f"state.{first}.{key}"])
+                            _fill(run.within(state[key]), content["optimizer"][f"{run.name}.{key}"])
                 self._to_parameters(number)
         self._share_parameters()
 
     @abc.abstractmethod
-    def _run(self, parameter: nn.Parameter, names: Sequence[str]) -> Run: ...
+    def _run(self, parameter: nn.Parameter, name: str) -> Run: ...
 
     @abc.abstractmethod
     def _buffer(self, number: int) -> Tensor:
@@ -152,17 +142,16 @@ class ZeroState(abc.ABC):
 class _Flattened(ZeroState):
     """ZeRO 1 and 2: each group of parameters is one long buffer, of which a rank keeps an even share."""
 
-    def _run(self, parameter: nn.Parameter, names: Sequence[str]) -> Run:
+    def _run(self, parameter: nn.Parameter, name: str) -> Run:
         group = next(n for n, held in enumerate(self._zero.bit16_groups) if any(p is parameter for p in held))
         mapping: Any = getattr(parameter, "_hp_mapping", None)
         return Run(
-            names=names,
+            name=name,
             shape=tuple(parameter.shape),
             start=mapping.lp_fragment_address.start if mapping else 0,
             count=mapping.lp_fragment_address.numel if mapping else 0,
             buffer=group,
             at=mapping.hp_fragment_address.start if mapping else 0,
-            group=group,
         )
 
     def _buffer(self, number: int) -> Tensor:
@@ -179,19 +168,18 @@ class _Flattened(ZeroState):
 class _Cut(ZeroState):
     """ZeRO 3: each parameter is cut into even shares, the last one padded; a rank's shares lie one after the other in buffers."""
 
-    def _run(self, parameter: nn.Parameter, names: Sequence[str]) -> Run:
+    def _run(self, parameter: nn.Parameter, name: str) -> Run:
         zero, held = self._zero, parameter  # of DeepSpeed's making: see `ds_...`
         buffer, at, share = zero.grad_position[zero.get_param_id(held)]
         start = dist.get_rank() * share
         numel = held.ds_numel  # type: ignore[attr-defined]
         return Run(
-            names=names,
+            name=name,
             shape=tuple(held.ds_shape),  # type: ignore[attr-defined]
             start=start,
             count=max(0, min(share, numel - start)),
             buffer=buffer,
             at=at,
-            group=zero.sub_group_to_group_id[buffer],
         )
 
     def _buffer(self, number: int) -> Tensor:

@@ -1,51 +1,150 @@
-"""Only whole checkpoints count, and the newest ones stay."""
+"""Only whole checkpoints count, the newest ones and the best stay, and no byte may change unseen: on a disk and in a store."""
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import pytest
 
 from tandem.checkpoint import folders
-from tandem.checkpoint.folders import SavedState
+from tandem.checkpoint.folders import FileRecord, SavedState
 from tandem.errors import CheckpointError
+from tandem.storage import Location, base_name, file_system, join
 
 
-def state(step: int) -> SavedState:
-    return SavedState(step=step, tokens=step * 10, loss=1.5, world=2, cursor={"rows": step * 4})
+@pytest.fixture(params=["disk", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """A new place for checkpoints."""
+    return tmp_path / "checkpoints" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/checkpoints"
 
 
-def save(root: Path, step: int, keep: int = 2) -> Path:
-    (folders.prepare(root, step) / "part").write_text("weights")
-    return folders.publish(root, state(step), keep)
+def state(step: int, **metrics: float) -> SavedState:
+    return SavedState(step=step, tokens=step * 10, loss=1.5, world=2, cursor={"rows": step * 4}, metrics=metrics)
 
 
-def test_the_newest_are_kept_and_found(tmp_path: Path):
-    assert folders.latest(tmp_path / "none") is None
+def save(root: Location, step: int, *, keep: int = 2, best: str | None = None, **metrics: float) -> Location:
+    folder = folders.prepare(root, step)
+    content = b"weights of " + str(step).encode()
+    file_system(root).pipe_file(str(join(folder, "part")), content)
+    record = FileRecord(size=len(content), digest=folders.digest_of(content))
+    made = folders.publish(root, state(step, **metrics), {"part": record})
+    folders.prune(root, keep, best)
+    return made
+
+
+def steps(root: Location) -> list[int]:
+    return [folders.step_of(found) for found in folders.saved(root)]
+
+
+def test_the_newest_are_kept_and_found(root: Location):
+    assert folders.latest(root) is None
     for step in (5, 10, 100):
-        save(tmp_path, step)
-    assert [p.name for p in folders.saved(tmp_path)] == ["step-00000010", "step-00000100"]
-    newest = folders.latest(tmp_path)
-    assert newest is not None and folders.read_state(newest) == state(100)
+        save(root, step)
+    assert steps(root) == [10, 100]
+    assert folders.read_state(folders.latest(root)) == state(100)
 
 
-def test_what_is_half_written_is_not_seen_and_goes_with_the_next_save(tmp_path: Path):
-    save(tmp_path, 5)
-    folders.prepare(tmp_path, 10)
-    newest = folders.latest(tmp_path)
-    assert newest is not None and newest.name == "step-00000005"
-    save(tmp_path, 15)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005", "step-00000015"]
+def test_what_is_half_written_is_not_seen_and_goes_with_the_next_save(root: Location):
+    save(root, 5)
+    folder = folders.prepare(root, 10)
+    file_system(root).pipe_file(str(join(folder, "part")), b"half")
+    assert steps(root) == [5]
+    save(root, 15)
+    assert steps(root) == [5, 15]
+    left = {base_name(path) for path in file_system(root).ls(str(root), detail=False)}
+    assert left == {"step-00000005", "step-00000015"}
 
 
-def test_a_step_saved_again_replaces_itself(tmp_path: Path):
-    save(tmp_path, 5)
-    assert save(tmp_path, 5).name == "step-00000005"
-    assert len(folders.saved(tmp_path)) == 1
+def test_a_step_saved_again_replaces_itself(root: Location):
+    save(root, 5)
+    assert base_name(save(root, 5)) == "step-00000005"
+    assert steps(root) == [5] and not folders.damage(folders.latest(root))
 
 
-def test_a_damaged_state_is_refused_with_what_to_do(tmp_path: Path):
-    folder = save(tmp_path, 5)
-    (folder / "state.json").write_text("{}")
+@pytest.mark.parametrize(("metric", "kept"), [("evaluation_loss", 10), ("evaluation_reward_accuracy", 20)])
+def test_the_best_is_kept_beside_the_newest(root: Location, metric: str, kept: int):
+    # The best loss is the smallest, the best accuracy the largest; of the same value the newer one counts.
+    for step, value in ((5, 0.5), (10, 0.1), (20, 0.9), (30, 0.5), (40, 0.5), (50, 0.5)):
+        save(root, step, best=metric, **{metric: value})
+    assert steps(root) == [kept, 40, 50]
+
+
+def test_checkpoints_without_the_metric_are_never_the_best(root: Location):
+    save(root, 5, best="evaluation_loss", keep=1)
+    save(root, 10, best="evaluation_loss", keep=1, evaluation_loss=3.0)
+    save(root, 15, best="evaluation_loss", keep=1, evaluation_loss=float("nan"))
+    save(root, 20, best="evaluation_loss", keep=1)
+    assert steps(root) == [10, 20]
+
+
+def test_a_whole_checkpoint_has_no_damage(root: Location):
+    assert folders.damage(save(root, 5)) == []
+
+
+def test_a_flipped_byte_is_found_and_its_file_named(root: Location):
+    checkpoint = save(root, 5)
+    file_system(root).pipe_file(str(join(checkpoint, "part")), b"weightz of 5")
+    assert folders.damage(checkpoint) == ["part has other bytes than were written"]
+
+
+def test_a_truncated_file_is_found_with_its_sizes(root: Location):
+    checkpoint = save(root, 5)
+    file_system(root).pipe_file(str(join(checkpoint, "part")), b"weights")
+    assert folders.damage(checkpoint) == ["part has 7 bytes of 12"]
+
+
+@pytest.mark.parametrize("name", ["part", "state.json"])
+def test_a_missing_file_is_found_and_named(root: Location, name: str):
+    checkpoint = save(root, 5)
+    file_system(root).rm_file(str(join(checkpoint, name)))
+    assert folders.damage(checkpoint) == [f"{name} is missing"]
+
+
+def test_a_changed_number_in_the_state_is_found(root: Location):
+    checkpoint = save(root, 5)
+    path = str(join(checkpoint, "state.json"))
+    file_system(root).pipe_file(path, file_system(root).cat_file(path).replace(b'"step": 5', b'"step": 7'))
+    assert folders.damage(checkpoint) == ["state.json has other bytes than were written"]
+
+
+@pytest.mark.parametrize("change", [lambda held: held[:-20], lambda held: held.replace(b'"size": 12', b'"size": 13')])
+def test_a_damaged_manifest_is_named(root: Location, change):
+    checkpoint = save(root, 5)
+    path = str(join(checkpoint, "manifest.json"))
+    file_system(root).pipe_file(path, change(file_system(root).cat_file(path)))
+    (found,) = folders.damage(checkpoint)
+    assert "manifest.json is damaged" in found
+
+
+def test_ranks_look_at_a_share_of_the_files_each(root: Location):
+    checkpoint = save(root, 5)
+    for name in ("part", "state.json"):
+        file_system(root).rm_file(str(join(checkpoint, name)))
+    shares = [folders.damage(checkpoint, share, 3) for share in range(3)]
+    assert sorted(found for share in shares for found in share) == ["part is missing", "state.json is missing"]
+    assert max(map(len, shares)) == 1
+
+
+def test_what_is_set_aside_is_not_used_and_goes_when_it_is_older_than_what_is_kept(root: Location):
+    save(root, 5)
+    folders.set_aside(save(root, 10))
+    assert steps(root) == [5] and folders.unfinished(root) == []
+    save(root, 15)
+    # It does not count as one of the two that are kept.
+    assert steps(root) == [5, 15]
+    assert not file_system(root).exists(str(join(root, "step-00000010", "part")))
+
+
+def test_a_folder_that_lost_its_manifest_is_told(root: Location):
+    checkpoint = save(root, 5)
+    file_system(root).rm_file(str(join(checkpoint, "manifest.json")))
+    assert [folders.step_of(found) for found in folders.unfinished(root)] == [5]
+    assert steps(root) == []
+
+
+def test_a_damaged_state_is_refused_with_what_to_do(root: Location):
+    folder = save(root, 5)
+    file_system(root).pipe_file(str(join(folder, "state.json")), b"{}")
     with pytest.raises(CheckpointError, match="goes on from the one before"):
         folders.read_state(folder)

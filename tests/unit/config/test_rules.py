@@ -216,11 +216,26 @@ def train(**values: object) -> TrainConfig:
             r"parallel\.context is 2.*Set attention to 'sdpa'",
         ),
         ({"precision": "float-16"}, "Did you mean 'float16'"),
+        ({"checkpoint": {"path": "runs/here"}}, r"'runs/here', which is relative.*s3://bucket/runs"),
+        ({"checkpoint": {"best": "evaluation_loss"}}, r"evaluation is not set\. Set evaluation"),
+        ({"checkpoint": {"best": "accuracy"}}, r"'accuracy'; it must be 'loss', or what an evaluation measures"),
+        (
+            {"checkpoint": {"best": "evaluation_loss", "every_steps": 50}, "evaluation": {"every_steps": 20}},
+            r"every_steps \(50\) must be a multiple of evaluation\.every_steps \(20\)",
+        ),
     ],
 )
 def test_what_cannot_go_together_is_refused_with_the_next_step(values, message):
     with pytest.raises(ConfigError, match=message):
         train(**values)
+
+
+@pytest.mark.parametrize("path", ["/runs", "~/runs", "s3://bucket/runs", "file:///runs"])
+def test_checkpoints_may_lie_anywhere_that_every_node_finds(path):
+    kept = train(
+        checkpoint={"path": path, "best": "evaluation_loss", "every_steps": 40}, evaluation={"every_steps": 20}
+    )
+    assert kept.checkpoint.path == path
 
 
 def test_what_needs_a_gpu_is_allowed_on_one():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tandem.checkpoint.export import export
+from tandem.checkpoint.export import export, weights_of
 from tandem.config import LoraConfig, ModelConfig
 from tandem.data.packing import IGNORED, pack
 from tandem.data.tokenize import Encoded, TextEncoder
@@ -107,7 +107,7 @@ def mixture(encoder: TextEncoder) -> Any:
 def test_a_mixture_is_exported_as_others_load_it(mixture: Any, tmp_path: Path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    export(mixture, mixture.state_dict(), tmp_path / "export")
+    export(mixture, weights_of(mixture), tmp_path / "export")
     config = AutoConfig.from_pretrained(tmp_path / "export")
     assert config.architectures == ["Qwen3MoeForCausalLM"]
     # What vLLM's class of that name asks its config.

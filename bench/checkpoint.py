@@ -1,0 +1,228 @@
+"""What a checkpoint costs a training run: synchronous and asynchronous saves, and their speed against the disk's.
+
+    python bench/checkpoint.py [--workers N] [--rounds N] [--folder PATH] [--json FILE] [--check]
+
+A model of 63 million parameters (its state is 0.76 GB: weights and both moments of AdamW, float32) is trained by Tandem's own
+step under FSDP2 on gloo. A round is some steps without a save, as many with a synchronous save before them, and as many with an
+asynchronous one; figures are medians over the rounds.
+
+    stopped      seconds that `save` keeps the training loop waiting
+    slowed       seconds that the steps after it take longer than steps without a save, until the checkpoint is whole
+    to whole     seconds from the call to the commit
+    written      bytes of the checkpoint's files, by `to whole`
+    disk         bytes of plain files of the same size, written and synced by as many processes at once, by their time
+
+`--check` exits 1 unless the asynchronous stop is at most a tenth of the synchronous one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BAR = 0.1
+STEPS, ROWS, LENGTH, VOCABULARY = 6, 1, 128, 8192
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12,
+    "num_key_value_heads": 12, "intermediate_size": 2048, "max_position_embeddings": LENGTH, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run the world and print the table; 1 if the bar is missed and --check is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written: on the disk to measure")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit 1 if the stop is above {BAR:.0%} of a synchronous one"
+    )
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        measure(options.rank, options.workers, options.rounds, options.folder)
+        return 0
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        figures = world(folder, options.workers, options.rounds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    show(figures)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    share = figures["asynchronous"]["stopped"] / figures["synchronous"]["stopped"]
+    print(f"The asynchronous stop is {share:.1%} of the synchronous one; the bar is {BAR:.0%}: ", end="")
+    print("met." if share <= BAR else "MISSED.")
+    return int(options.check and share > BAR)
+
+
+def world(folder: Path, workers: int, rounds: int) -> dict[str, Any]:
+    """The figures of rank 0."""
+    command = [sys.executable, __file__, "--workers", str(workers), "--rounds", str(rounds), "--folder", str(folder)]
+    running = [
+        subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for rank in range(workers)
+    ]
+    try:
+        for process in running:
+            if process.wait(1800) != 0:
+                raise SystemExit("A rank ended with an error: see above.")
+    finally:
+        for process in running:
+            process.kill()
+    found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    return found
+
+
+def measure(rank: int, workers: int, rounds: int, folder: Path) -> None:
+    """One rank: trains, saves, and looks at the clock; rank 0 writes the figures."""
+    import torch
+    import torch.distributed as dist
+
+    from tandem.checkpoint import folders
+    from tandem.checkpoint.folders import SavedState
+    from tandem.checkpoint.sharded import Checkpoints
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
+    model, optimizer, step = build(workers)
+    kinds = {
+        kind: Checkpoints(folder / kind, keep=1, asynchronous=kind == "asynchronous")
+        for kind in ("synchronous", "asynchronous")
+    }
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    plain: list[float] = []
+    step()
+    for number in range(rounds + 1):  # the first round only warms up
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        alone = (time.perf_counter() - began) / STEPS
+        for kind, checkpoints in kinds.items():
+            whole: list[float] = []
+            os.sync()
+            dist.barrier()
+            began = time.perf_counter()
+            state = SavedState(step=number, tokens=0, loss=None, world=workers)
+            checkpoints.save(model, optimizer, state, committed=lambda _, told=whole: told.append(time.perf_counter()))
+            stopped = time.perf_counter() - began
+            taken = 0
+            busy = time.perf_counter()
+            # As long as it is being written, and all ranks as often.
+            while taken < STEPS or not agreed(bool(whole)):
+                step()
+                taken += 1
+            slowed = time.perf_counter() - busy - taken * alone
+            checkpoints.wait()
+            size = sum(f.stat().st_size for f in folders.latest(folder / kind).iterdir())
+            if number:
+                found[kind].append(
+                    {"stopped": stopped, "slowed": slowed, "to whole": whole[0] - began, "bytes": float(size)}
+                )
+        if number:
+            plain.append(alone)
+    disk = [raw(folder, rank, size // workers) for _ in range(rounds)]
+    if rank == 0:
+        figures: dict[str, Any] = {
+            kind: {key: statistics.median(one[key] for one in each) for key in each[0]} for kind, each in found.items()
+        }
+        figures |= {"step": statistics.median(plain), "disk": statistics.median(disk), "workers": workers}
+        (folder / "figures.json").write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def build(workers: int) -> tuple[Any, Any, Any]:
+    """A model, its optimizer, and a step of training."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tandem.config import DataConfig, OptimizerConfig, ParallelismConfig, TrainConfig
+    from tandem.train.loop import backward
+    from tandem.train.mesh import Degrees
+    from tandem.train.objective import NextToken
+    from tandem.train.strategy import lay_out
+
+    config = TrainConfig(
+        name="bench",
+        data=DataConfig(path="x", sequence_length=LENGTH),
+        parallel=ParallelismConfig(workers=workers, strategy="fsdp2" if workers > 1 else "ddp"),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        batch_size=ROWS * workers,
+    )
+    torch.manual_seed(0)
+    mesh = Degrees.of(config.parallel).mesh("cpu", workers)
+    model, optimizer = lay_out(LlamaForCausalLM(LlamaConfig(**SHAPE)), mesh, config, torch.device("cpu"))
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
+    rows = torch.stack([ids, ids, torch.arange(LENGTH).expand_as(ids)], 1)
+    objective = NextToken(model.share)
+    targets = objective.count(rows) * workers
+
+    def step() -> None:
+        backward(model, rows, targets, config, workers, objective)
+        model.step(optimizer, 1.0, None)
+
+    return model, optimizer, step
+
+
+def agreed(mine: bool) -> bool:
+    """Whether it is so on rank 0, the only one that is told of a commit."""
+    import torch.distributed as dist
+
+    told = [mine]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def raw(folder: Path, rank: int, size: int) -> float:
+    """Bytes a second of all ranks together, of a plain file each that is written and synced."""
+    import torch.distributed as dist
+
+    block = os.urandom(2**24)
+    path = folder / f"raw-{rank}"
+    dist.barrier()
+    began = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    dist.barrier()
+    taken = time.perf_counter() - began
+    path.unlink()
+    return dist.get_world_size() * (size // len(block)) * len(block) / taken
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"One checkpoint, {figures['workers']} processes; a step takes {figures['step']:.2f} s"
+    table = Table(title=title)
+    for column in ("save", "stopped s", "slowed s", "to whole s", "MB", "written MB/s", "of the disk"):
+        table.add_column(column, justify="left" if column == "save" else "right")
+    for kind in ("synchronous", "asynchronous"):
+        one = figures[kind]
+        rate = one["bytes"] / one["to whole"]
+        table.add_row(
+            kind, f"{one['stopped']:.2f}", f"{one['slowed']:.2f}", f"{one['to whole']:.2f}", f"{one['bytes'] / 1e6:.0f}",
+            f"{rate / 1e6:.0f}", f"{rate / figures['disk']:.2f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+    print(f"disk: {figures['disk'] / 1e6:.0f} MB/s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""A checkpoint's files by torch.distributed.checkpoint, on a disk or in a store, with a digest of each that is written.
+
+Every rank digests what it writes, as it writes it; the records travel with the results of the write to rank 0, which commits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from tandem.checkpoint import folders
+from tandem.checkpoint.folders import FileRecord, SavedState
+from tandem.storage import Location, base_name, file_system, join
+
+
+class Files(FileSystemBase):
+    """The files of one folder, on a disk or in an fsspec store."""
+
+    def __init__(self, folder: Location) -> None:
+        self._store = file_system(folder)
+        self.written: dict[str, FileRecord] = {}
+        """What was written through this object, by name."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        """A file to read, or one to write and to digest."""
+        # A disk's own files have a number, by which they are synced.
+        with open(path, mode) if isinstance(path, Path) else self._store.open(path, mode) as stream:
+            if "r" in mode:
+                yield stream
+                return
+            digested = _Digested(stream)
+            yield digested
+            self.written[base_name(path)] = digested.record()
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        """See torch's."""
+        return join(path, suffix)
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        """See torch's."""
+        self._store.mv(str(path), str(new_path))
+        self.written[base_name(new_path)] = self.written.pop(base_name(path))
+
+    def init_path(self, path: Any) -> Any:
+        """See torch's."""
+        return path
+
+    def mkdir(self, path: Any) -> None:
+        """See torch's."""
+        self._store.makedirs(str(path), exist_ok=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """See torch's."""
+        return True
+
+    def exists(self, path: Any) -> bool:
+        """See torch's."""
+        return bool(self._store.exists(str(path)))
+
+    def rm_file(self, path: Any) -> None:
+        """See torch's."""
+        self._store.rm_file(str(path))
+
+
+class Writer(FileSystemWriter):
+    """Writes one checkpoint, and commits it when all ranks have written. All of it may run in the background."""
+
+    def __init__(self, root: Location, state: SavedState, prune: Callable[[], None]) -> None:
+        """`prune` runs on rank 0 after the commit."""
+        # What a store takes it keeps.
+        super().__init__("unused", sync_files=isinstance(root, Path))
+        self._root, self._state, self._prune = root, state, prune
+        self._files = Files(root)
+        self.fs: Any = self._files
+        self.path: Any = folders.staging_folder(root, state.step)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """See torch's: nothing is there yet."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """See torch's: rank 0 alone is asked, before any rank writes."""
+        folders.prepare(self._root, self._state.step)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """See torch's; the results hold the records of this rank's files, too."""
+        results = super().write_data(plan, planner).wait()
+        results += [
+            WriteResult(index=MetadataIndex(name), size_in_bytes=record.size, storage_data=record)
+            for name, record in self._files.written.items()
+        ]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """See torch's: rank 0 commits."""
+        every = [result for rank in results for result in rank]
+        records = {r.index.fqn: r.storage_data for r in every if isinstance(r.storage_data, FileRecord)}
+        super().finish(metadata, [[r for r in every if not isinstance(r.storage_data, FileRecord)]])
+        folders.publish(self._root, self._state, records | self._files.written)
+        # What is left over is no reason to end a run.
+        with contextlib.suppress(OSError):
+            self._prune()
+
+
+class Reader(FileSystemReader):
+    """Reads a checkpoint."""
+
+    def __init__(self, checkpoint: Location) -> None:
+        super().__init__("unused")
+        self.fs: Any = Files(checkpoint)
+        self.path: Any = checkpoint
+
+
+class _Digested:
+    """A stream that digests what is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._digest = hashlib.blake2b(digest_size=32)
+        self._size = 0
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        # Of a memoryview of larger items, the length is not that in bytes.
+        self._size += memoryview(data).nbytes
+        self._stream.write(data)
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def record(self) -> FileRecord:
+        return FileRecord(size=self._size, digest=self._digest.hexdigest())

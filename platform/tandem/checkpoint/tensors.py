@@ -1,0 +1,192 @@
+"""Tensors that lie in parts on many ranks, made whole one at a time and written to safetensors files, each by one rank.
+
+No rank ever has more than one whole tensor. A file's header holds the place of each tensor, so that it can be written before
+any of them is there (https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+FILE_BYTES = 4 * 2**30
+"""Of the tensors in one file, unless a single one is larger."""
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""From tensors as the model has them to those that a file has: other names, or several of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A tensor that this rank has, or has a part of."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    whole: Callable[[], Tensor]
+    """Makes it whole. All ranks that have the name call it, in the same order of names."""
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Held:
+        """A tensor that is whole here."""
+        return cls(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, whole=tensor.detach)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What all ranks hold between them."""
+
+    empty: dict[str, Tensor]
+    """Each tensor by name, in order, without its content."""
+    holders: dict[str, list[int]]
+
+
+@dataclass(kw_only=True)
+class File:
+    """A file that one rank writes."""
+
+    owner: int
+    name: str = ""
+    sources: list[str] = field(default_factory=list)
+    """The model's tensors that go into it, in order."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """What it holds, in order, without content."""
+
+    @property
+    def bytes(self) -> int:
+        """Of its tensors."""
+        return sum(map(size_of, self.tensors.values()))
+
+
+def table_of(held: Iterable[Held]) -> Table:
+    """What all ranks hold. Every rank calls it."""
+    mine = [(h.name, h.shape, h.dtype) for h in held]
+    every: list[Any] = [mine]
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+    table = Table({}, {})
+    for rank, told in enumerate(every):
+        for name, shape, dtype in told:
+            table.empty.setdefault(name, torch.empty(shape, dtype=dtype, device="meta"))
+            table.holders.setdefault(name, []).append(rank)
+    return table
+
+
+def one_file(table: Table, convert: Convert, name: str) -> list[File]:
+    """All tensors in one file, which rank 0 writes."""
+    file = File(owner=0, name=name)
+    for source, empty in table.empty.items():
+        file.sources.append(source)
+        file.tensors |= convert({source: empty})
+    return [file]
+
+
+def shared_files(table: Table, convert: Convert, file_bytes: int) -> list[File]:
+    """The tensors in files of at most `file_bytes`, each for a rank that has what is in it; named as Hugging Face does."""
+    files: list[File] = []
+    given: dict[int, int] = {}
+    for source, empty in table.empty.items():
+        made = convert({source: empty})
+        more = sum(map(size_of, made.values()))
+        holders = table.holders[source]
+        if not files or files[-1].bytes + more > file_bytes:
+            owner = min(holders, key=lambda rank: (given.get(rank, 0), rank))
+            given[owner] = given.get(owner, 0) + 1
+            files.append(File(owner=owner))
+        files[-1].sources.append(source)
+        files[-1].tensors |= made
+    for number, file in enumerate(files, 1):
+        file.name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+    return files
+
+
+def write(folder: Path, files: Sequence[File], held: Iterable[Held], table: Table, convert: Convert) -> None:
+    """Write this rank's files. Every rank calls it; where it fails, on a full disk, the others still get what they wait for."""
+    owner = {source: file for file in files for source in file.sources}
+    problem: Exception | None = None
+    open_files: dict[str, Any] = {}
+    try:
+        for name, tensor in stream(held, table, {source: file.owner for source, file in owner.items()}):
+            if tensor is None or problem is not None:
+                continue
+            file = owner[name]
+            try:
+                if file.name not in open_files:
+                    open_files[file.name] = (folder / file.name).open("wb")
+                    open_files[file.name].write(header(file.tensors))
+                for made in convert({name: tensor}).values():
+                    open_files[file.name].write(bytes_of(made))
+            except OSError as error:
+                problem = error
+    finally:
+        for stream_ in open_files.values():
+            try:
+                stream_.close()
+            except OSError as error:
+                problem = problem or error
+    if problem is not None:
+        raise problem
+
+
+def stream(held: Iterable[Held], table: Table, owners: Mapping[str, int] | int) -> Iterator[tuple[str, Tensor | None]]:
+    """Each tensor in turn, whole and on the CPU, on the rank that owns it, and None on the others. Every rank goes through it."""
+    mine = {h.name: h for h in held}
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for name, empty in table.empty.items():
+        owner = owners if isinstance(owners, int) else owners[name]
+        holders = table.holders[name]
+        whole = mine[name].whole() if name in mine else None
+        if owner not in holders:
+            if rank == holders[0]:
+                assert whole is not None, "its first holder has it"
+                dist.send(whole.contiguous(), dst=owner)
+            elif rank == owner:
+                whole = torch.empty_like(empty, device=_device())
+                dist.recv(whole, src=holders[0])
+        yield name, whole.detach().cpu() if rank == owner and whole is not None else None
+
+
+def gathered(held: Sequence[Held]) -> dict[str, Tensor]:
+    """All tensors on rank 0, nothing on the others: for models that fit there."""
+    return {name: tensor for name, tensor in stream(held, table_of(held), 0) if tensor is not None}
+
+
+def header(tensors: Mapping[str, Tensor]) -> bytes:
+    """The first bytes of a file that holds tensors like these."""
+    places: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        end = at + size_of(tensor)
+        places[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(places, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes."""
+    return math.prod(tensor.shape) * tensor.element_size()
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The content of a tensor, in the order that files have."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _device() -> torch.device:
+    # NCCL sends from GPU to GPU only.
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,0 +1,125 @@
+"""Checkpoints in an object store: a real S3 server (moto), spoken to by s3fs as any other would be."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+from resume_world import load_parity
+from resume_worlds import check, run_worlds
+
+from tandem.checkpoint import folders
+from tandem.checkpoint.folders import SavedState
+from tandem.checkpoint.parts import Parts
+from tandem.checkpoint.sharded import Checkpoints
+from tandem.errors import StorageError
+from tandem.storage import check_writable, file_system
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URI of a bucket on a server of this module's own."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        file_system("s3://checkpoints").mkdir("checkpoints")
+        yield "s3://checkpoints"
+    server.stop()
+
+
+@pytest.fixture
+def root(bucket: str) -> str:
+    return f"{bucket}/{uuid.uuid4().hex}/run"
+
+
+class Weights:
+    """A model of a few megabytes: more than one part of an upload."""
+
+    def __init__(self, value: float) -> None:
+        self.w = torch.full((3000, 1000), value)
+
+    def training_state(self, optimizer: Any) -> dict[str, dict[str, Any]]:
+        return {"model": {"w": Parts.of(self.w)}, "optimizer": {}}
+
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Any) -> None:
+        pass
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    kept = SavedState(step=step, tokens=step, loss=None, world=1)
+    checkpoints.save(Weights(float(step)), None, kept)  # type: ignore[arg-type]
+
+
+def loaded(root: str) -> tuple[int | None, float, list[str]]:
+    weights = Weights(-1.0)
+    found, said = Checkpoints(root, keep=2).load(weights, None)  # type: ignore[arg-type]
+    assert len(weights.w.unique()) == 1
+    return found and found.step, float(weights.w[0, 0]), said
+
+
+def test_checkpoints_come_back_and_old_ones_go(root: str):
+    checkpoints = Checkpoints(root, keep=2)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    checkpoints.wait()
+    assert loaded(root) == (3, 3.0, [])
+    assert folders.saved(root) == [f"{root}/step-0000000{step}" for step in (2, 3)]
+    assert not file_system(root).exists(f"{root}/step-00000001")
+
+
+def test_a_checkpoint_is_seen_only_when_its_manifest_is_there(root: str, monkeypatch: pytest.MonkeyPatch):
+    checkpoints = Checkpoints(root, keep=2, asynchronous=False)
+    save(checkpoints, 1)
+
+    def fail(records: Any) -> bytes:
+        raise OSError("the connection was closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_manifest", fail)
+        with pytest.raises(StorageError, match="the connection was closed"):
+            save(checkpoints, 2)
+    # All of its data is there.
+    assert file_system(root).exists(f"{root}/step-00000002/state.json")
+    step, value, (notice,) = loaded(root)
+    assert (step, value) == (1, 1.0) and "step-00000002 has no manifest.json" in notice
+    # The same step is then written anew.
+    save(checkpoints, 2)
+    assert loaded(root) == (2, 2.0, [])
+
+
+@pytest.mark.parametrize("harm", ["flipped", "truncated", "missing"])
+def test_a_damaged_object_is_named_and_the_one_before_is_taken(root: str, harm: str):
+    checkpoints = Checkpoints(root, keep=2, asynchronous=False)
+    for step in (1, 2):
+        save(checkpoints, step)
+    store, path = file_system(root), f"{root}/step-00000002/__0_0.distcp"
+    held = store.cat_file(path)
+    if harm == "missing":
+        store.rm_file(path)
+    else:
+        store.pipe_file(path, held[:-100] if harm == "truncated" else held[:5000] + b"\x01" + held[5001:])
+    step, value, (notice,) = loaded(root)
+    assert (step, value) == (1, 1.0) and f"{root}/step-00000002 is damaged: __0_0.distcp " in notice
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_work_starts(root: str):
+    check_writable(root)
+    with pytest.raises(StorageError, match="Check that the bucket exists"):
+        check_writable("s3://no-such-bucket/run")
+
+
+def test_ranks_write_their_shards_to_it_and_another_layout_goes_on(root: str, tmp_path: Path):
+    way = ("llama", "fsdp2", 2, "tp2", 2)
+    check(load_parity(), run_worlds(tmp_path, (way,), place=root), way)

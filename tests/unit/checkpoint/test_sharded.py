@@ -1,0 +1,164 @@
+"""What is saved comes back as it was at that step, also from the background; what is damaged is passed over and told."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tandem.checkpoint import files, folders
+from tandem.checkpoint.folders import SavedState
+from tandem.checkpoint.parts import Parts
+from tandem.checkpoint.sharded import Checkpoints
+from tandem.errors import CheckpointError, StorageError
+from tandem.storage import Location, file_system, join
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Weights:
+    """A model of one matrix."""
+
+    def __init__(self, value: float, *, name: str = "w", width: int = 4) -> None:
+        self.name, self.w = name, torch.full((3, width), value)
+
+    def training_state(self, optimizer: Any) -> dict[str, dict[str, Any]]:
+        return {"model": {self.name: Parts.of(self.w)}, "optimizer": {f"{self.name}.step": Parts.of(torch.zeros(()))}}
+
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Any) -> None:
+        assert content["model"].keys() == {self.name}
+
+
+@pytest.fixture(params=["disk", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """A new place for checkpoints."""
+    return tmp_path / "checkpoints" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/checkpoints"
+
+
+@pytest.fixture(params=[True, False], ids=["background", "at once"])
+def checkpoints(request: pytest.FixtureRequest, root: Location) -> Checkpoints:
+    return Checkpoints(root, keep=2, asynchronous=request.param)
+
+
+def state(step: int) -> SavedState:
+    return SavedState(step=step, tokens=step, loss=None, world=1)
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    """Weights that are as large as the step."""
+    checkpoints.save(Weights(float(step)), None, state(step))  # type: ignore[arg-type]
+    checkpoints.wait()
+
+
+def loaded(checkpoints: Checkpoints) -> tuple[int | None, float, list[str]]:
+    """The step that a run goes on from, its weights, and what was said."""
+    weights = Weights(-1.0)
+    found, said = checkpoints.load(weights, None)  # type: ignore[arg-type]
+    assert len(weights.w.unique()) == 1
+    return found and found.step, float(weights.w[0, 0]), said
+
+
+def test_it_comes_back(checkpoints: Checkpoints):
+    assert loaded(checkpoints) == (None, -1.0, [])
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert loaded(checkpoints) == (3, 3.0, [])
+    assert [folders.step_of(found) for found in folders.saved(checkpoints.root)] == [2, 3]
+    assert folders.damage(folders.latest(checkpoints.root)) == []
+
+
+def test_training_goes_on_while_it_is_written_and_does_not_change_what_is_saved(
+    root: Location, monkeypatch: pytest.MonkeyPatch
+):
+    free, told = threading.Event(), []
+    prepare = folders.prepare
+    monkeypatch.setattr(folders, "prepare", lambda *of: (free.wait(30), prepare(*of))[1])
+    checkpoints, weights = Checkpoints(root, keep=2), Weights(1.0)
+    checkpoints.save(weights, None, state(1), committed=told.append)  # type: ignore[arg-type]
+    weights.w.fill_(7.0)
+    assert folders.latest(root) is None and not told
+    free.set()
+    # The next save waits for the one before; its copy must not reach that one either.
+    checkpoints.save(weights, None, state(2), committed=told.append)  # type: ignore[arg-type]
+    assert told[0] == folders.step_folder(root, 1)
+    checkpoints.wait()
+    assert told[1:] == [folders.step_folder(root, 2)]
+    assert loaded(checkpoints) == (2, 7.0, [])
+    folders.set_aside(folders.latest(root))
+    assert loaded(checkpoints) == (1, 1.0, [])
+
+
+def flip(path: str, store: Any) -> None:
+    held = bytearray(store.cat_file(path))
+    held[len(held) // 2] ^= 1
+    store.pipe_file(path, bytes(held))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (flip, "has other bytes than were written"),
+        (lambda path, store: store.pipe_file(path, store.cat_file(path)[:-1]), "bytes of"),
+        (lambda path, store: store.rm_file(path), "is missing"),
+    ],
+    ids=["flipped", "truncated", "missing"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    checkpoints: Checkpoints, name: str, harm, said: str
+):
+    for step in (1, 2):
+        save(checkpoints, step)
+    newest = folders.latest(checkpoints.root)
+    harm(str(join(newest, name)), file_system(checkpoints.root))
+    step, value, notices = loaded(checkpoints)
+    assert (step, value) == (1, 1.0)
+    (notice,) = notices
+    assert str(newest) in notice and f"{name} " in notice and said in notice and "goes on from step 1" in notice
+    # It is told once, and does not take the place of a good one.
+    assert loaded(checkpoints) == (1, 1.0, [])
+    save(checkpoints, 3)
+    assert [folders.step_of(found) for found in folders.saved(checkpoints.root)] == [1, 3]
+
+
+def test_a_missing_manifest_is_told_and_the_one_before_is_taken(checkpoints: Checkpoints):
+    for step in (1, 2):
+        save(checkpoints, step)
+    file_system(checkpoints.root).rm_file(str(join(folders.latest(checkpoints.root), "manifest.json")))
+    step, _, (notice,) = loaded(checkpoints)
+    assert step == 1 and "step-00000002 has no manifest.json" in notice
+
+
+def test_if_all_are_damaged_the_run_begins_again_and_says_so(checkpoints: Checkpoints):
+    save(checkpoints, 1)
+    file_system(checkpoints.root).rm_file(str(join(folders.latest(checkpoints.root), "__0_0.distcp")))
+    step, value, (notice,) = loaded(checkpoints)
+    assert (step, value) == (None, -1.0) and "goes on from the start: there is none before" in notice
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_save_and_what_was_whole_stays(
+    root: Location, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoints, told = Checkpoints(root, keep=2), []
+    save(checkpoints, 1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.Writer, "write_data", refuse)
+    checkpoints.save(Weights(2.0), None, state(2), committed=told.append)  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="disk is full" if isinstance(root, Path) else "could not be written below"):
+        checkpoints.save(Weights(3.0), None, state(3))  # type: ignore[arg-type]
+    assert not told and loaded(checkpoints)[:2] == (1, 1.0)
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoints: Checkpoints):
+    save(checkpoints, 1)
+    for other in (Weights(0.0, name="v"), Weights(0.0, width=5)):
+        with pytest.raises(CheckpointError, match="cannot be loaded"):
+            checkpoints.load(other, None)  # type: ignore[arg-type]
+    assert loaded(checkpoints) == (1, 1.0, [])
