@@ -135,13 +135,11 @@ def start_cluster() -> Any:
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:
     """Data for all: the standard library, packed, in the order in which Tandem deals it; and the model that all start from."""
-    import itertools
-
     import numpy as np
 
     from tandem.config import ModelConfig
     from tandem.data.build import build_dataset
-    from tandem.data.order import held_rows
+    from tandem.data.order import Order, Walk
     from tandem.data.packing import pack
     from tandem.data.shards import read_samples
     from tandem.data.tokenize import TextEncoder
@@ -153,9 +151,10 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     for path in index.shard_paths(folder / "data"):
         texts = [sample.text for sample in read_samples([path])]  # type: ignore[union-attr]
         parts.append(pack(encoder.texts(texts), options.length, encoder.pad_id, split=True))
-    rows = np.concatenate(parts)
-    order = itertools.islice(held_rows(len(rows), 0, True, 0, 1), options.steps * options.batch)
-    np.save(folder / "rows.npy", rows[list(order)])
+    order = Order(shards=(len(parts),), weights=(1.0,), seed=0)
+    walk = Walk(order, lambda place: len(parts[order.shard(place)]))
+    places = walk.share(0, 1, options.steps * options.batch)
+    np.save(folder / "rows.npy", np.stack([parts[place.shard][place.row] for place in places]))
     build_model(ModelConfig(**SHAPE), None, encoder, seed=0).save_pretrained(folder / "model")  # type: ignore[operator]
 
 

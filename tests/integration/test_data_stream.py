@@ -1,8 +1,16 @@
-"""Ray Data gives every rank its rows, in one order for any number of ranks, held in memory or streamed."""
+"""Ray Data gives every rank its rows, in one order for any number of ranks, whether blocks stay in memory or are read again."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,72 +18,227 @@ import pytest
 from tandem.cluster import LocalCluster
 from tandem.config import DataConfig
 from tandem.data.build import build_dataset
-from tandem.data.index import DatasetIndex
-from tandem.data.packing import pack
+from tandem.data.index import DatasetIndex, Part
+from tandem.data.order import Walk
+from tandem.data.spec import Source
 from tandem.data.stream import Stream, open_stream
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 
 LENGTH = 32
+ALL = 2**40
+"""Bytes to keep: everything stays."""
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two of several shards, with one tokenizer."""
     folder = tmp_path_factory.mktemp("stream")
-    (folder / "text.txt").write_text("".join(f"Paragraph {n} of some text about {n * n}.\n\n" for n in range(300)))
-    build_dataset(str(folder / "text.txt"), folder / "data", vocab_size=300, shard_bytes=3000)
-    return folder / "data"
+    for name, paragraphs, shard_bytes in (("text", 300, 1300), ("more", 60, 600)):
+        (folder / f"{name}.txt").write_text(
+            "".join(f"Paragraph {n} of some {name} about {n * n}.\n\n" for n in range(paragraphs))
+        )
+        tokenizer = folder / "text" / "tokenizer" if name == "more" else None
+        build_dataset(
+            str(folder / f"{name}.txt"), folder / name, vocab_size=300, shard_bytes=shard_bytes, tokenizer=tokenizer
+        )
+    return folder / "text", folder / "more"
 
 
-def opened(dataset: Path, *, workers: int, held_bytes: int | None = None, length: int = LENGTH) -> Stream:
-    index = DatasetIndex.load(dataset)
-    encoder = TextEncoder(str(dataset / "tokenizer"))
-    config = DataConfig(path=str(dataset), sequence_length=length)
-    return open_stream(dataset, index, encoder, config, workers=workers, seed=3, held_bytes=held_bytes)
+def opened(
+    *datasets: Path, workers: int = 2, held_bytes: int | None = None, length: int = LENGTH, **settings: Any
+) -> Stream:
+    parts = tuple(
+        Part(folder=folder, index=DatasetIndex.load(folder), weight=float(3 - number))
+        for number, folder in enumerate(datasets)
+    )
+    config = DataConfig(path="x", sequence_length=length, open_shards=3, **settings)
+    encoder = TextEncoder(str(datasets[0] / "tokenizer"))
+    return open_stream(parts, encoder, config, workers=workers, seed=3, held_bytes=held_bytes)
 
 
-@pytest.fixture(scope="module")
-def held(dataset: Path, ray_cluster: LocalCluster) -> Stream:
-    return opened(dataset, workers=2)
+@pytest.fixture(scope="module", params=["held", "streamed"])
+def stream(request: pytest.FixtureRequest, datasets: tuple[Path, Path], ray_cluster: LocalCluster) -> Iterator[Stream]:
+    """A mixture of both datasets."""
+    import ray
+
+    opened_stream = opened(*datasets, held_bytes=ALL if request.param == "held" else 0, read_ahead=2)
+    yield opened_stream
+    ray.kill(opened_stream.feed)
 
 
-@pytest.fixture(scope="module")
-def streamed(dataset: Path, ray_cluster: LocalCluster) -> Stream:
-    return opened(dataset, workers=2, held_bytes=0)
+def packed(stream: Stream) -> list[list[Any]]:
+    """The rows of each shard of each dataset, packed here."""
+    return [[source.rows(shard) for shard in range(len(source.paths))] for source in stream.sources]
 
 
-def test_an_epoch_of_held_rows_is_the_whole_dataset(dataset: Path, held: Stream):
-    from tandem.data.shards import read_samples
-
-    encoder = TextEncoder(str(dataset / "tokenizer"))
-    expected = [
-        pack(encoder.texts([s.text for s in read_samples([path])]), LENGTH, encoder.pad_id, split=True)
-        for path in DatasetIndex.load(dataset).shard_paths(dataset)
-    ]
-    total = sum(held.counts)
-    rows = held.rows(0, 1, None).take(total)
-    key = lambda row: row.tobytes()  # noqa: E731
-    assert sorted(map(key, rows)) == sorted(key(row) for part in expected for row in part)
+def expected(stream: Stream, count: int) -> Any:
+    """The first rows of the order, without Ray."""
+    rows = packed(stream)
+    walk = Walk(stream.order, lambda place: len(rows[place.dataset][stream.order.shard(place)]))
+    return np.stack([rows[r.dataset][r.shard][r.row] for r in walk.share(0, 1, count)])
 
 
-@pytest.mark.parametrize("kind", ["held", "streamed"])
-def test_ranks_share_one_order_and_a_cursor_finds_the_next_row(kind: str, request: pytest.FixtureRequest):
-    stream: Stream = request.getfixturevalue(kind)
-    both = np.empty((24, 3, LENGTH), np.int32)
-    for rank in range(2):
-        both[rank::2] = stream.rows(rank, 2, None).take(12)
-    np.testing.assert_array_equal(stream.rows(1, 2, stream.cursor(14)).take(4), both[15:23:2])
-    if kind == "held":
-        np.testing.assert_array_equal(stream.rows(0, 1, None).take(24), both)
+def epoch(stream: Stream) -> int:
+    return sum(len(rows) for dataset in packed(stream) for rows in dataset)
 
 
-def test_a_cursor_of_other_data_is_refused(dataset: Path, held: Stream):
+def test_rows_come_in_the_order_over_epochs_for_any_number_of_ranks_that_change_at_a_cursor(stream: Stream):
+    # 12 rows a batch, two epochs and a half; ranks change where one run ends and the next begins.
+    batches = 5 * epoch(stream) // 2 // 12
+    found = np.empty((batches * 12, 3, LENGTH), np.int32)
+    cursor: dict[str, Any] | None = None
+    done = 0
+    for world, until in ((2, batches // 3), (3, batches // 2), (1, batches)):
+        ranks = [stream.rows(rank, world, cursor) for rank in range(world)]
+        for batch in range(done, until):
+            rows = found[batch * 12 : batch * 12 + 12]
+            for rank, source in enumerate(ranks):
+                rows[rank::world] = source.take(12 // world)
+        cursors = [json.dumps(source.cursor()) for source in ranks]
+        assert len(set(cursors)) == 1
+        cursor, done = json.loads(cursors[0]), until
+        for source in ranks:
+            # What was made ready beyond the cursor is forgotten.
+            source.close()
+    np.testing.assert_array_equal(found, expected(stream, len(found)))
+
+
+def test_an_older_cursor_gives_the_same_rows_again(stream: Stream):
+    with closing(stream.rows(0, 1, None)) as source:
+        source.take(10)
+        cursor = source.cursor()
+        after = source.take(30)
+        source.take(5 * epoch(stream))
+    with closing(stream.rows(0, 1, cursor)) as source:
+        np.testing.assert_array_equal(source.take(30), after)
+        assert stream.name(source.places[0]).endswith("(epoch 1)")
+
+
+def test_a_batch_of_another_size_goes_on_where_the_last_one_ended(stream: Stream):
+    with closing(stream.rows(0, 1, None)) as source:
+        parts = [source.take(count) for count in (4, 4, 7, 1, 4)]
+    np.testing.assert_array_equal(np.concatenate(parts), expected(stream, 20))
+
+
+def test_processes_with_the_same_data_rank_see_the_same_rows_and_nothing_is_packed_twice(stream: Stream):
+    peers = [stream.rows(0, 1, None, process=(number, 2)) for number in range(2)]
+    for _ in range(6):
+        first, second = (peer.take(6) for peer in peers)
+        np.testing.assert_array_equal(first, second)
+    for peer in peers:
+        peer.close()
+
+
+def test_the_feed_can_die_and_rows_go_on(stream: Stream):
+    import ray
+    from ray.util.state import list_actors
+
+    with closing(stream.rows(0, 1, None)) as source:
+        rows = [source.take(8) for _ in range(2)]
+        actor = stream.feed._actor_id.hex()
+        (found,) = (a for a in list_actors(address=ray.get_runtime_context().gcs_address) if a.actor_id == actor)
+        os.kill(found.pid, signal.SIGKILL)
+        rows += [source.take(8) for _ in range(20)]
+    np.testing.assert_array_equal(np.concatenate(rows), expected(stream, 8 * 22))
+
+
+def test_blocks_that_are_lost_on_their_way_are_packed_again(stream: Stream):
+    import ray
+    from ray._private.internal_api import free
+
+    with closing(stream.rows(0, 1, None)) as source:
+        first = source.take(8)
+        cursor = source.cursor()
+    open_now = Walk(stream.order, lambda place: 0, cursor["walk"]).coming(0)
+    references = ray.get(stream.feed.blocks.remote(open_now, -1, 1))
+    free([reference for (reference,) in references])
+    with closing(stream.rows(0, 1, cursor)) as source:
+        np.testing.assert_array_equal(np.concatenate([first, source.take(40)]), expected(stream, 48))
+
+
+def test_rows_that_are_skipped_do_not_come_and_leave_the_rest_as_it_is(stream: Stream):
+    ranks = [stream.rows(rank, 2, None) for rank in range(2)]
+    rows = expected(stream, 8 + epoch(stream) + 12)
+    for source in ranks:
+        source.take(4)
+        source.skip(epoch(stream))
+    assert ranks[0].cursor() == ranks[1].cursor() and ranks[0].cursor()["walk"]["rows"] == 8 + epoch(stream)
+    for rank, source in enumerate(ranks):
+        with closing(source):
+            np.testing.assert_array_equal(source.take(6), rows[-12:][rank::2])
+
+
+def test_held_and_streamed_rows_have_one_identity_and_one_order(datasets: tuple[Path, Path], ray_cluster: LocalCluster):
+    held, streamed = opened(*datasets, held_bytes=ALL), opened(*datasets, held_bytes=0)
+    with closing(held.rows(0, 1, None)) as first:
+        first.take(20)
+        cursor = first.cursor()
+        following = first.take(20)
+    with closing(streamed.rows(0, 1, cursor)) as second:
+        np.testing.assert_array_equal(second.take(20), following)
+
+
+@pytest.mark.parametrize("change", ["seed", "length", "data", "weights", "old"])
+def test_a_cursor_of_other_data_is_refused(datasets: tuple[Path, Path], ray_cluster: LocalCluster, change: str):
+    stream = opened(datasets[0])
+    cursor = stream.rows(0, 2, None).cursor()
+    other = stream
+    match change:
+        case "seed":
+            part = (Part(folder=datasets[0], index=DatasetIndex.load(datasets[0]), weight=3.0),)
+            encoder = TextEncoder(str(datasets[0] / "tokenizer"))
+            other = open_stream(part, encoder, stream.config, workers=1, seed=4)
+        case "length":
+            other = opened(datasets[0], length=16)
+        case "data":
+            other = opened(datasets[1])
+        case "weights":
+            other = opened(*datasets)
+        case "old":
+            cursor = {"rows": 4, "total": 5, "lanes": 0, "seed": 3}
     with pytest.raises(DataError, match="other data"):
-        held.rows(0, 2, {**held.cursor(4), "total": 5})
+        other.rows(0, 2, cursor)
 
 
-def test_too_little_data_for_the_workers_is_refused(dataset: Path, ray_cluster: LocalCluster):
+def test_too_little_data_for_the_workers_is_refused(datasets: tuple[Path, Path], ray_cluster: LocalCluster):
     with pytest.raises(DataError, match="too few for the 5000 workers"):
-        opened(dataset, workers=5000)
-    with pytest.raises(DataError, match="each worker needs one"):
-        opened(dataset, workers=5000, held_bytes=0)
+        opened(datasets[0], workers=5000)
+
+
+@pytest.fixture
+def damaged(datasets: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A dataset with two shards of which a byte has changed."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(datasets[1], folder)
+    for name in ("000001.tar", "000002.tar"):
+        shard = folder / "shards" / name
+        data = bytearray(shard.read_bytes())
+        data[600] ^= 1
+        shard.write_bytes(data)
+    return folder
+
+
+def test_damaged_shards_are_left_out_and_named_up_to_the_limit(damaged: Path, ray_cluster: LocalCluster):
+    stream = opened(damaged, skip_damaged=2)
+    told: list[str] = []
+    with closing(stream.rows(0, 1, None, tell=told.append)) as source:
+        rows = source.take(200)
+        assert {place.shard for place in source.places} == set(range(len(stream.sources[0].paths))) - {1, 2}
+    assert len(rows) == 200 and len(told) == 2
+    assert "number 1 of at most 2" in told[0] and "is damaged" in told[0]
+    assert {"000001.tar", "000002.tar"} == {name for name in ("000001.tar", "000002.tar") for t in told if name in t}
+    fewer = replace(stream, config=replace(stream.config, skip_damaged=1))
+    with closing(fewer.rows(0, 1, None)) as source, pytest.raises(DataError, match=r"skip_damaged \(1\)"):
+        source.take(200)
+        source.take(200)
+
+
+def test_no_shard_is_read_by_the_process_that_takes_rows(
+    datasets: tuple[Path, Path], ray_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+):
+    stream = opened(*datasets)
+    for method in ("rows",):
+        monkeypatch.setattr(Source, method, lambda *_: pytest.fail("read here"))
+    with closing(stream.rows(0, 1, None)) as source:
+        assert len(source.take(30)) == 30

@@ -377,7 +377,7 @@ def test_a_loss_that_jumps_takes_the_run_back_past_the_rows_that_did_it(home: Pa
     assert all(e["loss"] > 1.5 * e["median"] for e in back)
     state = folders.read_state(folders.latest(driver.job / "checkpoints") or Path())
     left_out = sum(end - first for first, end in (e["rows"] for e in back))
-    assert state.step == 120 and state.cursor["rows"] == 4 * 120 + left_out
+    assert state.step == 120 and state.cursor["walk"]["rows"] == 4 * 120 + left_out
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from tandem.train.worker import WorkerTask  # noqa: E402
 class Rows:
     """A stream of nothing but the first tokens."""
 
-    def rows(self, rank: int, ranks: int, cursor: Any) -> Any:
+    def rows(self, rank: int, ranks: int, cursor: Any, **how: Any) -> Any:
         import numpy as np
 
         def take(count: int) -> Any:
@@ -37,10 +37,7 @@ class Rows:
             found[:, 2] = np.arange(16)
             return found
 
-        return SimpleNamespace(take=take)
-
-    def cursor(self, rows: int) -> dict[str, Any]:
-        return {}
+        return SimpleNamespace(take=take, cursor=dict, close=lambda: None, waited_s=0.0)
 
 
 def main(tokenizer: Path, home: Path) -> None:

@@ -1,26 +1,32 @@
-"""`tandem data`: build datasets."""
+"""`tandem data`: build datasets, and look at them as a model does."""
 
 from __future__ import annotations
 
+import itertools
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from tandem.cli.shell import console, friendly_errors
+from tandem.config import check
 from tandem.data.index import DatasetIndex
 from tandem.errors import ConfigError
 from tandem.ids import check_name
 from tandem.settings import settings
 
-data_app = typer.Typer(no_args_is_help=True, help="Build datasets to train on.")
+if TYPE_CHECKING:
+    from tandem.data.inspect import InspectedRow, Side
 
-
-@data_app.callback()
-def _data() -> None:
-    """Keeps `build` a subcommand."""
+data_app = typer.Typer(no_args_is_help=True, help="Build datasets to train on, and look into them.")
+BOUNDARY = "\u2551"
+"""Between two documents of a row."""
 
 
 @data_app.command("build")
@@ -28,8 +34,8 @@ def build_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A .jsonl, .txt or folder of texts; or 'stdlib', 'stdlib-docstrings' or 'stdlib-preferences', which every "
-            "Python has."
+            help="Text, JSON lines, Parquet, Arrow or WebDataset shards: a file, or a folder of such files, or one that Hugging "
+            "Face's datasets saved; or 'stdlib', 'stdlib-docstrings' or 'stdlib-preferences', which every Python has."
         ),
     ],
     name: Annotated[str, typer.Argument(help="What the dataset is called; it is written to TANDEM_HOME/data/NAME.")],
@@ -38,7 +44,7 @@ def build_command(
         typer.Option(help="A tokenizer's folder, or a dataset whose tokenizer to use. None: train one on the texts."),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries of a tokenizer that is trained.")] = 4096,
-    kind: Annotated[str, typer.Option(help="text, pairs, preferences, or auto.")] = "auto",
+    kind: Annotated[str, typer.Option(help="text, pairs, chats, preferences, or auto.")] = "auto",
     limit: Annotated[int | None, typer.Option(help="Use at most this many samples.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
 ) -> None:
@@ -58,6 +64,69 @@ def build_command(
             replace=replace,
         )
         console.print(f"[green]✓[/] [bold]{name}[/]: {describe(index)}, {target}")
+
+
+@data_app.command("inspect")
+def inspect_command(
+    name: Annotated[str, typer.Argument(help="A dataset of TANDEM_HOME/data, or a folder.")],
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
+    skip: Annotated[int, typer.Option(min=0, help="Rows to leave out first.")] = 0,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens in a row, as data.sequence_length.")] = 256,
+    loss_on: Annotated[str, typer.Option(help="auto or all, as data.loss_on.")] = "auto",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer's folder (a model's), or a dataset's name. None: the dataset's own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with token ids, labels and positions.")] = False,
+) -> None:
+    """Show rows as the model sees them: what carries loss in green, the rest dim, documents apart."""
+    with friendly_errors():
+        from tandem.data.index import TOKENIZER_NAME, Part, find_dataset
+        from tandem.data.inspect import inspect_rows
+        from tandem.data.tokenize import TextEncoder
+
+        check.one_of("--loss-on", loss_on, ("auto", "all"))
+        folder, index = find_dataset(name)
+        encoder = TextEncoder(str(find_tokenizer(tokenizer) if tokenizer else folder / TOKENIZER_NAME))
+        every = inspect_rows(
+            Part(folder=folder, index=index), encoder, length=sequence_length, loss_on_all=loss_on == "all"
+        )
+        found = list(itertools.islice(every, skip, skip + rows))
+        if as_json:
+            shown = [{**asdict(row), "sides": [asdict(s) | {"learned": s.learned} for s in row.sides]} for row in found]
+            about = {"dataset": str(folder), **asdict(index), "vocabulary": encoder.vocab_size}
+            del about["shards"]
+            console.print_json(json.dumps({**about, "shards": len(index.shards), "rows": shown}), ensure_ascii=True)
+            return
+        console.print(f"[bold]{escape(name)}[/]: {describe(index)}; {encoder.vocab_size:,} tokens in the vocabulary")
+        console.print(f"[green]carries loss[/], [dim]does not[/], {BOUNDARY} between documents")
+        for row in found:
+            for side in row.sides:
+                console.print()
+                console.print(_headline(row, side))
+                console.print(draw(side), soft_wrap=True)
+        if not found:
+            console.print(f"There is no row after the first {skip:,} of {sequence_length} tokens.")
+
+
+def _headline(row: InspectedRow, side: Side) -> str:
+    what = f", {side.name}" if side.name else ""
+    documents = f"{len(side.documents)} document{'s' if len(side.documents) > 1 else ''}"
+    padding = f", {side.padding} to fill up" if side.padding else ""
+    return (
+        f"[bold cyan]{row.shard} row {row.row}{what}[/] {documents}, {side.learned} of {len(side.ids)} tokens carry loss"
+        f"{padding}"
+    )
+
+
+def draw(side: Side) -> Text:
+    """A side of a row in colours."""
+    drawn = Text()
+    for number, document in enumerate(side.documents):
+        if number:
+            drawn.append(f" {BOUNDARY} ", "bold magenta")
+        for span in document:
+            drawn.append(span.text, "green" if span.learned else "dim")
+    return drawn
 
 
 def build(
@@ -96,8 +165,14 @@ def build(
 
 def describe(index: DatasetIndex) -> str:
     """A dataset in a few words."""
-    what = {"text": "texts", "pairs": "question-answer pairs", "preferences": "preferences"}[index.kind]
-    return f"{index.samples:,} {what}, {index.total_bytes / 2**20:.1f} MiB in {len(index.shards)} shards"
+    what = {"text": "texts", "pairs": "question-answer pairs", "chats": "chats", "preferences": "preferences"}[
+        index.kind
+    ]
+    size = f"{index.characters:,} characters, " if index.characters else ""
+    shards = f"{len(index.shards)} shard{'s' if len(index.shards) != 1 else ''}"
+    return (
+        f"{index.samples:,} {what}, {size}{index.total_bytes / 2**20:.1f} MiB in {shards}, digest {index.digest[:12]}"
+    )
 
 
 def find_tokenizer(name: str) -> Path:

@@ -102,7 +102,7 @@ def step(number: int, title: str) -> Iterator[None]:
 
 def questions() -> list[tuple[str, str]]:
     """The questions that the adapter was trained on, with their answers."""
-    from tandem.data.corpus import Pair
+    from tandem.data.samples import Pair
     from tandem.data.shards import read_samples
 
     folder = settings().data_dir / PAIRS

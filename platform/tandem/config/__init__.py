@@ -1,6 +1,6 @@
 """What a person writes: frozen dataclasses, and the strict loader that turns YAML and `--set` into them."""
 
-from tandem.config.data import DataConfig
+from tandem.config.data import DataConfig, MixturePart
 from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.elastic import check_elastic, sized, sizes
 from tandem.config.faults import FaultsConfig, SpikeConfig
@@ -23,6 +23,7 @@ __all__ = [
     "GatewayConfig",
     "LoraConfig",
     "MetricsConfig",
+    "MixturePart",
     "MlflowConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -132,7 +132,7 @@ class TrainConfig:
                 )
 
     def check_kind(self, kind: str, dataset: str) -> None:
-        """Raise ConfigError unless the objective can learn from a dataset of this kind (text, pairs or preferences)."""
+        """Raise ConfigError unless the objective can learn from a dataset of this kind (text, pairs, chats or preferences)."""
         if self.objective == "dpo" and kind != "preferences":
             raise ConfigError(
                 f"objective is 'dpo', but {dataset} holds {kind}. Build a dataset of lines with prompt, chosen and "
@@ -239,9 +239,11 @@ class TrainConfig:
             )
 
     def _check_evaluation(self) -> None:
-        if self.evaluation is not None and self.evaluation.data == self.data.path:
+        trained = [part.path for part in self.data.parts]
+        if self.evaluation is not None and self.evaluation.data in trained:
+            where = "data.path" if self.data.path else "data.mixture"
             raise ConfigError(
-                f"evaluation.data is {self.evaluation.data!r}, which is trained on (data.path). Name another dataset, or "
+                f"evaluation.data is {self.evaluation.data!r}, which is trained on ({where}). Name another dataset, or "
                 "unset it to hold out a share of this one."
             )
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tandem.data.corpus import Corpus, Pair, Preference, Sample, Text, open_corpus
+from tandem.data.corpus import Corpus, open_corpus
 from tandem.data.index import INDEX_NAME, SHARDS_NAME, TOKENIZER_NAME, DatasetIndex, content_digest
+from tandem.data.samples import Sample, size
 from tandem.data.shards import shard_size, write_shards
 from tandem.data.tokenize import TextEncoder, train_tokenizer
 from tandem.errors import DataError
@@ -43,7 +44,7 @@ def build_dataset(
     samples = total = 0
     say("reading", 0, None)
     for sample in _limited(corpus, limit):
-        samples, total = samples + 1, total + sample.size
+        samples, total = samples + 1, total + size(sample)
         if samples % 100 == 0:
             say("reading", samples, None)
     if not samples:
@@ -101,11 +102,5 @@ def _texts(corpus: Corpus, limit: int | None) -> Iterator[str]:
     for sample in _limited(corpus, limit):
         if taken > TOKENIZER_TEXT:
             return
-        taken += sample.size
-        match sample:
-            case Text(text):
-                yield text
-            case Pair(prompt, answer):
-                yield from (prompt, answer)
-            case Preference(prompt, chosen, rejected):
-                yield from (prompt, chosen, rejected)
+        taken += size(sample)
+        yield from sample.texts

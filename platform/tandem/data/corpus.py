@@ -1,67 +1,23 @@
-"""Where text comes from: the standard library, JSON lines, text files. A corpus can be read again and again, always alike.
+"""Where text comes from: the standard library, text files, files of records. A corpus can be read again and again, always alike.
 
 Every bad line is a DataError that names its file and line.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Protocol
 
 from tandem.data import stdlib
-from tandem.data.index import Kind
+from tandem.data.index import INDEX_NAME, SHARDS_NAME, Kind
+from tandem.data.records import READERS, arrow, reader_of, saved_dataset
+from tandem.data.samples import Pair, Preference, Sample, Text, sample_of
 from tandem.errors import DataError, did_you_mean
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 BUILT_IN = ("stdlib", "stdlib-docstrings", "stdlib-preferences")
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A document to continue."""
-
-    text: str
-    kind: ClassVar[Kind] = "text"
-
-    @property
-    def size(self) -> int:
-        """Characters."""
-        return len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A question and the answer to learn."""
-
-    prompt: str
-    answer: str
-    kind: ClassVar[Kind] = "pairs"
-
-    @property
-    def size(self) -> int:
-        """Characters."""
-        return len(self.prompt) + len(self.answer)
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """A question with two answers, the better one and the worse one."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    kind: ClassVar[Kind] = "preferences"
-
-    @property
-    def size(self) -> int:
-        """Characters."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-
-Sample = Text | Pair | Preference
 
 
 class Corpus(Protocol):
@@ -69,7 +25,7 @@ class Corpus(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """text, pairs or preferences."""
+        """text, pairs, chats or preferences."""
         ...
 
     def samples(self) -> Iterator[Sample]:
@@ -78,17 +34,19 @@ class Corpus(Protocol):
 
 
 def open_corpus(source: str, kind: str = "auto") -> Corpus:
-    """The corpus that `source` names: one of BUILT_IN, a .jsonl or .txt file, or a folder of text files.
+    """The corpus that `source` names: one of BUILT_IN, a file or a folder of files.
 
-    Raises DataError if there is none, or if it is not of the `kind` asked for (auto, text, pairs or preferences).
+    Files are text (TEXT_SUFFIXES) or hold records (`records.READERS`); a folder holds one sort, or is a dataset that Hugging
+    Face's `datasets` saved. Raises DataError if there is none, or if it is not of the `kind` asked for (auto, text, pairs, chats
+    or preferences).
     """
-    corpus = _open(source, kind)
+    corpus = _open(source)
     if kind not in ("auto", corpus.kind):
         raise DataError(f"{source} holds {corpus.kind}, not {kind}.")
     return corpus
 
 
-def _open(source: str, kind: str) -> Corpus:
+def _open(source: str) -> Corpus:
     if source == "stdlib":
         return StdlibTexts()
     if source == "stdlib-docstrings":
@@ -96,21 +54,40 @@ def _open(source: str, kind: str) -> Corpus:
     if source == "stdlib-preferences":
         return StdlibPreferences()
     path = Path(source).expanduser()
+    suffixes = ", ".join([*TEXT_SUFFIXES, *(suffix for group in READERS for suffix in group)])
     if path.is_dir():
-        return TextFolder(path)
+        found = _record_files(path)
+        return Records.of(found) if found is not None else TextFolder(path)
     if not path.exists():
         near = [*BUILT_IN, *(p.name for p in path.parent.iterdir())] if path.parent.is_dir() else list(BUILT_IN)
         raise DataError(
-            f"No corpus at {source}.{did_you_mean(path.name, near)} Give a .jsonl or .txt file, a folder of "
-            f"{', '.join(TEXT_SUFFIXES)} files, or one of {', '.join(BUILT_IN)}."
+            f"No corpus at {source}.{did_you_mean(path.name, near)} Give a file ({suffixes}), a folder of such files, or one of "
+            f"{', '.join(BUILT_IN)}."
         )
-    if path.suffix in (".jsonl", ".ndjson"):
-        return JsonLines(path, _kind_of(path) if kind == "auto" else kind)  # type: ignore[arg-type]
+    if reader_of(path) is not None:
+        return Records.of((path,))
     if path.suffix in TEXT_SUFFIXES:
         return TextFile(path)
-    raise DataError(
-        f"{source} is a {path.suffix or 'file without suffix'}; known are .jsonl, {', '.join(TEXT_SUFFIXES)}."
-    )
+    raise DataError(f"{source} is a {path.suffix or 'file without suffix'}; known are {suffixes}.")
+
+
+def _record_files(folder: Path) -> tuple[Path, ...] | None:
+    """The files of records in a folder, or in its subfolder `data`; None if there are none, DataError if of two sorts."""
+    saved = saved_dataset(folder)
+    if saved is not None:
+        return tuple(saved)
+    if (folder / INDEX_NAME).exists():
+        folder = folder / SHARDS_NAME
+    files = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir() if p.is_file())
+    found = [(p, reader_of(p)) for p in files]
+    kept = tuple(p for p, reader in found if reader is not None)
+    sorts = {reader: p for p, reader in found if reader is not None}
+    if len(sorts) > 1:
+        raise DataError(
+            f"{folder} holds files of {len(sorts)} sorts ({', '.join(p.name for p in sorts.values())}). Give one of them, or "
+            "a folder of one sort."
+        )
+    return kept or None
 
 
 @dataclass(frozen=True)
@@ -179,23 +156,40 @@ class TextFolder:
 
 
 @dataclass(frozen=True)
-class JsonLines:
-    """A JSON object a line: {"text"}, {"prompt", "answer"}, {"input", "output"} or {"prompt", "chosen", "rejected"}."""
+class Records:
+    """Files whose records are samples, one kind in all of them."""
 
-    path: Path
+    paths: tuple[Path, ...]
     kind: Kind
 
+    @classmethod
+    def of(cls, paths: tuple[Path, ...]) -> Records:
+        """The corpus in these files, of the kind of its first record; DataError if there is none."""
+        for path in paths:
+            for where, record in _records(path):
+                return cls(paths, sample_of(record, where).kind)
+        raise DataError(
+            f"{paths[0] if paths else 'The dataset'} holds no sample. A record has text, or prompt and answer, or messages, or "
+            "prompt, chosen and rejected."
+        )
+
     def samples(self) -> Iterator[Sample]:
-        """Samples in the order of their lines; blank lines, empty texts and answers that are equally good are left out."""
-        for number, value in _objects(self.path):
-            sample = _sample(value, f"{self.path} line {number}")
-            if sample.kind != self.kind:
-                raise DataError(
-                    f"{self.path} line {number} is of another kind than {self.kind}: one file holds either texts "
-                    '({"text"}), pairs ({"prompt", "answer"}) or preferences ({"prompt", "chosen", "rejected"}).'
-                )
-            if _says_something(sample):
-                yield sample
+        """Samples in the order of their files; empty ones, and answers that are equally good, are left out."""
+        for path in self.paths:
+            for where, record in _records(path):
+                sample = sample_of(record, where)
+                if sample.kind != self.kind:
+                    raise DataError(
+                        f'{where} is of another kind than {self.kind}: a corpus holds either texts ({{"text"}}), pairs '
+                        '({"prompt", "answer"}), chats ({"messages"}) or preferences ({"prompt", "chosen", "rejected"}).'
+                    )
+                if sample.useful:
+                    yield sample
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    reader = reader_of(path) or arrow
+    return reader(path)
 
 
 def cut(text: str, size: int) -> Iterator[str]:
@@ -211,65 +205,6 @@ def cut(text: str, size: int) -> Iterator[str]:
         if piece.strip():
             yield piece
         start = end
-
-
-def _kind_of(path: Path) -> Kind:
-    for number, value in _objects(path):
-        return _sample(value, f"{path} line {number}").kind
-    raise DataError(
-        f"{path} holds no sample. Each line is a JSON object with text, with prompt and answer, or with prompt, chosen and "
-        "rejected."
-    )
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if not raw.strip():
-                    continue
-                try:
-                    value = json.loads(raw.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path} line {number} is not UTF-8 (byte {error.start + 1}).") from error
-                except ValueError as error:
-                    raise DataError(f"{path} line {number} is not valid JSON: {error}.") from error
-                if not isinstance(value, dict):
-                    raise DataError(f"{path} line {number} is a {type(value).__name__}; it must be a JSON object.")
-                yield number, value
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-
-
-_SHAPES: tuple[tuple[tuple[str, ...], type[Text] | type[Pair] | type[Preference]], ...] = (
-    (("prompt", "chosen", "rejected"), Preference),
-    (("prompt", "answer"), Pair),
-    (("input", "output"), Pair),
-    (("text",), Text),
-)
-
-
-def _sample(value: dict[str, Any], where: str) -> Sample:
-    for keys, kind in _SHAPES:
-        if all(key in value for key in keys):
-            for key in keys:
-                if not isinstance(value[key], str):
-                    raise DataError(f"{where}: {key!r} is a {type(value[key]).__name__}; it must be a string.")
-            return kind(*(value[key] for key in keys))
-    raise DataError(
-        f"{where} has the keys {', '.join(map(str, value)) or '(none)'}; "
-        'it needs "text", or "prompt" and "answer", or "input" and "output", or "prompt", "chosen" and "rejected".'
-    )
-
-
-def _says_something(sample: Sample) -> bool:
-    match sample:
-        case Text(text):
-            return bool(text)
-        case Pair(_, answer):
-            return bool(answer.strip())
-        case Preference(_, chosen, rejected):
-            return bool(chosen.strip() and rejected.strip()) and chosen != rejected
 
 
 def _read_text(path: Path) -> str:

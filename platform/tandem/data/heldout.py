@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tandem.data.index import DatasetIndex
+from tandem.data.index import DatasetIndex, Part
 from tandem.data.packing import Rows
 from tandem.data.shards import read_samples
-from tandem.data.stream import PackSpec
+from tandem.data.spec import PackSpec
 from tandem.errors import DataError
 
 SPREAD = 4
@@ -32,6 +32,21 @@ def hold_out(index: DatasetIndex, share: float, folder: Path) -> tuple[DatasetIn
     count = min(total - 1, max(1, round(share * total)))
     held = {int((number + 0.5) * total / count) for number in range(count)}
     return _part(index, set(range(total)) - held), _part(index, held)
+
+
+def hold_out_of_each(parts: tuple[Part, ...], share: float) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """`hold_out` of every part of a mixture: what is trained on, and what is not."""
+    cut = [(part, *hold_out(part.index, share, part.folder)) for part in parts]
+    trained, held = ([replace(part, index=pieces[side]) for part, *pieces in cut] for side in (0, 1))
+    return tuple(trained), tuple(held)
+
+
+def rows_of_each(parts: tuple[Part, ...], spec: PackSpec, count: int) -> Rows:
+    """`evaluation_rows` of all parts, `count` together, as many of each as its weight says but at least one."""
+    total = sum(part.weight for part in parts)
+    shares = [max(1, round(count * part.weight / total)) for part in parts]
+    found = zip(parts, shares, strict=True)
+    return np.concatenate([evaluation_rows(part.folder, part.index, spec, rows) for part, rows in found])
 
 
 def evaluation_rows(folder: Path, index: DatasetIndex, spec: PackSpec, count: int) -> Rows:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tandem.config import DataConfig
 from tandem.errors import DataError, did_you_mean
-from tandem.ids import digest, file_digest
+from tandem.ids import digest
 from tandem.settings import settings
 
-Kind = Literal["text", "pairs", "preferences"]
+Kind = Literal["text", "pairs", "chats", "preferences"]
 INDEX_NAME = "index.json"
 SHARDS_NAME = "shards"
 TOKENIZER_NAME = "tokenizer"
@@ -27,6 +28,8 @@ class ShardInfo:
     bytes: int
     """Size of the file."""
     sha256: str
+    characters: int = 0
+    """Of its samples' texts; 0 in an index of an older Tandem."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +37,7 @@ class DatasetIndex:
     """A dataset: its shards in order, and what they were made from."""
 
     kind: Kind
-    """text (KEY.txt), pairs (KEY.json with prompt and answer) or preferences (KEY.json with prompt, chosen and rejected)."""
+    """text (KEY.txt), or KEY.json: pairs (prompt and answer), chats (messages), preferences (prompt, chosen and rejected)."""
     samples: int
     shards: tuple[ShardInfo, ...]
     digest: str
@@ -68,15 +71,6 @@ class DatasetIndex:
                 raise DataError(f"{file} {state}. Build the dataset again: `tandem data build`.")
         return index
 
-    def damaged(self, folder: Path) -> list[Path]:
-        """The shards whose bytes are not those that were written; reads all of them."""
-        paths = self.shard_paths(folder)
-        return [
-            path
-            for path, shard in zip(paths, self.shards, strict=True)
-            if not path.exists() or file_digest(path) != shard.sha256
-        ]
-
     def to_json(self) -> str:
         """The text of index.json."""
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -86,9 +80,46 @@ class DatasetIndex:
         return [folder / SHARDS_NAME / shard.name for shard in self.shards]
 
     @property
+    def characters(self) -> int:
+        """Of all texts."""
+        return sum(shard.characters for shard in self.shards)
+
+    @property
     def total_bytes(self) -> int:
         """Size of all shards."""
         return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A dataset that is there, and its share of a mixture."""
+
+    folder: Path
+    index: DatasetIndex
+    weight: float = 1.0
+    """Relative to the other parts' weights."""
+
+
+def find_parts(config: DataConfig) -> tuple[Part, ...]:
+    """The datasets that a config names; DataError if one is missing, or if two are one."""
+    parts: list[Part] = []
+    for named in config.parts:
+        folder, index = find_dataset(named.path)
+        if any(part.folder == folder for part in parts):
+            raise DataError(f"data.mixture names {folder} twice. Name it once, with the sum of the weights.")
+        parts.append(Part(folder=folder, index=index, weight=named.weight))
+    return tuple(parts)
+
+
+def check_tokenizers(parts: tuple[Part, ...]) -> None:
+    """Raise DataError unless all parts have the same tokenizer: a model that comes without one takes theirs."""
+    first = parts[0]
+    for part in parts[1:]:
+        if part.index.tokenizer_digest != first.index.tokenizer_digest:
+            raise DataError(
+                f"{part.folder} has another tokenizer than {first.folder}, and a new model needs one. Build it with the other's "
+                f"(`tandem data build SOURCE NAME --tokenizer {first.folder.name}`), or set model.tokenizer."
+            )
 
 
 def find_dataset(path: str) -> tuple[Path, DatasetIndex]:
@@ -102,6 +133,13 @@ def find_dataset(path: str) -> tuple[Path, DatasetIndex]:
             f"Make one: `tandem data build SOURCE NAME` (known here: {', '.join(known) or 'none'})."
         )
     return folder, DatasetIndex.load(folder)
+
+
+def parts_digest(parts: tuple[Part, ...]) -> str:
+    """The digest of the datasets' contents and weights; of one dataset, its own."""
+    if len(parts) == 1:
+        return parts[0].index.digest
+    return digest([[part.index.digest, part.weight] for part in parts])
 
 
 def content_digest(kind: str, shards: tuple[ShardInfo, ...]) -> str:

@@ -1,96 +1,208 @@
-"""Which row comes when, as pure functions of the seed, so that a stopped run goes on at the very next row.
+"""Which row comes when: a pure function of the seed, so that a stopped run goes on at the very next row.
 
-Rows have one global order, whatever the number of data-parallel ranks: rank r of W takes the rows n with n mod W = r. A data
-cursor is therefore one number, the rows already taken, and it holds for any W.
+Rows have one global order, whatever the number of ranks that share them; rank r of W takes every W-th row. Nor does the order
+know whether rows are kept in memory or read again, or how many tasks read them.
 
-- Held rows (the packed dataset fits in the object store): each epoch is a permutation of all rows.
-- Streamed rows: shards are dealt to L lanes each epoch; lane n mod L gives row n. A rank reads its own L / W lanes, each in
-  order, so no rank waits for another. W must divide L.
+- A dataset's rows: each epoch, its shards are put in an order. The first few are opened; rows are taken from the open shards
+  in turn, of each shard in an order of its own; a shard that has no more gives its place to the next one. An epoch ends when
+  every shard has, so it holds every row once.
+- A mixture's rows: the number of a row says which dataset gives it, so that any stretch of rows has the datasets' weights; each
+  dataset counts epochs of its own.
+
+How many rows a shard packs into is known once it is packed, so a walk asks for counts as it comes to them. Where it stands is
+a few numbers for each open shard, which is what a checkpoint keeps.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tandem.errors import DataError
 
-LANES = 8
-Row = TypeVar("Row")
+_GOLDEN = 0x9E3779B97F4A7C15
+_CIRCLE = 2**64
 
 
-def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> npt.NDArray[np.int64]:
-    """The order of `count` things in an epoch."""
-    if not shuffle:
-        return np.arange(count)
-    return np.random.default_rng((seed, epoch)).permutation(count)
+class Place(NamedTuple):
+    """Where a shard stands in the order of its dataset."""
+
+    dataset: int
+    epoch: int
+    ordinal: int
+    """Its place in the epoch."""
 
 
-_cached_order = lru_cache(maxsize=8)(epoch_order)
+class RowPlace(NamedTuple):
+    """Where a row is found."""
+
+    dataset: int
+    epoch: int
+    ordinal: int
+    shard: int
+    """Its number in the dataset's index."""
+    row: int
+    """Its number among the rows that the shard packs into."""
 
 
-def held_rows(total: int, seed: int, shuffle: bool, start: int, stride: int) -> Iterator[int]:
-    """Endless indices of rows start, start + stride, ... of the global order over `total` rows."""
-    for n in itertools.count(start, stride):
-        epoch, at = divmod(n, total)
-        yield int(_cached_order(total, seed, epoch, shuffle)[at])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """All that decides the order of rows."""
 
-
-def lane_count(shards: int, workers: int) -> int:
-    """Lanes for a new run: a multiple of `workers`, and at most one for each shard.
-
-    Raises DataError when there are fewer shards than workers.
-    """
-    if shards < workers:
-        raise DataError(
-            f"The dataset has {shards} shards for {workers} workers; each worker needs one. "
-            "Build it again with a smaller shard_bytes, or train with fewer workers."
-        )
-    return workers * max(1, min(LANES, shards) // workers)
-
-
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """One ordered part of a streamed dataset; it repeats for ever, dealt anew each epoch."""
-
-    number: int
-    lanes: int
-    shards: int
+    shards: tuple[int, ...]
+    """Shards of each dataset."""
+    weights: tuple[float, ...]
+    """Shares of the rows that each dataset gives; they need not add up to 1."""
     seed: int
-    shuffle: bool
+    shuffle: bool = True
+    open_shards: int = 8
+    """Shards of a dataset whose rows take turns."""
 
-    def epoch(self, epoch: int) -> list[int]:
-        """The lane's shards in an epoch, in order."""
-        dealt = epoch_order(self.shards, self.seed, epoch, self.shuffle)
-        return [int(shard) for shard in dealt[self.number :: self.lanes]]
+    def shard(self, place: Place) -> int:
+        """The number of the shard that stands there."""
+        number, epoch, ordinal = place
+        return int(_cached_order(self.shards[number], (self.seed, number, epoch), self.shuffle)[ordinal])
 
-    def rows(self, read: Callable[[list[int]], Iterator[Row]], skip: int) -> Iterator[Row]:
-        """Endless rows from the one after `skip`; `read` gives the rows of a list of shards, in order."""
+    def after(self, place: Place) -> Place:
+        """The next shard of the same dataset."""
+        number, epoch, ordinal = place
+        return Place(number, epoch, ordinal + 1) if ordinal + 1 < self.shards[number] else Place(number, epoch + 1, 0)
+
+    def row(self, place: Place, shard: int, turn: int, count: int) -> int:
+        """Which of the shard's `count` rows comes as its `turn`-th one in that epoch."""
+        # One more than the shard's number: seeds that differ by zeros at their end are one seed to numpy.
+        seed = (self.seed, place.dataset, place.epoch, 1 + shard)
+        return int(_cached_rows(count, seed, self.shuffle)[turn])
+
+    def dataset(self, number: int) -> int:
+        """The dataset that gives the global row `number`."""
+        if len(self.shards) == 1:
+            return 0
+        # Multiples of the golden ratio, modulo 1, fill every part of a circle as evenly as can be (Weyl; Knuth 6.4).
+        at = (number * _GOLDEN + self.seed * 0x632BE59BD9B4E019) % _CIRCLE
+        return bisect_right(_bounds(self.weights), at)
+
+
+def permutation(count: int, seed: Sequence[int], shuffle: bool) -> npt.NDArray[np.int64]:
+    """The order of `count` things."""
+    return np.random.default_rng(tuple(seed)).permutation(count) if shuffle else np.arange(count)
+
+
+# Room for the open shards of a mixture of a hundred datasets: a permutation for every row would take longer than its step.
+_cached_order = lru_cache(maxsize=256)(permutation)
+_cached_rows = lru_cache(maxsize=1024)(permutation)
+
+
+@lru_cache(maxsize=8)
+def _bounds(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """Where each dataset's part of the circle ends; exact, so that every machine deals alike."""
+    ends = list(itertools.accumulate(Fraction(weight) for weight in weights))
+    return tuple(int(end / ends[-1] * _CIRCLE) for end in ends[:-1])
+
+
+class Walk:
+    """Goes through the rows of an order, from the first one or from where a `state` stands.
+
+    `count(place)` gives the rows that a shard packs into. Raises DataError when a dataset has none at all.
+    """
+
+    def __init__(self, order: Order, count: Callable[[Place], int], state: Mapping[str, Any] | None = None) -> None:
+        self._order = order
+        self.taken = 0
+        """Rows before the next one."""
+        self._tracks = [_Track(order, number, count) for number in range(len(order.shards))]
+        if state is not None:
+            self.taken = int(state["rows"])
+            for track, saved in zip(self._tracks, state["datasets"], strict=True):
+                track.restore(saved)
+
+    def __next__(self) -> RowPlace:
+        number = self._order.dataset(self.taken)
+        self.taken += 1
+        return self._tracks[number].step()
+
+    def share(self, rank: int, world: int, count: int) -> list[RowPlace]:
+        """The `count` rows that are rank `rank`'s of the next `count` x `world`; the walk then stands after all of these."""
+        return [found for n, found in enumerate(next(self) for _ in range(count * world)) if n % world == rank]
+
+    def state(self) -> dict[str, Any]:
+        """Where the walk stands, as JSON can hold it."""
+        return {"rows": self.taken, "datasets": [track.saved() for track in self._tracks]}
+
+    def coming(self, ahead: int) -> list[Place]:
+        """The shards that are open, and the next `ahead` of each dataset."""
+        return [place for track in self._tracks for place in track.coming(ahead)]
+
+
+class _Track:
+    """The place in one dataset."""
+
+    def __init__(self, order: Order, number: int, count: Callable[[Place], int]) -> None:
+        self._order = order
+        self._number = number
+        self._count = count
+        self._shards = order.shards[number]
+        self._epoch = -1
+        self._next = self._shards
+        """The first ordinal that has not been opened."""
+        self._open: deque[tuple[Place, int, int]] = deque()
+        """Shards in turn: place, number, and the rows that it has given."""
+
+    def step(self) -> RowPlace:
         fruitless = 0
-        for epoch in itertools.count():
-            seen = 0
-            for row in read(self.epoch(epoch)):
-                seen += 1
-                if skip:
-                    skip -= 1
-                else:
-                    yield row
-            fruitless = 0 if seen else fruitless + 1
-            if fruitless > 100:
-                raise DataError(f"No usable row came from lane {self.number} of {self.lanes} in {fruitless} epochs.")
+        while True:
+            if not self._open:
+                # An epoch that gave nothing is followed by one that gives nothing.
+                if fruitless >= self._shards:
+                    raise DataError(
+                        f"No usable row came from any of the {self._shards} shards of dataset {self._number}."
+                    )
+                self._epoch, self._next = self._epoch + 1, 0
+                for _ in range(min(self._order.open_shards, self._shards)):
+                    self._open.append(self._opened())
+            place, shard, given = self._open[0]
+            count = self._count(place)
+            if given < count:
+                self._open.popleft()
+                self._open.append((place, shard, given + 1))
+                return RowPlace(*place, shard, self._order.row(place, shard, given, count))
+            fruitless = 0 if given else fruitless + 1
+            self._open.popleft()
+            if self._next < self._shards:
+                self._open.appendleft(self._opened())
 
+    def _opened(self) -> tuple[Place, int, int]:
+        place = Place(self._number, self._epoch, self._next)
+        self._next += 1
+        return place, self._order.shard(place), 0
 
-def lanes_of(rank: int, world: int, lanes: int) -> list[int]:
-    """The lanes that a rank reads; DataError if `world` ranks cannot share `lanes` evenly."""
-    if lanes % world:
-        raise DataError(
-            f"The run's data goes in {lanes} lanes, which {world} workers cannot share evenly. "
-            f"Resume with a number of workers that divides {lanes}."
-        )
-    return list(range(rank, lanes, world))
+    def coming(self, ahead: int) -> list[Place]:
+        found = [place for place, _, _ in self._open]
+        place = Place(self._number, self._epoch, self._next - 1)
+        for _ in range(ahead):
+            place = self._order.after(place)
+            found.append(place)
+        return found
+
+    def saved(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "next": self._next,
+            "open": [[place.ordinal, given] for place, _, given in self._open],
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self._epoch, self._next = int(saved["epoch"]), int(saved["next"])
+        self._open.clear()
+        for ordinal, given in saved["open"]:
+            place = Place(self._number, self._epoch, int(ordinal))
+            self._open.append((place, self._order.shard(place), int(given)))

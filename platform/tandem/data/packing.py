@@ -10,6 +10,7 @@ ones. Each side has the same number of documents, prompts included; the n-th of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -37,28 +38,34 @@ def pack(documents: Iterable[Encoded], length: int, pad_id: int, *, split: bool)
     `split`: a document goes on in the next row (text). Otherwise it stays whole in the first row with room (pairs), or is
     cut at `length` if it is longer than a row; what would carry no loss then is left out. Rows without any loss are dropped.
     """
-    rows = split_rows(documents, length) if split else fit_rows(documents, length)
-    packed = [_row(parts, length, pad_id) for parts in rows]
+    if split:
+        return split_rows(documents, length, pad_id)
+    packed = [_row(parts, length, pad_id) for parts in fit_rows(documents, length)]
     useful = [row for row in packed if (row[1] != IGNORED).any()]
     return np.stack(useful) if useful else np.empty((0, 3, length), np.int32)
 
 
-def split_rows(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:
-    """Rows filled to the last token; a document goes on in the next row."""
-    rows: list[list[Encoded]] = [[]]
-    room = length
-    for document in documents:
-        start = 0
-        while start < len(document.ids):
-            taken = min(room, len(document.ids) - start)
-            end = start + taken
-            # A stretch that goes on in a new row is a document of its own there: what came before cannot be attended to.
-            rows[-1].append(Encoded(document.ids[start:end], document.targets[start:end]))
-            start, room = end, room - taken
-            if room == 0:
-                rows.append([])
-                room = length
-    return [row for row in rows if row]
+def split_rows(documents: Iterable[Encoded], length: int, pad_id: int) -> Rows:
+    """Rows filled to the last token; a document goes on in the next row. Rows without any loss are left out."""
+    found = list(documents)
+    sizes = np.array([len(document.ids) for document in found], np.int64)
+    total = int(sizes.sum())
+    rows = np.empty((3, -(-total // length) * length), np.int32)
+    ids, labels, positions = rows
+    ids[total:] = pad_id
+    ids[:total] = np.fromiter(itertools.chain.from_iterable(d.ids for d in found), np.int32, total)
+    spoken = np.zeros(rows.shape[1], np.bool_)
+    spoken[:total] = np.fromiter(itertools.chain.from_iterable(d.targets for d in found), np.bool_, total)
+    # A stretch that goes on in a new row is a document of its own there: what came before cannot be attended to.
+    starts = np.zeros(rows.shape[1] + 1, np.bool_)
+    starts[np.cumsum(sizes)] = True
+    starts[::length] = True
+    starts = starts[:-1]
+    at = np.arange(rows.shape[1])
+    positions[:] = at - np.maximum.accumulate(np.where(starts, at, 0))
+    labels[:] = np.where(spoken & ~starts, ids, IGNORED)
+    packed = rows.reshape(3, -1, length).transpose(1, 0, 2)
+    return np.ascontiguousarray(packed[(packed[:, 1] != IGNORED).any(axis=1)])
 
 
 def fit_rows(documents: Iterable[Encoded], length: int) -> list[list[Encoded]]:

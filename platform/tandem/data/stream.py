@@ -1,193 +1,276 @@
-"""Shards to packed rows by Ray Data, and packed rows to each data-parallel rank, in the order of `tandem.data.order`.
+"""Datasets as a stream of packed rows, in the order of `tandem.data.order`: what a training job opens and its ranks take from.
 
-A dataset whose packed rows fit in a quarter of the object store is read, tokenised and packed once; ranks then take rows
-from shared memory. A larger one is streamed: every lane reads its shards ahead of the training step.
+Shards are read, tokenised and packed by the run's feed (`tandem.data.feed`), in the cluster, ahead of the ranks; a rank walks
+the order, asks the feed for the shards that it comes to, and keeps some batches ahead of its training step. Ranks that share a
+model see the same rows because they are given the same data rank; none of them reads for the others.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import ray.data
+import ray.exceptions
 
 from tandem.config import DataConfig
-from tandem.data.corpus import Pair, Preference, Sample, Text
-from tandem.data.index import DatasetIndex, Kind
-from tandem.data.order import Lane, held_rows, lane_count, lanes_of
-from tandem.data.packing import Rows, RowSource, pack, pack_preferences
-from tandem.data.shards import decode_json
+from tandem.data.feed import open_feed
+from tandem.data.index import Part
+from tandem.data.order import Order, Place, RowPlace, Walk
+from tandem.data.packing import Rows
+from tandem.data.spec import Source, rows_of
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
+from tandem.ids import digest
 
 HELD_SHARE = 0.25
-"""Share of the object store that held rows may take."""
-TASK_BYTES = 8 * 2**20
-"""Bytes of shards for one reading task: starting a process costs about as much as tokenising this much."""
-PACKED_PER_BYTE = 4.0
-"""Bytes of packed rows for each byte of text, about: 12 for a token of 3 to 4 characters."""
+"""Share of the object store that packed rows may stay in."""
 
+ASKED_AGAIN = 3
+"""Times that blocks which got lost on their way are asked for again."""
 
-@dataclass(frozen=True, kw_only=True)
-class PackSpec:
-    """How samples become rows."""
-
-    encoder: TextEncoder
-    kind: Kind
-    length: int
-    loss_on_all: bool
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Tokenise and pack the samples of one or several shards; rows never mix shards."""
-        paths = np.asarray(batch["path"])
-        rows = [self._shard(batch, np.flatnonzero(paths == path)) for path in dict.fromkeys(paths.tolist())]
-        return {"row": np.concatenate(rows) if rows else self.rows([])}
-
-    def _shard(self, batch: dict[str, Any], members: Any) -> Rows:
-        if self.kind == "text":
-            return self.rows([Text(bytes(batch["txt"][i]).decode("utf-8")) for i in members])
-        return self.rows([decode_json(bytes(batch["json"][i])) for i in members])
-
-    def rows(self, samples: Iterable[Sample]) -> Rows:
-        """The rows of one shard's samples, which are of this kind."""
-        encoder, length = self.encoder, self.length
-        match self.kind:
-            case "text":
-                texts = [s.text for s in samples if isinstance(s, Text)]
-                return pack(encoder.texts(texts), length, encoder.pad_id, split=True)
-            case "pairs":
-                pairs = [(s.prompt, s.answer) for s in samples if isinstance(s, Pair)]
-                documents = encoder.pairs(pairs, loss_on_all=self.loss_on_all)
-                return pack(documents, length, encoder.pad_id, split=False)
-            case "preferences":
-                found = [(s.prompt, s.chosen, s.rejected) for s in samples if isinstance(s, Preference)]
-                return pack_preferences(encoder.preferences(found), length, encoder.pad_id)
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """A dataset as training wants it. Pickles into every worker; `rows` opens one rank's part."""
+    """Datasets as training wants them. Pickles into every worker; `rows` opens one rank's part."""
 
-    spec: PackSpec
     config: DataConfig
-    seed: int
-    shards: tuple[str, ...]
-    held: tuple[Any, ...] = ()
-    """Object references of packed rows, if they are held."""
-    counts: tuple[int, ...] = ()
-    """Rows in each."""
-    lanes: int = 0
-    """Lanes, if rows are streamed."""
+    order: Order
+    sources: tuple[Source, ...]
+    identity: str
+    """Digest of all that decides which row comes when."""
+    feed: Any
 
-    def cursor(self, rows: int) -> dict[str, Any]:
-        """What a checkpoint keeps to go on after `rows` rows."""
-        return {"rows": rows, "total": sum(self.counts), "lanes": self.lanes, "seed": self.seed}
+    def rows(
+        self,
+        rank: int,
+        world: int,
+        cursor: Mapping[str, Any] | None,
+        *,
+        process: tuple[int, int] | None = None,
+        tell: Tell = lambda message: None,
+    ) -> StreamRows:
+        """The rows of data rank `rank` of `world`, from the one after `cursor`; `tell` hears of shards that are left out.
 
-    def rows(self, rank: int, world: int, cursor: dict[str, Any] | None) -> RowSource:
-        """The rows of data-parallel rank `rank`, from the one after `cursor`.
-
+        `process`: number and count of the processes that read, where several have the same data rank.
         Raises DataError if the cursor belongs to other data.
         """
-        taken = 0
-        lanes = self.lanes
-        if cursor is not None:
-            taken, lanes = int(cursor["rows"]), int(cursor["lanes"])
-            ours = (sum(self.counts), self.seed, bool(self.lanes))
-            if (cursor["total"], cursor["seed"], bool(lanes)) != ours:
+        state = None
+        if cursor:
+            if cursor.get("data") != self.identity:
                 raise DataError(
                     "The checkpoint was made with other data, another data.sequence_length or another seed, so its place in "
                     "the data means nothing here. Start a new job, or give this one its old config back."
                 )
-        if self.held:
-            return HeldRows(self, start=taken + rank, stride=world)
-        return StreamedRows(self, rank=rank, world=world, lanes=lanes, taken=taken)
+            state = cursor["walk"]
+        return StreamRows(self, rank, world, state, process or (rank, world), tell)
+
+    def name(self, row: RowPlace) -> str:
+        """Where a row comes from, in words."""
+        return f"{self.sources[row.dataset].paths[row.shard]} row {row.row} (epoch {row.epoch + 1})"
 
 
-class HeldRows:
-    """Rows out of shared memory."""
-
-    def __init__(self, stream: Stream, *, start: int, stride: int) -> None:
-        self._blocks: list[Rows] = [np.asarray(block) for block in ray.get(list(stream.held))]
-        self._starts = np.cumsum([0, *stream.counts])
-        self._indices = held_rows(int(self._starts[-1]), stream.seed, stream.config.shuffle, start, stride)
-
-    def take(self, count: int) -> Rows:
-        """The next `count` rows."""
-        indices = np.fromiter(itertools.islice(self._indices, count), np.int64, count)
-        blocks = np.searchsorted(self._starts, indices, side="right") - 1
-        return np.stack([self._blocks[b][i - self._starts[b]] for b, i in zip(blocks, indices, strict=True)])
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    rows: Rows
+    places: list[RowPlace]
+    after: dict[str, Any]
+    """Where the walk stood then."""
 
 
-class StreamedRows:
-    """Rows read while training goes on, each lane in its own order."""
+class StreamRows:
+    """The rows of one rank; a thread keeps batches ready."""
 
-    def __init__(self, stream: Stream, *, rank: int, world: int, lanes: int, taken: int) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        rank: int,
+        world: int,
+        state: Mapping[str, Any] | None,
+        process: tuple[int, int],
+        tell: Tell,
+    ) -> None:
         self._stream = stream
-        self._sources: list[Iterator[Rows]] = []
-        for number in lanes_of(rank, world, lanes):
-            lane = Lane(number, lanes, len(stream.shards), stream.seed, stream.config.shuffle)
-            # Of the first `taken` rows of the global order, those that this lane gave.
-            skip = taken // lanes + (1 if number < taken % lanes else 0)
-            self._sources.append(lane.rows(self._read, skip))
-        first = next(n for n in range(taken, taken + world) if n % world == rank)
-        self._turn = itertools.cycle(range(len(self._sources)))
-        for _ in range(first // world % len(self._sources)):
-            next(self._turn)
+        self._rank = rank
+        self._world = world
+        self._process = process
+        self._left_out = LeftOut(stream.config.skip_damaged, tell)
+        self._state = dict(state) if state else None
+        self._ahead: _Ahead | None = None
+        self.places: list[RowPlace] = []
+        """Where the rows that were taken last come from."""
+        self.waited_s = 0.0
+        """Time that `take` has kept the training step waiting."""
 
     def take(self, count: int) -> Rows:
-        """The next `count` rows."""
-        return np.stack([next(self._sources[next(self._turn)]) for _ in range(count)])
+        """The next `count` rows of this rank; [count, 3, T], or [count, 6, T] of preferences."""
+        began = time.perf_counter()
+        if self._ahead is None or self._ahead.count != count:
+            self.close()
+            self._ahead = _Ahead(self._make_next(count), count, self._stream.config.prefetch_batches)
+        batch = self._ahead.next()
+        self._state, self.places = batch.after, batch.places
+        self.waited_s += time.perf_counter() - began
+        return batch.rows
 
-    def _read(self, shards: list[int]) -> Iterator[Rows]:
-        config = self._stream.config
-        packed = packed_dataset(
-            [self._stream.shards[s] for s in shards], self._stream.spec, config, tasks=1, blocks=len(shards)
-        )
-        # A split of one: its executor is an actor of its own, and does not take the training process's time.
-        (split,) = packed.streaming_split(1, equal=False)
-        for batch in split.iter_batches(
-            batch_size=None,  # type: ignore[arg-type]
-            batch_format="numpy",
-            prefetch_batches=max(1, config.prefetch_batches),
-        ):
-            yield from batch["row"]
+    def skip(self, count: int) -> None:
+        """Leave out the next `count` rows of all ranks together; every rank has to."""
+        self.close()
+        blocks = Blocks(self._stream, self._process, self._left_out)
+        walk = Walk(self._stream.order, blocks.count, self._state)
+        for _ in range(count):
+            next(walk)
+            blocks.keep(walk.coming(0))
+        self._state = walk.state()
+
+    def cursor(self) -> dict[str, Any]:
+        """What a checkpoint keeps, to go on after the rows that all ranks have taken so far."""
+        state = self._state or Walk(self._stream.order, lambda place: 0).state()
+        return {"data": self._stream.identity, "walk": state}
+
+    def close(self) -> None:
+        """End the thread; what it has made ready is made again when rows are taken after all."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _make_next(self, count: int) -> Callable[[], _Batch]:
+        blocks = Blocks(self._stream, self._process, self._left_out)
+        walk = Walk(self._stream.order, blocks.count, self._state)
+
+        def make() -> _Batch:
+            # All that are open at once: where a run goes on, these are the ones to read first.
+            blocks.expect(walk.coming(0))
+            places = walk.share(self._rank, self._world, count)
+            rows = np.stack([blocks.rows(Place(*place[:3]))[place.row] for place in places])
+            blocks.keep(walk.coming(0))
+            return _Batch(rows, places, walk.state())
+
+        return make
 
 
-def packed_dataset(
-    paths: list[str], spec: PackSpec, config: DataConfig, *, tasks: int, blocks: int = 1
-) -> ray.data.Dataset:
-    """The packed rows of shards, shard by shard in the order of `paths`, by at most `tasks` processes at a time."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    read = ray.data.read_webdataset(
-        paths,
-        decoder=None,
-        include_paths=True,
-        override_num_blocks=min(len(paths), tasks * blocks),
-        num_cpus=config.readers,
-        concurrency=tasks,
-    )
-    return read.map_batches(
-        spec,
-        batch_size=None,
-        batch_format="numpy",
-        num_cpus=config.readers,
-        compute=ray.data.TaskPoolStrategy(size=tasks),
-        udf_modifying_row_count=True,
-    )
+class Blocks:
+    """The packed shards that one rank is at."""
+
+    def __init__(self, stream: Stream, process: tuple[int, int], left_out: LeftOut) -> None:
+        self._stream = stream
+        self._process = process
+        self._left_out = left_out
+        self._found: dict[Place, Rows] = {}
+
+    def count(self, place: Place) -> int:
+        """Rows that the shard there packs into."""
+        return len(self.rows(place))
+
+    def rows(self, place: Place) -> Rows:
+        """The rows of the shard there, where they lie in shared memory; of a damaged one that is left out, none."""
+        if place not in self._found:
+            self.expect([place])
+        return self._found[place]
+
+    def expect(self, places: list[Place]) -> None:
+        """Fetch several at once."""
+        missing = [place for place in places if place not in self._found]
+        if not missing:
+            return
+        for place, block in zip(missing, self._fetched(missing), strict=True):
+            self._found[place], error = rows_of(block)
+            if error:
+                self._left_out.add((place.dataset, self._stream.order.shard(place)), error)
+
+    def _fetched(self, places: list[Place]) -> list[Any]:
+        lost = False
+        for left in reversed(range(ASKED_AGAIN + 1)):
+            references = ray.get(self._stream.feed.blocks.remote(places, *self._process, lost))
+            try:
+                return ray.get([reference for (reference,) in references])
+            except ray.exceptions.ObjectLostError:
+                # The feed, or the node where a block lay, has died since: what it held is packed again.
+                lost = True
+                if not left:
+                    raise
+        raise AssertionError("the last time returns or raises")
+
+    def keep(self, places: list[Place]) -> None:
+        """Let go of all others."""
+        self._found = {place: rows for place, rows in self._found.items() if place in places}
+
+
+class LeftOut:
+    """The damaged shards that were met."""
+
+    def __init__(self, most: int, tell: Tell) -> None:
+        self._most = most
+        self._tell = tell
+        self._shards: set[tuple[int, int]] = set()
+
+    def add(self, shard: tuple[int, int], error: str) -> None:
+        """Tell of a shard; DataError once there are more than may be."""
+        if shard in self._shards:
+            return
+        if len(self._shards) >= self._most:
+            allowed = f" data.skip_damaged ({self._most}) have been left out already." if self._most else ""
+            raise DataError(error + allowed)
+        self._shards.add(shard)
+        self._tell(f"Left out, number {len(self._shards)} of at most {self._most}: {error}")
+
+
+class _Ahead:
+    """Makes batches in a thread, at most `depth` more than were taken; with no depth, when they are asked for."""
+
+    def __init__(self, make: Callable[[], _Batch], count: int, depth: int) -> None:
+        self.count = count
+        self._make = make
+        self._ready: queue.Queue[_Batch | Exception] = queue.Queue(max(1, depth))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rows", daemon=True) if depth else None
+        if self._thread:
+            self._thread.start()
+
+    def next(self) -> _Batch:
+        """The next batch; raises what making it did."""
+        if self._thread is None:
+            return self._make()
+        found = self._ready.get()
+        if isinstance(found, Exception):
+            # Whoever asks again is told again.
+            self._ready.put(found)
+            raise found
+        return found
+
+    def close(self) -> None:
+        """End the thread, unless it waits for the feed: it ends then when that answers."""
+        self._closed.set()
+        if self._thread:
+            self._thread.join(timeout=1.0)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            made: _Batch | Exception
+            try:
+                made = self._make()
+            except Exception as error:  # noqa: BLE001 - raised where the batch is taken
+                made = error
+            while not self._closed.is_set():
+                try:
+                    self._ready.put(made, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(made, Exception):
+                return
 
 
 def open_stream(
-    folder: Path,
-    index: DatasetIndex,
+    parts: tuple[Part, ...],
     encoder: TextEncoder,
     config: DataConfig,
     *,
@@ -195,47 +278,65 @@ def open_stream(
     seed: int,
     held_bytes: int | None = None,
 ) -> Stream:
-    """Prepare a dataset for `workers` ranks that see different rows; called once, by the driver, after `ray.init`.
+    """Prepare datasets for `workers` ranks that see different rows; called once, by the driver, after `ray.init`.
 
-    `held_bytes`: most packed bytes to hold (None: a quarter of the object store). Raises DataError before any worker starts
-    when no row carries loss, or when there are too few rows or shards for the workers.
+    `held_bytes`: most packed bytes that stay in memory (None: a quarter of the object store); the order of rows does not depend
+    on it. Raises DataError before any worker starts if a dataset has no row with loss, or if all have fewer rows than there are
+    workers.
     """
-    spec = PackSpec(
-        encoder=encoder, kind=index.kind, length=config.sequence_length, loss_on_all=config.loss_on == "all"
-    )
-    if index.kind != "text":
+    on_all = config.loss_on == "all"
+    sources = tuple(Source.of(part, encoder, length=config.sequence_length, loss_on_all=on_all) for part in parts)
+    if any(part.index.kind != "text" for part in parts):
         # A chat template that cannot be used is told of here, not by a task far away.
         list(encoder.pairs([("question", "answer")]))
-    shards = tuple(str(path) for path in index.shard_paths(folder))
+    order = Order(
+        shards=tuple(len(source.paths) for source in sources),
+        weights=tuple(part.weight for part in parts),
+        seed=seed,
+        shuffle=config.shuffle,
+        open_shards=config.open_shards,
+    )
+    identity = digest(
+        [
+            [[part.index.kind, list(source.digests), part.weight] for part, source in zip(parts, sources, strict=True)],
+            encoder.digest(), config.sequence_length, on_all, seed, config.shuffle, config.open_shards,
+        ]
+    )  # fmt: skip
     if held_bytes is None:
         held_bytes = int(HELD_SHARE * ray.cluster_resources().get("object_store_memory", 2**30))
-    stream = Stream(spec=spec, config=config, seed=seed, shards=shards)
-    if index.total_bytes * PACKED_PER_BYTE > held_bytes:
-        first = packed_dataset(list(shards), spec, config, tasks=1, blocks=len(shards)).take(1)
-        if not first:
-            raise _nothing_usable(folder, index, config)
-        return replace(stream, lanes=lane_count(len(shards), workers))
-    tasks = min(len(shards), 1 + index.total_bytes // TASK_BYTES)
-    references = packed_dataset(list(shards), spec, config, tasks=tasks).materialize().to_numpy_refs(column="row")
-    blocks = ray.get(references)
-    kept = [(reference, len(block)) for reference, block in zip(references, blocks, strict=True) if len(block)]
-    total = sum(count for _, count in kept)
-    if not total:
-        raise _nothing_usable(folder, index, config)
+    feed = open_feed(order, sources, config, held_bytes)
+    stream = Stream(config=config, order=order, sources=sources, identity=identity, feed=feed)
+    _check_rows(stream, parts, workers)
+    return stream
+
+
+def _check_rows(stream: Stream, parts: tuple[Part, ...], workers: int) -> None:
+    """Look at the first shards until each dataset has a row, and all together one for each worker."""
+    total = 0
+    left_out = LeftOut(stream.config.skip_damaged, lambda message: None)
+    for number, part in enumerate(parts):
+        blocks = Blocks(stream, (-1, 1), left_out)
+        found, place = 0, Place(number, 0, 0)
+        while place.epoch == 0 and (not found or total + found < workers):
+            found += blocks.count(place)
+            blocks.keep([])
+            place = stream.order.after(place)
+        if not found:
+            raise _nothing_usable(part.folder, part.index.kind, part.index.samples, stream.config)
+        total += found
     if total < workers:
         raise DataError(
-            f"{folder} packs into {total} rows of {config.sequence_length} tokens, too few for the {workers} workers that see "
-            "different rows. Lower data.sequence_length or parallel.workers, or add data."
+            f"{' and '.join(str(part.folder) for part in parts)} packs into {total} rows of {stream.config.sequence_length} "
+            f"tokens, too few for the {workers} workers that see different rows. Lower data.sequence_length or parallel.workers, "
+            "or add data."
         )
-    return replace(stream, held=tuple(r for r, _ in kept), counts=tuple(c for _, c in kept))
 
 
-def _nothing_usable(folder: Path, index: DatasetIndex, config: DataConfig) -> DataError:
-    reason = (
-        f"none of its {index.samples} answers begins within {config.sequence_length} tokens"
-        if index.kind == "pairs"
-        else f"none of its {index.samples} pairs of answers differs within {config.sequence_length} tokens"
-        if index.kind == "preferences"
-        else f"its {index.samples} texts are empty"
-    )
+def _nothing_usable(folder: Path, kind: str, samples: int, config: DataConfig) -> DataError:
+    reason = {
+        "text": f"its {samples} texts are empty",
+        "chats": f"in none of its {samples} chats does the assistant speak within {config.sequence_length} tokens",
+        "pairs": f"none of its {samples} answers begins within {config.sequence_length} tokens",
+        "preferences": f"none of its {samples} pairs of answers differs within {config.sequence_length} tokens",
+    }[kind]
     return DataError(f"{folder} holds no usable row: {reason}. Raise data.sequence_length, or use other data.")

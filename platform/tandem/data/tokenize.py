@@ -6,14 +6,18 @@ rendering equal to transformers' own.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -29,6 +33,17 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 """Each turn is its role's token, its text and the end token; an answer ends where the end token comes."""
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`, with which some templates mark what the assistant says: written as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """What lies between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +88,12 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int, max_
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
+@lru_cache(maxsize=4)
+def _read_tokenizer(path: str, changed_ns: int) -> Tokenizer:
+    """Read once a process: a large vocabulary takes a second, and every task unpickles an encoder of its own."""
+    return Tokenizer.from_file(path)
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """Encodes samples with the tokenizer in `folder`. Cheap to pickle: the tokenizer is read where it is used."""
@@ -99,7 +120,7 @@ class TextEncoder:
         """tokenizer.json."""
         path = Path(self.folder) / "tokenizer.json"
         try:
-            return Tokenizer.from_file(str(path))
+            return _read_tokenizer(str(path), path.stat().st_mtime_ns)
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"{path} cannot be read: {error}. It must be a fast tokenizer (tokenizer.json).") from error
 
@@ -129,16 +150,12 @@ class TextEncoder:
         return int(self.tokenizer.get_vocab_size())
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        """The chat as text, by the tokenizer's chat template."""
-        return str(
-            self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.token("bos_token") or "",
-                eos_token=self.token("eos_token") or "",
-                pad_token=self.token("pad_token") or "",
-            )
-        )
+        """The chat as text, by the tokenizer's chat template; DataError if the template refuses it."""
+        special = {name: self.token(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
+        try:
+            return str(self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special))
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(f"The chat template in {self.folder} refuses a chat: {error}") from error
 
     def texts(self, texts: list[str]) -> Iterator[Encoded]:
         """Documents: begin token (where the tokenizer has one), text, end token; loss on all."""
@@ -150,28 +167,48 @@ class TextEncoder:
             yield Encoded(ids, [True] * len(ids))
 
     def pairs(self, pairs: list[tuple[str, str]], *, loss_on_all: bool = False) -> Iterator[Encoded]:
-        """Chats of one question and its answer; loss on the answer and its end token (or on all).
+        """Chats of one question and its answer; loss on the answer and its end token (or on all)."""
+        turns = ([{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs)
+        return self.chats(list(turns), loss_on_all=loss_on_all)
 
-        Prompt and answer are encoded apart, so that the prompt's ids are those that a server will see.
+    def chats(self, chats: list[list[dict[str, str]]], *, loss_on_all: bool = False) -> Iterator[Encoded]:
+        """Chats of any turns; loss on what the assistant says, and the end token after it (or on all).
+
+        What comes before an answer and the answer are encoded apart, so that the former's ids are those that a server will see.
+        Where the template writes a turn differently once others follow, each answer is a document of its own, after the turns
+        as the template writes them then. Raises DataError if even then an answer cannot be told from what it answers.
         """
-        prompts, answers = [], []
-        for prompt, answer in pairs:
-            asked = [{"role": "user", "content": prompt}]
-            before = self.render(asked, add_generation_prompt=True)
-            whole = self.render([*asked, {"role": "assistant", "content": answer}])
-            if not whole.startswith(before):
-                raise DataError(
-                    f"The chat template in {self.folder} writes the question differently once it is answered, so the answer's "
-                    "tokens cannot be told apart. Use another template, or data.loss_on=all with plain text."
-                )
-            prompts.append(before)
-            answers.append(whole[len(before) :])
-        encode = self.tokenizer.encode_batch
-        for question, reply in zip(
-            encode(prompts, add_special_tokens=False), encode(answers, add_special_tokens=False), strict=True
-        ):
-            ids = list(question.ids) + list(reply.ids)
-            yield Encoded(ids, [loss_on_all] * len(question.ids) + [True] * len(reply.ids))
+        documents = [document for messages in chats for document in self._documents(messages)]
+        pieces = [text for document in documents for text, _ in document]
+        encoded = iter(self.tokenizer.encode_batch(pieces, add_special_tokens=False))
+        for document in documents:
+            ids, targets = list[int](), list[bool]()
+            for _, spoken in document:
+                piece = next(encoded).ids
+                ids += piece
+                targets += [spoken or loss_on_all] * len(piece)
+            yield Encoded(ids, targets)
+
+    def _documents(self, messages: list[dict[str, str]]) -> list[list[tuple[str, bool]]]:
+        """A chat as documents of pieces, each with whether the assistant says it; what follows its last answer is left out."""
+        turns = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self.render(messages[:number], add_generation_prompt=True)
+                after = self.render(messages[: number + 1])
+                if not after.startswith(before):
+                    raise DataError(
+                        f"The chat template in {self.folder} writes the question differently once it is answered, so the "
+                        "answer's tokens cannot be told apart. Use another template, or data.loss_on=all with plain text."
+                    )
+                turns.append((before, after))
+        if any(not later.startswith(earlier) for (_, earlier), (later, _) in itertools.pairwise(turns)):
+            return [[(before, False), (after[len(before) :], True)] for before, after in turns]
+        pieces, at = list[tuple[str, bool]](), 0
+        for before, after in turns:
+            pieces += [(before[at:], False), (after[len(before) :], True)]
+            at = len(after)
+        return [pieces]
 
     def preferences(self, found: list[tuple[str, str, str]]) -> Iterator[tuple[Encoded, Encoded]]:
         """Chats of a prompt with its chosen and with its rejected answer; loss on the answers and their end tokens."""
@@ -187,17 +224,33 @@ class TextEncoder:
                 f"The tokenizer in {self.folder} has no chat template, which question-answer pairs need. "
                 "Use a tokenizer that has one, or make the dataset of plain text."
             )
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        # As transformers has it, but for strftime_now: what is learned must not depend on the day.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
 
         def refuse(message: str) -> None:
-            raise DataError(f"The chat template in {self.folder} refuses the chat: {message}")
+            raise jinja2.TemplateError(message)
 
         environment.globals["raise_exception"] = refuse
-        return environment.from_string(source)
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise DataError(f"The chat template in {self.folder} cannot be used: {error}") from error
 
     def __getstate__(self) -> dict[str, str]:
         return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, str]) -> None:
         self.__dict__.update(state)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

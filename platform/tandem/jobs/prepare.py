@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import yaml
 
-from tandem.config import TrainConfig, check_elastic, sized, sizes, to_dict
+from tandem.config import DataConfig, TrainConfig, check_elastic, sized, sizes, to_dict
 from tandem.config.layout import ModelShape, check_layout
-from tandem.data.index import find_dataset
+from tandem.data.index import check_tokenizers, find_dataset, find_parts, parts_digest
 from tandem.errors import ConfigError
 from tandem.ids import job_id
 from tandem.jobs.folder import JobFolder
@@ -26,7 +26,7 @@ SPACE_NEEDED = 64 * 2**20
 NOT_CONTENT = ("parallel", "checkpoint", "faults", "log_every", "metrics", "register")
 """Settings that change how a job runs, or who hears of it, but not what it makes."""
 
-HOW_READ = ("readers", "prefetch_batches")
+HOW_READ = ("readers", "reader_tasks", "read_ahead", "prefetch_batches", "skip_damaged")
 """Such settings of `data`."""
 
 
@@ -37,7 +37,7 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     layouts has to run them all.
     Raises DataError, ConfigError, LayoutError, RegistryError or UnknownModelError with what to change.
     """
-    folder, index = find_dataset(config.data.path)
+    parts = find_parts(config.data)
     base = find_base(config.model.base) if config.model.base else None
     reference = find_base(config.dpo.reference, "dpo.reference") if config.dpo and config.dpo.reference else None
     for max_length in (
@@ -49,7 +49,10 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
                 f"data.sequence_length ({config.data.sequence_length}) is longer than the model takes ({max_length}). "
                 f"Lower it to {max_length}, or train a model with a larger model.max_length."
             )
-    config.check_kind(index.kind, str(folder))
+    for part in parts:
+        config.check_kind(part.index.kind, str(part.folder))
+    if base is None and config.model.tokenizer is None:
+        check_tokenizers(parts)
     check_elastic(config)
     for size in sizes(config):
         check_layout(base.shape() if base else ModelShape.of(config.model), sized(config, size))
@@ -60,27 +63,35 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     if evaluation is not None and evaluation.data is not None:
         place, measured = find_dataset(evaluation.data)
         config.check_kind(measured.kind, str(place))
-        if place == folder:
+        if any(place == part.folder for part in parts):
             raise ConfigError(f"evaluation.data is {place}, which is trained on. Name another dataset, or unset it.")
         evaluation = replace(evaluation, data=str(place))
     resolved = replace(
         config,
-        data=replace(config.data, path=str(folder)),
+        data=_found(config.data, [str(part.folder) for part in parts]),
         model=replace(config.model, base=base.id if base else None),
         dpo=replace(config.dpo, reference=reference.id) if config.dpo and reference else config.dpo,
         evaluation=evaluation,
     )
     plain = to_dict(resolved)
     content = {k: v for k, v in plain.items() if k not in NOT_CONTENT or k in compared}
-    left_out = ("path",) if "data" in compared else ("path", *HOW_READ)
+    left_out = ("path", "mixture") if "data" in compared else ("path", "mixture", *HOW_READ)
     content["data"] = {k: v for k, v in plain["data"].items() if k not in left_out}
     if content["evaluation"] is not None:
         content["evaluation"] = {**content["evaluation"], "data": measured.digest if measured else None}
     digests = [found.digest() if found else None for found in (base, reference)]
-    made_of = [content, index.digest, index.tokenizer_digest, *digests]
+    made_of = [content, parts_digest(parts), parts[0].index.tokenizer_digest, *digests]
     job = JobFolder(settings().jobs_dir / job_id(config.name, made_of))
     require_space(job.path, SPACE_NEEDED, f"The job {job.id}")
     with disk_errors("writing the job's config", job.path):
         job.path.mkdir(parents=True, exist_ok=True)
         write_atomic(job.path / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
     return job
+
+
+def _found(data: DataConfig, folders: list[str]) -> DataConfig:
+    """The same data, named by where it lies."""
+    if data.path:
+        return replace(data, path=folders[0])
+    named = zip(data.mixture, folders, strict=True)
+    return replace(data, mixture=tuple(replace(part, path=folder) for part, folder in named))

@@ -39,7 +39,7 @@ from tandem.train.metrics import Metrics
 from tandem.train.persistence import wait_for_storage
 from tandem.train.processes import end_workers, stack_of
 from tandem.train.room import fitting, nodes_now, placed
-from tandem.train.worker import WorkerTask, run_worker
+from tandem.train.worker import WorkerTask, rows_behind, run_worker
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _roll_back(
             f"raise faults.spike.max_rollbacks ({policy.max_rollbacks}) or faults.spike.factor ({policy.factor:g})."
         )
     state = folders.read_state(newest) if newest else None
-    first = int(state.cursor.get("rows", state.step * config.batch_size)) if state else 0
+    first = rows_behind(state, config) if state else 0
     journal.write(
         {
             "event": "rollback", "from": at, "step": state.step if state else 0, "rows": [first, spike["rows"]],

@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.exceptions
 
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_whole
 from tandem.config import TrainConfig, check_elastic, load_yaml, sized, sizes, to_dict
 from tandem.config.layout import ModelShape, check_layout
-from tandem.data.heldout import evaluation_rows, hold_out
-from tandem.data.index import TOKENIZER_NAME, DatasetIndex, find_dataset
+from tandem.data.heldout import hold_out_of_each, rows_of_each
+from tandem.data.index import TOKENIZER_NAME, Part, check_tokenizers, find_dataset, find_parts, parts_digest
 from tandem.data.packing import Rows
 from tandem.data.stream import Stream, open_stream
 from tandem.data.tokenize import TextEncoder
-from tandem.errors import ClusterError, ConfigError, DataError, JobStopped, TandemError
+from tandem.errors import ClusterError, ConfigError, JobStopped, TandemError
 from tandem.ids import digest
 from tandem.observability import events
 from tandem.observability.journal import Journal
@@ -124,21 +123,22 @@ def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
     if done and done["event"] == "finished" and is_whole(job / "export"):
         if config.register and not done.get("model"):
             # A trial of a sweep that is wanted after all.
-            _, index = find_dataset(config.data.path)
-            done |= _register(config, job, _base(config), index, done)
+            done |= _register(config, job, _base(config), parts_digest(find_parts(config.data)), done)
         journal.write({k: v for k, v in done.items() if k != "time"})
         return
     check_deepspeed(config)
-    folder, index = find_dataset(config.data.path)
-    config.check_kind(index.kind, str(folder))
+    parts = find_parts(config.data)
+    for part in parts:
+        config.check_kind(part.index.kind, str(part.folder))
     base = _base(config)
     check_elastic(config)
     for size in sizes(config):
         check_layout(base.shape() if base else ModelShape.of(config.model), sized(config, size))
-    whole, held = index, None
+    trained: tuple[Part, ...] = parts
+    held: tuple[Part, ...] = ()
     if config.evaluation is not None and config.evaluation.share:
-        index, held = hold_out(index, config.evaluation.share, folder)
-    tokenizer = _tokenizer(config, base, folder)
+        trained, held = hold_out_of_each(parts, config.evaluation.share)
+    tokenizer = _tokenizer(config, base, parts)
     encoder = TextEncoder(str(tokenizer))
     reference = reference_model(config, base, encoder)
     root = folders.root_of(config.checkpoint, job)
@@ -146,17 +146,9 @@ def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
     wait_for_storage(root, journal, config.faults.storage_retry_s)
     check_writable(root)
     connect(config)
-    try:
-        # Raises before a worker starts if nothing in the data can be learned from.
-        stream = open_stream(folder, index, encoder, config.data, workers=config.parallel.data, seed=config.seed)
-    except ray.exceptions.RayError as error:
-        if damaged := index.damaged(folder):
-            raise DataError(
-                f"{damaged[0]} is damaged: its bytes are not those that index.json has the digest of "
-                f"({len(damaged)} of {len(index.shards)} shards). Build the dataset again: `tandem data build`."
-            ) from error
-        raise
-    rows = _evaluation_rows(config, stream, folder, held)
+    # Raises before a worker starts if nothing in the data can be learned from.
+    stream = open_stream(trained, encoder, config.data, workers=config.parallel.data, seed=config.seed)
+    rows = _evaluation_rows(config, stream, held)
     task = WorkerTask(
         config=config,
         job=job,
@@ -176,7 +168,7 @@ def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
     end["evaluation"] = next((measured(e) for e in reversed(told) if e["event"] == "evaluation"), None)
     where = {"model": None, "base": None, "path": str(job / "export")}
     if config.register:
-        where = _register(config, job, base, whole, end)
+        where = _register(config, job, base, parts_digest(parts), end)
     journal.write(
         {
             "event": "finished", **where, "plot": str(job / "loss.png"), "loss": end.get("loss"),
@@ -237,14 +229,14 @@ def check_room(config: TrainConfig, total: dict[str, float]) -> None:
             )
 
 
-def _evaluation_rows(config: TrainConfig, stream: Stream, folder: Path, held: DatasetIndex | None) -> Rows | None:
+def _evaluation_rows(config: TrainConfig, stream: Stream, held: tuple[Part, ...]) -> Rows | None:
     if config.evaluation is None:
         return None
     if config.evaluation.data is not None:
-        folder, held = find_dataset(config.evaluation.data)
-        config.check_kind(held.kind, str(folder))
-    assert held is not None, "EvaluationConfig has data or a share to hold out"
-    return evaluation_rows(folder, held, stream.spec, config.evaluation.rows)
+        folder, index = find_dataset(config.evaluation.data)
+        config.check_kind(index.kind, str(folder))
+        held = (Part(folder=folder, index=index),)
+    return rows_of_each(held, stream.sources[0].spec, config.evaluation.rows)
 
 
 def reference_model(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
@@ -268,12 +260,13 @@ def reference_model(config: TrainConfig, base: BaseRef | None, encoder: TextEnco
     return found.path
 
 
-def _tokenizer(config: TrainConfig, base: BaseRef | None, dataset: Path) -> Path:
+def _tokenizer(config: TrainConfig, base: BaseRef | None, parts: tuple[Part, ...]) -> Path:
     if base is not None:
         return base.path
     if config.model.tokenizer is not None:
         return Path(config.model.tokenizer).expanduser().resolve()
-    return dataset / TOKENIZER_NAME
+    check_tokenizers(parts)
+    return parts[0].folder / TOKENIZER_NAME
 
 
 def _base(config: TrainConfig) -> BaseRef | None:
@@ -281,13 +274,13 @@ def _base(config: TrainConfig) -> BaseRef | None:
 
 
 def _register(
-    config: TrainConfig, job: Path, base: BaseRef | None, index: DatasetIndex, end: Mapping[str, Any]
+    config: TrainConfig, job: Path, base: BaseRef | None, dataset: str, end: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Put the result into the registry, with loss and evaluation of the `end`; returns what the `finished` event says of it."""
     registry, folder = Registry.open(), job / "export"
     lineage = {
         "job": job.name,
-        "dataset": index.digest,
+        "dataset": dataset,
         "config": digest(to_dict(config)),
         "steps": config.steps,
         "loss": end.get("loss"),

@@ -207,11 +207,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
         asynchronous=config.checkpoint.asynchronous,
     )
     found, damaged = checkpoints.load(model, optimizer, extra=extra)
-    state = LoopState(step=found.step, tokens=found.tokens, rows=_rows_behind(found, config)) if found else LoopState()
-    place = found.cursor if found else None
-    for first, end in task.skip:
-        if first <= state.rows < end:
-            state.rows, place = end, task.stream.cursor(end)
+    state = LoopState(step=found.step, tokens=found.tokens, rows=rows_behind(found, config)) if found else LoopState()
     last_loss = found.loss if found else None
     measured: tuple[int, dict[str, float]] = (0, {})
     for message in damaged:
@@ -224,10 +220,15 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
         }
     )  # fmt: skip
 
+    before = (0.0, 0.0)
+
     def report(step: StepReport) -> None:
-        nonlocal last_loss
+        nonlocal last_loss, before
         last_loss = step.loss
-        emit({"event": "step", "steps": config.steps, **asdict(step), **meter.read(step.tokens_per_s)})
+        now = step.seconds, rows.waited_s
+        waited = {"data_wait": (now[1] - before[1]) / max(1e-9, now[0] - before[0])}
+        before = now
+        emit({"event": "step", "steps": config.steps, **asdict(step), **meter.read(step.tokens_per_s), **waited})
 
     def save(now: LoopState) -> None:
         saved = SavedState(
@@ -235,7 +236,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
             tokens=now.tokens,
             loss=last_loss,
             world=world,
-            cursor=task.stream.cursor(now.rows),
+            cursor=rows.cursor(),
             metrics={
                 **({} if last_loss is None else {"loss": last_loss}),
                 **(measured[1] if measured[0] == now.step else {}),
@@ -287,19 +288,28 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
         emit({"event": "evaluation", "step": step, "rows": len(held), "averaged": ema is not None, **evaluated})
 
     if state.step < config.steps:
-        rows = task.stream.rows(degrees.data_rank(rank), degrees.data_parallel, place)
-        try:
-            ended = train(
-                model, optimizer, rows, config, state, report=report, save=save, device=device,
-                objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
-                watch=Overseen(pulse, Probe(device, PROBE_EVERY_S), emit),
-            )  # fmt: skip
-        except Spiked:
-            # The driver looks for the newest checkpoint: the one that is being written counts.
-            with contextlib.suppress(StorageError):
-                checkpoints.wait()
-            raise
-        settle()
+        rows = task.stream.rows(
+            degrees.data_rank(rank), degrees.data_parallel, found.cursor if found else None, process=(rank, world),
+            tell=lambda message: emit({"event": "notice", "message": message}),
+        )  # fmt: skip
+        for first, end in task.skip:
+            if first <= state.rows < end:
+                rows.skip(end - state.rows)
+                state.rows = end
+        with contextlib.closing(rows):
+            try:
+                ended = train(
+                    model, optimizer, rows, config, state, report=report, save=save, device=device,
+                    objective=objective, ema=ema, scaler=scaler,
+                    evaluate=measure if task.evaluation is not None else None,
+                    watch=Overseen(pulse, Probe(device, PROBE_EVERY_S), emit),
+                )  # fmt: skip
+            except Spiked:
+                # The driver looks for the newest checkpoint: the one that is being written counts.
+                with contextlib.suppress(StorageError):
+                    checkpoints.wait()
+                raise
+            settle()
         if not ended:
             model.close()
             emit({"event": "left", "step": state.step})
@@ -313,8 +323,9 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     emit({"event": "exported", "loss": last_loss, "step": state.step, "tokens": state.tokens})
 
 
-def _rows_behind(found: SavedState, config: TrainConfig) -> int:
-    return int(found.cursor.get("rows", found.step * config.batch_size))
+def rows_behind(found: SavedState, config: TrainConfig) -> int:
+    """Rows of the stream that a checkpoint's run had taken or left out."""
+    return int(found.cursor.get("walk", {}).get("rows", found.step * config.batch_size))
 
 
 def _nodes(world: int) -> list[str]:

@@ -74,7 +74,14 @@ def test_overrides_are_laid_over_the_file_and_reach_into_sections_that_it_lacks(
         ),
         ({"zzz": 1}, "zzz is not a setting. Known here: name, data, model"),
         ({1: 2}, "1 is not a setting"),
-        ({"data": {}}, "data.path is missing"),
+        ({"data": {}}, "data.path is missing. Name a dataset, or several in data.mixture"),
+        (
+            {"data": {"path": "a", "mixture": [{"path": "b"}]}},
+            r"data.path \('a'\) and data.mixture \(1 datasets\) are both",
+        ),
+        ({"data": {"mixture": [{"path": "b", "weight": 0}]}}, "the weight of 'b' is 0; it must be above 0"),
+        ({"data": {"mixture": [{"path": "b", "wieght": 1}]}}, r"data.mixture\[0\].wieght is not a setting"),
+        ({"data": {"mixture": [{"path": "b"}, {"path": "b"}]}}, "names 'b' twice"),
         ({"data": None}, "data is empty; it must be a mapping"),
         ({"data": ["text"]}, r"data is \['text'\] \(list\); it must be a mapping"),
         ({"steps": "ten"}, r"steps is 'ten' \(str\); it must be a whole number"),
@@ -241,7 +248,9 @@ def train_configs(draw):
     )
     return TrainConfig(
         name=draw(names),
-        data=draw(st.builds(DataConfig, path=texts, sequence_length=st.integers(8, 9999), shuffle=st.booleans())),
+        data=draw(
+            st.builds(DataConfig, path=texts.filter(bool), sequence_length=st.integers(8, 9999), shuffle=st.booleans())
+        ),
         model=model,
         lora=None if base is None else draw(st.none() | lora),
         parallel=ParallelismConfig(workers=workers, strategy=draw(st.sampled_from(["fsdp2", "ddp"]))),

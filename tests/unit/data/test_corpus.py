@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tandem.data import stdlib
-from tandem.data.corpus import Pair, Preference, Text, cut, open_corpus
+from tandem.data.corpus import cut, open_corpus
+from tandem.data.samples import Chat, Message, Pair, Preference, Sample, Text, sample_of, size
 from tandem.errors import DataError
 
 
@@ -27,7 +31,7 @@ def test_the_standard_library_asks_at_least_64_questions_once_each():
 
 def test_the_standard_library_is_some_megabytes_of_text():
     texts = list(open_corpus("stdlib").samples())
-    assert sum(t.size for t in texts) > 5_000_000
+    assert sum(map(size, texts)) > 5_000_000
     assert texts[:5] == list(open_corpus("stdlib").samples())[:5]
 
 
@@ -139,3 +143,154 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path):
     write(tmp_path / "sub" / "c.py", "third")
     write(tmp_path / "image.png", b"\x89PNG")
     assert [s.text for s in open_corpus(str(tmp_path)).samples() if isinstance(s, Text)] == ["first", "second", "third"]
+
+
+RECORDS = {
+    "text": [{"text": f"line {n}", "id": n} for n in range(2500)],
+    "pairs": [{"prompt": f"q{n}", "answer": f"a{n}"} for n in range(5)],
+    "preferences": [{"prompt": f"q{n}", "chosen": f"a{n}", "rejected": "no"} for n in range(5)],
+    "chats": [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}
+        for n in range(5)
+    ],
+}
+
+
+def as_file(folder: Path, form: str, records: list[dict[str, Any]]) -> Path:
+    """The records in a file, or in a folder, of a form."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    match form:
+        case "jsonl":
+            return Path(write(folder / "a.jsonl", "".join(json.dumps(r) + "\n" for r in records)))
+        case "jsonl.gz":
+            lines = "".join(json.dumps(r) + "\n" for r in records)
+            return Path(write(folder / "a.jsonl.gz", gzip.compress(lines.encode())))
+        case "parquet":
+            pq.write_table(pa.Table.from_pylist(records), folder / "a.parquet", row_group_size=700)
+            return folder / "a.parquet"
+        case "parquet folder":
+            # As the hub lays a dataset out.
+            (folder / "hub" / "data").mkdir(parents=True)
+            write(folder / "hub" / "README.md", "# A dataset")
+            for number, part in enumerate((records[:3], records[3:])):
+                table = pa.Table.from_pylist(part)
+                pq.write_table(table, folder / "hub" / "data" / f"train-0000{number}-of-00002.parquet")
+            return folder / "hub"
+        case "saved" | "saved splits":
+            # What `datasets.save_to_disk` writes: streams of Arrow, and a state.json that names them.
+            saved = folder / "saved" / ("train" if form == "saved splits" else "")
+            saved.mkdir(parents=True)
+            for number, part in enumerate((records[:3], records[3:])):
+                table = pa.Table.from_pylist(part)
+                with pa.OSFile(str(saved / f"data-{number}.arrow"), "wb") as sink:
+                    with pa.ipc.new_stream(sink, table.schema) as writer:
+                        writer.write_table(table)
+            state = {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}], "_split": "train"}
+            write(saved / "state.json", json.dumps(state))
+            if form == "saved splits":
+                write(folder / "saved" / "dataset_dict.json", json.dumps({"splits": ["train", "test"]}))
+            return folder / "saved"
+        case "webdataset":
+            import webdataset
+
+            (folder / "shards").mkdir()
+            with webdataset.ShardWriter(str(folder / "shards" / "%04d.tar"), maxcount=2000, verbose=0) as writer:
+                for number, record in enumerate(records):
+                    kept = {"txt": record["text"]} if "text" in record else {"json": record}
+                    writer.write({"__key__": f"part/{number:05d}", **kept, "cls": number})
+            return folder / "shards"
+    raise AssertionError(form)
+
+
+FORMS = ["jsonl", "jsonl.gz", "parquet", "parquet folder", "saved", "saved splits", "webdataset"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", list(RECORDS))
+def test_every_kind_is_read_from_every_form(tmp_path: Path, form: str, kind: str):
+    records = RECORDS[kind]
+    corpus = open_corpus(str(as_file(tmp_path, form, records)))
+    assert corpus.kind == kind
+    expected = {
+        "text": lambda r: Text(r["text"]),
+        "pairs": lambda r: Pair(r["prompt"], r["answer"]),
+        "preferences": lambda r: Preference(r["prompt"], r["chosen"], r["rejected"]),
+        "chats": lambda r: Chat(tuple(Message(**m) for m in r["messages"])),
+    }[kind]
+    assert list(corpus.samples()) == [expected(record) for record in records] == list(corpus.samples())
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved", "webdataset"])
+def test_a_record_that_cannot_be_used_is_named_in_every_form(tmp_path: Path, form: str):
+    records = [{"prompt": "q", "answer": "a"}] * 4 + [{"prompt": "q", "answer": None}]
+    corpus = open_corpus(str(as_file(tmp_path, form, records)))
+    place = {"parquet": "a.parquet row 5", "saved": "data-1.arrow row 2", "webdataset": "0000.tar sample part/00004"}
+    with pytest.raises(DataError, match=f"{place[form]}: 'answer' is empty; it must be a string"):
+        list(corpus.samples())
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.parquet", "Parquet"), ("a.arrow", "Arrow"), ("a.tar", "a tar file")])
+def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, name: str, form: str):
+    with pytest.raises(DataError, match=f"{name} cannot be read as {form}"):
+        open_corpus(write(tmp_path / name, b"not what the name says" * 40))
+    with pytest.raises(DataError, match=r"b.jsonl.gz cannot be read"):
+        open_corpus(write(tmp_path / "b.jsonl.gz", b"not compressed"))
+
+
+def test_a_folder_of_two_sorts_or_without_the_split_to_take_is_refused(tmp_path: Path):
+    as_file(tmp_path, "jsonl", RECORDS["text"])
+    as_file(tmp_path, "parquet", RECORDS["text"])
+    with pytest.raises(DataError, match=r"files of 2 sorts \(a.jsonl, a.parquet\)"):
+        open_corpus(str(tmp_path))
+    write(tmp_path / "dataset_dict.json", '{"splits": ["validation", "test"]}')
+    with pytest.raises(DataError, match="splits validation, test and no 'train'. Name one: .*/validation"):
+        open_corpus(str(tmp_path))
+
+
+def test_a_built_dataset_can_be_built_again(tmp_path: Path):
+    from tandem.data.build import build_dataset
+
+    source = as_file(tmp_path, "jsonl", RECORDS["chats"])
+    first = build_dataset(str(source), tmp_path / "first", vocab_size=300)
+    again = build_dataset(str(tmp_path / "first"), tmp_path / "again", tokenizer=tmp_path / "first" / "tokenizer")
+    assert (again.kind, again.digest) == ("chats", first.digest)
+    assert again.characters == sum(len("q0") + len("a0") for _ in range(5))
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"question": "q", "answer": "a"}, Pair("q", "a")),
+        ({"prompt": "q", "completion": "a"}, Pair("q", "a")),
+        ({"prompt": "q", "response": "a"}, Pair("q", "a")),
+        ({"instruction": "Add.", "input": "1, 2", "output": "3"}, Pair("Add.\n\n1, 2", "3")),
+        ({"instruction": "Say hi.", "input": "", "output": "hi"}, Pair("Say hi.", "hi")),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            Chat((Message("user", "q"), Message("assistant", "a"))),
+        ),
+    ],
+)
+def test_the_usual_names_of_fields_are_known(record: dict[str, Any], expected: Sample):
+    assert sample_of(record, "here") == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("hello", "'messages' is a str; it must be a list of messages"),
+        ([], "'messages' is empty; it must be a list"),
+        ([{"role": "user", "content": "q"}, {"role": "user"}], r"'messages' \[1\] is not a message"),
+    ],
+)
+def test_a_chat_that_is_none_is_named(messages: Any, said: str):
+    with pytest.raises(DataError, match=f"line 7: {said}"):
+        sample_of({"messages": messages}, "line 7")
+
+
+def test_a_chat_in_which_the_assistant_says_nothing_is_left_out(tmp_path: Path):
+    asked = {"messages": [{"role": "user", "content": "q"}]}
+    path = write(tmp_path / "c.jsonl", "".join(json.dumps(r) + "\n" for r in (asked, *RECORDS["chats"])))
+    assert len(list(open_corpus(path).samples())) == 5

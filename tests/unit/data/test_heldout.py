@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tandem.data.build import build_dataset
-from tandem.data.heldout import evaluation_rows, hold_out
-from tandem.data.index import DatasetIndex, ShardInfo
-from tandem.data.stream import PackSpec
+from tandem.data.heldout import evaluation_rows, hold_out, hold_out_of_each, rows_of_each
+from tandem.data.index import DatasetIndex, Part, ShardInfo
+from tandem.data.spec import PackSpec
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 
@@ -76,3 +76,17 @@ def test_a_damaged_shard_is_named(dataset: Path, tmp_path: Path):
     (tmp_path / "shards" / index.shards[0].name).write_bytes(b"not a tar")
     with pytest.raises(DataError, match="000000.tar cannot be read"):
         evaluation_rows(tmp_path, index, spec(dataset, 48), 5)
+
+
+def test_of_a_mixture_a_share_of_every_dataset_is_held_out_and_evaluated_on_by_weight(dataset: Path):
+    index = DatasetIndex.load(dataset)
+    parts = tuple(Part(folder=dataset, index=index, weight=weight) for weight in (3.0, 1.0))
+    trained, held = hold_out_of_each(parts, 0.4)
+    assert [part.weight for part in trained] == [part.weight for part in held] == [3.0, 1.0]
+    for kept, out in zip(trained, held, strict=True):
+        names = [shard.name for shard in (*kept.index.shards, *out.index.shards)]
+        assert sorted(names) == [shard.name for shard in index.shards]
+    rows = rows_of_each(held, spec(dataset, 48), 8)
+    assert len(rows) == 8
+    first = evaluation_rows(dataset, held[0].index, spec(dataset, 48), 6)
+    np.testing.assert_array_equal(rows[:6], first)

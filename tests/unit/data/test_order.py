@@ -1,66 +1,158 @@
-"""The order of rows is the seed's alone: any number of ranks shares it, and a resumed run goes on in it."""
+"""The order of rows is the seed's alone: any number of ranks shares it, and a resumed run goes on in it, row for row."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.data.order import Lane, epoch_order, held_rows, lane_count, lanes_of
+from tandem.data.order import Order, Place, RowPlace, Walk
 from tandem.errors import DataError
 
 
-@given(st.integers(1, 50), st.integers(0, 9), st.booleans())
-def test_an_epoch_holds_every_row_once(total: int, seed: int, shuffle: bool):
-    rows = list(islice(held_rows(total, seed, shuffle, 0, 1), 2 * total))
-    assert sorted(rows[:total]) == sorted(rows[total:]) == list(range(total))
+@dataclass(frozen=True)
+class Data:
+    """Datasets with known rows."""
+
+    counts: tuple[tuple[int, ...], ...]
+    """Rows of each shard of each dataset."""
+    order: Order
+
+    def walk(self, state: dict | None = None) -> Walk:
+        return Walk(self.order, lambda place: self.counts[place.dataset][self.order.shard(place)], state)
+
+    def first(self, count: int) -> list[RowPlace]:
+        walk = self.walk()
+        return [next(walk) for _ in range(count)]
 
 
-@given(st.integers(1, 40), st.sampled_from([1, 2, 3, 4]), st.integers(0, 60))
-def test_ranks_share_one_order_from_any_place(total: int, world: int, done: int):
-    order = list(islice(held_rows(total, 3, True, 0, 1), 200))
-    taken = done * world
-    for rank in range(world):
-        mine = list(islice(held_rows(total, 3, True, taken + rank, world), 20))
-        assert mine == (order + list(islice(held_rows(total, 3, True, 200, 1), 200)))[taken + rank :: world][:20]
+def data(*counts: list[int], weights: list[float] | None = None, seed: int = 0, **settings: object) -> Data:
+    order = Order(shards=tuple(map(len, counts)), weights=tuple(weights or [1.0] * len(counts)), seed=seed, **settings)  # type: ignore[arg-type]
+    return Data(tuple(map(tuple, counts)), order)
 
 
-def test_epochs_and_seeds_differ_and_repeat():
-    assert epoch_order(20, 1, 0, True).tolist() == epoch_order(20, 1, 0, True).tolist()
-    assert epoch_order(20, 1, 0, True).tolist() != epoch_order(20, 1, 1, True).tolist()
-    assert epoch_order(20, 1, 0, True).tolist() != epoch_order(20, 2, 0, True).tolist()
-    assert epoch_order(4, 1, 5, False).tolist() == [0, 1, 2, 3]
+# Some shards pack into no row at all; never all of a dataset.
+shard_counts = st.lists(st.integers(0, 6), min_size=1, max_size=12).filter(any)
+mixtures = st.builds(
+    lambda parts, seed, shuffle, open_shards: data(
+        *(counts for counts, _ in parts),
+        weights=[weight for _, weight in parts],
+        seed=seed,
+        shuffle=shuffle,
+        open_shards=open_shards,
+    ),
+    st.lists(st.tuples(shard_counts, st.floats(0.01, 50)), min_size=1, max_size=4),
+    st.integers(0, 2**40),
+    st.booleans(),
+    st.integers(1, 9),
+)
 
 
-@pytest.mark.parametrize(("shards", "workers", "lanes"), [(64, 1, 8), (64, 2, 8), (64, 3, 6), (5, 2, 4), (16, 16, 16)])
-def test_lanes_are_a_multiple_of_workers_and_at_most_the_shards(shards: int, workers: int, lanes: int):
-    assert lane_count(shards, workers) == lanes
+@given(mixtures, st.data())
+def test_runs_killed_at_any_step_and_resumed_on_any_number_of_ranks_see_the_batches_of_one_undisturbed_run(
+    found: Data, draw: st.DataObject
+):
+    batch_size = draw.draw(st.sampled_from([1, 2, 4, 6, 12]))
+    worlds = st.sampled_from([w for w in (1, 2, 3, 4, 6, 12) if batch_size % w == 0])
+    # Small datasets: these are several epochs.
+    runs = draw.draw(st.lists(st.tuples(worlds, st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=5))
+    batches: list[list[RowPlace]] = []
+    checkpoint: str | None = None
+    done = 0
+    for world, steps, lost in runs:
+        ranks = [found.walk(checkpoint and json.loads(checkpoint)) for _ in range(world)]
+        saved = [checkpoint]
+        for _ in range(steps):
+            shares = [walk.share(rank, world, batch_size // world) for rank, walk in enumerate(ranks)]
+            batches.append([shares[n % world][n // world] for n in range(batch_size)])
+            states = {json.dumps(walk.state()) for walk in ranks}
+            # Every rank knows the place of all of them.
+            assert len(states) == 1
+            saved.extend(states)
+        # Killed after `steps`, when the newest checkpoint is `lost` steps old.
+        kept = max(0, steps - lost)
+        checkpoint, done = saved[kept], done + kept
+        del batches[done:]
+    undisturbed = found.first(done * batch_size)
+    assert [row for batch in batches for row in batch] == undisturbed
 
 
-def test_too_few_shards_or_a_number_of_workers_that_cannot_share_lanes_is_refused():
-    with pytest.raises(DataError, match="3 shards for 4 workers"):
-        lane_count(3, 4)
-    with pytest.raises(DataError, match="8 lanes, which 3 workers"):
-        lanes_of(0, 3, 8)
-
-
-def test_lanes_deal_every_shard_once_an_epoch():
+@given(shard_counts, st.integers(0, 9), st.booleans(), st.integers(1, 9))
+def test_every_epoch_holds_every_row_once(counts: list[int], seed: int, shuffle: bool, open_shards: int):
+    found = data(counts, seed=seed, shuffle=shuffle, open_shards=open_shards)
+    every = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+    rows = found.first(3 * len(every))
     for epoch in range(3):
-        dealt = [s for n in range(4) for s in Lane(n, 4, 11, 7, True).epoch(epoch)]
-        assert sorted(dealt) == list(range(11))
+        passed = rows[epoch * len(every) : (epoch + 1) * len(every)]
+        assert sorted((r.shard, r.row) for r in passed) == every
+        assert {r.epoch for r in passed} == {epoch}
 
 
-@given(st.integers(0, 60))
-def test_a_lane_goes_on_after_what_was_skipped(skip: int):
-    def read(shards: list[int]):
-        return ((s, row) for s in shards for row in range(s % 3 + 1))
+@given(mixtures, st.integers(1, 400))
+def test_a_mixture_has_its_weights_in_any_stretch(found: Data, start: int):
+    weights = found.order.weights
+    count = 200
+    dealt = Counter(found.order.dataset(n) for n in range(start, start + count))
+    for number, weight in enumerate(weights):
+        # Multiples of the golden ratio stray by the logarithm of their number at most.
+        assert abs(dealt[number] - count * weight / sum(weights)) < 6
 
-    lane = Lane(1, 2, 8, 5, True)
-    assert list(islice(lane.rows(read, skip), 30)) == list(islice(lane.rows(read, 0), 100))[skip : skip + 30]
+
+@given(mixtures)
+def test_each_dataset_of_a_mixture_goes_as_it_would_alone(found: Data):
+    rows = found.first(60)
+    for number in range(len(found.counts)):
+        mine = [row for row in rows if row.dataset == number]
+        heavy = replace(found.order, weights=tuple(1.0 if n == number else 0.0 for n in range(len(found.counts))))
+        walk = Data(found.counts, heavy).walk()
+        assert mine == list(islice((next(walk) for _ in mine), len(mine)))
 
 
-def test_a_lane_without_rows_says_so_instead_of_spinning():
-    with pytest.raises(DataError, match="No usable row"):
-        next(Lane(0, 1, 2, 0, True).rows(lambda shards: iter(()), 0))
+def test_epochs_seeds_and_datasets_differ_and_repeat():
+    counts = [[5] * 9]
+    assert data(*counts).first(90) == data(*counts).first(90)
+    first, second = ([(r.shard, r.row) for r in data(*counts).first(90)][part] for part in (slice(45), slice(45, 90)))
+    assert first != second
+    assert first != [(r.shard, r.row) for r in data(*counts, seed=1).first(45)]
+    both = data(*counts, *counts).first(180)
+    ours, theirs = ([(r.shard, r.row) for r in both if r.dataset == n][:45] for n in (0, 1))
+    assert ours == first and theirs != first
+    # Not only the rows of a shard: the shards themselves come in orders of their own.
+    orders = [
+        [data(*counts, *counts, seed=seed).order.shard(Place(number, epoch, ordinal)) for ordinal in range(9)]
+        for seed in (0, 1)
+        for number in (0, 1)
+        for epoch in (0, 1)
+    ]
+    assert len(set(map(tuple, orders))) == 8 and all(sorted(order) == list(range(9)) for order in orders)
+
+
+def test_without_shuffling_open_shards_take_turns_in_their_own_order():
+    rows = data([2, 3, 1], shuffle=False, open_shards=2).first(8)
+    assert [(r.shard, r.row) for r in rows] == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (1, 2), (0, 0), (1, 0)]
+
+
+def test_the_rows_of_a_single_shard_are_shuffled_too():
+    rows = [row.row for row in data([40]).first(80)]
+    assert sorted(rows[:40]) == list(range(40)) != rows[:40] != rows[40:]
+
+
+def test_a_dataset_without_rows_says_so_instead_of_spinning():
+    with pytest.raises(DataError, match="No usable row came from any of the 3 shards of dataset 0"):
+        next(data([0, 0, 0]).walk())
+
+
+def test_a_walk_tells_which_shards_it_will_come_to():
+    found = data([3] * 5, [4] * 3, open_shards=2, weights=[1, 1])
+    walk = found.walk()
+    assert walk.coming(2) == [Place(0, 0, 0), Place(0, 0, 1), Place(1, 0, 0), Place(1, 0, 1)]
+    for _ in range(40):
+        told = set(walk.coming(2))
+        assert next(walk)[:3] in told
+    # The place after an epoch's last one is the next epoch's first.
+    assert found.order.after(Place(1, 4, 2)) == Place(1, 5, 0)

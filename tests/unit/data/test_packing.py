@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.data.packing import IGNORED, pack, pack_preferences, split_rows
+from tandem.data.packing import IGNORED, pack, pack_preferences
 from tandem.data.tokenize import Encoded
 
 PAD = 0
@@ -54,10 +54,16 @@ def test_nothing_gives_no_rows():
 
 
 @given(documents, st.integers(2, 16))
-def test_text_keeps_every_token_in_order(found: list[Encoded], length: int):
-    rows = list(split_rows(found, length))
-    assert [i for row in rows for part in row for i in part.ids] == [i for d in found for i in d.ids]
-    assert all(sum(len(part.ids) for part in row) == length for row in rows[:-1])
+def test_text_keeps_every_token_in_order_and_every_boundary(found: list[Encoded], length: int):
+    # With loss on all no row is left out, but one that holds a single token and padding.
+    found = [whole(*document.ids) for document in found]
+    expected, tokens = list[list[int]](), [(i, n == 0) for document in found for n, i in enumerate(document.ids)]
+    for at in range(0, len(tokens), length):
+        part = tokens[at : at + length]
+        if any(not starts for _, starts in part[1:]):
+            expected.append([i for i, _ in part] + [PAD] * (length - len(part)))
+    rows = pack(found, length, PAD, split=True)
+    assert rows[:, 0].tolist() == expected
 
 
 @given(documents, st.integers(2, 40), st.booleans())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tandem.data.tokenize import EOS, TextEncoder, train_tokenizer
+from tandem.data.tokenize import EOS, Encoded, TextEncoder, train_tokenizer
 from tandem.errors import DataError
 
 
@@ -87,3 +88,92 @@ def test_pairs_without_a_chat_template_are_refused(tmp_path: Path, folder: Path)
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="tokenizer"):
         list(TextEncoder(str(tmp_path)).texts(["a"]))
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "A path."},
+    {"role": "user", "content": "And that?"},
+    {"role": "assistant", "content": "Another naïve one."},
+    {"role": "user", "content": "Thanks."},
+]
+
+
+def learned(encoder: TextEncoder, encoded: Encoded) -> str:
+    ids = [i for i, wanted in zip(encoded.ids, encoded.targets, strict=True) if wanted]
+    return str(encoder.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def test_of_a_chat_only_what_the_assistant_says_carries_loss(encoder: TextEncoder):
+    (encoded,) = encoder.chats([CHAT])
+    assert learned(encoder, encoded) == f"A path.{EOS}Another naïve one.{EOS}"
+    whole = encoder.tokenizer.decode(encoded.ids, skip_special_tokens=False)
+    # Nothing learns from what follows the last answer.
+    assert whole == encoder.render(CHAT[:5])
+    (everything,) = encoder.chats([CHAT], loss_on_all=True)
+    assert everything.ids == encoded.ids and all(everything.targets)
+
+
+def test_what_precedes_an_answer_has_the_ids_that_a_server_will_see(encoder: TextEncoder):
+    (encoded,) = encoder.chats([CHAT[:3]])
+    asked = encoder.render(CHAT[:2], add_generation_prompt=True)
+    prompt = encoder.tokenizer.encode(asked, add_special_tokens=False).ids
+    assert encoded.ids[: len(prompt)] == prompt
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_each_answer_a_document_of_its_own(folder: Path, tmp_path: Path):
+    # Thoughts are shown in the last turn only, as in templates of models that think.
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}[hm] {% endif %}{{ m.content }};"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    shutil.copytree(folder, tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text(template)
+    encoder = TextEncoder(str(tmp_path / "t"))
+    first, second = encoder.chats([CHAT])
+    assert learned(encoder, first) == "[hm] A path.;"
+    assert learned(encoder, second) == "[hm] Another naïve one.;"
+    shown = encoder.tokenizer.decode(second.ids, skip_special_tokens=False)
+    assert "<|assistant|>A path.;" in shown and shown.count("[hm]") == 1
+
+
+TEMPLATES = {
+    "generation": (
+        "{%- for m in messages -%}[{{ m.role }}]{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{%- endfor -%}{% if add_generation_prompt %}[assistant]{% endif %}"
+    ),
+    "loop controls": (
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}|"
+        "{% if m.role == 'assistant' %}{% break %}{% endif %}{% endfor %}"
+    ),
+    "json": "{{ messages | tojson(ensure_ascii=True, indent=2) }}{{ messages | tojson(sort_keys=True) }}",
+}
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_what_templates_use_is_rendered_as_transformers_does(folder: Path, tmp_path: Path, name: str):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text(TEMPLATES[name])
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "t"), TextEncoder(str(tmp_path / "t"))
+    for chat in (*CHATS, CHAT):
+        text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert ours.render(chat, add_generation_prompt=True) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses a chat: roles must alternate"),
+        ("{{ messages[0].nothing.more }}", "refuses a chat: .* has no attribute 'nothing'"),
+        ("{% for m in messages %}", "cannot be used: "),
+    ],
+)
+def test_a_template_that_cannot_render_a_chat_is_said(folder: Path, tmp_path: Path, template: str, said: str):
+    shutil.copytree(folder, tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataError, match=f"The chat template in .* {said}"):
+        list(TextEncoder(str(tmp_path / "t")).pairs([("q", "a")]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tandem.config import (
     DpoConfig,
     EvaluationConfig,
     LoraConfig,
+    MixturePart,
     ModelConfig,
     ParallelismConfig,
     TrainConfig,
@@ -135,6 +137,44 @@ def test_an_objective_is_refused_data_of_another_kind(dataset: str, tandem_home:
         prepare(config(dataset, objective="dpo", model=ModelConfig(base="base")))
     with pytest.raises(ConfigError, match="prefs holds preferences"):
         prepare(config(dataset, evaluation=EvaluationConfig(data="prefs")))
+
+
+def mixed(*parts: MixturePart) -> DataConfig:
+    return DataConfig(mixture=parts, sequence_length=64)
+
+
+def test_a_mixture_is_part_of_the_job_by_its_contents_and_weights(dataset: str, tandem_home: Path) -> None:
+    shutil.copytree(tandem_home / "data" / "texts", tandem_home / "data" / "copy")
+    parts = MixturePart(path="texts", weight=3), MixturePart(path="copy")
+    first = prepare(config(dataset, data=mixed(*parts)))
+    folders = [str(tandem_home / "data" / name) for name in ("texts", "copy")]
+    assert [part.path for part in first.config().data.parts] == folders
+    assert [part.weight for part in first.config().data.parts] == [3, 1]
+    (tandem_home / "data" / "copy").rename(tandem_home / "data" / "moved")
+    moved = parts[0], MixturePart(path="moved")
+    assert prepare(config(dataset, data=mixed(*moved))) == first
+    assert prepare(config(dataset, data=replace(mixed(*moved), read_ahead=9))) == first
+    assert prepare(config(dataset, data=mixed(*moved[::-1]))) != first
+    assert prepare(config(dataset, data=mixed(parts[0], MixturePart(path="moved", weight=2)))) != first
+
+
+def test_a_mixture_that_cannot_be_is_refused(dataset: str, tandem_home: Path) -> None:
+    texts = MixturePart(path="texts")
+    with pytest.raises(DataError, match="names .*/data/texts twice"):
+        prepare(config(dataset, data=mixed(texts, MixturePart(path=str(tandem_home / "data" / "texts")))))
+    with pytest.raises(ConfigError, match="holds preferences"):
+        prepare(config(dataset, data=mixed(texts, MixturePart(path=preferences(tandem_home, "prefs")))))
+    build_dataset(str(tandem_home / "texts.jsonl"), tandem_home / "data" / "other", vocab_size=280)
+    both = mixed(texts, MixturePart(path="other"))
+    with pytest.raises(DataError, match="other has another tokenizer than .*--tokenizer texts"):
+        prepare(config(dataset, data=both))
+    # A base brings the tokenizer.
+    a_model(tandem_home)
+    assert prepare(config(dataset, data=both, model=ModelConfig(base="base")))
+    with pytest.raises(ConfigError, match="is trained on"):
+        prepare(
+            config(dataset, data=mixed(texts), evaluation=EvaluationConfig(data=str(tandem_home / "data" / "texts")))
+        )
 
 
 def test_a_reference_is_pinned_and_checked_as_a_base_is(dataset: str, tandem_home: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tandem.config import ParallelismConfig
 from tandem.errors import LayoutError
@@ -18,6 +22,22 @@ def test_degrees_multiply():
     degrees = Degrees(dp_replicate=2, dp_shard=3)
     assert (degrees.world, degrees.data_parallel) == (6, 6)
     assert [degrees.data_rank(r) for r in range(6)] == list(range(6))
+
+
+@given(
+    st.fixed_dictionaries({axis: st.integers(1, 3) for axis in ("pp", "dp_replicate", "ep", "cp", "tp")}),
+    st.integers(1, 3),
+)
+def test_pipeline_context_and_tensor_peers_see_the_same_rows_and_nobody_else(sizes: dict[str, int], outer: int):
+    degrees = Degrees(**sizes, dp_shard=outer * sizes["ep"])
+    axes = (sizes["pp"], sizes["dp_replicate"], outer, sizes["ep"], sizes["cp"], sizes["tp"])
+    # The places of ranks on the mesh, as `Degrees.mesh` lays it: experts are shared by ranks that see different rows.
+    places = dict(enumerate(itertools.product(*map(range, axes))))
+    seen: dict[int, set[tuple[int, ...]]] = {}
+    for rank, (_, replicate, part, expert, _, _) in places.items():
+        seen.setdefault(degrees.data_rank(rank), set()).add((replicate, part, expert))
+    assert sorted(seen) == list(range(degrees.data_parallel))
+    assert all(len(found) == 1 for found in seen.values())
 
 
 def test_degrees_that_do_not_fit_are_refused_with_the_numbers():

@@ -1,0 +1,233 @@
+"""The one reader of a run: an actor in which Ray Data reads, tokenises and packs shards, ahead of the ranks that ask for them.
+
+Ranks ask for shards by their place in the order; they get references to packed blocks, and take the rows from shared memory.
+So a shard is packed once, whatever the number of ranks, and never by a rank. The order is not decided here: a block that has
+been let go, or an actor that was started again, costs time and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.data
+
+from tandem.config import DataConfig
+from tandem.data.order import Order, Place
+from tandem.data.spec import PackShards, Source
+
+WINDOW = 256
+"""Shards in one run of Ray Data's executor."""
+STRAGGLERS = 8
+"""Blocks that were asked for and are kept for ranks that have not asked yet, beside those that are open."""
+PACKED_PER_BYTE = 4.0
+"""Bytes of packed rows for each byte of text, about: 12 for a token of 3 to 4 characters."""
+
+MOST_ASKING = 4096
+"""Processes that may wait for blocks at a time."""
+
+Key = tuple[int, ...]
+
+
+def open_feed(order: Order, sources: tuple[Source, ...], config: DataConfig, held_bytes: int) -> Any:
+    """Start the actor. Packed shards stay in memory if all of them take at most `held_bytes`, about."""
+    held = sum(sum(source.bytes) for source in sources) * PACKED_PER_BYTE <= held_bytes
+    # It is asked by every rank, and can be started again: all it knows is in its arguments and in what it is asked.
+    actor: Any = ray.remote(Feed).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=MOST_ASKING)
+    return actor.remote(order, sources, config, held)
+
+
+@dataclass
+class _Block:
+    place: Place
+    reference: Any
+    takers: set[int] = field(default_factory=set)
+
+
+class Feed:
+    """See the module. Its methods run on the actor's event loop, Ray Data's executor in a thread."""
+
+    def __init__(self, order: Order, sources: tuple[Source, ...], config: DataConfig, held: bool) -> None:
+        self._order = order
+        self._sources = sources
+        self._config = config
+        self._held = held
+        self._lock = threading.Condition()
+        self._blocks: dict[Key, _Block] = {}
+        """Packed blocks, those asked for longest ago first."""
+        self._waiting: dict[Key, Future[Any]] = {}
+        self._asked: list[Place] = []
+        """Places that were asked for and are in no plan."""
+        self._planned: dict[Key, Place] = {}
+        """What is being read, and will come in this order."""
+        self._latest: dict[int, Place] = {}
+        """The furthest place of each dataset in the request for it that came last: what lies before it is not waited for."""
+        self._failed = False
+        self._next: list[Place] = [Place(number, 0, 0) for number in range(len(sources))]
+        """Where reading ahead goes on, for each dataset."""
+        self._kept = order.open_shards * len(sources) + STRAGGLERS
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+
+    async def blocks(self, places: list[Place], taker: int, takers: int, lost: bool = False) -> list[list[Any]]:
+        """References to the blocks at these places, each in a list of its own, once they are packed.
+
+        `taker` of `takers` asks: a block is let go when all have asked for it; -1 is none of them. `lost`: what lies ready is of
+        no use, because one of these blocks is gone.
+        """
+        futures = []
+        with self._lock:
+            asked = sorted({Place._make(place) for place in places})
+            self._latest |= {place.dataset: place for place in asked}
+            for place in asked:
+                key = self._key(place)
+                if (block := self._blocks.pop(key, None)) is not None and not lost:
+                    # Last in the dictionary: asked for just now.
+                    self._blocks[key] = block
+                    self._took(key, block, taker, takers)
+                    done: Future[Any] = Future()
+                    done.set_result(block.reference)
+                    futures.append(done)
+                    continue
+                if key not in self._waiting:
+                    self._waiting[key] = Future()
+                    if key not in self._planned or self._skips(place):
+                        self._asked.append(place)
+                futures.append(self._waiting[key])
+            self._lock.notify_all()
+        found = [[await asyncio.wrap_future(future)] for future in futures]
+        with self._lock:
+            for place in asked:
+                if (block := self._blocks.get(self._key(place))) is not None:
+                    self._took(self._key(place), block, taker, takers)
+            self._lock.notify_all()
+        by_place = dict(zip(asked, found, strict=True))
+        return [by_place[Place._make(place)] for place in places]
+
+    def _skips(self, place: Place) -> bool:
+        """Whether the plan has others of the dataset before this one, which nobody has asked for: shards come in order."""
+        return any(
+            other.dataset == place.dataset and other < place and key not in self._waiting
+            for key, other in self._planned.items()
+        )
+
+    def _key(self, place: Place) -> Key:
+        # Blocks that stay serve every epoch.
+        return (place.dataset, self._order.shard(place)) if self._held else tuple(place)
+
+    def _took(self, key: Key, block: _Block, taker: int, takers: int) -> None:
+        if taker >= 0:
+            block.takers.add(taker)
+        if self._held:
+            return
+        if len(block.takers) >= takers:
+            self._blocks.pop(key, None)
+        asked = [known for known, other in self._blocks.items() if other.takers]
+        for known in asked[: max(0, len(asked) - self._kept)]:
+            del self._blocks[known]
+        passed = [known for known, other in self._blocks.items() if not other.takers and self._passed(other)]
+        for known in passed:
+            del self._blocks[known]
+
+    def _passed(self, block: _Block) -> bool:
+        return block.place < self._latest.get(block.place.dataset, block.place)
+
+    # ---- the thread that reads ----
+
+    def _read(self) -> None:
+        while True:
+            plan = self._plan()
+            try:
+                blocks = self._packed(plan)
+                for place in plan:
+                    if not self._deliver(place, next(blocks)):
+                        break
+                # What is left of an abandoned plan is not run.
+                del blocks
+            except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it; who asks again may have more luck
+                self._give_up(f"Reading data failed: {type(error).__name__}: {error}")
+
+    def _plan(self) -> list[Place]:
+        """What was asked for, then what follows it, datasets in the proportion of their weights; waits for something to do."""
+        with self._lock:
+            while (self._failed and not self._asked) or not (plan := self._planned_now()):
+                self._lock.wait()
+            self._failed = False
+            self._planned = {self._key(place): place for place in plan}
+            return plan
+
+    def _planned_now(self) -> list[Place]:
+        wanted = {key: place for place in sorted(self._asked) if (key := self._key(place)) in self._waiting}
+        plan, keys, self._asked = list(wanted.values()), set(wanted), []
+        if plan and not self._held:
+            # Reading goes on from another place than was thought: what lies ready for the old one is in the way.
+            self._blocks = {key: block for key, block in self._blocks.items() if block.takers}
+        for place in plan:
+            self._next[place.dataset] = self._order.after(place)
+        # Read so many bytes of each dataset for its weight: the one that has read least comes next.
+        coming = [(0.0, number) for number in range(len(self._sources))]
+        for _ in range(WINDOW + sum(self._order.shards)):
+            if len(plan) >= WINDOW:
+                break
+            spent, number = heapq.heappop(coming)
+            place = self._next[number]
+            if (key := self._key(place)) not in self._blocks and key not in keys:
+                plan.append(place)
+                keys.add(key)
+            self._next[number] = self._order.after(place)
+            size = self._sources[number].bytes[self._order.shard(place)]
+            heapq.heappush(coming, (spent + size / self._order.weights[number], number))
+        return plan
+
+    def _packed(self, plan: list[Place]) -> Iterator[Any]:
+        """References to the packed blocks of a plan, by Ray Data."""
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        config = self._config
+        pack = PackShards(self._sources, tuple((place.dataset, self._order.shard(place)) for place in plan))
+        packed = ray.data.range(len(plan), override_num_blocks=len(plan), concurrency=config.reader_tasks).map_batches(
+            pack,
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=config.readers,
+            compute=ray.data.TaskPoolStrategy(size=config.reader_tasks),
+        )
+        for bundle in packed.iter_internal_ref_bundles():
+            yield from bundle.block_refs
+
+    def _deliver(self, place: Place, reference: Any) -> bool:
+        """Keep a block for those who ask; waits while enough lies ready. False: something else is wanted now."""
+        with self._lock:
+            key = self._key(place)
+            del self._planned[key]
+            self._blocks[key] = _Block(place, reference)
+            if (future := self._waiting.pop(key, None)) is not None:
+                future.set_result(reference)
+            while not self._waiting and not self._asked and self._ready() >= self._config.read_ahead:
+                self._lock.wait()
+            if not self._asked:
+                return True
+            # Reading ahead goes on where this plan is left; what somebody waits for is in the next one.
+            for left in reversed(self._planned.values()):
+                self._next[left.dataset] = left
+            self._asked += [place for key, place in self._planned.items() if key in self._waiting]
+            self._planned = {}
+            return False
+
+    def _give_up(self, reason: str) -> None:
+        with self._lock:
+            self._failed, self._planned = True, {}
+            for future in self._waiting.values():
+                future.set_exception(RuntimeError(reason))
+            self._waiting.clear()
+
+    def _ready(self) -> int:
+        return sum(not block.takers and not self._passed(block) for block in self._blocks.values())

@@ -1,0 +1,142 @@
+"""How samples become rows, and a whole shard a block of them: what a reading task runs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tandem.data.index import Kind, Part
+from tandem.data.packing import Rows, pack, pack_preferences
+from tandem.data.samples import Chat, Pair, Preference, Sample, Text
+from tandem.data.shards import samples_in
+from tandem.data.tokenize import TextEncoder
+from tandem.errors import DataError
+
+READ_AGAIN_S = (0.5, 2.0, 8.0)
+"""Pauses after which a shard that could not be read is tried again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSpec:
+    """How samples become rows."""
+
+    encoder: TextEncoder
+    kind: Kind
+    length: int
+    loss_on_all: bool
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """(3, T), or (6, T) of preferences."""
+        return (6 if self.kind == "preferences" else 3), self.length
+
+    def rows(self, samples: Iterable[Sample]) -> Rows:
+        """The rows of one shard's samples, which are of this kind."""
+        encoder, length = self.encoder, self.length
+        match self.kind:
+            case "text":
+                texts = [s.text for s in samples if isinstance(s, Text)]
+                return pack(encoder.texts(texts), length, encoder.pad_id, split=True)
+            case "pairs":
+                pairs = [(s.prompt, s.answer) for s in samples if isinstance(s, Pair)]
+                documents = encoder.pairs(pairs, loss_on_all=self.loss_on_all)
+                return pack(documents, length, encoder.pad_id, split=False)
+            case "chats":
+                chats = [[asdict(message) for message in s.messages] for s in samples if isinstance(s, Chat)]
+                documents = encoder.chats(chats, loss_on_all=self.loss_on_all)
+                return pack(documents, length, encoder.pad_id, split=False)
+            case "preferences":
+                found = [(s.prompt, s.chosen, s.rejected) for s in samples if isinstance(s, Preference)]
+                return pack_preferences(encoder.preferences(found), length, encoder.pad_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The shards of one dataset, and how they are packed."""
+
+    spec: PackSpec
+    paths: tuple[str, ...]
+    bytes: tuple[int, ...]
+    """Size of each shard."""
+    digests: tuple[str, ...]
+    """sha256 of each shard."""
+
+    @classmethod
+    def of(cls, part: Part, encoder: TextEncoder, *, length: int, loss_on_all: bool) -> Source:
+        """The shards of a part."""
+        index = part.index
+        return cls(
+            spec=PackSpec(encoder=encoder, kind=index.kind, length=length, loss_on_all=loss_on_all),
+            paths=tuple(str(path) for path in index.shard_paths(part.folder)),
+            bytes=tuple(shard.bytes for shard in index.shards),
+            digests=tuple(shard.sha256 for shard in index.shards),
+        )
+
+    def rows(self, shard: int) -> Rows:
+        """The packed rows of a shard; DataError names it if its bytes are not those that were written."""
+        path = Path(self.paths[shard])
+        again = "Build the dataset again: `tandem data build`."
+        try:
+            data = _read(path)
+            if hashlib.sha256(data).hexdigest() != self.digests[shard]:
+                raise DataError(
+                    f"{path} is damaged: its bytes are not those that index.json has the digest of. {again}"
+                )
+            return self.spec.rows(samples_in(io.BytesIO(data)))
+        except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}. {again}") from error
+
+
+def _read(path: Path) -> bytes:
+    # A shard that is left out changes the order of rows after it: storage that is gone for a moment must not do that.
+    for pause in READ_AGAIN_S:
+        try:
+            return path.read_bytes()
+        except OSError:
+            time.sleep(pause)
+    return path.read_bytes()
+
+
+@dataclass(frozen=True)
+class PackShards:
+    """Packs the shards of a plan; Ray Data calls it with their numbers in the plan."""
+
+    sources: tuple[Source, ...]
+    plan: tuple[tuple[int, int], ...]
+    """Dataset and shard."""
+
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        """A table with one line for each shard, see `block_of`."""
+        return pa.concat_tables([self._pack(*self.plan[int(number)]) for number in batch["id"]])
+
+    def _pack(self, dataset: int, shard: int) -> pa.Table:
+        source = self.sources[dataset]
+        try:
+            return block_of(source.rows(shard), "")
+        except DataError as error:
+            # Told to who takes the rows: one damaged shard must not end the tasks that read others.
+            return block_of(np.empty((0, *source.spec.row_shape), np.int32), str(error))
+
+
+def block_of(rows: npt.NDArray[np.int32], error: str) -> pa.Table:
+    """Rows as a table of one line, their bytes in one piece, so that they are read where they lie."""
+    ends = pa.py_buffer(np.array([0, rows.nbytes], np.int64))
+    packed = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(np.ascontiguousarray(rows))])
+    return pa.table({"rows": packed, "sides": [rows.shape[1]], "length": [rows.shape[2]], "error": [error]})
+
+
+def rows_of(block: pa.Table) -> tuple[Rows, str]:
+    """The rows in a block, not copied, and why there are none if its shard could not be read."""
+    sides, length = block["sides"][0].as_py(), block["length"][0].as_py()
+    found = np.frombuffer(block["rows"][0].as_buffer(), np.int32)
+    return found.reshape(-1, sides, length), block["error"][0].as_py()
