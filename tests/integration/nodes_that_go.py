@@ -5,6 +5,7 @@ python nodes_that_go.py HOME STEPS
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,13 +23,16 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 def main(home: Path, steps: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    shutil.copytree(home / "data" / "text", home / "data" / "measured")
     try:
         for name, workers in (("elastic", {"min": 2, "max": 4}), ("fixed", 4), ("drained", {"min": 2, "max": 4})):
             node = cluster.add_node(num_cpus=2)
             cluster.wait_for_nodes()
             job = write_job(
                 home, name, steps=steps, checkpoint={"every_steps": 10}, parallel={"workers": workers},
-                faults={"grow_after_s": 2.0, "heartbeat_s": 0.5, "hang_after_s": 20.0},
+                faults={"grow_after_s": 1.0, "heartbeat_s": 0.5, "hang_after_s": 20.0},
+                # For steps that take long enough for a node to come back meanwhile; it changes no loss.
+                evaluation={"every_steps": 1, "data": str(home / "data" / "measured"), "rows": 100},
             )  # fmt: skip
             driver = Driver(job, home, cluster.address)
             try:

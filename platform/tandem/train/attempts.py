@@ -37,7 +37,7 @@ from tandem.train.health import Sign
 from tandem.train.mailbox import open_mailbox
 from tandem.train.metrics import Metrics
 from tandem.train.persistence import wait_for_storage
-from tandem.train.processes import end_workers, stack_of
+from tandem.train.processes import end_workers, lost_nodes, stack_of
 from tandem.train.room import fitting, nodes_now, placed
 from tandem.train.worker import WorkerTask, rows_behind, run_worker
 
@@ -243,7 +243,7 @@ def _attempt(task: WorkerTask, course: Course, asked: Asked, *, whole: TrainConf
             if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
                 outcome.left = {"reason": f"there was no room for {config.parallel.workers} workers", "waited": True}
             else:
-                outcome.fault = watch.hang or _why(error, watch.signs)
+                outcome.fault = watch.hang or _why(error, watch.last_signs())
         except ray.exceptions.RayError as error:
             # The controller is gone. Ray ends its workers, which must be over before others write checkpoints.
             outcome.fault = watch.hang or Fault(
@@ -262,18 +262,14 @@ def _why(error: ray.train.TrainingFailedError, signs: Sequence[Sign]) -> Fault:
     failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
     if not failures:
         return Fault(kind="workers", reason=_last_line(str(error)))
-    # The rank that lost a peer says so too; the one that died says why.
-    died = [
-        rank for rank, e in failures.items() if any(word in f"{type(e).__name__} {e}" for word in ("ActorDied", "Died"))
-    ]
-    rank = next(iter(died), min(failures))
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    lost = sorted({sign.node for sign in signs} - alive)
-    if lost:
+    # Its peers tell of a lost connection, before anybody knows of the node.
+    if lost := lost_nodes(sign.node for sign in signs):
         ranks = [sign.rank for sign in signs if sign.node in lost]
         names = ", ".join(node[:8] for node in lost)
         return Fault(kind="node", reason=f"node {names} went, and ranks {ranks} with it", rank=ranks[0])
-    return Fault(kind="worker", reason=f"worker {rank}: {_last_line(str(failures[rank]))}", rank=rank)
+    died = [rank for rank, e in failures.items() if "Died" in f"{type(e).__name__} {e}"]
+    rank, said = health.blame({rank: _last_line(str(e)) for rank, e in failures.items()}, died, signs)
+    return Fault(kind="worker", reason=f"worker {rank}: {said}", rank=rank)
 
 
 class Watch(threading.Thread):
@@ -293,6 +289,12 @@ class Watch(threading.Thread):
         self._asked_at: float | None = None
         self._roomy_since: float | None = None
         self._saved_for: set[str] = set()
+
+    def last_signs(self) -> list[Sign]:
+        """The newest sign of each rank, also of those that have left."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            self.signs = [Sign.read(sign) for sign in ray.get(self._task.mailbox.signs.remote())]
+        return self.signs
 
     def stop(self) -> None:
         """Take what is left, and end."""

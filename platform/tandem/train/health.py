@@ -43,6 +43,8 @@ class Sign:
     """Where its training thread is, if that was asked for."""
     wish: str = ""
     """Why it asks that all ranks leave."""
+    error: str = ""
+    """What it failed with, if it could say so."""
     silent_s: float = 0.0
     """Seconds since it was heard."""
     still_s: float = 0.0
@@ -77,6 +79,25 @@ def hang(signs: Sequence[Sign], config: FaultsConfig) -> Hang | None:
             why=f"none of {len(working)} ranks got anything done for {least:.0f} s, in step {min(s.step for s in working)}",
         )
     return None
+
+
+def blame(failures: Mapping[int, str], died: Sequence[int], signs: Sequence[Sign]) -> tuple[int, str]:
+    """The rank that is behind a failure, and what to say of it. `failures`: Ray Train's word of ranks, of which some `died`.
+
+    A rank that loses a peer fails as well, and is often heard first. The one that is to blame said nothing, or spoke first.
+    """
+    told = sorted((sign for sign in signs if sign.error), key=lambda sign: -sign.silent_s)
+    mute = [sign for sign in signs if sign.phase != "done"]
+    if died:
+        return died[0], failures[died[0]]
+    if told and mute:
+        return mute[0].rank, (
+            f"its process ({mute[0].pid}) ended without a word, in step {mute[0].step}; of worker {told[0].rank} came: "
+            f"{told[0].error}"
+        )
+    if told:
+        return told[0].rank, told[0].error
+    return min(failures), failures[min(failures)]
 
 
 def slow(signs: Sequence[Sign], factor: float) -> dict[int, str]:
@@ -116,6 +137,8 @@ class Pulse(threading.Thread):
         self._over = threading.Event()
         self.wish = ""
         """Set by whoever ends this process: a signal's handler may do no more."""
+        self.error = ""
+        """Set when training failed."""
 
     def run(self) -> None:
         """See `Thread`."""
@@ -143,6 +166,7 @@ class Pulse(threading.Thread):
             "compute_s": _mean(self._compute),
             "stack": self.stack() if self.order.get("stacks") else "",
             "wish": self.wish,
+            "error": self.error,
         }
 
     def at(self, phase: str, step: int) -> None:

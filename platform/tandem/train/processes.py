@@ -1,6 +1,6 @@
-"""Workers' processes, wherever they are: a look at the Python stack of one that cannot answer, and the end of one.
+"""Workers' processes, wherever they are: a look at the Python stack of one that cannot answer, and the end of one; lost nodes.
 
-Both are done by a small Ray task on the worker's node.
+All is done by a small Ray task on the worker's node.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tandem.train.health import Sign
 
 LOOK_TIMEOUT_S = 15.0
 ENDED_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 
 
 def stack_of(sign: Sign) -> str:
@@ -36,21 +38,37 @@ def end_workers(signs: Iterable[Sign]) -> None:
     _there(_end, list(signs), ENDED_TIMEOUT_S)
 
 
+def lost_nodes(nodes: Iterable[str]) -> list[str]:
+    """Those of these nodes that are gone: Ray says so, or they do not answer. Ray takes a while to notice; this waits for it."""
+    asked = {node: _on(node, _answer).remote() for node in set(nodes) - {ray.get_runtime_context().get_node_id()}}
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while True:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        silent = [node for node, answer in asked.items() if node in alive and not ray.wait([answer], timeout=0)[0]]
+        if not silent or time.monotonic() > deadline:
+            return sorted({node for node in asked if node not in alive} | set(silent))
+        time.sleep(0.5)
+
+
 def _there(doing: Any, signs: list[Sign], timeout_s: float) -> list[Any]:
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    asked = [
-        # No CPU: the node may be full of the very workers that are looked at.
-        ray.remote(doing)
-        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(sign.node, soft=False))
-        .remote(sign.pid, sign.born)
-        for sign in signs
-        if sign.node in alive
-    ]
+    asked = [_on(sign.node, doing).remote(sign.pid, sign.born) for sign in signs if sign.node in alive]
     found = []
     for one in asked:
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
             found.append(ray.get(one, timeout=timeout_s))
     return found
+
+
+def _on(node: str, doing: Any) -> Any:
+    # No CPU: the node may be full of the very workers that are looked at.
+    return ray.remote(doing).options(
+        num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+    )
+
+
+def _answer() -> None:
+    """That it is done at all is the answer."""
 
 
 def _look(pid: int, born: float) -> str:

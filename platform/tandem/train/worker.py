@@ -98,6 +98,9 @@ def run_worker(settings: dict[str, Any]) -> None:
                 "spike": {"rows": spike.rows, "loss": spike.loss, "median": spike.median},
             }
         )
+    except Exception as error:
+        pulse.error = f"{type(error).__name__}: {str(error)[:500]}"
+        raise
     finally:
         # Events are sent without waiting; they are all there before the process may go.
         with contextlib.suppress(ray.exceptions.RayError):

@@ -12,7 +12,7 @@ from tandem.config import DataConfig, FaultsConfig, ParallelismConfig, TrainConf
 from tandem.config.load import from_dict, to_dict
 from tandem.errors import ConfigError, JobError, StorageError
 from tandem.observability.journal import Journal
-from tandem.train.health import Pulse, Sign, hang, slow
+from tandem.train.health import Pulse, Sign, blame, hang, slow
 from tandem.train.persistence import delays, persistently, wait_for_storage
 from tandem.train.policy import NonFinite, Spikes
 from tandem.train.processes import training_thread
@@ -39,6 +39,21 @@ def test_ranks_that_all_live_and_get_nothing_done_are_all_stuck():
 
 def test_a_rank_that_is_done_may_be_silent():
     assert hang([sign(0), sign(1, silent_s=1000, phase="done")], FAULTS) is None
+
+
+def test_the_rank_behind_a_failure_is_the_one_that_said_nothing_or_spoke_first():
+    lost = {0: "connection closed"}
+    told = sign(0, phase="done", error="connection closed", silent_s=1)
+    assert blame(lost, [], [told, sign(1)])[0] == 1
+    assert (
+        "(101) ended without a word, in step 7; of worker 0 came: connection closed"
+        in blame(lost, [], [told, sign(1)])[1]
+    )
+    # One that failed by itself was heard before those that lost it.
+    assert blame(lost, [], [told, sign(1, phase="done", error="no memory", silent_s=2)]) == (1, "no memory")
+    # What Ray knows of a death counts more than what others say of it.
+    assert blame({0: "connection closed", 2: "killed"}, [2], [told, sign(1), sign(2)]) == (2, "killed")
+    assert blame(lost, [], []) == (0, "connection closed")
 
 
 def test_a_slow_rank_is_named_with_what_it_is_slow_at():
