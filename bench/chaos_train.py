@@ -179,7 +179,7 @@ class Chaos:
         for step, fault, share in self._plan:
             # Somewhere between two checkpoints.
             at = step + int(share * CHECKPOINT_EVERY)
-            while max((e["step"] for e in job.events() if e["event"] == "step"), default=0) < at:
+            while not reached(job.events(), at):
                 if self._over.wait(0.1):
                     return
             self.done.append({"fault": fault, "time": time.time()})
@@ -212,6 +212,14 @@ class Chaos:
             address=self._cluster.dashboard_url, filters=[("class_name", "=", name), ("state", "=", "ALIVE")]
         )
         return sorted(actor.pid for actor in found if actor.pid)
+
+
+def reached(events: list[dict[str, Any]], at: int) -> bool:
+    """Whether a run has come to a step, and the checkpoint that was due before is whole."""
+    newest = {
+        name: max((e["step"] for e in events if e["event"] == name), default=0) for name in ("step", "checkpoint")
+    }
+    return newest["step"] >= at and newest["checkpoint"] >= at - at % CHECKPOINT_EVERY
 
 
 def wait_for(find: Callable[[], list[int]]) -> list[int]:

@@ -173,6 +173,7 @@ def test_ray_trains_controller_may_be_killed(
     assert 0 <= computed_twice(found) <= EVERY
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_end_saves_first_and_no_step_is_lost(
     run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
@@ -260,6 +261,7 @@ def wait_until(true: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
+@pytest.mark.slow
 def test_storage_that_is_away_for_a_while_is_waited_for(
     home: Path, run: Callable[..., Driver], undisturbed: dict[int, float]
 ):
@@ -307,6 +309,7 @@ def test_a_disk_that_is_full_for_a_while_is_waited_for_and_loses_no_checkpoint(
     assert [p.name for p in folders.saved(small_disk)] == ["step-00000070", "step-00000080"]
 
 
+@pytest.mark.slow
 def test_storage_that_stays_away_stops_the_run_and_it_does_not_begin_anew(run: Callable[..., Driver]):
     driver = run("no-storage", faults={"storage_retry_s": 1})
     kept = driver.job / "checkpoints"
@@ -358,6 +361,7 @@ def test_steps_that_are_not_finite_are_left_out_and_too_many_in_a_row_end_the_ru
     assert re.search(r"not finite in 3 steps in a row.*step 1 \(rows 0 to 3.*step 3 \(rows 8 to 11", left[-1]["error"])
 
 
+@pytest.mark.slow
 def test_a_loss_that_jumps_takes_the_run_back_past_the_rows_that_did_it(home: Path, run: Callable[..., Driver]):
     text = home / "spiked.txt"
     rows = [f"Line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs.\n\n" for n in range(600)]
