@@ -106,7 +106,7 @@ def run(home: Path, name: str, steps: int, cluster: Any, chaos: Chaos | None) ->
     config = {
         "name": name, "data": {"path": str(home / "data" / "text"), "sequence_length": 128}, "model": SHAPE,
         "parallel": {"workers": 2}, "steps": steps, "batch_size": 8, "register": False,
-        "optimizer": {"learning_rate": 3e-3}, "checkpoint": {"every_steps": CHECKPOINT_EVERY, "keep": 2},
+        "optimizer": {"learning_rate": 3e-3}, "checkpoint": {"every_steps": CHECKPOINT_EVERY, "keep": 2, "asynchronous": False},
         "faults": {"heartbeat_s": 0.5, "hang_after_s": 10.0},
     }  # fmt: skip
     (job.path / "config.yaml").write_text(yaml.safe_dump(config))

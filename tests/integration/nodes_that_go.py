@@ -29,7 +29,7 @@ def main(home: Path, steps: int) -> None:
             node = cluster.add_node(num_cpus=2)
             cluster.wait_for_nodes()
             job = write_job(
-                home, name, steps=steps, checkpoint={"every_steps": 10}, parallel={"workers": workers},
+                home, name, steps=steps, checkpoint={"every_steps": 10, "asynchronous": False}, parallel={"workers": workers},
                 faults={"grow_after_s": 1.0, "heartbeat_s": 0.5, "hang_after_s": 20.0},
                 # For steps that take long enough for a node to come back meanwhile; it changes no loss.
                 evaluation={"every_steps": 1, "data": str(home / "data" / "measured"), "rows": 100},
