@@ -388,27 +388,30 @@ def test_a_loss_that_jumps_takes_the_run_back_past_the_rows_that_did_it(home: Pa
     assert state.step == 120 and state.cursor["walk"]["rows"] == 4 * 120 + left_out
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_with_fewer_workers_when_a_node_goes_and_grows_back(
-    home: Path, tmp_path: Path, undisturbed: dict[int, float]
-):
+@pytest.mark.parametrize(
+    ("name", "resized", "faults", "repeated"),
+    [
+        ("elastic", [(4, 2), (2, 4)], ["node"], EVERY),
+        pytest.param("fixed", [], ["node"], EVERY, marks=pytest.mark.slow),
+        # Told before, it moves without losing a step.
+        pytest.param("drained", [(4, 2)], [], 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_node_may_go_and_a_run_that_can_goes_on_with_fewer_workers_and_grows_back(
+    name: str, resized: list[tuple[int, int]], faults: list[str], repeated: int, home: Path,
+    undisturbed: dict[int, float],
+):  # fmt: skip
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("nodes_that_go.py")), str(home), str(STEPS)],
+        [sys.executable, str(Path(__file__).with_name("nodes_that_go.py")), str(home), str(STEPS), name],
         env=child_environment({"TANDEM_HOME": str(home), "RAY_ADDRESS": None, "OMP_NUM_THREADS": "1"}),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=400,
     )
     said = result.stdout + result.stderr[-3000:]
-    for job, resized, faults, repeated in (
-        ("elastic", [(4, 2), (2, 4)], ["node"], EVERY),
-        ("fixed", [], ["node"], EVERY),
-        # Told before, it moves without losing a step.
-        ("drained", [(4, 2)], [], 0),
-    ):
-        found = list(events.read(home / "jobs" / job / "events.jsonl"))
-        assert found[-1]["event"] == "finished", said
-        assert [(e["from"], e["to"]) for e in found if e["event"] == "resized"] == resized, said
-        assert [e["kind"] for e in found if e["event"] == "fault"] == faults, said
-        assert losses(home / "jobs" / job) == pytest.approx(undisturbed, abs=1e-5)
-        assert computed_twice(found) <= repeated
+    found = list(events.read(home / "jobs" / name / "events.jsonl"))
+    assert found[-1]["event"] == "finished", said
+    assert [(e["from"], e["to"]) for e in found if e["event"] == "resized"] == resized, said
+    assert [e["kind"] for e in found if e["event"] == "fault"] == faults, said
+    assert losses(home / "jobs" / name) == pytest.approx(undisturbed, abs=1e-5)
+    assert computed_twice(found) <= repeated

@@ -92,8 +92,8 @@ def blame(failures: Mapping[int, str], died: Sequence[int], signs: Sequence[Sign
         return died[0], failures[died[0]]
     if told and mute:
         return mute[0].rank, (
-            f"its process ({mute[0].pid}) ended without a word, in step {mute[0].step}; of worker {told[0].rank} came: "
-            f"{told[0].error}"
+            f"its process ({mute[0].pid}) ended without a word, after its sign of life in step {mute[0].step}; worker "
+            f"{told[0].rank} said: {told[0].error}"
         )
     if told:
         return told[0].rank, told[0].error

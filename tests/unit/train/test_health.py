@@ -46,7 +46,7 @@ def test_the_rank_behind_a_failure_is_the_one_that_said_nothing_or_spoke_first()
     told = sign(0, phase="done", error="connection closed", silent_s=1)
     assert blame(lost, [], [told, sign(1)])[0] == 1
     assert (
-        "(101) ended without a word, in step 7; of worker 0 came: connection closed"
+        "(101) ended without a word, after its sign of life in step 7; worker 0 said: connection closed"
         in blame(lost, [], [told, sign(1)])[1]
     )
     # One that failed by itself was heard before those that lost it.
