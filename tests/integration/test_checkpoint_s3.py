@@ -123,3 +123,4 @@ def test_a_place_that_cannot_be_written_is_refused_before_work_starts(root: str)
 def test_ranks_write_their_shards_to_it_and_another_layout_goes_on(root: str, tmp_path: Path):
     way = ("llama", "fsdp2", 2, "tp2", 2)
     check(load_parity(), run_worlds(tmp_path, (way,), place=root), way)
+    assert len(folders.saved(f"{root}/llama fsdp2 2")) == 1

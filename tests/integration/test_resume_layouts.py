@@ -30,10 +30,12 @@ SMALL: tuple[Way, ...] = (
     ("llama+lora", "pp2", 2, "tp2", 2),
     ("llama+lora", "tp2", 2, "fsdp2", 2),
 )
-LARGE: tuple[Way, ...] = (
+FOUR: tuple[Way, ...] = (
     ("llama", "tp2", 4, "fsdp2", 4),
-    ("llama", "fsdp2", 4, "tp2", 4),
     ("llama", "fsdp2", 4, "fsdp2", 2),
+)
+LARGE: tuple[Way, ...] = (
+    ("llama", "fsdp2", 4, "tp2", 4),
     ("llama", "fsdp2", 2, "replicate", 4),
     ("llama", "tp2", 4, "pp2", 2),
     ("llama", "pp2", 4, "tp2", 2),
@@ -70,7 +72,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Way, ...]]
     ("ways", "way"),
     [
         pytest.param(ways, way, id=name(way), marks=marks)
-        for ways, marks in ((SMALL, []), (LARGE, [pytest.mark.slow]))
+        for ways, marks in ((SMALL, []), (FOUR, []), (LARGE, [pytest.mark.slow]))
         for way in ways
     ],
 )

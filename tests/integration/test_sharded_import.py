@@ -20,7 +20,7 @@ def test_every_rank_has_its_part_of_the_base(world: Path, layout: str):
     for rank in (0, 1):
         found = result(world, 2, layout, rank)
         assert found.pop("elements") < 0.75
-        assert found == {"same": True, "rotary": True, "trained": True}
+        assert found == {"same": True, "rotary": True, "trained": True, "checked": True}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

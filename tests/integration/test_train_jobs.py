@@ -294,16 +294,13 @@ def test_a_run_killed_and_resumed_on_another_number_of_workers_sees_the_rows_tha
     assert ends[0]["walk"]["rows"] == 90 * 4 and ends[0]["walk"]["datasets"][1]["epoch"] > 0
 
 
-def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(
-    home: Path, tmp_path: Path, run: Callable[..., Driver]
-):
+def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "refused" / "checkpoints").mkdir(parents=True)
-    # A link is not removed as a folder is.
-    (home / "jobs" / "refused" / "checkpoints" / ".step-00000005.tmp").symlink_to(tmp_path)
+    (home / "jobs" / "refused" / "checkpoints" / "step-00000005").write_text("a file where a checkpoint must be")
     driver = run("refused", steps=5, faults={"storage_retry_s": 0})
     status, found = driver.end()
     assert status == 1
-    assert found[-1]["event"] == "failed" and "checkpoints" in found[-1]["error"]
+    assert found[-1]["event"] == "failed" and "step-00000005 is a file" in found[-1]["error"]
     assert sum(e["event"] == "started" for e in found) == 1
 
 

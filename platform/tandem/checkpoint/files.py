@@ -76,11 +76,17 @@ class Files(FileSystemBase):
 class Writer(FileSystemWriter):
     """Writes one checkpoint, and commits it when all ranks have written. All of it may run in the background."""
 
-    def __init__(self, root: Location, state: SavedState, prune: Callable[[], None]) -> None:
-        """`prune` runs on rank 0 after the commit."""
+    def __init__(
+        self,
+        root: Location,
+        state: SavedState,
+        prune: Callable[[], None],
+        committed: Callable[[Location], None] = lambda checkpoint: None,
+    ) -> None:
+        """`committed`, with the checkpoint's folder, and then `prune` run on rank 0 after the commit."""
         # What a store takes it keeps.
         super().__init__("unused", sync_files=isinstance(root, Path))
-        self._root, self._state, self._prune = root, state, prune
+        self._root, self._state, self._prune, self._committed = root, state, prune, committed
         self._files = Files(root)
         self.fs: Any = self._files
         self.path: Any = folders.staging_folder(root, state.step)
@@ -110,9 +116,9 @@ class Writer(FileSystemWriter):
         every = [result for rank in results for result in rank]
         records = {r.index.fqn: r.storage_data for r in every if isinstance(r.storage_data, FileRecord)}
         super().finish(metadata, [[r for r in every if not isinstance(r.storage_data, FileRecord)]])
-        folders.publish(self._root, self._state, records | self._files.written)
-        # What is left over is no reason to end a run.
-        with contextlib.suppress(OSError):
+        self._committed(folders.publish(self._root, self._state, records | self._files.written))
+        # What is left over is no reason to end a run; a store's client has errors of its own.
+        with contextlib.suppress(Exception):
             self._prune()
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.config import CheckpointConfig
-from tandem.errors import CheckpointError
+from tandem.errors import CheckpointError, StorageError
 from tandem.storage import Location, base_name, disk_errors, file_system, join, located
 
 STATE_NAME = "state.json"
@@ -117,9 +118,16 @@ def publish(root: Location, state: SavedState, files: Mapping[str, FileRecord]) 
         store.pipe_file(str(join(staging, STATE_NAME)), plain)
         store.pipe_file(str(join(staging, MANIFEST_NAME)), _manifest(records))
         if isinstance(staging, Path) and isinstance(final, Path):
+            for path in (staging / STATE_NAME, staging / MANIFEST_NAME, staging):
+                _sync(path)
+            if final.is_file():
+                raise StorageError(
+                    f"{final} is a file, where a checkpoint must get its name. Remove it, then run the job again."
+                )
             if final.exists():
                 _remove(store, final)
             staging.rename(final)
+            _sync(final.parent)
     return final
 
 
@@ -161,7 +169,7 @@ def read_state(checkpoint: Location) -> SavedState:
 def damage(checkpoint: Location, share: int = 0, shares: int = 1) -> list[str]:
     """What is wrong with the files of a whole checkpoint, each named; of `shares` equal parts of them, part `share`.
 
-    Files are read through: every byte counts.
+    Files are read through: every byte counts. What the client of a store raises while it does not answer is raised on.
     """
     files = file_system(checkpoint)
     try:
@@ -182,6 +190,9 @@ def damage(checkpoint: Location, share: int = 0, shares: int = 1) -> list[str]:
             found.append(f"{name} is missing")
             continue
         except OSError as error:
+            # A disk that cannot be read has lost the file; a store that does not answer may have it still.
+            if not isinstance(checkpoint, Path):
+                raise
             found.append(f"{name} cannot be read ({error})")
             continue
         if size != record.size:
@@ -208,12 +219,19 @@ def set_aside(checkpoint: Location) -> None:
 
 def read_manifest(checkpoint: Location) -> dict[str, FileRecord]:
     """The records of a checkpoint's files, by name; CheckpointError if the manifest is not as it was written."""
+    path = join(checkpoint, MANIFEST_NAME)
     try:
-        held = json.loads(file_system(checkpoint).cat_file(str(join(checkpoint, MANIFEST_NAME))))
+        content = file_system(checkpoint).cat_file(str(path))
+    except OSError as error:
+        if isinstance(path, Path) or isinstance(error, FileNotFoundError):
+            raise CheckpointError(f"{MANIFEST_NAME} is damaged ({error})") from error
+        raise
+    try:
+        held = json.loads(content)
         if held["digest"] != digest_of(_encoded(held["files"])):
             raise ValueError("its digest is of other files")
         return {name: FileRecord(**record) for name, record in held["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST_NAME} is damaged ({error})") from error
 
 
@@ -256,6 +274,15 @@ def _remove(files: Any, folder: Location) -> None:
             files.rm_file(str(join(folder, name)))
     with contextlib.suppress(FileNotFoundError):
         files.rm(str(folder), recursive=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what a file, or a folder's list of names, holds by now: a machine may lose its power."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _errors(location: Location) -> contextlib.AbstractContextManager[None]:

@@ -69,23 +69,20 @@ class Checkpoints:
     ) -> None:
         """Begin to write a checkpoint; the one before is whole by then. Not in the background, it is whole on return.
 
-        `extra`: what else has a state, by name, such as an average of the weights. `committed` is called with the folder when it
-        is whole, in the background's thread. Raises StorageError, on every rank, if this checkpoint or the one before could not
-        be written; those that were whole stay so.
+        `extra`: what else has a state, by name, such as an average of the weights. `committed` is called on rank 0, with the
+        folder, when it is whole: by whatever writes it, before `wait` returns. Raises StorageError, on every rank, if this
+        checkpoint or the one before could not be written; those that were whole stay so.
         """
         self.wait()
-        writer = Writer(self.root, state, lambda: folders.prune(self.root, self._keep, self._best))
+        writer = Writer(self.root, state, lambda: folders.prune(self.root, self._keep, self._best), committed)
         content = _content(model, optimizer, extra)
         options: dict[str, Any] = {
             "storage_writer": writer, "process_group": self._group, "no_dist": self._group is None,
         }  # fmt: skip
-        folder = folders.step_folder(self.root, state.step)
         if self._stager is None:
             _write(self.root, lambda: save_state(content, **options))
-            committed(folder)
             return
         begun: Any = async_save(content, async_stager=self._stager, **options)
-        begun.add_done_callback(lambda done: None if done.exception() else committed(folder))
         self._running = begun
 
     def wait(self) -> None:
@@ -127,15 +124,18 @@ class Checkpoints:
         mine: tuple[Any, str | None]
         try:
             mine = (ask(), None)
-        except (TandemError, OSError) as error:
-            mine = (None, str(error))
+        except Exception as error:  # noqa: BLE001 - a store's client has errors of its own
+            mine = (None, str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}")
         every: list[Any] = [mine]
         if self._group is not None:
             every = [None] * dist.get_world_size()
             dist.all_gather_object(every, mine, group=self._group)
         for _, problem in every:
             if problem is not None:
-                raise StorageError(f"Checkpoints below {self.root} cannot be read: {problem}")
+                raise StorageError(
+                    f"Checkpoints below {self.root} cannot be read: {problem}. They are as they were; see that the disk or the "
+                    "store answers, then run the same command again."
+                )
         return [found for found, _ in every]
 
 

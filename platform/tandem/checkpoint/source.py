@@ -1,13 +1,14 @@
 """A Hugging Face folder of safetensors files, of which each rank reads the boxes that it has room for.
 
-A mixture's experts lie in files one by one, where a model has them stacked: (E, 2I, H), gate above up, and (E, H, I).
+A mixture's experts lie in files one by one, where a model has them stacked: (E, 2I, H), gate above up, and (E, H, I). In those of
+Mixtral they have other names.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 class Source:
@@ -30,28 +32,27 @@ class Source:
         elif (single := folder / "model.safetensors").exists():
             self._in = dict.fromkeys(self._open(single).keys(), single)
 
-    def lacks(self, names: Iterable[str]) -> list[str]:
-        """Those of a model's tensors that cannot be read from here."""
-        return [name for name in names if not set(self._parts_of(name)) <= self._in.keys()]
+    def lacks(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """Those of a model's tensors, given by their shapes, that cannot be read from here."""
+        return [name for name, shape in shapes.items() if not self._has(name, tuple(shape))]
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A box of a tensor of the model, in the type that the file has."""
-        if name in self._in:
-            return self._slice(name, offsets, sizes)
         stacked = _STACKED.fullmatch(name)
-        assert stacked is not None, f"{name} is not there: see `lacks`"
+        if stacked is None or name in self._in:
+            return self._slice(self._alone(name), offsets, sizes)
         prefix, kind = stacked.groups()
         experts = range(offsets[0], offsets[0] + sizes[0])
         return torch.stack([self._expert(prefix, kind, expert, offsets[1:], sizes[1:]) for expert in experts])
 
     def _expert(self, prefix: str, kind: str, expert: int, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         if kind == "down_proj":
-            return self._slice(f"{prefix}.{expert}.down_proj.weight", offsets, sizes)
+            return self._slice(self._of_expert(prefix, expert, kind), offsets, sizes)
         found = []
         first, last = offsets[0], offsets[0] + sizes[0]
         for place, half in enumerate(("gate_proj", "up_proj")):
-            name = f"{prefix}.{expert}.{half}.weight"
-            width = self._of(name).get_slice(name).get_shape()[0]
+            name = self._of_expert(prefix, expert, half)
+            width = self._shape(name)[0]
             start, stop = max(first - place * width, 0), min(last - place * width, width)
             if start < stop:
                 found.append(self._slice(name, (start, offsets[1]), (stop - start, sizes[1])))
@@ -62,15 +63,32 @@ class Source:
         held: Tensor = self._of(name).get_slice(name)[where] if where else self._of(name).get_tensor(name)
         return held
 
+    def _has(self, name: str, shape: tuple[int, ...]) -> bool:
+        parts = self._parts_of(name)
+        if not set(parts) <= self._in.keys():
+            return False
+        # Experts in files are named by their number, and have a shape of their own.
+        return parts != [self._alone(name)] or self._shape(parts[0]) == shape
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._of(name).get_slice(name).get_shape())
+
     def _parts_of(self, name: str) -> list[str]:
         stacked = None if name in self._in else _STACKED.fullmatch(name)
         if stacked is None:
-            return [name]
+            return [self._alone(name)]
         prefix, kind = stacked.groups()
-        return [
-            f"{prefix}.0.{part}.weight"
-            for part in (("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj"))
-        ]
+        parts = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
+        return [self._of_expert(prefix, 0, part) for part in parts]
+
+    def _alone(self, name: str) -> str:
+        theirs = name.replace(".mlp.", ".block_sparse_moe.")
+        return theirs if name not in self._in and theirs in self._in else name
+
+    def _of_expert(self, prefix: str, expert: int, part: str) -> str:
+        name = f"{prefix}.{expert}.{part}.weight"
+        theirs = f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{expert}.{_MIXTRAL[part]}.weight"
+        return theirs if name not in self._in and theirs in self._in else name
 
     def _of(self, name: str) -> Any:
         return self._open(self._in[name])

@@ -207,9 +207,9 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     empty = is_empty(model)
     if not empty:
         model.to(device)
-    for stage in stages.values():
-        if isinstance(stage, OwnForward):
-            stage.check_documents(device)
+        for stage in stages.values():
+            if isinstance(stage, OwnForward):
+                stage.check_documents(device)
     if config.compile:
         compile_layers(layer for stage in stages.values() for layer in stage.layers)
     # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.

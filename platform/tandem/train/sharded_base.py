@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from tandem.checkpoint.source import Source
 from tandem.config import TrainConfig
-from tandem.config.layout import ModelShape, layers_known
 from tandem.errors import ConfigError
-from tandem.train.canonical import canonical, settle
+from tandem.train.canonical import canonical, persistent_buffers, settle
+from tandem.train.stage import OwnForward
+from tandem.train.trained import Trained
 
 
 def empty_base(config: TrainConfig, base: Path) -> nn.Module | None:
     """The model in `base` without its weights. Before it is laid out, `let_go` of them; afterwards, `fill` them in.
 
-    None where each rank has to read all of it: with DoRA, 4 bits, DeepSpeed or float8, of another family, or on one rank.
+    None where each rank has to read all of it: with DoRA, 4 bits, DeepSpeed or float8, on one rank, from quantized files, or of a
+    family whose files have other names than its model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -35,11 +37,11 @@ def empty_base(config: TrainConfig, base: Path) -> nn.Module | None:
         of = AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.base {base} cannot be loaded: {error}") from error
-    if not layers_known(ModelShape.read(of.to_dict()), config):
+    if getattr(of, "quantization_config", None) is not None:
         return None
     with _without_memory():
         model: Any = AutoModelForCausalLM.from_config(of, dtype=torch.float32)
-    if Source(base).lacks(name for name, _ in model.named_parameters()):
+    if Source(base).lacks({name: tensor.shape for name, tensor in _in_file(model).items()}):
         return None
     if (base / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(base)
@@ -66,21 +68,24 @@ def let_go(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, base: Path, adapters: Mapping[str, Tensor]) -> None:
+def fill(model: Trained, base: Path, adapters: Mapping[str, Tensor], device: torch.device) -> None:
     """Read this rank's part of the weights of a model that is laid out, and take its part of `adapters`.
 
-    `model`: the transformers or peft model, as this rank has it.
+    Raises LayoutError, on every rank, if it is one that does not keep documents apart.
     """
     source = Source(base)
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    for name, part in canonical(model, parameters).items():
+    held_here = _in_file(model.whole)
+    for name, part in canonical(model.whole, held_here).items():
         for offsets, held in part.boxes.items():
             if name in adapters:
                 where = tuple(slice(at, at + size) for at, size in zip(offsets, held.shape, strict=True))
                 held.copy_(adapters[name][where])
             else:
                 held.copy_(source.read(_in_files(name), offsets, held.shape))
-    settle(model, parameters)
+    settle(model.whole, held_here)
+    for module in model.modules():
+        if isinstance(module, OwnForward):
+            module.check_documents(device)
 
 
 def is_empty(model: nn.Module) -> bool:
@@ -98,6 +103,11 @@ def make_room(stage: nn.Module, device: torch.device) -> None:
 def _restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
+
+
+def _in_file(model: nn.Module) -> dict[str, Tensor]:
+    """What a model reads from files."""
+    return {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
 
 
 def _in_files(name: str) -> str:

@@ -95,7 +95,8 @@ class OwnForward(nn.Module):
         packed, alone = self(ids, positions)[:, 3:], self(ids[:, 3:], positions[:, 3:])
         self.train(training)
         off = float((packed - alone).abs().max() / alone.abs().max())
-        if not off < 1e-2:
+        # Numbers of 16 bits differ by that much in another order of sums.
+        if not off < (1e-2 if alone.dtype == torch.float32 else 0.1):
             raise LayoutError(
                 f"{type(self.lm).__name__} does not keep the documents of a packed row apart: the logits of one change by "
                 f"{off:.0%} behind another. Start from a model of another family."

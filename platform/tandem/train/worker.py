@@ -194,7 +194,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     adapters = let_go(built) if empty is not None else {}
     model, optimizer = lay_out(built, degrees.mesh(device.type, world), config, device)
     if empty is not None and task.base is not None:
-        fill(model.whole, task.base, adapters)
+        fill(model, task.base, adapters, device)
     objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
@@ -356,5 +356,5 @@ def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: t
     adapters = let_go(reference) if empty is not None else {}
     frozen = lay_out_frozen(reference.requires_grad_(False), model.mesh, config, device)
     if empty is not None:
-        fill(frozen.whole, task.reference, adapters)
+        fill(frozen, task.reference, adapters, device)
     return Dpo(chosen, FrozenModel(frozen))

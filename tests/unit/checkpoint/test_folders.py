@@ -9,7 +9,7 @@ import pytest
 
 from tandem.checkpoint import folders
 from tandem.checkpoint.folders import FileRecord, SavedState
-from tandem.errors import CheckpointError
+from tandem.errors import CheckpointError, StorageError
 from tandem.storage import Location, base_name, file_system, join
 
 
@@ -141,6 +141,14 @@ def test_a_folder_that_lost_its_manifest_is_told(root: Location):
     file_system(root).rm_file(str(join(checkpoint, "manifest.json")))
     assert [folders.step_of(found) for found in folders.unfinished(root)] == [5]
     assert steps(root) == []
+
+
+def test_a_file_with_a_checkpoints_name_is_told_and_left(tmp_path: Path):
+    save(tmp_path, 5)
+    (tmp_path / "step-00000010").write_text("mine")
+    with pytest.raises(StorageError, match=r"step-00000010 is a file.*Remove it"):
+        save(tmp_path, 10)
+    assert steps(tmp_path) == [5] and (tmp_path / "step-00000010").read_text() == "mine"
 
 
 def test_a_damaged_state_is_refused_with_what_to_do(root: Location):

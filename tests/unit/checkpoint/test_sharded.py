@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,19 @@ def test_training_goes_on_while_it_is_written_and_does_not_change_what_is_saved(
     assert loaded(checkpoints) == (1, 1.0, [])
 
 
+def test_a_commit_is_told_before_waiting_ends(checkpoints: Checkpoints):
+    told: list[Location] = []
+
+    def tell(checkpoint: Location) -> None:
+        time.sleep(0.2)
+        assert folders.saved(checkpoints.root) == [checkpoint]
+        told.append(checkpoint)
+
+    checkpoints.save(Weights(1.0), None, state(1), committed=tell)  # type: ignore[arg-type]
+    checkpoints.wait()
+    assert told == [folders.step_folder(checkpoints.root, 1)]
+
+
 def flip(path: str, store: Any) -> None:
     held = bytearray(store.cat_file(path))
     held[len(held) // 2] ^= 1
@@ -154,6 +168,42 @@ def test_an_error_in_the_background_is_raised_by_the_next_save_and_what_was_whol
     with pytest.raises(StorageError, match="disk is full" if isinstance(root, Path) else "could not be written below"):
         checkpoints.save(Weights(3.0), None, state(3))  # type: ignore[arg-type]
     assert not told and loaded(checkpoints)[:2] == (1, 1.0)
+
+
+def test_a_store_that_does_not_answer_is_told_and_takes_nothing_from_a_checkpoint(
+    root: Location, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoints = Checkpoints(root, keep=2)
+    for step in (1, 2):
+        save(checkpoints, step)
+    store = type(file_system(root))
+    opened = store.open
+
+    def gone(self: Any, path: str, *of: Any, **options: Any) -> Any:
+        if "step-00000002/__0_0" in str(path):
+            raise OSError("Input/output error")
+        return opened(self, path, *of, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "open", gone)
+        if isinstance(root, Path):
+            # What a disk cannot read it does not have.
+            step, _, (notice,) = loaded(checkpoints)
+            assert step == 1 and "__0_0.distcp cannot be read (Input/output error)" in notice
+            return
+        with pytest.raises(StorageError, match=r"cannot be read: OSError: Input/output error\. They are as they were"):
+            loaded(checkpoints)
+    assert loaded(checkpoints) == (2, 2.0, [])
+
+
+def test_what_cannot_be_removed_does_not_end_a_run(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise ValueError("an error of the store's own")
+
+    monkeypatch.setattr(folders, "prune", refuse)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert loaded(checkpoints) == (3, 3.0, [])
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints: Checkpoints):

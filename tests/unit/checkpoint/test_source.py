@@ -1,0 +1,52 @@
+"""Any box of any tensor of a model is read from the files that transformers writes of it, and from them alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tandem.checkpoint.source import Source
+from tandem.config.layout import FAMILIES
+
+SMALL = {
+    "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "head_dim": 8,
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
+
+
+def written(family: str, folder: Path, size: str = "20KB") -> Any:
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL))
+    model.save_pretrained(folder, max_shard_size=size)
+    return model
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "olmo2", "phi3"])
+def test_every_box_of_every_tensor_is_what_the_model_had(family: str, tmp_path: Path):
+    model, chance = written(family, tmp_path), random.Random(0)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    source = Source(tmp_path)
+    parameters = dict(model.named_parameters())
+    assert source.lacks({name: p.shape for name, p in parameters.items()}) == []
+    for name, parameter in parameters.items():
+        for _ in range(5):
+            offsets = [chance.randrange(size) for size in parameter.shape]
+            sizes = [chance.randint(1, size - at) for at, size in zip(offsets, parameter.shape, strict=True)]
+            where = tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+            assert torch.equal(source.read(name, offsets, sizes), parameter[where]), name
+
+
+def test_what_is_not_there_or_has_another_shape_is_told(tmp_path: Path):
+    written("qwen3_moe", tmp_path, "1GB")
+    experts, norm = "model.layers.0.mlp.experts.down_proj", "model.norm.weight"
+    source = Source(tmp_path)
+    assert source.lacks({norm: (32,), experts: (4, 32, 16)}) == []
+    others = {"model.other.weight": (32,), norm: (33,), "model.layers.7.mlp.experts.down_proj": (4, 32, 16)}
+    assert source.lacks(others) == list(others)
+    assert Source(tmp_path / "nothing").lacks({norm: (32,)}) == [norm]
