@@ -157,6 +157,13 @@ def test_blocks_that_are_lost_on_their_way_are_packed_again(stream: Stream):
         np.testing.assert_array_equal(np.concatenate([first, source.take(40)]), expected(stream, 48))
 
 
+def test_rows_of_another_shard_than_was_asked_for_are_not_taken(stream: Stream):
+    # As if blocks had been handed over in another order.
+    turned = replace(stream, sources=tuple(replace(s, paths=s.paths[::-1]) for s in stream.sources))
+    with closing(turned.rows(0, 1, None)) as source, pytest.raises(RuntimeError, match="gave the rows of .*tar for"):
+        source.take(50)
+
+
 def test_rows_that_are_skipped_do_not_come_and_leave_the_rest_as_it_is(stream: Stream):
     ranks = [stream.rows(rank, 2, None) for rank in range(2)]
     rows = expected(stream, 8 + epoch(stream) + 12)

@@ -14,19 +14,26 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
 import ray.data
+from ray.data import DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
 
 from tandem.config import DataConfig
 from tandem.data.order import Order, Place
-from tandem.data.spec import PackShards, Source
+from tandem.data.spec import Source, pack_shards
 
-WINDOW = 256
+WINDOW = 512
 """Shards in one run of Ray Data's executor."""
+TASK_BYTES = 2**20
+"""Text that a task packs, at least: of small shards it takes several, which leave it one by one."""
 STRAGGLERS = 8
 """Blocks that were asked for and are kept for ranks that have not asked yet, beside those that are open."""
+LEAST_LIMIT = 64 * 2**20
+"""Bytes of the object store that Ray Data may always fill with what has not been taken."""
 PACKED_PER_BYTE = 4.0
 """Bytes of packed rows for each byte of text, about: 12 for a token of 3 to 4 characters."""
 
@@ -187,21 +194,41 @@ class Feed:
 
     def _packed(self, plan: list[Place]) -> Iterator[Any]:
         """References to the packed blocks of a plan, by Ray Data."""
-        context = ray.data.DataContext.get_current()
+        context = DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        # Each table that a task yields is a block of its own, and not put together with others up to some size.
+        context.target_max_block_size = 1
         config = self._config
-        pack = PackShards(self._sources, tuple((place.dataset, self._order.shard(place)) for place in plan))
-        packed = ray.data.range(len(plan), override_num_blocks=len(plan), concurrency=config.reader_tasks).map_batches(
-            pack,
-            batch_size=None,
-            batch_format="numpy",
+        # Ray Data would fill half of the object store: what lies ready is for `read_ahead` to say.
+        largest = PACKED_PER_BYTE * max(size for source in self._sources for size in source.bytes)
+        limit = max(LEAST_LIMIT, int(largest * (config.read_ahead + 2 * config.reader_tasks)))
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+            object_store_memory=limit
+        )
+        groups = self._groups(plan)
+        packed = ray.data.read_datasource(
+            PackedShards(groups),
             num_cpus=config.readers,
-            compute=ray.data.TaskPoolStrategy(size=config.reader_tasks),
+            concurrency=config.reader_tasks,
+            override_num_blocks=len(groups),
         )
         for bundle in packed.iter_internal_ref_bundles():
             yield from bundle.block_refs
+
+    def _groups(self, plan: list[Place]) -> list[list[Source]]:
+        """The shards of a plan, in order, as tasks take them."""
+        groups: list[list[Source]] = []
+        held = TASK_BYTES
+        for place in plan:
+            if held >= TASK_BYTES:
+                groups.append([])
+                held = 0
+            found = self._sources[place.dataset].only(self._order.shard(place))
+            groups[-1].append(found)
+            held += sum(found.bytes)
+        return groups
 
     def _deliver(self, place: Place, reference: Any) -> bool:
         """Keep a block for those who ask; waits while enough lies ready. False: something else is wanted now."""
@@ -231,3 +258,23 @@ class Feed:
 
     def _ready(self) -> int:
         return sum(not block.takers and not self._passed(block) for block in self._blocks.values())
+
+
+class PackedShards(Datasource):
+    """Shards for Ray Data to read, tokenise and pack: a task for each group of them, a block for each shard."""
+
+    def __init__(self, groups: list[list[Source]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._groups = groups
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: Ray Data is told how many tasks there are instead."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """One for each group, whatever the `parallelism`."""
+        return [
+            ReadTask(partial(pack_shards, group), BlockMetadata(len(group), None, None, None)) for group in self._groups
+        ]

@@ -6,10 +6,10 @@ import hashlib
 import io
 import tarfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +82,11 @@ class Source:
             digests=tuple(shard.sha256 for shard in index.shards),
         )
 
+    def only(self, shard: int) -> Source:
+        """One of its shards."""
+        cut = slice(shard, shard + 1)
+        return replace(self, paths=self.paths[cut], bytes=self.bytes[cut], digests=self.digests[cut])
+
     def rows(self, shard: int) -> Rows:
         """The packed rows of a shard; DataError names it if its bytes are not those that were written."""
         path = Path(self.paths[shard])
@@ -107,36 +112,37 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@dataclass(frozen=True)
-class PackShards:
-    """Packs the shards of a plan; Ray Data calls it with their numbers in the plan."""
-
-    sources: tuple[Source, ...]
-    plan: tuple[tuple[int, int], ...]
-    """Dataset and shard."""
-
-    def __call__(self, batch: dict[str, Any]) -> pa.Table:
-        """A table with one line for each shard, see `block_of`."""
-        return pa.concat_tables([self._pack(*self.plan[int(number)]) for number in batch["id"]])
-
-    def _pack(self, dataset: int, shard: int) -> pa.Table:
-        source = self.sources[dataset]
+def pack_shards(shards: list[Source]) -> Iterator[pa.Table]:
+    """A table of one line for each of these sources, which are of one shard, see `block_of`."""
+    for shard in shards:
         try:
-            return block_of(source.rows(shard), "")
+            yield block_of(shard.rows(0), shard.paths[0])
         except DataError as error:
             # Told to who takes the rows: one damaged shard must not end the tasks that read others.
-            return block_of(np.empty((0, *source.spec.row_shape), np.int32), str(error))
+            yield block_of(np.empty((0, *shard.spec.row_shape), np.int32), shard.paths[0], str(error))
 
 
-def block_of(rows: npt.NDArray[np.int32], error: str) -> pa.Table:
+class Packed(NamedTuple):
+    """What a block holds."""
+
+    rows: Rows
+    """Not copied."""
+    shard: str
+    """The path of the shard that they are from."""
+    error: str
+    """Why there are none, if the shard could not be read."""
+
+
+def block_of(rows: npt.NDArray[np.int32], shard: str, error: str = "") -> pa.Table:
     """Rows as a table of one line, their bytes in one piece, so that they are read where they lie."""
     ends = pa.py_buffer(np.array([0, rows.nbytes], np.int64))
     packed = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(np.ascontiguousarray(rows))])
-    return pa.table({"rows": packed, "sides": [rows.shape[1]], "length": [rows.shape[2]], "error": [error]})
+    about = {"sides": [rows.shape[1]], "length": [rows.shape[2]], "shard": [shard], "error": [error]}
+    return pa.table({"rows": packed, **about})
 
 
-def rows_of(block: pa.Table) -> tuple[Rows, str]:
-    """The rows in a block, not copied, and why there are none if its shard could not be read."""
-    sides, length = block["sides"][0].as_py(), block["length"][0].as_py()
+def rows_of(block: pa.Table) -> Packed:
+    """The rows in a block."""
+    sides, length, shard, error = (block[name][0].as_py() for name in ("sides", "length", "shard", "error"))
     found = np.frombuffer(block["rows"][0].as_buffer(), np.int32)
-    return found.reshape(-1, sides, length), block["error"][0].as_py()
+    return Packed(found.reshape(-1, sides, length), shard, error)

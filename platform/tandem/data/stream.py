@@ -182,9 +182,13 @@ class Blocks:
         if not missing:
             return
         for place, block in zip(missing, self._fetched(missing), strict=True):
-            self._found[place], error = rows_of(block)
-            if error:
-                self._left_out.add((place.dataset, self._stream.order.shard(place)), error)
+            packed, shard = rows_of(block), self._stream.order.shard(place)
+            if packed.shard != self._stream.sources[place.dataset].paths[shard]:
+                # Nothing else would notice that the rows are not those that should come.
+                raise RuntimeError(f"The feed gave the rows of {packed.shard} for {place}.")
+            self._found[place] = packed.rows
+            if packed.error:
+                self._left_out.add((place.dataset, shard), packed.error)
 
     def _fetched(self, places: list[Place]) -> list[Any]:
         lost = False

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tandem.config import DataConfig
+from tandem.data import feed
 from tandem.data.feed import Feed
 from tandem.data.order import Order, Place
 from tandem.data.spec import PackSpec, Source
@@ -29,7 +30,10 @@ class Reading(Feed):
         self.gate = threading.Semaphore(10**6)
         spec = PackSpec(encoder=TextEncoder("none"), kind="text", length=8, loss_on_all=False)
         sources = tuple(
-            Source(spec=spec, paths=("x",) * count, bytes=(100,) * count, digests=("",) * count) for count in shards
+            Source(
+                spec=spec, paths=tuple(f"shard {n}" for n in range(count)), bytes=(100,) * count, digests=("",) * count
+            )
+            for count in shards
         )
         order = Order(shards=shards, weights=weights or (1.0,) * len(shards), seed=0, shuffle=False, open_shards=2)
         super().__init__(order, sources, DataConfig(path="x", **settings), held)
@@ -164,3 +168,15 @@ def test_who_waits_hears_of_a_failure_and_may_ask_again():
     with pytest.raises(RuntimeError, match="Reading data failed: OSError: no luck"):
         feed.ask((0, 0, 4))
     assert feed.ask((0, 0, 4)) == ["block 0 4"]
+
+
+def test_small_shards_are_packed_several_to_a_task_and_large_ones_alone(monkeypatch: pytest.MonkeyPatch):
+    found = Reading((9,))
+    settled(found)
+    plan = [Place(0, 0, n) for n in (4, 2, 7, 1, 0)]
+    # Each is of 100 bytes.
+    for least, expected in ((1, [1, 1, 1, 1, 1]), (250, [3, 2]), (2**20, [5])):
+        monkeypatch.setattr(feed, "TASK_BYTES", least)
+        groups = found._groups(plan)
+        assert [len(group) for group in groups] == expected
+        assert [source.paths for group in groups for source in group] == [(f"shard {n}",) for n in (4, 2, 7, 1, 0)]

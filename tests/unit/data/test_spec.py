@@ -14,7 +14,7 @@ from tandem.data.build import build_dataset
 from tandem.data.index import DatasetIndex, Kind, Part
 from tandem.data.packing import pack, pack_preferences
 from tandem.data.shards import read_samples
-from tandem.data.spec import PackShards, Source, rows_of
+from tandem.data.spec import Packed, Source, pack_shards, rows_of
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 
@@ -40,16 +40,17 @@ def source(folder: Path, kind: Kind, length: int = LENGTH) -> Source:
     return Source.of(part, TextEncoder(str(folder / kind / "tokenizer")), length=length, loss_on_all=False)
 
 
-def packed(*sources: Source, plan: list[tuple[int, int]]) -> list[tuple[np.ndarray, str]]:
+def packed(*sources: Source, plan: list[tuple[int, int]]) -> list[Packed]:
     """What a task makes of each shard of a plan."""
-    table = PackShards(sources, tuple(plan))({"id": np.arange(len(plan))})
-    return [rows_of(table.slice(n, 1)) for n in range(len(plan))]
+    return [rows_of(table) for table in pack_shards([sources[dataset].only(shard) for dataset, shard in plan])]
 
 
 def test_a_shard_becomes_its_rows_and_nothing_of_another(folder: Path):
     texts, liked = source(folder, "text"), source(folder, "preferences")
     encoder = texts.spec.encoder
-    (first, _), (second, _), (third, _) = packed(texts, liked, plan=[(0, 2), (1, 0), (0, 1)])
+    found = packed(texts, liked, plan=[(0, 2), (1, 0), (0, 1)])
+    assert [block.shard for block in found] == [texts.paths[2], liked.paths[0], texts.paths[1]]
+    (first, second, third) = (block.rows for block in found)
     for rows, shard in ((first, 2), (third, 1)):
         samples = read_samples([Path(texts.paths[shard])])
         expected = pack(encoder.texts([s.text for s in samples]), LENGTH, encoder.pad_id, split=True)  # type: ignore[union-attr]
@@ -62,7 +63,7 @@ def test_a_shard_becomes_its_rows_and_nothing_of_another(folder: Path):
 
 @pytest.mark.parametrize(("kind", "width"), [("pairs", 3), ("preferences", 6)])
 def test_a_shard_without_usable_rows_gives_none_of_the_right_shape(folder: Path, kind: Kind, width: int):
-    ((rows, error),) = packed(source(folder, kind, length=8), plan=[(0, 0)])
+    ((rows, _, error),) = packed(source(folder, kind, length=8), plan=[(0, 0)])
     assert rows.shape == (0, width, 8) and not error
 
 
@@ -77,7 +78,7 @@ def test_a_shard_whose_bytes_changed_is_named_and_does_not_stop_the_others(
     copy.write_bytes(data)
     paths = (texts.paths[0], str(copy), str(tmp_path / "missing.tar"))
     changed = Source(spec=texts.spec, paths=paths, bytes=texts.bytes[:3], digests=texts.digests[:3])
-    (whole, none), (left, damaged), (_, missing) = packed(changed, plan=[(0, 0), (0, 1), (0, 2)])
+    (whole, _, none), (left, _, damaged), (_, _, missing) = packed(changed, plan=[(0, 0), (0, 1), (0, 2)])
     assert len(whole) and not none and left.shape == (0, 3, LENGTH)
     assert f"{copy} is damaged: its bytes are not those" in damaged
     assert "missing.tar cannot be read: FileNotFoundError" in missing
