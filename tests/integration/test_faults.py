@@ -388,13 +388,14 @@ def test_a_loss_that_jumps_takes_the_run_back_past_the_rows_that_did_it(home: Pa
     assert state.step == 120 and state.cursor["walk"]["rows"] == 4 * 120 + left_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "resized", "faults", "repeated"),
     [
         ("elastic", [(4, 2), (2, 4)], ["node"], EVERY),
-        pytest.param("fixed", [], ["node"], EVERY, marks=pytest.mark.slow),
+        ("fixed", [], ["node"], EVERY),
         # Told before, it moves without losing a step.
-        pytest.param("drained", [(4, 2)], [], 0, marks=pytest.mark.slow),
+        ("drained", [(4, 2)], [], 0),
     ],
 )
 def test_a_node_may_go_and_a_run_that_can_goes_on_with_fewer_workers_and_grows_back(
