@@ -373,7 +373,7 @@ def test_a_loss_that_jumps_takes_the_run_back_past_the_rows_that_did_it(home: Pa
     build_dataset(str(text), home / "data" / "spiked", tokenizer=home / "data" / "text" / "tokenizer")
     driver = run(
         "spiked",
-        data={"path": str(home / "data" / "spiked"), "sequence_length": 32, "shuffle": False},
+        data={"path": str(home / "data" / "spiked"), "sequence_length": 32, "shuffle": False, "open_shards": 1},
         faults={"spike": {"factor": 1.5, "window": 5}},
         steps=120,
     )
