@@ -266,6 +266,7 @@ def test_a_run_killed_and_resumed_on_another_number_of_workers_sees_the_rows_tha
     settings = {"data": {"mixture": mixture, "sequence_length": 32}, "steps": 90, "register": False}
     status, _ = run("undisturbed", **settings, parallel={"workers": 1}).end()
     assert status == 0
+    resumed: list[int] = []
     for workers, until in ((2, 25), (1, 60), (2, 90)):
         job = home / "jobs" / "moved"
         if (job / "config.yaml").exists():
@@ -273,7 +274,8 @@ def test_a_run_killed_and_resumed_on_another_number_of_workers_sees_the_rows_tha
             (job / "config.yaml").write_text(yaml.safe_dump({**config, "parallel": {"workers": workers}}))
         driver = run("moved", **settings, parallel={"workers": workers})
         started = driver.wait_for(lambda e: e["event"] == "started")
-        assert started["workers"] == workers and bool(started["resumed_from"]) == (until > 25)
+        assert started["workers"] == workers
+        resumed.append(started["resumed_from"] or 0)
         if until == 90:
             break
         driver.wait_for(lambda e, until=until: e["event"] == "step" and e["step"] >= until)
@@ -283,7 +285,10 @@ def test_a_run_killed_and_resumed_on_another_number_of_workers_sees_the_rows_tha
     status, _ = driver.end()
     assert status == 0, "".join(driver.lines[-40:])
     told, expected = losses(home, "moved"), losses(home, "undisturbed")
-    assert set(told) >= {25, 60, *range(61, 91)}
+    # Checkpoints are 5 steps apart, and workers may make another one before they notice that their driver is gone; what they
+    # tell then is in no journal.
+    assert resumed[0] == 0 and resumed[1] >= 20 and 55 <= resumed[2] < 90
+    assert set(told) >= {*range(1, 21), *range(resumed[1] + 1, 56), *range(resumed[2] + 1, 91)}
     assert told == pytest.approx({step: expected[step] for step in told}, abs=1e-5)
     # And the place in the data is the same to the row.
     ends = [
