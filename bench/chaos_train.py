@@ -105,9 +105,11 @@ def run(home: Path, name: str, steps: int, cluster: Any, chaos: Chaos | None) ->
     job.path.mkdir(parents=True)
     config = {
         "name": name, "data": {"path": str(home / "data" / "text"), "sequence_length": 128}, "model": SHAPE,
-        "parallel": {"workers": 2}, "steps": steps, "batch_size": 8, "register": False,
-        "optimizer": {"learning_rate": 3e-3}, "checkpoint": {"every_steps": CHECKPOINT_EVERY, "keep": 2},
-        "faults": {"heartbeat_s": 0.5, "hang_after_s": 10.0},
+        "parallel": {"workers": 2}, "steps": steps, "batch_size": 24, "register": False,
+        "optimizer": {"learning_rate": 3e-3},
+        "checkpoint": {"every_steps": CHECKPOINT_EVERY, "keep": 2, "asynchronous": False},
+        # A worker that is told to end has left before the next fault: signs are frequent, and steps long enough.
+        "faults": {"heartbeat_s": 0.25, "hang_after_s": 10.0},
     }  # fmt: skip
     (job.path / "config.yaml").write_text(yaml.safe_dump(config))
     began = time.monotonic()

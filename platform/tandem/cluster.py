@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -32,6 +33,8 @@ from tandem.reaper import KEEP_MARKS, Reaper
 from tandem.storage import write_atomic
 
 MARK = "TANDEM_CLUSTER_MARK"
+PORTS = range(20000, 32000)
+"""Where a local cluster's ports are looked for."""
 HAPROXY_WRAPPER = """\
 #!/bin/sh
 # Ray's template has HAProxy splice. HAProxy 2.8 then does not notice a client that leaves while it waits for an answer, so
@@ -289,15 +292,25 @@ def dashboard_answers(url: str, token_path: str | None) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` different TCP ports that are free on loopback now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [int(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+    """`count` different TCP ports that are free on loopback now.
+
+    They are below those that the kernel gives to connections that are made: one of these may take a free port there any moment.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            # As a server would ask: connections that have just ended are in nobody's way.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise ClusterError(
+        f"Fewer than {count} TCP ports from {PORTS.start} to {PORTS.stop - 1} are free on this machine. See `ss -ltn`."
+    )
 
 
 def object_store_bytes() -> int:

@@ -32,7 +32,7 @@ def main(home: Path, steps: int, name: str) -> None:
             shutil.copytree(home / "data" / "text", home / "data" / "measured")
             changes["evaluation"] = {"every_steps": 1, "data": str(home / "data" / "measured"), "rows": 48}
         job = write_job(
-            home, name, steps=steps, checkpoint={"every_steps": 10}, **changes,
+            home, name, steps=steps, checkpoint={"every_steps": 10, "asynchronous": False}, **changes,
             parallel={"workers": 4 if name == "fixed" else {"min": 2, "max": 4}},
             faults={"grow_after_s": 1.0, "heartbeat_s": 0.5, "hang_after_s": 20.0},
         )  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tandem.cluster import free_ports
 
 MAX_LENGTH = 2048
 PROMPTS = ("the cat sat on the mat", "one two three four", "a dog and a cat ran over the hill")
@@ -131,8 +132,7 @@ def greedy_tokens(base: Path, adapter: Path | None, prompt: str, tokens: int) ->
 
 def free_port() -> int:
     """A port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 @pytest.fixture(scope="session")

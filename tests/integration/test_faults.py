@@ -31,7 +31,8 @@ from tandem.settings import child_environment
 
 STEPS, EVERY = 80, 10
 
-RUN = {"steps": STEPS, "checkpoint": {"every_steps": EVERY}}
+# Written at once: what a fault costs is then counted from the step that was due, and not from when the disk was done.
+RUN = {"steps": STEPS, "checkpoint": {"every_steps": EVERY, "asynchronous": False}}
 
 FAST = {"heartbeat_s": 0.5, "hang_after_s": 12.0}
 
@@ -108,7 +109,8 @@ def test_a_worker_may_be_killed_and_whoever_follows_the_numbers_has_each_step_on
     home: Path, run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
     store = f"sqlite:///{home}/mlflow.db"
-    driver = run("worker", metrics={"wandb": {"project": "p", "mode": "offline"}, "mlflow": {"uri": store}})
+    metrics = {"wandb": {"project": "p", "mode": "offline"}, "mlflow": {"uri": store}}
+    driver = run("worker", metrics=metrics, checkpoint={"every_steps": EVERY})
     past_a_checkpoint(driver)
     killed = actors(ray_cluster, "RayTrainWorker")[1]
     os.kill(killed, signal.SIGKILL)
@@ -121,7 +123,8 @@ def test_a_worker_may_be_killed_and_whoever_follows_the_numbers_has_each_step_on
     assert re.search(rf"worker {fault['rank']}: .*({killed}\) ended without a word|died)", fault["reason"])
     assert restart["resumed_from"] >= EVERY and restart["resumed_from"] % EVERY == 0
     assert after["step"] == restart["resumed_from"] + 1
-    assert computed_twice(found) == restart["repeated"] <= EVERY
+    # Up to an interval, and what was trained while the checkpoint before was still being written.
+    assert computed_twice(found) == restart["repeated"] <= 2 * EVERY
     assert restart["lost_s"] > 0
     # Steps that were repeated gave what they gave before, and who follows the numbers has each of them once.
     told = {e["step"]: pytest.approx(e["loss"], rel=1e-5) for e in found if e["event"] == "step"}
@@ -370,7 +373,7 @@ def test_a_loss_that_jumps_takes_the_run_back_past_the_rows_that_did_it(home: Pa
     build_dataset(str(text), home / "data" / "spiked", tokenizer=home / "data" / "text" / "tokenizer")
     driver = run(
         "spiked",
-        data={"path": str(home / "data" / "spiked"), "sequence_length": 32, "shuffle": False},
+        data={"path": str(home / "data" / "spiked"), "sequence_length": 32, "shuffle": False, "open_shards": 1},
         faults={"spike": {"factor": 1.5, "window": 5}},
         steps=120,
     )
@@ -382,16 +385,17 @@ def test_a_loss_that_jumps_takes_the_run_back_past_the_rows_that_did_it(home: Pa
     assert all(e["loss"] > 1.5 * e["median"] for e in back)
     state = folders.read_state(folders.latest(driver.job / "checkpoints") or Path())
     left_out = sum(end - first for first, end in (e["rows"] for e in back))
-    assert state.step == 120 and state.cursor["rows"] == 4 * 120 + left_out
+    assert state.step == 120 and state.cursor["walk"]["rows"] == 4 * 120 + left_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "resized", "faults", "repeated"),
     [
         ("elastic", [(4, 2), (2, 4)], ["node"], EVERY),
-        pytest.param("fixed", [], ["node"], EVERY, marks=pytest.mark.slow),
+        ("fixed", [], ["node"], EVERY),
         # Told before, it moves without losing a step.
-        pytest.param("drained", [(4, 2)], [], 0, marks=pytest.mark.slow),
+        ("drained", [(4, 2)], [], 0),
     ],
 )
 def test_a_node_may_go_and_a_run_that_can_goes_on_with_fewer_workers_and_grows_back(

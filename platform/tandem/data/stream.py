@@ -238,7 +238,7 @@ class _Ahead:
     def __init__(self, make: Callable[[], _Batch], count: int, depth: int) -> None:
         self.count = count
         self._make = make
-        self._ready: queue.Queue[_Batch | Exception] = queue.Queue(max(1, depth))
+        self._ready: queue.Queue[_Batch | BaseException] = queue.Queue(max(1, depth))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rows", daemon=True) if depth else None
         if self._thread:
@@ -249,7 +249,7 @@ class _Ahead:
         if self._thread is None:
             return self._make()
         found = self._ready.get()
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             # Whoever asks again is told again.
             self._ready.put(found)
             raise found
@@ -263,10 +263,10 @@ class _Ahead:
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            made: _Batch | Exception
+            made: _Batch | BaseException
             try:
                 made = self._make()
-            except Exception as error:  # noqa: BLE001 - raised where the batch is taken
+            except BaseException as error:  # noqa: BLE001 - raised where the batch is taken, which would wait for ever
                 made = error
             while not self._closed.is_set():
                 try:
@@ -274,7 +274,7 @@ class _Ahead:
                     break
                 except queue.Full:
                     continue
-            if isinstance(made, Exception):
+            if isinstance(made, BaseException):
                 return
 
 
