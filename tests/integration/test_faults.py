@@ -162,6 +162,7 @@ def test_a_rank_that_is_stopped_is_found_shown_and_started_again(
     assert 0 <= computed_twice(found) <= EVERY
 
 
+@pytest.mark.slow
 def test_ray_trains_controller_may_be_killed(
     run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
@@ -207,6 +208,7 @@ def test_a_job_that_is_told_to_stop_saves_first_and_goes_on_where_it_was(
     assert computed_twice(found) == 0
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_is_started_again_also_together_with_its_keeper(
     home: Path, ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
@@ -293,6 +295,7 @@ def small_disk(home: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_is_waited_for_and_loses_no_checkpoint(
     small_disk: Path, run: Callable[..., Driver], undisturbed: dict[int, float]
 ):
