@@ -26,7 +26,14 @@ def test_a_busy_port_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("stage", ["Pretrain", "Starting workers", "Serve both"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "Starting workers",
+        pytest.param("Pretrain", marks=pytest.mark.slow),
+        pytest.param("Serve both", marks=pytest.mark.slow),
+    ],
+)
 def test_ctrl_c_leaves_nothing_running(tmp_path: Path, stage: str, quickstart_home: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

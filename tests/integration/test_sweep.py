@@ -48,6 +48,7 @@ def newest() -> SweepFolder:
     return next(sweep_folders())
 
 
+@pytest.mark.slow
 def test_two_trials_run_as_jobs_and_the_better_one_is_registered_by_the_configs_name(
     cluster: LocalCluster, session_home: Path, config: Path
 ):
