@@ -14,7 +14,6 @@ checkpoint interval computed again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -26,6 +25,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import report
+from report import Verdict
 
 LOSS_BAR = 1e-5
 AWAY_S = 5.0
@@ -54,11 +56,8 @@ def main() -> int:
         options.steps, options.every = 60, 20
     results = measure(options)
     print(page(results))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(page(results))
-    return int(options.check and not all(met for met, _ in verdicts(results)))
+    report.write(options.json, results, page(results))
+    return report.judge(verdicts(results), check=options.check)
 
 
 # ---- the measurement ------------------------------------------------------------------------------------------------
@@ -244,19 +243,29 @@ def drivers(job: Path) -> list[int]:
 # ---- what comes of it -----------------------------------------------------------------------------------------------
 
 
-def verdicts(results: dict[str, Any]) -> list[tuple[bool, str]]:
-    """What is held against a bar: whether it is met, and a sentence."""
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """What is held against a bar."""
     calm, chaos = results["calm"], results["chaos"]
     off = abs(calm["last_loss"] - chaos["last_loss"])
     most = max((f["twice"] for f in chaos["faults"]), default=0)
     planned = len(range(results["every"], results["steps"], results["every"]))
+    done, reported, interval = len(chaos["faults"]), chaos["reported"], results["checkpoint_every"]
     return [
-        (off <= LOSS_BAR, f"the last losses are {off:.1e} apart; the bar is {LOSS_BAR:.0e}"),
-        (chaos["reported"] == results["steps"], f"{chaos['reported']} of {results['steps']} steps were reported"),
-        (len(chaos["faults"]) == planned, f"{len(chaos['faults'])} of {planned} faults were done"),
-        (
-            most <= results["checkpoint_every"],
-            f"at most {most} steps were computed again after a fault; an interval is {results['checkpoint_every']}",
+        Verdict(
+            off <= LOSS_BAR,
+            LOSS_BAR / max(off, 1e-12),
+            f"the last losses are {off:.1e} apart; the bar is {LOSS_BAR:.0e}",
+        ),
+        Verdict(
+            reported == results["steps"],
+            reported / results["steps"],
+            f"{reported} of {results['steps']} steps were reported",
+        ),
+        Verdict(done == planned, done / planned, f"{done} of {planned} faults were done"),
+        Verdict(
+            most <= interval,
+            interval / max(most, 1),
+            f"at most {most} steps were computed again after a fault; an interval is {interval}",
         ),
     ]
 
@@ -272,21 +281,10 @@ def page(results: dict[str, Any]) -> str:
         f"Left alone: {calm['seconds']:.0f} s, last loss {calm['last_loss']:.6f}. With faults: {chaos['seconds']:.0f} s, last "
         f"loss {chaos['last_loss']:.6f}; {chaos['twice']} steps computed twice, {chaos['seconds'] - calm['seconds']:.0f} s lost."
     )
-    lines = [
-        "# Faults during training",
-        "",
-        about,
-        "",
-        "| fault | at step | computed twice | seconds without a new step |",
-        "|---|---|---|---|",
-        *(f"| {f['fault']} | {f['step']} | {f['twice']} | {f['lost_s']:.1f} |" for f in chaos["faults"]),
-        "",
-        both,
-        "",
-        *(f"- {sentence}: {'met' if met else 'MISSED'}." for met, sentence in verdicts(results)),
-        "",
-    ]
-    return "\n".join(lines)
+    columns = ("fault", "at step", "computed twice", "seconds without a new step")
+    rows = [(f["fault"], str(f["step"]), str(f["twice"]), f"{f['lost_s']:.1f}") for f in chaos["faults"]]
+    parts = ("# Faults during training", about, report.lines(columns, rows), both, report.ends(verdicts(results)))
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import report
+from report import Verdict
+
 BAR = 0.1
 STEPS, ROWS, LENGTH, VOCABULARY = 6, 1, 128, 8192
 SHAPE = {
@@ -59,12 +62,9 @@ def main() -> int:
         figures = world(folder, options.workers, options.rounds) | {"load_before": load, "cores": os.cpu_count()}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    show(figures)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(markdown(figures))
-    print(verdict(figures))
-    return int(options.check and figures["share"] > BAR)
+    report.show(title(figures), COLUMNS, rows_of(figures))
+    report.write(options.json, figures, markdown(figures))
+    return report.judge([verdict(figures)], check=options.check)
 
 
 def world(folder: Path, workers: int, rounds: int) -> dict[str, Any]:
@@ -244,33 +244,19 @@ def title(figures: dict[str, Any]) -> str:
     )
 
 
-def verdict(figures: dict[str, Any]) -> str:
+def verdict(figures: dict[str, Any]) -> Verdict:
     """Whether the bar is met."""
-    met = "met" if figures["share"] <= BAR else "MISSED"
-    return (
+    said = (
         f"The asynchronous stop is {figures['share']:.1%} of the synchronous one "
-        f"({figures['least']:.1%} to {figures['most']:.1%}); the bar is {BAR:.0%}: {met}."
+        f"({figures['least']:.1%} to {figures['most']:.1%}); the bar is {BAR:.0%}"
     )
-
-
-def show(figures: dict[str, Any]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title(figures))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "save" else "right")
-    for row in rows_of(figures):
-        table.add_row(*row)
-    Console(width=120).print(table)
+    return Verdict(figures["share"] <= BAR, BAR / max(figures["share"], 1e-9), said)
 
 
 def markdown(figures: dict[str, Any]) -> str:
     """The table as a page."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows_of(figures)]
-    return f"# What a checkpoint costs\n\n{title(figures)}.\n\n" + "\n".join(lines) + f"\n\n{verdict(figures)}\n"
+    table = report.lines(COLUMNS, rows_of(figures))
+    return f"# What a checkpoint costs\n\n{title(figures)}.\n\n{table}\n\n{verdict(figures)}\n"
 
 
 if __name__ == "__main__":

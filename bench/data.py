@@ -34,6 +34,9 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+import report
+from report import Verdict
+
 BAR = 1.0
 WAIT_BAR = 0.02
 PEERS = ("webdataset", "dataloader", "tandem")
@@ -70,16 +73,9 @@ def main() -> int:
     if options.quick:
         options.rounds, options.rows, options.first = 1, 1500, 500
     results = measure(options)
-    show(results)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(markdown(results))
-    missed = False
-    for met, _, sentence in sorted(verdicts(results), key=lambda v: (not v[0], -v[1])):
-        print(f"{sentence}: {'met' if met else 'MISSED'}.")
-        missed = missed or not met
-    return int(options.check and missed)
+    report.show(title(results), COLUMNS, cells(results), names=2, width=130)
+    report.write(options.json, results, markdown(results))
+    return report.judge(verdicts(results), check=options.check)
 
 
 # ---- the measurement ------------------------------------------------------------------------------------------------
@@ -281,16 +277,16 @@ def shares(results: dict[str, Any], readers: int, peer: str) -> list[float]:
     return [found["tandem"] / found[peer] for found in results["rounds"][readers]]
 
 
-def verdicts(results: dict[str, Any]) -> list[tuple[bool, float, str]]:
-    """What is held against a bar: whether it is met, the figure's share of its bar, and a sentence."""
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """What is held against a bar."""
     found = []
     for readers in results["rounds"]:
         share = statistics.median(shares(results, readers, "webdataset"))
         said = f"{readers} readers: Tandem has {share:.2f} of webdataset's rows/s; the bar is {BAR}"
-        found.append((share >= BAR, share / BAR, said))
+        found.append(Verdict(share >= BAR, share / BAR, said))
     wait = results["wait"]["share"]
     said = f"a training step waits for data {wait:.2%} of its time; the bar is {WAIT_BAR:.0%}"
-    return [*found, (wait < WAIT_BAR, WAIT_BAR / max(wait, 1e-9), said)]
+    return [*found, Verdict(wait < WAIT_BAR, WAIT_BAR / max(wait, 1e-9), said)]
 
 
 COLUMNS = ("readers", "peer", "rows/s", "tokens/s", "Tandem's share (least-most)")
@@ -320,25 +316,10 @@ def title(results: dict[str, Any]) -> str:
     )
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title(results))
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    for row in cells(results):
-        table.add_row(*row)
-    Console(width=130).print(table)
-
-
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(results)]
-    ends = [f"- {sentence}: {'met' if met else 'MISSED'}." for met, _, sentence in verdicts(results)]
-    return f"# Data\n\n{title(results)}.\n\n" + "\n".join(lines) + "\n\n" + "\n".join(ends) + "\n"
+    table = report.lines(COLUMNS, cells(results))
+    return f"# Data\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
 
 
 if __name__ == "__main__":

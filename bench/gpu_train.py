@@ -27,6 +27,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import report
+from report import Verdict
+
 MFU_BAR, BAR = 0.45, 0.95
 BARRED = ("H100", "H200")
 """Devices that the MFU's bar is for."""
@@ -69,16 +72,9 @@ def main() -> int:
         print(json.dumps(alone(options)))
         return 0
     results = measure(options)
-    show(results)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(markdown(results))
-    missed = False
-    for met, _, sentence in sorted(verdicts(results), key=lambda v: (not v[0], -v[1])):
-        print(f"{sentence}: {'met' if met else 'MISSED'}.")
-        missed = missed or not met
-    return int(options.check and missed)
+    report.show(title(results), COLUMNS, cells(results))
+    report.write(options.json, results, markdown(results))
+    return report.judge(verdicts(results), check=options.check)
 
 
 # ---- one peer, in a process of its own ------------------------------------------------------------------------------
@@ -304,39 +300,26 @@ def spawn(peer: str) -> dict[str, Any]:
 # ---- what comes of it -----------------------------------------------------------------------------------------------
 
 
-def verdicts(results: dict[str, Any]) -> list[tuple[bool, float, str]]:
-    """What is held against a bar: whether it is met, the figure's share of its bar, and a sentence."""
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """What is held against a bar."""
     ours = results["peers"].get("tandem")
     if ours is None:
         return []
     if "error" in ours:
-        return [(False, 0.0, f"Tandem: {ours['error']}")]
+        return [Verdict(False, 0.0, f"Tandem: {ours['error']}")]
     found = []
     if any(name in results["device"] for name in BARRED) and results["model"] != "tiny":
         said = f"Tandem: {100 * ours['mfu']:.1f} % MFU; the bar is {100 * MFU_BAR:.0f} %"
-        found.append((ours["mfu"] >= MFU_BAR, ours["mfu"] / MFU_BAR, said))
+        found.append(Verdict(ours["mfu"] >= MFU_BAR, ours["mfu"] / MFU_BAR, said))
     for other, bar in (("plain", BAR), ("trainer", 1.0)):
         if f"of_{other}" in ours and other != "tandem":
             share = statistics.median(ours[f"of_{other}"])
             said = f"Tandem has {share:.3f} of the tokens/s of {other}; the bar is {bar}"
-            found.append((share >= bar, share / bar, said))
+            found.append(Verdict(share >= bar, share / bar, said))
     return found
 
 
 COLUMNS = ("peer", "tokens/s", "MFU", "peak memory", "of plain (least-most)", "loss: first, last")
-
-
-def show(results: dict[str, Any]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title(results))
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if number else "left")
-    for row in cells(results):
-        table.add_row(*row)
-    Console(width=120).print(table)
 
 
 def title(results: dict[str, Any]) -> str:
@@ -369,10 +352,8 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(results)]
-    ends = [f"- {sentence}: {'met' if met else 'MISSED'}." for met, _, sentence in verdicts(results)]
-    return f"# Training on one GPU\n\n{title(results)}.\n\n" + "\n".join(lines) + "\n\n" + "\n".join(ends) + "\n"
+    table = report.lines(COLUMNS, cells(results))
+    return f"# Training on one GPU\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
 
 
 if __name__ == "__main__":

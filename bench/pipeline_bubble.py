@@ -34,6 +34,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import report
+from report import Verdict
+
 TOLERANCE = 0.05
 RANKS = 2
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
@@ -60,18 +63,9 @@ def main() -> int:
     load = os.getloadavg()[0]
     results = {"load_before": load, "cores": os.cpu_count(), "ranks": RANKS, "rounds": options.rounds}
     results["cells"] = summary(world())
-    show(results)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(markdown(results))
-    for cell in sorted(results["cells"], key=lambda c: c["bubble"] - c["formula"]):
-        over = cell["bubble"] - cell["formula"]
-        print(
-            f"{cell['schedule']}, {cell['micro_batches']} micro-batches: {cell['bubble']:.3f}, {over:+.3f} of the formula's "
-            f"{cell['formula']:.3f}; the bar is +{TOLERANCE}: {'met' if over <= TOLERANCE else 'MISSED'}."
-        )
-    return int(options.check and not over <= TOLERANCE)
+    report.show(title(results), COLUMNS, cells_of(results), width=110)
+    report.write(options.json, results, markdown(results))
+    return report.judge(verdicts(results), check=options.check)
 
 
 def formula(schedule: str, ranks: int, micro_batches: int) -> float:
@@ -250,24 +244,22 @@ def title(results: dict[str, Any]) -> str:
     )
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title(results))
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if number else "left")
-    for row in cells_of(results):
-        table.add_row(*row)
-    Console(width=110).print(table)
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """What is held against a bar."""
+    found = []
+    for cell in results["cells"]:
+        over = cell["bubble"] - cell["formula"]
+        said = (
+            f"{cell['schedule']}, {cell['micro_batches']} micro-batches: {cell['bubble']:.3f}, {over:+.3f} of the formula's "
+            f"{cell['formula']:.3f}; the bar is +{TOLERANCE}"
+        )
+        found.append(Verdict(over <= TOLERANCE, (TOLERANCE - over) / TOLERANCE, said))
+    return found
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells_of(results)]
-    return f"# The pipeline's bubble\n\n{title(results)}.\n\n" + "\n".join(lines) + "\n"
+    return f"# The pipeline's bubble\n\n{title(results)}.\n\n{report.lines(COLUMNS, cells_of(results))}\n"
 
 
 if __name__ == "__main__":

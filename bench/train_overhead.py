@@ -28,6 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import report
+from report import Verdict
+
 BAR = 0.95
 LOSS_BAR = 1e-3
 """Largest difference of a step's loss: sums in another order, over as many steps as are trained."""
@@ -77,17 +80,9 @@ def main() -> int:
     if options.quick:
         options.rounds, options.steps = 1, 20
     results = measure(options)
-    show(results)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(markdown(results))
-    missed = False
-    # The figure that is furthest below its bar comes last.
-    for met, _, sentence in sorted(verdicts(results), key=lambda v: (not v[0], -v[1])):
-        print(f"{sentence}: {'met' if met else 'MISSED'}.")
-        missed = missed or not met
-    return int(options.check and missed)
+    report.show(title(results), COLUMNS, cells(results), names=2, width=130)
+    report.write(options.json, results, markdown(results))
+    return report.judge(verdicts(results), check=options.check)
 
 
 # ---- the measurement ------------------------------------------------------------------------------------------------
@@ -236,38 +231,27 @@ def apart(some: list[float], others: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(some, others, strict=True)) if len(some) == len(others) else float("inf")
 
 
-def verdicts(results: dict[str, Any]) -> list[tuple[bool, float, str]]:
-    """What is held against a bar: whether it is met, the figure's share of its bar, and a sentence."""
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """What is held against a bar."""
     found = []
     for name, layout in results["layouts"].items():
         for peer, figures in layout["peers"].items():
             if peer == "tandem" and "of_plain" in figures:
                 share = statistics.median(figures["of_plain"])
                 said = f"{name}: Tandem has {share:.3f} of the hand-written loop's tokens/s; the bar is {BAR}"
-                found.append((share >= BAR, share / BAR, said))
+                found.append(Verdict(share >= BAR, share / BAR, said))
             if peer == "tandem" and "of_trainer" in figures:
                 share = statistics.median(figures["of_trainer"])
-                found.append((share > 1, share, f"{name}: Tandem has {share:.3f} of the Trainer's; the bar is above 1"))
+                found.append(
+                    Verdict(share > 1, share, f"{name}: Tandem has {share:.3f} of the Trainer's; the bar is above 1")
+                )
             if (off := figures.get("loss_off")) is not None and off > LOSS_BAR:
                 said = f"{name}: {peer}'s losses are {off:.1e} from plain's; the bar is {LOSS_BAR:.0e}"
-                found.append((False, LOSS_BAR / off, said))
+                found.append(Verdict(False, LOSS_BAR / off, said))
     return found
 
 
 COLUMNS = ("layout", "peer", "tokens/s", "of plain (least-most)", "loss: first, last", "off", "first step", "whole run")
-
-
-def show(results: dict[str, Any]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title(results))
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    for row in cells(results):
-        table.add_row(*row)
-    Console(width=130).print(table)
 
 
 def title(results: dict[str, Any]) -> str:
@@ -297,10 +281,8 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(results)]
-    ends = [f"- {sentence}: {'met' if met else 'MISSED'}." for met, _, sentence in verdicts(results)]
-    return f"# Training overhead\n\n{title(results)}.\n\n" + "\n".join(lines) + "\n\n" + "\n".join(ends) + "\n"
+    table = report.lines(COLUMNS, cells(results))
+    return f"# Training overhead\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
 
 
 if __name__ == "__main__":

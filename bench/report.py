@@ -1,0 +1,62 @@
+"""What the benchmarks tell alike: tables for the terminal and for a page, and figures that are held against bars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Verdict(NamedTuple):
+    """A figure that was held against its bar."""
+
+    met: bool
+    share: float
+    """Of its bar: the lower, the further it is from it."""
+    said: str
+
+    def __str__(self) -> str:
+        return f"{self.said}: {'met' if self.met else 'MISSED'}."
+
+
+def show(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, names: int = 1, width: int = 120
+) -> None:
+    """Print a table, whose first columns, `names` of them, are words."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < names else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=width).print(table)
+
+
+def lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table for a page."""
+    heads = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*heads, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def ends(verdicts: Iterable[Verdict]) -> str:
+    """What a page says of the bars."""
+    return "\n".join(f"- {verdict}" for verdict in verdicts)
+
+
+def write(path: Path | None, results: Any, page: str) -> None:
+    """Write the figures to `path`, if one was given, and the page beside it."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(page)
+
+
+def judge(verdicts: Iterable[Verdict], *, check: bool) -> int:
+    """Print the verdicts, the one that is furthest below its bar last; the exit status: 1 if one is missed and `check` is set."""
+    ordered = sorted(verdicts, key=lambda verdict: (not verdict.met, -verdict.share))
+    for verdict in ordered:
+        print(verdict)
+    return int(check and not all(verdict.met for verdict in ordered))
