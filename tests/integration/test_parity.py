@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from resume_world import load_parity
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "parity.py"
-
-
-def _parity() -> Any:
-    spec = importlib.util.spec_from_file_location("tandem_bench_parity", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = _parity()
+parity = load_parity()
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ class Rows:
             found[:, 2] = np.arange(16)
             return found
 
-        return SimpleNamespace(take=take, cursor=dict, close=lambda: None, waited_s=0.0)
+        return SimpleNamespace(take=take, cursor=dict, close=lambda: None)
 
 
 def main(tokenizer: Path, home: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,18 +111,14 @@ class StreamRows:
         self._ahead: _Ahead | None = None
         self.places: list[RowPlace] = []
         """Where the rows that were taken last come from."""
-        self.waited_s = 0.0
-        """Time that `take` has kept the training step waiting."""
 
     def take(self, count: int) -> Rows:
         """The next `count` rows of this rank; [count, 3, T], or [count, 6, T] of preferences."""
-        began = time.perf_counter()
         if self._ahead is None or self._ahead.count != count:
             self.close()
             self._ahead = _Ahead(self._make_next(count), count, self._stream.config.prefetch_batches)
         batch = self._ahead.next()
         self._state, self.places = batch.after, batch.places
-        self.waited_s += time.perf_counter() - began
         return batch.rows
 
     def skip(self, count: int) -> None:

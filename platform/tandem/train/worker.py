@@ -135,6 +135,8 @@ class Overseen(Unwatched):
     def __init__(self, pulse: Pulse, probe: Probe, emit: Emit) -> None:
         self._pulse, self._probe, self._emit = pulse, probe, emit
         self._saved = 0
+        self.waited_s = 0.0
+        """Time that the training steps have waited for rows."""
 
     def wish(self) -> int:
         """See `Unwatched`."""
@@ -154,6 +156,7 @@ class Overseen(Unwatched):
 
     def waited(self, seconds: float) -> None:
         """See `Unwatched`."""
+        self.waited_s += seconds
         self._pulse.measured(data_s=seconds)
 
     def left_out(self, found: LeftOut) -> None:
@@ -226,12 +229,12 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
         }
     )  # fmt: skip
 
-    before = (0.0, 0.0)
+    overseen, before = Overseen(pulse, Probe(device, PROBE_EVERY_S), emit), (0.0, 0.0)
 
     def report(step: StepReport) -> None:
         nonlocal last_loss, before
         last_loss = step.loss
-        now = step.seconds, rows.waited_s
+        now = step.seconds, overseen.waited_s
         waited = {"data_wait": (now[1] - before[1]) / max(1e-9, now[0] - before[0])}
         before = now
         emit({"event": "step", "steps": config.steps, **asdict(step), **meter.read(step.tokens_per_s), **waited})
@@ -314,7 +317,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
                 ended = train(
                     model, optimizer, rows, config, state, report=report, save=save, device=device,
                     objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
-                    watch=Overseen(pulse, Probe(device, PROBE_EVERY_S), emit),
+                    watch=overseen,
                 )  # fmt: skip
             except Spiked:
                 with contextlib.suppress(StorageError):
