@@ -17,6 +17,7 @@ from tandem.errors import EngineError
 from tandem.reaper import Reaper
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.host import EngineHost
+from tandem.serve.placement import check_nodes, place
 from tandem.serve.records import ReplicaRecord, ServedModel, State
 
 DRAIN_S = 30.0
@@ -37,6 +38,7 @@ class EngineReplica:
         self._changed = asyncio.Event()
         self._reaper = Reaper.of_children()
         loop = asyncio.get_running_loop()
+        _check_placement(model)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         engine = await asyncio.to_thread(create_engine, engine_spec(model))
         self._host = EngineHost(
@@ -104,8 +106,15 @@ def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def engine_spec(model: ServedModel) -> EngineSpec:
-    """What the engine of a served model loads."""
+def _check_placement(model: ServedModel) -> None:
+    group = ray.util.get_current_placement_group()
+    if group is not None and place(model.config).bundles:
+        nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        check_nodes(group.bundle_specs, nodes, model.config.engine_args.get("tensor_parallel_size", 1))
+
+
+def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:
+    """What the engine of a served model loads; `where` its arguments stand in the app's config."""
     config = model.config
     return EngineSpec(
         kind=config.engine,
@@ -117,4 +126,5 @@ def engine_spec(model: ServedModel) -> EngineSpec:
         threads=max(1, int(config.cpus_per_replica)),
         gpus=config.gpus_per_replica,
         args=config.engine_args,
+        where=where,
     )
