@@ -113,11 +113,20 @@ class VllmEngine:
 
 
 class _Load(StatLoggerBase):
-    """Keeps the scheduler's newest numbers; vLLM hands them over after every step."""
+    """Keeps each scheduler's newest numbers (one for each data-parallel rank); vLLM hands them over after every step."""
 
     def __init__(self, vllm_config: VllmConfig | None = None, engine_index: int = 0) -> None:
-        self.running = 0
-        self.kv_usage = 0.0
+        self._ranks: dict[int, tuple[int, float]] = {}
+
+    @property
+    def running(self) -> int:
+        """Requests being generated, by all ranks."""
+        return sum(running for running, _ in self._ranks.values())
+
+    @property
+    def kv_usage(self) -> float:
+        """The fullest rank's share of its cache, 0 to 1."""
+        return max((usage for _, usage in self._ranks.values()), default=0.0)
 
     def record(
         self,
@@ -128,8 +137,7 @@ class _Load(StatLoggerBase):
     ) -> None:
         """Called by vLLM after each step."""
         if scheduler_stats is not None:
-            self.running = scheduler_stats.num_running_reqs
-            self.kv_usage = scheduler_stats.kv_cache_usage
+            self._ranks[engine_idx] = (scheduler_stats.num_running_reqs, scheduler_stats.kv_cache_usage)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

@@ -50,7 +50,7 @@ def place(served: ServedModelConfig, where: str = "models[]") -> Placement:
                 f"{where}.engine_args.distributed_executor_backend is ray, which vLLM has for GPUs only, and "
                 f"{where}.gpus_per_replica is 0. Leave it out: the {world} workers of a CPU replica are processes of one node."
             )
-        if served.engine != "echo" and served.cpus_per_replica < world:
+        if world > 1 and served.cpus_per_replica < world:
             raise ConfigError(
                 f"{where}.cpus_per_replica is {served.cpus_per_replica:g}; {product} is {world} workers, each with a core "
                 f"of its own. Set it to {world} or more."
@@ -93,6 +93,11 @@ def check_nodes(bundles: Sequence[Mapping[str, float]], nodes: Mapping[int, str]
             f"A tensor group of {tensor} must lie inside one node, and Ray placed the workers {spread}. Free {tensor} GPUs "
             "of one node for each stage, or lower tensor_parallel_size."
         )
+
+
+def workers(args: Mapping[str, Any]) -> int:
+    """Processes that share one replica's model."""
+    return math.prod(int(args.get(key, 1)) for key in DEGREES.values())
 
 
 def _degree(args: Mapping[str, Any], key: str, where: str) -> int:

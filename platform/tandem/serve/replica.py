@@ -17,7 +17,7 @@ from tandem.errors import EngineError
 from tandem.reaper import Reaper
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.host import EngineHost
-from tandem.serve.placement import check_nodes, place
+from tandem.serve.placement import check_nodes, place, workers
 from tandem.serve.records import ReplicaRecord, ServedModel, State
 
 DRAIN_S = 30.0
@@ -123,7 +123,7 @@ def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:
         path=model.path,
         max_adapters=config.max_adapters,
         max_lora_rank=config.max_lora_rank,
-        threads=max(1, int(config.cpus_per_replica)),
+        threads=max(1, int(config.cpus_per_replica / workers(config.engine_args))),
         gpus=config.gpus_per_replica,
         args=config.engine_args,
         where=where,
