@@ -36,7 +36,7 @@ def bare(folder: Path, port: int, *more: str) -> Iterator[None]:
 
 def bare_one(folder: Path, port: int) -> contextlib.AbstractContextManager[None]:
     """The same with the executor that Tandem chooses on a CPU: the limit that Tandem can reach."""
-    from tandem.engine.vllm import ONE_PROCESS
+    from tandem.engine.vllm_args import ONE_PROCESS
 
     return bare(folder, port, "--distributed-executor-backend", ONE_PROCESS)
 
