@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 
 import uvloop
 
+PROMPT = "import os\n\ndef main(path):\n    return os.path.join(path"
+
 
 @dataclass(slots=True)
 class Tally:
@@ -123,14 +125,14 @@ class Whole(Stream):
 
 
 async def drive(
-    url: str, model: str, streams: int, tokens: int, requests: int, *, whole: bool = False
+    url: str, model: str, streams: int, tokens: int, requests: int, *, whole: bool = False, prompt: str
 ) -> dict[str, object]:
     """Run the load; see the module's docstring for what comes back."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     body = json.dumps(
         {
             "model": model,
-            "prompt": "import os\n\ndef main(path):\n    return os.path.join(path",
+            "prompt": prompt,
             "max_tokens": tokens,
             "temperature": 0.0,
             "ignore_eos": True,
@@ -186,8 +188,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--requests", type=int, default=4, help="requests of each stream, one after the other")
     parser.add_argument("--whole", action="store_true", help="answers in one piece")
+    parser.add_argument("--prompt", default=PROMPT)
     given = parser.parse_args()
-    load = drive(given.url, given.model, given.streams, given.tokens, given.requests, whole=given.whole)
+    load = drive(
+        given.url, given.model, given.streams, given.tokens, given.requests, whole=given.whole, prompt=given.prompt
+    )
     print(json.dumps(uvloop.run(load)))
 
 

@@ -53,6 +53,8 @@ NAMES = {
     "ray": "Ray Serve LLM, default",
     "ray-direct": "Ray Serve LLM, direct streaming",
 }
+ECHOES = {"echo-1": "Tandem, 1 gateway", "echo-2": "Tandem, 2 gateways"}
+"""Stacks of other benchmarks."""
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -176,7 +178,9 @@ def stack(name: str, folder: Path) -> Iterator[int]:
             if line.strip() == b"READY":
                 break
         else:
-            raise RuntimeError(f"{NAMES[name]} did not start:\n{(folder / f'{name}.log').read_text()[-3000:]}")
+            raise RuntimeError(
+                f"{(NAMES | ECHOES)[name]} did not start:\n{(folder / f'{name}.log').read_text()[-3000:]}"
+            )
         yield port
     finally:
         freeze(name, False)
@@ -224,12 +228,15 @@ def thawed(name: str, port: int) -> Iterator[None]:
         freeze(name, True)
 
 
-def drive(port: int, streams: int, tokens: int, *, whole: bool = False) -> dict[str, Any]:
-    """One run of the load generator, in a process of its own."""
-    requests = max(4, 128 // streams) if tokens > 32 else 1
+def drive(
+    port: int, streams: int, tokens: int, *, whole: bool = False, requests: int | None = None, prompt: str = ""
+) -> dict[str, Any]:
+    """One run of the load generator, in a process of its own; each stream sends `requests`, one after the other."""
+    requests = requests or (min(16, max(4, 128 // streams)) if tokens > 32 else 1)
     command = [sys.executable, str(HERE / "load.py"), f"http://127.0.0.1:{port}", "--model", "bench"]
-    command += ["--streams", str(streams), "--tokens", str(tokens), "--requests", str(min(requests, 16))]
+    command += ["--streams", str(streams), "--tokens", str(tokens), "--requests", str(requests)]
     command += ["--whole"] if whole else []
+    command += ["--prompt", prompt] if prompt else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
