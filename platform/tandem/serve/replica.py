@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.host import EngineHost
 from tandem.serve.placement import check_nodes, place, workers
 from tandem.serve.records import ReplicaRecord, ServedModel, State
+from tandem.serve.startup import Startup
 
 DRAIN_S = 30.0
 """How long running requests may go on when a replica is asked to end."""
@@ -31,6 +33,8 @@ class EngineReplica:
     # Serve awaits an asynchronous constructor.
     async def __init__(self, model: ServedModel, directory: Any) -> None:  # type: ignore[misc]
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
+        self._started_at, startup = time.time(), Startup()
+        startup.done("process")
         self._model = model
         self._directory = directory
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -41,6 +45,7 @@ class EngineReplica:
         _check_placement(model)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         engine = await asyncio.to_thread(create_engine, engine_spec(model))
+        startup.done("imports")
         self._host = EngineHost(
             engine,
             max_adapters=model.config.max_adapters,
@@ -48,6 +53,8 @@ class EngineReplica:
             on_change=lambda: _set(loop, self._changed),
         )
         await self._host.start()
+        startup.done("engine")
+        self._startup = tuple(startup.phases.items())
         self._beats = asyncio.create_task(self._beat())
 
     def check_health(self) -> None:
@@ -69,6 +76,8 @@ class EngineReplica:
             waiting=stats.waiting,
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
+            started_at=self._started_at,
+            startup_s=self._startup,
         )
 
     async def __del__(self) -> None:
