@@ -15,6 +15,7 @@ from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
+from tandem.serve.disaggregate import pools
 from tandem.serve.placement import place
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
@@ -37,24 +38,25 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     """
     registry_url = settings().registry_url
     models = resolve_models(config, Registry(registry_url))
-    placements = [place(model.config, f"models[{i}]") for i, model in enumerate(models)]
-    for i, model in enumerate(models):
-        if check and model.config.engine_args:
-            check_engine_args(engine_spec(model, f"models[{i}].engine_args"))
+    held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
+    placements = [place(pool.config, where) for pool, where in held]
+    for pool, where in held:
+        if check and pool.config.engine_args:
+            check_engine_args(engine_spec(pool, f"{where}.engine_args"))
     directory = _deployment(Directory, "Directory", num_cpus=CONTROL_CPUS).bind()
     engines = [
         _deployment(
             EngineReplica,
-            f"engine-{model.name}",
+            f"{'prefill' if pool.prefills else 'engine'}-{pool.name}",
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
-            env=model.config.env,
-            num_replicas=model.config.replicas,
+            env=pool.config.env,
+            num_replicas=pool.config.replicas,
             health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_timeout_s=SHUTDOWN_S,
             **placement.options(),
-        ).bind(model, directory)
-        for model, placement in zip(models, placements, strict=True)
+        ).bind(pool, directory)
+        for (pool, _), placement in zip(held, placements, strict=True)
     ]
     gateway = _deployment(
         serve.ingress()(Gateway),
