@@ -52,6 +52,8 @@ class ReplicaRecord:
     kv_usage: float = 0.0
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds."""
+    tasks: tuple[str, ...] = ()
+    """What its engine does, in the words of serve.routes; empty: not known."""
 
     @property
     def load(self) -> int:

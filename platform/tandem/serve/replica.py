@@ -67,6 +67,7 @@ class EngineReplica:
             waiting=stats.waiting,
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
+            tasks=stats.tasks,
         )
 
     async def __del__(self) -> None:
