@@ -81,9 +81,7 @@ async def gateway(folder: Path, engine: EchoEngine | None = None, prefix: str = 
     replicas: tuple[ReplicaRecord, ...] = ()
     if host:
         await host.start()
-        replicas = (
-            ReplicaRecord(id="r0", base="base", url=host.url, token=host.token, tasks=host.stats().tasks),
-        )
+        replicas = (ReplicaRecord(id="r0", base="base", url=host.url, token=host.token, tasks=host.stats().tasks),)
 
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.01)
@@ -283,7 +281,9 @@ START = (
     "engine",
     [
         Scripted(START, breaks=True),
-        Scripted(START + b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"no memory"}}\n\n'),
+        Scripted(
+            START + b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"no memory"}}\n\n'
+        ),
         Scripted(
             START,
             b'event: error\ndata: {"type":"error","error":{"type":"internal_error",'
