@@ -77,7 +77,11 @@ class LLM(RemoteLLM):
                 )
             return url, name
         served = ServedModelConfig(
-            model=base, replicas=replicas, gpus_per_replica=gpus_per_replica, engine_args=engine_args
+            model=base,
+            name=name if _is_folder(base) else None,
+            replicas=replicas,
+            gpus_per_replica=gpus_per_replica,
+            engine_args=engine_args,
         )
         session = Session()
         try:
@@ -95,9 +99,13 @@ def _base_and_name(model: str) -> tuple[str, str]:
     from tandem.registry import Registry
     from tandem.settings import settings
 
-    if "/" in model or model.startswith((".", "~")):
+    if _is_folder(model):
         return model, Path(model).expanduser().resolve().name
     record = Registry(settings().registry_url).resolve(model)
     if record.kind == "adapter":
         return str(record.base), model
     return record.id, model
+
+
+def _is_folder(model: str) -> bool:
+    return "/" in model or model.startswith((".", "~"))

@@ -19,7 +19,6 @@ from tandem.engine.create import EngineSpec
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.errors import ConfigError, EngineError, did_you_mean
 
-
 TASKS = ("generate", "embed", "score")
 
 
