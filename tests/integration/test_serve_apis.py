@@ -101,11 +101,9 @@ def test_a_tool_call_is_valid(served: Served, choice: Any, stream: bool) -> None
 def test_a_tool_that_may_be_called_need_not_be(served: Served) -> None:
     answer = served.client().chat.completions.create(**GREEDY, tools=[WEATHER], tool_choice="auto")
     assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
-    talk = [
-        *TALK,
-        {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]},
-        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
-    ]  # fmt: skip
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    told = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
+    talk = [*TALK, {"role": "assistant", "tool_calls": [call]}, told]
     after = served.client().chat.completions.create(**GREEDY | {"messages": talk}, tools=[WEATHER])
     assert after.usage.prompt_tokens > answer.usage.prompt_tokens
 
