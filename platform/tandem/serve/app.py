@@ -16,6 +16,7 @@ from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
+from tandem.serve.metrics import added_latency
 from tandem.serve.placement import place
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
@@ -93,6 +94,7 @@ class Gateway:
             watch=self._watch,
             registry=Registry(self._registry_url),
             config=self._config,
+            record=added_latency(),
         )
 
     async def _watch(self, version: int) -> Snapshot:
