@@ -77,6 +77,8 @@ class OpenAIRoutes:
             if route.path == stored.PATH:
                 stored.check(body)
             body["model"] = target.engine_name
+            # Says from which host an engine fetches a cache: the gateway's to say, never a client's.
+            body.pop("kv_transfer_params", None)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             call = Call(
                 path=route.path, body=to_json(body), target=target, headers=headers, dialect=dialect, watch=watch
