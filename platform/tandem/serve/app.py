@@ -41,9 +41,10 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     models = resolve_models(config, Registry(registry_url))
     held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
     placements = [place(pool.config, where) for pool, where in held]
-    for pool, where in held:
-        if check and pool.config.engine_args:
-            check_engine_args(engine_spec(pool, f"{where}.engine_args"))
+    if check:
+        check_engine_args(
+            *(engine_spec(pool, f"{where}.engine_args") for pool, where in held if pool.config.engine_args)
+        )
     directory = _deployment(Directory, "Directory", num_cpus=CONTROL_CPUS).bind()
     engines = [
         _deployment(
