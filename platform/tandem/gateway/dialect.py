@@ -57,7 +57,7 @@ class OpenAI:
 class Responses(OpenAI):
     """OpenAI's responses, whose streams are typed and numbered events."""
 
-    mark = None
+    mark: bytes | None = None
 
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
         """An event of the type `error`, with its fields beside an `error` object: the documented form, and the one SDKs raise."""
