@@ -83,7 +83,7 @@ class Proxy:
         avoid: list[str] = []
         reason = f"No replica of {target.base.name} is ready"
         for _ in range(ATTEMPTS):
-            replica = self._fleet.choose(target.base.id, adapter.id if adapter else None, avoid)
+            replica = self._fleet.choose(target.pool, adapter.id if adapter else None, avoid)
             if replica is None:
                 break
             avoid.append(replica.id)
