@@ -114,9 +114,7 @@ def amended(chunk: bytes, dialect: Dialect, request: str) -> bytes:
     # Text of a model cannot look like this: in JSON, its quotes and line ends are escaped.
     if mark is None or mark not in chunk:
         return chunk
-    return b"\n\n".join(
-        _amended_event(event, dialect, request) if event.startswith(mark) else event for event in chunk.split(b"\n\n")
-    )
+    return b"\n\n".join(_amended_event(event, dialect, request) for event in chunk.split(b"\n\n"))
 
 
 def _amended_event(event: bytes, dialect: Dialect, request: str) -> bytes:
