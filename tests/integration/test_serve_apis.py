@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 import anthropic
@@ -229,3 +230,13 @@ def test_text_becomes_tokens_and_text_again(served: Served) -> None:
 def test_an_answer_tells_what_the_gateway_added(served: Served) -> None:
     answer = served.client().chat.completions.with_raw_response.create(**GREEDY)
     assert re.fullmatch(r"gateway;dur=\d+\.\d{3}, engine;dur=\d+\.\d{3}", answer.headers["server-timing"])
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "my-adapter" in block]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.split(maxsplit=3)[1] for example in EXAMPLES])
+def test_the_readmes_examples_run_as_they_stand(served: Served, example: str) -> None:
+    assert len(EXAMPLES) == 3
+    exec(example.replace("http://127.0.0.1:8000", served.url).replace("my-adapter", "red"), {})

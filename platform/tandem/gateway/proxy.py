@@ -144,12 +144,12 @@ class _Forwarded(Response):
                 await copying
 
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call, dialect = self._call, self._call.dialect
+        call, dialect, request = self._call, self._call.dialect, request_id(scope)
         async with contextlib.AsyncExitStack() as held:
             answer = await self._proxy.open(call, held)
             if answer.status >= 400:
                 error = from_engine(answer.status, await answer.read(), call.target.base.max_length)
-                await error.response(dialect, request_id(scope))(scope, receive, send)
+                await error.response(dialect, request)(scope, receive, send)
                 return
             head = [
                 (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
@@ -162,14 +162,14 @@ class _Forwarded(Response):
             last = b""
             try:
                 async for chunk in answer.content.iter_any():
-                    last = amended(chunk, dialect, "") if streamed else chunk
+                    last = amended(chunk, dialect, request) if streamed else chunk
                     await send({"type": "http.response.body", "body": last, "more_body": True})
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 # Too late for a status. A stream can still say why it ends; anything else must look cut off.
                 if not streamed:
                     raise
                 text = f"{BROKEN} ({type(error).__name__})."
-                event = dialect.event(502, text, code="engine_unavailable", request=request_id(scope), last=last)
+                event = dialect.event(502, text, code="engine_unavailable", request=request, last=last)
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
