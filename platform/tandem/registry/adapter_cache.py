@@ -60,7 +60,11 @@ class AdapterCache:
         """Bring the adapter at `uri` here; its folder and its digest. Errors as `get`."""
         files = file_system(uri)
         try:
-            sizes = {name: int(files.info(str(join(uri, name)))["size"]) for name in FILES if files.exists(str(join(uri, name)))}
+            sizes = {
+                name: int(files.info(str(join(uri, name)))["size"])
+                for name in FILES
+                if files.exists(str(join(uri, name)))
+            }
             if missing := [name for name in FILES if name not in sizes]:
                 beside = [Path(str(found)).name for found in files.ls(uri, detail=False)] if files.exists(uri) else []
                 raise AdapterError(
@@ -91,7 +95,9 @@ class AdapterCache:
         except (AdapterError, StorageError):
             raise
         except Exception as error:  # a store's client has errors of its own
-            raise StorageError(f"{uri} cannot be read: {type(error).__name__}: {error}. Check it and its credentials.") from error
+            raise StorageError(
+                f"{uri} cannot be read: {type(error).__name__}: {error}. Check it and its credentials."
+            ) from error
         self.make_room(keep=digest)
         return self.place(digest), digest
 

@@ -35,11 +35,21 @@ _UNSERVED = {
     "lora_bias": "biases (lora_bias), which vLLM does not serve. Train it without",
 }
 """Keys of adapter_config.json that must be empty, and what an adapter has that sets them."""
-_NAME = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(?P<weight>\.weight)?")
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(?P<weight>\.weight)?"
+)
 _MAGNITUDE = re.compile(r".+\.lora_magnitude_vector(\.weight)?")
 _BASE_COPY = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 """Copies of the base's own embeddings, which peft may add and vLLM passes over."""
-_PREFIXES = ("base_model.", "model.language_model.model.", "model.language_model.", "language_model.model.", "language_model.", "transformer.", "model.")
+_PREFIXES = (
+    "base_model.",
+    "model.language_model.model.",
+    "model.language_model.",
+    "language_model.model.",
+    "language_model.",
+    "transformer.",
+    "model.",
+)
 """What stands before a layer's name differs between a model's files and an adapter's, for models inside of others."""
 _COMPARED = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
 """Types in which a weight has its layer's own shape; others hold several numbers in one."""
@@ -98,7 +108,9 @@ def headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
             return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in found.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file} is not a safetensors file that can be read: {error}. Save the adapter again.") from error
+        raise AdapterError(
+            f"{file} is not a safetensors file that can be read: {error}. Save the adapter again."
+        ) from error
 
 
 def base_shapes(folder: Path) -> Mapping[str, tuple[int, ...] | None]:
@@ -136,7 +148,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} holds no {CONFIG}, so it is not an adapter.{hint}")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path} has {path.stat().st_size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}.")
+            raise AdapterError(
+                f"{path} has {path.stat().st_size} bytes; an adapter's config has at most {MAX_CONFIG_BYTES}."
+            )
         values = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
@@ -167,9 +181,13 @@ def _rank(config: Mapping[str, Any], path: Path) -> int:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise AdapterError(f"{path}: lora_alpha is {alpha!r}; it must be a finite number.")
     if not isinstance(config.get("target_modules"), list | str):
-        raise AdapterError(f"{path}: target_modules is {config.get('target_modules')!r}; it must name the adapted layers.")
+        raise AdapterError(
+            f"{path}: target_modules is {config.get('target_modules')!r}; it must name the adapted layers."
+        )
     if config.get("bias", "none") != "none":
-        raise AdapterError(f"{path}: bias is {config['bias']!r}; vLLM serves adapters without biases only. Train it with bias: none.")
+        raise AdapterError(
+            f"{path}: bias is {config['bias']!r}; vLLM serves adapters without biases only. Train it with bias: none."
+        )
     for key, said in _UNSERVED.items():
         if config.get(key):
             raise AdapterError(f"{path}: the adapter has {said}.")
@@ -184,7 +202,9 @@ def _pairs(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, dora: bool) ->
             continue
         found = _NAME.fullmatch(name)
         if found is None or (found["weight"] is None) != found["kind"].startswith("embedding"):
-            raise AdapterError(f"{WEIGHTS} holds {name}, which is no LoRA matrix. Save the adapter with peft's save_pretrained().")
+            raise AdapterError(
+                f"{WEIGHTS} holds {name}, which is no LoRA matrix. Save the adapter with peft's save_pretrained()."
+            )
         if kind not in ("F64", "F32", "F16", "BF16"):
             raise AdapterError(f"{WEIGHTS}: {name} is of type {kind}; LoRA matrices are F32, F16 or BF16.")
         if len(shape) != 2:
@@ -194,7 +214,9 @@ def _pairs(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, dora: bool) ->
         raise AdapterError(f"{WEIGHTS} holds no LoRA matrix. Save the adapter with peft's save_pretrained().")
     for layer, pair in pairs.items():
         if set(pair) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
-            raise AdapterError(f"{WEIGHTS}: {layer} has lora_{' and lora_'.join(sorted(pair))}; it must have one A and one B.")
+            raise AdapterError(
+                f"{WEIGHTS}: {layer} has lora_{' and lora_'.join(sorted(pair))}; it must have one A and one B."
+            )
     return pairs
 
 
@@ -209,16 +231,20 @@ def _check_layer(
     embedding = "embedding_A" in pair
     a, b = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
     if a[0] != rank or b[1] != rank:
-        raise AdapterError(f"{WEIGHTS}: {layer} has A {a} and B {b}; with rank {rank} they are ({rank}, in) and (out, {rank}).")
+        raise AdapterError(
+            f"{WEIGHTS}: {layer} has A {a} and B {b}; with rank {rank} they are ({rank}, in) and (out, {rank})."
+        )
     if not known:
         return
     plain = _plain(layer)
     if plain not in known:
-        raise AdapterError(f"The adapter adapts {layer}, and its base has no such layer. It was made for another model.")
+        raise AdapterError(
+            f"The adapter adapts {layer}, and its base has no such layer. It was made for another model."
+        )
     shape = known[plain]
     if shape is None:
         return
-    # An embedding's weight is (tokens, width) and is read by rows; so is a convolution of width one, as GPT-2 has for a linear layer.
+    # An embedding's weight is (in, out), and so is that of GPT-2's linear layers, which are convolutions of width one.
     rows, columns = shape[::-1] if embedding or swapped else shape
     if (b[0], a[1]) != (rows, columns):
         raise AdapterError(

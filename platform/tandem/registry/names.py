@@ -1,4 +1,4 @@
-"""What a name means: its promotions and their history, and the names near a wrong one. Each question reads a few rows by index."""
+"""What a name means: its promotions and their history, and the names near a wrong one. Each reads a few rows, by index."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def roll_back(session: Session, name: str) -> ModelRow:
             f"{known.promoted} is the only version of {name} that was ever promoted, so there is none to go back to. "
             f"It has {some(versions_of(session, name, SHOWN + 1))}; promote another by its id."
         )
-    # The same version may stand there several times in a row, with one that was removed in between.
+    # Where the one in between was removed, the same version stands there twice in a row.
     for promotion in _standing(session, name):
         if promotion.id == before.id:
             break
@@ -102,9 +102,7 @@ def forget(session: Session, name: str, versions: Iterable[int]) -> None:
 
 def history(session: Session, name: str) -> list[PromotionRow]:
     """All promotions of a name, newest first."""
-    return list(
-        session.scalars(select(PromotionRow).where(PromotionRow.name == name).order_by(PromotionRow.id.desc()))
-    )
+    return list(session.scalars(select(PromotionRow).where(PromotionRow.name == name).order_by(PromotionRow.id.desc())))
 
 
 def some(words: Iterable[object]) -> str:

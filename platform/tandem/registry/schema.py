@@ -54,8 +54,8 @@ class NameRow(Base):
     kind: Mapped[str] = mapped_column(String(16))
     last_version: Mapped[int]
     promoted: Mapped[str | None] = mapped_column(String(ID_LENGTH))
-    """Id of the version that the bare name means: the newest of its promotions that was not taken back. Kept here so that resolving
-    and listing names touch one row each."""
+    """Id of the version that the bare name means: the newest of its promotions that was not taken back. It is kept here so that
+    resolving and listing read one row a name."""
 
 
 class ModelRow(Base):

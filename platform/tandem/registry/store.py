@@ -1,7 +1,7 @@
 """The registry: what exists, where its files are, and what it was made from. Safe from several processes at once.
 
-Made for a hundred thousand adapters: whatever is asked for each request (`resolve`, `revision`) reads a row or two by its key, and
-lists come in pages.
+Made for a hundred thousand adapters: what is asked for each request (`resolve`, `revision`) reads a row or two by key, and lists
+come in pages.
 """
 
 from __future__ import annotations
@@ -124,9 +124,10 @@ class Registry:
             raise RegistryError(f"Say which version of {name} to promote, such as {versioned(name, 1)}.")
         with self._writing() as (session, _):
             row = names.find(session, version_id)
+            record = _record(row)
             if not names.promote(session, row):
                 session.rollback()
-            return _record(row)
+            return record
 
     def roll_back(self, name: str) -> ModelRecord:
         """Make a name mean the version that was promoted before; called again, the one before that."""
@@ -147,11 +148,12 @@ class Registry:
             row = names.find(session, name_or_id)
             if row.kind != "adapter":
                 raise RegistryError(f"{row.id} is a model; adapters are pinned. Its replicas hold it anyway.")
+            record = _record(row)
             if session.get(PinRow, name_or_id) is None:
                 session.add(PinRow(target=name_or_id, name=row.name))
             else:
                 session.rollback()
-            return _record(row)
+            return record
 
     def unpin(self, name_or_id: str) -> bool:
         """Undo `pin`, of the same name or id; False if it was not pinned."""
@@ -191,16 +193,20 @@ class Registry:
         `base`: adapters of that model (by its id) only. A page has at most `limit` records and starts after the name (with
         `all_versions`: the id) `after`.
         """
-        query = select(ModelRow).order_by(ModelRow.name, ModelRow.version).limit(limit)
+        query = select(ModelRow)
+        # Each case reads along one index, in the order of the page.
+        table: type[NameRow | ModelRow] = ModelRow
+        if not all_versions:
+            query = query.join(NameRow, NameRow.promoted == ModelRow.id)
+            table = NameRow if base is None else ModelRow
+        query = query.order_by(table.name, *([ModelRow.version] if all_versions else [])).limit(limit)
         if kind is not None:
-            query = query.where(ModelRow.kind == kind)
+            query = query.where(table.kind == kind)
         if base is not None:
             query = query.where(ModelRow.base == base)
-        if not all_versions:
-            query = query.join(NameRow, NameRow.name == ModelRow.name).where(NameRow.promoted == ModelRow.id)
         if after is not None:
             name, version = split_version(after)
-            later = ModelRow.name > name
+            later = table.name > name
             if all_versions and version is not None:
                 later = or_(later, (ModelRow.name == name) & (ModelRow.version > version))
             query = query.where(later)
@@ -277,9 +283,10 @@ class Registry:
                 raise RegistryError(f"{name} is registered as {_a(newest.kind)}, so it cannot be {_a(kind)} too.")
             # A version whose folder is gone is no version to hand out again.
             if newest is not None and (newest.digest, newest.base) == (content, base) and _is_there(newest.path):
+                same = _record(newest)
                 if not (promoting and names.promote(session, newest)):
                     session.rollback()
-                return _record(newest)
+                return same
             if base is not None and session.get(ModelRow, base) is None:
                 raise RegistryError(f"{base} was removed while {name} was being registered.")
             known = session.get(NameRow, name)

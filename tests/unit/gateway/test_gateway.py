@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from small_folders import small_adapter, small_model
 
 from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo import EchoEngine
@@ -53,22 +53,15 @@ class World:
         self.version += 1
         await asyncio.sleep(0.1)
 
-    def adapter(self, name: str, rank: int = 8, **values: bool) -> None:
-        path = self.folder / f"{name}-{rank}"
-        path.mkdir()
-        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, **values}))
-        (path / "adapter_model.safetensors").write_bytes(name.encode() + bytes([rank]))
-        self.registry.register_adapter(name, path, base="base")
+    def adapter(self, name: str, rank: int = 8, promote: bool = True, **values: bool) -> None:
+        path = small_adapter(self.folder / f"{name}-{rank}", f"{name}-{rank}", rank=rank, **values)
+        self.registry.register_adapter(name, path, base="base", promote=promote)
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"max_position_embeddings": 64}')
-    (model / "model.safetensors").write_bytes(b"\0")
-    registry.register_model("base", model)
+    registry.register_model("base", small_model(tmp_path / "model", config={"max_position_embeddings": 64}))
     served = ServedModel(
         id="base@1", name="base", path="", max_length=64, config=ServedModelConfig(model="base", max_lora_rank=16)
     )
