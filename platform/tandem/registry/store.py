@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from tandem.errors import RegistryError
@@ -172,12 +172,13 @@ class Registry:
 
     def pinned(self, base: str) -> Records:
         """The adapters of a base (by its id) that its replicas keep loaded now."""
-        meant = select(PinRow.target).union(
-            select(NameRow.promoted).join(PinRow, PinRow.target == NameRow.name).where(NameRow.promoted.is_not(None))
-        )
-        query = select(ModelRow).where(ModelRow.id.in_(meant), ModelRow.base == base).order_by(ModelRow.id)
         with self._reading() as session:
-            return [_record(row) for row in session.scalars(query)]
+            # Pins are few, and adapters many: from the pins, each by its key.
+            targets = session.scalars(select(PinRow.target)).all()
+            meant = select(NameRow.promoted).where(NameRow.name.in_(targets), NameRow.promoted.is_not(None))
+            named = session.scalars(meant).all()
+            rows = session.scalars(select(ModelRow).where(ModelRow.id.in_([*targets, *named])).order_by(ModelRow.id))
+            return [_record(row) for row in rows if row.base == base]
 
     def list(
         self,
@@ -197,7 +198,7 @@ class Registry:
         # Each case reads along one index, in the order of the page.
         table: type[NameRow | ModelRow] = ModelRow
         if not all_versions:
-            query = query.join(NameRow, NameRow.promoted == ModelRow.id)
+            query = query.join(NameRow, (NameRow.name == ModelRow.name) & (NameRow.promoted == ModelRow.id))
             table = NameRow if base is None else ModelRow
         query = query.order_by(table.name, *([ModelRow.version] if all_versions else [])).limit(limit)
         if kind is not None:
@@ -206,10 +207,10 @@ class Registry:
             query = query.where(ModelRow.base == base)
         if after is not None:
             name, version = split_version(after)
-            later = table.name > name
             if all_versions and version is not None:
-                later = or_(later, (ModelRow.name == name) & (ModelRow.version > version))
-            query = query.where(later)
+                query = query.where(tuple_(ModelRow.name, ModelRow.version) > (name, version))
+            else:
+                query = query.where(table.name > name)
         with self._reading() as session:
             return [_record(row) for row in session.scalars(query)]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,7 +131,7 @@ def test_pins_go_with_what_they_pin_and_a_model_is_not_pinned(versions):
 class Names(RuleBasedStateMachine):
     """One name against a model in a list: the promotions that stand, oldest first."""
 
-    folders: dict[int, object] = {}
+    folders: ClassVar[dict[int, Path]] = {}
 
     def __init__(self) -> None:
         super().__init__()

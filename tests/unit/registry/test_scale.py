@@ -35,8 +35,7 @@ def registry(tmp_path_factory):
         known = [{"name": n, "kind": k, "last_version": 2, "promoted": f"{n}@{2 if b else 1}"} for n, k, b in names]
         session.execute(insert(NameRow), known)
         session.execute(insert(ModelRow), rows)
-    with registry._engine.begin() as connection:
-        connection.exec_driver_sql("ANALYZE")
+    registry.pin("a00500")
     return registry
 
 
@@ -65,7 +64,7 @@ def unknown(registry: Registry, name: str) -> None:
     [
         lambda r: r.resolve("a00500"),
         lambda r: r.resolve("a00500@1"),
-        lambda r: unknown(r, "a0050"),
+        lambda r: unknown(r, "a00500x"),
         lambda r: r.promotions("a00500"),
         lambda r: r.list("adapter", limit=10, after="a00500"),
         lambda r: r.list("model", limit=10),
@@ -78,12 +77,9 @@ def unknown(registry: Registry, name: str) -> None:
 def test_nothing_that_a_request_asks_scans_or_sorts_a_table(registry, plans, ask):
     ask(registry)
     assert plans
-    bad = [
-        step
-        for step in plans
-        if ("SCAN" in step and "registry_pins" not in step and "SCAN (" not in step) or "ORDER BY" in step
-    ]
-    assert [step for step in bad if "USING" not in step or "ORDER BY" in step] == []
+    # A SCAN of an index is a read along it, which the page's limit ends; pins are few.
+    scans = [step for step in plans if "SCAN registry" in step and "USING" not in step]
+    assert [*scans, *(step for step in plans if "FOR ORDER BY" in step)] == []
 
 
 def test_the_revision_is_one_row(registry, plans):
