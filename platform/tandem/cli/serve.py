@@ -19,7 +19,7 @@ from rich.table import Table
 from tandem.cli.machine import port_holder
 from tandem.cli.shell import a_cluster, console, friendly_errors, stop_quietly, uninterrupted
 from tandem.cluster import Cluster, LocalCluster, connect
-from tandem.config import ServeConfig, ServedModelConfig, load_yaml
+from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict
 from tandem.errors import ClusterError, EngineError
 from tandem.settings import settings
@@ -43,7 +43,7 @@ def up_command(
     ] = False,
 ) -> None:
     """Serve models until Ctrl-C."""
-    with friendly_errors():
+    with friendly_errors(), located(config, overrides):
         wanted = (
             load_yaml(ServeConfig, config, overrides)
             if config

@@ -4,6 +4,7 @@ from tandem.config.data import DataConfig, MixturePart
 from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.elastic import check_elastic, sized, sizes
 from tandem.config.faults import FaultsConfig, SpikeConfig
+from tandem.config.lines import located
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
 from tandem.config.metrics import MetricsConfig, MlflowConfig, WandbConfig
 from tandem.config.model import LoraConfig, ModelConfig
@@ -37,6 +38,7 @@ __all__ = [
     "check_elastic",
     "from_dict",
     "load_yaml",
+    "located",
     "sized",
     "sizes",
     "to_dict",

@@ -35,6 +35,8 @@ class EngineSpec:
     gpus: float = 0.0
     args: Mapping[str, Any] = field(default_factory=dict)
     """The engine's own arguments; they win over what Tandem would set."""
+    where: str = "engine_args"
+    """What messages call `args`: their place in the app's config."""
 
 
 def create_engine(spec: EngineSpec) -> Engine:
@@ -67,7 +69,7 @@ def check_engine_args(spec: EngineSpec) -> None:
     question = json.dumps({name: getattr(spec, name) for name in EngineSpec.__slots__}, default=dict)
     try:
         answer = subprocess.run(
-            [sys.executable, "-m", "tandem.engine.vllm"],
+            [sys.executable, "-m", "tandem.engine.vllm_args"],
             input=question,
             capture_output=True,
             text=True,

@@ -15,6 +15,7 @@ from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
+from tandem.serve.placement import place
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
 from tandem.settings import settings
@@ -36,22 +37,24 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     """
     registry_url = settings().registry_url
     models = resolve_models(config, Registry(registry_url))
-    for model in models:
+    placements = [place(model.config, f"models[{i}]") for i, model in enumerate(models)]
+    for i, model in enumerate(models):
         if check and model.config.engine_args:
-            check_engine_args(engine_spec(model))
+            check_engine_args(engine_spec(model, f"models[{i}].engine_args"))
     directory = _deployment(Directory, "Directory", num_cpus=CONTROL_CPUS).bind()
     engines = [
         _deployment(
             EngineReplica,
             f"engine-{model.name}",
-            num_cpus=model.config.cpus_per_replica,
-            num_gpus=model.config.gpus_per_replica,
+            num_cpus=placement.cpus,
+            num_gpus=placement.gpus,
             env=model.config.env,
             num_replicas=model.config.replicas,
             health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_timeout_s=SHUTDOWN_S,
+            **placement.options(),
         ).bind(model, directory)
-        for model in models
+        for model, placement in zip(models, placements, strict=True)
     ]
     gateway = _deployment(
         serve.ingress()(Gateway),

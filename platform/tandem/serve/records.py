@@ -52,6 +52,10 @@ class ReplicaRecord:
     kv_usage: float = 0.0
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds."""
+    started_at: float = 0.0
+    """When its process was given to it, in seconds since 1970."""
+    startup_s: tuple[tuple[str, float], ...] = ()
+    """How long each phase of its start took, in seconds: process, imports, engine."""
 
     @property
     def load(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Any
 
 import ray
@@ -17,7 +18,9 @@ from tandem.errors import EngineError
 from tandem.reaper import Reaper
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.host import EngineHost
+from tandem.serve.placement import check_nodes, place, workers
 from tandem.serve.records import ReplicaRecord, ServedModel, State
+from tandem.serve.startup import Startup
 
 DRAIN_S = 30.0
 """How long running requests may go on when a replica is asked to end."""
@@ -30,6 +33,8 @@ class EngineReplica:
     # Serve awaits an asynchronous constructor.
     async def __init__(self, model: ServedModel, directory: Any) -> None:  # type: ignore[misc]
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
+        self._started_at, startup = time.time(), Startup()
+        startup.done("process")
         self._model = model
         self._directory = directory
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -37,8 +42,10 @@ class EngineReplica:
         self._changed = asyncio.Event()
         self._reaper = Reaper.of_children()
         loop = asyncio.get_running_loop()
+        _check_placement(model)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         engine = await asyncio.to_thread(create_engine, engine_spec(model))
+        startup.done("imports")
         self._host = EngineHost(
             engine,
             max_adapters=model.config.max_adapters,
@@ -46,6 +53,8 @@ class EngineReplica:
             on_change=lambda: _set(loop, self._changed),
         )
         await self._host.start()
+        startup.done("engine")
+        self._startup = tuple(startup.phases.items())
         self._beats = asyncio.create_task(self._beat())
 
     def check_health(self) -> None:
@@ -67,6 +76,8 @@ class EngineReplica:
             waiting=stats.waiting,
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
+            started_at=self._started_at,
+            startup_s=self._startup,
         )
 
     async def __del__(self) -> None:
@@ -104,8 +115,15 @@ def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def engine_spec(model: ServedModel) -> EngineSpec:
-    """What the engine of a served model loads."""
+def _check_placement(model: ServedModel) -> None:
+    group = ray.util.get_current_placement_group()
+    if group is not None and place(model.config).bundles:
+        nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        check_nodes(group.bundle_specs, nodes, model.config.engine_args.get("tensor_parallel_size", 1))
+
+
+def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:
+    """What the engine of a served model loads; `where` its arguments stand in the app's config."""
     config = model.config
     return EngineSpec(
         kind=config.engine,
@@ -114,7 +132,8 @@ def engine_spec(model: ServedModel) -> EngineSpec:
         path=model.path,
         max_adapters=config.max_adapters,
         max_lora_rank=config.max_lora_rank,
-        threads=max(1, int(config.cpus_per_replica)),
+        threads=max(1, int(config.cpus_per_replica / workers(config.engine_args))),
         gpus=config.gpus_per_replica,
         args=config.engine_args,
+        where=where,
     )
