@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.table import Table
@@ -167,6 +168,14 @@ def serve_details(cluster: Cluster) -> dict[str, Any]:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
+
+
+def app_url(cluster: Cluster, app: str) -> str | None:
+    """The base URL, for clients of OpenAI's API, of an app that is up on a cluster; None if it is not."""
+    details = serve_details(cluster)
+    if app not in details.get("applications", {}):
+        return None
+    return f"http://{urlsplit(cluster.dashboard_url).hostname}:{details['http_options']['port']}/v1"
 
 
 def _required_cluster() -> Cluster:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.pooling.utils import enable_scoring_api
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,6 +37,7 @@ class VllmEngine:
         self._app: ASGIApp | None = None
         self._models: OpenAIServingModels | None = None
         self._adapters: tuple[str, ...] = ()
+        self._tasks: tuple[str, ...] = ()
 
     @property
     def app(self) -> ASGIApp:
@@ -53,6 +55,9 @@ class VllmEngine:
                 disable_log_stats=self._args.disable_log_stats,
             )
             tasks = await self._llm.get_supported_tasks()
+            # vLLM has no task of this name: it mounts the routes by this rule of its own.
+            scores = ("score",) if enable_scoring_api(tasks, self._llm.model_config) else ()
+            self._tasks = (*tasks, *scores)
             app = build_app(self._args, tasks, self._llm.model_config)
             await init_app_state(self._llm, app.state, self._args, tasks)
         except (Exception, SystemExit) as error:
@@ -92,6 +97,7 @@ class VllmEngine:
             waiting=unfinished - running,
             kv_usage=self._load.kv_usage if unfinished else 0.0,
             adapters=self._adapters,
+            tasks=self._tasks,
             healthy=not self._llm.errored,
         )
 

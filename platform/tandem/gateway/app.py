@@ -12,6 +12,7 @@ from tandem.config.serve import GatewayConfig
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
+from tandem.gateway.latency import Record, forget
 from tandem.gateway.proxy import Proxy
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.registry import Registry
@@ -19,13 +20,18 @@ from tandem.serve.records import ServedModel
 
 
 def create_app(
-    *, models: Iterable[ServedModel], watch: Watch, registry: Registry, config: GatewayConfig | None = None
+    *,
+    models: Iterable[ServedModel],
+    watch: Watch,
+    registry: Registry,
+    config: GatewayConfig | None = None,
+    record: Record = forget,
 ) -> Starlette:
-    """The app that answers for `models`; `watch` tells it of the replicas."""
+    """The app that answers for `models`; `watch` tells it of the replicas, and `record` hears what it adds to each request."""
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
     fleet = Fleet(watch)
-    proxy = Proxy(fleet, config)
+    proxy = Proxy(fleet, config, record)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

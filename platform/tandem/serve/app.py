@@ -15,6 +15,7 @@ from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
+from tandem.serve.metrics import added_latency
 from tandem.serve.placement import place
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
@@ -91,6 +92,7 @@ class Gateway:
             watch=self._watch,
             registry=Registry(self._registry_url),
             config=self._config,
+            record=added_latency(),
         )
 
     async def _watch(self, version: int) -> Snapshot:

@@ -56,6 +56,8 @@ class ReplicaRecord:
     """When its process was given to it, in seconds since 1970."""
     startup_s: tuple[tuple[str, float], ...] = ()
     """How long each phase of its start took, in seconds: process, imports, engine."""
+    tasks: tuple[str, ...] = ()
+    """What its engine does, in the words of serve.routes; empty: not known."""
 
     @property
     def load(self) -> int:

@@ -78,6 +78,7 @@ class EngineReplica:
             adapters=stats.adapters,
             started_at=self._started_at,
             startup_s=self._startup,
+            tasks=stats.tasks,
         )
 
     async def __del__(self) -> None:
