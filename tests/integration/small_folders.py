@@ -38,7 +38,7 @@ def small_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     values = {"peft_type": "LORA", "r": rank, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], **config}
     (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
-    inner = rank if isinstance(rank, int) and rank > 0 else 16
+    inner = rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else 16
     usual = {
         f"base_model.model.{layer}.lora_{kind}.weight": (inner, HIDDEN) if kind == "A" else (out, inner)
         for layer, out in ((Q, WIDTH), (V, 2))

@@ -95,12 +95,9 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
         "disable_fastapi_docs": True,
     }
     if spec.max_adapters:
-        # On the CPU, a request for the base in a batch with others' adapters gets the last slot's adapter applied
-        # (vllm-project/vllm pull request 48421). One slot more than is ever used keeps the last one empty, so harmless.
-        slots = spec.max_adapters + (not spec.gpus)
         chosen |= {
-            "max_loras": slots,
-            "max_cpu_loras": slots,
+            "max_loras": slots_of(spec),
+            "max_cpu_loras": cached_of(spec),
             "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
         }
     if not spec.gpus:
@@ -113,15 +110,31 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
     return chosen
 
 
+def slots_of(spec: EngineSpec) -> int:
+    """vLLM's max_loras.
+
+    On the CPU, a request for the base in a batch with others' adapters gets the last slot's adapter applied
+    (vllm-project/vllm pull request 48421). One slot more, which the engine keeps empty, makes that harmless.
+    """
+    return spec.max_adapters + (not spec.gpus)
+
+
+def cached_of(spec: EngineSpec) -> int:
+    """vLLM's max_cpu_loras: what is in a slot is in host memory too."""
+    return max(spec.max_adapters, spec.max_cached_adapters) + (not spec.gpus)
+
+
 def _check_slots(args: argparse.Namespace, spec: EngineSpec) -> None:
-    needed = spec.max_adapters + (not spec.gpus)
-    key = "max_cpu_loras" if spec.gpus else "max_loras"
-    given = getattr(args, key)
-    if isinstance(given, int) and given < needed:
-        raise ConfigError(
-            f"{spec.where}.{key} is {given}; max_adapters ({spec.max_adapters}) needs at least {needed}. "
-            f"Lower max_adapters, or leave {key} out."
-        )
+    for key, needed, ours in (
+        ("max_loras", slots_of(spec), "max_adapters"),
+        ("max_cpu_loras", cached_of(spec), "max_cached_adapters"),
+    ):
+        given = getattr(args, key)
+        if given != needed:
+            raise ConfigError(
+                f"{spec.where}.{key} is {given}; models[].{ours} ({getattr(spec, ours)}) sets it to {needed}. "
+                f"Change that, and leave {key} out."
+            )
 
 
 @functools.cache

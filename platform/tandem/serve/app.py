@@ -54,7 +54,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
             health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_timeout_s=SHUTDOWN_S,
             **placement.options(),
-        ).bind(model, directory)
+        ).bind(model, directory, registry_url)
         for model, placement in zip(models, placements, strict=True)
     ]
     gateway = _deployment(
