@@ -31,7 +31,7 @@ def spec(folder: Path, **args: Any) -> EngineSpec:
         ({"max_model_length": 64}, "Did you mean 'max_model_len'"),
         ({"served_model_name": "x"}, r"set by models\[\]\.name"),
         ({"max_model_len": 1_000_000}, "1000000"),
-        ({"max_loras": 2}, "needs at least 9"),
+        ({"max_loras": 2}, r"set by models\[\]\.max_adapters"),
     ],
 )
 def test_a_wrong_argument_is_refused_with_vllms_own_words_or_the_nearest_name(

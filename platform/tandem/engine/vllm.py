@@ -136,9 +136,7 @@ class VllmEngine:
         """
         models, llm = self._started()
         with tempfile.TemporaryDirectory() as folder:
-            nothing = {"r": 1, "lora_alpha": 1, "target_modules": [], "peft_type": "LORA"}
-            Path(folder, "adapter_config.json").write_text(json.dumps(nothing))
-            Path(folder, "adapter_model.safetensors").write_bytes(serialize({}))
+            write_nothing(Path(folder))
             names = [f"-{number}" for number in range(slots_of(self._spec))]
             for name in names:
                 last = await self._add(models, llm, name, folder)
@@ -155,6 +153,13 @@ class VllmEngine:
         if self._models is None or self._llm is None:
             raise EngineError("The engine has not been started.")
         return self._models, self._llm
+
+
+def write_nothing(folder: Path) -> None:
+    """An adapter, in peft's format, that adapts no layer."""
+    config = {"r": 1, "lora_alpha": 1, "target_modules": [], "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(serialize({}))
 
 
 class _Load(StatLoggerBase):

@@ -29,7 +29,14 @@ from tandem.errors import ConfigError, TandemError, did_you_mean
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
-OURS = {"model": "model", "served_model_name": "name", "enable_lora": "max_adapters", "max_lora_rank": "max_lora_rank"}
+OURS = {
+    "model": "model",
+    "served_model_name": "name",
+    "enable_lora": "max_adapters",
+    "max_loras": "max_adapters",
+    "max_cpu_loras": "max_cached_adapters",
+    "max_lora_rank": "max_lora_rank",
+}
 """Arguments that keys of the served model's own set."""
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Runs the model in the scheduler's process: vLLM's own default on a GPU."""
@@ -57,8 +64,6 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
     args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for key, value in {**_chosen(spec), **given}.items():
         setattr(args, key, value)
-    if spec.max_adapters:
-        _check_slots(args, spec)
     return args
 
 
@@ -122,19 +127,6 @@ def slots_of(spec: EngineSpec) -> int:
 def cached_of(spec: EngineSpec) -> int:
     """vLLM's max_cpu_loras: what is in a slot is in host memory too."""
     return max(spec.max_adapters, spec.max_cached_adapters) + (not spec.gpus)
-
-
-def _check_slots(args: argparse.Namespace, spec: EngineSpec) -> None:
-    for key, needed, ours in (
-        ("max_loras", slots_of(spec), "max_adapters"),
-        ("max_cpu_loras", cached_of(spec), "max_cached_adapters"),
-    ):
-        given = getattr(args, key)
-        if given != needed:
-            raise ConfigError(
-                f"{spec.where}.{key} is {given}; models[].{ours} ({getattr(spec, ours)}) sets it to {needed}. "
-                f"Change that, and leave {key} out."
-            )
 
 
 @functools.cache

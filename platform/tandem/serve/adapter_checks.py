@@ -40,7 +40,7 @@ class AdapterChecks:
             )
         if adapter.digest and not is_remote(adapter.path) and not _unchanged(folder, adapter.digest, _marks(folder)):
             raise AdapterError(
-                f"The files of {adapter.id} in {folder} have changed since it was registered. Register them again, as a new version."
+                f"The files of {adapter.id} in {folder} have changed since it was registered. Register them again: a new version."
             )
         return replace(adapter, path=str(folder))
 

@@ -24,7 +24,7 @@ class Pins:
         self._known: list[AdapterRef] | None = None
 
     def changed(self) -> list[AdapterRef] | None:
-        """The pinned adapters if they are others than at the last call, else None. RegistryError if the database does not answer."""
+        """The pinned adapters if they are others than at the last call, else None; RegistryError if the database fails."""
         if self._registry is None:
             self._registry = self._open()
         revision = self._registry.revision()

@@ -2,8 +2,8 @@
 
 An engine has `slots` places that a batch can use and memory for `cached` adapters (at least as many). vLLM moves adapters between
 the two by itself, the longest unused first; what it must be spared is a batch that needs more adapters than it has slots, and an
-adapter that leaves its memory while a request needs it: it would read the files again in the middle of a step, and an engine whose
-step fails is dead. So it is here that requests wait for a slot and that adapters are sent away.
+adapter that leaves its memory while a request needs it: it would read the files again in the middle of a step, and a step that
+fails is an engine's death. So it is here that requests wait for a slot and that adapters are sent away.
 """
 
 from __future__ import annotations
