@@ -8,6 +8,7 @@ TandemError
 ├── StorageError         a disk or store that refused
 ├── RegistryError
 │   ├── UnknownModelError   no model or adapter of that name
+│   │   └── UnknownVersionError  the name is known, and has no such version, or none that is promoted
 │   └── AdapterError        an adapter's files that cannot be served
 ├── ClusterError         no Ray cluster, or one that refused
 ├── JobError             a job that failed or does not exist
@@ -59,6 +60,10 @@ class RegistryError(TandemError):
 
 class UnknownModelError(RegistryError):
     """No model or adapter of that name is registered."""
+
+
+class UnknownVersionError(UnknownModelError):
+    """The name is registered, but has no such version, or none that is promoted."""
 
 
 class AdapterError(RegistryError):

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tandem.errors import RegistryError, UnknownModelError, did_you_mean
+from tandem.errors import RegistryError, UnknownModelError, UnknownVersionError, did_you_mean
 from tandem.ids import split_version, versioned
 from tandem.registry.schema import ModelRow, NameRow, PromotionRow
 
@@ -25,14 +25,14 @@ def find(session: Session, name_or_id: str) -> ModelRow:
         if row is not None:
             return row
         if others := versions_of(session, name, SHOWN + 1):
-            raise UnknownModelError(f"{name} has no version {version}; it has {some(others)}.")
+            raise UnknownVersionError(f"{name} has no version {version}; it has {some(others)}.")
     else:
         known = session.get(NameRow, name)
         row = session.get(ModelRow, known.promoted) if known is not None and known.promoted else None
         if row is not None:
             return row
         if others := versions_of(session, name, SHOWN + 1):
-            raise UnknownModelError(
+            raise UnknownVersionError(
                 f"No version of {name} is promoted; it has {some(others)}. Ask for {versioned(name, others[0])}, or promote one: "
                 f"`tandem adapters promote {versioned(name, others[0])}`."
             )

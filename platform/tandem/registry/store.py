@@ -226,11 +226,11 @@ class Registry:
             row = session.scalar(query)
             return None if row is None else _record(row)
 
-    def remove(self, name_or_id: str) -> Records:
+    def remove(self, name_or_id: str, *, kind: Kind | None = None) -> Records:
         """Forget one version (by id) or all of a name; the files stay. Returns what was forgotten, oldest first.
 
         A name whose promoted version goes means the one promoted before. RegistryError, and nothing changes, if an adapter still
-        needs one of them.
+        needs one of them, or if they are not of the `kind` given.
         """
         name, version = split_version(name_or_id)
         with self._writing() as (session, _):
@@ -239,6 +239,8 @@ class Registry:
             else:
                 wanted = [names.find(session, name_or_id).id]
             rows = [session.get_one(ModelRow, each) for each in wanted]
+            if kind is not None and rows[0].kind != kind:
+                raise RegistryError(f"{rows[0].id} is {_a(rows[0].kind)}, not {_a(kind)}, so it stays.")
             needing = select(ModelRow.id).where(ModelRow.base.in_(wanted))
             needed_by = session.scalars(needing.order_by(ModelRow.base, ModelRow.name).limit(names.SHOWN + 1)).all()
             if needed_by:
