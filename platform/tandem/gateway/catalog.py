@@ -70,7 +70,8 @@ class Catalog:
     """Served models by every name they have, and the registry's adapters of them.
 
     The registry is asked for its revision with each adapter request, so an adapter that was registered a moment ago is
-    found, and a promotion is followed; records are read again only when the revision moved. All of it happens in a thread of its own.
+    found, and a promotion is followed; records are read again only when the revision moved. All of it happens in a thread
+    of its own.
     """
 
     def __init__(self, models: Iterable[ServedModel], registry: Registry) -> None:
