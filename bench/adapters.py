@@ -1,0 +1,470 @@
+"""What adapters cost the served app: cold starts, promotions, a thousand of them under load, and the way from a training run.
+
+    python bench/adapters.py [--parts cold promotion zipf training] [--rounds N] [--json FILE] [--check]
+
+One app with 2 replicas of a small Llama, 8 adapter slots each, is asked over HTTP as clients ask it. `cold`: the first token of an
+adapter that no replica has seen, against its next one's. `promotion`: each promotion is followed at once by a request, under load.
+`zipf`: a thousand adapters, asked with Zipf's frequencies, against the same requests to the base; rounds alternate. `training`: a
+LoRA job runs on the app's cluster, and the app is asked for its adapter from the job's last step on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+from load import Stream, Tally
+from report import Verdict, ends, judge, lines, show, write
+from safetensors.numpy import save_file
+from serve_overhead import ENVIRONMENT, free_port
+
+HIDDEN, INNER, LAYERS, HEADS = 768, 2048, 6, 12
+RANK, CONTENTS = 8, 20
+SLOTS, REPLICAS = 8, 2
+PROMPT = "import os\n\ndef main(path):\n    return os.path.join(path"
+COLD_MS, SHARE, TRAINED_S = 150.0, 0.8, 2.0
+"""The bars."""
+MODEL = """
+import sys, sysconfig
+from pathlib import Path
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+tokenizer = Tokenizer(models.BPE())
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.decoder = decoders.ByteLevel()
+trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<s>", "</s>"], show_progress=False)
+tokenizer.train([str(f) for f in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]], trainer)
+PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(sys.argv[1])
+torch.manual_seed(0)
+hidden, inner, layers, heads = map(int, sys.argv[2:])
+LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+    num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
+    tie_word_embeddings=True)).save_pretrained(sys.argv[1])
+"""
+
+
+class Mixed(Stream):
+    """One connection that sends requests of its own list, one after the other."""
+
+    def __init__(self, requests: Sequence[bytes], tokens: int, tally: Tally) -> None:
+        super().__init__(requests[0], tokens, len(requests), tally)
+        self._requests = iter(requests)
+
+    def _send(self) -> None:
+        self._request = next(self._requests)
+        super()._send()
+
+
+class App:
+    """The served app, as its clients and its operator see it."""
+
+    def __init__(self, port: int, home: Path) -> None:
+        from tandem.registry import Registry
+
+        self.port, self.home = port, home
+        self.registry = Registry(f"sqlite:///{home}/tandem.db")
+
+    def request(self, model: str, tokens: int) -> bytes:
+        """The bytes of one streamed completion."""
+        body = {
+            "model": model,
+            "prompt": PROMPT,
+            "max_tokens": tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        raw = json.dumps(body).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n"
+            f"Authorization: Bearer bench\r\nContent-Length: {len(raw)}\r\n\r\n"
+        )
+        return head.encode() + raw
+
+    async def drive(self, streams: Sequence[Sequence[str]], tokens: int) -> dict[str, Any]:
+        """Ask for the models of each stream in turn."""
+        loop, tallies = asyncio.get_running_loop(), [Tally() for _ in streams]
+        began = time.perf_counter()
+        connections = []
+        for models, tally in zip(streams, tallies, strict=True):
+            requests = [self.request(model, tokens) for model in models]
+
+            def made(requests: list[bytes] = requests, tally: Tally = tally) -> Mixed:
+                return Mixed(requests, tokens, tally)
+
+            connections.append((await loop.create_connection(made, "127.0.0.1", self.port))[1])
+        await asyncio.gather(*(connection.done for connection in connections))
+        seconds = time.perf_counter() - began
+        return {
+            "tokens_per_s": sum(len(tally.between) for tally in tallies) * tokens / seconds,
+            "first_token_ms": [1000 * first for tally in tallies for first in tally.first],
+            "between_tokens_ms": 1000
+            * statistics.median([each for tally in tallies for each in tally.between] or [0.0]),
+            "failed": [reason for tally in tallies for reason in tally.failed],
+        }
+
+    async def first_token_ms(self, model: str) -> float:
+        """Of one short request; RuntimeError if it fails."""
+        found = await self.drive([[model]], 4)
+        if found["failed"]:
+            raise RuntimeError(found["failed"][0])
+        return float(found["first_token_ms"][0])
+
+    def residency(self) -> list[Any]:
+        """What each replica holds, by the app's own directory."""
+        from ray import serve
+
+        directory = serve.get_deployment_handle("Directory", "tandem")
+        return list(directory.watch.remote(0).result(timeout_s=30).replicas)
+
+
+def write_adapter(folder: Path, seed: int) -> Path:
+    """A LoRA adapter of all linear layers, as peft writes it."""
+    folder.mkdir(parents=True)
+    dice = np.random.default_rng(seed)
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    tensors = {}
+    for layer in range(LAYERS):
+        for name in (*attention, *mlp):
+            block = "self_attn" if name in attention else "mlp"
+            wide, out = INNER if name == "down_proj" else HIDDEN, INNER if name in ("gate_proj", "up_proj") else HIDDEN
+            key = f"base_model.model.model.layers.{layer}.{block}.{name}.lora_"
+            tensors[f"{key}A.weight"] = dice.normal(0, 0.02, (RANK, wide)).astype(np.float32)
+            tensors[f"{key}B.weight"] = dice.normal(0, 0.02, (out, RANK)).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": [*attention, *mlp], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def register_many(app: App, folder: Path, count: int) -> float:
+    """`count` adapters with an id and a folder each, which share a few contents by hard links; the seconds it took."""
+    contents = [write_adapter(folder / f"content-{number}", number) for number in range(CONTENTS)]
+    began = time.perf_counter()
+    for number in range(count):
+        own = folder / f"adapter-{number:04}"
+        own.mkdir()
+        for file in contents[number % CONTENTS].iterdir():
+            os.link(file, own / file.name)
+        app.registry.register_adapter(own.name, own, base="bench")
+    return time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[App, Any]]:
+    """The app on a cluster of its own, and the cluster."""
+    from tandem.cluster import local_cluster
+    from tandem.registry import Registry
+
+    home = folder / "home"
+    os.environ.update(ENVIRONMENT, TANDEM_HOME=str(home))
+    sizes = [str(size) for size in (HIDDEN, INNER, LAYERS, HEADS)]
+    subprocess.run([sys.executable, "-c", MODEL, str(folder / "model"), *sizes], check=True, capture_output=True)
+    Registry(f"sqlite:///{home}/tandem.db").register_model("bench", folder / "model")
+    with local_cluster(num_cpus=10) as cluster:
+        import ray
+        from ray import serve
+
+        from tandem.config import ServeConfig, ServedModelConfig
+        from tandem.serve.app import build_app
+
+        port = free_port()
+        model = ServedModelConfig(
+            model="bench",
+            replicas=REPLICAS,
+            max_adapters=SLOTS,
+            max_lora_rank=RANK,
+            engine_args={"max_model_len": 1024},
+        )
+        ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
+        yield App(port, home), cluster
+        ray.shutdown()
+
+
+async def cold(app: App, names: Sequence[str]) -> dict[str, Any]:
+    """First tokens of adapters that nobody has asked for, of the same again, and of those that left the slots meanwhile."""
+    for _ in range(6):
+        await app.first_token_ms("bench")
+    first, again = [], []
+    for name in names:
+        first.append(await app.first_token_ms(name))
+        again.append(await app.first_token_ms(name))
+    held = {adapter for replica in app.residency() for adapter in (*replica.adapters,) if adapter not in replica.slots}
+    memory = [await app.first_token_ms(name) for name in names if f"{name}@1" in held][: len(names) // 2]
+    return {
+        "cold_ms": spread(first),
+        "warm_ms": spread(again),
+        "memory_ms": spread(memory),
+        "more_ms": spread([one - two for one, two in zip(first, again, strict=True)]),
+    }
+
+
+async def promotion(app: App, folder: Path, times: int) -> dict[str, Any]:
+    """Promote two versions in turn, each time asking at once, while other streams ask for the same name."""
+    for number in (1, 2):
+        app.registry.register_adapter("moving", write_adapter(folder / f"moving-{number}", 100 + number), base="bench")
+    over, failed, wrong, took = asyncio.Event(), [], 0, []
+
+    async def others() -> None:
+        while not over.is_set():
+            failed.extend((await app.drive([["moving"]] * 4, 24))["failed"])
+
+    load = asyncio.create_task(others())
+    for number in range(times):
+        wanted = f"moving@{1 + number % 2}"
+        await asyncio.to_thread(app.registry.promote, wanted)
+        began = time.perf_counter()
+        wrong += await answered_by(app, "moving") != wanted
+        took.append(1000 * (time.perf_counter() - began))
+    over.set()
+    await load
+    return {"promotions": times, "wrong": wrong, "failed": failed, "next_answer_ms": spread(took)}
+
+
+async def answered_by(app: App, model: str) -> str:
+    """The version that answers a short request."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    writer.write(app.request(model, 1))
+    said = b""
+    while b'"model":' not in said or b"[DONE]" not in said:
+        more = await reader.read(65536)
+        if not more:
+            return said.decode(errors="replace")
+        said += more
+    writer.close()
+    return said.split(b'"model":')[1].split(b'"')[1].decode()
+
+
+async def zipf(
+    app: App, names: Sequence[str], rounds: int, streams: int, requests: int, tokens: int
+) -> list[dict[str, Any]]:
+    """Rounds of the same requests to the base and to adapters; round -1 warms up and is not counted."""
+    dice, results = random.Random(0), []
+    weights = [1 / rank for rank in range(1, len(names) + 1)]
+    for number in range(-1, rounds):
+        order = ("base", "adapters") if number % 2 else ("adapters", "base")
+        for kind in order:
+            asked = [
+                ["bench"] * requests if kind == "base" else dice.choices(names, weights, k=requests)
+                for _ in range(streams)
+            ]
+            before = loads(app)
+            found = await app.drive(asked, tokens)
+            found |= {"kind": kind, "round": number, "asked": len({name for each in asked for name in each})}
+            found |= {"first_token_ms": spread(found["first_token_ms"]), "loaded": loads(app) - before}
+            print(f"round {number} {kind:9} {found['tokens_per_s']:7.0f} tokens/s, {found['loaded']} loads", flush=True)
+            if number >= 0:
+                results.append(found)
+    return results
+
+
+def loads(app: App) -> int:
+    """Adapters that the replicas have loaded since they started, by vLLM's own counting of ids."""
+    return sum(replica.adapter_loads for replica in app.residency())
+
+
+async def training(app: App, cluster: Any, rounds: int) -> list[dict[str, Any]]:
+    """Jobs of a few steps; seconds from the last one to the first token of what they made, and what they went for."""
+    from tandem.cli.data import build
+    from tandem.config import TrainConfig, from_dict
+    from tandem.jobs.client import JobClient
+    from tandem.jobs.prepare import prepare
+
+    pairs = app.home / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"say {n}", "answer": f"it is {n}"}) + "\n" for n in range(400)))
+    build(str(pairs), app.home / "data" / "pairs", tokenizer=str(app.home.parent / "model"))
+    client, results = JobClient(cluster), []
+    for number in range(rounds):
+        name = f"trained-{number}"
+        job = prepare(
+            from_dict(
+                TrainConfig,
+                {
+                    "name": name, "data": {"path": "pairs", "sequence_length": 64}, "model": {"base": "bench"},
+                    "lora": {"rank": RANK}, "steps": 12, "batch_size": 4, "seed": number,
+                },
+            )
+        )  # fmt: skip
+        client.submit(job)
+        while (found := await ask_until(app, name, job)) is None:
+            await asyncio.sleep(0.02)
+        results.append(found)
+        print(f"training {number}: {found['seconds']:.2f} s from the last step to the first token", flush=True)
+        while job.last("finished", "failed") is None:
+            await asyncio.sleep(0.2)
+    return results
+
+
+async def ask_until(app: App, name: str, job: Any) -> dict[str, Any] | None:
+    """The figures of a job once its adapter answered; None if it does not yet."""
+    if (failed := job.last("failed")) is not None:
+        raise RuntimeError(failed["error"])
+    step = job.last("step")
+    if step is None or step["step"] < step["steps"]:
+        return None
+    try:
+        first = await app.first_token_ms(name)
+    except RuntimeError:
+        return None
+    answered = time.time()
+    registered = app.registry.resolve(name).created_at.timestamp()
+    return {
+        "seconds": answered - step["time"],
+        "to_registry_s": registered - step["time"],
+        "from_registry_s": answered - registered,
+        "first_token_ms": first,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile and most."""
+    if not values:
+        return {"median": math.nan, "p95": math.nan, "most": math.nan}
+    ordered = sorted(values)
+    return {
+        "median": round(statistics.median(ordered), 2),
+        "p95": round(ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)], 2),
+        "most": round(ordered[-1], 2),
+    }
+
+
+def main() -> int:
+    """Run it; 1 if a bar is missed and --check is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=4, help="of each stream in a round of zipf")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer in zipf")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    results: dict[str, Any] = {
+        "cpus": os.cpu_count(),
+        "when": time.strftime("%Y-%m-%d"),
+        "settings": dict(vars(given), json=None),
+    }
+    with tempfile.TemporaryDirectory(prefix="ta-", dir="/tmp") as place, serving(Path(place)) as (app, cluster):
+        folder = Path(place) / "adapters"
+        results["registering_s"] = register_many(app, folder, given.adapters)
+        names = [f"adapter-{number:04}" for number in range(given.adapters)]
+        todo: dict[str, Callable[[], Any]] = {
+            "cold": lambda: cold(app, names[-40:]),
+            "promotion": lambda: promotion(app, folder, 40),
+            "zipf": lambda: zipf(app, names, given.rounds, given.streams, given.requests, given.tokens),
+            "training": lambda: training(app, cluster, max(1, given.rounds // 2)),
+        }
+        for part in given.parts:
+            results[part] = uvloop.run(todo[part]())
+    rows = [row for part in given.parts for row in PARTS[part](results[part])]
+    verdicts = [row.pop() for row in rows]
+    columns = ("what", "measured", "bar")
+    show("Adapters", columns, rows)
+    page = "# Adapters\n\nMade by `python bench/adapters.py --json ...`: 2 replicas, 8 slots each, "
+    page += f"{given.adapters} adapters registered in {results['registering_s']:.0f} s.\n\n{lines(columns, rows)}\n\n"
+    write(given.json, results, page + ends(v for v in verdicts if v) + "\n")
+    return judge((v for v in verdicts if v), check=given.check)
+
+
+def told_cold(found: dict[str, Any]) -> list[list[Any]]:
+    """Rows of `cold`: what, measured, bar, verdict."""
+    more = found["more_ms"]
+    said = f"first token of a cold adapter {more['p95']:.0f} ms after a warm one's (95th percentile)"
+    shown = {"of an adapter from disk": "cold_ms", "of one in host memory": "memory_ms", "of one in a slot": "warm_ms"}
+    rows: list[list[Any]] = [
+        [
+            f"first token {what}: median, 95th percentile",
+            f"{found[key]['median']:.1f}, {found[key]['p95']:.1f} ms",
+            "",
+            None,
+        ]
+        for what, key in shown.items()
+    ]
+    verdict = Verdict(more["p95"] <= COLD_MS, COLD_MS / max(1e-9, more["p95"]), said)
+    return [
+        *rows,
+        [
+            "cold, more than warm: median, 95th percentile",
+            f"{more['median']:.1f}, {more['p95']:.1f} ms",
+            "150 ms",
+            verdict,
+        ],
+    ]
+
+
+def told_promotion(found: dict[str, Any]) -> list[list[Any]]:
+    """Rows of `promotion`."""
+    bad = found["wrong"] + len(found["failed"])
+    said = f"{found['promotions']} promotions under load, {found['wrong']} not seen by the next request, {len(found['failed'])} failed"
+    rows: list[list[Any]] = [
+        ["answer after a promotion, median", f"{found['next_answer_ms']['median']:.0f} ms", "", None]
+    ]
+    return [*rows, ["requests after a promotion by another version; failed", f"{found['wrong']}; {len(found['failed'])}", "0; 0",
+                    Verdict(not bad, 1.0 if not bad else 0.0, said)]]  # fmt: skip
+
+
+def told_zipf(found: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of `zipf`: ratios are of each round's own two."""
+    by = {kind: {each["round"]: each for each in found if each["kind"] == kind} for kind in ("base", "adapters")}
+    ratios = [by["adapters"][n]["tokens_per_s"] / by["base"][n]["tokens_per_s"] for n in by["base"]]
+    share, failed = statistics.median(ratios), sum(len(each["failed"]) for each in found)
+    rows: list[list[Any]] = []
+    for kind, rounds in by.items():
+        speed = statistics.median(each["tokens_per_s"] for each in rounds.values())
+        first = statistics.median(each["first_token_ms"]["median"] for each in rounds.values())
+        rows.append([f"{kind}: tokens/s, first token", f"{speed:,.0f}, {first:.0f} ms", "", None])
+    cold_share = sum(each["loaded"] for each in by["adapters"].values())
+    rows.append(["loads in all rounds", f"{cold_share}", "", None])
+    said = f"adapters under Zipf traffic at {share:.2f} of base-only throughput, {failed} failed"
+    verdict = Verdict(share >= SHARE and not failed, 0.0 if failed else share / SHARE, said)
+    return [
+        *rows,
+        [
+            "adapters as a share of the base (least, most)",
+            f"{share:.2f} ({min(ratios):.2f}, {max(ratios):.2f})",
+            "0.80",
+            verdict,
+        ],
+    ]
+
+
+def told_training(found: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of `training`."""
+    seconds = statistics.median(each["seconds"] for each in found)
+    registry = statistics.median(each["to_registry_s"] for each in found)
+    said = f"{seconds:.2f} s from a run's last step to the first token of its adapter"
+    verdict = Verdict(seconds <= TRAINED_S, TRAINED_S / seconds, said)
+    return [
+        ["last step to the registry", f"{registry:.2f} s", "", None],
+        ["last step to the first token", f"{seconds:.2f} s", "2 s", verdict],
+    ]
+
+
+PARTS: dict[str, Callable[[Any], list[list[Any]]]] = {
+    "cold": told_cold,
+    "promotion": told_promotion,
+    "zipf": told_zipf,
+    "training": told_training,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
