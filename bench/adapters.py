@@ -388,7 +388,6 @@ def main() -> int:
 def told_cold(found: dict[str, Any]) -> list[list[Any]]:
     """Rows of `cold`: what, measured, bar, verdict."""
     more = found["more_ms"]
-    said = f"first token of a cold adapter {more['p95']:.0f} ms after a warm one's (95th percentile)"
     shown = {"of an adapter from disk": "cold_ms", "of one in host memory": "memory_ms", "of one in a slot": "warm_ms"}
     rows: list[list[Any]] = [
         [
@@ -399,27 +398,21 @@ def told_cold(found: dict[str, Any]) -> list[list[Any]]:
         ]
         for what, key in shown.items()
     ]
+    said = f"first token of a cold adapter {more['p95']:.0f} ms after a warm one's (95th percentile)"
     verdict = Verdict(more["p95"] <= COLD_MS, COLD_MS / max(1e-9, more["p95"]), said)
-    return [
-        *rows,
-        [
-            "cold, more than warm: median, 95th percentile",
-            f"{more['median']:.1f}, {more['p95']:.1f} ms",
-            "150 ms",
-            verdict,
-        ],
-    ]
+    measured = f"{more['median']:.1f}, {more['p95']:.1f} ms"
+    return [*rows, ["cold, more than warm: median, 95th percentile", measured, "150 ms", verdict]]
 
 
 def told_promotion(found: dict[str, Any]) -> list[list[Any]]:
     """Rows of `promotion`."""
-    bad = found["wrong"] + len(found["failed"])
-    said = f"{found['promotions']} promotions under load, {found['wrong']} not seen by the next request, {len(found['failed'])} failed"
-    rows: list[list[Any]] = [
-        ["answer after a promotion, median", f"{found['next_answer_ms']['median']:.0f} ms", "", None]
+    wrong, failed = found["wrong"], len(found["failed"])
+    said = f"{found['promotions']} promotions under load, {wrong} not seen by the next request, {failed} failed"
+    verdict = Verdict(not wrong and not failed, float(not wrong and not failed), said)
+    return [
+        ["answer after a promotion, median", f"{found['next_answer_ms']['median']:.0f} ms", "", None],
+        ["requests after a promotion by another version; failed", f"{wrong}; {failed}", "0; 0", verdict],
     ]
-    return [*rows, ["requests after a promotion by another version; failed", f"{found['wrong']}; {len(found['failed'])}", "0; 0",
-                    Verdict(not bad, 1.0 if not bad else 0.0, said)]]  # fmt: skip
 
 
 def told_zipf(found: list[dict[str, Any]]) -> list[list[Any]]:
@@ -432,19 +425,11 @@ def told_zipf(found: list[dict[str, Any]]) -> list[list[Any]]:
         speed = statistics.median(each["tokens_per_s"] for each in rounds.values())
         first = statistics.median(each["first_token_ms"]["median"] for each in rounds.values())
         rows.append([f"{kind}: tokens/s, first token", f"{speed:,.0f}, {first:.0f} ms", "", None])
-    cold_share = sum(each["loaded"] for each in by["adapters"].values())
-    rows.append(["loads in all rounds", f"{cold_share}", "", None])
+    rows.append(["loads in all rounds", str(sum(each["loaded"] for each in by["adapters"].values())), "", None])
     said = f"adapters under Zipf traffic at {share:.2f} of base-only throughput, {failed} failed"
     verdict = Verdict(share >= SHARE and not failed, 0.0 if failed else share / SHARE, said)
-    return [
-        *rows,
-        [
-            "adapters as a share of the base (least, most)",
-            f"{share:.2f} ({min(ratios):.2f}, {max(ratios):.2f})",
-            "0.80",
-            verdict,
-        ],
-    ]
+    measured = f"{share:.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
+    return [*rows, ["adapters as a share of the base (least, most)", measured, "0.80", verdict]]
 
 
 def told_training(found: list[dict[str, Any]]) -> list[list[Any]]:

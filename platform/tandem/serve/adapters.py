@@ -51,6 +51,8 @@ class AdapterSlots:
         # Replaced whole, as other threads read them.
         self.in_slots: tuple[str, ...] = ()
         """Ids of those that a batch can use without a copy."""
+        self.loads = 0
+        """How often an adapter was loaded."""
         self.problems: dict[str, str] = {}
         """Pinned adapters that are not kept, and why."""
 
@@ -194,6 +196,7 @@ class AdapterSlots:
                 self._refuse(adapter.id, refusal)
                 raise refusal from error
             self._books.came(adapter.id)
+            self.loads += 1
             self.in_slots = self._books.in_slots
             self.problems = {key: why for key, why in self.problems.items() if key != adapter.id}
             self._on_change()

@@ -71,6 +71,11 @@ class EngineHost:
         return self._slots.in_slots
 
     @property
+    def adapter_loads(self) -> int:
+        """How often an adapter was loaded."""
+        return self._slots.loads
+
+    @property
     def pin_problems(self) -> tuple[tuple[str, str], ...]:
         """Pinned adapters that are not kept, each with the reason."""
         return tuple(self._slots.problems.items())

@@ -55,6 +55,8 @@ class ReplicaRecord:
     """Ids of the adapters it holds: in slots or in host memory."""
     slots: tuple[str, ...] = ()
     """Those of them that lie in the engine's slots."""
+    adapter_loads: int = 0
+    """How often it has loaded one since it started."""
     pin_problems: tuple[tuple[str, str], ...] = ()
     """Pinned adapters that it does not keep, each with the reason."""
     started_at: float = 0.0

@@ -85,6 +85,7 @@ class EngineReplica:
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
             slots=self._host.in_slots,
+            adapter_loads=self._host.adapter_loads,
             pin_problems=self._host.pin_problems,
             started_at=self._started_at,
             startup_s=self._startup,

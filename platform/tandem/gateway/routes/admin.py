@@ -121,6 +121,7 @@ class AdminRoutes:
                 "state": replica.state,
                 "in_slots": list(replica.slots),
                 "in_memory": list(replica.adapters),
+                "loads": replica.adapter_loads,
                 "not_kept": dict(replica.pin_problems),
             }
             for replica in self._fleet.replicas
