@@ -2,10 +2,10 @@
 
     python bench/adapters.py [--parts cold promotion zipf training] [--rounds N] [--json FILE] [--check]
 
-One app with 2 replicas of a small Llama, 8 adapter slots each, is asked over HTTP as clients ask it. `cold`: the first token of an
-adapter that no replica has seen, against its next one's. `promotion`: each promotion is followed at once by a request, under load.
-`zipf`: a thousand adapters, asked with Zipf's frequencies, against the same requests to the base; rounds alternate. `training`: a
-LoRA job runs on the app's cluster, and the app is asked for its adapter from the job's last step on.
+One app with 2 replicas of a small Llama, 8 adapter slots each, is asked over HTTP as clients ask it. `cold`: the first token of
+an adapter that no replica has seen, against its next one's. `promotion`: each promotion is followed at once by a request, with
+others under way. `zipf`: a thousand adapters, asked with Zipf's frequencies, against the same requests to the base; rounds
+alternate. `training`: a LoRA job runs on the app's cluster, and the app is asked for its adapter from the job's last step on.
 """
 
 from __future__ import annotations
