@@ -46,7 +46,7 @@ class AdapterSlots:
         self._turns: dict[Waiter, asyncio.Future[None]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
-        self._refused: dict[str, tuple[float, AdapterError]] = {}
+        self._refused: dict[str, tuple[float, str]] = {}
         self._keeping: asyncio.Task[None] | None = None
         # Replaced whole, as other threads read them.
         self.in_slots: tuple[str, ...] = ()
@@ -60,6 +60,11 @@ class AdapterSlots:
     def resident(self) -> tuple[str, ...]:
         """Ids of those in the engine's memory, the longest unused first."""
         return tuple(self._books.loaded)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._books.waiting)
 
     @contextlib.asynccontextmanager
     async def hold(self, adapter: AdapterRef, wait_s: float = 30.0) -> AsyncIterator[None]:
@@ -162,9 +167,9 @@ class AdapterSlots:
             turn.set_result(None)
 
     async def _load(self, adapter: AdapterRef) -> None:
-        until, refusal = self._refused.get(adapter.id, (0.0, None))
-        if refusal is not None and time.monotonic() < until:
-            raise refusal
+        until, reason = self._refused.get(adapter.id, (0.0, ""))
+        if time.monotonic() < until:
+            raise AdapterError(reason)
         task = self._loading.get(adapter.id)
         if task is None:
             task = self._loading[adapter.id] = asyncio.create_task(self._make_resident(adapter))
@@ -192,9 +197,8 @@ class AdapterSlots:
             except EngineError as error:
                 if not self._engine.stats().healthy:
                     raise
-                refusal = AdapterError(str(error))
-                self._refuse(adapter.id, refusal)
-                raise refusal from error
+                self._refuse(adapter.id, str(error))
+                raise AdapterError(str(error)) from error
             self._books.came(adapter.id)
             self.loads += 1
             self.in_slots = self._books.in_slots
@@ -206,7 +210,7 @@ class AdapterSlots:
         self.in_slots = self._books.in_slots
         await self._engine.unload_adapter(adapter_id)
 
-    def _refuse(self, adapter_id: str, refusal: AdapterError) -> None:
+    def _refuse(self, adapter_id: str, reason: str) -> None:
         now = time.monotonic()
         self._refused = {key: held for key, held in self._refused.items() if held[0] > now}
-        self._refused[adapter_id] = (now + REFUSED_S, refusal)
+        self._refused[adapter_id] = (now + REFUSED_S, reason)

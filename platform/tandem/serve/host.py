@@ -66,6 +66,11 @@ class EngineHost:
         return self._engine.stats()
 
     @property
+    def waiting(self) -> int:
+        """Requests that wait for an adapter slot: the engine has not seen them yet."""
+        return self._slots.waiting
+
+    @property
     def in_slots(self) -> tuple[str, ...]:
         """Adapters that lie in the engine's slots."""
         return self._slots.in_slots

@@ -81,7 +81,7 @@ class EngineReplica:
             token=self._host.token,
             state=self._state if self._host.alive else "dead",
             running=stats.running,
-            waiting=stats.waiting,
+            waiting=stats.waiting + self._host.waiting,
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
             slots=self._host.in_slots,
