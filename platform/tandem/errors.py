@@ -7,7 +7,9 @@ TandemError
 ├── CheckpointError      a checkpoint that is not whole
 ├── StorageError         a disk or store that refused
 ├── RegistryError
-│   └── UnknownModelError   no model or adapter of that name
+│   ├── UnknownModelError   no model or adapter of that name
+│   │   └── UnknownVersionError  the name is known, and has no such version, or none that is promoted
+│   └── AdapterError        an adapter's files that cannot be served
 ├── ClusterError         no Ray cluster, or one that refused
 ├── JobError             a job that failed or does not exist
 │   └── JobStopped          a job that was told to stop, and can go on
@@ -58,6 +60,14 @@ class RegistryError(TandemError):
 
 class UnknownModelError(RegistryError):
     """No model or adapter of that name is registered."""
+
+
+class UnknownVersionError(UnknownModelError):
+    """The name is registered, but has no such version, or none that is promoted."""
+
+
+class AdapterError(RegistryError):
+    """An adapter whose files cannot be served: the fault is in them, not in what was asked to serve them."""
 
 
 class ClusterError(TandemError):

@@ -23,6 +23,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def fingerprint(secret: str | None) -> str | None:
+    """sha256 (hex) of a secret, by which it is known again and which may be kept; None for none."""
+    return hashlib.sha256(secret.encode(errors="surrogateescape")).hexdigest() if secret else None
+
+
 def file_digest(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
     with path.open("rb") as file:

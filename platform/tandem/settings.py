@@ -29,11 +29,22 @@ class Settings(BaseSettings):
     """The YAML that `serve run serve_apps.openai:app` serves when it is given no arguments."""
     port: int = 8000
     """The gateway's port."""
+    admin_token: str | None = None
+    """What `Authorization: Bearer` must carry at the gateway's /admin routes; they are closed while it is unset."""
+    cache: Path = Field(default_factory=lambda: Path.home() / ".cache" / "tandem")
+    """A folder of this node's own, for copies of what lies in object stores."""
+    adapter_cache_gib: float = 20.0
+    """How much of it adapters may take; the longest unused make room."""
 
     @property
     def root(self) -> Path:
         """`home` as an absolute path."""
         return self.home.expanduser().resolve()
+
+    @property
+    def adapter_cache(self) -> Path:
+        """One folder an adapter that was fetched, named by its digest."""
+        return self.cache.expanduser().resolve() / "adapters"
 
     @property
     def registry_url(self) -> str:

@@ -11,6 +11,7 @@ import pytest
 from tandem.cluster import free_ports
 
 MAX_LENGTH = 2048
+ADMIN_TOKEN = "operator"
 PROMPTS = ("the cat sat on the mat", "one two three four", "a dog and a cat ran over the hill")
 TEMPLATE = (
     "{% if tools %}tools: {% for t in tools %}{{ t['function']['name'] }} {% endfor %}\n{% endif %}"
@@ -183,6 +184,7 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served
     with pytest.MonkeyPatch.context() as patch:
         # The app has a registry of its own, so that other tests' models are not in its lists.
         patch.setenv("TANDEM_HOME", str(result.home))
+        patch.setenv("TANDEM_ADMIN_TOKEN", ADMIN_TOKEN)
         app = build_app(config, check=False)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     serve.run(app, name=result.app, route_prefix="/")

@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ours": ({"served_model_name": "x"}, r"set by models\[\]\.name"),
     "too long": ({"max_model_len": 1_000_000}, "1000000"),
-    "too few": ({"max_loras": 2}, "needs at least 9"),
+    "ours too": ({"max_loras": 2}, r"set by models\[\]\.max_adapters"),
     "type": ({"max_num_seqs": "four"}, r"engine_args\.max_num_seqs: vLLM refuses 'four': .*valid integer"),
     "inner name": ({"structured_outputs_config": {"backnd": "x"}}, r"structured_outputs_config\.backnd: .*Unexpected"),
     "inner value": (

@@ -233,7 +233,7 @@ def _registry() -> Iterator[Finding]:
         yield Finding(name="Registry", state="problem", says=str(error), fix=fix)
         return
     models = sum(record.kind == "model" for record in records)
-    gone = [record.id for record in records if not record.path.is_dir()]
+    gone = [record.id for record in records if record.uri is None and not record.path.is_dir()]
     says = f"opens; models: {models}, adapters: {len(records) - models}"
     if gone:
         fix = f"Forget them: tandem models rm {gone[0]}; or put their folders back."

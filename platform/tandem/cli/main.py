@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import tandem
+from tandem.cli.adapters import adapters_app
 from tandem.cli.chat import chat_command
 from tandem.cli.data import data_app
 from tandem.cli.doctor import doctor_command
@@ -45,4 +46,5 @@ app.command("chat")(chat_command)
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(models_app, name="models")
+app.add_typer(adapters_app, name="adapters")
 app.add_typer(serve_app, name="serve")

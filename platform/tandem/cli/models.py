@@ -15,10 +15,12 @@ from tandem.cli.shell import console as terminal
 from tandem.cli.shell import friendly_errors
 from tandem.errors import RegistryError
 from tandem.ids import check_name
-from tandem.registry import ModelRecord, Registry
+from tandem.registry import ModelRecord, Registry, local_folder
 from tandem.settings import settings
 
 models_app = typer.Typer(no_args_is_help=True, help="List, show, merge and forget models and adapters.")
+
+ADAPTERS_SHOWN = 100
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="A name (its newest version), or an id such as my-model@2.")]
@@ -28,7 +30,7 @@ Name = Annotated[str, typer.Argument(help="A name (its newest version), or an id
 def list_command(
     kind: Annotated[Literal["model", "adapter"] | None, typer.Option(help="Only these.")] = None,
     all_versions: Annotated[
-        bool, typer.Option("--all", "-a", help="All versions, not the newest of each name.")
+        bool, typer.Option("--all", "-a", help="All versions, not the promoted one of each name.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +51,7 @@ def show_command(name: Name, as_json: Json = False) -> None:
     with friendly_errors():
         registry = Registry.open()
         record = registry.resolve(name)
-        adapters = [other.id for other in registry.list("adapter", all_versions=True) if other.base == record.id]
+        adapters = [other.id for other in registry.list("adapter", base=record.id, limit=ADAPTERS_SHOWN)]
         if as_json:
             terminal.print_json(json.dumps({**as_values(record), "adapters": adapters}))
         else:
@@ -75,7 +77,7 @@ def remove_command(
             return
         for each in removed:
             terminal.print(
-                f"Forgot [bold]{escape(each.id)}[/]; its files stay at {escape(str(each.path))}", soft_wrap=True
+                f"Forgot [bold]{escape(each.id)}[/]; its files stay at {escape(each.location)}", soft_wrap=True
             )
 
 
@@ -99,7 +101,7 @@ def merge_command(
 
         folder = settings().root / "merged" / f"{name}-{record.id}"
         with terminal.status(f"Merging {record.id} into {base.id}"):
-            merge_adapter(base.path, record.path, folder)
+            merge_adapter(base.path, local_folder(record), folder)
         merged = registry.register_model(name, folder, lineage={"merged": record.id, "base": base.id})
         terminal.print(f"[bold]{escape(merged.id)}[/] is {escape(record.id)} merged into {escape(base.id)}.")
         terminal.print(f"serve it: [cyan]tandem serve up {escape(merged.name)}[/]")
@@ -125,7 +127,7 @@ def listing(records: list[ModelRecord], now: datetime) -> Table:
 
 def details(record: ModelRecord, adapters: list[str], console: Console) -> None:
     """Print everything that is known of a record."""
-    there = "" if record.path.is_dir() else "  [red](gone)[/]"
+    there = "" if record.uri or record.path.is_dir() else "  [red](gone)[/]"
     rows = {
         "kind": record.kind,
         "base": record.base,
@@ -138,7 +140,7 @@ def details(record: ModelRecord, adapters: list[str], console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("path", f"{escape(str(record.path))}{there}")
+    table.add_row("path", f"{escape(record.location)}{there}")
     for key, value in rows.items():
         if value is not None:
             table.add_row(key, escape(str(value)))
@@ -155,7 +157,7 @@ def as_values(record: ModelRecord) -> dict[str, Any]:
         "name": record.name,
         "version": record.version,
         "kind": record.kind,
-        "path": str(record.path),
+        "path": record.location,
         "digest": record.digest,
         "base": record.base,
         "rank": record.rank,

@@ -25,7 +25,9 @@ from tandem.cluster import Cluster
 from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict, load_yaml
 from tandem.data.index import DatasetIndex
 from tandem.errors import DataError, JobError
+from tandem.jobs.adapters import Adapters
 from tandem.jobs.prepare import prepare
+from tandem.registry import Registry
 from tandem.settings import settings
 
 
@@ -88,6 +90,11 @@ class Session:
         if end is None:
             raise JobError(f"{job.id} has no result in {job.export}.")
         return str(end["model"] or job.export)
+
+    @property
+    def adapters(self) -> Adapters:
+        """Register, promote, roll back, pin and delete adapters; what is served follows at the next request."""
+        return Adapters(Registry.open())
 
     def serve(self, *models: str, port: int | None = None, config: ServeConfig | None = None) -> str:
         """Serve models until the session ends; returns the base URL for an OpenAI client once they answer."""

@@ -42,7 +42,9 @@ class ServedModelConfig:
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     max_adapters: int = 8
-    """Adapters that one replica holds at once."""
+    """Adapters that one replica answers with at once: slots in its engine."""
+    max_cached_adapters: int | None = None
+    """Adapters that one replica keeps in host memory, those in slots among them; unset: four times max_adapters."""
     max_lora_rank: int = 64
     """Largest adapter rank that a replica takes."""
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +60,17 @@ class ServedModelConfig:
         check.at_least("models[].cpus_per_replica", self.cpus_per_replica, 0.0)
         check.at_least("models[].gpus_per_replica", self.gpus_per_replica, 0.0)
         check.at_least("models[].max_adapters", self.max_adapters, 0)
+        if self.max_cached_adapters is not None and self.max_cached_adapters < self.max_adapters:
+            raise ConfigError(
+                f"models[].max_cached_adapters is {self.max_cached_adapters} and max_adapters {self.max_adapters}: what is in a "
+                "slot is in host memory too. Raise it, or unset it for four times max_adapters."
+            )
         check.between("models[].max_lora_rank", self.max_lora_rank, 1, 512)
+
+    @property
+    def cached_adapters(self) -> int:
+        """Adapters in host memory."""
+        return 4 * self.max_adapters if self.max_cached_adapters is None else self.max_cached_adapters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

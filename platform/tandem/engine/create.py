@@ -29,6 +29,9 @@ class EngineSpec:
     path: str
     """Folder in Hugging Face's format."""
     max_adapters: int = 8
+    """Slots for adapters."""
+    max_cached_adapters: int = 8
+    """Adapters in host memory; at least as many."""
     max_lora_rank: int = 64
     threads: int = 1
     """Threads of one operation on the CPU."""

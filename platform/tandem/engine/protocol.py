@@ -15,7 +15,9 @@ class AdapterRef:
     id: str
     """`name@version`; also the `model` of requests that want it."""
     path: str
-    """Folder in peft's format, readable on the engine's node."""
+    """Folder in peft's format, readable on the engine's node; until a replica has brought it there, its URI may stand here."""
+    digest: str | None = None
+    """What its files had when it was registered; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

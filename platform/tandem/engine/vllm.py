@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from safetensors import serialize
 from starlette.types import ASGIApp
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.utils import enable_scoring_api
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tandem.engine.create import EngineSpec
 from tandem.engine.protocol import AdapterRef, EngineStats
-from tandem.engine.vllm_args import make_config, parse_args
+from tandem.engine.vllm_args import make_config, parse_args, slots_of
 from tandem.errors import EngineError
 
 
@@ -30,6 +33,7 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         """Check the arguments by vLLM's own classes; ConfigError if they cannot be."""
+        self._spec = spec
         self._args = parse_args(spec)
         self._config = make_config(self._args, spec)
         self._load = _Load()
@@ -66,25 +70,25 @@ class VllmEngine:
         # vLLM's error handlers tell their server to exit when the engine is dead. Ours stays, to say so to the gateways.
         app.state.server = SimpleNamespace(should_exit=False)
         self._models = app.state.openai_serving_models
+        if self._keeps_a_slot_empty:
+            await self._close_last_slot()
         self._app = app
 
     async def load_adapter(self, adapter: AdapterRef) -> None:
         """Add a LoRA adapter to the running engine (some milliseconds)."""
         if adapter.id in self._adapters:
             return
-        models = self._started()
-        answer = await models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=adapter.id, lora_path=adapter.path))
-        if isinstance(answer, ErrorResponse):
-            raise EngineError(f"vLLM could not load the adapter {adapter.id}: {answer.error.message}")
+        models, llm = self._started()
+        await self._add(models, llm, adapter.id, adapter.path)
         self._adapters = tuple(models.lora_requests)
 
     async def unload_adapter(self, adapter_id: str) -> None:
         """Take a LoRA adapter out of the engine and its memory."""
-        models = self._started()
+        models, llm = self._started()
         request = models.lora_requests.pop(adapter_id, None)
         self._adapters = tuple(models.lora_requests)
-        if request is not None and self._llm is not None:
-            await self._llm.remove_lora(request.lora_int_id)
+        if request is not None:
+            await llm.remove_lora(request.lora_int_id)
 
     def stats(self) -> EngineStats:
         """The load now, from vLLM's own books."""
@@ -112,10 +116,50 @@ class VllmEngine:
         with contextlib.suppress(Exception):
             await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
 
-    def _started(self) -> OpenAIServingModels:
-        if self._models is None:
+    async def _add(self, models: OpenAIServingModels, llm: AsyncLLM, name: str, path: str) -> LoRARequest:
+        request = LoRARequest(lora_name=name, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
+        try:
+            await llm.add_lora(request)
+        except Exception as error:
+            # An adapter may fail when half of it is in its slot: none of it may stay.
+            with contextlib.suppress(Exception):
+                await llm.remove_lora(request.lora_int_id)
+            raise EngineError(f"vLLM could not load the adapter {name}: {error}") from error
+        models.lora_requests[name] = request
+        return request
+
+    async def _close_last_slot(self) -> None:
+        """Fill all slots with an adapter of nothing, pin the one in the last, and free the others.
+
+        vLLM's CPU build reads the last slot for requests of the base (vllm_args.slots_of); this way it never holds anything
+        else, while vLLM moves adapters among the others as they are used.
+        """
+        models, llm = self._started()
+        with tempfile.TemporaryDirectory() as folder:
+            write_nothing(Path(folder))
+            names = [f"-{number}" for number in range(slots_of(self._spec))]
+            for name in names:
+                last = await self._add(models, llm, name, folder)
+        await llm.pin_lora(last.lora_int_id)
+        models.lora_requests.pop(names.pop())
+        for name in names:
+            await self.unload_adapter(name)
+
+    @property
+    def _keeps_a_slot_empty(self) -> bool:
+        return self._spec.max_adapters > 0 and not self._spec.gpus
+
+    def _started(self) -> tuple[OpenAIServingModels, AsyncLLM]:
+        if self._models is None or self._llm is None:
             raise EngineError("The engine has not been started.")
-        return self._models
+        return self._models, self._llm
+
+
+def write_nothing(folder: Path) -> None:
+    """An adapter, in peft's format, that adapts no layer."""
+    config = {"r": 1, "lora_alpha": 1, "target_modules": [], "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(serialize({}))
 
 
 class _Load(StatLoggerBase):

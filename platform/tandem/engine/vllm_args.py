@@ -31,7 +31,14 @@ from tandem.errors import ConfigError, did_you_mean
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
-OURS = {"model": "model", "served_model_name": "name", "enable_lora": "max_adapters", "max_lora_rank": "max_lora_rank"}
+OURS = {
+    "model": "model",
+    "served_model_name": "name",
+    "enable_lora": "max_adapters",
+    "max_loras": "max_adapters",
+    "max_cpu_loras": "max_cached_adapters",
+    "max_lora_rank": "max_lora_rank",
+}
 """Arguments that keys of the served model's own set."""
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Runs the model in the scheduler's process: vLLM's own default on a GPU."""
@@ -59,8 +66,6 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
     args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for key, value in {**_chosen(spec), **given}.items():
         setattr(args, key, value)
-    if spec.max_adapters:
-        _check_slots(args, spec)
     return args
 
 
@@ -97,12 +102,9 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
         "disable_fastapi_docs": True,
     }
     if spec.max_adapters:
-        # On the CPU, a request for the base in a batch with others' adapters gets the last slot's adapter applied
-        # (vllm-project/vllm pull request 48421). One slot more than is ever used keeps the last one empty, so harmless.
-        slots = spec.max_adapters + (not spec.gpus)
         chosen |= {
-            "max_loras": slots,
-            "max_cpu_loras": slots,
+            "max_loras": slots_of(spec),
+            "max_cpu_loras": cached_of(spec),
             "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
         }
     if not spec.gpus:
@@ -115,15 +117,18 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
     return chosen
 
 
-def _check_slots(args: argparse.Namespace, spec: EngineSpec) -> None:
-    needed = spec.max_adapters + (not spec.gpus)
-    key = "max_cpu_loras" if spec.gpus else "max_loras"
-    given = getattr(args, key)
-    if isinstance(given, int) and given < needed:
-        raise ConfigError(
-            f"{spec.where}.{key} is {given}; max_adapters ({spec.max_adapters}) needs at least {needed}. "
-            f"Lower max_adapters, or leave {key} out."
-        )
+def slots_of(spec: EngineSpec) -> int:
+    """vLLM's max_loras.
+
+    On the CPU, a request for the base in a batch with others' adapters gets the last slot's adapter applied
+    (vllm-project/vllm pull request 48421). One slot more, which the engine keeps empty, makes that harmless.
+    """
+    return spec.max_adapters + (not spec.gpus)
+
+
+def cached_of(spec: EngineSpec) -> int:
+    """vLLM's max_cpu_loras: what is in a slot is in host memory too."""
+    return max(spec.max_adapters, spec.max_cached_adapters) + (not spec.gpus)
 
 
 @functools.cache

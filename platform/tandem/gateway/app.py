@@ -14,7 +14,9 @@ from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error,
 from tandem.gateway.fleet import Fleet, Watch
 from tandem.gateway.latency import Record, forget
 from tandem.gateway.proxy import Proxy
+from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
 from tandem.serve.records import ServedModel
 
@@ -26,8 +28,12 @@ def create_app(
     registry: Registry,
     config: GatewayConfig | None = None,
     record: Record = forget,
+    admin: str | None = None,
 ) -> Starlette:
-    """The app that answers for `models`; `watch` tells it of the replicas, and `record` hears what it adds to each request."""
+    """The app that answers for `models`; `watch` tells it of the replicas, and `record` hears what it adds to each request.
+
+    `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
+    """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
     fleet = Fleet(watch)
@@ -45,7 +51,10 @@ def create_app(
             catalog.close()
 
     return Starlette(
-        routes=OpenAIRoutes(catalog, fleet, proxy, config).routes(),
+        routes=[
+            *OpenAIRoutes(catalog, fleet, proxy, config).routes(),
+            *AdminRoutes(Adapters(registry), fleet, admin).routes(),
+        ],
         lifespan=lifespan,
         exception_handlers={
             ApiError: answer_api_error,

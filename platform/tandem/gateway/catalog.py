@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.engine.protocol import AdapterRef
-from tandem.errors import UnknownModelError, did_you_mean
+from tandem.errors import UnknownModelError, UnknownVersionError, did_you_mean
 from tandem.gateway.errors import ApiError, unknown_model
 from tandem.registry import ModelRecord, Registry
+from tandem.serve.pins import ref_of
 from tandem.serve.records import ServedModel, prefill_pool
+
+PAGE = 1000
+"""Adapters that a list of models has at most."""
+REMEMBERED = 10_000
+"""Names whose records are kept between changes of the registry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +64,21 @@ class Card:
         }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Page:
+    """A part of the list of models."""
+
+    cards: list[Card]
+    next: str | None
+    """The name after which the next page starts; None: this is the last."""
+
+
 class Catalog:
     """Served models by every name they have, and the registry's adapters of them.
 
     The registry is asked for its revision with each adapter request, so an adapter that was registered a moment ago is
-    found; its records are read again only when the revision moved. All of it happens in a thread of its own.
+    found, and a promotion is followed; records are read again only when the revision moved. All of it happens in a thread
+    of its own.
     """
 
     def __init__(self, models: Iterable[ServedModel], registry: Registry) -> None:
@@ -83,11 +99,10 @@ class Catalog:
             return Target(base=served)
         try:
             record = await self._ask(self._find, name)
+        except UnknownVersionError as error:
+            raise unknown_model(str(error)) from None
         except UnknownModelError:
-            cards = await self.cards()
-            known = ", ".join(card.name for card in cards[:10])
-            near = did_you_mean(name, [card.name for card in cards])
-            raise unknown_model(f"The model {name!r} does not exist.{near} Served here: {known}.") from None
+            raise await self._unknown(name) from None
         base = self._by_id.get(record.base or record.id)
         if base is None:
             here = ", ".join(self._by_id)
@@ -116,17 +131,28 @@ class Catalog:
                 f"{config.max_lora_rank}. Serve it with a larger one.",
                 param="model",
             )
-        return Target(base=base, adapter=AdapterRef(id=record.id, path=str(record.path)))
+        return Target(base=base, adapter=ref_of(record))
 
-    async def cards(self) -> list[Card]:
-        """Every model that a request may name: the served ones, then their adapters' newest versions."""
-        cards = [Card(name=m.name, id=m.id, base=m, adapter=False, created=m.created) for m in self.models]
-        for record in await self._ask(lambda: self._registry.list(kind="adapter")):
-            base = self._by_id.get(record.base or "")
-            if base is not None and base.config.max_adapters and not record.dora and record.name not in self._served:
-                created = int(record.created_at.timestamp())
-                cards.append(Card(name=record.name, id=record.id, base=base, adapter=True, created=created))
-        return cards
+    async def page(self, after: str | None = None, limit: int = PAGE) -> Page:
+        """What a request may name: the served models, and their adapters by name, at most `limit` of them after `after`."""
+        cards = [
+            Card(name=m.name, id=m.id, base=m, adapter=False, created=m.created) for m in self.models if after is None
+        ]
+        # One more than wanted tells whether there is a next page.
+        records = await self._ask(self._adapters, after, limit + 1)
+        shown = records[:limit]
+        cards += [self._card(record) for record in shown if self._is_served(record)]
+        return Page(cards=cards, next=shown[-1].name if len(records) > limit else None)
+
+    async def card(self, name: str) -> Card:
+        """The model or adapter of one name or id; ApiError 404 if there is none."""
+        base = self._served.get(name)
+        if base is not None:
+            return Card(name=name, id=base.id, base=base, adapter=False, created=base.created)
+        target = await self.resolve(name)
+        record: ModelRecord = await self._ask(self._find, name)
+        created = int(record.created_at.timestamp())
+        return Card(name=name, id=record.id, base=target.base, adapter=record.kind == "adapter", created=created)
 
     def close(self) -> None:
         """End the thread."""
@@ -139,8 +165,28 @@ class Catalog:
             self._revision = revision
         record = self._found.get(name)
         if record is None:
-            record = self._found[name] = self._registry.resolve(name)
+            record = self._registry.resolve(name)
+            if len(self._found) >= REMEMBERED:
+                self._found.clear()
+            self._found[name] = record
         return record
+
+    def _adapters(self, after: str | None, limit: int) -> list[ModelRecord]:
+        pages = [self._registry.list("adapter", base=m.id, after=after, limit=limit) for m in self.models]
+        return sorted((record for page in pages for record in page), key=lambda record: record.name)[:limit]
+
+    def _is_served(self, record: ModelRecord) -> bool:
+        base = self._by_id[record.base or ""]
+        return base.config.max_adapters > 0 and not record.dora and record.name not in self._served
+
+    def _card(self, record: ModelRecord) -> Card:
+        created = int(record.created_at.timestamp())
+        return Card(name=record.name, id=record.id, base=self._by_id[record.base or ""], adapter=True, created=created)
+
+    async def _unknown(self, name: str) -> ApiError:
+        known = [card.name for card in (await self.page(limit=10)).cards]
+        near = did_you_mean(name, [*known, *await self._ask(self._registry.near, name)])
+        return unknown_model(f"The model {name!r} does not exist.{near} Served here: {', '.join(known[:10])}.")
 
     async def _ask(self, work: Callable[..., Any], *args: Any) -> Any:
         # SQLite answers in 0.1 ms, but a disk or a network may not, and must not stop the streams.

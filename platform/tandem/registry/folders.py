@@ -1,4 +1,4 @@
-"""Checks a folder before it is registered, and reads from it what the registry keeps. Never imports torch."""
+"""Checks the folder of a model before it is registered, and reads from it what the registry keeps. Never imports torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from tandem.config.layout import ModelShape
 from tandem.errors import RegistryError
+from tandem.registry.adapter_files import CONFIG
 
 
 def model_max_length(folder: Path) -> int | None:
     """The positions of the model in `folder`; RegistryError if it is not a model in Hugging Face's format."""
-    config = _read(folder, "config.json", "model")
+    config = _read(folder)
     if not any(folder.glob("*.safetensors")):
         raise RegistryError(
             f"{folder} holds no *.safetensors file, so it is not a model that can be served. "
@@ -28,39 +29,18 @@ def model_max_length(folder: Path) -> int | None:
 
 def model_shape(folder: Path) -> ModelShape:
     """The shape of the model in `folder`, by its config.json; RegistryError if that cannot be read."""
-    return ModelShape.read(_read(folder, "config.json", "model"))
+    return ModelShape.read(_read(folder))
 
 
-def adapter_rank(folder: Path) -> int:
-    """The rank of the LoRA adapter in `folder`; RegistryError if it is not one in peft's format."""
-    config = _read(folder, "adapter_config.json", "adapter")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise RegistryError(
-            f"{folder} holds no adapter_model.safetensors, so it is not an adapter that can be served. "
-            "Save it with peft's save_pretrained()."
-        )
-    rank = config.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise RegistryError(f"{folder / 'adapter_config.json'}: r is {rank!r}; it must be a rank of at least 1.")
-    return rank
-
-
-def is_dora(folder: Path) -> bool:
-    """Whether the adapter in `folder` is a DoRA one, which peft takes and vLLM does not."""
-    return _read(folder, "adapter_config.json", "adapter").get("use_dora") is True
-
-
-def _read(folder: Path, name: str, kind: str) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise RegistryError(f"There is no folder {folder}, so no {kind} to register.")
-    path = folder / name
+        raise RegistryError(f"There is no folder {folder}, so no model to register.")
+    path = folder / "config.json"
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
-        other = "model" if kind == "adapter" else "adapter"
-        other_file = "config.json" if kind == "adapter" else "adapter_config.json"
-        hint = f" It has {other_file}: register it as {other}." if (folder / other_file).is_file() else ""
-        raise RegistryError(f"{folder} holds no {name}, so it is not a {kind}.{hint}") from error
+        hint = " It has adapter_config.json: register it as adapter." if (folder / CONFIG).is_file() else ""
+        raise RegistryError(f"{folder} holds no config.json, so it is not a model.{hint}") from error
     except (OSError, ValueError) as error:
         raise RegistryError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(values, dict):

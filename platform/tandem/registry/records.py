@@ -21,9 +21,12 @@ class ModelRecord:
     """Counts from 1 within a name."""
     kind: Kind
     path: Path
-    """Folder of safetensors in Hugging Face's (model) or peft's (adapter) format."""
+    """Folder of safetensors in Hugging Face's (model) or peft's (adapter) format; of an adapter with a `uri` this node's copy,
+    which may not be here yet: `local_folder` brings it."""
     digest: str
-    """sha256 over the folder's files."""
+    """sha256 over a model's files, or over the two of an adapter."""
+    uri: str | None = None
+    """For an adapter in an object store: where."""
     base: str | None = None
     """For an adapter: the id (`name@version`) of the model that it adapts."""
     rank: int | None = None
@@ -41,6 +44,28 @@ class ModelRecord:
         return bool(self.lineage.get("dora"))
 
     @property
+    def location(self) -> str:
+        """The URI or folder that it was registered from."""
+        return self.uri or str(self.path)
+
+    @property
     def id(self) -> str:
         """`name@version`: what engines know it by, so that no version is ever taken for another."""
+        return versioned(self.name, self.version)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promotion:
+    """A version that became what its name means."""
+
+    name: str
+    version: int
+    at: datetime
+    """UTC."""
+    taken_back: bool
+    """By a roll-back, or because the version was removed."""
+
+    @property
+    def id(self) -> str:
+        """Of the version."""
         return versioned(self.name, self.version)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, String, UniqueConstraint
+from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest migration: a database that is at it needs nothing done."""
 
 # A name has at most 96 characters (ids.NAME_PATTERN); an id adds "@" and a version.
@@ -48,23 +48,32 @@ class NameRow(Base):
     """A name that is or was in use. It outlives its versions, so that a removed id is never given out again."""
 
     __tablename__ = "registry_names"
+    __table_args__ = (Index("ix_registry_names_kind", "kind", "name"),)
 
     name: Mapped[str] = mapped_column(String(NAME_LENGTH), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16))
     last_version: Mapped[int]
+    promoted: Mapped[str | None] = mapped_column(String(ID_LENGTH))
+    """Id of the version that the bare name means: the newest of its promotions that was not taken back. It is kept here so that
+    resolving and listing read one row a name."""
 
 
 class ModelRow(Base):
     """One version of a model or adapter."""
 
     __tablename__ = "registry_models"
-    __table_args__ = (UniqueConstraint("name", "version", name="uq_registry_models_name_version"),)
+    __table_args__ = (
+        UniqueConstraint("name", "version", name="uq_registry_models_name_version"),
+        Index("ix_registry_models_base_name", "base", "name", "version"),
+        Index("ix_registry_models_kind_revision", "kind", "revision"),
+    )
 
     id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
     name: Mapped[str] = mapped_column(ForeignKey("registry_names.name", name="fk_registry_models_name"))
     version: Mapped[int]
     kind: Mapped[str] = mapped_column(String(16))
     path: Mapped[str] = mapped_column(String(4096))
+    """A folder, or of an adapter in a store its URI."""
     digest: Mapped[str] = mapped_column(String(64))
     base: Mapped[str | None] = mapped_column(
         ForeignKey("registry_models.id", name="fk_registry_models_base", ondelete="RESTRICT"), index=True
@@ -75,3 +84,28 @@ class ModelRow(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     revision: Mapped[int] = mapped_column(unique=True)
     """The clock when it was registered: the order of registration, whatever the machines' clocks say."""
+
+
+class PromotionRow(Base):
+    """A version became what its name means. Rows stay when they are taken back: they are the name's history."""
+
+    __tablename__ = "registry_promotions"
+    __table_args__ = (Index("ix_registry_promotions_name", "name", "id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    """In the order of promotion."""
+    name: Mapped[str] = mapped_column(ForeignKey("registry_names.name", name="fk_registry_promotions_name"))
+    version: Mapped[int]
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    taken_back: Mapped[bool]
+    """By a roll-back, or because the version was removed."""
+
+
+class PinRow(Base):
+    """An adapter that replicas of its base keep loaded."""
+
+    __tablename__ = "registry_pins"
+
+    target: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    """An id, or a bare name: then whichever version it means."""
+    name: Mapped[str] = mapped_column(ForeignKey("registry_names.name", name="fk_registry_pins_name"), index=True)

@@ -1,27 +1,36 @@
-"""The registry: what exists, where its files are, and what it was made from. Safe from several processes at once."""
+"""The registry: what exists, where its files are, and what it was made from. Safe from several processes at once.
+
+Made for a hundred thousand adapters: what is asked for each request (`resolve`, `revision`) reads a row or two by key, and lists
+come in pages.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import func, select, tuple_, update
+from sqlalchemy import delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from tandem.errors import RegistryError, UnknownModelError, did_you_mean
+from tandem.errors import RegistryError
 from tandem.ids import canonical_json, check_name, folder_digest, split_version, versioned
+from tandem.registry import names
+from tandem.registry.adapter_cache import AdapterCache
+from tandem.registry.adapter_files import adapter_digest, check_adapter
 from tandem.registry.database import database_errors, open_database
-from tandem.registry.folders import adapter_rank, is_dora, model_max_length
-from tandem.registry.records import Kind, ModelRecord
-from tandem.registry.schema import ClockRow, ModelRow, NameRow
+from tandem.registry.folders import model_max_length
+from tandem.registry.records import Kind, ModelRecord, Promotion
+from tandem.registry.schema import ClockRow, ModelRow, NameRow, PinRow
 from tandem.settings import settings
-from tandem.storage import local_path
+from tandem.storage import Location, is_remote, local_path
 
 # Inside the class, `list` is a method.
 Records = list[ModelRecord]
+Promotions = list[Promotion]
+Names = list[str]
 
 
 class Registry:
@@ -45,7 +54,9 @@ class Registry:
         """Close the connections; the next call opens new ones."""
         self._engine.dispose()
 
-    def register_model(self, name: str, path: str | Path, *, lineage: Mapping[str, Any] | None = None) -> ModelRecord:
+    def register_model(
+        self, name: str, path: str | Path, *, lineage: Mapping[str, Any] | None = None, promote: bool = True
+    ) -> ModelRecord:
         """Register a folder with config.json and safetensors.
 
         The same content as the name's newest version gives that version's record; other content the next version.
@@ -53,39 +64,160 @@ class Registry:
         folder = local_path(path)
         check_name(name, "model name")
         max_length = model_max_length(folder)
-        return self._register(name, "model", folder, lineage or {}, max_length=max_length)
+        # Reading the files takes long for a large model, so it comes before the transaction.
+        content = folder_digest(folder)
+        return self._register(
+            name, "model", str(folder), content, lineage or {}, max_length=max_length, promoting=promote
+        )
 
     def register_adapter(
-        self, name: str, path: str | Path, *, base: str, lineage: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        source: Location,
+        *,
+        base: str,
+        lineage: Mapping[str, Any] | None = None,
+        promote: bool = True,
     ) -> ModelRecord:
-        """Register a LoRA adapter in peft's format for `base` (a name, meaning its newest version, or an id).
+        """Register a LoRA adapter in peft's format, from a folder or a URI, for `base` (a name or an id of a model).
 
-        The same content and base as the name's newest version gives that version's record.
+        The name then means this version; without `promote` it is a candidate, called by its id only. The same content and base
+        as the name's newest version gives that version's record. Raises AdapterError, a RegistryError, with the reason if the
+        files cannot be served on that base.
         """
-        folder = local_path(path)
         check_name(name, "adapter name")
-        rank = adapter_rank(folder)
-        lineage = dict(lineage or {}) | ({"dora": True} if is_dora(folder) else {})
         adapted = self.resolve(base)
         if adapted.kind != "model":
             raise RegistryError(f"{adapted.id} is an adapter of {adapted.base}; an adapter needs a model as its base.")
-        return self._register(name, "adapter", folder, lineage, base=adapted.id, rank=rank)
+        if is_remote(source):
+            where = str(source).rstrip("/")
+            folder, content = AdapterCache.open().fetch(where)
+            files = check_adapter(folder, adapted.path)
+        else:
+            folder = local_path(source)
+            where = str(folder)
+            files = check_adapter(folder, adapted.path)
+            content = adapter_digest(folder)
+        return self._register(
+            name,
+            "adapter",
+            where,
+            content,
+            dict(lineage or {}) | ({"dora": True} if files.dora else {}),
+            base=adapted.id,
+            rank=files.rank,
+            promoting=promote,
+        )
 
     def resolve(self, name_or_id: str) -> ModelRecord:
-        """The record of `name@version`, or of a name's newest version; UnknownModelError with the nearest name."""
-        with self._reading() as session:
-            return _record(_find(session, name_or_id)[0])
+        """The record of `name@version`, or of the version that a name means: the one promoted last.
 
-    def list(self, kind: Kind | None = None, all_versions: bool = False) -> Records:
-        """What is registered, by name and version: the newest version of each name, or all of them."""
-        query = select(ModelRow).order_by(ModelRow.name, ModelRow.version)
-        if kind is not None:
-            query = query.where(ModelRow.kind == kind)
+        Raises UnknownModelError with the nearest name.
+        """
+        with self._reading() as session:
+            return _record(names.find(session, name_or_id))
+
+    def promote(self, version_id: str) -> ModelRecord:
+        """Make `name@version` what its name means, from the next request on."""
+        name, version = split_version(version_id)
+        if version is None:
+            raise RegistryError(f"Say which version of {name} to promote, such as {versioned(name, 1)}.")
+        with self._writing() as (session, _):
+            row = names.find(session, version_id)
+            record = _record(row)
+            if not names.promote(session, row):
+                session.rollback()
+            return record
+
+    def roll_back(self, name: str) -> ModelRecord:
+        """Make a name mean the version that was promoted before; called again, the one before that."""
+        if split_version(name)[1] is not None:
+            raise RegistryError(f"A name is rolled back, not a version: `{split_version(name)[0]}`, or promote {name}.")
+        with self._writing() as (session, _):
+            return _record(names.roll_back(session, name))
+
+    def promotions(self, name: str) -> Promotions:
+        """What a name has meant, newest first; those that were taken back too."""
+        with self._reading() as session:
+            rows = names.history(session, name)
+            return [Promotion(name=r.name, version=r.version, at=r.at, taken_back=r.taken_back) for r in rows]
+
+    def pin(self, name_or_id: str) -> ModelRecord:
+        """Have each replica of its base keep an adapter loaded: a version, or whichever one a name means."""
+        with self._writing() as (session, _):
+            row = names.find(session, name_or_id)
+            if row.kind != "adapter":
+                raise RegistryError(f"{row.id} is a model; adapters are pinned. Its replicas hold it anyway.")
+            record = _record(row)
+            if session.get(PinRow, name_or_id) is None:
+                session.add(PinRow(target=name_or_id, name=row.name))
+            else:
+                session.rollback()
+            return record
+
+    def unpin(self, name_or_id: str) -> bool:
+        """Undo `pin`, of the same name or id; False if it was not pinned."""
+        with self._writing() as (session, _):
+            row = session.get(PinRow, name_or_id)
+            if row is None:
+                session.rollback()
+                return False
+            session.delete(row)
+            return True
+
+    def pins(self) -> Names:
+        """What is pinned, as it was named."""
+        with self._reading() as session:
+            return list(session.scalars(select(PinRow.target).order_by(PinRow.target)))
+
+    def pinned(self, base: str) -> Records:
+        """The adapters of a base (by its id) that its replicas keep loaded now."""
+        with self._reading() as session:
+            # Pins are few, and adapters many: from the pins, each by its key.
+            targets = session.scalars(select(PinRow.target)).all()
+            meant = select(NameRow.promoted).where(NameRow.name.in_(targets), NameRow.promoted.is_not(None))
+            named = session.scalars(meant).all()
+            rows = session.scalars(select(ModelRow).where(ModelRow.id.in_([*targets, *named])).order_by(ModelRow.id))
+            return [_record(row) for row in rows if row.base == base]
+
+    def list(
+        self,
+        kind: Kind | None = None,
+        all_versions: bool = False,
+        *,
+        base: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+    ) -> Records:
+        """What is registered, by name and version: the promoted version of each name, or all of them.
+
+        `base`: adapters of that model (by its id) only. A page has at most `limit` records and starts after the name (with
+        `all_versions`: the id) `after`.
+        """
+        query = select(ModelRow)
+        # Each case reads along one index, in the order of the page.
+        table: type[NameRow | ModelRow] = ModelRow
         if not all_versions:
-            newest = select(ModelRow.name, func.max(ModelRow.version)).group_by(ModelRow.name)
-            query = query.where(tuple_(ModelRow.name, ModelRow.version).in_(newest))
+            query = query.join(NameRow, (NameRow.name == ModelRow.name) & (NameRow.promoted == ModelRow.id))
+            table = NameRow if base is None else ModelRow
+        query = query.order_by(table.name, *([ModelRow.version] if all_versions else [])).limit(limit)
+        if kind is not None:
+            query = query.where(table.kind == kind)
+        if base is not None:
+            query = query.where(ModelRow.base == base)
+        if after is not None:
+            name, version = split_version(after)
+            if all_versions and version is not None:
+                query = query.where(tuple_(ModelRow.name, ModelRow.version) > (name, version))
+            else:
+                query = query.where(table.name > name)
         with self._reading() as session:
             return [_record(row) for row in session.scalars(query)]
+
+    def near(self, name: str) -> Names:
+        """Registered names around where `name` would stand in the alphabet; at most 200."""
+        with self._reading() as session:
+            return names.near(session, name)
 
     def newest_model(self) -> ModelRecord | None:
         """The model (not adapter) that was registered last."""
@@ -94,19 +226,32 @@ class Registry:
             row = session.scalar(query)
             return None if row is None else _record(row)
 
-    def remove(self, name_or_id: str) -> Records:
+    def remove(self, name_or_id: str, *, kind: Kind | None = None) -> Records:
         """Forget one version (by id) or all of a name; the files stay. Returns what was forgotten, oldest first.
 
-        RegistryError, and nothing changes, if an adapter still needs one of them.
+        A name whose promoted version goes means the one promoted before. RegistryError, and nothing changes, if an adapter still
+        needs one of them, or if they are not of the `kind` given.
         """
+        name, version = split_version(name_or_id)
         with self._writing() as (session, _):
-            rows = _find(session, name_or_id)
-            needed_by = session.scalars(select(ModelRow.id).where(ModelRow.base.in_([row.id for row in rows]))).all()
+            if version is None and (numbers := names.versions_of(session, name)):
+                wanted = [versioned(name, number) for number in reversed(numbers)]
+            else:
+                wanted = [names.find(session, name_or_id).id]
+            rows = [session.get_one(ModelRow, each) for each in wanted]
+            if kind is not None and rows[0].kind != kind:
+                raise RegistryError(f"{rows[0].id} is {_a(rows[0].kind)}, not {_a(kind)}, so it stays.")
+            needing = select(ModelRow.id).where(ModelRow.base.in_(wanted))
+            needed_by = session.scalars(needing.order_by(ModelRow.base, ModelRow.name).limit(names.SHOWN + 1)).all()
             if needed_by:
+                count = session.scalar(select(func.count()).select_from(needing.subquery()))
                 raise RegistryError(
-                    f"{name_or_id} is the base of {_some(needed_by)}, {len(needed_by)} in all. Remove those first."
+                    f"{name_or_id} is the base of {names.some(needed_by)}, {count} in all. Remove those first."
                 )
-            removed = [_record(row) for row in reversed(rows)]
+            removed = [_record(row) for row in rows]
+            names.forget(session, name, [row.version for row in rows])
+            gone = [*wanted, *([name] if len(wanted) == len(names.versions_of(session, name)) else [])]
+            session.execute(delete(PinRow).where(PinRow.target.in_(gone)))
             for row in rows:
                 session.delete(row)
             return removed
@@ -120,19 +265,19 @@ class Registry:
         self,
         name: str,
         kind: Kind,
-        folder: Path,
+        where: str,
+        content: str,
         lineage: Mapping[str, Any],
         *,
         base: str | None = None,
         rank: int | None = None,
         max_length: int | None = None,
+        promoting: bool,
     ) -> ModelRecord:
         try:
             canonical_json(lineage)
         except (TypeError, ValueError) as error:
             raise RegistryError(f"The lineage of {name} cannot be kept as JSON: {error}.") from error
-        # Reading the files takes long for a large model, so it comes before the transaction.
-        content = folder_digest(folder)
         with self._writing() as (session, revision):
             newest = session.scalar(
                 select(ModelRow).where(ModelRow.name == name).order_by(ModelRow.version.desc()).limit(1)
@@ -140,25 +285,26 @@ class Registry:
             if newest is not None and newest.kind != kind:
                 raise RegistryError(f"{name} is registered as {_a(newest.kind)}, so it cannot be {_a(kind)} too.")
             # A version whose folder is gone is no version to hand out again.
-            if newest is not None and (newest.digest, newest.base) == (content, base) and Path(newest.path).is_dir():
-                known = _record(newest)
-                session.rollback()
-                return known
+            if newest is not None and (newest.digest, newest.base) == (content, base) and _is_there(newest.path):
+                same = _record(newest)
+                if not (promoting and names.promote(session, newest)):
+                    session.rollback()
+                return same
             if base is not None and session.get(ModelRow, base) is None:
                 raise RegistryError(f"{base} was removed while {name} was being registered.")
-            names = session.get(NameRow, name)
-            if names is None:
-                names = NameRow(name=name, kind=kind, last_version=0)
-                session.add(names)
-            names.kind = kind
-            names.last_version += 1
+            known = session.get(NameRow, name)
+            if known is None:
+                known = NameRow(name=name, kind=kind, last_version=0)
+                session.add(known)
+            known.kind = kind
+            known.last_version += 1
             session.flush()
             row = ModelRow(
-                id=versioned(name, names.last_version),
+                id=versioned(name, known.last_version),
                 name=name,
-                version=names.last_version,
+                version=known.last_version,
                 kind=kind,
-                path=str(folder),
+                path=where,
                 digest=content,
                 base=base,
                 rank=rank,
@@ -168,6 +314,9 @@ class Registry:
                 revision=revision,
             )
             session.add(row)
+            session.flush()
+            if promoting:
+                names.promote(session, row)
             return _record(row)
 
     @contextlib.contextmanager
@@ -188,18 +337,12 @@ class Registry:
                 yield session, session.execute(select(ClockRow.revision)).scalar_one()
 
 
-def _find(session: Session, name_or_id: str) -> list[ModelRow]:
-    """The rows that `name@version` or a bare name means, newest first; UnknownModelError if there is none."""
-    name, version = split_version(name_or_id)
-    rows = list(session.scalars(select(ModelRow).where(ModelRow.name == name).order_by(ModelRow.version.desc())))
-    found = rows if version is None else [row for row in rows if row.version == version]
-    if found:
-        return found
-    if rows:
-        raise UnknownModelError(f"{name} has no version {version}; it has {_some(str(r.version) for r in rows)}.")
-    names = session.scalars(select(ModelRow.name).distinct().order_by(ModelRow.name)).all()
-    known = f" Registered: {_some(names)}." if names else " Nothing is registered yet; train a model first."
-    raise UnknownModelError(f"No model or adapter {name_or_id!r} is registered.{did_you_mean(name, names)}{known}")
+def local_folder(record: ModelRecord) -> Path:
+    """The folder of a record's files on this node, fetched from its store if need be.
+
+    Raises AdapterError if they have changed, StorageError if the store does not answer.
+    """
+    return AdapterCache.open().get(record.uri, record.digest) if record.uri else record.path
 
 
 def _record(row: ModelRow) -> ModelRecord:
@@ -207,7 +350,8 @@ def _record(row: ModelRow) -> ModelRecord:
         name=row.name,
         version=row.version,
         kind=cast(Kind, row.kind),
-        path=Path(row.path),
+        path=settings().adapter_cache / row.digest if is_remote(row.path) else Path(row.path),
+        uri=row.path if is_remote(row.path) else None,
         digest=row.digest,
         base=row.base,
         rank=row.rank,
@@ -221,8 +365,5 @@ def _a(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
-def _some(words: Iterable[str], limit: int = 10) -> str:
-    """The first words, and how many more there are."""
-    words = [*words]
-    more = f" and {len(words) - limit} more" if len(words) > limit else ""
-    return ", ".join(words[:limit]) + more
+def _is_there(path: str) -> bool:
+    return is_remote(path) or Path(path).is_dir()

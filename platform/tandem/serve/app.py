@@ -13,6 +13,7 @@ from ray.serve.schema import LoggingConfig
 from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
+from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
@@ -57,7 +58,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
             health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_timeout_s=SHUTDOWN_S,
             **placement.options(),
-        ).bind(pool, directory)
+        ).bind(pool, directory, registry_url)
         for (pool, _), placement in zip(held, placements, strict=True)
     ]
     gateway = _deployment(
@@ -68,7 +69,9 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         # The proxy's own sends then reach the socket without a second event loop in between.
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
     )
-    return gateway.bind(directory, tuple(models), config.gateway, registry_url, engines)
+    return gateway.bind(
+        directory, tuple(models), config.gateway, registry_url, engines, fingerprint(settings().admin_token)
+    )
 
 
 class Gateway:
@@ -81,12 +84,14 @@ class Gateway:
         config: GatewayConfig,
         registry_url: str,
         engines: list[DeploymentHandle[Any]],
+        admin: str | None = None,
     ) -> None:
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
         self._models = models
         self._config = config
         self._registry_url = registry_url
+        self._admin = admin
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Serve in the replica."""
@@ -96,6 +101,7 @@ class Gateway:
             registry=Registry(self._registry_url),
             config=self._config,
             record=added_latency(),
+            admin=self._admin,
         )
 
     async def _watch(self, version: int) -> Snapshot:

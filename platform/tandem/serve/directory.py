@@ -85,4 +85,4 @@ class Directory:
 
 def _lasting(record: ReplicaRecord) -> ReplicaRecord:
     """The record without what changes with every request."""
-    return replace(record, running=0, waiting=0, kv_usage=0.0)
+    return replace(record, running=0, waiting=0, kv_usage=0.0, slots=())

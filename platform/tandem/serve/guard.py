@@ -10,11 +10,13 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from tandem.engine.protocol import AdapterRef, Engine
-from tandem.errors import EngineError
+from tandem.errors import AdapterError, EngineError, StorageError
 from tandem.serve.adapters import AdapterSlots, SlotsBusyError
 from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
 from tandem.serve.routes import ALLOWED
 
+REFUSED = "adapter_refused"
+"""Code of the error for an adapter whose files cannot be served."""
 LOAD, UNLOAD = "/tandem/adapters/load", "/tandem/adapters/unload"
 
 
@@ -63,8 +65,10 @@ class Guard:
             try:
                 async with self._slots.hold(adapter):
                     await self._pass(scope, receive, send)
-            except SlotsBusyError as error:
+            except (SlotsBusyError, StorageError) as error:
                 await _refuse(send, 503, str(error), unavailable="adapters")
+            except AdapterError as error:
+                await _refuse(send, 400, str(error), code=REFUSED)
             except EngineError as error:
                 if self._engine.stats().healthy:
                     await _refuse(send, 500, str(error))
@@ -103,14 +107,16 @@ class Guard:
         try:
             body = json.loads(await _body(receive))
             if scope["path"] == LOAD:
-                await self._slots.load(AdapterRef(id=body["id"], path=body["path"]))
+                await self._slots.load(AdapterRef(id=body["id"], path=body["path"], digest=body.get("digest")))
                 done = True
             else:
                 done = await self._slots.unload(body["id"])
         except (ValueError, KeyError, TypeError) as error:
             await _refuse(send, 400, f"The body must be JSON with an adapter's id (and path): {error!r}.")
-        except SlotsBusyError as error:
+        except (SlotsBusyError, StorageError) as error:
             await _refuse(send, 503, str(error), unavailable="adapters")
+        except AdapterError as error:
+            await _refuse(send, 400, str(error), code=REFUSED)
         except EngineError as error:
             await _refuse(send, 500, str(error))
         else:
@@ -126,9 +132,11 @@ async def _body(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
-async def _refuse(send: Send, status: int, text: str, *, unavailable: str | None = None) -> None:
+async def _refuse(
+    send: Send, status: int, text: str, *, unavailable: str | None = None, code: str | None = None
+) -> None:
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": text, "type": kind, "param": None, "code": None}
+    error = {"message": text, "type": kind, "param": "model" if code == REFUSED else None, "code": code}
     await _json(send, status, {"error": error}, {UNAVAILABLE_HEADER: unavailable} if unavailable else {})
 
 

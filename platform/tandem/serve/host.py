@@ -13,13 +13,13 @@ import gc
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
 
-from tandem.engine.protocol import Engine, EngineStats
+from tandem.engine.protocol import AdapterRef, Engine, EngineStats
 from tandem.errors import EngineError
 from tandem.serve.adapters import AdapterSlots
 from tandem.serve.guard import Guard
@@ -38,16 +38,18 @@ class EngineHost:
         engine: Engine,
         *,
         max_adapters: int,
+        max_cached: int | None = None,
+        prepare: Callable[[AdapterRef], AdapterRef] = lambda adapter: adapter,
         host: str = "127.0.0.1",
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_change` is called from the engine's thread when adapters or health change."""
+        """`on_change` is called from the engine's thread when adapters or health change; for the others see AdapterSlots."""
         self.token = secrets.token_hex(32)
         self.url = ""
         """`http://host:port`, once started."""
         self._engine = engine
         self._host = host
-        self._slots = AdapterSlots(engine, max_adapters, on_change)
+        self._slots = AdapterSlots(engine, max_adapters, on_change, cached=max_cached, prepare=prepare)
         self._guard = Guard(engine, self._slots, self.token, on_change)
         self._ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -62,6 +64,31 @@ class EngineHost:
     def stats(self) -> EngineStats:
         """The engine's load, and the adapters that the guard holds ready."""
         return self._engine.stats()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for an adapter slot: the engine has not seen them yet."""
+        return self._slots.waiting
+
+    @property
+    def in_slots(self) -> tuple[str, ...]:
+        """Adapters that lie in the engine's slots."""
+        return self._slots.in_slots
+
+    @property
+    def adapter_loads(self) -> int:
+        """How often an adapter was loaded."""
+        return self._slots.loads
+
+    @property
+    def pin_problems(self) -> tuple[tuple[str, str], ...]:
+        """Pinned adapters that are not kept, each with the reason."""
+        return tuple(self._slots.problems.items())
+
+    def keep(self, adapters: Iterable[AdapterRef]) -> None:
+        """Keep these adapters loaded from now on, and no others."""
+        if self._loop is not None and not self._ended.done():
+            self._loop.call_soon_threadsafe(self._slots.keep, tuple(adapters))
 
     @property
     def alive(self) -> bool:

@@ -16,6 +16,7 @@ TOKEN_HEADER = "x-tandem-token"
 ADAPTER_HEADER = "x-tandem-adapter"
 """The adapter that a request needs; the replica loads it before its engine sees the request."""
 ADAPTER_PATH_HEADER = "x-tandem-adapter-path"
+ADAPTER_DIGEST_HEADER = "x-tandem-adapter-digest"
 UNAVAILABLE_HEADER = "x-tandem-unavailable"
 """On a 503 of a replica: it did not start on this request, so another replica may."""
 
@@ -58,7 +59,13 @@ class ReplicaRecord:
     waiting: int = 0
     kv_usage: float = 0.0
     adapters: tuple[str, ...] = ()
-    """Ids of the adapters it holds."""
+    """Ids of the adapters it holds: in slots or in host memory."""
+    slots: tuple[str, ...] = ()
+    """Those of them that lie in the engine's slots."""
+    adapter_loads: int = 0
+    """How often it has loaded one since it started."""
+    pin_problems: tuple[tuple[str, str], ...] = ()
+    """Pinned adapters that it does not keep, each with the reason."""
     started_at: float = 0.0
     """When its process was given to it, in seconds since 1970."""
     startup_s: tuple[tuple[str, float], ...] = ()
@@ -88,7 +95,8 @@ def prefill_pool(model_id: str) -> str:
 
 def adapter_headers(adapter: AdapterRef) -> dict[str, str]:
     """The headers that ask a replica for an adapter; header values are ASCII, paths need not be."""
-    return {ADAPTER_HEADER: quote(adapter.id), ADAPTER_PATH_HEADER: quote(adapter.path)}
+    headers = {ADAPTER_HEADER: quote(adapter.id), ADAPTER_PATH_HEADER: quote(adapter.path)}
+    return headers | ({ADAPTER_DIGEST_HEADER: adapter.digest} if adapter.digest else {})
 
 
 def adapter_from_headers(headers: dict[bytes, bytes]) -> AdapterRef | None:
@@ -96,4 +104,5 @@ def adapter_from_headers(headers: dict[bytes, bytes]) -> AdapterRef | None:
     name, path = headers.get(ADAPTER_HEADER.encode()), headers.get(ADAPTER_PATH_HEADER.encode())
     if not name or not path:
         return None
-    return AdapterRef(id=unquote(name.decode("latin-1")), path=unquote(path.decode("latin-1")))
+    digest = headers.get(ADAPTER_DIGEST_HEADER.encode(), b"").decode("latin-1") or None
+    return AdapterRef(id=unquote(name.decode("latin-1")), path=unquote(path.decode("latin-1")), digest=digest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,11 +16,14 @@ from ray import serve
 
 from tandem.cluster import free_ports
 from tandem.engine.create import EngineSpec, create_engine
-from tandem.errors import EngineError
+from tandem.errors import EngineError, TandemError
 from tandem.reaper import Reaper
+from tandem.registry import Registry
+from tandem.serve.adapter_checks import AdapterChecks
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.disaggregate import environment
 from tandem.serve.host import EngineHost
+from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place, workers
 from tandem.serve.records import ReplicaRecord, ServedModel, State
 from tandem.serve.startup import Startup
@@ -34,7 +38,7 @@ class EngineReplica:
     """Holds one engine. `directory` is the handle of the app's directory."""
 
     # Serve awaits an asynchronous constructor.
-    async def __init__(self, model: ServedModel, directory: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, model: ServedModel, directory: Any, registry_url: str | None = None) -> None:  # type: ignore[misc]
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._started_at, startup = time.time(), Startup()
         startup.done("process")
@@ -55,12 +59,16 @@ class EngineReplica:
         self._host = EngineHost(
             engine,
             max_adapters=model.config.max_adapters,
+            max_cached=model.config.cached_adapters,
+            prepare=AdapterChecks(Path(model.path) if model.path else None, model.config.max_lora_rank),
             host=host,
             on_change=lambda: _set(loop, self._changed),
         )
         await self._host.start()
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
+        adapts = registry_url is not None and model.config.max_adapters > 0
+        self._pins = Pins(model.id, lambda: Registry(str(registry_url))) if adapts else None
         self._beats = asyncio.create_task(self._beat())
 
     def check_health(self) -> None:
@@ -79,9 +87,12 @@ class EngineReplica:
             token=self._host.token,
             state=self._state if self._host.alive else "dead",
             running=stats.running,
-            waiting=stats.waiting,
+            waiting=stats.waiting + self._host.waiting,
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
+            slots=self._host.in_slots,
+            adapter_loads=self._host.adapter_loads,
+            pin_problems=self._host.pin_problems,
             started_at=self._started_at,
             startup_s=self._startup,
             tasks=stats.tasks,
@@ -103,11 +114,18 @@ class EngineReplica:
     async def _beat(self) -> None:
         while True:
             self._changed.clear()
+            # Where the registry does not answer, what was pinned stays so.
+            with contextlib.suppress(TandemError):
+                await self._follow_pins()
             # A directory that is being replaced does not answer; the next beat finds the new one.
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._tell(), 5 * HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
+
+    async def _follow_pins(self) -> None:
+        if self._pins is not None and (wanted := await asyncio.to_thread(self._pins.changed)) is not None:
+            self._host.keep(wanted)
 
     async def _tell(self) -> None:
         await self._directory.heartbeat.remote(self.record())
@@ -138,6 +156,7 @@ def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:
         name=model.name,
         path=model.path,
         max_adapters=config.max_adapters,
+        max_cached_adapters=config.cached_adapters,
         max_lora_rank=config.max_lora_rank,
         threads=max(1, int(config.cpus_per_replica / workers(config.engine_args))),
         gpus=config.gpus_per_replica,

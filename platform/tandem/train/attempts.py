@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +96,8 @@ class Course:
 
     journal: Journal
     metrics: Metrics
+    exported: Callable[[dict[str, Any]], None] = lambda end: None
+    """Called in a thread when what was trained lies whole in the job's folder: workers take seconds more to end."""
     starts: int = 0
     workers: int = 0
     """Of the attempt before."""
@@ -120,15 +122,22 @@ class Outcome:
     fault: Fault | None = None
 
 
-def run_workers(task: WorkerTask, journal: Journal, metrics: Metrics, asked: Asked | None = None) -> dict[str, Any]:
-    """Run workers until they are done; returns their last event.
+def run_workers(
+    task: WorkerTask,
+    journal: Journal,
+    metrics: Metrics,
+    asked: Asked | None = None,
+    *,
+    exported: Callable[[dict[str, Any]], None] = lambda end: None,
+) -> dict[str, Any]:
+    """Run workers until they are done; returns their last event. `exported`: see `Course`.
 
     Raises what they cannot go on from, JobError after too many faults without a new checkpoint, JobStopped if `asked` to.
     """
     # Not `or`: it is false until it was asked.
     asked = Asked() if asked is None else asked
     config, root = task.config, folders.root_of(task.config.checkpoint, task.job)
-    course = Course(journal, metrics)
+    course = Course(journal, metrics, exported)
     failures, kept, waited = 0, -1, False
     skip = [(e["rows"][0], e["rows"][1]) for e in journal.read() if e["event"] == "rollback"]
     while True:
@@ -330,6 +339,7 @@ class Watch(threading.Thread):
         match event["event"]:
             case "exported":
                 self._outcome.end.update(event)
+                self._course.exported(event)
             case "left":
                 self._outcome.left = {
                     **event,

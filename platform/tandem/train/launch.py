@@ -160,16 +160,24 @@ def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
         stream=stream,
         evaluation=None if rows is None else ray.put(rows),
     )
+    where: dict[str, Any] = {}
+
+    def register(end: dict[str, Any]) -> None:
+        """Into the registry as soon as the files are whole; what goes wrong is told when the run has ended, by a second try."""
+        if config.register:
+            with contextlib.suppress(TandemError, OSError):
+                where.update(_register(config, job, base, parts_digest(parts), end | _evaluated(journal)))
+
     with metrics_of(
         config, job, before=before, notice=lambda said: journal.write({"event": "notice", "message": said})
     ) as metrics:
-        end = run_workers(task, journal, metrics, asked)
-    told = journal.read()
-    plot_run(told, job / "loss.png", title=config.name)
-    end["evaluation"] = next((measured(e) for e in reversed(told) if e["event"] == "evaluation"), None)
-    where = {"model": None, "base": None, "path": str(job / "export")}
-    if config.register:
-        where = _register(config, job, base, parts_digest(parts), end)
+        end = run_workers(task, journal, metrics, asked, exported=register)
+    end |= _evaluated(journal)
+    if not where:
+        where = {"model": None, "base": None, "path": str(job / "export")}
+        if config.register:
+            where = _register(config, job, base, parts_digest(parts), end)
+    plot_run(journal.read(), job / "loss.png", title=config.name)
     journal.write(
         {
             "event": "finished", **where, "plot": str(job / "loss.png"), "loss": end.get("loss"),
@@ -177,6 +185,12 @@ def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
             "steps": config.steps, "seconds": round(time.monotonic() - began, 3),
         }
     )  # fmt: skip
+
+
+def _evaluated(journal: Journal) -> dict[str, Any]:
+    """What the last evaluation measured."""
+    found = (measured(e) for e in reversed(journal.read()) if e["event"] == "evaluation")
+    return {"evaluation": next(found, None)}
 
 
 def measured(evaluation: Mapping[str, Any]) -> dict[str, float]:

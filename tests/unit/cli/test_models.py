@@ -7,6 +7,7 @@ import shutil
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from small_folders import small_adapter, small_model
 from typer.testing import CliRunner
 
 from tandem.cli.models import ago, models_app
@@ -20,16 +21,9 @@ def registry(tmp_path, monkeypatch):
     monkeypatch.delenv("TANDEM_DATABASE_URL", raising=False)
     registry = Registry.open()
     for version in (1, 2):
-        folder = tmp_path / f"base-{version}"
-        folder.mkdir()
-        (folder / "config.json").write_text('{"max_position_embeddings": 512}')
-        (folder / "model.safetensors").write_text(str(version))
+        folder = small_model(tmp_path / f"base-{version}", str(version))
         registry.register_model("base", folder, lineage={"job": f"base-{version}", "loss": 2.5, "steps": [1, 2]})
-    folder = tmp_path / "helper"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"r": 16}')
-    (folder / "adapter_model.safetensors").write_text("x")
-    registry.register_adapter("helper", folder, base="base@1")
+    registry.register_adapter("helper", small_adapter(tmp_path / "helper"), base="base@1")
     return registry
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from small_folders import small_adapter, small_model
 
 from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo import EchoEngine
 from tandem.gateway.app import create_app
+from tandem.ids import fingerprint
 from tandem.registry import Registry
+from tandem.serve.adapter_checks import AdapterChecks
 from tandem.serve.host import EngineHost
 from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
 
@@ -39,12 +42,16 @@ class World:
     async def watch(self, version: int) -> Snapshot:
         if version == self.version:
             await asyncio.sleep(0.01)
-        held = {host.url: host.stats().adapters for host in self.hosts}
-        now = tuple(replace(r, adapters=held.get(r.url, ())) for r in self.records.values())
-        return Snapshot(version=self.version, replicas=now)
+        held = {host.url: (host.stats().adapters, host.in_slots) for host in self.hosts}
+        now = []
+        for record in self.records.values():
+            adapters, slots = held.get(record.url, ((), ()))
+            now.append(replace(record, adapters=adapters, slots=slots))
+        return Snapshot(version=self.version, replicas=tuple(now))
 
-    async def add_engine(self, engine: EchoEngine) -> None:
-        host = EngineHost(engine, max_adapters=2)
+    async def add_engine(self, engine: EchoEngine, checks: bool = False) -> None:
+        prepare = {"prepare": AdapterChecks(self.folder / "model", 16)} if checks else {}
+        host = EngineHost(engine, max_adapters=2, **prepare)  # type: ignore[arg-type]
         await host.start()
         name = f"r{len(self.hosts)}"
         self.engines.append(engine)
@@ -53,28 +60,21 @@ class World:
         self.version += 1
         await asyncio.sleep(0.1)
 
-    def adapter(self, name: str, rank: int = 8, **values: bool) -> None:
-        path = self.folder / f"{name}-{rank}"
-        path.mkdir()
-        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, **values}))
-        (path / "adapter_model.safetensors").write_bytes(name.encode() + bytes([rank]))
-        self.registry.register_adapter(name, path, base="base")
+    def adapter(self, name: str, rank: int = 8, promote: bool = True, **values: bool) -> None:
+        path = small_adapter(self.folder / f"{name}-{rank}", f"{name}-{rank}", rank=rank, **values)
+        self.registry.register_adapter(name, path, base="base", promote=promote)
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"max_position_embeddings": 64}')
-    (model / "model.safetensors").write_bytes(b"\0")
-    registry.register_model("base", model)
+    registry.register_model("base", small_model(tmp_path / "model", config={"max_position_embeddings": 64}))
     served = ServedModel(
         id="base@1", name="base", path="", max_length=64, config=ServedModelConfig(model="base", max_lora_rank=16)
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
     config = GatewayConfig(max_body_bytes=4096, connect_timeout_s=1.0, retry_after_s=7)
-    app = create_app(models=[served], watch=result.watch, registry=registry, config=config)
+    app = create_app(models=[served], watch=result.watch, registry=registry, config=config, admin=fingerprint("secret"))
     sock = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
@@ -220,6 +220,145 @@ async def test_an_engines_error_comes_in_openais_shape(world: World) -> None:
     answer = await world.http.post("/v1/completions", json=BODY)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error" and "3 tokens" in answer.text
+
+
+async def test_a_promotion_and_a_roll_back_are_followed_by_the_next_request(world: World) -> None:
+    await world.add_engine(echo())
+    world.adapter("red")
+    world.adapter("red", rank=4, promote=False)
+    assert await answered(world, "red") == "red@1" and await answered(world, "red@2") == "red@2"
+    world.registry.promote("red@2")
+    assert await answered(world, "red") == "red@2"
+    world.registry.roll_back("red")
+    assert await answered(world, "red") == "red@1"
+
+
+async def answered(world: World, model: str) -> str:
+    answer = await world.http.post("/v1/completions", json=BODY | {"model": model})
+    return str(answer.json().get("model") or answer.text)
+
+
+async def test_a_name_without_a_promoted_version_is_404_with_what_there_is(world: World) -> None:
+    world.adapter("red", promote=False)
+    answer = await world.http.post("/v1/completions", json=BODY | {"model": "red"})
+    assert answer.status_code == 404 and "Ask for red@1" in answer.text
+    assert [card["id"] for card in (await world.http.get("/v1/models")).json()["data"]] == ["base"]
+    card = (await world.http.get("/v1/models/red@1")).json()
+    assert (card["id"], card["root"], card["parent"]) == ("red@1", "red@1", "base")
+
+
+async def test_the_list_of_models_comes_in_pages_that_put_together_are_all(world: World) -> None:
+    for number in range(5):
+        world.adapter(f"a{number}")
+    seen, after = [], {}
+    while True:
+        page = (await world.http.get("/v1/models", params={"limit": 2, **after})).json()
+        seen.append([card["id"] for card in page["data"]])
+        if not page["has_more"]:
+            break
+        after = {"after": page["last_id"]}
+    assert seen == [["base", "a0", "a1"], ["a2", "a3"], ["a4"]]
+    for wrong in ("0", "1001", "x", "-1", "٣"):
+        assert (await world.http.get("/v1/models", params={"limit": wrong})).status_code == 400
+
+
+ADMIN = {"Authorization": "Bearer secret"}
+
+
+async def test_admin_routes_open_to_their_own_token_only(world: World) -> None:
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "secret"},
+        {"Authorization": "Basic secret"},
+    ):
+        for method, path in (
+            ("GET", "/admin/adapters"),
+            ("DELETE", "/admin/adapters/red"),
+            ("GET", "/admin/residency"),
+        ):
+            answer = await world.http.request(method, path, headers=headers)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert (await world.http.get("/admin/adapters", headers=ADMIN)).json()["data"] == []
+
+
+async def test_without_a_token_of_the_app_admin_routes_are_closed_and_say_what_to_set(tmp_path: Path) -> None:
+    async def watch(version: int) -> Snapshot:
+        return Snapshot()
+
+    app = create_app(models=[], watch=watch, registry=Registry(f"sqlite:///{tmp_path}/tandem.db"))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+        answer = await http.get("/admin/adapters", headers={"Authorization": "Bearer "})
+        assert answer.status_code == 403 and "TANDEM_ADMIN_TOKEN" in answer.text
+
+
+async def test_an_operator_registers_promotes_rolls_back_pins_and_deletes(world: World) -> None:
+    await world.add_engine(echo())
+
+    async def admin(method: str, path: str, **options: object) -> tuple[int, dict[str, Any]]:
+        answer = await world.http.request(method, f"/admin/adapters{path}", headers=ADMIN, **options)  # type: ignore[arg-type]
+        return answer.status_code, answer.json()
+
+    first, second = (str(small_adapter(world.folder / name, name, rank=8)) for name in ("one", "two"))
+    status, made = await admin("POST", "", json={"name": "red", "source": first, "base": "base"})
+    assert (status, made["id"], made["base"], made["source"]) == (201, "red@1", "base@1", first)
+    status, made = await admin("POST", "", json={"name": "red", "source": second, "base": "base", "promote": False})
+    assert (status, made["id"]) == (201, "red@2") and await answered(world, "red") == "red@1"
+    assert (await admin("POST", "/red@2/promote"))[1]["id"] == "red@2" and await answered(world, "red") == "red@2"
+    assert (await admin("POST", "/red/roll-back"))[1]["id"] == "red@1" and await answered(world, "red") == "red@1"
+    assert (await admin("POST", "/red/pin"))[1]["pinned"] is True and world.registry.pins() == ["red"]
+    listed = (await admin("GET", "?all=true"))[1]["data"]
+    assert [(each["id"], each["pinned"]) for each in listed] == [("red@1", True), ("red@2", True)]
+    assert (await admin("POST", "/red/unpin"))[1]["was_pinned"] is True and world.registry.pins() == []
+    await asyncio.sleep(0.1)
+    shown = (await admin("GET", "/red"))[1]
+    assert [(p["id"], p["taken_back"]) for p in shown["promotions"]] == [("red@2", True), ("red@1", False)]
+    assert shown["replicas"] == ["r0"]
+    (replica,) = (await world.http.get("/admin/residency", headers=ADMIN)).json()["data"]
+    assert replica["in_slots"] == ["red@2", "red@1"] and set(replica["in_memory"]) == {"red@1", "red@2"}
+    assert await admin("DELETE", "/red@1") == (200, {"deleted": ["red@1"]})
+    assert await admin("DELETE", "/red") == (200, {"deleted": ["red@2"]})
+    assert (await admin("DELETE", "/red"))[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "`name` is missing"),
+        ({"name": "red"}, "`source` is missing"),
+        ({"name": "red", "source": "/x", "bas": "base"}, "Did you mean 'base'"),
+        ({"name": 3, "source": "/x"}, "must be of type str"),
+        ({"name": "red", "source": "/no/such", "base": "base"}, "is no folder and no URI"),
+        ({"name": "a/b", "source": ".", "base": "base"}, "cannot be used"),
+        ({"name": "red", "source": "."}, "does not say which registered model"),
+        ({"name": "red", "source": ".", "base": "base"}, "holds no adapter_config.json"),
+    ],
+)
+async def test_what_cannot_be_registered_is_400_with_the_reason(
+    world: World, body: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEM_HOME", str(world.folder / "home"))
+    answer = await world.http.post("/admin/adapters", json=body, headers=ADMIN)
+    assert answer.status_code == 400 and said in answer.text, answer.text
+    assert world.registry.list("adapter") == []
+
+
+async def test_an_adapter_that_changed_after_it_was_registered_is_400_and_others_go_on(world: World) -> None:
+    await world.add_engine(echo(), checks=True)
+    world.adapter("red")
+    world.adapter("blue")
+    (world.folder / "red-8" / "adapter_model.safetensors").write_bytes(b"cut off")
+    assert await answered(world, "blue") == "blue@1"
+    answer = await world.http.post("/v1/completions", json=BODY | {"model": "red"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["code"] == "adapter_refused" and "not a safetensors file" in error["message"]
+    small_adapter(world.folder / "red-8", "other", rank=8)
+    answer = await world.http.post("/v1/completions", json=BODY | {"model": "red"})
+    assert answer.status_code == 400 and "have changed since it was registered" in answer.text
+    assert await answered(world, "blue") == "blue@1" and world.engines[0].loads == ["blue@1"]
 
 
 def test_the_gateway_imports_neither_torch_nor_vllm_nor_transformers_nor_ray() -> None:

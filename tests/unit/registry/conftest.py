@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_folders import small_adapter, small_model
 
 from tandem.registry import Registry
 
@@ -24,25 +25,16 @@ def model_folder(tmp_path: Path) -> MakeFolder:
     """Makes a folder in the form of a model; `weights` decides its digest."""
 
     def make(name: str = "base", weights: bytes = b"weights", config: object = None) -> Path:
-        folder = tmp_path / "exports" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"max_position_embeddings": 512} if config is None else config
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / "model.safetensors").write_bytes(weights)
-        return folder
+        return small_model(tmp_path / "exports" / name, repr(weights), config)
 
     return make
 
 
 @pytest.fixture
 def adapter_folder(tmp_path: Path) -> MakeFolder:
-    """Makes a folder in the form of a LoRA adapter."""
+    """Makes a folder in the form of a LoRA adapter; `weights` decides its digest."""
 
-    def make(name: str = "adapter", weights: bytes = b"delta", rank: object = 16) -> Path:
-        folder = tmp_path / "exports" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "peft_type": "LORA"}))
-        (folder / "adapter_model.safetensors").write_bytes(weights)
-        return folder
+    def make(name: str = "adapter", weights: bytes = b"delta", rank: object = 16, **options: Any) -> Path:
+        return small_adapter(tmp_path / "exports" / name, repr(weights), rank=rank, **options)
 
     return make

@@ -180,3 +180,40 @@ def test_the_registry_imports_neither_torch_nor_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_in_a_registry_of_the_first_schema_names_mean_what_they_meant_and_can_be_rolled_back(tmp_path):
+    import alembic.command
+
+    url = f"sqlite:///{tmp_path}/tandem.db"
+    config = Config()
+    config.set_main_option("script_location", str(Path(tandem.registry.__file__).parent / "migrations"))
+    with connect(url).begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0001")
+        for name, kind, last in (("base", "model", 1), ("red", "adapter", 3), ("gone", "adapter", 2)):
+            connection.exec_driver_sql("INSERT INTO registry_names VALUES (?, ?, ?)", (name, kind, last))
+        rows = [("base", 1, "model", None), ("red", 1, "adapter", "base@1"), ("red", 3, "adapter", "base@1")]
+        for revision, (name, version, kind, base) in enumerate(rows, 1):
+            values = (
+                f"{name}@{version}",
+                name,
+                version,
+                kind,
+                "/x",
+                "d",
+                base,
+                8,
+                None,
+                "{}",
+                "2026-01-02 03:04:05",
+                revision,
+            )
+            connection.exec_driver_sql(f"INSERT INTO registry_models VALUES ({', '.join('?' * 12)})", values)
+        connection.exec_driver_sql("UPDATE registry_clock SET revision = 3")
+    registry = Registry(url)
+    assert [record.id for record in registry.list()] == ["base@1", "red@3"]
+    assert registry.resolve("red").id == "red@3" and registry.revision() == 3
+    assert [(p.id, p.at.year) for p in registry.promotions("red")] == [("red@3", 2026), ("red@1", 2026)]
+    assert registry.roll_back("red").id == "red@1"
+    assert registry.promotions("gone") == [] and registry.pins() == []

@@ -44,7 +44,8 @@ async def test_a_request_that_names_an_adapter_finds_it_loaded() -> None:
         assert answer.json()["model"] == ref.id
         broken = AdapterRef(id="bad@1", path="/broken")
         answer = await http.post("/v1/completions", json=BODY | {"model": "bad@1"}, headers=adapter_headers(broken))
-        assert answer.status_code == 500 and "cannot be loaded" in answer.text
+        assert answer.status_code == 400 and "cannot be loaded" in answer.text
+        assert answer.json()["error"]["code"] == "adapter_refused"
     await host.drain(0)
 
 

@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tandem.config.serve import GatewayConfig
-from tandem.gateway.catalog import Catalog
+from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
-from tandem.gateway.errors import ApiError, unknown_model
+from tandem.gateway.errors import ApiError
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import prefilled
@@ -45,21 +45,15 @@ class OpenAIRoutes:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        """Everything that `model` may name."""
-        return JSONResponse({"object": "list", "data": [card.wire() for card in await self._catalog.cards()]})
+        """What `model` may name: at most `limit` adapters (1 to 1000), by name, after the one that `after` names."""
+        limit = number(request, "limit", PAGE, PAGE)
+        page = await self._catalog.page(request.query_params.get("after"), limit)
+        data = [card.wire() for card in page.cards]
+        return JSONResponse({"object": "list", "data": data, "has_more": page.next is not None, "last_id": page.next})
 
     async def get_model(self, request: Request) -> Response:
         """One model, by name or id."""
-        name = request.path_params["name"]
-        target = await self._catalog.resolve(name)
-        for card in await self._catalog.cards():
-            if target.engine_name == card.id:
-                return JSONResponse(card.wire() | {"id": name})
-        if target.adapter is None:
-            raise unknown_model(f"The model {name!r} does not exist.")
-        # An older version of an adapter answers by its id, but is not listed.
-        wire: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "tandem"}
-        return JSONResponse(wire | {"root": target.adapter.id, "parent": target.base.name})
+        return JSONResponse((await self._catalog.card(request.path_params["name"])).wire())
 
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
         dialect = dialect_of(route.path)
@@ -110,6 +104,14 @@ def check_task(name: str, route: EngineRoute, tasks: tuple[str, ...]) -> None:
             code="unsupported_route",
             param="model",
         )
+
+
+def number(request: Request, name: str, default: int, most: int) -> int:
+    """A count in the query string, from 1 to `most`; ApiError 400 for anything else."""
+    text = request.query_params.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
+        raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
+    return int(text)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -1,0 +1,100 @@
+"""Adapters of this home, from wherever they come: a folder, an object store, or a training job; for Python, CLI and gateway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import EngineError, JobError, RegistryError
+from tandem.jobs.folder import find_job
+from tandem.registry import ModelRecord, Promotion, Registry
+from tandem.settings import settings
+from tandem.storage import is_remote
+
+# Inside the class, `list` is a method.
+Records = list[ModelRecord]
+Promotions = list[Promotion]
+Residency = list[dict[str, Any]]
+
+
+class Adapters:
+    """What can be done with adapters. What is served follows at the next request; nothing is restarted."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+
+    def register(self, name: str, source: str | Path, *, base: str | None = None, promote: bool = True) -> ModelRecord:
+        """Register the adapter at `source`: a folder in peft's format, a URI such as s3://bucket/adapter, or a job's id.
+
+        A job knows its base. Without `promote` it is a candidate, which answers to its id (`name@version`) only. Raises
+        AdapterError, a RegistryError, with the reason if it cannot be served on `base`.
+        """
+        lineage: dict[str, Any] = {"source": str(source)}
+        if not is_remote(source) and not Path(source).expanduser().exists():
+            source, base, lineage = _of_job(str(source), base)
+        if base is None:
+            raise RegistryError(f"{source} does not say which registered model it adapts. Name it: base, or --base.")
+        return self.registry.register_adapter(name, source, base=base, lineage=lineage, promote=promote)
+
+    def list(self, all_versions: bool = False, *, after: str | None = None, limit: int | None = None) -> Records:
+        """The promoted version of each name, or all versions; a page has `limit` at most, after the name or id `after`."""
+        return self.registry.list("adapter", all_versions, after=after, limit=limit)
+
+    def promote(self, version_id: str) -> ModelRecord:
+        """Make `name@version` what `name` means, from the next request on; requests that run end with what they began with."""
+        return self.registry.promote(version_id)
+
+    def roll_back(self, name: str) -> ModelRecord:
+        """Make `name` mean what was promoted before."""
+        return self.registry.roll_back(name)
+
+    def promotions(self, name: str) -> Promotions:
+        """What `name` has meant, newest first."""
+        return self.registry.promotions(name)
+
+    def pin(self, name_or_id: str) -> ModelRecord:
+        """Have every replica of its base keep it loaded."""
+        return self.registry.pin(name_or_id)
+
+    def unpin(self, name_or_id: str) -> bool:
+        """Undo `pin`; False if it was not pinned."""
+        return self.registry.unpin(name_or_id)
+
+    def delete(self, name_or_id: str) -> Records:
+        """Forget one version or all of a name; files stay, and so do replicas' copies until others need the room."""
+        return self.registry.remove(name_or_id, kind="adapter")
+
+    def where(self) -> Residency:
+        """Each replica of the app at TANDEM_API_URL with the adapters that it holds; needs TANDEM_ADMIN_TOKEN."""
+        import httpx
+
+        url = settings().api_url.rstrip("/").removesuffix("/v1") + "/admin/residency"
+        try:
+            answer = httpx.get(url, headers={"Authorization": f"Bearer {settings().admin_token or ''}"}, timeout=30.0)
+            found: dict[str, Any] = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise EngineError(f"No Tandem gateway answers at {url}: {error}. Set TANDEM_API_URL.") from error
+        if answer.status_code != 200:
+            raise EngineError(str(found.get("error", {}).get("message", f"{url} answered {answer.status_code}.")))
+        return list(found["data"])
+
+
+def _of_job(source: str, base: str | None) -> tuple[Path, str | None, dict[str, Any]]:
+    """Folder, base and lineage of the adapter that a job made."""
+    try:
+        job = find_job(source)
+    except JobError as error:
+        raise RegistryError(f"{source} is no folder and no URI, and no job: {error}") from error
+    end = job.finished()
+    if end is None:
+        raise RegistryError(
+            f"The job {job.id} has no finished adapter in {job.export}. `tandem train status {job.id}` tells more."
+        )
+    config = job.config()
+    if config.lora is None:
+        raise RegistryError(f"The job {job.id} made a model, not an adapter.")
+    return (
+        job.export,
+        base or end.get("base") or config.model.base,
+        {"job": job.id, "steps": config.steps, "loss": end.get("loss")},
+    )

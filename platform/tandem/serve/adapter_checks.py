@@ -1,0 +1,56 @@
+"""Brings an adapter's files to a replica's node and checks them, before its engine hears of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tandem.engine.protocol import AdapterRef
+from tandem.errors import AdapterError
+from tandem.registry.adapter_cache import AdapterCache
+from tandem.registry.adapter_files import FILES, check_adapter, is_unchanged
+from tandem.storage import is_remote
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChecks:
+    """What a replica asks of an adapter; called in threads."""
+
+    base: Path | None
+    """The folder of the model that is served."""
+    max_rank: int
+
+    def __call__(self, adapter: AdapterRef) -> AdapterRef:
+        """The adapter at a path on this node.
+
+        Raises AdapterError with the reason if it cannot be served, StorageError if its store does not answer.
+        """
+        if is_remote(adapter.path):
+            folder = AdapterCache.open().get(adapter.path, adapter.digest or "")
+        else:
+            folder = Path(adapter.path)
+        files = check_adapter(folder, self.base)
+        if files.dora:
+            raise AdapterError(f"{adapter.id} is a DoRA adapter, which vLLM does not serve. Merge it into its base.")
+        if files.rank > self.max_rank:
+            raise AdapterError(
+                f"The adapter {adapter.id} has rank {files.rank}; its base is served with max_lora_rank {self.max_rank}. "
+                "Serve it with a larger one."
+            )
+        if adapter.digest and not is_remote(adapter.path) and not _unchanged(folder, adapter.digest, _marks(folder)):
+            raise AdapterError(
+                f"The files of {adapter.id} in {folder} have changed since it was registered. Register them again: a new version."
+            )
+        return replace(adapter, path=str(folder))
+
+
+def _marks(folder: Path) -> tuple[tuple[int, int], ...]:
+    """What changes when a file does: its size and time."""
+    found = [(folder / name).stat() for name in FILES]
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in found)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _unchanged(folder: Path, digest: str, marks: tuple[tuple[int, int], ...]) -> bool:
+    return is_unchanged(folder, digest)
