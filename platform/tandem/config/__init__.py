@@ -10,7 +10,7 @@ from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
 from tandem.config.optimizer import OptimizerConfig
 from tandem.config.parallel import ParallelismConfig
-from tandem.config.serve import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.config.serve import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelismConfig",
+    "RouterConfig",
     "ServeConfig",
     "ServedModelConfig",
     "SpikeConfig",
