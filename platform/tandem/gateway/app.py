@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
-from tandem.config.serve import GatewayConfig
+from tandem.config.serve import GatewayConfig, RouterConfig
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
@@ -16,15 +16,21 @@ from tandem.gateway.proxy import Proxy
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.registry import Registry
 from tandem.serve.records import ServedModel
+from tandem.serve.router import Router
 
 
 def create_app(
-    *, models: Iterable[ServedModel], watch: Watch, registry: Registry, config: GatewayConfig | None = None
+    *,
+    models: Iterable[ServedModel],
+    watch: Watch,
+    registry: Registry,
+    config: GatewayConfig | None = None,
+    router: RouterConfig | None = None,
 ) -> Starlette:
-    """The app that answers for `models`; `watch` tells it of the replicas."""
+    """The app that answers for `models`; `watch` tells it of the replicas, `router` how to choose among them."""
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
-    fleet = Fleet(watch)
+    fleet = Fleet(watch, Router(router))
     proxy = Proxy(fleet, config)
 
     @contextlib.asynccontextmanager

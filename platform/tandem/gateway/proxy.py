@@ -19,6 +19,7 @@ from tandem.config.serve import GatewayConfig
 from tandem.gateway.catalog import Target
 from tandem.gateway.errors import from_engine, no_replica, shape
 from tandem.gateway.fleet import Fleet
+from tandem.serve.ask import Ask
 from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_headers
 
 ATTEMPTS = 2
@@ -50,12 +51,18 @@ class Proxy:
         if self._session is not None:
             await self._session.close()
 
-    def forward(self, path: str, body: bytes, target: Target, headers: Mapping[str, str]) -> Response:
+    def forward(self, path: str, body: bytes, target: Target, headers: Mapping[str, str], ask: Ask) -> Response:
         """The response that carries a request to a replica of `target` when Starlette sends it."""
-        return _Forwarded(self, path, body, target, headers)
+        return _Forwarded(self, path, body, target, headers, ask)
 
     async def open(
-        self, path: str, body: bytes, target: Target, headers: Mapping[str, str], held: contextlib.AsyncExitStack
+        self,
+        path: str,
+        body: bytes,
+        target: Target,
+        headers: Mapping[str, str],
+        ask: Ask,
+        held: contextlib.AsyncExitStack,
     ) -> aiohttp.ClientResponse:
         """Send the request and wait for the head of the answer; `held` keeps the connection and the count.
 
@@ -68,13 +75,13 @@ class Proxy:
         avoid: list[str] = []
         reason = f"No replica of {target.base.name} is ready"
         for _ in range(ATTEMPTS):
-            replica = self._fleet.choose(target.base.id, adapter.id if adapter else None, avoid)
+            replica = self._fleet.choose(ask, avoid)
             if replica is None:
                 break
             avoid.append(replica.id)
             attempt = contextlib.AsyncExitStack()
             try:
-                attempt.enter_context(self._fleet.counting(replica))
+                attempt.enter_context(self._fleet.counting(ask, replica))
                 request = self._session.post(
                     replica.url + path, data=body, headers={**sent, TOKEN_HEADER: replica.token}
                 )
@@ -93,8 +100,8 @@ class Proxy:
                     self._fleet.suspect(replica)
                 await attempt.aclose()
                 continue
-            if adapter is not None and answer.status == 200:
-                self._fleet.holds(replica, adapter.id)
+            if answer.status == 200:
+                self._fleet.answered(ask, replica)
             held.push_async_exit(attempt)
             return answer
         raise no_replica(
@@ -105,12 +112,15 @@ class Proxy:
 class _Forwarded(Response):
     """A request on its way to an engine and back."""
 
-    def __init__(self, proxy: Proxy, path: str, body: bytes, target: Target, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, proxy: Proxy, path: str, body: bytes, target: Target, headers: Mapping[str, str], ask: Ask
+    ) -> None:
         self._proxy = proxy
         self._path = path
         self._body = body
         self._target = target
         self._sent_headers = headers
+        self._ask = ask
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,7 +140,7 @@ class _Forwarded(Response):
 
     async def _copy(self, send: Send) -> None:
         async with contextlib.AsyncExitStack() as held:
-            answer = await self._proxy.open(self._path, self._body, self._target, self._sent_headers, held)
+            answer = await self._proxy.open(self._path, self._body, self._target, self._sent_headers, self._ask, held)
             head = [
                 (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
             ]

@@ -10,11 +10,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
+from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
 from tandem.settings import settings
@@ -34,6 +35,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     Resolves every model in the registry and, with `check`, has the engine check its arguments. Raises ConfigError or
     RegistryError with the next step; no replica has started then.
     """
+    find_policy(config.router.policy)
     registry_url = settings().registry_url
     models = resolve_models(config, Registry(registry_url))
     for model in models:
@@ -61,7 +63,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         # The proxy's own sends then reach the socket without a second event loop in between.
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
     )
-    return gateway.bind(directory, tuple(models), config.gateway, registry_url, engines)
+    return gateway.bind(directory, tuple(models), config.gateway, registry_url, engines, config.router)
 
 
 class Gateway:
@@ -74,12 +76,14 @@ class Gateway:
         config: GatewayConfig,
         registry_url: str,
         engines: list[DeploymentHandle[Any]],
+        router: RouterConfig,
     ) -> None:
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
         self._models = models
         self._config = config
         self._registry_url = registry_url
+        self._router = router
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Serve in the replica."""
@@ -88,6 +92,7 @@ class Gateway:
             watch=self._watch,
             registry=Registry(self._registry_url),
             config=self._config,
+            router=self._router,
         )
 
     async def _watch(self, version: int) -> Snapshot:

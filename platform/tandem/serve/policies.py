@@ -79,7 +79,7 @@ def affinity(ask: Ask, sight: Sight) -> str | None:
 
 
 def _homes(ask: Ask, pool: Pool) -> list[str]:
-    """Where a request belongs that nobody has seen yet: at the homes of its adapter or of its text; of these its session has one."""
+    """Where a request belongs that nobody has seen yet: at a home of its adapter or of its text, of which its session has one."""
     if ask.adapter is not None:
         key = key_of(ask.adapter)
     elif ask.blocks:
@@ -108,10 +108,10 @@ def round_robin(ask: Ask, sight: Sight) -> str | None:
 
 
 def prefix_tree(ask: Ask, sight: Sight) -> str | None:
-    """The rule of Ray Serve LLM's prefix-aware router, for comparison: it knows texts, and adapters before them, but weighs nothing.
+    """The rule of Ray Serve LLM's prefix-aware router, for comparison: adapters first, then texts, nothing is weighed.
 
-    While the busiest has at most `imbalance_requests` more than the idlest, a request goes to a replica that has read the most of
-    its text, if that is at least `match_rate` of it; else to the idlest. Where some replica holds the adapter, only those are asked.
+    While the busiest has at most `imbalance_requests` more than the idlest, a request goes to a replica that has read the most
+    of its text, if that is at least `match_rate` of it; else to the idlest. Where any hold the adapter, only they are asked.
     """
     config, pool, avoid = sight.config, sight.pool, sight.avoid
     holders = pool.holders(ask.adapter, LOOKED_AT) if ask.adapter is not None else []

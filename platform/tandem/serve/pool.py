@@ -175,7 +175,7 @@ class Pool:
             self._resident[replica] = set()
         self._records[replica] = record
         # What it reports has this gateway's requests in it. Those are counted here, to the moment; the rest are others'.
-        own = self._own[replica] if replica in self._own else 0
+        own = self._own.get(replica, 0)
         rest = record.waiting * WAITING_REQUESTS
         if record.running + record.waiting > own:
             rest += record.running + record.waiting - own
@@ -210,7 +210,7 @@ class Pool:
     def _weigh(self, replica: str) -> None:
         rest = self._elsewhere.get(replica)
         if rest is not None:
-            self.levels.set(replica, rest + (self._own[replica] if replica in self._own else 0))
+            self.levels.set(replica, rest + self._own.get(replica, 0))
 
     # ---- what policies ask --------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, unknown_model
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.proxy import Proxy
+from tandem.gateway.reading import read_ask
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
 """Request headers that an engine gets; a client's own key is not among them."""
@@ -62,9 +63,10 @@ class OpenAIRoutes:
         if not isinstance(name, str) or not name:
             raise ApiError(400, f"`model` must be the name of a model; it is {name!r}.", param="model")
         target = await self._catalog.resolve(name)
+        ask = read_ask(target, body, request.headers)
         body["model"] = target.engine_name
         headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
-        return self._proxy.forward(request.url.path, to_json(body), target, headers)
+        return self._proxy.forward(request.url.path, to_json(body), target, headers, ask)
 
     async def health(self, request: Request) -> Response:
         """200 once every model has a ready replica; 503 with the counts before."""
