@@ -68,11 +68,14 @@ class RouterConfig:
     """affinity, least_loaded, two_choices, round_robin, prefix_tree, or what else `serve.policies.POLICIES` has."""
     adapter_requests: float = 8.0
     """affinity: what it counts for that a replica holds the adapter."""
-    session_requests: float = 4.0
+    session_requests: float = 8.0
     """affinity: what it counts for that a replica had the session's last request."""
+    home_requests: float = 8.0
+    """affinity: what it counts for that an adapter, text or session is at home at a replica, by consistent hashing: so several
+    gateways agree on where it goes."""
     prefix_requests: float = 16.0
     """affinity: what it counts for, at most, that a replica has read how the text begins."""
-    prefix_bytes_per_request: int = 2048
+    prefix_bytes_per_request: int = 1024
     """affinity: bytes of such text that count for one request."""
     match_rate: float = 0.1
     """prefix_tree: share of a text that a replica must have read to be preferred."""
@@ -84,7 +87,7 @@ class RouterConfig:
     """Sessions that a gateway remembers."""
 
     def __post_init__(self) -> None:
-        for key in ("adapter_requests", "session_requests", "prefix_requests", "imbalance_requests"):
+        for key in ("adapter_requests", "session_requests", "home_requests", "prefix_requests", "imbalance_requests"):
             check.at_least(f"router.{key}", getattr(self, key), 0)
         for key in ("prefix_bytes_per_request", "remembered_blocks", "remembered_sessions"):
             check.at_least(f"router.{key}", getattr(self, key), 1)

@@ -20,9 +20,7 @@ LOOKED_AT = 8
 FEW = 4
 """A base with so few replicas has all of them weighed."""
 HOMES = 2
-"""Replicas that a text or an adapter is at home at, before anyone has seen it."""
-HOME_REQUESTS = 0.75
-"""What being at home there counts for: less than one request, so that it decides between replicas that have equal work."""
+"""Replicas that a text or an adapter is at home at."""
 
 
 @dataclass(slots=True)
@@ -57,8 +55,8 @@ def affinity(ask: Ask, sight: Sight) -> str | None:
         last = sight.sessions.get(ask.session)
         if last is not None:
             gains[last] = gains.get(last, 0.0) + config.session_requests
-    for home in _homes(ask, pool):
-        gains[home] = gains.get(home, 0.0) + HOME_REQUESTS
+    for home, gain in _homes(ask, pool, config.home_requests):
+        gains[home] = gains.get(home, 0.0) + gain
     adapter = ask.adapter
     if adapter is not None:
         for replica in pool.holders(adapter, LOOKED_AT):
@@ -78,18 +76,19 @@ def affinity(ask: Ask, sight: Sight) -> str | None:
     return best
 
 
-def _homes(ask: Ask, pool: Pool) -> list[str]:
-    """Where a request belongs that nobody has seen yet: at a home of its adapter or of its text, of which its session has one."""
-    if ask.adapter is not None:
-        key = key_of(ask.adapter)
-    elif ask.blocks:
-        key = ask.blocks[0]
-    elif ask.session is not None:
-        key = ask.session
-    else:
-        return []
-    homes = pool.ring.homes(key, HOMES)
-    return homes if ask.session is None else [homes[ask.session % len(homes)]]
+def _homes(ask: Ask, pool: Pool, gain: float) -> list[tuple[str, float]]:
+    """Where a request belongs whatever this gateway has seen, and what that counts for.
+
+    Gateways agree on it without a word. An adapter, or else a text, is at home at one replica, and half at home at the next one,
+    where it goes when the first has too much; a session is at home at one of its own.
+    """
+    found = []
+    if ask.adapter is not None or ask.blocks:
+        key = ask.blocks[0] if ask.adapter is None else key_of(ask.adapter)
+        found = [(home, gain / number) for number, home in enumerate(pool.ring.homes(key, HOMES), 1)]
+    if ask.session is not None:
+        found += [(home, gain) for home in pool.ring.homes(ask.session, 1)]
+    return found
 
 
 def least_loaded(ask: Ask, sight: Sight) -> str | None:
