@@ -1,6 +1,6 @@
-"""A load generator for streamed completions that costs little: raw sockets, bytes counted and not parsed.
+"""A load generator for completions, streamed or whole, that costs little: raw sockets, bytes counted and not parsed.
 
-    python bench/load.py http://127.0.0.1:8000 --model tiny --streams 16 --tokens 128 --requests 4
+    python bench/load.py http://127.0.0.1:8000 --model tiny --streams 16 --tokens 128 --requests 4 [--whole]
 
 Each stream is one connection that sends its requests one after the other. Prints JSON: tokens/s, time to first token,
 time between tokens, and the generator's own share of one CPU and of the time that it waited for one, so that it can be
@@ -20,6 +20,8 @@ from typing import cast
 from urllib.parse import urlsplit
 
 import uvloop
+
+PROMPT = "import os\n\ndef main(path):\n    return os.path.join(path"
 
 
 @dataclass(slots=True)
@@ -97,17 +99,44 @@ class Stream(asyncio.Protocol):
             self.done.set_result(None)
 
 
-async def drive(url: str, model: str, streams: int, tokens: int, requests: int) -> dict[str, object]:
+class Whole(Stream):
+    """The same for answers that come in one piece: their first token is their last."""
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for as many bytes as the head announces."""
+        self._tail += data
+        head, found, body = self._tail.partition(b"\r\n\r\n")
+        if not found:
+            return
+        length = next(
+            (v for k, _, v in (x.partition(b":") for x in head.split(b"\r\n")) if k.lower() == b"content-length"), b"0"
+        )
+        if not head.startswith(b"HTTP/1.1 200"):
+            self._fail(self._tail[:300].decode(errors="replace"))
+        elif len(body) >= int(length):
+            self._tally.first.append(time.perf_counter() - self._sent)
+            self._tally.between.append(self._tally.first[-1] / self._tokens)
+            self._left -= 1
+            if self._left:
+                self._send()
+            else:
+                self._transport.close()
+                self.done.set_result(None)
+
+
+async def drive(
+    url: str, model: str, streams: int, tokens: int, requests: int, *, whole: bool = False, prompt: str
+) -> dict[str, object]:
     """Run the load; see the module's docstring for what comes back."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     body = json.dumps(
         {
             "model": model,
-            "prompt": "import os\n\ndef main(path):\n    return os.path.join(path",
+            "prompt": prompt,
             "max_tokens": tokens,
             "temperature": 0.0,
             "ignore_eos": True,
-            "stream": True,
+            "stream": not whole,
         }
     ).encode()
     head = (
@@ -115,11 +144,12 @@ async def drive(url: str, model: str, streams: int, tokens: int, requests: int) 
         f"Authorization: Bearer bench\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     request = head.encode() + body
+    kind = Whole if whole else Stream
     tallies = [Tally() for _ in range(streams)]
     loop = asyncio.get_running_loop()
     started, cpu, waited = time.perf_counter(), time.process_time(), run_queue_s()
     connections = [
-        (await loop.create_connection(lambda tally=tally: Stream(request, tokens, requests, tally), host, port))[1]
+        (await loop.create_connection(lambda tally=tally: kind(request, tokens, requests, tally), host, port))[1]
         for tally in tallies
     ]
     await asyncio.gather(*(connection.done for connection in connections))
@@ -128,6 +158,7 @@ async def drive(url: str, model: str, streams: int, tokens: int, requests: int) 
     finished = sum(len(tally.between) for tally in tallies)
     return {
         "streams": streams,
+        "whole": whole,
         "tokens_per_s": finished * tokens / wall,
         "first_token_ms": 1000 * statistics.median([s for t in tallies for s in t.first] or [0.0]),
         "between_tokens_ms": 1000 * statistics.median([s for t in tallies for s in t.between] or [0.0]),
@@ -156,8 +187,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--requests", type=int, default=4, help="requests of each stream, one after the other")
+    parser.add_argument("--whole", action="store_true", help="answers in one piece")
+    parser.add_argument("--prompt", default=PROMPT)
     given = parser.parse_args()
-    print(json.dumps(uvloop.run(drive(given.url, given.model, given.streams, given.tokens, given.requests))))
+    load = drive(
+        given.url, given.model, given.streams, given.tokens, given.requests, whole=given.whole, prompt=given.prompt
+    )
+    print(json.dumps(uvloop.run(load)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The traffic of bench/router_sim.py: made up from stated distributions, or read from a file.
 
 Made up (lengths in tokens): sessions begin by a Poisson process, or in bursts (waves of `BURST_S` seconds, three times as dense
-as what is between them). A session belongs to an adapter (with `adapter_share`), drawn by Zipf's law with exponent 1, or else to one
-of `TENANTS` applications of the base, drawn likewise. Adapter and application have a system prompt of their own that all their
-sessions share: 64 x 2^(0..6), the middle the most frequent. A session has a geometric number of turns (mean 3), `THINK_S` apart
-(exponential); a turn adds 64 to 512 tokens, and its answer (exponential, mean 180, 8 to 1,000) is in the next prompt.
+as what is between them). A session belongs to an adapter (with `adapter_share`), drawn by Zipf's law with exponent 1, or else to
+one of `TENANTS` applications of the base, drawn likewise. Adapter and application have a system prompt of their own that all
+their sessions share: 64 x 2^(0..6), the middle the most frequent. A session has a geometric number of turns (mean 3), `THINK_S`
+apart (exponential); a turn adds 64 to 512 tokens, and its answer (exponential, mean 180, 8 to 1,000) is in the next prompt.
 
 A file has one JSON object a line: {"at_s", "prompt_tokens", "output_tokens", "blocks", and if wanted "adapter", "session"}, where
 `blocks` are ids of the prompt's blocks of 64 tokens, each standing for all of the prompt up to its end (so equal ids are equal

@@ -1,15 +1,17 @@
-"""The stacks that bench/serve_overhead.py compares. Run as `python bench/stacks.py NAME MODEL_FOLDER PORT`: serves until its
+"""The stacks that the serving benchmarks compare. Run as `python bench/stacks.py NAME MODEL_FOLDER PORT`: serves until its
 stdin closes, and prints READY when a request was answered.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -36,7 +38,7 @@ def bare(folder: Path, port: int, *more: str) -> Iterator[None]:
 
 def bare_one(folder: Path, port: int) -> contextlib.AbstractContextManager[None]:
     """The same with the executor that Tandem chooses on a CPU: the limit that Tandem can reach."""
-    from tandem.engine.vllm import ONE_PROCESS
+    from tandem.engine.vllm_args import ONE_PROCESS
 
     return bare(folder, port, "--distributed-executor-backend", ONE_PROCESS)
 
@@ -44,20 +46,37 @@ def bare_one(folder: Path, port: int) -> contextlib.AbstractContextManager[None]
 @contextlib.contextmanager
 def tandem(folder: Path, port: int) -> Iterator[None]:
     """Tandem as `tandem serve up` starts it."""
+    from tandem.config import ServeConfig, ServedModelConfig
+
+    # No adapters: the other stacks have none, and LoRA layers cost something even when unused.
+    model = ServedModelConfig(model=str(folder), name=MODEL, max_adapters=0, engine_args=ARGS)
+    with _app(ServeConfig(models=(model,)), port):
+        yield
+
+
+@contextlib.contextmanager
+def echo(gateways: int, folder: Path, port: int) -> Iterator[None]:
+    """Tandem around two engines that cost next to nothing: what is measured is the gateway."""
+    from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
+
+    model = ServedModelConfig(model=MODEL, name=MODEL, engine="echo", replicas=2, max_adapters=0, cpus_per_replica=0.5)
+    with _app(ServeConfig(models=(model,), gateway=GatewayConfig(replicas=gateways)), port):
+        yield
+
+
+@contextlib.contextmanager
+def _app(config: Any, port: int) -> Iterator[None]:
     from tandem.cluster import local_cluster
 
     with local_cluster(num_cpus=8) as cluster:
         import ray
         from ray import serve
 
-        from tandem.config import ServeConfig, ServedModelConfig
         from tandem.serve.app import build_app
 
-        # No adapters: the other stacks have none, and LoRA layers cost something even when unused.
-        model = ServedModelConfig(model=str(folder), name=MODEL, max_adapters=0, engine_args=ARGS)
         ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
+        serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
         yield
         ray.shutdown()
 
@@ -82,7 +101,15 @@ def ray_llm(folder: Path, port: int) -> Iterator[None]:
     ray.shutdown()
 
 
-STACKS = {"bare": bare, "bare-one": bare_one, "tandem": tandem, "ray": ray_llm, "ray-direct": ray_llm}
+STACKS = {
+    "bare": bare,
+    "bare-one": bare_one,
+    "tandem": tandem,
+    "ray": ray_llm,
+    "ray-direct": ray_llm,
+    "echo-1": functools.partial(echo, 1),
+    "echo-2": functools.partial(echo, 2),
+}
 
 
 def main() -> None:

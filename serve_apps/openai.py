@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 
-from tandem.config import ServeConfig, apply_overrides, from_dict, load_yaml
+from tandem.config import ServeConfig, apply_overrides, from_dict, load_yaml, located
 from tandem.serve.app import build_app
 from tandem.settings import settings
 
@@ -27,5 +27,6 @@ def app(args: dict[str, Any]) -> serve.Application:
     flat = [f"{key}={value}" for key, value in values.items() if isinstance(value, str)]
     nested = {key: value for key, value in values.items() if not isinstance(value, str)}
     if file is not None:
-        return build_app(load_yaml(ServeConfig, Path(file), flat))
+        with located(Path(file), flat):
+            return build_app(load_yaml(ServeConfig, Path(file), flat))
     return build_app(from_dict(ServeConfig, apply_overrides(nested, flat)))

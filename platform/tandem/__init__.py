@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tandem.cli.llm import LLM
     from tandem.cli.session import Session, recipe
+    from tandem.client import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Session", "__version__", "recipe"]
+__all__ = ["LLM", "SamplingParams", "Session", "__version__", "recipe"]
+
+_HOMES = {"LLM": "cli.llm", "SamplingParams": "client", "Session": "cli.session", "recipe": "cli.session"}
 
 
 def __getattr__(name: str) -> Any:
     """Load what is public at its first use: importing a part of the package must not import all of it."""
-    if name in ("Session", "recipe"):
-        from tandem.cli import session
-
-        return getattr(session, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"tandem.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'tandem' has no attribute {name!r}")

@@ -12,6 +12,7 @@ TandemError
 ├── JobError             a job that failed or does not exist
 │   └── JobStopped          a job that was told to stop, and can go on
 ├── EngineError          an engine that cannot start or go on
+│   └── PromptError         one prompt of many that was not answered
 └── EnvironmentProblem   a machine that lacks something
 """
 
@@ -75,6 +76,14 @@ class JobStopped(JobError):
 
 class EngineError(TandemError):
     """An engine that cannot start, or cannot go on."""
+
+
+class PromptError(EngineError):
+    """One prompt of many that was not answered; `index` is its place among them, from 0."""
+
+    def __init__(self, message: str, *, index: int) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class EnvironmentProblem(TandemError):

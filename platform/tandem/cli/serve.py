@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.table import Table
@@ -19,7 +20,7 @@ from rich.table import Table
 from tandem.cli.machine import port_holder
 from tandem.cli.shell import a_cluster, console, friendly_errors, stop_quietly, uninterrupted
 from tandem.cluster import Cluster, LocalCluster, connect
-from tandem.config import ServeConfig, ServedModelConfig, load_yaml
+from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict
 from tandem.errors import ClusterError, EngineError
 from tandem.settings import settings
@@ -43,7 +44,7 @@ def up_command(
     ] = False,
 ) -> None:
     """Serve models until Ctrl-C."""
-    with friendly_errors():
+    with friendly_errors(), located(config, overrides):
         wanted = (
             load_yaml(ServeConfig, config, overrides)
             if config
@@ -167,6 +168,14 @@ def serve_details(cluster: Cluster) -> dict[str, Any]:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
+
+
+def app_url(cluster: Cluster, app: str) -> str | None:
+    """The base URL, for clients of OpenAI's API, of an app that is up on a cluster; None if it is not."""
+    details = serve_details(cluster)
+    if app not in details.get("applications", {}):
+        return None
+    return f"http://{urlsplit(cluster.dashboard_url).hostname}:{details['http_options']['port']}/v1"
 
 
 def _required_cluster() -> Cluster:

@@ -4,13 +4,14 @@ from tandem.config.data import DataConfig, MixturePart
 from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.elastic import check_elastic, sized, sizes
 from tandem.config.faults import FaultsConfig, SpikeConfig
+from tandem.config.lines import located
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict
 from tandem.config.metrics import MetricsConfig, MlflowConfig, WandbConfig
 from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
 from tandem.config.optimizer import OptimizerConfig
 from tandem.config.parallel import ParallelismConfig
-from tandem.config.serve import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
+from tandem.config.serve import GatewayConfig, PrefillConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelismConfig",
+    "PrefillConfig",
     "RouterConfig",
     "ServeConfig",
     "ServedModelConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "check_elastic",
     "from_dict",
     "load_yaml",
+    "located",
     "sized",
     "sizes",
     "to_dict",

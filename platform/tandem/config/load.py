@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,14 +13,17 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
+from tandem.config.lines import located
 from tandem.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
 
 def load_yaml(cls: type[T], path: Path, overrides: Iterable[str] = ()) -> T:
-    """Read `path` as a `cls`, after laying each `a.b=c` of `overrides` over it."""
-    return from_dict(cls, apply_overrides(read_yaml(path), overrides))
+    """Read `path` as a `cls`, after laying each `a.b=c` of `overrides` over it; an error says in which line."""
+    overrides = tuple(overrides)
+    with located(path, overrides):
+        return from_dict(cls, apply_overrides(read_yaml(path), overrides))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -91,7 +95,13 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if required and name not in values:
             raise ConfigError(f"{f'{where}.{name}' if where else name} is missing.")
     built = {name: _convert(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()}
-    return cls(**built)
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        # A class does not know which item of a list it is: it says models[].replicas.
+        raise ConfigError(
+            str(error).replace(re.sub(r"\[\d+\]", "[]", where), where) if where else str(error)
+        ) from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -10,6 +10,25 @@ from tandem.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillConfig:
+    """Replicas that read prompts for the others, which then only generate."""
+
+    replicas: int = 1
+    cpus_per_replica: float | None = None
+    """Unset: as the model's."""
+    gpus_per_replica: float | None = None
+    """Unset: as the model's."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Laid over the model's; whole, key by key."""
+    min_bytes: int = 0
+    """A smaller request is read by the replica that answers it: moving its cache would cost more than it saves."""
+
+    def __post_init__(self) -> None:
+        check.at_least("models[].prefill.replicas", self.replicas, 1)
+        check.at_least("models[].prefill.min_bytes", self.min_bytes, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModelConfig:
     """One base model and the replicas that hold it."""
 
@@ -28,6 +47,8 @@ class ServedModelConfig:
     """Largest adapter rank that a replica takes."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of vLLM's own engine, by their names there; vLLM checks them before a replica starts."""
+    prefill: PrefillConfig | None = None
+    """Set: prompts are read on replicas of their own, and their KV cache moves to the one that generates."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment of the replica, such as VLLM_CPU_KVCACHE_SPACE."""
 

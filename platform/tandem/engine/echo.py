@@ -19,17 +19,29 @@ from tandem.engine.create import EngineSpec
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.errors import ConfigError, EngineError, did_you_mean
 
+TASKS = ("generate", "embed", "score")
+
 
 class EchoEngine:
-    """Answers completions and chat with the prompt's words, one for each token, `delay_s` apart."""
+    """Answers completions and chat with the prompt's words, one for each token, `delay_s` apart.
+
+    Every other route is answered with the request itself, as it came.
+    """
 
     def __init__(
-        self, names: tuple[str, ...] = ("echo",), *, delay_s: float = 0.0, max_length: int = 1024, start_s: float = 0.0
+        self,
+        names: tuple[str, ...] = ("echo",),
+        *,
+        delay_s: float = 0.0,
+        max_length: int = 1024,
+        start_s: float = 0.0,
+        tasks: tuple[str, ...] = TASKS,
     ) -> None:
         self._names = names
         self._delay_s = delay_s
         self._max_length = max_length
         self._start_s = start_s
+        self._tasks = tasks
         self._adapters: dict[str, AdapterRef] = {}
         self._running = 0
         self._healthy = True
@@ -43,6 +55,7 @@ class EchoEngine:
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/models", self._list),
                 Route("/health", lambda request: PlainTextResponse("")),
+                Route("/{path:path}", self._other, methods=["POST"]),
             ]
         )
 
@@ -80,7 +93,9 @@ class EchoEngine:
 
     def stats(self) -> EngineStats:
         """How many answers are being written."""
-        return EngineStats(running=self._running, adapters=tuple(self._adapters), healthy=self._healthy)
+        return EngineStats(
+            running=self._running, adapters=tuple(self._adapters), tasks=self._tasks, healthy=self._healthy
+        )
 
     def die(self) -> None:
         """Behave like an engine whose process is gone."""
@@ -96,6 +111,16 @@ class EchoEngine:
         names = [*self._names, *self._adapters]
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
 
+    async def _other(self, request: Request) -> Response:
+        body = await request.json()
+        model = str(body.get("model"))
+        if not self._knows(model):
+            return _unknown(model)
+        return JSONResponse({"object": "echo", "model": model, "route": request.url.path, "request": body})
+
+    def _knows(self, model: str) -> bool:
+        return model in self._names or model in self._adapters
+
     async def _completions(self, request: Request) -> Response:
         body = await request.json()
         return await self._answer(request, body, str(body.get("prompt", "")), chat=False)
@@ -106,9 +131,9 @@ class EchoEngine:
         return await self._answer(request, body, prompt, chat=True)
 
     async def _answer(self, request: Request, body: dict[str, Any], prompt: str, *, chat: bool) -> Response:
-        model = body.get("model")
-        if model not in self._names and model not in self._adapters:
-            return _error(404, f"The model `{model}` does not exist.", "model_not_found")
+        model = str(body.get("model"))
+        if not self._knows(model):
+            return _unknown(model)
         words = prompt.split()
         if len(words) > self._max_length:
             return _error(400, f"The prompt has {len(words)} tokens; the model takes {self._max_length}.", None)
@@ -171,6 +196,10 @@ class EchoEngine:
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def _unknown(model: str) -> Response:
+    return _error(404, f"The model `{model}` does not exist.", "model_not_found")
 
 
 def _error(status: int, message: str, code: str | None) -> Response:

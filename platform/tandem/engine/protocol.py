@@ -30,6 +30,8 @@ class EngineStats:
     """Share of the KV cache in use, 0 to 1."""
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds."""
+    tasks: tuple[str, ...] = ()
+    """What it does, in the words of serve.routes; empty: not known."""
     healthy: bool = True
     """False once it cannot answer any more; the replica is then replaced."""
 

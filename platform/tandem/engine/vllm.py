@@ -1,43 +1,28 @@
-"""vLLM's own OpenAI app around its AsyncLLM. The only module that imports vllm; run it to check engine arguments."""
+"""vLLM's own OpenAI app around its AsyncLLM. Only this module and vllm_args.py import vllm."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import dataclasses
-import json
-import os
-import sys
 import time
 from types import SimpleNamespace
 from typing import Any
 
 from starlette.types import ASGIApp
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, make_arg_parser
-from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.pooling.utils import enable_scoring_api
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tandem.engine.create import EngineSpec
 from tandem.engine.protocol import AdapterRef, EngineStats
-from tandem.errors import ConfigError, EngineError, TandemError, did_you_mean
-
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM reserves room for."""
-OURS = {"model": "model", "served_model_name": "name", "enable_lora": "max_adapters", "max_lora_rank": "max_lora_rank"}
-"""Arguments that keys of the served model's own set."""
-ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""Runs the model in the scheduler's process: vLLM's own default on a GPU."""
-WORLD = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+from tandem.engine.vllm_args import make_config, parse_args
+from tandem.errors import EngineError
 
 
 class VllmEngine:
@@ -52,6 +37,7 @@ class VllmEngine:
         self._app: ASGIApp | None = None
         self._models: OpenAIServingModels | None = None
         self._adapters: tuple[str, ...] = ()
+        self._tasks: tuple[str, ...] = ()
 
     @property
     def app(self) -> ASGIApp:
@@ -69,6 +55,9 @@ class VllmEngine:
                 disable_log_stats=self._args.disable_log_stats,
             )
             tasks = await self._llm.get_supported_tasks()
+            # vLLM has no task of this name: it mounts the routes by this rule of its own.
+            scores = ("score",) if enable_scoring_api(tasks, self._llm.model_config) else ()
+            self._tasks = (*tasks, *scores)
             app = build_app(self._args, tasks, self._llm.model_config)
             await init_app_state(self._llm, app.state, self._args, tasks)
         except (Exception, SystemExit) as error:
@@ -108,6 +97,7 @@ class VllmEngine:
             waiting=unfinished - running,
             kv_usage=self._load.kv_usage if unfinished else 0.0,
             adapters=self._adapters,
+            tasks=self._tasks,
             healthy=not self._llm.errored,
         )
 
@@ -129,11 +119,20 @@ class VllmEngine:
 
 
 class _Load(StatLoggerBase):
-    """Keeps the scheduler's newest numbers; vLLM hands them over after every step."""
+    """Keeps each scheduler's newest numbers (one for each data-parallel rank); vLLM hands them over after every step."""
 
     def __init__(self, vllm_config: VllmConfig | None = None, engine_index: int = 0) -> None:
-        self.running = 0
-        self.kv_usage = 0.0
+        self._ranks: dict[int, tuple[int, float]] = {}
+
+    @property
+    def running(self) -> int:
+        """Requests being generated, by all ranks."""
+        return sum(running for running, _ in self._ranks.values())
+
+    @property
+    def kv_usage(self) -> float:
+        """The fullest rank's share of its cache, 0 to 1."""
+        return max((usage for _, usage in self._ranks.values()), default=0.0)
 
     def record(
         self,
@@ -144,105 +143,7 @@ class _Load(StatLoggerBase):
     ) -> None:
         """Called by vLLM after each step."""
         if scheduler_stats is not None:
-            self.running = scheduler_stats.num_running_reqs
-            self.kv_usage = scheduler_stats.kv_cache_usage
+            self._ranks[engine_idx] = (scheduler_stats.num_running_reqs, scheduler_stats.kv_cache_usage)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""
-
-
-def parse_args(spec: EngineSpec) -> argparse.Namespace:
-    """vLLM's server arguments for `spec`; ConfigError with the nearest valid name for an unknown one."""
-    known = {f.name for cls in (AsyncEngineArgs, BaseFrontendArgs) for f in dataclasses.fields(cls)}
-    for key in spec.args:
-        if key in OURS:
-            raise ConfigError(f"engine_args.{key} is set by models[].{OURS[key]}; use that.")
-        if key not in known:
-            hint = did_you_mean(key.replace("-", "_"), known)
-            raise ConfigError(f"engine_args.{key} is not an argument of vLLM's engine.{hint}")
-    args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    chosen: dict[str, Any] = {
-        "model": spec.path,
-        "served_model_name": list(dict.fromkeys((spec.id, spec.name))),
-        "enable_lora": spec.max_adapters > 0,
-        # A fastapi schema of routes that nobody may reach is only start-up time.
-        "disable_fastapi_docs": True,
-    }
-    if spec.max_adapters:
-        # On the CPU, a request for the base in a batch with others' adapters gets the last slot's adapter applied
-        # (vllm-project/vllm pull request 48421). One slot more than is ever used keeps the last one empty, so harmless.
-        slots = spec.max_adapters + (not spec.gpus)
-        chosen |= {
-            "max_loras": slots,
-            "max_cpu_loras": slots,
-            "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
-        }
-    if not spec.gpus:
-        # bfloat16 dies in vLLM's AMX attention on some virtual machines; compiling costs more than it gives on a CPU.
-        chosen |= {"dtype": "float32", "enforce_eager": True}
-        if all(spec.args.get(key, 1) == 1 for key in WORLD):
-            # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
-            # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
-            chosen["distributed_executor_backend"] = ONE_PROCESS
-    for key, value in {**chosen, **spec.args}.items():
-        setattr(args, key, value)
-    if spec.max_adapters:
-        _check_slots(args, spec)
-    return args
-
-
-def _check_slots(args: argparse.Namespace, spec: EngineSpec) -> None:
-    needed = spec.max_adapters + (not spec.gpus)
-    key = "max_cpu_loras" if spec.gpus else "max_loras"
-    given = getattr(args, key)
-    if isinstance(given, int) and given < needed:
-        raise ConfigError(
-            f"engine_args.{key} is {given}; max_adapters ({spec.max_adapters}) needs at least {needed}. "
-            f"Lower max_adapters, or leave {key} out."
-        )
-
-
-def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
-    """vLLM's own checked configuration; ConfigError with its words for a value that it refuses."""
-    try:
-        validate_api_server_args(args)
-        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    except (Exception, SystemExit) as error:
-        details = getattr(error, "errors", None)
-        if callable(details):
-            # pydantic's text ends in a link to its own manual; the plain messages are what a person needs.
-            said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in details())
-        else:
-            said = str(error)
-        given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
-        raise ConfigError(
-            f"vLLM refuses the settings of {spec.name} (engine_args: {given}). It says: {said}"
-        ) from error
-    if spec.max_adapters and not spec.gpus and config.model_config.is_moe:
-        # With adapters on, vLLM routes tokens to experts by a kernel that its CPU build lacks, whatever the adapters adapt.
-        raise ConfigError(
-            f"{spec.name} is a mixture of experts, which vLLM serves with adapters on GPUs only; gpus_per_replica is 0 and "
-            f"max_adapters is {spec.max_adapters}. Set models[].max_adapters to 0, or gpus_per_replica."
-        )
-    return config
-
-
-def main() -> int:
-    """Check the EngineSpec on stdin; the verdict is the last line on stdout, and the exit status."""
-    # vLLM writes on stdout too, from C++ as well; only the verdict may go there.
-    verdict = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        spec = EngineSpec(**json.load(sys.stdin))
-        make_config(parse_args(spec), spec)
-        answer: dict[str, str | None]
-        answer, status = {"error": None}, 0
-    except TandemError as error:
-        answer, status = {"error": str(error)}, error.exit_code
-    with os.fdopen(verdict, "w") as file:
-        file.write(json.dumps(answer) + "\n")
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,6 +12,7 @@ from tandem.config.serve import GatewayConfig, RouterConfig
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
+from tandem.gateway.latency import Record, forget
 from tandem.gateway.proxy import Proxy
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.registry import Registry
@@ -25,13 +26,17 @@ def create_app(
     watch: Watch,
     registry: Registry,
     config: GatewayConfig | None = None,
+    record: Record = forget,
     router: RouterConfig | None = None,
 ) -> Starlette:
-    """The app that answers for `models`; `watch` tells it of the replicas, `router` how to choose among them."""
+    """The app that answers for `models`.
+
+    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request.
+    """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
     fleet = Fleet(watch, Router(router))
-    proxy = Proxy(fleet, config)
+    proxy = Proxy(fleet, config, record)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

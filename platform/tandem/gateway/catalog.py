@@ -12,7 +12,7 @@ from tandem.engine.protocol import AdapterRef
 from tandem.errors import UnknownModelError, did_you_mean
 from tandem.gateway.errors import ApiError, unknown_model
 from tandem.registry import ModelRecord, Registry
-from tandem.serve.records import ServedModel
+from tandem.serve.records import ServedModel, prefill_pool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +21,13 @@ class Target:
 
     base: ServedModel
     adapter: AdapterRef | None = None
+    prefill: bool = False
+    """Whether it goes to the replicas that only read prompts."""
+
+    @property
+    def pool(self) -> str:
+        """The replicas that may take it."""
+        return prefill_pool(self.base.id) if self.prefill else self.base.id
 
     @property
     def engine_name(self) -> str:

@@ -1,14 +1,16 @@
-"""Errors as OpenAI's API shapes them: {"error": {"message", "type", "param", "code"}}."""
+"""What the gateway answers instead of an engine's answer, in the shape of the API that was asked (dialect.py)."""
 
 from __future__ import annotations
 
-import json
+import uuid
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
+
+from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
 
 
 class ApiError(Exception):
@@ -30,14 +32,12 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """The JSON that the client gets."""
-        return shape(self.status, self.message, code=self.code, param=self.param)
-
-
-def shape(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error object as OpenAI's API has it."""
-    return {"error": {"message": message, "type": _kind(status), "param": param, "code": code}}
+    def response(self, dialect: Dialect = OPENAI, request: str = "") -> Response:
+        """What the client gets; `request` is the request's id."""
+        body = dialect.error(self.status, self.message, code=self.code, param=self.param, request=request)
+        # Each SDK looks under a name of its own.
+        ids = {"x-request-id": request, "request-id": request} if request else {}
+        return JSONResponse(body, status_code=dialect.status(self.status), headers={**self.headers, **ids})
 
 
 def unknown_model(message: str) -> ApiError:
@@ -46,12 +46,12 @@ def unknown_model(message: str) -> ApiError:
 
 
 def no_replica(message: str, retry_after_s: int) -> ApiError:
-    """503 with Retry-After, which OpenAI's SDK heeds by itself."""
+    """503 with Retry-After, which the SDKs heed by themselves."""
     return ApiError(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
-def from_engine(status: int, body: bytes, max_length: int | None) -> bytes:
-    """An engine's error in OpenAI's shape, whatever shape it came in."""
+def from_engine(status: int, body: bytes, max_length: int | None) -> ApiError:
+    """An engine's error, whatever shape it came in."""
     message, param, code = f"The engine answered {status}.", None, None
     try:
         said = from_json(body)
@@ -68,31 +68,36 @@ def from_engine(status: int, body: bytes, max_length: int | None) -> bytes:
         code = "context_length_exceeded"
         if max_length and str(max_length) not in message:
             message += f" The model takes {max_length} tokens."
-    return json.dumps(shape(status, message, code=code, param=param)).encode()
+    return ApiError(status, message, code=code, param=param)
+
+
+def request_id(scope: Scope) -> str:
+    """The id that the client or a proxy gave to a request, or a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            return str(value.decode("latin-1"))
+    return f"req_{uuid.uuid4().hex}"
+
+
+def route_path(request: Request) -> str:
+    """The path below the app, wherever Serve has mounted it."""
+    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
 async def answer_api_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for ApiError."""
     if not isinstance(error, ApiError):
         raise error
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+    return error.response(dialect_of(route_path(request)), request_id(request.scope))
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for its own HTTPException (unknown route, wrong method)."""
     status = int(getattr(error, "status_code", 500))
     message = f"{request.method} {request.url.path}: {getattr(error, 'detail', error)}."
-    return JSONResponse(shape(status, message), status_code=status, headers=getattr(error, "headers", None))
+    return await answer_api_error(request, ApiError(status, message, headers=getattr(error, "headers", None)))
 
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
     """Starlette's handler for what nobody expected; the log has the traceback."""
-    return JSONResponse(shape(500, "The gateway failed on this request; its log says why."), status_code=500)
-
-
-def _kind(status: int) -> str:
-    if status == 401:
-        return "authentication_error"
-    if status == 429:
-        return "rate_limit_error"
-    return "server_error" if status >= 500 else "invalid_request_error"
+    return await answer_api_error(request, ApiError(500, "The gateway failed on this request; its log says why."))

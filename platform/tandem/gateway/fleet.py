@@ -47,6 +47,10 @@ class Fleet:
         """All that are known."""
         return self._snapshot.replicas
 
+    def tasks(self, base: str) -> tuple[str, ...]:
+        """What the engines of a model do; empty as long as none has said."""
+        return next((r.tasks for r in self._snapshot.replicas if r.base == base and r.tasks), ())
+
     def choose(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
         """The replica for a request, or None. A suspect is better than none: it may be back."""
         if self._suspects:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import aiohttp
 from starlette.responses import Response
@@ -17,20 +18,38 @@ from starlette.types import Receive, Scope, Send
 
 from tandem.config.serve import GatewayConfig
 from tandem.gateway.catalog import Target
-from tandem.gateway.errors import from_engine, no_replica, shape
+from tandem.gateway.dialect import BROKEN, Dialect, amended
+from tandem.gateway.errors import from_engine, no_replica, request_id
 from tandem.gateway.fleet import Fleet
+from tandem.gateway.latency import HEADER, Record, Stopwatch, TimedBody, forget, header
 from tandem.serve.ask import Ask
 from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_headers
 
 ATTEMPTS = 2
-PASSED_ON = ("content-type", "x-request-id", "cache-control")
-"""Response headers of an engine that a client gets."""
+PASSED_ON = ("content-type", "x-request-id", "cache-control", "metadata")
+"""Response headers of an engine that a client gets; `metadata` tells what raw bytes of embeddings are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One request as an engine is to get it."""
+
+    path: str
+    body: bytes
+    target: Target
+    headers: Mapping[str, str]
+    dialect: Dialect
+    ask: Ask
+    """The same for the router."""
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    """Started when the request's last byte came in."""
 
 
 class Proxy:
     """The gateway's connections to all engines."""
 
-    def __init__(self, fleet: Fleet, config: GatewayConfig) -> None:
+    def __init__(self, fleet: Fleet, config: GatewayConfig, record: Record = forget) -> None:
+        self.record = record
         self._fleet = fleet
         self._config = config
         self._session: aiohttp.ClientSession | None = None
@@ -51,41 +70,36 @@ class Proxy:
         if self._session is not None:
             await self._session.close()
 
-    def forward(self, path: str, body: bytes, target: Target, headers: Mapping[str, str], ask: Ask) -> Response:
-        """The response that carries a request to a replica of `target` when Starlette sends it."""
-        return _Forwarded(self, path, body, target, headers, ask)
+    def forward(self, call: Call) -> Response:
+        """The response that carries a call to a replica of its target when Starlette sends it."""
+        return _Forwarded(self, call)
 
-    async def open(
-        self,
-        path: str,
-        body: bytes,
-        target: Target,
-        headers: Mapping[str, str],
-        ask: Ask,
-        held: contextlib.AsyncExitStack,
-    ) -> aiohttp.ClientResponse:
-        """Send the request and wait for the head of the answer; `held` keeps the connection and the count.
+    async def open(self, call: Call, held: contextlib.AsyncExitStack) -> aiohttp.ClientResponse:
+        """Send the call and wait for the head of the answer; `held` keeps the connection and the count.
 
         Raises ApiError 503 with Retry-After if no replica takes it.
         """
         if self._session is None:
             raise RuntimeError("Proxy.start was not called.")
-        adapter = target.adapter
-        sent = {"content-type": "application/json", **headers, **(adapter_headers(adapter) if adapter else {})}
+        target, adapter = call.target, call.target.adapter
+        sent = {"content-type": "application/json", **call.headers, **(adapter_headers(adapter) if adapter else {})}
         avoid: list[str] = []
         reason = f"No replica of {target.base.name} is ready"
         for _ in range(ATTEMPTS):
-            replica = self._fleet.choose(ask, avoid)
+            replica = self._fleet.choose(call.ask, avoid)
             if replica is None:
                 break
             avoid.append(replica.id)
             attempt = contextlib.AsyncExitStack()
             try:
-                attempt.enter_context(self._fleet.counting(ask, replica))
+                attempt.enter_context(self._fleet.counting(call.ask, replica))
                 request = self._session.post(
-                    replica.url + path, data=body, headers={**sent, TOKEN_HEADER: replica.token}
+                    replica.url + call.path,
+                    data=TimedBody(call.body, call.watch),
+                    headers={**sent, TOKEN_HEADER: replica.token},
                 )
                 answer = await attempt.enter_async_context(request)
+                call.watch.answered = time.perf_counter()
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 await attempt.aclose()
                 self._fleet.suspect(replica)
@@ -101,7 +115,7 @@ class Proxy:
                 await attempt.aclose()
                 continue
             if answer.status == 200:
-                self._fleet.answered(ask, replica)
+                self._fleet.answered(call.ask, replica)
             held.push_async_exit(attempt)
             return answer
         raise no_replica(
@@ -112,20 +126,14 @@ class Proxy:
 class _Forwarded(Response):
     """A request on its way to an engine and back."""
 
-    def __init__(
-        self, proxy: Proxy, path: str, body: bytes, target: Target, headers: Mapping[str, str], ask: Ask
-    ) -> None:
+    def __init__(self, proxy: Proxy, call: Call) -> None:
         self._proxy = proxy
-        self._path = path
-        self._body = body
-        self._target = target
-        self._sent_headers = headers
-        self._ask = ask
+        self._call = call
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Copy until the engine is done or the client has left, whichever comes first."""
-        copying = asyncio.ensure_future(self._copy(send))
+        copying = asyncio.ensure_future(self._copy(scope, receive, send))
         leaving = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait((copying, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -138,28 +146,33 @@ class _Forwarded(Response):
             with contextlib.suppress(BaseException):
                 await copying
 
-    async def _copy(self, send: Send) -> None:
+    async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call, dialect = self._call, self._call.dialect
         async with contextlib.AsyncExitStack() as held:
-            answer = await self._proxy.open(self._path, self._body, self._target, self._sent_headers, self._ask, held)
+            answer = await self._proxy.open(call, held)
+            if answer.status >= 400:
+                error = from_engine(answer.status, await answer.read(), call.target.base.max_length)
+                await error.response(dialect, request_id(scope))(scope, receive, send)
+                return
             head = [
                 (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
             ]
-            if answer.status >= 400:
-                body = from_engine(answer.status, await answer.read(), self._target.base.max_length)
-                await _send_head(send, answer.status, [(b"content-type", b"application/json")], len(body))
-                await send({"type": "http.response.body", "body": body})
-                return
-            length = answer.content_length
-            await _send_head(send, answer.status, head, length)
+            gateway_ms, engine_ms = call.watch.split_ms()
+            head.append((HEADER, header(gateway_ms, engine_ms)))
+            await _send_head(send, answer.status, head, answer.content_length)
+            self._proxy.record(call.path, gateway_ms)
+            streamed = answer.content_type.startswith("text/event-stream")
+            last = b""
             try:
                 async for chunk in answer.content.iter_any():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    last = amended(chunk, dialect, "") if streamed else chunk
+                    await send({"type": "http.response.body", "body": last, "more_body": True})
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 # Too late for a status. A stream can still say why it ends; anything else must look cut off.
-                if not answer.content_type.startswith("text/event-stream"):
+                if not streamed:
                     raise
-                text = f"The engine stopped in the middle of its answer ({type(error).__name__})."
-                event = b"data: " + json.dumps(shape(503, text, code="engine_unavailable")).encode() + b"\n\n"
+                text = f"{BROKEN} ({type(error).__name__})."
+                event = dialect.event(502, text, code="engine_unavailable", request=request_id(scope), last=last)
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 

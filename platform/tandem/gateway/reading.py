@@ -31,7 +31,7 @@ def read_ask(target: Target, body: Mapping[str, Any], headers: Mapping[str, str]
     blocks, size = blocks_of(target.engine_name, itertools.islice(_pieces(body), MOST_PIECES))
     session = _session(body, headers)
     return Ask(
-        base=target.base.id,
+        base=target.pool,
         adapter=target.adapter.id if target.adapter else None,
         blocks=blocks,
         size=size,

@@ -15,6 +15,9 @@ from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
+from tandem.serve.disaggregate import pools
+from tandem.serve.metrics import added_latency
+from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
@@ -38,22 +41,26 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     find_policy(config.router.policy)
     registry_url = settings().registry_url
     models = resolve_models(config, Registry(registry_url))
-    for model in models:
-        if check and model.config.engine_args:
-            check_engine_args(engine_spec(model))
+    held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
+    placements = [place(pool.config, where) for pool, where in held]
+    if check:
+        check_engine_args(
+            *(engine_spec(pool, f"{where}.engine_args") for pool, where in held if pool.config.engine_args)
+        )
     directory = _deployment(Directory, "Directory", num_cpus=CONTROL_CPUS).bind()
     engines = [
         _deployment(
             EngineReplica,
-            f"engine-{model.name}",
-            num_cpus=model.config.cpus_per_replica,
-            num_gpus=model.config.gpus_per_replica,
-            env=model.config.env,
-            num_replicas=model.config.replicas,
+            f"{'prefill' if pool.prefills else 'engine'}-{pool.name}",
+            num_cpus=placement.cpus,
+            num_gpus=placement.gpus,
+            env=pool.config.env,
+            num_replicas=pool.config.replicas,
             health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_timeout_s=SHUTDOWN_S,
-        ).bind(model, directory)
-        for model in models
+            **placement.options(),
+        ).bind(pool, directory)
+        for (pool, _), placement in zip(held, placements, strict=True)
     ]
     gateway = _deployment(
         serve.ingress()(Gateway),
@@ -92,6 +99,7 @@ class Gateway:
             watch=self._watch,
             registry=Registry(self._registry_url),
             config=self._config,
+            record=added_latency(),
             router=self._router,
         )
 

@@ -13,17 +13,8 @@ from tandem.engine.protocol import AdapterRef, Engine
 from tandem.errors import EngineError
 from tandem.serve.adapters import AdapterSlots, SlotsBusyError
 from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
+from tandem.serve.routes import ALLOWED
 
-ALLOWED = frozenset(
-    {
-        ("POST", "/v1/completions"),
-        ("POST", "/v1/chat/completions"),
-        ("GET", "/v1/models"),
-        ("GET", "/health"),
-        ("GET", "/metrics"),
-    }
-)
-"""The engine's routes that the gateway uses. vLLM's app has others that no client may reach."""
 LOAD, UNLOAD = "/tandem/adapters/load", "/tandem/adapters/unload"
 
 
@@ -48,6 +39,8 @@ class Guard:
             await self._engine.app(scope, receive, send)
             return
         if scope["type"] != "http":
+            # A websocket: the engine's own (/v1/realtime) are not for anybody.
+            await send({"type": "websocket.close", "code": 1008})
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token):

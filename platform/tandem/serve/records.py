@@ -34,6 +34,13 @@ class ServedModel:
     max_length: int | None = None
     created: int = 0
     """Seconds since 1970."""
+    prefills: bool = False
+    """Whether these replicas read prompts for the model's others."""
+
+    @property
+    def pool(self) -> str:
+        """What its replicas register as."""
+        return prefill_pool(self.id) if self.prefills else self.id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +49,7 @@ class ReplicaRecord:
 
     id: str
     base: str
-    """Id of the model that it holds."""
+    """Its pool: the id of the model that it holds, or what `prefill_pool` makes of it."""
     url: str
     """`http://host:port` of its engine."""
     token: str = field(repr=False)
@@ -52,6 +59,12 @@ class ReplicaRecord:
     kv_usage: float = 0.0
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds."""
+    started_at: float = 0.0
+    """When its process was given to it, in seconds since 1970."""
+    startup_s: tuple[tuple[str, float], ...] = ()
+    """How long each phase of its start took, in seconds: process, imports, engine."""
+    tasks: tuple[str, ...] = ()
+    """What its engine does, in the words of serve.routes; empty: not known."""
 
     @property
     def load(self) -> int:
@@ -66,6 +79,11 @@ class Snapshot:
     version: int = 0
     """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
     replicas: tuple[ReplicaRecord, ...] = ()
+
+
+def prefill_pool(model_id: str) -> str:
+    """The pool of the replicas that read prompts for a model; an id never has such a sign."""
+    return f"{model_id}#prefill"
 
 
 def adapter_headers(adapter: AdapterRef) -> dict[str, str]:

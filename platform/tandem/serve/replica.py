@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Any
 
 import ray
 from ray import serve
 
+from tandem.cluster import free_ports
 from tandem.engine.create import EngineSpec, create_engine
 from tandem.errors import EngineError
 from tandem.reaper import Reaper
 from tandem.serve.directory import HEARTBEAT_S
+from tandem.serve.disaggregate import environment
 from tandem.serve.host import EngineHost
+from tandem.serve.placement import check_nodes, place, workers
 from tandem.serve.records import ReplicaRecord, ServedModel, State
+from tandem.serve.startup import Startup
+from tandem.settings import export
 
 DRAIN_S = 30.0
 """How long running requests may go on when a replica is asked to end."""
@@ -30,6 +36,8 @@ class EngineReplica:
     # Serve awaits an asynchronous constructor.
     async def __init__(self, model: ServedModel, directory: Any) -> None:  # type: ignore[misc]
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
+        self._started_at, startup = time.time(), Startup()
+        startup.done("process")
         self._model = model
         self._directory = directory
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -37,15 +45,22 @@ class EngineReplica:
         self._changed = asyncio.Event()
         self._reaper = Reaper.of_children()
         loop = asyncio.get_running_loop()
+        _check_placement(model)
+        host = ray.util.get_node_ip_address()
+        if model.config.prefill is not None:
+            export(environment(host, free_ports(1)[0]), override=True)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         engine = await asyncio.to_thread(create_engine, engine_spec(model))
+        startup.done("imports")
         self._host = EngineHost(
             engine,
             max_adapters=model.config.max_adapters,
-            host=ray.util.get_node_ip_address(),
+            host=host,
             on_change=lambda: _set(loop, self._changed),
         )
         await self._host.start()
+        startup.done("engine")
+        self._startup = tuple(startup.phases.items())
         self._beats = asyncio.create_task(self._beat())
 
     def check_health(self) -> None:
@@ -59,7 +74,7 @@ class EngineReplica:
         stats = self._host.stats()
         return ReplicaRecord(
             id=self._id,
-            base=self._model.id,
+            base=self._model.pool,
             url=self._host.url,
             token=self._host.token,
             state=self._state if self._host.alive else "dead",
@@ -67,6 +82,9 @@ class EngineReplica:
             waiting=stats.waiting,
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
+            started_at=self._started_at,
+            startup_s=self._startup,
+            tasks=stats.tasks,
         )
 
     async def __del__(self) -> None:
@@ -104,8 +122,15 @@ def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def engine_spec(model: ServedModel) -> EngineSpec:
-    """What the engine of a served model loads."""
+def _check_placement(model: ServedModel) -> None:
+    group = ray.util.get_current_placement_group()
+    if group is not None and place(model.config).bundles:
+        nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        check_nodes(group.bundle_specs, nodes, model.config.engine_args.get("tensor_parallel_size", 1))
+
+
+def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:
+    """What the engine of a served model loads; `where` its arguments stand in the app's config."""
     config = model.config
     return EngineSpec(
         kind=config.engine,
@@ -114,7 +139,8 @@ def engine_spec(model: ServedModel) -> EngineSpec:
         path=model.path,
         max_adapters=config.max_adapters,
         max_lora_rank=config.max_lora_rank,
-        threads=max(1, int(config.cpus_per_replica)),
+        threads=max(1, int(config.cpus_per_replica / workers(config.engine_args))),
         gpus=config.gpus_per_replica,
         args=config.engine_args,
+        where=where,
     )

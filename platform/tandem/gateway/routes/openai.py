@@ -1,7 +1,8 @@
-"""OpenAI's routes: models, completions, chat completions."""
+"""What clients ask: the models there are, every route of an engine (serve.routes), and whether all of it is up."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -11,10 +12,15 @@ from starlette.routing import BaseRoute, Route
 
 from tandem.config.serve import GatewayConfig
 from tandem.gateway.catalog import Catalog
+from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, unknown_model
 from tandem.gateway.fleet import Fleet
-from tandem.gateway.proxy import Proxy
+from tandem.gateway.latency import Stopwatch
+from tandem.gateway.prefill import prefilled
+from tandem.gateway.proxy import Call, Proxy
 from tandem.gateway.reading import read_ask
+from tandem.gateway.routes import stored
+from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
 """Request headers that an engine gets; a client's own key is not among them."""
@@ -34,8 +40,8 @@ class OpenAIRoutes:
         return [
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.get_model),
-            Route("/v1/completions", self.generate, methods=["POST"]),
-            Route("/v1/chat/completions", self.generate, methods=["POST"]),
+            *(Route(route.path, self._handler(route), methods=["POST"]) for route in ENGINE_ROUTES),
+            *stored.routes(),
             Route("/health", self.health),
         ]
 
@@ -56,17 +62,37 @@ class OpenAIRoutes:
         wire: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "tandem"}
         return JSONResponse(wire | {"root": target.adapter.id, "parent": target.base.name})
 
-    async def generate(self, request: Request) -> Response:
-        """Completions and chat: find out who answers, and hand the bytes on."""
-        body = parse_body(await read_body(request, self._config.max_body_bytes))
-        name = body.get("model")
-        if not isinstance(name, str) or not name:
-            raise ApiError(400, f"`model` must be the name of a model; it is {name!r}.", param="model")
-        target = await self._catalog.resolve(name)
-        ask = read_ask(target, body, request.headers)
-        body["model"] = target.engine_name
-        headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
-        return self._proxy.forward(request.url.path, to_json(body), target, headers, ask)
+    def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
+        dialect = dialect_of(route.path)
+
+        async def handle(request: Request) -> Response:
+            """Find out who answers, and hand the bytes on."""
+            raw = await read_body(request, self._config.max_body_bytes)
+            watch = Stopwatch()
+            body = parse_body(raw)
+            name = body.get("model")
+            if not isinstance(name, str) or not name:
+                raise ApiError(400, f"`model` must be the name of a model; it is {name!r}.", param="model")
+            target = await self._catalog.resolve(name)
+            check_task(name, route, self._fleet.tasks(target.base.id))
+            if route.path == stored.PATH:
+                stored.check(body)
+            body["model"] = target.engine_name
+            # Says from which host an engine fetches a cache: the gateway's to say, never a client's.
+            body.pop("kv_transfer_params", None)
+            headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
+            call = Call(
+                path=route.path,
+                body=to_json(body),
+                target=target,
+                headers=headers,
+                dialect=dialect,
+                ask=read_ask(target, body, request.headers),
+                watch=watch,
+            )
+            return self._proxy.forward(await prefilled(self._proxy, call, body))
+
+        return handle
 
     async def health(self, request: Request) -> Response:
         """200 once every model has a ready replica; 503 with the counts before."""
@@ -78,6 +104,19 @@ class OpenAIRoutes:
         headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
         status = {"status": "ok" if whole else "unavailable", "ready_replicas": ready}
         return JSONResponse(status, status_code=200 if whole else 503, headers=headers)
+
+
+def check_task(name: str, route: EngineRoute, tasks: tuple[str, ...]) -> None:
+    """ApiError 400 if a model's engines, which do `tasks`, lack a route; one that has not said what it does is asked."""
+    if route.task and tasks and route.task not in tasks:
+        offered = ", ".join(r.path for r in ENGINE_ROUTES if r.task is None or r.task in tasks)
+        raise ApiError(
+            400,
+            f"The model {name!r} has no {route.path}: that takes a model served to {route.task}, and this one is served to "
+            f"{', '.join(tasks)}. It has {offered}.",
+            code="unsupported_route",
+            param="model",
+        )
 
 
 async def read_body(request: Request, limit: int) -> bytes:

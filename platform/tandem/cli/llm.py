@@ -1,0 +1,111 @@
+"""`tandem.LLM`: offline generation, by a server that is up or by one of its own.
+
+llm = tandem.LLM("my-model")
+for output in llm.generate(["import os", "def main("], tandem.SamplingParams(max_tokens=32)):
+    print(output.prompt, output.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any, Self
+
+from tandem.client import RemoteLLM
+from tandem.errors import ConfigError
+
+
+class LLM(RemoteLLM):
+    """A model to generate with; `close`, the end of a `with` block or of the program stops what it started."""
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        max_concurrency: int = 64,
+        replicas: int = 1,
+        gpus_per_replica: float = 0.0,
+        **engine_args: Any,
+    ) -> None:
+        """`model`: a registered model or adapter, or a folder in Hugging Face's format.
+
+        With `base_url`, a server that is up is asked. Without, the app of RAY_ADDRESS's cluster or of this home is; if there
+        is none, the model is served for as long as this object lives: on `replicas` engines, with vLLM's own `engine_args`
+        (`max_model_len`, `enforce_eager`, `tensor_parallel_size`, ...).
+        """
+        self._stop: weakref.finalize[Any, Any] | None = None
+        name = model
+        if base_url is None:
+            base_url, name = self._serve(model, replicas, gpus_per_replica, engine_args)
+        elif engine_args or replicas != 1 or gpus_per_replica:
+            given = ", ".join(engine_args) or "replicas and gpus_per_replica"
+            raise ConfigError(
+                f"{base_url} is up with settings of its own; {given} cannot change them. Leave base_url or them out."
+            )
+        super().__init__(name, base_url, api_key=api_key, max_concurrency=max_concurrency)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving, if it was started here."""
+        if self._stop is not None:
+            self._stop()
+
+    def _serve(
+        self, model: str, replicas: int, gpus_per_replica: float, engine_args: dict[str, Any]
+    ) -> tuple[str, str]:
+        """The URL of a server that knows the model, and the model's name there."""
+        # Imported here: a client of a server elsewhere needs neither Ray nor a registry.
+        from tandem.cli.serve import app_url
+        from tandem.cli.session import Session
+        from tandem.cluster import connect, free_ports
+        from tandem.config import ServeConfig, ServedModelConfig
+
+        base, name = _base_and_name(model)
+        cluster = connect()
+        if cluster is not None and (url := app_url(cluster, ServeConfig().app)):
+            if engine_args:
+                raise ConfigError(
+                    f"An app is up at {url} with settings of its own; {', '.join(engine_args)} cannot change them. "
+                    "End it with `tandem serve down`, or leave them out."
+                )
+            return url, name
+        served = ServedModelConfig(
+            model=base,
+            name=name if _is_folder(base) else None,
+            replicas=replicas,
+            gpus_per_replica=gpus_per_replica,
+            engine_args=engine_args,
+        )
+        session = Session()
+        try:
+            url = session.serve(config=ServeConfig(models=(served,)), port=free_ports(1)[0])
+        except BaseException:
+            session.close()
+            raise
+        # Also at the program's end, for those who never close it.
+        self._stop = weakref.finalize(self, session.close)
+        return url, name
+
+
+def _base_and_name(model: str) -> tuple[str, str]:
+    """What is to be served, and what the model is then called: an adapter answers by its name once its base is up."""
+    from tandem.registry import Registry
+    from tandem.settings import settings
+
+    if _is_folder(model):
+        return model, Path(model).expanduser().resolve().name
+    record = Registry(settings().registry_url).resolve(model)
+    if record.kind == "adapter":
+        return str(record.base), model
+    return record.id, model
+
+
+def _is_folder(model: str) -> bool:
+    return "/" in model or model.startswith((".", "~"))

@@ -1,0 +1,158 @@
+"""How each API says that something went wrong: its status, its JSON, and its event in the middle of a stream.
+
+Dialect
+├── OpenAI        {"error": {"message", "type", "param", "code"}}, in a stream as one more `data:`
+│   └── Responses the same; in a stream an event of the type `error`
+└── Anthropic     {"type": "error", "error": {"type", "message"}, "request_id"}, in a stream as `event: error`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Protocol
+
+from pydantic_core import from_json
+
+BROKEN = "The engine stopped in the middle of its answer"
+
+
+class Dialect(Protocol):
+    """One API's way to say an error. A status comes as OpenAI's API would have it."""
+
+    mark: bytes | None
+    """What an event starts with by which an engine itself reports an error in its stream; None: it never does."""
+
+    def status(self, status: int) -> int:
+        """The HTTP status that this API uses for it."""
+        ...
+
+    def error(self, status: int, message: str, *, code: str | None, param: str | None, request: str) -> dict[str, Any]:
+        """The JSON body; `request` is the request's id."""
+        ...
+
+    def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
+        """The event that ends a stream; `last` is what was sent before it."""
+        ...
+
+
+class OpenAI:
+    """OpenAI's completions, and whatever else takes its shape: embeddings, scores, tokens."""
+
+    mark: bytes | None = b'data: {"error":'
+
+    def status(self, status: int) -> int:
+        """As it is."""
+        return status
+
+    def error(self, status: int, message: str, *, code: str | None, param: str | None, request: str) -> dict[str, Any]:
+        """An `error` object."""
+        return {"error": {"message": message, "type": _openai_type(status), "param": param, "code": code}}
+
+    def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
+        """The body as one more chunk, which the SDK raises as APIError."""
+        return b"data: " + _dump(self.error(status, message, code=code, param=None, request=request)) + b"\n\n"
+
+
+class Responses(OpenAI):
+    """OpenAI's responses, whose streams are typed and numbered events."""
+
+    mark = None
+
+    def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
+        """An event of the type `error`, with its fields beside an `error` object: the documented form, and the one SDKs raise."""
+        numbers = re.findall(rb'"sequence_number": ?(\d+)', last)
+        body = self.error(status, message, code=code, param=None, request=request)
+        event = {
+            "type": "error",
+            "sequence_number": int(numbers[-1]) + 1 if numbers else 0,
+            "code": code or body["error"]["type"],
+            "message": message,
+            "param": None,
+            **body,
+        }
+        return b"event: error\ndata: " + _dump(event) + b"\n\n"
+
+
+class Anthropic:
+    """Anthropic's messages."""
+
+    mark: bytes | None = b"event: error\n"
+
+    def status(self, status: int) -> int:
+        """529 where OpenAI's API says 503: overloaded, try again."""
+        return 529 if status == 503 else status
+
+    def error(self, status: int, message: str, *, code: str | None, param: str | None, request: str) -> dict[str, Any]:
+        """An object of the type `error`."""
+        error = {"type": _anthropic_type(self.status(status)), "message": message}
+        return {"type": "error", "error": error, "request_id": request}
+
+    def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
+        """`event: error`, which the SDK raises as APIStatusError."""
+        body = self.error(status, message, code=code, param=None, request=request)
+        return b"event: error\ndata: " + _dump(body) + b"\n\n"
+
+
+OPENAI, RESPONSES, ANTHROPIC = OpenAI(), Responses(), Anthropic()
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect of a route, or of one that does not exist but looks like it."""
+    for prefix, dialect in (("/v1/messages", ANTHROPIC), ("/v1/responses", RESPONSES)):
+        if path == prefix or path.startswith(prefix + "/"):
+            return dialect
+    return OPENAI
+
+
+def amended(chunk: bytes, dialect: Dialect, request: str) -> bytes:
+    """A piece of an engine's stream, with an error that the engine reports in it said as the API says it.
+
+    An error that two reads have torn apart passes as the engine said it.
+    """
+    mark = dialect.mark
+    # Text of a model cannot look like this: in JSON, its quotes and line ends are escaped.
+    if mark is None or mark not in chunk:
+        return chunk
+    return b"\n\n".join(
+        _amended_event(event, dialect, request) if event.startswith(mark) else event for event in chunk.split(b"\n\n")
+    )
+
+
+def _amended_event(event: bytes, dialect: Dialect, request: str) -> bytes:
+    try:
+        error = from_json(event.partition(b"data: ")[2])["error"]
+        message, code = str(error["message"]), error.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return event
+    # vLLM reads its own stream of OpenAI's chunks to make Anthropic's; an error in it appears as one that cannot be read.
+    said = f"{BROKEN}." if "validation error for ChatCompletionStreamResponse" in message else message
+    status = code if isinstance(code, int) and code >= 400 else 500
+    return dialect.event(status, said, code=None, request=request, last=b"").removesuffix(b"\n\n")
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _openai_type(status: int) -> str:
+    if status == 401:
+        return "authentication_error"
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def _anthropic_type(status: int) -> str:
+    return ANTHROPIC_TYPES.get(status) or ("api_error" if status >= 500 else "invalid_request_error")

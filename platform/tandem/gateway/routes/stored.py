@@ -1,0 +1,47 @@
+"""What of `/v1/responses` needs a store: refused, with what to do instead.
+
+A response would lie in the memory of the one replica that made it: another replica, or the same one after a restart, would
+not know it. So nothing is stored, and a conversation travels with each request.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Route
+
+from tandem.gateway.errors import ApiError
+
+PATH = "/v1/responses"
+INSTEAD = "Send the whole conversation in `input`: what was said before, and the items of `output` that were answered."
+REFUSED = {
+    "previous_response_id": f"Responses are not stored here, so none can be gone on from. {INSTEAD}",
+    "conversation": f"Conversations are not stored here. {INSTEAD}",
+    "background": "Responses are not stored here, so none can be fetched later. Use `stream` to see a long one grow.",
+    "store": "Responses are not stored here. Leave `store` out, or set it to false.",
+}
+
+
+def check(body: dict[str, Any]) -> None:
+    """ApiError 400 for a request that needs a store; others say to the engine that it is to store nothing."""
+    for key, reason in REFUSED.items():
+        if body.get(key):
+            raise ApiError(400, f"`{key}`: {reason}", code="unsupported_parameter", param=key)
+    body["store"] = False
+
+
+def routes() -> list[BaseRoute]:
+    """The routes of stored responses, which answer 404 with the reason."""
+    return [
+        Route(f"{PATH}/{{response_id}}", _not_stored, methods=["GET", "DELETE"]),
+        Route(f"{PATH}/{{response_id}}/cancel", _not_stored, methods=["POST"]),
+        Route(f"{PATH}/{{response_id}}/input_items", _not_stored, methods=["GET"]),
+    ]
+
+
+async def _not_stored(request: Request) -> None:
+    name = request.path_params["response_id"]
+    raise ApiError(
+        404, f"The response {name!r} is not here: responses are not stored. {INSTEAD}", code="response_not_found"
+    )

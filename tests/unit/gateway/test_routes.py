@@ -1,0 +1,318 @@
+"""Every route of the gateway before echo engines, and errors as the SDK of each API understands them. Real HTTP, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
+
+from tandem.config import GatewayConfig, ServedModelConfig
+from tandem.engine.echo import EchoEngine
+from tandem.gateway import latency
+from tandem.gateway.app import create_app
+from tandem.registry import Registry
+from tandem.serve.host import EngineHost
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.serve.routes import ALLOWED, ENGINE_ROUTES
+
+CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+
+
+class Scripted(EchoEngine):
+    """Answers every POST alike: with a status and a body, or with the pieces of a stream that then breaks off."""
+
+    def __init__(self, *pieces: bytes, status: int = 200, body: Any = None, breaks: bool = False) -> None:
+        super().__init__(("base",))
+        self._pieces, self._status, self._body, self._breaks = pieces, status, body, breaks
+        self._scripted = Starlette(routes=[Route("/{path:path}", self._answer_all, methods=["POST"])])
+
+    @property
+    def app(self) -> ASGIApp:
+        return self._scripted
+
+    async def _answer_all(self, request: Request) -> Response:
+        await request.body()
+        if not self._pieces:
+            return JSONResponse(self._body, status_code=self._status)
+        return StreamingResponse(self._stream_all(), media_type="text/event-stream")
+
+    async def _stream_all(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+            await asyncio.sleep(0.02)
+        if self._breaks:
+            raise RuntimeError("The engine fails in the middle, as its test asks it to.")
+
+
+@dataclass(kw_only=True)
+class Gate:
+    """A gateway that runs, and what it told of the time it took."""
+
+    url: str
+    http: httpx.AsyncClient
+    added: list[tuple[str, float]]
+
+    def openai(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0)
+
+    def anthropic(self) -> anthropic.AsyncAnthropic:
+        return anthropic.AsyncAnthropic(base_url=self.url, api_key="x", max_retries=0)
+
+
+@contextlib.asynccontextmanager
+async def gateway(folder: Path, engine: EchoEngine | None = None, prefix: str = "") -> AsyncIterator[Gate]:
+    """A gateway before one engine, or before none, that serves the model `base`."""
+    host = EngineHost(engine, max_adapters=0) if engine else None
+    replicas: tuple[ReplicaRecord, ...] = ()
+    if host:
+        await host.start()
+        replicas = (ReplicaRecord(id="r0", base="base", url=host.url, token=host.token, tasks=host.stats().tasks),)
+
+    async def watch(version: int) -> Snapshot:
+        await asyncio.sleep(0.01)
+        return Snapshot(version=1, replicas=replicas)
+
+    added: list[tuple[str, float]] = []
+    app: ASGIApp = create_app(
+        models=[ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base"))],
+        watch=watch,
+        registry=Registry(f"sqlite:///{folder}/tandem.db"),
+        config=GatewayConfig(max_body_bytes=4096, retry_after_s=7),
+        record=lambda route, ms: added.append((route, ms)),
+    )
+    if prefix:
+        inner = app
+        app = Starlette(routes=[Mount(prefix, inner)], lifespan=inner.router.lifespan_context)  # type: ignore[attr-defined]
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical"))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}{prefix}"
+    async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+        yield Gate(url=url, http=http, added=added)
+    server.should_exit = True
+    await task
+    if host:
+        await host.drain(0)
+
+
+@pytest.mark.parametrize("prefix", ["", "/below"])
+async def test_each_route_reaches_the_engine_whole_and_under_its_own_path(tmp_path: Path, prefix: str) -> None:
+    async with gateway(tmp_path, EchoEngine(("base",)), prefix) as gate:
+        for route in ENGINE_ROUTES:
+            body = {"model": "base", "prompt": "a", "messages": [], "extra": {"kept": [1, "ü"]}}
+            answer = await gate.http.post(route.path, json=body)
+            assert answer.status_code == 200, (route.path, answer.text)
+            if answer.json()["object"] == "echo":
+                assert answer.json()["route"] == route.path
+                assert answer.json()["request"].items() >= body.items()
+            assert (await gate.http.post(route.path, json=body | {"model": "nobody"})).status_code == 404
+            assert (await gate.http.get(route.path)).status_code == 405
+        assert [route for route, _ in gate.added] == [route.path for route in ENGINE_ROUTES]
+
+
+def test_what_lies_inside_is_not_among_the_gateways_routes(tmp_path: Path) -> None:
+    app = create_app(models=[], watch=None, registry=Registry(f"sqlite:///{tmp_path}/tandem.db"))  # type: ignore[arg-type]
+    offered = {
+        (method, route.path) for route in app.routes if isinstance(route, Route) for method in route.methods or ()
+    }
+    assert {("POST", route.path) for route in ENGINE_ROUTES} <= offered & ALLOWED
+    own = {"/health", "/v1/models", "/v1/models/{name:path}"}
+    assert {path for _, path in offered - ALLOWED if not path.startswith("/v1/responses/")} == own
+    assert ("GET", "/metrics") not in offered
+
+
+@pytest.mark.parametrize(
+    ("tasks", "route", "said"),
+    [
+        (("generate",), "/v1/embeddings", "served to embed"),
+        (("generate",), "/rerank", "served to score"),
+        (("embed", "score"), "/v1/chat/completions", "served to generate"),
+        (("embed", "score"), "/v1/messages", "served to generate"),
+    ],
+)
+async def test_a_route_that_a_model_lacks_is_a_400_that_names_those_it_has(
+    tmp_path: Path, tasks: tuple[str, ...], route: str, said: str
+) -> None:
+    async with gateway(tmp_path, EchoEngine(("base",), tasks=tasks)) as gate:
+        answer = await gate.http.post(route, json={"model": "base"})
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == 400 and said in message
+        assert "/tokenize" in message and ("/v1/embeddings" in message) == ("embed" in (*tasks, said.split()[-1]))
+        assert (await gate.http.post("/tokenize", json={"model": "base", "prompt": "x"})).status_code == 200
+
+
+async def test_a_response_that_needs_a_store_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+        client = gate.openai()
+        for asked in ({"store": True}, {"background": True}, {"previous_response_id": "resp_1"}, {"conversation": "c"}):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.responses.create(model="base", input="x", **asked)  # type: ignore[call-overload]
+            assert refused.value.param == next(iter(asked)) and "not stored here" in refused.value.message
+        with pytest.raises(openai.NotFoundError, match="Send the whole conversation in `input`"):
+            await client.responses.retrieve("resp_1")
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.cancel("resp_1")
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.delete("resp_1")
+        sent = (await gate.http.post("/v1/responses", json={"model": "base", "input": "x"})).json()["request"]
+        assert sent["store"] is False
+
+
+ANTHROPIC_ERRORS = [
+    (400, anthropic.BadRequestError, "invalid_request_error"),
+    (404, anthropic.NotFoundError, "not_found_error"),
+    (429, anthropic.RateLimitError, "rate_limit_error"),
+    (500, anthropic.InternalServerError, "api_error"),
+]
+
+
+@pytest.mark.parametrize(("status", "kind", "name"), ANTHROPIC_ERRORS)
+async def test_an_engines_error_is_anthropics_on_its_routes(
+    tmp_path: Path, status: int, kind: type[anthropic.APIStatusError], name: str
+) -> None:
+    for said in (
+        {"error": {"message": "so it is", "type": "BadRequestError", "param": None, "code": status}},
+        {"type": "error", "error": {"message": "so it is", "type": "Bad Request"}},
+    ):
+        async with gateway(tmp_path, Scripted(status=status, body=said)) as gate:
+            with pytest.raises(kind) as raised:
+                await gate.anthropic().messages.create(**CHAT)
+            assert raised.value.body["error"] == {"type": name, "message": "so it is"}  # type: ignore[index]
+            assert raised.value.request_id == raised.value.body["request_id"]  # type: ignore[index]
+            assert set(raised.value.body) == {"type", "error", "request_id"}  # type: ignore[call-overload]
+
+
+async def test_the_gateways_own_errors_are_anthropics_on_its_routes(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as gate:
+        client = gate.anthropic()
+        with pytest.raises(anthropic.NotFoundError) as unknown:
+            await client.messages.create(**CHAT | {"model": "bas"})
+        assert unknown.value.type == "not_found_error" and "Did you mean 'base'?" in str(unknown.value)
+        with pytest.raises(anthropic.APIStatusError) as none_ready:
+            await client.messages.create(**CHAT)
+        assert (none_ready.value.status_code, none_ready.value.type) == (529, "overloaded_error")
+        assert none_ready.value.response.headers["retry-after"] == "7"
+        with pytest.raises(anthropic.APIStatusError) as large:
+            await client.messages.create(**CHAT | {"system": "x" * 5000})
+        assert (large.value.status_code, large.value.type) == (413, "request_too_large")
+        answer = await gate.http.post("/v1/messages/count_tokens", content=b"{", headers={"x-request-id": "mine"})
+        assert answer.json()["error"]["type"] == "invalid_request_error" and answer.json()["request_id"] == "mine"
+        assert (await gate.http.get("/v1/messages")).json()["type"] == "error"
+        assert set((await gate.http.get("/v1/chat/completions")).json()) == {"error"}
+
+
+async def test_without_a_replica_openais_sdk_sees_a_503_on_each_of_its_routes(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as gate:
+        client = gate.openai()
+        for ask in (
+            client.chat.completions.create(model="base", messages=[{"role": "user", "content": "x"}]),
+            client.responses.create(model="base", input="x"),
+            client.embeddings.create(model="base", input="x"),
+        ):
+            with pytest.raises(openai.InternalServerError) as raised:
+                await ask
+            assert raised.value.status_code == 503 and raised.value.code == "engine_unavailable"
+
+
+CHUNK = b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"base","choices":[]}\n\n'
+
+
+async def test_a_stream_of_openais_that_breaks_off_raises_in_the_sdk(tmp_path: Path) -> None:
+    async with gateway(tmp_path, Scripted(CHUNK, CHUNK, breaks=True)) as gate:
+        stream = await gate.openai().chat.completions.create(**CHAT, stream=True)
+        with pytest.raises(openai.APIError) as raised:
+            async for _ in stream:
+                pass
+        assert raised.value.code == "engine_unavailable" and "in the middle" in raised.value.message
+
+
+async def test_an_error_that_an_engine_reports_in_its_stream_is_openais(tmp_path: Path) -> None:
+    said = b'data: {"error": {"message": "no memory", "type": "InternalServerError", "param": null, "code": 500}}\n\n'
+    async with gateway(tmp_path, Scripted(CHUNK + said + b"data: [DONE]\n\n")) as gate:
+        stream = await gate.openai().chat.completions.create(**CHAT, stream=True)
+        with pytest.raises(openai.APIError, match="no memory") as raised:
+            async for _ in stream:
+                pass
+        assert (raised.value.type, raised.value.code) == ("server_error", None)
+
+
+RESPONSE = b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"x","sequence_number":%d}\n\n'
+
+
+async def test_a_stream_of_responses_that_breaks_off_ends_with_an_error_event(tmp_path: Path) -> None:
+    async with gateway(tmp_path, Scripted(RESPONSE % 3 + RESPONSE % 4, breaks=True)) as gate:
+        body = {"model": "base", "input": "x", "stream": True}
+        text = (await gate.http.post("/v1/responses", json=body)).text
+        assert text.rpartition("event: error\n")[2].startswith("data: ")
+        event = httpx.Response(200, text=text.rpartition("data: ")[2]).json()
+        assert (event["type"], event["sequence_number"], event["code"]) == ("error", 5, "engine_unavailable")
+        assert event["message"] == event["error"]["message"]
+        with pytest.raises(openai.APIError, match="in the middle"):
+            async for _ in await gate.openai().responses.create(model="base", input="x", stream=True):
+                pass
+
+
+START = (
+    b'event: message_start\ndata: {"type":"message_start","message":{"id":"m","type":"message","role":"assistant",'
+    b'"content":[],"model":"base","usage":{"input_tokens":1,"output_tokens":0}}}\n\n'
+)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Scripted(START, breaks=True),
+        Scripted(
+            START + b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"no memory"}}\n\n'
+        ),
+        Scripted(
+            START,
+            b'event: error\ndata: {"type":"error","error":{"type":"internal_error",'
+            b'"message":"1 validation error for ChatCompletionStreamResponse"}}\n\n',
+        ),
+    ],
+)
+async def test_a_stream_of_messages_that_fails_raises_anthropics_api_error(tmp_path: Path, engine: Scripted) -> None:
+    async with gateway(tmp_path, engine) as gate:
+        with pytest.raises(anthropic.APIStatusError) as raised:
+            async with gate.anthropic().messages.stream(**CHAT) as stream:
+                async for _ in stream:
+                    pass
+        assert raised.value.type == "api_error"
+        assert "in the middle" in str(raised.value) or "no memory" in str(raised.value)
+        assert "validation error" not in str(raised.value)
+
+
+async def test_text_that_looks_like_an_error_passes_untouched(tmp_path: Path) -> None:
+    text = b'data: {"choices":[{"index":0,"text":"data: {\\"error\\": 1}\\nevent: error\\n"}]}\n\n'
+    async with gateway(tmp_path, Scripted(text)) as gate:
+        for route in ("/v1/completions", "/v1/messages"):
+            assert (await gate.http.post(route, json={"model": "base", "stream": True})).content == text
+
+
+async def test_the_time_that_the_gateway_adds_is_in_a_header_and_in_the_record(tmp_path: Path) -> None:
+    async with gateway(tmp_path, EchoEngine(("base",), delay_s=0.3)) as gate:
+        answer = await gate.http.post("/v1/completions", json={"model": "base", "prompt": "one"})
+        spent = latency.parse(answer.headers["server-timing"])
+        assert spent["engine"] >= 300 > spent["gateway"] > 0
+        ((route, added_ms),) = gate.added
+        assert route == "/v1/completions" and abs(added_ms - spent["gateway"]) < 0.001
