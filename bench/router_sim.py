@@ -230,7 +230,9 @@ class Simulation:
         self._engines = [Engine(f"replica-{number}") for number in range(scenario.replicas)]
         self._numbers = {engine.id: number for number, engine in enumerate(self._engines)}
         self._records = [engine.record() for engine in self._engines]
-        self._routers = [Router(config, random.Random(seed)) for seed in range(scenario.gateways)]
+        self._routers = [
+            Router(config, random.Random(seed), gateways=scenario.gateways) for seed in range(scenario.gateways)
+        ]
         self._events: list[tuple[float, int, Any, Any]] = []
         self._count = 0
         self._decisions_ns: list[int] = []

@@ -92,8 +92,8 @@ class RouterConfig:
     session_requests: float = 8.0
     """affinity: what it counts for that a replica had the session's last request."""
     home_requests: float = 8.0
-    """affinity: what it counts for that an adapter, text or session is at home at a replica, by consistent hashing: so several
-    gateways agree on where it goes."""
+    """affinity: what it counts for that a text, session or adapter is at home at a replica, by consistent hashing; so several
+    gateways agree on where it goes. One alone has no use for it."""
     prefix_requests: float = 16.0
     """affinity: what it counts for, at most, that a replica has read how the text begins."""
     prefix_bytes_per_request: int = 1024

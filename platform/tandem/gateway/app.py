@@ -35,7 +35,7 @@ def create_app(
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
-    fleet = Fleet(watch, Router(router))
+    fleet = Fleet(watch, Router(router, gateways=config.replicas))
     proxy = Proxy(fleet, config, record)
 
     @contextlib.asynccontextmanager

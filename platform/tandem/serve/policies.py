@@ -33,6 +33,8 @@ class Sight:
     sessions: SessionMemory
     avoid: Collection[str]
     dice: random.Random
+    home_requests: float
+    """The config's, or 0 where there is one gateway, which knows by itself where it sent what."""
 
 
 Policy = Callable[[Ask, Sight], str | None]
@@ -55,12 +57,13 @@ def affinity(ask: Ask, sight: Sight) -> str | None:
         last = sight.sessions.get(ask.session)
         if last is not None:
             gains[last] = gains.get(last, 0.0) + config.session_requests
-    for home, gain in _homes(ask, pool, config.home_requests):
-        gains[home] = gains.get(home, 0.0) + gain
     adapter = ask.adapter
-    if adapter is not None:
-        for replica in pool.holders(adapter, LOOKED_AT):
-            gains.setdefault(replica, 0.0)
+    holders = [] if adapter is None else pool.holders(adapter, LOOKED_AT)
+    for replica in holders:
+        gains.setdefault(replica, 0.0)
+    if sight.home_requests:
+        for home, gain in _homes(ask, pool, holders):
+            gains[home] = gains.get(home, 0.0) + gain * sight.home_requests
     for replica in pool.ready if len(pool) <= FEW else pool.some(2):
         gains.setdefault(replica, 0.0)
     best, least = None, 0.0
@@ -76,18 +79,21 @@ def affinity(ask: Ask, sight: Sight) -> str | None:
     return best
 
 
-def _homes(ask: Ask, pool: Pool, gain: float) -> list[tuple[str, float]]:
-    """Where a request belongs whatever this gateway has seen, and what that counts for.
+def _homes(ask: Ask, pool: Pool, holders: list[str]) -> list[tuple[str, float]]:
+    """Where a request belongs whatever this gateway has seen, and which share of a home that is: gateways agree without a word.
 
-    Gateways agree on it without a word. An adapter, or else a text, is at home at one replica, and half at home at the next one,
-    where it goes when the first has too much; a session is at home at one of its own.
+    Of the replicas that hold its adapter one is its session's or its text's; an adapter that nobody holds has a home of its own.
+    A text has one, and half a one, where it goes when the first has too much; a session has one.
     """
-    found = []
-    if ask.adapter is not None or ask.blocks:
-        key = ask.blocks[0] if ask.adapter is None else key_of(ask.adapter)
-        found = [(home, gain / number) for number, home in enumerate(pool.ring.homes(key, HOMES), 1)]
+    key = ask.blocks[0] if ask.blocks else None
+    if ask.adapter is not None:
+        if holders:
+            key = ask.session or key
+            return [] if key is None else [(pool.ring.favourite(key, holders), 1.0)]
+        return [(home, 1.0) for home in pool.ring.homes(key_of(ask.adapter), 1)]
+    found = [] if key is None else [(home, 1 / n) for n, home in enumerate(pool.ring.homes(key, HOMES), 1)]
     if ask.session is not None:
-        found += [(home, gain) for home in pool.ring.homes(ask.session, 1)]
+        found += [(home, 1.0) for home in pool.ring.homes(ask.session, 1)]
     return found
 
 

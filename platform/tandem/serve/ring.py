@@ -7,12 +7,13 @@ goes moves only the keys next to its own points.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from tandem.serve.ask import key_of
 
 POINTS = 16
 """Points of each replica. More would even out how many keys each is home to, which spill-over does anyway."""
+MIX, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
 class Ring:
@@ -21,20 +22,21 @@ class Ring:
     def __init__(self) -> None:
         self._points: list[int] = []
         self._owners: dict[int, str] = {}
-        self._members: set[str] = set()
+        self._keys: dict[str, int] = {}
 
     def set(self, members: Collection[str]) -> None:
         """Take `members` as all there are. Cheap if most were here before."""
         wanted = set(members)
-        gone, new = self._members - wanted, wanted - self._members
+        gone, new = self._keys.keys() - wanted, wanted - self._keys.keys()
         if gone:
             self._owners = {point: owner for point, owner in self._owners.items() if owner not in gone}
+            self._keys = {member: key for member, key in self._keys.items() if member not in gone}
         for member in new:
+            self._keys[member] = key_of(member)
             for number in range(POINTS):
                 self._owners[key_of(f"{member}/{number}")] = member
         if gone or new:
             self._points = sorted(self._owners)
-            self._members = wanted
 
     def homes(self, key: int, count: int) -> list[str]:
         """The first `count` replicas after `key`, each once; fewer if there are no more."""
@@ -48,3 +50,8 @@ class Ring:
                 if len(found) == count:
                     break
         return found
+
+    def favourite(self, key: int, among: Iterable[str]) -> str:
+        """The one of some replicas that a key belongs to, whatever their order (rendezvous hashing: Thaler, Ravishankar 1998)."""
+        keys = self._keys
+        return max(among, key=lambda replica: (keys.get(replica, 0) ^ key) * MIX & MASK)

@@ -20,13 +20,17 @@ from tandem.serve.records import ReplicaRecord, Snapshot
 class Router:
     """What one gateway knows of all replicas, and the policy that chooses among them."""
 
-    def __init__(self, config: RouterConfig | None = None, dice: random.Random | None = None) -> None:
+    def __init__(
+        self, config: RouterConfig | None = None, dice: random.Random | None = None, *, gateways: int = 1
+    ) -> None:
+        """`gateways`: how many there are, this one among them."""
         self._config = config or RouterConfig()
         self._policy = find_policy(self._config.policy)
         self._dice = dice or random.Random()
         self._prefixes = PrefixMemory(self._config.remembered_blocks)
         self._sessions = SessionMemory(self._config.remembered_sessions)
         self._pools: dict[str, Pool] = {}
+        self._home_requests = self._config.home_requests * (gateways > 1)
 
     def update(self, snapshot: Snapshot) -> None:
         """Take the directory's newest snapshot."""
@@ -44,7 +48,7 @@ class Router:
         pool = self._pools.get(ask.base)
         if pool is None or not len(pool):
             return None
-        sight = Sight(self._config, pool, self._prefixes, self._sessions, avoid, self._dice)
+        sight = Sight(self._config, pool, self._prefixes, self._sessions, avoid, self._dice, self._home_requests)
         found = self._policy(ask, sight)
         if found is None or found not in pool or found in avoid:
             found = pool.levels.idlest(self._dice, avoid)

@@ -26,8 +26,8 @@ def replica(name: str, running: int = 0, **fields: Any) -> ReplicaRecord:
     return ReplicaRecord(**values)
 
 
-def router(*records: ReplicaRecord, seed: int = 0, **config: Any) -> Router:
-    made = Router(RouterConfig(**config), random.Random(seed))
+def router(*records: ReplicaRecord, seed: int = 0, gateways: int = 1, **config: Any) -> Router:
+    made = Router(RouterConfig(**config), random.Random(seed), gateways=gateways)
     made.update(Snapshot(version=1, replicas=records))
     return made
 
@@ -209,19 +209,35 @@ def test_a_session_leaves_a_replica_that_is_far_busier_than_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [ask(adapter="red@1"), ask(text=1, blocks=4), ask(session=7), ask(text=1, blocks=4, session=7)]
+    "request_",
+    [
+        ask(adapter="cold@1"),
+        ask(adapter="red@1", text=1, blocks=4),
+        ask(adapter="red@1", session=7),
+        ask(text=1, blocks=4),
+        ask(session=7),
+    ],
 )
-def test_gateways_that_never_spoke_send_the_same_request_to_the_same_replicas(request_: Ask) -> None:
-    chosen = Counter(answered(router(*several(100), seed=seed), request_) for seed in range(40))
-    # A text or adapter has two homes, a session one of them.
-    assert len(chosen) <= 2
+def test_gateways_that_never_spoke_send_the_same_request_to_the_same_replica(request_: Ask) -> None:
+    records = [replica(f"r{i}", adapters=("red@1",) * (i % 20 == 0)) for i in range(100)]
+    chosen = {answered(router(*records, seed=seed, gateways=2), request_) for seed in range(40)}
+    assert len(chosen) == 1
+
+
+def test_a_text_that_is_too_much_for_its_home_goes_to_its_second() -> None:
+    chosen = []
+    for seed in range(40):
+        made = router(*several(100), seed=seed, gateways=2, home_requests=8)
+        counts = Counter(sent(made, ask(text=seed % 2, blocks=1)) for _ in range(9))
+        chosen.append((seed % 2, frozenset(name for name, _ in counts.most_common(2)), len(counts)))
+    assert len({(text, two) for text, two, _ in chosen}) == 2 and {count for _, _, count in chosen} == {2}
 
 
 def test_a_replica_that_comes_takes_over_few_homes() -> None:
     asks = [ask(adapter=f"a{i}@1") for i in range(400)]
-    before = [answered(router(*several(20), seed=i), a) for i, a in enumerate(asks)]
-    after = [answered(router(*several(21), seed=i), a) for i, a in enumerate(asks)]
-    assert sum(b != a for b, a in zip(before, after, strict=True)) < 100
+    before = [answered(router(*several(20), seed=i, gateways=2), a) for i, a in enumerate(asks)]
+    after = [answered(router(*several(21), seed=i, gateways=2), a) for i, a in enumerate(asks)]
+    assert 0 < sum(b != a for b, a in zip(before, after, strict=True)) < 60
 
 
 def test_with_few_replicas_the_idlest_is_always_seen() -> None:
