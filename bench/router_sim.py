@@ -14,7 +14,8 @@ The traffic is made up or recorded; see bench/router_trace.py. All policies get 
 - Adapters: `ADAPTER_SLOTS` a replica. One that is missing is loaded in `LOAD_S`, in the place of the longest unused that no
   request uses; its requests wait for that, others do not.
 
-A decision is timed whole: choosing, and remembering where the request went. Hit rates and times are of the second half of the
+A decision is timed whole: choosing, and remembering where the request went; reading how the text of a request begins is timed
+apart. Hit rates and times are of the second half of the
 trace, when caches are warm. Imbalance is the 99th percentile of the replicas' requests over their mean, each second, median.
 """
 
@@ -38,10 +39,13 @@ import router_trace
 from report import Verdict
 from router_trace import BLOCK, Call, Shape
 
-from tandem.config import RouterConfig
+from tandem.config import RouterConfig, ServedModelConfig
+from tandem.engine.protocol import AdapterRef
+from tandem.gateway.catalog import Target
+from tandem.gateway.reading import read_ask
 from tandem.serve.ask import BOUNDS, Ask
 from tandem.serve.policies import POLICIES
-from tandem.serve.records import ReplicaRecord, Snapshot
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.serve.router import Router
 
 BAR_US = 100.0
@@ -94,6 +98,8 @@ def main() -> int:
             gc.collect()
         results["scenarios"].append({"title": scenario.title, "replicas": scenario.replicas, "rows": rows})
         report.show(scenario.title, COLUMNS, [cells(row) for row in rows], width=150)
+    results["reading"] = reading()
+    report.show("Reading a request for the router, microseconds", READING, read_rows(results), width=80)
     report.write(options.json, results, page(results))
     return report.judge(verdicts(results), check=options.check)
 
@@ -425,8 +431,35 @@ class Simulation:
         return figures
 
 
+def reading() -> list[dict[str, Any]]:
+    """How long it takes to see how the text of a request begins; the router is not asked here."""
+    served = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base"))
+    target = Target(base=served, adapter=AdapterRef(id="red@1", path="/red"))
+    turn = "what a person may say in a turn of a conversation "
+    bodies: dict[str, dict[str, Any]] = {
+        "chat of 2 short messages": {
+            "messages": [{"role": "system", "content": turn}, {"role": "user", "content": turn}]
+        },
+        "chat of 20 messages, 8 KiB": {"messages": [{"role": "user", "content": turn * 8}] * 20},
+        "prompt of 8 KiB": {"prompt": turn * (8192 // len(turn))},
+        "prompt of 1 MiB": {"prompt": turn * (2**20 // len(turn))},
+        "prompt of 4,000 token ids": {"prompt": list(range(4000))},
+    }
+    found = []
+    for name, body in bodies.items():
+        taken = []
+        for _ in range(2000):
+            began = time.perf_counter_ns()
+            read_ask(target, body, {})
+            taken.append((time.perf_counter_ns() - began) / 1000)
+        taken.sort()
+        found.append({"request": name, "p50_us": round(taken[1000], 1), "p99_us": round(taken[1980], 1)})
+    return found
+
+
 # ---- what comes of it -----------------------------------------------------------------------------------------------
 
+READING = ("request", "p50", "p99")
 COLUMNS = (
     "policy", "decision us p50, p99", "adapter hits", "prefix hits", "imbalance", "queue ms p50, p99", "first token ms p50, p99",
     "unfinished",
@@ -443,6 +476,11 @@ def cells(row: dict[str, Any]) -> list[str]:
         NAMES.get(row["policy"], row["policy"]), two("decision_us", 1), f"{row['adapter_hits']:.1%}", f"{row['prefix_hits']:.1%}",
         f"{row['imbalance']:.2f}", two("queue_ms", 0), two("first_token_ms", 0), f"{row['unfinished']:,}",
     ]  # fmt: skip
+
+
+def read_rows(results: dict[str, Any]) -> list[list[str]]:
+    """What reading requests took, as text."""
+    return [[row["request"], f"{row['p50_us']:.1f}", f"{row['p99_us']:.1f}"] for row in results["reading"]]
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
@@ -466,6 +504,7 @@ def page(results: dict[str, Any]) -> str:
         slow = max(row["update_ms"][0.99] for row in scenario["rows"])
         parts.append(f"## {scenario['title']}\n\n{report.lines(COLUMNS, map(cells, scenario['rows']))}\n")
         parts.append(f"Taking a snapshot of all replicas, once a second: at most {slow:.1f} ms (p99).\n")
+    parts.append(f"## Reading a request for the router, microseconds\n\n{report.lines(READING, read_rows(results))}\n")
     return "\n".join([*parts, report.ends(verdicts(results)), ""])
 
 
