@@ -38,7 +38,9 @@ async def prefilled(proxy: Proxy, call: Call, body: dict[str, Any]) -> Call:
     asked = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *LENGTHS)}
     asked |= {"stream": False, "n": 1, "kv_transfer_params": ASK}
     asked |= dict.fromkeys([key for key in LENGTHS if key in body] or ["max_tokens"], 1)
-    first = replace(call, body=to_json(asked), target=replace(call.target, prefill=True), watch=Stopwatch())
+    target = replace(call.target, prefill=True)
+    ask = replace(call.ask, base=target.pool)
+    first = replace(call, body=to_json(asked), target=target, ask=ask, watch=Stopwatch())
     began = time.perf_counter()
     async with contextlib.AsyncExitStack() as held:
         try:

@@ -22,6 +22,7 @@ from tandem.gateway.dialect import BROKEN, Dialect, amended
 from tandem.gateway.errors import from_engine, no_replica, request_id
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import HEADER, Record, Stopwatch, TimedBody, forget, header
+from tandem.serve.ask import Ask
 from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_headers
 
 ATTEMPTS = 2
@@ -38,6 +39,8 @@ class Call:
     target: Target
     headers: Mapping[str, str]
     dialect: Dialect
+    ask: Ask
+    """The same for the router."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
 
@@ -83,13 +86,13 @@ class Proxy:
         avoid: list[str] = []
         reason = f"No replica of {target.base.name} is ready"
         for _ in range(ATTEMPTS):
-            replica = self._fleet.choose(target.pool, adapter.id if adapter else None, avoid)
+            replica = self._fleet.choose(call.ask, avoid)
             if replica is None:
                 break
             avoid.append(replica.id)
             attempt = contextlib.AsyncExitStack()
             try:
-                attempt.enter_context(self._fleet.counting(replica))
+                attempt.enter_context(self._fleet.counting(call.ask, replica))
                 request = self._session.post(
                     replica.url + call.path,
                     data=TimedBody(call.body, call.watch),
@@ -111,8 +114,8 @@ class Proxy:
                     self._fleet.suspect(replica)
                 await attempt.aclose()
                 continue
-            if adapter is not None and answer.status == 200:
-                self._fleet.holds(replica, adapter.id)
+            if answer.status == 200:
+                self._fleet.answered(call.ask, replica)
             held.push_async_exit(attempt)
             return answer
         raise no_replica(

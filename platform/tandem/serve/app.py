@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.ids import fingerprint
@@ -19,6 +19,7 @@ from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
 from tandem.serve.metrics import added_latency
 from tandem.serve.placement import place
+from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
 from tandem.settings import settings
@@ -38,6 +39,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     Resolves every model in the registry and, with `check`, has the engine check its arguments. Raises ConfigError or
     RegistryError with the next step; no replica has started then.
     """
+    find_policy(config.router.policy)
     registry_url = settings().registry_url
     models = resolve_models(config, Registry(registry_url))
     held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
@@ -70,7 +72,13 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
     )
     return gateway.bind(
-        directory, tuple(models), config.gateway, registry_url, engines, fingerprint(settings().admin_token)
+        directory,
+        tuple(models),
+        config.gateway,
+        registry_url,
+        engines,
+        config.router,
+        fingerprint(settings().admin_token),
     )
 
 
@@ -84,6 +92,7 @@ class Gateway:
         config: GatewayConfig,
         registry_url: str,
         engines: list[DeploymentHandle[Any]],
+        router: RouterConfig,
         admin: str | None = None,
     ) -> None:
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
@@ -91,6 +100,7 @@ class Gateway:
         self._models = models
         self._config = config
         self._registry_url = registry_url
+        self._router = router
         self._admin = admin
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -101,6 +111,7 @@ class Gateway:
             registry=Registry(self._registry_url),
             config=self._config,
             record=added_latency(),
+            router=self._router,
             admin=self._admin,
         )
 

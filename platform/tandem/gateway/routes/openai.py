@@ -18,6 +18,7 @@ from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import prefilled
 from tandem.gateway.proxy import Call, Proxy
+from tandem.gateway.reading import read_ask
 from tandem.gateway.routes import stored
 from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
@@ -75,7 +76,13 @@ class OpenAIRoutes:
             body.pop("kv_transfer_params", None)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             call = Call(
-                path=route.path, body=to_json(body), target=target, headers=headers, dialect=dialect, watch=watch
+                path=route.path,
+                body=to_json(body),
+                target=target,
+                headers=headers,
+                dialect=dialect,
+                ask=read_ask(target, body, request.headers),
+                watch=watch,
             )
             return self._proxy.forward(await prefilled(self._proxy, call, body))
 
