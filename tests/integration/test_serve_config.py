@@ -13,7 +13,8 @@ import pytest
 from serve_fixtures import write_model
 
 from tandem.config import ServeConfig
-from tandem.engine.create import EngineSpec, verdicts
+from tandem.engine.create import verdicts
+from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError
 
 

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from serve_fixtures import Pooled, Served
 
-from tandem.engine.create import EngineSpec, engine_environment
+from tandem.engine.create import engine_environment
+from tandem.engine.spec import EngineSpec
 from tandem.serve.routes import ALLOWED, ENGINE_ROUTES
 from tandem.settings import child_environment
 
@@ -21,7 +22,7 @@ LIST = """
 import json, os, sys
 verdict = os.dup(1)
 os.dup2(2, 1)
-from tandem.engine.create import EngineSpec
+from tandem.engine.spec import EngineSpec
 from tandem.engine.vllm import build_app
 from tandem.engine.vllm_args import make_config, parse_args
 

@@ -5,41 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from tandem import settings
+from tandem.engine.passed import passed, remember
 from tandem.engine.protocol import Engine
+from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, EngineError
 
 CHECK_TIMEOUT_S = 180.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineSpec:
-    """What an engine loads, and how."""
-
-    kind: str
-    """vllm or echo."""
-    id: str
-    """The name it answers to in each response, and the first of those it is asked by."""
-    name: str
-    """The other name it is asked by."""
-    path: str
-    """Folder in Hugging Face's format."""
-    max_adapters: int = 8
-    """Slots for adapters."""
-    max_cached_adapters: int = 8
-    """Adapters in host memory; at least as many."""
-    max_lora_rank: int = 64
-    threads: int = 1
-    """Threads of one operation on the CPU."""
-    gpus: float = 0.0
-    args: Mapping[str, Any] = field(default_factory=dict)
-    """The engine's own arguments; they win over what Tandem would set."""
-    where: str = "engine_args"
-    """What messages call `args`: their place in the app's config."""
 
 
 def create_engine(spec: EngineSpec) -> Engine:
@@ -62,10 +36,12 @@ def create_engine(spec: EngineSpec) -> Engine:
 
 
 def check_engine_args(*specs: EngineSpec) -> None:
-    """Have the engines check their arguments. Raises ConfigError with the first thing that is wrong."""
-    for verdict in verdicts(specs):
+    """Have the engines check their arguments, unless they have before. Raises ConfigError with the first thing that is wrong."""
+    unknown = [spec for spec in specs if not passed(spec)]
+    for spec, verdict in zip(unknown, verdicts(unknown), strict=True):
         if verdict is not None:
             raise ConfigError(verdict)
+        remember(spec)
 
 
 def verdicts(specs: Sequence[EngineSpec]) -> list[str | None]:

@@ -26,7 +26,7 @@ from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tandem.engine.create import EngineSpec
+from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, did_you_mean
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -15,7 +15,8 @@ import ray
 from ray import serve
 
 from tandem.cluster import free_ports
-from tandem.engine.create import EngineSpec, create_engine
+from tandem.engine.create import create_engine
+from tandem.engine.spec import EngineSpec
 from tandem.errors import EngineError, TandemError
 from tandem.reaper import Reaper
 from tandem.registry import Registry
