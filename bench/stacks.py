@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,45 @@ def echo(gateways: int, folder: Path, port: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
+    """Two engines behind as many gateways as there are policies, each under its name: all of Tandem, routed in several ways.
+
+    The adapters are the folders of `adapters/` beside the model's; `routed.json` there has the served model's other keys.
+    """
+    from ray import serve
+
+    from tandem.config import RouterConfig, ServeConfig, ServedModelConfig
+    from tandem.registry import Registry
+    from tandem.serve.app import Gateway, resolve_models
+    from tandem.settings import settings
+
+    registry = Registry(settings().registry_url)
+    registry.register_model(MODEL, folder)
+    for adapter in sorted((folder.parent / "adapters").iterdir()):
+        registry.register_adapter(adapter.name, adapter, base=MODEL)
+    keys = json.loads((folder.parent / "routed.json").read_text())
+    config = ServeConfig(models=(ServedModelConfig(model=MODEL, replicas=2, **keys),))
+    with _app(config, port):
+        directory: Any = serve.get_deployment_handle("Directory", "tandem")
+        models = tuple(resolve_models(config, registry))
+        for policy in policies:
+            gateway = serve.deployment(
+                serve.ingress()(Gateway),
+                name="Gateway",
+                ray_actor_options={
+                    "num_cpus": 0.1,
+                    "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
+                },
+                max_ongoing_requests=100_000,
+            )
+            app = gateway.bind(
+                directory, models, config.gateway, settings().registry_url, [], router=RouterConfig(policy=policy)
+            )
+            serve.run(app, name=policy, route_prefix=f"/{policy}")
+        yield
+
+
+@contextlib.contextmanager
 def _app(config: Any, port: int) -> Iterator[None]:
     from tandem.cluster import local_cluster
 
@@ -109,6 +149,7 @@ STACKS = {
     "ray-direct": ray_llm,
     "echo-1": functools.partial(echo, 1),
     "echo-2": functools.partial(echo, 2),
+    "routed": functools.partial(routed, ("affinity", "round_robin")),
 }
 
 

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tandem.errors import ClusterError, ConfigError, PromptError, TandemError
 from tandem.settings import settings
@@ -119,7 +119,7 @@ class RemoteLLM:
 
         `use_tqdm` (vLLM's name) shows a progress bar. Raises PromptError with the place of the first prompt that failed.
         """
-        listed = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[arg-type]
+        listed = cast(list[Prompt], [prompts] if _is_one(prompts) else list(prompts))
         texts = [_text(prompt, index) for index, prompt in enumerate(listed)]
 
         async def ask(client: AsyncOpenAI, index: int, params: SamplingParams) -> RequestOutput:

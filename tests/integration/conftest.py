@@ -2,4 +2,5 @@
 
 from __future__ import annotations
 
+from serve_fixtures import pooled as pooled
 from serve_fixtures import served as served

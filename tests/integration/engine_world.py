@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 
 from tandem import settings
-from tandem.engine.create import EngineSpec, create_engine
+from tandem.engine.create import create_engine
+from tandem.engine.spec import EngineSpec
 from tandem.reaper import Reaper
 from tandem.serve.host import EngineHost
 

@@ -14,9 +14,18 @@ MAX_LENGTH = 2048
 ADMIN_TOKEN = "operator"
 PROMPTS = ("the cat sat on the mat", "one two three four", "a dog and a cat ran over the hill")
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if tools %}tools: {% for t in tools %}{{ t['function']['name'] }} {% endfor %}\n{% endif %}"
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] or '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+
+
+TOOLS_AND_SCHEMAS = {
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+    # A random model would write blanks between the parts of a JSON object for ever.
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
 
 
 @dataclass(kw_only=True)
@@ -36,6 +45,12 @@ class Served:
         from openai import OpenAI
 
         return OpenAI(base_url=f"{self.url}/v1", api_key="test", **{"max_retries": 0, "timeout": 60.0, **options})
+
+    def anthropic(self, **options: Any) -> Any:
+        """Anthropic's SDK, in the same way."""
+        from anthropic import Anthropic
+
+        return Anthropic(base_url=self.url, api_key="test", **{"max_retries": 0, "timeout": 60.0, **options})
 
     def replicas(self) -> tuple[Any, ...]:
         """What the app's directory knows."""
@@ -59,25 +74,19 @@ class Served:
         return Registry(f"sqlite:///{self.home}/tandem.db")
 
 
-def write_model(folder: Path, *, max_length: int = MAX_LENGTH, layers: int = 2, hidden: int = 128) -> Path:
-    """A random Llama with a BPE tokenizer, as Hugging Face folders are."""
+def write_model(
+    folder: Path, *, max_length: int = MAX_LENGTH, layers: int = 2, hidden: int = 128, judge: bool = False
+) -> Path:
+    """A random Llama with a BPE tokenizer, as Hugging Face folders are; a `judge` gives a text one score."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(PROMPTS * 4, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
-    )
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=hidden,
@@ -91,8 +100,22 @@ def write_model(folder: Path, *, max_length: int = MAX_LENGTH, layers: int = 2, 
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        num_labels=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.manual_seed(0)
+    (LlamaForSequenceClassification if judge else LlamaForCausalLM)(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(PROMPTS * 4, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
+    )
     wrapped.save_pretrained(folder)
     return folder
 
@@ -154,14 +177,46 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served
     registry.register_model("tiny", base)
     for name in ("red", "blue"):
         registry.register_adapter(name, adapters[name], base="tiny")
-    config = ServeConfig(
-        models=(ServedModelConfig(model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1),), app=result.app
+    tiny = ServedModelConfig(
+        model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1, engine_args=TOOLS_AND_SCHEMAS
     )
+    config = ServeConfig(models=(tiny,), app=result.app)
     with pytest.MonkeyPatch.context() as patch:
         # The app has a registry of its own, so that other tests' models are not in its lists.
         patch.setenv("TANDEM_HOME", str(result.home))
         patch.setenv("TANDEM_ADMIN_TOKEN", ADMIN_TOKEN)
-        app = build_app(config)
+        app = build_app(config, check=False)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     serve.run(app, name=result.app, route_prefix="/")
     return result
+
+
+@dataclass(kw_only=True)
+class Pooled(Served):
+    """An app of models that write nothing: `embedder` makes vectors, `judge` scores pairs of texts."""
+
+    judge: Path
+
+
+@pytest.fixture(scope="session")
+def pooled(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Pooled:
+    """A second app beside the first, below `/pooled`."""
+    from ray import serve
+
+    from tandem.config import ServeConfig, ServedModelConfig
+    from tandem.serve.app import build_app
+
+    folder = tmp_path_factory.mktemp("pooled")
+    judge = write_model(folder / "judge", judge=True)
+    models = (
+        ServedModelConfig(
+            model=str(served.base),
+            name="embedder",
+            max_adapters=0,
+            engine_args={"runner": "pooling", "convert": "embed", "max_model_len": 256},
+        ),
+        ServedModelConfig(model=str(judge), name="judge", max_adapters=0, engine_args={"max_model_len": 256}),
+    )
+    app = build_app(ServeConfig(models=models, app="pooled"), check=False)
+    serve.run(app, name="pooled", route_prefix="/pooled")
+    return Pooled(url=f"{served.url}/pooled", home=served.home, base=served.base, judge=judge, app="pooled")

@@ -16,14 +16,20 @@ LONG = "the cat sat on the mat and the dog ran over the hill " * 12
 """More tokens than the chunks of the case with chunked prefill, and more than one block of the cache."""
 TOKENS = 12
 PROMPTS = ("the cat sat on the mat", LONG, LONG)
+ROUNDED = {"int8": 0.85, "fp8_cache": 0.85}
+"""Cases that round, with the share of places where the likeliest next token must still be that of Hugging Face."""
 
 QUICK = ("tensor", "ngram", "chunked")
 ARGS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2},
-    "pipeline": {"pipeline_parallel_size": 2},
     "data": {"data_parallel_size": 2},
     "ngram": {
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 4,
+        },
     },
     "draft": {"speculative_config": {"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 2}},
     "chunked": {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_chunked_prefill": True},
@@ -46,7 +52,10 @@ def expected(base: Path) -> list[list[int]]:
 
 def run(base: Path, names: tuple[str, ...], folder: Path) -> dict[str, Any]:
     """The answers of each case's engine; the engines start one after another in one process."""
-    requests = [{"prompt": prompt, "max_tokens": TOKENS, "return_token_ids": True} for prompt in PROMPTS]
+    requests: list[dict[str, Any]] = [
+        {"prompt": prompt, "max_tokens": TOKENS, "return_token_ids": True} for prompt in PROMPTS
+    ]
+    requests.append({"prompt": LONG, "max_tokens": 1, "prompt_logprobs": 1})
     draft = str(base)
     cases = {}
     for name in names:
@@ -73,7 +82,7 @@ def run(base: Path, names: tuple[str, ...], folder: Path) -> dict[str, Any]:
 
 
 def tokens(result: dict[str, Any]) -> list[list[int]]:
-    return [answer["choices"][0]["token_ids"] for answer in result["answers"]]
+    return [answer["choices"][0]["token_ids"] for answer in result["answers"][: len(PROMPTS)]]
 
 
 def metric(result: dict[str, Any], name: str) -> float:
@@ -141,6 +150,29 @@ def test_speculated_tokens_are_taken(quick: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pipeline", "data", "draft"])
+@pytest.mark.parametrize("name", ["data", "draft"])
 def test_more_layouts_answer_as_hugging_face_does(name: str, rest: dict[str, Any], expected: list[list[int]]) -> None:
     assert tokens(rest[name]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_rounded_engine_agrees_with_hugging_face_nearly_everywhere(
+    name: str, rest: dict[str, Any], base: Path
+) -> None:
+    places = rest[name]["answers"][-1]["choices"][0]["prompt_logprobs"][1:]
+    said = [int(next(token for token, found in place.items() if found["rank"] == 1)) for place in places]
+    likeliest = likeliest_tokens(base, LONG)
+    agreed = sum(a == b for a, b in zip(said, likeliest, strict=True)) / len(said)
+    assert ROUNDED[name] <= agreed < 1.0
+
+
+def likeliest_tokens(base: Path, prompt: str) -> list[int]:
+    """The likeliest next token after each of a prompt's but the last, by Hugging Face."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(base)(prompt, return_tensors="pt").input_ids
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        return [int(token) for token in model(ids).logits[0, :-1].argmax(-1)]

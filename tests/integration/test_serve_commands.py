@@ -82,6 +82,8 @@ def test_serve_run_and_serve_deploy_bring_up_the_app(home: Path, tmp_path: Path)
             running.wait_for(lambda: "parrot" in health(port), timeout_s=READY_S)
             wait_until_ready(port, "parrot")
             assert ask(port, "parrot") > 0
+            # The app before it drains for half a minute, and `serve run` waits for that; a Ctrl-C then may be lost in Ray.
+            running.wait_for("is ready at", timeout_s=READY_S)
             running.interrupt(signal.SIGINT)
 
 

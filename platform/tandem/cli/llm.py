@@ -67,7 +67,6 @@ class LLM(RemoteLLM):
         from tandem.cluster import connect, free_ports
         from tandem.config import ServeConfig, ServedModelConfig
 
-        base, name = _base_and_name(model)
         cluster = connect()
         if cluster is not None and (url := app_url(cluster, ServeConfig().app)):
             if engine_args:
@@ -75,10 +74,11 @@ class LLM(RemoteLLM):
                     f"An app is up at {url} with settings of its own; {', '.join(engine_args)} cannot change them. "
                     "End it with `tandem serve down`, or leave them out."
                 )
-            return url, name
+            return url, _called(model)
+        base = _base(model)
         served = ServedModelConfig(
             model=base,
-            name=name if _is_folder(base) else None,
+            name=_called(model) if _is_folder(base) else None,
             replicas=replicas,
             gpus_per_replica=gpus_per_replica,
             engine_args=engine_args,
@@ -91,20 +91,23 @@ class LLM(RemoteLLM):
             raise
         # Also at the program's end, for those who never close it.
         self._stop = weakref.finalize(self, session.close)
-        return url, name
+        return url, _called(model)
 
 
-def _base_and_name(model: str) -> tuple[str, str]:
-    """What is to be served, and what the model is then called: an adapter answers by its name once its base is up."""
+def _base(model: str) -> str:
+    """What is to be served: of an adapter its base, with which it answers."""
     from tandem.registry import Registry
     from tandem.settings import settings
 
     if _is_folder(model):
-        return model, Path(model).expanduser().resolve().name
+        return model
     record = Registry(settings().registry_url).resolve(model)
-    if record.kind == "adapter":
-        return str(record.base), model
-    return record.id, model
+    return str(record.base) if record.kind == "adapter" else record.id
+
+
+def _called(model: str) -> str:
+    """The name of a model for clients."""
+    return Path(model).expanduser().resolve().name if _is_folder(model) else model
 
 
 def _is_folder(model: str) -> bool:

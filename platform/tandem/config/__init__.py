@@ -11,7 +11,7 @@ from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
 from tandem.config.optimizer import OptimizerConfig
 from tandem.config.parallel import ParallelismConfig
-from tandem.config.serve import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.config.serve import GatewayConfig, PrefillConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelismConfig",
+    "PrefillConfig",
+    "RouterConfig",
     "ServeConfig",
     "ServedModelConfig",
     "SpikeConfig",

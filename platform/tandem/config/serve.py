@@ -10,6 +10,25 @@ from tandem.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillConfig:
+    """Replicas that read prompts for the others, which then only generate."""
+
+    replicas: int = 1
+    cpus_per_replica: float | None = None
+    """Unset: as the model's."""
+    gpus_per_replica: float | None = None
+    """Unset: as the model's."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Laid over the model's; whole, key by key."""
+    min_bytes: int = 0
+    """A smaller request is read by the replica that answers it: moving its cache would cost more than it saves."""
+
+    def __post_init__(self) -> None:
+        check.at_least("models[].prefill.replicas", self.replicas, 1)
+        check.at_least("models[].prefill.min_bytes", self.min_bytes, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModelConfig:
     """One base model and the replicas that hold it."""
 
@@ -30,6 +49,8 @@ class ServedModelConfig:
     """Largest adapter rank that a replica takes."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of vLLM's own engine, by their names there; vLLM checks them before a replica starts."""
+    prefill: PrefillConfig | None = None
+    """Set: prompts are read on replicas of their own, and their KV cache moves to the one that generates."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment of the replica, such as VLLM_CPU_KVCACHE_SPACE."""
 
@@ -73,12 +94,47 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """How the gateway chooses a replica. What speaks for one is counted in requests: so many more may wait for the others."""
+
+    policy: str = "affinity"
+    """affinity, least_loaded, two_choices, round_robin, prefix_tree, or what else `serve.policies.POLICIES` has."""
+    adapter_requests: float = 8.0
+    """affinity: what it counts for that a replica holds the adapter."""
+    session_requests: float = 8.0
+    """affinity: what it counts for that a replica had the session's last request."""
+    home_requests: float = 8.0
+    """affinity: what it counts for that a text, session or adapter is at home at a replica, by consistent hashing; so several
+    gateways agree on where it goes. One alone has no use for it."""
+    prefix_requests: float = 16.0
+    """affinity: what it counts for, at most, that a replica has read how the text begins."""
+    prefix_bytes_per_request: int = 1024
+    """affinity: bytes of such text that count for one request."""
+    match_rate: float = 0.1
+    """prefix_tree: share of a text that a replica must have read to be preferred."""
+    imbalance_requests: int = 10
+    """prefix_tree: how much busier than the idlest the busiest may be."""
+    remembered_blocks: int = 200_000
+    """Beginnings of texts that a gateway remembers; the longest unused is forgotten first."""
+    remembered_sessions: int = 100_000
+    """Sessions that a gateway remembers."""
+
+    def __post_init__(self) -> None:
+        for key in ("adapter_requests", "session_requests", "home_requests", "prefix_requests", "imbalance_requests"):
+            check.at_least(f"router.{key}", getattr(self, key), 0)
+        for key in ("prefix_bytes_per_request", "remembered_blocks", "remembered_sessions"):
+            check.at_least(f"router.{key}", getattr(self, key), 1)
+        check.between("router.match_rate", self.match_rate, 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """One Serve app."""
 
     models: tuple[ServedModelConfig, ...] = ()
     """Empty: the newest registered base model."""
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     app: str = "tandem"
     """Name of the Serve application."""
 

@@ -5,41 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from tandem import settings
+from tandem.engine.passed import passed, remember
 from tandem.engine.protocol import Engine
+from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, EngineError
 
 CHECK_TIMEOUT_S = 180.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineSpec:
-    """What an engine loads, and how."""
-
-    kind: str
-    """vllm or echo."""
-    id: str
-    """The name it answers to in each response, and the first of those it is asked by."""
-    name: str
-    """The other name it is asked by."""
-    path: str
-    """Folder in Hugging Face's format."""
-    max_adapters: int = 8
-    """Slots for adapters."""
-    max_cached_adapters: int = 8
-    """Adapters in host memory; at least as many."""
-    max_lora_rank: int = 64
-    threads: int = 1
-    """Threads of one operation on the CPU."""
-    gpus: float = 0.0
-    args: Mapping[str, Any] = field(default_factory=dict)
-    """The engine's own arguments; they win over what Tandem would set."""
-    where: str = "engine_args"
-    """What messages call `args`: their place in the app's config."""
 
 
 def create_engine(spec: EngineSpec) -> Engine:
@@ -61,15 +35,30 @@ def create_engine(spec: EngineSpec) -> Engine:
     return VllmEngine(spec)
 
 
-def check_engine_args(spec: EngineSpec) -> None:
-    """Have the engine check its arguments, in a process of its own so that this one does not import it.
+def check_engine_args(*specs: EngineSpec) -> None:
+    """Have the engines check their arguments, unless they have before. Raises ConfigError with the first thing that is wrong."""
+    unknown = [spec for spec in specs if not passed(spec)]
+    for spec, verdict in zip(unknown, verdicts(unknown), strict=True):
+        if verdict is not None:
+            raise ConfigError(verdict)
+        remember(spec)
 
-    Raises ConfigError with the nearest valid name for an unknown argument, or with the engine's words for a bad value.
+
+def verdicts(specs: Sequence[EngineSpec]) -> list[str | None]:
+    """What is wrong with each spec: the key, with the nearest valid name or with the engine's words; None if nothing is.
+
+    vLLM's are checked in one process, of their own so that this one does not import it.
     """
-    if spec.kind == "echo":
-        create_engine(spec)
-        return
-    question = json.dumps({name: getattr(spec, name) for name in EngineSpec.__slots__}, default=dict)
+    for spec in specs:
+        if spec.kind == "echo":
+            create_engine(spec)
+    found: list[str | None] = [None] * len(specs)
+    asked = [i for i, spec in enumerate(specs) if spec.kind != "echo"]
+    if not asked:
+        return found
+    question = json.dumps(
+        [{name: getattr(specs[i], name) for name in EngineSpec.__slots__} for i in asked], default=dict
+    )
     try:
         answer = subprocess.run(
             [sys.executable, "-m", "tandem.engine.vllm_args"],
@@ -77,15 +66,16 @@ def check_engine_args(spec: EngineSpec) -> None:
             capture_output=True,
             text=True,
             timeout=CHECK_TIMEOUT_S,
-            env=settings.child_environment(engine_environment(spec)),
+            env=settings.child_environment(engine_environment(specs[asked[0]])),
         )
     except subprocess.TimeoutExpired as error:
         raise EngineError(f"vLLM did not check engine_args within {CHECK_TIMEOUT_S:.0f} s.") from error
-    verdict = answer.stdout.strip().rpartition("\n")[2]
-    if answer.returncode == ConfigError.exit_code and verdict:
-        raise ConfigError(str(json.loads(verdict)["error"]))
-    if answer.returncode:
+    said = answer.stdout.strip().rpartition("\n")[2]
+    if answer.returncode or not said:
         raise EngineError(f"vLLM could not check engine_args: {answer.stderr.strip()[-2000:]}")
+    for i, verdict in zip(asked, json.loads(said), strict=True):
+        found[i] = verdict
+    return found
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:

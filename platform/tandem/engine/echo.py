@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tandem.engine.create import EngineSpec
 from tandem.engine.protocol import AdapterRef, EngineStats
+from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, EngineError, did_you_mean
 
 TASKS = ("generate", "embed", "score")

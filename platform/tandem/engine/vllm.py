@@ -22,8 +22,8 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from tandem.engine.create import EngineSpec
 from tandem.engine.protocol import AdapterRef, EngineStats
+from tandem.engine.spec import EngineSpec
 from tandem.engine.vllm_args import make_config, parse_args, slots_of
 from tandem.errors import EngineError
 

@@ -10,13 +10,15 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import vllm.config.quantization
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, make_arg_parser
@@ -24,8 +26,8 @@ from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tandem.engine.create import EngineSpec
-from tandem.errors import ConfigError, TandemError, did_you_mean
+from tandem.engine.spec import EngineSpec
+from tandem.errors import ConfigError, did_you_mean
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
@@ -58,7 +60,7 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
             hint = did_you_mean(key.replace("-", "_"), known)
             raise ConfigError(f"{where} is not an argument of vLLM's engine.{hint}")
         try:
-            given[key] = known[key].validate_python(value)
+            given[key] = _adapter(known[key]).validate_python(value)
         except ValidationError as error:
             raise _refused(where, error) from error
     args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
@@ -130,43 +132,56 @@ def cached_of(spec: EngineSpec) -> int:
 
 
 @functools.cache
-def _types() -> dict[str, TypeAdapter[Any]]:
+def _types() -> dict[str, Any]:
     """Every argument of vLLM's engine and of its OpenAI app, with the type that vLLM declares for it."""
-    found = {}
+    found: dict[str, Any] = {}
     for cls in (AsyncEngineArgs, BaseFrontendArgs):
         # One name there is imported for type checkers only.
         hints = typing.get_type_hints(cls, localns=vars(vllm.config.quantization))
-        found |= {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+        found |= {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     return found
 
 
-def _refused(where: str, error: ValidationError, keys: Iterable[str] = ()) -> ConfigError:
-    """pydantic's text ends in a link to its own manual; the plain messages are what a person needs."""
-    details = error.errors()
-    said = "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else f"{e['input']!r}: {e['msg']}" for e in details
-    )
-    named = next((str(e["loc"][0]) for e in details if e["loc"] and e["loc"][0] in keys), None)
-    return ConfigError(f"{where}{f'.{named}' if named else ''}: vLLM refuses it: {said}")
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        # torch.dtype and classes, which pydantic can only compare.
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return TypeAdapter(hint)  # a class of vLLM's that has a configuration of its own
+
+
+def _refused(where: str, error: ValidationError, given: Mapping[str, Any] = MappingProxyType({})) -> ConfigError:
+    """vLLM's words about the first thing that it refuses; `where` goes on to the one of the `given` that it is about.
+
+    pydantic's own text ends in a link to its manual; the plain message is what a person needs.
+    """
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    if given and path and path[0] not in given:
+        # A configuration inside: its own class does not know which argument it is.
+        path = [key for key, value in given.items() if isinstance(value, dict) and path[0] in value][:1] + path
+    near = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]))
+    return ConfigError(f"{'.'.join([where, *path])}: vLLM refuses {first['input']!r}: {first['msg']}.{near}")
 
 
 def main() -> int:
-    """Check the EngineSpec on stdin; the verdict is the last line on stdout, and the exit status."""
-    # vLLM writes on stdout too, from C++ as well; only the verdict may go there.
-    verdict = os.dup(1)
+    """Check the EngineSpecs on stdin; the verdicts (what is wrong, or null) are the last line on stdout."""
+    # vLLM writes on stdout too, from C++ as well; only the verdicts may go there.
+    out = os.dup(1)
     os.dup2(2, 1)
-    try:
-        spec = EngineSpec(**json.load(sys.stdin))
-        args = parse_args(spec)
-        if device_is_here(spec):
-            make_config(args, spec)
-        answer: dict[str, str | None]
-        answer, status = {"error": None}, 0
-    except TandemError as error:
-        answer, status = {"error": str(error)}, error.exit_code
-    with os.fdopen(verdict, "w") as file:
-        file.write(json.dumps(answer) + "\n")
-    return status
+    verdicts: list[str | None] = []
+    for values in json.load(sys.stdin):
+        spec = EngineSpec(**values)
+        try:
+            args = parse_args(spec)
+            if device_is_here(spec):
+                make_config(args, spec)
+            verdicts.append(None)
+        except ConfigError as error:
+            verdicts.append(str(error))
+    with os.fdopen(out, "w") as file:
+        file.write(json.dumps(verdicts) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

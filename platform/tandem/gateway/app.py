@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
-from tandem.config.serve import GatewayConfig
+from tandem.config.serve import GatewayConfig, RouterConfig
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
@@ -19,6 +19,7 @@ from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
 from tandem.serve.records import ServedModel
+from tandem.serve.router import Router
 
 
 def create_app(
@@ -28,15 +29,17 @@ def create_app(
     registry: Registry,
     config: GatewayConfig | None = None,
     record: Record = forget,
+    router: RouterConfig | None = None,
     admin: str | None = None,
 ) -> Starlette:
-    """The app that answers for `models`; `watch` tells it of the replicas, and `record` hears what it adds to each request.
+    """The app that answers for `models`.
 
+    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request.
     `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
-    fleet = Fleet(watch)
+    fleet = Fleet(watch, Router(router, gateways=config.replicas))
     proxy = Proxy(fleet, config, record)
 
     @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ from tandem.errors import UnknownModelError, UnknownVersionError, did_you_mean
 from tandem.gateway.errors import ApiError, unknown_model
 from tandem.registry import ModelRecord, Registry
 from tandem.serve.pins import ref_of
-from tandem.serve.records import ServedModel
+from tandem.serve.records import ServedModel, prefill_pool
 
 PAGE = 1000
 """Adapters that a list of models has at most."""
@@ -27,6 +27,13 @@ class Target:
 
     base: ServedModel
     adapter: AdapterRef | None = None
+    prefill: bool = False
+    """Whether it goes to the replicas that only read prompts."""
+
+    @property
+    def pool(self) -> str:
+        """The replicas that may take it."""
+        return prefill_pool(self.base.id) if self.prefill else self.base.id
 
     @property
     def engine_name(self) -> str:

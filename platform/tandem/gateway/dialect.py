@@ -57,7 +57,7 @@ class OpenAI:
 class Responses(OpenAI):
     """OpenAI's responses, whose streams are typed and numbered events."""
 
-    mark = None
+    mark: bytes | None = None
 
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
         """An event of the type `error`, with its fields beside an `error` object: the documented form, and the one SDKs raise."""
@@ -114,9 +114,7 @@ def amended(chunk: bytes, dialect: Dialect, request: str) -> bytes:
     # Text of a model cannot look like this: in JSON, its quotes and line ends are escaped.
     if mark is None or mark not in chunk:
         return chunk
-    return b"\n\n".join(
-        _amended_event(event, dialect, request) if event.startswith(mark) else event for event in chunk.split(b"\n\n")
-    )
+    return b"\n\n".join(_amended_event(event, dialect, request) for event in chunk.split(b"\n\n"))
 
 
 def _amended_event(event: bytes, dialect: Dialect, request: str) -> bytes:

@@ -1,16 +1,15 @@
-"""The replicas as this gateway sees them: the directory's snapshot, plus what it has just found out by itself."""
+"""The replicas as this gateway sees them: the directory's snapshot, what it has just found out by itself, and its router."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from dataclasses import replace
 
+from tandem.serve.ask import Ask
 from tandem.serve.records import ReplicaRecord, Snapshot
-from tandem.serve.router import choose
+from tandem.serve.router import Router
 
 Watch = Callable[[int], Awaitable[Snapshot]]
 """Gives the directory's snapshot: at once if it is not of the version given, else when it changes or after a moment."""
@@ -18,14 +17,17 @@ Watch = Callable[[int], Awaitable[Snapshot]]
 SUSPECT_S = 3.0
 """How long a replica that refused a connection is left out, unless it speaks up before."""
 
+PAUSE_S = 0.05
+"""How long a snapshot is good enough, at least."""
+
 
 class Fleet:
-    """Keeps the snapshot fresh in the background and counts this gateway's own requests."""
+    """Keeps the router's snapshot fresh in the background, and tells it of this gateway's own requests."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, router: Router | None = None) -> None:
         self._watch = watch
+        self._router = router or Router()
         self._snapshot = Snapshot()
-        self._in_flight: Counter[str] = Counter()
         self._suspects: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -49,42 +51,40 @@ class Fleet:
         """What the engines of a model do; empty as long as none has said."""
         return next((r.tasks for r in self._snapshot.replicas if r.base == base and r.tasks), ())
 
-    def choose(self, base: str, adapter: str | None, avoid: Collection[str]) -> ReplicaRecord | None:
+    def choose(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
         """The replica for a request, or None. A suspect is better than none: it may be back."""
-        now = time.monotonic()
-        self._suspects = {key: until for key, until in self._suspects.items() if until > now}
-        for left_out in ({*avoid, *self._suspects}, avoid):
-            found = choose(self._snapshot, base, adapter=adapter, in_flight=self._in_flight, avoid=left_out)
+        if self._suspects:
+            now = time.monotonic()
+            self._suspects = {key: until for key, until in self._suspects.items() if until > now}
+            found = self._router.choose(ask, {*avoid, *self._suspects})
             if found is not None:
                 return found
-        return None
+        return self._router.choose(ask, avoid)
 
     @contextlib.contextmanager
-    def counting(self, replica: ReplicaRecord) -> Iterator[None]:
+    def counting(self, ask: Ask, replica: ReplicaRecord) -> Iterator[None]:
         """Count a request as this gateway's own work on a replica."""
-        self._in_flight[replica.id] += 1
+        self._router.began(ask, replica.id)
         try:
             yield
         finally:
-            self._in_flight[replica.id] -= 1
-            if not self._in_flight[replica.id]:
-                del self._in_flight[replica.id]
+            self._router.ended(ask, replica.id)
 
     def suspect(self, replica: ReplicaRecord) -> None:
         """Leave a replica out for a while."""
         self._suspects[replica.id] = time.monotonic() + SUSPECT_S
 
-    def holds(self, replica: ReplicaRecord, adapter: str) -> None:
-        """Remember that a replica has loaded an adapter, until it says so itself."""
-        if adapter not in replica.adapters:
-            loaded = replace(replica, adapters=(*replica.adapters, adapter))
-            replicas = tuple(loaded if r.id == replica.id else r for r in self._snapshot.replicas)
-            self._snapshot = replace(self._snapshot, replicas=replicas)
+    def answered(self, ask: Ask, replica: ReplicaRecord) -> None:
+        """A replica took a request, so it holds the adapter of it, whatever it last said."""
+        self._router.loaded(ask, replica.id)
 
     async def _follow(self) -> None:
         while True:
             try:
                 self._snapshot = await self._watch(self._snapshot.version)
+                self._router.update(self._snapshot)
+                # Changes that come in a burst are taken together: a large fleet's adapters change all the time.
+                await asyncio.sleep(PAUSE_S)
             except asyncio.CancelledError:
                 raise
             except Exception:  # noqa: BLE001 - whatever Ray raises

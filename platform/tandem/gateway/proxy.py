@@ -22,6 +22,7 @@ from tandem.gateway.dialect import BROKEN, Dialect, amended
 from tandem.gateway.errors import from_engine, no_replica, request_id
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import HEADER, Record, Stopwatch, TimedBody, forget, header
+from tandem.serve.ask import Ask
 from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_headers
 
 ATTEMPTS = 2
@@ -38,6 +39,8 @@ class Call:
     target: Target
     headers: Mapping[str, str]
     dialect: Dialect
+    ask: Ask
+    """The same for the router."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
 
@@ -83,13 +86,13 @@ class Proxy:
         avoid: list[str] = []
         reason = f"No replica of {target.base.name} is ready"
         for _ in range(ATTEMPTS):
-            replica = self._fleet.choose(target.base.id, adapter.id if adapter else None, avoid)
+            replica = self._fleet.choose(call.ask, avoid)
             if replica is None:
                 break
             avoid.append(replica.id)
             attempt = contextlib.AsyncExitStack()
             try:
-                attempt.enter_context(self._fleet.counting(replica))
+                attempt.enter_context(self._fleet.counting(call.ask, replica))
                 request = self._session.post(
                     replica.url + call.path,
                     data=TimedBody(call.body, call.watch),
@@ -111,8 +114,8 @@ class Proxy:
                     self._fleet.suspect(replica)
                 await attempt.aclose()
                 continue
-            if adapter is not None and answer.status == 200:
-                self._fleet.holds(replica, adapter.id)
+            if answer.status == 200:
+                self._fleet.answered(call.ask, replica)
             held.push_async_exit(attempt)
             return answer
         raise no_replica(
@@ -144,12 +147,12 @@ class _Forwarded(Response):
                 await copying
 
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call, dialect = self._call, self._call.dialect
+        call, dialect, request = self._call, self._call.dialect, request_id(scope)
         async with contextlib.AsyncExitStack() as held:
             answer = await self._proxy.open(call, held)
             if answer.status >= 400:
                 error = from_engine(answer.status, await answer.read(), call.target.base.max_length)
-                await error.response(dialect, request_id(scope))(scope, receive, send)
+                await error.response(dialect, request)(scope, receive, send)
                 return
             head = [
                 (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
@@ -162,14 +165,14 @@ class _Forwarded(Response):
             last = b""
             try:
                 async for chunk in answer.content.iter_any():
-                    last = amended(chunk, dialect, "") if streamed else chunk
+                    last = amended(chunk, dialect, request) if streamed else chunk
                     await send({"type": "http.response.body", "body": last, "more_body": True})
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 # Too late for a status. A stream can still say why it ends; anything else must look cut off.
                 if not streamed:
                     raise
                 text = f"{BROKEN} ({type(error).__name__})."
-                event = dialect.event(502, text, code="engine_unavailable", request=request_id(scope), last=last)
+                event = dialect.event(502, text, code="engine_unavailable", request=request, last=last)
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 

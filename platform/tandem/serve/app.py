@@ -10,14 +10,16 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
+from tandem.serve.disaggregate import pools
 from tandem.serve.metrics import added_latency
 from tandem.serve.placement import place
+from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
 from tandem.settings import settings
@@ -37,26 +39,29 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     Resolves every model in the registry and, with `check`, has the engine check its arguments. Raises ConfigError or
     RegistryError with the next step; no replica has started then.
     """
+    find_policy(config.router.policy)
     registry_url = settings().registry_url
     models = resolve_models(config, Registry(registry_url))
-    placements = [place(model.config, f"models[{i}]") for i, model in enumerate(models)]
-    for i, model in enumerate(models):
-        if check and model.config.engine_args:
-            check_engine_args(engine_spec(model, f"models[{i}].engine_args"))
+    held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
+    placements = [place(pool.config, where) for pool, where in held]
+    if check:
+        check_engine_args(
+            *(engine_spec(pool, f"{where}.engine_args") for pool, where in held if pool.config.engine_args)
+        )
     directory = _deployment(Directory, "Directory", num_cpus=CONTROL_CPUS).bind()
     engines = [
         _deployment(
             EngineReplica,
-            f"engine-{model.name}",
+            f"{'prefill' if pool.prefills else 'engine'}-{pool.name}",
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
-            env=model.config.env,
-            num_replicas=model.config.replicas,
+            env=pool.config.env,
+            num_replicas=pool.config.replicas,
             health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_timeout_s=SHUTDOWN_S,
             **placement.options(),
-        ).bind(model, directory, registry_url)
-        for model, placement in zip(models, placements, strict=True)
+        ).bind(pool, directory, registry_url)
+        for (pool, _), placement in zip(held, placements, strict=True)
     ]
     gateway = _deployment(
         serve.ingress()(Gateway),
@@ -67,7 +72,13 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
     )
     return gateway.bind(
-        directory, tuple(models), config.gateway, registry_url, engines, fingerprint(settings().admin_token)
+        directory,
+        tuple(models),
+        config.gateway,
+        registry_url,
+        engines,
+        config.router,
+        fingerprint(settings().admin_token),
     )
 
 
@@ -81,6 +92,7 @@ class Gateway:
         config: GatewayConfig,
         registry_url: str,
         engines: list[DeploymentHandle[Any]],
+        router: RouterConfig,
         admin: str | None = None,
     ) -> None:
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
@@ -88,6 +100,7 @@ class Gateway:
         self._models = models
         self._config = config
         self._registry_url = registry_url
+        self._router = router
         self._admin = admin
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -98,6 +111,7 @@ class Gateway:
             registry=Registry(self._registry_url),
             config=self._config,
             record=added_latency(),
+            router=self._router,
             admin=self._admin,
         )
 

@@ -50,6 +50,11 @@ def place(served: ServedModelConfig, where: str = "models[]") -> Placement:
                 f"{where}.engine_args.distributed_executor_backend is ray, which vLLM has for GPUs only, and "
                 f"{where}.gpus_per_replica is 0. Leave it out: the {world} workers of a CPU replica are processes of one node."
             )
+        if degrees["pipeline"] > 1:
+            raise ConfigError(
+                f"{where}.engine_args.pipeline_parallel_size is {degrees['pipeline']} and {where}.gpus_per_replica is 0. In "
+                "vLLM's CPU build (0.29) the stages after the first die at the first request. Use tensor_parallel_size."
+            )
         if world > 1 and served.cpus_per_replica < world:
             raise ConfigError(
                 f"{where}.cpus_per_replica is {served.cpus_per_replica:g}; {product} is {world} workers, each with a core "

@@ -35,6 +35,13 @@ class ServedModel:
     max_length: int | None = None
     created: int = 0
     """Seconds since 1970."""
+    prefills: bool = False
+    """Whether these replicas read prompts for the model's others."""
+
+    @property
+    def pool(self) -> str:
+        """What its replicas register as."""
+        return prefill_pool(self.id) if self.prefills else self.id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +50,7 @@ class ReplicaRecord:
 
     id: str
     base: str
-    """Id of the model that it holds."""
+    """Its pool: the id of the model that it holds, or what `prefill_pool` makes of it."""
     url: str
     """`http://host:port` of its engine."""
     token: str = field(repr=False)
@@ -79,6 +86,11 @@ class Snapshot:
     version: int = 0
     """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
     replicas: tuple[ReplicaRecord, ...] = ()
+
+
+def prefill_pool(model_id: str) -> str:
+    """The pool of the replicas that read prompts for a model; an id never has such a sign."""
+    return f"{model_id}#prefill"
 
 
 def adapter_headers(adapter: AdapterRef) -> dict[str, str]:

@@ -14,17 +14,21 @@ from typing import Any
 import ray
 from ray import serve
 
-from tandem.engine.create import EngineSpec, create_engine
+from tandem.cluster import free_ports
+from tandem.engine.create import create_engine
+from tandem.engine.spec import EngineSpec
 from tandem.errors import EngineError, TandemError
 from tandem.reaper import Reaper
 from tandem.registry import Registry
 from tandem.serve.adapter_checks import AdapterChecks
 from tandem.serve.directory import HEARTBEAT_S
+from tandem.serve.disaggregate import environment
 from tandem.serve.host import EngineHost
 from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place, workers
 from tandem.serve.records import ReplicaRecord, ServedModel, State
 from tandem.serve.startup import Startup
+from tandem.settings import export
 
 DRAIN_S = 30.0
 """How long running requests may go on when a replica is asked to end."""
@@ -47,6 +51,9 @@ class EngineReplica:
         self._reaper = Reaper.of_children()
         loop = asyncio.get_running_loop()
         _check_placement(model)
+        host = ray.util.get_node_ip_address()
+        if model.config.prefill is not None:
+            export(environment(host, free_ports(1)[0]), override=True)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         engine = await asyncio.to_thread(create_engine, engine_spec(model))
         startup.done("imports")
@@ -55,7 +62,7 @@ class EngineReplica:
             max_adapters=model.config.max_adapters,
             max_cached=model.config.cached_adapters,
             prepare=AdapterChecks(Path(model.path) if model.path else None, model.config.max_lora_rank),
-            host=ray.util.get_node_ip_address(),
+            host=host,
             on_change=lambda: _set(loop, self._changed),
         )
         await self._host.start()
@@ -76,7 +83,7 @@ class EngineReplica:
         stats = self._host.stats()
         return ReplicaRecord(
             id=self._id,
-            base=self._model.id,
+            base=self._model.pool,
             url=self._host.url,
             token=self._host.token,
             state=self._state if self._host.alive else "dead",

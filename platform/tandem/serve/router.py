@@ -1,38 +1,75 @@
-"""Chooses the replica for a request. Pure: callers pass the directory's snapshot, their own counts and the dice."""
+"""Chooses the replica for a request. Pure: callers pass the directory's snapshots, their own requests and the dice.
+
+A router belongs to one gateway and lives in its event loop. A decision looks at a bounded number of replicas, whatever their
+number; what it costs is measured in bench/router_sim.py.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
+from tandem.config.serve import RouterConfig
+from tandem.serve.ask import Ask
+from tandem.serve.memory import PrefixMemory, SessionMemory
+from tandem.serve.policies import Sight, find_policy
+from tandem.serve.pool import Pool
 from tandem.serve.records import ReplicaRecord, Snapshot
 
-SPILL_REQUESTS = 16
-"""How many more requests a replica may have than the idlest before its adapter is loaded elsewhere too."""
 
+class Router:
+    """What one gateway knows of all replicas, and the policy that chooses among them."""
 
-def choose(
-    snapshot: Snapshot,
-    base: str,
-    *,
-    adapter: str | None = None,
-    in_flight: Mapping[str, int] | None = None,
-    avoid: Collection[str] = (),
-    dice: random.Random | None = None,
-) -> ReplicaRecord | None:
-    """The replica of `base` with the least work, or None if none is ready.
+    def __init__(
+        self, config: RouterConfig | None = None, dice: random.Random | None = None, *, gateways: int = 1
+    ) -> None:
+        """`gateways`: how many there are, this one among them."""
+        self._config = config or RouterConfig()
+        self._policy = find_policy(self._config.policy)
+        self._dice = dice or random.Random()
+        self._prefixes = PrefixMemory(self._config.remembered_blocks)
+        self._sessions = SessionMemory(self._config.remembered_sessions)
+        self._pools: dict[str, Pool] = {}
+        self._home_requests = self._config.home_requests * (gateways > 1)
 
-    Work is what the replica reported plus what this gateway has `in_flight` there. One that holds `adapter` comes first,
-    unless it is `SPILL_REQUESTS` busier than the idlest. Replicas to `avoid` are left out. Ties are broken at random.
-    """
-    ready = [r for r in snapshot.replicas if r.base == base and r.state == "ready" and r.id not in avoid]
-    if not ready:
-        return None
-    own = in_flight or {}
-    work = {r.id: r.load + own.get(r.id, 0) for r in ready}
-    if adapter is not None:
-        limit = min(work.values()) + SPILL_REQUESTS
-        ready = [r for r in ready if adapter in r.adapters and work[r.id] <= limit] or ready
-    least = min(work[r.id] for r in ready)
-    idlest = [r for r in ready if work[r.id] == least]
-    return (dice or random).choice(idlest)
+    def update(self, snapshot: Snapshot) -> None:
+        """Take the directory's newest snapshot."""
+        by_base: dict[str, list[ReplicaRecord]] = {base: [] for base in self._pools}
+        for record in snapshot.replicas:
+            by_base.setdefault(record.base, []).append(record)
+        for base, records in by_base.items():
+            pool = self._pools.get(base)
+            if pool is None:
+                pool = self._pools[base] = Pool(self._dice)
+            pool.take(records)
+
+    def choose(self, ask: Ask, avoid: Collection[str] = ()) -> ReplicaRecord | None:
+        """The replica for a request, or None if none is ready that need not be avoided."""
+        pool = self._pools.get(ask.base)
+        if pool is None or not len(pool):
+            return None
+        sight = Sight(self._config, pool, self._prefixes, self._sessions, avoid, self._dice, self._home_requests)
+        found = self._policy(ask, sight)
+        if found is None or found not in pool or found in avoid:
+            found = pool.levels.idlest(self._dice, avoid)
+        return None if found is None else pool.record(found)
+
+    def began(self, ask: Ask, replica: str) -> None:
+        """A request is on its way to a replica; `ended` must follow."""
+        self._pool(ask.base).began(replica, ask.adapter)
+        if ask.blocks:
+            self._prefixes.note(ask.blocks, replica)
+        if ask.session is not None:
+            self._sessions.note(ask.session, replica)
+
+    def ended(self, ask: Ask, replica: str) -> None:
+        """A request that began is over, however it ended."""
+        self._pool(ask.base).ended(replica, ask.adapter)
+
+    def loaded(self, ask: Ask, replica: str) -> None:
+        """A replica answered a request, so it holds the adapter of it."""
+        if ask.adapter is not None:
+            self._pool(ask.base).loaded(replica, ask.adapter)
+
+    def _pool(self, base: str) -> Pool:
+        return self._pools[base]

@@ -5,8 +5,9 @@ import json
 import httpx
 import pytest
 
-from tandem.engine.create import EngineSpec, create_engine
+from tandem.engine.create import create_engine
 from tandem.engine.echo import EchoEngine
+from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError
 
 

@@ -106,12 +106,14 @@ async def gateway(folder: Path, engine: EchoEngine | None = None, prefix: str = 
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}{prefix}"
-    async with httpx.AsyncClient(base_url=url, timeout=20) as http:
-        yield Gate(url=url, http=http, added=added)
-    server.should_exit = True
-    await task
-    if host:
-        await host.drain(0)
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            yield Gate(url=url, http=http, added=added)
+    finally:
+        server.should_exit = True
+        await task
+        if host:
+            await host.drain(0)
 
 
 @pytest.mark.parametrize("prefix", ["", "/below"])
@@ -126,6 +128,7 @@ async def test_each_route_reaches_the_engine_whole_and_under_its_own_path(tmp_pa
                 assert answer.json()["request"].items() >= body.items()
             assert (await gate.http.post(route.path, json=body | {"model": "nobody"})).status_code == 404
             assert (await gate.http.get(route.path)).status_code == 405
+            assert ("type" in (await gate.http.post(route.path, content=b"{")).json()) == ("messages" in route.path)
         assert [route for route, _ in gate.added] == [route.path for route in ENGINE_ROUTES]
 
 
@@ -297,7 +300,7 @@ async def test_a_stream_of_messages_that_fails_raises_anthropics_api_error(tmp_p
             async with gate.anthropic().messages.stream(**CHAT) as stream:
                 async for _ in stream:
                     pass
-        assert raised.value.type == "api_error"
+        assert raised.value.type == "api_error" and raised.value.body["request_id"]  # type: ignore[index]
         assert "in the middle" in str(raised.value) or "no memory" in str(raised.value)
         assert "validation error" not in str(raised.value)
 

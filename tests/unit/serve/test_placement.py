@@ -49,6 +49,7 @@ def test_actors_get_a_bundle_each_and_leave_a_node_only_for_another_stage(pipeli
         (served(gpus=4), r"gpus_per_replica is 4; one worker takes 1"),
         (served(gpus=0.5, tensor_parallel_size=2), r"is 0.5; tensor 2 takes 2"),
         (served(tensor_parallel_size=2), r"models\[1\].cpus_per_replica is 1; tensor 2 is 2 workers"),
+        (served(cpus=2, pipeline_parallel_size=2), "Use tensor_parallel_size"),
         (served(cpus=2, tensor_parallel_size=2, distributed_executor_backend="ray"), "for GPUs only"),
         (served(gpus=2, data_parallel_size=2, distributed_executor_backend="ray"), r"Raise models\[1\].replicas"),
         (served(tensor_parallel_size="2"), r"tensor_parallel_size is '2'; it must be a whole number"),

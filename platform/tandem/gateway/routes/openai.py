@@ -16,7 +16,9 @@ from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import Stopwatch
+from tandem.gateway.prefill import prefilled
 from tandem.gateway.proxy import Call, Proxy
+from tandem.gateway.reading import read_ask
 from tandem.gateway.routes import stored
 from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
@@ -70,10 +72,19 @@ class OpenAIRoutes:
             if route.path == stored.PATH:
                 stored.check(body)
             body["model"] = target.engine_name
+            # Says from which host an engine fetches a cache: the gateway's to say, never a client's.
+            body.pop("kv_transfer_params", None)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
-            return self._proxy.forward(
-                Call(path=route.path, body=to_json(body), target=target, headers=headers, dialect=dialect, watch=watch)
+            call = Call(
+                path=route.path,
+                body=to_json(body),
+                target=target,
+                headers=headers,
+                dialect=dialect,
+                ask=read_ask(target, body, request.headers),
+                watch=watch,
             )
+            return self._proxy.forward(await prefilled(self._proxy, call, body))
 
         return handle
 

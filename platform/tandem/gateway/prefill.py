@@ -1,0 +1,55 @@
+"""Has a prompt read by a replica that does nothing else, and tells the replica that generates where to fetch the KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+from pydantic_core import from_json, to_json
+
+from tandem.gateway.errors import ApiError
+from tandem.gateway.latency import Stopwatch
+from tandem.gateway.proxy import Call, Proxy
+
+ROUTES = ("/v1/completions", "/v1/chat/completions")
+"""Routes that generate and whose requests can say where a cache lies."""
+ASK = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+LENGTHS = ("max_tokens", "max_completion_tokens")
+
+
+async def prefilled(proxy: Proxy, call: Call, body: dict[str, Any]) -> Call:
+    """The call with `kv_transfer_params`, or as it was where reading its prompt elsewhere does not pay or fails.
+
+    A prefill replica that cannot be had costs time and no answer: the other replica then reads the prompt itself.
+    """
+    config = call.target.base.config.prefill
+    if config is None or call.path not in ROUTES or len(call.body) < config.min_bytes:
+        return call
+    asked = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *LENGTHS)}
+    asked |= {"stream": False, "n": 1, "kv_transfer_params": ASK}
+    asked |= dict.fromkeys([key for key in LENGTHS if key in body] or ["max_tokens"], 1)
+    target = replace(call.target, prefill=True)
+    ask = replace(call.ask, base=target.pool)
+    first = replace(call, body=to_json(asked), target=target, ask=ask, watch=Stopwatch())
+    began = time.perf_counter()
+    async with contextlib.AsyncExitStack() as held:
+        try:
+            answer = await proxy.open(first, held)
+            told = from_json(await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
+        except (ApiError, aiohttp.ClientError, OSError, ValueError, TimeoutError):
+            told = None
+    # A request that the engine refuses is refused by the other one too, in words that the client then gets.
+    more = {"kv_transfer_params": told} if told else {}
+    # What reading took is not the gateway's own time.
+    watch = Stopwatch(received=call.watch.received + time.perf_counter() - began)
+    return replace(call, body=to_json({**body, **more}), watch=watch)

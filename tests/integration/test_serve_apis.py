@@ -1,0 +1,242 @@
+"""Each API of a generative model by its maker's SDK, typed, streaming and not: a real vLLM engine behind the real gateway."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import anthropic
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel
+from serve_fixtures import MAX_LENGTH, Served
+
+ASK = "the cat sat on"
+TALK: list[Any] = [{"role": "user", "content": ASK}]
+GREEDY: dict[str, Any] = {"model": "red", "messages": TALK, "temperature": 0, "max_tokens": 20}
+
+
+class Trip(BaseModel):
+    """Few enough answers for a random model to find one."""
+
+    city: Literal["Paris", "Rome"]
+    days: Literal[1, 2, 3]
+
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}, "days": {"type": "integer", "enum": [1, 2]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+WEATHER: Any = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Tells it.", "parameters": PARAMETERS},
+}
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}
+
+
+def check_weather(arguments: str) -> None:
+    """The arguments are those that the tool's schema asks for."""
+    said = json.loads(arguments)
+    assert set(said) == {"city", "days"} and said["city"] in ("Paris", "Rome") and said["days"] in (1, 2)
+
+
+# ---- OpenAI: chat and completions
+
+
+def test_chat_takes_n_seed_and_logprobs_and_counts_tokens(served: Served) -> None:
+    asked = GREEDY | {"n": 2, "seed": 7, "temperature": 1.0, "logprobs": True, "top_logprobs": 3, "max_tokens": 8}
+    first, again = (served.client().chat.completions.create(**asked) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices] and texts[0] != texts[1]
+    for choice in first.choices:
+        assert len(choice.logprobs.content) <= 8 and len(choice.logprobs.content[0].top_logprobs) == 3
+        assert choice.logprobs.content[0].logprob <= 0
+    usage = first.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens and usage.completion_tokens <= 16
+    other = served.client().chat.completions.create(**asked | {"seed": 8})
+    assert [choice.message.content for choice in other.choices] != texts
+
+
+def test_an_answer_ends_before_a_stop_sequence(served: Served) -> None:
+    client = served.client()
+    whole = client.chat.completions.create(**GREEDY).choices[0].message.content
+    found = re.search(r"[!-~]", whole[2:])
+    assert found is not None
+    stop = found.group()
+    cut = client.chat.completions.create(**GREEDY, stop=[stop]).choices[0]
+    assert (cut.message.content, cut.finish_reason) == (whole.split(stop)[0], "stop")
+    said = served.anthropic().messages.create(**GREEDY, stop_sequences=[stop])
+    assert (said.stop_reason, said.stop_sequence) == ("stop_sequence", stop)
+    assert said.content[0].text == whole.split(stop)[0]
+
+
+def test_completions_take_lists_of_prompts_logprobs_and_echo(served: Served) -> None:
+    answer = served.client().completions.create(
+        model="tiny", prompt=[ASK, "one two"], max_tokens=4, temperature=0, logprobs=2, echo=True
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.choices[1].text.startswith("one two") and len(answer.choices[1].logprobs.tokens) > 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", [NAMED, "required"])
+def test_a_tool_call_is_valid(served: Served, choice: Any, stream: bool) -> None:
+    asked = GREEDY | {"tools": [WEATHER], "tool_choice": choice, "max_tokens": 80}
+    if stream:
+        with served.client().chat.completions.stream(**asked) as chunks:
+            for _ in chunks:
+                pass
+            answer = chunks.get_final_completion()
+    else:
+        answer = served.client().chat.completions.create(**asked)
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "weather" and call.id
+    check_weather(call.function.arguments)
+
+
+def test_a_tool_that_may_be_called_need_not_be(served: Served) -> None:
+    answer = served.client().chat.completions.create(**GREEDY, tools=[WEATHER], tool_choice="auto")
+    assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    told = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
+    talk = [*TALK, {"role": "assistant", "tool_calls": [call]}, told]
+    after = served.client().chat.completions.create(**GREEDY | {"messages": talk}, tools=[WEATHER])
+    assert after.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
+def test_a_schema_gives_an_object_of_its_type(served: Served) -> None:
+    answer = served.client().chat.completions.parse(**GREEDY | {"max_tokens": 80}, response_format=Trip)
+    assert isinstance(answer.choices[0].message.parsed, Trip)
+    with served.client().chat.completions.stream(**GREEDY | {"max_tokens": 80}, response_format=Trip) as chunks:
+        for _ in chunks:
+            pass
+        assert chunks.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
+
+
+# ---- OpenAI: responses
+
+
+def test_a_response_says_what_a_chat_says(served: Served) -> None:
+    client = served.client()
+    chat = client.chat.completions.create(**GREEDY)
+    asked = {"model": "red", "input": ASK, "temperature": 0, "max_output_tokens": 20}
+    whole = client.responses.create(**asked)
+    assert whole.output_text == chat.choices[0].message.content and whole.model == "red@1"
+    assert whole.usage.output_tokens == chat.usage.completion_tokens and whole.store is False
+    events = list(client.responses.create(**asked, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text and len(deltas) > 3
+    assert events[0].type == "response.created" and events[-1].type == "response.completed"
+    with client.responses.stream(**asked) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text == whole.output_text
+
+
+def test_a_response_goes_on_from_what_is_sent_with_it(served: Served) -> None:
+    client = served.client()
+    asked = {"model": "tiny", "temperature": 0, "max_output_tokens": 8}
+    first = client.responses.create(**asked, input=ASK)
+    talk = [
+        {"role": "user", "content": ASK},
+        *[item.model_dump() for item in first.output],
+        {"role": "user", "content": "more"},
+    ]
+    second = client.responses.create(**asked, input=talk)
+    assert second.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
+    with pytest.raises(openai.BadRequestError, match="Send the whole conversation"):
+        client.responses.create(**asked, input="more", previous_response_id=first.id)
+
+
+def test_a_response_parses_and_calls_tools(served: Served) -> None:
+    client = served.client()
+    asked: dict[str, Any] = {"model": "tiny", "input": ASK, "temperature": 0, "max_output_tokens": 80}
+    assert isinstance(client.responses.parse(**asked, text_format=Trip).output_parsed, Trip)
+    tool = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
+    answer = client.responses.create(**asked, tools=[tool], tool_choice="required")
+    calls = [item for item in answer.output if item.type == "function_call"]
+    assert [call.name for call in calls] == ["weather"]
+    check_weather(calls[0].arguments)
+
+
+# ---- Anthropic
+
+
+def test_a_message_says_what_a_chat_says(served: Served) -> None:
+    client, chat = served.anthropic(), served.client().chat.completions.create(**GREEDY)
+    whole = client.messages.create(**GREEDY)
+    assert whole.content[0].text == chat.choices[0].message.content and whole.model == "red@1"
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (
+        chat.usage.prompt_tokens,
+        chat.usage.completion_tokens,
+    )
+    with client.messages.stream(**GREEDY) as stream:
+        pieces = list(stream.text_stream)
+        final = stream.get_final_message()
+    assert "".join(pieces) == whole.content[0].text and len(pieces) > 3
+    assert final.usage.output_tokens == whole.usage.output_tokens and final.stop_reason == whole.stop_reason
+    assert client.messages.count_tokens(model="red", messages=TALK).input_tokens == whole.usage.input_tokens
+    longer = client.messages.count_tokens(model="red", messages=TALK, system="a dog ran over the hill")
+    assert longer.input_tokens > whole.usage.input_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_message_uses_a_tool(served: Served, stream: bool) -> None:
+    tool: Any = {"name": "weather", "description": "Tells it.", "input_schema": PARAMETERS}
+    asked = GREEDY | {"tools": [tool], "tool_choice": {"type": "tool", "name": "weather"}, "max_tokens": 80}
+    if stream:
+        with served.anthropic().messages.stream(**asked) as events:
+            answer = events.get_final_message()
+    else:
+        answer = served.anthropic().messages.create(**asked)
+    (used,) = [block for block in answer.content if block.type == "tool_use"]
+    assert used.name == "weather"
+    check_weather(json.dumps(used.input))
+
+
+def test_errors_are_those_of_each_sdk(served: Served) -> None:
+    client = served.anthropic()
+    with pytest.raises(anthropic.NotFoundError, match="Did you mean 'tiny'"):
+        client.messages.create(**GREEDY | {"model": "tinny"})
+    with pytest.raises(anthropic.BadRequestError) as long:
+        client.messages.create(**GREEDY | {"messages": [{"role": "user", "content": "cat " * (MAX_LENGTH + 44)}]})
+    assert long.value.type == "invalid_request_error" and str(MAX_LENGTH) in str(long.value)
+    for wrong in ({"max_tokens": -1}, {"messages": []}, {"tool_choice": {"type": "zzz"}}):
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            client.messages.create(**GREEDY | wrong)
+        assert set(refused.value.body) == {"type", "error", "request_id"}
+    with pytest.raises(openai.BadRequestError):
+        served.client().responses.create(model="tiny", input="cat " * (MAX_LENGTH + 44))
+    with pytest.raises(openai.BadRequestError, match="served to embed"):
+        served.client().embeddings.create(model="tiny", input=ASK)
+
+
+def test_text_becomes_tokens_and_text_again(served: Served) -> None:
+    with httpx.Client(base_url=served.url, timeout=60) as http:
+        made = http.post("/tokenize", json={"model": "red", "prompt": ASK}).json()
+        assert made["count"] == len(made["tokens"]) and made["max_model_len"] == MAX_LENGTH
+        back = http.post("/detokenize", json={"model": "red", "tokens": made["tokens"]}).json()
+        assert back["prompt"] == ASK
+        chat = http.post("/tokenize", json={"model": "tiny", "messages": TALK}).json()
+        assert chat["count"] > made["count"]
+
+
+def test_an_answer_tells_what_the_gateway_added(served: Served) -> None:
+    answer = served.client().chat.completions.with_raw_response.create(**GREEDY)
+    assert re.fullmatch(r"gateway;dur=\d+\.\d{3}, engine;dur=\d+\.\d{3}", answer.headers["server-timing"])
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "my-adapter" in block]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.split(maxsplit=3)[1] for example in EXAMPLES])
+def test_the_readmes_examples_run_as_they_stand(served: Served, example: str) -> None:
+    assert len(EXAMPLES) == 3
+    exec(example.replace("http://127.0.0.1:8000", served.url).replace("my-adapter", "red"), {})

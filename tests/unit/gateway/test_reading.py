@@ -1,0 +1,167 @@
+"""What the gateway reads of a request for its router."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic_core import from_json
+
+from tandem.config import ServedModelConfig
+from tandem.engine.protocol import AdapterRef
+from tandem.gateway.catalog import Target
+from tandem.gateway.reading import MOST_PIECES, read_ask
+from tandem.serve.ask import BOUNDS, MOST_BYTES, Ask, blocks_of
+from tandem.serve.records import ServedModel
+
+BASE = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base"))
+LONG = "the quick brown fox " * 200
+"""4,000 bytes: six beginnings."""
+
+
+def read(body: dict[str, Any], adapter: str | None = None, **headers: str) -> Ask:
+    ref = AdapterRef(id=adapter, path="/x") if adapter else None
+    return read_ask(
+        Target(base=BASE, adapter=ref), body, {key.replace("_", "-"): text for key, text in headers.items()}
+    )
+
+
+def chat(*texts: Any, **more: Any) -> dict[str, Any]:
+    roles = ("system", "user", "assistant")
+    return {"messages": [{"role": roles[i % 3], "content": text} for i, text in enumerate(texts)], **more}
+
+
+def shared(one: Ask, other: Ask) -> int:
+    """Beginnings that two requests have in common; after the first difference there is none."""
+    same = [a == b for a, b in zip(one.blocks, other.blocks, strict=False)]
+    count = sum(same)
+    assert same == [True] * count + [False] * (len(same) - count)
+    return count
+
+
+# Bodies that begin with LONG, in each API's words.
+BODIES: list[dict[str, Any]] = [
+    {"prompt": LONG},
+    {"prompt": [LONG, "another"]},
+    chat(LONG),
+    chat([{"type": "text", "text": LONG}]),
+    {"instructions": LONG, "input": "x"},
+    {"input": [{"role": "user", "content": [{"type": "input_text", "text": LONG}]}]},
+    {"system": LONG, "messages": []},
+    {"system": [{"type": "text", "text": LONG}], "messages": []},
+    {"tools": [{"type": "function", "function": {"name": "f", "description": LONG}}], **chat("x")},
+    {"prompt": list(range(1000))},
+    {"prompt": [list(range(1000))]},
+]
+
+
+def extended(body: dict[str, Any]) -> dict[str, Any]:
+    """The same with more at its end."""
+    text = json.dumps(body)
+    if LONG in text:
+        return json.loads(text.replace(LONG, LONG + LONG))  # type: ignore[no-any-return]
+    return json.loads(text.replace("999]", "999" + ", 5" * 1000 + "]"))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: "-".join(body))
+def test_a_text_that_goes_on_begins_like_the_shorter_one_in_every_api(body: dict[str, Any]) -> None:
+    short, long = read(body), read(extended(body))
+    assert len(short.blocks) == 6 and len(long.blocks) >= 8
+    assert shared(short, long) >= 5
+    assert shared(read(body), read({**body, "temperature": 0.5, "stream": True})) == 6
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: "-".join(body))
+def test_two_adapters_and_the_base_share_nothing(body: dict[str, Any]) -> None:
+    asks = [read(body), read(body, "red@1"), read(body, "red@2")]
+    assert [a.adapter for a in asks] == [None, "red@1", "red@2"] and all(a.base == "base@1" for a in asks)
+    assert shared(asks[0], asks[1]) == shared(asks[1], asks[2]) == 0
+
+
+def test_the_next_turn_of_a_conversation_begins_like_the_last() -> None:
+    first, second = read(chat(LONG, "one question")), read(chat(LONG, "one question", "an answer", LONG))
+    assert shared(first, second) == len(first.blocks) == 6
+    assert shared(first, read(chat("Other. " + LONG, "one question"))) == 0
+
+
+def test_who_said_a_text_makes_it_another_text() -> None:
+    body = chat("x", LONG)
+    other = {"messages": [body["messages"][0], {"role": "assistant", "content": LONG}]}
+    assert shared(read(body), read(other)) == 0
+
+
+def test_what_is_read_of_a_text_is_bounded() -> None:
+    ask = read({"prompt": "x" * 10_000_000})
+    assert (len(ask.blocks), ask.size) == (len(BOUNDS), MOST_BYTES)
+    assert shared(ask, read({"prompt": "x" * MOST_BYTES + "y" * 10_000_000})) == len(BOUNDS)
+    many = read(chat(*["hello there"] * 100_000))
+    assert many.size < MOST_PIECES * 30
+
+
+def test_a_short_text_has_no_beginnings() -> None:
+    assert read({"prompt": "hello"}).blocks == ()
+    assert read({"prompt": "hello"}).size == 5
+
+
+@given(st.lists(st.binary(max_size=700), max_size=80), st.integers(0, 30))
+def test_how_a_text_is_cut_into_pieces_makes_no_difference(pieces: list[bytes], at: int) -> None:
+    whole = b"".join(pieces)
+    assert blocks_of("s", pieces) == blocks_of("s", [whole]) == blocks_of("s", [whole[:at], whole[at:]])
+    found, size = blocks_of("s", pieces)
+    assert size == min(len(whole), MOST_BYTES) and len(found) == sum(bound <= size for bound in BOUNDS)
+    assert blocks_of("s", [whole + b"more"])[0][: len(found)] == found
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "same"),
+    [
+        ({"user": "ann"}, {}, True),
+        ({"prompt_cache_key": "ann"}, {}, True),
+        ({"safety_identifier": "ann"}, {}, True),
+        ({"metadata": {"user_id": "ann"}}, {}, True),
+        ({}, {"x_session_id": "ann"}, True),
+        ({"user": "bob", "prompt_cache_key": "ann"}, {}, True),
+        ({"user": "bob"}, {"x_session_id": "ann"}, True),
+        ({"user": "bob"}, {}, False),
+        ({}, {}, False),
+        ({"user": ""}, {}, False),
+        ({"user": 7, "metadata": "ann"}, {}, False),
+    ],
+)
+def test_a_session_is_named_by_a_header_or_by_the_fields_of_an_api(
+    body: dict[str, Any], headers: dict[str, str], same: bool
+) -> None:
+    ann = read({"user": "ann"}).session
+    assert ann is not None
+    assert (read(body, **headers).session == ann) is same
+
+
+NONSENSE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "type", "x"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+FIELDS = ("prompt", "messages", "input", "system", "tools", "user", "metadata", "instructions")
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), NONSENSE))
+def test_nonsense_is_read_without_complaint(body: dict[str, Any]) -> None:
+    read(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"prompt": "\\ud800"}', '{"user": "\\ud800"}', '{"prompt": [1, "x"]}', '{"prompt": [-1]}', '{"prompt": [[]]}'],
+)
+def test_what_only_an_engine_can_refuse_is_left_to_it(body: str) -> None:
+    read(json.loads(body))
+
+
+def test_a_deeply_nested_body_is_not_followed_forever() -> None:
+    read(from_json('{"messages": ' + '[{"content": ' * 90 + '"x"' + "}]" * 90 + "}"))
