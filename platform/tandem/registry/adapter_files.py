@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,12 @@ def base_shapes(folder: Path) -> Mapping[str, tuple[int, ...] | None]:
     except OSError:
         return {}
     return _shapes_in(files)
+
+
+def layer_kinds(folder: Path) -> list[str]:
+    """The last parts of the names of a model's linear layers, such as q_proj; those of most layers first."""
+    found = Counter(layer.rpartition(".")[2] for layer in base_shapes(folder) if ".experts" not in layer)
+    return [kind for kind, _ in found.most_common()]
 
 
 @functools.lru_cache(maxsize=16)
