@@ -124,9 +124,12 @@ def base_shapes(folder: Path) -> Mapping[str, tuple[int, ...] | None]:
 
 
 def layer_kinds(folder: Path) -> list[str]:
-    """The last parts of the names of a model's linear layers, such as q_proj; those of most layers first."""
-    found = Counter(layer.rpartition(".")[2] for layer in base_shapes(folder) if ".experts" not in layer)
-    return [kind for kind, _ in found.most_common()]
+    """The last parts of the names of a model's layers, such as q_proj: matrices first, and of these the most frequent."""
+    shapes = base_shapes(folder)
+    found = Counter(
+        (shape is None, layer.rpartition(".")[2]) for layer, shape in shapes.items() if ".experts" not in layer
+    )
+    return [kind for (_, kind), _ in sorted(found.items(), key=lambda each: (each[0][0], -each[1]))]
 
 
 @functools.lru_cache(maxsize=16)
