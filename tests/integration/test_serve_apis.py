@@ -36,7 +36,7 @@ PARAMETERS = {
 }
 WEATHER: Any = {
     "type": "function",
-    "function": {"name": "weather", "description": "Tells it.", "parameters": PARAMETERS},
+    "function": {"name": "weather", "description": "Tells it.", "strict": True, "parameters": PARAMETERS},
 }
 NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 
