@@ -78,11 +78,21 @@ def test_an_answer_ends_before_a_stop_sequence(served: Served) -> None:
 
 
 def test_completions_take_lists_of_prompts_logprobs_and_echo(served: Served) -> None:
-    answer = served.client().completions.create(
-        model="tiny", prompt=[ASK, "one two"], max_tokens=4, temperature=0, logprobs=2, echo=True
-    )
-    assert [choice.index for choice in answer.choices] == [0, 1]
-    assert answer.choices[1].text.startswith("one two") and len(answer.choices[1].logprobs.tokens) > 4
+    client = served.client()
+    asked: dict[str, Any] = {"model": "tiny", "prompt": [ASK, "one two"], "max_tokens": 4, "temperature": 0}
+    answer = client.completions.create(**asked, echo=True)
+    assert [choice.index for choice in answer.choices] == [0, 1] and answer.choices[1].text.startswith("one two")
+    answer = client.completions.create(**asked, logprobs=2)
+    assert len(answer.choices[1].logprobs.tokens) == 4 and answer.choices[1].logprobs.top_logprobs[0]
+
+
+def test_what_would_end_the_engine_is_refused(served: Served) -> None:
+    client, before = served.client(), served.replicas()[0].id
+    asked: dict[str, Any] = {"model": "tiny", "prompt": [ASK, "one two"], "max_tokens": 4}
+    for wrong in ({"echo": True, "logprobs": 2}, {"extra_body": {"prompt_logprobs": 0}}):
+        with pytest.raises(openai.BadRequestError, match="no logprobs of a prompt"):
+            client.completions.create(**asked | wrong)
+    assert client.completions.create(**asked).choices and [replica.id for replica in served.replicas()] == [before]
 
 
 @pytest.mark.parametrize("stream", [False, True])
