@@ -128,9 +128,9 @@ def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelCo
     On a CPU, with adapters on, vLLM 0.29 multiplies the adapters of the tokens to be sampled with the rows of the whole prompt;
     where more than one request runs, these are not of one size, and the engine's process dies.
     """
-    asked = body.get("prompt_logprobs") is not None or (
-        body.get("echo") and not {None, False} >= {body.get("logprobs"), body.get("top_logprobs")}
-    )
+    # 0 asks for the logprob of each token itself, so it is not the same as false.
+    told = any(body.get(key) is not None and body.get(key) is not False for key in ("logprobs", "top_logprobs"))
+    asked = body.get("prompt_logprobs") is not None or (body.get("echo") and told)
     if asked and config.max_adapters and not config.gpus_per_replica:
         raise ApiError(
             400,
