@@ -188,7 +188,11 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served
         patch.setenv("TANDEM_ADMIN_TOKEN", ADMIN_TOKEN)
         app = build_app(config, check=False)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app, name=result.app, route_prefix="/")
+    try:
+        serve.run(app, name=result.app, route_prefix="/")
+    except RuntimeError as error:
+        found = serve.status().applications[result.app].deployments.values()
+        raise AssertionError("\n".join(each.message for each in found if each.message)) from error
     return result
 
 
