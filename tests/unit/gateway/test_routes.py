@@ -189,6 +189,14 @@ async def test_logprobs_of_a_prompt_are_refused_where_they_would_end_the_engine(
             assert answer.status_code == (400 if ends else 200), answer.text
 
 
+async def test_no_client_says_where_a_cache_is_fetched_from(tmp_path: Path) -> None:
+    where = {"kv_transfer_params": {"remote_host": "10.0.0.1"}, "ec_transfer_params": {"a": 1}}
+    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+        asked = {"model": "base", **where, "vllm_xargs": {**where, "kept": 1}}
+        sent = (await gate.http.post("/v1/responses", json=asked)).json()["request"]
+        assert sent == {"model": "base", "vllm_xargs": {"kept": 1}, "store": False}
+
+
 async def test_a_response_that_needs_a_store_is_refused_with_what_to_do(tmp_path: Path) -> None:
     async with gateway(tmp_path, EchoEngine(("base",))) as gate:
         client = gate.openai()

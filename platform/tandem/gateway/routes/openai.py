@@ -73,8 +73,7 @@ class OpenAIRoutes:
             if route.path == stored.PATH:
                 stored.check(body)
             body["model"] = target.engine_name
-            # Says from which host an engine fetches a cache: the gateway's to say, never a client's.
-            body.pop("kv_transfer_params", None)
+            drop_transfers(body)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             call = Call(
                 path=route.path,
@@ -120,6 +119,14 @@ def number(request: Request, name: str, default: int, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
         raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
     return int(text)
+
+
+def drop_transfers(body: dict[str, Any]) -> None:
+    """Take out what says from which host an engine fetches a cache: the gateway's to say, never a client's."""
+    inner = body.get("vllm_xargs")
+    for holder in (body, inner if isinstance(inner, dict) else {}):
+        for key in ("kv_transfer_params", "ec_transfer_params"):
+            holder.pop(key, None)
 
 
 def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelConfig) -> None:
