@@ -217,7 +217,7 @@ class Pool:
     # ---- what policies ask --------------------------------------------------------------------------------------------
 
     def held(self, replica: str, adapter: str) -> float:
-        """How much of an adapter a replica has: 1 in a slot, or on its way there for a request of this gateway's; less in memory."""
+        """How much of an adapter a replica has: 1 in a slot, or soon for a request of this gateway's; less in memory."""
         carried = self._carried.get(adapter)
         if carried is not None and replica in carried:
             return 1.0
