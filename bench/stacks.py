@@ -117,10 +117,12 @@ def _app(config: Any, port: int) -> Iterator[None]:
         from tandem.serve.app import build_app
 
         ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
-        yield
-        ray.shutdown()
+        # Still connected when its cluster ends, a process dies before it can say what went wrong.
+        with contextlib.ExitStack() as held:
+            held.callback(ray.shutdown)
+            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
+            yield
 
 
 @contextlib.contextmanager
