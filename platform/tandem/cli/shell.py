@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -34,6 +35,8 @@ def friendly_errors() -> Iterator[None]:
         fail(error)
     except KeyboardInterrupt:
         interrupt_taken()
+        # What is pressed once more while the interpreter ends would kill it then, and the status be another.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         errors.print("[yellow]Interrupted.[/]")
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:

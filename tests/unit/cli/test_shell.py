@@ -38,3 +38,25 @@ def test_an_interrupt_that_python_dropped_comes_again_and_leaves_the_clean_up_al
     assert done.stdout.split("\n")[:2] == ["lost", "cleaned up"], done.stdout + done.stderr
     assert done.returncode == 128 + signal.SIGINT
     assert "Exception ignored in" in done.stderr
+
+
+PRESSED_AGAIN = """
+import atexit, os, signal, time
+
+@atexit.register  # the first to be registered is the last to run
+def press_again():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+from tandem.cli.shell import friendly_errors
+
+with friendly_errors():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+"""
+
+
+def test_an_interrupt_while_the_interpreter_ends_changes_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", PRESSED_AGAIN], capture_output=True, text=True, timeout=25)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "Interrupted.\n"
