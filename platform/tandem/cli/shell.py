@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from tandem.cluster import Cluster, LocalCluster, connect
+from tandem.cluster import Cluster, LocalCluster, connect, recorded
 from tandem.errors import TandemError
 
 console = Console(highlight=False)
@@ -37,6 +38,9 @@ def friendly_errors() -> Iterator[None]:
         interrupt_taken()
         # What is pressed once more while the interpreter ends would kill it then, and the status be another.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        # Where an interrupt went through an extension module that runs Python code (imports do), `python -m` would end by the
+        # signal all the same, whatever was made of it. Running anything in that way takes the note back.
+        ctypes.pythonapi.PyRun_SimpleString(b"")
         errors.print("[yellow]Interrupted.[/]")
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
@@ -81,13 +85,16 @@ def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cl
     if cluster is not None:
         yield cluster
         return
-    with console.status("Starting a local Ray cluster"):
-        started = LocalCluster.start(num_cpus=num_cpus, keep=keep)
+    stale, started = recorded(), None
     try:
+        with console.status("Starting a local Ray cluster"):
+            started = LocalCluster.start(num_cpus=num_cpus, keep=keep)
         yield started
     finally:
-        if not keep:
-            stop_quietly(started)
+        # An interrupt may have come when it was up and not yet handed over: then it is known by its record.
+        up = started or recorded()
+        if not keep and up is not None and up != stale:
+            stop_quietly(up)
 
 
 def stop_quietly(cluster: Cluster) -> None:
