@@ -85,7 +85,8 @@ def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cl
     if cluster is not None:
         yield cluster
         return
-    stale, started = recorded(), None
+    stale = recorded()
+    started: LocalCluster | None = None
     try:
         with console.status("Starting a local Ray cluster"):
             started = LocalCluster.start(num_cpus=num_cpus, keep=keep)
