@@ -93,7 +93,7 @@ def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cl
         yield started
     finally:
         # An interrupt may have come when it was up and not yet handed over: then it is known by its record.
-        up = started or recorded()
+        up = recorded() if started is None else started
         if not keep and up is not None and up != stale:
             stop_quietly(up)
 
