@@ -139,6 +139,14 @@ async def test_each_route_reaches_the_engine_whole_and_under_its_own_path(tmp_pa
         assert [route for route, _ in gate.added] == [route.path for route in ENGINE_ROUTES]
 
 
+def test_the_routes_are_these_and_no_others() -> None:
+    listed = "completions chat/completions responses messages messages/count_tokens embeddings score rerank".split()
+    others = {"/score", "/rerank", "/v2/rerank", "/tokenize", "/detokenize"}
+    assert {route.path for route in ENGINE_ROUTES} == {f"/v1/{name}" for name in listed} | others
+    gets = {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/metrics")}
+    assert gets | {("POST", route.path) for route in ENGINE_ROUTES} == ALLOWED
+
+
 def test_what_lies_inside_is_not_among_the_gateways_routes(tmp_path: Path) -> None:
     app = create_app(models=[], watch=None, registry=Registry(f"sqlite:///{tmp_path}/tandem.db"))  # type: ignore[arg-type]
     offered = {
