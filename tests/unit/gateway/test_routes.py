@@ -140,7 +140,16 @@ async def test_each_route_reaches_the_engine_whole_and_under_its_own_path(tmp_pa
 
 
 def test_the_routes_are_these_and_no_others() -> None:
-    listed = "completions chat/completions responses messages messages/count_tokens embeddings score rerank".split()
+    listed = [
+        "completions",
+        "chat/completions",
+        "responses",
+        "messages",
+        "messages/count_tokens",
+        "embeddings",
+        "score",
+        "rerank",
+    ]
     others = {"/score", "/rerank", "/v2/rerank", "/tokenize", "/detokenize"}
     assert {route.path for route in ENGINE_ROUTES} == {f"/v1/{name}" for name in listed} | others
     gets = {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/metrics")}
