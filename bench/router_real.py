@@ -105,7 +105,7 @@ for number in range(int(sys.argv[3])):
         "num_gpu_blocks_override": BLOCKS,
         "enable_prompt_tokens_details": True,
     }
-    keys = {"max_adapters": SLOTS, "max_lora_rank": 8, "engine_args": args}
+    keys = {"max_adapters": SLOTS, "max_cached_adapters": SLOTS, "max_lora_rank": 8, "engine_args": args}
     (folder / "routed.json").write_text(json.dumps(keys))
 
 

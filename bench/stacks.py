@@ -71,11 +71,8 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
 
     The adapters are the folders of `adapters/` beside the model's; `routed.json` there has the served model's other keys.
     """
-    from ray import serve
-
     from tandem.config import RouterConfig, ServeConfig, ServedModelConfig
     from tandem.registry import Registry
-    from tandem.serve.app import Gateway, resolve_models
     from tandem.settings import settings
 
     registry = Registry(settings().registry_url)
@@ -85,6 +82,11 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
     keys = json.loads((folder.parent / "routed.json").read_text())
     config = ServeConfig(models=(ServedModelConfig(model=MODEL, replicas=2, **keys),))
     with _app(config, port):
+        # Ray reads how it authenticates when it is imported: not before there is a cluster.
+        from ray import serve
+
+        from tandem.serve.app import Gateway, resolve_models
+
         directory: Any = serve.get_deployment_handle("Directory", "tandem")
         models = tuple(resolve_models(config, registry))
         for policy in policies:
@@ -115,10 +117,12 @@ def _app(config: Any, port: int) -> Iterator[None]:
         from tandem.serve.app import build_app
 
         ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
-        yield
-        ray.shutdown()
+        # Still connected when its cluster ends, a process dies before it can say what went wrong.
+        with contextlib.ExitStack() as held:
+            held.callback(ray.shutdown)
+            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
+            yield
 
 
 @contextlib.contextmanager

@@ -72,8 +72,8 @@ def affinity(ask: Ask, sight: Sight) -> str | None:
         if work is None or replica in sight.avoid:
             continue
         cost = work - gain
-        if adapter is not None and pool.holds(replica, adapter):
-            cost -= config.adapter_requests
+        if adapter is not None:
+            cost -= config.adapter_requests * pool.held(replica, adapter)
         if best is None or cost < least:
             best, least = replica, cost
     return best

@@ -19,6 +19,8 @@ FULL_KV = 0.9
 """Share of the KV cache above which a replica is about to preempt what runs."""
 FULL_KV_REQUESTS = 16
 """What a cache that is wholly in use counts for, in requests; above `FULL_KV` in proportion."""
+IN_MEMORY = 0.5
+"""How much it is worth that an adapter lies in a replica's memory, and is not in a slot: it may have to wait for one."""
 
 
 class Levels:
@@ -214,12 +216,15 @@ class Pool:
 
     # ---- what policies ask --------------------------------------------------------------------------------------------
 
-    def holds(self, replica: str, adapter: str) -> bool:
-        """Whether a replica has an adapter loaded, or is loading it for a request of this gateway's."""
-        if adapter in self._resident.get(replica, ()):
-            return True
+    def held(self, replica: str, adapter: str) -> float:
+        """How much of an adapter a replica has: 1 in a slot, or soon for a request of this gateway's; less in memory."""
         carried = self._carried.get(adapter)
-        return carried is not None and replica in carried
+        if carried is not None and replica in carried:
+            return 1.0
+        if adapter not in self._resident.get(replica, ()):
+            return 0.0
+        slots = self._records[replica].slots
+        return 1.0 if not slots or adapter in slots else IN_MEMORY
 
     def holders(self, adapter: str, most: int) -> list[str]:
         """Replicas that have an adapter, or are loading it: `most` at most of each, at random."""

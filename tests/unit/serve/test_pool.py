@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,9 +77,18 @@ def test_waiting_requests_and_a_full_cache_weigh_more_than_running_ones() -> Non
 def test_what_a_replica_reports_of_its_adapters_wins_over_what_was_seen() -> None:
     made = pool(replica("a"), replica("b"))
     made.loaded("a", "red@1")
-    assert made.holders("red@1", 4) == ["a"] and made.holds("a", "red@1")
+    assert made.holders("red@1", 4) == ["a"] and made.held("a", "red@1") == 1
     made.take([replica("a"), replica("b", 0, 0, 0.0, "red@1")])
-    assert made.holders("red@1", 4) == ["b"] and not made.holds("a", "red@1")
+    assert made.holders("red@1", 4) == ["b"] and not made.held("a", "red@1")
+
+
+def test_an_adapter_in_a_slot_is_worth_more_than_one_in_memory() -> None:
+    record = replace(replica("a", 0, 0, 0.0, "red@1", "blue@1"), slots=("blue@1",))
+    made = pool(record, replica("b", 0, 0, 0.0, "red@1"))
+    assert 0 < made.held("a", "red@1") < made.held("a", "blue@1") == 1
+    assert made.held("b", "red@1") == 1, "one that does not tell its slots is believed to use all that it holds"
+    made.began("a", "red@1")
+    assert made.held("a", "red@1") == 1, "a request of one's own has put it into a slot"
 
 
 def test_an_adapter_that_is_being_loaded_is_where_its_request_is() -> None:
