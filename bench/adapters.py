@@ -40,7 +40,9 @@ async def cold(app: App, names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         first.append(await app.first_token_ms(name))
         again.append(await app.first_token_ms(name))
-    held = {adapter for replica in app.residency() for adapter in (*replica.adapters,) if adapter not in replica.slots}
+    held = {
+        adapter for replica in await app.residency() for adapter in (*replica.adapters,) if adapter not in replica.slots
+    }
     memory = [await app.first_token_ms(name) for name in names if f"{name}@1" in held][: len(names) // 2]
     return {
         "cold_ms": spread(first),
@@ -99,19 +101,20 @@ async def zipf(
                 ["bench"] * requests if kind == "base" else dice.choices(names, weights, k=requests)
                 for _ in range(streams)
             ]
-            before = loads(app)
+            before = await loads(app)
             found = await app.drive(asked, tokens)
             found |= {"kind": kind, "round": number, "asked": len({name for each in asked for name in each})}
-            found |= {"first_token_ms": spread(found["first_token_ms"]), "loaded": loads(app) - before}
+            found |= {"first_token_ms": spread(found["first_token_ms"]), "loaded": await loads(app) - before}
             print(f"round {number} {kind:9} {found['tokens_per_s']:7.0f} tokens/s, {found['loaded']} loads", flush=True)
             if number >= 0:
                 results.append(found)
     return results
 
 
-def loads(app: App) -> int:
-    """Adapters that the replicas have loaded since they started, by vLLM's own counting of ids."""
-    return sum(replica.adapter_loads for replica in app.residency())
+async def loads(app: App) -> int:
+    """How often the replicas have loaded an adapter since they started; they tell with each beat."""
+    await asyncio.sleep(1.2)
+    return sum(replica.adapter_loads for replica in await app.residency())
 
 
 async def training(app: App, cluster: Any, rounds: int) -> list[dict[str, Any]]:

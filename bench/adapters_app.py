@@ -110,12 +110,12 @@ class App:
             raise RuntimeError(found["failed"][0])
         return float(found["first_token_ms"][0])
 
-    def residency(self) -> list[Any]:
+    async def residency(self) -> list[Any]:
         """What each replica holds, by the app's own directory."""
         from ray import serve
 
         directory = serve.get_deployment_handle("Directory", "tandem")
-        return list(directory.watch.remote(0).result(timeout_s=30).replicas)
+        return list((await directory.watch.remote(0)).replicas)
 
 
 def write_adapter(folder: Path, seed: int) -> Path:
@@ -179,5 +179,7 @@ def serving(folder: Path) -> Iterator[tuple[App, Any]]:
         ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
-        yield App(port, home), cluster
-        ray.shutdown()
+        try:
+            yield App(port, home), cluster
+        finally:
+            ray.shutdown()
