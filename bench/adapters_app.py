@@ -19,7 +19,8 @@ from load import Stream, Tally
 from safetensors.numpy import save_file
 from serve_overhead import ENVIRONMENT, free_port
 
-HIDDEN, INNER, LAYERS, HEADS = 768, 2048, 6, 12
+HIDDEN, INNER, LAYERS, HEADS = 1280, 3456, 6, 20
+"""119 million parameters. Of a narrow model's step most is the fixed price of vLLM's many small LoRA operations on a CPU."""
 RANK, CONTENTS = 8, 20
 SLOTS, REPLICAS = 8, 2
 PROMPT = "import os\n\ndef main(path):\n    return os.path.join(path"
