@@ -4,8 +4,9 @@
 
 One app with 2 replicas of a small Llama, 8 adapter slots each, is asked over HTTP as clients ask it. `cold`: the first token of
 an adapter that no replica has seen, against its next one's. `promotion`: each promotion is followed at once by a request, with
-others under way. `zipf`: a thousand adapters, asked with Zipf's frequencies, against the same requests to the base, and to
-8 adapters that stay where they are: what is between those two is vLLM's own arithmetic. `training`: a LoRA job runs on the app's cluster, and the app is asked for its adapter from the job's last step on.
+others under way. `zipf`: a thousand adapters, asked with Zipf's frequencies, against the same requests to the base, and to 8
+adapters that stay where they are: what is between the base and those is vLLM's own arithmetic. `training`: a LoRA job runs on the
+app's cluster, and the app is asked for its adapter from the job's last step on.
 """
 
 from __future__ import annotations
@@ -104,13 +105,31 @@ async def zipf(
         for kind in order:
             asked = [kinds[kind]() for _ in range(streams)]
             before = await loads(app)
+            looks: list[list[Any]] = []
+            watching = asyncio.create_task(watch(app, looks))
             found = await app.drive(asked, tokens)
+            watching.cancel()
+            found |= {"waiting": round(statistics.mean(sum(r.waiting for r in look) for look in looks[1:] or looks), 2)}
+            found |= {"apart": round(statistics.mean(apart(look) for look in looks[1:] or looks), 2)}
             found |= {"kind": kind, "round": number, "asked": len({name for each in asked for name in each})}
             found |= {"first_token_ms": spread(found["first_token_ms"]), "loaded": await loads(app) - before}
-            print(f"round {number} {kind:9} {found['tokens_per_s']:7.0f} tokens/s, {found['loaded']} loads", flush=True)
+            print(f"round {number} {kind:9} {found['tokens_per_s']:7.0f} tokens/s, {found['loaded']} loads, "
+                  f"{found['waiting']} waiting, {found['apart']} requests more on one replica", flush=True)  # fmt: skip
             if number >= 0:
                 results.append(found)
     return results
+
+
+async def watch(app: App, looks: list[list[Any]]) -> None:
+    """Look at the replicas every half second."""
+    while True:
+        looks.append(await app.residency())
+        await asyncio.sleep(0.5)
+
+
+def apart(replicas: Sequence[Any]) -> int:
+    """Requests that the busiest replica has more than the idlest."""
+    return max(r.running + r.waiting for r in replicas) - min(r.running + r.waiting for r in replicas)
 
 
 async def loads(app: App) -> int:
