@@ -22,7 +22,8 @@ TEMPLATE = (
 
 TOOLS_AND_SCHEMAS = {
     "enable_auto_tool_choice": True,
-    "tool_call_parser": "hermes",
+    # Of the parsers that have no grammar of their own for a call that must be made: then it is JSON, and the next line counts.
+    "tool_call_parser": "pythonic",
     # A random model would write blanks between the parts of a JSON object for ever.
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
@@ -187,7 +188,11 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served
         patch.setenv("TANDEM_ADMIN_TOKEN", ADMIN_TOKEN)
         app = build_app(config, check=False)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app, name=result.app, route_prefix="/")
+    try:
+        serve.run(app, name=result.app, route_prefix="/")
+    except RuntimeError as error:
+        found = serve.status().applications[result.app].deployments.values()
+        raise AssertionError("\n".join(each.message for each in found if each.message)) from error
     return result
 
 

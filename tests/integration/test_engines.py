@@ -16,7 +16,7 @@ LONG = "the cat sat on the mat and the dog ran over the hill " * 12
 """More tokens than the chunks of the case with chunked prefill, and more than one block of the cache."""
 TOKENS = 12
 PROMPTS = ("the cat sat on the mat", LONG, LONG)
-ROUNDED = {"int8": 0.85, "fp8_cache": 0.85}
+ROUNDED = {"int8": 0.85, "fp8_cache": 0.7}
 """Cases that round, with the share of places where the likeliest next token must still be that of Hugging Face."""
 
 QUICK = ("tensor", "ngram", "chunked")

@@ -97,7 +97,10 @@ def test_a_promotion_under_load_fails_nothing_mixes_nothing_and_holds_from_the_n
     asyncio.run(run())
     first, second = promoted_at
     for sent, _, model, seen in done:
-        assert seen == expected[model][: len(seen)] and len(seen) in (8, LONG), model
+        # Hugging Face stops at the end of the text, and these requests do not.
+        same = min(len(seen), len(expected[model]))
+        assert len(seen) in (8, LONG) and same >= 8, model
+        assert seen[:same] == expected[model][:same], model
         # What was sent while a promotion was under way may be of either.
         if sent < first - 0.5 or sent > second:
             assert model == "t-moving@1"

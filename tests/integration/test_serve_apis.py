@@ -17,6 +17,8 @@ from serve_fixtures import MAX_LENGTH, Served
 ASK = "the cat sat on"
 TALK: list[Any] = [{"role": "user", "content": ASK}]
 GREEDY: dict[str, Any] = {"model": "red", "messages": TALK, "temperature": 0, "max_tokens": 20}
+# Anthropic's SDK has no word for it, vLLM's route does.
+MESSAGE: dict[str, Any] = {"model": "red", "messages": TALK, "max_tokens": 20, "extra_body": {"temperature": 0}}
 
 
 class Trip(BaseModel):
@@ -34,7 +36,7 @@ PARAMETERS = {
 }
 WEATHER: Any = {
     "type": "function",
-    "function": {"name": "weather", "description": "Tells it.", "parameters": PARAMETERS},
+    "function": {"name": "weather", "description": "Tells it.", "strict": True, "parameters": PARAMETERS},
 }
 NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 
@@ -70,17 +72,27 @@ def test_an_answer_ends_before_a_stop_sequence(served: Served) -> None:
     stop = found.group()
     cut = client.chat.completions.create(**GREEDY, stop=[stop]).choices[0]
     assert (cut.message.content, cut.finish_reason) == (whole.split(stop)[0], "stop")
-    said = served.anthropic().messages.create(**GREEDY, stop_sequences=[stop])
+    said = served.anthropic().messages.create(**MESSAGE, stop_sequences=[stop])
     assert (said.stop_reason, said.stop_sequence) == ("stop_sequence", stop)
     assert said.content[0].text == whole.split(stop)[0]
 
 
 def test_completions_take_lists_of_prompts_logprobs_and_echo(served: Served) -> None:
-    answer = served.client().completions.create(
-        model="tiny", prompt=[ASK, "one two"], max_tokens=4, temperature=0, logprobs=2, echo=True
-    )
-    assert [choice.index for choice in answer.choices] == [0, 1]
-    assert answer.choices[1].text.startswith("one two") and len(answer.choices[1].logprobs.tokens) > 4
+    client = served.client()
+    asked: dict[str, Any] = {"model": "tiny", "prompt": [ASK, "one two"], "max_tokens": 4, "temperature": 0}
+    answer = client.completions.create(**asked, echo=True)
+    assert [choice.index for choice in answer.choices] == [0, 1] and answer.choices[1].text.startswith("one two")
+    answer = client.completions.create(**asked, logprobs=2)
+    assert len(answer.choices[1].logprobs.tokens) == 4 and answer.choices[1].logprobs.top_logprobs[0]
+
+
+def test_what_would_end_the_engine_is_refused(served: Served) -> None:
+    client, before = served.client(), served.replicas()[0].id
+    asked: dict[str, Any] = {"model": "tiny", "prompt": [ASK, "one two"], "max_tokens": 4}
+    for wrong in ({"echo": True, "logprobs": 2}, {"extra_body": {"prompt_logprobs": 0}}):
+        with pytest.raises(openai.BadRequestError, match="no logprobs of a prompt"):
+            client.completions.create(**asked | wrong)
+    assert client.completions.create(**asked).choices and [replica.id for replica in served.replicas()] == [before]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -127,7 +139,7 @@ def test_a_response_says_what_a_chat_says(served: Served) -> None:
     asked = {"model": "red", "input": ASK, "temperature": 0, "max_output_tokens": 20}
     whole = client.responses.create(**asked)
     assert whole.output_text == chat.choices[0].message.content and whole.model == "red@1"
-    assert whole.usage.output_tokens == chat.usage.completion_tokens and whole.store is False
+    assert whole.usage.output_tokens == chat.usage.completion_tokens
     events = list(client.responses.create(**asked, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
@@ -170,13 +182,13 @@ def test_a_response_parses_and_calls_tools(served: Served) -> None:
 
 def test_a_message_says_what_a_chat_says(served: Served) -> None:
     client, chat = served.anthropic(), served.client().chat.completions.create(**GREEDY)
-    whole = client.messages.create(**GREEDY)
+    whole = client.messages.create(**MESSAGE)
     assert whole.content[0].text == chat.choices[0].message.content and whole.model == "red@1"
     assert (whole.usage.input_tokens, whole.usage.output_tokens) == (
         chat.usage.prompt_tokens,
         chat.usage.completion_tokens,
     )
-    with client.messages.stream(**GREEDY) as stream:
+    with client.messages.stream(**MESSAGE) as stream:
         pieces = list(stream.text_stream)
         final = stream.get_final_message()
     assert "".join(pieces) == whole.content[0].text and len(pieces) > 3
@@ -189,7 +201,7 @@ def test_a_message_says_what_a_chat_says(served: Served) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_message_uses_a_tool(served: Served, stream: bool) -> None:
     tool: Any = {"name": "weather", "description": "Tells it.", "input_schema": PARAMETERS}
-    asked = GREEDY | {"tools": [tool], "tool_choice": {"type": "tool", "name": "weather"}, "max_tokens": 80}
+    asked = MESSAGE | {"tools": [tool], "tool_choice": {"type": "tool", "name": "weather"}, "max_tokens": 80}
     if stream:
         with served.anthropic().messages.stream(**asked) as events:
             answer = events.get_final_message()
@@ -203,13 +215,13 @@ def test_a_message_uses_a_tool(served: Served, stream: bool) -> None:
 def test_errors_are_those_of_each_sdk(served: Served) -> None:
     client = served.anthropic()
     with pytest.raises(anthropic.NotFoundError, match="Did you mean 'tiny'"):
-        client.messages.create(**GREEDY | {"model": "tinny"})
+        client.messages.create(**MESSAGE | {"model": "tinny"})
     with pytest.raises(anthropic.BadRequestError) as long:
-        client.messages.create(**GREEDY | {"messages": [{"role": "user", "content": "cat " * (MAX_LENGTH + 44)}]})
+        client.messages.create(**MESSAGE | {"messages": [{"role": "user", "content": "cat " * (MAX_LENGTH + 44)}]})
     assert long.value.type == "invalid_request_error" and str(MAX_LENGTH) in str(long.value)
     for wrong in ({"max_tokens": -1}, {"messages": []}, {"tool_choice": {"type": "zzz"}}):
         with pytest.raises(anthropic.BadRequestError) as refused:
-            client.messages.create(**GREEDY | wrong)
+            client.messages.create(**MESSAGE | wrong)
         assert set(refused.value.body) == {"type", "error", "request_id"}
     with pytest.raises(openai.BadRequestError):
         served.client().responses.create(model="tiny", input="cat " * (MAX_LENGTH + 44))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -60,16 +61,15 @@ def list_command(
     with friendly_errors():
         adapters = _adapters()
         found = adapters.list(all_versions, after=after, limit=limit + 1)
-        shown, pins = found[:limit], set(adapters.registry.pins())
+        shown = found[:limit]
+        marks = adapters.marks(shown)
         if as_json:
-            console.print_json(
-                json.dumps([as_values(record) | {"pinned": _is_pinned(record, pins)} for record in shown])
-            )
+            console.print_json(json.dumps([as_values(record) | marks[record.id] for record in shown]))
             return
         if not shown:
             console.print("No adapter is registered. `tandem adapters register NAME SOURCE --base MODEL` adds one.")
             return
-        console.print(_table(shown, pins, datetime.now(UTC)))
+        console.print(_table(shown, marks, datetime.now(UTC)))
         if len(found) > limit:
             last = shown[-1].id if all_versions else shown[-1].name
             console.print(f"[dim]There are more: --after {escape(last)}[/]")
@@ -176,21 +176,12 @@ def _printed(record: ModelRecord, as_json: bool) -> bool:
     return as_json
 
 
-def _is_pinned(record: ModelRecord, pins: set[str]) -> bool:
-    return record.id in pins or record.name in pins
-
-
-def _table(records: list[ModelRecord], pins: set[str], now: datetime) -> Table:
+def _table(records: list[ModelRecord], marks: Mapping[str, Mapping[str, bool]], now: datetime) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("ADAPTER", "BASE", "RANK", "PINNED", "CREATED"):
+    for column in ("ADAPTER", "BASE", "RANK", "", "CREATED"):
         table.add_column(column, justify="right" if column == "RANK" else "left", no_wrap=column == "ADAPTER")
     for record in records:
-        row: tuple[Any, ...] = (
-            f"[bold]{escape(record.id)}[/]",
-            escape(record.base or "-"),
-            str(record.rank),
-            "pinned" if _is_pinned(record, pins) else "-",
-            ago(record.created_at, now),
-        )
-        table.add_row(*row)
+        said = ", ".join(mark for mark, is_so in marks[record.id].items() if is_so)
+        row = (f"[bold]{escape(record.id)}[/]", escape(record.base or "-"), str(record.rank), said or "-")
+        table.add_row(*row, ago(record.created_at, now))
     return table

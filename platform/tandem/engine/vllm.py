@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from safetensors import serialize
+import numpy as np
+from safetensors.numpy import save_file
 from starlette.types import ASGIApp
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -26,6 +27,7 @@ from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
 from tandem.engine.vllm_args import make_config, parse_args, slots_of
 from tandem.errors import EngineError
+from tandem.registry.adapter_files import layer_kinds
 
 
 class VllmEngine:
@@ -135,10 +137,22 @@ class VllmEngine:
         else, while vLLM moves adapters among the others as they are used.
         """
         models, llm = self._started()
+        names = [f"-{number}" for number in range(slots_of(self._spec))]
         with tempfile.TemporaryDirectory() as folder:
-            write_nothing(Path(folder))
-            names = [f"-{number}" for number in range(slots_of(self._spec))]
-            for name in names:
+            refused: EngineError | None = None
+            for kind in layer_kinds(Path(self._spec.path)):
+                write_nothing(Path(folder), kind)
+                try:
+                    last = await self._add(models, llm, names[0], folder)
+                    break
+                except EngineError as error:
+                    # vLLM takes only kinds of layers that the model has, and some of those have no adapters.
+                    refused = error
+            else:
+                raise refused or EngineError(
+                    f"{self._spec.path} has no layer that takes an adapter. Set max_adapters to 0."
+                )
+            for name in names[1:]:
                 last = await self._add(models, llm, name, folder)
         await llm.pin_lora(last.lora_int_id)
         models.lora_requests.pop(names.pop())
@@ -155,11 +169,13 @@ class VllmEngine:
         return self._models, self._llm
 
 
-def write_nothing(folder: Path) -> None:
-    """An adapter, in peft's format, that adapts no layer."""
-    config = {"r": 1, "lora_alpha": 1, "target_modules": [], "peft_type": "LORA"}
+def write_nothing(folder: Path, kind: str) -> None:
+    """An adapter, in peft's format, of a layer that no model has; vLLM asks that its `kind` be known."""
+    config = {"r": 1, "lora_alpha": 1, "target_modules": [kind], "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "adapter_model.safetensors").write_bytes(serialize({}))
+    zeros = np.zeros((1, 1), np.float32)
+    tensors = {f"base_model.model.nowhere.{kind}.lora_{each}.weight": zeros for each in "AB"}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 class _Load(StatLoggerBase):

@@ -40,6 +40,17 @@ class Adapters:
         """The promoted version of each name, or all versions; a page has `limit` at most, after the name or id `after`."""
         return self.registry.list("adapter", all_versions, after=after, limit=limit)
 
+    def marks(self, records: Records) -> dict[str, dict[str, bool]]:
+        """By id, whether a version is what its name means, and whether it is pinned."""
+        meant, pins = self.registry.promoted(records), set(self.registry.pins())
+        return {
+            record.id: {
+                "promoted": record.id in meant,
+                "pinned": record.id in pins or (record.id in meant and record.name in pins),
+            }
+            for record in records
+        }
+
     def promote(self, version_id: str) -> ModelRecord:
         """Make `name@version` what `name` means, from the next request on; requests that run end with what they began with."""
         return self.registry.promote(version_id)

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,15 @@ def base_shapes(folder: Path) -> Mapping[str, tuple[int, ...] | None]:
     except OSError:
         return {}
     return _shapes_in(files)
+
+
+def layer_kinds(folder: Path) -> list[str]:
+    """The last parts of the names of a model's layers, such as q_proj: matrices first, and of these the most frequent."""
+    shapes = base_shapes(folder)
+    found = Counter(
+        (shape is None, layer.rpartition(".")[2]) for layer, shape in shapes.items() if ".experts" not in layer
+    )
+    return [kind for (_, kind), _ in sorted(found.items(), key=lambda each: (each[0][0], -each[1]))]
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ come in pages.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -135,6 +135,12 @@ class Registry:
             raise RegistryError(f"A name is rolled back, not a version: `{split_version(name)[0]}`, or promote {name}.")
         with self._writing() as (session, _):
             return _record(names.roll_back(session, name))
+
+    def promoted(self, among: Iterable[ModelRecord]) -> set[str]:
+        """The ids of those that their names mean now."""
+        query = select(NameRow.promoted).where(NameRow.name.in_({record.name for record in among}))
+        with self._reading() as session:
+            return {found for found in session.scalars(query) if found is not None}
 
     def promotions(self, name: str) -> Promotions:
         """What a name has meant, newest first; those that were taken back too."""

@@ -46,7 +46,10 @@ def test_a_candidate_is_promoted_rolled_back_and_its_history_kept(registry: Regi
 def test_the_list_marks_what_is_pinned_and_comes_in_pages(registry: Registry) -> None:
     run("pin", "red@2")
     rows = json.loads(run("list", "--all", "--json")[1])
-    assert [(row["id"], row["pinned"]) for row in rows] == [("red@1", False), ("red@2", True)]
+    assert [(row["id"], row["promoted"], row["pinned"]) for row in rows] == [
+        ("red@1", True, False),
+        ("red@2", False, True),
+    ]
     _, out, _ = run("list", "--all", "--limit", "1")
     assert "red@1" in out and "red@2" not in out and "--after red@1" in out
     assert "red@2" in run("list", "--all", "--after", "red@1")[1]

@@ -310,7 +310,7 @@ async def test_an_operator_registers_promotes_rolls_back_pins_and_deletes(world:
     assert (await admin("POST", "/red/roll-back"))[1]["id"] == "red@1" and await answered(world, "red") == "red@1"
     assert (await admin("POST", "/red/pin"))[1]["pinned"] is True and world.registry.pins() == ["red"]
     listed = (await admin("GET", "?all=true"))[1]["data"]
-    assert [(each["id"], each["pinned"]) for each in listed] == [("red@1", True), ("red@2", True)]
+    assert [(e["id"], e["promoted"], e["pinned"]) for e in listed] == [("red@1", True, True), ("red@2", False, False)]
     assert (await admin("POST", "/red/unpin"))[1]["was_pinned"] is True and world.registry.pins() == []
     await asyncio.sleep(0.1)
     shown = (await admin("GET", "/red"))[1]

@@ -75,7 +75,9 @@ class Gate:
 
 
 @contextlib.asynccontextmanager
-async def gateway(folder: Path, engine: EchoEngine | None = None, prefix: str = "") -> AsyncIterator[Gate]:
+async def gateway(
+    folder: Path, engine: EchoEngine | None = None, prefix: str = "", max_adapters: int = 8
+) -> AsyncIterator[Gate]:
     """A gateway before one engine, or before none, that serves the model `base`."""
     host = EngineHost(engine, max_adapters=0) if engine else None
     replicas: tuple[ReplicaRecord, ...] = ()
@@ -89,7 +91,11 @@ async def gateway(folder: Path, engine: EchoEngine | None = None, prefix: str = 
 
     added: list[tuple[str, float]] = []
     app: ASGIApp = create_app(
-        models=[ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base"))],
+        models=[
+            ServedModel(
+                id="base", name="base", path="", config=ServedModelConfig(model="base", max_adapters=max_adapters)
+            )
+        ],
         watch=watch,
         registry=Registry(f"sqlite:///{folder}/tandem.db"),
         config=GatewayConfig(max_body_bytes=4096, retry_after_s=7),
@@ -161,6 +167,34 @@ async def test_a_route_that_a_model_lacks_is_a_400_that_names_those_it_has(
         assert answer.status_code == 400 and said in message
         assert "/tokenize" in message and ("/v1/embeddings" in message) == ("embed" in (*tasks, said.split()[-1]))
         assert (await gate.http.post("/tokenize", json={"model": "base", "prompt": "x"})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "served"),
+    [
+        ({"prompt_logprobs": 0}, False),
+        ({"echo": True, "logprobs": 0}, False),
+        ({"echo": True, "top_logprobs": 2}, False),
+        ({"echo": True}, True),
+        ({"logprobs": True}, True),
+        ({"echo": False, "logprobs": 2}, True),
+    ],
+)
+async def test_logprobs_of_a_prompt_are_refused_where_they_would_end_the_engine(
+    tmp_path: Path, asked: dict[str, Any], served: bool
+) -> None:
+    for max_adapters, ends in ((8, not served), (0, False)):
+        async with gateway(tmp_path, EchoEngine(("base",)), max_adapters=max_adapters) as gate:
+            answer = await gate.http.post("/v1/completions", json={"model": "base", "prompt": "x", **asked})
+            assert answer.status_code == (400 if ends else 200), answer.text
+
+
+async def test_no_client_says_where_a_cache_is_fetched_from(tmp_path: Path) -> None:
+    where = {"kv_transfer_params": {"remote_host": "10.0.0.1"}, "ec_transfer_params": {"a": 1}}
+    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+        asked = {"model": "base", **where, "vllm_xargs": {**where, "kept": 1}}
+        sent = (await gate.http.post("/v1/responses", json=asked)).json()["request"]
+        assert sent == {"model": "base", "vllm_xargs": {"kept": 1}, "store": False}
 
 
 async def test_a_response_that_needs_a_store_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -82,6 +82,19 @@ def test_nothing_that_a_request_asks_scans_or_sorts_a_table(registry, plans, ask
     assert [*scans, *(step for step in plans if "FOR ORDER BY" in step)] == []
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda r: r.list("adapter", limit=10, after="a00500"),
+        lambda r: r.list("adapter", base="m1@1", limit=10, after="a00500"),
+        lambda r: r.list("adapter", True, base="m1@1", limit=10, after="a00500@1"),
+    ],
+)
+def test_a_page_begins_where_the_last_one_ended_and_reads_nothing_before(registry, plans, ask):
+    ask(registry)
+    assert [step for step in plans if "name>?" in step or "(name,version)>(?,?)" in step]
+
+
 def test_the_revision_is_one_row(registry, plans):
     registry.revision()
     assert plans == ["SCAN registry_clock"]

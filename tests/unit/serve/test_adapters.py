@@ -37,6 +37,7 @@ async def test_an_adapter_in_use_is_never_unloaded() -> None:
     async with slots.hold(ref("a")):
         with pytest.raises(SlotsBusyError, match="All 1 adapter slots"):
             await slots.load(ref("b"), wait_s=0.05)
+        assert slots.waiting == 0
         assert not await slots.unload("a")
         waiting = asyncio.create_task(slots.load(ref("c")))
         await asyncio.sleep(0.02)

@@ -61,8 +61,8 @@ class AdminRoutes:
         found = await self._do(self._adapters.list, every, after=request.query_params.get("after"), limit=limit + 1)
         shown = found[:limit]
         last = (shown[-1].id if every else shown[-1].name) if len(found) > limit else None
-        pins = set(await self._do(self._adapters.registry.pins))
-        data = [wire(record) | {"pinned": not pins.isdisjoint({record.id, record.name})} for record in shown]
+        marks = await self._do(self._adapters.marks, shown)
+        data = [wire(record) | marks[record.id] for record in shown]
         return JSONResponse({"object": "list", "data": data, "has_more": last is not None, "last_id": last})
 
     async def register(self, request: Request) -> Response:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from tandem.config.serve import GatewayConfig
+from tandem.config.serve import GatewayConfig, ServedModelConfig
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
@@ -69,11 +69,11 @@ class OpenAIRoutes:
                 raise ApiError(400, f"`model` must be the name of a model; it is {name!r}.", param="model")
             target = await self._catalog.resolve(name)
             check_task(name, route, self._fleet.tasks(target.base.id))
+            check_prompt_logprobs(name, body, target.base.config)
             if route.path == stored.PATH:
                 stored.check(body)
             body["model"] = target.engine_name
-            # Says from which host an engine fetches a cache: the gateway's to say, never a client's.
-            body.pop("kv_transfer_params", None)
+            drop_transfers(body)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             call = Call(
                 path=route.path,
@@ -119,6 +119,33 @@ def number(request: Request, name: str, default: int, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
         raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
     return int(text)
+
+
+def drop_transfers(body: dict[str, Any]) -> None:
+    """Take out what says from which host an engine fetches a cache: the gateway's to say, never a client's."""
+    inner = body.get("vllm_xargs")
+    for holder in (body, inner if isinstance(inner, dict) else {}):
+        for key in ("kv_transfer_params", "ec_transfer_params"):
+            holder.pop(key, None)
+
+
+def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelConfig) -> None:
+    """ApiError 400 for a request that would end the engine.
+
+    On a CPU, with adapters on, vLLM 0.29 multiplies the adapters of the tokens to be sampled with the rows of the whole prompt;
+    where more than one request runs, these are not of one size, and the engine's process dies.
+    """
+    # 0 asks for the logprob of each token itself, so it is not the same as false.
+    told = any(body.get(key) is not None and body.get(key) is not False for key in ("logprobs", "top_logprobs"))
+    asked = body.get("prompt_logprobs") is not None or (body.get("echo") and told)
+    if asked and config.max_adapters and not config.gpus_per_replica:
+        raise ApiError(
+            400,
+            f"The model {name!r} is served on CPUs with adapters, where vLLM has no logprobs of a prompt (`prompt_logprobs`, or "
+            "`echo` with `logprobs`). Serve it with max_adapters: 0, or on a GPU.",
+            code="unsupported_parameter",
+            param="prompt_logprobs" if "prompt_logprobs" in body else "echo",
+        )
 
 
 async def read_body(request: Request, limit: int) -> bytes:
