@@ -173,6 +173,24 @@ def test_a_text_goes_where_its_beginning_was_read() -> None:
     assert answered(made, longer) == first
 
 
+def test_a_text_follows_its_beginning_to_a_busier_replica_the_further_the_longer_it_is() -> None:
+    short, long = ask(text=1, blocks=3), ask(text=2, blocks=11)
+    for busier, expected in (
+        (0, {"short", "long"}),
+        (1, {"short", "long"}),
+        (3, {"long"}),
+        (15, {"long"}),
+        (17, set()),
+    ):
+        made = router(*several(50), replica("reader", busier))
+        found = set()
+        for name, request in (("short", short), ("long", long)):
+            made.began(request, "reader")
+            made.ended(request, "reader")
+            found |= {name} if getattr(made.choose(request), "id", None) == "reader" else set()
+        assert found == expected, busier
+
+
 def test_the_replica_that_read_more_of_a_text_comes_first() -> None:
     made = router(*several(50))
     short, long = ask(text=1, blocks=3), ask(text=1, blocks=11)
