@@ -6,11 +6,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 from small_folders import small_adapter, small_model
 
 from tandem.errors import AdapterError, StorageError
@@ -23,19 +21,10 @@ from tandem.storage import file_system
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URI of a bucket on a server of this module's own."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        file_system("s3://adapters").mkdir("adapters")
-        yield "s3://adapters"
-    server.stop()
+def bucket(s3: None) -> str:
+    """The URI of a bucket of this module's own."""
+    file_system("s3://adapters").mkdir("adapters")
+    return "s3://adapters"
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from resume_world import load_parity
 from resume_worlds import check, run_worlds
 
@@ -24,19 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URI of a bucket on a server of this module's own."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        file_system("s3://checkpoints").mkdir("checkpoints")
-        yield "s3://checkpoints"
-    server.stop()
+def bucket(s3: None) -> str:
+    """The URI of a bucket of this module's own."""
+    file_system("s3://checkpoints").mkdir("checkpoints")
+    return "s3://checkpoints"
 
 
 @pytest.fixture
