@@ -14,9 +14,10 @@ The traffic is made up or recorded; see bench/router_trace.py. All policies get 
 - Adapters: `ADAPTER_SLOTS` a replica. One that is missing is loaded in `LOAD_S`, in the place of the longest unused that no
   request uses; its requests wait for that, others do not.
 
+The usual rate is one that engines carry only where much is found in caches; the other scenario is at half of it, which all carry.
 A decision is timed whole: choosing, and remembering where the request went; reading how the text of a request begins is timed
-apart. Hit rates and times are of the second half of the
-trace, when caches are warm. Imbalance is the 99th percentile of the replicas' requests over their mean, each second, median.
+apart. Hit rates and times are of the second half of the trace, when caches are warm. Imbalance is the 99th percentile of the
+replicas' requests over their mean, each second, median.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="50 replicas, 20 seconds: shows that it runs")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
-    parser.add_argument("--replicas", type=int, help="instead of the three scenarios: one with so many replicas")
+    parser.add_argument("--replicas", type=int, help="instead of the four scenarios: one with so many replicas")
     parser.add_argument("--adapters", type=int, default=100_000)
     parser.add_argument("--gateways", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -130,8 +131,8 @@ class Scenario:
 def scenarios(options: argparse.Namespace) -> list[Scenario]:
     """What the arguments ask for."""
 
-    def one(replicas: int, adapters: int, seconds: float, bursty: bool) -> Scenario:
-        shape = Shape(rate=options.rate * replicas, seconds=seconds, adapters=adapters, bursty=bursty)
+    def one(replicas: int, adapters: int, seconds: float, bursty: bool, load: float = 1.0) -> Scenario:
+        shape = Shape(rate=options.rate * load * replicas, seconds=seconds, adapters=adapters, bursty=bursty)
         return Scenario(replicas=replicas, gateways=options.gateways, shape=shape, trace=options.trace)
 
     if options.quick:
@@ -141,6 +142,7 @@ def scenarios(options: argparse.Namespace) -> list[Scenario]:
     return [
         one(1_000, 100_000, options.seconds, False),
         one(1_000, 100_000, options.seconds, True),
+        one(1_000, 100_000, options.seconds, False, 0.5),
         one(16, 1_000, 4 * options.seconds, False),
     ]
 
