@@ -51,6 +51,7 @@ def test_the_idlest_is_the_one_a_scan_would_find(moves: list[tuple[str, int | No
             left = {other: plain[other] for other in plain if other not in left_out}
             assert (found is None) == (not left)
             assert found is None or left[found] == min(left.values())
+        assert levels.mean() == (sum(plain.values()) / len(plain) if plain else 0)
         assert levels.spread() == (max(plain.values()) - min(plain.values()) if plain else 0)
         assert {other: levels.get(other) for other in "abcdef"} == {other: plain.get(other) for other in "abcdef"}
 
