@@ -4,9 +4,10 @@
 
 The traffic is made up or recorded; see bench/router_trace.py. All policies get the same. What is simulated around the router:
 
-- Gateways (`--gateways`) that share nothing and take requests at random. Each hears of loads and adapters once a second, and what
-  it hears is up to another second old, as each replica describes itself once a second: staler than in the real thing, where
-  changes of adapters travel at once. Its own requests it knows to the moment.
+- Gateways (`--gateways`) that share nothing and take requests at random (but those of `prefix_tree` share what they remember of
+  texts, as Ray's routers do, by a tree in an actor; that the actor's answers take time is left out). Each hears of loads and
+  adapters once a second, and what it hears is up to another second old, as each replica describes itself once a second: staler
+  than in the real thing, where changes of adapters travel at once. Its own requests it knows to the moment.
 - Engines: `SLOTS` requests at once. The oldest waiting request is read first, alone: `PREFILL_S` for each of its tokens that the
   prefix cache does not have, while the others pause. Then all running requests get a token every `STEP_S` + `STEP_REQUEST_S` x
   their number. The prefix cache has `CACHE_BLOCKS` blocks of 64 tokens, the longest unused goes first; a block is of use if all
@@ -241,6 +242,9 @@ class Simulation:
         self._routers = [
             Router(config, random.Random(seed), gateways=scenario.gateways) for seed in range(scenario.gateways)
         ]
+        if config.policy == "prefix_tree":
+            for router in self._routers:
+                router._prefixes = self._routers[0]._prefixes
         self._events: list[tuple[float, int, Any, Any]] = []
         self._count = 0
         self._decisions_ns: list[int] = []
