@@ -4,9 +4,10 @@
 
 The traffic is made up or recorded; see bench/router_trace.py. All policies get the same. What is simulated around the router:
 
-- Gateways (`--gateways`) that share nothing and take requests at random. Each hears of loads and adapters once a second, and what
-  it hears is up to another second old, as each replica describes itself once a second: staler than in the real thing, where
-  changes of adapters travel at once. Its own requests it knows to the moment.
+- Gateways (`--gateways`) that share nothing and take requests at random (but those of `prefix_tree` share what they remember of
+  texts, as Ray's routers do, by a tree in an actor; that the actor's answers take time is left out). Each hears of loads and
+  adapters once a second, and what it hears is up to another second old, as each replica describes itself once a second: staler
+  than in the real thing, where changes of adapters travel at once. Its own requests it knows to the moment.
 - Engines: `SLOTS` requests at once. The oldest waiting request is read first, alone: `PREFILL_S` for each of its tokens that the
   prefix cache does not have, while the others pause. Then all running requests get a token every `STEP_S` + `STEP_REQUEST_S` x
   their number. The prefix cache has `CACHE_BLOCKS` blocks of 64 tokens, the longest unused goes first; a block is of use if all
@@ -14,9 +15,10 @@ The traffic is made up or recorded; see bench/router_trace.py. All policies get 
 - Adapters: `ADAPTER_SLOTS` a replica. One that is missing is loaded in `LOAD_S`, in the place of the longest unused that no
   request uses; its requests wait for that, others do not.
 
+The usual rate is one that engines carry only where much is found in caches; the other scenario is at half of it, which all carry.
 A decision is timed whole: choosing, and remembering where the request went; reading how the text of a request begins is timed
-apart. Hit rates and times are of the second half of the
-trace, when caches are warm. Imbalance is the 99th percentile of the replicas' requests over their mean, each second, median.
+apart. Hit rates and times are of the second half of the trace, when caches are warm. Imbalance is the 99th percentile of the
+replicas' requests over their mean, each second, median.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="50 replicas, 20 seconds: shows that it runs")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
-    parser.add_argument("--replicas", type=int, help="instead of the three scenarios: one with so many replicas")
+    parser.add_argument("--replicas", type=int, help="instead of the four scenarios: one with so many replicas")
     parser.add_argument("--adapters", type=int, default=100_000)
     parser.add_argument("--gateways", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -130,8 +132,8 @@ class Scenario:
 def scenarios(options: argparse.Namespace) -> list[Scenario]:
     """What the arguments ask for."""
 
-    def one(replicas: int, adapters: int, seconds: float, bursty: bool) -> Scenario:
-        shape = Shape(rate=options.rate * replicas, seconds=seconds, adapters=adapters, bursty=bursty)
+    def one(replicas: int, adapters: int, seconds: float, bursty: bool, load: float = 1.0) -> Scenario:
+        shape = Shape(rate=options.rate * load * replicas, seconds=seconds, adapters=adapters, bursty=bursty)
         return Scenario(replicas=replicas, gateways=options.gateways, shape=shape, trace=options.trace)
 
     if options.quick:
@@ -141,6 +143,7 @@ def scenarios(options: argparse.Namespace) -> list[Scenario]:
     return [
         one(1_000, 100_000, options.seconds, False),
         one(1_000, 100_000, options.seconds, True),
+        one(1_000, 100_000, options.seconds, False, 0.5),
         one(16, 1_000, 4 * options.seconds, False),
     ]
 
@@ -239,6 +242,9 @@ class Simulation:
         self._routers = [
             Router(config, random.Random(seed), gateways=scenario.gateways) for seed in range(scenario.gateways)
         ]
+        if config.policy == "prefix_tree":
+            for router in self._routers:
+                router._prefixes = self._routers[0]._prefixes
         self._events: list[tuple[float, int, Any, Any]] = []
         self._count = 0
         self._decisions_ns: list[int] = []

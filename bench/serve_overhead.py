@@ -179,7 +179,7 @@ def stack(name: str, folder: Path) -> Iterator[int]:
                 break
         else:
             raise RuntimeError(
-                f"{(NAMES | ECHOES).get(name, name)} did not start:\n{(folder / f'{name}.log').read_text()[-3000:]}"
+                f"{(NAMES | ECHOES).get(name, name)} did not start:\n{(folder / f'{name}.log').read_text()[-9000:]}"
             )
         yield port
     finally:

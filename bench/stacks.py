@@ -121,7 +121,11 @@ def _app(config: Any, port: int) -> Iterator[None]:
         with contextlib.ExitStack() as held:
             held.callback(ray.shutdown)
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
+            try:
+                serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
+            except RuntimeError:
+                print(serve.status(), file=sys.stderr)
+                raise
             yield
 
 

@@ -95,7 +95,10 @@ class GatewayConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """How the gateway chooses a replica. What speaks for one is counted in requests: so many more may wait for the others."""
+    """How the gateway chooses a replica. What speaks for one is counted in requests: it may have so many more than others.
+
+    That holds for replicas with up to 8 requests each on average; where they have more, all of it counts in proportion.
+    """
 
     policy: str = "affinity"
     """affinity, least_loaded, two_choices, round_robin, prefix_tree, or what else `serve.policies.POLICIES` has."""

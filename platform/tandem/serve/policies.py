@@ -21,6 +21,11 @@ FEW = 4
 """A base with so few replicas has all of them weighed."""
 HOMES = 2
 """Replicas that a text or an adapter is at home at."""
+USUAL_REQUESTS = 8
+"""The work of a replica, on average, above which all that speaks for one counts for more, in proportion: where all have much to
+do, a few requests are no difference, and what is done twice is what they can afford the least."""
+GATHERED = 0.5
+"""Share of `adapter_requests` that draws an adapter's requests together at one of its replicas: slots are few."""
 
 
 @dataclass(slots=True)
@@ -61,19 +66,22 @@ def affinity(ask: Ask, sight: Sight) -> str | None:
     holders = [] if adapter is None else pool.holders(adapter, LOOKED_AT)
     for replica in holders:
         gains.setdefault(replica, 0.0)
+    if adapter is not None and len(holders) > 1:
+        gains[pool.ring.favourite(key_of(adapter), holders)] += GATHERED * config.adapter_requests
     if sight.home_requests:
         for home, gain in _homes(ask, pool, holders):
             gains[home] = gains.get(home, 0.0) + gain * sight.home_requests
     for replica in pool.ready if len(pool) <= FEW else pool.some(2):
         gains.setdefault(replica, 0.0)
+    weight = max(1.0, pool.levels.mean() / USUAL_REQUESTS)
     best, least = None, 0.0
     for replica, gain in gains.items():
         work = pool.levels.get(replica)
         if work is None or replica in sight.avoid:
             continue
-        cost = work - gain
         if adapter is not None:
-            cost -= config.adapter_requests * pool.held(replica, adapter)
+            gain += config.adapter_requests * pool.held(replica, adapter)
+        cost = work - weight * gain
         if best is None or cost < least:
             best, least = replica, cost
     return best

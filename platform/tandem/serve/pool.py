@@ -31,6 +31,7 @@ class Levels:
         self._place: dict[str, int] = {}
         self._levels: dict[int, list[str]] = {}
         self._least = 0
+        self._total = 0
 
     def __contains__(self, replica: str) -> bool:
         return replica in self._work
@@ -52,6 +53,7 @@ class Levels:
         self._place[replica] = len(level)
         level.append(replica)
         self._work[replica] = work
+        self._total += work - (before or 0)
         if work < self._least or self._least not in self._levels:
             self._least = work if before is None or work <= before else min(self._levels)
 
@@ -59,9 +61,14 @@ class Levels:
         """Forget a replica."""
         work = self._work.pop(replica, None)
         if work is not None:
+            self._total -= work
             self._take_out(replica, work)
             if self._levels and self._least not in self._levels:
                 self._least = min(self._levels)
+
+    def mean(self) -> float:
+        """The work of one, on average."""
+        return self._total / len(self._work) if self._work else 0.0
 
     def spread(self) -> int:
         """How much more work the busiest has than the idlest."""

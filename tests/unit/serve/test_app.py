@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.config import ServeConfig, ServedModelConfig
+from tandem.config import RouterConfig, ServeConfig, ServedModelConfig
 from tandem.errors import ConfigError, RegistryError, UnknownModelError
 from tandem.registry import Registry
 from tandem.serve.app import build_app, resolve_models
@@ -73,3 +73,8 @@ def test_a_wrong_engine_argument_is_refused_before_anything_starts(registry: Reg
     wrong = ServedModelConfig(model=str(folder), engine="echo", engine_args={"delays": 1})
     with pytest.raises(ConfigError, match="Did you mean 'delay_s'"):
         build_app(config(wrong))
+
+
+def test_an_unknown_policy_is_refused_before_anything_starts(registry: Registry) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'affinity'"):
+        build_app(ServeConfig(router=RouterConfig(policy="afinity")))

@@ -151,7 +151,7 @@ def test_requests_for_a_cold_adapter_go_where_it_is_being_loaded() -> None:
 
 
 def test_of_the_replicas_that_hold_an_adapter_the_idlest_is_chosen() -> None:
-    made = router(*several(50), *(replica(f"red{i}", 7 - i, adapters=("red@1",)) for i in range(4)))
+    made = router(*several(50), *(replica(f"red{i}", 20 - 5 * i, adapters=("red@1",)) for i in range(4)))
     assert answered(made, ask(adapter="red@1")) == "red3"
 
 
@@ -160,7 +160,22 @@ def test_a_hot_adapter_spills_over_to_a_second_replica_and_stays_there() -> None
     homes = [sent(made, ask(adapter="hot@1")) for _ in range(12)]
     assert homes[:4] == homes[:1] * 4
     # The first keeps what it may have beyond the others, and no more.
-    assert 1 < len(set(homes)) < 5 and Counter(homes).most_common(1)[0][1] <= 6
+    assert 1 < len(set(homes)) < 5 and Counter(homes).most_common(1)[0][1] <= 8
+
+
+def test_an_adapter_that_two_hold_stays_at_one_whatever_the_text_while_that_can_bear_it() -> None:
+    holders = [replica(name, adapters=("red@1",)) for name in ("one", "two")]
+    made = router(*several(20), *holders)
+    homes = [sent(made, ask(adapter="red@1", text=text, blocks=2)) for text in range(4)]
+    assert len(set(homes)) == 1
+    more = {sent(made, ask(adapter="red@1", text=text, blocks=2)) for text in range(10, 20)}
+    assert more == {"one", "two"}
+
+
+def test_where_all_have_much_to_do_a_few_requests_more_are_no_reason_to_load_an_adapter_twice() -> None:
+    for all_have, expected in ((2, False), (80, True)):
+        made = router(*several(50, running=all_have), replica("red", all_have + 12, adapters=("red@1",)))
+        assert (answered(made, ask(adapter="red@1")) == "red") is expected
 
 
 def test_a_text_goes_where_its_beginning_was_read() -> None:
@@ -171,6 +186,24 @@ def test_a_text_goes_where_its_beginning_was_read() -> None:
         answered(made, ask(text=text, blocks=10))
     longer = ask(text=1, blocks=12)
     assert answered(made, longer) == first
+
+
+def test_a_text_follows_its_beginning_to_a_busier_replica_the_further_the_longer_it_is() -> None:
+    short, long = ask(text=1, blocks=3), ask(text=2, blocks=11)
+    for busier, expected in (
+        (0, {"short", "long"}),
+        (1, {"short", "long"}),
+        (3, {"long"}),
+        (15, {"long"}),
+        (17, set()),
+    ):
+        made = router(*several(50), replica("reader", busier))
+        found = set()
+        for name, request in (("short", short), ("long", long)):
+            made.began(request, "reader")
+            made.ended(request, "reader")
+            found |= {name} if getattr(made.choose(request), "id", None) == "reader" else set()
+        assert found == expected, busier
 
 
 def test_the_replica_that_read_more_of_a_text_comes_first() -> None:
