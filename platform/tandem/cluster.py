@@ -127,12 +127,12 @@ class LocalCluster(Cluster):
         )
         try:
             cluster._wait(process, timeout_s)
+            environment.export(variables, override=True)
+            record = {"pid": cluster.pid, "kept": keep, "dashboard_url": dashboard, "address": address}
+            write_atomic(record_path(), json.dumps({**record, "folder": str(folder), "environment": variables}))
         except BaseException:
             cluster.stop()
             raise
-        environment.export(variables, override=True)
-        record = {"pid": cluster.pid, "kept": keep, "dashboard_url": dashboard, "address": address}
-        write_atomic(record_path(), json.dumps({**record, "folder": str(folder), "environment": variables}))
         return cluster
 
     def _wait(self, process: subprocess.Popen[bytes], timeout_s: float) -> None:

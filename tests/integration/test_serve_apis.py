@@ -171,7 +171,7 @@ def test_a_response_parses_and_calls_tools(served: Served) -> None:
     asked: dict[str, Any] = {"model": "tiny", "input": ASK, "temperature": 0, "max_output_tokens": 80}
     assert isinstance(client.responses.parse(**asked, text_format=Trip).output_parsed, Trip)
     tool = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
-    answer = client.responses.create(**asked, tools=[tool], tool_choice="required")
+    answer = client.responses.create(**asked, tools=[tool], tool_choice={"type": "function", "name": "weather"})
     calls = [item for item in answer.output if item.type == "function_call"]
     assert [call.name for call in calls] == ["weather"]
     check_weather(calls[0].arguments)

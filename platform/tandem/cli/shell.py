@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -13,7 +15,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from tandem.cluster import Cluster, LocalCluster, connect
+from tandem.cluster import Cluster, LocalCluster, connect, recorded
 from tandem.errors import TandemError
 
 console = Console(highlight=False)
@@ -34,6 +36,11 @@ def friendly_errors() -> Iterator[None]:
         fail(error)
     except KeyboardInterrupt:
         interrupt_taken()
+        # What is pressed once more while the interpreter ends would kill it then, and the status be another.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        # Where an interrupt went through an extension module that runs Python code (imports do), `python -m` would end by the
+        # signal all the same, whatever was made of it. Running anything in that way takes the note back.
+        ctypes.pythonapi.PyRun_SimpleString(b"")
         errors.print("[yellow]Interrupted.[/]")
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
@@ -78,13 +85,17 @@ def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cl
     if cluster is not None:
         yield cluster
         return
-    with console.status("Starting a local Ray cluster"):
-        started = LocalCluster.start(num_cpus=num_cpus, keep=keep)
+    stale = recorded()
+    started: LocalCluster | None = None
     try:
+        with console.status("Starting a local Ray cluster"):
+            started = LocalCluster.start(num_cpus=num_cpus, keep=keep)
         yield started
     finally:
-        if not keep:
-            stop_quietly(started)
+        # An interrupt may have come when it was up and not yet handed over: then it is known by its record.
+        up = recorded() if started is None else started
+        if not keep and up is not None and up != stale:
+            stop_quietly(up)
 
 
 def stop_quietly(cluster: Cluster) -> None:

@@ -53,7 +53,7 @@ def create_app(
             await proxy.stop()
             catalog.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, proxy, config).routes(),
             *AdminRoutes(Adapters(registry), fleet, admin).routes(),
@@ -65,3 +65,6 @@ def create_app(
             Exception: answer_unexpected,
         },
     )
+    # A path that only looks like a route is not there, rather than somewhere else.
+    app.router.redirect_slashes = False
+    return app

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,44 @@ def test_an_interrupt_that_python_dropped_comes_again_and_leaves_the_clean_up_al
     assert done.stdout.split("\n")[:2] == ["lost", "cleaned up"], done.stdout + done.stderr
     assert done.returncode == 128 + signal.SIGINT
     assert "Exception ignored in" in done.stderr
+
+
+PRESSED_AGAIN = """
+import atexit, os, signal, time
+
+@atexit.register  # the first to be registered is the last to run
+def press_again():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+from tandem.cli.shell import friendly_errors
+
+with friendly_errors():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+"""
+
+
+def test_an_interrupt_while_the_interpreter_ends_changes_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", PRESSED_AGAIN], capture_output=True, text=True, timeout=25)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "Interrupted.\n"
+
+
+THROUGH_C = """
+import ctypes
+from tandem.cli.shell import friendly_errors
+
+run = ctypes.pythonapi.PyRun_String
+run.restype, run.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object]
+STATEMENTS = 257
+
+with friendly_errors():
+    run(b"raise KeyboardInterrupt", STATEMENTS, {}, {})
+"""
+
+
+def test_an_interrupt_within_an_extension_module_leaves_with_the_same_status(tmp_path: Path) -> None:
+    (tmp_path / "pressed.py").write_text(THROUGH_C)
+    done = subprocess.run([sys.executable, "-m", "pressed"], cwd=tmp_path, capture_output=True, text=True, timeout=25)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr

@@ -134,8 +134,26 @@ async def test_each_route_reaches_the_engine_whole_and_under_its_own_path(tmp_pa
                 assert answer.json()["request"].items() >= body.items()
             assert (await gate.http.post(route.path, json=body | {"model": "nobody"})).status_code == 404
             assert (await gate.http.get(route.path)).status_code == 405
+            assert (await gate.http.post(f"{route.path}/", json=body)).status_code == 404
             assert ("type" in (await gate.http.post(route.path, content=b"{")).json()) == ("messages" in route.path)
         assert [route for route, _ in gate.added] == [route.path for route in ENGINE_ROUTES]
+
+
+def test_the_routes_are_these_and_no_others() -> None:
+    listed = [
+        "completions",
+        "chat/completions",
+        "responses",
+        "messages",
+        "messages/count_tokens",
+        "embeddings",
+        "score",
+        "rerank",
+    ]
+    others = {"/score", "/rerank", "/v2/rerank", "/tokenize", "/detokenize"}
+    assert {route.path for route in ENGINE_ROUTES} == {f"/v1/{name}" for name in listed} | others
+    gets = {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/metrics")}
+    assert gets | {("POST", route.path) for route in ENGINE_ROUTES} == ALLOWED
 
 
 def test_what_lies_inside_is_not_among_the_gateways_routes(tmp_path: Path) -> None:
@@ -195,6 +213,12 @@ async def test_no_client_says_where_a_cache_is_fetched_from(tmp_path: Path) -> N
         asked = {"model": "base", **where, "vllm_xargs": {**where, "kept": 1}}
         sent = (await gate.http.post("/v1/responses", json=asked)).json()["request"]
         assert sent == {"model": "base", "vllm_xargs": {"kept": 1}, "store": False}
+
+
+async def test_an_encoding_that_is_null_is_none_at_all(tmp_path: Path) -> None:
+    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+        sent = await gate.http.post("/v1/embeddings", json={"model": "base", "encoding_format": None, "user": None})
+        assert sent.json()["request"] == {"model": "base", "user": None}
 
 
 async def test_a_response_that_needs_a_store_is_refused_with_what_to_do(tmp_path: Path) -> None:

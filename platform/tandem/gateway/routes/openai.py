@@ -74,6 +74,9 @@ class OpenAIRoutes:
                 stored.check(body)
             body["model"] = target.engine_name
             drop_transfers(body)
+            if body.get("encoding_format", "") is None:
+                # So litellm says that it has no wish; vLLM wants to hear nothing then.
+                del body["encoding_format"]
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             call = Call(
                 path=route.path,
