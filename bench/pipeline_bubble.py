@@ -259,7 +259,8 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    return f"# The pipeline's bubble\n\n{title(results)}.\n\n{report.lines(COLUMNS, cells_of(results))}\n"
+    table = report.lines(COLUMNS, cells_of(results))
+    return f"# The pipeline's bubble\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,9 @@ class Driver:
         """End it, if it still runs."""
         if self.process.poll() is None:
             self.process.kill()
+
+    def end_abruptly(self) -> None:
+        """Kill it, and give the cluster a moment to notice."""
+        self.process.kill()
+        self.process.wait()
+        time.sleep(1)

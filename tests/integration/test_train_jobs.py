@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,7 @@ def run(home: Path, ray_cluster: LocalCluster) -> Iterator[Callable[..., Driver]
 
     yield start
     for driver in drivers:
-        if driver.process.poll() is None:
-            driver.process.kill()
+        driver.kill()
 
 
 def losses(home: Path, name: str) -> dict[int, float]:
@@ -156,9 +154,7 @@ def test_a_layout_of_the_config_trains_evaluates_resumes_and_exports(
     driver = run(name, **whole, checkpoint={"every_steps": 5})
     # Ended after the first checkpoint, and started again.
     driver.wait_for(lambda e: e["event"] == "checkpoint")
-    driver.process.kill()
-    driver.process.wait()
-    time.sleep(1)
+    driver.end_abruptly()
     status, found = run(name).end()
     assert status == 0, found
     assert found[0]["event"] == "started" and 5 <= found[0]["resumed_from"] < 60
@@ -209,9 +205,7 @@ def test_deepspeed_trains_what_fsdp2_does(home: Path, base: str, run: Callable[.
 def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, base: str, run: Callable[..., Driver]):
     first = run("stopped", steps=10, checkpoint={"every_steps": 5})
     first.wait_for(lambda e: e["event"] == "checkpoint")
-    first.process.kill()
-    first.process.wait()
-    time.sleep(1)
+    first.end_abruptly()
     status, found = run("stopped").end()
     assert status == 0
     started = next(e for e in found if e["event"] == "started")
@@ -228,9 +222,7 @@ def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(
     kept = {"every_steps": 3, "path": str(tmp_path), "best": "evaluation_loss"}
     first = run("damaged", steps=200, checkpoint=kept, evaluation={"every_steps": 3, "held_out": 0.25, "rows": 8})
     first.wait_for(lambda e: e["event"] == "checkpoint" and e["step"] >= 9)
-    first.process.kill()
-    first.process.wait()
-    time.sleep(1)
+    first.end_abruptly()
     root = tmp_path / "damaged"
     before, newest = folders.saved(root)[-2:]
     file = next(newest.glob("__*.distcp"))
@@ -280,9 +272,7 @@ def test_a_run_killed_and_resumed_on_another_number_of_workers_sees_the_rows_tha
         if until == 90:
             break
         driver.wait_for(lambda e, until=until: e["event"] == "step" and e["step"] >= until)
-        driver.process.kill()
-        driver.process.wait()
-        time.sleep(1)
+        driver.end_abruptly()
     status, _ = driver.end()
     assert status == 0, "".join(driver.lines[-40:])
     told, expected = losses(home, "moved"), losses(home, "undisturbed")
