@@ -35,12 +35,23 @@ from tandem.storage import write_atomic
 MARK = "TANDEM_CLUSTER_MARK"
 PORTS = range(20000, 32000)
 """Where a local cluster's ports are looked for."""
+NO_GATEWAY = {
+    "error": {
+        "message": "No gateway is there to take the request; one is being started. Try again in a moment.",
+        "type": "server_error",
+        "param": None,
+        "code": "gateway_unavailable",
+    }
+}
 HAPROXY_WRAPPER = """\
 #!/bin/sh
 # Ray's template has HAProxy splice. HAProxy 2.8 then does not notice a client that leaves while it waits for an answer, so
 # the engine goes on for nobody; and each small piece of a stream costs a pipe more than a copy would.
+# It also has HAProxy say 500 in plain text where no gateway answers: that is a 503 to try again, in the API's shape.
 for argument in "$@"; do
-  case "$argument" in *.cfg) sed -i '/option splice-/d' "$argument" ;; esac
+  case "$argument" in
+    *.cfg) sed -i -e '/option splice-/d' -e 's#^\\( *errorfile 50[234]\\) .*#\\1 {unavailable}#' "$argument" ;;
+  esac
 done
 exec "{binary}" "$@"
 """
@@ -240,7 +251,17 @@ def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
 
     haproxy = folder / "haproxy"
     wrapper = folder / "haproxy-without-splicing"
-    wrapper.write_text(HAPROXY_WRAPPER.format(binary=get_haproxy_binary()))
+    unavailable = folder / "no-gateway.http"
+    body = json.dumps(NO_GATEWAY)
+    head = (
+        "HTTP/1.1 503 Service Unavailable",
+        "Content-Type: application/json",
+        "Retry-After: 2",
+        "Cache-Control: no-cache",
+        f"Content-Length: {len(body)}",
+    )
+    unavailable.write_bytes("\r\n".join((*head, "", body)).encode())
+    wrapper.write_text(HAPROXY_WRAPPER.format(binary=get_haproxy_binary(), unavailable=unavailable))
     wrapper.chmod(0o755)
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
@@ -254,6 +275,16 @@ def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+        # A gateway that dies before it answered: the request goes to another one, once. HAProxy can send again what it still
+        # has in its buffer, which is most prompts.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "1",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
+        # A gateway that is up but stuck is asked no more after 4 s; a HAProxy that died is there again after some seconds.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # What is unhealthy is dead or stuck: there is nothing to wait for.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         # Ray starts workers at niceness 15: beside anything else on the machine, training and engines would come last.
         "RAY_worker_niceness": "0",
     }

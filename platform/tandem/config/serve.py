@@ -51,6 +51,8 @@ class ServedModelConfig:
     """Arguments of vLLM's own engine, by their names there; vLLM checks them before a replica starts."""
     prefill: PrefillConfig | None = None
     """Set: prompts are read on replicas of their own, and their KV cache moves to the one that generates."""
+    stuck_after_s: float = 60.0
+    """How long an engine that has work may end no step before its replica is replaced: longer than its longest step."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment of the replica, such as VLLM_CPU_KVCACHE_SPACE."""
 
@@ -65,6 +67,7 @@ class ServedModelConfig:
                 f"models[].max_cached_adapters is {self.max_cached_adapters} and max_adapters {self.max_adapters}: what is in a "
                 "slot is in host memory too. Raise it, or unset it for four times max_adapters."
             )
+        check.at_least("models[].stuck_after_s", self.stuck_after_s, 1.0)
         check.between("models[].max_lora_rank", self.max_lora_rank, 1, 512)
 
     @property

@@ -44,6 +44,7 @@ class EchoEngine:
         self._tasks = tasks
         self._adapters: dict[str, AdapterRef] = {}
         self._running = 0
+        self._steps = 0
         self._healthy = True
         self.aborted = 0
         """Requests whose client left before the end."""
@@ -94,7 +95,11 @@ class EchoEngine:
     def stats(self) -> EngineStats:
         """How many answers are being written."""
         return EngineStats(
-            running=self._running, adapters=tuple(self._adapters), tasks=self._tasks, healthy=self._healthy
+            running=self._running,
+            adapters=tuple(self._adapters),
+            tasks=self._tasks,
+            steps=self._steps,
+            healthy=self._healthy,
         )
 
     def die(self) -> None:
@@ -164,6 +169,7 @@ class EchoEngine:
                     self.aborted += 1
                     return Response(status_code=499)
                 await asyncio.sleep(self._delay_s)
+                self._steps += 1
         finally:
             self._running -= 1
         text = "".join(tokens)
@@ -179,6 +185,7 @@ class EchoEngine:
         try:
             for i, token in enumerate(tokens):
                 await asyncio.sleep(self._delay_s)
+                self._steps += 1
                 finish = "stop" if i + 1 == len(tokens) else None
                 content: dict[str, Any] = (
                     {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}

@@ -34,6 +34,8 @@ class EngineStats:
     """Ids of the adapters it holds."""
     tasks: tuple[str, ...] = ()
     """What it does, in the words of serve.routes; empty: not known."""
+    steps: int = 0
+    """Steps that have ended since the start: where there is work and this stands still, the engine is stuck."""
     healthy: bool = True
     """False once it cannot answer any more; the replica is then replaced."""
 

@@ -104,6 +104,7 @@ class VllmEngine:
             kv_usage=self._load.kv_usage if unfinished else 0.0,
             adapters=self._adapters,
             tasks=self._tasks,
+            steps=self._load.steps,
             healthy=not self._llm.errored,
         )
 
@@ -183,6 +184,8 @@ class _Load(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig | None = None, engine_index: int = 0) -> None:
         self._ranks: dict[int, tuple[int, float]] = {}
+        self.steps = 0
+        """Steps of all ranks."""
 
     @property
     def running(self) -> int:
@@ -202,6 +205,7 @@ class _Load(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Called by vLLM after each step."""
+        self.steps += 1
         if scheduler_stats is not None:
             self._ranks[engine_idx] = (scheduler_stats.num_running_reqs, scheduler_stats.kv_cache_usage)
 

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
+from dataclasses import replace
 
 from tandem.serve.ask import Ask
+from tandem.serve.directory import SILENCE_S
 from tandem.serve.records import ReplicaRecord, Snapshot
 from tandem.serve.router import Router
 
@@ -29,6 +31,10 @@ class Fleet:
         self._router = router or Router()
         self._snapshot = Snapshot()
         self._suspects: dict[str, float] = {}
+        self._carried: dict[str, float] = {}
+        self._lost: set[str] = set()
+        self.on_lost: Callable[[ReplicaRecord], None] = lambda replica: None
+        """Called once for each replica of which nothing more will come."""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -78,11 +84,32 @@ class Fleet:
         """A replica took a request, so it holds the adapter of it, whatever it last said."""
         self._router.loaded(ask, replica.id)
 
+    def take(self, snapshot: Snapshot) -> None:
+        """See the replicas as a directory's snapshot tells them.
+
+        A directory that was made anew has not heard of all of them yet: the others stay as they were, for as long as one may be
+        silent.
+        """
+        now, known = time.monotonic(), self._snapshot
+        if known.born not in (0, snapshot.born):
+            self._carried = {replica.id: now + SILENCE_S for replica in known.replicas if not replica.lost}
+        heard = {replica.id for replica in snapshot.replicas}
+        missing = [replica for replica in known.replicas if replica.id in self._carried and replica.id not in heard]
+        waited = [replica for replica in missing if self._carried[replica.id] > now]
+        self._carried = {replica.id: self._carried[replica.id] for replica in waited}
+        self._snapshot = replace(snapshot, replicas=(*snapshot.replicas, *waited))
+        self._router.update(self._snapshot)
+        gone = [replica for replica in missing if replica.id not in self._carried]
+        lost = [*gone, *(replica for replica in snapshot.replicas if replica.lost)]
+        new = [replica for replica in lost if replica.id not in self._lost]
+        self._lost = {replica.id for replica in lost}
+        for replica in new:
+            self.on_lost(replica)
+
     async def _follow(self) -> None:
         while True:
             try:
-                self._snapshot = await self._watch(self._snapshot.version)
-                self._router.update(self._snapshot)
+                self.take(await self._watch(self._snapshot.version))
                 # Changes that come in a burst are taken together: a large fleet's adapters change all the time.
                 await asyncio.sleep(PAUSE_S)
             except asyncio.CancelledError:

@@ -22,8 +22,9 @@ from tandem.gateway.dialect import BROKEN, Dialect, amended
 from tandem.gateway.errors import from_engine, no_replica, request_id
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import HEADER, Record, Stopwatch, TimedBody, forget, header
+from tandem.gateway.links import Links
 from tandem.serve.ask import Ask
-from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_headers
+from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 
 ATTEMPTS = 2
 PASSED_ON = ("content-type", "x-request-id", "cache-control", "metadata")
@@ -53,11 +54,14 @@ class Proxy:
         self._fleet = fleet
         self._config = config
         self._session: aiohttp.ClientSession | None = None
+        self._links: Links | None = None
+        fleet.on_lost = self._cut
 
     def start(self) -> None:
         """Open the connection pool; needs the running loop."""
+        self._links = Links()
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+            connector=self._links,
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=self._config.connect_timeout_s, sock_read=self._config.request_timeout_s
             ),
@@ -69,6 +73,11 @@ class Proxy:
         """Close all connections."""
         if self._session is not None:
             await self._session.close()
+
+    def _cut(self, replica: ReplicaRecord) -> None:
+        # What waits for a lost replica would wait for ever: so it is tried elsewhere, or ends with an error.
+        if self._links is not None:
+            self._links.cut(replica.url)
 
     def forward(self, call: Call) -> Response:
         """The response that carries a call to a replica of its target when Starlette sends it."""

@@ -27,7 +27,9 @@ from tandem.settings import settings
 GATEWAY = "tandem.gateway.app"
 """Imported in the gateway's replica only: the gateway stands above this layer, and starts without what is here."""
 HEALTH_PERIOD_S = 2.0
-"""How often Serve asks a replica whether its engine lives."""
+"""How often Serve asks a replica whether its engine lives, or a gateway whether it answers."""
+HEALTH_TIMEOUT_S = 10.0
+"""How long one may take to say so; Serve replaces it after three times."""
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 CONTROL_CPUS = 0.1
 """What Ray reserves for the directory and each gateway: room to be placed, not a limit."""
@@ -57,7 +59,6 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
             num_gpus=placement.gpus,
             env=pool.config.env,
             num_replicas=pool.config.replicas,
-            health_check_period_s=HEALTH_PERIOD_S,
             graceful_shutdown_timeout_s=SHUTDOWN_S,
             **placement.options(),
         ).bind(pool, directory, registry_url)
@@ -188,6 +189,8 @@ def _deployment(
             logging_config=QUIET,
             # Requests do not pass through Serve's queues: the gateway's replicas admit all that HAProxy hands them.
             max_ongoing_requests=100_000,
+            health_check_period_s=HEALTH_PERIOD_S,
+            health_check_timeout_s=HEALTH_TIMEOUT_S,
             **options,
         ),
     )

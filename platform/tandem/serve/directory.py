@@ -11,17 +11,23 @@ from tandem.serve.records import ReplicaRecord, Snapshot
 HEARTBEAT_S = 1.0
 """How often a replica speaks, and a gateway hears of loads; changes travel at once."""
 SILENCE_S = 10.0
-"""How long a replica may be silent before it is dropped."""
+"""How long a replica may be silent before it counts as lost."""
+FORGET_S = 60.0
+"""How long a lost one is still listed, so that each gateway hears of it and ends what it had asked of it."""
 
 
 @dataclass(slots=True)
 class Ledger:
     """The directory's state. Pure: callers pass the clock (seconds)."""
 
-    version: int = field(default_factory=time.time_ns)
-    """Starts from the time: a restarted directory must not repeat a version that a gateway has seen."""
+    born: int = field(default_factory=time.time_ns)
+    """Versions start here: a restarted directory must not repeat one that a gateway has seen."""
+    version: int = 0
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
     heard: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.version = self.version or self.born
 
     def hear(self, record: ReplicaRecord, now: float) -> bool:
         """Take a heartbeat; whether it changes more than loads."""
@@ -35,16 +41,21 @@ class Ledger:
         self.heard.pop(replica_id, None)
         return self._changed(self.records.pop(replica_id, None) is not None)
 
-    def drop_silent(self, now: float) -> bool:
-        """Drop those not heard for `SILENCE_S`; whether there were any."""
-        silent = [replica_id for replica_id, heard in self.heard.items() if now - heard > SILENCE_S]
-        for replica_id in silent:
-            self.forget(replica_id)
-        return bool(silent)
+    def mark_silent(self, now: float) -> bool:
+        """Mark those not heard for `SILENCE_S`, and drop them when they are forgotten; whether that changed anything."""
+        before = self.version
+        for replica_id, heard in list(self.heard.items()):
+            record = self.records[replica_id]
+            if now - heard > FORGET_S:
+                self.forget(replica_id)
+            elif now - heard > SILENCE_S and record.state != "silent":
+                self.records[replica_id] = replace(record, state="silent")
+                self._changed(True)
+        return self.version != before
 
     def snapshot(self) -> Snapshot:
         """All replicas now."""
-        return Snapshot(version=self.version, replicas=tuple(self.records.values()))
+        return Snapshot(version=self.version, replicas=tuple(self.records.values()), born=self.born)
 
     def _changed(self, changed: bool) -> bool:
         self.version += changed
@@ -68,13 +79,13 @@ class Directory:
 
     async def watch(self, version: int) -> Snapshot:
         """The snapshot: at once if it is not of `version`, else at the next change, and after a beat for the loads."""
-        self._note(self._ledger.drop_silent(time.monotonic()))
+        self._note(self._ledger.mark_silent(time.monotonic()))
         if version == self._ledger.version:
             change = self._change
             try:
                 await asyncio.wait_for(change.wait(), HEARTBEAT_S)
             except TimeoutError:
-                self._note(self._ledger.drop_silent(time.monotonic()))
+                self._note(self._ledger.mark_silent(time.monotonic()))
         return self._ledger.snapshot()
 
     def _note(self, changed: bool) -> None:

@@ -9,7 +9,9 @@ from urllib.parse import quote, unquote
 from tandem.config.serve import ServedModelConfig
 from tandem.engine.protocol import AdapterRef
 
-State = Literal["ready", "draining", "dead"]
+State = Literal["ready", "draining", "dead", "stuck", "silent"]
+"""`dead`: its engine is gone. `stuck`: its engine has work and does nothing. `silent`: it is not heard any more; the directory
+says so in its place."""
 
 TOKEN_HEADER = "x-tandem-token"
 """Carries the replica's own secret; without it a replica answers nobody."""
@@ -78,6 +80,11 @@ class ReplicaRecord:
         """Requests that it works on or keeps waiting."""
         return self.running + self.waiting
 
+    @property
+    def lost(self) -> bool:
+        """Whether what it was asked would wait for nothing. A dead engine ends its requests by itself."""
+        return self.state in ("stuck", "silent")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
@@ -86,6 +93,8 @@ class Snapshot:
     version: int = 0
     """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
     replicas: tuple[ReplicaRecord, ...] = ()
+    born: int = 0
+    """Which directory says so: another one has not heard of all replicas yet."""
 
 
 def prefill_pool(model_id: str) -> str:

@@ -26,6 +26,7 @@ from tandem.serve.disaggregate import environment
 from tandem.serve.host import EngineHost
 from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place, workers
+from tandem.serve.progress import Progress
 from tandem.serve.records import ReplicaRecord, ServedModel, State
 from tandem.serve.startup import Startup
 from tandem.settings import export
@@ -48,6 +49,7 @@ class EngineReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._changed = asyncio.Event()
+        self._progress = Progress(model.config.stuck_after_s)
         self._reaper = Reaper.of_children()
         loop = asyncio.get_running_loop()
         _check_placement(model)
@@ -77,6 +79,17 @@ class EngineReplica:
         if not self._host.alive:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")
+        if self._stuck():
+            self._changed.set()
+            idle_s = self._progress.idle_s(time.monotonic())
+            raise EngineError(
+                f"The engine of {self._model.id} has work and has ended no step for {idle_s:.0f} s (stuck_after_s is "
+                f"{self._model.config.stuck_after_s:g})."
+            )
+
+    def _stuck(self) -> bool:
+        self._progress.see(self._host.stats(), time.monotonic())
+        return self._progress.stuck(time.monotonic())
 
     def record(self) -> ReplicaRecord:
         """What the directory is told."""
@@ -86,7 +99,7 @@ class EngineReplica:
             base=self._model.pool,
             url=self._host.url,
             token=self._host.token,
-            state=self._state if self._host.alive else "dead",
+            state="dead" if not self._host.alive else "stuck" if self._stuck() else self._state,
             running=stats.running,
             waiting=stats.waiting + self._host.waiting,
             kv_usage=round(stats.kv_usage, 4),
@@ -107,7 +120,7 @@ class EngineReplica:
         self._state = "draining"
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._tell(), 2.0)
-        await self._host.drain(DRAIN_S)
+        await self._host.drain(0.0 if self._stuck() else DRAIN_S)
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
         self._reaper.close()

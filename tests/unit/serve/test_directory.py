@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from tandem.serve.directory import SILENCE_S, Directory, Ledger
+from tandem.serve.directory import FORGET_S, SILENCE_S, Directory, Ledger
 from tandem.serve.records import ReplicaRecord
 
 A = ReplicaRecord(id="a", base="base@1", url="http://a", token="t")
@@ -19,13 +19,22 @@ def test_a_new_replica_a_new_state_and_new_adapters_are_changes_and_load_is_not(
     assert ledger.version == 4
 
 
-def test_a_silent_replica_is_dropped_and_comes_back_with_its_next_beat() -> None:
+def test_a_silent_replica_is_marked_then_forgotten_and_comes_back_with_its_next_beat() -> None:
     ledger = Ledger()
     ledger.hear(A, 0.0)
-    assert not ledger.drop_silent(SILENCE_S)
-    assert ledger.drop_silent(SILENCE_S + 1)
+    assert not ledger.mark_silent(SILENCE_S)
+    assert ledger.mark_silent(SILENCE_S + 1)
+    assert [r.state for r in ledger.snapshot().replicas] == ["silent"]
+    assert not ledger.mark_silent(SILENCE_S + 2)
+    assert ledger.hear(A, SILENCE_S + 3)
+    assert ledger.snapshot().replicas == (A,)
+    assert ledger.mark_silent(SILENCE_S + 4 + FORGET_S)
     assert ledger.snapshot().replicas == ()
-    assert ledger.hear(A, SILENCE_S + 2)
+    assert ledger.hear(A, SILENCE_S + 5 + FORGET_S)
+
+
+def test_two_ledgers_can_be_told_apart() -> None:
+    assert Ledger().snapshot().born != Ledger().snapshot().born
 
 
 def test_a_restarted_ledger_does_not_repeat_versions() -> None:

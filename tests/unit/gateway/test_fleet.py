@@ -1,0 +1,74 @@
+"""What a gateway makes of the snapshots of its directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tandem.gateway.fleet import Fleet
+from tandem.serve.ask import Ask
+from tandem.serve.directory import SILENCE_S
+from tandem.serve.records import ReplicaRecord, Snapshot
+
+A = ReplicaRecord(id="a", base="base@1", url="http://a:1", token="t")
+B = replace(A, id="b", url="http://b:1")
+ASK = Ask(base="base@1")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("tandem.gateway.fleet.time.monotonic", lambda: now[0])
+    return now
+
+
+def fleet() -> tuple[Fleet, list[str]]:
+    async def watch(version: int) -> Snapshot:
+        raise NotImplementedError
+
+    lost: list[str] = []
+    made = Fleet(watch)
+    made.on_lost = lambda replica: lost.append(replica.id)
+    return made, lost
+
+
+def chosen(fleet: Fleet) -> set[str]:
+    return {found.id for _ in range(20) if (found := fleet.choose(ASK, [])) is not None}
+
+
+@pytest.mark.parametrize("state", ["stuck", "silent"])
+def test_a_lost_replica_is_told_of_once_and_chosen_no_more(state: str) -> None:
+    it, lost = fleet()
+    it.take(Snapshot(version=1, replicas=(A, B), born=7))
+    gone = replace(A, state=state)  # type: ignore[arg-type]
+    it.take(Snapshot(version=2, replicas=(gone, B), born=7))
+    it.take(Snapshot(version=3, replicas=(gone, B), born=7))
+    assert lost == ["a"] and chosen(it) == {"b"}
+
+
+def test_one_that_speaks_again_is_chosen_again() -> None:
+    it, lost = fleet()
+    for version, record in enumerate((A, replace(A, state="silent"), A, replace(A, state="silent")), 1):
+        it.take(Snapshot(version=version, replicas=(record,), born=7))
+        assert chosen(it) == ({"a"} if record is A else set())
+    assert lost == ["a", "a"]
+
+
+def test_one_that_left_or_died_ends_its_requests_itself() -> None:
+    it, lost = fleet()
+    it.take(Snapshot(version=1, replicas=(A, B), born=7))
+    it.take(Snapshot(version=2, replicas=(replace(B, state="dead"),), born=7))
+    assert lost == [] and chosen(it) == set()
+
+
+def test_a_new_directory_is_believed_as_it_hears_of_the_replicas(clock: list[float]) -> None:
+    it, lost = fleet()
+    it.take(Snapshot(version=1, replicas=(A, B), born=7))
+    it.take(Snapshot(version=2, born=8))
+    assert chosen(it) == {"a", "b"}
+    it.take(Snapshot(version=3, replicas=(replace(A, state="draining"),), born=8))
+    assert chosen(it) == {"b"} and lost == []
+    clock[0] += SILENCE_S + 1
+    it.take(Snapshot(version=4, replicas=(A,), born=8))
+    assert chosen(it) == {"a"} and lost == ["b"]
