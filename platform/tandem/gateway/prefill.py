@@ -44,7 +44,7 @@ async def prefilled(proxy: Proxy, call: Call, body: dict[str, Any]) -> Call:
     began = time.perf_counter()
     async with contextlib.AsyncExitStack() as held:
         try:
-            answer = await proxy.open(first, held)
+            answer, _ = await proxy.open(first, held)
             told = from_json(await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
         except (ApiError, aiohttp.ClientError, OSError, ValueError, TimeoutError):
             told = None

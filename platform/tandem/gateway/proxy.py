@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import aiohttp
 from starlette.responses import Response
@@ -27,6 +28,8 @@ from tandem.serve.ask import Ask
 from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 
 ATTEMPTS = 2
+REPLICA = b"x-tandem-replica"
+"""Header of an answer: the id of the replica that gave it."""
 PASSED_ON = ("content-type", "x-request-id", "cache-control", "metadata")
 """Response headers of an engine that a client gets; `metadata` tells what raw bytes of embeddings are."""
 
@@ -44,6 +47,13 @@ class Call:
     """The same for the router."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
+
+
+class Opened(NamedTuple):
+    """The head of an answer, and who gives it."""
+
+    answer: aiohttp.ClientResponse
+    replica: ReplicaRecord
 
 
 class Proxy:
@@ -83,7 +93,7 @@ class Proxy:
         """The response that carries a call to a replica of its target when Starlette sends it."""
         return _Forwarded(self, call)
 
-    async def open(self, call: Call, held: contextlib.AsyncExitStack) -> aiohttp.ClientResponse:
+    async def open(self, call: Call, held: contextlib.AsyncExitStack) -> Opened:
         """Send the call and wait for the head of the answer; `held` keeps the connection and the count.
 
         Raises ApiError 503 with Retry-After if no replica takes it.
@@ -126,7 +136,7 @@ class Proxy:
             if answer.status == 200:
                 self._fleet.answered(call.ask, replica)
             held.push_async_exit(attempt)
-            return answer
+            return Opened(answer, replica)
         raise no_replica(
             f"{reason.rstrip('.')}. Try again in {self._config.retry_after_s} s.", self._config.retry_after_s
         )
@@ -158,7 +168,7 @@ class _Forwarded(Response):
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
         call, dialect, request = self._call, self._call.dialect, request_id(scope)
         async with contextlib.AsyncExitStack() as held:
-            answer = await self._proxy.open(call, held)
+            answer, replica = await self._proxy.open(call, held)
             if answer.status >= 400:
                 error = from_engine(answer.status, await answer.read(), call.target.base.max_length)
                 await error.response(dialect, request)(scope, receive, send)
@@ -167,7 +177,7 @@ class _Forwarded(Response):
                 (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
             ]
             gateway_ms, engine_ms = call.watch.split_ms()
-            head.append((HEADER, header(gateway_ms, engine_ms)))
+            head += [(HEADER, header(gateway_ms, engine_ms)), (REPLICA, replica.id.encode())]
             await _send_head(send, answer.status, head, answer.content_length)
             self._proxy.record(call.path, gateway_ms)
             streamed = answer.content_type.startswith("text/event-stream")
