@@ -44,8 +44,8 @@ async def prefilled(proxy: Proxy, call: Call, body: dict[str, Any]) -> Call:
     began = time.perf_counter()
     async with contextlib.AsyncExitStack() as held:
         try:
-            answer, _ = await proxy.open(first, held)
-            told = from_json(await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
+            answer, begun, _ = await proxy.open(first, held)
+            told = from_json(begun + await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
         except (ApiError, aiohttp.ClientError, OSError, ValueError, TimeoutError):
             told = None
     # A request that the engine refuses is refused by the other one too, in words that the client then gets.

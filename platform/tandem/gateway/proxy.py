@@ -50,10 +50,13 @@ class Call:
 
 
 class Opened(NamedTuple):
-    """The head of an answer, and who gives it."""
+    """An answer that has begun."""
 
     answer: aiohttp.ClientResponse
+    first: bytes
+    """The first of its bytes; those that follow are still to be read. An error's are all still to be read."""
     replica: ReplicaRecord
+    """Who gives it."""
 
 
 class Proxy:
@@ -94,7 +97,9 @@ class Proxy:
         return _Forwarded(self, call)
 
     async def open(self, call: Call, held: contextlib.AsyncExitStack) -> Opened:
-        """Send the call and wait for the head of the answer; `held` keeps the connection and the count.
+        """Send the call and wait until the answer has begun; `held` keeps the connection and the count.
+
+        It has begun with the first byte of its body: an engine sends the head of a stream long before, and may still die.
 
         Raises ApiError 503 with Retry-After if no replica takes it.
         """
@@ -118,6 +123,7 @@ class Proxy:
                     headers={**sent, TOKEN_HEADER: replica.token},
                 )
                 answer = await attempt.enter_async_context(request)
+                first = await answer.content.readany() if answer.status == 200 else b""
                 call.watch.answered = time.perf_counter()
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 await attempt.aclose()
@@ -136,7 +142,7 @@ class Proxy:
             if answer.status == 200:
                 self._fleet.answered(call.ask, replica)
             held.push_async_exit(attempt)
-            return Opened(answer, replica)
+            return Opened(answer, first, replica)
         raise no_replica(
             f"{reason.rstrip('.')}. Try again in {self._config.retry_after_s} s.", self._config.retry_after_s
         )
@@ -168,7 +174,7 @@ class _Forwarded(Response):
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
         call, dialect, request = self._call, self._call.dialect, request_id(scope)
         async with contextlib.AsyncExitStack() as held:
-            answer, replica = await self._proxy.open(call, held)
+            answer, last, replica = await self._proxy.open(call, held)
             if answer.status >= 400:
                 error = from_engine(answer.status, await answer.read(), call.target.base.max_length)
                 await error.response(dialect, request)(scope, receive, send)
@@ -181,11 +187,11 @@ class _Forwarded(Response):
             await _send_head(send, answer.status, head, answer.content_length)
             self._proxy.record(call.path, gateway_ms)
             streamed = answer.content_type.startswith("text/event-stream")
-            last = b""
             try:
-                async for chunk in answer.content.iter_any():
-                    last = amended(chunk, dialect, request) if streamed else chunk
+                while last:
+                    last = amended(last, dialect, request) if streamed else last
                     await send({"type": "http.response.body", "body": last, "more_body": True})
+                    last = await answer.content.readany()
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 # Too late for a status. A stream can still say why it ends; anything else must look cut off.
                 if not streamed:
