@@ -29,7 +29,7 @@ for argument in "$@"; do
   case "$argument" in
     *.cfg)
       sed -i -f "{edits}" "$argument"
-      grep -q use_backend "$argument" || sed -i -f "{edits_before_apps}" "$argument"
+      grep -q '^ *use_backend' "$argument" || sed -i -f "{edits_before_apps}" "$argument"
       ;;
   esac
 done
