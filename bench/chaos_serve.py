@@ -40,6 +40,7 @@ WORDS = 60
 """Tokens of an answer."""
 PATIENCE_S = 120.0
 """A request that has no end by then has hung."""
+BOOKS_S = 2.0
 CARRIED_S = 30.0
 """A request that was under way when something was hit fails within this time, or for another reason."""
 FAULTS = ("engine killed", "engine stopped", "replica killed", "gateway killed", "controller killed", "HAProxy killed",
@@ -179,9 +180,15 @@ class Chaos:
     def _watch(self, until: float, *, last: bool = False) -> None:
         while (now := time.monotonic()) < until:
             open_faults = [fault for fault in self.faults if fault.recovered_s is None]
-            if open_faults and self._whole():
-                for fault in open_faults:
-                    fault.recovered_s = round(now - fault.at, 1)
+            # What was just killed may still be in everybody's books.
+            settled = [fault for fault in open_faults if now - fault.at > BOOKS_S or not fault.replica]
+            if settled and self._whole():
+                hit = {fault.replica for fault in settled} & {
+                    record.id for record in records() if record.state == "ready"
+                }
+                for fault in settled:
+                    if fault.replica not in hit:
+                        fault.recovered_s = round(now - fault.at, 1)
             if last and not open_faults:
                 return
             time.sleep(0.3)
