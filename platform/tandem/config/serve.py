@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.config import check
+from tandem.config.autoscaling import AutoscalingConfig
 from tandem.errors import ConfigError
+from tandem.settings import LONGEST_DRAIN_S
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,11 @@ class ServedModelConfig:
     engine: str = "vllm"
     """vllm, or echo (answers with the prompt; for tests of what surrounds an engine)."""
     replicas: int = 1
+    autoscaling: AutoscalingConfig | None = None
+    """Set: the number of replicas follows the load, in place of `replicas`."""
+    surge_percent: int = 100
+    """Replicas that a change may start beyond their number before the old ones end. 0 where there is no room for them: old
+    ones then end first, and a model with one replica is away while the new one starts."""
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     max_adapters: int = 8
@@ -57,6 +64,12 @@ class ServedModelConfig:
     def __post_init__(self) -> None:
         check.one_of("models[].engine", self.engine, ("vllm", "echo"))
         check.at_least("models[].replicas", self.replicas, 1)
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ConfigError(
+                f"models[].replicas is {self.replicas}, and autoscaling gives {self.autoscaling.min_replicas} to "
+                f"{self.autoscaling.max_replicas}. Leave out `replicas`, or set autoscaling.min_replicas and initial_replicas."
+            )
+        check.between("models[].surge_percent", self.surge_percent, 0, 100)
         check.at_least("models[].cpus_per_replica", self.cpus_per_replica, 0.0)
         check.at_least("models[].gpus_per_replica", self.gpus_per_replica, 0.0)
         check.at_least("models[].max_adapters", self.max_adapters, 0)
@@ -140,8 +153,13 @@ class ServeConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     app: str = "tandem"
     """Name of the Serve application."""
+    drain_timeout_s: float = 600.0
+    """How long streams may go on in a replica or gateway that is to end. An idle engine ends at once."""
+    version: str = ""
+    """Of the code, in any words: another one replaces every replica and gateway when the app is deployed again."""
 
     def __post_init__(self) -> None:
+        check.between("drain_timeout_s", self.drain_timeout_s, 0.0, LONGEST_DRAIN_S)
         names = [served.name or served.model for served in self.models]
         for name in names:
             if names.count(name) > 1:

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from tandem.config.serve import GatewayConfig, RouterConfig
 from tandem.gateway.catalog import Catalog
+from tandem.gateway.demand import DemandReport, Missed, Tell, Waiting
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
 from tandem.gateway.latency import Record, forget
@@ -31,24 +32,33 @@ def create_app(
     record: Record = forget,
     router: RouterConfig | None = None,
     admin: str | None = None,
+    tell: Tell | None = None,
+    waiting: Waiting | None = None,
 ) -> Starlette:
     """The app that answers for `models`.
 
-    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request.
+    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request, `tell`
+    how many requests wait for replicas of models that scale. `waiting` counts these by model id; None: those turned away lately.
     `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
-    fleet = Fleet(watch, Router(router, gateways=config.replicas))
+    missed = Missed()
+    fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models, missed=missed.note)
+    report = DemandReport(catalog.models, waiting or missed.waiting, tell) if tell else None
     proxy = Proxy(fleet, config, record)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         proxy.start()
-        fleet.start()
+        await fleet.start()
+        if report is not None:
+            report.start()
         try:
             yield
         finally:
+            if report is not None:
+                await report.stop()
             await fleet.stop()
             await proxy.stop()
             catalog.close()

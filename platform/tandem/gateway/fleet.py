@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 
 from tandem.serve.ask import Ask
-from tandem.serve.records import ReplicaRecord, Snapshot
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.serve.router import Router
 
 Watch = Callable[[int], Awaitable[Snapshot]]
@@ -20,20 +21,36 @@ SUSPECT_S = 3.0
 PAUSE_S = 0.05
 """How long a snapshot is good enough, at least."""
 
+FIRST_S = 5.0
+"""How long a new gateway waits to hear of the replicas before it takes requests."""
+
 
 class Fleet:
     """Keeps the router's snapshot fresh in the background, and tells it of this gateway's own requests."""
 
-    def __init__(self, watch: Watch, router: Router | None = None) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        router: Router | None = None,
+        *,
+        models: Iterable[ServedModel] = (),
+        missed: Callable[[str], None] = lambda base: None,
+    ) -> None:
+        """`models`: what is served, so that other versions of it are known; `missed` hears the base of what found no replica."""
         self._watch = watch
         self._router = router or Router()
+        self._deployments = {model.id: model.deployment for model in models}
+        self._missed = missed
         self._snapshot = Snapshot()
+        self._heard = asyncio.Event()
         self._suspects: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin to follow the directory."""
+    async def start(self) -> None:
+        """Begin to follow the directory, and wait until it has told of the replicas, but not for ever."""
         self._task = asyncio.create_task(self._follow())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._heard.wait(), FIRST_S)
 
     async def stop(self) -> None:
         """Stop following."""
@@ -51,8 +68,36 @@ class Fleet:
         """What the engines of a model do; empty as long as none has said."""
         return next((r.tasks for r in self._snapshot.replicas if r.base == base and r.tasks), ())
 
+    def ready(self, model: ServedModel) -> int:
+        """How many replicas answer for a model, of whichever version."""
+        return sum(
+            r.state == "ready" and (r.base == model.id or r.deployment == model.deployment)
+            for r in self._snapshot.replicas
+        )
+
+    def ready_bases(self) -> set[str]:
+        """The pools that have a ready replica."""
+        return {r.base for r in self._snapshot.replicas if r.state == "ready"}
+
     def choose(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
-        """The replica for a request, or None. A suspect is better than none: it may be back."""
+        """The replica for a request, or None. While a model changes, one of its other version is better than none."""
+        found = self._among(ask, avoid)
+        if found is None and not ask.pinned and ask.base in self._deployments:
+            for base in self._others(ask.base):
+                found = self._among(replace(ask, base=base), avoid)
+                if found is not None:
+                    return found
+        if found is None:
+            self._missed(ask.base)
+        return found
+
+    def _others(self, base: str) -> list[str]:
+        deployment = self._deployments[base]
+        found = {r.base for r in self._snapshot.replicas if r.deployment == deployment and r.base != base}
+        return sorted(found)
+
+    def _among(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
+        # A suspect is better than none: it may be back.
         if self._suspects:
             now = time.monotonic()
             self._suspects = {key: until for key, until in self._suspects.items() if until > now}
@@ -64,6 +109,7 @@ class Fleet:
     @contextlib.contextmanager
     def counting(self, ask: Ask, replica: ReplicaRecord) -> Iterator[None]:
         """Count a request as this gateway's own work on a replica."""
+        ask = _of(ask, replica)
         self._router.began(ask, replica.id)
         try:
             yield
@@ -76,13 +122,15 @@ class Fleet:
 
     def answered(self, ask: Ask, replica: ReplicaRecord) -> None:
         """A replica took a request, so it holds the adapter of it, whatever it last said."""
-        self._router.loaded(ask, replica.id)
+        self._router.loaded(_of(ask, replica), replica.id)
 
     async def _follow(self) -> None:
         while True:
             try:
-                self._snapshot = await self._watch(self._snapshot.version)
+                self._snapshot = completed(await self._watch(self._snapshot.version), self._snapshot)
                 self._router.update(self._snapshot)
+                if self._snapshot.whole or self._deployments.keys() <= self.ready_bases():
+                    self._heard.set()
                 # Changes that come in a burst are taken together: a large fleet's adapters change all the time.
                 await asyncio.sleep(PAUSE_S)
             except asyncio.CancelledError:
@@ -90,3 +138,15 @@ class Fleet:
             except Exception:  # noqa: BLE001 - whatever Ray raises
                 # The directory is being replaced: what is known stays good, connections find out the rest.
                 await asyncio.sleep(0.5)
+
+
+def completed(told: Snapshot, known: Snapshot) -> Snapshot:
+    """What a directory tells; if it has just begun to listen, with what was known before and it has not heard of yet. Pure."""
+    if told.whole:
+        return told
+    heard = {replica.id for replica in told.replicas}
+    return replace(told, replicas=(*told.replicas, *(r for r in known.replicas if r.id not in heard)))
+
+
+def _of(ask: Ask, replica: ReplicaRecord) -> Ask:
+    return ask if ask.base == replica.base else replace(ask, base=replica.base)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import aiohttp
+from pydantic_core import from_json, to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -44,6 +45,10 @@ class Call:
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
 
+    def body_for(self, base: str) -> bytes:
+        """The body for a replica of `base`: while a model changes, that may be another version than was meant."""
+        return self.body if base == self.ask.base else to_json({**from_json(self.body), "model": base})
+
 
 class Proxy:
     """The gateway's connections to all engines."""
@@ -70,6 +75,10 @@ class Proxy:
         if self._session is not None:
             await self._session.close()
 
+    def has(self, target: Target) -> bool:
+        """Whether a replica of just this target is ready."""
+        return target.pool in self._fleet.ready_bases()
+
     def forward(self, call: Call) -> Response:
         """The response that carries a call to a replica of its target when Starlette sends it."""
         return _Forwarded(self, call)
@@ -95,7 +104,7 @@ class Proxy:
                 attempt.enter_context(self._fleet.counting(call.ask, replica))
                 request = self._session.post(
                     replica.url + call.path,
-                    data=TimedBody(call.body, call.watch),
+                    data=TimedBody(call.body_for(replica.base), call.watch),
                     headers={**sent, TOKEN_HEADER: replica.token},
                 )
                 answer = await attempt.enter_async_context(request)

@@ -21,7 +21,8 @@ from tandem.serve.metrics import added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
-from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
+from tandem.serve.replica import EngineReplica, engine_spec
+from tandem.serve.scaling import engine_options, engine_version, gateway_options, version_of
 from tandem.settings import settings
 
 GATEWAY = "tandem.gateway.app"
@@ -48,38 +49,33 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         check_engine_args(
             *(engine_spec(pool, f"{where}.engine_args") for pool, where in held if pool.config.engine_args)
         )
-    directory = _deployment(Directory, "Directory", num_cpus=CONTROL_CPUS).bind()
+    # Of directories there must be one: the old one ends first, and gateways go on with what they know.
+    directory = _deployment(Directory, "Directory", version_of(config.version), num_cpus=CONTROL_CPUS).bind()
     engines = [
         _deployment(
             EngineReplica,
-            f"{'prefill' if pool.prefills else 'engine'}-{pool.name}",
+            pool.deployment,
+            engine_version(pool, config.version, registry_url, config.drain_timeout_s),
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
             env=pool.config.env,
-            num_replicas=pool.config.replicas,
             health_check_period_s=HEALTH_PERIOD_S,
-            graceful_shutdown_timeout_s=SHUTDOWN_S,
+            **engine_options(pool, config.drain_timeout_s),
             **placement.options(),
-        ).bind(pool, directory, registry_url)
+        ).bind(pool, directory, registry_url, config.drain_timeout_s)
         for (pool, _), placement in zip(held, placements, strict=True)
     ]
+    told = (tuple(models), config.gateway, registry_url, config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
         serve.ingress()(Gateway),
         "Gateway",
+        version_of(config.version, config.drain_timeout_s, *told),
         num_cpus=CONTROL_CPUS,
-        num_replicas=config.gateway.replicas,
         # The proxy's own sends then reach the socket without a second event loop in between.
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
+        **gateway_options(config.gateway.replicas, config.drain_timeout_s),
     )
-    return gateway.bind(
-        directory,
-        tuple(models),
-        config.gateway,
-        registry_url,
-        engines,
-        config.router,
-        fingerprint(settings().admin_token),
-    )
+    return gateway.bind(directory, engines, *told)
 
 
 class Gateway:
@@ -88,10 +84,10 @@ class Gateway:
     def __init__(
         self,
         directory: DeploymentHandle[Any],
+        engines: list[DeploymentHandle[Any]],
         models: tuple[ServedModel, ...],
         config: GatewayConfig,
         registry_url: str,
-        engines: list[DeploymentHandle[Any]],
         router: RouterConfig,
         admin: str | None = None,
     ) -> None:
@@ -113,10 +109,14 @@ class Gateway:
             record=added_latency(),
             router=self._router,
             admin=self._admin,
+            tell=self._tell,
         )
 
     async def _watch(self, version: int) -> Snapshot:
         return cast(Snapshot, await self._directory.watch.remote(version))
+
+    async def _tell(self, waiting: dict[str, int]) -> None:
+        await self._directory.demand.remote(serve.get_replica_context().replica_id.unique_id, waiting)
 
 
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
@@ -170,6 +170,7 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
 def _deployment(
     cls: Any,
     name: str,
+    version: str,
     *,
     num_cpus: float,
     num_gpus: float = 0.0,
@@ -179,7 +180,7 @@ def _deployment(
     resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     if env:
         resources["runtime_env"] = {"env_vars": env}
-    return cast(
+    deployment = cast(
         serve.Deployment,
         serve.deployment(
             cls,
@@ -191,3 +192,6 @@ def _deployment(
             **options,
         ),
     )
+    # Without it `serve.run` draws a new one each time, and replaces every replica of an app that is deployed again.
+    deployment._version = version
+    return deployment

@@ -43,6 +43,16 @@ class ServedModel:
         """What its replicas register as."""
         return prefill_pool(self.id) if self.prefills else self.id
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether it may be without replicas until somebody asks for it."""
+        return self.config.autoscaling is not None and self.config.autoscaling.min_replicas == 0
+
+    @property
+    def deployment(self) -> str:
+        """Serve's name for its replicas: the same for all its versions."""
+        return f"{'prefill' if self.prefills else 'engine'}-{self.name}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaRecord:
@@ -51,6 +61,8 @@ class ReplicaRecord:
     id: str
     base: str
     """Its pool: the id of the model that it holds, or what `prefill_pool` makes of it."""
+    deployment: str = ""
+    """Serve's name for what it is a replica of. Its replicas may be of several pools while a new version comes."""
     url: str
     """`http://host:port` of its engine."""
     token: str = field(repr=False)
@@ -85,6 +97,8 @@ class Snapshot:
 
     version: int = 0
     """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
+    whole: bool = True
+    """False as long as the directory has just begun to listen: replicas that it does not name may be there."""
     replicas: tuple[ReplicaRecord, ...] = ()
 
 

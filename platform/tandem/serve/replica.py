@@ -30,21 +30,26 @@ from tandem.serve.records import ReplicaRecord, ServedModel, State
 from tandem.serve.startup import Startup
 from tandem.settings import export
 
-DRAIN_S = 30.0
-"""How long running requests may go on when a replica is asked to end."""
-SHUTDOWN_S = DRAIN_S + 15.0
+STOP_S = 15.0
+"""How long an engine may take to end once it is idle."""
+LINGER_S = 0.5
+"""How long a replica that is to end takes what gateways send before they have heard of it."""
 
 
 class EngineReplica:
     """Holds one engine. `directory` is the handle of the app's directory."""
 
     # Serve awaits an asynchronous constructor.
-    async def __init__(self, model: ServedModel, directory: Any, registry_url: str | None = None) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, model: ServedModel, directory: Any, registry_url: str | None = None, drain_timeout_s: float = 30.0
+    ) -> None:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._started_at, startup = time.time(), Startup()
         startup.done("process")
         self._model = model
         self._directory = directory
+        self._drain_timeout_s = drain_timeout_s
+        self._held = 0
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._changed = asyncio.Event()
@@ -78,12 +83,28 @@ class EngineReplica:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the model scales; what `autoscale.EnginePolicy` reads."""
+        stats = self._host.stats()
+        return {
+            "waiting": stats.waiting + self._host.waiting,
+            "running": stats.running,
+            "kv_usage": stats.kv_usage,
+            "ttft_s": stats.ttft_s,
+            "slots": stats.slots,
+            "held": self._held,
+        }
+
+    def woken(self) -> None:
+        """Called when a request found no replica; that this can be answered is the answer."""
+
     def record(self) -> ReplicaRecord:
         """What the directory is told."""
         stats = self._host.stats()
         return ReplicaRecord(
             id=self._id,
             base=self._model.pool,
+            deployment=self._model.deployment,
             url=self._host.url,
             token=self._host.token,
             state=self._state if self._host.alive else "dead",
@@ -107,7 +128,8 @@ class EngineReplica:
         self._state = "draining"
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._tell(), 2.0)
-        await self._host.drain(DRAIN_S)
+        await asyncio.sleep(LINGER_S)
+        await self._host.drain(self._drain_timeout_s)
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
         self._reaper.close()
@@ -129,7 +151,7 @@ class EngineReplica:
             self._host.keep(wanted)
 
     async def _tell(self) -> None:
-        await self._directory.heartbeat.remote(self.record())
+        self._held = await self._directory.heartbeat.remote(self.record())
 
 
 async def _answer(response: Any) -> Any:
