@@ -12,7 +12,7 @@ from ray.serve.schema import LoggingConfig
 
 from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
-from tandem.errors import ConfigError, RegistryError, did_you_mean
+from tandem.errors import ConfigError, EngineError, RegistryError, did_you_mean
 from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
@@ -23,8 +23,11 @@ from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import EngineReplica, engine_spec
 from tandem.serve.scaling import engine_options, engine_version, gateway_options, version_of
+from tandem.serve.sigterm import AskedToEnd
 from tandem.settings import settings
 
+GATEWAY_NAME = "Gateway"
+"""Serve's name of the ingress."""
 GATEWAY = "tandem.gateway.app"
 """Imported in the gateway's replica only: the gateway stands above this layer, and starts without what is here."""
 HEALTH_PERIOD_S = 2.0
@@ -68,9 +71,10 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     told = (tuple(models), config.gateway, registry_url, config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
         serve.ingress()(Gateway),
-        "Gateway",
+        GATEWAY_NAME,
         version_of(config.version, config.drain_timeout_s, *told),
         num_cpus=CONTROL_CPUS,
+        health_check_period_s=HEALTH_PERIOD_S,
         # The proxy's own sends then reach the socket without a second event loop in between.
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
         **gateway_options(config.gateway.replicas, config.drain_timeout_s),
@@ -91,6 +95,7 @@ class Gateway:
         router: RouterConfig,
         admin: str | None = None,
     ) -> None:
+        self._asked_to_end = AskedToEnd()
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
         self._models = models
@@ -111,6 +116,11 @@ class Gateway:
             admin=self._admin,
             tell=self._tell,
         )
+
+    def check_health(self) -> None:
+        """Called by Serve; raising makes it replace this gateway, which first stays reachable and then drains."""
+        if self._asked_to_end.asked:
+            raise EngineError("This gateway was asked to end (SIGTERM).")
 
     async def _watch(self, version: int) -> Snapshot:
         return cast(Snapshot, await self._directory.watch.remote(version))

@@ -27,6 +27,7 @@ from tandem.serve.host import EngineHost
 from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place, workers
 from tandem.serve.records import ReplicaRecord, ServedModel, State
+from tandem.serve.sigterm import AskedToEnd
 from tandem.serve.startup import Startup
 from tandem.settings import export
 
@@ -54,6 +55,7 @@ class EngineReplica:
         self._state: State = "ready"
         self._changed = asyncio.Event()
         self._reaper = Reaper.of_children()
+        self._asked_to_end = AskedToEnd()
         loop = asyncio.get_running_loop()
         _check_placement(model)
         host = ray.util.get_node_ip_address()
@@ -78,7 +80,9 @@ class EngineReplica:
         self._beats = asyncio.create_task(self._beat())
 
     def check_health(self) -> None:
-        """Called by Serve; raising makes it replace this replica."""
+        """Called by Serve; raising makes it replace this replica, which drains."""
+        if self._asked_to_end.asked:
+            raise EngineError(f"A replica of {self._model.id} was asked to end (SIGTERM).")
         if not self._host.alive:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")
