@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -185,7 +186,7 @@ class Simulation:
     def turns(self) -> int:
         """How often the number went the other way than before."""
         steps = [b - a for a, b in zip(self.targets, self.targets[1:], strict=False) if a != b]
-        return sum((a > 0) != (b > 0) for a, b in zip(steps, steps[1:], strict=False))
+        return sum((a > 0) != (b > 0) for a, b in itertools.pairwise(steps))
 
 
 def test_a_burst_is_met_within_two_changes_and_ends_where_it_began() -> None:
