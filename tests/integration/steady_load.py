@@ -23,7 +23,7 @@ class SteadyLoad:
     happens when. `whole` says whether a text is the right one; an echo's is the prompt.
     """
 
-    def __init__(self, url: str, model: str, *, words: int = 40, tokens: dict[str, Any] | None = None) -> None:
+    def __init__(self, url: str, model: str, *, words: int = 20, tokens: dict[str, Any] | None = None) -> None:
         self._url = url
         self._model = model
         self._words = words
