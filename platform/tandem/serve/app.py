@@ -68,18 +68,19 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         ).bind(pool, directory, registry_url, config.drain_timeout_s)
         for (pool, _), placement in zip(held, placements, strict=True)
     ]
-    told = (tuple(models), config.gateway, registry_url, config.router, fingerprint(settings().admin_token))
+    told = (tuple(models), config.gateway, registry_url)
+    more = (config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
         serve.ingress()(Gateway),
         GATEWAY_NAME,
-        version_of(config.version, config.drain_timeout_s, *told),
+        version_of(config.version, *told, *more),
         num_cpus=CONTROL_CPUS,
         health_check_period_s=HEALTH_PERIOD_S,
         # The proxy's own sends then reach the socket without a second event loop in between.
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
         **gateway_options(config.gateway.replicas, config.drain_timeout_s),
     )
-    return gateway.bind(directory, engines, *told)
+    return gateway.bind(directory, *told, engines, *more)
 
 
 class Gateway:
@@ -88,10 +89,10 @@ class Gateway:
     def __init__(
         self,
         directory: DeploymentHandle[Any],
-        engines: list[DeploymentHandle[Any]],
         models: tuple[ServedModel, ...],
         config: GatewayConfig,
         registry_url: str,
+        engines: list[DeploymentHandle[Any]],
         router: RouterConfig,
         admin: str | None = None,
     ) -> None:
