@@ -131,12 +131,12 @@ class Sampler:
                 found = directory.watch.remote(0).result(timeout_s=5).replicas
                 states = serve.status().applications[APP].deployments[f"engine-{MODEL}"].replica_states
                 ready = [r for r in found if r.state == "ready"]
-                coming = {str(state): count for state, count in states.items() if str(state) != "STOPPING"}
+                coming = [count for state, count in states.items() if getattr(state, "value", state) != "STOPPING"]
                 self.samples.append(
                     {
                         "at": time.time(),
                         "ready": len(ready),
-                        "wanted": sum(coming.values()),
+                        "wanted": sum(coming),
                         "running": sum(r.running for r in found),
                         "waiting": sum(r.waiting for r in found),
                     }

@@ -39,7 +39,9 @@ class Fleet:
         """`models`: what is served, so that other versions of it are known; `missed` hears the base of what found no replica."""
         self._watch = watch
         self._router = router or Router()
+        models = tuple(models)
         self._deployments = {model.id: model.deployment for model in models}
+        self._awake = {model.id for model in models if not model.sleeps}
         self._missed = missed
         self._snapshot = Snapshot()
         self._heard = asyncio.Event()
@@ -129,7 +131,7 @@ class Fleet:
             try:
                 self._snapshot = completed(await self._watch(self._snapshot.version), self._snapshot)
                 self._router.update(self._snapshot)
-                if self._snapshot.whole or self._deployments.keys() <= self.ready_bases():
+                if self._snapshot.whole or self._awake <= self.ready_bases():
                     self._heard.set()
                 # Changes that come in a burst are taken together: a large fleet's adapters change all the time.
                 await asyncio.sleep(PAUSE_S)

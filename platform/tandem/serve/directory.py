@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ HEARTBEAT_S = 1.0
 """How often a replica speaks, and a gateway hears of loads; changes travel at once."""
 SILENCE_S = 10.0
 """How long a replica may be silent before it is dropped."""
-LISTENING_S = 3 * HEARTBEAT_S
+LISTENING_S = SILENCE_S
 """How long a new directory listens before it takes what it has not heard of for gone."""
 DEMAND_S = 3 * HEARTBEAT_S
 """How long what a gateway said of its demand is good."""
@@ -142,8 +143,15 @@ async def call_through_serve(deployment: str) -> None:
     """Call a replica. Where there is none the call waits, and Serve starts one for it if autoscaling allows."""
     from ray import serve
 
-    app = serve.get_replica_context().app_name
-    await serve.get_deployment_handle(deployment, app).woken.remote()
+    await _handle(deployment, serve.get_replica_context().app_name).woken.remote()
+
+
+@functools.cache
+def _handle(deployment: str, app: str) -> Any:
+    # Each has a router of its own, with threads: one is enough.
+    from ray import serve
+
+    return serve.get_deployment_handle(deployment, app)
 
 
 def _lasting(record: ReplicaRecord) -> ReplicaRecord:

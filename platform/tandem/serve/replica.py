@@ -77,6 +77,9 @@ class EngineReplica:
         self._startup = tuple(startup.phases.items())
         adapts = registry_url is not None and model.config.max_adapters > 0
         self._pins = Pins(model.id, lambda: Registry(str(registry_url))) if adapts else None
+        # An old replica ends when Serve knows of this one: gateways must know of it by then.
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._tell(), 2.0)
         self._beats = asyncio.create_task(self._beat())
 
     def check_health(self) -> None:

@@ -6,17 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import httpx
 import pytest
 from pydantic_core import from_json
 
 from tandem.config import AutoscalingConfig, ServedModelConfig
 from tandem.gateway import demand
+from tandem.gateway.app import create_app
 from tandem.gateway.catalog import Target
 from tandem.gateway.demand import DemandReport, Missed
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.fleet import Fleet, completed
 from tandem.gateway.proxy import Call
+from tandem.registry import Registry
 from tandem.serve.ask import Ask
 from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
 
@@ -146,3 +150,22 @@ def test_requests_that_found_no_replica_count_until_their_clients_have_come_back
     assert missed.waiting() == {"base@2": 1}
     now[0] += demand.MISSED_S
     assert missed.waiting() == {}
+
+
+async def test_a_model_that_may_sleep_is_well_without_replicas_and_no_other(tmp_path: Path) -> None:
+    async def watch(version: int) -> Snapshot:
+        await asyncio.sleep(0.01)
+        return Snapshot(version=1)
+
+    for served, status in ((SLEEPER, 200), (NEW, 503)):
+        app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{tmp_path}/tandem.db"))
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://g") as http,
+        ):
+            health = await http.get("/health")
+            assert (health.status_code, health.json()["ready_replicas"]) == (status, {"base": 0})
+            assert [card["id"] for card in (await http.get("/v1/models")).json()["data"]] == ["base"]
+            asked = await http.post("/v1/completions", json={"model": "base", "prompt": "a"})
+            assert asked.status_code == 503 and int(asked.headers["retry-after"]) > 0
