@@ -39,6 +39,13 @@ class ServedModelConfig:
     engine: str = "vllm"
     """vllm, or echo (answers with the prompt; for tests of what surrounds an engine)."""
     replicas: int = 1
+    requests_per_replica: int | None = None
+    """Requests in flight at one replica, at most; more wait at the gateways, by priority. Unset: what its engine generates at once
+    (vLLM's `max_num_seqs`) and a quarter more, which waits inside it."""
+    max_queued: int = 1000
+    """Requests that may wait at the gateways, all together, for room or for a replica; beyond it they get 429 with Retry-After."""
+    hold_s: float = 30.0
+    """How long a request waits for a replica while none is ready, before it gets 503 with Retry-After."""
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     max_adapters: int = 8
@@ -57,6 +64,10 @@ class ServedModelConfig:
     def __post_init__(self) -> None:
         check.one_of("models[].engine", self.engine, ("vllm", "echo"))
         check.at_least("models[].replicas", self.replicas, 1)
+        if self.requests_per_replica is not None:
+            check.at_least("models[].requests_per_replica", self.requests_per_replica, 1)
+        check.at_least("models[].max_queued", self.max_queued, 0)
+        check.at_least("models[].hold_s", self.hold_s, 0.0)
         check.at_least("models[].cpus_per_replica", self.cpus_per_replica, 0.0)
         check.at_least("models[].gpus_per_replica", self.gpus_per_replica, 0.0)
         check.at_least("models[].max_adapters", self.max_adapters, 0)
@@ -82,8 +93,10 @@ class GatewayConfig:
     """How long a connection to an engine may take before another replica is tried."""
     request_timeout_s: float = 600.0
     """How long an engine may stay silent on one request."""
+    client_stall_s: float = 60.0
+    """How long a client may take nothing of its answer, once all buffers on the way are full; then it is cut off, and its engine free."""
     retry_after_s: int = 5
-    """What a 503 tells the client to wait."""
+    """What a 503 tells the client to wait, and a 429 as long as nothing better is known."""
     max_body_bytes: int = 16 * 2**20
     """Largest request body; a larger one gets 413."""
 
@@ -91,6 +104,7 @@ class GatewayConfig:
         check.at_least("gateway.replicas", self.replicas, 1)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
         check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
+        check.at_least("gateway.client_stall_s", self.client_stall_s, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,6 +28,8 @@ class EngineStats:
     """Requests being generated."""
     waiting: int = 0
     """Requests admitted but not started."""
+    max_running: int = 0
+    """Requests that it generates at once, at most; 0: any number."""
     kv_usage: float = 0.0
     """Share of the KV cache in use, 0 to 1."""
     adapters: tuple[str, ...] = ()

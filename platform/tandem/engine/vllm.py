@@ -101,6 +101,7 @@ class VllmEngine:
         return EngineStats(
             running=running,
             waiting=unfinished - running,
+            max_running=self._config.scheduler_config.max_num_seqs * self._config.parallel_config.data_parallel_size,
             kv_usage=self._load.kv_usage if unfinished else 0.0,
             adapters=self._adapters,
             tasks=self._tasks,

@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from tandem.config.serve import GatewayConfig, RouterConfig
+from tandem.gateway.admission import Admission, Meter
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
@@ -31,16 +32,19 @@ def create_app(
     record: Record = forget,
     router: RouterConfig | None = None,
     admin: str | None = None,
+    meter: Meter | None = None,
 ) -> Starlette:
     """The app that answers for `models`.
 
-    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request.
+    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request, and
+    `meter` how many wait. `app.state.admission` is what they wait in.
     `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
     fleet = Fleet(watch, Router(router, gateways=config.replicas))
-    proxy = Proxy(fleet, config, record)
+    admission = Admission(catalog.models, fleet, config, meter)
+    proxy = Proxy(fleet, admission, config, record)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -67,4 +71,5 @@ def create_app(
     )
     # A path that only looks like a route is not there, rather than somewhere else.
     app.router.redirect_slashes = False
+    app.state.admission = admission
     return app

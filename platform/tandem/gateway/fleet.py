@@ -29,6 +29,7 @@ class Fleet:
         self._router = router or Router()
         self._snapshot = Snapshot()
         self._suspects: dict[str, float] = {}
+        self._listeners: list[Callable[[], None]] = []
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -42,6 +43,10 @@ class Fleet:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have it called whenever there is news of the replicas, about once a second at least."""
+        self._listeners.append(listener)
+
     @property
     def replicas(self) -> tuple[ReplicaRecord, ...]:
         """All that are known."""
@@ -50,6 +55,17 @@ class Fleet:
     def tasks(self, base: str) -> tuple[str, ...]:
         """What the engines of a model do; empty as long as none has said."""
         return next((r.tasks for r in self._snapshot.replicas if r.base == base and r.tasks), ())
+
+    def ready(self, base: str, *, suspects: bool) -> list[ReplicaRecord]:
+        """The replicas of a model that take requests; where none but `suspects` is left, those, or none of them."""
+        now = time.monotonic()
+        found = [r for r in self._snapshot.replicas if r.base == base and r.state == "ready"]
+        trusted = [r for r in found if self._suspects.get(r.id, 0.0) <= now]
+        return found if suspects and not trusted else trusted
+
+    def carried(self, base: str, but: Collection[ReplicaRecord]) -> int:
+        """This gateway's own requests in flight at replicas of a model other than these."""
+        return self._router.carried(base, {r.id for r in but})
 
     def choose(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
         """The replica for a request, or None. A suspect is better than none: it may be back."""
@@ -73,16 +89,25 @@ class Fleet:
     def suspect(self, replica: ReplicaRecord) -> None:
         """Leave a replica out for a while."""
         self._suspects[replica.id] = time.monotonic() + SUSPECT_S
+        asyncio.get_running_loop().call_later(SUSPECT_S + PAUSE_S, self._tell)
+        self._tell()
 
     def answered(self, ask: Ask, replica: ReplicaRecord) -> None:
         """A replica took a request, so it holds the adapter of it, whatever it last said."""
         self._router.loaded(ask, replica.id)
+        if self._suspects.pop(replica.id, None) is not None:
+            self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     async def _follow(self) -> None:
         while True:
             try:
                 self._snapshot = await self._watch(self._snapshot.version)
                 self._router.update(self._snapshot)
+                self._tell()
                 # Changes that come in a burst are taken together: a large fleet's adapters change all the time.
                 await asyncio.sleep(PAUSE_S)
             except asyncio.CancelledError:

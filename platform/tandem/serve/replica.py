@@ -89,6 +89,7 @@ class EngineReplica:
             state=self._state if self._host.alive else "dead",
             running=stats.running,
             waiting=stats.waiting + self._host.waiting,
+            max_running=stats.max_running,
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
             slots=self._host.in_slots,
