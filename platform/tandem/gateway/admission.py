@@ -88,7 +88,7 @@ class Admission:
         """The queue of a model."""
         return self._queues[model.id]
 
-    async def sleep(self, model: ServedModel, queue: Queue, ticket: Ticket) -> Outcome:
+    async def sleep(self, queue: Queue, ticket: Ticket) -> Outcome:
         """Until it is the turn of one that waits, or it has waited long enough. Cancelled, it waits no longer."""
         told: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._told[ticket] = told
@@ -182,22 +182,22 @@ class Place:
         self._light = light
         self._held = False
 
-    async def take(self) -> None:
-        """Wait for the call's turn. Raises ApiError where it does not come: 429, 503 or 504."""
+    async def take(self) -> float:
+        """Wait for the call's turn; the seconds that it took. Raises ApiError where it does not come: 429, 503 or 504."""
         if self._light and self._queue.limit != 0:
-            return
+            return 0.0
         outcome, displaced = self._queue.enter(self._ticket, time.monotonic())
         if displaced is not None:
             self._admission.tell(self._queue, displaced, Outcome.DISPLACED)
-        await self._follow(outcome)
+        return await self._follow(outcome)
 
-    async def take_again(self, reason: NoReplica) -> None:
-        """Wait once more, for at most the rest of `hold_s`, because no replica has begun with the call; else raise `reason`."""
+    async def take_again(self, reason: NoReplica) -> float:
+        """The same once more, in the rest of `hold_s`, if no replica has begun with the call; else it raises `reason`."""
         if reason.begun or time.monotonic() - self._ticket.wish.arrived >= self._queue.hold_s:
             raise reason
         self.leave()
         await asyncio.sleep(AGAIN_S)
-        await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
+        return AGAIN_S + await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
 
     def leave(self) -> None:
         """The call is over."""
@@ -205,12 +205,16 @@ class Place:
             self._held = False
             self._admission.ended(self._queue, self._ticket, whole=self.whole)
 
-    async def _follow(self, outcome: Outcome) -> None:
+    async def _follow(self, outcome: Outcome) -> float:
+        waited_s = 0.0
         if outcome is Outcome.WAIT:
-            outcome = await self._admission.sleep(self._model, self._queue, self._ticket)
+            began = time.monotonic()
+            outcome = await self._admission.sleep(self._queue, self._ticket)
+            waited_s = time.monotonic() - began
         if outcome is not Outcome.START:
             raise self._admission.refusal(self._model, self._ticket.wish, outcome)
         self._held = True
+        return waited_s
 
 
 def most_at(replica: ReplicaRecord, configured: int | None) -> int | None:
