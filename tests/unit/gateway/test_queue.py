@@ -247,6 +247,7 @@ def test_whatever_happens_no_more_run_than_may_and_nobody_is_lost(steps: list[tu
                 waiting.remove(displaced)
             if outcome in (Outcome.START, Outcome.WAIT):
                 (running if outcome is Outcome.START else waiting).append(ticket)
+            assert outcome is not Outcome.START or q.running <= (q.limit or 0)
         elif what == "e" and running:
             q.ended(running.pop(number % len(running)), now, whole=True)
         elif what == "l" and waiting:
