@@ -40,10 +40,10 @@ class ServedModelConfig:
     """vllm, or echo (answers with the prompt; for tests of what surrounds an engine)."""
     replicas: int = 1
     requests_per_replica: int | None = None
-    """Requests in flight at one replica, at most; more wait at the gateways, by priority. Unset: what its engine generates at once
-    (vLLM's `max_num_seqs`) and a quarter more, which waits inside it."""
+    """Requests in flight at one replica, at most; more wait at the gateways, by priority. Unset: what its engine generates at
+    once (vLLM's `max_num_seqs`), and a quarter more, which waits inside it."""
     max_queued: int = 1000
-    """Requests that may wait at the gateways, all together, for room or for a replica; beyond it they get 429 with Retry-After."""
+    """Requests that may wait at all gateways together, for room or for a replica; what is beyond gets 429 with Retry-After."""
     hold_s: float = 30.0
     """How long a request waits for a replica while none is ready, before it gets 503 with Retry-After."""
     cpus_per_replica: float = 1.0
@@ -94,9 +94,9 @@ class GatewayConfig:
     request_timeout_s: float = 600.0
     """How long an engine may stay silent on one request."""
     client_stall_s: float = 60.0
-    """How long a client may take nothing of its answer, once all buffers on the way are full; then it is cut off, and its engine free."""
+    """How long a client may take nothing of its answer, once all buffers on the way are full, before it is cut off."""
     retry_after_s: int = 5
-    """What a 503 tells the client to wait, and a 429 as long as nothing better is known."""
+    """What a 503 tells the client to wait, and a 429 as long as the queue's pace is not known."""
     max_body_bytes: int = 16 * 2**20
     """Largest request body; a larger one gets 413."""
 

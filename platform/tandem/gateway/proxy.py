@@ -60,9 +60,7 @@ Prepare = Callable[[Call], Awaitable[Call]]
 class Proxy:
     """The gateway's connections to all engines."""
 
-    def __init__(
-        self, fleet: Fleet, admission: Admission, config: GatewayConfig, record: Record = forget
-    ) -> None:
+    def __init__(self, fleet: Fleet, admission: Admission, config: GatewayConfig, record: Record = forget) -> None:
         self.admission = admission
         self.record = record
         self.under_way: set[_Forwarded] = set()

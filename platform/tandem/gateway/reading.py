@@ -45,7 +45,9 @@ def take_wish(body: dict[str, Any], headers: Mapping[str, str], arrived: float, 
     if priority is None:
         priority = 0
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
-        raise ApiError(400, f"`priority` is {priority!r}; it must be a whole number, lower is sooner.", param="priority")
+        raise ApiError(
+            400, f"`priority` is {priority!r}; it must be a whole number, lower is sooner.", param="priority"
+        )
     if pass_on:
         body["priority"] = priority
     timeout_s = body.pop("timeout", None)

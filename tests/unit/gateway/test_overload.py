@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -262,11 +261,11 @@ async def test_clients_that_do_not_read_grow_neither_the_gateway_nor_its_engines
     engine = EchoEngine(("base",))
     host = EngineHost(engine, max_adapters=0)
     await host.start()
-    gateway = subprocess.Popen(
-        [sys.executable, "-c", GATEWAY, host.url, host.token, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    gateway = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", GATEWAY, host.url, host.token, str(tmp_path), stdout=asyncio.subprocess.PIPE
     )
     assert gateway.stdout is not None
-    port = int(await asyncio.to_thread(gateway.stdout.readline))
+    port = int(await gateway.stdout.readline())
     clients = []
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
@@ -290,15 +289,15 @@ async def test_clients_that_do_not_read_grow_neither_the_gateway_nor_its_engines
         for client in clients:
             client.close()
         gateway.terminate()
-        gateway.wait(20)
+        await gateway.wait()
         await host.drain(0)
 
 
 def large_request() -> bytes:
     """A request for a stream of `ANSWER_MB`, in events of 4 KiB."""
-    body = (
-        b'{"model": "base", "prompt": "%s", "stream": true, "ignore_eos": true, "max_tokens": %d}'
-        % (b"x" * 4096, ANSWER_MB * 256)
+    body = b'{"model": "base", "prompt": "%s", "stream": true, "ignore_eos": true, "max_tokens": %d}' % (
+        b"x" * 4096,
+        ANSWER_MB * 256,
     )
     return b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
         ROUTE.encode(),

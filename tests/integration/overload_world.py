@@ -94,9 +94,7 @@ async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **m
         return await watched[0].watch(version)
 
     served = ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base", **model))
-    app = create_app(
-        models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"), config=gateway
-    )
+    app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"), config=gateway)
     sock = socket.create_server(("127.0.0.1", 0))
     http = httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20, limits=httpx.Limits(max_connections=None)
