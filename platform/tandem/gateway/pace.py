@@ -10,6 +10,8 @@ import math
 
 MEMORY_S = 10.0
 """Time of waiting after which what was measured before counts for a third."""
+LEAST_SEEN = 4
+"""Ends that a rate is made of, at least."""
 RISE, FALL = 1.18, 0.98
 """Steps by which the time of a kind follows what is seen: it rests where one of about ten takes longer."""
 
@@ -19,6 +21,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._takes_s: dict[int, float] = {}
+        self._seen = 0
         self._ended = 0.0
         self._seconds = 0.0
         self._since: float | None = None
@@ -26,7 +29,7 @@ class Pace:
     @property
     def rate(self) -> float | None:
         """Requests that end in a second when as many are in flight as may be; None: not known."""
-        return self._ended / self._seconds if self._seconds > 0.0 else None
+        return self._ended / self._seconds if self._seen >= LEAST_SEEN and self._seconds > 0.0 else None
 
     def takes_s(self, kind: int) -> float:
         """Seconds that nine of ten answers of a kind take at most; 0: not known."""
@@ -60,4 +63,5 @@ class Pace:
             kept = math.exp(-passed / MEMORY_S)
             self._ended = self._ended * kept + 1.0
             self._seconds = self._seconds * kept + passed
+            self._seen += 1
             self._since = now

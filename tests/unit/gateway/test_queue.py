@@ -109,9 +109,9 @@ def test_expired_work_is_not_started() -> None:
     assert q.overdue(4.9) == []
     q.ended(running, 5.0, whole=True)
     assert list(q.due(5.0)) == [(short, Outcome.EXPIRED), (patient, Outcome.START)]
-    late = ask(start_by=8.0)
-    enter(q, late, 6.0)
-    assert q.overdue(8.0) == [(late, Outcome.EXPIRED)] and len(q) == 0
+    late = ask(start_by=12.0)
+    assert enter(q, late, 6.0) is Outcome.WAIT
+    assert q.overdue(12.0) == [(late, Outcome.EXPIRED)] and len(q) == 0
 
 
 def test_what_cannot_be_answered_in_the_time_left_is_not_started_and_shorter_kinds_are() -> None:
