@@ -37,7 +37,7 @@ class Meter(Protocol):
         ...
 
     def refused(self, model: str, outcome: str) -> None:
-        """A request was not started; `outcome` is one of queue.Outcome's."""
+        """A request was not started, by one of queue.Outcome's; or it was, and is `late`."""
         ...
 
 
@@ -59,7 +59,7 @@ class Admission:
     ) -> None:
         self._fleet = fleet
         self._config = config
-        self._meter = meter or Unmetered()
+        self.meter = meter or Unmetered()
         self._models = {model.id: model for model in models}
         self._queues = {
             model.id: Queue(most=math.ceil(model.config.max_queued / config.replicas), hold_s=model.config.hold_s)
@@ -82,7 +82,7 @@ class Admission:
         for name, queue in self._queues.items():
             queue.set_limit(self._limit(self._models[name]))
             self.serve(queue)
-            self._meter.load(name, queue.running, len(queue))
+            self.meter.load(name, queue.running, len(queue))
 
     def queue(self, model: ServedModel) -> Queue:
         """The queue of a model."""
@@ -125,7 +125,7 @@ class Admission:
 
     def refusal(self, model: ServedModel, wish: Wish, outcome: Outcome) -> ApiError:
         """What a client is told whose request was not started."""
-        self._meter.refused(model.id, outcome.value)
+        self.meter.refused(model.id, outcome.value)
         queue, name = self._queues[model.id], model.name
         if outcome is Outcome.UNSERVED:
             waited = f" within {queue.hold_s:g} s" if queue.hold_s else ""
@@ -180,6 +180,7 @@ class Place:
         self._queue = admission.queue(model)
         self._ticket = Ticket(wish)
         self._light = light
+        self._began = False
         self._held = False
 
     async def take(self) -> float:
@@ -205,6 +206,13 @@ class Place:
             self._held = False
             self._admission.ended(self._queue, self._ticket, whole=self.whole)
 
+    def late(self) -> ApiError:
+        """What a client is told whose time is over."""
+        if self._began:
+            self._admission.meter.refused(self._model.id, "late")
+            return expired(f"The answer of {self._model.name} was not whole in time")
+        return self._admission.refusal(self._model, self._ticket.wish, Outcome.EXPIRED)
+
     async def _follow(self, outcome: Outcome) -> float:
         waited_s = 0.0
         if outcome is Outcome.WAIT:
@@ -213,7 +221,7 @@ class Place:
             waited_s = time.monotonic() - began
         if outcome is not Outcome.START:
             raise self._admission.refusal(self._model, self._ticket.wish, outcome)
-        self._held = True
+        self._began = self._held = True
         return waited_s
 
 

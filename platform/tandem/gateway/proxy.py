@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tandem.config.serve import GatewayConfig
-from tandem.gateway.admission import Admission, expired
+from tandem.gateway.admission import Admission
 from tandem.gateway.catalog import Target
 from tandem.gateway.dialect import BROKEN, Dialect, amended
 from tandem.gateway.errors import NoReplica, from_engine, no_replica, request_id
@@ -200,7 +200,7 @@ class _Forwarded(Response):
             self._copying.cancel()
 
     async def _say_expired(self, scope: Scope, send: Send) -> None:
-        error = expired(f"The answer of {self._call.target.base.name} was not whole in time")
+        error = self._place.late()
         if self._streamed is None:
             raise error
         if not self._streamed:

@@ -40,7 +40,7 @@ class QueueMeter:
         )
         self._refused = Counter(
             "tandem_gateway_refused_requests",
-            description="Requests that a gateway did not start, by the reason: full, displaced, hopeless, expired, unserved.",
+            description="Requests that were not answered, by the reason: full, displaced, hopeless, expired, unserved, late.",
             tag_keys=("model", "reason"),
         )
 
@@ -50,5 +50,5 @@ class QueueMeter:
         self._waiting.set(waiting, {"model": model})
 
     def refused(self, model: str, outcome: str) -> None:
-        """A request was not started."""
+        """A request was not started, or not ended in time."""
         self._refused.inc(1, {"model": model, "reason": outcome})
