@@ -186,7 +186,10 @@ class _Forwarded(Response):
                 copying.result()
             elif not leaving.done():
                 await _ended(copying)
-                await self._say_expired(scope, send)
+                if copying.cancelled():
+                    await self._say_expired(scope, send)
+                else:  # it ended in the very moment
+                    copying.result()
         finally:
             # Also when Serve cancels us: whatever ends this request closes the engine's connection.
             self._proxy.under_way.discard(self)
