@@ -188,7 +188,7 @@ def served(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Served:
     for name in ("red", "blue"):
         registry.register_adapter(name, adapters[name], base="tiny")
     tiny = ServedModelConfig(
-        model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1, engine_args=TOOLS_AND_SCHEMAS
+        model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1, engine_args=TOOLS_AND_SCHEMAS, hold_s=10.0
     )
     config = ServeConfig(models=(tiny,), app=result.app)
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 import uuid
@@ -25,7 +26,8 @@ TASKS = ("generate", "embed", "score")
 
 
 class EchoEngine:
-    """Answers completions and chat with the prompt's words, one for each token, `delay_s` apart.
+    """Answers completions and chat with the prompt's words, one for each token, `delay_s` apart; with `ignore_eos` it says them
+    again and again until there are `max_tokens`.
 
     Every other route is answered with the request itself, as it came.
     """
@@ -105,7 +107,7 @@ class EchoEngine:
             running=self._running,
             waiting=self._waiting,
             ttft_s=self._first_tokens.most(time.monotonic()),
-            slots=self._slots,
+            max_running=self._slots,
             adapters=tuple(self._adapters),
             tasks=self._tasks,
             healthy=self._healthy,
@@ -152,7 +154,8 @@ class EchoEngine:
         if len(words) > self._max_length:
             return _error(400, f"The prompt has {len(words)} tokens; the model takes {self._max_length}.", None)
         limit = body.get("max_tokens") or body.get("max_completion_tokens") or len(words)
-        tokens = [word if i == 0 else f" {word}" for i, word in enumerate(words[: int(limit)])]
+        said = itertools.islice(itertools.cycle(words) if body.get("ignore_eos") else words, int(limit))
+        tokens = [word if i == 0 else f" {word}" for i, word in enumerate(said)]
         if not self._healthy:
             return _error(500, "The engine is dead.", None)
         head = {

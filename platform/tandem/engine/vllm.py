@@ -102,9 +102,9 @@ class VllmEngine:
         return EngineStats(
             running=running,
             waiting=unfinished - running,
+            max_running=self._config.scheduler_config.max_num_seqs * self._config.parallel_config.data_parallel_size,
             kv_usage=self._load.kv_usage if unfinished else 0.0,
             ttft_s=self._load.first_tokens.most(time.monotonic()),
-            slots=self._config.scheduler_config.max_num_seqs * self._config.parallel_config.data_parallel_size,
             adapters=self._adapters,
             tasks=self._tasks,
             healthy=not self._llm.errored,

@@ -9,8 +9,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from tandem.config.serve import GatewayConfig, RouterConfig
+from tandem.gateway.admission import Admission, Meter
 from tandem.gateway.catalog import Catalog
-from tandem.gateway.demand import DemandReport, Missed, Tell, Waiting
+from tandem.gateway.demand import DemandReport, Tell
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
 from tandem.gateway.latency import Record, forget
@@ -32,21 +33,21 @@ def create_app(
     record: Record = forget,
     router: RouterConfig | None = None,
     admin: str | None = None,
+    meter: Meter | None = None,
     tell: Tell | None = None,
-    waiting: Waiting | None = None,
 ) -> Starlette:
     """The app that answers for `models`.
 
-    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request, `tell`
-    how many requests wait for replicas of models that scale. `waiting` counts these by model id; None: those turned away lately.
+    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request,
+    `meter` how many wait, and `tell` how many of these are for models that scale. `app.state.admission` is what they wait in.
     `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
-    missed = Missed()
-    fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models, missed=missed.note)
-    report = DemandReport(catalog.models, waiting or missed.waiting, tell) if tell else None
-    proxy = Proxy(fleet, config, record)
+    fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models)
+    admission = Admission(catalog.models, fleet, config, meter)
+    report = DemandReport(catalog.models, admission.waiting, tell) if tell else None
+    proxy = Proxy(fleet, admission, config, record)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -77,4 +78,5 @@ def create_app(
     )
     # A path that only looks like a route is not there, rather than somewhere else.
     app.router.redirect_slashes = False
+    app.state.admission = admission
     return app

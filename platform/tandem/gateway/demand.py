@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from tandem.serve.records import ServedModel
@@ -19,8 +18,6 @@ LOOK_S = 0.1
 """How often this gateway looks at what waits in it."""
 REPEAT_S = 1.0
 """How often it says again what has not changed; the directory forgets it otherwise."""
-MISSED_S = 10.0
-"""How long a request that found no replica counts as waiting: its client was told to come back sooner."""
 
 
 class DemandReport:
@@ -62,20 +59,3 @@ class DemandReport:
                     await asyncio.wait_for(self._tell(waits), 5 * REPEAT_S)
                     told, told_at = waits, time.monotonic()
             await asyncio.sleep(LOOK_S)
-
-
-class Missed:
-    """Requests that lately found no replica, by model id."""
-
-    def __init__(self) -> None:
-        self._at: deque[tuple[float, str]] = deque(maxlen=10_000)
-
-    def note(self, model_id: str) -> None:
-        """One more."""
-        self._at.append((time.monotonic(), model_id))
-
-    def waiting(self) -> dict[str, int]:
-        """How many there were, counting those whose clients may be about to come back."""
-        while self._at and time.monotonic() - self._at[0][0] > MISSED_S:
-            self._at.popleft()
-        return dict(Counter(model_id for _, model_id in self._at))

@@ -34,18 +34,17 @@ class Fleet:
         router: Router | None = None,
         *,
         models: Iterable[ServedModel] = (),
-        missed: Callable[[str], None] = lambda base: None,
     ) -> None:
-        """`models`: what is served, so that other versions of it are known; `missed` hears the base of what found no replica."""
+        """`models`: what is served, so that other versions of it are known."""
         self._watch = watch
         self._router = router or Router()
         models = tuple(models)
         self._deployments = {model.id: model.deployment for model in models}
         self._awake = {model.id for model in models if not model.sleeps}
-        self._missed = missed
         self._snapshot = Snapshot()
         self._heard = asyncio.Event()
         self._suspects: dict[str, float] = {}
+        self._listeners: list[Callable[[], None]] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -61,6 +60,10 @@ class Fleet:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have it called whenever there is news of the replicas, about once a second at least."""
+        self._listeners.append(listener)
+
     @property
     def replicas(self) -> tuple[ReplicaRecord, ...]:
         """All that are known."""
@@ -70,16 +73,27 @@ class Fleet:
         """What the engines of a model do; empty as long as none has said."""
         return next((r.tasks for r in self._snapshot.replicas if r.base == base and r.tasks), ())
 
-    def ready(self, model: ServedModel) -> int:
-        """How many replicas answer for a model, of whichever version."""
-        return sum(
-            r.state == "ready" and (r.base == model.id or r.deployment == model.deployment)
-            for r in self._snapshot.replicas
-        )
+    def ready(self, base: str, *, suspects: bool) -> list[ReplicaRecord]:
+        """The replicas of a model that take requests; where none but `suspects` is left, those, or none of them.
 
-    def ready_bases(self) -> set[str]:
-        """The pools that have a ready replica."""
-        return {r.base for r in self._snapshot.replicas if r.state == "ready"}
+        While a model changes, those of its other version are better than none.
+        """
+        now = time.monotonic()
+        ready = [r for r in self._snapshot.replicas if r.state == "ready"]
+        found = [r for r in ready if r.base == base]
+        if not found and (deployment := self._deployments.get(base)):
+            found = [r for r in ready if r.deployment == deployment]
+        trusted = [r for r in found if self._suspects.get(r.id, 0.0) <= now]
+        return found if suspects and not trusted else trusted
+
+    def has(self, base: str) -> bool:
+        """Whether a replica of just this pool is ready."""
+        return any(r.base == base and r.state == "ready" for r in self._snapshot.replicas)
+
+    def carried(self, base: str, but: Collection[ReplicaRecord]) -> int:
+        """This gateway's own requests in flight at replicas of a model other than these."""
+        others = self._others(base) if base in self._deployments else []
+        return sum(self._router.carried(each, {r.id for r in but}) for each in (base, *others))
 
     def choose(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
         """The replica for a request, or None. While a model changes, one of its other version is better than none."""
@@ -89,8 +103,6 @@ class Fleet:
                 found = self._among(replace(ask, base=base), avoid)
                 if found is not None:
                     return found
-        if found is None:
-            self._missed(ask.base)
         return found
 
     def _others(self, base: str) -> list[str]:
@@ -121,17 +133,26 @@ class Fleet:
     def suspect(self, replica: ReplicaRecord) -> None:
         """Leave a replica out for a while."""
         self._suspects[replica.id] = time.monotonic() + SUSPECT_S
+        asyncio.get_running_loop().call_later(SUSPECT_S + PAUSE_S, self._tell)
+        self._tell()
 
     def answered(self, ask: Ask, replica: ReplicaRecord) -> None:
         """A replica took a request, so it holds the adapter of it, whatever it last said."""
         self._router.loaded(_of(ask, replica), replica.id)
+        if self._suspects.pop(replica.id, None) is not None:
+            self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     async def _follow(self) -> None:
         while True:
             try:
                 self._snapshot = completed(await self._watch(self._snapshot.version), self._snapshot)
                 self._router.update(self._snapshot)
-                if self._snapshot.whole or self._awake <= self.ready_bases():
+                self._tell()
+                if self._snapshot.whole or all(map(self.has, self._awake)):
                     self._heard.set()
                 # Changes that come in a burst are taken together: a large fleet's adapters change all the time.
                 await asyncio.sleep(PAUSE_S)

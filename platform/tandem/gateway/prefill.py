@@ -27,7 +27,7 @@ ASK = {
 LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
-async def prefilled(proxy: Proxy, call: Call, body: dict[str, Any]) -> Call:
+async def prefilled(proxy: Proxy, body: dict[str, Any], call: Call) -> Call:
     """The call with `kv_transfer_params`, or as it was where reading its prompt elsewhere does not pay or fails.
 
     A prefill replica that cannot be had costs time and no answer: the other replica then reads the prompt itself.

@@ -17,7 +17,7 @@ from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
-from tandem.serve.metrics import added_latency
+from tandem.serve.metrics import QueueMeter, added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
@@ -115,6 +115,7 @@ class Gateway:
             record=added_latency(),
             router=self._router,
             admin=self._admin,
+            meter=QueueMeter(),
             tell=self._tell,
         )
 

@@ -33,8 +33,8 @@ class ReplicaSignals:
     kv_usage: float = 0.0
     ttft_s: float = 0.0
     """What 9 of 10 of the last seconds' first tokens took; 0: there were none."""
-    slots: float = 0.0
-    """Requests that its engine works on at once; 0: not known."""
+    max_running: float = 0.0
+    """Requests that its engine works on at once, at most; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _enough(signals: Signals, config: AutoscalingConfig, state: State, target: i
     running = _total(signals, "running")
     if not running:
         return 0
-    slots = [each.slots for each in signals.replicas if each.slots]
-    known = [config.target_running or 0.0, state.capacity, min(slots, default=0.0)]
+    most = [each.max_running for each in signals.replicas if each.max_running]
+    known = [config.target_running or 0.0, state.capacity, min(most, default=0.0)]
     at_once = min((each for each in known if each), default=0.0)
     kv = math.ceil(_total(signals, "kv_usage") / (EASE * config.target_kv_usage))
     return max(1, kv, math.ceil(running / (EASE * at_once)) if at_once else target)

@@ -69,6 +69,8 @@ class ReplicaRecord:
     state: State = "ready"
     running: int = 0
     waiting: int = 0
+    max_running: int = 0
+    """Requests that its engine generates at once, at most; 0: any number."""
     kv_usage: float = 0.0
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds: in slots or in host memory."""

@@ -98,7 +98,7 @@ class EngineReplica:
             "running": stats.running,
             "kv_usage": stats.kv_usage,
             "ttft_s": stats.ttft_s,
-            "slots": stats.slots,
+            "max_running": stats.max_running,
             "held": self._held,
         }
 
@@ -117,6 +117,7 @@ class EngineReplica:
             state=self._state if self._host.alive else "dead",
             running=stats.running,
             waiting=stats.waiting + self._host.waiting,
+            max_running=stats.max_running,
             kv_usage=round(stats.kv_usage, 4),
             adapters=stats.adapters,
             slots=self._host.in_slots,

@@ -52,7 +52,7 @@ async def test_with_slots_it_keeps_requests_waiting_and_says_so() -> None:
         asked = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(5)]
         await asyncio.sleep(0.07)
         stats = engine.stats()
-        assert (stats.running, stats.waiting, stats.slots) == (2, 3, 2)
+        assert (stats.running, stats.waiting, stats.max_running) == (2, 3, 2)
         # Who leaves while waiting is not waited with.
         asked.pop().cancel()
         assert all((await answer).text.endswith("data: [DONE]\n\n") for answer in asked)

@@ -16,10 +16,11 @@ from tandem.config import AutoscalingConfig, ServedModelConfig
 from tandem.gateway import demand
 from tandem.gateway.app import create_app
 from tandem.gateway.catalog import Target
-from tandem.gateway.demand import DemandReport, Missed
+from tandem.gateway.demand import DemandReport
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.fleet import Fleet, completed
 from tandem.gateway.proxy import Call
+from tandem.gateway.queue import Wish
 from tandem.registry import Registry
 from tandem.serve.ask import Ask
 from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
@@ -31,13 +32,13 @@ ASK = Ask(base="base@2")
 
 
 @asynccontextmanager
-async def following(*replicas: ReplicaRecord, missed: list[str] | None = None) -> AsyncIterator[Fleet]:
+async def following(*replicas: ReplicaRecord) -> AsyncIterator[Fleet]:
     async def watch(version: int) -> Snapshot:
         if version:
             await asyncio.sleep(60)
         return Snapshot(version=1, replicas=replicas)
 
-    fleet = Fleet(watch, models=[NEW], missed=lambda base: missed.append(base) if missed is not None else None)
+    fleet = Fleet(watch, models=[NEW])
     await fleet.start()
     yield fleet
     await fleet.stop()
@@ -49,23 +50,22 @@ async def test_until_its_own_version_is_there_a_gateway_uses_the_other() -> None
         assert found == FIRST
         with fleet.counting(ASK, found):
             fleet.answered(ASK, found)
-        assert fleet.ready(NEW) == 1
+            assert fleet.carried("base@2", ()) == 1 and fleet.carried("base@2", (FIRST,)) == 0
+        assert fleet.ready("base@2", suspects=True) == [FIRST] and not fleet.has("base@2")
     async with following(FIRST, SECOND) as fleet:
         assert {fleet.choose(ASK, ()) for _ in range(20)} == {SECOND}
         assert fleet.choose(ASK, ("second",)) == FIRST
 
 
 async def test_who_asks_for_a_version_or_an_adapter_of_it_gets_no_other() -> None:
-    missed: list[str] = []
-    async with following(FIRST, missed=missed) as fleet:
+    async with following(FIRST) as fleet:
         assert fleet.choose(replace(ASK, pinned=True), ()) is None
-    assert missed == ["base@2"]
 
 
 async def test_a_version_that_drains_is_no_help() -> None:
     async with following(replace(FIRST, state="draining")) as fleet:
         assert fleet.choose(ASK, ()) is None
-        assert fleet.ready(NEW) == 0
+        assert fleet.ready("base@2", suspects=True) == []
 
 
 def test_the_body_names_the_version_that_the_replica_has() -> None:
@@ -76,6 +76,7 @@ def test_the_body_names_the_version_that_the_replica_has() -> None:
         headers={},
         dialect=dialect_of("/v1/completions"),
         ask=ASK,
+        wish=Wish(arrived=0.0),
     )
     assert call.body_for("base@2") is call.body
     assert from_json(call.body_for("base@1")) == {"model": "base@1", "prompt": "a"}
@@ -136,22 +137,6 @@ async def test_what_waits_for_a_model_that_scales_is_told_at_once_and_again_and_
     await report.stop()
 
 
-def test_requests_that_found_no_replica_count_until_their_clients_have_come_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(demand.time, "monotonic", lambda: now[0])
-    missed = Missed()
-    missed.note("base@2")
-    now[0] += demand.MISSED_S / 2
-    missed.note("base@2")
-    assert missed.waiting() == {"base@2": 2}
-    now[0] += 0.6 * demand.MISSED_S
-    assert missed.waiting() == {"base@2": 1}
-    now[0] += demand.MISSED_S
-    assert missed.waiting() == {}
-
-
 async def test_a_model_that_may_sleep_is_well_without_replicas_and_no_other(tmp_path: Path) -> None:
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.01)
@@ -167,5 +152,3 @@ async def test_a_model_that_may_sleep_is_well_without_replicas_and_no_other(tmp_
             health = await http.get("/health")
             assert (health.status_code, health.json()["ready_replicas"]) == (status, {"base": 0})
             assert [card["id"] for card in (await http.get("/v1/models")).json()["data"]] == ["base"]
-            asked = await http.post("/v1/completions", json={"model": "base", "prompt": "a"})
-            assert asked.status_code == 503 and int(asked.headers["retry-after"]) > 0

@@ -17,8 +17,8 @@ from tandem.serve.autoscale import EASE, SETTLING_S, STALE_S, EnginePolicy, Repl
 
 CONFIG = AutoscalingConfig(min_replicas=1, max_replicas=8, target_waiting=2, upscale_delay_s=2, downscale_delay_s=30)
 ZERO = replace(CONFIG, min_replicas=0)
-FULL = ReplicaSignals(running=4, waiting=2, kv_usage=0.1, slots=4)
-IDLE = ReplicaSignals(slots=4)
+FULL = ReplicaSignals(running=4, waiting=2, kv_usage=0.1, max_running=4)
+IDLE = ReplicaSignals(max_running=4)
 
 
 def fleet(*replicas: ReplicaSignals, target: int | None = None, held: float = 0.0) -> Signals:
@@ -167,7 +167,7 @@ class Simulation:
             each = ReplicaSignals(
                 running=len(self.running) / max(self.ready, 1),
                 waiting=self.waiting / max(self.ready, 1),
-                slots=self.slots,
+                max_running=self.slots,
             )
             held = 0.0 if self.ready else self.waiting
             told.append(Signals(replicas=(each,) * self.ready, ready=self.ready, target=target, held=held))
