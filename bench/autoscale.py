@@ -3,9 +3,9 @@
     python bench/autoscale.py [--burst 100] [--json FILE] [--check] [--quick]
 
 One cluster, a tiny Llama on vLLM's CPU build with `SLOTS` sequences at once, none to two replicas. It sleeps; one request wakes
-it; then `STREAMS` clients ask without a pause for `--burst` seconds; then nobody asks until it sleeps again. A client that is
-told to come back (503 with Retry-After) does, and its request counts as held; anything else that is not an answer of the right
-length is a failed request, of which there may be none. `--quick` takes echo engines that take two seconds to start.
+it and is held meanwhile; then `STREAMS` clients ask without a pause for `--burst` seconds; then nobody asks until it sleeps again.
+Whatever is not an answer of the right length is a failed request, of which there may be none, also a 503 that says when to come
+back. `--quick` takes echo engines that take two seconds to start.
 
 The plot lies beside FILE, as .png. On two cores the engine that starts and the one that works share both: the second replica is
 up later than it would be on a machine of its own, and the rate dips meanwhile.
@@ -97,7 +97,7 @@ def serving(folder: Path, quick: bool) -> Iterator[int]:
         held.callback(ray.shutdown)
         port = free_port()
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        served = {**model, "name": MODEL, "max_adapters": 0, "autoscaling": SCALING}
+        served = {**model, "name": MODEL, "max_adapters": 0, "autoscaling": SCALING, "hold_s": PATIENCE_S}
         deploy(build_app(from_dict(ServeConfig, {"models": [served]}), check=False), APP)
         yield port
 
@@ -174,26 +174,18 @@ async def drive(port: int, burst_s: float, sampler: Sampler) -> dict[str, Any]:
 
 
 async def answered(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
-    """One request, asked again as often as the answer says to come back."""
+    """One request."""
     body = {"model": MODEL, "prompt": "word " * TOKENS, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    began, held, said = time.time(), 0, ""
-    while time.time() - began < PATIENCE_S:
-        try:
-            async with session.post(url, json=body) as answer:
-                if answer.status == 503 and "retry-after" in answer.headers:
-                    held += 1
-                    await asyncio.sleep(min(1.0, float(answer.headers["retry-after"])))
-                    continue
-                if answer.status != 200:
-                    said = f"{answer.status}: {(await answer.text())[:200]}"
-                elif (tokens := (await answer.json())["usage"]["completion_tokens"]) != TOKENS:
-                    said = f"{tokens} tokens"
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            said = repr(error)
-        break
-    else:
-        said = f"no answer in {PATIENCE_S:g} s"
-    return {"began": began, "ended": time.time(), "held": held, "failed": said}
+    began, said = time.time(), ""
+    try:
+        async with session.post(url, json=body) as answer:
+            if answer.status != 200:
+                said = f"{answer.status}: {(await answer.text())[:200]}"
+            elif (tokens := (await answer.json())["usage"]["completion_tokens"]) != TOKENS:
+                said = f"{tokens} tokens"
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        said = repr(error)
+    return {"began": began, "ended": time.time(), "failed": said}
 
 
 # ---- what comes of it -----------------------------------------------------------------------------------------------
@@ -219,7 +211,6 @@ def summarise(load: dict[str, Any], samples: list[dict[str, float]]) -> dict[str
         "one_s": since("quiet", "ready", lambda count: count <= 1),
         "none_s": since("quiet", "ready", lambda count: count == 0),
         "answers": len(answers),
-        "held": sum(each["held"] > 0 for each in answers),
         "failed": [each["failed"] for each in answers if each["failed"]],
         "most": max(each["ready"] for each in samples),
     }
@@ -242,7 +233,6 @@ def cells(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "one_s": "from the burst's end to one replica, s",
         "none_s": "from the burst's end to none, s",
         "answers": "requests",
-        "held": "of them told to come back at first",
     }
     yield from ((name, "-" if summary[key] is None else str(summary[key])) for key, name in names.items())
     yield "failed requests", str(len(summary["failed"]))

@@ -78,8 +78,8 @@ class ServedModelConfig:
             )
         if self.autoscaling is not None and not self.autoscaling.min_replicas and not self.hold_s:
             raise ConfigError(
-                "models[].hold_s is 0 and autoscaling.min_replicas too: no request would wait for the replica that it starts. Give "
-                "hold_s the time that a replica takes to start."
+                "models[].hold_s is 0 and autoscaling.min_replicas too: no request would wait for the replica that it starts. "
+                "Give hold_s the time that a replica takes to start."
             )
         check.between("models[].surge_percent", self.surge_percent, 0, 100)
         if self.requests_per_replica is not None:

@@ -30,6 +30,8 @@ def test_numbers_that_cannot_be_are_refused_with_their_key(values: dict[str, flo
 def test_a_number_of_replicas_and_autoscaling_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="replicas is 3, and autoscaling gives 0 to 2"):
         from_dict(ServedModelConfig, {"model": "m", "replicas": 3, "autoscaling": {"min_replicas": 0}})
+    with pytest.raises(ConfigError, match="hold_s is 0 and autoscaling.min_replicas too"):
+        from_dict(ServedModelConfig, {"model": "m", "hold_s": 0.0, "autoscaling": {"min_replicas": 0}})
     served = from_dict(ServedModelConfig, {"model": "m", "autoscaling": {"min_replicas": 0}})
     assert served.autoscaling == AutoscalingConfig(min_replicas=0)
 
