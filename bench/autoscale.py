@@ -3,7 +3,7 @@
     python bench/autoscale.py [--burst 100] [--json FILE] [--check] [--quick]
 
 One cluster, a tiny Llama on vLLM's CPU build with `SLOTS` sequences at once, none to two replicas. It sleeps; one request wakes
-it and is held meanwhile; then `STREAMS` clients ask without a pause for `--burst` seconds; then nobody asks until it sleeps again.
+it and is held meanwhile; then `STREAMS` clients ask without a pause for `--burst` seconds; then nobody asks until it sleeps.
 Whatever is not an answer of the right length is a failed request, of which there may be none, also a 503 that says when to come
 back. `--quick` takes echo engines that take two seconds to start.
 

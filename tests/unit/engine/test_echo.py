@@ -55,7 +55,7 @@ async def test_with_slots_it_keeps_requests_waiting_and_says_so() -> None:
         assert (stats.running, stats.waiting, stats.max_running) == (2, 3, 2)
         # Who leaves while waiting is not waited with.
         asked.pop().cancel()
-        assert all((await answer).text.endswith("data: [DONE]\n\n") for answer in asked)
+        assert all(answer.text.endswith("data: [DONE]\n\n") for answer in await asyncio.gather(*asked))
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     # The third waited for three words of the first, and then its own.
