@@ -34,7 +34,9 @@ CONFIG = ServeConfig(models=(PARROT,), app=APP, drain_timeout_s=60.0)
 
 def put(config: ServeConfig) -> None:
     """Serve this from now on."""
+    began = time.monotonic()
     deploy(build_app(config, check=False), APP, route_prefix=f"/{APP}")
+    print("put", time.monotonic() - began)
 
 
 def replicas() -> dict[str, ReplicaRecord]:

@@ -175,7 +175,8 @@ class ServeConfig:
     drain_timeout_s: float = 600.0
     """How long streams may go on in a replica or gateway that is to end. An idle engine ends at once."""
     version: str = ""
-    """Of the code, in any words: another one replaces every replica and gateway when the app is deployed again."""
+    """Of what Tandem cannot see, such as other packages: another one replaces everything when the app is deployed again. Tandem's
+    own code counts by itself."""
 
     def __post_init__(self) -> None:
         check.between("drain_timeout_s", self.drain_timeout_s, 0.0, LONGEST_DRAIN_S)

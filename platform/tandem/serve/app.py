@@ -22,7 +22,7 @@ from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import EngineReplica, engine_spec
-from tandem.serve.scaling import engine_options, engine_version, gateway_options, version_of
+from tandem.serve.scaling import engine_options, engine_version, gateway_options, seen_by_gateways, version_of
 from tandem.serve.sigterm import AskedToEnd
 from tandem.settings import settings
 
@@ -68,7 +68,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         ).bind(pool, directory, registry_url, config.drain_timeout_s)
         for (pool, _), placement in zip(held, placements, strict=True)
     ]
-    told = (tuple(models), config.gateway, registry_url)
+    told = (tuple(map(seen_by_gateways, models)), config.gateway, registry_url)
     more = (config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
         serve.ingress()(Gateway),

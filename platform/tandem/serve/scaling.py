@@ -1,17 +1,19 @@
-"""What Serve is told of a deployment: how many replicas it has, how it changes, and what counts as a change. Pure."""
+"""What Serve is told of a deployment: how many replicas it has, how it changes, and what counts as a change."""
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from ray.serve.config import AutoscalingConfig as ServeAutoscaling
 from ray.serve.config import AutoscalingPolicy
 
-import tandem
-from tandem.ids import digest
+from tandem.config import AutoscalingConfig, PrefillConfig
+from tandem.ids import digest, file_digest
 from tandem.serve.records import ServedModel
 from tandem.serve.replica import STOP_S
 
@@ -19,6 +21,8 @@ POLICY = "tandem.serve.autoscale:EnginePolicy"
 SIGNALS_S = 1.0
 """How often replicas tell Serve of their load; its default is ten seconds."""
 LOOK_BACK_S = 10.0
+GATEWAY_READS = ("scheduling_policy",)
+"""Engine arguments that gateways look at."""
 GATEWAY_WINDOW_S = 30.0
 """How long Serve keeps a gateway that is to end reachable at least, so that every HAProxy has let go of it."""
 
@@ -66,12 +70,32 @@ def serve_autoscaling(pool: ServedModel) -> ServeAutoscaling:
 
 def engine_version(pool: ServedModel, *told: Any) -> str:
     """Names what a replica was made from: with another name it is replaced. How many there are does not count."""
-    return version_of(replace(pool, config=replace(pool.config, replicas=1, autoscaling=None, surge_percent=0)), *told)
+    own = replace(pool.config, replicas=1, autoscaling=None, surge_percent=0)
+    # What gateways go by, and replicas do not.
+    own = replace(own, requests_per_replica=None, max_queued=0, hold_s=0.0)
+    return version_of(replace(pool, config=own), *told)
+
+
+def seen_by_gateways(model: ServedModel) -> ServedModel:
+    """A model without what only its replicas need to know: gateways are replaced when what they are told is another."""
+    config = model.config
+    args = {key: value for key, value in config.engine_args.items() if key in GATEWAY_READS}
+    prefill = config.prefill and PrefillConfig(min_bytes=config.prefill.min_bytes)
+    scaling = config.autoscaling and AutoscalingConfig(min_replicas=min(1, config.autoscaling.min_replicas))
+    config = replace(config, engine_args=args, env={}, prefill=prefill, autoscaling=scaling)
+    return replace(model, config=replace(config, replicas=1, surge_percent=0, cpus_per_replica=1.0))
 
 
 def version_of(*told: Any) -> str:
-    """Names what a replica is told when it is made, and this package's version."""
-    return digest([tandem.__version__, json.loads(json.dumps(told, default=_plain))])[:16]
+    """Names what a replica is told when it is made, and this package's code."""
+    return digest([code(), json.loads(json.dumps(told, default=_plain))])[:16]
+
+
+@functools.cache
+def code() -> str:
+    """Names this package's code, as it lies here."""
+    package = Path(__file__).parents[1]
+    return digest([[path.relative_to(package).as_posix(), file_digest(path)] for path in sorted(package.rglob("*.py"))])
 
 
 def _plain(value: Any) -> Any:

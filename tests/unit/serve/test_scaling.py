@@ -4,9 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.config import AutoscalingConfig, ServedModelConfig
+from tandem.config import AutoscalingConfig, PrefillConfig, ServedModelConfig
+from tandem.serve import scaling
+from tandem.serve.deploy import changed as has_changed
 from tandem.serve.records import ServedModel
-from tandem.serve.scaling import GATEWAY_WINDOW_S, engine_options, engine_version, gateway_options, version_of
+from tandem.serve.scaling import (
+    GATEWAY_WINDOW_S,
+    engine_options,
+    engine_version,
+    gateway_options,
+    seen_by_gateways,
+    version_of,
+)
 
 MODEL = ServedModel(id="base@1", name="base", path="/models/base", config=ServedModelConfig(model="base"))
 
@@ -20,6 +29,7 @@ def test_what_a_replica_is_made_from_replaces_it_and_how_many_there_are_does_not
     assert engine_version(replace(MODEL), "", "sqlite://") == version
     assert engine_version(changed(replicas=3), "", "sqlite://") == version
     assert engine_version(changed(autoscaling=AutoscalingConfig(max_replicas=9)), "", "sqlite://") == version
+    assert engine_version(changed(hold_s=99.0, max_queued=3), "", "sqlite://") == version
     others = {
         engine_version(changed(engine_args={"max_num_seqs": 4}), "", "sqlite://"),
         engine_version(replace(MODEL, id="base@2"), "", "sqlite://"),
@@ -29,9 +39,10 @@ def test_what_a_replica_is_made_from_replaces_it_and_how_many_there_are_does_not
     assert len(others) == 4 and version not in others
 
 
-def test_another_package_is_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_is_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     before = version_of("same")
-    monkeypatch.setattr("tandem.__version__", "99.0")
+    assert version_of("same") == before and len(scaling.code()) == 64
+    monkeypatch.setattr(scaling, "code", lambda: "of another day")
     assert version_of("same") != before
 
 
@@ -52,3 +63,42 @@ def test_serve_leaves_every_decision_to_the_policy() -> None:
     assert told.upscale_delay_s == told.downscale_delay_s == 0
     assert told.policy.policy_kwargs["target_waiting"] == 7
     assert not told.policy.is_default_policy_function()
+
+
+def test_gateways_are_told_what_they_look_at_and_no_more() -> None:
+    whole = changed(
+        engine_args={"max_num_seqs": 4, "scheduling_policy": "priority"},
+        env={"A": "b"},
+        prefill=PrefillConfig(replicas=3, min_bytes=7, engine_args={"max_num_seqs": 2}),
+        autoscaling=AutoscalingConfig(min_replicas=0, max_replicas=9),
+        hold_s=99.0,
+    )
+    seen = seen_by_gateways(whole)
+    assert seen.config.engine_args == {"scheduling_policy": "priority"} and not seen.config.env
+    assert seen.config.prefill == PrefillConfig(min_bytes=7)
+    assert seen.sleeps and seen.config.hold_s == 99.0
+    assert not seen_by_gateways(changed(autoscaling=AutoscalingConfig(min_replicas=2))).sleeps
+    assert seen_by_gateways(changed(engine_args={"max_num_seqs": 4})) == seen_by_gateways(MODEL)
+
+
+def app(status: str, deployment: str = "HEALTHY", **states: str) -> dict[str, object]:
+    """What Serve says of one with two replicas wanted: the states of replicas, by id."""
+    replicas = [{"replica_id": key, "state": state} for key, state in states.items()]
+    engine = {"status": deployment, "target_num_replicas": 2, "replicas": replicas}
+    return {"status": status, "deployments": {"engine": engine, "other": {**engine, "status": "HEALTHY"}}}
+
+
+def test_a_change_is_done_when_new_replicas_run_even_if_old_ones_stream_on() -> None:
+    before = app("RUNNING", a="RUNNING", b="RUNNING")
+    assert has_changed(before, before)
+    # Serve has not looked at it; it has; one is new; both are coming; both are there, and the old ones told to end.
+    assert not has_changed(app("DEPLOYING", a="RUNNING", b="RUNNING"), before)
+    assert not has_changed(app("DEPLOYING", "UPDATING", a="RUNNING", b="RUNNING"), before)
+    assert not has_changed(app("DEPLOYING", "UPDATING", a="RUNNING", c="RUNNING", b="STOPPING"), before)
+    going = {"a": "STOPPING", "b": "STOPPING"}
+    assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="STARTING", **going), before)
+    assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING", **going), before)
+    fresh = {"status": "NOT_STARTED", "deployments": {}}
+    assert not has_changed(fresh, fresh)
+    assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING"), fresh)
+    assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING"), fresh)
