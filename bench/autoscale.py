@@ -166,7 +166,7 @@ async def drive(port: int, burst_s: float, sampler: Sampler) -> dict[str, Any]:
         await asyncio.gather(*(client(marks["burst"] + burst_s) for _ in range(STREAMS)))
         marks["quiet"] = time.time()
         deadline = marks["quiet"] + PATIENCE_S / 2
-        while sampler()["wanted"] and time.time() < deadline:
+        while (sampler()["wanted"] or sampler()["ready"]) and time.time() < deadline:
             await asyncio.sleep(LOOK_S)
         marks["ended"] = time.time()
         await asyncio.sleep(1)
