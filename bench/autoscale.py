@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,8 +67,7 @@ def main() -> int:
         plot(sampler.samples, load, given.json.with_suffix(".png"), title)
     page = f"# Autoscaling\n\nMade by `python bench/autoscale.py --json ...`. {title}.\n\n{report.lines(COLUMNS, rows)}\n\n"
     page += f"![Replicas, requests and rate over time](autoscale.png)\n\n{report.ends(found)}\n"
-    results = {"machine": began, "summary": summary, "samples": sampler.samples, "answers": load["answers"]}
-    report.write(given.json, results, page)
+    report.write(given.json, {"machine": began, "summary": summary, **course(load, sampler.samples)}, page)
     return report.judge(found, check=given.check)
 
 
@@ -119,7 +120,6 @@ class Sampler:
         self._thread.join(20)
 
     def __call__(self) -> dict[str, float]:
-        """The newest sample."""
         return self.samples[-1] if self.samples else {"ready": 0, "wanted": 0}
 
     def _run(self) -> None:
@@ -220,6 +220,16 @@ def rate(answers: list[dict[str, Any]], start: float, end: float) -> float | Non
     """Answers a second between two moments."""
     count = sum(start <= each["ended"] < end and not each["failed"] for each in answers)
     return round(count / (end - start), 2) if end - start > 1 else None
+
+
+def course(load: dict[str, Any], samples: list[dict[str, float]]) -> dict[str, Any]:
+    """What happened, in seconds since the first request: each change that was seen, and the answers of each second."""
+    start = load["began"]
+    seen = [{**each, "at": round(each["at"] - start, 2)} for each in samples]
+    kept = [now for before, now in itertools.pairwise(seen) if {**before, "at": 0} != {**now, "at": 0}]
+    ended = Counter(int(each["ended"] - start) for each in load["answers"])
+    marks = {key: round(load[key] - start, 2) for key in ("burst", "quiet", "ended")}
+    return {"marks": marks, "samples": [*seen[:1], *kept], "answers": [ended[at] for at in range(max(ended) + 1)]}
 
 
 def cells(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -118,8 +118,8 @@ def _needed(signals: Signals, config: AutoscalingConfig, state: State, *, settle
 def _enough(signals: Signals, config: AutoscalingConfig, state: State, target: int) -> int:
     """The fewest replicas that would do with ease; `target` while that cannot be told."""
     backlog = signals.held + sum(each.waiting for each in signals.replicas)
-    # With replicas that stop or have not spoken yet, what the others say is not the whole load. Without any nothing is known.
-    if backlog or not signals.ready or signals.ready > target or len(signals.replicas) < signals.ready:
+    # With replicas that stop or have not spoken yet, what the others say is not the whole load.
+    if backlog or signals.ready > target or len(signals.replicas) < signals.ready:
         return target
     if config.target_ttft_s is not None and _ttft_s(signals) > EASE * config.target_ttft_s:
         return target

@@ -15,12 +15,13 @@ from pydantic_core import from_json
 from tandem.config import AutoscalingConfig, ServedModelConfig
 from tandem.gateway import demand
 from tandem.gateway.app import create_app
-from tandem.gateway.catalog import Target
+from tandem.gateway.catalog import Catalog, Target
 from tandem.gateway.demand import DemandReport
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.fleet import Fleet, completed
 from tandem.gateway.proxy import Call
 from tandem.gateway.queue import Wish
+from tandem.gateway.reading import read_ask
 from tandem.registry import Registry
 from tandem.serve.ask import Ask
 from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
@@ -66,6 +67,17 @@ async def test_a_version_that_drains_is_no_help() -> None:
     async with following(replace(FIRST, state="draining")) as fleet:
         assert fleet.choose(ASK, ()) is None
         assert fleet.ready("base@2", suspects=True) == []
+
+
+async def test_only_who_names_the_version_or_an_adapter_is_bound_to_it(tmp_path: Path) -> None:
+    catalog = Catalog([NEW], Registry(f"sqlite:///{tmp_path}/tandem.db"))
+    for name, pinned in (("base", False), ("base@2", True)):
+        target = await catalog.resolve(name)
+        assert target.pinned == pinned and read_ask(target, {"prompt": "a"}, {}).pinned == pinned
+    folder = ServedModel(
+        id="plain", name="plain", path="/models/plain", config=ServedModelConfig(model="/models/plain")
+    )
+    assert not (await Catalog([folder], Registry(f"sqlite:///{tmp_path}/tandem.db")).resolve("plain")).pinned
 
 
 def test_the_body_names_the_version_that_the_replica_has() -> None:
