@@ -131,7 +131,7 @@ async def test_an_engines_own_bound_and_a_quarter_more_is_the_limit_by_default(t
         asked = [world.ask("x", 40) for _ in range(28)]
         await world.queued(3)
         await world.until(lambda: engine.stats().running == 25)
-        assert sorted((await each).status_code for each in asked) == [200] * 28
+        assert {(await each).status_code for each in asked} == {200}
         unbounded = Listening(delay_s=GAP_S)
         await world.add(unbounded)
         asked = [world.ask("x", 10) for _ in range(60)]
