@@ -28,6 +28,8 @@ class Answer:
     status: int
     """0: the connection broke."""
     retry_after: float | None
+    tokens: int
+    """That it was asked to have."""
 
 
 class Connection(asyncio.Protocol):
@@ -99,7 +101,7 @@ class Client:
         status, retry_after = await connection.ask(self.request(tokens, timeout_s))
         if connection.open:
             self._idle.append(connection)
-        return Answer(due, time.perf_counter(), status, retry_after)
+        return Answer(due, time.perf_counter(), status, retry_after, tokens)
 
     def close(self) -> None:
         """End all connections."""
@@ -122,6 +124,7 @@ async def closed_loop(client: Client, streams: int, seconds: float) -> dict[str,
     good = [a for a in counted if a.status == 200]
     return {
         "requests_per_s": len(good) / (until - warm),
+        "tokens_per_s": sum(a.tokens for a in good) / (until - warm),
         "latency_s": statistics.median(a.ended - a.due for a in good) if good else float("inf"),
         "failed": sorted({a.status for a in counted} - {200}),
     }
@@ -139,13 +142,15 @@ async def open_loop(client: Client, rate: float, seconds: float, timeout_s: floa
             await asyncio.sleep(ahead)
         tasks.append(asyncio.create_task(client.ask(due, dice.choice(LENGTHS), timeout_s)))
     answers = [a for a in await asyncio.gather(*tasks) if warm <= a.ended < until]
-    good = sorted(a.ended - a.due for a in answers if a.status == 200 and a.ended - a.due <= timeout_s)
+    in_time = [a for a in answers if a.status == 200 and a.ended - a.due <= timeout_s]
+    good = sorted(a.ended - a.due for a in in_time)
     late = sum(a.status == 200 for a in answers) - len(good)
     waits = [a.retry_after for a in answers if a.retry_after is not None]
     counts = Counter(a.status for a in answers)
     return {
         "offered_per_s": rate,
         "goodput_per_s": len(good) / (until - warm),
+        "good_tokens_per_s": sum(a.tokens for a in in_time) / (until - warm),
         "late": late,
         "refused_429": counts.pop(429, 0),
         "expired_504": counts.pop(504, 0),

@@ -52,8 +52,9 @@ class Pace:
         """A request is over. Of one that has no whole answer it is only known that it would have taken longer."""
         known = self._takes_s.get(kind)
         if known is None:
-            if whole:
-                self._takes_s[kind] = took_s
+            self._takes_s[kind] = took_s
+        elif not whole and took_s > known / RISE:
+            self._takes_s[kind] = known * RISE
         elif took_s > known:
             self._takes_s[kind] = min(took_s, known * RISE)
         elif whole:

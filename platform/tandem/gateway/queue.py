@@ -17,6 +17,12 @@ from enum import Enum
 
 from tandem.gateway.pace import Pace
 
+IDLE = 0.5
+"""Share of the limit below which a request starts however little time it has: there nobody else has to bear it."""
+MOST_WAITING = 0.5
+"""Share of its time that a request may wait. With more the short answers alone, which need the least of what is left, would get
+all the room of a model that has too much to do."""
+
 
 class Outcome(Enum):
     """What becomes of a request."""
@@ -85,6 +91,10 @@ class Queue:
         """Whether one more may start."""
         return self.limit is None or self.running < self.limit
 
+    @property
+    def _is_idle(self) -> bool:
+        return self.limit is None or self.running < IDLE * self.limit
+
     def set_limit(self, limit: int | None) -> None:
         """So many may be in flight from now on."""
         if limit and self.limit:
@@ -95,14 +105,16 @@ class Queue:
         """Take a new request: START, WAIT, or why neither; and the one that has to go for it, whose outcome is DISPLACED."""
         ticket.number = self._arrivals
         self._arrivals += 1
-        if not self._length and self.room:
-            return self._start(ticket, now), None
         wish = ticket.wish
+        if not self._length and self.room and (self._is_idle or not self._is_late(wish, now)):
+            return self._start(ticket, now), None
         if self.limit == 0 and self.hold_s <= 0:
             return Outcome.UNSERVED, None
         if self._is_late(wish, now):
             return Outcome.EXPIRED, None
-        if self._is_late(wish, now + (self.wait_s(wish.priority) or 0.0)):
+        wait_s = self.wait_s(wish.priority) or 0.0
+        patience_s = min(wish.start_by, wish.finish_by) - now
+        if wait_s >= MOST_WAITING * patience_s or self._is_late(wish, now + wait_s):
             return Outcome.HOPELESS, None
         displaced = None
         if self._length >= self.most:

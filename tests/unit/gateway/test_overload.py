@@ -80,7 +80,7 @@ async def test_the_patience_that_an_sdk_tells_counts_as_a_deadline(narrow: tuple
     await world.until(lambda: engine.asked == ["first"])
     late = world.ask("late", headers={"x-stainless-read-timeout": "0.2"})
     stream = world.ask("stream", headers={"x-stainless-read-timeout": "0.2"}, stream=True)
-    assert {(await each).status_code for each in (late, stream)} == {504}
+    assert {(await each).status_code for each in (late, stream)} == {504} and not first.done()
     assert (await first).status_code == 200
     # Once its answer has begun, a stream may take longer: its client sees that it goes on.
     long = await world.ask("long", 30, headers={"x-stainless-read-timeout": "0.2"}, stream=True)
@@ -131,7 +131,7 @@ async def test_an_engines_own_bound_and_a_quarter_more_is_the_limit_by_default(t
         asked = [world.ask("x", 40) for _ in range(28)]
         await world.queued(3)
         await world.until(lambda: engine.stats().running == 25)
-        assert sorted((await each).status_code for each in asked) == [200] * 28
+        assert {(await each).status_code for each in asked} == {200}
         unbounded = Listening(delay_s=GAP_S)
         await world.add(unbounded)
         asked = [world.ask("x", 10) for _ in range(60)]

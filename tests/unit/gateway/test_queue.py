@@ -144,17 +144,19 @@ def test_who_would_wait_longer_than_it_has_time_is_refused_at_once_by_the_measur
     assert wait_s is not None and 28 < wait_s < 33
     assert enter(q, ask(21.0, finish_by=21.0 + 20), 21.0) is Outcome.HOPELESS
     assert enter(q, ask(21.0, start_by=21.0 + 20), 21.0) is Outcome.HOPELESS
-    assert enter(q, ask(21.0, finish_by=21.0 + 40), 21.0) is Outcome.WAIT
+    assert enter(q, ask(21.0, finish_by=21.0 + 70), 21.0) is Outcome.WAIT
     # Of a better priority nobody is ahead of it.
     assert enter(q, ask(21.0, finish_by=21.0 + 2, priority=-1), 21.0) is Outcome.WAIT
 
 
-def test_with_room_a_request_starts_however_little_time_it_has() -> None:
-    q = queue(limit=2)
+def test_with_much_room_a_request_starts_however_little_time_it_has_and_with_little_it_does_not() -> None:
+    q = queue(limit=4)
     first = ask(kind=3)
     enter(q, first)
     q.ended(first, 10.0, whole=True)
-    assert enter(q, ask(10.0, kind=3, finish_by=11.0), 10.0) is Outcome.START
+    hurried = [ask(10.0, kind=3, finish_by=11.0) for _ in range(3)]
+    assert [enter(q, each, 10.0) for each in hurried] == [Outcome.START, Outcome.START, Outcome.EXPIRED]
+    assert enter(q, ask(10.0, kind=3, finish_by=30.0), 10.0) is Outcome.START
 
 
 def test_without_a_ready_replica_requests_are_held_for_a_while_and_start_when_one_comes() -> None:
@@ -228,7 +230,7 @@ def test_an_answer_that_was_cut_off_says_only_that_it_takes_longer() -> None:
     assert pace.takes_s(1) == 4.0
     for _ in range(100):
         pace.ended(0.0, 1, 8.0, whole=False)
-    assert pace.takes_s(1) == 8.0
+    assert 8.0 < pace.takes_s(1) < 12.0
 
 
 @settings(max_examples=200, deadline=None)
