@@ -42,7 +42,6 @@ SCALING = {
     "upscale_delay_s": 1.0,
     "downscale_delay_s": 8.0,
 }
-COLUMNS = ("what", "")
 
 
 def main() -> int:
@@ -62,11 +61,12 @@ def main() -> int:
     rows, found = [list(row) for row in cells(summary)], verdicts(summary)
     engine = "echo engines" if given.quick else "vLLM on the CPU"
     title = f"{STREAMS} clients for {burst_s:g} s, {engine}, {SLOTS} sequences at once, none to two replicas"
-    report.show(title, COLUMNS, rows)
+    report.show(title, ("what", ""), rows)
+    picture = (given.json or Path("autoscale")).with_suffix(".png")
     if given.json:
-        plot(sampler.samples, load, given.json.with_suffix(".png"), title)
-    page = f"# Autoscaling\n\nMade by `python bench/autoscale.py --json ...`. {title}.\n\n{report.lines(COLUMNS, rows)}\n\n"
-    page += f"![Replicas, requests and rate over time](autoscale.png)\n\n{report.ends(found)}\n"
+        plot(sampler.samples, load, picture, title)
+    page = f"# Autoscaling\n\nMade by `python bench/autoscale.py --json ...`. {title}.\n\n{report.lines(('what', ''), rows)}\n\n"
+    page += f"![Replicas, requests and rate over time]({picture.name})\n\n{report.ends(found)}\n"
     report.write(given.json, {"machine": began, "summary": summary, **course(load, sampler.samples)}, page)
     return report.judge(found, check=given.check)
 
@@ -120,6 +120,7 @@ class Sampler:
         self._thread.join(20)
 
     def __call__(self) -> dict[str, float]:
+        """The newest sample."""
         return self.samples[-1] if self.samples else {"ready": 0, "wanted": 0}
 
     def _run(self) -> None:
