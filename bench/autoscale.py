@@ -33,8 +33,7 @@ from serve_overhead import ENVIRONMENT, free_port, machine, write_model
 
 STREAMS, TOKENS, SLOTS = 16, 64, 4
 MODEL, APP = "bench", "tandem"
-PATIENCE_S = 150.0
-LOOK_S = 0.25
+PATIENCE_S, LOOK_S = 150.0, 0.25
 SCALING = {
     "min_replicas": 0,
     "max_replicas": 2,
