@@ -10,6 +10,8 @@ import json
 import os
 from pathlib import Path
 
+from tandem.settings import LONGEST_DRAIN_S
+
 EDITS = r"""
 # HAProxy 2.8 that splices does not notice a client that leaves while it waits for an answer, so the engine goes on for nobody;
 # and each small piece of a stream costs a pipe more than a copy would.
@@ -49,8 +51,8 @@ RETRY_AFTER_S = 2
 def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
     """Variables that Ray Serve reads when it starts: HAProxy on, with files and ports of this cluster's own.
 
-    HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to an
-    hour because every change of replicas reloads it, and a reload must not cut a stream that is still being written.
+    HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to the
+    longest `drain_timeout_s`: every change of gateways reloads it, and a reload must not cut a stream that is still written.
     """
     haproxy = folder / "haproxy"
     return {
@@ -64,7 +66,7 @@ def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_DRAIN_S),
         # A gateway that dies before it answered: the request goes to another one, once. HAProxy can send again what it still
         # has in its buffer, which is most prompts.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",

@@ -67,7 +67,11 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
     registry.register_model("base", small_model(tmp_path / "model", config={"max_position_embeddings": 64}))
     served = ServedModel(
-        id="base@1", name="base", path="", max_length=64, config=ServedModelConfig(model="base", max_lora_rank=16)
+        id="base@1",
+        name="base",
+        path="",
+        max_length=64,
+        config=ServedModelConfig(model="base", max_lora_rank=16, hold_s=0.0),
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
     config = GatewayConfig(max_body_bytes=4096, connect_timeout_s=1.0, retry_after_s=7)

@@ -161,7 +161,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served:
+def serve_port(ray_cluster: Any) -> int:
+    """The port of the session's one Ray Serve; apps of several tests are below prefixes of their own."""
+    from ray import serve
+
+    port = free_port()
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    return port
+
+
+@pytest.fixture(scope="session")
+def served(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A base called `tiny` with adapters `red` and `blue`, served by one vLLM engine with two adapter slots."""
     from ray import serve
 
@@ -171,15 +181,14 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served
     folder = tmp_path_factory.mktemp("served")
     base = write_model(folder / "tiny")
     adapters = {name: write_adapter(folder / name, base, seed=i) for i, name in enumerate(("red", "blue", "green"))}
-    port = free_port()
-    result = Served(url=f"http://127.0.0.1:{port}", home=folder / "home", base=base, adapters=adapters)
+    result = Served(url=f"http://127.0.0.1:{serve_port}", home=folder / "home", base=base, adapters=adapters)
     result.home.mkdir()
     registry = result.registry()
     registry.register_model("tiny", base)
     for name in ("red", "blue"):
         registry.register_adapter(name, adapters[name], base="tiny")
     tiny = ServedModelConfig(
-        model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1, engine_args=TOOLS_AND_SCHEMAS
+        model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1, engine_args=TOOLS_AND_SCHEMAS, hold_s=10.0
     )
     config = ServeConfig(models=(tiny,), app=result.app)
     with pytest.MonkeyPatch.context() as patch:
@@ -187,7 +196,6 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served
         patch.setenv("TANDEM_HOME", str(result.home))
         patch.setenv("TANDEM_ADMIN_TOKEN", ADMIN_TOKEN)
         app = build_app(config, check=False)
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
         serve.run(app, name=result.app, route_prefix="/")
     except RuntimeError as error:

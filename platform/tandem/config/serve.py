@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.config import check
+from tandem.config.autoscaling import AutoscalingConfig
 from tandem.errors import ConfigError
+from tandem.settings import LONGEST_DRAIN_S
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,18 @@ class ServedModelConfig:
     engine: str = "vllm"
     """vllm, or echo (answers with the prompt; for tests of what surrounds an engine)."""
     replicas: int = 1
+    autoscaling: AutoscalingConfig | None = None
+    """Set: the number of replicas follows the load, in place of `replicas`."""
+    surge_percent: int = 100
+    """Replicas that a change may start beyond their number before the old ones end. 0 where there is no room for them: old
+    ones then end first, and a model with one replica is away while the new one starts."""
+    requests_per_replica: int | None = None
+    """Requests in flight at one replica, at most; more wait at the gateways, by priority. Unset: what its engine generates at
+    once (vLLM's `max_num_seqs`), and a quarter more, which waits inside it."""
+    max_queued: int = 1000
+    """Requests that may wait at all gateways together, for room or for a replica; what is beyond gets 429 with Retry-After."""
+    hold_s: float = 30.0
+    """How long a request waits for a replica while none is ready, before it gets 503 with Retry-After."""
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     max_adapters: int = 8
@@ -59,6 +73,21 @@ class ServedModelConfig:
     def __post_init__(self) -> None:
         check.one_of("models[].engine", self.engine, ("vllm", "echo"))
         check.at_least("models[].replicas", self.replicas, 1)
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ConfigError(
+                f"models[].replicas is {self.replicas}, and autoscaling gives {self.autoscaling.min_replicas} to "
+                f"{self.autoscaling.max_replicas}. Leave out `replicas`, or set autoscaling.min_replicas and initial_replicas."
+            )
+        if self.autoscaling is not None and not self.autoscaling.min_replicas and not self.hold_s:
+            raise ConfigError(
+                "models[].hold_s is 0 and autoscaling.min_replicas too: no request would wait for the replica that it starts. "
+                "Give hold_s the time that a replica takes to start."
+            )
+        check.between("models[].surge_percent", self.surge_percent, 0, 100)
+        if self.requests_per_replica is not None:
+            check.at_least("models[].requests_per_replica", self.requests_per_replica, 1)
+        check.at_least("models[].max_queued", self.max_queued, 0)
+        check.at_least("models[].hold_s", self.hold_s, 0.0)
         check.at_least("models[].cpus_per_replica", self.cpus_per_replica, 0.0)
         check.at_least("models[].gpus_per_replica", self.gpus_per_replica, 0.0)
         check.at_least("models[].max_adapters", self.max_adapters, 0)
@@ -85,8 +114,10 @@ class GatewayConfig:
     """How long a connection to an engine may take before another replica is tried."""
     request_timeout_s: float = 600.0
     """How long an engine may stay silent on one request."""
+    client_stall_s: float = 60.0
+    """How long a client may take nothing of its answer, once all buffers on the way are full, before it is cut off."""
     retry_after_s: int = 5
-    """What a 503 tells the client to wait."""
+    """What a 503 tells the client to wait, and a 429 as long as the queue's pace is not known."""
     max_body_bytes: int = 16 * 2**20
     """Largest request body; a larger one gets 413."""
 
@@ -94,6 +125,7 @@ class GatewayConfig:
         check.at_least("gateway.replicas", self.replicas, 1)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
         check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
+        check.at_least("gateway.client_stall_s", self.client_stall_s, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,8 +175,14 @@ class ServeConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     app: str = "tandem"
     """Name of the Serve application."""
+    drain_timeout_s: float = 600.0
+    """How long streams may go on in a replica or gateway that is to end. An idle engine ends at once."""
+    version: str = ""
+    """Of what Tandem cannot see, such as other packages: another one replaces everything when the app is deployed again. Tandem's
+    own code counts by itself."""
 
     def __post_init__(self) -> None:
+        check.between("drain_timeout_s", self.drain_timeout_s, 0.0, LONGEST_DRAIN_S)
         names = [served.name or served.model for served in self.models]
         for name in names:
             if names.count(name) > 1:

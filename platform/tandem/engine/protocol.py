@@ -28,8 +28,12 @@ class EngineStats:
     """Requests being generated."""
     waiting: int = 0
     """Requests admitted but not started."""
+    max_running: int = 0
+    """Requests that it generates at once, at most; 0: any number."""
     kv_usage: float = 0.0
     """Share of the KV cache in use, 0 to 1."""
+    ttft_s: float = 0.0
+    """Seconds to the first token: 9 of 10 of the last `engine.ttft.WINDOW_S` took no longer; 0: there were none."""
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds."""
     tasks: tuple[str, ...] = ()

@@ -45,9 +45,17 @@ def unknown_model(message: str) -> ApiError:
     return ApiError(404, message, code="model_not_found", param="model")
 
 
-def no_replica(message: str, retry_after_s: int) -> ApiError:
+class NoReplica(ApiError):
     """503 with Retry-After, which the SDKs heed by themselves."""
-    return ApiError(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
+
+    begun = 0
+    """How many replicas may have begun with the request."""
+
+
+def no_replica(reason: str, retry_after_s: int) -> NoReplica:
+    """No replica took a request, for this reason."""
+    message = f"{reason.rstrip('.')}. Try again in {retry_after_s} s."
+    return NoReplica(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
 def from_engine(status: int, body: bytes, max_length: int | None) -> ApiError:

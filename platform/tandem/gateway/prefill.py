@@ -27,13 +27,13 @@ ASK = {
 LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
-async def prefilled(proxy: Proxy, call: Call, body: dict[str, Any]) -> Call:
+async def prefilled(proxy: Proxy, body: dict[str, Any], call: Call) -> Call:
     """The call with `kv_transfer_params`, or as it was where reading its prompt elsewhere does not pay or fails.
 
     A prefill replica that cannot be had costs time and no answer: the other replica then reads the prompt itself.
     """
     config = call.target.base.config.prefill
-    if config is None or call.path not in ROUTES or len(call.body) < config.min_bytes:
+    if config is None or call.path not in ROUTES or len(call.body) < config.min_bytes or not proxy.has(call.target):
         return call
     asked = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *LENGTHS)}
     asked |= {"stream": False, "n": 1, "kv_transfer_params": ASK}
@@ -52,4 +52,6 @@ async def prefilled(proxy: Proxy, call: Call, body: dict[str, Any]) -> Call:
     more = {"kv_transfer_params": told} if told else {}
     # What reading took is not the gateway's own time.
     watch = Stopwatch(received=call.watch.received + time.perf_counter() - began)
-    return replace(call, body=to_json({**body, **more}), watch=watch)
+    # A cache is of this version of the model: another must not answer from it.
+    pinned = replace(call.ask, pinned=call.ask.pinned or bool(more))
+    return replace(call, body=to_json({**body, **more}), ask=pinned, watch=watch)

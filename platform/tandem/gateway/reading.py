@@ -1,17 +1,21 @@
-"""Reads from a request what the router wants to know of it: how its text begins, and whose conversation it is.
+"""Reads from a request what the router wants to know of it: how its text begins, and whose conversation it is; and what the
+queue does: how urgent it is.
 
-Nothing is tokenised and nothing is checked: a body that no engine will take gives an Ask all the same, and the engine says
-what is wrong with it. What is read of a body is bounded, however large it is.
+Nothing is tokenised, and of what an engine reads nothing is checked: a body that no engine will take gives an Ask all the same,
+and the engine says what is wrong with it. What is read of a body is bounded, however large it is.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tandem.gateway.catalog import Target
+from tandem.gateway.errors import ApiError
+from tandem.gateway.queue import Wish
 from tandem.serve.ask import MOST_BYTES, Ask, blocks_of, key_of
 
 SESSION_HEADER = "x-session-id"
@@ -24,11 +28,68 @@ PARTS = ("role", "name", "function", "description", "content", "text", "input")
 """What has text in a message, a part of one, or a tool."""
 MOST_TOKENS = MOST_BYTES // 4
 """Of a prompt of token ids, which count 4 bytes each, as a token of English has letters."""
+PATIENCE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
+"""In which the SDKs of OpenAI and Anthropic say after how many seconds without a byte they will have left."""
+LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""How long an answer may be, in the APIs' words."""
+MOST_PRIORITY = 2**63 - 1
+MOST_TIMEOUT_S = 86_400.0
+
+
+def take_wish(body: dict[str, Any], headers: Mapping[str, str], arrived: float, *, pass_on: bool = False) -> Wish:
+    """How urgent a request is, by `priority` and `timeout`, which are taken out of its body, and by what its SDK says.
+
+    `arrived` is the clock now; `pass_on` leaves the priority to the engine too. ApiError 400 for values that cannot be.
+    """
+    priority = body.pop("priority", None)
+    if priority is None:
+        priority = 0
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
+        raise ApiError(
+            400, f"`priority` is {priority!r}; it must be a whole number, lower is sooner.", param="priority"
+        )
+    if pass_on:
+        body["priority"] = priority
+    timeout_s = body.pop("timeout", None)
+    start_by = finish_by = math.inf
+    patience_s = _patience_s(headers)
+    if patience_s is not None:
+        # A stream's first byte keeps the client; for an answer in one piece it must be whole by then.
+        if body.get("stream"):
+            start_by = arrived + patience_s
+        else:
+            finish_by = arrived + patience_s
+    if timeout_s is not None:
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MOST_TIMEOUT_S:
+            raise ApiError(
+                400,
+                f"`timeout` is {timeout_s!r}; it must be a number of seconds above 0, at most {MOST_TIMEOUT_S:.0f}.",
+                param="timeout",
+            )
+        finish_by = min(finish_by, arrived + timeout_s)
+    length = next((body[key] for key in LENGTHS if isinstance(body.get(key), int)), 0)
+    # Answers that may be up to twice as long as others are of their kind.
+    return Wish(
+        arrived=arrived, priority=priority, start_by=start_by, finish_by=finish_by, kind=min(64, length.bit_length())
+    )
+
+
+def _patience_s(headers: Mapping[str, str]) -> float | None:
+    for name in PATIENCE_HEADERS:
+        try:
+            seconds = float(headers.get(name, ""))
+        except ValueError:
+            continue
+        if 0 < seconds < math.inf:
+            return seconds
+    return None
 
 
 def read_ask(target: Target, body: Mapping[str, Any], headers: Mapping[str, str]) -> Ask:
     """The request as the router sees it. `body` is in any of the APIs' shapes."""
-    blocks, size = blocks_of(target.engine_name, itertools.islice(_pieces(body), MOST_PIECES))
+    blocks, size = blocks_of(
+        target.adapter.id if target.adapter else target.base.id, itertools.islice(_pieces(body), MOST_PIECES)
+    )
     session = _session(body, headers)
     return Ask(
         base=target.pool,
@@ -36,6 +97,7 @@ def read_ask(target: Target, body: Mapping[str, Any], headers: Mapping[str, str]
         blocks=blocks,
         size=size,
         session=None if session is None else key_of(session),
+        pinned=target.pinned,
     )
 
 

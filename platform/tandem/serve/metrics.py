@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ray.util.metrics import Histogram
+from ray.util.metrics import Counter, Gauge, Histogram
 
 ADDED_MS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 13.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
 
@@ -22,3 +22,33 @@ def added_latency() -> Callable[[str, float], None]:
         histogram.observe(added_ms, {"route": route})
 
     return observe
+
+
+class QueueMeter:
+    """What waits at a gateway, and what was not started, by model."""
+
+    def __init__(self) -> None:
+        self._waiting = Gauge(
+            "tandem_gateway_waiting_requests",
+            description="Requests that wait at a gateway, for room at the engines or for a replica.",
+            tag_keys=("model",),
+        )
+        self._running = Gauge(
+            "tandem_gateway_running_requests",
+            description="Requests of a gateway that are in flight at the engines.",
+            tag_keys=("model",),
+        )
+        self._refused = Counter(
+            "tandem_gateway_refused_requests",
+            description="Requests that were not answered, by the reason: full, displaced, hopeless, expired, unserved, late.",
+            tag_keys=("model", "reason"),
+        )
+
+    def load(self, model: str, running: int, waiting: int) -> None:
+        """A model's requests in flight, and those that wait, now."""
+        self._running.set(running, {"model": model})
+        self._waiting.set(waiting, {"model": model})
+
+    def refused(self, model: str, outcome: str) -> None:
+        """A request was not started, or not ended in time."""
+        self._refused.inc(1, {"model": model, "reason": outcome})

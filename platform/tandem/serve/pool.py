@@ -221,6 +221,10 @@ class Pool:
         if rest is not None:
             self.levels.set(replica, rest + self._own.get(replica, 0))
 
+    def carried_by_others(self, replicas: Collection[str]) -> int:
+        """This gateway's own requests in flight at all but these, ready or not."""
+        return sum(count for replica, count in self._own.items() if replica not in replicas)
+
     # ---- what policies ask --------------------------------------------------------------------------------------------
 
     def held(self, replica: str, adapter: str) -> float:

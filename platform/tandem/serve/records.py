@@ -45,6 +45,16 @@ class ServedModel:
         """What its replicas register as."""
         return prefill_pool(self.id) if self.prefills else self.id
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether it may be without replicas until somebody asks for it."""
+        return self.config.autoscaling is not None and self.config.autoscaling.min_replicas == 0
+
+    @property
+    def deployment(self) -> str:
+        """Serve's name for its replicas: the same for all its versions."""
+        return f"{'prefill' if self.prefills else 'engine'}-{self.name}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaRecord:
@@ -53,12 +63,16 @@ class ReplicaRecord:
     id: str
     base: str
     """Its pool: the id of the model that it holds, or what `prefill_pool` makes of it."""
+    deployment: str = ""
+    """Serve's name for what it is a replica of. Its replicas may be of several pools while a new version comes."""
     url: str
     """`http://host:port` of its engine."""
     token: str = field(repr=False)
     state: State = "ready"
     running: int = 0
     waiting: int = 0
+    max_running: int = 0
+    """Requests that its engine generates at once, at most; 0: any number."""
     kv_usage: float = 0.0
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds: in slots or in host memory."""
@@ -92,9 +106,9 @@ class Snapshot:
 
     version: int = 0
     """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
+    whole: bool = True
+    """False as long as the directory has just begun to listen: replicas that it does not name may be there."""
     replicas: tuple[ReplicaRecord, ...] = ()
-    born: int = 0
-    """Which directory says so: another one has not heard of all replicas yet."""
 
 
 def prefill_pool(model_id: str) -> str:

@@ -71,5 +71,10 @@ class Router:
         if ask.adapter is not None:
             self._pool(ask.base).loaded(replica, ask.adapter)
 
+    def carried(self, base: str, but: Collection[str]) -> int:
+        """This gateway's own requests in flight at replicas of a base other than these."""
+        pool = self._pools.get(base)
+        return 0 if pool is None else pool.carried_by_others(but)
+
     def _pool(self, base: str) -> Pool:
         return self._pools[base]

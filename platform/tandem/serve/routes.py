@@ -17,6 +17,8 @@ class EngineRoute:
     path: str
     task: str | None = None
     """What the engine has to do; None: every engine has the route."""
+    light: bool = False
+    """Whether it is only about tokens: it needs no place in the engine's batch, and so none in a queue."""
 
 
 ENGINE_ROUTES = (
@@ -24,15 +26,15 @@ ENGINE_ROUTES = (
     EngineRoute("/v1/chat/completions", GENERATE),
     EngineRoute("/v1/responses", GENERATE),
     EngineRoute("/v1/messages", GENERATE),
-    EngineRoute("/v1/messages/count_tokens", GENERATE),
+    EngineRoute("/v1/messages/count_tokens", GENERATE, light=True),
     EngineRoute("/v1/embeddings", EMBED),
     EngineRoute("/v1/score", SCORE),
     EngineRoute("/score", SCORE),
     EngineRoute("/v1/rerank", SCORE),
     EngineRoute("/v2/rerank", SCORE),
     EngineRoute("/rerank", SCORE),
-    EngineRoute("/tokenize"),
-    EngineRoute("/detokenize"),
+    EngineRoute("/tokenize", light=True),
+    EngineRoute("/detokenize", light=True),
 )
 
 INSIDE = frozenset({("GET", "/v1/models"), ("GET", "/health"), ("GET", "/metrics")})

@@ -8,19 +8,11 @@ import pytest
 
 from tandem.gateway.fleet import Fleet
 from tandem.serve.ask import Ask
-from tandem.serve.directory import SILENCE_S
 from tandem.serve.records import ReplicaRecord, Snapshot
 
 A = ReplicaRecord(id="a", base="base@1", url="http://a:1", token="t")
 B = replace(A, id="b", url="http://b:1")
 ASK = Ask(base="base@1")
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [1000.0]
-    monkeypatch.setattr("tandem.gateway.fleet.time.monotonic", lambda: now[0])
-    return now
 
 
 def fleet() -> tuple[Fleet, list[str]]:
@@ -40,35 +32,34 @@ def chosen(fleet: Fleet) -> set[str]:
 @pytest.mark.parametrize("state", ["stuck", "silent"])
 def test_a_lost_replica_is_told_of_once_and_chosen_no_more(state: str) -> None:
     it, lost = fleet()
-    it.take(Snapshot(version=1, replicas=(A, B), born=7))
+    it.take(Snapshot(version=1, replicas=(A, B)))
     gone = replace(A, state=state)  # type: ignore[arg-type]
-    it.take(Snapshot(version=2, replicas=(gone, B), born=7))
-    it.take(Snapshot(version=3, replicas=(gone, B), born=7))
+    it.take(Snapshot(version=2, replicas=(gone, B)))
+    it.take(Snapshot(version=3, replicas=(gone, B)))
     assert lost == ["a"] and chosen(it) == {"b"}
 
 
 def test_one_that_speaks_again_is_chosen_again() -> None:
     it, lost = fleet()
     for version, record in enumerate((A, replace(A, state="silent"), A, replace(A, state="silent")), 1):
-        it.take(Snapshot(version=version, replicas=(record,), born=7))
+        it.take(Snapshot(version=version, replicas=(record,)))
         assert chosen(it) == ({"a"} if record is A else set())
     assert lost == ["a", "a"]
 
 
 def test_one_that_left_or_died_ends_its_requests_itself() -> None:
     it, lost = fleet()
-    it.take(Snapshot(version=1, replicas=(A, B), born=7))
-    it.take(Snapshot(version=2, replicas=(replace(B, state="dead"),), born=7))
+    it.take(Snapshot(version=1, replicas=(A, B)))
+    it.take(Snapshot(version=2, replicas=(replace(B, state="dead"),)))
     assert lost == [] and chosen(it) == set()
 
 
-def test_a_new_directory_is_believed_as_it_hears_of_the_replicas(clock: list[float]) -> None:
+async def test_what_a_new_directory_never_hears_of_was_lost_with_the_old_one() -> None:
     it, lost = fleet()
-    it.take(Snapshot(version=1, replicas=(A, B), born=7))
-    it.take(Snapshot(version=2, born=8))
+    it.take(Snapshot(version=1, replicas=(A, B)))
+    it.take(Snapshot(version=2, whole=False))
     assert chosen(it) == {"a", "b"}
-    it.take(Snapshot(version=3, replicas=(replace(A, state="draining"),), born=8))
+    it.take(Snapshot(version=3, replicas=(replace(A, state="draining"),), whole=False))
     assert chosen(it) == {"b"} and lost == []
-    clock[0] += SILENCE_S + 1
-    it.take(Snapshot(version=4, replicas=(A,), born=8))
+    it.take(Snapshot(version=4, replicas=(A,)))
     assert chosen(it) == {"a"} and lost == ["b"]

@@ -93,7 +93,10 @@ async def gateway(
     app: ASGIApp = create_app(
         models=[
             ServedModel(
-                id="base", name="base", path="", config=ServedModelConfig(model="base", max_adapters=max_adapters)
+                id="base",
+                name="base",
+                path="",
+                config=ServedModelConfig(model="base", max_adapters=max_adapters, hold_s=0.0),
             )
         ],
         watch=watch,

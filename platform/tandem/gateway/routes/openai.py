@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import prefilled
 from tandem.gateway.proxy import Call, Proxy
-from tandem.gateway.reading import read_ask
+from tandem.gateway.reading import read_ask, take_wish
 from tandem.gateway.routes import stored
 from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
@@ -72,6 +74,8 @@ class OpenAIRoutes:
             check_prompt_logprobs(name, body, target.base.config)
             if route.path == stored.PATH:
                 stored.check(body)
+            by_priority = target.base.config.engine_args.get("scheduling_policy") == "priority"
+            wish = take_wish(body, request.headers, time.monotonic(), pass_on=by_priority)
             body["model"] = target.engine_name
             drop_transfers(body)
             if body.get("encoding_format", "") is None:
@@ -85,19 +89,19 @@ class OpenAIRoutes:
                 headers=headers,
                 dialect=dialect,
                 ask=read_ask(target, body, request.headers),
+                wish=wish,
+                light=route.light,
                 watch=watch,
             )
-            return self._proxy.forward(await prefilled(self._proxy, call, body))
+            prefills = target.base.config.prefill is not None
+            return self._proxy.forward(call, functools.partial(prefilled, self._proxy, body) if prefills else None)
 
         return handle
 
     async def health(self, request: Request) -> Response:
-        """200 once every model has a ready replica; 503 with the counts before."""
-        ready = {
-            model.name: sum(r.base == model.id and r.state == "ready" for r in self._fleet.replicas)
-            for model in self._catalog.models
-        }
-        whole = all(ready.values())
+        """200 once every model has a ready replica, or may be without; 503 with the counts before."""
+        ready = {model.name: len(self._fleet.ready(model.id, suspects=True)) for model in self._catalog.models}
+        whole = all(ready[model.name] or model.sleeps for model in self._catalog.models)
         headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
         status = {"status": "ok" if whole else "unavailable", "ready_replicas": ready}
         return JSONResponse(status, status_code=200 if whole else 503, headers=headers)

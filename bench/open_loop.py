@@ -1,0 +1,161 @@
+"""Load that comes whether or not it is answered: requests at a rate, at random moments, each with a time by which it wants its
+answer; and load that comes as fast as it is answered, to see how much that is. Raw sockets, answers counted and not parsed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+LENGTHS = (16, 32, 64)
+"""Tokens of the answers, as many of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one request."""
+
+    due: float
+    """When it was to be sent, in seconds of `time.perf_counter`."""
+    ended: float
+    status: int
+    """0: the connection broke."""
+    retry_after: float | None
+    tokens: int
+    """That it was asked to have."""
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection; one request at a time."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ready to ask."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._answer: asyncio.Future[tuple[int, float | None]] | None = None
+        self.open = True
+
+    def ask(self, request: bytes) -> asyncio.Future[tuple[int, float | None]]:
+        """Send a request; its status and Retry-After when the answer is whole."""
+        self._seen = b""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return self._answer
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for as many bytes as the head announces."""
+        self._seen += data
+        head, found, body = self._seen.partition(b"\r\n\r\n")
+        if not found or self._answer is None:
+            return
+        lines = (line.partition(b":") for line in head.split(b"\r\n")[1:])
+        headers = {name.strip().lower(): value.strip() for name, _, value in lines}
+        if len(body) >= int(headers.get(b"content-length", b"0")):
+            answer, self._answer = self._answer, None
+            wait = headers.get(b"retry-after")
+            answer.set_result((int(head[9:12]), float(wait) if wait else None))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """A connection that ends before its answer is a failure."""
+        self.open = False
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result((0, None))
+
+    def close(self) -> None:
+        """End it."""
+        self._transport.close()
+
+
+class Client:
+    """Asks one model, on as many connections as it takes."""
+
+    def __init__(self, url: str, model: str, prompt: str) -> None:
+        self._parts = urlsplit(url)
+        self._idle: list[Connection] = []
+        self._model, self._prompt = model, prompt
+
+    def request(self, tokens: int, timeout_s: float | None) -> bytes:
+        """The bytes of a request for an answer of so many tokens, whole within a time."""
+        body: dict[str, Any] = {"model": self._model, "prompt": self._prompt, "max_tokens": tokens}
+        body |= {"ignore_eos": True, "temperature": 0.0} | ({"timeout": timeout_s} if timeout_s else {})
+        raw = json.dumps(body).encode()
+        path = f"{self._parts.path}/v1/completions"
+        head = f"POST {path} HTTP/1.1\r\nHost: {self._parts.netloc}\r\nContent-Type: application/json\r\n"
+        return f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
+
+    async def ask(self, due: float, tokens: int, timeout_s: float | None = None) -> Answer:
+        """One request and what became of it."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.open:
+                break
+        else:
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(Connection, self._parts.hostname, self._parts.port)
+        status, retry_after = await connection.ask(self.request(tokens, timeout_s))
+        if connection.open:
+            self._idle.append(connection)
+        return Answer(due, time.perf_counter(), status, retry_after, tokens)
+
+    def close(self) -> None:
+        """End all connections."""
+        for connection in self._idle:
+            connection.close()
+
+
+async def closed_loop(client: Client, streams: int, seconds: float) -> dict[str, Any]:
+    """As much as comes back: requests/s that `streams` get that ask one after the other, and how long each takes."""
+    began = time.perf_counter()
+    warm, until = began + seconds / 4, began + seconds
+    answers: list[Answer] = []
+
+    async def one(dice: random.Random) -> None:
+        while (now := time.perf_counter()) < until:
+            answers.append(await client.ask(now, dice.choice(LENGTHS)))
+
+    await asyncio.gather(*(one(random.Random(number)) for number in range(streams)))
+    counted = [a for a in answers if warm <= a.ended < until]
+    good = [a for a in counted if a.status == 200]
+    return {
+        "requests_per_s": len(good) / (until - warm),
+        "tokens_per_s": sum(a.tokens for a in good) / (until - warm),
+        "latency_s": statistics.median(a.ended - a.due for a in good) if good else float("inf"),
+        "failed": sorted({a.status for a in counted} - {200}),
+    }
+
+
+async def open_loop(client: Client, rate: float, seconds: float, timeout_s: float, seed: int) -> dict[str, Any]:
+    """What comes back in time of `rate` requests/s. Counted is what ends after the first quarter: by then queues have grown."""
+    dice = random.Random(seed)
+    began = time.perf_counter()
+    warm, until = began + seconds / 4, began + seconds
+    tasks = []
+    due = began
+    while (due := due + dice.expovariate(rate)) < until:
+        if (ahead := due - time.perf_counter()) > 0:
+            await asyncio.sleep(ahead)
+        tasks.append(asyncio.create_task(client.ask(due, dice.choice(LENGTHS), timeout_s)))
+    answers = [a for a in await asyncio.gather(*tasks) if warm <= a.ended < until]
+    in_time = [a for a in answers if a.status == 200 and a.ended - a.due <= timeout_s]
+    good = sorted(a.ended - a.due for a in in_time)
+    late = sum(a.status == 200 for a in answers) - len(good)
+    waits = [a.retry_after for a in answers if a.retry_after is not None]
+    counts = Counter(a.status for a in answers)
+    return {
+        "offered_per_s": rate,
+        "goodput_per_s": len(good) / (until - warm),
+        "good_tokens_per_s": sum(a.tokens for a in in_time) / (until - warm),
+        "late": late,
+        "refused_429": counts.pop(429, 0),
+        "expired_504": counts.pop(504, 0),
+        "failed": {str(status): count for status, count in counts.items() if status != 200},
+        "p50_s": statistics.median(good) if good else float("inf"),
+        "p99_s": good[int(0.99 * (len(good) - 1))] if good else float("inf"),
+        "retry_after_s": statistics.median(waits) if waits else None,
+    }

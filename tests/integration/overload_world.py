@@ -1,0 +1,115 @@
+"""A gateway before echo engines, whose limits a test sets: real HTTP on both sides, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from tandem.config import GatewayConfig, ServedModelConfig
+from tandem.engine.echo import EchoEngine
+from tandem.gateway.admission import Admission
+from tandem.gateway.app import create_app
+from tandem.registry import Registry
+from tandem.serve.host import EngineHost
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+
+ROUTE = "/v1/completions"
+
+
+class Listening(EchoEngine):
+    """An echo that knows in which order it was asked."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(("base",), max_length=10_000, **options)
+        self.asked: list[str] = []
+
+    async def _answer(self, request: Any, body: dict[str, Any], prompt: str, *, chat: bool) -> Any:
+        self.asked.append(prompt.split()[0])
+        return await super()._answer(request, body, prompt, chat=chat)
+
+
+@dataclass
+class World:
+    """What a test sees of it."""
+
+    http: httpx.AsyncClient
+    admission: Admission
+    records: dict[str, ReplicaRecord] = field(default_factory=dict)
+    hosts: list[EngineHost] = field(default_factory=list)
+    version: int = 1
+
+    async def watch(self, version: int) -> Snapshot:
+        """The directory."""
+        if version == self.version:
+            await asyncio.sleep(0.01)
+        return Snapshot(version=self.version, replicas=tuple(self.records.values()))
+
+    async def add(self, engine: EchoEngine, max_running: int = 0) -> ReplicaRecord:
+        """A replica, ready."""
+        host = EngineHost(engine, max_adapters=0)
+        await host.start()
+        self.hosts.append(host)
+        record = ReplicaRecord(
+            id=f"r{len(self.hosts)}", base="base", url=host.url, token=host.token, max_running=max_running
+        )
+        self.records[record.id] = record
+        self.version += 1
+        await asyncio.sleep(0.1)
+        return record
+
+    def ask(self, prompt: str, words: int = 3, headers: dict[str, str] | None = None, **body: Any) -> asyncio.Task[Any]:
+        """A request on its way; the prompt's first word names it."""
+        text = " ".join([prompt, *["word"] * (words - 1)])
+        return asyncio.create_task(
+            self.http.post(ROUTE, json={"model": "base", "prompt": text, **body}, headers=headers)
+        )
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Wait for something that must come; AssertionError if it does not."""
+        for _ in range(500):
+            if happened():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("it did not come within 5 s")
+
+    async def queued(self, count: int) -> None:
+        """Wait until so many wait."""
+        await self.until(lambda: self.admission.waiting() == {"base": count})
+
+
+@contextlib.asynccontextmanager
+async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **model: Any) -> AsyncIterator[World]:
+    """A gateway for the model `base`, with these keys in its config."""
+    watched: list[World] = []
+
+    async def watch(version: int) -> Snapshot:
+        return await watched[0].watch(version)
+
+    served = ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base", **model))
+    app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"), config=gateway)
+    sock = socket.create_server(("127.0.0.1", 0))
+    http = httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20, limits=httpx.Limits(max_connections=None)
+    )
+    watched.append(World(http=http, admission=app.state.admission))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical"))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield watched[0]
+    finally:
+        await http.aclose()
+        server.should_exit = True
+        await task
+        for host in watched[0].hosts:
+            await host.drain(0)
