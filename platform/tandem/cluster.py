@@ -36,6 +36,10 @@ from tandem.storage import write_atomic
 MARK = "TANDEM_CLUSTER_MARK"
 PORTS = range(20000, 32000)
 """Where a local cluster's ports are looked for."""
+GATEWAY_PORTS = range(12000, 20000)
+"""Where the ports of its gateways are."""
+BLOCK = 100
+"""How many it has for these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +83,14 @@ class LocalCluster(Cluster):
         mark = secrets.token_hex(8)
         # Ray puts Unix sockets below this folder, and their paths may have 107 bytes.
         folder = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp" if Path("/tmp").is_dir() else None))
-        ports = free_ports(9)
+        ports = free_ports(7)
         address, dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
-        variables = {**haproxy.serving_environment(folder, ports[5:9]), **authentication(), **KEEP_MARKS, MARK: mark}
+        variables = {
+            **haproxy.serving_environment(folder, ports[5:7], free_block()),
+            **authentication(),
+            **KEEP_MARKS,
+            MARK: mark,
+        }
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
@@ -273,6 +282,24 @@ def free_ports(count: int) -> list[int]:
             return found
     raise ClusterError(
         f"Fewer than {count} TCP ports from {PORTS.start} to {PORTS.stop - 1} are free on this machine. See `ss -ltn`."
+    )
+
+
+def free_block() -> range:
+    """`BLOCK` TCP ports of `GATEWAY_PORTS` in a row that are all free on loopback now."""
+    starts = GATEWAY_PORTS[::BLOCK]
+    for start in random.SystemRandom().sample(starts, len(starts)):
+        with contextlib.ExitStack() as held:
+            try:
+                for port in range(start, start + BLOCK):
+                    probe = held.enter_context(socket.socket())
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return range(start, start + BLOCK)
+    raise ClusterError(
+        f"No {BLOCK} TCP ports in a row from {GATEWAY_PORTS.start} to {GATEWAY_PORTS.stop - 1} are free on this machine. See `ss -ltn`."
     )
 
 

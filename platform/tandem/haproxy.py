@@ -48,11 +48,13 @@ NO_GATEWAY = {
 RETRY_AFTER_S = 2
 
 
-def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
+def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict[str, str]:
     """Variables that Ray Serve reads when it starts: HAProxy on, with files and ports of this cluster's own.
 
     HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to the
     longest `drain_timeout_s`: every change of gateways reloads it, and a reload must not cut a stream that is still written.
+    `gateways`: ports for these. Each cluster on a machine has to have its own: HAProxy asks whoever listens on the port of a
+    gateway that has just died.
     """
     haproxy = folder / "haproxy"
     return {
@@ -66,6 +68,8 @@ def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(gateways.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(gateways.stop),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_DRAIN_S),
         # A gateway that dies before it answered: the request goes to another one, once. HAProxy can send again what it still
         # has in its buffer, which is most prompts.
