@@ -299,7 +299,8 @@ def free_block() -> range:
                 continue
         return range(start, start + BLOCK)
     raise ClusterError(
-        f"No {BLOCK} TCP ports in a row from {GATEWAY_PORTS.start} to {GATEWAY_PORTS.stop - 1} are free on this machine. See `ss -ltn`."
+        f"No {BLOCK} TCP ports in a row from {GATEWAY_PORTS.start} to {GATEWAY_PORTS.stop - 1} are free on this machine. "
+        "See `ss -ltn`."
     )
 
 

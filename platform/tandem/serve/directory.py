@@ -20,7 +20,7 @@ SILENCE_S = 10.0
 """How long a replica may be silent before it counts as lost."""
 FORGET_S = 60.0
 """How long a lost one is still listed, so that each gateway hears of it and ends what it had asked of it."""
-LISTENING_S = SILENCE_S
+LISTENING_S = 3 * SILENCE_S
 """How long a new directory listens before it takes what it has not heard of for gone."""
 DEMAND_S = 3 * HEARTBEAT_S
 """How long what a gateway said of its demand is good."""
