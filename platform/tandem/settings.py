@@ -9,6 +9,9 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+LONGEST_DRAIN_S = 3600
+"""How long a stream may go on, at most, in what is to end: HAProxy, which is told when its cluster starts, cuts it then."""
+
 
 class Settings(BaseSettings):
     """What the environment says. `TANDEM_<NAME>` sets each, except where another variable is named."""

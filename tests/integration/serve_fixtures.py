@@ -161,7 +161,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served:
+def serve_port(ray_cluster: Any) -> int:
+    """The port of the session's one Ray Serve; apps of several tests are below prefixes of their own."""
+    from ray import serve
+
+    port = free_port()
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    return port
+
+
+@pytest.fixture(scope="session")
+def served(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A base called `tiny` with adapters `red` and `blue`, served by one vLLM engine with two adapter slots."""
     from ray import serve
 
@@ -171,8 +181,7 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served
     folder = tmp_path_factory.mktemp("served")
     base = write_model(folder / "tiny")
     adapters = {name: write_adapter(folder / name, base, seed=i) for i, name in enumerate(("red", "blue", "green"))}
-    port = free_port()
-    result = Served(url=f"http://127.0.0.1:{port}", home=folder / "home", base=base, adapters=adapters)
+    result = Served(url=f"http://127.0.0.1:{serve_port}", home=folder / "home", base=base, adapters=adapters)
     result.home.mkdir()
     registry = result.registry()
     registry.register_model("tiny", base)
@@ -187,7 +196,6 @@ def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Served
         patch.setenv("TANDEM_HOME", str(result.home))
         patch.setenv("TANDEM_ADMIN_TOKEN", ADMIN_TOKEN)
         app = build_app(config, check=False)
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
         serve.run(app, name=result.app, route_prefix="/")
     except RuntimeError as error:

@@ -331,6 +331,7 @@ def test_storage_that_stays_away_stops_the_run_and_it_does_not_begin_anew(run: C
     assert folders.saved(driver.job / "away")
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_left_out_and_too_many_in_a_row_end_the_run(
     home: Path, run: Callable[..., Driver], undisturbed: dict[int, float]
 ):

@@ -214,8 +214,13 @@ def test_an_operator_does_it_all_over_http_and_sees_where_adapters_are(served: S
         assert client.post("/admin/adapters/t-run/roll-back").json()["id"] == "t-run@1"
         refused = client.post("/admin/adapters", json={"name": "t-no", "source": str(served.base), "base": "tiny"})
         assert refused.status_code == 400 and "adapter_config.json" in refused.text
-        (replica,) = client.get("/admin/residency").json()["data"]
-        assert {"t-run@1", "t-run@2"} <= set(replica["in_memory"]) and replica["base"] == "tiny@1"
+
+        def told() -> bool:
+            (replica,) = client.get("/admin/residency").json()["data"]
+            return replica["base"] == "tiny@1" and {"t-run@1", "t-run@2"} <= set(replica["in_memory"])
+
+        # What a replica loads reaches its gateway with the directory's next snapshot.
+        wait_for(told)
         assert json.dumps(client.get("/admin/adapters/t-run").json()["promotions"]).count("t-run@") == 2
         assert client.delete("/admin/adapters/t-run").json() == {"deleted": ["t-run@1", "t-run@2"]}
 

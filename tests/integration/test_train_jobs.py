@@ -193,6 +193,7 @@ def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
     assert (record.kind, record.lineage["evaluation"]) == ("model", found[-1]["evaluation"])
 
 
+@pytest.mark.slow
 def test_deepspeed_trains_what_fsdp2_does(home: Path, base: str, run: Callable[..., Driver]):
     driver = run("zero", parallel={"workers": 2, "strategy": "deepspeed"}, deepspeed={"stage": 3})
     status, found = driver.end()
@@ -216,6 +217,7 @@ def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, b
     assert len(told) >= 5 and told == pytest.approx({step: undisturbed[step] for step in told}, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(
     home: Path, base: str, tmp_path: Path, run: Callable[..., Driver]
 ):
@@ -300,6 +302,7 @@ def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, 
     assert sum(e["event"] == "started" for e in found) == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_driver_is_said(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "full").mkdir(parents=True)
     (home / "jobs" / "full" / "events.jsonl").symlink_to("/dev/full")

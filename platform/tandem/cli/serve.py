@@ -22,7 +22,7 @@ from tandem.cli.shell import a_cluster, console, friendly_errors, stop_quietly, 
 from tandem.cluster import Cluster, LocalCluster, connect
 from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict
-from tandem.errors import ClusterError, EngineError
+from tandem.errors import ClusterError
 from tandem.settings import settings
 
 serve_app = typer.Typer(no_args_is_help=True, help="Serve models and adapters behind one OpenAI endpoint.")
@@ -43,15 +43,9 @@ def up_command(
         bool, typer.Option("--detach", "-d", help="Return when it is up; `tandem serve down` ends it.")
     ] = False,
 ) -> None:
-    """Serve models until Ctrl-C."""
+    """Serve models until Ctrl-C; after a SIGTERM, until what has begun is answered."""
     with friendly_errors(), located(config, overrides):
-        wanted = (
-            load_yaml(ServeConfig, config, overrides)
-            if config
-            else from_dict(ServeConfig, apply_overrides({}, overrides))
-        )
-        if models:
-            wanted = replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models))
+        wanted = read_config(models, config, overrides)
         listen = port or settings().port
         check_port(listen, host)
         with (
@@ -59,36 +53,60 @@ def up_command(
             serving(cluster, wanted, host, port=listen, keep=detach) as url,
         ):
             console.print(f"Serving at [bold]{url}[/]." + ("" if detach else " Ctrl-C ends it."))
-            if not detach:
-                wait_for_interrupt()
+            if not detach and wait_for_interrupt() == signal.SIGTERM:
+                end_gently(wanted)
+
+
+@serve_app.command("deploy")
+def deploy_command(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Registered models or folders. None: the newest one.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
+    overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
+) -> None:
+    """Change what is served: other settings, versions or models, without a failed request."""
+    with friendly_errors(), located(config, overrides):
+        wanted = read_config(models, config, overrides)
+        cluster = _required_cluster()
+        if wanted.app not in applications(cluster):
+            raise ClusterError(f"{wanted.app} is not served on this cluster. `tandem serve up` starts it.")
+        with connected(cluster):
+            from tandem.serve.app import build_app
+            from tandem.serve.deploy import deploy
+
+            with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
+                deploy(build_app(wanted), wanted.app)
+        console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
+
+
+def read_config(models: list[str] | None, config: Path | None, overrides: list[str]) -> ServeConfig:
+    """The app as a command line describes it."""
+    wanted = (
+        load_yaml(ServeConfig, config, overrides) if config else from_dict(ServeConfig, apply_overrides({}, overrides))
+    )
+    return replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models)) if models else wanted
+
+
+def end_gently(config: ServeConfig) -> None:
+    """Take an app away when its streams have ended, or after its `drain_timeout_s`."""
+    from tandem.serve.deploy import drain
+
+    console.print(f"SIGTERM: {config.app} takes nothing new, and ends when its streams have.")
+    if not drain(config.app, config.drain_timeout_s):
+        console.print(f"After {config.drain_timeout_s:g} s some had not; they are cut.")
 
 
 @contextmanager
-def serving(
-    cluster: Cluster, config: ServeConfig, host: str = "127.0.0.1", *, port: int, keep: bool = False
-) -> Iterator[str]:
-    """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
+def connected(cluster: Cluster) -> Iterator[None]:
+    """This process connected to a cluster for the length of a block."""
     import ray
-    from ray import serve
-
-    from tandem.serve.app import build_app
 
     if cluster.address is None:
         raise ClusterError(
             f"The cluster is known only by its dashboard, {cluster.dashboard_url}. Use `serve deploy -a {cluster.dashboard_url} "
             "serve_apps/openai.yaml`, or give RAY_ADDRESS as host:port."
         )
-    details = serve_details(cluster)
-    if config.app in details.get("applications", {}):
-        raise ClusterError(
-            f"{config.app} is served on this cluster already. `tandem serve down` ends it; its adapters need no restart."
-        )
-    taken = (details.get("http_options") or {}).get("port", port)
-    if details.get("applications") and taken != port:
-        raise ClusterError(
-            f"Serve listens on port {taken} on this cluster, for other apps. Use it too: --port {taken}."
-        )
-    app = build_app(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address=cluster.address,
@@ -98,21 +116,47 @@ def serving(
         ignore_reinit_error=True,
     )
     try:
-        with console.status(f"Starting {config.app}: one engine takes about half a minute"):
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-            try:
-                serve.run(app, name=config.app, route_prefix="/")
-            except RuntimeError as error:
-                raise EngineError(f"{config.app} did not start: {_why(config.app) or error}") from error
-        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"
+        yield
     finally:
         with uninterrupted():
-            # A cluster of our own ends as a whole a moment later, and much faster.
-            if not keep and not cluster.owned:
-                serve.delete(config.app)
-                if not serve.status().applications:
-                    serve.shutdown()  # its port is free again
             ray.shutdown()
+
+
+@contextmanager
+def serving(
+    cluster: Cluster, config: ServeConfig, host: str = "127.0.0.1", *, port: int, keep: bool = False
+) -> Iterator[str]:
+    """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
+    from ray import serve
+
+    from tandem.serve.app import build_app
+    from tandem.serve.deploy import deploy
+
+    details = serve_details(cluster)
+    if config.app in details.get("applications", {}):
+        raise ClusterError(
+            f"{config.app} is served on this cluster already. `tandem serve deploy` changes it, `tandem serve down` ends it; "
+            "its adapters need no restart."
+        )
+    taken = (details.get("http_options") or {}).get("port", port)
+    if details.get("applications") and taken != port:
+        raise ClusterError(
+            f"Serve listens on port {taken} on this cluster, for other apps. Use it too: --port {taken}."
+        )
+    app = build_app(config)
+    with connected(cluster):
+        try:
+            with console.status(f"Starting {config.app}: one engine takes about half a minute"):
+                serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+                deploy(app, config.app)
+            yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"
+        finally:
+            with uninterrupted():
+                # A cluster of our own ends as a whole a moment later, and much faster.
+                if not keep and not cluster.owned:
+                    serve.delete(config.app)
+                    if not serve.status().applications:
+                        serve.shutdown()  # its port is free again
 
 
 @serve_app.command("status")
@@ -187,14 +231,6 @@ def _required_cluster() -> Cluster:
     return cluster
 
 
-def _why(app: str) -> str:
-    from ray import serve
-
-    status = serve.status().applications.get(app)
-    messages = [d.message for d in status.deployments.values() if d.message] if status else []
-    return "\n".join(messages) or (status.message if status else "")
-
-
 def check_port(port: int, host: str = "127.0.0.1") -> None:
     """Refuse a port that is taken, with the process that holds it."""
     with closing(socket.socket()) as probe:
@@ -216,14 +252,22 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
             ) from error
 
 
-def wait_for_interrupt() -> None:
-    """Return at a Ctrl-C; SIGTERM leaves by SystemExit."""
+def wait_for_interrupt() -> int:
+    """Return at a Ctrl-C or a SIGTERM, with the signal's number; the next one leaves in the usual way."""
     event = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        event.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         # A wait without end would not let signals through.
         while not event.wait(0.5):
             pass
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     console.print()
+    return came[0]

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.config import check
+from tandem.config.autoscaling import AutoscalingConfig
 from tandem.errors import ConfigError
+from tandem.settings import LONGEST_DRAIN_S
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,11 @@ class ServedModelConfig:
     engine: str = "vllm"
     """vllm, or echo (answers with the prompt; for tests of what surrounds an engine)."""
     replicas: int = 1
+    autoscaling: AutoscalingConfig | None = None
+    """Set: the number of replicas follows the load, in place of `replicas`."""
+    surge_percent: int = 100
+    """Replicas that a change may start beyond their number before the old ones end. 0 where there is no room for them: old
+    ones then end first, and a model with one replica is away while the new one starts."""
     requests_per_replica: int | None = None
     """Requests in flight at one replica, at most; more wait at the gateways, by priority. Unset: what its engine generates at
     once (vLLM's `max_num_seqs`), and a quarter more, which waits inside it."""
@@ -58,12 +65,25 @@ class ServedModelConfig:
     """Arguments of vLLM's own engine, by their names there; vLLM checks them before a replica starts."""
     prefill: PrefillConfig | None = None
     """Set: prompts are read on replicas of their own, and their KV cache moves to the one that generates."""
+    stuck_after_s: float = 60.0
+    """How long an engine that has work may end no step before its replica is replaced: longer than its longest step."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment of the replica, such as VLLM_CPU_KVCACHE_SPACE."""
 
     def __post_init__(self) -> None:
         check.one_of("models[].engine", self.engine, ("vllm", "echo"))
         check.at_least("models[].replicas", self.replicas, 1)
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ConfigError(
+                f"models[].replicas is {self.replicas}, and autoscaling gives {self.autoscaling.min_replicas} to "
+                f"{self.autoscaling.max_replicas}. Leave out `replicas`, or set autoscaling.min_replicas and initial_replicas."
+            )
+        if self.autoscaling is not None and not self.autoscaling.min_replicas and not self.hold_s:
+            raise ConfigError(
+                "models[].hold_s is 0 and autoscaling.min_replicas too: no request would wait for the replica that it starts. "
+                "Give hold_s the time that a replica takes to start."
+            )
+        check.between("models[].surge_percent", self.surge_percent, 0, 100)
         if self.requests_per_replica is not None:
             check.at_least("models[].requests_per_replica", self.requests_per_replica, 1)
         check.at_least("models[].max_queued", self.max_queued, 0)
@@ -76,6 +96,7 @@ class ServedModelConfig:
                 f"models[].max_cached_adapters is {self.max_cached_adapters} and max_adapters {self.max_adapters}: what is in a "
                 "slot is in host memory too. Raise it, or unset it for four times max_adapters."
             )
+        check.at_least("models[].stuck_after_s", self.stuck_after_s, 1.0)
         check.between("models[].max_lora_rank", self.max_lora_rank, 1, 512)
 
     @property
@@ -154,8 +175,14 @@ class ServeConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     app: str = "tandem"
     """Name of the Serve application."""
+    drain_timeout_s: float = 600.0
+    """How long streams may go on in a replica or gateway that is to end. An idle engine ends at once."""
+    version: str = ""
+    """Of what Tandem cannot see, such as other packages: another one replaces everything when the app is deployed again. Tandem's
+    own code counts by itself."""
 
     def __post_init__(self) -> None:
+        check.between("drain_timeout_s", self.drain_timeout_s, 0.0, LONGEST_DRAIN_S)
         names = [served.name or served.model for served in self.models]
         for name in names:
             if names.count(name) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import time
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp
 
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
+from tandem.engine.ttft import FirstTokens
 from tandem.errors import ConfigError, EngineError, did_you_mean
 
 TASKS = ("generate", "embed", "score")
@@ -37,6 +39,7 @@ class EchoEngine:
         delay_s: float = 0.0,
         max_length: int = 1024,
         start_s: float = 0.0,
+        slots: int = 0,
         tasks: tuple[str, ...] = TASKS,
     ) -> None:
         self._names = names
@@ -46,6 +49,12 @@ class EchoEngine:
         self._tasks = tasks
         self._adapters: dict[str, AdapterRef] = {}
         self._running = 0
+        self._steps = 0
+        self._waiting = 0
+        self._slots = int(slots)
+        nothing = contextlib.nullcontext()
+        self._turns: contextlib.AbstractAsyncContextManager[Any] = asyncio.Semaphore(self._slots) if slots else nothing
+        self._first_tokens = FirstTokens()
         self._healthy = True
         self.aborted = 0
         """Requests whose client left before the end."""
@@ -63,8 +72,8 @@ class EchoEngine:
 
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> EchoEngine:
-        """An echo under the spec's names; its arguments are delay_s, start_s and max_length."""
-        known = ("delay_s", "start_s", "max_length")
+        """An echo under the spec's names; its arguments are delay_s, start_s, max_length and slots."""
+        known = ("delay_s", "start_s", "max_length", "slots")
         for key, value in spec.args.items():
             if key not in known:
                 raise ConfigError(f"engine_args.{key} is not an argument of the echo engine.{did_you_mean(key, known)}")
@@ -96,7 +105,14 @@ class EchoEngine:
     def stats(self) -> EngineStats:
         """How many answers are being written."""
         return EngineStats(
-            running=self._running, adapters=tuple(self._adapters), tasks=self._tasks, healthy=self._healthy
+            running=self._running,
+            waiting=self._waiting,
+            ttft_s=self._first_tokens.most(time.monotonic()),
+            max_running=self._slots,
+            adapters=tuple(self._adapters),
+            tasks=self._tasks,
+            steps=self._steps,
+            healthy=self._healthy,
         )
 
     def die(self) -> None:
@@ -106,7 +122,7 @@ class EchoEngine:
     async def drain(self, timeout_s: float) -> None:
         """Wait for the answers being written."""
         deadline = time.monotonic() + timeout_s
-        while self._running and time.monotonic() < deadline:
+        while (self._running or self._waiting) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
     async def _list(self, request: Request) -> Response:
@@ -160,15 +176,13 @@ class EchoEngine:
             options = body.get("stream_options") or {}
             stream = self._stream(head, tokens, usage if options.get("include_usage") else None, chat=chat)
             return StreamingResponse(stream, media_type="text/event-stream")
-        self._running += 1
-        try:
+        async with self._turn():
             for _ in tokens:
                 if self._delay_s and await request.is_disconnected():
                     self.aborted += 1
                     return Response(status_code=499)
                 await asyncio.sleep(self._delay_s)
-        finally:
-            self._running -= 1
+                self._steps += 1
         text = "".join(tokens)
         choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
@@ -177,24 +191,43 @@ class EchoEngine:
     async def _stream(
         self, head: dict[str, Any], tokens: list[str], usage: dict[str, int] | None, *, chat: bool
     ) -> AsyncIterator[bytes]:
-        self._running += 1
-        done = False
+        came, done = time.monotonic(), False
         try:
-            for i, token in enumerate(tokens):
-                await asyncio.sleep(self._delay_s)
-                finish = "stop" if i + 1 == len(tokens) else None
-                content: dict[str, Any] = (
-                    {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}
-                )
-                choice = {"index": 0, "finish_reason": finish, "logprobs": None, **content}
-                yield _event({**head, "choices": [choice]})
-            if usage is not None:
-                yield _event({**head, "choices": [], "usage": usage})
-            yield b"data: [DONE]\n\n"
-            done = True
+            async with self._turn():
+                for i, token in enumerate(tokens):
+                    await asyncio.sleep(self._delay_s)
+                    self._steps += 1
+                    if i == 0:
+                        self._first_tokens.add((time.monotonic() - came,), time.monotonic())
+                    finish = "stop" if i + 1 == len(tokens) else None
+                    content: dict[str, Any] = (
+                        {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}
+                    )
+                    choice = {"index": 0, "finish_reason": finish, "logprobs": None, **content}
+                    yield _event({**head, "choices": [choice]})
+                if usage is not None:
+                    yield _event({**head, "choices": [], "usage": usage})
+                yield b"data: [DONE]\n\n"
+                done = True
         finally:
-            self._running -= 1
             self.aborted += not done
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait for a slot, where there are so many, and be counted."""
+        self._waiting += 1
+        waited = True
+        try:
+            async with self._turns:
+                self._waiting -= 1
+                waited = False
+                self._running += 1
+                try:
+                    yield
+                finally:
+                    self._running -= 1
+        finally:
+            self._waiting -= waited
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -32,10 +32,14 @@ class EngineStats:
     """Requests that it generates at once, at most; 0: any number."""
     kv_usage: float = 0.0
     """Share of the KV cache in use, 0 to 1."""
+    ttft_s: float = 0.0
+    """Seconds to the first token: 9 of 10 of the last `engine.ttft.WINDOW_S` took no longer; 0: there were none."""
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds."""
     tasks: tuple[str, ...] = ()
     """What it does, in the words of serve.routes; empty: not known."""
+    steps: int = 0
+    """Steps that have ended since the start: where there is work and this stands still, the engine is stuck."""
     healthy: bool = True
     """False once it cannot answer any more; the replica is then replaced."""
 

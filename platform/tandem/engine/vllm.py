@@ -25,6 +25,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
+from tandem.engine.ttft import FirstTokens
 from tandem.engine.vllm_args import make_config, parse_args, slots_of
 from tandem.errors import EngineError
 from tandem.registry.adapter_files import layer_kinds
@@ -103,8 +104,10 @@ class VllmEngine:
             waiting=unfinished - running,
             max_running=self._config.scheduler_config.max_num_seqs * self._config.parallel_config.data_parallel_size,
             kv_usage=self._load.kv_usage if unfinished else 0.0,
+            ttft_s=self._load.first_tokens.most(time.monotonic()),
             adapters=self._adapters,
             tasks=self._tasks,
+            steps=self._load.steps,
             healthy=not self._llm.errored,
         )
 
@@ -184,6 +187,9 @@ class _Load(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig | None = None, engine_index: int = 0) -> None:
         self._ranks: dict[int, tuple[int, float]] = {}
+        self.steps = 0
+        """Steps of all ranks."""
+        self.first_tokens = FirstTokens()
 
     @property
     def running(self) -> int:
@@ -203,8 +209,11 @@ class _Load(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Called by vLLM after each step."""
+        self.steps += 1
         if scheduler_stats is not None:
             self._ranks[engine_idx] = (scheduler_stats.num_running_reqs, scheduler_stats.kv_cache_usage)
+        if iteration_stats is not None and iteration_stats.time_to_first_tokens_iter:
+            self.first_tokens.add(iteration_stats.time_to_first_tokens_iter, time.monotonic())
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

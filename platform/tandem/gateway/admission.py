@@ -193,8 +193,8 @@ class Place:
         return await self._follow(outcome)
 
     async def take_again(self, reason: NoReplica) -> float:
-        """The same once more, in the rest of `hold_s`, if no replica has begun with the call; else it raises `reason`."""
-        if reason.begun or time.monotonic() - self._ticket.wish.arrived >= self._queue.hold_s:
+        """The same once more, in the rest of `hold_s`; beyond it, it raises `reason`."""
+        if time.monotonic() - self._ticket.wish.arrived >= self._queue.hold_s:
             raise reason
         self.leave()
         await asyncio.sleep(AGAIN_S)

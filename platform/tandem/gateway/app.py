@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from tandem.config.serve import GatewayConfig, RouterConfig
 from tandem.gateway.admission import Admission, Meter
 from tandem.gateway.catalog import Catalog
+from tandem.gateway.demand import DemandReport, Tell
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
 from tandem.gateway.latency import Record, forget
@@ -33,26 +34,32 @@ def create_app(
     router: RouterConfig | None = None,
     admin: str | None = None,
     meter: Meter | None = None,
+    tell: Tell | None = None,
 ) -> Starlette:
     """The app that answers for `models`.
 
-    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request, and
-    `meter` how many wait. `app.state.admission` is what they wait in.
+    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request,
+    `meter` how many wait, and `tell` how many of these are for models that scale. `app.state.admission` is what they wait in.
     `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry)
-    fleet = Fleet(watch, Router(router, gateways=config.replicas))
+    fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models)
     admission = Admission(catalog.models, fleet, config, meter)
+    report = DemandReport(catalog.models, admission.waiting, tell) if tell else None
     proxy = Proxy(fleet, admission, config, record)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         proxy.start()
-        fleet.start()
+        await fleet.start()
+        if report is not None:
+            report.start()
         try:
             yield
         finally:
+            if report is not None:
+                await report.stop()
             await fleet.stop()
             await proxy.stop()
             catalog.close()

@@ -29,6 +29,8 @@ class Target:
     adapter: AdapterRef | None = None
     prefill: bool = False
     """Whether it goes to the replicas that only read prompts."""
+    pinned: bool = False
+    """Whether the version was asked for, or an adapter of it: then no other will do."""
 
     @property
     def pool(self) -> str:
@@ -96,7 +98,7 @@ class Catalog:
         """The target of a model name or id; ApiError 404 with the nearest name, or 400 if it cannot be served."""
         served = self._served.get(name)
         if served is not None:
-            return Target(base=served)
+            return Target(base=served, pinned=name != served.name)
         try:
             record = await self._ask(self._find, name)
         except UnknownVersionError as error:
@@ -113,7 +115,7 @@ class Catalog:
             )
             raise unknown_model(f"The model {name!r} is not served here: {what}, and this app serves {here}.")
         if record.kind == "model":
-            return Target(base=base)
+            return Target(base=base, pinned=True)
         if record.dora:
             raise ApiError(
                 400,
@@ -131,7 +133,7 @@ class Catalog:
                 f"{config.max_lora_rank}. Serve it with a larger one.",
                 param="model",
             )
-        return Target(base=base, adapter=ref_of(record))
+        return Target(base=base, adapter=ref_of(record), pinned=True)
 
     async def page(self, after: str | None = None, limit: int = PAGE) -> Page:
         """What a request may name: the served models, and their adapters by name, at most `limit` of them after `after`."""

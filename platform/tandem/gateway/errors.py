@@ -48,8 +48,8 @@ def unknown_model(message: str) -> ApiError:
 class NoReplica(ApiError):
     """503 with Retry-After, which the SDKs heed by themselves."""
 
-    begun = False
-    """Whether a replica may have begun with the request, so that it must not be sent to one more."""
+    begun = 0
+    """How many replicas may have begun with the request."""
 
 
 def no_replica(reason: str, retry_after_s: int) -> NoReplica:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 
 from tandem.serve.ask import Ask
-from tandem.serve.records import ReplicaRecord, Snapshot
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.serve.router import Router
 
 Watch = Callable[[int], Awaitable[Snapshot]]
@@ -20,21 +21,41 @@ SUSPECT_S = 3.0
 PAUSE_S = 0.05
 """How long a snapshot is good enough, at least."""
 
+FIRST_S = 5.0
+"""How long a new gateway waits to hear of the replicas before it takes requests."""
+
 
 class Fleet:
     """Keeps the router's snapshot fresh in the background, and tells it of this gateway's own requests."""
 
-    def __init__(self, watch: Watch, router: Router | None = None) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        router: Router | None = None,
+        *,
+        models: Iterable[ServedModel] = (),
+    ) -> None:
+        """`models`: what is served, so that other versions of it are known."""
         self._watch = watch
         self._router = router or Router()
+        models = tuple(models)
+        self._deployments = {model.id: model.deployment for model in models}
+        self._awake = {model.id for model in models if not model.sleeps}
         self._snapshot = Snapshot()
+        self._heard = asyncio.Event()
         self._suspects: dict[str, float] = {}
+        self._unheard: set[str] = set()
+        self._lost: set[str] = set()
+        self.on_lost: Callable[[ReplicaRecord], None] = lambda replica: None
+        """Called once for each replica of which nothing more will come."""
         self._listeners: list[Callable[[], None]] = []
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin to follow the directory."""
+    async def start(self) -> None:
+        """Begin to follow the directory, and wait until it has told of the replicas, but not for ever."""
         self._task = asyncio.create_task(self._follow())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._heard.wait(), FIRST_S)
 
     async def stop(self) -> None:
         """Stop following."""
@@ -57,18 +78,44 @@ class Fleet:
         return next((r.tasks for r in self._snapshot.replicas if r.base == base and r.tasks), ())
 
     def ready(self, base: str, *, suspects: bool) -> list[ReplicaRecord]:
-        """The replicas of a model that take requests; where none but `suspects` is left, those, or none of them."""
+        """The replicas of a model that take requests; where none but `suspects` is left, those, or none of them.
+
+        While a model changes, those of its other version are better than none.
+        """
         now = time.monotonic()
-        found = [r for r in self._snapshot.replicas if r.base == base and r.state == "ready"]
+        ready = [r for r in self._snapshot.replicas if r.state == "ready"]
+        found = [r for r in ready if r.base == base]
+        if not found and (deployment := self._deployments.get(base)):
+            found = [r for r in ready if r.deployment == deployment]
         trusted = [r for r in found if self._suspects.get(r.id, 0.0) <= now]
         return found if suspects and not trusted else trusted
 
+    def has(self, base: str) -> bool:
+        """Whether a replica of just this pool is ready."""
+        return any(r.base == base and r.state == "ready" for r in self._snapshot.replicas)
+
     def carried(self, base: str, but: Collection[ReplicaRecord]) -> int:
         """This gateway's own requests in flight at replicas of a model other than these."""
-        return self._router.carried(base, {r.id for r in but})
+        others = self._others(base) if base in self._deployments else []
+        return sum(self._router.carried(each, {r.id for r in but}) for each in (base, *others))
 
     def choose(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
-        """The replica for a request, or None. A suspect is better than none: it may be back."""
+        """The replica for a request, or None. While a model changes, one of its other version is better than none."""
+        found = self._among(ask, avoid)
+        if found is None and not ask.pinned and ask.base in self._deployments:
+            for base in self._others(ask.base):
+                found = self._among(replace(ask, base=base), avoid)
+                if found is not None:
+                    return found
+        return found
+
+    def _others(self, base: str) -> list[str]:
+        deployment = self._deployments[base]
+        found = {r.base for r in self._snapshot.replicas if r.deployment == deployment and r.base != base}
+        return sorted(found)
+
+    def _among(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
+        # A suspect is better than none: it may be back.
         if self._suspects:
             now = time.monotonic()
             self._suspects = {key: until for key, until in self._suspects.items() if until > now}
@@ -80,6 +127,7 @@ class Fleet:
     @contextlib.contextmanager
     def counting(self, ask: Ask, replica: ReplicaRecord) -> Iterator[None]:
         """Count a request as this gateway's own work on a replica."""
+        ask = _of(ask, replica)
         self._router.began(ask, replica.id)
         try:
             yield
@@ -94,7 +142,7 @@ class Fleet:
 
     def answered(self, ask: Ask, replica: ReplicaRecord) -> None:
         """A replica took a request, so it holds the adapter of it, whatever it last said."""
-        self._router.loaded(ask, replica.id)
+        self._router.loaded(_of(ask, replica), replica.id)
         if self._suspects.pop(replica.id, None) is not None:
             self._tell()
 
@@ -102,12 +150,28 @@ class Fleet:
         for listener in self._listeners:
             listener()
 
+    def take(self, told: Snapshot) -> None:
+        """See the replicas as a directory tells them."""
+        known = self._snapshot
+        self._snapshot = completed(told, known)
+        here = {replica.id for replica in self._snapshot.replicas}
+        # A directory that began anew has listened long enough, and did not hear of these.
+        gone = [replica for replica in known.replicas if replica.id in self._unheard and replica.id not in here]
+        self._unheard = here - {replica.id for replica in told.replicas}
+        self._router.update(self._snapshot)
+        lost = [*gone, *(replica for replica in told.replicas if replica.lost)]
+        new = [replica for replica in lost if replica.id not in self._lost]
+        self._lost = {replica.id for replica in lost}
+        for replica in new:
+            self.on_lost(replica)
+        self._tell()
+        if self._snapshot.whole or all(map(self.has, self._awake)):
+            self._heard.set()
+
     async def _follow(self) -> None:
         while True:
             try:
-                self._snapshot = await self._watch(self._snapshot.version)
-                self._router.update(self._snapshot)
-                self._tell()
+                self.take(await self._watch(self._snapshot.version))
                 # Changes that come in a burst are taken together: a large fleet's adapters change all the time.
                 await asyncio.sleep(PAUSE_S)
             except asyncio.CancelledError:
@@ -115,3 +179,15 @@ class Fleet:
             except Exception:  # noqa: BLE001 - whatever Ray raises
                 # The directory is being replaced: what is known stays good, connections find out the rest.
                 await asyncio.sleep(0.5)
+
+
+def completed(told: Snapshot, known: Snapshot) -> Snapshot:
+    """What a directory tells; if it has just begun to listen, with what was known before and it has not heard of yet. Pure."""
+    if told.whole:
+        return told
+    heard = {replica.id for replica in told.replicas}
+    return replace(told, replicas=(*told.replicas, *(r for r in known.replicas if r.id not in heard)))
+
+
+def _of(ask: Ask, replica: ReplicaRecord) -> Ask:
+    return ask if ask.base == replica.base else replace(ask, base=replica.base)

@@ -1,7 +1,7 @@
 """What the gateway adds to a request: told to the client in a header, and to a metric.
 
-Counted are the time from the last byte of a request to its last byte on the way to the engine, and the time from the head of
-the engine's answer to its head on the way to the client. What the event loop takes to notice a byte is in neither;
+Counted are the time from the last byte of a request to its last byte on the way to the engine, and the time from the first byte
+of the engine's answer to its head on the way to the client. What the event loop takes to notice a byte is in neither;
 `bench/gateway_latency.py` measures the whole from outside.
 """
 

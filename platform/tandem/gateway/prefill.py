@@ -33,7 +33,7 @@ async def prefilled(proxy: Proxy, body: dict[str, Any], call: Call) -> Call:
     A prefill replica that cannot be had costs time and no answer: the other replica then reads the prompt itself.
     """
     config = call.target.base.config.prefill
-    if config is None or call.path not in ROUTES or len(call.body) < config.min_bytes:
+    if config is None or call.path not in ROUTES or len(call.body) < config.min_bytes or not proxy.has(call.target):
         return call
     asked = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *LENGTHS)}
     asked |= {"stream": False, "n": 1, "kv_transfer_params": ASK}
@@ -44,12 +44,14 @@ async def prefilled(proxy: Proxy, body: dict[str, Any], call: Call) -> Call:
     began = time.perf_counter()
     async with contextlib.AsyncExitStack() as held:
         try:
-            answer = await proxy.open(first, held)
-            told = from_json(await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
+            answer, begun, _ = await proxy.open(first, held)
+            told = from_json(begun + await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
         except (ApiError, aiohttp.ClientError, OSError, ValueError, TimeoutError):
             told = None
     # A request that the engine refuses is refused by the other one too, in words that the client then gets.
     more = {"kv_transfer_params": told} if told else {}
     # What reading took is not the gateway's own time.
     watch = Stopwatch(received=call.watch.received + time.perf_counter() - began)
-    return replace(call, body=to_json({**body, **more}), watch=watch)
+    # A cache is of this version of the model: another must not answer from it.
+    pinned = replace(call.ask, pinned=call.ask.pinned or bool(more))
+    return replace(call, body=to_json({**body, **more}), ask=pinned, watch=watch)

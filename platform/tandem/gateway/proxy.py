@@ -13,8 +13,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import aiohttp
+from pydantic_core import from_json, to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -25,11 +27,14 @@ from tandem.gateway.dialect import BROKEN, Dialect, amended
 from tandem.gateway.errors import NoReplica, from_engine, no_replica, request_id
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import HEADER, Record, Stopwatch, TimedBody, forget, header
+from tandem.gateway.links import Links
 from tandem.gateway.queue import Wish
 from tandem.serve.ask import Ask
-from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_headers
+from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 
 ATTEMPTS = 2
+REPLICA = b"x-tandem-replica"
+"""Header of an answer: the id of the replica that gave it."""
 PASSED_ON = ("content-type", "x-request-id", "cache-control", "metadata")
 """Response headers of an engine that a client gets; `metadata` tells what raw bytes of embeddings are."""
 
@@ -52,9 +57,23 @@ class Call:
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
 
+    def body_for(self, base: str) -> bytes:
+        """The body for a replica of `base`: while a model changes, that may be another version than was meant."""
+        return self.body if base == self.ask.base else to_json({**from_json(self.body), "model": base})
+
 
 Prepare = Callable[[Call], Awaitable[Call]]
 """What is done with a call when its turn has come, before it is sent."""
+
+
+class Opened(NamedTuple):
+    """An answer that has begun."""
+
+    answer: aiohttp.ClientResponse
+    first: bytes
+    """The first of its bytes; those that follow are still to be read. An error's are all still to be read."""
+    replica: ReplicaRecord
+    """Who gives it."""
 
 
 class Proxy:
@@ -69,11 +88,14 @@ class Proxy:
         self._watching: asyncio.Task[None] | None = None
         self._config = config
         self._session: aiohttp.ClientSession | None = None
+        self._links: Links | None = None
+        fleet.on_lost = self._cut
 
     def start(self) -> None:
         """Open the connection pool; needs the running loop."""
+        self._links = Links()
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+            connector=self._links,
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=self._config.connect_timeout_s, sock_read=self._config.request_timeout_s
             ),
@@ -89,23 +111,33 @@ class Proxy:
         if self._session is not None:
             await self._session.close()
 
+    def _cut(self, replica: ReplicaRecord) -> None:
+        # What waits for a lost replica would wait for ever: so it is tried elsewhere, or ends with an error.
+        if self._links is not None:
+            self._links.cut(replica.url)
+
+    def has(self, target: Target) -> bool:
+        """Whether a replica of just this target is ready."""
+        return self._fleet.has(target.pool)
+
     def forward(self, call: Call, prepare: Prepare | None = None) -> Response:
         """The response that carries a call to a replica of its target when Starlette sends it, and its turn has come."""
         return _Forwarded(self, call, prepare)
 
-    async def open(self, call: Call, held: contextlib.AsyncExitStack) -> aiohttp.ClientResponse:
-        """Send the call and wait for the head of the answer; `held` keeps the connection and the count.
+    async def open(self, call: Call, held: contextlib.AsyncExitStack, begun: int = 0) -> Opened:
+        """Send the call and wait until the answer has begun; `held` keeps the connection and the count.
 
-        Raises NoReplica if no replica takes it.
+        It has begun with the first byte of its body: an engine sends the head of a stream long before, and may still die.
+        `begun`: how many replicas may have begun with the call before. Raises NoReplica, with how many there are now, if none
+        takes it.
         """
         if self._session is None:
             raise RuntimeError("Proxy.start was not called.")
         target, adapter = call.target, call.target.adapter
         sent = {"content-type": "application/json", **call.headers, **(adapter_headers(adapter) if adapter else {})}
         avoid: list[str] = []
-        begun = False
         reason = f"No replica of {target.base.name} is ready"
-        for _ in range(ATTEMPTS):
+        while begun < ATTEMPTS and len(avoid) < ATTEMPTS:
             replica = self._fleet.choose(call.ask, avoid)
             if replica is None:
                 break
@@ -115,15 +147,16 @@ class Proxy:
                 attempt.enter_context(self._fleet.counting(call.ask, replica))
                 request = self._session.post(
                     replica.url + call.path,
-                    data=TimedBody(call.body, call.watch),
+                    data=TimedBody(call.body_for(replica.base), call.watch),
                     headers={**sent, TOKEN_HEADER: replica.token},
                 )
                 answer = await attempt.enter_async_context(request)
+                first = await answer.content.readany() if answer.status == 200 else b""
                 call.watch.answered = time.perf_counter()
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 await attempt.aclose()
                 self._fleet.suspect(replica)
-                begun = begun or not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+                begun += not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
                 reason = f"A replica of {target.base.name} did not answer ({type(error).__name__})"
                 continue
             except BaseException:
@@ -134,13 +167,13 @@ class Proxy:
                 if answer.headers[UNAVAILABLE_HEADER] != "adapters":
                     self._fleet.suspect(replica)
                 else:
-                    begun = True  # it has waited there already
+                    begun = ATTEMPTS  # it has waited there already
                 await attempt.aclose()
                 continue
             if answer.status == 200:
                 self._fleet.answered(call.ask, replica)
             held.push_async_exit(attempt)
-            return answer
+            return Opened(answer, first, replica)
         refusal = no_replica(reason, self._config.retry_after_s)
         refusal.begun = begun
         raise refusal
@@ -217,9 +250,9 @@ class _Forwarded(Response):
         event = self._call.dialect.event(status, message, code=code, request=request, last=self._last)
         await send({"type": "http.response.body", "body": event, "more_body": True})
 
-    async def _opened(self, held: contextlib.AsyncExitStack) -> aiohttp.ClientResponse:
-        """The head of the answer, once the call's turn has come; `held` keeps its place among those in flight."""
-        call = self._call
+    async def _opened(self, held: contextlib.AsyncExitStack) -> Opened:
+        """The beginning of the answer, once the call's turn has come; `held` keeps its place among those in flight."""
+        call, begun = self._call, 0
         held.callback(self._place.leave)
         # Waiting for its turn is not the gateway's work.
         call.watch.received += await self._place.take()
@@ -227,14 +260,17 @@ class _Forwarded(Response):
             call = await self._prepare(call)
         while True:
             try:
-                return await self._proxy.open(call, held)
+                return await self._proxy.open(call, held, begun)
             except NoReplica as reason:
+                begun = reason.begun
+                if begun >= ATTEMPTS:
+                    raise
                 call.watch.received += await self._place.take_again(reason)
 
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
         call, dialect, request = self._call, self._call.dialect, request_id(scope)
         async with contextlib.AsyncExitStack() as held:
-            answer = await self._opened(held)
+            answer, chunk, replica = await self._opened(held)
             if answer.status >= 400:
                 error = from_engine(answer.status, await answer.read(), call.target.base.max_length)
                 await error.response(dialect, request)(scope, receive, send)
@@ -243,16 +279,17 @@ class _Forwarded(Response):
                 (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
             ]
             gateway_ms, engine_ms = call.watch.split_ms()
-            head.append((HEADER, header(gateway_ms, engine_ms)))
+            head += [(HEADER, header(gateway_ms, engine_ms)), (REPLICA, replica.id.encode())]
             self._streamed = streamed = answer.content_type.startswith("text/event-stream")
             await _send_head(send, answer.status, head, answer.content_length)
             self._proxy.record(call.path, gateway_ms)
             try:
-                async for chunk in answer.content.iter_any():
+                while chunk:
                     self._last = amended(chunk, dialect, request) if streamed else chunk
                     self.sending_since = time.monotonic()
                     await send({"type": "http.response.body", "body": self._last, "more_body": True})
                     self.sending_since = math.inf
+                    chunk = await answer.content.readany()
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 # Too late for a status. A stream can still say why it ends; anything else must look cut off.
                 if not streamed:

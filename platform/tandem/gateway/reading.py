@@ -87,7 +87,9 @@ def _patience_s(headers: Mapping[str, str]) -> float | None:
 
 def read_ask(target: Target, body: Mapping[str, Any], headers: Mapping[str, str]) -> Ask:
     """The request as the router sees it. `body` is in any of the APIs' shapes."""
-    blocks, size = blocks_of(target.engine_name, itertools.islice(_pieces(body), MOST_PIECES))
+    blocks, size = blocks_of(
+        target.adapter.id if target.adapter else target.base.id, itertools.islice(_pieces(body), MOST_PIECES)
+    )
     session = _session(body, headers)
     return Ask(
         base=target.pool,
@@ -95,6 +97,7 @@ def read_ask(target: Target, body: Mapping[str, Any], headers: Mapping[str, str]
         blocks=blocks,
         size=size,
         session=None if session is None else key_of(session),
+        pinned=target.pinned,
     )
 
 

@@ -12,7 +12,7 @@ from ray.serve.schema import LoggingConfig
 
 from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
-from tandem.errors import ConfigError, RegistryError, did_you_mean
+from tandem.errors import ConfigError, EngineError, RegistryError, did_you_mean
 from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
@@ -21,13 +21,19 @@ from tandem.serve.metrics import QueueMeter, added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
-from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
+from tandem.serve.replica import EngineReplica, engine_spec
+from tandem.serve.scaling import engine_options, engine_version, gateway_options, seen_by_gateways, version_of
+from tandem.serve.sigterm import AskedToEnd
 from tandem.settings import settings
 
+GATEWAY_NAME = "Gateway"
+"""Serve's name of the ingress."""
 GATEWAY = "tandem.gateway.app"
 """Imported in the gateway's replica only: the gateway stands above this layer, and starts without what is here."""
 HEALTH_PERIOD_S = 2.0
-"""How often Serve asks a replica whether its engine lives."""
+"""How often Serve asks a replica whether its engine lives, or a gateway whether it answers."""
+HEALTH_TIMEOUT_S = 10.0
+"""How long one may take to say so; Serve replaces it after three times."""
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 CONTROL_CPUS = 0.1
 """What Ray reserves for the directory and each gateway: room to be placed, not a limit."""
@@ -48,38 +54,33 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         check_engine_args(
             *(engine_spec(pool, f"{where}.engine_args") for pool, where in held if pool.config.engine_args)
         )
-    directory = _deployment(Directory, "Directory", num_cpus=CONTROL_CPUS).bind()
+    # Of directories there must be one: the old one ends first, and gateways go on with what they know.
+    directory = _deployment(Directory, "Directory", version_of(config.version), num_cpus=CONTROL_CPUS).bind()
     engines = [
         _deployment(
             EngineReplica,
-            f"{'prefill' if pool.prefills else 'engine'}-{pool.name}",
+            pool.deployment,
+            engine_version(pool, config.version, registry_url, config.drain_timeout_s),
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
             env=pool.config.env,
-            num_replicas=pool.config.replicas,
-            health_check_period_s=HEALTH_PERIOD_S,
-            graceful_shutdown_timeout_s=SHUTDOWN_S,
+            **engine_options(pool, config.drain_timeout_s),
             **placement.options(),
-        ).bind(pool, directory, registry_url)
+        ).bind(pool, directory, registry_url, config.drain_timeout_s)
         for (pool, _), placement in zip(held, placements, strict=True)
     ]
+    told = (tuple(map(seen_by_gateways, models)), config.gateway, registry_url)
+    more = (config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
         serve.ingress()(Gateway),
-        "Gateway",
+        GATEWAY_NAME,
+        version_of(config.version, *told, *more),
         num_cpus=CONTROL_CPUS,
-        num_replicas=config.gateway.replicas,
         # The proxy's own sends then reach the socket without a second event loop in between.
         env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
+        **gateway_options(config.gateway.replicas, config.drain_timeout_s),
     )
-    return gateway.bind(
-        directory,
-        tuple(models),
-        config.gateway,
-        registry_url,
-        engines,
-        config.router,
-        fingerprint(settings().admin_token),
-    )
+    return gateway.bind(directory, *told, engines, *more)
 
 
 class Gateway:
@@ -95,6 +96,7 @@ class Gateway:
         router: RouterConfig,
         admin: str | None = None,
     ) -> None:
+        self._asked_to_end = AskedToEnd()
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
         self._models = models
@@ -114,10 +116,19 @@ class Gateway:
             router=self._router,
             admin=self._admin,
             meter=QueueMeter(),
+            tell=self._tell,
         )
+
+    def check_health(self) -> None:
+        """Called by Serve; raising makes it replace this gateway, which first stays reachable and then drains."""
+        if self._asked_to_end.asked:
+            raise EngineError("This gateway was asked to end (SIGTERM).")
 
     async def _watch(self, version: int) -> Snapshot:
         return cast(Snapshot, await self._directory.watch.remote(version))
+
+    async def _tell(self, waiting: dict[str, int]) -> None:
+        await self._directory.demand.remote(serve.get_replica_context().replica_id.unique_id, waiting)
 
 
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
@@ -171,6 +182,7 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
 def _deployment(
     cls: Any,
     name: str,
+    version: str,
     *,
     num_cpus: float,
     num_gpus: float = 0.0,
@@ -180,7 +192,7 @@ def _deployment(
     resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     if env:
         resources["runtime_env"] = {"env_vars": env}
-    return cast(
+    deployment = cast(
         serve.Deployment,
         serve.deployment(
             cls,
@@ -189,6 +201,11 @@ def _deployment(
             logging_config=QUIET,
             # Requests do not pass through Serve's queues: the gateway's replicas admit all that HAProxy hands them.
             max_ongoing_requests=100_000,
+            health_check_period_s=HEALTH_PERIOD_S,
+            health_check_timeout_s=HEALTH_TIMEOUT_S,
             **options,
         ),
     )
+    # Without it `serve.run` draws a new one each time, and replaces every replica of an app that is deployed again.
+    deployment._version = version
+    return deployment

@@ -31,6 +31,8 @@ class Ask:
     """Bytes of the text, as far as it was looked at."""
     session: int | None = None
     """Hash of the conversation's key."""
+    pinned: bool = False
+    """Whether it is for this version of the model and no other."""
 
 
 def key_of(text: str) -> int:

@@ -1,17 +1,29 @@
-"""Which replicas there are. Holds nothing but their heartbeats, so a new directory is whole again in one beat."""
+"""Which replicas there are, and how many requests wait for each model. Holds nothing but what replicas and gateways repeat
+every second, so a new directory is whole again after a few beats.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tandem.serve.records import ReplicaRecord, Snapshot
 
 HEARTBEAT_S = 1.0
 """How often a replica speaks, and a gateway hears of loads; changes travel at once."""
 SILENCE_S = 10.0
-"""How long a replica may be silent before it is dropped."""
+"""How long a replica may be silent before it counts as lost."""
+FORGET_S = 60.0
+"""How long a lost one is still listed, so that each gateway hears of it and ends what it had asked of it."""
+LISTENING_S = SILENCE_S
+"""How long a new directory listens before it takes what it has not heard of for gone."""
+DEMAND_S = 3 * HEARTBEAT_S
+"""How long what a gateway said of its demand is good."""
 
 
 @dataclass(slots=True)
@@ -35,12 +47,17 @@ class Ledger:
         self.heard.pop(replica_id, None)
         return self._changed(self.records.pop(replica_id, None) is not None)
 
-    def drop_silent(self, now: float) -> bool:
-        """Drop those not heard for `SILENCE_S`; whether there were any."""
-        silent = [replica_id for replica_id, heard in self.heard.items() if now - heard > SILENCE_S]
-        for replica_id in silent:
-            self.forget(replica_id)
-        return bool(silent)
+    def mark_silent(self, now: float) -> bool:
+        """Mark those not heard for `SILENCE_S`, and drop them when they are forgotten; whether that changed anything."""
+        before = self.version
+        for replica_id, heard in list(self.heard.items()):
+            record = self.records[replica_id]
+            if now - heard > FORGET_S:
+                self.forget(replica_id)
+            elif now - heard > SILENCE_S and record.state != "silent":
+                self.records[replica_id] = replace(record, state="silent")
+                self._changed(True)
+        return self.version != before
 
     def snapshot(self) -> Snapshot:
         """All replicas now."""
@@ -51,16 +68,61 @@ class Ledger:
         return changed
 
 
+@dataclass(slots=True)
+class Demand:
+    """Requests that wait at the gateways for a replica, by deployment. Pure: callers pass the clock (seconds)."""
+
+    told: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
+    """By gateway: when it last spoke, and what it said."""
+
+    def hear(self, gateway: str, waiting: Mapping[str, int], now: float) -> None:
+        """Take what a gateway says."""
+        self.told = {key: said for key, said in self.told.items() if now - said[0] <= DEMAND_S}
+        self.told[gateway] = (now, {key: count for key, count in waiting.items() if count > 0})
+
+    def of(self, deployment: str, now: float) -> int:
+        """How many wait for a deployment."""
+        return sum(said.get(deployment, 0) for at, said in self.told.values() if now - at <= DEMAND_S)
+
+
 class Directory:
-    """The ledger as a Serve deployment: replicas call `heartbeat`, gateways call `watch`."""
+    """The ledger as a Serve deployment: replicas call `heartbeat`, gateways call `watch` and `demand`."""
 
-    def __init__(self) -> None:
+    def __init__(self, wake: Callable[[str], Any] | None = None) -> None:
+        """`wake` asks for a replica of a deployment that has none; it is awaited, and called again only when it has ended."""
         self._ledger = Ledger()
+        self._demand = Demand()
+        self._began = time.monotonic()
         self._change = asyncio.Event()
+        self._wake = wake or call_through_serve
+        self._waking: dict[str, asyncio.Task[None]] = {}
 
-    async def heartbeat(self, record: ReplicaRecord) -> None:
-        """Take what a replica says of itself."""
-        self._note(self._ledger.hear(record, time.monotonic()))
+    async def heartbeat(self, record: ReplicaRecord) -> int:
+        """Take what a replica says of itself; how many requests wait for its like at the gateways."""
+        now = time.monotonic()
+        self._note(self._ledger.hear(record, now))
+        return self._demand.of(record.deployment, now)
+
+    async def demand(self, gateway: str, waiting: dict[str, int]) -> None:
+        """Take how many requests wait at a gateway, by deployment; a deployment without replicas is woken."""
+        now = time.monotonic()
+        self._demand.hear(gateway, waiting, now)
+        ready = {record.deployment for record in self._ledger.records.values() if record.state == "ready"}
+        for deployment, count in waiting.items():
+            if count > 0 and deployment not in ready and deployment not in self._waking:
+                self._waking[deployment] = asyncio.create_task(self._woken(deployment))
+        for deployment, task in self._waking.items():
+            # Whoever asked has given up: a replica that nobody waits for need not start.
+            if not self._demand.of(deployment, now):
+                task.cancel()
+
+    async def _woken(self, deployment: str) -> None:
+        try:
+            # A deployment that is going away does not answer; if it is still wanted, it is asked again.
+            with contextlib.suppress(Exception):
+                await self._wake(deployment)
+        finally:
+            del self._waking[deployment]
 
     async def leave(self, replica_id: str) -> None:
         """Drop a replica that is about to end."""
@@ -68,19 +130,35 @@ class Directory:
 
     async def watch(self, version: int) -> Snapshot:
         """The snapshot: at once if it is not of `version`, else at the next change, and after a beat for the loads."""
-        self._note(self._ledger.drop_silent(time.monotonic()))
+        self._note(self._ledger.mark_silent(time.monotonic()))
         if version == self._ledger.version:
             change = self._change
             try:
                 await asyncio.wait_for(change.wait(), HEARTBEAT_S)
             except TimeoutError:
-                self._note(self._ledger.drop_silent(time.monotonic()))
-        return self._ledger.snapshot()
+                self._note(self._ledger.mark_silent(time.monotonic()))
+        whole = time.monotonic() - self._began >= LISTENING_S
+        return self._ledger.snapshot() if whole else replace(self._ledger.snapshot(), whole=False)
 
     def _note(self, changed: bool) -> None:
         if changed:
             self._change.set()
             self._change = asyncio.Event()
+
+
+async def call_through_serve(deployment: str) -> None:
+    """Call a replica. Where there is none the call waits, and Serve starts one for it if autoscaling allows."""
+    from ray import serve
+
+    await _handle(deployment, serve.get_replica_context().app_name).woken.remote()
+
+
+@functools.cache
+def _handle(deployment: str, app: str) -> Any:
+    # Each has a router of its own, with threads: one is enough.
+    from ray import serve
+
+    return serve.get_deployment_handle(deployment, app)
 
 
 def _lasting(record: ReplicaRecord) -> ReplicaRecord:

@@ -32,6 +32,7 @@ def pools(model: ServedModel, where: str) -> list[ServedModel]:
     generating = replace(config, engine_args=_connected(config))
     prefilling = replace(
         config,
+        autoscaling=None,
         replicas=first.replicas,
         cpus_per_replica=_or(first.cpus_per_replica, config.cpus_per_replica),
         gpus_per_replica=_or(first.gpus_per_replica, config.gpus_per_replica),

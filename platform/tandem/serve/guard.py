@@ -76,20 +76,27 @@ class Guard:
                     await self._refuse_dead(send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head: Message | None = None
         swapped = False
 
         async def send_unless_dead(message: Message) -> None:
-            nonlocal swapped
-            # A dead engine makes vLLM answer 500; nothing was generated, so the client may simply try again.
-            if (
-                message["type"] == "http.response.start"
-                and message["status"] >= 500
-                and not self._engine.stats().healthy
-            ):
-                swapped = True
-                await self._refuse_dead(send)
-            elif not swapped:
-                await send(message)
+            nonlocal head, swapped
+            if swapped:
+                return
+            if message["type"] == "http.response.start":
+                head = message
+                return
+            if head is not None:
+                # A dead engine makes vLLM answer 500, or 200 and an error as the first event of a stream. Nothing was generated,
+                # so another replica may try.
+                failed = head["status"] >= 500 or _streams(head)
+                if failed and not self._engine.stats().healthy:
+                    swapped = True
+                    await self._refuse_dead(send)
+                    return
+                started, head = head, None
+                await send(started)
+            await send(message)
 
         self.in_flight += 1
         try:
@@ -121,6 +128,10 @@ class Guard:
             await _refuse(send, 500, str(error))
         else:
             await _json(send, 200, {"done": done, "adapters": list(self._slots.resident)})
+
+
+def _streams(head: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in head["headers"])
 
 
 async def _body(receive: Receive) -> bytes:

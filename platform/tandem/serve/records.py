@@ -9,7 +9,9 @@ from urllib.parse import quote, unquote
 from tandem.config.serve import ServedModelConfig
 from tandem.engine.protocol import AdapterRef
 
-State = Literal["ready", "draining", "dead"]
+State = Literal["ready", "draining", "dead", "stuck", "silent"]
+"""`dead`: its engine is gone. `stuck`: its engine has work and does nothing. `silent`: it is not heard any more; the directory
+says so in its place."""
 
 TOKEN_HEADER = "x-tandem-token"
 """Carries the replica's own secret; without it a replica answers nobody."""
@@ -43,6 +45,16 @@ class ServedModel:
         """What its replicas register as."""
         return prefill_pool(self.id) if self.prefills else self.id
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether it may be without replicas until somebody asks for it."""
+        return self.config.autoscaling is not None and self.config.autoscaling.min_replicas == 0
+
+    @property
+    def deployment(self) -> str:
+        """Serve's name for its replicas: the same for all its versions."""
+        return f"{'prefill' if self.prefills else 'engine'}-{self.name}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaRecord:
@@ -51,6 +63,8 @@ class ReplicaRecord:
     id: str
     base: str
     """Its pool: the id of the model that it holds, or what `prefill_pool` makes of it."""
+    deployment: str = ""
+    """Serve's name for what it is a replica of. Its replicas may be of several pools while a new version comes."""
     url: str
     """`http://host:port` of its engine."""
     token: str = field(repr=False)
@@ -80,6 +94,11 @@ class ReplicaRecord:
         """Requests that it works on or keeps waiting."""
         return self.running + self.waiting
 
+    @property
+    def lost(self) -> bool:
+        """Whether what it was asked would wait for nothing. A dead engine ends its requests by itself."""
+        return self.state in ("stuck", "silent")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
@@ -87,6 +106,8 @@ class Snapshot:
 
     version: int = 0
     """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
+    whole: bool = True
+    """False as long as the directory has just begun to listen: replicas that it does not name may be there."""
     replicas: tuple[ReplicaRecord, ...] = ()
 
 

@@ -26,29 +26,38 @@ from tandem.serve.disaggregate import environment
 from tandem.serve.host import EngineHost
 from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place, workers
+from tandem.serve.progress import Progress
 from tandem.serve.records import ReplicaRecord, ServedModel, State
+from tandem.serve.sigterm import AskedToEnd
 from tandem.serve.startup import Startup
 from tandem.settings import export
 
-DRAIN_S = 30.0
-"""How long running requests may go on when a replica is asked to end."""
-SHUTDOWN_S = DRAIN_S + 15.0
+STOP_S = 15.0
+"""How long an engine may take to end once it is idle."""
+LINGER_S = 0.5
+"""How long a replica that is to end takes what gateways send before they have heard of it."""
 
 
 class EngineReplica:
     """Holds one engine. `directory` is the handle of the app's directory."""
 
     # Serve awaits an asynchronous constructor.
-    async def __init__(self, model: ServedModel, directory: Any, registry_url: str | None = None) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, model: ServedModel, directory: Any, registry_url: str | None = None, drain_timeout_s: float = 30.0
+    ) -> None:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._started_at, startup = time.time(), Startup()
         startup.done("process")
         self._model = model
         self._directory = directory
+        self._drain_timeout_s = drain_timeout_s
+        self._held = 0
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._changed = asyncio.Event()
+        self._progress = Progress(model.config.stuck_after_s)
         self._reaper = Reaper.of_children()
+        self._asked_to_end = AskedToEnd()
         loop = asyncio.get_running_loop()
         _check_placement(model)
         host = ray.util.get_node_ip_address()
@@ -70,13 +79,44 @@ class EngineReplica:
         self._startup = tuple(startup.phases.items())
         adapts = registry_url is not None and model.config.max_adapters > 0
         self._pins = Pins(model.id, lambda: Registry(str(registry_url))) if adapts else None
+        # An old replica ends when Serve knows of this one: gateways must know of it by then.
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._tell(), 2.0)
         self._beats = asyncio.create_task(self._beat())
 
     def check_health(self) -> None:
-        """Called by Serve; raising makes it replace this replica."""
+        """Called by Serve; raising makes it replace this replica, which drains."""
+        if self._asked_to_end.asked:
+            raise EngineError(f"A replica of {self._model.id} was asked to end (SIGTERM).")
         if not self._host.alive:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")
+        if self._stuck():
+            self._changed.set()
+            idle_s = self._progress.idle_s(time.monotonic())
+            raise EngineError(
+                f"The engine of {self._model.id} has work and has ended no step for {idle_s:.0f} s (stuck_after_s is "
+                f"{self._model.config.stuck_after_s:g})."
+            )
+
+    def _stuck(self) -> bool:
+        self._progress.see(self._host.stats(), time.monotonic())
+        return self._progress.stuck(time.monotonic())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the model scales; what `autoscale.EnginePolicy` reads."""
+        stats = self._host.stats()
+        return {
+            "waiting": stats.waiting + self._host.waiting,
+            "running": stats.running,
+            "kv_usage": stats.kv_usage,
+            "ttft_s": stats.ttft_s,
+            "max_running": stats.max_running,
+            "held": self._held,
+        }
+
+    def woken(self) -> None:
+        """Called when a request found no replica; that this can be answered is the answer."""
 
     def record(self) -> ReplicaRecord:
         """What the directory is told."""
@@ -84,9 +124,10 @@ class EngineReplica:
         return ReplicaRecord(
             id=self._id,
             base=self._model.pool,
+            deployment=self._model.deployment,
             url=self._host.url,
             token=self._host.token,
-            state=self._state if self._host.alive else "dead",
+            state="dead" if not self._host.alive else "stuck" if self._stuck() else self._state,
             running=stats.running,
             waiting=stats.waiting + self._host.waiting,
             max_running=stats.max_running,
@@ -108,7 +149,8 @@ class EngineReplica:
         self._state = "draining"
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._tell(), 2.0)
-        await self._host.drain(DRAIN_S)
+        await asyncio.sleep(LINGER_S)
+        await self._host.drain(0.0 if self._stuck() else self._drain_timeout_s)
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
         self._reaper.close()
@@ -130,7 +172,7 @@ class EngineReplica:
             self._host.keep(wanted)
 
     async def _tell(self) -> None:
-        await self._directory.heartbeat.remote(self.record())
+        self._held = await self._directory.heartbeat.remote(self.record())
 
 
 async def _answer(response: Any) -> Any:

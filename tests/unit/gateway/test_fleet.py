@@ -1,0 +1,65 @@
+"""What a gateway makes of the snapshots of its directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tandem.gateway.fleet import Fleet
+from tandem.serve.ask import Ask
+from tandem.serve.records import ReplicaRecord, Snapshot
+
+A = ReplicaRecord(id="a", base="base@1", url="http://a:1", token="t")
+B = replace(A, id="b", url="http://b:1")
+ASK = Ask(base="base@1")
+
+
+def fleet() -> tuple[Fleet, list[str]]:
+    async def watch(version: int) -> Snapshot:
+        raise NotImplementedError
+
+    lost: list[str] = []
+    made = Fleet(watch)
+    made.on_lost = lambda replica: lost.append(replica.id)
+    return made, lost
+
+
+def chosen(fleet: Fleet) -> set[str]:
+    return {name for name in "ab" if fleet.choose(ASK, {"a", "b"} - {name}) is not None}
+
+
+@pytest.mark.parametrize("state", ["stuck", "silent"])
+def test_a_lost_replica_is_told_of_once_and_chosen_no_more(state: str) -> None:
+    it, lost = fleet()
+    it.take(Snapshot(version=1, replicas=(A, B)))
+    gone = replace(A, state=state)  # type: ignore[arg-type]
+    it.take(Snapshot(version=2, replicas=(gone, B)))
+    it.take(Snapshot(version=3, replicas=(gone, B)))
+    assert lost == ["a"] and chosen(it) == {"b"}
+
+
+def test_one_that_speaks_again_is_chosen_again() -> None:
+    it, lost = fleet()
+    for version, record in enumerate((A, replace(A, state="silent"), A, replace(A, state="silent")), 1):
+        it.take(Snapshot(version=version, replicas=(record,)))
+        assert chosen(it) == ({"a"} if record is A else set())
+    assert lost == ["a", "a"]
+
+
+def test_one_that_left_or_died_ends_its_requests_itself() -> None:
+    it, lost = fleet()
+    it.take(Snapshot(version=1, replicas=(A, B)))
+    it.take(Snapshot(version=2, replicas=(replace(B, state="dead"),)))
+    assert lost == [] and chosen(it) == set()
+
+
+async def test_what_a_new_directory_never_hears_of_was_lost_with_the_old_one() -> None:
+    it, lost = fleet()
+    it.take(Snapshot(version=1, replicas=(A, B)))
+    it.take(Snapshot(version=2, whole=False))
+    assert chosen(it) == {"a", "b"}
+    it.take(Snapshot(version=3, replicas=(replace(A, state="draining"),), whole=False))
+    assert chosen(it) == {"b"} and lost == []
+    it.take(Snapshot(version=4, replicas=(A,)))
+    assert chosen(it) == {"a"} and lost == ["b"]

@@ -1,0 +1,73 @@
+"""Requests that wait for a replica of which nothing more will come: real HTTP on both sides, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from gateway_world import BODY, World, echo
+from gateway_world import world as world
+
+SLOW_S = 60.0
+
+
+def lose(world: World, name: str) -> None:
+    world.records[name] = replace(world.records[name], state="silent")
+    world.version += 1
+
+
+async def begun(world: World, engine: int) -> None:
+    while not world.engines[engine].stats().running:
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_no_byte_was_answered_to_goes_to_another_replica_once(world: World, stream: bool) -> None:
+    await world.add_engine(echo(delay_s=SLOW_S))
+    asking = asyncio.create_task(world.http.post("/v1/completions", json={**BODY, "stream": stream}))
+    await begun(world, 0)
+    await world.add_engine(echo())
+    lose(world, "r0")
+    answer = await asyncio.wait_for(asking, 10)
+    assert answer.status_code == 200
+    assert answer.text.count('"one"' if stream else "one two three") == 1
+    assert world.engines[1].stats().steps == 3
+
+
+async def test_where_there_is_no_other_one_the_client_is_told_when_to_try_again(world: World) -> None:
+    await world.add_engine(echo(delay_s=SLOW_S))
+    asking = asyncio.create_task(world.http.post("/v1/completions", json=BODY))
+    await begun(world, 0)
+    lose(world, "r0")
+    answer = await asyncio.wait_for(asking, 10)
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "7"
+
+
+async def test_a_stream_that_has_begun_ends_with_an_error_event(world: World) -> None:
+    await world.add_engine(echo(delay_s=0.2))
+    await world.add_engine(echo())
+    world.records["r1"] = replace(world.records["r1"], state="draining")
+    world.version += 1
+    await asyncio.sleep(0.1)
+    words = " ".join(["word"] * 60)
+    said = ""
+    async with world.http.stream("POST", "/v1/completions", json={**BODY, "prompt": words, "stream": True}) as answer:
+        async for text in answer.aiter_text():
+            if not said:
+                lose(world, "r0")
+            said += text
+    assert '"word"' in said and "engine_unavailable" in said and "[DONE]" not in said
+
+
+async def test_others_go_on(world: World) -> None:
+    await world.add_engine(echo(delay_s=SLOW_S))
+    waiting = asyncio.create_task(world.http.post("/v1/completions", json=BODY))
+    await begun(world, 0)
+    await world.add_engine(echo(delay_s=0.1))
+    words = " ".join(["word"] * 20)
+    other = asyncio.create_task(world.http.post("/v1/completions", json={**BODY, "prompt": words}))
+    await begun(world, 1)
+    lose(world, "r0")
+    first, second = await asyncio.wait_for(asyncio.gather(waiting, other), 20)
+    assert first.status_code == second.status_code == 200

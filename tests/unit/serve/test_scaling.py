@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tandem.config import AutoscalingConfig, PrefillConfig, ServedModelConfig
+from tandem.serve import scaling
+from tandem.serve.deploy import changed as has_changed
+from tandem.serve.records import ServedModel
+from tandem.serve.scaling import (
+    GATEWAY_WINDOW_S,
+    engine_options,
+    engine_version,
+    gateway_options,
+    seen_by_gateways,
+    version_of,
+)
+
+MODEL = ServedModel(id="base@1", name="base", path="/models/base", config=ServedModelConfig(model="base"))
+
+
+def changed(**values: object) -> ServedModel:
+    return replace(MODEL, config=replace(MODEL.config, **values))  # type: ignore[arg-type]
+
+
+def test_what_a_replica_is_made_from_replaces_it_and_how_many_there_are_does_not() -> None:
+    version = engine_version(MODEL, "", "sqlite://")
+    assert engine_version(replace(MODEL), "", "sqlite://") == version
+    assert engine_version(changed(replicas=3), "", "sqlite://") == version
+    assert engine_version(changed(autoscaling=AutoscalingConfig(max_replicas=9)), "", "sqlite://") == version
+    assert engine_version(changed(hold_s=99.0, max_queued=3), "", "sqlite://") == version
+    others = {
+        engine_version(changed(engine_args={"max_num_seqs": 4}), "", "sqlite://"),
+        engine_version(replace(MODEL, id="base@2"), "", "sqlite://"),
+        engine_version(MODEL, "of another day", "sqlite://"),
+        engine_version(MODEL, "", "postgresql://"),
+    }
+    assert len(others) == 4 and version not in others
+
+
+def test_other_code_is_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = version_of("same")
+    assert version_of("same") == before and len(scaling.code()) == 64
+    monkeypatch.setattr(scaling, "code", lambda: "of another day")
+    assert version_of("same") != before
+
+
+def test_new_replicas_come_before_old_ones_go_and_streams_have_their_time() -> None:
+    options = engine_options(changed(replicas=2), 600)
+    assert options["num_replicas"] == 2 and options["max_surge_percent"] == 100
+    assert options["graceful_shutdown_timeout_s"] > 600
+    assert engine_options(changed(surge_percent=0), 600)["max_surge_percent"] == 0
+    assert gateway_options(2, 600)["graceful_shutdown_timeout_s"] > 600 + GATEWAY_WINDOW_S
+
+
+def test_serve_leaves_every_decision_to_the_policy() -> None:
+    config = AutoscalingConfig(min_replicas=0, max_replicas=4, target_waiting=7, upscale_delay_s=3)
+    options = engine_options(changed(autoscaling=config), 600)
+    assert "num_replicas" not in options
+    told = options["autoscaling_config"]
+    assert (told.min_replicas, told.max_replicas, told.initial_replicas) == (0, 4, None)
+    assert told.upscale_delay_s == told.downscale_delay_s == 0
+    assert told.policy.policy_kwargs["target_waiting"] == 7
+    assert not told.policy.is_default_policy_function()
+
+
+def test_gateways_are_told_what_they_look_at_and_no_more() -> None:
+    whole = changed(
+        engine_args={"max_num_seqs": 4, "scheduling_policy": "priority"},
+        env={"A": "b"},
+        prefill=PrefillConfig(replicas=3, min_bytes=7, engine_args={"max_num_seqs": 2}),
+        autoscaling=AutoscalingConfig(min_replicas=0, max_replicas=9),
+        hold_s=99.0,
+    )
+    seen = seen_by_gateways(whole)
+    assert seen.config.engine_args == {"scheduling_policy": "priority"} and not seen.config.env
+    assert seen.config.prefill == PrefillConfig(min_bytes=7)
+    assert seen.sleeps and seen.config.hold_s == 99.0
+    assert not seen_by_gateways(changed(autoscaling=AutoscalingConfig(min_replicas=2))).sleeps
+    assert seen_by_gateways(changed(engine_args={"max_num_seqs": 4})) == seen_by_gateways(MODEL)
+
+
+def app(status: str, deployment: str = "HEALTHY", **states: str) -> dict[str, object]:
+    """What Serve says of one with two replicas wanted: the states of replicas, by id."""
+    replicas = [{"replica_id": key, "state": state} for key, state in states.items()]
+    engine = {"status": deployment, "target_num_replicas": 2, "replicas": replicas}
+    return {"status": status, "deployments": {"engine": engine, "other": {**engine, "status": "HEALTHY"}}}
+
+
+def test_a_change_is_done_when_new_replicas_run_even_if_old_ones_stream_on() -> None:
+    before = app("RUNNING", a="RUNNING", b="RUNNING")
+    assert has_changed(before, before)
+    # Serve has not looked at it; it has; one is new; both are coming; both are there, and the old ones told to end.
+    assert not has_changed(app("DEPLOYING", a="RUNNING", b="RUNNING"), before)
+    assert not has_changed(app("DEPLOYING", "UPDATING", a="RUNNING", b="RUNNING"), before)
+    assert not has_changed(app("DEPLOYING", "UPDATING", a="RUNNING", c="RUNNING", b="STOPPING"), before)
+    going = {"a": "STOPPING", "b": "STOPPING"}
+    assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="STARTING", **going), before)
+    assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING", **going), before)
+    fresh = {"status": "NOT_STARTED", "deployments": {}}
+    assert not has_changed(fresh, fresh)
+    assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING"), fresh)
+    assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING"), fresh)
