@@ -82,7 +82,7 @@ def main() -> int:
         capacity, rounds = uvloop.run(loads(running, given.rounds, given.seconds))
         left = {way: [leave(running, way) for _ in range(given.rounds)] for way in ("stream", "whole", "waiting")}
         idle = uvloop.run(idling(running, given.rounds, given.seconds / 4))
-        unread = not_reading(running) if given.engine == "echo" else None
+        unread = not_reading(running)
     rows = [cells(row, capacity) for row in rounds]
     verdicts = [*goodput(rounds), *(left_at_once(way, max(times)) for way, times in left.items()), hindered(idle)]
     failed = {status: count for row in rounds for status, count in row["failed"].items()}
@@ -92,10 +92,10 @@ def main() -> int:
         f"{given.engine}: {capacity['requests_per_s']:.1f} requests/s at capacity, {capacity['latency_s']:.2f} s each"
     )
     show(title, COLUMNS, rows, width=140)
-    told = "" if unread is None else UNREAD.format(**unread)
+    told = UNREAD.format(**unread)
     print(told)
     made = f"# Too much\n\nMade by `python bench/overload.py --engine {given.engine} --json ...`. {title}."
-    page = f"{made}\n\n{lines(COLUMNS, rows)}\n\n{ends(verdicts)}\n" + (f"\n{told}\n" if told else "")
+    page = f"{made}\n\n{lines(COLUMNS, rows)}\n\n{ends(verdicts)}\n\n{told}\n"
     figures = {"capacity": capacity, "rounds": rounds, "leave_s": left, "idle": idle, "unread": unread}
     write(given.json, {"machine": machine(), **figures}, page)
     return judge(verdicts, check=given.check)
@@ -153,11 +153,13 @@ def app(engine: str) -> Iterator[App]:
                 engine_args=args,
                 requests_per_replica=None if engine == "vllm" else AT_ONCE,
             )
+            # It writes as fast as it is read.
+            pour = ServedModelConfig(model="pour", name="pour", engine="echo", max_adapters=0, cpus_per_replica=0.1)
             ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
             with contextlib.ExitStack() as held:
                 held.callback(ray.shutdown)
                 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-                serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
+                serve.run(build_app(ServeConfig(models=(model, pour)), check=False), name="tandem", route_prefix="/")
                 replica = serve.get_deployment_handle("engine-bench", "tandem")
 
                 def load() -> int:
@@ -240,7 +242,7 @@ async def idling(running: App, rounds: int, seconds: float) -> dict[str, Any]:
 
 def not_reading(running: App, clients: int = 16, answer_mb: int = 48) -> dict[str, Any]:
     """How gateway and proxy grow when large streams are not read."""
-    body = {"model": "bench", "prompt": "x" * 4096, "stream": True, "ignore_eos": True, "max_tokens": answer_mb * 256}
+    body = {"model": "pour", "prompt": "x" * 4096, "stream": True, "ignore_eos": True, "max_tokens": answer_mb * 256}
     before = running.memory_mb()
     socks = [raw_request(running.url, body) for _ in range(clients)]
     time.sleep(10.0)

@@ -120,8 +120,8 @@ def test_too_many_requests_are_429_that_the_sdks_understand_and_are_answered_lat
     assert answer.usage is not None and answer.usage.completion_tokens == 3
 
 
-def ask_and_wait(served: Served, body: dict[str, Any]) -> socket.socket:
-    """A request that waits in the queue, on a connection of its own."""
+def ask_and_wait(served: Served, body: dict[str, Any], wait_s: float = 0.5) -> socket.socket:
+    """A request on a connection of its own, of which the gateway knows after `wait_s`."""
     parts = httpx.URL(f"{served.url}/v1/completions")
     sock = socket.create_connection((parts.host, parts.port or 80))
     raw = json.dumps(body).encode()
@@ -129,7 +129,7 @@ def ask_and_wait(served: Served, body: dict[str, Any]) -> socket.socket:
         f"POST {parts.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
     )
     sock.sendall(head.encode() + raw)
-    time.sleep(0.5)
+    time.sleep(wait_s)
     return sock
 
 
@@ -199,7 +199,8 @@ def test_clients_that_do_not_read_their_streams_grow_neither_gateway_nor_proxy(
     body = {"model": "echo", "prompt": "x" * 4096, "stream": True, "ignore_eos": True, "max_tokens": ANSWER_MB * 256}
     before = memory_mb(cluster)
     assert any("Gateway" in name for name in before) and any("haproxy" in name for name in before), before
-    socks = [ask_and_wait(echoing, body) for _ in range(READERS)]
+    socks = [ask_and_wait(echoing, body, 0.0) for _ in range(READERS)]
+    until(lambda: running(echoing) == READERS)
     try:
         last, now = {}, memory_mb(cluster)
         deadline = time.monotonic() + 60

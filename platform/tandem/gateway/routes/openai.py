@@ -17,6 +17,7 @@ from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
 from tandem.gateway.fleet import Fleet
+from tandem.gateway.forward import Forwarded
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import prefilled
 from tandem.gateway.proxy import Call, Proxy
@@ -94,7 +95,7 @@ class OpenAIRoutes:
                 watch=watch,
             )
             prefills = target.base.config.prefill is not None
-            return self._proxy.forward(call, functools.partial(prefilled, self._proxy, body) if prefills else None)
+            return Forwarded(self._proxy, call, functools.partial(prefilled, self._proxy, body) if prefills else None)
 
         return handle
 
