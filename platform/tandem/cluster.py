@@ -253,6 +253,10 @@ def serving_environment(folder: Path, ports: list[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+        # What HAProxy turns to while no gateway is up. All clusters of a machine would share 8500, and the kernel hand the
+        # requests of one to another.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(environment.LONGEST_DRAIN_S),
         # Ray starts workers at niceness 15: beside anything else on the machine, training and engines would come last.
         "RAY_worker_niceness": "0",
