@@ -83,10 +83,10 @@ class LocalCluster(Cluster):
         mark = secrets.token_hex(8)
         # Ray puts Unix sockets below this folder, and their paths may have 107 bytes.
         folder = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp" if Path("/tmp").is_dir() else None))
-        ports = free_ports(7)
+        ports = free_ports(9)
         address, dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
         variables = {
-            **haproxy.serving_environment(folder, ports[5:7], free_block()),
+            **haproxy.serving_environment(folder, ports[5:9], free_block()),
             **authentication(),
             **KEEP_MARKS,
             MARK: mark,

@@ -15,6 +15,7 @@ import pytest
 from steady_load import SteadyLoad
 
 from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.errors import EngineError
 from tandem.serve.app import build_app
 from tandem.serve.deploy import deploy
 from tandem.serve.records import ReplicaRecord
@@ -140,6 +141,21 @@ def test_one_of_two_gateways_and_then_an_engine_get_a_sigterm_under_load(url: st
         os.kill(listener(int(engine.url.rpartition(":")[2])).pid, signal.SIGTERM)
         wait_for(lambda: engine.id not in replicas() and len(replicas()) == 2)
         load.wait_for(8)
+        load.stop()
+    assert not load.failed
+
+
+@pytest.mark.slow
+def test_settings_with_which_no_replica_starts_leave_what_is_served_as_it_was(url: str) -> None:
+    with SteadyLoad(url, "parrot") as load:
+        load.wait_for(4)
+        old = set(replicas())
+        with pytest.raises(EngineError, match="nonsense"):
+            put(replace(CONFIG, models=(replace(PARROT, engine_args={"nonsense": 1}),)))
+        assert old & set(replicas())
+        load.wait_for(8)
+        put(CONFIG)
+        load.wait_for(4, "parrot@1")
         load.stop()
     assert not load.failed
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -39,7 +37,8 @@ def test_the_commands_change_what_is_served_and_let_streams_end(tmp_path: Path) 
         assert again.returncode and "`tandem serve deploy` changes it" in again.stdout
         with SteadyLoad(f"http://127.0.0.1:{port}", "parrot") as load:
             load.wait_for(4)
-            changed = tandem("serve", "deploy", "-c", str(config), "-s", "models.0.model=parrot@2", home=home)
+            newer = write(tmp_path / "newer.yaml", **{**ECHO, "model": "parrot@2"})
+            changed = tandem("serve", "deploy", "-c", str(newer), home=home)
             assert changed.returncode == 0, changed.stdout
             load.wait_for(8, "parrot@2")
             load.stop()
@@ -63,10 +62,10 @@ def test_a_new_version_of_a_real_model_takes_over_under_load(tmp_path: Path) -> 
     home.mkdir()
     registry = Registry(f"sqlite:///{home}/tandem.db")
     registry.register_model("tiny", write_model(tmp_path / "one"))
-    model = {"model": "tiny", "max_adapters": 0, "engine_args": {"max_model_len": 1024}}
+    model = {"model": "tiny", "max_adapters": 0, "engine_args": {"max_model_len": 2048}}
     config = write(tmp_path / "app.yaml", **model)
     command = [sys.executable, "-m", "tandem", "serve", "up", "-c", str(config), "--port", str(port)]
-    tokens = {"max_tokens": 120, "ignore_eos": True, "temperature": 0}
+    tokens = {"max_tokens": 80, "ignore_eos": True, "temperature": 0}
     with started(command, home=home, log=tmp_path / "up.log") as up:
         up.wait_for("Ctrl-C ends it", timeout_s=180)
         registry.register_model("tiny", write_model(tmp_path / "two", layers=3))
@@ -80,27 +79,3 @@ def test_a_new_version_of_a_real_model_takes_over_under_load(tmp_path: Path) -> 
         # They are two models: greedy, they say different things to the same prompts.
         for number in range(8):
             assert load.texts[f"tiny@1 {number}"] != load.texts[f"tiny@2 {number}"]
-
-
-@pytest.mark.slow
-def test_settings_that_do_not_work_leave_what_is_served_as_it_was(tmp_path: Path) -> None:
-    home, port = tmp_path / "home", free_port()
-    home.mkdir()
-    config = write(tmp_path / "app.yaml", **ECHO)
-    command = [sys.executable, "-m", "tandem", "serve", "up", "-c", str(config), "--port", str(port)]
-    with started(command, home=home, log=tmp_path / "up.log") as up:
-        up.wait_for("Ctrl-C ends it", timeout_s=120)
-        with SteadyLoad(f"http://127.0.0.1:{port}", "parrot") as load:
-            load.wait_for(4)
-            wrong = tandem(
-                "serve", "deploy", "-c", str(config), "-s", "models.0.engine_args.nonsense=1", home=home, timeout_s=120
-            )
-            assert wrong.returncode and "nonsense" in wrong.stdout
-            load.wait_for(8, "parrot@1")
-            load.stop()
-        assert not load.failed
-        with contextlib.suppress(httpx.HTTPError):
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
-                assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
-                time.sleep(0.5)

@@ -47,6 +47,8 @@ def up_command(
     with friendly_errors(), located(config, overrides):
         wanted = read_config(models, config, overrides)
         listen = port or settings().port
+        if (known := connect()) is not None:
+            check_not_served(serve_details(known), wanted)
         check_port(listen, host)
         with (
             a_cluster(num_cpus=CPUS, keep=detach) as cluster,
@@ -133,11 +135,7 @@ def serving(
     from tandem.serve.deploy import deploy
 
     details = serve_details(cluster)
-    if config.app in details.get("applications", {}):
-        raise ClusterError(
-            f"{config.app} is served on this cluster already. `tandem serve deploy` changes it, `tandem serve down` ends it; "
-            "its adapters need no restart."
-        )
+    check_not_served(details, config)
     taken = (details.get("http_options") or {}).get("port", port)
     if details.get("applications") and taken != port:
         raise ClusterError(
@@ -212,6 +210,15 @@ def serve_details(cluster: Cluster) -> dict[str, Any]:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
+
+
+def check_not_served(details: dict[str, Any], config: ServeConfig) -> None:
+    """Refuse an app that is up, with what changes it; `details` are of `serve_details`."""
+    if config.app in details.get("applications", {}):
+        raise ClusterError(
+            f"{config.app} is served on this cluster already. `tandem serve deploy` changes it, `tandem serve down` ends it; "
+            "its adapters need no restart."
+        )
 
 
 def app_url(cluster: Cluster, app: str) -> str | None:

@@ -77,8 +77,8 @@ class EchoEngine:
         for key, value in spec.args.items():
             if key not in known:
                 raise ConfigError(f"engine_args.{key} is not an argument of the echo engine.{did_you_mean(key, known)}")
-            if not isinstance(value, int | float):
-                raise ConfigError(f"engine_args.{key} is {value!r}; it must be a number.")
+            if not isinstance(value, int | float) or value < 0:
+                raise ConfigError(f"engine_args.{key} is {value!r}; it must be a number, 0 or above.")
         return cls((spec.id, spec.name), **spec.args)
 
     @property

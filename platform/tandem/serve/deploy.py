@@ -31,7 +31,8 @@ def deploy(app: serve.Application, name: str, *, route_prefix: str = "/") -> Non
     target = serve.RunTarget(app, name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
     while not changed(now := _details(name), before):
-        if any(each["status"] == FAILED for each in (now, *now["deployments"].values())):
+        # Of the app alone: a deployment still says what it said of the last change until Serve has looked at this one.
+        if now["status"] == FAILED:
             raise EngineError(f"{name} did not start: {why(name)}")
         time.sleep(LOOK_S)
 
