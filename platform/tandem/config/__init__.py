@@ -1,5 +1,6 @@
 """What a person writes: frozen dataclasses, and the strict loader that turns YAML and `--set` into them."""
 
+from tandem.config.batch import BatchConfig
 from tandem.config.data import DataConfig, MixturePart
 from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.elastic import check_elastic, sized, sizes
@@ -15,6 +16,7 @@ from tandem.config.serve import GatewayConfig, PrefillConfig, RouterConfig, Serv
 from tandem.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
+    "BatchConfig",
     "CheckpointConfig",
     "DataConfig",
     "DeepSpeedConfig",

@@ -55,6 +55,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
             f"{'prefill' if pool.prefills else 'engine'}-{pool.name}",
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
+            custom=pool.config.resources_per_replica,
             env=pool.config.env,
             num_replicas=pool.config.replicas,
             health_check_period_s=HEALTH_PERIOD_S,
@@ -173,10 +174,13 @@ def _deployment(
     *,
     num_cpus: float,
     num_gpus: float = 0.0,
+    custom: dict[str, float] | None = None,
     env: dict[str, str] | None = None,
     **options: Any,
 ) -> serve.Deployment:
     resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    if custom:
+        resources["resources"] = dict(custom)
     if env:
         resources["runtime_env"] = {"env_vars": env}
     return cast(

@@ -1,0 +1,254 @@
+"""A batch run from its config to its two files: what is left to do is found out first, then done by Ray Data, base by base.
+
+`prepare` needs no cluster and starts nothing: what is wrong with a run is said there. `answer` runs on the cluster that this
+process is connected to.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import ray.data
+import ray.exceptions
+from ray.data import ActorPoolStrategy, DataContext
+
+from tandem.batch.manifest import Manifest
+from tandem.batch.models import Names
+from tandem.batch.plan import Unit, left, pieces_in_flight, units
+from tandem.batch.read import Pieces
+from tandem.batch.sources import find_files
+from tandem.batch.survey import Survey, survey
+from tandem.batch.work import Work
+from tandem.batch.worker import Worker
+from tandem.batch.write import Output
+from tandem.config import BatchConfig, ServedModelConfig
+from tandem.engine.create import check_engine_args
+from tandem.engine.spec import EngineSpec
+from tandem.errors import ClusterError, ConfigError, EngineError
+from tandem.registry import Registry
+from tandem.serve.placement import place
+from tandem.serve.records import ServedModel
+from tandem.serve.replica import engine_spec
+
+READ_CPUS = 0.25
+"""What Ray reserves for a task that reads a piece: its work is small beside an engine's."""
+READERS = 2
+"""Pieces that are read at a time: each engine has some in its window before it asks for more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Where a run stands."""
+
+    rows: int
+    """Of the input."""
+    done: int
+    """Of these, rows that are published, those of earlier starts and those that were refused among them."""
+    failed: int
+    """Rows without an answer, as far as this start knows."""
+    tokens: int = 0
+    """Generated since this start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """How a run ended."""
+
+    rows: int
+    answered: int
+    failed: int
+    found: int
+    """Rows that an earlier start had published."""
+    results: str
+    errors: str
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    answering_s: float = 0.0
+    """From the first row that an engine was asked to the last that was published; starts of engines lie before, or between bases."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchRun:
+    """A run that can be done: all that it asks for is there."""
+
+    config: BatchConfig
+    output: Output
+    manifest: Manifest
+    survey: Survey
+    bases: tuple[tuple[EngineSpec, ServedModelConfig], ...]
+    """Of each base what its engines load, and what Ray reserves for them."""
+    names: Names
+
+    @property
+    def units(self) -> list[Unit]:
+        """All that is published, piece by piece."""
+        return units(self.survey.pieces, self.survey.bases)
+
+
+def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None) -> BatchRun:
+    """Read the input and compare the run with what is in its output; `tell` hears how many rows have been read.
+
+    Raises ConfigError, DataError or a RegistryError with the next step.
+    """
+    files, output = find_files(config.input), Output.at(config.output)
+    before = Manifest.read(output)
+    if before is not None:
+        before.check_settings(config)
+    names = Names(config, Registry.open(), before.models if before else {})
+    asked = survey(files, names, config.request, before.rows_per_piece if before else config.rows_per_piece, tell)
+    manifest = Manifest.of(config, asked, names)
+    if before is not None:
+        before.check_input(manifest)
+    bases = tuple(_base(config, names, each) for each in asked.bases)
+    if config.engine_args and not (before and before.finished):
+        check_engine_args(*(spec for spec, _ in bases))
+    return BatchRun(config=config, output=output, manifest=before or manifest, survey=asked, bases=bases, names=names)
+
+
+def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: None) -> Summary:
+    """Answer what is left, and write the two files. Raises EngineError if engines cannot start or keep on dying."""
+    began, output, rows = time.monotonic(), run.output, run.survey.rows
+    if run.manifest.finished:
+        return _summary(run, found=rows)
+    output.begin(run.manifest.plain())
+    output.refuse(run.survey.refused)
+    published = output.published()
+    todo = left(run.units, published)
+    found = _rows_in(run, [unit for unit in run.units if unit.name in published])
+    done, failed, tokens, prompt_tokens, answering_s = (
+        found + len(run.survey.refused),
+        len(run.survey.refused),
+        0,
+        0,
+        0.0,
+    )
+    tell(Progress(rows=rows, done=done, failed=failed))
+    for number in range(len(run.bases)):
+        times: list[float] = []
+        for told in _answers(run, number, [unit for unit in todo if unit.base == number]):
+            done, failed = done + told["rows"], failed + told["failed"]
+            tokens, prompt_tokens = tokens + told["tokens"], prompt_tokens + told["prompt_tokens"]
+            times += [told["began"], told["ended"]]
+            tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens))
+        answering_s += max(times, default=0.0) - min(times, default=0.0)
+    answered, failed = output.assemble(run.survey.pieces, run.units)
+    if answered + failed != rows:
+        raise EngineError(
+            f"{answered} answers and {failed} errors were published of {rows} rows. Look at {output.run}, and report it."
+        )
+    finished = replace(run.manifest, finished=True, answered=answered, failed=failed)
+    output.finish(finished.plain())
+    return replace(
+        _summary(replace(run, manifest=finished), found=found),
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        seconds=time.monotonic() - began,
+        answering_s=answering_s,
+    )
+
+
+def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str, Any]]:
+    """Have Ray Data read, answer and publish the units of a base; what the workers tell of each."""
+    if not todo:
+        return
+    config, (spec, served) = run.config, run.bases[number]
+    check_room(served)
+    work = Work(
+        spec=spec,
+        default=run.names.default,
+        targets=run.names.targets,
+        request=config.request,
+        output=run.output,
+        window_rows=config.window_rows,
+    )
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # A table is a piece: it is neither cut nor put together with others.
+    context.target_max_block_size = None
+    # A model that cannot be loaded is not tried again.
+    context.max_consecutive_actor_init_deaths = 0
+    run.output.forget_deaths()
+    flight = pieces_in_flight(config.window_rows, max(unit.piece.rows for unit in todo))
+    read = ray.data.read_datasource(
+        Pieces(run.survey.files, todo, work), num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=len(todo)
+    )
+    told = read.map_batches(
+        Worker,
+        fn_constructor_args=(work,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=min(served.replicas, len(todo)),
+            max_tasks_in_flight_per_actor=flight + 1,
+            max_concurrent_calls_per_actor=flight,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=served.cpus_per_replica,
+        num_gpus=served.gpus_per_replica or None,
+        resources=dict(served.resources_per_replica) or None,
+        runtime_env={"env_vars": dict(served.env)} if served.env else None,
+        max_restarts=config.max_failures,
+    )
+    try:
+        for batch in told.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            for i in range(len(batch["rows"])):
+                yield {key: values[i].item() for key, values in batch.items()}
+    except ray.exceptions.RayError as error:
+        raise _explained(run, spec, error) from error
+
+
+def check_room(served: ServedModelConfig) -> None:
+    """Refuse replicas that the whole cluster, empty, could not hold one of: Ray would wait for ever."""
+    total = ray.cluster_resources()
+    wanted = {"CPU": served.cpus_per_replica, "GPU": served.gpus_per_replica, **served.resources_per_replica}
+    for name, each in wanted.items():
+        if each > total.get(name, 0.0):
+            raise ClusterError(
+                f"A replica takes {each:g} {name}; the whole cluster has {total.get(name, 0.0):g}. Lower "
+                f"{f'{name.lower()}s_per_replica' if name in ('CPU', 'GPU') else 'resources_per_replica'}, or add a node."
+            )
+
+
+def _base(config: BatchConfig, names: Names, base: str) -> tuple[EngineSpec, ServedModelConfig]:
+    model = next(t.base for t in (names.default, *names.targets.values()) if t.base.id == base)
+    served = config.served(model.id, adapters=names.adapters_of(base))
+    if place(served, "the config").bundles:
+        raise ConfigError(
+            "engine_args.distributed_executor_backend is ray, and a batch's replicas are processes of one node. Leave it out."
+        )
+    spec = engine_spec(ServedModel(id=model.id, name=model.name, path=model.path, config=served))
+    return replace(spec, offline=True), served
+
+
+def _rows_in(run: BatchRun, published: list[Unit]) -> int:
+    return sum(unit.piece.counts[run.survey.bases[unit.base]] for unit in published)
+
+
+def _summary(run: BatchRun, *, found: int) -> Summary:
+    return Summary(
+        rows=run.survey.rows,
+        answered=run.manifest.answered,
+        failed=run.manifest.failed,
+        found=found,
+        results=str(run.output.results),
+        errors=str(run.output.errors),
+    )
+
+
+def _explained(run: BatchRun, spec: EngineSpec, error: Exception) -> EngineError:
+    deaths = run.output.deaths()
+    if deaths:
+        return EngineError(
+            f"A replica of {spec.name} died {len(deaths)} times, at last with: {deaths[-1]} What is published stays; the same "
+            "command goes on."
+        )
+    cause = getattr(error, "cause", None)
+    said = str(cause or error).strip()
+    return EngineError(f"{spec.name} cannot answer: {said[-1500:]}")
