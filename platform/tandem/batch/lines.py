@@ -1,5 +1,5 @@
-"""The lines of the output. A line of `results.jsonl` is OpenAI's batch format with the row's number; one of `errors.jsonl` has the
-reason, and the row as it came, so that the file can be corrected and run again.
+"""The lines of the output. One of `results.jsonl` is OpenAI's batch format with the row's number; one of `errors.jsonl` has the
+reason, and the row as it came, so that it can be corrected and run again.
 """
 
 from __future__ import annotations

@@ -70,7 +70,9 @@ class Summary:
     tokens: int = 0
     seconds: float = 0.0
     answering_s: float = 0.0
-    """From the first row that an engine was asked to the last that was published; starts of engines lie before, or between bases."""
+    """From the first row that an engine was asked to the last that was published, without the starts of engines."""
+    files_s: float = 0.0
+    """What making the two files of all pieces took then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +139,7 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
             times += [told["began"], told["ended"]]
             tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens))
         answering_s += max(times, default=0.0) - min(times, default=0.0)
+    assembling = time.monotonic()
     answered, failed = output.assemble(run.survey.pieces, run.units)
     if answered + failed != rows:
         raise EngineError(
@@ -150,6 +153,7 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
         prompt_tokens=prompt_tokens,
         seconds=time.monotonic() - began,
         answering_s=answering_s,
+        files_s=time.monotonic() - assembling,
     )
 
 

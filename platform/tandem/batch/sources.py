@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from tandem.batch.plan import Mark
 from tandem.errors import DataError, did_you_mean
-from tandem.storage import Location, base_name, file_system, is_remote, join, located
+from tandem.storage import Location, base_name, file_system, is_remote, located
 
 TEXT_MEMBERS = ("txt", "text")
 ROWS_AT_A_TIME = 256

@@ -42,7 +42,10 @@ def survey(
     piece_rows: int | None = None,
     tell: Callable[[int], None] = lambda rows: None,
 ) -> Survey:
-    """Read all files; `tell` hears now and then how many rows have come. Raises DataError if there are none, or a damaged file."""
+    """Read all files; `tell` hears how many rows have come.
+
+    Raises DataError if there are none, or if a file is damaged.
+    """
     most = piece_rows or rows_per_piece(sum(_size(file) for file in files))
     divider = Divider(most)
     bases: dict[str, None] = {}

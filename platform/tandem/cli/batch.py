@@ -100,8 +100,8 @@ class connected:  # noqa: N801 - used as a function
 
         if self._cluster.address is None:
             raise ClusterError(
-                f"The cluster is known only by its dashboard, {self._cluster.dashboard_url}. Run the command on one of its nodes, "
-                "or give RAY_ADDRESS as host:port."
+                f"The cluster is known only by its dashboard, {self._cluster.dashboard_url}. Run the command on one of its "
+                "nodes, or give RAY_ADDRESS as host:port."
             )
         ray.init(
             address=self._cluster.address,

@@ -25,7 +25,7 @@ class BatchConfig:
     rows_per_piece: int | None = None
     """Rows that are published together, and so lost together; unset: about 4,000 pieces, of 64 rows or more."""
     window_rows: int = 2048
-    """Rows that one engine has at a time, those that wait in it among them; more than it can run at once, so that it never idles."""
+    """Rows that one engine has at a time, those that wait among them: more than it can run at once, so that it never idles."""
     max_failures: int = 3
     """Times that one replica is started again after its process died."""
     engine: str = "vllm"
