@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import uvloop
+from pydantic_core import to_json
 from starlette.types import ASGIApp, Message
 
 from tandem.engine.protocol import AdapterRef, Engine
@@ -119,7 +120,10 @@ class Answerer:
                 return refusal(500, str(error))
 
     async def _post(self, question: Question) -> Answer:
-        answer = await post(self._engine.app, question.path, question.body)
+        try:
+            answer = await post(self._engine.app, question.path, question.body)
+        except Exception as error:  # noqa: BLE001 - an app raises again what it has answered with 500
+            answer = refusal(500, f"{type(error).__name__}: {error}")
         # A dead engine makes its app say 500; the row is not to blame.
         if answer.status >= 500 and not self._engine.stats().healthy:
             raise EngineDiedError(f"The engine died: {answer.body.decode(errors='replace')[:500]}")
@@ -166,6 +170,4 @@ async def post(app: ASGIApp, path: str, body: bytes) -> Answer:
 
 def refusal(status: int, message: str) -> Answer:
     """An answer of our own, in OpenAI's shape."""
-    from pydantic_core import to_json
-
     return Answer(status, to_json({"error": {"message": message, "code": None}}))
