@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import ray
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
@@ -25,7 +26,9 @@ class Pieces(Datasource):
 
     def __init__(self, files: Sequence[Location], units: Sequence[Unit], work: Work) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._files, self._units, self._work = files, units, work
+        self._files, self._units, self._base = files, units, work.spec.id
+        # Once for all tasks: it holds every adapter that rows name.
+        self._work = ray.put(work)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown: Ray Data is told how many tasks there are instead."""
@@ -38,14 +41,15 @@ class Pieces(Datasource):
         return [
             ReadTask(
                 partial(read, self._files[unit.piece.source], unit, self._work),
-                BlockMetadata(unit.piece.counts[self._work.spec.id], None, None, None),
+                BlockMetadata(unit.piece.counts[self._base], None, None, None),
             )
             for unit in self._units
         ]
 
 
-def read(file: Location, unit: Unit, work: Work) -> Iterator[Any]:
-    """The one table of a piece."""
+def read(file: Location, unit: Unit, reference: Any) -> Iterator[Any]:
+    """The one table of a piece; `reference` is that of a Work."""
+    work: Work = ray.get(reference)
     rows = itertools.islice(rows_of(file, unit.piece.mark), unit.piece.rows)
     mine = [(i, row) for i, row in enumerate(rows, unit.piece.first) if work.is_for_me(row)]
     columns = [

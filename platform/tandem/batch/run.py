@@ -123,13 +123,8 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
     published = output.published()
     todo = left(run.units, published)
     found = _rows_in(run, [unit for unit in run.units if unit.name in published])
-    done, failed, tokens, prompt_tokens, answering_s = (
-        found + len(run.survey.refused),
-        len(run.survey.refused),
-        0,
-        0,
-        0.0,
-    )
+    failed = len(run.survey.refused)
+    done, tokens, prompt_tokens, answering_s = found + failed, 0, 0, 0.0
     tell(Progress(rows=rows, done=done, failed=failed))
     for number in range(len(run.bases)):
         times: list[float] = []
