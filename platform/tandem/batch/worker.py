@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tandem.batch.answer import Answerer, EngineDiedError, Question
 from tandem.batch.lines import Line, answered, failed, reason_of
 from tandem.batch.rows import Ask, BadRowError, check_prompt_logprobs, request_bytes
@@ -41,7 +43,7 @@ class Worker:
         )
         self._answerer.start()
 
-    def __call__(self, table: Any) -> dict[str, list[Any]]:
+    def __call__(self, table: Any) -> dict[str, Any]:
         """Answer a table of rows of one or more pieces (read.COLUMNS), and publish each."""
         told: dict[str, list[Any]] = {key: [] for key in TOLD}
         rows = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
@@ -54,7 +56,7 @@ class Worker:
             sums = [sum(line[i] for line in lines) for i in (1, 2, 3)]
             for key, value in zip(TOLD, (len(piece), *sums, began, time.time()), strict=True):
                 told[key].append(value)
-        return told
+        return {key: np.asarray(values) for key, values in told.items()}
 
     def _answer(self, rows: list[tuple[int, str, bytes]]) -> list[Line]:
         """The lines of a piece's rows, in their order."""

@@ -74,7 +74,11 @@ def run_batch(
     )  # fmt: skip
     with console.status("Reading the rows") as status:
         run = prepare(config, lambda rows: status.update(f"Reading the rows: {rows:,}"))
-    summary = _run(config, run)
+    try:
+        summary = _run(config, run)
+    except (KeyboardInterrupt, SystemExit):
+        console.print("\nStopped. The same command goes on where it was.")
+        raise
     _say(summary)
     return summary
 
