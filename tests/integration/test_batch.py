@@ -18,7 +18,10 @@ import pytest
 from commands import Running, started, tandem
 from serve_fixtures import PROMPTS, greedy_tokens, write_adapter, write_model
 
+from tandem.batch.prepare import prepare
+from tandem.batch.run import answer
 from tandem.cluster import LocalCluster
+from tandem.config import BatchConfig
 from tandem.registry import Registry
 
 ECHO_ROWS = 60
@@ -160,9 +163,6 @@ def write_inputs(folder: Path) -> list[tuple[str | None, str]]:
 def test_answers_are_those_of_hugging_face_whatever_the_format_and_the_adapter(
     ray_cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tandem.batch.run import answer, prepare
-    from tandem.config import BatchConfig
-
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
     base = write_model(tmp_path / "tiny")
     adapters: dict[str | None, Path] = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tandem.batch.run import answer, prepare
+from tandem.batch.prepare import prepare
+from tandem.batch.run import answer
 from tandem.batch.write import Output
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError, DataError

@@ -1,8 +1,4 @@
-"""A batch run from its config to its two files: what is left to do is found out first, then done by Ray Data, base by base.
-
-`prepare` needs no cluster and starts nothing: what is wrong with a run is said there. `answer` runs on the cluster that this
-process is connected to.
-"""
+"""A prepared batch run, on the cluster that this process is connected to: what is left is done by Ray Data, base by base."""
 
 from __future__ import annotations
 
@@ -17,23 +13,14 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
-from tandem.batch.manifest import Manifest
-from tandem.batch.models import Names
-from tandem.batch.plan import Unit, left, pieces_in_flight, units
+from tandem.batch.plan import Unit, left, pieces_in_flight
+from tandem.batch.prepare import BatchRun
 from tandem.batch.read import Pieces
-from tandem.batch.sources import find_files
-from tandem.batch.survey import Survey, survey
 from tandem.batch.work import Work
 from tandem.batch.worker import Worker
-from tandem.batch.write import Output
-from tandem.config import BatchConfig, ServedModelConfig
-from tandem.engine.create import check_engine_args
+from tandem.config import ServedModelConfig
 from tandem.engine.spec import EngineSpec
-from tandem.errors import ClusterError, ConfigError, EngineError
-from tandem.registry import Registry
-from tandem.serve.placement import place
-from tandem.serve.records import ServedModel
-from tandem.serve.replica import engine_spec
+from tandem.errors import ClusterError, EngineError
 
 READ_CPUS = 0.25
 """What Ray reserves for a task that reads a piece: its work is small beside an engine's."""
@@ -73,44 +60,6 @@ class Summary:
     """From the first row that an engine was asked to the last that was published, without the starts of engines."""
     files_s: float = 0.0
     """What making the two files of all pieces took then."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchRun:
-    """A run that can be done: all that it asks for is there."""
-
-    config: BatchConfig
-    output: Output
-    manifest: Manifest
-    survey: Survey
-    bases: tuple[tuple[EngineSpec, ServedModelConfig], ...]
-    """Of each base what its engines load, and what Ray reserves for them."""
-    names: Names
-
-    @property
-    def units(self) -> list[Unit]:
-        """All that is published, piece by piece."""
-        return units(self.survey.pieces, self.survey.bases)
-
-
-def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None) -> BatchRun:
-    """Read the input and compare the run with what is in its output; `tell` hears how many rows have been read.
-
-    Raises ConfigError, DataError or a RegistryError with the next step.
-    """
-    files, output = find_files(config.input), Output.at(config.output)
-    before = Manifest.read(output)
-    if before is not None:
-        before.check_settings(config)
-    names = Names(config, Registry.open(), before.models if before else {})
-    asked = survey(files, names, config.request, before.rows_per_piece if before else config.rows_per_piece, tell)
-    manifest = Manifest.of(config, asked, names)
-    if before is not None:
-        before.check_input(manifest)
-    bases = tuple(_base(config, names, each) for each in asked.bases)
-    if config.engine_args and not (before and before.finished):
-        check_engine_args(*(spec for spec, _ in bases))
-    return BatchRun(config=config, output=output, manifest=before or manifest, survey=asked, bases=bases, names=names)
 
 
 def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: None) -> Summary:
@@ -213,17 +162,6 @@ def check_room(served: ServedModelConfig) -> None:
                 f"A replica takes {each:g} {name}; the whole cluster has {total.get(name, 0.0):g}. Lower "
                 f"{f'{name.lower()}s_per_replica' if name in ('CPU', 'GPU') else 'resources_per_replica'}, or add a node."
             )
-
-
-def _base(config: BatchConfig, names: Names, base: str) -> tuple[EngineSpec, ServedModelConfig]:
-    model = next(t.base for t in (names.default, *names.targets.values()) if t.base.id == base)
-    served = config.served(model.id, adapters=names.adapters_of(base))
-    if place(served, "the config").bundles:
-        raise ConfigError(
-            "engine_args.distributed_executor_backend is ray, and a batch's replicas are processes of one node. Leave it out."
-        )
-    spec = engine_spec(ServedModel(id=model.id, name=model.name, path=model.path, config=served))
-    return replace(spec, offline=True), served
 
 
 def _rows_in(run: BatchRun, published: list[Unit]) -> int:

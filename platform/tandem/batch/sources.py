@@ -43,12 +43,12 @@ def find_files(source: str) -> list[Location]:
     place = located(source)
     files = file_system(place)
     text = str(place)
-    if "*" in base_name(text):
-        found = files.glob(text)
-    elif files.isdir(text):
+    if files.isdir(text):
         found = [p for p in files.ls(text, detail=False) if _reader(base_name(p)) is not None]
     elif files.exists(text):
         found = [text]
+    elif set("*?[") & set(text):
+        found = files.glob(text)
     else:
         raise DataError(f"No input at {source}.{_near(place)} Give a file of rows ({_known()}), or a folder of such.")
     if not found:

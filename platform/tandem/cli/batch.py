@@ -18,14 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tandem.cli.progress import duration
 from tandem.cli.shell import a_cluster, console, friendly_errors, uninterrupted
-from tandem.cluster import Cluster
+from tandem.cluster import Cluster, authentication
 from tandem.config import BatchConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml
 from tandem.errors import ClusterError
+from tandem.settings import export
 
 if TYPE_CHECKING:
-    from tandem.batch.run import BatchRun, Summary
+    from tandem.batch.prepare import BatchRun
     from tandem.batch.run import Progress as BatchProgress
+    from tandem.batch.run import Summary
 
 batch_app = typer.Typer(no_args_is_help=True, help="Answer a file of prompts.")
 
@@ -67,7 +69,7 @@ def run_batch(
     `input` is a path or URI, or a whole BatchConfig; `settings` are other fields of one. Raises a TandemError before anything
     is started if something of the run is not there.
     """
-    from tandem.batch.run import prepare
+    from tandem.batch.prepare import prepare
 
     config = input if isinstance(input, BatchConfig) else BatchConfig(
         input=str(input), model=model, output=str(output), request=dict(request or {}), **settings
@@ -84,12 +86,16 @@ def run_batch(
 
 
 def _run(config: BatchConfig, run: BatchRun) -> Summary:
-    from tandem.batch.run import answer
-
     if run.manifest.finished or not run.units:
-        return answer(run)  # nothing to ask of anybody
+        # Nothing to ask of anybody. Ray reads how it authenticates when it is imported, and may be needed later.
+        export(authentication())
+        from tandem.batch.run import answer
+
+        return answer(run)
     cpus = max(CPUS, int(config.replicas * config.cpus_per_replica) + 2)
     with a_cluster(num_cpus=cpus) as cluster, connected(cluster), _Bar(run) as bar:
+        from tandem.batch.run import answer
+
         return answer(run, bar.tell)
 
 

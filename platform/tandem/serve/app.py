@@ -21,7 +21,8 @@ from tandem.serve.metrics import added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
-from tandem.serve.replica import SHUTDOWN_S, EngineReplica, engine_spec
+from tandem.serve.replica import SHUTDOWN_S, EngineReplica
+from tandem.serve.spec import engine_spec
 from tandem.settings import settings
 
 GATEWAY = "tandem.gateway.app"

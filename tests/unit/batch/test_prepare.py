@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from small_folders import small_adapter, small_model
 
-from tandem.batch.run import Progress, answer, prepare
+from tandem.batch.prepare import prepare
+from tandem.batch.run import Progress, answer
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError, DataError, UnknownModelError
 from tandem.registry import Registry
