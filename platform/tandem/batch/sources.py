@@ -157,14 +157,12 @@ def _opened(file: Location) -> IO[bytes]:
 
 def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:
     where = f"sample {key}"
-    record: dict[str, Any] = {}
-    if "json" in fields:
-        try:
-            record = json.loads(fields["json"])
-        except ValueError as error:
-            return Row(mark, where, fields["json"], f"It is not valid JSON: {error}.")
-        if not isinstance(record, dict):
-            return Row(mark, where, fields["json"], f"It is a {type(record).__name__}; a row is a JSON object.")
+    try:
+        record: Any = json.loads(fields.get("json", b"{}"))
+    except ValueError as error:
+        return Row(mark, where, fields["json"], f"It is not valid JSON: {error}.")
+    if not isinstance(record, dict):
+        return Row(mark, where, fields["json"], f"It is a {type(record).__name__}; a row is a JSON object.")
     text = next((fields[name] for name in TEXT_MEMBERS if name in fields), None)
     if text is not None and not record.keys() & {"prompt", "messages", "input", "body"}:
         try:
@@ -172,7 +170,7 @@ def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:
         except UnicodeDecodeError as error:
             return Row(mark, where, b"", f"Its text is not UTF-8 (byte {error.start + 1}).")
     if not record:
-        return Row(mark, where, b"", "The sample has neither a .json nor a .txt.")
+        return Row(mark, where, b"", "The sample has nothing in a .json or .txt.")
     return _recorded(mark, where, {"custom_id": key.removeprefix("./"), **record})
 
 

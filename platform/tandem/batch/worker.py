@@ -53,7 +53,9 @@ class Worker:
             if not self._work.output.is_published(name):
                 lines = self._answer(piece)
                 self._work.output.publish(name, [line.text for line in lines])
-            sums = [sum(line[i] for line in lines) for i in (1, 2, 3)]
+            sums = [
+                sum(getattr(line, key) for line in lines) for key in ("failed", "prompt_tokens", "completion_tokens")
+            ]
             for key, value in zip(TOLD, (len(piece), *sums, began, time.time()), strict=True):
                 told[key].append(value)
         return {key: np.asarray(values) for key, values in told.items()}

@@ -8,6 +8,8 @@ print(done.answered, done.failed, done.results)
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +115,7 @@ class connected:  # noqa: N801 - used as a function
                 f"The cluster is known only by its dashboard, {self._cluster.dashboard_url}. Run the command on one of its "
                 "nodes, or give RAY_ADDRESS as host:port."
             )
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=self._cluster.address,
             namespace="tandem",
@@ -120,6 +123,9 @@ class connected:  # noqa: N801 - used as a function
             logging_level=logging.ERROR,
             ignore_reinit_error=True,
         )
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            # Ray has set its own, which ends the process without a word.
+            signal.signal(signal.SIGTERM, handler)
 
     def __exit__(self, *exc: object) -> None:
         import ray
