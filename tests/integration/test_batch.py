@@ -22,6 +22,7 @@ from tandem.batch.prepare import prepare
 from tandem.batch.run import answer
 from tandem.cluster import LocalCluster
 from tandem.config import BatchConfig
+from tandem.errors import EngineError
 from tandem.registry import Registry
 
 ECHO_ROWS = 60
@@ -129,7 +130,22 @@ def test_a_worker_that_cannot_stay_alive_ends_the_run_with_the_reason(cluster: L
         for worker in workers():
             worker.kill()
         assert running.process.wait(90) == 1
-    assert "cannot answer" in running.text() and "the same command goes on" in running.text()
+    said = running.text()
+    assert "A replica of parrot died and max_failures is 0. At last: it was killed" in said
+    assert "the same command goes on" in said and "Traceback" not in said and "Deprecat" not in said
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_with_the_engines_words(
+    ray_cluster: LocalCluster, tmp_path: Path, tandem_home: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
+    config = BatchConfig(
+        input=str(tmp_path / "rows.jsonl"), model=str(tmp_path / "model"), output=str(tmp_path / "out")
+    )
+    with pytest.raises(EngineError, match=r"^model cannot answer: .*NoSuchModel"):
+        answer(prepare(config))
 
 
 def write_inputs(folder: Path) -> list[tuple[str | None, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,7 +118,8 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
     )
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # It logs with a traceback what it raises too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # A table is a piece: it is neither cut nor put together with others.
     context.target_max_block_size = None
     # A model that cannot be loaded is not tried again.
@@ -127,13 +129,29 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
     read = ray.data.read_datasource(
         Pieces(run.survey.files, todo, work), num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=len(todo)
     )
-    told = read.map_batches(
+    with warnings.catch_warnings():
+        # Ray Data has no other way to say `max_restarts` yet, and without it a row that kills its engine would do so for ever.
+        warnings.simplefilter("ignore")
+        told = _answered(read, work, served, flight, size=min(served.replicas, len(todo)), restarts=config.max_failures)
+    try:
+        for batch in told.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            for i in range(len(batch["rows"])):
+                yield {key: values[i].item() for key, values in batch.items()}
+    except ray.exceptions.RayError as error:
+        raise _explained(run, spec, error) from error
+
+
+def _answered(
+    read: ray.data.Dataset, work: Work, served: ServedModelConfig, flight: int, *, size: int, restarts: int
+) -> ray.data.Dataset:
+    """The pieces handed to `size` workers, `flight` at a time to each."""
+    return read.map_batches(
         Worker,
         fn_constructor_args=(work,),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            size=min(served.replicas, len(todo)),
+            size=size,
             max_tasks_in_flight_per_actor=flight + 1,
             max_concurrent_calls_per_actor=flight,
             enable_true_multi_threading=True,
@@ -142,14 +160,8 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
         num_gpus=served.gpus_per_replica or None,
         resources=dict(served.resources_per_replica) or None,
         runtime_env={"env_vars": dict(served.env)} if served.env else None,
-        max_restarts=config.max_failures,
+        max_restarts=restarts,
     )
-    try:
-        for batch in told.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            for i in range(len(batch["rows"])):
-                yield {key: values[i].item() for key, values in batch.items()}
-    except ray.exceptions.RayError as error:
-        raise _explained(run, spec, error) from error
 
 
 def check_room(served: ServedModelConfig) -> None:
@@ -180,12 +192,13 @@ def _summary(run: BatchRun, *, found: int) -> Summary:
 
 
 def _explained(run: BatchRun, spec: EngineSpec, error: Exception) -> EngineError:
-    deaths = run.output.deaths()
-    if deaths:
+    said = str(getattr(error, "cause", None) or error).strip()
+    if isinstance(error, ray.exceptions.RayActorError) and "creation task" not in said:
+        deaths = run.output.deaths()
+        why = deaths[-1] if deaths else "it was killed, by the kernel for want of memory perhaps, or its node is gone."
+        times = f"{run.config.max_failures + 1} times, " if run.config.max_failures else ""
         return EngineError(
-            f"A replica of {spec.name} died {len(deaths)} times, at last with: {deaths[-1]} What is published stays; the same "
-            "command goes on."
+            f"A replica of {spec.name} died {times}and max_failures is {run.config.max_failures}. At last: {why} What is published "
+            "stays; the same command goes on."
         )
-    cause = getattr(error, "cause", None)
-    said = str(cause or error).strip()
-    return EngineError(f"{spec.name} cannot answer: {said[-1500:]}")
+    return EngineError(f"{spec.name} cannot answer: {said.rpartition(chr(10))[2]}")
