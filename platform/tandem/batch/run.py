@@ -196,9 +196,9 @@ def _explained(run: BatchRun, spec: EngineSpec, error: Exception) -> EngineError
     if isinstance(error, ray.exceptions.RayActorError) and "creation task" not in said:
         deaths = run.output.deaths()
         why = deaths[-1] if deaths else "it was killed, by the kernel for want of memory perhaps, or its node is gone."
-        times = f"{run.config.max_failures + 1} times, " if run.config.max_failures else ""
+        most = run.config.max_failures
         return EngineError(
-            f"A replica of {spec.name} died {times}and max_failures is {run.config.max_failures}. At last: {why} What is published "
-            "stays; the same command goes on."
+            f"A replica of {spec.name} died {f'{most + 1} times' if most else 'once'}; max_failures is {most}. At last: {why} "
+            "What is published stays; the same command goes on."
         )
     return EngineError(f"{spec.name} cannot answer: {said.rpartition(chr(10))[2]}")
