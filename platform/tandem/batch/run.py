@@ -126,12 +126,15 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
     context.max_consecutive_actor_init_deaths = 0
     run.output.forget_deaths()
     flight = pieces_in_flight(config.window_rows, max(unit.piece.rows for unit in todo))
-    read = ray.data.read_datasource(
-        Pieces(run.survey.files, todo, work), num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=len(todo)
-    )
     with warnings.catch_warnings():
         # Ray Data has no other way to say `max_restarts` yet, and without it a row that kills its engine would do so for ever.
         warnings.simplefilter("ignore")
+        read = ray.data.read_datasource(
+            Pieces(run.survey.files, todo, work),
+            num_cpus=READ_CPUS,
+            concurrency=min(READERS, len(todo)),
+            override_num_blocks=len(todo),
+        )
         told = _answered(read, work, served, flight, size=min(served.replicas, len(todo)), restarts=config.max_failures)
     try:
         for batch in told.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
