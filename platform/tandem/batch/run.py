@@ -116,32 +116,39 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
         output=run.output,
         window_rows=config.window_rows,
     )
-    context = DataContext.get_current()
+    run.output.forget_deaths()
+    flight = pieces_in_flight(config.window_rows, max(unit.piece.rows for unit in todo))
+    size = min(served.replicas, len(todo))
+    with DataContext.current(_context()):
+        with warnings.catch_warnings():
+            # Ray Data has no other way to say `max_restarts`, and without it a row that kills its engine would do so for ever.
+            warnings.simplefilter("ignore")
+            read = ray.data.read_datasource(
+                Pieces(run.survey.files, todo, work),
+                num_cpus=READ_CPUS,
+                concurrency=min(READERS, len(todo)),
+                override_num_blocks=len(todo),
+            )
+            told = _answered(read, work, served, flight, size=size, restarts=config.max_failures)
+        try:
+            for batch in told.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+                for i in range(len(batch["rows"])):
+                    yield {key: values[i].item() for key, values in batch.items()}
+        except ray.exceptions.RayError as error:
+            raise _explained(run, spec, error) from error
+
+
+def _context() -> DataContext:
+    """How Ray Data goes about it, here only."""
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    # It logs with a traceback what it raises too.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # A table is a piece: it is neither cut nor put together with others.
     context.target_max_block_size = None
     # A model that cannot be loaded is not tried again.
     context.max_consecutive_actor_init_deaths = 0
-    run.output.forget_deaths()
-    flight = pieces_in_flight(config.window_rows, max(unit.piece.rows for unit in todo))
-    with warnings.catch_warnings():
-        # Ray Data has no other way to say `max_restarts` yet, and without it a row that kills its engine would do so for ever.
-        warnings.simplefilter("ignore")
-        read = ray.data.read_datasource(
-            Pieces(run.survey.files, todo, work),
-            num_cpus=READ_CPUS,
-            concurrency=min(READERS, len(todo)),
-            override_num_blocks=len(todo),
-        )
-        told = _answered(read, work, served, flight, size=min(served.replicas, len(todo)), restarts=config.max_failures)
-    try:
-        for batch in told.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            for i in range(len(batch["rows"])):
-                yield {key: values[i].item() for key, values in batch.items()}
-    except ray.exceptions.RayError as error:
-        raise _explained(run, spec, error) from error
+    # It logs with a traceback what it raises too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    return context
 
 
 def _answered(
