@@ -5,7 +5,8 @@
 Clients ask at random: prompts and answers of all lengths, streamed and whole, the base and adapters of which most are cold; they
 leave in the middle, and send what must be refused. Each answer is held against what it has to be. Memory is the proportional set
 size of the gateway, the replica and its engine. Growth is what each takes at the end, more than it did after a fifth of the time
-(2 minutes of 10). The engine's KV cache is small, so that all of it has been used once by then.
+(2 minutes of 10). What may fill up to a limit is small here, so that it is full by then: the engine's KV cache, and the router's
+memory of texts.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Client:
             async for line in answer.aiter_lines():
                 if line.startswith("data: "):
                     events, last = events + 1, line
-                    if '"error"' in line:
+                    if line.startswith('data: {"error"'):
                         raise RuntimeError(line)
         if last != "data: [DONE]":
             raise RuntimeError(f"the stream ended with {last!r}")
@@ -252,7 +253,7 @@ def app(folder: Path) -> Iterator[tuple[int, str]]:
     """The served app with one replica and its adapters; its port, and the mark of its cluster's processes."""
     from tandem.cli.serve import serving
     from tandem.cluster import local_cluster
-    from tandem.config import ServeConfig, ServedModelConfig
+    from tandem.config import RouterConfig, ServeConfig, ServedModelConfig
     from tandem.registry import Registry
 
     write_model(folder / "bench")
@@ -271,7 +272,8 @@ def app(folder: Path) -> Iterator[tuple[int, str]]:
     )
     with local_cluster(num_cpus=8) as cluster:
         port = free_port()
-        with serving(cluster, ServeConfig(models=(served,)), port=port):
+        router = RouterConfig(remembered_blocks=2000, remembered_sessions=1000)
+        with serving(cluster, ServeConfig(models=(served,), router=router), port=port):
             yield port, cluster.mark
 
 
