@@ -18,8 +18,8 @@ from tandem.data.build import build_dataset
 from tandem.errors import ClusterError
 from tandem.train.launch import check_room as check_training
 
-NODE = "node:127.0.0.1"
-"""A resource that every node of Ray has under its own name: it stands for what an operator names."""
+NODE = "node:__internal_head__"
+"""A resource that Ray's first node always has: it stands for what an operator names."""
 
 
 class Client(threading.Thread):
