@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from commands import Running, started, tandem
 from serve_fixtures import PROMPTS, greedy_tokens, write_adapter, write_model
+from small_folders import small_adapter, small_model
 
 from tandem.batch.prepare import prepare
 from tandem.batch.run import answer
@@ -146,6 +147,32 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_with_the_engines_words(
     )
     with pytest.raises(EngineError, match=r"^model cannot answer: .*NoSuchModel"):
         answer(prepare(config))
+
+
+def test_rows_of_two_bases_and_their_adapters_are_answered_by_two_replicas_of_each(
+    ray_cluster: LocalCluster, tmp_path: Path, tandem_home: Path
+) -> None:
+    registry = Registry.open()
+    for name in ("one", "two"):
+        registry.register_model(name, small_model(tmp_path / name, name))
+        registry.register_adapter(f"{name}-red", small_adapter(tmp_path / f"{name}-red", name, rank=8), base=name)
+    models = ["one", "two", "one-red", "two-red", None, "one-red@1", "three"]
+    rows = [{"prompt": f"row {i}", **({"model": name} if name else {})} for i, name in enumerate(models * 6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = BatchConfig(
+        input=str(tmp_path / "rows.jsonl"), model="two-red", output=str(tmp_path / "y.jsonl"), engine="echo", replicas=2,
+        cpus_per_replica=0.5, rows_per_piece=5, resources_per_replica={"node:__internal_head__": 0.1},
+    )  # fmt: skip
+    run = prepare(config)
+    assert run.survey.bases == ("one@1", "two@1")
+    summary = answer(run)
+    assert (summary.rows, summary.answered, summary.failed) == (42, 36, 6)
+    results = rows_in(tmp_path / "y.jsonl")
+    ids = ["one@1", "two@1", "one-red@1", "two-red@1", "two-red@1", "one-red@1", None]
+    assert [(line["row"], line["response"]["body"]["model"], line["text"]) for line in results] == [
+        (i, name, f"row {i}") for i, name in enumerate(ids * 6) if name
+    ]
+    assert [line["row"] for line in rows_in(tmp_path / "y.errors.jsonl")] == [6 + 7 * i for i in range(6)]
 
 
 def write_inputs(folder: Path) -> list[tuple[str | None, str]]:
