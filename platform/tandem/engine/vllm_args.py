@@ -103,6 +103,9 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
         # A fastapi schema of routes that nobody may reach is only start-up time.
         "disable_fastapi_docs": True,
     }
+    if spec.offline:
+        # As vLLM's LLM has it: the numbers of each step and request are for those who watch a server.
+        chosen["disable_log_stats"] = True
     if spec.max_adapters:
         chosen |= {
             "max_loras": slots_of(spec),
