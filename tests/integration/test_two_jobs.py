@@ -83,7 +83,7 @@ def test_the_app_answers_throughout_a_training_run_on_the_same_cluster(
     assert status == 0 and events[-1]["event"] == "finished", "".join(driver.lines[-40:])
     # What the workers' config states is theirs, beside what the app holds: its engine has its CPU still.
     assert before["CPU"] - during["CPU"] >= 3.0
-    assert round(before[NODE] - during[NODE], 3) == 0.5
+    assert before[NODE] - during[NODE] >= 0.5
     assert client.failures == []
     assert len(client.answers) > 10 and any(began < at < ended for at in client.answers)
 

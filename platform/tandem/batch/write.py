@@ -84,7 +84,7 @@ class Output:
         files = file_system(place)
         with contextlib.suppress(FileNotFoundError):
             names = (str(each).rpartition("/")[2] for each in files.ls(str(place), detail=False))
-            return {name for name in names if name.endswith(".jsonl") and not name.startswith(".")}
+            return {name for name in names if name.endswith(".jsonl")}
         return set()
 
     def is_published(self, name: str) -> bool:

@@ -65,16 +65,16 @@ def test_the_reason_is_what_the_engine_said(body: bytes, reason: str) -> None:
 
 def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: Path) -> None:
     output = Output.at(str(tmp_path / "answers"))
-    bases = ["a@1", None, "b@1", "b@1", "a@1", None, "a@1"]
-    pieces = list(Divider(3).pieces(0, ((Mark(0, i), base) for i, base in enumerate(bases))))
+    bases = ["a@1", "b@1", "a@1", None, "b@1", "a@1", None]
+    pieces = list(Divider(4).pieces(0, ((Mark(0, i), base) for i, base in enumerate(bases))))
     every = units(pieces, ["a@1", "b@1"])
     output.begin({"rows": 7})
-    output.refuse([failed(row, "x", "why", b"{}").text for row in (1, 5)])
+    output.refuse([failed(row, "x", "why", b"{}").text for row in (3, 6)])
     for unit in every:
         base = ["a@1", "b@1"][unit.base]
         rows = [row for row in range(unit.piece.first, unit.piece.first + unit.piece.rows) if bases[row] == base]
-        # The engine refused row 3.
-        lines = [answered(r, None, 200, BODY, plain=False) if r != 3 else failed(r, "x", "no", b"{}") for r in rows]
+        # The engine refused row 1.
+        lines = [answered(r, None, 200, BODY, plain=False) if r != 1 else failed(r, "x", "no", b"{}") for r in rows]
         output.publish(unit.name, [line.text for line in lines])
     assert output.published() >= {unit.name for unit in every}
     assert output.assemble(pieces, every) == (4, 3)
