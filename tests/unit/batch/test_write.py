@@ -14,7 +14,6 @@ from tandem.batch.plan import Divider, Mark, units
 from tandem.batch.write import Output
 from tandem.errors import ConfigError
 
-
 BODY = b'{"id":"cmpl-1","choices":[{"text":"hey"}],"usage":{"prompt_tokens":3,"completion_tokens":4}}'
 
 
