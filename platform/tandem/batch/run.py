@@ -146,6 +146,8 @@ def _context() -> DataContext:
     context.target_max_block_size = None
     # A model that cannot be loaded is not tried again.
     context.max_consecutive_actor_init_deaths = 0
+    # A thread for each piece in flight that asks the kernel how large the process is.
+    context.memory_usage_poll_interval_s = None
     # It logs with a traceback what it raises too.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return context
