@@ -38,8 +38,8 @@ def failed(row: int, where: str, reason: str, raw: bytes, *, custom_id: str | No
         given = from_json(raw)
     except ValueError:
         given = raw.decode(errors="replace")
-    if custom_id is None and isinstance(given, dict) and isinstance(given.get("custom_id"), str):
-        custom_id = given["custom_id"]
+    if custom_id is None and isinstance(given, dict) and isinstance(given.get("custom_id"), str | int):
+        custom_id = str(given["custom_id"])
     head = {"row": row, "custom_id": custom_id or f"row-{row}", "where": where}
     return Line(to_json({**head, "error": {"code": status, "message": reason}, "input": given}), True)
 

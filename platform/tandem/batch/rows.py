@@ -54,6 +54,8 @@ def parse(raw: bytes) -> dict[str, Any]:
 def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ask:
     """The request in a row, with `defaults` for fields that it lacks."""
     custom_id = row.get("custom_id")
+    if isinstance(custom_id, int) and not isinstance(custom_id, bool):
+        custom_id = str(custom_id)  # a column of numbers is as good a name
     if custom_id is not None and not isinstance(custom_id, str):
         raise BadRowError(f"custom_id is {custom_id!r}; it must be text.")
     if "body" in row or "url" in row:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
 from tandem.batch.plan import Mark
+from tandem.data.index import SHARDS_NAME
 from tandem.errors import DataError, did_you_mean
 from tandem.storage import Location, base_name, file_system, is_remote, located
 
@@ -44,7 +45,10 @@ def find_files(source: str) -> list[Location]:
     files = file_system(place)
     text = str(place)
     if files.isdir(text):
-        found = [p for p in files.ls(text, detail=False) if _reader(base_name(p)) is not None]
+        # A dataset that `tandem data build` made has its shards in a folder of their own.
+        shards = f"{text}/{SHARDS_NAME}"
+        folder = shards if files.isdir(shards) else text
+        found = [p for p in files.ls(folder, detail=False) if _reader(base_name(p)) is not None]
     elif files.exists(text):
         found = [text]
     elif set("*?[") & set(text):

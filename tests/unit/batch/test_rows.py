@@ -52,7 +52,7 @@ def test_what_a_row_says_wins_over_the_runs_defaults() -> None:
         ({"method": "GET", "url": "/v1/completions", "body": {}}, "method is 'GET'"),
         ({"prompt": "a", "stream": True}, "stream is on"),
         ({"prompt": "a", "model": 3}, "model is 3"),
-        ({"prompt": "a", "custom_id": 3}, "custom_id is 3"),
+        ({"prompt": "a", "custom_id": [3]}, "custom_id is [3]"),
     ],
 )
 def test_a_bad_row_says_why(row: dict[str, Any], reason: str) -> None:
@@ -73,6 +73,10 @@ def test_what_would_end_an_engine_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(BadRowError, match="logprobs of a prompt"):
         check_prompt_logprobs(read_row({"prompt": "a", **fields}, {}))
     check_prompt_logprobs(read_row({"prompt": "a", "logprobs": 2}, {}))
+
+
+def test_a_number_may_name_a_row() -> None:
+    assert read_row({"prompt": "a", "custom_id": 3}, {}).custom_id == "3"
 
 
 def test_where_a_cache_lies_is_not_a_rows_to_say() -> None:

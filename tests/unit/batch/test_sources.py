@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tandem.batch.sources import find_files, rows_of
+from tandem.data.build import build_dataset
 from tandem.errors import DataError
 
 COUNT = 11
@@ -104,6 +105,13 @@ def test_files_come_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert [Path(str(file)).name for file in find_files(str(tmp_path))] == ["a.parquet", "b.jsonl", "c.tar"]
     assert [Path(str(file)).name for file in find_files(str(tmp_path / "[bc].*"))] == ["b.jsonl", "c.tar"]
     assert [Path(str(file)).name for file in find_files(str(tmp_path / "b.jsonl"))] == ["b.jsonl"]
+
+
+def test_a_dataset_of_ours_is_the_shards_in_it(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "What?", "answer": "That."}\n' * 3)
+    build_dataset(str(tmp_path / "pairs.jsonl"), tmp_path / "pairs", vocab_size=280)
+    files = find_files(str(tmp_path / "pairs"))
+    assert [json.loads(row.raw)["prompt"] for file in files for row in rows_of(file)] == ["What?"] * 3
 
 
 def test_an_input_that_is_not_there_is_refused_with_the_nearest(tmp_path: Path) -> None:

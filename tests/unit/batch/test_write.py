@@ -50,6 +50,13 @@ def test_a_row_that_failed_can_be_corrected_from_its_line() -> None:
     }  # fmt: skip
 
 
+def test_a_row_that_has_no_name_is_called_by_its_number() -> None:
+    named = [
+        json.loads(failed(7, "x", "no", raw).text)["custom_id"] for raw in (b'{"custom_id":3}', b"{}", b"[1]", b"{")
+    ]
+    assert named == ["3", "row-7", "row-7", "row-7"]
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [(b'{"error":{"message":"no"}}', "no"), (b"[]", "[]"), (b"plain", "plain"), (b'{"message":"x"}', "x")],
