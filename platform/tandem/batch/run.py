@@ -14,6 +14,7 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
+from tandem.batch.manifest import Manifest
 from tandem.batch.plan import Unit, left, pieces_in_flight
 from tandem.batch.prepare import BatchRun
 from tandem.batch.read import Pieces
@@ -84,6 +85,9 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
             times += [told["began"], told["ended"]]
             tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens))
         answering_s += max(times, default=0.0) - min(times, default=0.0)
+    if (other := Manifest.read(output)) is not None and other.finished:
+        # Another command was at it too, and was done first.
+        return _summary(replace(run, manifest=other), found=rows)
     assembling = time.monotonic()
     answered, failed = output.assemble(run.survey.pieces, run.units)
     if answered + failed != rows:

@@ -110,6 +110,14 @@ def test_a_run_of_bad_rows_only_starts_no_engine_and_ends(registry: Registry, tm
     assert (again.rows, again.failed, again.found) == (2, 2, 2)
 
 
+def test_of_two_commands_on_one_output_the_second_finds_the_work_done(registry: Registry, tmp_path: Path) -> None:
+    wanted = config(tmp_path, ["{bad"])
+    first, second = prepare(wanted), prepare(wanted)
+    summary = answer(second, lambda progress: None if answer(first).failed == 1 else pytest.fail())
+    assert (summary.failed, summary.found) == (1, 1)
+    assert (tmp_path / "out" / "errors.jsonl").read_text().count("\n") == 1
+
+
 def test_an_output_of_another_run_is_refused_with_what_differs(registry: Registry, tmp_path: Path) -> None:
     wanted = finished_with_nothing_to_ask(tmp_path)
     for changes, said in (
