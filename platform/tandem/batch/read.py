@@ -17,7 +17,7 @@ from tandem.batch.sources import rows_of
 from tandem.batch.work import Work
 from tandem.storage import Location
 
-COLUMNS = pa.schema({"unit": pa.string(), "row": pa.int64(), "where": pa.string(), "raw": pa.binary()})
+COLUMNS = pa.schema({"unit": pa.string(), "row": pa.int64(), "where": pa.string(), "raw": pa.large_binary()})
 """The name of the unit that a row is published with, the row's number, its place for a person, its JSON."""
 
 
