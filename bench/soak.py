@@ -3,10 +3,11 @@
     python bench/soak.py [--minutes 10] [--quick] [--json FILE] [--check]
 
 Clients ask at random: prompts and answers of all lengths, streamed and whole, the base and adapters of which most are cold; they
-leave in the middle, and send what must be refused. Each answer is held against what it has to be. Memory is the proportional set
-size of the gateway, the replica and its engine. Growth is what each takes at the end, more than it did after a fifth of the time
-(2 minutes of 10). What may fill up to a limit is small here, so that it is full by then: the engine's KV cache, and the router's
-memory of texts.
+leave in the middle, and send what must be refused. Each answer is held against what it has to be. Memory is the resident set of
+the gateway, the replica and its engine (their proportional sets are in the JSON; these move with whatever else runs on the machine).
+Growth is what each takes at the end, more than it did after a fifth of the time (2 minutes of 10). What may fill up to a limit is
+small here, so that it is full by then: the engine's KV cache, and the router's memory of texts. For the same reason the traffic begins
+with what takes the most at once, the longest prompts by all clients.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ AT_ONCE_S = 20.0
 """Samples of so long are put together, at the most: one sample says little."""
 CLIENTS, ADAPTERS, HIDDEN, LAYERS, RANK = 12, 24, 192, 4, 8
 MAX_LENGTH = 1024
+PEAK_S = 10.0
+"""How long the traffic that it begins with lasts, at the most a tenth of the time."""
 PARTS = {
     "gateway": "ServeReplica:tandem:Gateway",
     "replica": "ServeReplica:tandem:engine-",
@@ -72,10 +75,10 @@ class Client:
             self.wrong_value: 4, self.no_json: 3, self.unknown_model: 4, self.unknown_route: 2,
         }  # fmt: skip
 
-    async def ask_until(self, end: float) -> None:
-        """Ask one thing after the other."""
-        while time.monotonic() < end:
-            kind = self._dice.choices(list(self._kinds), list(self._kinds.values()))[0]
+    async def ask_until(self, peak: float, end: float) -> None:
+        """Ask one thing after the other: the longest until `peak`, anything until `end`."""
+        while (now := time.monotonic()) < end:
+            kind = self.longest if now < peak else self._dice.choices(list(self._kinds), list(self._kinds.values()))[0]
             self._tally.counts[kind.__name__] += 1
             try:
                 async with asyncio.timeout(60):
@@ -94,9 +97,14 @@ class Client:
         tokens = int(10 ** dice.uniform(0, 2.3))
         return {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, **changes}
 
-    async def whole(self) -> None:
+    async def longest(self) -> None:
+        """The longest prompt, with an adapter, and the longest answer."""
+        model = f"a{self._dice.randrange(ADAPTERS)}"
+        await self.whole(model=model, prompt=(TEXT * 20)[: self._dice.randrange(1200, 1300)], max_tokens=400)
+
+    async def whole(self, **changes: Any) -> None:
         """A completion in one piece."""
-        body = self._body()
+        body = self._body(**changes)
         answer = await self._http.post("/v1/completions", json=body)
         self._expect(answer, 200)
         self._count(answer.json()["usage"]["completion_tokens"], body["max_tokens"])
@@ -193,7 +201,7 @@ def main() -> int:
         print(f"  {error}")
     page = f"# Soak\n\nMade by `python bench/soak.py --json ...`.\n\n{report.lines(columns, rows)}\n\n"
     page += f"{sum(tally.counts.values()):,} requests ({said}); {tally.tokens:,} tokens.\n\n{report.ends(verdicts)}\n"
-    found = {"counts": tally.counts, "tokens": tally.tokens, "errors": tally.errors, "pss_mib": series}
+    found = {"counts": tally.counts, "tokens": tally.tokens, "errors": tally.errors, "mib": series}
     report.write(given.json, {"machine": machine(), "seconds": seconds, **found}, page)
     return report.judge(verdicts, check=given.check)
 
@@ -204,10 +212,12 @@ async def soak(port: int, mark: str, seconds: float) -> tuple[Tally, list[dict[s
     end = began + seconds
     limits = httpx.Limits(max_connections=CLIENTS + 4)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http:
-        asking = [asyncio.create_task(Client(http, random.Random(i), tally).ask_until(end)) for i in range(CLIENTS)]
+        peak = began + min(PEAK_S, 0.1 * seconds)
+        clients = [Client(http, random.Random(i), tally) for i in range(CLIENTS)]
+        asking = [asyncio.create_task(client.ask_until(peak, end)) for client in clients]
         while time.monotonic() < end:
             sizes = await asyncio.to_thread(memory, mark)
-            series.append({"at_s": round(time.monotonic() - began, 1), "requests": sum(tally.counts.values()), **sizes})
+            series.append({"at_s": round(time.monotonic() - began, 1), "requests": tally.counts.total(), **sizes})
             await asyncio.sleep(SAMPLE_S)
         await asyncio.gather(*asking)
     return tally, series, time.monotonic() - began
@@ -233,19 +243,20 @@ def judged(
 
 
 def memory(mark: str) -> dict[str, float]:
-    """MiB of each part: what it has for itself, and its share of what it has with others."""
+    """MiB of each part: resident under its name, its proportional share under its name with `_pss`."""
     from tandem.cluster import marked
 
-    sizes = dict.fromkeys(PARTS, 0.0)
+    sizes = {f"{part}{kind}": 0.0 for part in PARTS for kind in ("", "_pss")}
     for process in marked(mark):
         with contextlib.suppress(psutil.Error, OSError):
             title = " ".join(process.cmdline())
             for part, name in PARTS.items():
                 if name in title:
-                    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-                    kib = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-                    sizes[part] += kib / 1024
-    return sizes
+                    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+                    kib = {key: int(value.split()[0]) for key, _, value in (line.partition(":") for line in lines)}
+                    sizes[part] += kib["Rss"] / 1024
+                    sizes[f"{part}_pss"] += kib["Pss"] / 1024
+    return {key: round(value, 1) for key, value in sizes.items()}
 
 
 @contextlib.contextmanager
