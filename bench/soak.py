@@ -98,9 +98,9 @@ class Client:
         return {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, **changes}
 
     async def longest(self) -> None:
-        """The longest prompt, with an adapter, and the longest answer."""
-        model = f"a{self._dice.randrange(ADAPTERS)}"
-        await self.whole(model=model, prompt=(TEXT * 20)[: self._dice.randrange(1200, 1300)], max_tokens=400)
+        """The longest prompt, which no cache holds, with an adapter, and the longest answer."""
+        model, prompt = f"a{self._dice.randrange(ADAPTERS)}", f"# {self._dice.random()}\n{TEXT * 15}"
+        await self.whole(model=model, prompt=prompt[:1250], max_tokens=400)
 
     async def whole(self, **changes: Any) -> None:
         """A completion in one piece."""
