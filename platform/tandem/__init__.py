@@ -6,14 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tandem.cli.batch import run_batch
     from tandem.cli.llm import LLM
     from tandem.cli.session import Session, recipe
     from tandem.client import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "Session", "__version__", "recipe"]
+__all__ = ["LLM", "SamplingParams", "Session", "__version__", "recipe", "run_batch"]
 
-_HOMES = {"LLM": "cli.llm", "SamplingParams": "client", "Session": "cli.session", "recipe": "cli.session"}
+_HOMES = {
+    "LLM": "cli.llm",
+    "SamplingParams": "client",
+    "Session": "cli.session",
+    "recipe": "cli.session",
+    "run_batch": "cli.batch",
+}
 
 
 def __getattr__(name: str) -> Any:

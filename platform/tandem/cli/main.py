@@ -8,6 +8,7 @@ import typer
 
 import tandem
 from tandem.cli.adapters import adapters_app
+from tandem.cli.batch import batch_app
 from tandem.cli.chat import chat_command
 from tandem.cli.data import data_app
 from tandem.cli.doctor import doctor_command
@@ -48,3 +49,4 @@ app.add_typer(train_app, name="train")
 app.add_typer(models_app, name="models")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(serve_app, name="serve")
+app.add_typer(batch_app, name="batch")

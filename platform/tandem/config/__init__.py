@@ -1,6 +1,7 @@
 """What a person writes: frozen dataclasses, and the strict loader that turns YAML and `--set` into them."""
 
 from tandem.config.autoscaling import AutoscalingConfig
+from tandem.config.batch import BatchConfig
 from tandem.config.data import DataConfig, MixturePart
 from tandem.config.deepspeed import DeepSpeedConfig
 from tandem.config.elastic import check_elastic, sized, sizes
@@ -17,6 +18,7 @@ from tandem.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
     "AutoscalingConfig",
+    "BatchConfig",
     "CheckpointConfig",
     "DataConfig",
     "DeepSpeedConfig",

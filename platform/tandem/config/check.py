@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tandem.errors import ConfigError, did_you_mean
 
@@ -30,3 +30,13 @@ def divides(key: str, value: int, other_key: str, other: int) -> None:
     """Refuse `other` that is not a multiple of `value`."""
     if other % value:
         raise ConfigError(f"{other_key} ({other}) must be a multiple of {key} ({value}).")
+
+
+def resources(key: str, wanted: Mapping[str, float]) -> None:
+    """Refuse resources of Ray's that have a setting of their own, or of which there is less than none."""
+    for name, amount in wanted.items():
+        if name.upper() in ("CPU", "GPU"):
+            where, dot, last = key.rpartition(".")
+            instead = last.replace("resources", f"{name.lower()}s")
+            raise ConfigError(f"{key} names {name}, which has a setting of its own. Set {where}{dot}{instead}.")
+        at_least(f"{key}.{name}", amount, 0.0)

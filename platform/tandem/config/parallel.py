@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.config import check
@@ -44,6 +44,8 @@ class ParallelismConfig:
     """CPUs that Ray reserves for each worker."""
     gpus_per_worker: float = 0.0
     """GPUs that Ray reserves for each worker; 0 trains on the CPU."""
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    """Other resources that Ray reserves for each worker, by the names that the cluster's nodes give them."""
 
     @staticmethod
     def as_written(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -66,6 +68,7 @@ class ParallelismConfig:
         check.one_of("parallel.schedule", self.schedule, SCHEDULES)
         check.at_least("parallel.cpus_per_worker", self.cpus_per_worker, 0.0)
         check.at_least("parallel.gpus_per_worker", self.gpus_per_worker, 0.0)
+        check.resources("parallel.resources_per_worker", self.resources_per_worker)
         inner = self.pipeline * self.context * self.tensor
         named = " x ".join(
             f"{key}={getattr(self, key)}" for key in DEGREES if getattr(self, key) > 1 and key != "expert"

@@ -55,6 +55,8 @@ class ServedModelConfig:
     """How long a request waits for a replica while none is ready, before it gets 503 with Retry-After."""
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
+    resources_per_replica: dict[str, float] = field(default_factory=dict)
+    """Other resources that Ray reserves for each replica, by the names that the cluster's nodes give them."""
     max_adapters: int = 8
     """Adapters that one replica answers with at once: slots in its engine."""
     max_cached_adapters: int | None = None
@@ -90,6 +92,7 @@ class ServedModelConfig:
         check.at_least("models[].hold_s", self.hold_s, 0.0)
         check.at_least("models[].cpus_per_replica", self.cpus_per_replica, 0.0)
         check.at_least("models[].gpus_per_replica", self.gpus_per_replica, 0.0)
+        check.resources("models[].resources_per_replica", self.resources_per_replica)
         check.at_least("models[].max_adapters", self.max_adapters, 0)
         if self.max_cached_adapters is not None and self.max_cached_adapters < self.max_adapters:
             raise ConfigError(

@@ -29,5 +29,7 @@ class EngineSpec:
     gpus: float = 0.0
     args: Mapping[str, Any] = field(default_factory=dict)
     """The engine's own arguments; they win over what Tandem would set."""
+    offline: bool = False
+    """Many prompts and nobody who waits for one of them: vLLM's defaults for its `LLM` instead of those for its server."""
     where: str = "engine_args"
     """What messages call `args`: their place in the app's config."""

@@ -58,7 +58,8 @@ class VllmEngine:
         try:
             self._llm = AsyncLLM.from_vllm_config(
                 vllm_config=self._config,
-                stat_loggers=[lambda config, index=0: self._load],
+                # With one of ours vLLM would reckon each step's numbers, whatever disable_log_stats says.
+                stat_loggers=None if self._spec.offline else [lambda config, index=0: self._load],
                 disable_log_stats=self._args.disable_log_stats,
             )
             tasks = await self._llm.get_supported_tasks()

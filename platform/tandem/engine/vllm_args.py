@@ -24,6 +24,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, make_arg_parser
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tandem.engine.spec import EngineSpec
@@ -73,7 +74,8 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
     """vLLM's own checked configuration; ConfigError with its words for a value that it refuses."""
     try:
         validate_api_server_args(args)
-        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        usage = UsageContext.LLM_CLASS if spec.offline else None
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=usage)
     except ValidationError as error:
         raise _refused(spec.where, error, spec.args) from error
     except (Exception, SystemExit) as error:
@@ -101,6 +103,9 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
         # A fastapi schema of routes that nobody may reach is only start-up time.
         "disable_fastapi_docs": True,
     }
+    if spec.offline:
+        # As vLLM's LLM has it: the numbers of each step and request are for those who watch a server.
+        chosen["disable_log_stats"] = True
     if spec.max_adapters:
         chosen |= {
             "max_loras": slots_of(spec),

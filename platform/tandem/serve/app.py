@@ -21,9 +21,10 @@ from tandem.serve.metrics import QueueMeter, added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
-from tandem.serve.replica import EngineReplica, engine_spec
+from tandem.serve.replica import EngineReplica
 from tandem.serve.scaling import engine_options, engine_version, gateway_options, seen_by_gateways, version_of
 from tandem.serve.sigterm import AskedToEnd
+from tandem.serve.spec import engine_spec
 from tandem.settings import settings
 
 GATEWAY_NAME = "Gateway"
@@ -63,6 +64,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
             engine_version(pool, config.version, registry_url, config.drain_timeout_s),
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
+            custom=pool.config.resources_per_replica,
             env=pool.config.env,
             **engine_options(pool, config.drain_timeout_s),
             **placement.options(),
@@ -186,10 +188,13 @@ def _deployment(
     *,
     num_cpus: float,
     num_gpus: float = 0.0,
+    custom: dict[str, float] | None = None,
     env: dict[str, str] | None = None,
     **options: Any,
 ) -> serve.Deployment:
     resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    if custom:
+        resources["resources"] = dict(custom)
     if env:
         resources["runtime_env"] = {"env_vars": env}
     deployment = cast(

@@ -16,7 +16,6 @@ from ray import serve
 
 from tandem.cluster import free_ports
 from tandem.engine.create import create_engine
-from tandem.engine.spec import EngineSpec
 from tandem.errors import EngineError, TandemError
 from tandem.reaper import Reaper
 from tandem.registry import Registry
@@ -25,10 +24,11 @@ from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.disaggregate import environment
 from tandem.serve.host import EngineHost
 from tandem.serve.pins import Pins
-from tandem.serve.placement import check_nodes, place, workers
+from tandem.serve.placement import check_nodes, place
 from tandem.serve.progress import Progress
 from tandem.serve.records import ReplicaRecord, ServedModel, State
 from tandem.serve.sigterm import AskedToEnd
+from tandem.serve.spec import engine_spec
 from tandem.serve.startup import Startup
 from tandem.settings import export
 
@@ -189,21 +189,3 @@ def _check_placement(model: ServedModel) -> None:
     if group is not None and place(model.config).bundles:
         nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
         check_nodes(group.bundle_specs, nodes, model.config.engine_args.get("tensor_parallel_size", 1))
-
-
-def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:
-    """What the engine of a served model loads; `where` its arguments stand in the app's config."""
-    config = model.config
-    return EngineSpec(
-        kind=config.engine,
-        id=model.id,
-        name=model.name,
-        path=model.path,
-        max_adapters=config.max_adapters,
-        max_cached_adapters=config.cached_adapters,
-        max_lora_rank=config.max_lora_rank,
-        threads=max(1, int(config.cpus_per_replica / workers(config.engine_args))),
-        gpus=config.gpus_per_replica,
-        args=config.engine_args,
-        where=where,
-    )

@@ -237,6 +237,7 @@ def _attempt(task: WorkerTask, course: Course, asked: Asked, *, whole: TrainConf
                 resources_per_worker={
                     "CPU": config.parallel.cpus_per_worker,
                     **({"GPU": config.parallel.gpus_per_worker} if config.parallel.gpus_per_worker else {}),
+                    **config.parallel.resources_per_worker,
                 },
             ),
             run_config=RunConfig(  # type: ignore[arg-type]

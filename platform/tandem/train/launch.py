@@ -241,13 +241,15 @@ def check_room(config: TrainConfig, total: dict[str, float]) -> None:
     for name, each, spare in (
         ("CPU", parallel.cpus_per_worker, config.data.readers),
         ("GPU", parallel.gpus_per_worker, 0.0),
+        *((name, each, 0.0) for name, each in parallel.resources_per_worker.items()),
     ):
         needed, there = least * each + spare, total.get(name, 0.0)
         if each and needed > there:
             beside = f", and {spare:g} to read the data" if spare else ""
+            setting = f"{name.lower()}s_per_worker" if name in ("CPU", "GPU") else f"resources_per_worker.{name}"
             raise ClusterError(
                 f"{least} workers of {each:g} {name} each{beside} need {needed:g} {name}; the whole cluster has "
-                f"{there:g}. Lower parallel.workers or parallel.{name.lower()}s_per_worker, or add a node."
+                f"{there:g}. Lower parallel.workers or parallel.{setting}, or add a node."
             )
 
 

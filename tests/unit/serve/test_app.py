@@ -78,3 +78,18 @@ def test_a_wrong_engine_argument_is_refused_before_anything_starts(registry: Reg
 def test_an_unknown_policy_is_refused_before_anything_starts(registry: Registry) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'affinity'"):
         build_app(ServeConfig(router=RouterConfig(policy="afinity")))
+
+
+def test_other_resources_than_cpus_and_gpus_are_reserved_by_their_names(registry: Registry, tmp_path: Path) -> None:
+    served = ServedModelConfig(
+        model=str(model(tmp_path / "one")), cpus_per_replica=0.5, resources_per_replica={"fast_disk": 2.0}
+    )
+    app = build_app(config(served), check=False)
+    # Of the gateway's arguments the fifth names the replicas.
+    (engine,) = app._bound_deployment.init_args[4]
+    options = engine._bound_deployment.ray_actor_options
+    assert options["resources"] == {"fast_disk": 2.0} and options["num_cpus"] == 0.5
+    with pytest.raises(
+        ConfigError, match=r"names gpu, which has a setting of its own. Set models\[\].gpus_per_replica"
+    ):
+        ServedModelConfig(model="x", resources_per_replica={"gpu": 1.0})

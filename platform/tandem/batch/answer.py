@@ -1,0 +1,173 @@
+"""Asks one engine for many answers at once, in a thread of its own under uvloop.
+
+Requests go through the engine's own OpenAI app, called in this process: no socket, no bytes of HTTP, and everything that the
+app takes and refuses is what the served app takes and refuses. Rows of any number of pieces share one window, so that the
+engine has the next row waiting while the last rows of a piece end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import uvloop
+from pydantic_core import to_json
+from starlette.types import ASGIApp, Message
+
+from tandem.engine.protocol import AdapterRef, Engine
+from tandem.errors import AdapterError, EngineError, StorageError
+from tandem.serve.adapters import AdapterSlots
+
+SLOT_WAIT_S = 7 * 24 * 3600.0
+"""Nobody waits impatiently for a row: those of many adapters take turns."""
+
+
+class EngineDiedError(EngineError):
+    """The engine cannot go on; what it was asked is not answered."""
+
+
+class Question(NamedTuple):
+    """A request for the engine."""
+
+    path: str
+    body: bytes
+    adapter: AdapterRef | None
+
+
+class Answer(NamedTuple):
+    """What the engine said."""
+
+    status: int
+    body: bytes
+
+
+class Answerer:
+    """One engine and what it is asked. `answer` may be called by many threads at a time."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        window_rows: int,
+        max_adapters: int = 0,
+        max_cached: int | None = None,
+        prepare: Callable[[AdapterRef], AdapterRef] = lambda adapter: adapter,
+    ) -> None:
+        """`prepare` brings an adapter's files to this node and checks them."""
+        self._engine = engine
+        self._window = asyncio.Semaphore(window_rows)
+        self._slots = AdapterSlots(engine, max_adapters, cached=max_cached, prepare=prepare)
+        self._ready: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="tandem-engine", daemon=True)
+        self._ended = asyncio.Event()
+
+    def start(self) -> None:
+        """Load the model; raises EngineError with the reason if that cannot work."""
+        self._thread.start()
+        self._ready.result()
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """The answers, in the order of the questions. Raises EngineDiedError if the engine dies meanwhile."""
+        return asyncio.run_coroutine_threadsafe(self._answer(questions), self._ready.result()).result()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        loop = self._ready.result()
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join(30.0)
+
+    def _run(self) -> None:
+        try:
+            uvloop.run(self._main())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the start
+            if not self._ready.done():
+                self._ready.set_exception(error)
+
+    async def _main(self) -> None:
+        await self._engine.start()
+        # What is loaded by now stays: a full collection over torch, Ray and vLLM stops every row for half a second.
+        gc.collect()
+        gc.freeze()
+        self._ready.set_result(asyncio.get_running_loop())
+        try:
+            await self._ended.wait()
+        finally:
+            await self._engine.drain(0.0)
+
+    async def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(self._ask(each)) for each in questions]
+        return [task.result() for task in asked]
+
+    async def _ask(self, question: Question) -> Answer:
+        async with self._window:
+            try:
+                if question.adapter is None:
+                    return await self._post(question)
+                async with self._slots.hold(question.adapter, SLOT_WAIT_S):
+                    return await self._post(question)
+            except (AdapterError, StorageError) as error:
+                return refusal(400, str(error))
+            except EngineError as error:
+                if isinstance(error, EngineDiedError) or not self._engine.stats().healthy:
+                    raise EngineDiedError(str(error)) from error
+                return refusal(500, str(error))
+
+    async def _post(self, question: Question) -> Answer:
+        try:
+            answer = await post(self._engine.app, question.path, question.body)
+        except Exception as error:  # noqa: BLE001 - an app raises again what it has answered with 500
+            answer = refusal(500, f"{type(error).__name__}: {error}")
+        # A dead engine makes its app say 500; the row is not to blame.
+        if answer.status >= 500 and not self._engine.stats().healthy:
+            raise EngineDiedError(f"The engine died: {answer.body.decode(errors='replace')[:500]}")
+        return answer
+
+
+async def post(app: ASGIApp, path: str, body: bytes) -> Answer:
+    """One POST of JSON to an ASGI app in this process."""
+    asked, status, parts = False, 500, list[bytes]()
+
+    async def receive() -> Message:
+        nonlocal asked
+        if asked:
+            # The app listens for a client that leaves; this one never does.
+            await asyncio.get_running_loop().create_future()
+        asked = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            parts.append(message.get("body", b""))
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": headers,
+        "client": ("127.0.0.1", 0),
+        "server": ("127.0.0.1", 0),
+    }
+    await app(scope, receive, send)
+    return Answer(status, b"".join(parts))
+
+
+def refusal(status: int, message: str) -> Answer:
+    """An answer of our own, in OpenAI's shape."""
+    return Answer(status, to_json({"error": {"message": message, "code": None}}))

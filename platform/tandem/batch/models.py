@@ -1,0 +1,113 @@
+"""Who answers a row: the base model and the adapter that a name means, for the whole of a run.
+
+A name means at the end of a run what it meant at its start, also where the run was killed in between and the name means
+another version by now: what was found is kept with the run (`Names.found`), and so is that nothing was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.config import BatchConfig
+from tandem.engine.protocol import AdapterRef
+from tandem.errors import ConfigError, RegistryError, UnknownModelError
+from tandem.ids import folder_digest
+from tandem.registry import Registry
+from tandem.registry.records import ModelRecord
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseModel:
+    """A model that engines of the run hold."""
+
+    id: str
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who answers: a base, or one of its adapters."""
+
+    base: BaseModel
+    adapter: AdapterRef | None = None
+
+    @property
+    def engine_name(self) -> str:
+        """What the engine calls it."""
+        return self.adapter.id if self.adapter else self.base.id
+
+
+class Names:
+    """The names that rows may use. `find` looks each one up once."""
+
+    def __init__(self, config: BatchConfig, registry: Registry, known: Mapping[str, str | None]) -> None:
+        """`known`: what names meant when the run began; empty for a new one."""
+        self._registry = registry
+        self._known = known
+        self._targets: dict[str, Target | str] = {}
+        self.found: dict[str, str | None] = {}
+        """Each name that was asked for, and the id of what it means; None: nothing."""
+        self.default = self._default(config)
+        """Who answers rows that name nobody."""
+
+    def find(self, name: str | None) -> Target:
+        """Who a row's `model` means. Raises UnknownModelError, and other RegistryErrors, with the reason."""
+        if name is None:
+            return self.default
+        found = self._targets.get(name)
+        if found is None:
+            try:
+                found = self.default if name == self.default.engine_name else self._look_up(name)
+            except RegistryError as error:
+                found, self.found[name] = str(error), None
+            self._targets[name] = found
+        if isinstance(found, str):
+            raise UnknownModelError(found)
+        return found
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """All that rows have named."""
+        return {name: each for name, each in self._targets.items() if isinstance(each, Target)}
+
+    def adapters_of(self, base: str) -> int:
+        """How many adapters of a base the rows ask for, the default among them."""
+        asked = {*self.targets.values(), self.default}
+        return len({target.adapter.id for target in asked if target.adapter and target.base.id == base})
+
+    def _default(self, config: BatchConfig) -> Target:
+        folder = Path(config.model).expanduser()
+        if "/" in config.model or config.model.startswith((".", "~")):
+            if not (folder / "config.json").is_file():
+                raise ConfigError(f"model is {config.model}, where there is no model: it has no config.json.")
+            resolved = folder.resolve()
+            # It has no version that would tell another one apart from it.
+            self.found[config.model] = folder_digest(resolved)
+            return Target(BaseModel(id=resolved.name, name=resolved.name, path=str(resolved)))
+        try:
+            return self._look_up(config.model)
+        except UnknownModelError:
+            if config.engine != "echo":
+                raise
+            return Target(BaseModel(id=config.model, name=config.model, path=""))
+
+    def _look_up(self, name: str) -> Target:
+        if name in self._known and self._known[name] is None:
+            raise UnknownModelError(f"No model or adapter {name!r} was registered when the run began.")
+        record = self._registry.resolve(self._known.get(name) or name)
+        self.found[name] = record.id
+        if record.kind == "model":
+            return Target(_base(record))
+        if record.dora:
+            raise RegistryError(
+                f"{record.id} is a DoRA adapter, which vLLM does not serve. Merge it into its base: `tandem models merge`."
+            )
+        base = _base(self._registry.resolve(str(record.base)))
+        return Target(base, AdapterRef(id=record.id, path=record.location, digest=record.digest))
+
+
+def _base(record: ModelRecord) -> BaseModel:
+    return BaseModel(id=record.id, name=record.name, path=str(record.path))

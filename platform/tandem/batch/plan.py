@@ -1,0 +1,113 @@
+"""How the rows of an input are divided into numbered pieces, and which of these are left. Pure.
+
+A row's number is its place in the input: files by name, rows as they stand. A piece is a run of rows of one file, and what is
+published in one step. So a run that goes on after a death knows from the names of what is published what is left to be done.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LEAST_ROWS, MOST_ROWS = 64, 65_536
+"""Of a piece, where nobody has said how many."""
+PIECES = 4096
+"""Pieces that an input is divided into, about."""
+ROW_BYTES = 512
+"""Of a row, about: how many there are is not known before they are read."""
+
+
+class Mark(NamedTuple):
+    """Where a row begins in its file."""
+
+    offset: int = 0
+    """Bytes before it, of the file unpacked; 0 in a file that is read by rows."""
+    place: int = 0
+    """Lines, rows or samples before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows that are published together."""
+
+    number: int
+    source: int
+    """The file that they are in, by its place among the input's."""
+    first: int
+    """The number of the first row."""
+    rows: int
+    mark: Mark
+    """Where that row begins."""
+    counts: Mapping[str, int]
+    """How many of the rows each base model is asked; the others are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece's rows for one base: what is published under one name."""
+
+    piece: Piece
+    base: int
+    """Its place among the run's bases."""
+
+    @property
+    def name(self) -> str:
+        """Sorts as the rows do."""
+        return f"{self.piece.number:08d}-{self.base}.jsonl"
+
+
+class Divider:
+    """Divides rows into pieces as they come."""
+
+    def __init__(self, rows_per_piece: int) -> None:
+        self._most = rows_per_piece
+        self._number = 0
+        self._first = 0
+        self.rows = 0
+        """Rows that have come."""
+
+    def pieces(self, source: int, rows: Iterable[tuple[Mark, str | None]]) -> Iterator[Piece]:
+        """The pieces of a file; of each row where it begins, and the base that it is for (None: refused)."""
+        counts: Counter[str] = Counter()
+        mark, held = Mark(), 0
+        for begins, base in rows:
+            if not held:
+                mark = begins
+            held += 1
+            self.rows += 1
+            if base is not None:
+                counts[base] += 1
+            if held == self._most:
+                yield self._cut(source, held, mark, counts)
+                held, counts = 0, Counter()
+        if held:
+            yield self._cut(source, held, mark, counts)
+
+    def _cut(self, source: int, rows: int, mark: Mark, counts: Counter[str]) -> Piece:
+        piece = Piece(self._number, source, self._first, rows, mark, dict(counts))
+        self._number += 1
+        self._first += rows
+        return piece
+
+
+def rows_per_piece(input_bytes: int) -> int:
+    """How many rows a piece has, where nobody has said it."""
+    return max(LEAST_ROWS, min(MOST_ROWS, input_bytes // ROW_BYTES // PIECES))
+
+
+def units(pieces: Iterable[Piece], bases: Iterable[str]) -> list[Unit]:
+    """What there is to publish: a unit for each piece and base that has rows in it, base by base."""
+    held = list(pieces)
+    return [Unit(piece, i) for i, base in enumerate(bases) for piece in held if piece.counts.get(base)]
+
+
+def left(all_units: Iterable[Unit], published: Collection[str]) -> list[Unit]:
+    """Those that are not published yet, in their order."""
+    return [unit for unit in all_units if unit.name not in published]
+
+
+def pieces_in_flight(window_rows: int, rows: int) -> int:
+    """Pieces of so many rows that an engine is given at once: one more than fill its window, as one of them is always ending."""
+    return max(2, -(-window_rows // rows) + 1)

@@ -1,0 +1,73 @@
+"""A batch run before it is started: what it asks for is there, and what is in its output is its own.
+
+Needs neither a cluster nor Ray, which reads how it authenticates when it is imported: not before there is a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tandem.batch.manifest import Manifest
+from tandem.batch.models import Names
+from tandem.batch.plan import Unit, units
+from tandem.batch.sources import find_files
+from tandem.batch.survey import Survey, survey
+from tandem.batch.write import Output
+from tandem.config import BatchConfig, ServedModelConfig
+from tandem.engine.create import check_engine_args
+from tandem.engine.spec import EngineSpec
+from tandem.errors import ConfigError
+from tandem.registry import Registry
+from tandem.serve.placement import place
+from tandem.serve.records import ServedModel
+from tandem.serve.spec import engine_spec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchRun:
+    """A run that can be done: all that it asks for is there."""
+
+    config: BatchConfig
+    output: Output
+    manifest: Manifest
+    survey: Survey
+    bases: tuple[tuple[EngineSpec, ServedModelConfig], ...]
+    """Of each base what its engines load, and what Ray reserves for them."""
+    names: Names
+
+    @property
+    def units(self) -> list[Unit]:
+        """All that is published, piece by piece."""
+        return units(self.survey.pieces, self.survey.bases)
+
+
+def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None) -> BatchRun:
+    """Read the input and compare the run with what is in its output; `tell` hears how many rows have been read.
+
+    Raises ConfigError, DataError or a RegistryError with the next step.
+    """
+    files, output = find_files(config.input), Output.at(config.output)
+    before = Manifest.read(output)
+    if before is not None:
+        before.check_settings(config)
+    names = Names(config, Registry.open(), before.models if before else {})
+    asked = survey(files, names, config.request, before.rows_per_piece if before else config.rows_per_piece, tell)
+    manifest = Manifest.of(config, asked, names)
+    if before is not None:
+        before.check_input(manifest)
+    bases = tuple(_base(config, names, each) for each in asked.bases)
+    if config.engine_args and not (before and before.finished):
+        check_engine_args(*(spec for spec, _ in bases))
+    return BatchRun(config=config, output=output, manifest=before or manifest, survey=asked, bases=bases, names=names)
+
+
+def _base(config: BatchConfig, names: Names, base: str) -> tuple[EngineSpec, ServedModelConfig]:
+    model = next(t.base for t in (names.default, *names.targets.values()) if t.base.id == base)
+    served = config.served(model.id, adapters=names.adapters_of(base))
+    if place(served, "the config").bundles:
+        raise ConfigError(
+            "engine_args.distributed_executor_backend is ray, and a batch's replicas are processes of one node. Leave it out."
+        )
+    spec = engine_spec(ServedModel(id=model.id, name=model.name, path=model.path, config=served))
+    return replace(spec, offline=True), served

@@ -1,0 +1,220 @@
+"""A prepared batch run, on the cluster that this process is connected to: what is left is done by Ray Data, base by base."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import ray.data
+import ray.exceptions
+from ray.data import ActorPoolStrategy, DataContext
+
+from tandem.batch.manifest import Manifest
+from tandem.batch.plan import Unit, left, pieces_in_flight
+from tandem.batch.prepare import BatchRun
+from tandem.batch.read import Pieces
+from tandem.batch.work import Work
+from tandem.batch.worker import Worker
+from tandem.config import ServedModelConfig
+from tandem.engine.spec import EngineSpec
+from tandem.errors import ClusterError, EngineError
+
+READ_CPUS = 0.25
+"""What Ray reserves for a task that reads a piece: its work is small beside an engine's."""
+READERS = 2
+"""Pieces that are read at a time: each engine has some in its window before it asks for more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Where a run stands."""
+
+    rows: int
+    """Of the input."""
+    done: int
+    """Of these, rows that are published, those of earlier starts and those that were refused among them."""
+    failed: int
+    """Rows without an answer, as far as this start knows."""
+    tokens: int = 0
+    """Generated since this start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """How a run ended."""
+
+    rows: int
+    answered: int
+    failed: int
+    found: int
+    """Rows that an earlier start had published."""
+    results: str
+    errors: str
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    answering_s: float = 0.0
+    """From the first row that an engine was asked to the last that was published, without the starts of engines."""
+    files_s: float = 0.0
+    """What making the two files of all pieces took then."""
+
+
+def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: None) -> Summary:
+    """Answer what is left, and write the two files. Raises EngineError if engines cannot start or keep on dying."""
+    began, output, rows = time.monotonic(), run.output, run.survey.rows
+    if run.manifest.finished:
+        return _summary(run, found=rows)
+    output.begin(run.manifest.plain())
+    output.refuse(run.survey.refused)
+    published = output.published()
+    todo = left(run.units, published)
+    found = _rows_in(run, [unit for unit in run.units if unit.name in published])
+    failed = len(run.survey.refused)
+    done, tokens, prompt_tokens, answering_s = found + failed, 0, 0, 0.0
+    tell(Progress(rows=rows, done=done, failed=failed))
+    for number in range(len(run.bases)):
+        times: list[float] = []
+        for told in _answers(run, number, [unit for unit in todo if unit.base == number]):
+            done, failed = done + told["rows"], failed + told["failed"]
+            tokens, prompt_tokens = tokens + told["tokens"], prompt_tokens + told["prompt_tokens"]
+            times += [told["began"], told["ended"]]
+            tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens))
+        answering_s += max(times, default=0.0) - min(times, default=0.0)
+    if (other := Manifest.read(output)) is not None and other.finished:
+        # Another command was at it too, and was done first.
+        return _summary(replace(run, manifest=other), found=rows)
+    assembling = time.monotonic()
+    answered, failed = output.assemble(run.survey.pieces, run.units)
+    if answered + failed != rows:
+        raise EngineError(
+            f"{answered} answers and {failed} errors were published of {rows} rows. Look at {output.run}, and report it."
+        )
+    finished = replace(run.manifest, finished=True, answered=answered, failed=failed)
+    output.finish(finished.plain())
+    return replace(
+        _summary(replace(run, manifest=finished), found=found),
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        seconds=time.monotonic() - began,
+        answering_s=answering_s,
+        files_s=time.monotonic() - assembling,
+    )
+
+
+def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str, Any]]:
+    """Have Ray Data read, answer and publish the units of a base; what the workers tell of each."""
+    if not todo:
+        return
+    config, (spec, served) = run.config, run.bases[number]
+    check_room(served)
+    work = Work(
+        spec=spec,
+        default=run.names.default,
+        targets=run.names.targets,
+        request=config.request,
+        output=run.output,
+        window_rows=config.window_rows,
+    )
+    run.output.forget_deaths()
+    flight = pieces_in_flight(config.window_rows, max(unit.piece.rows for unit in todo))
+    size = min(served.replicas, len(todo))
+    with DataContext.current(_context()):
+        with warnings.catch_warnings():
+            # Ray Data has no other way to say `max_restarts`, and without it a row that kills its engine would do so for ever.
+            warnings.simplefilter("ignore")
+            read = ray.data.read_datasource(
+                Pieces(run.survey.files, todo, work),
+                num_cpus=READ_CPUS,
+                concurrency=min(READERS, len(todo)),
+                override_num_blocks=len(todo),
+            )
+            told = _answered(read, work, served, flight, size=size, restarts=config.max_failures)
+        try:
+            for batch in told.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+                for i in range(len(batch["rows"])):
+                    yield {key: values[i].item() for key, values in batch.items()}
+        except ray.exceptions.RayError as error:
+            raise _explained(run, spec, error) from error
+
+
+def _context() -> DataContext:
+    """How Ray Data goes about it, here only."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    # A table is a piece: it is neither cut nor put together with others.
+    context.target_max_block_size = None
+    # A model that cannot be loaded is not tried again.
+    context.max_consecutive_actor_init_deaths = 0
+    # A thread for each piece in flight that asks the kernel how large the process is.
+    context.memory_usage_poll_interval_s = None
+    # It logs with a traceback what it raises too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    return context
+
+
+def _answered(
+    read: ray.data.Dataset, work: Work, served: ServedModelConfig, flight: int, *, size: int, restarts: int
+) -> ray.data.Dataset:
+    """The pieces handed to `size` workers, `flight` at a time to each."""
+    return read.map_batches(
+        Worker,
+        fn_constructor_args=(work,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=size,
+            max_tasks_in_flight_per_actor=flight + 1,
+            max_concurrent_calls_per_actor=flight,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=served.cpus_per_replica,
+        num_gpus=served.gpus_per_replica or None,
+        resources=dict(served.resources_per_replica) or None,
+        runtime_env={"env_vars": dict(served.env)} if served.env else None,
+        max_restarts=restarts,
+    )
+
+
+def check_room(served: ServedModelConfig) -> None:
+    """Refuse replicas that the whole cluster, empty, could not hold one of: Ray would wait for ever."""
+    total = ray.cluster_resources()
+    wanted = {"CPU": served.cpus_per_replica, "GPU": served.gpus_per_replica, **served.resources_per_replica}
+    for name, each in wanted.items():
+        if each > total.get(name, 0.0):
+            raise ClusterError(
+                f"A replica takes {each:g} {name}; the whole cluster has {total.get(name, 0.0):g}. Lower "
+                f"{f'{name.lower()}s_per_replica' if name in ('CPU', 'GPU') else 'resources_per_replica'}, or add a node."
+            )
+
+
+def _rows_in(run: BatchRun, published: list[Unit]) -> int:
+    return sum(unit.piece.counts[run.survey.bases[unit.base]] for unit in published)
+
+
+def _summary(run: BatchRun, *, found: int) -> Summary:
+    return Summary(
+        rows=run.survey.rows,
+        answered=run.manifest.answered,
+        failed=run.manifest.failed,
+        found=found,
+        results=str(run.output.results),
+        errors=str(run.output.errors),
+    )
+
+
+def _explained(run: BatchRun, spec: EngineSpec, error: Exception) -> EngineError:
+    said = str(getattr(error, "cause", None) or error).strip()
+    if isinstance(error, ray.exceptions.RayActorError) and "creation task" not in said:
+        deaths = run.output.deaths()
+        why = deaths[-1] if deaths else "it was killed, by the kernel for want of memory perhaps, or its node is gone."
+        most = run.config.max_failures
+        return EngineError(
+            f"A replica of {spec.name} died {f'{most + 1} times' if most else 'once'}; max_failures is {most}. At last: {why} "
+            "What is published stays; the same command goes on."
+        )
+    return EngineError(f"{spec.name} cannot answer: {said.rpartition(chr(10))[2]}")

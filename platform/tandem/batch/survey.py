@@ -1,0 +1,90 @@
+"""Reads an input once, before anything is started: how many rows there are and of whom they ask, in which pieces, and which rows
+nobody can be asked about. Together with what a run wrote down of itself this decides what is left to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.batch.lines import failed
+from tandem.batch.models import Names
+from tandem.batch.plan import Divider, Mark, Piece, rows_per_piece
+from tandem.batch.rows import BadRowError, parse, read_row
+from tandem.batch.sources import Row, rows_of
+from tandem.errors import DataError, RegistryError
+from tandem.ids import file_digest
+from tandem.storage import Location, file_system
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """An input, read once."""
+
+    files: tuple[Location, ...]
+    digests: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    bases: tuple[str, ...]
+    """Ids of the base models that rows are for, in the order of the first row of each."""
+    refused: tuple[bytes, ...]
+    """The lines of rows that no engine is asked about."""
+    rows: int
+    rows_per_piece: int
+
+
+def survey(
+    files: Sequence[Location],
+    names: Names,
+    request: Mapping[str, Any],
+    piece_rows: int | None = None,
+    tell: Callable[[int], None] = lambda rows: None,
+) -> Survey:
+    """Read all files; `tell` hears how many rows have come.
+
+    Raises DataError if there are none, or if a file is damaged.
+    """
+    most = piece_rows or rows_per_piece(sum(_size(file) for file in files))
+    divider = Divider(most)
+    bases: dict[str, None] = {}
+    refused: list[bytes] = []
+    pieces: list[Piece] = []
+
+    def asked(file: Location) -> Iterator[tuple[Mark, str | None]]:
+        for row in rows_of(file):
+            try:
+                base: str | None = _base(row, names, request)
+            except (BadRowError, RegistryError) as error:
+                base = None
+                refused.append(failed(divider.rows, f"{file} {row.where}", str(error), row.raw).text)
+            else:
+                bases[str(base)] = None
+            yield row.mark, base
+
+    for number, file in enumerate(files):
+        for piece in divider.pieces(number, asked(file)):
+            pieces.append(piece)
+            tell(divider.rows)
+    if not divider.rows:
+        raise DataError(f"{', '.join(map(str, files[:3]))} has no rows.")
+    digests = tuple(_digest(file) for file in files)
+    return Survey(tuple(files), digests, tuple(pieces), tuple(bases), tuple(refused), divider.rows, most)
+
+
+def _base(row: Row, names: Names, request: Mapping[str, Any]) -> str:
+    if row.problem is not None:
+        raise BadRowError(row.problem)
+    return names.find(read_row(parse(row.raw), request).model).base.id
+
+
+def _size(file: Location) -> int:
+    return int(file_system(file).size(str(file)) or 0)
+
+
+def _digest(file: Location) -> str:
+    """Of a local file sha256 of its bytes; of an object what its store tells versions apart by."""
+    if isinstance(file, Path):
+        return file_digest(file)
+    return hashlib.sha256(str(file_system(file).ukey(file)).encode()).hexdigest()

@@ -1,0 +1,42 @@
+"""What the readers and the workers of one base have to know, and which request a row is for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.batch.models import Target
+from tandem.batch.rows import Ask, BadRowError, parse, read_row
+from tandem.batch.sources import Row
+from tandem.batch.write import Output
+from tandem.engine.spec import EngineSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One base's part of a run. Pickles into every reader and worker."""
+
+    spec: EngineSpec
+    default: Target
+    """Who answers rows that name nobody."""
+    targets: Mapping[str, Target]
+    """Who the names in rows mean."""
+    request: Mapping[str, Any]
+    """Fields for rows that lack them."""
+    output: Output
+    window_rows: int
+
+    def ask(self, raw: bytes) -> tuple[Ask, Target]:
+        """A row's request, and who answers it. Raises BadRowError, KeyError for a name that means nobody."""
+        ask = read_row(parse(raw), self.request)
+        return ask, self.default if ask.model is None else self.targets[ask.model]
+
+    def is_for_me(self, row: Row) -> bool:
+        """Whether this base answers a row."""
+        if row.problem is not None:
+            return False
+        try:
+            return self.ask(row.raw)[1].base.id == self.spec.id
+        except (BadRowError, KeyError):
+            return False

@@ -1,0 +1,95 @@
+"""The Ray actor that holds one engine: Ray Data hands it pieces, several at a time, and it publishes each one's answers.
+
+What it hands back to Ray Data is only how many rows it has answered. A piece comes again when the actor died before it could say
+so: what is published by then is not asked again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.batch.answer import Answerer, EngineDiedError, Question
+from tandem.batch.lines import Line, answered, failed, reason_of
+from tandem.batch.rows import Ask, BadRowError, check_prompt_logprobs, request_bytes
+from tandem.batch.work import Work
+from tandem.engine.create import create_engine
+from tandem.reaper import Reaper
+from tandem.serve.adapter_checks import AdapterChecks
+
+TOLD = ("rows", "failed", "prompt_tokens", "tokens", "began", "ended")
+"""What is said of each piece: counts, and when (seconds since 1970) it was begun and published."""
+
+
+class Worker:
+    """One engine. Ray Data calls it in several threads at a time."""
+
+    def __init__(self, work: Work) -> None:
+        """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
+        self._work = work
+        self._reaper = Reaper.of_children()
+        spec = work.spec
+        self._answerer = Answerer(
+            create_engine(spec),
+            window_rows=work.window_rows,
+            max_adapters=spec.max_adapters,
+            max_cached=spec.max_cached_adapters,
+            prepare=AdapterChecks(Path(spec.path) if spec.path else None, spec.max_lora_rank),
+        )
+        self._answerer.start()
+
+    def __call__(self, table: Any) -> dict[str, Any]:
+        """Answer a table of rows of one or more pieces (read.COLUMNS), and publish each."""
+        told: dict[str, list[Any]] = {key: [] for key in TOLD}
+        rows = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
+        for name, held in itertools.groupby(rows, key=lambda row: row[0]):
+            began, piece = time.time(), [row[1:] for row in held]
+            lines: list[Line] = []
+            if not self._work.output.is_published(name):
+                lines = self._answer(piece)
+                self._work.output.publish(name, [line.text for line in lines])
+            sums = [
+                sum(getattr(line, key) for line in lines) for key in ("failed", "prompt_tokens", "completion_tokens")
+            ]
+            for key, value in zip(TOLD, (len(piece), *sums, began, time.time()), strict=True):
+                told[key].append(value)
+        return {key: np.asarray(values) for key, values in told.items()}
+
+    def _answer(self, rows: list[tuple[int, str, bytes]]) -> list[Line]:
+        """The lines of a piece's rows, in their order."""
+        lines: dict[int, Line] = {}
+        asked: list[tuple[int, str, bytes, Ask]] = []
+        questions = []
+        for number, where, raw in rows:
+            ask, target = self._work.ask(raw)
+            try:
+                self._check(ask)
+            except BadRowError as error:
+                lines[number] = failed(number, where, str(error), raw)
+                continue
+            asked.append((number, where, raw, ask))
+            questions.append(Question(ask.path, request_bytes(ask, target.engine_name), target.adapter))
+        try:
+            answers = self._answerer.answer(questions)
+        except* EngineDiedError as died:
+            self._end(str(died.exceptions[0]))
+        for (number, where, raw, ask), (status, body) in zip(asked, answers, strict=True):
+            if status == 200:
+                lines[number] = answered(number, ask.custom_id, status, body, plain=ask.plain)
+            else:
+                lines[number] = failed(number, where, reason_of(body), raw, status=status)
+        return [lines[number] for number in sorted(lines)]
+
+    def _check(self, ask: Ask) -> None:
+        if self._work.spec.max_adapters and not self._work.spec.gpus:
+            check_prompt_logprobs(ask)
+
+    def _end(self, reason: str) -> None:
+        """End this process, so that Ray starts another and hands it what was not published."""
+        self._work.output.note_death(reason)
+        os._exit(1)

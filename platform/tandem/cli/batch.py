@@ -1,0 +1,191 @@
+"""`tandem batch`: answers to a file of rows, by as many engines as the cluster has room for; and `tandem.run_batch` for Python.
+
+import tandem
+done = tandem.run_batch("questions.jsonl", model="my-adapter", output="answers", request={"max_tokens": 64})
+print(done.answered, done.failed, done.results)
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tandem.cli.progress import duration
+from tandem.cli.shell import a_cluster, console, friendly_errors, uninterrupted
+from tandem.cluster import Cluster, authentication
+from tandem.config import BatchConfig, located
+from tandem.config.load import apply_overrides, from_dict, read_yaml
+from tandem.errors import ClusterError
+from tandem.settings import export
+
+if TYPE_CHECKING:
+    from tandem.batch.prepare import BatchRun
+    from tandem.batch.run import Progress as BatchProgress
+    from tandem.batch.run import Summary
+
+batch_app = typer.Typer(no_args_is_help=True, help="Answer a file of prompts.")
+
+CPUS = 8
+"""Logical CPUs of a local cluster; of more replicas as many as they take."""
+
+
+@batch_app.command("run")
+def run_command(
+    input_: Annotated[
+        str | None,
+        typer.Option("--input", "-i", help="Rows: .jsonl, .parquet, .tar (WebDataset), a folder, a pattern, a URI."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Who answers rows that name nobody.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A folder, or a .jsonl; also by URI.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The run as YAML; options win over it.")] = None,
+    overrides: Annotated[
+        list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: -s request.max_tokens=64")
+    ] = [],  # noqa: B006  (typer copies it)
+) -> None:
+    """Answer every row once. A run that was stopped, by whatever, goes on when the same command is given again."""
+    with friendly_errors(), located(config, overrides):
+        values = apply_overrides(read_yaml(config) if config else {}, overrides)
+        given = {"input": input_, "model": model, "output": output}
+        wanted = from_dict(BatchConfig, values | {key: value for key, value in given.items() if value is not None})
+        run_batch(wanted)
+
+
+def run_batch(
+    input: str | Path | BatchConfig,  # noqa: A002 - what the command calls it
+    *,
+    model: str = "",
+    output: str | Path = "",
+    request: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Summary:
+    """Answer a file of rows on RAY_ADDRESS's cluster, this home's, or one for as long as it takes; shows its progress.
+
+    `input` is a path or URI, or a whole BatchConfig; `settings` are other fields of one. Raises a TandemError before anything
+    is started if something of the run is not there.
+    """
+    from tandem.batch.prepare import prepare
+
+    config = input if isinstance(input, BatchConfig) else BatchConfig(
+        input=str(input), model=model, output=str(output), request=dict(request or {}), **settings
+    )  # fmt: skip
+    with console.status("Reading the rows") as status:
+        run = prepare(config, lambda rows: status.update(f"Reading the rows: {rows:,}"))
+    try:
+        summary = _run(config, run)
+    except (KeyboardInterrupt, SystemExit):
+        console.print("\nStopped. The same command goes on where it was.")
+        raise
+    _say(summary)
+    return summary
+
+
+def _run(config: BatchConfig, run: BatchRun) -> Summary:
+    if run.manifest.finished or not run.units:
+        # Nothing to ask of anybody. Ray reads how it authenticates when it is imported, and may be needed later.
+        export(authentication())
+        from tandem.batch.run import answer
+
+        return answer(run)
+    cpus = max(CPUS, int(config.replicas * config.cpus_per_replica) + 2)
+    with a_cluster(num_cpus=cpus) as cluster, connected(cluster), _Bar(run) as bar:
+        from tandem.batch.run import answer
+
+        return answer(run, bar.tell)
+
+
+class connected:  # noqa: N801 - used as a function
+    """This process as a driver of the cluster, for the length of a block."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def __enter__(self) -> None:
+        import ray
+
+        if self._cluster.address is None:
+            raise ClusterError(
+                f"The cluster is known only by its dashboard, {self._cluster.dashboard_url}. Run the command on one of its "
+                "nodes, or give RAY_ADDRESS as host:port."
+            )
+        handler = signal.getsignal(signal.SIGTERM)
+        ray.init(
+            address=self._cluster.address,
+            namespace="tandem",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+        )
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            # Ray has set its own, which ends the process without a word.
+            signal.signal(signal.SIGTERM, handler)
+
+    def __exit__(self, *exc: object) -> None:
+        import ray
+
+        with uninterrupted():
+            ray.shutdown()
+
+
+class _Bar:
+    """Rows done, rows without an answer, tokens a second, time left."""
+
+    def __init__(self, run: BatchRun) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("Answering", total=run.survey.rows, numbers="[dim]starting engines[/]")
+        self._first: tuple[float, int] | None = None
+        self._tenth = 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def tell(self, now: BatchProgress) -> None:
+        """More rows are published."""
+        seconds = self._progress.tasks[0].elapsed or 0.0
+        if self._first is None:
+            # What an earlier start had done says nothing of how fast this one is.
+            self._first = (seconds, now.done)
+            if now.done:
+                self._progress.console.print(f"  [dim]·[/] {now.done:,} of {now.rows:,} rows are there already")
+            self._progress.update(self._task, completed=now.done)
+            return
+        past, rows = seconds - self._first[0], now.done - self._first[1]
+        parts = [f"{now.tokens / past:,.0f} tok/s"] if past else []
+        if now.failed:
+            parts.append(f"[yellow]{now.failed:,} failed[/]")
+        if rows:
+            parts.append(f"[dim]{duration(past * (now.rows - now.done) / rows)} left[/]")
+        numbers = "  ".join(parts)
+        self._progress.update(self._task, completed=now.done, numbers=numbers)
+        # Where there is no terminal a bar shows nothing: say it in words, ten times a run.
+        tenth = 10 * now.done // now.rows
+        if not console.is_terminal and tenth > self._tenth:
+            self._tenth = tenth
+            self._progress.console.print(f"  [dim]·[/] {now.done:,} of {now.rows:,} rows  {numbers}")
+
+
+def _say(summary: Summary) -> None:
+    seconds = f" in {duration(summary.seconds)}" if summary.seconds else ", as before"
+    console.print(
+        f"[green]{summary.answered:,}[/] of {summary.rows:,} rows answered{seconds}: {escape(summary.results)}"
+    )
+    if summary.failed:
+        console.print(f"[yellow]{summary.failed:,}[/] rows have no answer; why is in {escape(summary.errors)}")

@@ -1,0 +1,62 @@
+"""A batch run's files in an object store: a real S3 server (moto), spoken to by s3fs as any other would be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tandem.batch.prepare import prepare
+from tandem.batch.run import answer
+from tandem.batch.write import Output
+from tandem.config import BatchConfig
+from tandem.errors import ConfigError, DataError
+from tandem.storage import file_system
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: None) -> str:
+    file_system("s3://batches").mkdir("batches")
+    return "s3://batches"
+
+
+def test_input_pieces_and_output_may_all_lie_in_a_store(bucket: str, tandem_home: Path) -> None:
+    store = file_system(bucket)
+    for name, rows in (("b", ["{bad", '{"prompt": "x", "model": "nobody"}']), ("a", ["[1]"])):
+        store.pipe_file(f"{bucket}/in/{name}.jsonl", "\n".join(rows).encode())
+    config = BatchConfig(
+        input=f"{bucket}/in/*.jsonl", model="echo", engine="echo", output=f"{bucket}/out", rows_per_piece=1
+    )
+    run = prepare(config)
+    assert [str(file) for file in run.survey.files] == [f"{bucket}/in/a.jsonl", f"{bucket}/in/b.jsonl"]
+    assert [(piece.source, piece.first, piece.mark.offset) for piece in run.survey.pieces] == [
+        (0, 0, 0),
+        (1, 1, 0),
+        (1, 2, 5),
+    ]
+    summary = answer(run)
+    assert (summary.answered, summary.failed, summary.errors) == (0, 3, f"{bucket}/out/errors.jsonl")
+    lines = store.cat_file(f"{bucket}/out/errors.jsonl").decode().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [0, 1, 2]
+    assert json.loads(lines[2])["where"] == f"{bucket}/in/b.jsonl line 2"
+    assert answer(prepare(config)).found == 3
+    # An object that was written again is another input, whatever its length.
+    store.pipe_file(f"{bucket}/in/a.jsonl", b"[2]")
+    with pytest.raises(ConfigError, match="a.jsonl changed"):
+        prepare(config)
+    with pytest.raises(DataError, match="No input at s3://batches/nothing.jsonl"):
+        prepare(BatchConfig(input=f"{bucket}/nothing.jsonl", model="echo", engine="echo", output=f"{bucket}/out2"))
+
+
+def test_a_piece_in_a_store_is_there_once_it_is_whole(bucket: str) -> None:
+    output = Output.at(f"{bucket}/pieces")
+    assert output.manifest() is None and output.published() == set()
+    output.publish("00000000-0.jsonl", [b'{"row":0,"error":null}'])
+    output.publish("00000000-0.jsonl", [b'{"row":0,"error":null}'])
+    assert output.published() == {"00000000-0.jsonl"}
+    assert output.is_published("00000000-0.jsonl") and not output.is_published("00000001-0.jsonl")
+    output.note_death("the engine died")
+    assert output.deaths() == ["the engine died"]
+    output.forget_deaths()
+    assert output.deaths() == []

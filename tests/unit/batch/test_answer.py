@@ -1,0 +1,120 @@
+"""Many rows for one engine, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tandem.batch.answer import Answerer, EngineDiedError, Question
+from tandem.engine.echo import EchoEngine
+from tandem.engine.protocol import AdapterRef
+from tandem.errors import AdapterError, EngineError
+
+
+class Watched(EchoEngine):
+    """Counts how many requests it has at a time."""
+
+    most = 0
+
+    async def _answer(self, *args: Any, **options: Any) -> Any:
+        self.most = max(self.most, self._running + 1)
+        return await super()._answer(*args, **options)
+
+
+def question(text: str, model: str = "echo", adapter: AdapterRef | None = None) -> Question:
+    body = json.dumps({"model": model, "prompt": text}).encode()
+    return Question("/v1/completions", body, adapter)
+
+
+@pytest.fixture
+def engine() -> Watched:
+    return Watched(delay_s=0.01)
+
+
+@pytest.fixture
+def answerer(engine: Watched) -> Iterator[Answerer]:
+    def prepare(adapter: AdapterRef) -> AdapterRef:
+        if adapter.path == "missing":
+            raise AdapterError("it has no files")
+        return adapter
+
+    started = Answerer(engine, window_rows=6, max_adapters=2, max_cached=2, prepare=prepare)
+    started.start()
+    yield started
+    started.close()
+
+
+def texts(answers: list[Any]) -> list[str]:
+    return [json.loads(answer.body)["choices"][0]["text"] for answer in answers]
+
+
+def test_answers_come_in_the_order_of_the_questions(answerer: Answerer, engine: Watched) -> None:
+    asked = [f"row {i} " + "and " * (i % 5) + "end" for i in range(40)]
+    answers = answerer.answer([question(text) for text in asked])
+    assert texts(answers) == [" ".join(text.split()) for text in asked]
+    assert {answer.status for answer in answers} == {200}
+    assert engine.most == 6
+
+
+def test_pieces_share_one_window_so_that_the_engine_never_drains_between_them(
+    answerer: Answerer, engine: Watched
+) -> None:
+    fewest = []
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            fewest.append(engine.stats().running)
+
+    done = threading.Event()
+    pieces = [threading.Thread(target=answerer.answer, args=([question("one two three")] * 8,)) for _ in range(6)]
+    watcher = threading.Thread(target=watch)
+    for thread in pieces:
+        thread.start()
+    time.sleep(0.02)
+    watcher.start()
+    # All but the last rows: then there is nothing left to fill the window with.
+    pieces[0].join(timeout=10)
+    done.set()
+    for thread in (*pieces, watcher):
+        thread.join(timeout=10)
+    assert sum(count == 0 for count in fewest) <= len(fewest) // 20
+
+
+def test_rows_of_more_adapters_than_slots_take_turns(answerer: Answerer, engine: Watched) -> None:
+    adapters = [AdapterRef(id=f"a{i}@1", path=f"/a{i}") for i in range(5)]
+    asked = [question("one two", adapter.id, adapter) for adapter in adapters * 4]
+    answers = answerer.answer(asked)
+    assert [json.loads(answer.body)["model"] for answer in answers] == [adapter.id for adapter in adapters * 4]
+
+
+def test_a_refusal_is_an_answer_and_concerns_one_row(answerer: Answerer) -> None:
+    bad = AdapterRef(id="bad@1", path="missing")
+    broken = AdapterRef(id="worse@1", path="/broken")
+    asked = [question("fine"), question("x", "bad@1", bad), question("x", "worse@1", broken), question("x " * 2000)]
+    answers = answerer.answer(asked)
+    assert [answer.status for answer in answers] == [200, 400, 400, 400]
+    assert b"it has no files" in answers[1].body and b"cannot be loaded" in answers[2].body
+
+
+def test_an_engine_that_dies_is_not_the_rows_fault(answerer: Answerer, engine: Watched) -> None:
+    threading.Timer(0.05, engine.die).start()
+    with pytest.raises(ExceptionGroup) as raised:
+        for _ in range(100):
+            answerer.answer([question("one two three")] * 8)
+    assert raised.group_contains(EngineDiedError)
+
+
+def test_a_model_that_cannot_be_loaded_says_why() -> None:
+    class Broken(EchoEngine):
+        async def start(self) -> None:
+            await asyncio.sleep(0)
+            raise EngineError("there are no weights")
+
+    with pytest.raises(EngineError, match="there are no weights"):
+        Answerer(Broken(), window_rows=4).start()

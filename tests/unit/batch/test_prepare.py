@@ -1,0 +1,171 @@
+"""What is found out of a run before anything is started."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_folders import small_adapter, small_model
+
+from tandem.batch.prepare import prepare
+from tandem.batch.run import Progress, answer
+from tandem.config import BatchConfig
+from tandem.errors import ConfigError, DataError, UnknownModelError
+from tandem.registry import Registry
+
+
+@pytest.fixture
+def registry(tandem_home: Path, tmp_path: Path) -> Registry:
+    """Two models, `tiny` with adapters red (two versions, the second a candidate) and blue, and `other`."""
+    found = Registry.open()
+    for name in ("tiny", "other"):
+        found.register_model(name, small_model(tmp_path / name, repr(name)))
+    found.register_adapter("red", small_adapter(tmp_path / "red", "1", rank=8), base="tiny")
+    found.register_adapter("red", small_adapter(tmp_path / "red2", "2", rank=8), base="tiny", promote=False)
+    found.register_adapter("blue", small_adapter(tmp_path / "blue", "3", rank=8), base="tiny")
+    return found
+
+
+def config(tmp_path: Path, rows: list[Any], **changes: Any) -> BatchConfig:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    given = {"input": str(tmp_path / "rows.jsonl"), "model": "tiny", "output": str(tmp_path / "out"), "engine": "echo"}
+    return BatchConfig(**{**given, **changes})
+
+
+ROWS: list[Any] = [
+    {"prompt": "a"},
+    {"prompt": "b", "model": "red"},
+    {"prompt": "c", "model": "other"},
+    "{bad",
+    {"prompt": "d", "model": "rde"},
+    {"prompt": "e", "model": "tiny@1"},
+    {"prompt": "f", "model": "red@2"},
+]
+
+
+def test_rows_are_divided_among_the_bases_of_the_models_they_name(registry: Registry, tmp_path: Path) -> None:
+    run = prepare(config(tmp_path, ROWS, rows_per_piece=4))
+    assert run.survey.bases == ("tiny@1", "other@1")
+    assert [dict(piece.counts) for piece in run.survey.pieces] == [{"tiny@1": 2, "other@1": 1}, {"tiny@1": 2}]
+    assert [unit.name for unit in run.units] == ["00000000-0.jsonl", "00000001-0.jsonl", "00000000-1.jsonl"]
+    refused = [json.loads(line) for line in run.survey.refused]
+    assert [(line["row"], line["where"].rpartition("/")[2]) for line in refused] == [
+        (3, "rows.jsonl line 4"),
+        (4, "rows.jsonl line 5"),
+    ]
+    assert "not valid JSON" in refused[0]["error"]["message"]
+    assert "Did you mean 'red'" in refused[1]["error"]["message"] and refused[1]["input"]["prompt"] == "d"
+    # As many slots as there are adapters to ask for: none where there are none, as LoRA layers cost something when unused.
+    assert [spec.max_adapters for spec, _ in run.bases] == [2, 0]
+    assert all(spec.offline for spec, _ in run.bases)
+
+
+def test_an_adapter_may_be_who_answers_rows_that_name_nobody(registry: Registry, tmp_path: Path) -> None:
+    run = prepare(config(tmp_path, ROWS[:3], model="red"))
+    assert run.names.default.engine_name == "red@1"
+    assert run.survey.bases == ("tiny@1", "other@1") and run.bases[0][0].max_adapters == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"model": "tinny"}, UnknownModelError, "Did you mean 'tiny'"),
+        ({"input": "nothing.jsonl"}, DataError, "No input at nothing.jsonl"),
+        ({"model": "./nowhere"}, ConfigError, "there is no model: it has no config.json"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_starts(
+    registry: Registry, tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        prepare(config(tmp_path, ROWS, **{"engine": "vllm", **changes}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_without_rows_is_refused(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl has no rows"):
+        prepare(config(tmp_path, [""]))
+
+
+def finished_with_nothing_to_ask(tmp_path: Path) -> BatchConfig:
+    """A run that needs no engine, done."""
+    wanted = config(tmp_path, ["{bad", {"prompt": "a", "model": "nobody"}])
+    seen: list[Progress] = []
+    summary = answer(prepare(wanted), seen.append)
+    assert (summary.rows, summary.answered, summary.failed) == (2, 0, 2)
+    assert seen[-1].done == 2
+    return wanted
+
+
+def test_a_run_of_bad_rows_only_starts_no_engine_and_ends(registry: Registry, tmp_path: Path) -> None:
+    wanted = finished_with_nothing_to_ask(tmp_path)
+    errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in errors] == [0, 1]
+    assert (tmp_path / "out" / "results.jsonl").read_text() == ""
+    again = answer(prepare(wanted))
+    assert (again.rows, again.failed, again.found) == (2, 2, 2)
+
+
+def test_of_two_commands_on_one_output_the_second_finds_the_work_done(registry: Registry, tmp_path: Path) -> None:
+    wanted = config(tmp_path, ["{bad"])
+    first, second = prepare(wanted), prepare(wanted)
+    # The first is done while the second is at it.
+    summary = answer(second, lambda progress: [answer(first)].clear())
+    assert (summary.failed, summary.found) == (1, 1)
+    assert (tmp_path / "out" / "errors.jsonl").read_text().count("\n") == 1
+
+
+def test_an_output_of_another_run_is_refused_with_what_differs(registry: Registry, tmp_path: Path) -> None:
+    wanted = finished_with_nothing_to_ask(tmp_path)
+    for changes, said in (
+        ({"model": "other"}, r"has model = 'tiny', and this one 'other'"),
+        ({"request": {"max_tokens": 3}}, r"has request = \{\}, and this one \{'max_tokens': 3\}"),
+        ({"engine_args": {"delay_s": 1}}, r"has engine_args = \{\}"),
+        ({"rows_per_piece": 5}, r"has rows_per_piece = 64, and this one 5. Leave it out"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            prepare(replace(wanted, **changes))
+    prepare(replace(wanted, replicas=4, cpus_per_replica=0.5, window_rows=9))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(
+        ConfigError, match=r"The input is not the one .* 1 files with 2 rows, now 1 with 1; .*rows.jsonl changed"
+    ):
+        prepare(wanted)
+
+
+def test_a_name_means_what_it_meant_when_the_run_began(registry: Registry, tmp_path: Path) -> None:
+    wanted = config(tmp_path, ROWS)
+    first = prepare(replace(wanted, rows_per_piece=3))
+    first.output.begin(first.manifest.plain())
+    registry.promote("red@2")
+    registry.register_adapter("rde", small_adapter(tmp_path / "rde", "4", rank=8), base="tiny")
+    again = prepare(wanted)
+    assert again.survey.pieces == first.survey.pieces
+    assert again.names.find("red").engine_name == "red@1"
+    # Somebody who had no name then is refused still: the row may be in a piece that is published.
+    assert len(again.survey.refused) == 2 and "when the run began" in again.survey.refused[1].decode()
+    assert prepare(replace(wanted, output=str(tmp_path / "new"))).names.find("red").engine_name == "red@2"
+
+
+def test_a_pattern_of_files_is_one_input_in_the_order_of_names(registry: Registry, tmp_path: Path) -> None:
+    for name, count in (("b", 3), ("a", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name}{i}"}}\n' for i in range(count)))
+    run = prepare(config(tmp_path, [], input=str(tmp_path / "[ab].jsonl"), rows_per_piece=2))
+    assert [(piece.source, piece.first, piece.rows) for piece in run.survey.pieces] == [(0, 0, 2), (1, 2, 2), (1, 4, 1)]
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    for changes, said in (
+        ({"rows_per_piece": 0}, "rows_per_piece is 0"),
+        ({"request": {"stream": True}}, "request.stream cannot be set"),
+        ({"request": {"model": "x"}}, "request.model cannot be set: set model instead"),
+        ({"replicas": 0}, r"^replicas is 0"),
+        ({"resources_per_replica": {"GPU": 1.0}}, "names GPU, which has a setting of its own. Set gpus_per_replica"),
+        ({"output": ""}, "output is empty"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            BatchConfig(**{"input": "x", "model": "y", "output": "z", **changes})
