@@ -377,6 +377,6 @@ async def test_the_time_that_the_gateway_adds_is_in_a_header_and_in_the_record(t
     async with gateway(tmp_path, EchoEngine(("base",), delay_s=0.3)) as gate:
         answer = await gate.http.post("/v1/completions", json={"model": "base", "prompt": "one"})
         spent = latency.parse(answer.headers["server-timing"])
-        assert spent["engine"] >= 300 > spent["gateway"] > 0
+        assert spent["engine"] > 250 > spent["gateway"] > 0
         ((route, added_ms),) = gate.added
         assert route == "/v1/completions" and abs(added_ms - spent["gateway"]) < 0.001
