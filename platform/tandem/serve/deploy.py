@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
@@ -57,23 +58,20 @@ def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
 
 def drain(name: str, timeout_s: float) -> bool:
     """Take an app away once its engines have answered what they had begun; False if they had not within `timeout_s`."""
+    # Serve tells no more of the replicas of an app that is to go. Its gateways stay reachable for half a minute, whether anybody
+    # calls them or not: they are not waited for.
+    deployments = _details(name)["deployments"].items()
+    engines = {
+        r["actor_name"] for key, d in deployments if key not in ("Directory", GATEWAY_NAME) for r in d["replicas"]
+    }
     serve.delete(name, _blocking=False)
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        app = serve.status().applications.get(name)
-        # A gateway stays reachable for half a minute, whether anybody calls it or not: it is not waited for.
-        if app is None or not working(app.deployments):
-            time.sleep(LAST_BYTES_S)
-            return True
+    while engines := {engine for engine in engines if _lives(engine)}:
+        if time.monotonic() > deadline:
+            return False
         time.sleep(LOOK_S)
-    return False
-
-
-def working(deployments: Mapping[str, Any]) -> bool:
-    """Whether an app has replicas that may still be answering."""
-    return any(
-        sum(d.replica_states.values()) for key, d in deployments.items() if key not in ("Directory", GATEWAY_NAME)
-    )
+    time.sleep(LAST_BYTES_S)
+    return True
 
 
 def why(name: str) -> str:
@@ -90,6 +88,14 @@ def _details(name: str) -> dict[str, Any]:
     client = _get_global_client()
     apps = client.get_serve_details()["applications"] if client else {}
     return {"status": "NOT_STARTED", "deployments": {}, **apps.get(name, {})}
+
+
+def _lives(actor: str) -> bool:
+    try:
+        ray.get_actor(actor, namespace="serve")
+    except ValueError:
+        return False
+    return True
 
 
 def _running(deployment: Mapping[str, Any]) -> set[str]:
