@@ -74,7 +74,7 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
     """vLLM's own checked configuration; ConfigError with its words for a value that it refuses."""
     try:
         validate_api_server_args(args)
-        usage = UsageContext.LLM_CLASS if spec.offline else None
+        usage = UsageContext.LLM_CLASS if spec.offline else UsageContext.OPENAI_API_SERVER
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=usage)
     except ValidationError as error:
         raise _refused(spec.where, error, spec.args) from error
