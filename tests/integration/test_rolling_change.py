@@ -93,7 +93,8 @@ def test_engine_settings_change_under_load(url: str) -> None:
     old = set(replicas())
     with SteadyLoad(url, "parrot") as load:
         load.wait_for(4)
-        put(replace(CONFIG, models=(replace(PARROT, engine_args={"delay_s": 0.04}),)))
+        # An engine that takes its time to start: an old one that ended first would be missed.
+        put(replace(CONFIG, models=(replace(PARROT, engine_args={"delay_s": 0.04, "start_s": 4.0}),)))
         wait_for(lambda: ready_beside(old))
         load.wait_for(8)
         load.stop()
