@@ -12,7 +12,7 @@ from ray.serve.schema import LoggingConfig
 
 from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
-from tandem.errors import ConfigError, EngineError, RegistryError, did_you_mean
+from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
@@ -22,8 +22,15 @@ from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
 from tandem.serve.replica import EngineReplica
-from tandem.serve.scaling import engine_options, engine_version, gateway_options, seen_by_gateways, version_of
-from tandem.serve.sigterm import AskedToEnd
+from tandem.serve.scaling import (
+    GATEWAY_ENVIRONMENT,
+    engine_options,
+    engine_version,
+    gateway_options,
+    seen_by_gateways,
+    version_of,
+)
+from tandem.serve.sigterm import drain_on_sigterm
 from tandem.serve.spec import engine_spec
 from tandem.settings import settings
 
@@ -78,8 +85,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         GATEWAY_NAME,
         version_of(config.version, *told, *more),
         num_cpus=CONTROL_CPUS,
-        # The proxy's own sends then reach the socket without a second event loop in between.
-        env={"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"},
+        env=GATEWAY_ENVIRONMENT,
         **gateway_options(config.gateway.replicas, config.drain_timeout_s),
     )
     return gateway.bind(directory, *told, engines, *more)
@@ -98,7 +104,7 @@ class Gateway:
         router: RouterConfig,
         admin: str | None = None,
     ) -> None:
-        self._asked_to_end = AskedToEnd()
+        drain_on_sigterm()
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
         self._models = models
@@ -120,11 +126,6 @@ class Gateway:
             meter=QueueMeter(),
             tell=self._tell,
         )
-
-    def check_health(self) -> None:
-        """Called by Serve; raising makes it replace this gateway, which first stays reachable and then drains."""
-        if self._asked_to_end.asked:
-            raise EngineError("This gateway was asked to end (SIGTERM).")
 
     async def _watch(self, version: int) -> Snapshot:
         return cast(Snapshot, await self._directory.watch.remote(version))

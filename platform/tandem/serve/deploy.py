@@ -58,7 +58,7 @@ def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
 
 def drain(name: str, timeout_s: float) -> bool:
     """Take an app away once its engines have answered what they had begun; False if they had not within `timeout_s`."""
-    # Serve tells no more of the replicas of an app that is to go. Its gateways stay reachable for half a minute, whether anybody
+    # Serve tells no more of the replicas of an app that is to go. Its gateways stay reachable for some time, whether anybody
     # calls them or not: they are not waited for.
     deployments = _details(name)["deployments"].items()
     engines = {

@@ -27,7 +27,7 @@ from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place
 from tandem.serve.progress import Progress
 from tandem.serve.records import ReplicaRecord, ServedModel, State
-from tandem.serve.sigterm import AskedToEnd
+from tandem.serve.sigterm import drain_on_sigterm
 from tandem.serve.spec import engine_spec
 from tandem.serve.startup import Startup
 from tandem.settings import export
@@ -57,7 +57,7 @@ class EngineReplica:
         self._changed = asyncio.Event()
         self._progress = Progress(model.config.stuck_after_s)
         self._reaper = Reaper.of_children()
-        self._asked_to_end = AskedToEnd()
+        drain_on_sigterm()
         loop = asyncio.get_running_loop()
         _check_placement(model)
         host = ray.util.get_node_ip_address()
@@ -85,9 +85,7 @@ class EngineReplica:
         self._beats = asyncio.create_task(self._beat())
 
     def check_health(self) -> None:
-        """Called by Serve; raising makes it replace this replica, which drains."""
-        if self._asked_to_end.asked:
-            raise EngineError(f"A replica of {self._model.id} was asked to end (SIGTERM).")
+        """Called by Serve; raising makes it replace this replica."""
         if not self._host.alive:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")

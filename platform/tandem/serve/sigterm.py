@@ -1,4 +1,4 @@
-"""SIGTERM to a replica's process: Serve is asked to replace it and lets it drain, where Ray would cut its streams.
+"""SIGTERM to a replica's process: it does what it does when Serve ends it, and then ends, where Ray would cut its streams.
 
 Ray's worker has a handler for the signal that ends the process; only the main thread could set another, and no code of ours
 runs there. The handler's last step is a function of Ray's module, which is replaced. A Ray without it ends as it did before.
@@ -6,39 +6,50 @@ runs there. The handler's last step is a function of Ray's module, which is repl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
+
+from tandem.settings import LONGEST_DRAIN_S
 
 STEP = "raise_sys_exit_with_custom_error_message"
 """What Ray's handler calls to end the process."""
 LOOK_S = 0.2
 
 
-class AskedToEnd:
-    """Whether this process has had a SIGTERM; hears of it from when it is made."""
+def drain_on_sigterm() -> None:
+    """To be called once in a replica of Serve: from then on a SIGTERM lets its streams end, within Serve's own limits.
 
-    def __init__(self, asked: Callable[[], None] = lambda: None) -> None:
-        """`asked` is called in the main thread, once; it must not raise."""
-        self.asked = False
-        self._tell = asked
-        from ray._private import worker
+    A gateway leaves HAProxy's list and closes its listener; an engine tells the gateways. Serve replaces what has ended.
+    """
+    import ray
+    from ray import serve
+    from ray._private import worker
 
-        if hasattr(worker, STEP):
-            setattr(worker, STEP, self._step)
+    name = serve.get_replica_context().replica_id.to_full_id_str()
+    begun = threading.Event()
 
-    def _step(self, *args: Any, **options: Any) -> None:
-        if self.asked:
-            return
-        self.asked = True
-        threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
-        self._tell()
+    def step(*args: Any, **options: Any) -> None:
+        # In the main thread, where nothing may take long.
+        if not begun.is_set():
+            begun.set()
+            threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=drain, daemon=True).start()
+
+    def drain() -> None:
+        with contextlib.suppress(Exception):
+            replica = ray.get_actor(name, namespace="serve")
+            ray.get(replica.perform_graceful_shutdown.remote(), timeout=LONGEST_DRAIN_S)
+        os._exit(0)
+
+    if hasattr(worker, STEP):
+        setattr(worker, STEP, step)
 
 
 def _end_with_the_node(parent: int) -> None:
-    """Where the whole node ends, nobody is left to replace this replica."""
+    """Where the whole node ends, nobody is left to answer to."""
     while os.getppid() == parent:
         time.sleep(LOOK_S)
     os._exit(1)
