@@ -36,7 +36,7 @@ def app(served: Served) -> Iterator[Served]:
     )
     serve.run(build_app(ServeConfig(models=(split,), app="split")), name="split", route_prefix="/split")
     yield Served(url=f"{served.url}/split", home=served.home, base=served.base, app="split")
-    serve.delete("split")
+    serve.delete("split", _blocking=False)
 
 
 def metric(replica: Any, name: str) -> float:

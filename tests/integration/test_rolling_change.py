@@ -116,6 +116,7 @@ def test_a_new_version_of_the_model_takes_over_under_load(url: str) -> None:
     assert load.answered["parrot@1"] - before <= 8
 
 
+@pytest.mark.slow
 def test_new_code_replaces_everything_under_load(url: str) -> None:
     old, doors = set(replicas()), gateways()
     with SteadyLoad(url, "parrot") as load:

@@ -34,7 +34,7 @@ def url(served: Served) -> Iterator[str]:
     config = ServeConfig(models=(model,), router=RouterConfig(policy="round_robin"), app=APP)
     serve.run(build_app(config, check=False), name=APP, route_prefix=f"/{APP}")
     yield f"{served.url}/{APP}"
-    serve.delete(APP)
+    serve.delete(APP, _blocking=False)
 
 
 def running() -> list[int]:

@@ -60,6 +60,7 @@ class Client(threading.Thread):
         self.join(60)
 
 
+@pytest.mark.slow
 def test_the_app_answers_throughout_a_training_run_on_the_same_cluster(
     served: Served, cluster: LocalCluster, tmp_path: Path
 ) -> None:
@@ -69,7 +70,7 @@ def test_the_app_answers_throughout_a_training_run_on_the_same_cluster(
     job = write_job(tmp_path, "beside", parallel=parallel, steps=30)
     expected = {name: greedy_tokens(served.base, served.adapters.get(name), PROMPTS[0], 12) for name in ("tiny", "red")}
     client = Client(served, expected)
-    before = ray.available_resources()
+    total, before = ray.cluster_resources(), ray.available_resources()
     client.start()
     driver = Driver(job, tmp_path, str(cluster.address))
     try:
@@ -81,8 +82,8 @@ def test_the_app_answers_throughout_a_training_run_on_the_same_cluster(
         driver.kill()
         client.end()
     assert status == 0 and events[-1]["event"] == "finished", "".join(driver.lines[-40:])
-    # What the workers' config states is theirs, beside what the app holds: its engine has its CPU still.
-    assert before["CPU"] - during["CPU"] >= 3.0
+    # What the workers' config states is theirs, beside what the app holds. (Of CPUs, apps of other tests may just be giving some back.)
+    assert total["CPU"] - during["CPU"] >= 3.0 + 1.0
     assert before[NODE] - during[NODE] >= 0.5
     assert client.failures == []
     assert len(client.answers) > 10 and any(began < at < ended for at in client.answers)
