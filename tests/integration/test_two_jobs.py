@@ -82,7 +82,7 @@ def test_the_app_answers_throughout_a_training_run_on_the_same_cluster(
         driver.kill()
         client.end()
     assert status == 0 and events[-1]["event"] == "finished", "".join(driver.lines[-40:])
-    # What the workers' config states is theirs, beside what the app holds. (Of CPUs, apps of other tests may just be giving some back.)
+    # What the workers' config states is theirs, beside what the app holds. Apps of other tests may just be giving CPUs back.
     assert total["CPU"] - during["CPU"] >= 3.0 + 1.0
     assert before[NODE] - during[NODE] >= 0.5
     assert client.failures == []
