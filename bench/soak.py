@@ -6,8 +6,8 @@ Clients ask at random: prompts and answers of all lengths, streamed and whole, t
 leave in the middle, and send what must be refused. Each answer is held against what it has to be. Memory is the resident set of
 the gateway, the replica and its engine; proportional sets, which move with whatever else runs on the machine, are in the JSON.
 Growth is what each takes at the end, more than it did after a fifth of the time (2 minutes of 10). What may fill up to a limit is
-small here, so that it is full by then: the engine's KV cache, and the router's memory of texts. For the same reason the traffic
-begins with what takes the most at once, the longest prompts by all clients.
+small here, so that it is full by then: the engine's KV cache and its steps, and the router's memory of texts. For the same reason
+the traffic begins with what takes the most at once, the longest prompts by all clients.
 """
 
 from __future__ import annotations
@@ -278,8 +278,9 @@ def app(folder: Path) -> Iterator[tuple[int, str]]:
         max_adapters=4,
         max_cached_adapters=8,
         max_lora_rank=RANK,
-        # 12 requests of 1,024 tokens fit, and the prefixes of some more.
-        engine_args={"max_model_len": MAX_LENGTH, "num_gpu_blocks_override": 256},
+        # 12 requests of 1,024 tokens fit, and the prefixes of some more. An engine's memory grows with the sizes of steps that it
+        # has seen, whatever was in them: with 2,048 tokens it was still growing after 3 minutes.
+        engine_args={"max_model_len": MAX_LENGTH, "num_gpu_blocks_override": 256, "max_num_batched_tokens": 256},
     )
     with local_cluster(num_cpus=8) as cluster:
         port = free_port()
