@@ -28,6 +28,9 @@ GATEWAY_WINDOW_S = 10.0
 GATEWAY_ENVIRONMENT = {
     # The proxy's own sends then reach the socket without a second event loop in between.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # glibc gives back what bodies of all sizes took: it keeps most of that otherwise, and a gateway seems to grow for hours.
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 1024),
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(GATEWAY_WINDOW_S),
 }
 
