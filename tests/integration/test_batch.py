@@ -124,6 +124,7 @@ def test_a_run_whose_driver_and_worker_are_killed_has_every_row_once(cluster: Lo
     assert (output / "results.jsonl").stat().st_mtime_ns == done
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_stay_alive_ends_the_run_with_the_reason(cluster: LocalCluster, tmp_path: Path) -> None:
     home = tmp_path / "home"
     command = [*echo_command(tmp_path, home), "--set", "env.TANDEM_TEST=1", "--set", "max_failures=0"]

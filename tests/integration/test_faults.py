@@ -191,6 +191,7 @@ def test_a_worker_that_is_told_to_end_saves_first_and_no_step_is_lost(
     assert not [e for e in found if e["event"] == "fault"]
 
 
+@pytest.mark.slow
 def test_a_job_that_is_told_to_stop_saves_first_and_goes_on_where_it_was(
     run: Callable[..., Driver], undisturbed: dict[int, float]
 ):

@@ -129,6 +129,7 @@ def test_new_code_replaces_everything_under_load(url: str) -> None:
     assert not load.failed
 
 
+@pytest.mark.slow
 def test_one_of_two_gateways_and_one_of_two_engines_get_a_sigterm_under_load(url: str) -> None:
     put(replace(CONFIG, gateway=GatewayConfig(replicas=2), models=(replace(PARROT, replicas=2),)))
     wait_for(lambda: len(gateways()) == 2 and len(replicas()) == 2)

@@ -139,7 +139,7 @@ def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: st
     [
         pytest.param("tensor", {"tensor": 2}, None, marks=pytest.mark.slow),
         pytest.param("pipeline", {"pipeline": 2, "schedule": "interleaved"}, None, marks=pytest.mark.slow),
-        ("pipeline-lora", {"pipeline": 2}, {"rank": 4}),
+        pytest.param("pipeline-lora", {"pipeline": 2}, {"rank": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_a_layout_of_the_config_trains_evaluates_resumes_and_exports(
@@ -167,6 +167,7 @@ def test_a_layout_of_the_config_trains_evaluates_resumes_and_exports(
         assert loaded.config.num_hidden_layers == 4 and torch.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
     home: Path, base: str, run: Callable[..., Driver]
 ):
@@ -292,6 +293,7 @@ def test_a_run_killed_and_resumed_on_another_number_of_workers_sees_the_rows_tha
     assert ends[0]["walk"]["rows"] == 90 * 4 and ends[0]["walk"]["datasets"][1]["epoch"] > 0
 
 
+@pytest.mark.slow
 def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "refused" / "checkpoints").mkdir(parents=True)
     (home / "jobs" / "refused" / "checkpoints" / "step-00000005").write_text("a file where a checkpoint must be")
