@@ -107,7 +107,7 @@ class Clients:
                     asked.outcome = f"wrong: {said[:80]!r}"
             except TimeoutError:
                 asked.outcome = "hung"
-            except (aiohttp.ClientError, OSError, Broken) as error:
+            except (aiohttp.ClientError, OSError, Broken, ValueError, KeyError) as error:
                 asked.outcome = f"broken: {type(error).__name__}: {error}"[:200]
             asked.ended = time.monotonic()
 
@@ -148,6 +148,8 @@ def told(stream: str) -> str:
     if "data: [DONE]" not in stream:
         raise Broken(f"the stream ends with {stream[-150:]!r}")
     events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    if any("error" in event for event in events):
+        raise Broken(f"the stream ends with {stream[-150:]!r}")
     return "".join(choice["text"] for event in events for choice in event["choices"])
 
 
