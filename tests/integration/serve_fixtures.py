@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tandem.cluster import free_ports
@@ -153,6 +155,16 @@ def greedy_tokens(base: Path, adapter: Path | None, prompt: str, tokens: int) ->
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=2)
     return [int(token) for token in out[0, ids.shape[1] :]]
+
+
+def process_of(record: Any) -> psutil.Process:
+    """The process of a replica: the one that listens on its port."""
+    port = int(record.url.rpartition(":")[2])
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp")):
+                return process
+    raise AssertionError(f"nobody listens on {port}")
 
 
 def free_port() -> int:

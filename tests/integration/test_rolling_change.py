@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -10,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import httpx
-import psutil
 import pytest
+from serve_fixtures import process_of
 from steady_load import SteadyLoad
 
 from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
@@ -138,7 +137,7 @@ def test_one_of_two_gateways_and_one_of_two_engines_get_a_sigterm_under_load(url
     with SteadyLoad(url, "parrot") as load:
         load.wait_for(4)
         os.kill(gateway, signal.SIGTERM)
-        os.kill(listener(int(engine.url.rpartition(":")[2])).pid, signal.SIGTERM)
+        os.kill(process_of(engine).pid, signal.SIGTERM)
         wait_for(lambda: engine.id not in replicas() and len(replicas()) == 2)
         wait_for(lambda: gateway not in gateways() and len(gateways()) == 2)
         load.wait_for(8)
@@ -159,12 +158,3 @@ def test_settings_with_which_no_replica_starts_leave_what_is_served_as_it_was(ur
         load.wait_for(4, "parrot@1")
         load.stop()
     assert not load.failed
-
-
-def listener(port: int) -> psutil.Process:
-    """The process that listens on a port."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp")):
-                return process
-    raise AssertionError(f"nobody listens on {port}")

@@ -11,7 +11,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from serve_fixtures import Served
+from serve_fixtures import Served, process_of
 
 from tandem.reaper import CHILDREN as MARK
 
@@ -34,12 +34,8 @@ def marked() -> dict[int, str]:
 def processes_of(served: Served) -> tuple[psutil.Process, list[psutil.Process]]:
     """The process of the one ready replica, and vLLM's below it."""
     (record,) = [r for r in served.replicas() if r.state == "ready"]
-    port = int(record.url.rpartition(":")[2])
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp")):
-                return process, process.children(recursive=True)
-    raise AssertionError(f"nobody listens on {port}")
+    process = process_of(record)
+    return process, process.children(recursive=True)
 
 
 def ask(served: Served) -> httpx.Response:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from serve_fixtures import Served
+from serve_fixtures import Served, process_of
 
 from tandem.cluster import marked
 
@@ -44,13 +44,6 @@ class Sturdy:
                 if title in " ".join(process.cmdline()):
                     found.append(process)
         return found
-
-    def process_of(self, record: Any) -> psutil.Process:
-        port = int(record.url.rpartition(":")[2])
-        for process in self.processes("ray::ServeReplica:sturdy:engine"):
-            if any(c.laddr.port == port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN):
-                return process
-        raise AssertionError(f"nobody listens on {port}")
 
     def wait_until_whole(self, without: str = "") -> None:
         """Until two replicas, other than `without`, and two gateways are there, and answer."""
@@ -186,7 +179,7 @@ def test_without_the_controller_requests_go_on_and_a_replica_is_replaced_once_it
     controller.kill()
     assert not [answer for answer in load.end() if not answer.whole]
     old = next(record for record in sturdy.records() if record.state == "ready")
-    sturdy.process_of(old).kill()
+    process_of(old).kill()
     sturdy.wait_until_whole(without=old.id)
 
 
@@ -211,7 +204,7 @@ def test_a_killed_haproxy_is_there_again_and_new_requests_are_answered(sturdy: S
 def test_a_stopped_replica_is_taken_out_and_its_requests_go_elsewhere(sturdy: Sturdy) -> None:
     load = begin(sturdy, 8)
     victim = next(record for record in sturdy.records() if record.state == "ready")
-    process = sturdy.process_of(victim)
+    process = process_of(victim)
     os.kill(process.pid, signal.SIGSTOP)
     answers = load.end()
     # By the directory: silent after 10 s, a beat more until gateways hear of it, and then the answer's own 4 s.
