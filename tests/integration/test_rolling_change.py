@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
@@ -21,6 +22,8 @@ from tandem.serve.records import ReplicaRecord
 
 APP = "changing"
 CHANGED_S = 60.0
+OUTLASTING_WORDS = 450
+"""A stream of so many goes on for longer than a directory takes anybody's silence, after the change."""
 PARROT = ServedModelConfig(
     model="parrot@1",
     name="parrot",
@@ -102,14 +105,18 @@ def test_engine_settings_change_under_load(url: str) -> None:
 
 
 def test_a_new_version_of_the_model_takes_over_under_load(url: str) -> None:
-    with SteadyLoad(url, "parrot") as load:
+    asked = {"model": "parrot", "prompt": " ".join(["word"] * OUTLASTING_WORDS), "stream": True}
+    with ThreadPoolExecutor(1) as pool, SteadyLoad(url, "parrot") as load:
         load.wait_for(4)
+        outlasting = pool.submit(httpx.post, f"{url}/v1/completions", json=asked, timeout=60)
         put(replace(CONFIG, models=(replace(PARROT, model="parrot@2"),)))
         load.wait_for(8, "parrot@2")
         wait_for(lambda: {replica.base for replica in replicas().values()} == {"parrot@2"})
         before = load.answered["parrot@1"]
         load.wait_for(16)
         load.stop()
+        text = outlasting.result().text
+    assert text.endswith("data: [DONE]\n\n") and text.count("data: {") == OUTLASTING_WORDS
     assert not load.failed
     # What was streaming from the old one when the new one came may have ended since, and nothing else.
     assert load.answered["parrot@1"] - before <= 8

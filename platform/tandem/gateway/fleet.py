@@ -45,9 +45,9 @@ class Fleet:
         self._heard = asyncio.Event()
         self._suspects: dict[str, float] = {}
         self._unheard: set[str] = set()
-        self._lost: set[str] = set()
+        self._vouched: set[str] = set()
         self.on_lost: Callable[[ReplicaRecord], None] = lambda replica: None
-        """Called once for each replica of which nothing more will come."""
+        """Called for each replica of which nothing more may come, again with every snapshot that says so."""
         self._listeners: list[Callable[[], None]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -146,6 +146,13 @@ class Fleet:
         if self._suspects.pop(replica.id, None) is not None:
             self._tell()
 
+    def vouch(self, replica: ReplicaRecord, *, ready: bool) -> None:
+        """Say of a silent replica what it said itself: whether it takes requests. Counts from the next snapshot on."""
+        if ready:
+            self._vouched.add(replica.id)
+        else:
+            self._vouched.discard(replica.id)
+
     def _tell(self) -> None:
         for listener in self._listeners:
             listener()
@@ -153,16 +160,15 @@ class Fleet:
     def take(self, told: Snapshot) -> None:
         """See the replicas as a directory tells them."""
         known = self._snapshot
-        self._snapshot = completed(told, known)
+        self._snapshot = vouched(completed(told, known), self._vouched)
         here = {replica.id for replica in self._snapshot.replicas}
         # A directory that began anew has listened long enough, and did not hear of these.
         gone = [replica for replica in known.replicas if replica.id in self._unheard and replica.id not in here]
         self._unheard = here - {replica.id for replica in told.replicas}
         self._router.update(self._snapshot)
         lost = [*gone, *(replica for replica in told.replicas if replica.lost)]
-        new = [replica for replica in lost if replica.id not in self._lost]
-        self._lost = {replica.id for replica in lost}
-        for replica in new:
+        self._vouched &= {replica.id for replica in lost}
+        for replica in lost:
             self.on_lost(replica)
         self._tell()
         if self._snapshot.whole or all(map(self.has, self._awake)):
@@ -187,6 +193,14 @@ def completed(told: Snapshot, known: Snapshot) -> Snapshot:
         return told
     heard = {replica.id for replica in told.replicas}
     return replace(told, replicas=(*told.replicas, *(r for r in known.replicas if r.id not in heard)))
+
+
+def vouched(told: Snapshot, known: Collection[str]) -> Snapshot:
+    """What a directory tells, but that those silent replicas are ready which are known to be. Pure."""
+    if not known:
+        return told
+    ready = (replace(r, state="ready") if r.state == "silent" and r.id in known else r for r in told.replicas)
+    return replace(told, replicas=tuple(ready))
 
 
 def _of(ask: Ask, replica: ReplicaRecord) -> Ask:

@@ -21,6 +21,7 @@ from tandem.gateway.catalog import Target
 from tandem.gateway.dialect import Dialect
 from tandem.gateway.errors import no_replica
 from tandem.gateway.fleet import Fleet
+from tandem.gateway.inquiry import Inquiry
 from tandem.gateway.latency import Record, Stopwatch, TimedBody, forget
 from tandem.gateway.links import Links
 from tandem.gateway.queue import Wish
@@ -86,20 +87,19 @@ class Proxy:
         self._watching: asyncio.Task[None] | None = None
         self._config = config
         self._session: aiohttp.ClientSession | None = None
-        self._links: Links | None = None
-        fleet.on_lost = self._cut
 
     def start(self) -> None:
         """Open the connection pool; needs the running loop."""
-        self._links = Links()
+        links = Links()
         self._session = aiohttp.ClientSession(
-            connector=self._links,
+            connector=links,
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=self._config.connect_timeout_s, sock_read=self._config.request_timeout_s
             ),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+        self._fleet.on_lost = Inquiry(self._session, links, self._fleet).begin
         self._watching = asyncio.create_task(self._cut_stalled())
 
     async def stop(self) -> None:
@@ -108,11 +108,6 @@ class Proxy:
             self._watching.cancel()
         if self._session is not None:
             await self._session.close()
-
-    def _cut(self, replica: ReplicaRecord) -> None:
-        # What waits for a lost replica would wait for ever: so it is tried elsewhere, or ends with an error.
-        if self._links is not None:
-            self._links.cut(replica.url)
 
     def has(self, target: Target) -> bool:
         """Whether a replica of just this target is ready."""

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tandem.engine.protocol import AdapterRef, Engine
 from tandem.errors import AdapterError, EngineError, StorageError
 from tandem.serve.adapters import AdapterSlots, SlotsBusyError
-from tandem.serve.records import TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
+from tandem.serve.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
 from tandem.serve.routes import ALLOWED
 
 REFUSED = "adapter_refused"
@@ -49,6 +49,9 @@ class Guard:
             await _refuse(send, 401, "This engine answers its gateway only.")
         elif (scope["method"], scope["path"]) in ALLOWED:
             await self._serve(scope, receive, send, adapter_from_headers(headers))
+        elif (scope["method"], scope["path"]) == ("GET", ALIVE_PATH):
+            ready = not self.draining and self._engine.stats().healthy
+            await _json(send, 200 if ready else 503, {"ready": ready})
         elif scope["method"] == "POST" and scope["path"] in (LOAD, UNLOAD):
             await self._control(scope, receive, send)
         else:

@@ -19,6 +19,8 @@ ADAPTER_HEADER = "x-tandem-adapter"
 """The adapter that a request needs; the replica loads it before its engine sees the request."""
 ADAPTER_PATH_HEADER = "x-tandem-adapter-path"
 ADAPTER_DIGEST_HEADER = "x-tandem-adapter-digest"
+ALIVE_PATH = "/tandem/alive"
+"""GET it to hear whether a replica lives: 200 if it takes requests, 503 if it does not."""
 UNAVAILABLE_HEADER = "x-tandem-unavailable"
 """On a 503 of a replica: it did not start on this request, so another replica may."""
 

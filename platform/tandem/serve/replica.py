@@ -143,12 +143,13 @@ class EngineReplica:
         """Called by Serve when the replica is to end: drain, and leave nothing behind."""
         if not hasattr(self, "_beats"):
             return
-        self._beats.cancel()
         self._state = "draining"
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._tell(), 2.0)
         await asyncio.sleep(LINGER_S)
+        # The beats go on meanwhile: whoever is not heard counts as lost, and gateways give up what it still sends.
         await self._host.drain(0.0 if self._stuck() else self._drain_timeout_s)
+        self._beats.cancel()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
         self._reaper.close()

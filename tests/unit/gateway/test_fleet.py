@@ -30,13 +30,29 @@ def chosen(fleet: Fleet) -> set[str]:
 
 
 @pytest.mark.parametrize("state", ["stuck", "silent"])
-def test_a_lost_replica_is_told_of_once_and_chosen_no_more(state: str) -> None:
+def test_a_lost_replica_is_told_of_with_every_snapshot_and_chosen_no_more(state: str) -> None:
     it, lost = fleet()
     it.take(Snapshot(version=1, replicas=(A, B)))
     gone = replace(A, state=state)  # type: ignore[arg-type]
     it.take(Snapshot(version=2, replicas=(gone, B)))
     it.take(Snapshot(version=3, replicas=(gone, B)))
-    assert lost == ["a"] and chosen(it) == {"b"}
+    assert lost == ["a", "a"] and chosen(it) == {"b"}
+
+
+def test_a_silent_one_that_is_vouched_for_is_chosen_until_it_is_not() -> None:
+    it, lost = fleet()
+    silent = replace(A, state="silent")
+    for version, (ready, expected) in enumerate(((None, set()), (True, {"a"}), (None, {"a"}), (False, set())), 1):
+        if ready is not None:
+            it.vouch(A, ready=ready)
+        it.take(Snapshot(version=version, replicas=(silent,)))
+        assert chosen(it) == expected
+    # It is heard again: what was said of it then is old.
+    it.vouch(A, ready=True)
+    for version, (record, expected) in enumerate(((silent, {"a"}), (A, {"a"}), (silent, set())), 5):
+        it.take(Snapshot(version=version, replicas=(record,)))
+        assert chosen(it) == expected
+    assert len(lost) == 6
 
 
 def test_one_that_speaks_again_is_chosen_again() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import httpx
 import pytest
 from gateway_world import BODY, World, echo
 from gateway_world import world as world
 
+from tandem.serve.records import ReplicaRecord, State
+
 SLOW_S = 60.0
 
 
-def lose(world: World, name: str) -> None:
-    world.records[name] = replace(world.records[name], state="silent")
+def lose(world: World, name: str, state: State = "stuck") -> None:
+    world.records[name] = replace(world.records[name], state=state)
     world.version += 1
 
 
@@ -71,3 +74,42 @@ async def test_others_go_on(world: World) -> None:
     lose(world, "r0")
     first, second = await asyncio.wait_for(asyncio.gather(waiting, other), 20)
     assert first.status_code == second.status_code == 200
+
+
+async def test_a_silent_replica_that_answers_the_gateway_goes_on_and_gets_more(world: World) -> None:
+    await world.add_engine(echo(delay_s=0.05))
+    words = " ".join(f"word{number}" for number in range(40))
+    asking = asyncio.create_task(world.http.post("/v1/completions", json={**BODY, "prompt": words, "stream": True}))
+    await begun(world, 0)
+    lose(world, "r0", "silent")
+    another = await asyncio.wait_for(retried(world), 10)
+    assert not asking.done()
+    answer = await asyncio.wait_for(asking, 10)
+    assert answer.text.endswith("data: [DONE]\n\n") and answer.text.count("data: {") == 40
+    assert another.json()["choices"][0]["text"] == BODY["prompt"]
+
+
+async def test_a_silent_replica_that_answers_nobody_is_given_up(world: World) -> None:
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1024):
+            took.set()
+
+    took = asyncio.Event()
+    async with await asyncio.start_server(swallow, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        world.records["frozen"] = ReplicaRecord(id="frozen", base="base@1", url=url, token="t")
+        world.version += 1
+        await asyncio.sleep(0.1)
+        asking = asyncio.create_task(world.http.post("/v1/completions", json=BODY))
+        await took.wait()
+        await world.add_engine(echo())
+        lose(world, "frozen", "silent")
+        answer = await asyncio.wait_for(asking, 15)
+    assert answer.status_code == 200 and world.engines[0].stats().steps == 3
+
+
+async def retried(world: World) -> httpx.Response:
+    """An answer, once there is a replica to give it."""
+    while (answer := await world.http.post("/v1/completions", json=BODY)).status_code == 503:
+        await asyncio.sleep(0.05)
+    return answer
