@@ -7,6 +7,7 @@ from typing import Any
 
 from tandem.config import check
 from tandem.config.autoscaling import AutoscalingConfig
+from tandem.config.replica import ReplicaConfig
 from tandem.errors import ConfigError
 from tandem.settings import LONGEST_DRAIN_S
 
@@ -31,16 +32,13 @@ class PrefillConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServedModelConfig:
+class ServedModelConfig(ReplicaConfig):
     """One base model and the replicas that hold it."""
 
     model: str
     """A registered model, or a folder in Hugging Face's format."""
     name: str | None = None
     """What clients call it; unset: the registered name, or the folder's."""
-    engine: str = "vllm"
-    """vllm, or echo (answers with the prompt; for tests of what surrounds an engine)."""
-    replicas: int = 1
     autoscaling: AutoscalingConfig | None = None
     """Set: the number of replicas follows the load, in place of `replicas`."""
     surge_percent: int = 100
@@ -53,24 +51,10 @@ class ServedModelConfig:
     """Requests that may wait at all gateways together, for room or for a replica; what is beyond gets 429 with Retry-After."""
     hold_s: float = 30.0
     """How long a request waits for a replica while none is ready, before it gets 503 with Retry-After."""
-    cpus_per_replica: float = 1.0
-    gpus_per_replica: float = 0.0
-    resources_per_replica: dict[str, float] = field(default_factory=dict)
-    """Other resources that Ray reserves for each replica, by the names that the cluster's nodes give them."""
-    max_adapters: int = 8
-    """Adapters that one replica answers with at once: slots in its engine."""
-    max_cached_adapters: int | None = None
-    """Adapters that one replica keeps in host memory, those in slots among them; unset: four times max_adapters."""
-    max_lora_rank: int = 64
-    """Largest adapter rank that a replica takes."""
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of vLLM's own engine, by their names there; vLLM checks them before a replica starts."""
     prefill: PrefillConfig | None = None
     """Set: prompts are read on replicas of their own, and their KV cache moves to the one that generates."""
     stuck_after_s: float = 60.0
     """How long an engine that has work may end no step before its replica is replaced: longer than its longest step."""
-    env: dict[str, str] = field(default_factory=dict)
-    """Environment of the replica, such as VLLM_CPU_KVCACHE_SPACE."""
 
     def __post_init__(self) -> None:
         check.one_of("models[].engine", self.engine, ("vllm", "echo"))
