@@ -38,7 +38,8 @@ from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
 from tandem.storage import check_writable, disk_errors
-from tandem.train.attempts import WORKER_ENVIRONMENT, Asked, run_workers
+from tandem.train.attempts import WORKER_ENVIRONMENT, run_workers
+from tandem.train.course import Asked
 from tandem.train.deepspeed import check_deepspeed
 from tandem.train.keeper import KEPT
 from tandem.train.metrics import metrics_of
