@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 
 REPLICAS, GATEWAYS = 2, 2
+NODE_CPUS, REPLICA_CPUS = 2, 1.2
+"""A node has room for one replica, so each of the two has one."""
 STUCK_AFTER_S = 8.0
 NODE_MARK = "TANDEM_BENCH_NODE"
 MODEL = """
@@ -90,14 +92,22 @@ class Node:
             process_group=0,
         )
 
-    def kill(self) -> None:
-        """End all its processes at once."""
+    def processes(self) -> list[psutil.Process]:
+        """All that runs there."""
         from tandem.cluster import marked
 
+        found = []
         for process in marked(self._cluster.mark):
             with contextlib.suppress(psutil.Error):
                 if NODE_MARK in process.environ():
-                    process.kill()
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """End all its processes at once."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 @contextlib.contextmanager
@@ -115,21 +125,23 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
         if engine == "vllm":
             subprocess.run([sys.executable, "-c", MODEL, f"{place}/tiny"], check=True, capture_output=True)
             model = {"model": f"{place}/tiny", "max_adapters": 0, "env": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
-        with local_cluster(num_cpus=4) as cluster:
+        with local_cluster(num_cpus=NODE_CPUS) as cluster:
             import ray
             from ray import serve
 
             from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
             from tandem.serve.app import build_app
 
-            node = Node(cluster, 2)
+            node = Node(cluster, NODE_CPUS)
             node.start()
             ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
             while len([n for n in ray.nodes() if n["Alive"]]) < 2:
                 time.sleep(0.2)
             port = free_ports(1)[0]
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-            served = ServedModelConfig(replicas=REPLICAS, stuck_after_s=STUCK_AFTER_S, **model)
+            served = ServedModelConfig(
+                replicas=REPLICAS, cpus_per_replica=REPLICA_CPUS, stuck_after_s=STUCK_AFTER_S, **model
+            )
             config = ServeConfig(models=(served,), gateway=GatewayConfig(replicas=GATEWAYS))
             serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
             while sum(record.state == "ready" for record in records()) < REPLICAS:

@@ -35,11 +35,13 @@ def create_app(
     admin: str | None = None,
     meter: Meter | None = None,
     tell: Tell | None = None,
+    name: str = "gateway",
 ) -> Starlette:
     """The app that answers for `models`.
 
     `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request,
     `meter` how many wait, and `tell` how many of these are for models that scale. `app.state.admission` is what they wait in.
+    `name`: what its answers call it.
     `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
     """
     config = config or GatewayConfig()
@@ -47,7 +49,7 @@ def create_app(
     fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models)
     admission = Admission(catalog.models, fleet, config, meter)
     report = DemandReport(catalog.models, admission.waiting, tell) if tell else None
-    proxy = Proxy(fleet, admission, config, record)
+    proxy = Proxy(fleet, admission, config, record, name)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -21,8 +21,8 @@ from tandem.gateway.errors import NoReplica, from_engine, request_id
 from tandem.gateway.latency import HEADER, header
 from tandem.gateway.proxy import ATTEMPTS, Call, Opened, Proxy
 
-REPLICA = b"x-tandem-replica"
-"""Header of an answer: the id of the replica that gave it."""
+REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
+"""Headers of an answer: the ids of the replica that gave it, and of the gateway that carried it."""
 PASSED_ON = ("content-type", "x-request-id", "cache-control", "metadata")
 """Response headers of an engine that a client gets; `metadata` tells what raw bytes of embeddings are."""
 Prepare = Callable[[Call], Awaitable[Call]]
@@ -121,7 +121,11 @@ class Forwarded(Response):
                 (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
             ]
             gateway_ms, engine_ms = call.watch.split_ms()
-            head += [(HEADER, header(gateway_ms, engine_ms)), (REPLICA, replica.id.encode())]
+            head += [
+                (HEADER, header(gateway_ms, engine_ms)),
+                (REPLICA, replica.id.encode()),
+                (GATEWAY, self._proxy.name),
+            ]
             self._streamed = streamed = answer.content_type.startswith("text/event-stream")
             await _send_head(send, answer.status, head, answer.content_length)
             self._proxy.record(call.path, gateway_ms)

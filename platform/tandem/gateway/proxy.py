@@ -78,7 +78,10 @@ class UnderWay(Protocol):
 class Proxy:
     """The gateway's connections to all engines."""
 
-    def __init__(self, fleet: Fleet, admission: Admission, config: GatewayConfig, record: Record = forget) -> None:
+    def __init__(
+        self, fleet: Fleet, admission: Admission, config: GatewayConfig, record: Record = forget, name: str = ""
+    ) -> None:
+        self.name = name.encode()
         self.admission = admission
         self.record = record
         self.under_way: set[UnderWay] = set()

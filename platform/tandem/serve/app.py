@@ -125,13 +125,18 @@ class Gateway:
             admin=self._admin,
             meter=QueueMeter(),
             tell=self._tell,
+            name=_replica_id(),
         )
 
     async def _watch(self, version: int) -> Snapshot:
         return cast(Snapshot, await self._directory.watch.remote(version))
 
     async def _tell(self, waiting: dict[str, int]) -> None:
-        await self._directory.demand.remote(serve.get_replica_context().replica_id.unique_id, waiting)
+        await self._directory.demand.remote(_replica_id(), waiting)
+
+
+def _replica_id() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)
 
 
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
