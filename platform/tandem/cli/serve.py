@@ -78,7 +78,7 @@ def deploy_command(
             from tandem.serve.deploy import deploy
 
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(build_app(wanted), wanted.app)
+                deploy(build_app(wanted), wanted.app, tell=console.print)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 
 
@@ -146,7 +146,7 @@ def serving(
         try:
             with console.status(f"Starting {config.app}: one engine takes about half a minute"):
                 serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-                deploy(app, config.app)
+                deploy(app, config.app, tell=console.print)
             yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"
         finally:
             with uninterrupted():

@@ -6,7 +6,7 @@ What differs is replaced: new replicas come before old ones go, and old ones go 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -23,18 +23,25 @@ LAST_BYTES_S = 1.0
 """How long the last bytes of an engine may take to their clients."""
 
 
-def deploy(app: serve.Application, name: str, *, route_prefix: str = "/") -> None:
+def deploy(
+    app: serve.Application, name: str, *, route_prefix: str = "/", tell: Callable[[str], None] = lambda text: None
+) -> None:
     """Deploy and wait until every new replica is up, and no longer: old ones may stream on for minutes.
 
-    EngineError with the reason if a new one cannot start; where there were old ones, they then stay.
+    EngineError with the reason if a new one cannot start; where there were old ones, they then stay. `tell` hears what Serve says
+    meanwhile, such as that there is no room on the cluster: it waits for room for ever.
     """
     before = _details(name)
+    told: set[str] = set()
     target = serve.RunTarget(app, name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
     while not changed(now := _details(name), before):
         # Of the app alone: a deployment still says what it said of the last change until Serve has looked at this one.
         if now["status"] == FAILED:
             raise EngineError(f"{name} did not start: {why(name)}")
+        for said in sorted(news(now) - told):
+            told.add(said)
+            tell(said)
         time.sleep(LOOK_S)
 
 
@@ -46,6 +53,14 @@ def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     deployments, old = now["deployments"], before["deployments"]
     begun = any(each["status"] != "HEALTHY" for each in deployments.values())
     return now["status"] == "RUNNING" or (begun and all(_replaced(d, old.get(key)) for key, d in deployments.items()))
+
+
+def news(now: Mapping[str, Any]) -> set[str]:
+    """What Serve says of deployments that are not yet as they should be, each in a line. Pure."""
+    waiting = [
+        each["message"] for each in now["deployments"].values() if each["status"] != "HEALTHY" and each["message"]
+    ]
+    return {message.splitlines()[0] for message in waiting}
 
 
 def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:

@@ -18,6 +18,8 @@ HEARTBEAT_S = 1.0
 """How often a replica speaks, and a gateway hears of loads; changes travel at once."""
 SILENCE_S = 10.0
 """How long a replica may be silent before it counts as lost."""
+AWAY_S = 3 * HEARTBEAT_S
+"""A directory that nobody has reached for so long was away itself."""
 FORGET_S = 60.0
 """How long a lost one is still listed, so that each gateway hears of it and ends what it had asked of it."""
 LISTENING_S = 3 * SILENCE_S
@@ -34,6 +36,8 @@ class Ledger:
     """Starts from the time: a restarted directory must not repeat a version that a gateway has seen."""
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
     heard: dict[str, float] = field(default_factory=dict)
+    looked: float | None = None
+    """When silence was last looked for."""
 
     def hear(self, record: ReplicaRecord, now: float) -> bool:
         """Take a heartbeat; whether it changes more than loads."""
@@ -48,8 +52,15 @@ class Ledger:
         return self._changed(self.records.pop(replica_id, None) is not None)
 
     def mark_silent(self, now: float) -> bool:
-        """Mark those not heard for `SILENCE_S`, and drop them when they are forgotten; whether that changed anything."""
-        before = self.version
+        """Mark those not heard for `SILENCE_S`, and drop them when they are forgotten; whether that changed anything.
+
+        It is looked for every second as long as gateways can ask. Time in which nobody could reach the directory, not even they,
+        is not the replicas' silence.
+        """
+        before, unreached = self.version, 0.0 if self.looked is None else now - self.looked
+        self.looked = now
+        if unreached > AWAY_S:
+            self.heard = {replica_id: min(now, heard + unreached) for replica_id, heard in self.heard.items()}
         for replica_id, heard in list(self.heard.items()):
             record = self.records[replica_id]
             if now - heard > FORGET_S:
@@ -110,19 +121,17 @@ class Directory:
         ready = {record.deployment for record in self._ledger.records.values() if record.state == "ready"}
         for deployment, count in waiting.items():
             if count > 0 and deployment not in ready and deployment not in self._waking:
-                self._waking[deployment] = asyncio.create_task(self._woken(deployment))
+                task = self._waking[deployment] = asyncio.create_task(self._woken(deployment))
+                task.add_done_callback(lambda _, name=deployment: self._waking.pop(name))
         for deployment, task in self._waking.items():
             # Whoever asked has given up: a replica that nobody waits for need not start.
             if not self._demand.of(deployment, now):
                 task.cancel()
 
     async def _woken(self, deployment: str) -> None:
-        try:
-            # A deployment that is going away does not answer; if it is still wanted, it is asked again.
-            with contextlib.suppress(Exception):
-                await self._wake(deployment)
-        finally:
-            del self._waking[deployment]
+        # A deployment that is going away does not answer; if it is still wanted, it is asked again.
+        with contextlib.suppress(Exception):
+            await self._wake(deployment)
 
     async def leave(self, replica_id: str) -> None:
         """Drop a replica that is about to end."""

@@ -49,7 +49,8 @@ def environment(host: str, port: int) -> dict[str, str]:
 def _connected(config: ServedModelConfig) -> dict[str, Any]:
     if config.engine != "vllm" or "kv_transfer_config" in config.engine_args:
         return dict(config.engine_args)
-    connector = {"kv_connector": CONNECTOR, "kv_role": "kv_both"}
+    # A cache that cannot be fetched, since the replica that has it ends, is computed where it is needed.
+    connector = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
     if not config.gpus_per_replica:
         connector["kv_buffer_device"] = "cpu"
     return {**config.engine_args, "kv_transfer_config": connector}

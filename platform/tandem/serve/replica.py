@@ -16,7 +16,7 @@ from ray import serve
 
 from tandem.cluster import free_ports
 from tandem.engine.create import create_engine
-from tandem.errors import EngineError, TandemError
+from tandem.errors import EngineError
 from tandem.reaper import Reaper
 from tandem.registry import Registry
 from tandem.serve.adapter_checks import AdapterChecks
@@ -83,9 +83,13 @@ class EngineReplica:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._tell(), 2.0)
         self._beats = asyncio.create_task(self._beat())
+        # Not with the beats: a registry that hangs must not make the replica silent.
+        self._pinning = asyncio.create_task(self._follow_pins())
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
+        if self._beats.done():
+            raise EngineError(f"This replica of {self._model.id} tells the directory nothing any more.")
         if not self._host.alive:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")
@@ -143,6 +147,7 @@ class EngineReplica:
         """Called by Serve when the replica is to end: drain, and leave nothing behind."""
         if not hasattr(self, "_beats"):
             return
+        self._pinning.cancel()
         self._state = "draining"
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._tell(), 2.0)
@@ -157,9 +162,6 @@ class EngineReplica:
     async def _beat(self) -> None:
         while True:
             self._changed.clear()
-            # Where the registry does not answer, what was pinned stays so.
-            with contextlib.suppress(TandemError):
-                await self._follow_pins()
             # A directory that is being replaced does not answer; the next beat finds the new one.
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._tell(), 5 * HEARTBEAT_S)
@@ -167,8 +169,12 @@ class EngineReplica:
                 await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
 
     async def _follow_pins(self) -> None:
-        if self._pins is not None and (wanted := await asyncio.to_thread(self._pins.changed)) is not None:
-            self._host.keep(wanted)
+        while self._pins is not None:
+            # Where the registry does not answer, what was pinned stays so.
+            with contextlib.suppress(Exception):
+                if (wanted := await asyncio.to_thread(self._pins.changed)) is not None:
+                    self._host.keep(wanted)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _tell(self) -> None:
         self._held = await self._directory.heartbeat.remote(self.record())

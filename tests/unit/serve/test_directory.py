@@ -21,15 +21,32 @@ def test_a_new_replica_a_new_state_and_new_adapters_are_changes_and_load_is_not(
     assert ledger.version == 4
 
 
+def looked(ledger: Ledger, *moments: float) -> list[str]:
+    """The states after a look at each second, as gateways have it looked, from one moment to the other."""
+    for moment in range(int(moments[0]), int(moments[1]) + 1):
+        ledger.mark_silent(float(moment))
+    return [replica.state for replica in ledger.snapshot().replicas]
+
+
+def test_a_directory_that_nobody_reached_takes_nobody_for_silent() -> None:
+    ledger = Ledger()
+    ledger.hear(A, 1.0)
+    assert looked(ledger, 0, 3) == ["ready"]
+    # For 30 s neither a replica nor a gateway gets through to it.
+    assert looked(ledger, 33, 33 + SILENCE_S - 2) == ["ready"]
+    assert looked(ledger, 33 + SILENCE_S - 2, 33 + SILENCE_S) == ["silent"]
+
+
 def test_a_silent_replica_is_marked_then_forgotten_and_comes_back_with_its_next_beat() -> None:
     ledger = Ledger()
     ledger.hear(A, 0.0)
-    assert not ledger.mark_silent(SILENCE_S)
+    assert looked(ledger, 0, SILENCE_S) == ["ready"]
     assert ledger.mark_silent(SILENCE_S + 1)
     assert [r.state for r in ledger.snapshot().replicas] == ["silent"]
     assert not ledger.mark_silent(SILENCE_S + 2)
     assert ledger.hear(A, SILENCE_S + 3)
     assert ledger.snapshot().replicas == (A,)
+    assert looked(ledger, SILENCE_S + 3, SILENCE_S + 3 + FORGET_S) == ["silent"]
     assert ledger.mark_silent(SILENCE_S + 4 + FORGET_S)
     assert ledger.snapshot().replicas == ()
     assert ledger.hear(A, SILENCE_S + 5 + FORGET_S)

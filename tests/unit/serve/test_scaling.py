@@ -7,6 +7,7 @@ import pytest
 from tandem.config import AutoscalingConfig, PrefillConfig, ServedModelConfig
 from tandem.serve import scaling
 from tandem.serve.deploy import changed as has_changed
+from tandem.serve.deploy import news
 from tandem.serve.records import ServedModel
 from tandem.serve.scaling import (
     GATEWAY_WINDOW_S,
@@ -102,3 +103,13 @@ def test_a_change_is_done_when_new_replicas_run_even_if_old_ones_stream_on() -> 
     assert not has_changed(fresh, fresh)
     assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING"), fresh)
     assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING"), fresh)
+
+
+def test_what_is_told_while_a_change_waits_is_the_first_line_of_what_serve_says_of_it() -> None:
+    waits = {
+        "status": "UPDATING",
+        "message": "1 replicas have taken more than 30s to be scheduled.\nResources: 64 CPUs",
+    }
+    quiet, well = {"status": "UPDATING", "message": ""}, {"status": "HEALTHY", "message": "of before"}
+    told = news({"deployments": {"a": waits, "b": quiet, "c": well}})
+    assert told == {"1 replicas have taken more than 30s to be scheduled."}
