@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -58,10 +59,11 @@ def listener(record: Any) -> psutil.Process | None:
     """The process of a replica that is ready."""
     if record.state != "ready":
         return None
-    port = int(record.url.rpartition(":")[2])
+    url = urlsplit(record.url)
+    where = (url.hostname, url.port)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp")):
+            if any(c.status == psutil.CONN_LISTEN and c.laddr == where for c in process.net_connections("tcp")):
                 return process
     return None
 

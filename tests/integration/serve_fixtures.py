@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -159,12 +160,14 @@ def greedy_tokens(base: Path, adapter: Path | None, prompt: str, tokens: int) ->
 
 def process_of(record: Any) -> psutil.Process:
     """The process of a replica: the one that listens on its port."""
-    port = int(record.url.rpartition(":")[2])
+    # Of another address the same port may be somebody else's.
+    url = urlsplit(record.url)
+    where = (url.hostname, url.port)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp")):
+            if any(c.status == psutil.CONN_LISTEN and c.laddr == where for c in process.net_connections("tcp")):
                 return process
-    raise AssertionError(f"nobody listens on {port}")
+    raise AssertionError(f"nobody listens on {where}")
 
 
 def free_port() -> int:
