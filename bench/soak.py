@@ -2,12 +2,13 @@
 
     python bench/soak.py [--minutes 10] [--quick] [--json FILE] [--check]
 
-Clients ask at random: prompts and answers of all lengths, streamed and whole, the base and adapters of which most are cold; they
-leave in the middle, and send what must be refused. Each answer is held against what it has to be. Memory is the resident set of
-the gateway, the replica and its engine; proportional sets, which move with whatever else runs on the machine, are in the JSON.
-Growth is what each takes at the end, more than it did after a fifth of the time (2 minutes of 10). What may fill up to a limit is
-small here, so that it is full by then: the engine's KV cache and its steps, and the router's memory of texts. For the same reason
-the traffic begins with what takes the most at once, the longest prompts by all clients.
+Clients ask at random: prompts and answers of all lengths, streamed and whole, the base and adapters of which most are cold;
+they leave in the middle, and send what must be refused. Status, length and end of each answer are held against what they have
+to be. Memory is the resident set of the gateway, the replica and its engine; proportional sets, which move with whatever else
+runs on the machine, are in the JSON. Growth is what each takes at the end, more than it did after a fifth of the time (2
+minutes of 10). What may fill up to a limit is small here, so that it is full by then: the engine's KV cache and its steps, and
+the router's memory of texts. For the same reason the traffic begins with what takes the most at once, the longest prompts by
+all clients.
 """
 
 from __future__ import annotations
