@@ -173,7 +173,15 @@ def test_a_killed_gateway_breaks_only_streams_that_it_carried(sturdy: Sturdy) ->
     sturdy.wait_until_whole()
 
 
-def test_without_the_controller_requests_go_on_and_a_replica_is_replaced_once_it_is_back(sturdy: Sturdy) -> None:
+def ready(served: Served) -> set[str]:
+    """The replicas of the app with a real engine that take requests."""
+    return {record.id for record in served.replicas() if record.state == "ready"}
+
+
+def test_without_the_controller_requests_go_on_and_only_what_died_is_replaced_once_it_is_back(
+    sturdy: Sturdy, served: Served
+) -> None:
+    engines = ready(served)
     load = begin(sturdy, 4)
     (controller,) = sturdy.processes("ray::ServeController")
     controller.kill()
@@ -181,6 +189,7 @@ def test_without_the_controller_requests_go_on_and_a_replica_is_replaced_once_it
     old = next(record for record in sturdy.records() if record.state == "ready")
     process_of(old).kill()
     sturdy.wait_until_whole(without=old.id)
+    assert ready(served) == engines
 
 
 def test_a_killed_haproxy_is_there_again_and_new_requests_are_answered(sturdy: Sturdy) -> None:

@@ -23,6 +23,7 @@ from tandem.serve.adapter_checks import AdapterChecks
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.disaggregate import environment
 from tandem.serve.host import EngineHost
+from tandem.serve.logs import serve_log_kept
 from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place
 from tandem.serve.progress import Progress
@@ -64,17 +65,18 @@ class EngineReplica:
         if model.config.prefill is not None:
             export(environment(host, free_ports(1)[0]), override=True)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
-        engine = await asyncio.to_thread(create_engine, engine_spec(model))
-        startup.done("imports")
-        self._host = EngineHost(
-            engine,
-            max_adapters=model.config.max_adapters,
-            max_cached=model.config.cached_adapters,
-            prepare=AdapterChecks(Path(model.path) if model.path else None, model.config.max_lora_rank),
-            host=host,
-            on_change=lambda: _set(loop, self._changed),
-        )
-        await self._host.start()
+        with serve_log_kept():
+            engine = await asyncio.to_thread(create_engine, engine_spec(model))
+            startup.done("imports")
+            self._host = EngineHost(
+                engine,
+                max_adapters=model.config.max_adapters,
+                max_cached=model.config.cached_adapters,
+                prepare=AdapterChecks(Path(model.path) if model.path else None, model.config.max_lora_rank),
+                host=host,
+                on_change=lambda: _set(loop, self._changed),
+            )
+            await self._host.start()
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
         adapts = registry_url is not None and model.config.max_adapters > 0
