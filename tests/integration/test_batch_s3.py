@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from s3fs.core import S3File
 
+from tandem.batch.plan import Mark
 from tandem.batch.prepare import prepare
 from tandem.batch.run import answer
+from tandem.batch.sources import rows_of
 from tandem.batch.write import Output
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError, DataError
@@ -60,3 +64,29 @@ def test_a_piece_in_a_store_is_there_once_it_is_whole(bucket: str) -> None:
     assert output.deaths() == ["the engine died"]
     output.forget_deaths()
     assert output.deaths() == []
+
+
+def test_of_a_large_object_is_fetched_what_is_read_of_it(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps({"prompt": "word " * 100}).encode() + b"\n"
+    file_system(bucket).pipe_file(f"{bucket}/large.jsonl", line * 20_000)
+    fetched, asked = list[int](), list[int]()
+    fetch, ask = S3File._fetch_range, S3File.read
+
+    def counted_fetch(self: Any, start: int, end: int) -> bytes:
+        fetched.append(end - start)
+        return bytes(fetch(self, start, end))
+
+    def counted_ask(self: Any, length: int = -1) -> bytes:
+        data = bytes(ask(self, length))
+        asked.append(len(data))
+        return data
+
+    monkeypatch.setattr(S3File, "_fetch_range", counted_fetch)
+    monkeypatch.setattr(S3File, "read", counted_ask)
+    row = next(rows_of(f"{bucket}/large.jsonl", Mark(5000 * len(line), 5000)))
+    assert (row.raw, row.where) == (line.strip(), "line 5001")
+    assert sum(fetched) <= 3 << 20
+    asked.clear()
+    assert sum(1 for _ in rows_of(f"{bucket}/large.jsonl")) == 20_000
+    # Each byte once, and not a block for each line.
+    assert sum(asked) == 20_000 * len(line)

@@ -5,6 +5,7 @@ A row that cannot be read is a row all the same, with the reason; a file that ca
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import tarfile
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
+from tandem.batch.files import reading
 from tandem.batch.plan import Mark
 from tandem.data.index import SHARDS_NAME
 from tandem.errors import DataError, did_you_mean
@@ -152,11 +154,14 @@ def _near(place: Location) -> str:
     return ""
 
 
-def _opened(file: Location) -> IO[bytes]:
-    raw = file.open("rb") if isinstance(file, Path) else file_system(file).open(str(file), "rb")
-    if str(file).endswith((".gz", ".tgz")):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
-    return cast(IO[bytes], raw)
+@contextlib.contextmanager
+def _opened(file: Location) -> Iterator[IO[bytes]]:
+    with reading(file) as raw:
+        if str(file).endswith((".gz", ".tgz")):
+            with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
+                yield cast(IO[bytes], unpacked)
+        else:
+            yield raw
 
 
 def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:

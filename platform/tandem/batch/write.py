@@ -13,17 +13,16 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
-import os
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from tandem.batch.files import read, reading, write, writing
 from tandem.batch.lines import has_failed, row_of
 from tandem.batch.plan import Piece, Unit
 from tandem.errors import ConfigError, StorageError
-from tandem.storage import Location, disk_errors, file_system, join, located, write_atomic
+from tandem.storage import Location, file_system, join, located
 
 REFUSED = "refused.jsonl"
 """Rows that no engine is asked about, among the pieces."""
@@ -52,7 +51,7 @@ class Output:
         Raises ConfigError if something else is there.
         """
         place = join(self.run, "manifest.json")
-        text = _read(place)
+        text = read(place)
         if text is None:
             for other in (self.results, self.errors):
                 if file_system(other).exists(str(other)):
@@ -137,8 +136,7 @@ class Output:
         write(join(self.run, "pieces", name), b"".join(line + b"\n" for line in lines))
 
     def _lines(self, name: str) -> Iterator[bytes]:
-        place = join(self.run, "pieces", name)
-        with file_system(place).open(str(place), "rb") as file:
+        with reading(join(self.run, "pieces", name)) as file:
             for line in file:
                 yield line.rstrip(b"\n")
 
@@ -154,52 +152,3 @@ class _Ahead:
         while self._next is not None and row_of(self._next) < row:
             yield self._next
             self._next = next(self._lines, None)
-
-
-def write(place: Location, data: bytes) -> None:
-    """A file that a reader sees whole or not at all; an object store publishes an object in one step by itself."""
-    if isinstance(place, Path):
-        write_atomic(place, data)
-    else:
-        with _store_errors(place):
-            file_system(place).pipe_file(place, data)
-
-
-@contextlib.contextmanager
-def writing(place: Location) -> Iterator[IO[bytes]]:
-    """The same for a file that is too large to hold: it is there at the end of the block."""
-    if not isinstance(place, Path):
-        with _store_errors(place), file_system(place).open(place, "wb") as file:
-            yield file
-        return
-    with disk_errors("writing", place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        staging = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with staging.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            staging.replace(place)
-        finally:
-            staging.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _store_errors(place: Location) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:  # a store's client has errors of its own
-        raise StorageError(
-            f"{place} cannot be written: {type(error).__name__}: {error}. Then run the command again."
-        ) from error
-
-
-def _read(place: Location) -> bytes | None:
-    files = file_system(place)
-    try:
-        return bytes(files.cat_file(str(place)))
-    except FileNotFoundError:
-        return None
