@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -40,7 +41,7 @@ class Manifest:
     def of(cls, config: BatchConfig, survey: Survey, names: Names) -> Self:
         """What a new run writes down."""
         return cls(
-            settings={key: getattr(config, key) for key in DECIDING},
+            settings=_deciding(config),
             input=tuple(zip(map(str, survey.files), survey.digests, strict=True)),
             rows=survey.rows,
             rows_per_piece=survey.rows_per_piece,
@@ -68,11 +69,11 @@ class Manifest:
 
     def check_settings(self, config: BatchConfig) -> None:
         """ConfigError if the answers would be others than those that are there."""
-        for key in DECIDING:
-            if self.settings[key] != getattr(config, key):
+        for key, now in _deciding(config).items():
+            if self.settings[key] != now:
                 raise ConfigError(
-                    f"The run in {config.output} has {key} = {self.settings[key]!r}, and this one {getattr(config, key)!r}. Give "
-                    "it that again to go on, or choose another output."
+                    f"The run in {config.output} has {key} = {self.settings[key]!r}, and this one {now!r}. Give it that again to "
+                    "go on, or choose another output."
                 )
         if config.rows_per_piece not in (None, self.rows_per_piece):
             raise ConfigError(
@@ -95,3 +96,8 @@ class Manifest:
                 raise ConfigError(
                     f"The model at {name} is not the one that the run began with: its files have changed. Choose another output."
                 )
+
+
+def _deciding(config: BatchConfig) -> dict[str, Any]:
+    """The settings that the answers depend on, as JSON gives them back: keys are text there, and a tuple is a list."""
+    return dict(json.loads(json.dumps({key: getattr(config, key) for key in DECIDING})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -45,6 +46,11 @@ class BatchConfig(ReplicaConfig):
             if key in self.request:
                 instead = "set model instead" if key == "model" else "an answer is written when it is whole"
                 raise ConfigError(f"request.{key} cannot be set: {instead}.")
+        for key in ("request", "engine_args"):
+            try:
+                json.dumps(getattr(self, key), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{key} has a value that JSON has no form for: {error}. Give it as text.") from None
         self.served(self.model, adapters=0)
 
     def served(self, model: str, *, adapters: int) -> ServedModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,15 @@ def test_an_output_of_another_run_is_refused_with_what_differs(registry: Registr
         prepare(wanted)
 
 
+def test_the_same_settings_go_on_whatever_json_makes_of_them(registry: Registry, tmp_path: Path) -> None:
+    wanted = config(tmp_path, ["{bad"], request={"logit_bias": {50256: -100}, "stop": ("a", "b")})
+    first = prepare(wanted)
+    first.output.begin(first.manifest.plain())
+    assert prepare(wanted).manifest.settings["request"] == {"logit_bias": {"50256": -100}, "stop": ["a", "b"]}
+    with pytest.raises(ConfigError, match="has request"):
+        prepare(replace(wanted, request={"logit_bias": {50257: -100}, "stop": ("a", "b")}))
+
+
 def test_a_name_means_what_it_meant_when_the_run_began(registry: Registry, tmp_path: Path) -> None:
     wanted = config(tmp_path, ROWS)
     first = prepare(replace(wanted, rows_per_piece=3))
@@ -166,6 +176,8 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ({"replicas": 0}, r"^replicas is 0"),
         ({"resources_per_replica": {"GPU": 1.0}}, "names GPU, which has a setting of its own. Set gpus_per_replica"),
         ({"output": ""}, "output is empty"),
+        ({"request": {"since": date(2026, 1, 1)}}, "request has a value that JSON has no form for: .*date.* Give it as text"),
+        ({"engine_args": {"delay_s": float("nan")}}, "engine_args has a value that JSON has no form for"),
     ):
         with pytest.raises(ConfigError, match=said):
             BatchConfig(**{"input": "x", "model": "y", "output": "z", **changes})
