@@ -19,6 +19,7 @@ from tandem.batch.lines import Line, answered, failed, reason_of
 from tandem.batch.rows import Ask, BadRowError, check_prompt_logprobs, request_bytes
 from tandem.batch.work import Work
 from tandem.engine.create import create_engine
+from tandem.errors import StorageError
 from tandem.reaper import Reaper
 from tandem.serve.adapter_checks import AdapterChecks
 
@@ -78,6 +79,8 @@ class Worker:
             answers = self._answerer.answer(questions)
         except* EngineDiedError as died:
             self._end(str(died.exceptions[0]))
+        except* StorageError as away:
+            raise away.exceptions[0] from None
         for (number, where, raw, ask), (status, body) in zip(asked, answers, strict=True):
             if status == 200:
                 lines[number] = answered(number, ask.custom_id, status, body, plain=ask.plain)
