@@ -18,10 +18,10 @@ from tandem.batch.manifest import Manifest
 from tandem.batch.plan import Unit, left, pieces_in_flight
 from tandem.batch.prepare import BatchRun
 from tandem.batch.read import Pieces
+from tandem.batch.reasons import explained
 from tandem.batch.work import Work
 from tandem.batch.worker import Worker
 from tandem.config import ServedModelConfig
-from tandem.engine.spec import EngineSpec
 from tandem.errors import ClusterError, EngineError
 
 READ_CPUS = 0.25
@@ -139,7 +139,7 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
                 for i in range(len(batch["rows"])):
                     yield {key: values[i].item() for key, values in batch.items()}
         except ray.exceptions.RayError as error:
-            raise _explained(run, spec, error) from error
+            raise explained(spec.name, error, run.output.deaths(), config.max_failures) from error
 
 
 def _context() -> DataContext:
@@ -205,16 +205,3 @@ def _summary(run: BatchRun, *, found: int) -> Summary:
         results=str(run.output.results),
         errors=str(run.output.errors),
     )
-
-
-def _explained(run: BatchRun, spec: EngineSpec, error: Exception) -> EngineError:
-    said = str(getattr(error, "cause", None) or error).strip()
-    if isinstance(error, ray.exceptions.RayActorError) and "creation task" not in said:
-        deaths = run.output.deaths()
-        why = deaths[-1] if deaths else "it was killed, by the kernel for want of memory perhaps, or its node is gone."
-        most = run.config.max_failures
-        return EngineError(
-            f"A replica of {spec.name} died {f'{most + 1} times' if most else 'once'}; max_failures is {most}. At last: {why} "
-            "What is published stays; the same command goes on."
-        )
-    return EngineError(f"{spec.name} cannot answer: {said.rpartition(chr(10))[2]}")
