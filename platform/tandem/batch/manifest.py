@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from tandem.batch.models import Names
+from tandem.batch.plan import PieceSize
 from tandem.batch.survey import Survey
 from tandem.batch.write import Output
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)
+"""Those that can be gone on with: in the first, pieces were divided by rows only."""
 DECIDING = ("model", "engine", "request", "engine_args")
 """Settings that the answers depend on."""
 
@@ -28,6 +31,8 @@ class Manifest:
     """Files and their digests, in order."""
     rows: int
     rows_per_piece: int
+    bytes_per_piece: int | None = None
+    """Where a piece is cut that has fewer rows than that; None: nowhere."""
     models: Mapping[str, str | None]
     """What each name in a row means, by id; None: nobody."""
     bases: tuple[str, ...]
@@ -44,7 +49,8 @@ class Manifest:
             settings=_deciding(config),
             input=tuple(zip(map(str, survey.files), survey.digests, strict=True)),
             rows=survey.rows,
-            rows_per_piece=survey.rows_per_piece,
+            rows_per_piece=survey.size.rows,
+            bytes_per_piece=survey.size.bytes,
             models=names.found,
             bases=survey.bases,
         )
@@ -55,13 +61,19 @@ class Manifest:
         found = output.manifest()
         if found is None:
             return None
-        if found.get("format") != FORMAT:
+        if found.get("format") not in FORMATS:
             raise ConfigError(
                 f"{output.run} was written by another version of Tandem (format {found.get('format')}, not {FORMAT}). Choose "
                 "another output."
             )
+        found["format"] = FORMAT
         found["input"] = tuple(tuple(each) for each in found["input"])
         return cls(**{**found, "bases": tuple(found["bases"])})
+
+    @property
+    def size(self) -> PieceSize:
+        """When a piece is full."""
+        return PieceSize(self.rows_per_piece, self.bytes_per_piece)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from tandem.batch.manifest import Manifest
 from tandem.batch.models import Names
-from tandem.batch.plan import Unit, units
+from tandem.batch.plan import PieceSize, Unit, units
 from tandem.batch.sources import find_files
 from tandem.batch.survey import Survey, survey
 from tandem.batch.write import Output
@@ -52,7 +52,8 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
     if before is not None:
         before.check_settings(config)
     names = Names(config, Registry.open(), before.models if before else {})
-    asked = survey(files, names, config.request, before.rows_per_piece if before else config.rows_per_piece, tell)
+    size = PieceSize(config.rows_per_piece) if config.rows_per_piece else None
+    asked = survey(files, names, config.request, before.size if before else size, tell)
     manifest = Manifest.of(config, asked, names)
     if before is not None:
         before.check_input(manifest)

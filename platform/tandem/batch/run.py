@@ -121,7 +121,8 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
         window_rows=config.window_rows,
     )
     run.output.forget_deaths()
-    flight = pieces_in_flight(config.window_rows, max(unit.piece.rows for unit in todo))
+    rows = max(1, sum(unit.piece.rows for unit in todo) // len(todo))
+    flight = pieces_in_flight(config.window_rows, rows, run.survey.size.bytes)
     size = min(served.replicas, len(todo))
     with DataContext.current(_context()):
         with warnings.catch_warnings():

@@ -28,7 +28,7 @@ class BatchConfig(ReplicaConfig):
     request: dict[str, Any] = field(default_factory=dict)
     """Fields for rows that lack them, by OpenAI's and vLLM's names: max_tokens, temperature, ..."""
     rows_per_piece: int | None = None
-    """Rows that are published together, and so lost together; unset: about 4,000 pieces, of 64 rows or more."""
+    """Rows that are published together, and so lost together; unset: about 4,000, each of at most 65,536 rows and 64 MiB."""
     window_rows: int = 2048
     """Rows that one engine has at a time, those that wait among them: more than it can run at once, so that it never idles."""
     max_failures: int = 3

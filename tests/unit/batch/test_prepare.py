@@ -147,6 +147,23 @@ def test_the_same_settings_go_on_whatever_json_makes_of_them(registry: Registry,
         prepare(replace(wanted, request={"logit_bias": {50257: -100}, "stop": ("a", "b")}))
 
 
+def test_a_run_that_was_begun_goes_on_with_its_pieces(registry: Registry, tmp_path: Path) -> None:
+    long = {"prompt": "word " * 200_000}
+    wanted = config(tmp_path, [long] * 9)
+    assert [piece.rows for piece in prepare(wanted).survey.pieces] == [5, 4]
+    assert [piece.rows for piece in prepare(replace(wanted, rows_per_piece=7)).survey.pieces] == [7, 2]
+    # One that divided by rows only, as the first format did.
+    first = prepare(wanted)
+    plain = {**first.manifest.plain(), "format": 1}
+    del plain["bytes_per_piece"]
+    first.output.begin(plain)
+    again = prepare(wanted)
+    assert [piece.rows for piece in again.survey.pieces] == [9]
+    again.output.begin({**again.manifest.plain(), "format": 9})
+    with pytest.raises(ConfigError, match=r"another version of Tandem \(format 9, not 2\)"):
+        prepare(wanted)
+
+
 def test_a_name_means_what_it_meant_when_the_run_began(registry: Registry, tmp_path: Path) -> None:
     wanted = config(tmp_path, ROWS)
     first = prepare(replace(wanted, rows_per_piece=3))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.batch.lines import answered, failed, has_failed, reason_of, row_of
-from tandem.batch.plan import Divider, Mark, units
+from tandem.batch.plan import Divider, Mark, PieceSize, units
 from tandem.batch.write import Output
 from tandem.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_the_reason_is_what_the_engine_said(body: bytes, reason: str) -> None:
 def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: Path) -> None:
     output = Output.at(str(tmp_path / "answers"))
     bases = ["a@1", "b@1", "a@1", None, "b@1", "a@1", None]
-    pieces = list(Divider(4).pieces(0, ((Mark(0, i), base) for i, base in enumerate(bases))))
+    pieces = list(Divider(PieceSize(4)).pieces(0, ((Mark(0, i), 9, base) for i, base in enumerate(bases))))
     every = units(pieces, ["a@1", "b@1"])
     output.begin({"rows": 7})
     output.refuse([failed(row, "x", "why", b"{}").text for row in (3, 6)])
