@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, Self, cast
 
 from tandem.batch.files import reading
 from tandem.batch.plan import Mark
@@ -115,8 +115,7 @@ def webdataset(file: IO[bytes], mark: Mark) -> Iterator[Row]:
     """
     file.seek(mark.offset)
     key, begins, number, fields = None, mark, mark.place, dict[str, bytes]()
-    # From a mark on, nothing but padding may follow: a tar file that ends there is empty, and not damaged.
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
         for member in tar:
             if not member.isfile():
                 continue
@@ -131,6 +130,19 @@ def webdataset(file: IO[bytes], mark: Mark) -> Iterator[Row]:
                 fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()
     if key is not None:
         yield _sample(begins, key, fields)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. One that is damaged or cut off would else be taken for the end of the file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"a header in it is damaged, or its end is missing ({error})") from None
 
 
 READERS: dict[tuple[str, ...], Reader] = {
@@ -168,7 +180,7 @@ def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:
     where = f"sample {key}"
     try:
         record: Any = json.loads(fields.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(mark, where, fields["json"], f"It is not valid JSON: {error}.")
     if not isinstance(record, dict):
         return Row(mark, where, fields["json"], f"It is a {type(record).__name__}; a row is a JSON object.")
@@ -186,7 +198,7 @@ def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:
 def _recorded(mark: Mark, where: str, record: dict[str, Any]) -> Row:
     try:
         return Row(mark, where, json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         return Row(mark, where, repr(record).encode(), f"It has a value that JSON has no form for: {error}.")
 
 
