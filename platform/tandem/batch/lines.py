@@ -19,8 +19,10 @@ class Line(NamedTuple):
 
 
 def answered(row: int, custom_id: str | None, status: int, body: bytes, *, plain: bool) -> Line:
-    """The line of a row that was answered; `body` is the engine's, untouched."""
-    said = from_json(body)
+    """The line of a row that was answered; `body` is the engine's, untouched. Raises ValueError if it is no JSON object."""
+    said = from_json(body, allow_inf_nan=False)
+    if not isinstance(said, dict):
+        raise ValueError(f"a {type(said).__name__}")
     usage = said.get("usage") or {}
     head: dict[str, Any] = {"row": row, "custom_id": custom_id or f"row-{row}"}
     if plain and (text := _text(said)) is not None:
@@ -35,7 +37,7 @@ def answered(row: int, custom_id: str | None, status: int, body: bytes, *, plain
 def failed(row: int, where: str, reason: str, raw: bytes, *, custom_id: str | None = None, status: int = 400) -> Line:
     """The line of a row that was not."""
     try:
-        given = from_json(raw)
+        given = from_json(raw, allow_inf_nan=False)
     except ValueError:
         given = raw.decode(errors="replace")
     if custom_id is None and isinstance(given, dict) and isinstance(given.get("custom_id"), str | int):

@@ -82,10 +82,7 @@ class Worker:
         except* StorageError as away:
             raise away.exceptions[0] from None
         for (number, where, raw, ask), (status, body) in zip(asked, answers, strict=True):
-            if status == 200:
-                lines[number] = answered(number, ask.custom_id, status, body, plain=ask.plain)
-            else:
-                lines[number] = failed(number, where, reason_of(body), raw, status=status)
+            lines[number] = line_of(number, where, raw, ask, status, body)
         return [lines[number] for number in sorted(lines)]
 
     def _check(self, ask: Ask) -> None:
@@ -96,3 +93,16 @@ class Worker:
         """End this process, so that Ray starts another and hands it what was not published."""
         self._work.output.note_death(reason)
         os._exit(1)
+
+
+def line_of(number: int, where: str, raw: bytes, ask: Ask, status: int, body: bytes) -> Line:
+    """The line of a row that an engine has said something about."""
+    if status != 200:
+        return failed(number, where, reason_of(body), raw, status=status)
+    try:
+        return answered(number, ask.custom_id, status, body, plain=ask.plain)
+    except ValueError as error:
+        said = (
+            f"Its answer, {len(body)} bytes, is no JSON object ({error}). Ask for one: encoding_format float or base64."
+        )
+        return failed(number, where, said, raw, status=422)

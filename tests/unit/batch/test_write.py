@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from tandem.batch.lines import answered, failed, has_failed, reason_of, row_of
 from tandem.batch.plan import Divider, Mark, PieceSize, units
+from tandem.batch.rows import read_row
+from tandem.batch.worker import line_of
 from tandem.batch.write import Output
 from tandem.errors import ConfigError
 
@@ -38,6 +41,19 @@ def test_a_line_tells_its_row_and_whether_it_failed_whatever_is_in_it(row: int, 
     assert row_of(bad.text) == row_of(good.text) == row
     assert has_failed(bad.text) and not has_failed(good.text)
     assert json.loads(bad.text)["error"]["message"] == reason
+
+
+@pytest.mark.parametrize("body", [b"\x00\x01", b"[1]", b"3", b'{"data": [NaN]}'])
+def test_an_answer_that_a_line_cannot_hold_is_that_rows_error(body: bytes) -> None:
+    raw = b'{"input":"x","encoding_format":"bytes"}'
+    line = line_of(3, "x.jsonl line 4", raw, read_row(json.loads(raw), {}), 200, body)
+    assert has_failed(line.text)
+    assert re.search(f"{len(body)} bytes, is no JSON object", json.loads(line.text)["error"]["message"])
+
+
+def test_a_line_is_json_whatever_a_row_was() -> None:
+    line = failed(3, "x", "no", b'{"prompt": NaN}').text
+    assert json.loads(line, parse_constant=pytest.fail)["input"] == '{"prompt": NaN}'
 
 
 def test_a_row_that_failed_can_be_corrected_from_its_line() -> None:
