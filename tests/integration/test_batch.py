@@ -176,6 +176,19 @@ def test_rows_of_two_bases_and_their_adapters_are_answered_by_two_replicas_of_ea
     assert [line["row"] for line in rows_in(tmp_path / "y.errors.jsonl")] == [6 + 7 * i for i in range(6)]
 
 
+def test_replicas_that_take_every_cpu_and_more_still_get_rows(
+    ray_cluster: LocalCluster, tmp_path: Path, tandem_home: Path
+) -> None:
+    rows = [{"prompt": f"row {i}"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # 10 CPUs hold two of these, and nothing beside them.
+    config = BatchConfig(
+        input=str(tmp_path / "rows.jsonl"), model="echo", output=str(tmp_path / "out"), engine="echo", replicas=3,
+        cpus_per_replica=5.0, rows_per_piece=2,
+    )  # fmt: skip
+    assert answer(prepare(config)).answered == 24
+
+
 def write_inputs(folder: Path) -> list[tuple[str | None, str]]:
     """Three files of three sorts; of each row in order who is asked what."""
     folder.mkdir()

@@ -19,13 +19,14 @@ from tandem.batch.plan import Unit, left, pieces_in_flight
 from tandem.batch.prepare import BatchRun
 from tandem.batch.read import Pieces
 from tandem.batch.reasons import explained
+from tandem.batch.room import check_nodes
 from tandem.batch.work import Work
 from tandem.batch.worker import Worker
 from tandem.config import ServedModelConfig
-from tandem.errors import ClusterError, EngineError
+from tandem.errors import EngineError
 
-READ_CPUS = 0.25
-"""What Ray reserves for a task that reads a piece: its work is small beside an engine's."""
+READ_CPUS = 0
+"""What Ray reserves for a task that reads: nothing, so that replicas that take every CPU cannot keep it from them."""
 READERS = 2
 """Pieces that are read at a time: each engine has some in its window before it asks for more."""
 
@@ -182,15 +183,8 @@ def _answered(
 
 
 def check_room(served: ServedModelConfig) -> None:
-    """Refuse replicas that the whole cluster, empty, could not hold one of: Ray would wait for ever."""
-    total = ray.cluster_resources()
-    wanted = {"CPU": served.cpus_per_replica, "GPU": served.gpus_per_replica, **served.resources_per_replica}
-    for name, each in wanted.items():
-        if each > total.get(name, 0.0):
-            raise ClusterError(
-                f"A replica takes {each:g} {name}; the whole cluster has {total.get(name, 0.0):g}. Lower "
-                f"{f'{name.lower()}s_per_replica' if name in ('CPU', 'GPU') else 'resources_per_replica'}, or add a node."
-            )
+    """Refuse replicas that no node of the cluster, empty, could hold one of: Ray would wait for ever."""
+    check_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], served)
 
 
 def _rows_in(run: BatchRun, published: list[Unit]) -> int:
