@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from s3fs.core import S3File
 
+from tandem.batch.files import writing
 from tandem.batch.plan import Mark
 from tandem.batch.prepare import prepare
 from tandem.batch.run import answer
 from tandem.batch.sources import rows_of
 from tandem.batch.write import Output
 from tandem.config import BatchConfig
-from tandem.errors import ConfigError, DataError
+from tandem.errors import ConfigError, DataError, StorageError
 from tandem.storage import file_system
 
 
@@ -90,3 +91,22 @@ def test_of_a_large_object_is_fetched_what_is_read_of_it(bucket: str, monkeypatc
     assert sum(1 for _ in rows_of(f"{bucket}/large.jsonl")) == 20_000
     # Each byte once, and not a block for each line.
     assert sum(asked) == 20_000 * len(line)
+
+
+def test_a_file_that_was_not_written_to_its_end_is_not_there(bucket: str) -> None:
+    store, place = file_system(bucket), f"{bucket}/half.jsonl"
+    for lines in (1, 200_000):
+        with (
+            pytest.raises(StorageError, match="half.jsonl cannot be written: OSError: a piece is gone"),
+            writing(place) as file,
+        ):
+            file.write(b"x" * 300 * lines)
+            raise OSError("a piece is gone")
+        assert not store.exists(place)
+        with writing(place) as file:
+            file.write(b"x" * 300 * lines)
+        assert store.size(place) == 300 * lines
+        store.rm_file(place)
+    with writing(place):
+        pass
+    assert store.size(place) == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tandem.errors import StorageError
 from tandem.storage import Location, disk_errors, file_system, write_atomic
@@ -43,7 +44,7 @@ def write(place: Location, data: bytes) -> None:
 def writing(place: Location) -> Iterator[IO[bytes]]:
     """The same for a file that is too large to hold: it is there at the end of the block."""
     if not isinstance(place, Path):
-        with _store_errors(place), file_system(place).open(place, "wb") as file:
+        with _store_errors(place), _committed(file_system(place).open(place, "wb", autocommit=False)) as file:
             yield file
         return
     with disk_errors("writing", place):
@@ -57,6 +58,28 @@ def writing(place: Location) -> Iterator[IO[bytes]]:
             staging.replace(place)
         finally:
             staging.unlink(missing_ok=True)
+
+
+def forget_halves(place: Location) -> None:
+    """Remove what `writing` was killed in the middle of; a store does not show such."""
+    if isinstance(place, Path):
+        for half in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
+            half.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _committed(file: Any) -> Iterator[IO[bytes]]:
+    # Left to itself, fsspec publishes what there is whether or not the block came to its end.
+    try:
+        yield file
+        file.close()
+        file.commit()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            file.close()
+        with contextlib.suppress(Exception):
+            file.discard()
+        raise
 
 
 @contextlib.contextmanager

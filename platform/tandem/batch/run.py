@@ -23,7 +23,7 @@ from tandem.batch.room import check_nodes
 from tandem.batch.work import Work
 from tandem.batch.worker import Worker
 from tandem.config import ServedModelConfig
-from tandem.errors import EngineError
+from tandem.errors import EngineError, StorageError
 
 READ_CPUS = 0
 """What Ray reserves for a task that reads: nothing, so that replicas that take every CPU cannot keep it from them."""
@@ -68,8 +68,8 @@ class Summary:
 def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: None) -> Summary:
     """Answer what is left, and write the two files. Raises EngineError if engines cannot start or keep on dying."""
     began, output, rows = time.monotonic(), run.output, run.survey.rows
-    if run.manifest.finished:
-        return _summary(run, found=rows)
+    if (whole := _finished(run)) is not None:
+        return whole
     output.begin(run.manifest.plain())
     output.refuse(run.survey.refused)
     published = output.published()
@@ -86,11 +86,18 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
             times += [told["began"], told["ended"]]
             tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens))
         answering_s += max(times, default=0.0) - min(times, default=0.0)
-    if (other := Manifest.read(output)) is not None and other.finished:
+    if (whole := _finished(run)) is not None:
         # Another command was at it too, and was done first.
-        return _summary(replace(run, manifest=other), found=rows)
+        return whole
     assembling = time.monotonic()
-    answered, failed = output.assemble(run.survey.pieces, run.units)
+    try:
+        answered, failed = output.assemble(run.survey.pieces, run.units)
+    except (FileNotFoundError, StorageError) as error:
+        if (whole := _finished(run)) is not None:
+            return whole
+        raise StorageError(
+            f"The two files cannot be made of {output.run}: {error}. The same command goes on."
+        ) from error
     if answered + failed != rows:
         raise EngineError(
             f"{answered} answers and {failed} errors were published of {rows} rows. Look at {output.run}, and report it."
@@ -185,6 +192,15 @@ def _answered(
 def check_room(served: ServedModelConfig) -> None:
     """Refuse replicas that no node of the cluster, empty, could hold one of: Ray would wait for ever."""
     check_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], served)
+
+
+def _finished(run: BatchRun) -> Summary | None:
+    """How the run ended, if it is done."""
+    manifest = Manifest.read(run.output)
+    if manifest is None or not manifest.finished:
+        return None
+    run.output.clean()
+    return _summary(replace(run, manifest=manifest), found=run.survey.rows)
 
 
 def _rows_in(run: BatchRun, published: list[Unit]) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.batch.files import read, reading, write, writing
+from tandem.batch.files import forget_halves, read, reading, write, writing
 from tandem.batch.lines import has_failed, row_of
 from tandem.batch.plan import Piece, Unit
 from tandem.errors import ConfigError, StorageError
@@ -65,6 +65,18 @@ class Output:
             raise StorageError(f"{place} cannot be read: {error}. Choose another output.") from error
         return dict(found)
 
+    def check_made(self) -> None:
+        """ConfigError if a file of a finished run is not there any more: the pieces that it was made of are not either."""
+        for place in (self.results, self.errors):
+            if not file_system(place).exists(str(place)):
+                raise ConfigError(
+                    f"{place} is gone, and {self.run} says that the run is done. Remove {self.run} too to answer its rows again."
+                )
+
+    def owns(self, file: Location) -> bool:
+        """Whether a file is one of the run's own, which is no input of it."""
+        return file in (self.results, self.errors) or str(file).startswith(f"{self.run}/")
+
     def begin(self, manifest: dict[str, Any]) -> None:
         """Write the manifest down."""
         write(join(self.run, "manifest.json"), json.dumps(manifest, indent=1).encode())
@@ -109,9 +121,13 @@ class Output:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write down that the two files are whole; the pieces are needed no more."""
         self.begin(manifest)
-        place = join(self.run, "pieces")
-        with contextlib.suppress(FileNotFoundError):
-            file_system(place).rm(str(place), recursive=True)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what a finished run does not need, also where it was killed while it did so."""
+        _remove(join(self.run, "pieces"))
+        for place in (self.results, self.errors, join(self.run, "manifest.json")):
+            forget_halves(place)
 
     def note_death(self, text: str) -> None:
         """Keep what a worker said before it ended."""
@@ -128,9 +144,7 @@ class Output:
 
     def forget_deaths(self) -> None:
         """Those of an earlier start say nothing of this one."""
-        place = join(self.run, "deaths")
-        with contextlib.suppress(FileNotFoundError):
-            file_system(place).rm(str(place), recursive=True)
+        _remove(join(self.run, "deaths"))
 
     def _put(self, name: str, lines: Iterable[bytes]) -> None:
         write(join(self.run, "pieces", name), b"".join(line + b"\n" for line in lines))
@@ -152,3 +166,8 @@ class _Ahead:
         while self._next is not None and row_of(self._next) < row:
             yield self._next
             self._next = next(self._lines, None)
+
+
+def _remove(folder: Location) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        file_system(folder).rm(str(folder), recursive=True)

@@ -13,8 +13,9 @@ from small_folders import small_adapter, small_model
 
 from tandem.batch.prepare import prepare
 from tandem.batch.run import Progress, answer
+from tandem.batch.write import Output
 from tandem.config import BatchConfig
-from tandem.errors import ConfigError, DataError, UnknownModelError
+from tandem.errors import ConfigError, DataError, StorageError, UnknownModelError
 from tandem.registry import Registry
 
 
@@ -118,6 +119,68 @@ def test_of_two_commands_on_one_output_the_second_finds_the_work_done(registry: 
     summary = answer(second, lambda progress: [answer(first)].clear())
     assert (summary.failed, summary.found) == (1, 1)
     assert (tmp_path / "out" / "errors.jsonl").read_text().count("\n") == 1
+
+
+def test_one_command_may_finish_while_the_other_puts_the_files_together(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(tmp_path, ["{bad"])
+    first, second = prepare(wanted), prepare(wanted)
+    assemble = Output.assemble
+
+    def overtaken(*arguments: Any) -> tuple[int, int]:
+        monkeypatch.setattr(Output, "assemble", assemble)
+        answer(first)
+        return assemble(*arguments)
+
+    monkeypatch.setattr(Output, "assemble", overtaken)
+    assert answer(second).failed == 1
+    assert (tmp_path / "out" / "errors.jsonl").read_text().count("\n") == 1
+    # One that was prepared before and comes late begins nothing again.
+    late = replace(prepare(wanted), manifest=first.manifest)
+    assert answer(late).found == 1 and not (tmp_path / "out" / "run" / "pieces").exists()
+
+
+def test_a_piece_that_is_gone_is_said_and_answered_again(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(tmp_path, ["{bad"])
+    run = prepare(wanted)
+    with pytest.raises(StorageError, match=r"cannot be made of .*refused.jsonl.* The same command goes on"):
+        answer(run, lambda progress: (tmp_path / "out" / "run" / "pieces" / "refused.jsonl").unlink())
+    assert answer(prepare(wanted)).failed == 1
+
+
+def test_a_finished_run_whose_answers_were_removed_is_not_as_before(registry: Registry, tmp_path: Path) -> None:
+    wanted = finished_with_nothing_to_ask(tmp_path)
+    (tmp_path / "out" / "results.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"results.jsonl is gone, and .*/run says that the run is done. Remove"):
+        prepare(wanted)
+
+
+def test_what_a_kill_left_of_a_finished_run_goes(registry: Registry, tmp_path: Path) -> None:
+    wanted = finished_with_nothing_to_ask(tmp_path)
+    out = tmp_path / "out"
+    (out / "run" / "pieces").mkdir()
+    for left in ("run/pieces/00000000-0.jsonl", ".results.jsonl.1f2e.tmp", "run/.manifest.json.1f2e.tmp", ".mine.tmp"):
+        (out / left).write_text("x")
+    answer(prepare(wanted))
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == [
+        ".mine.tmp", "errors.jsonl", "results.jsonl", "run/manifest.json",
+    ]  # fmt: skip
+
+
+def test_a_runs_own_output_is_no_input_of_it(registry: Registry, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("{bad\n")
+    given = {"input": str(folder), "output": str(folder / "answers.jsonl")}
+    assert answer(prepare(config(tmp_path, [], **given))).failed == 1
+    everything = config(tmp_path, [], **{**given, "input": f"{folder}/**/*.jsonl"})
+    for again in (config(tmp_path, [], **given), everything):
+        assert answer(prepare(again)).found == 1
+    with pytest.raises(DataError, match="holds nothing but the output of this run"):
+        prepare(config(tmp_path, [], **{**given, "input": str(folder / "answers.jsonl")}))
 
 
 def test_an_output_of_another_run_is_refused_with_what_differs(registry: Registry, tmp_path: Path) -> None:
