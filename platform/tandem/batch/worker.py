@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tandem.batch.lines import Line, answered, failed, reason_of
 from tandem.batch.rows import Ask, BadRowError, check_prompt_logprobs, request_bytes
 from tandem.batch.work import Work
 from tandem.engine.create import create_engine
-from tandem.errors import StorageError
+from tandem.errors import EngineError, StorageError
 from tandem.reaper import Reaper
 from tandem.serve.adapter_checks import AdapterChecks
 
@@ -33,6 +34,12 @@ class Worker:
     def __init__(self, work: Work) -> None:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._work = work
+        if not work.output.is_begun():
+            node = socket.gethostname()
+            raise EngineError(
+                f"{work.output.run} is not on the node {node}, so what it answers would not be found. Give an output in a folder "
+                "that all nodes share, or s3://..."
+            )
         self._reaper = Reaper.of_children()
         spec = work.spec
         self._answerer = Answerer(

@@ -81,6 +81,11 @@ class Output:
         """Write the manifest down."""
         write(join(self.run, "manifest.json"), json.dumps(manifest, indent=1).encode())
 
+    def is_begun(self) -> bool:
+        """Whether a run's manifest is seen from here."""
+        place = join(self.run, "manifest.json")
+        return bool(file_system(place).exists(str(place)))
+
     def publish(self, name: str, lines: Iterable[bytes]) -> None:
         """Put the answers of a unit (plan.Unit.name) there, all of them."""
         self._put(name, lines)

@@ -24,7 +24,7 @@ class BatchConfig(ReplicaConfig):
     model: str
     """Who answers rows that name nobody: a registered model or adapter, or a folder in Hugging Face's format."""
     output: str
-    """A folder, or a file that ends in .jsonl; also by URI."""
+    """A folder, or a file that ends in .jsonl, which every node sees at that path; also by URI."""
     request: dict[str, Any] = field(default_factory=dict)
     """Fields for rows that lack them, by OpenAI's and vLLM's names: max_tokens, temperature, ..."""
     rows_per_piece: int | None = None
