@@ -15,12 +15,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from commands import Running, started, tandem
 from serve_fixtures import PROMPTS, greedy_tokens, write_adapter, write_model
 from small_folders import small_adapter, small_model
 
 from tandem.batch.prepare import prepare
 from tandem.batch.run import answer
+from tandem.cli.batch import run_batch
 from tandem.cluster import LocalCluster
 from tandem.config import BatchConfig
 from tandem.errors import EngineError
@@ -187,6 +189,33 @@ def test_replicas_that_take_every_cpu_and_more_still_get_rows(
         cpus_per_replica=5.0, rows_per_piece=2,
     )  # fmt: skip
     assert answer(prepare(config)).answered == 24
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    """Something of the caller's that lives on its connection."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self) -> int:
+        self.count += 1
+        return self.count
+
+
+def test_a_program_that_is_connected_to_a_cluster_runs_there_and_stays_connected(
+    ray_cluster: LocalCluster, tmp_path: Path, tandem_home: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hey"}\n')
+    counter = Counter.remote()
+    assert ray.get(counter.add.remote()) == 1
+    # This home knows of no cluster: another one would be started.
+    done = run_batch(
+        tmp_path / "rows.jsonl", model="echo", output=tmp_path / "out", engine="echo",
+        resources_per_replica={"node:__internal_head__": 0.1}, cpus_per_replica=9.5,
+    )  # fmt: skip
+    assert done.answered == 1
+    assert ray.get(counter.add.remote()) == 2
 
 
 def write_inputs(folder: Path) -> list[tuple[str | None, str]]:
