@@ -6,6 +6,7 @@ import contextlib
 import glob
 import io
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,28 @@ def writing(place: Location) -> Iterator[IO[bytes]]:
             staging.replace(place)
         finally:
             staging.unlink(missing_ok=True)
+
+
+class Lines:
+    """Lines that are kept until they are written elsewhere: in memory while they are few, else on this machine's disk."""
+
+    def __init__(self, in_memory_bytes: int = 8 << 20) -> None:
+        self._file = tempfile.SpooledTemporaryFile(in_memory_bytes)  # noqa: SIM115 - as long as they are
+        self._count = 0
+
+    def add(self, line: bytes) -> None:
+        """One more, at the end."""
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(line + b"\n")
+        self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._file.seek(0)
+        for line in self._file:
+            yield line.rstrip(b"\n")
 
 
 def forget_halves(place: Location) -> None:

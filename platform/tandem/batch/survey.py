@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.batch.files import Lines
 from tandem.batch.lines import failed
 from tandem.batch.models import Names
 from tandem.batch.plan import Divider, Mark, Piece, PieceSize, piece_size
@@ -29,7 +30,7 @@ class Survey:
     pieces: tuple[Piece, ...]
     bases: tuple[str, ...]
     """Ids of the base models that rows are for, in the order of the first row of each."""
-    refused: tuple[bytes, ...]
+    refused: Lines
     """The lines of rows that no engine is asked about."""
     rows: int
     size: PieceSize
@@ -50,7 +51,7 @@ def survey(
     size = size or piece_size(sum(_size(file) for file in files))
     divider = Divider(size)
     bases: dict[str, None] = {}
-    refused: list[bytes] = []
+    refused = Lines()
     pieces: list[Piece] = []
 
     def asked(file: Location) -> Iterator[tuple[Mark, int, str | None]]:
@@ -59,7 +60,7 @@ def survey(
                 base: str | None = _base(row, names, request)
             except (BadRowError, RegistryError) as error:
                 base = None
-                refused.append(failed(divider.rows, f"{file} {row.where}", str(error), row.raw).text)
+                refused.add(failed(divider.rows, f"{file} {row.where}", str(error), row.raw).text)
             else:
                 bases[str(base)] = None
             yield row.mark, len(row.raw), base
@@ -71,7 +72,7 @@ def survey(
     if not divider.rows:
         raise DataError(f"{', '.join(map(str, files[:3]))} has no rows.")
     digests = tuple(_digest(file) for file in files)
-    return Survey(tuple(files), digests, tuple(pieces), tuple(bases), tuple(refused), divider.rows, size)
+    return Survey(tuple(files), digests, tuple(pieces), tuple(bases), refused, divider.rows, size)
 
 
 def _base(row: Row, names: Names, request: Mapping[str, Any]) -> str:

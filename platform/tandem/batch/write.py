@@ -88,11 +88,12 @@ class Output:
 
     def publish(self, name: str, lines: Iterable[bytes]) -> None:
         """Put the answers of a unit (plan.Unit.name) there, all of them."""
-        self._put(name, lines)
+        write(join(self.run, "pieces", name), b"".join(line + b"\n" for line in lines))
 
     def refuse(self, lines: Iterable[bytes]) -> None:
         """Put the rows there that no engine is asked about, all of them."""
-        self._put(REFUSED, lines)
+        with writing(join(self.run, "pieces", REFUSED)) as file:
+            file.writelines(line + b"\n" for line in lines)
 
     def published(self) -> set[str]:
         """The names of the pieces that are there."""
@@ -150,9 +151,6 @@ class Output:
     def forget_deaths(self) -> None:
         """Those of an earlier start say nothing of this one."""
         _remove(join(self.run, "deaths"))
-
-    def _put(self, name: str, lines: Iterable[bytes]) -> None:
-        write(join(self.run, "pieces", name), b"".join(line + b"\n" for line in lines))
 
     def _lines(self, name: str) -> Iterator[bytes]:
         with reading(join(self.run, "pieces", name)) as file:

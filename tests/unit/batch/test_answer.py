@@ -72,7 +72,9 @@ def test_pieces_share_one_window_so_that_the_engine_never_drains_between_them(
             fewest.append(engine.stats().running)
 
     done = threading.Event()
-    pieces = [threading.Thread(target=answerer.answer, args=([question("one two three")] * 8,)) for _ in range(6)]
+    # Rows of several lengths: those of one would all end at the same moment.
+    asked = [question("word " * (2 + i % 4)) for i in range(8)]
+    pieces = [threading.Thread(target=answerer.answer, args=(asked,)) for _ in range(6)]
     watcher = threading.Thread(target=watch)
     for thread in pieces:
         thread.start()
@@ -83,7 +85,7 @@ def test_pieces_share_one_window_so_that_the_engine_never_drains_between_them(
     done.set()
     for thread in (*pieces, watcher):
         thread.join(timeout=10)
-    assert sum(count == 0 for count in fewest) <= len(fewest) // 20
+    assert sum(count == 0 for count in fewest) <= max(1, len(fewest) // 20)
 
 
 def test_rows_of_more_adapters_than_slots_take_turns(answerer: Answerer, engine: Watched) -> None:

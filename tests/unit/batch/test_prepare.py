@@ -237,7 +237,7 @@ def test_a_name_means_what_it_meant_when_the_run_began(registry: Registry, tmp_p
     assert again.survey.pieces == first.survey.pieces
     assert again.names.find("red").engine_name == "red@1"
     # Somebody who had no name then is refused still: the row may be in a piece that is published.
-    assert len(again.survey.refused) == 2 and "when the run began" in again.survey.refused[1].decode()
+    assert len(again.survey.refused) == 2 and "when the run began" in list(again.survey.refused)[1].decode()
     assert prepare(replace(wanted, output=str(tmp_path / "new"))).names.find("red").engine_name == "red@2"
 
 

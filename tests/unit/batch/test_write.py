@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.batch.files import Lines
 from tandem.batch.lines import answered, failed, has_failed, reason_of, row_of
 from tandem.batch.plan import Divider, Mark, PieceSize, units
 from tandem.batch.rows import read_row
@@ -106,6 +108,22 @@ def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: P
     assert sorted(p.name for p in (tmp_path / "answers").rglob("*") if p.is_file()) == [
         "errors.jsonl", "manifest.json", "results.jsonl",
     ]  # fmt: skip
+
+
+def test_rows_that_nobody_is_asked_about_take_no_memory_however_many(tmp_path: Path) -> None:
+    lines = Lines()
+    tracemalloc.start()
+    for row in range(4000):
+        lines.add(failed(row, "x", "why", b'"%b"' % (b"x" * 10_000)).text)
+    output = Output.at(str(tmp_path))
+    output.refuse(lines)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 24 << 20
+    assert len(lines) == 4000 and [row_of(line) for line in lines] == list(range(4000))
+    lines.add(b'{"row":4000,')
+    assert [row_of(line) for line in lines][-1] == 4000
+    assert (tmp_path / "run" / "pieces" / "refused.jsonl").read_bytes().count(b"\n") == 4000
 
 
 def test_an_output_may_be_one_file_and_what_belongs_to_it_lies_beside(tmp_path: Path) -> None:
