@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import signal
 import tarfile
@@ -16,12 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.data
 from commands import Running, started, tandem
+from ray.data import DataContext
 from serve_fixtures import PROMPTS, greedy_tokens, write_adapter, write_model
 from small_folders import small_adapter, small_model
 
 from tandem.batch.prepare import prepare
-from tandem.batch.run import answer
+from tandem.batch.read import Pieces
+from tandem.batch.run import READ_CPUS, _context, answer
+from tandem.batch.work import Work
 from tandem.cli.batch import run_batch
 from tandem.cluster import LocalCluster
 from tandem.config import BatchConfig
@@ -189,6 +194,27 @@ def test_replicas_that_take_every_cpu_and_more_still_get_rows(
         cpus_per_replica=5.0, rows_per_piece=2,
     )  # fmt: skip
     assert answer(prepare(config)).answered == 24
+
+
+def test_one_task_reads_a_file_and_its_pieces_stay_apart_on_their_way_to_replicas(
+    ray_cluster: LocalCluster, tmp_path: Path, tandem_home: Path
+) -> None:
+    rows = "".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(24))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    run = prepare(
+        BatchConfig(
+            input=str(tmp_path / "rows.jsonl.gz"), model="echo", output=str(tmp_path / "out"), engine="echo", rows_per_piece=2
+        )
+    )  # fmt: skip
+    work = Work(
+        spec=run.bases[0][0], default=run.names.default, targets={}, request={}, output=run.output, window_rows=4
+    )
+    with DataContext.current(_context()):
+        source = Pieces(run.survey.files, run.units, work)
+        assert len(source.tasks) == 1
+        read = ray.data.read_datasource(source, num_cpus=READ_CPUS, override_num_blocks=1)
+        tables = [batch["unit"].tolist() for batch in read.iter_batches(batch_size=None, batch_format="numpy")]
+    assert tables == [[unit.name] for unit in run.units] and len(tables) == 12
 
 
 @ray.remote(num_cpus=0)

@@ -7,7 +7,7 @@ published in one step. So a run that goes on after a death knows from the names 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ FLIGHT_BYTES = 1 << 30
 """Of the pieces that an engine is given at once."""
 PIECES = 4096
 """Pieces that an input is divided into, about."""
+UNITS_A_TASK = 64
+"""That one task reads, of a file that can be read from anywhere on."""
 ROW_BYTES = 512
 """Of a row, about: how many there are is not known before they are read."""
 
@@ -122,6 +124,18 @@ def units(pieces: Iterable[Piece], bases: Iterable[str]) -> list[Unit]:
 def left(all_units: Iterable[Unit], published: Collection[str]) -> list[Unit]:
     """Those that are not published yet, in their order."""
     return [unit for unit in all_units if unit.name not in published]
+
+
+def read_together(todo: Iterable[Unit], only_forward: Callable[[int], bool]) -> list[list[Unit]]:
+    """What each task reads: units of one file, all of them where it can be read from its start only (`only_forward`)."""
+    tasks: list[list[Unit]] = []
+    for unit in todo:
+        source = unit.piece.source
+        if tasks and tasks[-1][0].piece.source == source and (only_forward(source) or len(tasks[-1]) < UNITS_A_TASK):
+            tasks[-1].append(unit)
+        else:
+            tasks.append([unit])
+    return tasks
 
 
 def pieces_in_flight(window_rows: int, rows: int, piece_bytes: int | None = None) -> int:

@@ -28,7 +28,7 @@ from tandem.errors import EngineError, StorageError
 READ_CPUS = 0
 """What Ray reserves for a task that reads: nothing, so that replicas that take every CPU cannot keep it from them."""
 READERS = 2
-"""Pieces that are read at a time: each engine has some in its window before it asks for more."""
+"""Files that are read at a time: each engine has some in its window before it asks for more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,14 +133,15 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
     flight = pieces_in_flight(config.window_rows, rows, run.survey.size.bytes)
     size = min(served.replicas, len(todo))
     with DataContext.current(_context()):
+        source = Pieces(run.survey.files, todo, work)
         with warnings.catch_warnings():
             # Ray Data has no other way to say `max_restarts`, and without it a row that kills its engine would do so for ever.
             warnings.simplefilter("ignore")
             read = ray.data.read_datasource(
-                Pieces(run.survey.files, todo, work),
+                source,
                 num_cpus=READ_CPUS,
-                concurrency=min(READERS, len(todo)),
-                override_num_blocks=len(todo),
+                concurrency=min(READERS, len(source.tasks)),
+                override_num_blocks=len(source.tasks),
             )
             told = _answered(read, work, served, flight, size=size, restarts=config.max_failures)
         try:
@@ -155,8 +156,8 @@ def _context() -> DataContext:
     """How Ray Data goes about it, here only."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    # A table is a piece: it is neither cut nor put together with others.
-    context.target_max_block_size = None
+    # A table is a unit and has one row: as one alone is too large, it is not put together with others.
+    context.target_max_block_size = 1
     # A model that cannot be loaded is not tried again.
     context.max_consecutive_actor_init_deaths = 0
     # A thread for each piece in flight that asks the kernel how large the process is.

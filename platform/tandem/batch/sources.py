@@ -21,6 +21,7 @@ from tandem.errors import DataError, did_you_mean
 from tandem.storage import Location, base_name, file_system, is_remote, located
 
 TEXT_MEMBERS = ("txt", "text")
+PACKED = (".gz", ".tgz")
 ROWS_AT_A_TIME = 256
 
 
@@ -78,6 +79,11 @@ def rows_of(file: Location, mark: Mark = Mark()) -> Iterator[Row]:  # noqa: B008
         raise DataError(f"{file} cannot be read: {error}.") from error
 
 
+def only_forward(file: Location) -> bool:
+    """Whether reading from a mark on means reading much of what is before it."""
+    return str(file).endswith((*PACKED, ".parquet"))
+
+
 def json_lines(file: IO[bytes], mark: Mark) -> Iterator[Row]:
     """An object a line; blank lines are none."""
     offset, number = mark
@@ -102,9 +108,11 @@ def parquet(file: IO[bytes], mark: Mark) -> Iterator[Row]:
         if group == len(sizes):
             return
         for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=range(group, len(sizes))):
-            for record in batch.to_pylist():
-                if number >= mark.place:
-                    yield _recorded(Mark(0, number), f"row {number + 1}", _without_nulls(record))
+            # What is before the mark is not made into Python's values, which takes longer than reading it.
+            before = min(max(0, mark.place - number), batch.num_rows)
+            number += before
+            for record in batch.slice(before).to_pylist():
+                yield _recorded(Mark(0, number), f"row {number + 1}", _without_nulls(record))
                 number += 1
 
 
@@ -169,7 +177,7 @@ def _near(place: Location) -> str:
 @contextlib.contextmanager
 def _opened(file: Location) -> Iterator[IO[bytes]]:
     with reading(file) as raw:
-        if str(file).endswith((".gz", ".tgz")):
+        if str(file).endswith(PACKED):
             with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
                 yield cast(IO[bytes], unpacked)
         else:

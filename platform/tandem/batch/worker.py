@@ -6,7 +6,6 @@ so: what is published by then is not asked again.
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import time
@@ -52,11 +51,11 @@ class Worker:
         self._answerer.start()
 
     def __call__(self, table: Any) -> dict[str, Any]:
-        """Answer a table of rows of one or more pieces (read.COLUMNS), and publish each."""
+        """Answer a table of one or more units (read.COLUMNS), and publish each."""
         told: dict[str, list[Any]] = {key: [] for key in TOLD}
-        rows = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
-        for name, held in itertools.groupby(rows, key=lambda row: row[0]):
-            began, piece = time.time(), [row[1:] for row in held]
+        units = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
+        for name, *columns in units:
+            began, piece = time.time(), list(zip(*columns, strict=True))
             lines: list[Line] = []
             if not self._work.output.is_published(name):
                 lines = self._answer(piece)

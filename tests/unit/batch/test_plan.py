@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.batch.plan import Divider, Mark, Piece, PieceSize, left, piece_size, pieces_in_flight, units
+from tandem.batch.plan import Divider, Mark, Piece, PieceSize, left, piece_size, pieces_in_flight, read_together, units
 
 ROWS = st.lists(st.sampled_from(["a@1", "b@1", None]), max_size=30)
 FILES = st.lists(ROWS, max_size=4)
@@ -60,6 +60,13 @@ def test_names_sort_as_rows_do() -> None:
     pieces = divided([["a@1"] * 25], 2)
     names = [unit.name for unit in units(pieces, ["a@1"])]
     assert names == sorted(names) and len(names) == 13
+
+
+def test_tasks_read_units_of_one_file_and_all_of_one_that_is_read_from_its_start() -> None:
+    every = units(divided([["a@1"] * 150, ["a@1"] * 150, ["a@1"]], 1), ["a@1"])
+    tasks = read_together(every, lambda source: source == 1)
+    assert [unit for task in tasks for unit in task] == every
+    assert [(task[0].piece.source, len(task)) for task in tasks] == [(0, 64), (0, 64), (0, 22), (1, 150), (2, 1)]
 
 
 def test_small_inputs_have_small_pieces_and_large_ones_not_too_many() -> None:
