@@ -43,6 +43,8 @@ class Progress:
     """Rows without an answer, as far as this start knows."""
     tokens: int = 0
     """Generated since this start."""
+    answering_s: float = 0.0
+    """What this start has taken for its rows, without the starts of engines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,13 +81,13 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
     done, tokens, prompt_tokens, answering_s = found + failed, 0, 0, 0.0
     tell(Progress(rows=rows, done=done, failed=failed))
     for number in range(len(run.bases)):
-        times: list[float] = []
+        before_s, first, last = answering_s, float("inf"), 0.0
         for told in _answers(run, number, [unit for unit in todo if unit.base == number]):
             done, failed = done + told["rows"], failed + told["failed"]
             tokens, prompt_tokens = tokens + told["tokens"], prompt_tokens + told["prompt_tokens"]
-            times += [told["began"], told["ended"]]
-            tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens))
-        answering_s += max(times, default=0.0) - min(times, default=0.0)
+            first, last = min(first, told["began"]), max(last, told["ended"])
+            answering_s = before_s + last - first
+            tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens, answering_s=answering_s))
     if (whole := _finished(run)) is not None:
         # Another command was at it too, and was done first.
         return whole

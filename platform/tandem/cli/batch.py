@@ -161,7 +161,7 @@ class _Bar:
             console=console,
         )
         self._task = self._progress.add_task("Answering", total=run.survey.rows, numbers="[dim]starting engines[/]")
-        self._first: tuple[float, int] | None = None
+        self._found: int | None = None
         self._tenth = 0
 
     def __enter__(self) -> _Bar:
@@ -173,15 +173,14 @@ class _Bar:
 
     def tell(self, now: BatchProgress) -> None:
         """More rows are published."""
-        seconds = self._progress.tasks[0].elapsed or 0.0
-        if self._first is None:
-            # What an earlier start had done says nothing of how fast this one is.
-            self._first = (seconds, now.done)
+        if self._found is None:
+            # What an earlier start had done says nothing of how fast this one is, nor does the start of engines.
+            self._found = now.done
             if now.done:
                 self._progress.console.print(f"  [dim]·[/] {now.done:,} of {now.rows:,} rows are there already")
             self._progress.update(self._task, completed=now.done)
             return
-        past, rows = seconds - self._first[0], now.done - self._first[1]
+        past, rows = now.answering_s, now.done - self._found
         parts = [f"{now.tokens / past:,.0f} tok/s"] if past else []
         if now.failed:
             parts.append(f"[yellow]{now.failed:,} failed[/]")
