@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import tandem
 from s3fs.core import S3File
 
 from tandem.batch.files import writing
@@ -110,3 +112,25 @@ def test_a_file_that_was_not_written_to_its_end_is_not_there(bucket: str) -> Non
     with writing(place):
         pass
     assert store.size(place) == 0
+
+
+def test_workers_read_from_a_store_and_publish_to_it(bucket: str, tmp_path: Path) -> None:
+    store = file_system(bucket)
+    rows = [json.dumps({"prompt": f"row {i}"}) for i in range(20)]
+    rows[7] = "{bad"
+    store.pipe_file(f"{bucket}/work/a.jsonl", "\n".join(rows[:9]).encode())
+    store.pipe_file(f"{bucket}/work/b.jsonl.gz", gzip.compress("\n".join(rows[9:]).encode()))
+    (tmp_path / "home").mkdir()
+    # A cluster of its own: the session's may have started before the store did.
+    done = tandem(
+        "batch", "run", "--input", f"{bucket}/work", "--model", "parrot", "--output", f"{bucket}/work/answers.jsonl",
+        "--set", "engine=echo", "--set", "rows_per_piece=4", "--set", "cpus_per_replica=0.5",
+        home=tmp_path / "home", timeout_s=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "19 of 20 rows answered" in done.stdout
+    results = [json.loads(line) for line in store.cat_file(f"{bucket}/work/answers.jsonl").splitlines()]
+    assert [(line["row"], line["text"]) for line in results] == [(i, f"row {i}") for i in range(20) if i != 7]
+    errors = [json.loads(line) for line in store.cat_file(f"{bucket}/work/answers.errors.jsonl").splitlines()]
+    assert [line["where"] for line in errors] == [f"{bucket}/work/a.jsonl line 8"]
+    assert [name.rpartition("/")[2] for name in store.find(f"{bucket}/work/answers.run")] == ["manifest.json"]

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 from pydantic_core import from_json, to_json
 
 
+NO_ROUTE = {"detail": "Not Found"}
+"""What an app says of a path that it does not have."""
+
+
 class Line(NamedTuple):
     """One row's line."""
 
@@ -46,10 +50,12 @@ def failed(row: int, where: str, reason: str, raw: bytes, *, custom_id: str | No
     return Line(to_json({**head, "error": {"code": status, "message": reason}, "input": given}), True)
 
 
-def reason_of(body: bytes) -> str:
-    """What an engine's refusal says."""
+def reason_of(body: bytes, path: str) -> str:
+    """What an engine's refusal of a request for `path` says."""
     try:
         said = from_json(body)
+        if said == NO_ROUTE:
+            return f"Its model does not answer {path}. Ask one that does: some write text, others embed or score it."
         error = said.get("error", said)
         return str(error.get("message") or error)
     except (ValueError, AttributeError):

@@ -104,7 +104,7 @@ class Worker:
 def line_of(number: int, where: str, raw: bytes, ask: Ask, status: int, body: bytes) -> Line:
     """The line of a row that an engine has said something about."""
     if status != 200:
-        return failed(number, where, reason_of(body), raw, status=status)
+        return failed(number, where, reason_of(body, ask.path), raw, status=status)
     try:
         return answered(number, ask.custom_id, status, body, plain=ask.plain)
     except ValueError as error:

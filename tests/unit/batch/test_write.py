@@ -77,10 +77,19 @@ def test_a_row_that_has_no_name_is_called_by_its_number() -> None:
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [(b'{"error":{"message":"no"}}', "no"), (b"[]", "[]"), (b"plain", "plain"), (b'{"message":"x"}', "x")],
+    [
+        (b'{"error":{"message":"no"}}', "no"),
+        (b"[]", "[]"),
+        (b"plain", "plain"),
+        (b'{"message":"x"}', "x"),
+        (
+            b'{"detail":"Not Found"}',
+            "Its model does not answer /v1/embeddings. Ask one that does: some write text, others embed or score it.",
+        ),
+    ],
 )
 def test_the_reason_is_what_the_engine_said(body: bytes, reason: str) -> None:
-    assert reason_of(body) == reason
+    assert reason_of(body, "/v1/embeddings") == reason
 
 
 def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: Path) -> None:
