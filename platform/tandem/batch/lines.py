@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json, to_json
 
-
 NO_ROUTE = {"detail": "Not Found"}
 """What an app says of a path that it does not have."""
 
