@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import signal
 import tarfile
@@ -15,12 +16,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
 from commands import Running, started, tandem
+from ray.data import DataContext
 from serve_fixtures import PROMPTS, greedy_tokens, write_adapter, write_model
 from small_folders import small_adapter, small_model
 
 from tandem.batch.prepare import prepare
-from tandem.batch.run import answer
+from tandem.batch.read import Pieces
+from tandem.batch.run import READ_CPUS, _context, answer
+from tandem.batch.work import Work
+from tandem.cli.batch import run_batch
 from tandem.cluster import LocalCluster
 from tandem.config import BatchConfig
 from tandem.errors import EngineError
@@ -176,6 +183,67 @@ def test_rows_of_two_bases_and_their_adapters_are_answered_by_two_replicas_of_ea
     assert [line["row"] for line in rows_in(tmp_path / "y.errors.jsonl")] == [6 + 7 * i for i in range(6)]
 
 
+def test_replicas_that_take_every_cpu_and_more_still_get_rows(
+    ray_cluster: LocalCluster, tmp_path: Path, tandem_home: Path
+) -> None:
+    rows = [{"prompt": f"row {i}"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # 10 CPUs hold two of these, and nothing beside them.
+    config = BatchConfig(
+        input=str(tmp_path / "rows.jsonl"), model="echo", output=str(tmp_path / "out"), engine="echo", replicas=3,
+        cpus_per_replica=5.0, rows_per_piece=2,
+    )  # fmt: skip
+    assert answer(prepare(config)).answered == 24
+
+
+def test_one_task_reads_a_file_and_its_pieces_stay_apart_on_their_way_to_replicas(
+    ray_cluster: LocalCluster, tmp_path: Path, tandem_home: Path
+) -> None:
+    rows = "".join(json.dumps({"prompt": f"row {i}"}) + "\n" for i in range(24))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    run = prepare(
+        BatchConfig(
+            input=str(tmp_path / "rows.jsonl.gz"), model="echo", output=str(tmp_path / "out"), engine="echo", rows_per_piece=2
+        )
+    )  # fmt: skip
+    work = Work(
+        spec=run.bases[0][0], default=run.names.default, targets={}, request={}, output=run.output, window_rows=4
+    )
+    with DataContext.current(_context()):
+        source = Pieces(run.survey.files, run.units, work)
+        assert len(source.tasks) == 1
+        read = ray.data.read_datasource(source, num_cpus=READ_CPUS, override_num_blocks=1)
+        tables = [batch["unit"].tolist() for batch in read.iter_batches(batch_size=None, batch_format="numpy")]
+    assert tables == [[unit.name] for unit in run.units] and len(tables) == 12
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    """Something of the caller's that lives on its connection."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self) -> int:
+        self.count += 1
+        return self.count
+
+
+def test_a_program_that_is_connected_to_a_cluster_runs_there_and_stays_connected(
+    ray_cluster: LocalCluster, tmp_path: Path, tandem_home: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hey"}\n')
+    counter = Counter.remote()
+    assert ray.get(counter.add.remote()) == 1
+    # This home knows of no cluster: another one would be started.
+    done = run_batch(
+        tmp_path / "rows.jsonl", model="echo", output=tmp_path / "out", engine="echo",
+        resources_per_replica={"node:__internal_head__": 0.1}, cpus_per_replica=9.5,
+    )  # fmt: skip
+    assert done.answered == 1
+    assert ray.get(counter.add.remote()) == 2
+
+
 def write_inputs(folder: Path) -> list[tuple[str | None, str]]:
     """Three files of three sorts; of each row in order who is asked what."""
     folder.mkdir()
@@ -239,7 +307,13 @@ def test_answers_are_those_of_hugging_face_whatever_the_format_and_the_adapter(
     assert bodies[18]["object"] == "chat.completion" and results[18]["text"]
     reasons = {line["row"]: line["error"]["message"] for line in errors}
     assert list(reasons) == [19, 20, 21, 22, 23]
-    for row, said in ((19, "max_tokens"), (20, "'green'"), (21, "2048"), (22, "logprobs of a prompt"), (23, "")):
+    for row, said in (
+        (19, "max_tokens"),
+        (20, "'green'"),
+        (21, "2048"),
+        (22, "logprobs of a prompt"),
+        (23, "not answer /v1/embeddings"),
+    ):
         assert said in reasons[row], reasons
     assert summary.tokens == sum(body["usage"]["completion_tokens"] for body in bodies)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import tandem
+from s3fs.core import S3File
 
+from tandem.batch.files import writing
+from tandem.batch.plan import Mark
 from tandem.batch.prepare import prepare
 from tandem.batch.run import answer
+from tandem.batch.sources import rows_of
 from tandem.batch.write import Output
 from tandem.config import BatchConfig
-from tandem.errors import ConfigError, DataError
+from tandem.errors import ConfigError, DataError, StorageError
 from tandem.storage import file_system
 
 
@@ -60,3 +67,70 @@ def test_a_piece_in_a_store_is_there_once_it_is_whole(bucket: str) -> None:
     assert output.deaths() == ["the engine died"]
     output.forget_deaths()
     assert output.deaths() == []
+
+
+def test_of_a_large_object_is_fetched_what_is_read_of_it(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps({"prompt": "word " * 100}).encode() + b"\n"
+    file_system(bucket).pipe_file(f"{bucket}/large.jsonl", line * 20_000)
+    fetched, asked = list[int](), list[int]()
+    fetch, ask = S3File._fetch_range, S3File.read
+
+    def counted_fetch(self: Any, start: int, end: int) -> bytes:
+        fetched.append(end - start)
+        return bytes(fetch(self, start, end))
+
+    def counted_ask(self: Any, length: int = -1) -> bytes:
+        data = bytes(ask(self, length))
+        asked.append(len(data))
+        return data
+
+    monkeypatch.setattr(S3File, "_fetch_range", counted_fetch)
+    monkeypatch.setattr(S3File, "read", counted_ask)
+    row = next(rows_of(f"{bucket}/large.jsonl", Mark(5000 * len(line), 5000)))
+    assert (row.raw, row.where) == (line.strip(), "line 5001")
+    assert sum(fetched) <= 3 << 20
+    asked.clear()
+    assert sum(1 for _ in rows_of(f"{bucket}/large.jsonl")) == 20_000
+    # Each byte once, and not a block for each line.
+    assert sum(asked) == 20_000 * len(line)
+
+
+def test_a_file_that_was_not_written_to_its_end_is_not_there(bucket: str) -> None:
+    store, place = file_system(bucket), f"{bucket}/half.jsonl"
+    for lines in (1, 200_000):
+        with (
+            pytest.raises(StorageError, match="half.jsonl cannot be written: OSError: a piece is gone"),
+            writing(place) as file,
+        ):
+            file.write(b"x" * 300 * lines)
+            raise OSError("a piece is gone")
+        assert not store.exists(place)
+        with writing(place) as file:
+            file.write(b"x" * 300 * lines)
+        assert store.size(place) == 300 * lines
+        store.rm_file(place)
+    with writing(place):
+        pass
+    assert store.size(place) == 0
+
+
+def test_workers_read_from_a_store_and_publish_to_it(bucket: str, tmp_path: Path) -> None:
+    store = file_system(bucket)
+    rows = [json.dumps({"prompt": f"row {i}"}) for i in range(20)]
+    rows[7] = "{bad"
+    store.pipe_file(f"{bucket}/work/a.jsonl", "\n".join(rows[:9]).encode())
+    store.pipe_file(f"{bucket}/work/b.jsonl.gz", gzip.compress("\n".join(rows[9:]).encode()))
+    (tmp_path / "home").mkdir()
+    # A cluster of its own: the session's may have started before the store did.
+    done = tandem(
+        "batch", "run", "--input", f"{bucket}/work", "--model", "parrot", "--output", f"{bucket}/work/answers.jsonl",
+        "--set", "engine=echo", "--set", "rows_per_piece=4", "--set", "cpus_per_replica=0.5",
+        home=tmp_path / "home", timeout_s=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "19 of 20 rows answered" in done.stdout
+    results = [json.loads(line) for line in store.cat_file(f"{bucket}/work/answers.jsonl").splitlines()]
+    assert [(line["row"], line["text"]) for line in results] == [(i, f"row {i}") for i in range(20) if i != 7]
+    errors = [json.loads(line) for line in store.cat_file(f"{bucket}/work/answers.errors.jsonl").splitlines()]
+    assert [line["where"] for line in errors] == [f"{bucket}/work/a.jsonl line 8"]
+    assert [name.rpartition("/")[2] for name in store.find(f"{bucket}/work/answers.run")] == ["manifest.json"]

@@ -25,6 +25,8 @@ from tandem.serve.adapters import AdapterSlots
 
 SLOT_WAIT_S = 7 * 24 * 3600.0
 """Nobody waits impatiently for a row: those of many adapters take turns."""
+STORE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Before an adapter's store is asked again that did not answer."""
 
 
 class EngineDiedError(EngineError):
@@ -57,8 +59,10 @@ class Answerer:
         max_adapters: int = 0,
         max_cached: int | None = None,
         prepare: Callable[[AdapterRef], AdapterRef] = lambda adapter: adapter,
+        store_pauses_s: Sequence[float] = STORE_PAUSES_S,
     ) -> None:
         """`prepare` brings an adapter's files to this node and checks them."""
+        self._store_pauses_s = store_pauses_s
         self._engine = engine
         self._window = asyncio.Semaphore(window_rows)
         self._slots = AdapterSlots(engine, max_adapters, cached=max_cached, prepare=prepare)
@@ -72,7 +76,10 @@ class Answerer:
         self._ready.result()
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers, in the order of the questions. Raises EngineDiedError if the engine dies meanwhile."""
+        """The answers, in the order of the questions.
+
+        Raises a group with an EngineDiedError if the engine dies meanwhile, with a StorageError if an adapter's store is away.
+        """
         return asyncio.run_coroutine_threadsafe(self._answer(questions), self._ready.result()).result()
 
     def close(self) -> None:
@@ -108,16 +115,28 @@ class Answerer:
     async def _ask(self, question: Question) -> Answer:
         async with self._window:
             try:
-                if question.adapter is None:
-                    return await self._post(question)
-                async with self._slots.hold(question.adapter, SLOT_WAIT_S):
-                    return await self._post(question)
-            except (AdapterError, StorageError) as error:
+                return await self._tried(question)
+            except AdapterError as error:
                 return refusal(400, str(error))
             except EngineError as error:
                 if isinstance(error, EngineDiedError) or not self._engine.stats().healthy:
                     raise EngineDiedError(str(error)) from error
                 return refusal(500, str(error))
+
+    async def _tried(self, question: Question) -> Answer:
+        for pause_s in self._store_pauses_s:
+            try:
+                return await self._held(question)
+            except StorageError:
+                # A store or a disk that is away for a moment is no fault of the row's.
+                await asyncio.sleep(pause_s)
+        return await self._held(question)
+
+    async def _held(self, question: Question) -> Answer:
+        if question.adapter is None:
+            return await self._post(question)
+        async with self._slots.hold(question.adapter, SLOT_WAIT_S):
+            return await self._post(question)
 
     async def _post(self, question: Question) -> Answer:
         try:

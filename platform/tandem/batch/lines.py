@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json, to_json
 
+NO_ROUTE = {"detail": "Not Found"}
+"""What an app says of a path that it does not have."""
+
 
 class Line(NamedTuple):
     """One row's line."""
@@ -19,8 +22,10 @@ class Line(NamedTuple):
 
 
 def answered(row: int, custom_id: str | None, status: int, body: bytes, *, plain: bool) -> Line:
-    """The line of a row that was answered; `body` is the engine's, untouched."""
-    said = from_json(body)
+    """The line of a row that was answered; `body` is the engine's, untouched. Raises ValueError if it is no JSON object."""
+    said = from_json(body, allow_inf_nan=False)
+    if not isinstance(said, dict):
+        raise ValueError(f"a {type(said).__name__}")
     usage = said.get("usage") or {}
     head: dict[str, Any] = {"row": row, "custom_id": custom_id or f"row-{row}"}
     if plain and (text := _text(said)) is not None:
@@ -35,7 +40,7 @@ def answered(row: int, custom_id: str | None, status: int, body: bytes, *, plain
 def failed(row: int, where: str, reason: str, raw: bytes, *, custom_id: str | None = None, status: int = 400) -> Line:
     """The line of a row that was not."""
     try:
-        given = from_json(raw)
+        given = from_json(raw, allow_inf_nan=False)
     except ValueError:
         given = raw.decode(errors="replace")
     if custom_id is None and isinstance(given, dict) and isinstance(given.get("custom_id"), str | int):
@@ -44,10 +49,12 @@ def failed(row: int, where: str, reason: str, raw: bytes, *, custom_id: str | No
     return Line(to_json({**head, "error": {"code": status, "message": reason}, "input": given}), True)
 
 
-def reason_of(body: bytes) -> str:
-    """What an engine's refusal says."""
+def reason_of(body: bytes, path: str) -> str:
+    """What an engine's refusal of a request for `path` says."""
     try:
         said = from_json(body)
+        if said == NO_ROUTE:
+            return f"Its model does not answer {path}. Ask one that does: some write text, others embed or score it."
         error = said.get("error", said)
         return str(error.get("message") or error)
     except (ValueError, AttributeError):

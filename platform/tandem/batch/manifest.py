@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from tandem.batch.models import Names
+from tandem.batch.plan import PieceSize
 from tandem.batch.survey import Survey
 from tandem.batch.write import Output
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)
+"""Those that can be gone on with: in the first, pieces were divided by rows only."""
 DECIDING = ("model", "engine", "request", "engine_args")
 """Settings that the answers depend on."""
 
@@ -27,6 +31,8 @@ class Manifest:
     """Files and their digests, in order."""
     rows: int
     rows_per_piece: int
+    bytes_per_piece: int | None = None
+    """Where a piece is cut that has fewer rows than that; None: nowhere."""
     models: Mapping[str, str | None]
     """What each name in a row means, by id; None: nobody."""
     bases: tuple[str, ...]
@@ -40,10 +46,11 @@ class Manifest:
     def of(cls, config: BatchConfig, survey: Survey, names: Names) -> Self:
         """What a new run writes down."""
         return cls(
-            settings={key: getattr(config, key) for key in DECIDING},
+            settings=_deciding(config),
             input=tuple(zip(map(str, survey.files), survey.digests, strict=True)),
             rows=survey.rows,
-            rows_per_piece=survey.rows_per_piece,
+            rows_per_piece=survey.size.rows,
+            bytes_per_piece=survey.size.bytes,
             models=names.found,
             bases=survey.bases,
         )
@@ -54,13 +61,19 @@ class Manifest:
         found = output.manifest()
         if found is None:
             return None
-        if found.get("format") != FORMAT:
+        if found.get("format") not in FORMATS:
             raise ConfigError(
                 f"{output.run} was written by another version of Tandem (format {found.get('format')}, not {FORMAT}). Choose "
                 "another output."
             )
+        found["format"] = FORMAT
         found["input"] = tuple(tuple(each) for each in found["input"])
         return cls(**{**found, "bases": tuple(found["bases"])})
+
+    @property
+    def size(self) -> PieceSize:
+        """When a piece is full."""
+        return PieceSize(self.rows_per_piece, self.bytes_per_piece)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -68,11 +81,11 @@ class Manifest:
 
     def check_settings(self, config: BatchConfig) -> None:
         """ConfigError if the answers would be others than those that are there."""
-        for key in DECIDING:
-            if self.settings[key] != getattr(config, key):
+        for key, now in _deciding(config).items():
+            if self.settings[key] != now:
                 raise ConfigError(
-                    f"The run in {config.output} has {key} = {self.settings[key]!r}, and this one {getattr(config, key)!r}. Give "
-                    "it that again to go on, or choose another output."
+                    f"The run in {config.output} has {key} = {self.settings[key]!r}, and this one {now!r}. Give it that again to "
+                    "go on, or choose another output."
                 )
         if config.rows_per_piece not in (None, self.rows_per_piece):
             raise ConfigError(
@@ -95,3 +108,8 @@ class Manifest:
                 raise ConfigError(
                     f"The model at {name} is not the one that the run began with: its files have changed. Choose another output."
                 )
+
+
+def _deciding(config: BatchConfig) -> dict[str, Any]:
+    """The settings that the answers depend on, as JSON gives them back: keys are text there, and a tuple is a list."""
+    return dict(json.loads(json.dumps({key: getattr(config, key) for key in DECIDING})))

@@ -7,14 +7,20 @@ published in one step. So a run that goes on after a death knows from the names 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 LEAST_ROWS, MOST_ROWS = 64, 65_536
 """Of a piece, where nobody has said how many."""
+LEAST_BYTES, MOST_BYTES = 4 << 20, 64 << 20
+"""Of its rows together, then: a piece of long rows has fewer."""
+FLIGHT_BYTES = 1 << 30
+"""Of the pieces that an engine is given at once."""
 PIECES = 4096
 """Pieces that an input is divided into, about."""
+UNITS_A_TASK = 64
+"""That one task reads, of a file that can be read from anywhere on."""
 ROW_BYTES = 512
 """Of a row, about: how many there are is not known before they are read."""
 
@@ -58,30 +64,39 @@ class Unit:
         return f"{self.piece.number:08d}-{self.base}.jsonl"
 
 
+@dataclass(frozen=True, slots=True)
+class PieceSize:
+    """When a piece is full: at the first of both."""
+
+    rows: int
+    bytes: int | None = None
+    """Of its rows together, the last one excepted; None: however many."""
+
+
 class Divider:
     """Divides rows into pieces as they come."""
 
-    def __init__(self, rows_per_piece: int) -> None:
-        self._most = rows_per_piece
+    def __init__(self, size: PieceSize) -> None:
+        self._size = size
         self._number = 0
         self._first = 0
         self.rows = 0
         """Rows that have come."""
 
-    def pieces(self, source: int, rows: Iterable[tuple[Mark, str | None]]) -> Iterator[Piece]:
-        """The pieces of a file; of each row where it begins, and the base that it is for (None: refused)."""
+    def pieces(self, source: int, rows: Iterable[tuple[Mark, int, str | None]]) -> Iterator[Piece]:
+        """The pieces of a file; of each row where it begins, its bytes, and the base that it is for (None: refused)."""
         counts: Counter[str] = Counter()
-        mark, held = Mark(), 0
-        for begins, base in rows:
+        mark, held, held_bytes = Mark(), 0, 0
+        for begins, row_bytes, base in rows:
             if not held:
                 mark = begins
-            held += 1
+            held, held_bytes = held + 1, held_bytes + row_bytes
             self.rows += 1
             if base is not None:
                 counts[base] += 1
-            if held == self._most:
+            if held == self._size.rows or (self._size.bytes is not None and held_bytes >= self._size.bytes):
                 yield self._cut(source, held, mark, counts)
-                held, counts = 0, Counter()
+                held, held_bytes, counts = 0, 0, Counter()
         if held:
             yield self._cut(source, held, mark, counts)
 
@@ -92,9 +107,12 @@ class Divider:
         return piece
 
 
-def rows_per_piece(input_bytes: int) -> int:
-    """How many rows a piece has, where nobody has said it."""
-    return max(LEAST_ROWS, min(MOST_ROWS, input_bytes // ROW_BYTES // PIECES))
+def piece_size(input_bytes: int) -> PieceSize:
+    """How large a piece is, where nobody has said it."""
+    return PieceSize(
+        max(LEAST_ROWS, min(MOST_ROWS, input_bytes // ROW_BYTES // PIECES)),
+        max(LEAST_BYTES, min(MOST_BYTES, input_bytes // PIECES)),
+    )
 
 
 def units(pieces: Iterable[Piece], bases: Iterable[str]) -> list[Unit]:
@@ -108,6 +126,22 @@ def left(all_units: Iterable[Unit], published: Collection[str]) -> list[Unit]:
     return [unit for unit in all_units if unit.name not in published]
 
 
-def pieces_in_flight(window_rows: int, rows: int) -> int:
-    """Pieces of so many rows that an engine is given at once: one more than fill its window, as one of them is always ending."""
-    return max(2, -(-window_rows // rows) + 1)
+def read_together(todo: Iterable[Unit], only_forward: Callable[[int], bool]) -> list[list[Unit]]:
+    """What each task reads: units of one file, all of them where it can be read from its start only (`only_forward`)."""
+    tasks: list[list[Unit]] = []
+    for unit in todo:
+        source = unit.piece.source
+        if tasks and tasks[-1][0].piece.source == source and (only_forward(source) or len(tasks[-1]) < UNITS_A_TASK):
+            tasks[-1].append(unit)
+        else:
+            tasks.append([unit])
+    return tasks
+
+
+def pieces_in_flight(window_rows: int, rows: int, piece_bytes: int | None = None) -> int:
+    """Pieces of so many rows that an engine is given at once: one more than fill its window, as one of them is always ending.
+
+    Fewer where the rows are so long that these would not fit into its node's memory.
+    """
+    most = FLIGHT_BYTES // piece_bytes if piece_bytes else window_rows + 1
+    return max(2, min(-(-window_rows // rows) + 1, most))

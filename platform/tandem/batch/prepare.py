@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 from tandem.batch.manifest import Manifest
 from tandem.batch.models import Names
-from tandem.batch.plan import Unit, units
+from tandem.batch.plan import PieceSize, Unit, units
 from tandem.batch.sources import find_files
 from tandem.batch.survey import Survey, survey
 from tandem.batch.write import Output
 from tandem.config import BatchConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
 from tandem.engine.spec import EngineSpec
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, DataError
 from tandem.registry import Registry
 from tandem.serve.placement import place
 from tandem.serve.records import ServedModel
@@ -47,12 +47,21 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
 
     Raises ConfigError, DataError or a RegistryError with the next step.
     """
-    files, output = find_files(config.input), Output.at(config.output)
+    found, output = find_files(config.input), Output.at(config.output)
     before = Manifest.read(output)
     if before is not None:
         before.check_settings(config)
+        if before.finished:
+            output.check_made()
+    # A run may write into the folder that it reads.
+    files = [file for file in found if not output.owns(file)]
+    if not files:
+        raise DataError(
+            f"{config.input} holds nothing but the output of this run. Give a file of rows, or another output."
+        )
     names = Names(config, Registry.open(), before.models if before else {})
-    asked = survey(files, names, config.request, before.rows_per_piece if before else config.rows_per_piece, tell)
+    size = PieceSize(config.rows_per_piece) if config.rows_per_piece else None
+    asked = survey(files, names, config.request, before.size if before else size, tell)
     manifest = Manifest.of(config, asked, names)
     if before is not None:
         before.check_input(manifest)

@@ -18,16 +18,17 @@ from tandem.batch.manifest import Manifest
 from tandem.batch.plan import Unit, left, pieces_in_flight
 from tandem.batch.prepare import BatchRun
 from tandem.batch.read import Pieces
+from tandem.batch.reasons import explained
+from tandem.batch.room import check_nodes
 from tandem.batch.work import Work
 from tandem.batch.worker import Worker
 from tandem.config import ServedModelConfig
-from tandem.engine.spec import EngineSpec
-from tandem.errors import ClusterError, EngineError
+from tandem.errors import EngineError, StorageError
 
-READ_CPUS = 0.25
-"""What Ray reserves for a task that reads a piece: its work is small beside an engine's."""
+READ_CPUS = 0
+"""What Ray reserves for a task that reads: nothing, so that replicas that take every CPU cannot keep it from them."""
 READERS = 2
-"""Pieces that are read at a time: each engine has some in its window before it asks for more."""
+"""Files that are read at a time: each engine has some in its window before it asks for more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,8 @@ class Progress:
     """Rows without an answer, as far as this start knows."""
     tokens: int = 0
     """Generated since this start."""
+    answering_s: float = 0.0
+    """What this start has taken for its rows, without the starts of engines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +70,8 @@ class Summary:
 def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: None) -> Summary:
     """Answer what is left, and write the two files. Raises EngineError if engines cannot start or keep on dying."""
     began, output, rows = time.monotonic(), run.output, run.survey.rows
-    if run.manifest.finished:
-        return _summary(run, found=rows)
+    if (whole := _finished(run)) is not None:
+        return whole
     output.begin(run.manifest.plain())
     output.refuse(run.survey.refused)
     published = output.published()
@@ -78,18 +81,25 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
     done, tokens, prompt_tokens, answering_s = found + failed, 0, 0, 0.0
     tell(Progress(rows=rows, done=done, failed=failed))
     for number in range(len(run.bases)):
-        times: list[float] = []
+        before_s, first, last = answering_s, float("inf"), 0.0
         for told in _answers(run, number, [unit for unit in todo if unit.base == number]):
             done, failed = done + told["rows"], failed + told["failed"]
             tokens, prompt_tokens = tokens + told["tokens"], prompt_tokens + told["prompt_tokens"]
-            times += [told["began"], told["ended"]]
-            tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens))
-        answering_s += max(times, default=0.0) - min(times, default=0.0)
-    if (other := Manifest.read(output)) is not None and other.finished:
+            first, last = min(first, told["began"]), max(last, told["ended"])
+            answering_s = before_s + last - first
+            tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens, answering_s=answering_s))
+    if (whole := _finished(run)) is not None:
         # Another command was at it too, and was done first.
-        return _summary(replace(run, manifest=other), found=rows)
+        return whole
     assembling = time.monotonic()
-    answered, failed = output.assemble(run.survey.pieces, run.units)
+    try:
+        answered, failed = output.assemble(run.survey.pieces, run.units)
+    except (FileNotFoundError, StorageError) as error:
+        if (whole := _finished(run)) is not None:
+            return whole
+        raise StorageError(
+            f"The two files cannot be made of {output.run}: {error}. The same command goes on."
+        ) from error
     if answered + failed != rows:
         raise EngineError(
             f"{answered} answers and {failed} errors were published of {rows} rows. Look at {output.run}, and report it."
@@ -121,17 +131,19 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
         window_rows=config.window_rows,
     )
     run.output.forget_deaths()
-    flight = pieces_in_flight(config.window_rows, max(unit.piece.rows for unit in todo))
+    rows = max(1, sum(unit.piece.rows for unit in todo) // len(todo))
+    flight = pieces_in_flight(config.window_rows, rows, run.survey.size.bytes)
     size = min(served.replicas, len(todo))
     with DataContext.current(_context()):
+        source = Pieces(run.survey.files, todo, work)
         with warnings.catch_warnings():
             # Ray Data has no other way to say `max_restarts`, and without it a row that kills its engine would do so for ever.
             warnings.simplefilter("ignore")
             read = ray.data.read_datasource(
-                Pieces(run.survey.files, todo, work),
+                source,
                 num_cpus=READ_CPUS,
-                concurrency=min(READERS, len(todo)),
-                override_num_blocks=len(todo),
+                concurrency=min(READERS, len(source.tasks)),
+                override_num_blocks=len(source.tasks),
             )
             told = _answered(read, work, served, flight, size=size, restarts=config.max_failures)
         try:
@@ -139,15 +151,15 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
                 for i in range(len(batch["rows"])):
                     yield {key: values[i].item() for key, values in batch.items()}
         except ray.exceptions.RayError as error:
-            raise _explained(run, spec, error) from error
+            raise explained(spec.name, error, run.output.deaths(), config.max_failures) from error
 
 
 def _context() -> DataContext:
     """How Ray Data goes about it, here only."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    # A table is a piece: it is neither cut nor put together with others.
-    context.target_max_block_size = None
+    # A table is a unit and has one row: as one alone is too large, it is not put together with others.
+    context.target_max_block_size = 1
     # A model that cannot be loaded is not tried again.
     context.max_consecutive_actor_init_deaths = 0
     # A thread for each piece in flight that asks the kernel how large the process is.
@@ -181,15 +193,17 @@ def _answered(
 
 
 def check_room(served: ServedModelConfig) -> None:
-    """Refuse replicas that the whole cluster, empty, could not hold one of: Ray would wait for ever."""
-    total = ray.cluster_resources()
-    wanted = {"CPU": served.cpus_per_replica, "GPU": served.gpus_per_replica, **served.resources_per_replica}
-    for name, each in wanted.items():
-        if each > total.get(name, 0.0):
-            raise ClusterError(
-                f"A replica takes {each:g} {name}; the whole cluster has {total.get(name, 0.0):g}. Lower "
-                f"{f'{name.lower()}s_per_replica' if name in ('CPU', 'GPU') else 'resources_per_replica'}, or add a node."
-            )
+    """Refuse replicas that no node of the cluster, empty, could hold one of: Ray would wait for ever."""
+    check_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], served)
+
+
+def _finished(run: BatchRun) -> Summary | None:
+    """How the run ended, if it is done."""
+    manifest = Manifest.read(run.output)
+    if manifest is None or not manifest.finished:
+        return None
+    run.output.clean()
+    return _summary(replace(run, manifest=manifest), found=run.survey.rows)
 
 
 def _rows_in(run: BatchRun, published: list[Unit]) -> int:
@@ -205,16 +219,3 @@ def _summary(run: BatchRun, *, found: int) -> Summary:
         results=str(run.output.results),
         errors=str(run.output.errors),
     )
-
-
-def _explained(run: BatchRun, spec: EngineSpec, error: Exception) -> EngineError:
-    said = str(getattr(error, "cause", None) or error).strip()
-    if isinstance(error, ray.exceptions.RayActorError) and "creation task" not in said:
-        deaths = run.output.deaths()
-        why = deaths[-1] if deaths else "it was killed, by the kernel for want of memory perhaps, or its node is gone."
-        most = run.config.max_failures
-        return EngineError(
-            f"A replica of {spec.name} died {f'{most + 1} times' if most else 'once'}; max_failures is {most}. At last: {why} "
-            "What is published stays; the same command goes on."
-        )
-    return EngineError(f"{spec.name} cannot answer: {said.rpartition(chr(10))[2]}")

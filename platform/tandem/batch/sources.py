@@ -5,20 +5,23 @@ A row that cannot be read is a row all the same, with the reason; a file that ca
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, Self, cast
 
+from tandem.batch.files import reading
 from tandem.batch.plan import Mark
 from tandem.data.index import SHARDS_NAME
 from tandem.errors import DataError, did_you_mean
 from tandem.storage import Location, base_name, file_system, is_remote, located
 
 TEXT_MEMBERS = ("txt", "text")
+PACKED = (".gz", ".tgz")
 ROWS_AT_A_TIME = 256
 
 
@@ -76,6 +79,11 @@ def rows_of(file: Location, mark: Mark = Mark()) -> Iterator[Row]:  # noqa: B008
         raise DataError(f"{file} cannot be read: {error}.") from error
 
 
+def only_forward(file: Location) -> bool:
+    """Whether reading from a mark on means reading much of what is before it."""
+    return str(file).endswith((*PACKED, ".parquet"))
+
+
 def json_lines(file: IO[bytes], mark: Mark) -> Iterator[Row]:
     """An object a line; blank lines are none."""
     offset, number = mark
@@ -100,9 +108,11 @@ def parquet(file: IO[bytes], mark: Mark) -> Iterator[Row]:
         if group == len(sizes):
             return
         for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=range(group, len(sizes))):
-            for record in batch.to_pylist():
-                if number >= mark.place:
-                    yield _recorded(Mark(0, number), f"row {number + 1}", _without_nulls(record))
+            # What is before the mark is not made into Python's values, which takes longer than reading it.
+            before = min(max(0, mark.place - number), batch.num_rows)
+            number += before
+            for record in batch.slice(before).to_pylist():
+                yield _recorded(Mark(0, number), f"row {number + 1}", _without_nulls(record))
                 number += 1
 
 
@@ -113,8 +123,7 @@ def webdataset(file: IO[bytes], mark: Mark) -> Iterator[Row]:
     """
     file.seek(mark.offset)
     key, begins, number, fields = None, mark, mark.place, dict[str, bytes]()
-    # From a mark on, nothing but padding may follow: a tar file that ends there is empty, and not damaged.
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
         for member in tar:
             if not member.isfile():
                 continue
@@ -129,6 +138,19 @@ def webdataset(file: IO[bytes], mark: Mark) -> Iterator[Row]:
                 fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()
     if key is not None:
         yield _sample(begins, key, fields)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. One that is damaged or cut off would else be taken for the end of the file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise  # so an archive ends
+            raise tarfile.ReadError(f"a header in it is damaged, or its end is missing ({error})") from None
 
 
 READERS: dict[tuple[str, ...], Reader] = {
@@ -152,18 +174,21 @@ def _near(place: Location) -> str:
     return ""
 
 
-def _opened(file: Location) -> IO[bytes]:
-    raw = file.open("rb") if isinstance(file, Path) else file_system(file).open(str(file), "rb")
-    if str(file).endswith((".gz", ".tgz")):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
-    return cast(IO[bytes], raw)
+@contextlib.contextmanager
+def _opened(file: Location) -> Iterator[IO[bytes]]:
+    with reading(file) as raw:
+        if str(file).endswith(PACKED):
+            with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
+                yield cast(IO[bytes], unpacked)
+        else:
+            yield raw
 
 
 def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:
     where = f"sample {key}"
     try:
         record: Any = json.loads(fields.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(mark, where, fields["json"], f"It is not valid JSON: {error}.")
     if not isinstance(record, dict):
         return Row(mark, where, fields["json"], f"It is a {type(record).__name__}; a row is a JSON object.")
@@ -181,7 +206,7 @@ def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:
 def _recorded(mark: Mark, where: str, record: dict[str, Any]) -> Row:
     try:
         return Row(mark, where, json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         return Row(mark, where, repr(record).encode(), f"It has a value that JSON has no form for: {error}.")
 
 

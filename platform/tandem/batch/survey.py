@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.batch.files import Lines
 from tandem.batch.lines import failed
 from tandem.batch.models import Names
-from tandem.batch.plan import Divider, Mark, Piece, rows_per_piece
+from tandem.batch.plan import Divider, Mark, Piece, PieceSize, piece_size
 from tandem.batch.rows import BadRowError, parse, read_row
 from tandem.batch.sources import Row, rows_of
 from tandem.errors import DataError, RegistryError
@@ -29,39 +30,40 @@ class Survey:
     pieces: tuple[Piece, ...]
     bases: tuple[str, ...]
     """Ids of the base models that rows are for, in the order of the first row of each."""
-    refused: tuple[bytes, ...]
+    refused: Lines
     """The lines of rows that no engine is asked about."""
     rows: int
-    rows_per_piece: int
+    size: PieceSize
+    """When a piece is full."""
 
 
 def survey(
     files: Sequence[Location],
     names: Names,
     request: Mapping[str, Any],
-    piece_rows: int | None = None,
+    size: PieceSize | None = None,
     tell: Callable[[int], None] = lambda rows: None,
 ) -> Survey:
-    """Read all files; `tell` hears how many rows have come.
+    """Read all files; `tell` hears how many rows have come. `size` of a piece unset: by the size of the input.
 
     Raises DataError if there are none, or if a file is damaged.
     """
-    most = piece_rows or rows_per_piece(sum(_size(file) for file in files))
-    divider = Divider(most)
+    size = size or piece_size(sum(_size(file) for file in files))
+    divider = Divider(size)
     bases: dict[str, None] = {}
-    refused: list[bytes] = []
+    refused = Lines()
     pieces: list[Piece] = []
 
-    def asked(file: Location) -> Iterator[tuple[Mark, str | None]]:
+    def asked(file: Location) -> Iterator[tuple[Mark, int, str | None]]:
         for row in rows_of(file):
             try:
                 base: str | None = _base(row, names, request)
             except (BadRowError, RegistryError) as error:
                 base = None
-                refused.append(failed(divider.rows, f"{file} {row.where}", str(error), row.raw).text)
+                refused.add(failed(divider.rows, f"{file} {row.where}", str(error), row.raw).text)
             else:
                 bases[str(base)] = None
-            yield row.mark, base
+            yield row.mark, len(row.raw), base
 
     for number, file in enumerate(files):
         for piece in divider.pieces(number, asked(file)):
@@ -70,7 +72,7 @@ def survey(
     if not divider.rows:
         raise DataError(f"{', '.join(map(str, files[:3]))} has no rows.")
     digests = tuple(_digest(file) for file in files)
-    return Survey(tuple(files), digests, tuple(pieces), tuple(bases), tuple(refused), divider.rows, most)
+    return Survey(tuple(files), digests, tuple(pieces), tuple(bases), refused, divider.rows, size)
 
 
 def _base(row: Row, names: Names, request: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ so: what is published by then is not asked again.
 
 from __future__ import annotations
 
-import itertools
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tandem.batch.lines import Line, answered, failed, reason_of
 from tandem.batch.rows import Ask, BadRowError, check_prompt_logprobs, request_bytes
 from tandem.batch.work import Work
 from tandem.engine.create import create_engine
+from tandem.errors import EngineError, StorageError
 from tandem.reaper import Reaper
 from tandem.serve.adapter_checks import AdapterChecks
 
@@ -32,6 +33,12 @@ class Worker:
     def __init__(self, work: Work) -> None:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._work = work
+        if not work.output.is_begun():
+            node = socket.gethostname()
+            raise EngineError(
+                f"{work.output.run} is not on the node {node}, so what it answers would not be found. Give an output in a folder "
+                "that all nodes share, or s3://..."
+            )
         self._reaper = Reaper.of_children()
         spec = work.spec
         self._answerer = Answerer(
@@ -44,11 +51,11 @@ class Worker:
         self._answerer.start()
 
     def __call__(self, table: Any) -> dict[str, Any]:
-        """Answer a table of rows of one or more pieces (read.COLUMNS), and publish each."""
+        """Answer a table of one or more units (read.COLUMNS), and publish each."""
         told: dict[str, list[Any]] = {key: [] for key in TOLD}
-        rows = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
-        for name, held in itertools.groupby(rows, key=lambda row: row[0]):
-            began, piece = time.time(), [row[1:] for row in held]
+        units = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
+        for name, *columns in units:
+            began, piece = time.time(), list(zip(*columns, strict=True))
             lines: list[Line] = []
             if not self._work.output.is_published(name):
                 lines = self._answer(piece)
@@ -78,11 +85,10 @@ class Worker:
             answers = self._answerer.answer(questions)
         except* EngineDiedError as died:
             self._end(str(died.exceptions[0]))
+        except* StorageError as away:
+            raise away.exceptions[0] from None
         for (number, where, raw, ask), (status, body) in zip(asked, answers, strict=True):
-            if status == 200:
-                lines[number] = answered(number, ask.custom_id, status, body, plain=ask.plain)
-            else:
-                lines[number] = failed(number, where, reason_of(body), raw, status=status)
+            lines[number] = line_of(number, where, raw, ask, status, body)
         return [lines[number] for number in sorted(lines)]
 
     def _check(self, ask: Ask) -> None:
@@ -93,3 +99,16 @@ class Worker:
         """End this process, so that Ray starts another and hands it what was not published."""
         self._work.output.note_death(reason)
         os._exit(1)
+
+
+def line_of(number: int, where: str, raw: bytes, ask: Ask, status: int, body: bytes) -> Line:
+    """The line of a row that an engine has said something about."""
+    if status != 200:
+        return failed(number, where, reason_of(body, ask.path), raw, status=status)
+    try:
+        return answered(number, ask.custom_id, status, body, plain=ask.plain)
+    except ValueError as error:
+        said = (
+            f"Its answer, {len(body)} bytes, is no JSON object ({error}). Ask for one: encoding_format float or base64."
+        )
+        return failed(number, where, said, raw, status=422)

@@ -13,17 +13,16 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
-import os
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from tandem.batch.files import forget_halves, read, reading, write, writing
 from tandem.batch.lines import has_failed, row_of
 from tandem.batch.plan import Piece, Unit
 from tandem.errors import ConfigError, StorageError
-from tandem.storage import Location, disk_errors, file_system, join, located, write_atomic
+from tandem.storage import Location, file_system, join, located
 
 REFUSED = "refused.jsonl"
 """Rows that no engine is asked about, among the pieces."""
@@ -52,7 +51,7 @@ class Output:
         Raises ConfigError if something else is there.
         """
         place = join(self.run, "manifest.json")
-        text = _read(place)
+        text = read(place)
         if text is None:
             for other in (self.results, self.errors):
                 if file_system(other).exists(str(other)):
@@ -66,17 +65,35 @@ class Output:
             raise StorageError(f"{place} cannot be read: {error}. Choose another output.") from error
         return dict(found)
 
+    def check_made(self) -> None:
+        """ConfigError if a file of a finished run is not there any more: the pieces that it was made of are not either."""
+        for place in (self.results, self.errors):
+            if not file_system(place).exists(str(place)):
+                raise ConfigError(
+                    f"{place} is gone, and {self.run} says that the run is done. Remove {self.run} too to answer its rows again."
+                )
+
+    def owns(self, file: Location) -> bool:
+        """Whether a file is one of the run's own, which is no input of it."""
+        return file in (self.results, self.errors) or str(file).startswith(f"{self.run}/")
+
     def begin(self, manifest: dict[str, Any]) -> None:
         """Write the manifest down."""
         write(join(self.run, "manifest.json"), json.dumps(manifest, indent=1).encode())
 
+    def is_begun(self) -> bool:
+        """Whether a run's manifest is seen from here."""
+        place = join(self.run, "manifest.json")
+        return bool(file_system(place).exists(str(place)))
+
     def publish(self, name: str, lines: Iterable[bytes]) -> None:
         """Put the answers of a unit (plan.Unit.name) there, all of them."""
-        self._put(name, lines)
+        write(join(self.run, "pieces", name), b"".join(line + b"\n" for line in lines))
 
     def refuse(self, lines: Iterable[bytes]) -> None:
         """Put the rows there that no engine is asked about, all of them."""
-        self._put(REFUSED, lines)
+        with writing(join(self.run, "pieces", REFUSED)) as file:
+            file.writelines(line + b"\n" for line in lines)
 
     def published(self) -> set[str]:
         """The names of the pieces that are there."""
@@ -110,9 +127,13 @@ class Output:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write down that the two files are whole; the pieces are needed no more."""
         self.begin(manifest)
-        place = join(self.run, "pieces")
-        with contextlib.suppress(FileNotFoundError):
-            file_system(place).rm(str(place), recursive=True)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what a finished run does not need, also where it was killed while it did so."""
+        _remove(join(self.run, "pieces"))
+        for place in (self.results, self.errors, join(self.run, "manifest.json")):
+            forget_halves(place)
 
     def note_death(self, text: str) -> None:
         """Keep what a worker said before it ended."""
@@ -129,16 +150,10 @@ class Output:
 
     def forget_deaths(self) -> None:
         """Those of an earlier start say nothing of this one."""
-        place = join(self.run, "deaths")
-        with contextlib.suppress(FileNotFoundError):
-            file_system(place).rm(str(place), recursive=True)
-
-    def _put(self, name: str, lines: Iterable[bytes]) -> None:
-        write(join(self.run, "pieces", name), b"".join(line + b"\n" for line in lines))
+        _remove(join(self.run, "deaths"))
 
     def _lines(self, name: str) -> Iterator[bytes]:
-        place = join(self.run, "pieces", name)
-        with file_system(place).open(str(place), "rb") as file:
+        with reading(join(self.run, "pieces", name)) as file:
             for line in file:
                 yield line.rstrip(b"\n")
 
@@ -156,50 +171,6 @@ class _Ahead:
             self._next = next(self._lines, None)
 
 
-def write(place: Location, data: bytes) -> None:
-    """A file that a reader sees whole or not at all; an object store publishes an object in one step by itself."""
-    if isinstance(place, Path):
-        write_atomic(place, data)
-    else:
-        with _store_errors(place):
-            file_system(place).pipe_file(place, data)
-
-
-@contextlib.contextmanager
-def writing(place: Location) -> Iterator[IO[bytes]]:
-    """The same for a file that is too large to hold: it is there at the end of the block."""
-    if not isinstance(place, Path):
-        with _store_errors(place), file_system(place).open(place, "wb") as file:
-            yield file
-        return
-    with disk_errors("writing", place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        staging = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with staging.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            staging.replace(place)
-        finally:
-            staging.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _store_errors(place: Location) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:  # a store's client has errors of its own
-        raise StorageError(
-            f"{place} cannot be written: {type(error).__name__}: {error}. Then run the command again."
-        ) from error
-
-
-def _read(place: Location) -> bytes | None:
-    files = file_system(place)
-    try:
-        return bytes(files.cat_file(str(place)))
-    except FileNotFoundError:
-        return None
+def _remove(folder: Location) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        file_system(folder).rm(str(folder), recursive=True)

@@ -7,10 +7,12 @@ print(done.answered, done.failed, done.results)
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +68,9 @@ def run_batch(
     request: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Summary:
-    """Answer a file of rows on RAY_ADDRESS's cluster, this home's, or one for as long as it takes; shows its progress.
+    """Answer a file of rows; shows its progress.
+
+    Runs on the cluster that this process is connected to, else on RAY_ADDRESS's, this home's, or one for as long as it takes.
 
     `input` is a path or URI, or a whole BatchConfig; `settings` are other fields of one. Raises a TandemError before anything
     is started if something of the run is not there.
@@ -94,11 +98,22 @@ def _run(config: BatchConfig, run: BatchRun) -> Summary:
         from tandem.batch.run import answer
 
         return answer(run)
-    cpus = max(CPUS, int(config.replicas * config.cpus_per_replica) + 2)
-    with a_cluster(num_cpus=cpus) as cluster, connected(cluster), _Bar(run) as bar:
+    with _driver(config), _Bar(run) as bar:
         from tandem.batch.run import answer
 
         return answer(run, bar.tell)
+
+
+@contextlib.contextmanager
+def _driver(config: BatchConfig) -> Iterator[None]:
+    """This process as a driver of a cluster. One that it is already stays as it is: the caller has actors there."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        yield
+        return
+    cpus = max(CPUS, int(config.replicas * config.cpus_per_replica) + 2)
+    with a_cluster(num_cpus=cpus) as cluster, connected(cluster):
+        yield
 
 
 class connected:  # noqa: N801 - used as a function
@@ -121,7 +136,6 @@ class connected:  # noqa: N801 - used as a function
             namespace="tandem",
             log_to_driver=False,
             logging_level=logging.ERROR,
-            ignore_reinit_error=True,
         )
         if callable(handler) and threading.current_thread() is threading.main_thread():
             # Ray has set its own, which ends the process without a word.
@@ -147,7 +161,7 @@ class _Bar:
             console=console,
         )
         self._task = self._progress.add_task("Answering", total=run.survey.rows, numbers="[dim]starting engines[/]")
-        self._first: tuple[float, int] | None = None
+        self._found: int | None = None
         self._tenth = 0
 
     def __enter__(self) -> _Bar:
@@ -159,15 +173,14 @@ class _Bar:
 
     def tell(self, now: BatchProgress) -> None:
         """More rows are published."""
-        seconds = self._progress.tasks[0].elapsed or 0.0
-        if self._first is None:
-            # What an earlier start had done says nothing of how fast this one is.
-            self._first = (seconds, now.done)
+        if self._found is None:
+            # What an earlier start had done says nothing of how fast this one is, nor does the start of engines.
+            self._found = now.done
             if now.done:
                 self._progress.console.print(f"  [dim]·[/] {now.done:,} of {now.rows:,} rows are there already")
             self._progress.update(self._task, completed=now.done)
             return
-        past, rows = seconds - self._first[0], now.done - self._first[1]
+        past, rows = now.answering_s, now.done - self._found
         parts = [f"{now.tokens / past:,.0f} tok/s"] if past else []
         if now.failed:
             parts.append(f"[yellow]{now.failed:,} failed[/]")

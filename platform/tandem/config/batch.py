@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,11 +24,11 @@ class BatchConfig(ReplicaConfig):
     model: str
     """Who answers rows that name nobody: a registered model or adapter, or a folder in Hugging Face's format."""
     output: str
-    """A folder, or a file that ends in .jsonl; also by URI."""
+    """A folder, or a file that ends in .jsonl, which every node sees at that path; also by URI."""
     request: dict[str, Any] = field(default_factory=dict)
     """Fields for rows that lack them, by OpenAI's and vLLM's names: max_tokens, temperature, ..."""
     rows_per_piece: int | None = None
-    """Rows that are published together, and so lost together; unset: about 4,000 pieces, of 64 rows or more."""
+    """Rows that are published together, and so lost together; unset: about 4,000, each of at most 65,536 rows and 64 MiB."""
     window_rows: int = 2048
     """Rows that one engine has at a time, those that wait among them: more than it can run at once, so that it never idles."""
     max_failures: int = 3
@@ -45,6 +46,11 @@ class BatchConfig(ReplicaConfig):
             if key in self.request:
                 instead = "set model instead" if key == "model" else "an answer is written when it is whole"
                 raise ConfigError(f"request.{key} cannot be set: {instead}.")
+        for key in ("request", "engine_args"):
+            try:
+                json.dumps(getattr(self, key), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{key} has a value that JSON has no form for: {error}. Give it as text.") from None
         self.served(self.model, adapters=0)
 
     def served(self, model: str, *, adapters: int) -> ServedModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from small_folders import small_adapter, small_model
 
 from tandem.batch.prepare import prepare
 from tandem.batch.run import Progress, answer
+from tandem.batch.write import Output
 from tandem.config import BatchConfig
-from tandem.errors import ConfigError, DataError, UnknownModelError
+from tandem.errors import ConfigError, DataError, StorageError, UnknownModelError
 from tandem.registry import Registry
 
 
@@ -119,6 +121,68 @@ def test_of_two_commands_on_one_output_the_second_finds_the_work_done(registry: 
     assert (tmp_path / "out" / "errors.jsonl").read_text().count("\n") == 1
 
 
+def test_one_command_may_finish_while_the_other_puts_the_files_together(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(tmp_path, ["{bad"])
+    first, second = prepare(wanted), prepare(wanted)
+    assemble = Output.assemble
+
+    def overtaken(*arguments: Any) -> tuple[int, int]:
+        monkeypatch.setattr(Output, "assemble", assemble)
+        answer(first)
+        return assemble(*arguments)
+
+    monkeypatch.setattr(Output, "assemble", overtaken)
+    assert answer(second).failed == 1
+    assert (tmp_path / "out" / "errors.jsonl").read_text().count("\n") == 1
+    # One that was prepared before and comes late begins nothing again.
+    late = replace(prepare(wanted), manifest=first.manifest)
+    assert answer(late).found == 1 and not (tmp_path / "out" / "run" / "pieces").exists()
+
+
+def test_a_piece_that_is_gone_is_said_and_answered_again(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(tmp_path, ["{bad"])
+    run = prepare(wanted)
+    with pytest.raises(StorageError, match=r"cannot be made of .*refused.jsonl.* The same command goes on"):
+        answer(run, lambda progress: (tmp_path / "out" / "run" / "pieces" / "refused.jsonl").unlink())
+    assert answer(prepare(wanted)).failed == 1
+
+
+def test_a_finished_run_whose_answers_were_removed_is_not_as_before(registry: Registry, tmp_path: Path) -> None:
+    wanted = finished_with_nothing_to_ask(tmp_path)
+    (tmp_path / "out" / "results.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"results.jsonl is gone, and .*/run says that the run is done. Remove"):
+        prepare(wanted)
+
+
+def test_what_a_kill_left_of_a_finished_run_goes(registry: Registry, tmp_path: Path) -> None:
+    wanted = finished_with_nothing_to_ask(tmp_path)
+    out = tmp_path / "out"
+    (out / "run" / "pieces").mkdir()
+    for left in ("run/pieces/00000000-0.jsonl", ".results.jsonl.1f2e.tmp", "run/.manifest.json.1f2e.tmp", ".mine.tmp"):
+        (out / left).write_text("x")
+    answer(prepare(wanted))
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == [
+        ".mine.tmp", "errors.jsonl", "results.jsonl", "run/manifest.json",
+    ]  # fmt: skip
+
+
+def test_a_runs_own_output_is_no_input_of_it(registry: Registry, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("{bad\n")
+    given = {"input": str(folder), "output": str(folder / "answers.jsonl")}
+    assert answer(prepare(config(tmp_path, [], **given))).failed == 1
+    everything = config(tmp_path, [], **{**given, "input": f"{folder}/**/*.jsonl"})
+    for again in (config(tmp_path, [], **given), everything):
+        assert answer(prepare(again)).found == 1
+    with pytest.raises(DataError, match="holds nothing but the output of this run"):
+        prepare(config(tmp_path, [], **{**given, "input": str(folder / "answers.jsonl")}))
+
+
 def test_an_output_of_another_run_is_refused_with_what_differs(registry: Registry, tmp_path: Path) -> None:
     wanted = finished_with_nothing_to_ask(tmp_path)
     for changes, said in (
@@ -137,6 +201,32 @@ def test_an_output_of_another_run_is_refused_with_what_differs(registry: Registr
         prepare(wanted)
 
 
+def test_the_same_settings_go_on_whatever_json_makes_of_them(registry: Registry, tmp_path: Path) -> None:
+    wanted = config(tmp_path, ["{bad"], request={"logit_bias": {50256: -100}, "stop": ("a", "b")})
+    first = prepare(wanted)
+    first.output.begin(first.manifest.plain())
+    assert prepare(wanted).manifest.settings["request"] == {"logit_bias": {"50256": -100}, "stop": ["a", "b"]}
+    with pytest.raises(ConfigError, match="has request"):
+        prepare(replace(wanted, request={"logit_bias": {50257: -100}, "stop": ("a", "b")}))
+
+
+def test_a_run_that_was_begun_goes_on_with_its_pieces(registry: Registry, tmp_path: Path) -> None:
+    long = {"prompt": "word " * 200_000}
+    wanted = config(tmp_path, [long] * 9)
+    assert [piece.rows for piece in prepare(wanted).survey.pieces] == [5, 4]
+    assert [piece.rows for piece in prepare(replace(wanted, rows_per_piece=7)).survey.pieces] == [7, 2]
+    # One that divided by rows only, as the first format did.
+    first = prepare(wanted)
+    plain = {**first.manifest.plain(), "format": 1}
+    del plain["bytes_per_piece"]
+    first.output.begin(plain)
+    again = prepare(wanted)
+    assert [piece.rows for piece in again.survey.pieces] == [9]
+    again.output.begin({**again.manifest.plain(), "format": 9})
+    with pytest.raises(ConfigError, match=r"another version of Tandem \(format 9, not 2\)"):
+        prepare(wanted)
+
+
 def test_a_name_means_what_it_meant_when_the_run_began(registry: Registry, tmp_path: Path) -> None:
     wanted = config(tmp_path, ROWS)
     first = prepare(replace(wanted, rows_per_piece=3))
@@ -147,7 +237,7 @@ def test_a_name_means_what_it_meant_when_the_run_began(registry: Registry, tmp_p
     assert again.survey.pieces == first.survey.pieces
     assert again.names.find("red").engine_name == "red@1"
     # Somebody who had no name then is refused still: the row may be in a piece that is published.
-    assert len(again.survey.refused) == 2 and "when the run began" in again.survey.refused[1].decode()
+    assert len(again.survey.refused) == 2 and "when the run began" in list(again.survey.refused)[1].decode()
     assert prepare(replace(wanted, output=str(tmp_path / "new"))).names.find("red").engine_name == "red@2"
 
 
@@ -166,6 +256,8 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ({"replicas": 0}, r"^replicas is 0"),
         ({"resources_per_replica": {"GPU": 1.0}}, "names GPU, which has a setting of its own. Set gpus_per_replica"),
         ({"output": ""}, "output is empty"),
+        ({"request": {"since": date(2026, 1, 1)}}, "request has a value that JSON has no form for: .*date.* Give it"),
+        ({"engine_args": {"delay_s": float("nan")}}, "engine_args has a value that JSON has no form for"),
     ):
         with pytest.raises(ConfigError, match=said):
             BatchConfig(**{"input": "x", "model": "y", "output": "z", **changes})

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tandem.batch.plan import Mark
 from tandem.batch.sources import find_files, rows_of
 from tandem.data.build import build_dataset
 from tandem.errors import DataError
@@ -82,13 +83,14 @@ def test_a_row_that_cannot_be_read_is_a_row_with_a_problem(tmp_path: Path) -> No
             ("c.cls", b"1"),
             ("d.json", b"[1]"),
             ("e.txt", b"fine"),
+            ("f.json", b"[" * 100_000),
         ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     problems = [row.problem for row in rows_of(path)]
     assert [problem and problem.split()[0:2] for problem in problems] == [
-        ["It", "is"], ["Its", "text"], ["The", "sample"], ["It", "is"], None,
+        ["It", "is"], ["Its", "text"], ["The", "sample"], ["It", "is"], None, ["It", "is"],
     ]  # fmt: skip
 
 
@@ -97,6 +99,29 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"neither of these" * 100)
         with pytest.raises(DataError, match=f"{name} cannot be read"):
             list(rows_of(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("damage", ["header", "cut in a header", "cut between members", "cut in a member"])
+def test_a_tar_that_is_damaged_past_its_start_is_no_shorter_one(tmp_path: Path, suffix: str, damage: str) -> None:
+    data = bytearray(write_shard(tmp_path / "whole.tar").read_bytes())
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        member = tar.getmembers()[20]
+    match damage:
+        case "header":
+            data[member.offset + 150] ^= 0xFF
+        case "cut in a header":
+            del data[member.offset + 100 :]
+        case "cut between members":
+            del data[member.offset :]
+        case "cut in a member":
+            del data[member.offset + 513 :]
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix == ".tar.gz" else data)
+    mark = next(row.mark for row in rows_of(tmp_path / "whole.tar") if row.mark.place == 2)
+    for start in (Mark(), mark):
+        with pytest.raises(DataError, match="cannot be read"):
+            list(rows_of(path, start))
 
 
 def test_files_come_in_the_order_of_their_names(tmp_path: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.batch.files import Lines
 from tandem.batch.lines import answered, failed, has_failed, reason_of, row_of
-from tandem.batch.plan import Divider, Mark, units
+from tandem.batch.plan import Divider, Mark, PieceSize, units
+from tandem.batch.rows import read_row
+from tandem.batch.worker import line_of
 from tandem.batch.write import Output
 from tandem.errors import ConfigError
 
@@ -40,6 +45,19 @@ def test_a_line_tells_its_row_and_whether_it_failed_whatever_is_in_it(row: int, 
     assert json.loads(bad.text)["error"]["message"] == reason
 
 
+@pytest.mark.parametrize("body", [b"\x00\x01", b"[1]", b"3", b'{"data": [NaN]}'])
+def test_an_answer_that_a_line_cannot_hold_is_that_rows_error(body: bytes) -> None:
+    raw = b'{"input":"x","encoding_format":"bytes"}'
+    line = line_of(3, "x.jsonl line 4", raw, read_row(json.loads(raw), {}), 200, body)
+    assert has_failed(line.text)
+    assert re.search(f"{len(body)} bytes, is no JSON object", json.loads(line.text)["error"]["message"])
+
+
+def test_a_line_is_json_whatever_a_row_was() -> None:
+    line = failed(3, "x", "no", b'{"prompt": NaN}').text
+    assert json.loads(line, parse_constant=pytest.fail)["input"] == '{"prompt": NaN}'
+
+
 def test_a_row_that_failed_can_be_corrected_from_its_line() -> None:
     row = {"custom_id": "q7", "prompt": "a", "error": None}
     line = failed(7, "x.jsonl line 8", "too long", json.dumps(row).encode(), status=400)
@@ -59,16 +77,25 @@ def test_a_row_that_has_no_name_is_called_by_its_number() -> None:
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [(b'{"error":{"message":"no"}}', "no"), (b"[]", "[]"), (b"plain", "plain"), (b'{"message":"x"}', "x")],
+    [
+        (b'{"error":{"message":"no"}}', "no"),
+        (b"[]", "[]"),
+        (b"plain", "plain"),
+        (b'{"message":"x"}', "x"),
+        (
+            b'{"detail":"Not Found"}',
+            "Its model does not answer /v1/embeddings. Ask one that does: some write text, others embed or score it.",
+        ),
+    ],
 )
 def test_the_reason_is_what_the_engine_said(body: bytes, reason: str) -> None:
-    assert reason_of(body) == reason
+    assert reason_of(body, "/v1/embeddings") == reason
 
 
 def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: Path) -> None:
     output = Output.at(str(tmp_path / "answers"))
     bases = ["a@1", "b@1", "a@1", None, "b@1", "a@1", None]
-    pieces = list(Divider(4).pieces(0, ((Mark(0, i), base) for i, base in enumerate(bases))))
+    pieces = list(Divider(PieceSize(4)).pieces(0, ((Mark(0, i), 9, base) for i, base in enumerate(bases))))
     every = units(pieces, ["a@1", "b@1"])
     output.begin({"rows": 7})
     output.refuse([failed(row, "x", "why", b"{}").text for row in (3, 6)])
@@ -90,6 +117,22 @@ def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: P
     assert sorted(p.name for p in (tmp_path / "answers").rglob("*") if p.is_file()) == [
         "errors.jsonl", "manifest.json", "results.jsonl",
     ]  # fmt: skip
+
+
+def test_rows_that_nobody_is_asked_about_take_no_memory_however_many(tmp_path: Path) -> None:
+    lines = Lines()
+    tracemalloc.start()
+    for row in range(4000):
+        lines.add(failed(row, "x", "why", b'"%b"' % (b"x" * 10_000)).text)
+    output = Output.at(str(tmp_path))
+    output.refuse(lines)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 24 << 20
+    assert len(lines) == 4000 and [row_of(line) for line in lines] == list(range(4000))
+    lines.add(b'{"row":4000,')
+    assert [row_of(line) for line in lines][-1] == 4000
+    assert (tmp_path / "run" / "pieces" / "refused.jsonl").read_bytes().count(b"\n") == 4000
 
 
 def test_an_output_may_be_one_file_and_what_belongs_to_it_lies_beside(tmp_path: Path) -> None:

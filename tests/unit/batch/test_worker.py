@@ -1,0 +1,50 @@
+"""What a worker says of what it cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.batch.answer import Answerer
+from tandem.batch.models import BaseModel, Target
+from tandem.batch.work import Work
+from tandem.batch.worker import Worker
+from tandem.batch.write import Output
+from tandem.engine.spec import EngineSpec
+from tandem.errors import EngineError, StorageError
+from tandem.reaper import Reaper
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
+    # One would mark whatever the tests start after it.
+    monkeypatch.setattr(Reaper, "of_children", lambda: None)
+    return Work(
+        spec=EngineSpec(kind="echo", id="echo", name="echo", path=""),
+        default=Target(BaseModel(id="echo", name="echo", path="")),
+        targets={},
+        request={},
+        output=Output.at(str(tmp_path / "out")),
+        window_rows=4,
+    )
+
+
+def test_a_worker_on_a_node_without_the_output_says_so_before_it_answers_anything(work: Work) -> None:
+    with pytest.raises(EngineError, match=r"out/run is not on the node .* all nodes share, or s3://"):
+        Worker(work)
+
+
+def test_a_store_that_stays_away_ends_the_run_in_its_own_words(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> None:
+        raise ExceptionGroup("of many rows", [StorageError("s3://b/red cannot be read"), StorageError("nor this")])
+
+    monkeypatch.setattr(Answerer, "answer", away)
+    work.output.begin({})
+    worker = Worker(work)
+    try:
+        with pytest.raises(StorageError, match="s3://b/red cannot be read"):
+            worker._answer([(0, "line 1", b'{"prompt": "a"}')])
+    finally:
+        worker._answerer.close()
