@@ -89,14 +89,13 @@ class Chaos:
             if self._apart:
                 self._watch(until=time.monotonic() + BACK_S, back=True)
             self._watch(until=began + number * self._every_s)
-            fault = Fault(kind, time.monotonic())
-            try:
-                self._do(fault)
-            except IndexError:
-                print(f"{kind}: not there now", file=sys.stderr, flush=True)
+            fault, until = Fault(kind, 0.0), time.monotonic() + self._every_s
+            while not (done := self._try(fault)) and time.monotonic() < until:
+                # What it is meant for is not there: as soon as it is.
+                self._watch(until=time.monotonic() + 0.5)
+            if not done:
                 self.left_out.append(kind)
                 continue
-            fault.at = time.monotonic()
             self.faults.append(fault)
             print(f"{fault.at - began:5.0f} s: {kind} {fault.replica}", file=sys.stderr, flush=True)
         self._watch(until=time.monotonic() + BACK_S, back=True)
@@ -139,6 +138,14 @@ class Chaos:
                 and all(each["status"] == "HEALTHY" for each in deployments.values())
             )
         return False
+
+    def _try(self, fault: Fault) -> bool:
+        try:
+            self._do(fault)
+        except IndexError:
+            return False
+        fault.at = time.monotonic()
+        return True
 
     def _do(self, fault: Fault) -> None:
         if fault.kind == "node killed":

@@ -23,7 +23,9 @@ class Progress:
 
     def see(self, stats: EngineStats, now_s: float) -> None:
         """Look at the engine."""
-        if stats.steps != self.steps or not stats.running + stats.waiting:
+        idle = not stats.running + stats.waiting
+        # A stuck engine's requests are taken from it: that it has none is no sign of life, only a step is.
+        if stats.steps != self.steps or (idle and not self.stuck(now_s)):
             self.steps, self.since_s = stats.steps, now_s
 
     def idle_s(self, now_s: float) -> float:

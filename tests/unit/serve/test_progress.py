@@ -24,7 +24,18 @@ def test_an_engine_that_goes_on_slowly_or_has_nothing_to_do_is_not() -> None:
     progress.see(EngineStats(running=1, steps=5), 100.0)
     progress.see(EngineStats(running=1, steps=6), 109.0)
     assert not progress.stuck(118.0)
-    progress.see(EngineStats(steps=6), 120.0)
+    progress.see(EngineStats(steps=6), 118.0)
     assert not progress.stuck(125.0)
     progress.see(EngineStats(running=1, steps=6), 126.0)
     assert not progress.stuck(127.0)
+
+
+def test_a_stuck_engine_whose_requests_were_taken_away_is_stuck_until_it_ends_a_step() -> None:
+    progress = Progress(10.0)
+    progress.see(EngineStats(running=1, steps=5), 100.0)
+    progress.see(EngineStats(steps=5), 111.0)
+    assert progress.stuck(111.0)
+    progress.see(EngineStats(running=1, steps=5), 113.0)
+    assert progress.stuck(113.0)
+    progress.see(EngineStats(steps=6), 114.0)
+    assert not progress.stuck(120.0)
