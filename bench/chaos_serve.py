@@ -106,20 +106,17 @@ class Chaos:
         while (now := time.monotonic()) < until:
             open_faults = [fault for fault in self.faults if fault.recovered_s is None]
             # What was just killed may still be in everybody's books.
-            settled = [fault for fault in open_faults if now - fault.at > BOOKS_S or not fault.replica]
-            if settled and self._whole():
-                hit = {fault.replica for fault in settled} & {
-                    record.id for record in records() if record.state == "ready"
-                }
+            settled = [fault for fault in open_faults if now - fault.at > BOOKS_S]
+            if settled and (there := self._whole()):
                 for fault in settled:
-                    if fault.replica not in hit:
+                    if not there & set(fault.parts):
                         fault.recovered_s = round(now - fault.at, 1)
             if back and not open_faults:
                 return
             time.sleep(0.3)
 
-    def _whole(self) -> bool:
-        """Whether every part is there, by Serve's and by the app's own account."""
+    def _whole(self) -> set[str]:
+        """The replicas and gateways, if every part is there by Serve's and by the app's own account; else none."""
         from ray.serve.context import _get_global_client
 
         with contextlib.suppress(Exception):
@@ -131,13 +128,15 @@ class Chaos:
             import httpx
 
             ready = httpx.get(f"{self._url}/health", timeout=2).json()["ready_replicas"]
-            return (
+            ready_now = {record.id for record in records() if record.state == "ready"}
+            whole = (
                 engines == REPLICAS == sum(ready.values())
                 and running["Gateway"] == GATEWAYS
-                and not any(record.state == "stuck" for record in records())
+                and len(ready_now) == REPLICAS
                 and all(each["status"] == "HEALTHY" for each in deployments.values())
             )
-        return False
+            return ready_now | {each["replica_id"] for each in up["Gateway"]} if whole else set()
+        return set()
 
     def _try(self, fault: Fault) -> bool:
         try:
