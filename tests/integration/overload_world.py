@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.responses import Response
 
 from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo import EchoEngine
@@ -34,6 +35,36 @@ class Listening(EchoEngine):
     async def _answer(self, request: Any, body: dict[str, Any], prompt: str, *, chat: bool) -> Any:
         self.asked.append(prompt.split()[0])
         return await super()._answer(request, body, prompt, chat=chat)
+
+
+class Mortal(Listening):
+    """Its process dies of a request whose prompt is `poison`: before the head of its answer, or, where it streams, after it."""
+
+    def __init__(self, *, light_calls: int = 1, **options: Any) -> None:
+        """Of calls that generate nothing it dies too, once there are so many."""
+        super().__init__(**options)
+        self._light_calls = light_calls
+
+    async def _answer(self, request: Any, body: dict[str, Any], prompt: str, *, chat: bool) -> Any:
+        if prompt == "poison" and not body.get("stream"):
+            self.die()
+        return await super()._answer(request, body, prompt, chat=chat)
+
+    async def _stream(
+        self, head: dict[str, Any], tokens: list[str], usage: dict[str, int] | None, *, chat: bool
+    ) -> AsyncIterator[bytes]:
+        if tokens == ["poison"]:
+            self.die()
+        async for event in super()._stream(head, tokens, usage, chat=chat):
+            yield event
+
+    async def _other(self, request: Any) -> Any:
+        self.asked.append("other")
+        if len(self.asked) >= self._light_calls:
+            self.die()
+        while self._healthy:
+            await asyncio.sleep(0.01)
+        return Response(status_code=500)
 
 
 @dataclass

@@ -185,7 +185,7 @@ class Place:
 
     async def take(self) -> float:
         """Wait for the call's turn; the seconds that it took. Raises ApiError where it does not come: 429, 503 or 504."""
-        if self._light and self._queue.limit != 0:
+        if self._needs_none:
             return 0.0
         outcome, displaced = self._queue.enter(self._ticket, time.monotonic())
         if displaced is not None:
@@ -198,6 +198,8 @@ class Place:
             raise reason
         self.leave()
         await asyncio.sleep(AGAIN_S)
+        if self._needs_none:
+            return AGAIN_S
         return AGAIN_S + await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
 
     def leave(self) -> None:
@@ -212,6 +214,10 @@ class Place:
             self._admission.meter.refused(self._model.id, "late")
             return expired(f"The answer of {self._model.name} was not whole in time")
         return self._admission.refusal(self._model, self._ticket.wish, Outcome.EXPIRED)
+
+    @property
+    def _needs_none(self) -> bool:
+        return self._light and self._queue.limit != 0
 
     async def _follow(self, outcome: Outcome) -> float:
         waited_s = 0.0

@@ -61,8 +61,6 @@ class Ticket:
     """A request's place."""
 
     wish: Wish
-    number: int = -1
-    """In the order of arrival; it keeps it if it has to wait again."""
     started: float = 0.0
 
 
@@ -77,10 +75,9 @@ class Queue:
         self.running = 0
         """Those that have started and not ended."""
         self.pace = Pace()
-        self._waiting: dict[int, OrderedDict[int, Ticket]] = {}
+        self._waiting: dict[int, OrderedDict[Ticket, None]] = {}
         self._priorities: list[int] = []
         self._length = 0
-        self._arrivals = 0
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -103,8 +100,6 @@ class Queue:
 
     def enter(self, ticket: Ticket, now: float) -> tuple[Outcome, Ticket | None]:
         """Take a new request: START, WAIT, or why neither; and the one that has to go for it, whose outcome is DISPLACED."""
-        ticket.number = self._arrivals
-        self._arrivals += 1
         wish = ticket.wish
         if not self._length and self.room and (self._is_idle or not self._is_late(wish, now)):
             return self._start(ticket, now), None
@@ -141,8 +136,9 @@ class Queue:
         """A request that waits is gone."""
         priority = ticket.wish.priority
         bucket = self._waiting.get(priority)
-        if bucket is None or bucket.pop(ticket.number, None) is None:
+        if bucket is None or ticket not in bucket:
             return
+        del bucket[ticket]
         self._length -= 1
         if not bucket:
             del self._waiting[priority]
@@ -158,7 +154,7 @@ class Queue:
     def due(self, now: float) -> Iterator[tuple[Ticket, Outcome]]:
         """Those that may start now, and those that are found to be late when it is their turn. They wait no longer."""
         while self._length and self.room:
-            ticket = next(iter(self._waiting[self._priorities[0]].values()))
+            ticket = next(iter(self._waiting[self._priorities[0]]))
             self.leave(ticket)
             yield ticket, Outcome.EXPIRED if self._is_late(ticket.wish, now) else self._start(ticket, now)
 
@@ -166,7 +162,7 @@ class Queue:
         """Those that have waited long enough, wherever they stand. They wait no longer."""
         found: list[tuple[Ticket, Outcome]] = []
         for bucket in self._waiting.values():
-            for ticket in bucket.values():
+            for ticket in bucket:
                 if self._is_late(ticket.wish, now):
                     found.append((ticket, Outcome.EXPIRED))
                 elif self.limit == 0 and self._held_too_long(ticket, now):
@@ -199,10 +195,10 @@ class Queue:
         if bucket is None:
             bucket = self._waiting[priority] = OrderedDict()
             insort(self._priorities, priority)
-        bucket[ticket.number] = ticket
+        bucket[ticket] = None
         if first:
-            bucket.move_to_end(ticket.number, last=False)
+            bucket.move_to_end(ticket, last=False)
         self._length += 1
 
     def _worst(self) -> Ticket | None:
-        return next(reversed(self._waiting[self._priorities[-1]].values())) if self._priorities else None
+        return next(reversed(self._waiting[self._priorities[-1]])) if self._priorities else None

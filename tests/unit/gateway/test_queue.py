@@ -194,6 +194,14 @@ def test_what_no_replica_took_waits_before_those_that_came_after_it() -> None:
     assert q.enter_again(first, 30.0) is Outcome.UNSERVED
 
 
+def test_those_that_never_waited_before_have_places_of_their_own() -> None:
+    q = queue(limit=0)
+    one, other = ask(), ask()
+    assert [q.enter_again(each, 0.0) for each in (one, other)] == [Outcome.WAIT] * 2
+    q.set_limit(2)
+    assert set(started(q, 1.0)) == {one, other} and len(q) == 0
+
+
 def test_the_rate_follows_the_room_that_there_is() -> None:
     pace = Pace()
     pace.somebody_waits(0.0)
