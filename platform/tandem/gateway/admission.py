@@ -79,8 +79,9 @@ class Admission:
 
     def refresh(self) -> None:
         """Take what the fleet now knows; whoever can start, starts."""
+        now = time.monotonic()
         for name, queue in self._queues.items():
-            queue.set_limit(self._limit(self._models[name]))
+            queue.set_limit(self._limit(self._models[name]), now)
             self.serve(queue)
             self.meter.load(name, queue.running, len(queue))
 
@@ -182,6 +183,7 @@ class Place:
         self._light = light
         self._began = False
         self._held = False
+        self._refused_at: float | None = None
 
     async def take(self) -> float:
         """Wait for the call's turn; the seconds that it took. Raises ApiError where it does not come: 429, 503 or 504."""
@@ -193,8 +195,11 @@ class Place:
         return await self._follow(outcome)
 
     async def take_again(self, reason: NoReplica) -> float:
-        """The same once more, in the rest of `hold_s`; beyond it, it raises `reason`."""
-        if time.monotonic() - self._ticket.wish.arrived >= self._queue.hold_s:
+        """The same once more, within `hold_s` from the first time on; beyond it, it raises `reason`."""
+        now = time.monotonic()
+        if self._refused_at is None:
+            self._refused_at = now
+        if now - self._refused_at >= self._queue.hold_s:
             raise reason
         self.leave()
         await asyncio.sleep(AGAIN_S)

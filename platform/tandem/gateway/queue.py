@@ -78,6 +78,7 @@ class Queue:
         self._waiting: dict[int, OrderedDict[Ticket, None]] = {}
         self._priorities: list[int] = []
         self._length = 0
+        self._empty_since = -math.inf
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -92,10 +93,12 @@ class Queue:
     def _is_idle(self) -> bool:
         return self.limit is None or self.running < IDLE * self.limit
 
-    def set_limit(self, limit: int | None) -> None:
+    def set_limit(self, limit: int | None, now: float) -> None:
         """So many may be in flight from now on."""
         if limit and self.limit:
             self.pace.scale(limit / self.limit)
+        if limit == 0 and self.limit != 0:
+            self._empty_since = now
         self.limit = limit
 
     def enter(self, ticket: Ticket, now: float) -> tuple[Outcome, Ticket | None]:
@@ -187,7 +190,8 @@ class Queue:
         return now >= wish.start_by or now + self.pace.takes_s(wish.kind) >= wish.finish_by
 
     def _held_too_long(self, ticket: Ticket, now: float) -> bool:
-        return now - ticket.wish.arrived >= self.hold_s
+        # Who has waited for room until now has only begun to wait for a replica.
+        return now - max(ticket.wish.arrived, self._empty_since) >= self.hold_s
 
     def _put(self, ticket: Ticket, *, first: bool = False) -> None:
         priority = ticket.wish.priority

@@ -14,7 +14,7 @@ from tandem.gateway.queue import Outcome, Queue, Ticket, Wish
 
 def queue(limit: int | None = 1, most: int = 10, hold_s: float = 30.0) -> Queue:
     made = Queue(most=most, hold_s=hold_s)
-    made.set_limit(limit)
+    made.set_limit(limit, 0.0)
     return made
 
 
@@ -48,7 +48,7 @@ def test_nobody_overtakes_those_that_wait_when_there_is_room_again() -> None:
     q = queue()
     running, waiting = ask(), ask()
     enter(q, running), enter(q, waiting)
-    q.set_limit(5)
+    q.set_limit(5, 0.0)
     late = ask()
     assert enter(q, late) is Outcome.WAIT
     assert started(q, 0.0) == [waiting, late]
@@ -82,7 +82,7 @@ def test_beyond_the_bound_the_next_is_refused_and_a_better_one_takes_the_last_pl
     better = ask(priority=0)
     assert q.enter(better, 0.0) == (Outcome.WAIT, last)
     assert len(q) == 2
-    q.set_limit(9)
+    q.set_limit(9, 0.0)
     assert started(q, 0.0) == [better, kept]
 
 
@@ -165,7 +165,7 @@ def test_without_a_ready_replica_requests_are_held_for_a_while_and_start_when_on
     assert (enter(q, early, 0.0), enter(q, late, 10.0)) == (Outcome.WAIT, Outcome.WAIT)
     assert q.overdue(29.9) == []
     assert q.overdue(30.0) == [(early, Outcome.UNSERVED)]
-    q.set_limit(8)
+    q.set_limit(8, 31.0)
     assert started(q, 31.0) == [late]
     assert q.overdue(100.0) == []
 
@@ -185,20 +185,35 @@ def test_what_no_replica_took_waits_before_those_that_came_after_it() -> None:
     first, second = ask(), ask()
     enter(q, first), enter(q, second)
     q.ended(first, 1.0, whole=False)
-    q.set_limit(0)
+    q.set_limit(0, 1.0)
     assert q.enter_again(first, 1.0) is Outcome.WAIT
-    q.set_limit(1)
+    q.set_limit(1, 2.0)
     assert started(q, 2.0) == [first]
-    q.ended(first, 30.0, whole=False)
-    q.set_limit(0)
-    assert q.enter_again(first, 30.0) is Outcome.UNSERVED
+
+
+def test_who_waited_for_room_is_held_as_long_as_any_other_from_when_no_replica_is_ready() -> None:
+    q = queue(hold_s=30.0)
+    running, waiting = ask(), ask()
+    enter(q, running), enter(q, waiting)
+    q.set_limit(0, 100.0)
+    q.set_limit(0, 101.0)
+    assert q.overdue(129.9) == []
+    q.ended(running, 110.0, whole=False)
+    assert q.enter_again(running, 110.0) is Outcome.WAIT
+    assert q.overdue(130.0) == [(running, Outcome.UNSERVED), (waiting, Outcome.UNSERVED)]
+    late = ask(131.0)
+    assert enter(q, late, 131.0) is Outcome.WAIT
+    assert q.overdue(160.9) == [] and q.overdue(161.0) == [(late, Outcome.UNSERVED)]
+    q.set_limit(1, 162.0)
+    q.set_limit(0, 163.0)
+    assert enter(q, ask(0.0), 170.0) is Outcome.WAIT and q.overdue(192.0) == []
 
 
 def test_those_that_never_waited_before_have_places_of_their_own() -> None:
     q = queue(limit=0)
     one, other = ask(), ask()
     assert [q.enter_again(each, 0.0) for each in (one, other)] == [Outcome.WAIT] * 2
-    q.set_limit(2)
+    q.set_limit(2, 1.0)
     assert set(started(q, 1.0)) == {one, other} and len(q) == 0
 
 
@@ -263,7 +278,7 @@ def test_whatever_happens_no_more_run_than_may_and_nobody_is_lost(steps: list[tu
         elif what == "l" and waiting:
             q.leave(waiting.pop(number % len(waiting)))
         elif what == "x":
-            q.set_limit(number)
+            q.set_limit(number, now)
         for ticket, outcome in [*q.overdue(now), *q.due(now)]:
             waiting.remove(ticket)
             if outcome is Outcome.START:
