@@ -20,7 +20,7 @@ from tandem.gateway.admission import Admission
 from tandem.gateway.app import create_app
 from tandem.registry import Registry
 from tandem.serve.host import EngineHost
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot, prefill_pool
 
 ROUTE = "/v1/completions"
 
@@ -83,13 +83,17 @@ class World:
             await asyncio.sleep(0.01)
         return Snapshot(version=self.version, replicas=tuple(self.records.values()))
 
-    async def add(self, engine: EchoEngine, max_running: int = 0) -> ReplicaRecord:
-        """A replica, ready."""
+    async def add(self, engine: EchoEngine, max_running: int = 0, *, prefills: bool = False) -> ReplicaRecord:
+        """A replica, ready; one that only reads prompts if it `prefills`."""
         host = EngineHost(engine, max_adapters=0)
         await host.start()
         self.hosts.append(host)
         record = ReplicaRecord(
-            id=f"r{len(self.hosts)}", base="base", url=host.url, token=host.token, max_running=max_running
+            id=f"r{len(self.hosts)}",
+            base=prefill_pool("base") if prefills else "base",
+            url=host.url,
+            token=host.token,
+            max_running=max_running,
         )
         self.records[record.id] = record
         self.version += 1

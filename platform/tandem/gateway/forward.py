@@ -94,12 +94,13 @@ class Forwarded(Response):
 
     async def _opened(self, held: contextlib.AsyncExitStack) -> Opened:
         """The beginning of the answer, once the call's turn has come; `held` keeps its place among those in flight."""
-        call, begun = self._call, 0
+        call = self._call
         held.callback(self._place.leave)
         # Waiting for its turn is not the gateway's work.
         call.watch.received += await self._place.take()
         if self._prepare is not None:
             call = await self._prepare(call)
+        begun = call.begun
         while True:
             try:
                 return await self._proxy.open(call, held, begun)

@@ -46,6 +46,8 @@ class Call:
     """How urgent it is."""
     light: bool = False
     """Whether it needs no place in a queue."""
+    begun: int = 0
+    """Replicas that may have begun with it and gave no answer."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
 
@@ -156,8 +158,10 @@ class Proxy:
                 raise
             if answer.status == 503 and UNAVAILABLE_HEADER in answer.headers:
                 reason = f"{target.base.name}: {await _said(answer)}"
-                if answer.headers[UNAVAILABLE_HEADER] != "adapters":
+                why = answer.headers[UNAVAILABLE_HEADER]
+                if why != "adapters":
                     self._fleet.suspect(replica)
+                    begun += why == "died"
                 else:
                     begun = ATTEMPTS  # it has waited there already
                 await attempt.aclose()

@@ -61,7 +61,7 @@ class Guard:
         if self.draining:
             await _refuse(send, 503, "This replica is about to end.", unavailable="draining")
         elif not self._engine.stats().healthy:
-            await self._refuse_dead(send)
+            await self._refuse_dead(send, "dead")
         elif adapter is None:
             await self._pass(scope, receive, send)
         else:
@@ -76,7 +76,7 @@ class Guard:
                 if self._engine.stats().healthy:
                     await _refuse(send, 500, str(error))
                 else:
-                    await self._refuse_dead(send)
+                    await self._refuse_dead(send, "died")
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         head: Message | None = None
@@ -91,11 +91,11 @@ class Guard:
                 return
             if head is not None:
                 # A dead engine makes vLLM answer 500, or 200 and an error as the first event of a stream. Nothing was generated,
-                # so another replica may try.
+                # so another replica may try: one, for it may have been this request that the engine died of.
                 failed = head["status"] >= 500 or _streams(head)
                 if failed and not self._engine.stats().healthy:
                     swapped = True
-                    await self._refuse_dead(send)
+                    await self._refuse_dead(send, "died")
                     return
                 started, head = head, None
                 await send(started)
@@ -107,10 +107,10 @@ class Guard:
         finally:
             self.in_flight -= 1
 
-    async def _refuse_dead(self, send: Send) -> None:
+    async def _refuse_dead(self, send: Send, when: str) -> None:
         self._on_death()
         await _refuse(
-            send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable="dead"
+            send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable=when
         )
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:

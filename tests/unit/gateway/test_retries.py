@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
 from overload_world import Listening, Mortal, overload_world
+
+from tandem.config.serve import PrefillConfig
 
 COUNT = {"model": "base", "prompt": "x"}
 
@@ -41,3 +44,26 @@ async def test_who_waited_longer_than_hold_s_for_room_and_then_met_a_lost_replic
         await world.queued(2)
         await world.add(Listening())
         assert [(await each).status_code for each in (patient, poison)] == [200, 200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_engines_die_of_gets_to_two_of_them_at_most(tmp_path: Path, stream: bool) -> None:
+    async with overload_world(tmp_path, hold_s=10.0) as world:
+        engines = [Mortal() for _ in range(4)]
+        for engine in engines:
+            await world.add(engine)
+        answer = await world.ask("poison", 1, stream=stream)
+        assert answer.status_code == 503 and "has died" in answer.json()["error"]["message"]
+        assert sorted(len(engine.asked) for engine in engines) == [0, 0, 1, 1]
+        # Who finds them dead has not begun there: it goes on to one that lives.
+        assert [(await world.ask("next", stream=stream)).status_code for _ in range(4)] == [200] * 4
+
+
+async def test_a_prompt_that_an_engine_died_of_reading_gets_to_one_more(tmp_path: Path) -> None:
+    async with overload_world(tmp_path, hold_s=10.0, prefill=PrefillConfig()) as world:
+        engines = [Mortal() for _ in range(4)]
+        for number, engine in enumerate(engines):
+            await world.add(engine, prefills=number < 2)
+        assert (await world.ask("poison", 1)).status_code == 503
+        assert [sum(len(engine.asked) for engine in some) for some in (engines[:2], engines[2:])] == [1, 1]
+        assert (await world.ask("next")).status_code == 200
