@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.applications import Starlette
 from starlette.responses import Response
 
 from tandem.config import GatewayConfig, ServedModelConfig
@@ -72,6 +73,8 @@ class World:
     """What a test sees of it."""
 
     http: httpx.AsyncClient
+    app: Starlette
+    """The gateway's, which runs."""
     admission: Admission
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
     hosts: list[EngineHost] = field(default_factory=list)
@@ -134,7 +137,7 @@ async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **m
     http = httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20, limits=httpx.Limits(max_connections=None)
     )
-    watched.append(World(http=http, admission=app.state.admission))
+    watched.append(World(http=http, app=app, admission=app.state.admission))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve(sockets=[sock]))

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import httpx
 import psutil
 import pytest
 from overload_world import ROUTE, Listening, World, overload_world
+from pydantic_core import to_json
+from starlette.types import Message
 
 from tandem.config import GatewayConfig
 from tandem.engine.echo import EchoEngine
@@ -232,6 +234,62 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(tmp_path: Pa
             await world.until(lambda: engine.aborted == 1)
             # Its place is free although it is still connected.
             assert (await world.ask("next")).status_code == 200
+
+
+class Breaking(EchoEngine):
+    """Its streams break off after the first event."""
+
+    async def _stream(self, *args: Any, **options: Any) -> AsyncIterator[bytes]:
+        async for event in super()._stream(*args, **options):
+            yield event
+            await asyncio.sleep(0.1)
+            raise RuntimeError("The engine fails in the middle, as its test asks it to.")
+
+
+def is_head(message: Message) -> bool:
+    return message["type"] == "http.response.start"
+
+
+def is_end(message: Message) -> bool:
+    return not is_head(message) and not message.get("more_body")
+
+
+def is_error_event(message: Message) -> bool:
+    return b"engine_unavailable" in message.get("body", b"")
+
+
+@pytest.mark.parametrize(
+    ("engine", "stream", "untaken"),
+    [
+        *(
+            (engine, stream, each)
+            for engine in ("well", "refuses")
+            for stream in (True, False)
+            for each in (is_head, is_end)
+        ),
+        ("breaks", True, is_error_event),
+        ("breaks", True, is_end),
+    ],
+)
+async def test_a_client_that_does_not_take_the_head_or_the_last_of_its_answer_is_cut_off_too(
+    tmp_path: Path, engine: str, stream: bool, untaken: Callable[[Message], bool]
+) -> None:
+    async with overload_world(tmp_path, GatewayConfig(client_stall_s=0.2), requests_per_replica=1) as world:
+        made = Breaking if engine == "breaks" else EchoEngine
+        await world.add(made(() if engine == "refuses" else ("base",)))
+        asked = [{"type": "http.request", "body": to_json({"model": "base", "prompt": "one two", "stream": stream})}]
+
+        async def receive() -> Message:
+            return asked.pop() if asked else await asyncio.Event().wait()  # type: ignore[return-value]
+
+        async def send(message: Message) -> None:
+            if untaken(message):
+                await asyncio.Event().wait()
+
+        scope = {"type": "http", "method": "POST", "path": ROUTE, "query_string": b"", "headers": []}
+        with pytest.raises(ConnectionAbortedError):
+            await asyncio.wait_for(world.app(scope, receive, send), 5)
+        assert (await world.ask("next")).status_code == (404 if engine == "refuses" else 200)
 
 
 GATEWAY = """
