@@ -19,6 +19,7 @@ from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo import EchoEngine
 from tandem.gateway.admission import Admission
 from tandem.gateway.app import create_app
+from tandem.gateway.queue import Queue
 from tandem.registry import Registry
 from tandem.serve.host import EngineHost
 from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot, prefill_pool
@@ -76,6 +77,8 @@ class World:
     app: Starlette
     """The gateway's, which runs."""
     admission: Admission
+    queue: Queue
+    """The model's."""
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
     hosts: list[EngineHost] = field(default_factory=list)
     version: int = 1
@@ -137,7 +140,7 @@ async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **m
     http = httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20, limits=httpx.Limits(max_connections=None)
     )
-    watched.append(World(http=http, app=app, admission=app.state.admission))
+    watched.append(World(http=http, app=app, admission=app.state.admission, queue=app.state.admission.queue(served)))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve(sockets=[sock]))

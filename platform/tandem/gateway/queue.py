@@ -55,6 +55,10 @@ class Wish:
     kind: int = 0
     """Requests of one kind take about equally long."""
 
+    def left_s(self, now: float) -> float:
+        """How long its client says that it waits yet; 0 where it says nothing."""
+        return max((by - now for by in (self.start_by, self.finish_by) if by < math.inf), default=0.0)
+
 
 @dataclass(eq=False, slots=True)
 class Ticket:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from overload_world import Listening, Mortal, overload_world
 
-from tandem.config.serve import PrefillConfig
+from tandem.config import GatewayConfig, PrefillConfig
 
 COUNT = {"model": "base", "prompt": "x"}
 
@@ -67,3 +68,39 @@ async def test_a_prompt_that_an_engine_died_of_reading_gets_to_one_more(tmp_path
         assert (await world.ask("poison", 1)).status_code == 503
         assert [sum(len(engine.asked) for engine in some) for some in (engines[:2], engines[2:])] == [1, 1]
         assert (await world.ask("next")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [
+        ("/v1/completions", {"prompt": "x"}, "server_error"),
+        ("/v1/completions", {"prompt": "x", "stream": True}, "server_error"),
+        ("/v1/messages", {"messages": [], "max_tokens": 4}, "timeout_error"),
+    ],
+)
+async def test_an_answer_that_takes_too_long_is_504_and_its_replica_is_left_in_peace(
+    tmp_path: Path, path: str, body: dict[str, Any], kind: str
+) -> None:
+    config = GatewayConfig(request_timeout_s=0.3)
+    async with overload_world(tmp_path, config, hold_s=10.0, requests_per_replica=1) as world:
+        engines = [Mortal(delay_s=1.5, light_calls=9) for _ in range(2)]
+        for engine in engines:
+            await world.add(engine)
+        answer = await world.http.post(path, json={"model": "base", **body})
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
+        assert answer.json()["error"]["type"] == kind and "for 0.3 s" in answer.json()["error"]["message"]
+        assert sum(len(engine.asked) for engine in engines) == 1
+        # Both replicas count on, and the place is free again.
+        assert (world.queue.limit, world.queue.running) == (2, 0)
+        for engine in engines:
+            engine.die()
+
+
+async def test_a_request_that_states_its_time_has_all_of_it(tmp_path: Path) -> None:
+    async with overload_world(tmp_path, GatewayConfig(request_timeout_s=0.2)) as world:
+        await world.add(Listening(delay_s=0.6))
+        patience = {"x-stainless-read-timeout": "20"}
+        asked = [world.ask("x", 1, timeout=20), world.ask("x", 1, stream=True, headers=patience), world.ask("x", 1)]
+        assert [(await each).status_code for each in asked] == [200, 200, 504]
+        late = await world.ask("x", 1, timeout=0.4)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
