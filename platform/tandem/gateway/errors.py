@@ -58,6 +58,12 @@ def no_replica(reason: str, retry_after_s: int) -> NoReplica:
     return NoReplica(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
+def no_registry(reason: str, retry_after_s: int) -> ApiError:
+    """503 for what the registry must be asked and cannot be, for this reason."""
+    message = f"{reason.rstrip('.')}. Try again in {retry_after_s} s."
+    return ApiError(503, message, code="registry_unavailable", headers={"Retry-After": str(retry_after_s)})
+
+
 def too_slow(model: str, silent_s: float) -> ApiError:
     """504 for a request on which an engine said nothing for so long; neither the gateway nor an SDK sends it again."""
     return ApiError(

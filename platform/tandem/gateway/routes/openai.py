@@ -65,7 +65,7 @@ class OpenAIRoutes:
         async def handle(request: Request) -> Response:
             """Find out who answers, and hand the bytes on."""
             raw = await read_body(request, self._config.max_body_bytes)
-            watch = Stopwatch()
+            watch, arrived = Stopwatch(), time.monotonic()
             body = parse_body(raw)
             name = body.get("model")
             if not isinstance(name, str) or not name:
@@ -76,7 +76,7 @@ class OpenAIRoutes:
             if route.path == stored.PATH:
                 stored.check(body)
             by_priority = target.base.config.engine_args.get("scheduling_policy") == "priority"
-            wish = take_wish(body, request.headers, time.monotonic(), pass_on=by_priority)
+            wish = take_wish(body, request.headers, arrived, pass_on=by_priority)
             body["model"] = target.engine_name
             drop_transfers(body)
             if body.get("encoding_format", "") is None:
