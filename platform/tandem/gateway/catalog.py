@@ -17,6 +17,8 @@ from tandem.serve.records import ServedModel, prefill_pool
 
 PAGE = 1000
 """Adapters that a list of models has at most."""
+LONGEST_NAME = 256
+"""Characters of a name that is looked for in the registry: to find the nearest one to megabytes would stop every stream."""
 ANSWER_S = 5.0
 """How long the registry has for an answer."""
 REMEMBERED = 10_000
@@ -106,6 +108,10 @@ class Catalog:
         served = self._served.get(name)
         if served is not None:
             return Target(base=served, pinned=name != served.name)
+        if len(name) > LONGEST_NAME:
+            raise ApiError(
+                400, f"`model` has {len(name)} characters; names here have {LONGEST_NAME} at most.", param="model"
+            )
         try:
             record = await self._ask(self._find, name)
         except UnknownVersionError as error:

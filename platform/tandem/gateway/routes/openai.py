@@ -69,7 +69,8 @@ class OpenAIRoutes:
             body = parse_body(raw)
             name = body.get("model")
             if not isinstance(name, str) or not name:
-                raise ApiError(400, f"`model` must be the name of a model; it is {name!r}.", param="model")
+                found = "missing or empty" if not name else f"of type {type(name).__name__}"
+                raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
             target = await self._catalog.resolve(name)
             check_task(name, route, self._fleet.tasks(target.base.id))
             check_prompt_logprobs(name, body, target.base.config)
