@@ -25,8 +25,8 @@ SWEEP_S = 0.1
 """How often those that wait are looked at for one that has waited long enough."""
 LONGEST_RETRY_S = 60
 """The SDKs take no heed of a Retry-After beyond it."""
-AGAIN_S = 0.05
-"""How long a call that no replica took keeps still before it asks for its turn again."""
+AGAIN_S, MOST_AGAIN_S = 0.05, 1.0
+"""How long a call that no replica took keeps still before it asks for its turn again, at first and at most: each time twice."""
 
 
 class Meter(Protocol):
@@ -99,7 +99,7 @@ class Admission:
             return await told
         except asyncio.CancelledError:
             if told.done() and not told.cancelled() and told.result() is Outcome.START:
-                self.ended(queue, ticket, whole=False)
+                self.not_taken(queue)
             queue.leave(ticket)
             raise
         finally:
@@ -111,11 +111,16 @@ class Admission:
         if told is not None and not told.done():
             told.set_result(outcome)
         elif outcome is Outcome.START:
-            queue.ended(ticket, time.monotonic(), whole=False)
+            queue.not_taken()
 
     def ended(self, queue: Queue, ticket: Ticket, *, whole: bool) -> None:
         """One that had started is over; the next may start."""
         queue.ended(ticket, time.monotonic(), whole=whole)
+        self.serve(queue)
+
+    def not_taken(self, queue: Queue) -> None:
+        """One that had started was taken by no replica; the next may start."""
+        queue.not_taken()
         self.serve(queue)
 
     def serve(self, queue: Queue) -> None:
@@ -184,6 +189,7 @@ class Place:
         self._began = False
         self._held = False
         self._refused_at: float | None = None
+        self._again_s = AGAIN_S
 
     async def take(self) -> float:
         """Wait for the call's turn; the seconds that it took. Raises ApiError where it does not come: 429, 503 or 504."""
@@ -196,16 +202,19 @@ class Place:
 
     async def take_again(self, reason: NoReplica) -> float:
         """The same once more, within `hold_s` from the first time on; beyond it, it raises `reason`."""
+        if self._held:
+            self._held = False
+            self._admission.not_taken(self._queue)
         now = time.monotonic()
         if self._refused_at is None:
             self._refused_at = now
         if now - self._refused_at >= self._queue.hold_s:
             raise reason
-        self.leave()
-        await asyncio.sleep(AGAIN_S)
+        still_s, self._again_s = self._again_s, min(MOST_AGAIN_S, 2 * self._again_s)
+        await asyncio.sleep(still_s)
         if self._needs_none:
-            return AGAIN_S
-        return AGAIN_S + await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
+            return still_s
+        return still_s + await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
 
     def leave(self) -> None:
         """The call is over."""

@@ -129,7 +129,7 @@ class Queue:
         return Outcome.WAIT, displaced
 
     def enter_again(self, ticket: Ticket, now: float) -> Outcome:
-        """Take back a request that has started and ended because no replica took it: before those that came after it."""
+        """Take back a request that has started and was taken by no replica: before those that came after it."""
         if self.room:
             return self._start(ticket, now)
         if self._is_late(ticket.wish, now):
@@ -157,6 +157,10 @@ class Queue:
         """A request that had started is over; `whole`: with all of its answer."""
         self.running -= 1
         self.pace.ended(now, ticket.wish.kind, now - ticket.started, whole=whole)
+
+    def not_taken(self) -> None:
+        """A request that had started was taken by no replica: it is over, and of the pace it says nothing."""
+        self.running -= 1
 
     def due(self, now: float) -> Iterator[tuple[Ticket, Outcome]]:
         """Those that may start now, and those that are found to be late when it is their turn. They wait no longer."""

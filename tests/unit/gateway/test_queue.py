@@ -184,7 +184,7 @@ def test_what_no_replica_took_waits_before_those_that_came_after_it() -> None:
     q = queue()
     first, second = ask(), ask()
     enter(q, first), enter(q, second)
-    q.ended(first, 1.0, whole=False)
+    q.not_taken()
     q.set_limit(0, 1.0)
     assert q.enter_again(first, 1.0) is Outcome.WAIT
     q.set_limit(1, 2.0)
@@ -198,7 +198,7 @@ def test_who_waited_for_room_is_held_as_long_as_any_other_from_when_no_replica_i
     q.set_limit(0, 100.0)
     q.set_limit(0, 101.0)
     assert q.overdue(129.9) == []
-    q.ended(running, 110.0, whole=False)
+    q.not_taken()
     assert q.enter_again(running, 110.0) is Outcome.WAIT
     assert q.overdue(130.0) == [(running, Outcome.UNSERVED), (waiting, Outcome.UNSERVED)]
     late = ask(131.0)
