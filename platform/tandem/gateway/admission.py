@@ -26,7 +26,7 @@ SWEEP_S = 0.1
 LONGEST_RETRY_S = 60
 """The SDKs take no heed of a Retry-After beyond it."""
 AGAIN_S, MOST_AGAIN_S = 0.05, 1.0
-"""How long a call that no replica took keeps still before it asks for its turn again, at first and at most: each time twice."""
+"""How long a call that no replica took keeps still before it asks for its turn again, at first and at most; it doubles."""
 
 
 class Meter(Protocol):

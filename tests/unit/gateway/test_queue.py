@@ -171,8 +171,12 @@ def test_without_a_ready_replica_requests_are_held_for_a_while_and_start_when_on
 
 
 def test_one_that_waits_for_room_is_not_told_that_there_is_no_replica() -> None:
-    q = queue(hold_s=1.0)
-    enter(q, ask()), enter(q, ask())
+    q = queue(limit=2, hold_s=1.0)
+    refused = ask()
+    enter(q, refused), enter(q, ask()), enter(q, ask())
+    q.set_limit(1, 999.0)
+    q.not_taken()
+    assert q.enter_again(refused, 1000.0) is Outcome.WAIT
     assert q.overdue(1000.0) == []
 
 
@@ -257,16 +261,18 @@ def test_an_answer_that_was_cut_off_says_only_that_it_takes_longer() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("aaaelx"), st.integers(-2, 2), st.integers(0, 3)), max_size=80))
+@given(st.lists(st.tuples(st.sampled_from("aaaerlx"), st.integers(-2, 2), st.integers(0, 3)), max_size=80))
 def test_whatever_happens_no_more_run_than_may_and_nobody_is_lost(steps: list[tuple[str, int, int]]) -> None:
-    q = queue(limit=2, most=4)
+    q = queue(limit=2, most=4, hold_s=3.0)
     running: list[Ticket] = []
     waiting: list[Ticket] = []
+    again: set[Ticket] = set()
+    """Those that were taken back, beyond the bound if need be."""
     now = 0.0
     for what, priority, number in steps:
         now += 1.0
         if what == "a":
-            ticket = ask(now, priority=priority, start_by=now + 5 * number or math.inf)
+            ticket = ask(now, priority=priority, start_by=now + 5 * number if number else math.inf)
             outcome, displaced = q.enter(ticket, now)
             if displaced is not None:
                 waiting.remove(displaced)
@@ -275,14 +281,28 @@ def test_whatever_happens_no_more_run_than_may_and_nobody_is_lost(steps: list[tu
             assert outcome is not Outcome.START or q.running <= (q.limit or 0)
         elif what == "e" and running:
             q.ended(running.pop(number % len(running)), now, whole=True)
+        elif what == "r" and running:
+            ticket = running.pop(number % len(running))
+            q.not_taken()
+            outcome = q.enter_again(ticket, now)
+            assert outcome in (Outcome.START, Outcome.WAIT, Outcome.EXPIRED, Outcome.UNSERVED)
+            assert outcome is not Outcome.EXPIRED or now >= ticket.wish.start_by
+            assert outcome is not Outcome.UNSERVED or q.limit == 0
+            if outcome in (Outcome.START, Outcome.WAIT):
+                (running if outcome is Outcome.START else waiting).append(ticket)
+                again.add(ticket)
         elif what == "l" and waiting:
             q.leave(waiting.pop(number % len(waiting)))
         elif what == "x":
             q.set_limit(number, now)
         for ticket, outcome in [*q.overdue(now), *q.due(now)]:
             waiting.remove(ticket)
+            # None is too late that has all the time there is; none goes for want of a replica where one is ready.
+            assert outcome is not Outcome.EXPIRED or now >= ticket.wish.start_by
+            assert outcome is not Outcome.UNSERVED or q.limit == 0
             if outcome is Outcome.START:
                 running.append(ticket)
-        assert (q.running, len(q)) == (len(running), len(waiting)) and len(q) <= 4
+        assert (q.running, len(q)) == (len(running), len(waiting))
+        assert len(set(waiting) - again) <= 4
         if waiting:
             assert len(running) >= (q.limit or 0)
