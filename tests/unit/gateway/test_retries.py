@@ -73,7 +73,6 @@ async def test_a_prompt_that_an_engine_died_of_reading_gets_to_one_more(tmp_path
 @pytest.mark.parametrize(
     ("path", "body", "kind"),
     [
-        ("/v1/completions", {"prompt": "x"}, "server_error"),
         ("/v1/completions", {"prompt": "x", "stream": True}, "server_error"),
         ("/v1/messages", {"messages": [], "max_tokens": 4}, "timeout_error"),
     ],
