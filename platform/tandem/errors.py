@@ -7,6 +7,7 @@ TandemError
 ├── CheckpointError      a checkpoint that is not whole
 ├── StorageError         a disk or store that refused
 ├── RegistryError
+│   ├── RegistryUnreachableError  its database does not answer: later it may
 │   ├── UnknownModelError   no model or adapter of that name
 │   │   └── UnknownVersionError  the name is known, and has no such version, or none that is promoted
 │   └── AdapterError        an adapter's files that cannot be served
@@ -56,6 +57,10 @@ class StorageError(TandemError):
 
 class RegistryError(TandemError):
     """The registry refused a record."""
+
+
+class RegistryUnreachableError(RegistryError):
+    """The registry's database does not answer, or lets nobody read or write now; later it may."""
 
 
 class UnknownModelError(RegistryError):

@@ -12,14 +12,17 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import Response
 
 from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo import EchoEngine
 from tandem.gateway.admission import Admission
 from tandem.gateway.app import create_app
+from tandem.gateway.queue import Queue
 from tandem.registry import Registry
 from tandem.serve.host import EngineHost
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot, prefill_pool
 
 ROUTE = "/v1/completions"
 
@@ -36,12 +39,46 @@ class Listening(EchoEngine):
         return await super()._answer(request, body, prompt, chat=chat)
 
 
+class Mortal(Listening):
+    """Its process dies of a request whose prompt is `poison`: before the head of its answer, or, where it streams, after it."""
+
+    def __init__(self, *, light_calls: int = 1, **options: Any) -> None:
+        """Of calls that generate nothing it dies too, once there are so many."""
+        super().__init__(**options)
+        self._light_calls = light_calls
+
+    async def _answer(self, request: Any, body: dict[str, Any], prompt: str, *, chat: bool) -> Any:
+        if prompt == "poison" and not body.get("stream"):
+            self.die()
+        return await super()._answer(request, body, prompt, chat=chat)
+
+    async def _stream(
+        self, head: dict[str, Any], tokens: list[str], usage: dict[str, int] | None, *, chat: bool
+    ) -> AsyncIterator[bytes]:
+        if tokens == ["poison"]:
+            self.die()
+        async for event in super()._stream(head, tokens, usage, chat=chat):
+            yield event
+
+    async def _other(self, request: Any) -> Any:
+        self.asked.append("other")
+        if len(self.asked) >= self._light_calls:
+            self.die()
+        while self._healthy:
+            await asyncio.sleep(0.01)
+        return Response(status_code=500)
+
+
 @dataclass
 class World:
     """What a test sees of it."""
 
     http: httpx.AsyncClient
+    app: Starlette
+    """The gateway's, which runs."""
     admission: Admission
+    queue: Queue
+    """The model's."""
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
     hosts: list[EngineHost] = field(default_factory=list)
     version: int = 1
@@ -52,13 +89,17 @@ class World:
             await asyncio.sleep(0.01)
         return Snapshot(version=self.version, replicas=tuple(self.records.values()))
 
-    async def add(self, engine: EchoEngine, max_running: int = 0) -> ReplicaRecord:
-        """A replica, ready."""
+    async def add(self, engine: EchoEngine, max_running: int = 0, *, prefills: bool = False) -> ReplicaRecord:
+        """A replica, ready; one that only reads prompts if it `prefills`."""
         host = EngineHost(engine, max_adapters=0)
         await host.start()
         self.hosts.append(host)
         record = ReplicaRecord(
-            id=f"r{len(self.hosts)}", base="base", url=host.url, token=host.token, max_running=max_running
+            id=f"r{len(self.hosts)}",
+            base=prefill_pool("base") if prefills else "base",
+            url=host.url,
+            token=host.token,
+            max_running=max_running,
         )
         self.records[record.id] = record
         self.version += 1
@@ -99,7 +140,7 @@ async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **m
     http = httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20, limits=httpx.Limits(max_connections=None)
     )
-    watched.append(World(http=http, admission=app.state.admission))
+    watched.append(World(http=http, app=app, admission=app.state.admission, queue=app.state.admission.queue(served)))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve(sockets=[sock]))

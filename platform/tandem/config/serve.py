@@ -11,6 +11,9 @@ from tandem.config.replica import ReplicaConfig
 from tandem.errors import ConfigError
 from tandem.settings import LONGEST_DRAIN_S
 
+LONGEST_TIMEOUT_S = 86_400.0
+"""That a request or the gateway's config may state."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillConfig:
@@ -100,7 +103,7 @@ class GatewayConfig:
     connect_timeout_s: float = 5.0
     """How long a connection to an engine may take before another replica is tried."""
     request_timeout_s: float = 600.0
-    """How long an engine may stay silent on one request."""
+    """How long an engine may stay silent on a request that says nothing of its own time (`timeout`); then it is 504."""
     client_stall_s: float = 60.0
     """How long a client may take nothing of its answer, once all buffers on the way are full, before it is cut off."""
     retry_after_s: int = 5
@@ -110,6 +113,8 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         check.at_least("gateway.replicas", self.replicas, 1)
+        for key in ("connect_timeout_s", "request_timeout_s"):
+            check.between(f"gateway.{key}", getattr(self, key), 0.1, LONGEST_TIMEOUT_S)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
         check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
         check.at_least("gateway.client_stall_s", self.client_stall_s, 0.1)

@@ -25,8 +25,8 @@ SWEEP_S = 0.1
 """How often those that wait are looked at for one that has waited long enough."""
 LONGEST_RETRY_S = 60
 """The SDKs take no heed of a Retry-After beyond it."""
-AGAIN_S = 0.05
-"""How long a call that no replica took keeps still before it asks for its turn again."""
+AGAIN_S, MOST_AGAIN_S = 0.05, 1.0
+"""How long a call that no replica took keeps still before it asks for its turn again, at first and at most; it doubles."""
 
 
 class Meter(Protocol):
@@ -79,8 +79,9 @@ class Admission:
 
     def refresh(self) -> None:
         """Take what the fleet now knows; whoever can start, starts."""
+        now = time.monotonic()
         for name, queue in self._queues.items():
-            queue.set_limit(self._limit(self._models[name]))
+            queue.set_limit(self._limit(self._models[name]), now)
             self.serve(queue)
             self.meter.load(name, queue.running, len(queue))
 
@@ -98,7 +99,7 @@ class Admission:
             return await told
         except asyncio.CancelledError:
             if told.done() and not told.cancelled() and told.result() is Outcome.START:
-                self.ended(queue, ticket, whole=False)
+                self.not_taken(queue)
             queue.leave(ticket)
             raise
         finally:
@@ -110,11 +111,16 @@ class Admission:
         if told is not None and not told.done():
             told.set_result(outcome)
         elif outcome is Outcome.START:
-            queue.ended(ticket, time.monotonic(), whole=False)
+            queue.not_taken()
 
     def ended(self, queue: Queue, ticket: Ticket, *, whole: bool) -> None:
         """One that had started is over; the next may start."""
         queue.ended(ticket, time.monotonic(), whole=whole)
+        self.serve(queue)
+
+    def not_taken(self, queue: Queue) -> None:
+        """One that had started was taken by no replica; the next may start."""
+        queue.not_taken()
         self.serve(queue)
 
     def serve(self, queue: Queue) -> None:
@@ -182,10 +188,12 @@ class Place:
         self._light = light
         self._began = False
         self._held = False
+        self._refused_at: float | None = None
+        self._again_s = AGAIN_S
 
     async def take(self) -> float:
         """Wait for the call's turn; the seconds that it took. Raises ApiError where it does not come: 429, 503 or 504."""
-        if self._light and self._queue.limit != 0:
+        if self._needs_none:
             return 0.0
         outcome, displaced = self._queue.enter(self._ticket, time.monotonic())
         if displaced is not None:
@@ -193,12 +201,20 @@ class Place:
         return await self._follow(outcome)
 
     async def take_again(self, reason: NoReplica) -> float:
-        """The same once more, in the rest of `hold_s`; beyond it, it raises `reason`."""
-        if time.monotonic() - self._ticket.wish.arrived >= self._queue.hold_s:
+        """The same once more, within `hold_s` from the first time on; beyond it, it raises `reason`."""
+        if self._held:
+            self._held = False
+            self._admission.not_taken(self._queue)
+        now = time.monotonic()
+        if self._refused_at is None:
+            self._refused_at = now
+        if now - self._refused_at >= self._queue.hold_s:
             raise reason
-        self.leave()
-        await asyncio.sleep(AGAIN_S)
-        return AGAIN_S + await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
+        still_s, self._again_s = self._again_s, min(MOST_AGAIN_S, 2 * self._again_s)
+        await asyncio.sleep(still_s)
+        if self._needs_none:
+            return still_s
+        return still_s + await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
 
     def leave(self) -> None:
         """The call is over."""
@@ -212,6 +228,10 @@ class Place:
             self._admission.meter.refused(self._model.id, "late")
             return expired(f"The answer of {self._model.name} was not whole in time")
         return self._admission.refusal(self._model, self._ticket.wish, Outcome.EXPIRED)
+
+    @property
+    def _needs_none(self) -> bool:
+        return self._light and self._queue.limit != 0
 
     async def _follow(self, outcome: Outcome) -> float:
         waited_s = 0.0

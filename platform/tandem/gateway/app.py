@@ -45,7 +45,7 @@ def create_app(
     `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
     """
     config = config or GatewayConfig()
-    catalog = Catalog(models, registry)
+    catalog = Catalog(models, registry, config.retry_after_s)
     fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models)
     admission = Admission(catalog.models, fleet, config, meter)
     report = DemandReport(catalog.models, admission.waiting, tell) if tell else None
@@ -69,7 +69,7 @@ def create_app(
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, proxy, config).routes(),
-            *AdminRoutes(Adapters(registry), fleet, admin).routes(),
+            *AdminRoutes(Adapters(registry), fleet, admin, config.retry_after_s).routes(),
         ],
         lifespan=lifespan,
         exception_handlers={

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.engine.protocol import AdapterRef
-from tandem.errors import UnknownModelError, UnknownVersionError, did_you_mean
-from tandem.gateway.errors import ApiError, unknown_model
+from tandem.errors import RegistryUnreachableError, UnknownModelError, UnknownVersionError, did_you_mean
+from tandem.gateway.errors import ApiError, no_registry, unknown_model
 from tandem.registry import ModelRecord, Registry
 from tandem.serve.pins import ref_of
 from tandem.serve.records import ServedModel, prefill_pool
 
 PAGE = 1000
 """Adapters that a list of models has at most."""
+LONGEST_NAME = 256
+"""Characters of a name that is looked for in the registry: to find the nearest one to megabytes would stop every stream."""
+ANSWER_S = 5.0
+"""How long the registry has for an answer."""
 REMEMBERED = 10_000
 """Names whose records are kept between changes of the registry."""
 
@@ -83,8 +87,10 @@ class Catalog:
     of its own.
     """
 
-    def __init__(self, models: Iterable[ServedModel], registry: Registry) -> None:
+    def __init__(self, models: Iterable[ServedModel], registry: Registry, retry_after_s: int = 5) -> None:
+        """`retry_after_s`: when clients are told to come again where the registry does not answer."""
         self.models = tuple(models)
+        self._retry_after_s = retry_after_s
         self._served: dict[str, ServedModel] = {}
         for model in self.models:
             self._served[model.id] = self._served[model.name] = model
@@ -95,10 +101,17 @@ class Catalog:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
     async def resolve(self, name: str) -> Target:
-        """The target of a model name or id; ApiError 404 with the nearest name, or 400 if it cannot be served."""
+        """The target of a model name or id.
+
+        ApiError 404 with the nearest name, 400 for one that cannot be served, 503 where the registry does not answer.
+        """
         served = self._served.get(name)
         if served is not None:
             return Target(base=served, pinned=name != served.name)
+        if len(name) > LONGEST_NAME:
+            raise ApiError(
+                400, f"`model` has {len(name)} characters; names here have {LONGEST_NAME} at most.", param="model"
+            )
         try:
             record = await self._ask(self._find, name)
         except UnknownVersionError as error:
@@ -192,4 +205,10 @@ class Catalog:
 
     async def _ask(self, work: Callable[..., Any], *args: Any) -> Any:
         # SQLite answers in 0.1 ms, but a disk or a network may not, and must not stop the streams.
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        except (TimeoutError, RegistryUnreachableError) as error:
+            # Where it is, and what it said, is not for clients.
+            said = "The registry of adapters does not answer; models that are served here answer to their own names"
+            raise no_registry(said, self._retry_after_s) from error

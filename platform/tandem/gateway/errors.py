@@ -58,6 +58,23 @@ def no_replica(reason: str, retry_after_s: int) -> NoReplica:
     return NoReplica(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
+def no_registry(reason: str, retry_after_s: int) -> ApiError:
+    """503 for what the registry must be asked and cannot be, for this reason."""
+    message = f"{reason.rstrip('.')}. Try again in {retry_after_s} s."
+    return ApiError(503, message, code="registry_unavailable", headers={"Retry-After": str(retry_after_s)})
+
+
+def too_slow(model: str, silent_s: float) -> ApiError:
+    """504 for a request on which an engine said nothing for so long; neither the gateway nor an SDK sends it again."""
+    return ApiError(
+        504,
+        f"{model} said nothing on this request for {silent_s:g} s (gateway.request_timeout_s). Stream the answer, ask "
+        "for a shorter one, or give the request more time (`timeout`).",
+        code="engine_timeout",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def from_engine(status: int, body: bytes, max_length: int | None) -> ApiError:
     """An engine's error, whatever shape it came in."""
     message, param, code = f"The engine answered {status}.", None, None

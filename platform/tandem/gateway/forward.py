@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 import aiohttp
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tandem.gateway.dialect import BROKEN, amended
 from tandem.gateway.errors import NoReplica, from_engine, request_id
@@ -92,14 +92,25 @@ class Forwarded(Response):
         event = self._call.dialect.event(status, message, code=code, request=request, last=self._last)
         await send({"type": "http.response.body", "body": event, "more_body": True})
 
+    def _watched(self, send: Send) -> Send:
+        """The same, for what there is one of in an answer; the loop over its chunks keeps the time itself."""
+
+        async def send_and_note(message: Message) -> None:
+            self.sending_since = time.monotonic()
+            await send(message)
+            self.sending_since = math.inf
+
+        return send_and_note
+
     async def _opened(self, held: contextlib.AsyncExitStack) -> Opened:
         """The beginning of the answer, once the call's turn has come; `held` keeps its place among those in flight."""
-        call, begun = self._call, 0
+        call = self._call
         held.callback(self._place.leave)
         # Waiting for its turn is not the gateway's work.
         call.watch.received += await self._place.take()
         if self._prepare is not None:
             call = await self._prepare(call)
+        begun = call.begun
         while True:
             try:
                 return await self._proxy.open(call, held, begun)
@@ -111,11 +122,13 @@ class Forwarded(Response):
 
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
         call, dialect, request = self._call, self._call.dialect, request_id(scope)
+        # A server holds each message back until the client has taken of those before it: the last ones too.
+        once = self._watched(send)
         async with contextlib.AsyncExitStack() as held:
             answer, chunk, replica = await self._opened(held)
             if answer.status >= 400:
                 error = from_engine(answer.status, await answer.read(), call.target.base.max_length)
-                await error.response(dialect, request)(scope, receive, send)
+                await error.response(dialect, request)(scope, receive, once)
                 return
             head = [
                 (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
@@ -127,7 +140,7 @@ class Forwarded(Response):
                 (GATEWAY, self._proxy.name),
             ]
             self._streamed = streamed = answer.content_type.startswith("text/event-stream")
-            await _send_head(send, answer.status, head, answer.content_length)
+            await _send_head(once, answer.status, head, answer.content_length)
             self._proxy.record(call.path, gateway_ms)
             try:
                 while chunk:
@@ -140,10 +153,10 @@ class Forwarded(Response):
                 # Too late for a status. A stream can still say why it ends; anything else must look cut off.
                 if not streamed:
                     raise
-                await self._say(send, 502, f"{BROKEN} ({type(error).__name__}).", "engine_unavailable", request)
+                await self._say(once, 502, f"{BROKEN} ({type(error).__name__}).", "engine_unavailable", request)
             else:
                 self._place.whole = answer.status == 200
-            await send({"type": "http.response.body", "body": b""})
+            await once({"type": "http.response.body", "body": b""})
 
 
 async def _send_head(send: Send, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import aiohttp
 from pydantic_core import from_json, to_json
 
-from tandem.gateway.errors import ApiError
+from tandem.gateway.errors import ApiError, NoReplica
 from tandem.gateway.latency import Stopwatch
-from tandem.gateway.proxy import Call, Proxy
+from tandem.gateway.proxy import ATTEMPTS, Call, Proxy
 
 ROUTES = ("/v1/completions", "/v1/chat/completions")
 """Routes that generate and whose requests can say where a cache lies."""
@@ -30,7 +30,8 @@ LENGTHS = ("max_tokens", "max_completion_tokens")
 async def prefilled(proxy: Proxy, body: dict[str, Any], call: Call) -> Call:
     """The call with `kv_transfer_params`, or as it was where reading its prompt elsewhere does not pay or fails.
 
-    A prefill replica that cannot be had costs time and no answer: the other replica then reads the prompt itself.
+    A prefill replica that cannot be had costs time and no answer: the other replica then reads the prompt itself. One that
+    broke off counts as one that has begun with the call: no prompt gets to more replicas here than elsewhere.
     """
     config = call.target.base.config.prefill
     if config is None or call.path not in ROUTES or len(call.body) < config.min_bytes or not proxy.has(call.target):
@@ -41,17 +42,21 @@ async def prefilled(proxy: Proxy, body: dict[str, Any], call: Call) -> Call:
     target = replace(call.target, prefill=True)
     ask = replace(call.ask, base=target.pool)
     first = replace(call, body=to_json(asked), target=target, ask=ask, watch=Stopwatch())
-    began = time.perf_counter()
+    began, told, broken = time.perf_counter(), None, 0
     async with contextlib.AsyncExitStack() as held:
         try:
-            answer, begun, _ = await proxy.open(first, held)
-            told = from_json(begun + await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
-        except (ApiError, aiohttp.ClientError, OSError, ValueError, TimeoutError):
-            told = None
+            answer, start, _ = await proxy.open(first, held, ATTEMPTS - 1)
+            told = from_json(start + await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
+        except NoReplica as reason:
+            broken = reason.begun - (ATTEMPTS - 1)
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            broken = 1
+        except (ApiError, ValueError):
+            pass
     # A request that the engine refuses is refused by the other one too, in words that the client then gets.
     more = {"kv_transfer_params": told} if told else {}
     # What reading took is not the gateway's own time.
     watch = Stopwatch(received=call.watch.received + time.perf_counter() - began)
     # A cache is of this version of the model: another must not answer from it.
     pinned = replace(call.ask, pinned=call.ask.pinned or bool(more))
-    return replace(call, body=to_json({**body, **more}), ask=pinned, watch=watch)
+    return replace(call, body=to_json({**body, **more}), ask=pinned, begun=broken, watch=watch)

@@ -19,7 +19,7 @@ from tandem.config.serve import GatewayConfig
 from tandem.gateway.admission import Admission
 from tandem.gateway.catalog import Target
 from tandem.gateway.dialect import Dialect
-from tandem.gateway.errors import no_replica
+from tandem.gateway.errors import no_replica, too_slow
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.inquiry import Inquiry
 from tandem.gateway.latency import Record, Stopwatch, TimedBody, forget
@@ -46,6 +46,8 @@ class Call:
     """How urgent it is."""
     light: bool = False
     """Whether it needs no place in a queue."""
+    begun: int = 0
+    """Replicas that may have begun with it and gave no answer."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
 
@@ -96,9 +98,7 @@ class Proxy:
         links = Links()
         self._session = aiohttp.ClientSession(
             connector=links,
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=self._config.connect_timeout_s, sock_read=self._config.request_timeout_s
-            ),
+            timeout=self._timeout(self._config.request_timeout_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
@@ -121,7 +121,7 @@ class Proxy:
 
         It has begun with the first byte of its body: an engine sends the head of a stream long before, and may still die.
         `begun`: how many replicas may have begun with the call before. Raises NoReplica, with how many there are now, if none
-        takes it.
+        takes it, and ApiError 504 if one says nothing for longer than the config and the call's own deadline allow.
         """
         if self._session is None:
             raise RuntimeError("Proxy.start was not called.")
@@ -135,16 +135,22 @@ class Proxy:
                 break
             avoid.append(replica.id)
             attempt = contextlib.AsyncExitStack()
+            silent_s = max(self._config.request_timeout_s, call.wish.left_s(time.monotonic()))
             try:
                 attempt.enter_context(self._fleet.counting(call.ask, replica))
                 request = self._session.post(
                     replica.url + call.path,
                     data=TimedBody(call.body_for(replica.base), call.watch),
                     headers={**sent, TOKEN_HEADER: replica.token},
+                    timeout=self._timeout(silent_s),
                 )
                 answer = await attempt.enter_async_context(request)
                 first = await answer.content.readany() if answer.status == 200 else b""
                 call.watch.answered = time.perf_counter()
+            except aiohttp.SocketTimeoutError:
+                # It may be well and the answer long: what stands still is found by other means (docs/adr/0019).
+                await attempt.aclose()
+                raise too_slow(target.base.name, silent_s) from None
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 await attempt.aclose()
                 self._fleet.suspect(replica)
@@ -156,8 +162,10 @@ class Proxy:
                 raise
             if answer.status == 503 and UNAVAILABLE_HEADER in answer.headers:
                 reason = f"{target.base.name}: {await _said(answer)}"
-                if answer.headers[UNAVAILABLE_HEADER] != "adapters":
+                why = answer.headers[UNAVAILABLE_HEADER]
+                if why != "adapters":
                     self._fleet.suspect(replica)
+                    begun += why == "died"
                 else:
                     begun = ATTEMPTS  # it has waited there already
                 await attempt.aclose()
@@ -169,6 +177,9 @@ class Proxy:
         refusal = no_replica(reason, self._config.retry_after_s)
         refusal.begun = begun
         raise refusal
+
+    def _timeout(self, silent_s: float) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_timeout_s, sock_read=silent_s)
 
     async def _cut_stalled(self) -> None:
         """End the answers of clients that take nothing of them."""

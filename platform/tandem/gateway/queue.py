@@ -55,14 +55,16 @@ class Wish:
     kind: int = 0
     """Requests of one kind take about equally long."""
 
+    def left_s(self, now: float) -> float:
+        """How long its client says that it waits yet; 0 where it says nothing."""
+        return max((by - now for by in (self.start_by, self.finish_by) if by < math.inf), default=0.0)
+
 
 @dataclass(eq=False, slots=True)
 class Ticket:
     """A request's place."""
 
     wish: Wish
-    number: int = -1
-    """In the order of arrival; it keeps it if it has to wait again."""
     started: float = 0.0
 
 
@@ -77,10 +79,10 @@ class Queue:
         self.running = 0
         """Those that have started and not ended."""
         self.pace = Pace()
-        self._waiting: dict[int, OrderedDict[int, Ticket]] = {}
+        self._waiting: dict[int, OrderedDict[Ticket, None]] = {}
         self._priorities: list[int] = []
         self._length = 0
-        self._arrivals = 0
+        self._empty_since = -math.inf
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -95,16 +97,16 @@ class Queue:
     def _is_idle(self) -> bool:
         return self.limit is None or self.running < IDLE * self.limit
 
-    def set_limit(self, limit: int | None) -> None:
+    def set_limit(self, limit: int | None, now: float) -> None:
         """So many may be in flight from now on."""
         if limit and self.limit:
             self.pace.scale(limit / self.limit)
+        if limit == 0 and self.limit != 0:
+            self._empty_since = now
         self.limit = limit
 
     def enter(self, ticket: Ticket, now: float) -> tuple[Outcome, Ticket | None]:
         """Take a new request: START, WAIT, or why neither; and the one that has to go for it, whose outcome is DISPLACED."""
-        ticket.number = self._arrivals
-        self._arrivals += 1
         wish = ticket.wish
         if not self._length and self.room and (self._is_idle or not self._is_late(wish, now)):
             return self._start(ticket, now), None
@@ -127,7 +129,7 @@ class Queue:
         return Outcome.WAIT, displaced
 
     def enter_again(self, ticket: Ticket, now: float) -> Outcome:
-        """Take back a request that has started and ended because no replica took it: before those that came after it."""
+        """Take back a request that has started and was taken by no replica: before those that came after it."""
         if self.room:
             return self._start(ticket, now)
         if self._is_late(ticket.wish, now):
@@ -141,8 +143,9 @@ class Queue:
         """A request that waits is gone."""
         priority = ticket.wish.priority
         bucket = self._waiting.get(priority)
-        if bucket is None or bucket.pop(ticket.number, None) is None:
+        if bucket is None or ticket not in bucket:
             return
+        del bucket[ticket]
         self._length -= 1
         if not bucket:
             del self._waiting[priority]
@@ -155,10 +158,14 @@ class Queue:
         self.running -= 1
         self.pace.ended(now, ticket.wish.kind, now - ticket.started, whole=whole)
 
+    def not_taken(self) -> None:
+        """A request that had started was taken by no replica: it is over, and of the pace it says nothing."""
+        self.running -= 1
+
     def due(self, now: float) -> Iterator[tuple[Ticket, Outcome]]:
         """Those that may start now, and those that are found to be late when it is their turn. They wait no longer."""
         while self._length and self.room:
-            ticket = next(iter(self._waiting[self._priorities[0]].values()))
+            ticket = next(iter(self._waiting[self._priorities[0]]))
             self.leave(ticket)
             yield ticket, Outcome.EXPIRED if self._is_late(ticket.wish, now) else self._start(ticket, now)
 
@@ -166,7 +173,7 @@ class Queue:
         """Those that have waited long enough, wherever they stand. They wait no longer."""
         found: list[tuple[Ticket, Outcome]] = []
         for bucket in self._waiting.values():
-            for ticket in bucket.values():
+            for ticket in bucket:
                 if self._is_late(ticket.wish, now):
                     found.append((ticket, Outcome.EXPIRED))
                 elif self.limit == 0 and self._held_too_long(ticket, now):
@@ -191,7 +198,8 @@ class Queue:
         return now >= wish.start_by or now + self.pace.takes_s(wish.kind) >= wish.finish_by
 
     def _held_too_long(self, ticket: Ticket, now: float) -> bool:
-        return now - ticket.wish.arrived >= self.hold_s
+        # Who has waited for room until now has only begun to wait for a replica.
+        return now - max(ticket.wish.arrived, self._empty_since) >= self.hold_s
 
     def _put(self, ticket: Ticket, *, first: bool = False) -> None:
         priority = ticket.wish.priority
@@ -199,10 +207,10 @@ class Queue:
         if bucket is None:
             bucket = self._waiting[priority] = OrderedDict()
             insort(self._priorities, priority)
-        bucket[ticket.number] = ticket
+        bucket[ticket] = None
         if first:
-            bucket.move_to_end(ticket.number, last=False)
+            bucket.move_to_end(ticket, last=False)
         self._length += 1
 
     def _worst(self) -> Ticket | None:
-        return next(reversed(self._waiting[self._priorities[-1]].values())) if self._priorities else None
+        return next(reversed(self._waiting[self._priorities[-1]])) if self._priorities else None

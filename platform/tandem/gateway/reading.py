@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tandem.config.serve import LONGEST_TIMEOUT_S
 from tandem.gateway.catalog import Target
 from tandem.gateway.errors import ApiError
 from tandem.gateway.queue import Wish
@@ -33,7 +34,6 @@ PATIENCE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 """How long an answer may be, in the APIs' words."""
 MOST_PRIORITY = 2**63 - 1
-MOST_TIMEOUT_S = 86_400.0
 
 
 def take_wish(body: dict[str, Any], headers: Mapping[str, str], arrived: float, *, pass_on: bool = False) -> Wish:
@@ -60,10 +60,14 @@ def take_wish(body: dict[str, Any], headers: Mapping[str, str], arrived: float, 
         else:
             finish_by = arrived + patience_s
     if timeout_s is not None:
-        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MOST_TIMEOUT_S:
+        if (
+            isinstance(timeout_s, bool)
+            or not isinstance(timeout_s, int | float)
+            or not 0 < timeout_s <= LONGEST_TIMEOUT_S
+        ):
             raise ApiError(
                 400,
-                f"`timeout` is {timeout_s!r}; it must be a number of seconds above 0, at most {MOST_TIMEOUT_S:.0f}.",
+                f"`timeout` is {timeout_s!r}; it must be a number of seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}.",
                 param="timeout",
             )
         finish_by = min(finish_by, arrived + timeout_s)

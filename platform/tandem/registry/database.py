@@ -10,16 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import StaticPool
 
-from tandem.errors import RegistryError, StorageError
+from tandem.errors import RegistryError, RegistryUnreachableError, StorageError
 from tandem.ids import digest
 from tandem.registry.schema import REVISION
 from tandem.storage import disk_errors
 
 BUSY_TIMEOUT_MS = 30_000
 """How long a writer waits for another before SQLite calls the database locked."""
+PASSING = (OperationalError, InterfaceError, PoolTimeoutError)
+"""What drivers and SQLAlchemy's pool raise where the database is at fault, rather than what was asked of it."""
 ADVISORY_LOCK = 7_263_001
 """PostgreSQL's advisory lock that migrations hold."""
 
@@ -73,7 +82,10 @@ def connect(url: str) -> Engine:
 
 @contextlib.contextmanager
 def database_errors(url: URL) -> Iterator[None]:
-    """Turn what a database refuses into a RegistryError (a full disk: StorageError) that names it, password hidden."""
+    """Turn what a database refuses into a RegistryError that names it, password hidden.
+
+    A full disk is a StorageError, and what may pass by itself (no connection, a lock) a RegistryUnreachableError.
+    """
     try:
         yield
     except SQLAlchemyError as error:
@@ -81,7 +93,8 @@ def database_errors(url: URL) -> Iterator[None]:
         shown = url.render_as_string(hide_password=True)
         if "disk is full" in reason:
             raise StorageError(f"The disk is full while writing the registry {shown}. Free some space.") from error
-        raise RegistryError(
+        kind = RegistryUnreachableError if isinstance(error, PASSING) else RegistryError
+        raise kind(
             f"The registry {shown} refused: {reason}. Check that it can be reached and written "
             "(TANDEM_HOME, or TANDEM_DATABASE_URL where that is set)."
         ) from error

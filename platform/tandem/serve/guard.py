@@ -33,7 +33,7 @@ class Guard:
         self.draining = False
         """Set: new requests are sent elsewhere."""
         self.in_flight = 0
-        """Requests inside the engine's app."""
+        """Requests that were taken and are not over, those that wait for an adapter among them."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -61,22 +61,30 @@ class Guard:
         if self.draining:
             await _refuse(send, 503, "This replica is about to end.", unavailable="draining")
         elif not self._engine.stats().healthy:
-            await self._refuse_dead(send)
-        elif adapter is None:
-            await self._pass(scope, receive, send)
+            await self._refuse_dead(send, "dead")
         else:
+            self.in_flight += 1
             try:
-                async with self._slots.hold(adapter):
-                    await self._pass(scope, receive, send)
-            except (SlotsBusyError, StorageError) as error:
-                await _refuse(send, 503, str(error), unavailable="adapters")
-            except AdapterError as error:
-                await _refuse(send, 400, str(error), code=REFUSED)
-            except EngineError as error:
-                if self._engine.stats().healthy:
-                    await _refuse(send, 500, str(error))
-                else:
-                    await self._refuse_dead(send)
+                await self._take(scope, receive, send, adapter)
+            finally:
+                self.in_flight -= 1
+
+    async def _take(self, scope: Scope, receive: Receive, send: Send, adapter: AdapterRef | None) -> None:
+        if adapter is None:
+            await self._pass(scope, receive, send)
+            return
+        try:
+            async with self._slots.hold(adapter):
+                await self._pass(scope, receive, send)
+        except (SlotsBusyError, StorageError) as error:
+            await _refuse(send, 503, str(error), unavailable="adapters")
+        except AdapterError as error:
+            await _refuse(send, 400, str(error), code=REFUSED)
+        except EngineError as error:
+            if self._engine.stats().healthy:
+                await _refuse(send, 500, str(error))
+            else:
+                await self._refuse_dead(send, "died")
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         head: Message | None = None
@@ -91,26 +99,22 @@ class Guard:
                 return
             if head is not None:
                 # A dead engine makes vLLM answer 500, or 200 and an error as the first event of a stream. Nothing was generated,
-                # so another replica may try.
+                # so another replica may try: one, for it may have been this request that the engine died of.
                 failed = head["status"] >= 500 or _streams(head)
                 if failed and not self._engine.stats().healthy:
                     swapped = True
-                    await self._refuse_dead(send)
+                    await self._refuse_dead(send, "died")
                     return
                 started, head = head, None
                 await send(started)
             await send(message)
 
-        self.in_flight += 1
-        try:
-            await self._engine.app(scope, receive, send_unless_dead)
-        finally:
-            self.in_flight -= 1
+        await self._engine.app(scope, receive, send_unless_dead)
 
-    async def _refuse_dead(self, send: Send) -> None:
+    async def _refuse_dead(self, send: Send, when: str) -> None:
         self._on_death()
         await _refuse(
-            send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable="dead"
+            send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable=when
         )
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:

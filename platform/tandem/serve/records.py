@@ -22,7 +22,8 @@ ADAPTER_DIGEST_HEADER = "x-tandem-adapter-digest"
 ALIVE_PATH = "/tandem/alive"
 """GET it to hear whether a replica lives: 200 if it takes requests, 503 if it does not."""
 UNAVAILABLE_HEADER = "x-tandem-unavailable"
-"""On a 503 of a replica: it did not start on this request, so another replica may."""
+"""On a 503 of a replica: it gave no part of an answer, and why. `draining` and `dead`: it did not begin with the request.
+`died`: its engine did, while it had the request. `adapters`: no slot came free in time, or the files could not be had."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,5 +22,12 @@ def test_a_client_may_not_be_cut_off_at_once() -> None:
         GatewayConfig(client_stall_s=0.0)
 
 
+@pytest.mark.parametrize("key", ["connect_timeout_s", "request_timeout_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_no_connection_can_have_is_refused_by_its_name(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"gateway\.{key} is {value}"):
+        GatewayConfig(**{key: value})  # type: ignore[arg-type]
+
+
 def test_nobody_may_wait_and_nobody_be_held() -> None:
     assert ServedModelConfig(model="x", max_queued=0, hold_s=0.0, requests_per_replica=1).max_queued == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,12 +13,14 @@ import httpx
 import pytest
 from pydantic_core import from_json
 
-from tandem.config import AutoscalingConfig, ServedModelConfig
-from tandem.gateway import demand
+from tandem.config import AutoscalingConfig, GatewayConfig, ServedModelConfig
+from tandem.gateway import admission, demand
+from tandem.gateway.admission import Admission
 from tandem.gateway.app import create_app
 from tandem.gateway.catalog import Catalog, Target
 from tandem.gateway.demand import DemandReport
 from tandem.gateway.dialect import dialect_of
+from tandem.gateway.errors import ApiError, no_replica
 from tandem.gateway.fleet import Fleet, completed
 from tandem.gateway.proxy import Call
 from tandem.gateway.queue import Wish
@@ -61,6 +64,49 @@ async def test_until_its_own_version_is_there_a_gateway_uses_the_other() -> None
 async def test_who_asks_for_a_version_or_an_adapter_of_it_gets_no_other() -> None:
     async with following(FIRST) as fleet:
         assert fleet.choose(replace(ASK, pinned=True), ()) is None
+
+
+async def test_a_call_whose_version_is_not_there_asks_ever_less_often_and_says_nothing_of_the_pace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission, "MOST_AGAIN_S", 0.2)
+    async with following(replace(FIRST, max_running=1)) as fleet:
+        gate = Admission([NEW], fleet, GatewayConfig())
+        gate.refresh()
+        queue = gate.queue(NEW)
+        place = gate.place(NEW, Wish(arrived=time.monotonic(), kind=3))
+        assert await place.take() == 0.0
+        # Somebody waits all the time, so that the pace is measured.
+        queue.pace.somebody_waits(time.monotonic())
+        waits = [await place.take_again(no_replica("It is not there", 5)) for _ in range(5)]
+        assert waits == [0.05, 0.1, 0.2, 0.2, 0.2] and queue.running == 1
+        assert queue.pace.takes_s(3) == 0.0 and queue.pace.rate is None
+        place.leave()
+        assert queue.running == 0 and queue.pace.takes_s(3) > 0.0
+
+
+async def test_a_call_that_no_replica_took_within_hold_s_is_told_so_and_keeps_no_place() -> None:
+    brief = replace(NEW, config=replace(NEW.config, hold_s=0.0))
+    async with following(FIRST) as fleet:
+        gate = Admission([brief], fleet, GatewayConfig())
+        gate.refresh()
+        place = gate.place(brief, Wish(arrived=time.monotonic(), kind=3))
+        await place.take()
+        with pytest.raises(ApiError, match="It is not there"):
+            await place.take_again(no_replica("It is not there", 5))
+        place.leave()
+        assert gate.queue(brief).running == 0 and gate.queue(brief).pace.takes_s(3) == 0.0
+
+
+async def test_a_light_call_needs_no_room_the_second_time_either() -> None:
+    async with following(replace(FIRST, max_running=1)) as fleet:
+        gate = Admission([replace(NEW, config=replace(NEW.config, requests_per_replica=1))], fleet, GatewayConfig())
+        gate.refresh()
+        heavy, light = gate.place(NEW, Wish(arrived=0.0)), gate.place(NEW, Wish(arrived=0.0), light=True)
+        await heavy.take()
+        assert await light.take() == 0.0
+        assert await asyncio.wait_for(light.take_again(no_replica("It refused", 5)), 5) == admission.AGAIN_S
+        assert gate.queue(NEW).running == 1
 
 
 async def test_a_version_that_drains_is_no_help() -> None:

@@ -76,6 +76,15 @@ async def test_an_unknown_model_is_404_with_the_nearest_name(world: World) -> No
     assert (await world.http.get("/v1/models/base")).json()["id"] == "base"
 
 
+async def test_a_model_that_is_no_name_is_400_in_few_words_and_nothing_is_looked_for(world: World) -> None:
+    world.registry.near = world.registry.resolve = None  # type: ignore[assignment, method-assign]
+    for name in ("x" * 257, ["x" * 300], {"x" * 300: 1}, None, 0):
+        answer = await world.http.post("/v1/completions", json=BODY | {"model": name})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+        assert len(answer.text) < 250 and "xxx" not in answer.text
+    assert (await world.http.get(f"/v1/models/{'x' * 257}")).status_code == 400
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"7", b"\xff", b'{"prompt": "x"}', b'{"model": 3}', b'{"model": ""}', b"[" * 4000]
 )

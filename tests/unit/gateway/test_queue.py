@@ -14,7 +14,7 @@ from tandem.gateway.queue import Outcome, Queue, Ticket, Wish
 
 def queue(limit: int | None = 1, most: int = 10, hold_s: float = 30.0) -> Queue:
     made = Queue(most=most, hold_s=hold_s)
-    made.set_limit(limit)
+    made.set_limit(limit, 0.0)
     return made
 
 
@@ -48,7 +48,7 @@ def test_nobody_overtakes_those_that_wait_when_there_is_room_again() -> None:
     q = queue()
     running, waiting = ask(), ask()
     enter(q, running), enter(q, waiting)
-    q.set_limit(5)
+    q.set_limit(5, 0.0)
     late = ask()
     assert enter(q, late) is Outcome.WAIT
     assert started(q, 0.0) == [waiting, late]
@@ -82,7 +82,7 @@ def test_beyond_the_bound_the_next_is_refused_and_a_better_one_takes_the_last_pl
     better = ask(priority=0)
     assert q.enter(better, 0.0) == (Outcome.WAIT, last)
     assert len(q) == 2
-    q.set_limit(9)
+    q.set_limit(9, 0.0)
     assert started(q, 0.0) == [better, kept]
 
 
@@ -165,14 +165,18 @@ def test_without_a_ready_replica_requests_are_held_for_a_while_and_start_when_on
     assert (enter(q, early, 0.0), enter(q, late, 10.0)) == (Outcome.WAIT, Outcome.WAIT)
     assert q.overdue(29.9) == []
     assert q.overdue(30.0) == [(early, Outcome.UNSERVED)]
-    q.set_limit(8)
+    q.set_limit(8, 31.0)
     assert started(q, 31.0) == [late]
     assert q.overdue(100.0) == []
 
 
 def test_one_that_waits_for_room_is_not_told_that_there_is_no_replica() -> None:
-    q = queue(hold_s=1.0)
-    enter(q, ask()), enter(q, ask())
+    q = queue(limit=2, hold_s=1.0)
+    refused = ask()
+    enter(q, refused), enter(q, ask()), enter(q, ask())
+    q.set_limit(1, 999.0)
+    q.not_taken()
+    assert q.enter_again(refused, 1000.0) is Outcome.WAIT
     assert q.overdue(1000.0) == []
 
 
@@ -184,14 +188,37 @@ def test_what_no_replica_took_waits_before_those_that_came_after_it() -> None:
     q = queue()
     first, second = ask(), ask()
     enter(q, first), enter(q, second)
-    q.ended(first, 1.0, whole=False)
-    q.set_limit(0)
+    q.not_taken()
+    q.set_limit(0, 1.0)
     assert q.enter_again(first, 1.0) is Outcome.WAIT
-    q.set_limit(1)
+    q.set_limit(1, 2.0)
     assert started(q, 2.0) == [first]
-    q.ended(first, 30.0, whole=False)
-    q.set_limit(0)
-    assert q.enter_again(first, 30.0) is Outcome.UNSERVED
+
+
+def test_who_waited_for_room_is_held_as_long_as_any_other_from_when_no_replica_is_ready() -> None:
+    q = queue(hold_s=30.0)
+    running, waiting = ask(), ask()
+    enter(q, running), enter(q, waiting)
+    q.set_limit(0, 100.0)
+    q.set_limit(0, 101.0)
+    assert q.overdue(129.9) == []
+    q.not_taken()
+    assert q.enter_again(running, 110.0) is Outcome.WAIT
+    assert q.overdue(130.0) == [(running, Outcome.UNSERVED), (waiting, Outcome.UNSERVED)]
+    late = ask(131.0)
+    assert enter(q, late, 131.0) is Outcome.WAIT
+    assert q.overdue(160.9) == [] and q.overdue(161.0) == [(late, Outcome.UNSERVED)]
+    q.set_limit(1, 162.0)
+    q.set_limit(0, 163.0)
+    assert enter(q, ask(0.0), 170.0) is Outcome.WAIT and q.overdue(192.0) == []
+
+
+def test_those_that_never_waited_before_have_places_of_their_own() -> None:
+    q = queue(limit=0)
+    one, other = ask(), ask()
+    assert [q.enter_again(each, 0.0) for each in (one, other)] == [Outcome.WAIT] * 2
+    q.set_limit(2, 1.0)
+    assert set(started(q, 1.0)) == {one, other} and len(q) == 0
 
 
 def test_the_rate_follows_the_room_that_there_is() -> None:
@@ -234,16 +261,18 @@ def test_an_answer_that_was_cut_off_says_only_that_it_takes_longer() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("aaaelx"), st.integers(-2, 2), st.integers(0, 3)), max_size=80))
+@given(st.lists(st.tuples(st.sampled_from("aaaerlx"), st.integers(-2, 2), st.integers(0, 3)), max_size=80))
 def test_whatever_happens_no_more_run_than_may_and_nobody_is_lost(steps: list[tuple[str, int, int]]) -> None:
-    q = queue(limit=2, most=4)
+    q = queue(limit=2, most=4, hold_s=3.0)
     running: list[Ticket] = []
     waiting: list[Ticket] = []
+    again: set[Ticket] = set()
+    """Those that were taken back, beyond the bound if need be."""
     now = 0.0
     for what, priority, number in steps:
         now += 1.0
         if what == "a":
-            ticket = ask(now, priority=priority, start_by=now + 5 * number or math.inf)
+            ticket = ask(now, priority=priority, start_by=now + 5 * number if number else math.inf)
             outcome, displaced = q.enter(ticket, now)
             if displaced is not None:
                 waiting.remove(displaced)
@@ -252,14 +281,28 @@ def test_whatever_happens_no_more_run_than_may_and_nobody_is_lost(steps: list[tu
             assert outcome is not Outcome.START or q.running <= (q.limit or 0)
         elif what == "e" and running:
             q.ended(running.pop(number % len(running)), now, whole=True)
+        elif what == "r" and running:
+            ticket = running.pop(number % len(running))
+            q.not_taken()
+            outcome = q.enter_again(ticket, now)
+            assert outcome in (Outcome.START, Outcome.WAIT, Outcome.EXPIRED, Outcome.UNSERVED)
+            assert outcome is not Outcome.EXPIRED or now >= ticket.wish.start_by
+            assert outcome is not Outcome.UNSERVED or q.limit == 0
+            if outcome in (Outcome.START, Outcome.WAIT):
+                (running if outcome is Outcome.START else waiting).append(ticket)
+                again.add(ticket)
         elif what == "l" and waiting:
             q.leave(waiting.pop(number % len(waiting)))
         elif what == "x":
-            q.set_limit(number)
+            q.set_limit(number, now)
         for ticket, outcome in [*q.overdue(now), *q.due(now)]:
             waiting.remove(ticket)
+            # None is too late that has all the time there is; none goes for want of a replica where one is ready.
+            assert outcome is not Outcome.EXPIRED or now >= ticket.wish.start_by
+            assert outcome is not Outcome.UNSERVED or q.limit == 0
             if outcome is Outcome.START:
                 running.append(ticket)
-        assert (q.running, len(q)) == (len(running), len(waiting)) and len(q) <= 4
+        assert (q.running, len(q)) == (len(running), len(waiting))
+        assert len(set(waiting) - again) <= 4
         if waiting:
             assert len(running) >= (q.limit or 0)

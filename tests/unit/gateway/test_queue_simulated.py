@@ -51,7 +51,7 @@ def in_time(load: float, patience: float, *, told: bool = True) -> tuple[float, 
     Requests have `patience` times an answer's time; where the queue is not `told`, only their clients know.
     """
     dice, queue = random.Random(0), Queue(most=1000, hold_s=0.0)
-    queue.set_limit(LIMIT)
+    queue.set_limit(LIMIT, 0.0)
     engine = Engine(queue)
     lengths: dict[Ticket, int] = {}
     answered: Counter[int] = Counter()

@@ -14,8 +14,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from tandem.errors import ConfigError, JobError, RegistryError, StorageError, UnknownModelError, did_you_mean
-from tandem.gateway.errors import ApiError
+from tandem.errors import (
+    ConfigError,
+    JobError,
+    RegistryError,
+    RegistryUnreachableError,
+    StorageError,
+    UnknownModelError,
+    did_you_mean,
+)
+from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.routes.openai import number, parse_body, read_body
 from tandem.ids import fingerprint
@@ -33,8 +41,9 @@ KEYS = {"name": str, "source": str, "base": str, "promote": bool}
 class AdminRoutes:
     """The route handlers, around what they need."""
 
-    def __init__(self, adapters: Adapters, fleet: Fleet, token: str | None) -> None:
+    def __init__(self, adapters: Adapters, fleet: Fleet, token: str | None, retry_after_s: int = 5) -> None:
         """`token`: the fingerprint of the operator's token; None closes the routes."""
+        self._retry_after_s = retry_after_s
         self._adapters = adapters
         self._fleet = fleet
         self._token = token
@@ -133,6 +142,8 @@ class AdminRoutes:
             return await asyncio.to_thread(work, *args, **options)
         except UnknownModelError as error:
             raise ApiError(404, str(error), code="model_not_found", param="name") from None
+        except RegistryUnreachableError as error:
+            raise no_registry(str(error), self._retry_after_s) from None
         except (RegistryError, ConfigError, JobError) as error:
             raise ApiError(400, str(error)) from None
         except StorageError as error:

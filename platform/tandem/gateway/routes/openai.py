@@ -65,18 +65,19 @@ class OpenAIRoutes:
         async def handle(request: Request) -> Response:
             """Find out who answers, and hand the bytes on."""
             raw = await read_body(request, self._config.max_body_bytes)
-            watch = Stopwatch()
+            watch, arrived = Stopwatch(), time.monotonic()
             body = parse_body(raw)
             name = body.get("model")
             if not isinstance(name, str) or not name:
-                raise ApiError(400, f"`model` must be the name of a model; it is {name!r}.", param="model")
+                found = "missing or empty" if not name else f"of type {type(name).__name__}"
+                raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
             target = await self._catalog.resolve(name)
             check_task(name, route, self._fleet.tasks(target.base.id))
             check_prompt_logprobs(name, body, target.base.config)
             if route.path == stored.PATH:
                 stored.check(body)
             by_priority = target.base.config.engine_args.get("scheduling_policy") == "priority"
-            wish = take_wish(body, request.headers, time.monotonic(), pass_on=by_priority)
+            wish = take_wish(body, request.headers, arrived, pass_on=by_priority)
             body["model"] = target.engine_name
             drop_transfers(body)
             if body.get("encoding_format", "") is None:
