@@ -122,11 +122,14 @@ class Directory:
         for deployment, count in waiting.items():
             if count > 0 and deployment not in ready and deployment not in self._waking:
                 task = self._waking[deployment] = asyncio.create_task(self._woken(deployment))
-                task.add_done_callback(lambda _, name=deployment: self._waking.pop(name))
+                task.add_done_callback(functools.partial(self._woke, deployment))
         for deployment, task in self._waking.items():
             # Whoever asked has given up: a replica that nobody waits for need not start.
             if not self._demand.of(deployment, now):
                 task.cancel()
+
+    def _woke(self, deployment: str, task: asyncio.Task[None]) -> None:
+        del self._waking[deployment]
 
     async def _woken(self, deployment: str) -> None:
         # A deployment that is going away does not answer; if it is still wanted, it is asked again.
