@@ -295,8 +295,9 @@ def main() -> int:
     for failure in results["failures"]:
         print(f"  {failure['outcome']}")
     page = f"# Faults under load\n\nMade by `python bench/chaos_serve.py --json ...`: {REPLICAS} replicas ({results['engine']}), "
-    page += f"{GATEWAYS} gateways, {CLIENTS} clients, {results['requests']} requests in {results['seconds']} s, a fault every "
-    page += f"{results['every_s']:g} s.\n\n{report.lines(columns, rows)}\n\n{report.ends(verdicts(results))}\n"
+    every = "each when all is there again" if results["apart"] else f"one every {results['every_s']:g} s"
+    page += f"{GATEWAYS} gateways, {CLIENTS} clients, {results['requests']} requests in {results['seconds']} s, "
+    page += f"{len(results['faults'])} faults, {every}.\n\n{report.lines(columns, rows)}\n\n{report.ends(verdicts(results))}\n"
     report.write(options.json, results, page)
     return report.judge(verdicts(results), check=options.check)
 
