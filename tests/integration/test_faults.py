@@ -140,6 +140,7 @@ def test_a_worker_may_be_killed_and_whoever_follows_the_numbers_has_each_step_on
     assert not [e for e in found if e["event"] == "notice"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_found_shown_and_started_again(
     run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):

@@ -72,7 +72,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Way, ...]]
     ("ways", "way"),
     [
         pytest.param(ways, way, id=name(way), marks=marks)
-        for ways, marks in ((SMALL, []), (FOUR, []), (LARGE, [pytest.mark.slow]))
+        for ways, marks in ((SMALL, []), (FOUR, [pytest.mark.slow]), (LARGE, [pytest.mark.slow]))
         for way in ways
     ],
 )
