@@ -204,6 +204,7 @@ def test_deepspeed_trains_what_fsdp2_does(home: Path, base: str, run: Callable[.
     assert (Path(found[-1]["path"]) / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, base: str, run: Callable[..., Driver]):
     first = run("stopped", steps=10, checkpoint={"every_steps": 5})
     first.wait_for(lambda e: e["event"] == "checkpoint")
