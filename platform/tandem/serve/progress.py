@@ -20,13 +20,15 @@ class Progress:
     since_s: float = 0.0
     """When it last ended one, or had no work."""
     steps: int = -1
+    worked: bool = False
+    """Whether it had work at the last look."""
 
     def see(self, stats: EngineStats, now_s: float) -> None:
         """Look at the engine."""
         idle = not stats.running + stats.waiting
         # A stuck engine's requests are taken from it: that it has none is no sign of life, only a step is.
-        if stats.steps != self.steps or (idle and not self.stuck(now_s)):
-            self.steps, self.since_s = stats.steps, now_s
+        if stats.steps != self.steps or not self.worked or (idle and not self.stuck(now_s)):
+            self.steps, self.since_s, self.worked = stats.steps, now_s, not idle
 
     def idle_s(self, now_s: float) -> float:
         """How long it has had work and ended no step."""

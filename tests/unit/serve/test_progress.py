@@ -39,3 +39,15 @@ def test_a_stuck_engine_whose_requests_were_taken_away_is_stuck_until_it_ends_a_
     assert progress.stuck(113.0)
     progress.see(EngineStats(steps=6), 114.0)
     assert not progress.stuck(120.0)
+
+
+def test_an_idle_engine_that_nobody_looked_at_for_long_is_not_stuck() -> None:
+    progress = Progress(10.0)
+    progress.see(EngineStats(steps=5), 100.0)
+    # The replica's process was stopped, say.
+    progress.see(EngineStats(steps=5), 200.0)
+    assert not progress.stuck(200.0)
+    progress.see(EngineStats(running=1, steps=5), 300.0)
+    assert not progress.stuck(300.0)
+    progress.see(EngineStats(running=1, steps=5), 311.0)
+    assert progress.stuck(311.0)
