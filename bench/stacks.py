@@ -86,6 +86,7 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
         from ray import serve
 
         from tandem.serve.app import Gateway, resolve_models
+        from tandem.serve.scaling import GATEWAY_ENVIRONMENT
 
         directory: Any = serve.get_deployment_handle("Directory", "tandem")
         models = tuple(resolve_models(config, registry))
@@ -95,7 +96,7 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
                 name="Gateway",
                 ray_actor_options={
                     "num_cpus": 0.1,
-                    "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
+                    "runtime_env": {"env_vars": GATEWAY_ENVIRONMENT},
                 },
                 max_ongoing_requests=100_000,
             )

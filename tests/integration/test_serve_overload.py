@@ -33,6 +33,7 @@ def narrow(served: Served) -> Served:
 
     from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
     from tandem.serve.app import Gateway, resolve_models
+    from tandem.serve.scaling import GATEWAY_ENVIRONMENT
 
     tiny = ServedModelConfig(model="tiny", requests_per_replica=2, max_queued=1, max_adapters=2, max_lora_rank=8)
     models = tuple(resolve_models(ServeConfig(models=(tiny,)), served.registry()))
@@ -42,7 +43,7 @@ def narrow(served: Served) -> Served:
         name="Gateway",
         ray_actor_options={
             "num_cpus": 0.1,
-            "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
+            "runtime_env": {"env_vars": GATEWAY_ENVIRONMENT},
         },
         max_ongoing_requests=100_000,
     )
