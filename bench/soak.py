@@ -265,7 +265,7 @@ def app(folder: Path) -> Iterator[tuple[int, str]]:
     """The served app with one replica and its adapters; its port, and the mark of its cluster's processes."""
     from tandem.cli.serve import serving
     from tandem.cluster import local_cluster
-    from tandem.config import RouterConfig, ServeConfig, ServedModelConfig
+    from tandem.config import ListenConfig, RouterConfig, ServeConfig, ServedModelConfig
     from tandem.registry import Registry
 
     write_model(folder / "bench")
@@ -286,7 +286,7 @@ def app(folder: Path) -> Iterator[tuple[int, str]]:
     with local_cluster(num_cpus=8) as cluster:
         port = free_port()
         router = RouterConfig(remembered_blocks=2000, remembered_sessions=1000)
-        with serving(cluster, ServeConfig(models=(served,), router=router), port=port):
+        with serving(cluster, ServeConfig(models=(served,), router=router), ListenConfig(port=port)):
             yield port, cluster.mark
 
 

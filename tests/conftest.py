@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from postgresql import Server, postgresql
 
 from tandem import settings as environment
 from tandem.cluster import LocalCluster, authentication
@@ -30,6 +31,13 @@ def tandem_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home.mkdir()
     monkeypatch.setenv("TANDEM_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Server]:
+    """One PostgreSQL server for the whole session."""
+    with postgresql() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,9 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=lambda: Path.home() / ".tandem")
     """Where jobs, models and the registry live; every node of a cluster must see it at the same path."""
     database_url: str | None = None
-    """SQLAlchemy URL of the registry; SQLite in `home` when unset."""
+    """SQLAlchemy URL of the registry; SQLite in `home` when unset. PostgreSQL where a cluster has more than one node."""
+    registry_id: str | None = None
+    """The identity that the registry must have; set for jobs, so that none makes an empty registry on another node."""
     ray_address: str | None = Field(default=None, validation_alias="RAY_ADDRESS")
     """The cluster to use: `host:port`, or `http://host:8265` for its dashboard. Unset: a local one is started."""
     api_url: str = "http://127.0.0.1:8000/v1"
@@ -34,6 +36,8 @@ class Settings(BaseSettings):
     """The gateway's port."""
     admin_token: str | None = None
     """What `Authorization: Bearer` must carry at the gateway's /admin routes; they are closed while it is unset."""
+    runtime_dir: Path | None = None
+    """A short, private folder on this machine for the sockets and files of a cluster's node; unset: /tmp/tandem-UID."""
     cache: Path = Field(default_factory=lambda: Path.home() / ".cache" / "tandem")
     """A folder of this node's own, for copies of what lies in object stores."""
     adapter_cache_gib: float = 20.0

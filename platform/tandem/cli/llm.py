@@ -97,11 +97,10 @@ class LLM(RemoteLLM):
 def _base(model: str) -> str:
     """What is to be served: of an adapter its base, with which it answers."""
     from tandem.registry import Registry
-    from tandem.settings import settings
 
     if _is_folder(model):
         return model
-    record = Registry(settings().registry_url).resolve(model)
+    record = Registry.open().resolve(model)
     return str(record.base) if record.kind == "adapter" else record.id
 
 

@@ -11,8 +11,10 @@ from tandem.cli.adapters import adapters_app
 from tandem.cli.batch import batch_app
 from tandem.cli.chat import chat_command
 from tandem.cli.data import data_app
+from tandem.cli.db import db_app
 from tandem.cli.doctor import doctor_command
 from tandem.cli.models import models_app
+from tandem.cli.node import node_app
 from tandem.cli.quickstart import quickstart_command
 from tandem.cli.serve import serve_app
 from tandem.cli.train import train_app
@@ -50,3 +52,5 @@ app.add_typer(models_app, name="models")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(serve_app, name="serve")
 app.add_typer(batch_app, name="batch")
+app.add_typer(node_app, name="node")
+app.add_typer(db_app, name="db")

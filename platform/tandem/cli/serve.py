@@ -20,7 +20,7 @@ from rich.table import Table
 from tandem.cli.machine import port_holder
 from tandem.cli.shell import a_cluster, console, friendly_errors, stop_quietly, uninterrupted
 from tandem.cluster import Cluster, LocalCluster, connect
-from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
+from tandem.config import ListenConfig, ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict
 from tandem.errors import ClusterError
 from tandem.settings import settings
@@ -37,8 +37,12 @@ def up_command(
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Port to listen on; TANDEM_PORT or 8000.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; listen.host of the config, or 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; listen.port of the config, TANDEM_PORT or 8000.")
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return when it is up; `tandem serve down` ends it.")
     ] = False,
@@ -46,13 +50,12 @@ def up_command(
     """Serve models until Ctrl-C; after a SIGTERM, until what has begun is answered."""
     with friendly_errors(), located(config, overrides):
         wanted = read_config(models, config, overrides)
-        listen = port or settings().port
         if (known := connect()) is not None:
             check_not_served(serve_details(known), wanted)
-        check_port(listen, host)
+        listen = listener(wanted, host, port)
         with (
             a_cluster(num_cpus=CPUS, keep=detach) as cluster,
-            serving(cluster, wanted, host, port=listen, keep=detach) as url,
+            serving(cluster, wanted, listen, keep=detach) as url,
         ):
             console.print(f"Serving at [bold]{url}[/]." + ("" if detach else " Ctrl-C ends it."))
             if not detach and wait_for_interrupt() == signal.SIGTERM:
@@ -73,6 +76,7 @@ def deploy_command(
         cluster = _required_cluster()
         if wanted.app not in applications(cluster):
             raise ClusterError(f"{wanted.app} is not served on this cluster. `tandem serve up` starts it.")
+        check_listener(serve_details(cluster), wanted.listen)
         with connected(cluster):
             from tandem.serve.app import build_app
             from tandem.serve.deploy import deploy
@@ -80,6 +84,17 @@ def deploy_command(
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
                 deploy(build_app(wanted), wanted.app, tell=console.print)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
+
+
+def listener(config: ServeConfig, host: str | None = None, port: int | None = None) -> ListenConfig:
+    """Where an app is to listen: what the command line says, else the config, else the settings.
+
+    ClusterError if the port is taken on this machine.
+    """
+    number = port or config.listen.port or settings().port
+    listen = replace(config.listen, host=host or config.listen.host, port=number)
+    check_port(number, listen.host)
+    return listen
 
 
 def read_config(models: list[str] | None, config: Path | None, overrides: list[str]) -> ServeConfig:
@@ -125,9 +140,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
 
 
 @contextmanager
-def serving(
-    cluster: Cluster, config: ServeConfig, host: str = "127.0.0.1", *, port: int, keep: bool = False
-) -> Iterator[str]:
+def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep: bool = False) -> Iterator[str]:
     """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
     from ray import serve
 
@@ -136,18 +149,23 @@ def serving(
 
     details = serve_details(cluster)
     check_not_served(details, config)
+    port = listen.port or settings().port
     taken = (details.get("http_options") or {}).get("port", port)
     if details.get("applications") and taken != port:
         raise ClusterError(
             f"Serve listens on port {taken} on this cluster, for other apps. Use it too: --port {taken}."
         )
-    app = build_app(config)
     with connected(cluster):
+        # Here, not before: whether the registry may be used depends on the cluster's nodes.
+        app = build_app(config)
         try:
             with console.status(f"Starting {config.app}: one engine takes about half a minute"):
-                serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+                serve.start(
+                    proxy_location="HeadOnly" if listen.nodes == "head" else "EveryNode",
+                    http_options={"host": listen.host, "port": port},
+                )
                 deploy(app, config.app, tell=console.print)
-            yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"
+            yield f"http://{'127.0.0.1' if listen.host == '0.0.0.0' else listen.host}:{port}/v1"
         finally:
             with uninterrupted():
                 # A cluster of our own ends as a whole a moment later, and much faster.
@@ -219,6 +237,18 @@ def check_not_served(details: dict[str, Any], config: ServeConfig) -> None:
             f"{config.app} is served on this cluster already. `tandem serve deploy` changes it, `tandem serve down` ends it; "
             "its adapters need no restart."
         )
+
+
+def check_listener(details: dict[str, Any], listen: ListenConfig) -> None:
+    """Refuse another listener than the one that Serve has: it opens its listener when it starts, and keeps it."""
+    running = details.get("http_options") or {}
+    for key in ("host", "port"):
+        wanted, has = getattr(listen, key), running.get(key)
+        if wanted != getattr(ListenConfig(), key) and has is not None and wanted != has:
+            raise ClusterError(
+                f"listen.{key} is {wanted!r}, and Serve listens on {running.get('host')}:{running.get('port')} until it ends. "
+                "Leave it out, or run `tandem serve down` and `tandem serve up`."
+            )
 
 
 def app_url(cluster: Cluster, app: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import Self
 import yaml
 
 from tandem.cli.data import build, describe
-from tandem.cli.serve import CPUS, check_port, serving
+from tandem.cli.serve import CPUS, listener, serving
 from tandem.cli.shell import a_cluster, console
 from tandem.cli.summary import say_finished
 from tandem.cli.train import follow
@@ -98,10 +98,8 @@ class Session:
 
     def serve(self, *models: str, port: int | None = None, config: ServeConfig | None = None) -> str:
         """Serve models until the session ends; returns the base URL for an OpenAI client once they answer."""
-        listen = port or settings().port
-        check_port(listen)
         wanted = config or ServeConfig(models=tuple(ServedModelConfig(model=name) for name in models))
-        return self._stack.enter_context(serving(self.cluster, wanted, port=listen))
+        return self._stack.enter_context(serving(self.cluster, wanted, listener(wanted, port=port)))
 
 
 def recipe(name: str, overrides: Iterable[str] = ()) -> TrainConfig:

@@ -13,7 +13,7 @@ from tandem.config.model import LoraConfig, ModelConfig
 from tandem.config.objective import DpoConfig, EvaluationConfig
 from tandem.config.optimizer import OptimizerConfig
 from tandem.config.parallel import ParallelismConfig
-from tandem.config.serve import GatewayConfig, PrefillConfig, RouterConfig, ServeConfig, ServedModelConfig
+from tandem.config.serve import GatewayConfig, ListenConfig, PrefillConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.config.train import CheckpointConfig, TrainConfig
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "EvaluationConfig",
     "FaultsConfig",
     "GatewayConfig",
+    "ListenConfig",
     "LoraConfig",
     "MetricsConfig",
     "MixturePart",

@@ -121,6 +121,23 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ListenConfig:
+    """The public listener: where clients reach the app. Gateways and engines listen on their nodes' addresses by themselves."""
+
+    host: str = "127.0.0.1"
+    """Address on each node that has the listener; 0.0.0.0: all of the node's."""
+    port: int | None = None
+    """Unset: TANDEM_PORT, or 8000."""
+    nodes: str = "every"
+    """`every` node that runs a part of an app, or the `head` alone."""
+
+    def __post_init__(self) -> None:
+        check.one_of("listen.nodes", self.nodes, ("every", "head"))
+        if self.port is not None:
+            check.between("listen.port", self.port, 1, 65535)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
     """How the gateway chooses a replica. What speaks for one is counted in requests: it may have so many more than others.
 
@@ -165,6 +182,7 @@ class ServeConfig:
     """Empty: the newest registered base model."""
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    listen: ListenConfig = field(default_factory=ListenConfig)
     app: str = "tandem"
     """Name of the Serve application."""
     drain_timeout_s: float = 600.0

@@ -19,6 +19,7 @@ from typing import Any
 from tandem.cluster import Cluster
 from tandem.errors import ClusterError, JobError
 from tandem.jobs.folder import JobState, RunFolder
+from tandem.registry import Registry
 from tandem.settings import settings
 
 _STATES = {
@@ -65,6 +66,8 @@ class JobClient:
         }
         if url := settings().database_url:
             variables["TANDEM_DATABASE_URL"] = url
+        # The driver runs on any node: one that does not see this registry must not make another.
+        variables["TANDEM_REGISTRY_ID"] = Registry.open().identity
         runtime_env: dict[str, Any] = {"env_vars": variables}
         if not self.cluster.local:
             # Another machine's cluster may not have Tandem installed, or have another version.

@@ -1,15 +1,17 @@
-"""Opens the registry's database: connection rules for SQLite, and the schema brought up to date under a lock."""
+"""Opens the registry's database, SQLite or PostgreSQL: connection rules, and the schema brought up to date under a lock."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import socket
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text
 from sqlalchemy.exc import (
     ArgumentError,
     InterfaceError,
@@ -22,7 +24,7 @@ from sqlalchemy.pool import StaticPool
 
 from tandem.errors import RegistryError, RegistryUnreachableError, StorageError
 from tandem.ids import digest
-from tandem.registry.schema import REVISION
+from tandem.registry.schema import REVISION, IdentityRow
 from tandem.storage import disk_errors
 
 BUSY_TIMEOUT_MS = 30_000
@@ -31,20 +33,38 @@ PASSING = (OperationalError, InterfaceError, PoolTimeoutError)
 """What drivers and SQLAlchemy's pool raise where the database is at fault, rather than what was asked of it."""
 ADVISORY_LOCK = 7_263_001
 """PostgreSQL's advisory lock that migrations hold."""
+POSTGRESQL = "postgresql+psycopg"
+"""SQLAlchemy's name of psycopg 3; `postgresql://` and `postgres://` mean it too."""
+CONNECT_TIMEOUT_S = 5
+"""How long PostgreSQL may take to accept a connection."""
+STATEMENT_TIMEOUT_MS = 30_000
+"""How long PostgreSQL may take for one statement; as long as SQLite waits for a lock."""
+POOL_TIMEOUT_S = 5.0
+"""How long a thread waits for one of a process's connections."""
 
 
-def open_database(url: str) -> Engine:
-    """An engine whose schema is up to date; creates the database and its folder where there is none.
+def open_database(url: str, *, create: bool | None = None) -> Engine:
+    """An engine whose schema is up to date.
 
-    Several processes may open a fresh database at once. RegistryError if it cannot be opened, or if a newer Tandem
-    wrote it.
+    `create` makes the tables, or migrates them, where that is needed; several processes may do so at once. False never does, and
+    None only for SQLite: PostgreSQL is shared by many machines, so it is prepared by `tandem db upgrade` alone. RegistryError if
+    there is no registry at `url`, or it cannot be opened, or a newer Tandem wrote it.
     """
+    parsed = parse_url(url)
+    if create is None:
+        create = parsed.get_backend_name() == "sqlite"
+    file = _file(parsed)
+    if not create and file and not file.exists():
+        raise RegistryError(_missing(parsed))
     engine = connect(url)
     with database_errors(engine.url):
-        if _at_revision(engine):
+        found = _revision(engine)
+        if found == REVISION:
             return engine
+        if not create:
+            raise RegistryError(_missing(parsed) if found is None else _outdated(parsed, found))
         with _migration_lock(engine):
-            if _file(engine.url):
+            if file:
                 # Kept in the file from then on. Switching does not wait for other connections: hence in the lock.
                 with engine.connect() as connection:
                     connection.connection.cursor().execute("PRAGMA journal_mode=WAL")
@@ -53,10 +73,43 @@ def open_database(url: str) -> Engine:
     return engine
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upgraded:
+    """What `upgrade` has made sure of."""
+
+    shown: str
+    """The database's URL, password hidden."""
+    revision: str
+    identity: str
+
+
+def upgrade(url: str) -> Upgraded:
+    """Make or migrate the tables of a database of any kind; RegistryError if it refuses."""
+    engine = open_database(url, create=True)
+    with database_errors(engine.url), engine.connect() as connection:
+        identity = connection.execute(select(IdentityRow.id)).scalar_one()
+    engine.dispose()
+    return Upgraded(shown=engine.url.render_as_string(hide_password=True), revision=REVISION, identity=identity)
+
+
+def parse_url(url: str) -> URL:
+    """The parsed URL, PostgreSQL's with its driver; RegistryError for a text that is none."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise RegistryError(f"{url!r} is not a database URL: {error}. Set TANDEM_DATABASE_URL to one.") from error
+    return parsed.set(drivername=POSTGRESQL) if parsed.drivername in ("postgresql", "postgres") else parsed
+
+
+def is_shared(url: str) -> bool:
+    """Whether processes on several nodes may use the database at once: SQLite's locks do not reach other machines."""
+    return parse_url(url).get_backend_name() != "sqlite"
+
+
 def connect(url: str) -> Engine:
     """An engine with Tandem's connection rules and the schema as it is; RegistryError for a URL that is none."""
     try:
-        parsed = make_url(url)
+        parsed = parse_url(url)
         options: dict[str, Any] = {"pool_pre_ping": True}
         if parsed.get_backend_name() == "sqlite":
             options = {"connect_args": {"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False}}
@@ -65,6 +118,19 @@ def connect(url: str) -> Engine:
                     file.parent.mkdir(parents=True, exist_ok=True)
             else:
                 options["poolclass"] = StaticPool  # one connection: each new one would be another empty database
+        elif parsed.drivername == POSTGRESQL:
+            options |= {"pool_size": 2, "max_overflow": 3, "pool_timeout": POOL_TIMEOUT_S, "pool_recycle": 1800}
+            # What the URL says (sslmode, connect_timeout, options, ...) goes before these.
+            options["connect_args"] = {
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
+                "application_name": "tandem",
+                "keepalives_idle": 30,
+                "keepalives_interval": 10,
+                "keepalives_count": 3,
+                "tcp_user_timeout": STATEMENT_TIMEOUT_MS,
+                **parsed.query,
+            }
         engine = create_engine(parsed, **options)
     except (ArgumentError, NoSuchModuleError) as error:
         raise RegistryError(f"{url!r} is not a database URL: {error}. Set TANDEM_DATABASE_URL to one.") from error
@@ -120,17 +186,35 @@ def _file(url: URL) -> Path | None:
     return Path(str(url.database))
 
 
-def _at_revision(engine: Engine) -> bool:
+def _revision(engine: Engine) -> str | None:
+    """The schema's revision, None where there are no tables; RegistryError where a newer Tandem made them."""
     with engine.connect() as connection:
         if not inspect(connection).has_table("alembic_version"):
-            return False
-        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+            return None
+        found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
     if found is not None and found > REVISION:
         raise RegistryError(
             f"The registry is at schema {found} and this Tandem knows up to {REVISION}. Upgrade Tandem, "
             "or set TANDEM_HOME to another folder."
         )
-    return found == REVISION
+    return found
+
+
+def _missing(url: URL) -> str:
+    shown = url.render_as_string(hide_password=True)
+    if url.get_backend_name() == "sqlite":
+        return (
+            f"There is no registry at {shown} on {socket.gethostname()}. All nodes must use the same one: set "
+            "TANDEM_DATABASE_URL to a PostgreSQL database."
+        )
+    return f"The database {shown} has no registry in it yet. Run `tandem db upgrade`."
+
+
+def _outdated(url: URL, found: str) -> str:
+    return (
+        f"The registry {url.render_as_string(hide_password=True)} is at schema {found} and this Tandem needs {REVISION}. Run "
+        "`tandem db upgrade`."
+    )
 
 
 def _upgrade(connection: Connection) -> None:

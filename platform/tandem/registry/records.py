@@ -13,6 +13,16 @@ Kind = Literal["model", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RegistryAddress:
+    """What a process on any node needs to open one certain registry."""
+
+    url: str
+    """SQLAlchemy's, with the password."""
+    identity: str
+    """What the database must say of itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRecord:
     """One version of a model or adapter; never changed once written."""
 

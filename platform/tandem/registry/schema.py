@@ -9,7 +9,7 @@ from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, String, Uniqu
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest migration: a database that is at it needs nothing done."""
 
 # A name has at most 96 characters (ids.NAME_PATTERN); an id adds "@" and a version.
@@ -42,6 +42,14 @@ class ClockRow(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     revision: Mapped[int]
+
+
+class IdentityRow(Base):
+    """One row: the registry's identity, drawn when it was made. Processes on other nodes compare it with the one they expect."""
+
+    __tablename__ = "registry_identity"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
 
 
 class NameRow(Base):

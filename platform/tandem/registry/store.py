@@ -7,10 +7,11 @@ come in pages.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from sqlalchemy import delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
@@ -22,8 +23,8 @@ from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
 from tandem.registry.database import database_errors, open_database
 from tandem.registry.folders import model_max_length
-from tandem.registry.records import Kind, ModelRecord, Promotion
-from tandem.registry.schema import ClockRow, ModelRow, NameRow, PinRow
+from tandem.registry.records import Kind, ModelRecord, Promotion, RegistryAddress
+from tandem.registry.schema import ClockRow, IdentityRow, ModelRow, NameRow, PinRow
 from tandem.settings import settings
 from tandem.storage import Location, is_remote, local_path
 
@@ -36,19 +37,48 @@ Names = list[str]
 class Registry:
     """Models and adapters by name. Versions count from 1; a version never changes, and its id is never reused."""
 
-    def __init__(self, url: str) -> None:
-        """Open the database at an SQLAlchemy URL, created or migrated if need be; RegistryError if that fails."""
+    def __init__(self, url: str, *, identity: str | None = None) -> None:
+        """Open the database at an SQLAlchemy URL; RegistryError if that fails.
+
+        An SQLite database is made or migrated if need be, a PostgreSQL one is not (`tandem db upgrade`). With `identity` nothing
+        is made anywhere, and the registry that is there must be that one.
+        """
         self.url = url
-        self._engine = open_database(url)
+        self._engine = open_database(url, create=None if identity is None else False)
+        with self._reading() as session:
+            self.identity: str = session.execute(select(IdentityRow.id)).scalar_one()
+        if identity is not None and identity != self.identity:
+            raise RegistryError(
+                f"The registry {self._engine.url.render_as_string(hide_password=True)} on {socket.gethostname()} is another "
+                f"({self.identity[:8]}) than the one expected ({identity[:8]}). All nodes must use the same one: set "
+                "TANDEM_DATABASE_URL to a PostgreSQL database."
+            )
 
     @classmethod
     def open(cls) -> Registry:
-        """The registry that the settings name."""
-        return cls(settings().registry_url)
+        """The registry that the settings name; the one with the identity TANDEM_REGISTRY_ID where that is set."""
+        known = settings()
+        return cls(known.registry_url, identity=known.registry_id)
 
-    def __reduce__(self) -> tuple[type[Registry], tuple[str]]:
-        """Pickles as its URL, so that it can be handed to a Ray actor."""
-        return Registry, (self.url,)
+    @property
+    def address(self) -> RegistryAddress:
+        """What a process on another node opens this registry by."""
+        return RegistryAddress(url=self.url, identity=self.identity)
+
+    @classmethod
+    def at(cls, address: RegistryAddress) -> Registry:
+        """The registry of an address, on any node; RegistryError if there is none or another one."""
+        return cls(address.url, identity=address.identity)
+
+    def __reduce__(self) -> tuple[Callable[[RegistryAddress], Registry], tuple[RegistryAddress]]:
+        """Pickles as its address, so that it can be handed to a Ray actor."""
+        return Registry.at, (self.address,)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the connections; the next call opens new ones."""

@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -14,9 +15,10 @@ from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelC
 from tandem.engine.create import check_engine_args
 from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.ids import fingerprint
-from tandem.registry import Registry
+from tandem.registry import Registry, RegistryAddress, is_shared
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
+from tandem.serve.listen import listen_on_node
 from tandem.serve.metrics import QueueMeter, added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
@@ -54,8 +56,10 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     RegistryError with the next step; no replica has started then.
     """
     find_policy(config.router.policy)
-    registry_url = settings().registry_url
-    models = resolve_models(config, Registry(registry_url))
+    with Registry.open() as opened:
+        registry = opened.address
+        check_shared(registry)
+        models = resolve_models(config, opened)
     held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
     placements = [place(pool.config, where) for pool, where in held]
     if check:
@@ -68,17 +72,17 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         _deployment(
             EngineReplica,
             pool.deployment,
-            engine_version(pool, config.version, registry_url, config.drain_timeout_s),
+            engine_version(pool, config.version, registry, config.drain_timeout_s),
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
             custom=pool.config.resources_per_replica,
             env=pool.config.env,
             **engine_options(pool, config.drain_timeout_s),
             **placement.options(),
-        ).bind(pool, directory, registry_url, config.drain_timeout_s)
+        ).bind(pool, directory, registry, config.drain_timeout_s)
         for (pool, _), placement in zip(held, placements, strict=True)
     ]
-    told = (tuple(map(seen_by_gateways, models)), config.gateway, registry_url)
+    told = (tuple(map(seen_by_gateways, models)), config.gateway, registry)
     more = (config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
         serve.ingress()(Gateway),
@@ -99,17 +103,18 @@ class Gateway:
         directory: DeploymentHandle[Any],
         models: tuple[ServedModel, ...],
         config: GatewayConfig,
-        registry_url: str,
+        registry: RegistryAddress,
         engines: list[DeploymentHandle[Any]],
         router: RouterConfig,
         admin: str | None = None,
     ) -> None:
         drain_on_sigterm()
+        listen_on_node(ray.util.get_node_ip_address())
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
         self._models = models
         self._config = config
-        self._registry_url = registry_url
+        self._registry = registry
         self._router = router
         self._admin = admin
 
@@ -118,7 +123,7 @@ class Gateway:
         return importlib.import_module(GATEWAY).create_app(
             models=self._models,
             watch=self._watch,
-            registry=Registry(self._registry_url),
+            registry=Registry.at(self._registry),
             config=self._config,
             record=added_latency(),
             router=self._router,
@@ -137,6 +142,18 @@ class Gateway:
 
 def _replica_id() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def check_shared(registry: RegistryAddress) -> None:
+    """Refuse an SQLite registry on a cluster of several machines: its file and its locks are of one."""
+    if is_shared(registry.url) or not ray.is_initialized():
+        return
+    machines = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+    if len(machines) > 1:
+        raise RegistryError(
+            f"This cluster has {len(machines)} nodes ({', '.join(machines[:4])}), and the registry is an SQLite file, which only "
+            "one may use. Set TANDEM_DATABASE_URL to a PostgreSQL database, and prepare that with `tandem db upgrade`."
+        )
 
 
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:

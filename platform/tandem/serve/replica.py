@@ -16,9 +16,9 @@ from ray import serve
 
 from tandem.cluster import free_ports
 from tandem.engine.create import create_engine
-from tandem.errors import EngineError
+from tandem.errors import EngineError, RegistryUnreachableError
 from tandem.reaper import Reaper
-from tandem.registry import Registry
+from tandem.registry import Registry, RegistryAddress
 from tandem.serve.adapter_checks import AdapterChecks
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.disaggregate import environment
@@ -44,7 +44,7 @@ class EngineReplica:
 
     # Serve awaits an asynchronous constructor.
     async def __init__(  # type: ignore[misc]
-        self, model: ServedModel, directory: Any, registry_url: str | None = None, drain_timeout_s: float = 30.0
+        self, model: ServedModel, directory: Any, registry: RegistryAddress | None = None, drain_timeout_s: float = 30.0
     ) -> None:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._started_at, startup = time.time(), Startup()
@@ -61,6 +61,8 @@ class EngineReplica:
         drain_on_sigterm()
         loop = asyncio.get_running_loop()
         _check_placement(model)
+        if registry is not None:
+            await asyncio.to_thread(check_registry, registry)
         host = ray.util.get_node_ip_address()
         if model.config.prefill is not None:
             export(environment(host, free_ports(1)[0]), override=True)
@@ -79,8 +81,7 @@ class EngineReplica:
             await self._host.start()
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
-        adapts = registry_url is not None and model.config.max_adapters > 0
-        self._pins = Pins(model.id, lambda: Registry(str(registry_url))) if adapts else None
+        self._pins = Pins(model.id, lambda: Registry.at(registry)) if registry and model.config.max_adapters else None
         # An old replica ends when Serve knows of this one: gateways must know of it by then.
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._tell(), 2.0)
@@ -180,6 +181,12 @@ class EngineReplica:
 
     async def _tell(self) -> None:
         self._held = await self._directory.heartbeat.remote(self.record())
+
+
+def check_registry(address: RegistryAddress) -> None:
+    """RegistryError where this node does not see the app's registry; one that does not answer now is asked again later."""
+    with contextlib.suppress(RegistryUnreachableError):
+        Registry.at(address).close()
 
 
 async def _answer(response: Any) -> Any:

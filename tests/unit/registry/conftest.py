@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from postgresql import Server
 from small_folders import small_adapter, small_model
 
-from tandem.registry import Registry
+from tandem.registry import Registry, upgrade
 
 MakeFolder = Callable[..., Path]
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    """A registry in an SQLite file of its own."""
+def sqlite_registry(tmp_path: Path) -> Registry:
+    """An empty registry in `home/tandem.db`, for what is SQLite's alone."""
     return Registry(f"sqlite:///{tmp_path}/home/tandem.db")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
+    """An empty registry in an SQLite file, and in a PostgreSQL database, of its own."""
+    if request.param == "sqlite":
+        yield Registry(f"sqlite:///{tmp_path}/home/tandem.db")
+        return
+    server: Server = request.getfixturevalue("postgresql_server")
+    url = server.create(uuid.uuid4().hex)
+    upgrade(url)
+    with Registry(url) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from postgresql import Server
 from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 
 import tandem.registry
 from tandem.errors import RegistryError, StorageError
-from tandem.registry import Registry
+from tandem.registry import Registry, upgrade
 from tandem.registry.database import connect, database_errors, open_database
 from tandem.registry.schema import REVISION, Base
 
@@ -67,6 +68,15 @@ def test_processes_that_register_the_same_content_get_the_same_record(tmp_path, 
     results = register_at_once(url, [("base", folder)] * 3)
     assert {r[0] for r in results} == {"base@1"}
     assert Registry(url).revision() == 1
+
+
+def test_processes_that_register_in_postgresql_at_once_get_versions_of_their_own(
+    postgresql_server: Server, model_folder
+) -> None:
+    url = postgresql_server.create("writers")
+    upgrade(url)
+    found = register_at_once(url, [("base", model_folder(f"m{i}", bytes([i]))) for i in range(4)])
+    assert sorted(each[0] for each in found) == [f"base@{i}" for i in range(1, 5)]
 
 
 def test_an_empty_database_is_brought_to_the_newest_schema(tmp_path):
@@ -155,7 +165,8 @@ def test_a_file_that_is_no_database_is_a_clear_error(tmp_path):
         Registry(f"sqlite:///{tmp_path}/tandem.db")
 
 
-def test_a_reader_is_not_held_up_by_a_writer(registry, model_folder, tmp_path):
+def test_a_reader_is_not_held_up_by_a_writer(sqlite_registry, model_folder, tmp_path):
+    registry = sqlite_registry
     record = registry.register_model("base", model_folder())
     writer = sqlite3.connect(tmp_path / "home" / "tandem.db", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")

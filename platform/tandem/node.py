@@ -1,0 +1,128 @@
+"""This machine as a node of a Ray cluster: `ray start` with the environment that serving and token authentication need.
+
+`ray up`, Slurm scripts and people run `tandem node start` where they would run `ray start`; every other option is Ray's own.
+What the node writes lies below one private folder of this machine, `runtime_folder()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tandem import haproxy
+from tandem import settings as environment
+from tandem.cluster import MARK, authentication, end_marked, marked
+from tandem.errors import ClusterError
+from tandem.reaper import KEEP_MARKS
+from tandem.storage import write_atomic
+
+HAPROXY_PORTS = [8406, 8404, 8500, 9500]
+"""HAProxy's metrics and statistics, and the HTTP and gRPC ports of Serve's fallback proxy, on every node."""
+GATEWAY_PORTS = range(30000, 31000)
+"""Ports of gateway replicas, on every node: outside of those that Ray gives to its workers."""
+START_TIMEOUT_S = 180.0
+
+
+def runtime_folder() -> Path:
+    """The private folder of this user on this machine: TANDEM_RUNTIME_DIR, else /tmp/tandem-UID. Made with mode 0700.
+
+    Short, because Unix sockets lie below it and their paths have at most 107 bytes. ClusterError if it belongs to another user
+    or others may write there: then what lies in it cannot be trusted.
+    """
+    folder = environment.settings().runtime_dir or Path(f"/tmp/tandem-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ClusterError(
+            f"{folder} must be a folder of this user with mode 0700; it has owner {found.st_uid} and mode "
+            f"{stat.filemode(found.st_mode)}. Remove it, or set TANDEM_RUNTIME_DIR to another folder on this machine."
+        )
+    return folder
+
+
+def start(arguments: Sequence[str]) -> None:
+    """Run `ray start` with `arguments`; a node that this user started here before is ended first.
+
+    ClusterError with the end of Ray's output if it fails, or if this machine is to join a cluster and has no token for it.
+    """
+    joining = "--head" not in arguments
+    if joining and not any(each.split("=")[0] == "--address" for each in arguments):
+        raise ClusterError("Say --head to start a cluster, or --address HOST:PORT of the head to join one.")
+    if joining:
+        require_token()
+    folder = runtime_folder()
+    stop()
+    mark = secrets.token_hex(8)
+    variables = {
+        **haproxy.serving_environment(folder, HAPROXY_PORTS, GATEWAY_PORTS),
+        **authentication(),
+        **KEEP_MARKS,
+        MARK: mark,
+        "RAY_TMPDIR": str(folder / "ray"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--disable-usage-stats",
+        f"--temp-dir={folder / 'ray'}",
+    ]
+    write_atomic(_record(folder), json.dumps({"mark": mark}))
+    try:
+        result = subprocess.run(
+            [*command, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment.child_environment({**variables, "RAY_ADDRESS": None}),
+            timeout=START_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        stop()
+        raise ClusterError(
+            f"`ray start` did not end within {START_TIMEOUT_S:.0f} s. Check that the head's address can be reached from here."
+        ) from error
+    if result.returncode:
+        stop()
+        said = "\n".join(result.stdout.strip().splitlines()[-12:])
+        raise ClusterError(f"`ray start` ended with status {result.returncode}. Ray said:\n{said}")
+
+
+def stop() -> int:
+    """End every process of the node that this user started here; returns how many there were."""
+    record = _record(runtime_folder())
+    try:
+        mark = str(json.loads(record.read_text())["mark"])
+    except (OSError, ValueError, KeyError):
+        return 0
+    count = len(marked(mark))
+    end_marked(mark)
+    record.unlink(missing_ok=True)
+    return count
+
+
+def require_token() -> None:
+    """Refuse to join a cluster without its token: Ray would make another one here, and the head would refuse the node."""
+    mode = environment.variable("RAY_AUTH_MODE")
+    if (mode and mode != "token") or environment.variable("RAY_AUTH_TOKEN"):
+        return
+    path = Path(environment.variable("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.is_file():
+        raise ClusterError(
+            f"{path} is not here. Copy the head's token to it (in cluster.yaml by file_mounts), with mode 0600."
+        )
+
+
+def _record(folder: Path) -> Path:
+    return folder / "node.json"

@@ -1,0 +1,62 @@
+"""Which addresses a gateway's HTTP server listens on: loopback and its node's address.
+
+Serve has one `http_options.host` for all: HAProxy's public listener on each node, and the HTTP server of each gateway behind
+it. HAProxy reaches a gateway of its own node by 127.0.0.1 and those of other nodes by their addresses. A gateway that listened
+where the public listener does (127.0.0.1, unless configured otherwise) could not be reached from another node, and one that
+listened everywhere would be open on networks that no HAProxy uses (docs/adr/0024).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import uvicorn
+
+LOOPBACK = "127.0.0.1"
+BACKLOG = 2048
+Started = tuple[asyncio.Task[None], uvicorn.Server]
+StartServer = Callable[..., Awaitable[Started]]
+
+
+def listen_on_node(node_address: str) -> None:
+    """Have the HTTP server that Serve will start in this replica listen on loopback and on `node_address`, on one port."""
+    from ray.serve._private import replica
+
+    start = functools.partial(start_on, node_address, replica.start_asgi_http_server)  # type: ignore[attr-defined]
+    replica.start_asgi_http_server = start  # type: ignore[attr-defined]
+
+
+async def start_on(node_address: str, start: StartServer, app: Any, http_options: Any, **options: Any) -> Started:
+    """Start Serve's server on loopback, with a second socket on `node_address` where that is another address.
+
+    RuntimeError, caused by the OSError, if the port is taken on either: Serve then tries the next one.
+    """
+    local = http_options.model_copy(update={"host": LOOPBACK})
+    if node_address == LOOPBACK:
+        return await start(app, local, **options)
+    family = socket.AF_INET6 if ":" in node_address else socket.AF_INET
+    second = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        second.bind((node_address, http_options.port))
+    except OSError as error:
+        second.close()
+        raise RuntimeError(f"Port {http_options.port} is taken on {node_address}.") from error
+    try:
+        task, server = await start(app, local, **options)
+    except BaseException:
+        second.close()
+        raise
+    # The task that Serve has made has not run yet: the server opens its sockets when it does.
+    startup = server.startup
+
+    async def startup_with_second(sockets: list[socket.socket] | None = None) -> None:
+        second.listen(BACKLOG)
+        await startup(sockets=[*(sockets or []), second])
+
+    server.startup = startup_with_second  # type: ignore[method-assign]
+    return task, server
