@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 # because pip would ask it for every other package too.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-LOCKS := requirements/torch-cpu.lock requirements/cpu.lock requirements/build.txt
+# cpu, for this machine and its tests; gpu, for nodes with NVIDIA GPUs.
+LOCK ?= cpu
+LOCKS := requirements/torch-cpu.lock requirements/$(LOCK).lock requirements/build.txt
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
@@ -17,14 +19,14 @@ export HF_HUB_OFFLINE ?= 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.ready ## Make .venv and install the locked CPU environment
+setup: $(VENV)/.ready ## Make .venv and install the locked environment (LOCK=gpu on nodes with NVIDIA GPUs)
 
 $(VENV)/.ready: $(LOCKS) pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("Python 3.11 is needed (the lock file is for it); $(PYTHON) is %d.%d. Set PYTHON=/path/to/python3.11" % v)'
-	@echo "Installing the locked environment into $(VENV) (about 2 minutes, 4.3 GB)"
+	@echo "Installing the locked $(LOCK) environment into $(VENV) (cpu: about 2 minutes, 4.3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r requirements/torch-cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
-	@PIP_CONSTRAINT=$(CURDIR)/requirements/build.txt $(PIP) install --no-deps --require-hashes -r requirements/cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
+	@test $(LOCK) != cpu || $(PIP) install --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r requirements/torch-cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
+	@PIP_CONSTRAINT=$(CURDIR)/requirements/build.txt $(PIP) install --no-deps --require-hashes -r requirements/$(LOCK).lock 2>.pip.log || { cat .pip.log; exit 1; }
 	@$(PIP) install --no-deps --no-build-isolation -e . 2>.pip.log || { cat .pip.log; exit 1; }
 	@rm -f .pip.log
 	@touch $@
@@ -51,7 +53,7 @@ format: setup ## Format and fix what can be fixed
 serve: setup ## Serve the newest registered model until Ctrl-C
 	@$(BIN)/tandem serve up $(ARGS)
 
-lock: setup ## Renew requirements/cpu.lock (ARGS=--upgrade takes the newest versions)
+lock: setup ## Renew requirements/*.lock (ARGS=--upgrade takes the newest versions)
 	@scripts/lock $(ARGS)
 
 clean: ## Remove the environment and caches; TANDEM_HOME stays
