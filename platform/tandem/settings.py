@@ -26,8 +26,8 @@ class Settings(BaseSettings):
     """The identity that the registry must have; set for jobs, so that none makes an empty registry on another node."""
     ray_address: str | None = Field(default=None, validation_alias="RAY_ADDRESS")
     """The cluster to use: `host:port`, or `http://host:8265` for its dashboard. Unset: a local one is started."""
-    api_url: str = "http://127.0.0.1:8000/v1"
-    """Where `tandem chat` and the client look for the gateway."""
+    api_url: str | None = None
+    """Where `tandem chat` and other commands ask; unset: the app of this home, or `port` on this machine."""
     api_key: str = "tandem"
     """The key they send."""
     serve_config: Path | None = None

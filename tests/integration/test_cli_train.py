@@ -65,7 +65,10 @@ def test_the_scripts_train_a_base_and_its_adapter_and_the_commands_tell_of_them(
 
     logs = tandem("train", "logs", "--follow", job, home=session_home)
     assert logs.returncode == 0, logs.stdout
-    assert '"event": "finished"' in logs.stdout
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 4/4  loss ", logs.stdout, re.MULTILINE), logs.stdout
+    assert "@tandem" not in logs.stdout
+    as_json = tandem("train", "logs", "--json", job, home=session_home)
+    assert json.loads(as_json.stdout.splitlines()[-1])["event"] == "finished"
 
     status = tandem("train", "status", job, "--json", home=session_home)
     assert json.loads(status.stdout)["state"] == "finished"

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from tandem.cli.address import find_api_url
 from tandem.cli.models import ago, as_values
 from tandem.cli.shell import console, friendly_errors
 from tandem.jobs.adapters import Adapters
@@ -167,7 +168,7 @@ def where_command(
 
 
 def _adapters() -> Adapters:
-    return Adapters(Registry.open())
+    return Adapters(Registry.open(), find_api_url)
 
 
 def _printed(record: ModelRecord, as_json: bool) -> bool:
@@ -178,7 +179,7 @@ def _printed(record: ModelRecord, as_json: bool) -> bool:
 
 def _table(records: list[ModelRecord], marks: Mapping[str, Mapping[str, bool]], now: datetime) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("ADAPTER", "BASE", "RANK", "", "CREATED"):
+    for column in ("ADAPTER", "BASE", "RANK", "STATUS", "CREATED"):
         table.add_column(column, justify="right" if column == "RANK" else "left", no_wrap=column == "ADAPTER")
     for record in records:
         said = ", ".join(mark for mark, is_so in marks[record.id].items() if is_so)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tandem.cli.address import find_api_url
 from tandem.cli.shell import console as terminal
 from tandem.cli.shell import friendly_errors, interrupt_taken
 from tandem.cli.talk import Talker, unknown_model
@@ -39,7 +40,7 @@ def chat_command(
     system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
-    api_url: Annotated[str | None, typer.Option(help="The server; TANDEM_API_URL, or this machine's.")] = None,
+    api_url: Annotated[str | None, typer.Option(help="The server; TANDEM_API_URL, or the app of this home.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Its key; TANDEM_API_KEY.")] = None,
 ) -> None:
     """Talk to a served model, or ask it one question."""
@@ -70,7 +71,7 @@ def chat(
 
     Raises a TandemError where the server does not answer or does not know the model.
     """
-    url, key = api_url or settings().api_url, api_key or settings().api_key
+    url, key = find_api_url(api_url), api_key or settings().api_key
     talker = Talker(api_url=url, api_key=key, temperature=temperature, max_tokens=max_tokens)
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.read().strip()

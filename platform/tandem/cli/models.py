@@ -145,6 +145,8 @@ def details(record: ModelRecord, adapters: list[str], console: Console) -> None:
         if value is not None:
             table.add_row(key, escape(str(value)))
     for key, value in record.lineage.items():
+        if value is None:
+            continue  # such as the evaluation of a run that had none
         table.add_row(escape(key), escape(value if isinstance(value, str) else json.dumps(value)))
     console.print(f"[bold]{escape(record.id)}[/]")
     console.print(table)

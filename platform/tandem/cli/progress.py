@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -33,8 +34,8 @@ class JobView:
                 "[bold]{task.description}", table_column=Column(max_width=24, overflow="ellipsis", no_wrap=True)
             ),
             BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             console=console,
             disable=raw,
@@ -74,12 +75,7 @@ class JobView:
         assert self._task is not None
         match event["event"]:
             case "started":
-                resumed = f", resumed at step {event['resumed_from']}" if event.get("resumed_from") else ""
-                trainable = event.get("trainable") or event.get("parameters") or 0
-                self._say(
-                    f"{event.get('parameters', 0):,} parameters, {trainable:,} trained; "
-                    f"{event.get('workers')} workers, {event.get('layout')}{resumed}"
-                )
+                self._say(str(in_words(event)))
                 self._progress.update(self._task, total=event.get("steps"), completed=event.get("resumed_from") or 0)
             case "step":
                 numbers = described(event)
@@ -96,23 +92,13 @@ class JobView:
                 if not self.console.is_terminal and tenth > self._announced:
                     self._announced = tenth
                     self._say(f"step {event['step']}/{event.get('steps')}  {numbers}")
-            case "evaluation":
-                self._say(evaluated(event))
-            case "restart":
-                self._say(f"[yellow]restarted[/]: {escape(str(event.get('reason', '')))}")
-            case "resized":
-                self._say(
-                    f"[yellow]{event['from']} -> {event['to']} workers[/]: {escape(str(event.get('reason', '')))}"
-                )
-            case "hang" | "slow" | "skipped" | "rollback" | "stopped":
-                self._say(f"[yellow]{escape(str(event.get('reason', '')))}[/]")
-            case "notice":
-                self._say(f"[yellow]{escape(str(event.get('message', '')))}[/]")
-            case "finished":
-                self._say(f"loss {event['loss']:.3f} after {event['steps']} steps, {event['seconds']:.0f} s")
+            case _:
+                if (text := in_words(event)) is not None:
+                    self._say(text)
 
     def _say(self, text: str) -> None:
-        self._progress.console.print(f"  [dim]·[/] {text}")
+        # In a file or a pipe a line stays one line, whatever the width that rich assumes for it.
+        self._progress.console.print(f"  [dim]·[/] {text}", soft_wrap=not self.console.is_terminal)
 
 
 class _Bar(Progress):
@@ -144,6 +130,55 @@ class Pace:
         if step == then or seconds <= before:
             return None
         return max(0, int(event.get("steps") or step) - step) * (seconds - before) / (step - then)
+
+
+def in_words(event: Mapping[str, Any]) -> str | None:
+    """An event as one line of rich markup; None for those that only other processes need."""
+    match event["event"]:
+        case "started":
+            resumed = f", resumed at step {event['resumed_from']}" if event.get("resumed_from") else ""
+            trainable = event.get("trainable") or event.get("parameters") or 0
+            return (
+                f"{event.get('parameters', 0):,} parameters, {trainable:,} trained; "
+                f"{event.get('workers')} workers{on_nodes(event)}, {event.get('layout')}{resumed}"
+            )
+        case "step":
+            return f"step {event['step']}/{event.get('steps')}  {described(event)}"
+        case "evaluation":
+            return evaluated(event)
+        case "restart":
+            return f"[yellow]restarted[/]: {escape(str(event.get('reason', '')))}"
+        case "resized":
+            return f"[yellow]{event['from']} -> {event['to']} workers[/]: {escape(str(event.get('reason', '')))}"
+        case "hang" | "slow" | "skipped" | "rollback" | "stopped":
+            return f"[yellow]{escape(str(event.get('reason', '')))}[/]"
+        case "notice":
+            return f"[yellow]{escape(str(event.get('message', '')))}[/]"
+        case "finished":
+            return f"loss {event['loss']:.3f} after {event['steps']} steps, {event['seconds']:.0f} s"
+    return None
+
+
+def log_line(event: Mapping[str, Any]) -> str:
+    """An event as a line of a log, without colours: its time, and all of what `in_words` says of it or its fields."""
+    match event["event"]:
+        case "checkpoint":
+            text = f"checkpoint of step {event['step']}: {event.get('path')}"
+        case "fault":
+            text = f"fault ({event.get('kind')}): {event.get('reason')}"
+        case "failed":
+            text = f"failed: {event.get('error')}"
+        case name:
+            said = in_words(event)
+            fields = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "time"))
+            text = Text.from_markup(said).plain if said is not None else f"{name}: {fields}"
+    at = datetime.fromtimestamp(float(event.get("time") or 0.0)).astimezone()
+    return f"{at:%Y-%m-%d %H:%M:%S}  {text}"
+
+
+def on_nodes(event: Mapping[str, Any]) -> str:
+    """` on 2 nodes` of a `started` event, empty for one node."""
+    return f" on {event['nodes']} nodes" if event.get("nodes", 1) > 1 else ""
 
 
 def described(event: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Self
 
 import yaml
 
+from tandem.cli.address import find_api_url
 from tandem.cli.data import build, describe
 from tandem.cli.serve import CPUS, listener, serving
 from tandem.cli.shell import a_cluster, console
@@ -94,7 +95,7 @@ class Session:
     @property
     def adapters(self) -> Adapters:
         """Register, promote, roll back, pin and delete adapters; what is served follows at the next request."""
-        return Adapters(Registry.open())
+        return Adapters(Registry.open(), find_api_url)
 
     def serve(self, *models: str, port: int | None = None, config: ServeConfig | None = None) -> str:
         """Serve models until the session ends; returns the base URL for an OpenAI client once they answer."""

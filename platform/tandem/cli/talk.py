@@ -102,8 +102,13 @@ class Talker:
                     f"No server answers at {self.api_url}. Start one with `tandem serve up`, "
                     "or say where it is: --api-url or TANDEM_API_URL."
                 )
-            case openai.NotFoundError() if model:
-                return self._unknown(model, said)
+            case openai.NotFoundError() if model and (served := self._served()) is not None:
+                return unknown_model(model, served)
+            case openai.NotFoundError():
+                return ConfigError(
+                    f"{self.api_url} is not OpenAI's API: it answered 404 ({said}) Its address usually ends with /v1: "
+                    "--api-url http://HOST:PORT/v1."
+                )
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 return ConfigError(f"{self.api_url} refused the key: {said} Set it with --api-key or TANDEM_API_KEY.")
             case openai.APIStatusError(status_code=429 | 503):
@@ -114,12 +119,12 @@ class Talker:
                 return EngineError(f"{self.api_url} answered {error.status_code}: {said}")
         return EngineError(f"The answer failed: {said}")
 
-    def _unknown(self, model: str, said: str) -> TandemError:
+    def _served(self) -> list[str] | None:
+        """Names of what is served; None where the server lists nothing."""
         try:
-            served = self.models()
+            return self.models()
         except TandemError:
-            return UnknownModelError(f"{self.api_url} does not know {model!r}: {said}")
-        return unknown_model(model, served)
+            return None
 
 
 def unknown_model(model: str, served: list[str]) -> UnknownModelError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.progress import JobView, duration
+from tandem.cli.models import ago
+from tandem.cli.progress import JobView, duration, log_line
 from tandem.cli.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
 from tandem.cli.summary import say_finished
 from tandem.cli.sweep import say_sweep, sweep_command
@@ -23,6 +25,7 @@ from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState, JobSummary, RunFolder, find_job, job_folders
 from tandem.jobs.prepare import prepare
 from tandem.jobs.sweep import find_sweep, stop_sweep
+from tandem.observability import events
 from tandem.train.plot import plot_run
 
 train_app = typer.Typer(no_args_is_help=True, help="Submit training jobs and watch over them.")
@@ -243,7 +246,15 @@ def _client_of(job: RunFolder) -> tuple[JobClient, str] | None:
 def _table(summaries: list[JobSummary]) -> Table:
     table = Table(box=None, header_style="bold")
     for column in ("job", "state", "step", "loss", "tok/s", "model", "submitted"):
-        table.add_column(column, justify="right" if column in ("step", "loss", "tok/s") else "left")
+        # What people copy stays whole at any width; where the table is too wide, the last two columns fold.
+        folds = column in ("model", "submitted")
+        table.add_column(
+            column,
+            justify="right" if column in ("step", "loss", "tok/s") else "left",
+            no_wrap=not folds,
+            overflow="fold",
+            min_width=None if folds else len(column),
+        )
     colour = {JobState.FINISHED: "green", JobState.FAILED: "red", JobState.RUNNING: "cyan", JobState.STOPPED: "yellow"}
     for s in summaries:
         table.add_row(
@@ -253,7 +264,7 @@ def _table(summaries: list[JobSummary]) -> Table:
             f"{s.loss:.3f}" if s.loss is not None else "",
             f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else "",
             s.model or "",
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(s.submitted_at)) if s.submitted_at else "",
+            ago(datetime.fromtimestamp(s.submitted_at, UTC), datetime.now(UTC)) if s.submitted_at else "",
         )
     return table
 
@@ -262,19 +273,24 @@ def _table(summaries: list[JobSummary]) -> Table:
 def logs_command(
     job_id: Annotated[str, typer.Argument(help="A job's id, the start of one, or 'latest'.")] = "latest",
     follow_it: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON, one a line, and nothing else.")] = False,
 ) -> None:
-    """Print a job's log."""
+    """Print a job's log: its events in words, and whatever else it wrote."""
     with friendly_errors():
         job: RunFolder = find_sweep(job_id) or find_job(job_id)
         found = _client_of(job)
         if found is None or found[0].state(found[1]) is None:
             # Its cluster is gone and took the log along; the events are in the folder.
             for event in job.events():
-                typer.echo(json.dumps(event))
+                typer.echo(json.dumps(event) if as_json else log_line(event))
             return
         client, submission = found
         for line in client.follow(submission) if follow_it else client.log_lines(submission):
-            typer.echo(line)
+            event_of_line = events.decode(line)
+            if event_of_line is not None:
+                typer.echo(json.dumps(event_of_line) if as_json else log_line(event_of_line))
+            elif not as_json:
+                typer.echo(line)
 
 
 @train_app.command("stop")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tandem.errors import EngineError, JobError, RegistryError
+from tandem.errors import ConfigError, EngineError, JobError, RegistryError
 from tandem.jobs.folder import find_job
 from tandem.registry import ModelRecord, Promotion, Registry
 from tandem.settings import settings
@@ -20,8 +21,10 @@ Residency = list[dict[str, Any]]
 class Adapters:
     """What can be done with adapters. What is served follows at the next request; nothing is restarted."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, find_api_url: Callable[[], str] | None = None) -> None:
+        """`find_api_url` tells where the app answers; without it only TANDEM_API_URL does."""
         self.registry = registry
+        self._find_api_url = find_api_url
 
     def register(self, name: str, source: str | Path, *, base: str | None = None, promote: bool = True) -> ModelRecord:
         """Register the adapter at `source`: a folder in peft's format, a URI such as s3://bucket/adapter, or a job's id.
@@ -76,12 +79,24 @@ class Adapters:
         return self.registry.remove(name_or_id, kind="adapter")
 
     def where(self) -> Residency:
-        """Each replica of the app at TANDEM_API_URL with the adapters that it holds; needs TANDEM_ADMIN_TOKEN."""
+        """Each replica of the app with the adapters that it holds.
+
+        ConfigError where TANDEM_ADMIN_TOKEN is not set, EngineError where no app answers or it refuses.
+        """
         import httpx
 
-        url = settings().api_url.rstrip("/").removesuffix("/v1") + "/admin/residency"
+        token = settings().admin_token
+        if not token:
+            raise ConfigError(
+                "TANDEM_ADMIN_TOKEN is not set. Which replica holds what is told only to who sends the token that the app was "
+                "started with: set the variable for `tandem serve up`, and here."
+            )
+        base = settings().api_url or (self._find_api_url and self._find_api_url())
+        if not base:
+            raise ConfigError("TANDEM_API_URL is not set: it says where the app answers.")
+        url = base.rstrip("/").removesuffix("/v1") + "/admin/residency"
         try:
-            answer = httpx.get(url, headers={"Authorization": f"Bearer {settings().admin_token or ''}"}, timeout=30.0)
+            answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30.0)
             found: dict[str, Any] = answer.json()
         except (httpx.HTTPError, ValueError) as error:
             raise EngineError(f"No Tandem gateway answers at {url}: {error}. Set TANDEM_API_URL.") from error

@@ -2,7 +2,7 @@
 
 | event      | fields                                                                                            |
 |------------|---------------------------------------------------------------------------------------------------|
-| started    | job, kind, workers, layout, parameters, trainable, steps, resumed_from (step or null)             |
+| started    | job, kind, workers, nodes, layout, parameters, trainable, steps, resumed_from (step or null)      |
 | step       | step, steps, loss, grad_norm, learning_rate, tokens_per_s, tokens, seconds, metrics (by name),     |
 |            | mfu (0 to 1), memory_bytes (peak of rank 0: of its GPU, or of its process)                        |
 | evaluation | step, rows, averaged (the weights were), loss, and perplexity, or what else the objective reports |

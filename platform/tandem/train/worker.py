@@ -172,7 +172,8 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     encoder = TextEncoder(str(task.tokenizer))
 
     # Asked before the model is read, which may take long.
-    degrees.check_nodes(_nodes(world))
+    nodes = _nodes(world)
+    degrees.check_nodes(nodes)
     empty = empty_base(config, task.base) if task.base is not None else None
     if empty is not None:
         built = empty
@@ -224,8 +225,8 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     emit(
         {
             "event": "started", "job": task.job.name, "kind": _kind(task),
-            "workers": world, "layout": config.parallel.layout, "parameters": total, "trainable": trainable,
-            "steps": config.steps, "resumed_from": found.step if found else None,
+            "workers": world, "nodes": len(set(nodes)), "layout": config.parallel.layout,
+            "parameters": total, "trainable": trainable, "steps": config.steps, "resumed_from": found.step if found else None,
         }
     )  # fmt: skip
 

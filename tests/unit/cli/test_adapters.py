@@ -56,6 +56,12 @@ def test_the_list_marks_what_is_pinned_and_comes_in_pages(registry: Registry) ->
     assert "pinned no more" in run("unpin", "red@2")[1] and "was not pinned" in run("unpin", "red@2")[1]
 
 
+def test_every_column_of_the_list_has_a_header(registry: Registry) -> None:
+    header, *rows = run("list", "--all")[1].splitlines()
+    assert header.split() == ["ADAPTER", "BASE", "RANK", "STATUS", "CREATED"]
+    assert "promoted" in rows[0]
+
+
 def test_delete_asks_and_forgets_adapters_only(registry: Registry) -> None:
     assert run("delete", "red@2", input="n\n")[0] == 1 and registry.resolve("red@2")
     assert "Forgot red@2" in run("delete", "red@2", "--yes")[1]
@@ -84,7 +90,16 @@ def test_a_finished_job_is_registered_by_its_id_with_its_base_and_lineage(
     assert status == 1 and "is no folder and no URI, and no job" in err
 
 
+def test_where_without_the_admin_token_says_that_it_is_missing(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TANDEM_ADMIN_TOKEN", raising=False)
+    status, _, err = run("where")
+    assert status == 2 and "TANDEM_ADMIN_TOKEN is not set" in err
+
+
 def test_where_says_what_to_set_if_no_gateway_answers(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_API_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("TANDEM_ADMIN_TOKEN", "operator")
     status, _, err = run("where")
     assert status == 1 and "TANDEM_API_URL" in err

@@ -67,6 +67,13 @@ def test_show_tells_base_lineage_and_adapters(registry):
     assert json.loads(run("show", "helper", "--json")[1])["base"] == "base@1"
 
 
+def test_show_leaves_out_what_is_not_known(registry):
+    folder = small_model(registry.resolve("base").path.parent / "other", "other")
+    registry.register_model("other", folder, lineage={"job": "a-job", "evaluation": None})
+    out = run("show", "other")[1]
+    assert "a-job" in out and "evaluation" not in out and "null" not in out
+
+
 def test_show_says_when_the_files_are_gone(registry):
     shutil.rmtree(registry.resolve("helper").path)
     assert "(gone)" in run("show", "helper")[1]

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from tandem.cli.progress import JobView, Pace, duration
+from tandem.cli.progress import JobView, Pace, duration, in_words, log_line
 from tandem.observability import events
 
 
@@ -107,3 +107,34 @@ def test_the_time_to_finish_follows_the_jobs_own_clock() -> None:
 )
 def test_a_duration_is_said_in_units_that_fit(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_a_line_in_a_file_is_not_broken_at_80_columns() -> None:
+    out = io.StringIO()
+    with JobView(Console(file=out, width=80, force_terminal=False), "job") as view:
+        view.show(events.encode({**FULL_STEP, "step": 1_000_000, "steps": 1_000_000}))
+    (line,) = (line for line in out.getvalue().splitlines() if "step 1000000/1000000" in line)
+    assert len(line) > 80 and line.endswith("GiB")
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        (FULL_STEP, "step 123456/1000000  loss "),
+        ({"event": "checkpoint", "step": 4, "path": "/home/jobs/a/4"}, "checkpoint of step 4: /home/jobs/a/4"),
+        ({"event": "fault", "kind": "node", "rank": 1, "reason": "node b went"}, "fault (node): node b went"),
+        ({"event": "failed", "error": "no [space] left"}, "failed: no [space] left"),
+        ({"event": "notice", "message": "a [notice]"}, "a [notice]"),
+        ({"event": "left", "step": 7}, "left: step 7"),
+    ],
+)
+def test_an_event_in_a_log_is_a_line_in_words_with_its_time(event: dict[str, object], said: str) -> None:
+    line = log_line({**event, "time": 0.0})
+    assert re.match(r"19(70|69)-\d\d-\d\d \d\d:\d\d:\d\d  ", line)
+    assert line[21:].startswith(said)
+
+
+def test_workers_on_several_nodes_are_said() -> None:
+    started = {"event": "started", "workers": 4, "layout": "fsdp2", "parameters": 10}
+    assert "4 workers on 2 nodes, fsdp2" in str(in_words({**started, "nodes": 2}))
+    assert "4 workers, fsdp2" in str(in_words({**started, "nodes": 1}))

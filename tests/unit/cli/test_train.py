@@ -57,6 +57,28 @@ def test_a_job_without_a_step_is_not_drawn(job: str, tandem_home: Path):
     assert "has not reported a step yet" in result.output
 
 
+def test_at_80_columns_the_id_of_a_job_is_whole_and_on_one_line(tandem_home: Path) -> None:
+    job = "a-model-with-a-long-name-0123456789ab"
+    folder = tandem_home / "jobs" / job
+    folder.mkdir(parents=True)
+    config = TrainConfig(name="a-model-with-a-long-name", data=DataConfig(path="d"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    end = {"event": "finished", "model": "a-model-with-a-long-name@12", "loss": 1.0, "steps": 3, "seconds": 9.0}
+    told = [{**STEP, "step": 3, "tokens_per_s": 123_456.0}, end]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
+    said = CliRunner().invoke(app, ["train", "status"], env={"COLUMNS": "80"}).output
+    (line,) = (line for line in said.splitlines() if job in line)
+    assert "3/3" in line and "2.500" in line
+    assert all(len(line) <= 80 for line in said.splitlines())
+
+
+def test_the_log_of_a_job_whose_cluster_is_gone_is_its_events_in_words_or_as_json(job: str) -> None:
+    said = CliRunner().invoke(app, ["train", "logs", job]).output.splitlines()
+    assert said[1].endswith("step 1/3  loss 2.500  900 tok/s") and "{" not in "".join(said[1:])
+    as_json = CliRunner().invoke(app, ["train", "logs", "--json", job]).output.splitlines()
+    assert [json.loads(line)["event"] for line in as_json] == ["started", "step", "step", "step"]
+
+
 FARED = [
     {"event": "started", "workers": 4, "layout": "tensor 2 x data 2", "resumed_from": None},
     {**STEP, "step": 14},

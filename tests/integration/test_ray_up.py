@@ -1,0 +1,182 @@
+"""Two hosts, brought up by `ray up deploy/onprem/cluster.yaml`: training over both, one app on both, and nothing left after."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from hosts import REPOSITORY, SUBNET, Host, hosts
+from postgresql import Server, postgresql
+from serve_fixtures import write_adapter, write_model
+
+from tandem.node import GATEWAY_PORTS, HAPROXY_PORTS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+PUBLIC_PORT = 8000
+APP = """\
+models: [{model: tiny, replicas: 2, cpus_per_replica: 1, max_adapters: 2}]
+gateway: {replicas: 2}
+"""
+TRAINING = """\
+name: small
+data: {path: text, sequence_length: 64}
+model: {architecture: llama, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, intermediate_size: 64}
+parallel: {workers: 2, cpus_per_worker: 1.5}
+steps: 6
+batch_size: 4
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """A cluster that `ray up` has started."""
+
+    head: Host
+    worker: Host
+    shared: Path
+    """A folder that both hosts see at this path."""
+    database: Server
+
+
+def ray(command: str, file: Path, home: Path) -> str:
+    """Run one of Ray's launcher commands from this machine, with the token in `home`."""
+    environment = {**os.environ, "HOME": str(home), "RAY_ADDRESS": "", "COLUMNS": "160"}
+    result = subprocess.run(
+        [str(Path(sys.executable).parent / "ray"), command, "-y", str(file)],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(1.0)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """The on-premises file with these hosts filled in, up; taken down again at the end, with a look at what is left."""
+    folder = tmp_path_factory.mktemp("ray-up")
+    shared, client = folder / "shared", folder / "client"
+    shared.mkdir()
+    (client / ".ray").mkdir(parents=True)
+    token = client / ".ray" / "auth_token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    with hosts(2, folder / "hosts", [shared]) as (head, worker), postgresql(f"{SUBNET}.1") as database:
+        environment = (REPOSITORY / "deploy" / "tandem.env").read_text()
+        for pattern, value in (
+            (
+                r"PATH=.*",
+                f"PATH={Path(sys.executable).parent}:$PATH\nPYTHONPATH={REPOSITORY / 'platform'}\nOMP_NUM_THREADS=1",
+            ),
+            (r"TANDEM_HOME=.*", f"TANDEM_HOME={shared / 'home'}"),
+            (r"TANDEM_DATABASE_URL=.*", f"TANDEM_DATABASE_URL={database.create('tandem')}"),
+        ):
+            environment = re.sub(rf"^{pattern}$", value, environment, flags=re.MULTILINE)
+        (folder / "tandem.env").write_text(environment)
+        config = yaml.safe_load((REPOSITORY / "deploy" / "onprem" / "cluster.yaml").read_text())
+        config |= {
+            # Ray keeps the state of a cluster under its name.
+            "cluster_name": f"tandem-{secrets.token_hex(4)}",
+            "provider": {"type": "local", "head_ip": head.address, "worker_ips": [worker.address]},
+            "auth": {"ssh_user": "root", "ssh_private_key": str(head.key)},
+            "min_workers": 1,
+            "max_workers": 1,
+            "file_mounts": {"~/.ray/auth_token": str(token), "~/.tandem.env": str(folder / "tandem.env")},
+            # The environment is this one, which the hosts see.
+            "setup_commands": [each for each in config["setup_commands"] if "make setup" not in each],
+        }
+        file = folder / "cluster.yaml"
+        file.write_text(yaml.safe_dump(config))
+        ray("up", file, client)
+        wait_until(
+            lambda: len(re.findall(r"^ 2 local\.cluster\.node", head.run("ray status").stdout, re.MULTILINE)) == 1,
+            120, "the second node did not join within 120 s",
+        )  # fmt: skip
+        head.run("tandem db upgrade")
+        yield Deployed(head=head, worker=worker, shared=shared, database=database)
+        ray("down", file, client)
+        for host in (head, worker):
+            # Workers notice that the head has gone: Ray gives them a minute.
+            wait_until(lambda host=host: not ray_processes(host), 120, f"{host.name} still runs {ray_processes(host)}")
+
+
+def ray_processes(host: Host) -> list[str]:
+    shown = host.run("ps -eo args").stdout.splitlines()
+    return [line for line in shown if re.match(r"\S*(ray::|raylet|gcs_server|haproxy|VLLM)", line)]
+
+
+def ask(host: Host, model: str) -> tuple[dict[str, str], str]:
+    """Headers and text of a greedy answer, asked on a host of its own public listener."""
+    body = json.dumps({"model": model, "prompt": "the cat", "max_tokens": 8, "temperature": 0})
+    shown = host.run(
+        f"curl -sS -i -m 60 http://127.0.0.1:{PUBLIC_PORT}/v1/completions -H 'content-type: application/json' -d '{body}'"
+    ).stdout
+    head, _, content = shown.replace("\r\n", "\n").partition("\n\n")
+    assert head.startswith("HTTP/1.1 200"), shown
+    headers = dict(line.split(": ", 1) for line in head.splitlines()[1:])
+    return {name.lower(): value for name, value in headers.items()}, json.loads(content)["choices"][0]["text"]
+
+
+def test_training_runs_over_both_hosts(deployed: Deployed) -> None:
+    texts = deployed.shared / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"line {i} of a text. " * 20}) + "\n" for i in range(100)))
+    (deployed.shared / "train.yaml").write_text(TRAINING)
+    deployed.head.run(f"tandem data build {texts} text --vocab-size 512")
+    shown = deployed.head.run(f"tandem train submit --config {deployed.shared}/train.yaml", timeout_s=240).stdout
+    assert "small@1" in shown
+    assert "2 workers on 2 nodes" in shown
+    # Whichever node the driver ran on, the model is in the one registry.
+    assert "small@1" in deployed.worker.run("tandem models ls").stdout
+
+
+def test_one_app_answers_on_both_hosts_and_knows_what_is_registered_on_either(deployed: Deployed) -> None:
+    head, worker, shared = deployed.head, deployed.worker, deployed.shared
+    base = write_model(shared / "tiny")
+    red, blue = (write_adapter(shared / name, base, seed=seed) for seed, name in enumerate(("red", "blue")))
+    (shared / "app.yaml").write_text(APP)
+    register = f"from tandem.registry import Registry; Registry.open().register_model('tiny', '{base}')"
+    head.run(f'python -c "{register}" && tandem adapters register red {red} --base tiny')
+    shown = head.run(f"tandem serve up -c {shared}/app.yaml --detach", timeout_s=300).stdout
+    assert "taken more than" not in shown and "Serving at" in shown
+    head.run(f"tandem serve deploy -c {shared}/app.yaml", timeout_s=120)
+
+    # HAProxy of each host reaches the gateways of both, so each adds capacity.
+    answers = {host.name: [ask(host, "red") for _ in range(6)] for host in (head, worker)}
+    for seen in answers.values():
+        assert len({headers["x-tandem-gateway"] for headers, _ in seen}) == 2
+    assert len({text for seen in answers.values() for _, text in seen}) == 1
+
+    worker.run(f"tandem adapters register blue {blue} --base tiny")
+    assert ask(head, "blue")[1] == ask(worker, "blue")[1] != ask(head, "red")[1]
+
+    for host in (head, worker):
+        listening = host.listeners()
+        assert {address for address, port in listening if port == PUBLIC_PORT} == {"127.0.0.1"}
+        assert {address for address, port in listening if port in GATEWAY_PORTS} == {"127.0.0.1", host.address}
+        assert {address for address, port in listening if port in HAPROXY_PORTS[:2]} == {"127.0.0.1"}
+
+
+def test_an_sqlite_registry_is_refused(deployed: Deployed) -> None:
+    result = deployed.head.run(
+        f"unset TANDEM_DATABASE_URL; tandem serve deploy -c {deployed.shared}/app.yaml", check=False, timeout_s=120
+    )
+    assert result.returncode != 0
+    text = " ".join(result.stdout.split())
+    assert f"This cluster has 2 nodes ({deployed.head.address}, {deployed.worker.address})" in text
+    assert "Set TANDEM_DATABASE_URL to a PostgreSQL database" in text
