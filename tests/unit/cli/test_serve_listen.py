@@ -1,0 +1,50 @@
+"""Where an app listens: the command line, the config and the settings, and what cannot change while Serve is up."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from tandem.cli.serve import check_listener, listener
+from tandem.cluster import free_ports
+from tandem.config import ListenConfig, ServeConfig
+from tandem.errors import ClusterError, ConfigError
+
+
+def test_the_command_line_counts_before_the_config_and_the_config_before_the_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second, third = free_ports(3)
+    monkeypatch.setenv("TANDEM_PORT", str(third))
+    assert listener(ServeConfig()) == ListenConfig(port=third)
+    config = ServeConfig(listen=ListenConfig(host="0.0.0.0", port=second, nodes="head"))
+    assert listener(config) == config.listen
+    assert listener(config, "127.0.0.1", first) == ListenConfig(host="127.0.0.1", port=first, nodes="head")
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"Port {port} is taken by"):
+            listener(ServeConfig(listen=ListenConfig(port=port)))
+
+
+def test_another_listener_than_the_running_one_is_refused_when_it_is_asked_for() -> None:
+    running = {"http_options": {"host": "127.0.0.1", "port": 8123}}
+    check_listener(running, ListenConfig())
+    check_listener(running, ListenConfig(port=8123))
+    check_listener({}, ListenConfig(host="0.0.0.0"))
+    with pytest.raises(
+        ClusterError, match=r"listen.host is '0.0.0.0', and Serve listens on 127.0.0.1:8123 until it ends"
+    ):
+        check_listener(running, ListenConfig(host="0.0.0.0"))
+    with pytest.raises(ClusterError, match="listen.port is 9000"):
+        check_listener(running, ListenConfig(port=9000))
+
+
+def test_impossible_listeners_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"listen.nodes is 'evry'.*every"):
+        ListenConfig(nodes="evry")
+    with pytest.raises(ConfigError, match=r"listen.port is 0; it must be between 1 and 65535"):
+        ListenConfig(port=0)
