@@ -17,6 +17,8 @@ from rich.markup import escape
 
 from tandem.cluster import Cluster, LocalCluster, connect, recorded
 from tandem.errors import TandemError
+from tandem.private import check_home
+from tandem.settings import settings
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -28,9 +30,14 @@ AGAIN_S = 1.0
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Show a TandemError as one message and leave with its status; a Ctrl-C leaves with 130 and no traceback."""
+    """Show a TandemError as one message and leave with its status; a Ctrl-C leaves with 130 and no traceback.
+
+    Every command starts here, so TANDEM_HOME is created or checked here too.
+    """
     before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if warning := check_home(settings().root):
+            errors.print(f"[yellow]Warning[/] {escape(warning)}", soft_wrap=True)
         yield
     except TandemError as error:
         fail(error)

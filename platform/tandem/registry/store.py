@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from tandem.errors import RegistryError
 from tandem.ids import canonical_json, check_name, folder_digest, split_version, versioned
+from tandem.private import check_home
 from tandem.registry import names
 from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
@@ -43,7 +44,8 @@ class Registry:
 
     @classmethod
     def open(cls) -> Registry:
-        """The registry that the settings name."""
+        """The registry that the settings name. Creates TANDEM_HOME; UnsafePathError if every user can write there."""
+        check_home(settings().root)
         return cls(settings().registry_url)
 
     def __reduce__(self) -> tuple[type[Registry], tuple[str]]:

@@ -17,6 +17,7 @@ from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
+from tandem.serve.internal_port import listen_on_node_address
 from tandem.serve.metrics import QueueMeter, added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
@@ -105,6 +106,7 @@ class Gateway:
         admin: str | None = None,
     ) -> None:
         drain_on_sigterm()
+        listen_on_node_address()
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
         self._models = models
