@@ -12,11 +12,13 @@ import ctypes
 import json
 import os
 import pwd
+import signal
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x00020000, 0x4000, 1 << 18
 HOME = Path("/tmp/home")
 NOBODY = pwd.getpwnam("nobody")
 ECHO = "models: [{model: echo, name: echo, engine: echo}]\n"
+ATTACK_S = 120
 SOCKETS = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)
 METHODS = (
     "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
@@ -110,6 +113,7 @@ def as_nobody(work: Callable[[], Any]) -> Any:
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
         status = 1
+        signal.alarm(ATTACK_S)
         try:
             os.setgroups([])
             os.setgid(NOBODY.pw_gid)
@@ -169,23 +173,27 @@ ACTIONS: dict[str, Callable[[str], None]] = {"create": _create, "write": _write,
 
 def ask_ports(ports: Iterable[int]) -> dict[str, list[Any]]:
     """Ask each port for what Ray's services and HTTP servers do, without a token: the gRPC codes and HTTP statuses."""
-    answers: dict[str, list[Any]] = {}
-    for port in ports:
-        said: list[Any] = []
-        for method in METHODS:
-            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                try:
-                    channel.unary_unary(method)(b"", timeout=5)
-                    said.append(f"OK {method}")
-                except grpc.RpcError as error:
-                    said.append(error.code().name)  # type: ignore[attr-defined]
-        for method, path in REQUESTS:
+    with ThreadPoolExecutor(16) as threads:
+        return dict(threads.map(_ask_port, ports))
+
+
+def _ask_port(port: int) -> tuple[str, list[Any]]:
+    said: list[Any] = []
+    for method in METHODS:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             try:
-                said.append(httpx.request(method, f"http://127.0.0.1:{port}{path}", timeout=10, json={}).status_code)
-            except httpx.HTTPError:
-                break
-        answers[str(port)] = said
-    return answers
+                channel.unary_unary(method)(b"", timeout=5)
+                said.append(f"OK {method}")
+            except grpc.RpcError as error:
+                said.append(error.code().name)  # type: ignore[attr-defined]
+        if said[-1] == "DEADLINE_EXCEEDED":  # it speaks neither gRPC nor HTTP, such as the ports of torch.distributed
+            return str(port), said
+    for method, path in REQUESTS:
+        try:
+            said.append(httpx.request(method, f"http://127.0.0.1:{port}{path}", timeout=10, json={}).status_code)
+        except httpx.HTTPError:
+            break
+    return str(port), said
 
 
 def main(model: str) -> None:

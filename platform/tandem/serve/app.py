@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -141,6 +142,15 @@ def _replica_id() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
 
 
+def pinned(config: ServeConfig) -> ServeConfig:
+    """The same app with each model named by its version; without models, with the newest registered one.
+
+    Raises ConfigError or RegistryError as `build_app` does.
+    """
+    models = resolve_models(config, Registry(settings().registry_url))
+    return replace(config, models=tuple(model.config for model in models))
+
+
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
     """What the app serves: each configured model found in the registry or on the disk, or the newest registered one."""
     wanted = config.models
@@ -183,7 +193,8 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
         id=record.id,
         name=served.name or record.name,
         path=str(record.path),
-        config=served,
+        # However it was named, the same version is the same deployment.
+        config=replace(served, model=record.id, name=served.name or record.name),
         max_length=record.max_length,
         created=int(record.created_at.timestamp()),
     )
