@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,13 +46,13 @@ def check(found: dict[str, Any]) -> None:
         assert any(path.endswith(part) for path in found["paths"]), part
     assert any(path.endswith("/raylet") for path in found["sockets"])
     assert found["home"] == "0o700"
-    program = ("/work", sys.prefix, sys.base_prefix, "/usr", "/lib", "/bin", "/opt", "/etc")
+    # Programs may be read by everybody, and so may the folders of libraries' caches, which hold no secrets.
+    readable = (sys.prefix, sys.base_prefix, "/usr", "/lib", "/opt", "/etc", "/tmp/home/.cache")
     harmful = [
         each
         for each in found["done"]
         if not each.split(" ", 1)[1].startswith(FREE)
-        # Programs may be read by everybody.
-        and not (each.startswith("read ") and each.split(" ", 1)[1].startswith(program))
+        and not (each.startswith("read ") and each.split(" ", 1)[1].startswith(readable))
     ]
     assert harmful == []
 
@@ -79,15 +80,13 @@ def test_another_user_can_do_nothing_to_a_cluster_and_nothing_of_it_remains() ->
 
 
 @pytest.mark.slow
-def test_another_user_can_do_nothing_to_vllm_and_nothing_of_it_remains(tmp_path: Path) -> None:
+def test_another_user_can_do_nothing_to_vllm_and_nothing_of_it_remains() -> None:
     # Not below /tmp, which the world replaces.
     folder = Path("/var/tmp") / f"tandem-test-{os.getpid()}"
     write_model(folder / "tiny")
     try:
         found = serve_and_attack(str(folder / "tiny"))
     finally:
-        import shutil
-
         shutil.rmtree(folder)
     check(found)
     check_addresses(found)
