@@ -225,6 +225,7 @@ def main(model: str) -> None:
                     if connection.status == psutil.CONN_LISTEN:
                         what = " ".join(process.cmdline())[:120]
                         listening.append((connection.laddr.ip, connection.laddr.port, what))
+        admin = [oct(os.stat(path).st_mode & 0o777) for path in paths if path.endswith("/admin.sock")]
         done = as_nobody(lambda: attack(paths, sockets))
         answers = as_nobody(lambda: ask_ports(sorted({number for _, number, _ in listening} - {port})))
     finally:
@@ -234,7 +235,7 @@ def main(model: str) -> None:
         json.dumps(
             {
                 "status": status, "paths": paths, "sockets": sockets, "done": done, "listening": listening,
-                "answers": answers, "after": after, "home": oct(os.stat(HOME / ".tandem").st_mode & 0o777),
+                "answers": answers, "after": after, "admin": admin, "home": oct(os.stat(HOME / ".tandem").st_mode & 0o777),
             }
         )
     )  # fmt: skip

@@ -45,7 +45,7 @@ def check(found: dict[str, Any]) -> None:
     for part in ("/haproxy-edited", "/admin.sock", "/sockets/raylet", "/.tandem/cluster.json", "/.ray/auth_token"):
         assert any(path.endswith(part) for path in found["paths"]), part
     assert any(path.endswith("/raylet") for path in found["sockets"])
-    assert found["home"] == "0o700"
+    assert found["home"] == "0o700" and found["admin"] == ["0o600"]
     # Programs may be read by everybody, and so may the folders of libraries' caches, which hold no secrets.
     readable = (sys.prefix, sys.base_prefix, "/usr", "/lib", "/opt", "/etc", "/tmp/home/.cache")
     harmful = [
