@@ -36,9 +36,9 @@ def make_temporary_folder(prefix: str) -> Path:
 
 def make_private_folder(path: Path) -> None:
     """Create `path`, with missing parents; every folder that is created has mode 0700. One that exists stays as it is."""
-    for folder in (*reversed(path.parents), path):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def check_private_folder(path: Path) -> None:
