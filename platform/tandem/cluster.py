@@ -25,6 +25,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -146,7 +147,7 @@ class LocalCluster(Cluster):
         )
         try:
             cluster._wait(process, timeout_s)
-            environment.export(variables, override=True)
+            cluster._enter()
             record = {"pid": cluster.pid, "kept": keep, "dashboard_url": dashboard, "address": address}
             content = json.dumps({**record, "folder": str(folder), "environment": variables})
             write_atomic(record_path(), content, mode=0o600)
@@ -167,6 +168,11 @@ class LocalCluster(Cluster):
                 )
             time.sleep(0.2)
 
+    def _enter(self) -> None:
+        """Have Ray in this process talk to this cluster, whether it has been imported or not."""
+        environment.export(self.environment, override=True)
+        _stay_on_loopback(LOOPBACK.items() <= self.environment.items())
+
     def stop(self) -> None:
         """End every process of the cluster and remove its files. Safe to call twice, and in a signal's wake."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -182,6 +188,7 @@ class LocalCluster(Cluster):
                 record_path().unlink(missing_ok=True)
         for name, value in self.environment.items():
             environment.forget(name, value)
+        _stay_on_loopback(False)
 
 
 @contextlib.contextmanager
@@ -231,7 +238,7 @@ def running() -> LocalCluster | None:
     if not dashboard_answers(cluster.dashboard_url, cluster.environment.get("RAY_AUTH_TOKEN_PATH")):
         return None
     check_private_folder(cluster.folder)
-    environment.export(cluster.environment, override=True)
+    cluster._enter()
     return cluster
 
 
@@ -264,6 +271,9 @@ def connect(address: str | None = None) -> Cluster | None:
                 "or unset RAY_ADDRESS to use this machine."
             )
         return Cluster(dashboard_url=address.rstrip("/"))
+    if only_on_loopback(address):
+        environment.export(LOOPBACK, override=True)
+        _stay_on_loopback(True)
     from ray.dashboard.utils import get_address_for_submission_client
 
     try:
@@ -273,6 +283,38 @@ def connect(address: str | None = None) -> Cluster | None:
             f"No Ray cluster answers at RAY_ADDRESS={address}: {error}. Start one with `ray start --head`, "
             "or unset RAY_ADDRESS to use this machine."
         ) from error
+
+
+def only_on_loopback(address: str) -> bool:
+    """Whether a server at `host:port` listens on 127.0.0.1, and not on the address of this machine's network interface.
+
+    A local cluster of Tandem's does, and one of `ray start` does not, where Ray takes the interface's address for loopback.
+    """
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdecimal():
+        return False
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # of UDP: nothing is sent
+            interface = str(probe.getsockname()[0])
+    except OSError:
+        return False
+    return _listens("127.0.0.1", int(port)) and not _listens(interface, int(port))
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def _stay_on_loopback(wanted: bool) -> None:
+    """Ray reads the variable of LOOPBACK when it is imported; where it has been, its constant is set."""
+    constants: Any = sys.modules.get("ray._private.ray_constants")
+    if constants is not None and hasattr(constants, "ENABLE_RAY_CLUSTER"):
+        constants.ENABLE_RAY_CLUSTER = not wanted
 
 
 def authentication() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -172,3 +173,17 @@ def test_the_token_is_not_sent_to_the_port_of_a_cluster_that_has_ended(record: P
 def test_an_atomic_write_has_its_mode_from_the_start(tmp_path: Path) -> None:
     write_atomic(tmp_path / "secret", "x", mode=0o600)
     assert mode_of(tmp_path / "secret") == 0o600
+
+
+@pytest.mark.parametrize(("host", "alone"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_a_server_on_loopback_alone_is_told_from_one_on_all_interfaces(host: str, alone: bool) -> None:
+    with socket.create_server((host, 0)) as server:
+        port = server.getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))
+            except OSError:
+                pytest.skip("this machine has no network interface but loopback")
+        assert cluster.only_on_loopback(f"127.0.0.1:{port}") is alone
+    for other in (f"127.0.0.1:{port}", "10.0.0.1:6379", "ray://127.0.0.1:10001", "auto", "127.0.0.1"):
+        assert not cluster.only_on_loopback(other)
