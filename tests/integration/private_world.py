@@ -73,7 +73,8 @@ def tandem(*arguments: str) -> str:
     environment = {"HOME": str(HOME), "TANDEM_HOME": None, "RAY_ADDRESS": None, "RAY_AUTH_TOKEN_PATH": None}
     done = subprocess.run(
         [sys.executable, "-m", "tandem", *arguments],
-        env=child_environment({**environment, "RAY_AUTH_TOKEN": None, "TMPDIR": None}),
+        # PyTorch writes its folder into the environment of whoever started this.
+        env=child_environment({**environment, "RAY_AUTH_TOKEN": None, "TMPDIR": None, "TORCHINDUCTOR_CACHE_DIR": None}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
