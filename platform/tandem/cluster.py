@@ -3,6 +3,8 @@
 A local cluster is `ray start --head --block` in a process group of its own, on ports that are free, behind a token. Every process
 that descends from it carries a mark in its environment; stopping ends whatever carries the mark, so that nothing of it is
 left, not even what outlived its parent. If this process dies first, in whatever way, a reaper does the same.
+
+Its files lie below one private folder, and all that it listens on is loopback (docs/adr/0021-private-files.md).
 """
 
 from __future__ import annotations
@@ -17,20 +19,28 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from tandem import haproxy
 from tandem import settings as environment
-from tandem.errors import ClusterError
-from tandem.reaper import KEEP_MARKS, Reaper
+from tandem.errors import ClusterError, UnsafePathError
+from tandem.private import (
+    check_home,
+    check_private_folder,
+    make_private_folder,
+    make_temporary_folder,
+    read_private_file,
+    remove_private_folder,
+)
+from tandem.reaper import KEEP_MARKS, Reaper, remove_shared_memory, shared_memory
 from tandem.storage import write_atomic
 
 MARK = "TANDEM_CLUSTER_MARK"
@@ -40,6 +50,9 @@ GATEWAY_PORTS = range(12000, 20000)
 """Where the ports of its gateways are."""
 BLOCK = 100
 """How many it has for these."""
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Has Ray take 127.0.0.1 for the node's address. It would replace a loopback address by that of the network interface, and
+listen on all interfaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,37 +91,43 @@ class LocalCluster(Cluster):
     ) -> LocalCluster:
         """Start a cluster with `num_cpus` logical CPUs (default: the machine's, and at least 8).
 
-        `keep` lets it outlive this process. Raises ClusterError with the end of Ray's output if it does not come up.
+        `keep` lets it outlive this process. Raises ClusterError with the end of Ray's output if it does not come up, and
+        UnsafePathError if other users can write in TANDEM_HOME.
         """
+        check_home(environment.settings().root)
+        _forget_dead()
         mark = secrets.token_hex(8)
-        # Ray puts Unix sockets below this folder, and their paths may have 107 bytes.
-        folder = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp" if Path("/tmp").is_dir() else None))
+        folder = make_temporary_folder("tandem-")
+        temporary = folder / "tmp"
+        temporary.mkdir(mode=0o700)
         ports = free_ports(9)
         address, dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
         variables = {
             **haproxy.serving_environment(folder, ports[5:9], free_block()),
             **authentication(),
             **KEEP_MARKS,
+            **LOOPBACK,
             MARK: mark,
         }
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={ports[0]}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}", f"--metrics-export-port={ports[3]}",
-            f"--ray-client-server-port={ports[4]}", f"--temp-dir={folder}",
+            f"--ray-client-server-port={ports[4]}", f"--temp-dir={folder / 'ray'}",
             f"--num-cpus={num_cpus or max(8, os.cpu_count() or 1)}",
             f"--object-store-memory={object_store_bytes()}",
         ]  # fmt: skip
         if num_gpus is not None:
             command.append(f"--num-gpus={num_gpus}")
         log = (folder / "start.log").open("wb")
-        reaper = None if keep else Reaper(MARK, mark)
+        reaper = None if keep else Reaper(MARK, mark, folder)
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment.child_environment({**variables, "RAY_ADDRESS": None}),
+            # Sockets and scratch files of vLLM, torch and multiprocessing too are private then, and go with the cluster.
+            env=environment.child_environment({**variables, "RAY_ADDRESS": None, "TMPDIR": str(temporary)}),
             # A Ctrl-C is for us: we say when Ray stops. What outlives us has to leave our terminal too. Otherwise it stays in
             # our session: Linux schedules sessions as groups, and beside one that keeps every core busy a client in another
             # was seen to wait for a core for a second at a time.
@@ -128,9 +147,10 @@ class LocalCluster(Cluster):
         )
         try:
             cluster._wait(process, timeout_s)
-            environment.export(variables, override=True)
+            cluster._enter()
             record = {"pid": cluster.pid, "kept": keep, "dashboard_url": dashboard, "address": address}
-            write_atomic(record_path(), json.dumps({**record, "folder": str(folder), "environment": variables}))
+            content = json.dumps({**record, "folder": str(folder), "environment": variables})
+            write_atomic(record_path(), content, mode=0o600)
         except BaseException:
             cluster.stop()
             raise
@@ -148,6 +168,11 @@ class LocalCluster(Cluster):
                 )
             time.sleep(0.2)
 
+    def _enter(self) -> None:
+        """Have Ray in this process talk to this cluster, whether it has been imported or not."""
+        environment.export(self.environment, override=True)
+        _stay_on_loopback(LOOPBACK.items() <= self.environment.items())
+
     def stop(self) -> None:
         """End every process of the cluster and remove its files. Safe to call twice, and in a signal's wake."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -157,11 +182,13 @@ class LocalCluster(Cluster):
             self.reaper.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if (known := recorded()) and known.mark == self.mark:
-            record_path().unlink(missing_ok=True)
+        remove_private_folder(self.folder)
+        with contextlib.suppress(UnsafePathError):
+            if (known := recorded()) and known.mark == self.mark:
+                record_path().unlink(missing_ok=True)
         for name, value in self.environment.items():
             environment.forget(name, value)
+        _stay_on_loopback(False)
 
 
 @contextlib.contextmanager
@@ -180,9 +207,13 @@ def record_path() -> Path:
 
 
 def recorded() -> LocalCluster | None:
-    """The local cluster that is written down in this home, whether it still answers or not."""
+    """The local cluster that is written down in this home, whether it still answers or not.
+
+    Raises UnsafePathError if another user owns the record or can change it: it says what to execute and whom to send the
+    token to.
+    """
     try:
-        record = json.loads(record_path().read_text())
+        record = json.loads(read_private_file(record_path()))
         return LocalCluster(
             address=record["address"],
             dashboard_url=record["dashboard_url"],
@@ -196,12 +227,32 @@ def recorded() -> LocalCluster | None:
 
 
 def running() -> LocalCluster | None:
-    """The local cluster of this home, if one is up; what the next Ray call needs is then in the environment."""
+    """The local cluster of this home, if one is up; what the next Ray call needs is then in the environment.
+
+    Raises UnsafePathError if another user can reach its folder.
+    """
     cluster = recorded()
-    if cluster is None or not dashboard_answers(cluster.dashboard_url, cluster.environment.get("RAY_AUTH_TOKEN_PATH")):
+    # The token goes to no port of a cluster that has ended: somebody else may listen there now.
+    if cluster is None or not _lives(cluster):
         return None
-    environment.export(cluster.environment, override=True)
+    if not dashboard_answers(cluster.dashboard_url, cluster.environment.get("RAY_AUTH_TOKEN_PATH")):
+        return None
+    check_private_folder(cluster.folder)
+    cluster._enter()
     return cluster
+
+
+def _lives(cluster: LocalCluster) -> bool:
+    with contextlib.suppress(psutil.Error, OSError):
+        return psutil.Process(cluster.pid).environ().get(MARK) == cluster.mark
+    return False
+
+
+def _forget_dead() -> None:
+    """Remove what a recorded cluster left whose processes have all ended, such as by a kill of each."""
+    dead = recorded()
+    if dead is not None and not marked(dead.mark):
+        remove_private_folder(dead.folder)
 
 
 def connect(address: str | None = None) -> Cluster | None:
@@ -220,6 +271,9 @@ def connect(address: str | None = None) -> Cluster | None:
                 "or unset RAY_ADDRESS to use this machine."
             )
         return Cluster(dashboard_url=address.rstrip("/"))
+    if only_on_loopback(address):
+        environment.export(LOOPBACK, override=True)
+        _stay_on_loopback(True)
     from ray.dashboard.utils import get_address_for_submission_client
 
     try:
@@ -231,6 +285,38 @@ def connect(address: str | None = None) -> Cluster | None:
         ) from error
 
 
+def only_on_loopback(address: str) -> bool:
+    """Whether a server at `host:port` listens on 127.0.0.1, and not on the address of this machine's network interface.
+
+    A local cluster of Tandem's does, and one of `ray start` does not, where Ray takes the interface's address for loopback.
+    """
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdecimal():
+        return False
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # of UDP: nothing is sent
+            interface = str(probe.getsockname()[0])
+    except OSError:
+        return False
+    return _listens("127.0.0.1", int(port)) and not _listens(interface, int(port))
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def _stay_on_loopback(wanted: bool) -> None:
+    """Ray reads the variable of LOOPBACK when it is imported; where it has been, its constant is set."""
+    constants: Any = sys.modules.get("ray._private.ray_constants")
+    if constants is not None and hasattr(constants, "ENABLE_RAY_CLUSTER"):
+        constants.ENABLE_RAY_CLUSTER = not wanted
+
+
 def authentication() -> dict[str, str]:
     """Ray's token mode, with the token of the user's home, which is made if it is not there."""
     mode = environment.variable("RAY_AUTH_MODE")
@@ -240,7 +326,7 @@ def authentication() -> dict[str, str]:
         return {"RAY_AUTH_MODE": "token"}
     token = Path(environment.variable("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not token.exists():
-        token.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(token.parent)
         with contextlib.suppress(FileExistsError):
             descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as file:
@@ -313,19 +399,23 @@ def object_store_bytes() -> int:
 
 
 def end_marked(mark: str, grace_s: float = 4.0) -> None:
-    """End every process whose environment carries `mark`: politely first, then not."""
+    """End every process whose environment carries `mark`, politely first, then not; and remove their shared memory."""
     deadline = time.monotonic() + grace_s
     asked: set[int] = set()
+    shared: set[str] = set()
     while processes := marked(mark):
         force = time.monotonic() > deadline
         for process in processes:
+            shared |= shared_memory(process.pid)
             if force or process.pid not in asked:
                 asked.add(process.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL if force else signal.SIGTERM)
         psutil.wait_procs(processes, timeout=0.3)
         if time.monotonic() > deadline + grace_s:
-            return
+            break
+    if shared:
+        remove_shared_memory(shared)
 
 
 def marked(mark: str) -> list[psutil.Process]:

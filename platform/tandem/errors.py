@@ -6,6 +6,7 @@ TandemError
 ├── LayoutError          parallel degrees that do not fit the workers or the model
 ├── CheckpointError      a checkpoint that is not whole
 ├── StorageError         a disk or store that refused
+│   └── UnsafePathError     a file or folder that another user can change
 ├── RegistryError
 │   ├── RegistryUnreachableError  its database does not answer: later it may
 │   ├── UnknownModelError   no model or adapter of that name
@@ -53,6 +54,10 @@ class CheckpointError(TandemError):
 
 class StorageError(TandemError):
     """A disk or object store that refused to read or write."""
+
+
+class UnsafePathError(StorageError):
+    """A file or folder that another user of the machine owns or can change, where only this user's may be trusted."""
 
 
 class RegistryError(TandemError):

@@ -13,6 +13,11 @@ from pathlib import Path
 from tandem.settings import LONGEST_DRAIN_S
 
 EDITS = r"""
+# Through this socket HAProxy can be told anything, and hands over its listeners: it is for its owner alone.
+s#^\( *stats socket .*\) mode 666#\1 mode 600#
+# The statistics and metrics are asked for by nobody off this machine; Ray exports the metrics too.
+/^frontend prometheus/,/^ *mode/ s#^\( *bind\) \*\{{0,1\}}:#\1 127.0.0.1:#
+/^listen stats/,$ s#^\( *bind\) \*:#\1 127.0.0.1:#
 # HAProxy 2.8 that splices does not notice a client that leaves while it waits for an answer, so the engine goes on for nobody;
 # and each small piece of a stream costs a pipe more than a copy would.
 /option splice-/d
@@ -51,12 +56,15 @@ RETRY_AFTER_S = 2
 def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict[str, str]:
     """Variables that Ray Serve reads when it starts: HAProxy on, with files and ports of this cluster's own.
 
+    `folder`: a private one (`tandem.private`), because HAProxy's configuration and what is started in its place lie there.
+
     HAProxy copies bytes where Serve's Python proxy would handle each chunk (docs/adr/0001). Its hard stop is raised to the
     longest `drain_timeout_s`: every change of gateways reloads it, and a reload must not cut a stream that is still written.
     `gateways`: ports for these. Each cluster on a machine has to have its own: HAProxy asks whoever listens on the port of a
     gateway that has just died.
     """
-    haproxy = folder / "haproxy"
+    # Short: Ray adds a folder named with 56 characters, and HAProxy a process id to the socket's name (107 bytes in all).
+    haproxy = folder / "h"
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_script(folder)),
         # Threads beyond the cores only take turns with the engine's.
@@ -64,6 +72,7 @@ def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
@@ -108,5 +117,5 @@ def write_script(folder: Path) -> Path:
     before.write_text(EDITS_BEFORE_APPS)
     script = folder / "haproxy-edited"
     script.write_text(SCRIPT.format(edits=edits, edits_before_apps=before, binary=get_haproxy_binary()))
-    script.chmod(0o755)
+    script.chmod(0o700)
     return script

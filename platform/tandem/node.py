@@ -6,11 +6,10 @@ What the node writes lies below one private folder of this machine, `runtime_fol
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
-import stat
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from tandem import haproxy
 from tandem import settings as environment
 from tandem.cluster import MARK, authentication, end_marked, marked
 from tandem.errors import ClusterError
+from tandem.private import check_private_folder, make_private_folder, read_private_file
 from tandem.reaper import KEEP_MARKS
 from tandem.storage import write_atomic
 
@@ -33,18 +33,12 @@ START_TIMEOUT_S = 180.0
 def runtime_folder() -> Path:
     """The private folder of this user on this machine: TANDEM_RUNTIME_DIR, else /tmp/tandem-UID. Made with mode 0700.
 
-    Short, because Unix sockets lie below it and their paths have at most 107 bytes. ClusterError if it belongs to another user
-    or others may write there: then what lies in it cannot be trusted.
+    Short, because Unix sockets lie below it and their paths have at most 107 bytes. UnsafePathError if it belongs to another user
+    or others may reach it: then what lies in it cannot be trusted.
     """
     folder = environment.settings().runtime_dir or Path(f"/tmp/tandem-{os.getuid()}")
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700, parents=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ClusterError(
-            f"{folder} must be a folder of this user with mode 0700; it has owner {found.st_uid} and mode "
-            f"{stat.filemode(found.st_mode)}. Remove it, or set TANDEM_RUNTIME_DIR to another folder on this machine."
-        )
+    make_private_folder(folder)
+    check_private_folder(folder)
     return folder
 
 
@@ -58,8 +52,8 @@ def start(arguments: Sequence[str]) -> None:
         raise ClusterError("Say --head to start a cluster, or --address HOST:PORT of the head to join one.")
     if joining:
         require_token()
-    folder = runtime_folder()
     stop()
+    folder = runtime_folder()
     mark = secrets.token_hex(8)
     variables = {
         **haproxy.serving_environment(folder, HAPROXY_PORTS, GATEWAY_PORTS),
@@ -67,7 +61,10 @@ def start(arguments: Sequence[str]) -> None:
         **KEEP_MARKS,
         MARK: mark,
         "RAY_TMPDIR": str(folder / "ray"),
+        # Sockets and scratch files of vLLM, torch and multiprocessing too are private then.
+        "TMPDIR": str(folder / "tmp"),
     }
+    make_private_folder(folder / "tmp")
     command = [
         sys.executable,
         "-m",
@@ -76,7 +73,7 @@ def start(arguments: Sequence[str]) -> None:
         "--disable-usage-stats",
         f"--temp-dir={folder / 'ray'}",
     ]
-    write_atomic(_record(folder), json.dumps({"mark": mark}))
+    write_atomic(_record(folder), json.dumps({"mark": mark}), mode=0o600)
     try:
         result = subprocess.run(
             [*command, *arguments],
@@ -100,15 +97,16 @@ def start(arguments: Sequence[str]) -> None:
 
 
 def stop() -> int:
-    """End every process of the node that this user started here; returns how many there were."""
-    record = _record(runtime_folder())
+    """End every process of the node that this user started here; returns how many there were. Ray's logs stay."""
+    folder = runtime_folder()
     try:
-        mark = str(json.loads(record.read_text())["mark"])
+        mark = str(json.loads(read_private_file(_record(folder)))["mark"])
     except (OSError, ValueError, KeyError):
         return 0
     count = len(marked(mark))
     end_marked(mark)
-    record.unlink(missing_ok=True)
+    _record(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tmp", ignore_errors=True)
     return count
 
 

@@ -12,11 +12,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 LONGEST_DRAIN_S = 3600
 """How long a stream may go on, at most, in what is to end: HAProxy, which is told when its cluster starts, cuts it then."""
 
+EMPTY_IS_UNSET = ("TANDEM_", "RAY_", "VLLM_")
+"""Prefixes of variables that children do not get when they are empty."""
+
 
 class Settings(BaseSettings):
-    """What the environment says. `TANDEM_<NAME>` sets each, except where another variable is named."""
+    """What the environment says. `TANDEM_<NAME>` sets each, except where another variable is named; empty means unset."""
 
-    model_config = SettingsConfigDict(env_prefix="TANDEM_", extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="TANDEM_", extra="ignore", populate_by_name=True, env_ignore_empty=True
+    )
 
     home: Path = Field(default_factory=lambda: Path.home() / ".tandem")
     """Where jobs, models and the registry live; every node of a cluster must see it at the same path."""
@@ -80,8 +85,11 @@ def settings() -> Settings:
 
 
 def child_environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """This process's environment for a child, with `extra` laid over it; a value of None removes the name."""
-    environment = dict(os.environ)
+    """This process's environment for a child, with `extra` laid over it; a value of None removes the name.
+
+    Empty variables of Tandem, Ray and vLLM are left out: those libraries do not all take an empty one for unset.
+    """
+    environment = {name: value for name, value in os.environ.items() if value or not name.startswith(EMPTY_IS_UNSET)}
     for name, value in (extra or {}).items():
         if value is None:
             environment.pop(name, None)
@@ -91,15 +99,15 @@ def child_environment(extra: Mapping[str, str | None] | None = None) -> dict[str
 
 
 def export(variables: Mapping[str, str], *, override: bool = False) -> None:
-    """Set variables that a library reads for itself (Ray, vLLM, OpenMP); what the user has set stays."""
+    """Set variables that a library reads for itself (Ray, vLLM, OpenMP); what the user has set, and not to nothing, stays."""
     for name, value in variables.items():
-        if override or name not in os.environ:
+        if override or not os.environ.get(name):
             os.environ[name] = value
 
 
 def variable(name: str) -> str | None:
-    """One variable that belongs to a library, as it stands."""
-    return os.environ.get(name)
+    """One variable that belongs to a library; None where it is unset or empty."""
+    return os.environ.get(name) or None
 
 
 def forget(name: str, value: str) -> None:

@@ -154,14 +154,17 @@ def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    `mode`: its permission bits, of which the process's umask takes some away; 0o600 for what only its owner may read.
+    """
     data = content.encode() if isinstance(content, str) else content
     with disk_errors("writing", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with staging.open("wb") as file:
+            with open(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -51,4 +51,10 @@ def test_an_owner_killed_outright_leaves_no_process_of_ray(tmp_path: Path) -> No
         owner.wait()
     assert gone(mark) == []
     assert psutil.wait_procs(family, timeout=5)[1] == []
-    assert json.loads((tmp_path / "cluster.json").read_text())["kept"] is False
+    record = json.loads((tmp_path / "cluster.json").read_text())
+    assert record["kept"] is False
+    # The reaper removes the files when the last process has ended.
+    deadline = time.monotonic() + 30
+    while Path(record["folder"]).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(record["folder"]).exists()

@@ -14,10 +14,10 @@ import pytest
 from serve_fixtures import process_of
 from steady_load import SteadyLoad
 
-from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig, apply_overrides, from_dict, to_dict
 from tandem.errors import EngineError
 from tandem.serve.app import build_app
-from tandem.serve.deploy import deploy
+from tandem.serve.deploy import deploy, remember, remembered
 from tandem.serve.records import ReplicaRecord
 
 APP = "changing"
@@ -89,6 +89,20 @@ def test_the_same_config_again_replaces_nothing(url: str) -> None:
     before, doors = set(replicas()), gateways()
     put(CONFIG)
     assert set(replicas()) == before and gateways() == doors
+
+
+def test_a_change_of_a_remembered_app_starts_from_what_runs(url: str) -> None:
+    put(CONFIG)
+    remember(CONFIG)
+    before, doors = set(replicas()), gateways()
+    running = remembered(APP)
+    assert running == CONFIG
+    # What `tandem serve deploy --set gateway.replicas=2` does.
+    put(from_dict(ServeConfig, apply_overrides(to_dict(running), ["gateway.replicas=2"])))
+    wait_for(lambda: len(gateways()) == 2)
+    assert set(replicas()) == before and doors < gateways()
+    # Somebody has deployed it in another way since.
+    assert remembered(APP) is None and remembered("another") is None
 
 
 def test_engine_settings_change_under_load(url: str) -> None:

@@ -14,6 +14,8 @@ import pytest
 from pydantic import BaseModel
 from serve_fixtures import MAX_LENGTH, Served
 
+from tandem.cluster import LocalCluster
+
 ASK = "the cat sat on"
 TALK: list[Any] = [{"role": "user", "content": ASK}]
 GREEDY: dict[str, Any] = {"model": "red", "messages": TALK, "temperature": 0, "max_tokens": 20}
@@ -227,6 +229,32 @@ def test_errors_are_those_of_each_sdk(served: Served) -> None:
         served.client().responses.create(model="tiny", input="cat " * (MAX_LENGTH + 44))
     with pytest.raises(openai.BadRequestError, match="served to embed"):
         served.client().embeddings.create(model="tiny", input=ASK)
+
+
+def test_errors_name_the_field_and_nothing_of_the_server(served: Served) -> None:
+    def refused(path: str, **body: Any) -> dict[str, Any]:
+        answer = httpx.post(f"{served.url}/v1/{path}", json={"model": "tiny", **body}, timeout=60)
+        assert answer.status_code == 400, answer.text
+        return dict(answer.json()["error"])
+
+    error = refused("completions", prompt=ASK, max_tokens="x")
+    assert error["message"] == "max_tokens: Input should be a valid integer, unable to parse string as an integer."
+    assert error["param"] == "max_tokens"
+    many = refused("completions", prompt=ASK, n=20_000)["message"]
+    assert "at most" in many and "VLLM_" not in many
+    for path in ("chat/completions", "messages"):
+        said = refused(path, messages=[{"role": "user", "content": ASK}], max_tokens=[], temperature="hot")["message"]
+        assert said.startswith("max_tokens: ") and "temperature: " in said and "'loc'" not in said
+
+
+def test_a_refused_message_leaves_no_traceback_in_the_log(served: Served, cluster: LocalCluster) -> None:
+    with pytest.raises(anthropic.BadRequestError):
+        served.anthropic().messages.create(**MESSAGE | {"messages": [{"role": "user", "content": "cat " * 3000}]})
+    with pytest.raises(anthropic.BadRequestError):
+        served.anthropic().messages.create(**MESSAGE | {"tools": [{"name": "a b", "input_schema": {"type": 5}}]})
+    logs = cluster.folder / "ray" / "session_latest" / "logs"
+    texts = [path.read_text(errors="replace") for path in logs.glob("worker-*")]
+    assert texts and not [text for text in texts if "Error in create_messages" in text]
 
 
 def test_text_becomes_tokens_and_text_again(served: Served) -> None:

@@ -61,7 +61,7 @@ class Sturdy:
                     and len(ready) == 2
                 ):
                     assert httpx.get(f"{self.url}/health", timeout=5).status_code == 200
-                    (config,) = (self.cluster.folder / "haproxy").glob("*/haproxy.cfg")
+                    (config,) = (self.cluster.folder / "h").glob("*/haproxy.cfg")
                     if config.read_text().count("server SERVE_REPLICA_sturdy-Gateway") == 2:
                         time.sleep(1.0)  # HAProxy reads it
                         return

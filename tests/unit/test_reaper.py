@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -36,3 +38,44 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+OWNER = """
+import subprocess, sys, time
+from pathlib import Path
+from tandem.reaper import Reaper
+from tandem.settings import child_environment
+reaper = Reaper("A_MARK", sys.argv[1], Path(sys.argv[2]))
+code = "import mmap, sys, time; f = open(sys.argv[1], 'w+b'); f.truncate(4096); m = mmap.mmap(f.fileno(), 4096); print('up', flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", code, sys.argv[3]], env=child_environment({"A_MARK": sys.argv[1]}), stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(600)
+"""  # noqa: E501
+
+
+def test_an_owner_killed_outright_leaves_no_folder_and_no_shared_memory(tmp_path: Path) -> None:
+    folder, shared = tmp_path / "cluster", Path("/dev/shm") / f"tandem-test-{os.getpid()}"
+    other = shared.with_name(f"{shared.name}-other")
+    other.touch()
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "file").touch()
+    try:
+        owner = subprocess.Popen(
+            [sys.executable, "-c", OWNER, f"mark-{os.getpid()}", str(folder), str(shared)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert owner.stdout is not None
+        child = int(owner.stdout.readline())
+        assert shared.exists()
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        deadline = time.monotonic() + 30
+        while (folder.exists() or alive(child)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not alive(child) and not folder.exists() and not shared.exists()
+        assert other.exists()
+    finally:
+        shared.unlink(missing_ok=True)
+        other.unlink()

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tandem.cli.progress import duration
-from tandem.cli.shell import a_cluster, console, friendly_errors, uninterrupted
+from tandem.cli.shell import a_cluster, console, friendly_errors, quiet_driver, uninterrupted
 from tandem.cluster import Cluster, authentication
 from tandem.config import BatchConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml
@@ -131,12 +131,13 @@ class connected:  # noqa: N801 - used as a function
                 "nodes, or give RAY_ADDRESS as host:port."
             )
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address=self._cluster.address,
-            namespace="tandem",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with quiet_driver():
+            ray.init(
+                address=self._cluster.address,
+                namespace="tandem",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         if callable(handler) and threading.current_thread() is threading.main_thread():
             # Ray has set its own, which ends the process without a word.
             signal.signal(signal.SIGTERM, handler)

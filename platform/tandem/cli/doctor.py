@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,9 @@ from rich.table import Table
 
 from tandem.cli import machine
 from tandem.cli.shell import console as terminal
-from tandem.cluster import connect, marked, recorded
-from tandem.errors import TandemError
+from tandem.cluster import LocalCluster, connect, marked, recorded
+from tandem.errors import TandemError, UnsafePathError
+from tandem.private import check_home
 from tandem.registry import Registry
 from tandem.settings import settings
 from tandem.storage import free_bytes
@@ -173,6 +175,35 @@ def _disk() -> Iterator[Finding]:
     yield _sized("Disk", free, DISK_NEEDED, DISK_WANTED, f"{_gib(free)} free at TANDEM_HOME ({home})", fix)
 
 
+def _home() -> Iterator[Finding]:
+    home = settings().root
+    fix = f"Run `chmod 0700 {home}`, or set TANDEM_HOME to another folder."
+    if not home.exists():
+        yield Finding(name="Home", state="ok", says=f"{home} will be created, for this user alone")
+        return
+    try:
+        warning = check_home(home)
+        recorded()
+    except UnsafePathError as error:
+        yield Finding(name="Home", state="problem", says=str(error), fix=fix)
+        return
+    mode = stat.S_IMODE(home.stat().st_mode)
+    if warning:
+        yield Finding(name="Home", state="note", says=warning, fix=fix)
+    elif mode & stat.S_IROTH:
+        says = f"every user of this machine can read {home} (mode {mode:04o})"
+        yield Finding(name="Home", state="note", says=says, fix=fix)
+    else:
+        yield Finding(name="Home", state="ok", says=f"{home} has mode {mode:04o}")
+
+
+def _recorded() -> LocalCluster | None:
+    try:
+        return recorded()
+    except UnsafePathError:  # what `_home` reports
+        return None
+
+
 def _gpu() -> Iterator[Finding]:
     found, torch = machine.gpus(), machine.installed("torch") or ""
     if not found:
@@ -190,7 +221,7 @@ def _ports() -> Iterator[Finding]:
     name = f"Port {port}"
     if holder is None:
         yield Finding(name=name, state="ok", says="free, for the gateway")
-    elif (cluster := recorded()) and holder.pid in {process.pid for process in marked(cluster.mark)}:
+    elif (cluster := _recorded()) and holder.pid in {process.pid for process in marked(cluster.mark)}:
         yield Finding(name=name, state="ok", says=f"held by this home's own server: {holder}")
     else:
         stop = f"Stop it (`kill {holder.pid}`)" if holder.pid else "Stop it"
@@ -245,7 +276,7 @@ def _registry() -> Iterator[Finding]:
 def _cluster() -> Iterator[Finding]:
     address = settings().ray_address
     if not address or address == "local":
-        cluster = recorded()
+        cluster = _recorded()
         known = f"; one of this home is at {cluster.dashboard_url}" if cluster and marked(cluster.mark) else ""
         yield Finding(name="Ray cluster", state="ok", says=f"RAY_ADDRESS is not set: commands start a local one{known}")
         return
@@ -292,6 +323,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _memory,
     _shared_memory,
     _disk,
+    _home,
     _gpu,
     _ports,
     _haproxy,

@@ -18,10 +18,10 @@ import typer
 from rich.table import Table
 
 from tandem.cli.machine import port_holder
-from tandem.cli.shell import a_cluster, console, friendly_errors, stop_quietly, uninterrupted
+from tandem.cli.shell import a_cluster, console, friendly_errors, quiet_driver, stop_quietly, uninterrupted
 from tandem.cluster import Cluster, LocalCluster, connect
 from tandem.config import ListenConfig, ServeConfig, ServedModelConfig, load_yaml, located
-from tandem.config.load import apply_overrides, from_dict
+from tandem.config.load import apply_overrides, from_dict, to_dict
 from tandem.errors import ClusterError
 from tandem.settings import settings
 
@@ -65,12 +65,15 @@ def up_command(
 @serve_app.command("deploy")
 def deploy_command(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Registered models or folders. None: the newest one.")
+        list[str] | None, typer.Argument(help="Registered models or folders. None: those that are served now.")
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
 ) -> None:
-    """Change what is served: other settings, versions or models, without a failed request."""
+    """Change what is served: other settings, versions or models, without a failed request.
+
+    With neither models nor a config, --set changes values of the app that runs, and all else stays.
+    """
     with friendly_errors(), located(config, overrides):
         wanted = read_config(models, config, overrides)
         cluster = _required_cluster()
@@ -78,11 +81,20 @@ def deploy_command(
             raise ClusterError(f"{wanted.app} is not served on this cluster. `tandem serve up` starts it.")
         check_listener(serve_details(cluster), wanted.listen)
         with connected(cluster):
-            from tandem.serve.app import build_app
-            from tandem.serve.deploy import deploy
+            from tandem.serve.app import build_app, pinned
+            from tandem.serve.deploy import deploy, remember, remembered
 
+            if not models and config is None:
+                running = remembered(wanted.app)
+                if running is None:
+                    raise ClusterError(
+                        f"How {wanted.app} was started is not known: not by `tandem serve`. Name its models, or give --config."
+                    )
+                wanted = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
+            wanted = pinned(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
                 deploy(build_app(wanted), wanted.app, tell=console.print)
+            remember(wanted)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 
 
@@ -124,14 +136,15 @@ def connected(cluster: Cluster) -> Iterator[None]:
             f"The cluster is known only by its dashboard, {cluster.dashboard_url}. Use `serve deploy -a {cluster.dashboard_url} "
             "serve_apps/openai.yaml`, or give RAY_ADDRESS as host:port."
         )
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray.init(
-        address=cluster.address,
-        namespace="tandem",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        ignore_reinit_error=True,
-    )
+    quiet_serve()
+    with quiet_driver():
+        ray.init(
+            address=cluster.address,
+            namespace="tandem",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+        )
     try:
         yield
     finally:
@@ -139,13 +152,21 @@ def connected(cluster: Cluster) -> Iterator[None]:
             ray.shutdown()
 
 
+def quiet_serve() -> None:
+    """Keep Serve's informational messages out of the terminal."""
+    # Its logger is configured when it is imported: what was set before is lost.
+    from ray import serve  # noqa: F401
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
 @contextmanager
 def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep: bool = False) -> Iterator[str]:
     """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
     from ray import serve
 
-    from tandem.serve.app import build_app
-    from tandem.serve.deploy import deploy
+    from tandem.serve.app import build_app, pinned
+    from tandem.serve.deploy import deploy, remember
 
     details = serve_details(cluster)
     check_not_served(details, config)
@@ -157,6 +178,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
         )
     with connected(cluster):
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
+        config = pinned(config)
         app = build_app(config)
         try:
             with console.status(f"Starting {config.app}: one engine takes about half a minute"):
@@ -165,6 +187,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
                     http_options={"host": listen.host, "port": port},
                 )
                 deploy(app, config.app, tell=console.print)
+                remember(config)
             yield f"http://{'127.0.0.1' if listen.host == '0.0.0.0' else listen.host}:{port}/v1"
         finally:
             with uninterrupted():

@@ -17,20 +17,28 @@ from rich.markup import escape
 
 from tandem.cluster import Cluster, LocalCluster, connect, recorded
 from tandem.errors import TandemError
+from tandem.private import check_home
+from tandem.settings import export, forget, settings, variable
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 INTERRUPTED = 130
+CORE_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 AGAIN_S = 1.0
 """How soon an interrupt that was lost is raised again."""
 
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Show a TandemError as one message and leave with its status; a Ctrl-C leaves with 130 and no traceback."""
+    """Show a TandemError as one message and leave with its status; a Ctrl-C leaves with 130 and no traceback.
+
+    Every command starts here, so TANDEM_HOME is created or checked here too.
+    """
     before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if warning := check_home(settings().root):
+            errors.print(f"[yellow]Warning[/] {escape(warning)}", soft_wrap=True)
         yield
     except TandemError as error:
         fail(error)
@@ -96,6 +104,22 @@ def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cl
         up = recorded() if started is None else started
         if not keep and up is not None and up != stale:
             stop_quietly(up)
+
+
+@contextlib.contextmanager
+def quiet_driver() -> Iterator[None]:
+    """For `ray.init` in a block: what Ray's C++ core of this process says goes to its log file alone.
+
+    It writes its errors on stderr too, though they tell of what Ray does about them by itself. Processes that are started
+    later keep their own level.
+    """
+    already, level = variable(CORE_LEVEL), "fatal"
+    export({CORE_LEVEL: level})
+    try:
+        yield
+    finally:
+        if already is None:
+            forget(CORE_LEVEL, level)
 
 
 def stop_quietly(cluster: Cluster) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from tandem import settings
@@ -60,14 +61,16 @@ def verdicts(specs: Sequence[EngineSpec]) -> list[str | None]:
         [{name: getattr(specs[i], name) for name in EngineSpec.__slots__} for i in asked], default=dict
     )
     try:
-        answer = subprocess.run(
-            [sys.executable, "-m", "tandem.engine.vllm_args"],
-            input=question,
-            capture_output=True,
-            text=True,
-            timeout=CHECK_TIMEOUT_S,
-            env=settings.child_environment(engine_environment(specs[asked[0]])),
-        )
+        # vLLM leaves files in the temporary folder, and executes some.
+        with tempfile.TemporaryDirectory(prefix="tandem-", ignore_cleanup_errors=True) as temporary:
+            answer = subprocess.run(
+                [sys.executable, "-m", "tandem.engine.vllm_args"],
+                input=question,
+                capture_output=True,
+                text=True,
+                timeout=CHECK_TIMEOUT_S,
+                env=settings.child_environment({**engine_environment(specs[asked[0]]), "TMPDIR": temporary}),
+            )
     except subprocess.TimeoutExpired as error:
         raise EngineError(f"vLLM did not check engine_args within {CHECK_TIMEOUT_S:.0f} s.") from error
     said = answer.stdout.strip().rpartition("\n")[2]

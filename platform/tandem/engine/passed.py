@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tandem.engine.spec import EngineSpec
 from tandem.ids import digest, file_digest
+from tandem.private import make_private_folder
 from tandem.settings import settings
 from tandem.storage import write_atomic
 
@@ -29,7 +30,7 @@ def remember(spec: EngineSpec) -> None:
     """They have just been found right."""
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
         proof = _proof(spec)
-        proof.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(proof.parent)
         write_atomic(proof, "")
 
 

@@ -27,6 +27,7 @@ from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
 from tandem.engine.ttft import FirstTokens
 from tandem.engine.vllm_args import make_config, parse_args, slots_of
+from tandem.engine.vllm_logs import quiet_refusals
 from tandem.errors import EngineError
 from tandem.registry.adapter_files import layer_kinds
 
@@ -67,6 +68,7 @@ class VllmEngine:
             scores = ("score",) if enable_scoring_api(tasks, self._llm.model_config) else ()
             self._tasks = (*tasks, *scores)
             app = build_app(self._args, tasks, self._llm.model_config)
+            quiet_refusals()
             await init_app_state(self._llm, app.state, self._args, tasks)
         except (Exception, SystemExit) as error:
             await self.drain(0.0)

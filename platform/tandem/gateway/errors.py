@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
+from tandem.engine.wording import plain, plain_field
 from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
 
 
@@ -82,11 +83,12 @@ def from_engine(status: int, body: bytes, max_length: int | None) -> ApiError:
         said = from_json(body)
         error = said.get("error", said)
         message = str(error.get("message") or message)
-        param = error.get("param")
+        param = plain_field(error.get("param"))
         code = error.get("code") if isinstance(error.get("code"), str) else None
     except (ValueError, AttributeError):
         text = body.decode(errors="replace").strip()
         message = text[:2000] or message
+    message = plain(message)
     if status == 400 and (
         "context length" in message or "max_model_len" in message or "maximum model length" in message
     ):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.errors import AdapterError, StorageError
+from tandem.private import make_private_folder
 from tandem.registry.adapter_files import CONFIG, FILES, WEIGHTS, adapter_digest
 from tandem.settings import settings
 from tandem.storage import disk_errors, file_system, join, require_space
@@ -78,7 +79,7 @@ class AdapterCache:
                 )
             staging = self.root / f".{uuid.uuid4().hex}.tmp"
             with disk_errors("fetching an adapter", self.root):
-                staging.mkdir(parents=True)
+                make_private_folder(staging)
                 require_space(self.root, sum(sizes.values()), "The adapter")
                 try:
                     for name in (CONFIG, WEIGHTS):

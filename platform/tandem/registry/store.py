@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from tandem.errors import RegistryError
 from tandem.ids import canonical_json, check_name, folder_digest, split_version, versioned
+from tandem.private import check_home
 from tandem.registry import names
 from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
@@ -56,8 +57,13 @@ class Registry:
 
     @classmethod
     def open(cls) -> Registry:
-        """The registry that the settings name; the one with the identity TANDEM_REGISTRY_ID where that is set."""
+        """The registry that the settings name; the one with the identity TANDEM_REGISTRY_ID where that is set.
+
+        Creates TANDEM_HOME unless an identity is set; UnsafePathError if every user can write there.
+        """
         known = settings()
+        if known.registry_id is None:
+            check_home(known.root)
         return cls(known.registry_url, identity=known.registry_id)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from tandem.ids import fingerprint
 from tandem.registry import Registry, RegistryAddress, is_shared
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
-from tandem.serve.listen import listen_on_node
+from tandem.serve.listen import internal_port_on_node, listen_on_node
 from tandem.serve.metrics import QueueMeter, added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
@@ -109,6 +110,7 @@ class Gateway:
         admin: str | None = None,
     ) -> None:
         drain_on_sigterm()
+        internal_port_on_node()
         listen_on_node(ray.util.get_node_ip_address())
         # `engines` is not called: naming the replicas here is what makes them a part of the app.
         self._directory = directory
@@ -156,6 +158,16 @@ def check_shared(registry: RegistryAddress) -> None:
         )
 
 
+def pinned(config: ServeConfig) -> ServeConfig:
+    """The same app with each model named by its version; without models, with the newest registered one.
+
+    Raises ConfigError or RegistryError as `build_app` does.
+    """
+    with Registry.open() as opened:
+        models = resolve_models(config, opened)
+    return replace(config, models=tuple(model.config for model in models))
+
+
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
     """What the app serves: each configured model found in the registry or on the disk, or the newest registered one."""
     wanted = config.models
@@ -198,7 +210,8 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
         id=record.id,
         name=served.name or record.name,
         path=str(record.path),
-        config=served,
+        # However it was named, the same version is the same deployment.
+        config=replace(served, model=record.id, name=served.name or record.name),
         max_length=record.max_length,
         created=int(record.created_at.timestamp()),
     )

@@ -5,15 +5,19 @@ What differs is replaced: new replicas come before old ones go, and old ones go 
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray import serve
+from ray.experimental import internal_kv
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
+from tandem.config import ServeConfig, from_dict, to_dict
 from tandem.errors import EngineError
 from tandem.serve.app import GATEWAY_NAME
 
@@ -21,6 +25,16 @@ FAILED = "DEPLOY_FAILED"
 LOOK_S = 0.2
 LAST_BYTES_S = 1.0
 """How long the last bytes of an engine may take to their clients."""
+
+KEPT = b"tandem"
+"""Ray's namespace of the key-value store that lives as long as the cluster."""
+TO_INITIALIZE = re.compile(r"have taken more than \d+s to initialize")
+TO_SCHEDULE = re.compile(
+    r"to be scheduled\..*Resources required for each replica: (?P<needed>.*?), "
+    r"total resources available: (?P<free>.*?)\. Use",
+    re.DOTALL,
+)
+"""Serve's two messages about replicas that take longer than it expects."""
 
 
 def deploy(
@@ -45,6 +59,25 @@ def deploy(
         time.sleep(LOOK_S)
 
 
+def remember(config: ServeConfig) -> None:
+    """Keep, with the cluster, what the app of this config was made from."""
+    record = {"deployed_at": _details(config.app).get("last_deployed_time_s"), "config": to_dict(config)}
+    internal_kv._internal_kv_put(_key(config.app), json.dumps(record).encode(), overwrite=True, namespace=KEPT)
+
+
+def remembered(app: str) -> ServeConfig | None:
+    """What a running app was made from; None if `remember` was not the last to be told, as after Ray's `serve deploy`."""
+    kept = internal_kv._internal_kv_get(_key(app), namespace=KEPT)
+    record = json.loads(kept) if kept else {}
+    if not record or record["deployed_at"] != _details(app).get("last_deployed_time_s"):
+        return None
+    return from_dict(ServeConfig, record["config"])
+
+
+def _key(app: str) -> bytes:
+    return f"app:{app}".encode()
+
+
 def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Whether an app is what it is to be, but for old replicas that have not ended. Pure: Serve's details of it, now and before.
 
@@ -56,11 +89,25 @@ def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 
 def news(now: Mapping[str, Any]) -> set[str]:
-    """What Serve says of deployments that are not yet as they should be, each in a line. Pure."""
-    waiting = [
-        each["message"] for each in now["deployments"].values() if each["status"] != "HEALTHY" and each["message"]
-    ]
-    return {message.splitlines()[0] for message in waiting}
+    """What Serve says of deployments that are not yet as they should be, each in a line of our words. Pure."""
+    waiting = {
+        name: each["message"]
+        for name, each in now["deployments"].items()
+        if each["status"] != "HEALTHY" and each["message"]
+    }
+    return {said for name, message in waiting.items() if (said := _in_our_words(name, message))}
+
+
+def _in_our_words(deployment: str, message: str) -> str | None:
+    # That an engine takes more than half a minute to load is nothing to report.
+    if TO_INITIALIZE.search(message):
+        return None
+    if found := TO_SCHEDULE.search(message):
+        return (
+            f"{deployment} waits for room on the cluster: each replica needs {found['needed']}, and {found['free']} are free. "
+            "It starts when there is room: stop something else, add a node, or lower `replicas`."
+        )
+    return message.splitlines()[0]
 
 
 def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tandem.serve.listen import internal_port_on_node
 from tandem.serve.records import ReplicaRecord, Snapshot
 
 HEARTBEAT_S = 1.0
@@ -107,6 +108,8 @@ class Directory:
         self._change = asyncio.Event()
         self._wake = wake or call_through_serve
         self._waking: dict[str, asyncio.Task[None]] = {}
+        if wake is None:
+            internal_port_on_node()
 
     async def heartbeat(self, record: ReplicaRecord) -> int:
         """Take what a replica says of itself; how many requests wait for its like at the gateways."""

@@ -1,9 +1,13 @@
-"""Which addresses a gateway's HTTP server listens on: loopback and its node's address.
+"""Which addresses replicas listen on: their node's address, and a gateway's HTTP server on loopback too.
 
 Serve has one `http_options.host` for all: HAProxy's public listener on each node, and the HTTP server of each gateway behind
 it. HAProxy reaches a gateway of its own node by 127.0.0.1 and those of other nodes by their addresses. A gateway that listened
 where the public listener does (127.0.0.1, unless configured otherwise) could not be reached from another node, and one that
 listened everywhere would be open on networks that no HAProxy uses (docs/adr/0024).
+
+Between replicas Serve has a port of its own, guarded by Ray's token, on every interface (Ray 2.60); no option names its address.
+Each of the two is opened by a function of Serve's, after a replica's constructor has returned, and that function is replaced
+here. A Ray without it listens as it did before.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ import uvicorn
 
 LOOPBACK = "127.0.0.1"
 BACKLOG = 2048
+OPEN = "add_port_to_grpc_server"
+"""What a replica of Serve opens its port with."""
+ALL = "[::]:"
+"""What the address starts with where all interfaces are meant."""
 Started = tuple[asyncio.Task[None], uvicorn.Server]
 StartServer = Callable[..., Awaitable[Started]]
 
@@ -60,3 +68,20 @@ async def start_on(node_address: str, start: StartServer, app: Any, http_options
 
     server.startup = startup_with_second  # type: ignore[method-assign]
     return task, server
+
+
+def internal_port_on_node() -> None:
+    """Have Serve open its port between replicas on the node's address alone; called in the constructor of each deployment."""
+    import ray
+    from ray.serve._private import replica
+
+    opened = getattr(replica, OPEN, None)
+    if opened is None:
+        return
+    host = ray.util.get_node_ip_address()
+
+    def open_port(server: Any, address: str) -> Any:
+        where = f"[{host}]" if ":" in host else host
+        return opened(server, f"{where}:{address.removeprefix(ALL)}" if address.startswith(ALL) else address)
+
+    setattr(replica, OPEN, open_port)

@@ -23,6 +23,7 @@ from tandem.serve.adapter_checks import AdapterChecks
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.disaggregate import environment
 from tandem.serve.host import EngineHost
+from tandem.serve.listen import internal_port_on_node
 from tandem.serve.logs import serve_log_kept
 from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place
@@ -59,6 +60,7 @@ class EngineReplica:
         self._progress = Progress(model.config.stuck_after_s)
         self._reaper = Reaper.of_children()
         drain_on_sigterm()
+        internal_port_on_node()
         loop = asyncio.get_running_loop()
         _check_placement(model)
         if registry is not None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tandem.cli.shell import CORE_LEVEL, quiet_driver
+from tandem.settings import variable
+
 LOSES_ONE = """
 import os, signal, time
 from tandem.cli.shell import friendly_errors, uninterrupted
@@ -80,3 +83,28 @@ def test_an_interrupt_within_an_extension_module_leaves_with_the_same_status(tmp
     (tmp_path / "pressed.py").write_text(THROUGH_C)
     done = subprocess.run([sys.executable, "-m", "pressed"], cwd=tmp_path, capture_output=True, text=True, timeout=25)
     assert done.returncode == 128 + signal.SIGINT, done.stderr
+
+
+QUIET = """
+import logging, sys
+from tandem.cli.serve import quiet_serve
+quiet_serve()
+import ray.serve.api, tandem.serve.deploy
+sys.exit(logging.getLogger("ray.serve").isEnabledFor(logging.INFO))
+"""
+
+
+def test_informational_messages_of_serve_stay_out_of_the_terminal() -> None:
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_driver_is_quiet_and_what_it_starts_later_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CORE_LEVEL, raising=False)
+    with quiet_driver():
+        assert variable(CORE_LEVEL) == "fatal"
+    assert variable(CORE_LEVEL) is None
+    monkeypatch.setenv(CORE_LEVEL, "debug")
+    with quiet_driver():
+        assert variable(CORE_LEVEL) == "debug"
+    assert variable(CORE_LEVEL) == "debug"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tandem.config import RouterConfig, ServeConfig, ServedModelConfig
+from tandem.config import RouterConfig, ServeConfig, ServedModelConfig, from_dict, to_dict
 from tandem.errors import ConfigError, RegistryError, UnknownModelError
 from tandem.registry import Registry
-from tandem.serve.app import build_app, resolve_models
+from tandem.serve.app import build_app, pinned, resolve_models
+from tandem.serve.scaling import engine_version
 
 
 @pytest.fixture
@@ -52,6 +53,19 @@ def test_a_name_an_id_and_a_folder_can_be_served_and_given_another_name(registry
         registry,
     )
     assert [(s.id, s.name) for s in served] == [("one@2", "one"), ("one@1", "old"), ("plain", "plain")]
+
+
+def test_one_version_is_one_deployment_however_it_is_named(registry: Registry, tmp_path: Path) -> None:
+    registry.register_model("one", model(tmp_path / "one"))
+    folder = model(tmp_path / "plain")
+    names = [config(ServedModelConfig(model="one")), config(ServedModelConfig(model="one@1")), ServeConfig()]
+    versions = [engine_version(resolve_models(each, registry)[0], "") for each in names]
+    assert len(set(versions)) == 1
+    # A config that names the versions is the same app, and stays so when another model is registered.
+    kept = pinned(config(ServedModelConfig(model="one", replicas=2), ServedModelConfig(model=str(folder))))
+    registry.register_model("two", model(tmp_path / "two", 2))
+    assert [each.model for each in kept.models] == ["one@1", str(folder)] and pinned(kept) == kept
+    assert from_dict(ServeConfig, to_dict(kept)) == kept
 
 
 def test_unknown_names_and_folders_are_refused_with_the_nearest(registry: Registry, tmp_path: Path) -> None:

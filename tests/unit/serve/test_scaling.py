@@ -105,11 +105,30 @@ def test_a_change_is_done_when_new_replicas_run_even_if_old_ones_stream_on() -> 
     assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING"), fresh)
 
 
-def test_what_is_told_while_a_change_waits_is_the_first_line_of_what_serve_says_of_it() -> None:
-    waits = {
-        "status": "UPDATING",
-        "message": "1 replicas have taken more than 30s to be scheduled.\nResources: 64 CPUs",
-    }
-    quiet, well = {"status": "UPDATING", "message": ""}, {"status": "HEALTHY", "message": "of before"}
-    told = news({"deployments": {"a": waits, "b": quiet, "c": well}})
-    assert told == {"1 replicas have taken more than 30s to be scheduled."}
+SERVE = "Deployment 'engine-a' in application 'tandem' has 1 replicas that have taken more than 30s to "
+"""How Serve begins."""
+
+
+def told(message: str, status: str = "UPDATING") -> set[str]:
+    return news({"deployments": {"engine-a": {"status": status, "message": message}}})
+
+
+def test_a_change_that_waits_for_room_says_what_it_needs() -> None:
+    serve = (
+        "be scheduled. This may be due to waiting for the cluster to auto-scale or for a runtime environment to be installed. "
+        "Resources required for each replica: {'CPU': 64}, total resources available: {'CPU': 7.8}. Use `ray status` for more."
+    )
+    (said,) = told(SERVE + serve)
+    assert said.startswith(
+        "engine-a waits for room on the cluster: each replica needs {'CPU': 64}, and {'CPU': 7.8} are free."
+    )
+    assert "ray status" not in said
+
+
+def test_an_engine_that_takes_long_to_load_is_not_news() -> None:
+    assert told(SERVE + "initialize.\nThis may be caused by a slow __init__ or reconfigure method.") == set()
+
+
+def test_other_messages_of_serve_are_told_by_their_first_line_and_only_while_they_hold() -> None:
+    assert told("A replica died.\nTraceback") == {"A replica died."}
+    assert told("of before", status="HEALTHY") == told("") == set()

@@ -1,0 +1,22 @@
+"""Filters of vLLM's log: a request that a client got wrong is the client's to hear of, in the answer."""
+
+from __future__ import annotations
+
+import logging
+
+ANTHROPIC = "vllm.entrypoints.anthropic.api_router"
+"""Logs a traceback for each request that it refuses, where vLLM's other routes log none."""
+REFUSALS = frozenset({"VLLMClientError", "ValueError", "TypeError", "NotImplementedError", "TemplateError"})
+"""Exceptions that vLLM answers with a status below 500, or 501."""
+
+
+def quiet_refusals() -> None:
+    """Leave tracebacks of refused requests out of vLLM's log."""
+    log = logging.getLogger(ANTHROPIC)
+    if _is_not_a_refusal not in log.filters:
+        log.addFilter(_is_not_a_refusal)
+
+
+def _is_not_a_refusal(record: logging.LogRecord) -> bool:
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not REFUSALS & {each.__name__ for each in kind.__mro__}
