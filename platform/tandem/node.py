@@ -12,8 +12,11 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from tandem import haproxy
 from tandem import settings as environment
@@ -28,6 +31,8 @@ HAPROXY_PORTS = [8406, 8404, 8500, 9500]
 GATEWAY_PORTS = range(30000, 31000)
 """Ports of gateway replicas, on every node: outside of those that Ray gives to its workers."""
 START_TIMEOUT_S = 180.0
+WATCH_S = 1.0
+"""How often the raylet is looked at."""
 
 
 def runtime_folder() -> Path:
@@ -94,6 +99,21 @@ def start(arguments: Sequence[str]) -> None:
         stop()
         said = "\n".join(result.stdout.strip().splitlines()[-12:])
         raise ClusterError(f"`ray start` ended with status {result.returncode}. Ray said:\n{said}")
+    subprocess.Popen(
+        [sys.executable, "-m", "tandem.node", mark],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def watch(mark: str) -> None:
+    """Wait until the node's raylet has ended, in whatever way, and end what it leaves: HAProxy and engines outlive it."""
+    raylets = [process for process in marked(mark) if process.name() == "raylet"]
+    while any(raylet.is_running() and raylet.status() != psutil.STATUS_ZOMBIE for raylet in raylets):
+        time.sleep(WATCH_S)
+    end_marked(mark)
 
 
 def stop() -> int:
@@ -124,3 +144,7 @@ def require_token() -> None:
 
 def _record(folder: Path) -> Path:
     return folder / "node.json"
+
+
+if __name__ == "__main__":
+    watch(sys.argv[1])

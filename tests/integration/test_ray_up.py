@@ -113,7 +113,8 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         ray("down", file, client)
         for host in (head, worker):
             # Workers notice that the head has gone: Ray gives them a minute.
-            wait_until(lambda host=host: not ray_processes(host), 120, f"{host.name} still runs {ray_processes(host)}")
+            wait_until(lambda host=host: not ray_processes(host), 120, f"processes of Ray are left on {host.name}")
+            assert not host.run("ls /tmp/tandem-*/tmp").stdout.strip()
 
 
 def ray_processes(host: Host) -> list[str]:
@@ -142,7 +143,8 @@ def test_training_runs_over_both_hosts(deployed: Deployed) -> None:
     assert "small@1" in shown
     assert "2 workers on 2 nodes" in shown
     # Whichever node the driver ran on, the model is in the one registry.
-    assert "small@1" in deployed.worker.run("tandem models ls").stdout
+    listed = json.loads(deployed.worker.run("tandem models ls --json").stdout)
+    assert [each["id"] for each in listed] == ["small@1"]
 
 
 def test_one_app_answers_on_both_hosts_and_knows_what_is_registered_on_either(deployed: Deployed) -> None:

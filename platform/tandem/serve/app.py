@@ -57,9 +57,9 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     RegistryError with the next step; no replica has started then.
     """
     find_policy(config.router.policy)
+    check_shared(settings().registry_url)
     with Registry.open() as opened:
         registry = opened.address
-        check_shared(registry)
         models = resolve_models(config, opened)
     held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
     placements = [place(pool.config, where) for pool, where in held]
@@ -146,9 +146,9 @@ def _replica_id() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
 
 
-def check_shared(registry: RegistryAddress) -> None:
+def check_shared(registry_url: str) -> None:
     """Refuse an SQLite registry on a cluster of several machines: its file and its locks are of one."""
-    if is_shared(registry.url) or not ray.is_initialized():
+    if is_shared(registry_url) or not ray.is_initialized():
         return
     machines = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
     if len(machines) > 1:
@@ -163,6 +163,7 @@ def pinned(config: ServeConfig) -> ServeConfig:
 
     Raises ConfigError or RegistryError as `build_app` does.
     """
+    check_shared(settings().registry_url)
     with Registry.open() as opened:
         models = resolve_models(config, opened)
     return replace(config, models=tuple(model.config for model in models))

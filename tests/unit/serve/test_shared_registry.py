@@ -13,9 +13,6 @@ from tandem.registry import Registry, RegistryAddress
 from tandem.serve.app import check_shared
 from tandem.serve.replica import check_registry
 
-SQLITE = RegistryAddress(url="sqlite:////home/tandem.db", identity="0" * 32)
-POSTGRESQL = RegistryAddress(url="postgresql://user:password@host/tandem", identity="0" * 32)
-
 
 def nodes_at(monkeypatch: pytest.MonkeyPatch, *found: tuple[str, bool]) -> None:
     """Have Ray tell of nodes with these addresses, alive or not."""
@@ -29,17 +26,17 @@ def test_sqlite_is_refused_on_two_machines_with_the_next_step(monkeypatch: pytes
     with pytest.raises(
         RegistryError, match=r"2 nodes \(10\.0\.0\.1, 10\.0\.0\.2\).*TANDEM_DATABASE_URL.*`tandem db upgrade`"
     ):
-        check_shared(SQLITE)
+        check_shared("sqlite:////home/tandem.db")
 
 
 def test_sqlite_is_fine_on_one_machine_whatever_it_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes_at(monkeypatch, ("10.0.0.1", True), ("10.0.0.1", True), ("10.0.0.2", False))
-    check_shared(SQLITE)
+    check_shared("sqlite:////home/tandem.db")
 
 
 def test_postgresql_is_fine_on_any_number_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes_at(monkeypatch, ("10.0.0.1", True), ("10.0.0.2", True))
-    check_shared(POSTGRESQL)
+    check_shared("postgresql://user:password@host/tandem")
 
 
 def test_a_replica_on_a_node_without_the_registry_says_so(tmp_path: Path) -> None:
