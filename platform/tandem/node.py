@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from tandem import haproxy
 from tandem import settings as environment
 from tandem.cluster import MARK, authentication, end_marked, marked
 from tandem.errors import ClusterError
-from tandem.private import check_private_folder, make_private_folder, read_private_file
+from tandem.private import check_private_folder, make_private_folder, read_private_file, remove_private_folder
 from tandem.reaper import KEEP_MARKS
 from tandem.storage import write_atomic
 
@@ -113,21 +112,34 @@ def watch(mark: str) -> None:
     raylets = [process for process in marked(mark) if process.name() == "raylet"]
     while any(raylet.is_running() and raylet.status() != psutil.STATUS_ZOMBIE for raylet in raylets):
         time.sleep(WATCH_S)
-    end_marked(mark)
+    _end(mark)
 
 
 def stop() -> int:
     """End every process of the node that this user started here; returns how many there were. Ray's logs stay."""
-    folder = runtime_folder()
-    try:
-        mark = str(json.loads(read_private_file(_record(folder)))["mark"])
-    except (OSError, ValueError, KeyError):
+    mark = _recorded_mark()
+    if mark is None:
         return 0
     count = len(marked(mark))
-    end_marked(mark)
-    _record(folder).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tmp", ignore_errors=True)
+    _end(mark)
     return count
+
+
+def _end(mark: str) -> None:
+    """End what carries `mark`, and remove the node's scratch files and record unless another one has been started since."""
+    end_marked(mark)
+    if _recorded_mark() == mark:
+        folder = runtime_folder()
+        remove_private_folder(folder / "tmp")
+        _record(folder).unlink(missing_ok=True)
+
+
+def _recorded_mark() -> str | None:
+    """The mark of the node that was started here last and has not been ended."""
+    try:
+        return str(json.loads(read_private_file(_record(runtime_folder())))["mark"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def require_token() -> None:

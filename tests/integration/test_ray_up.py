@@ -114,7 +114,9 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         for host in (head, worker):
             # Workers notice that the head has gone: Ray gives them a minute.
             wait_until(lambda host=host: not ray_processes(host), 120, f"processes of Ray are left on {host.name}")
-            assert not host.run("ls /tmp/tandem-*/tmp").stdout.strip()
+            wait_until(
+                lambda host=host: "tmp" not in host.run("ls /tmp/tandem-*").stdout.split(), 30, "scratch files are left"
+            )
 
 
 def ray_processes(host: Host) -> list[str]:
