@@ -1,7 +1,22 @@
 """What exists: models and adapters, versioned and promoted, with their lineage."""
 
 from tandem.registry.base import BaseRef, find_base
+from tandem.registry.hub import HubModel, pull_model, restore
 from tandem.registry.records import Kind, ModelRecord, Promotion
+from tandem.registry.source import called, find_model
 from tandem.registry.store import Registry, local_folder
 
-__all__ = ["BaseRef", "Kind", "ModelRecord", "Promotion", "Registry", "find_base", "local_folder"]
+__all__ = [
+    "BaseRef",
+    "HubModel",
+    "Kind",
+    "ModelRecord",
+    "Promotion",
+    "Registry",
+    "called",
+    "find_base",
+    "find_model",
+    "local_folder",
+    "pull_model",
+    "restore",
+]
