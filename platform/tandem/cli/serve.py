@@ -33,7 +33,8 @@ CPUS = 8
 @serve_app.command("up")
 def up_command(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Registered models or folders. None: the newest one.")
+        list[str] | None,
+        typer.Argument(help="Registered models, folders, or ORG/NAME of the hub. None: the newest one."),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
@@ -62,7 +63,8 @@ def up_command(
 @serve_app.command("deploy")
 def deploy_command(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Registered models or folders. None: the newest one.")
+        list[str] | None,
+        typer.Argument(help="Registered models, folders, or ORG/NAME of the hub. None: the newest one."),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
