@@ -79,8 +79,10 @@ def deploy_command(
             from tandem.serve.app import build_app
             from tandem.serve.deploy import deploy
 
+            # A model that is downloaded has a bar of its own.
+            app = build_app(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(build_app(wanted), wanted.app, tell=console.print)
+                deploy(app, wanted.app, tell=console.print)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
@@ -75,6 +76,9 @@ class RepoCache:
         if revision != commit:
             known.revisions[revision] = commit
             known.seen[revision] = datetime.now(UTC).isoformat(timespec="seconds")
+        # A commit that no revision is any more, and of which nothing is here, is of no use.
+        used = {commit, *known.revisions.values()}
+        known.commits = {each: f for each, f in known.commits.items() if each in used or self.snapshot(each).is_dir()}
         write_atomic(self.folder / STATE, json.dumps(asdict(known)))
 
     def snapshot(self, commit: str) -> Path:
@@ -141,6 +145,8 @@ class RepoCache:
 
     def _download(self, client: Client, commit: str, files: list[RepoFile], moved: Any) -> None:
         ended = threading.Event()
+        # It says each broken connection; here the error that ends a download does.
+        logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)
 
         def count(size: int) -> None:
             if ended.is_set():
