@@ -387,6 +387,14 @@ def test_a_file_too_large_for_plain_http_is_left_to_the_clients_own_download(
     assert not list(RepoCache.of(NAME, "model").folder.rglob("*.xet"))
 
 
+@pytest.mark.parametrize("path", ["1_Pooling/../../../outside.json", "/outside.json"])
+def test_a_server_that_lists_paths_outside_is_refused(hub: FakeHub, registry: Registry, path: str) -> None:
+    hub.model(NAME, {**FILES, "modules.json": b"[]", path: b"{}"})
+    with pytest.raises(HubError, match="lists what no hub lists: .*outside.json"):
+        pull(NAME, registry)
+    assert not hub.downloads()
+
+
 @pytest.mark.parametrize(
     ("text", "repo", "revision"),
     [

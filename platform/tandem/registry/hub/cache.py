@@ -9,6 +9,7 @@ was interrupted goes on at the next byte. What was learned of the hub (which com
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -135,6 +136,11 @@ class RepoCache:
                     waiting = True
                     # A wait in the kernel would not let a Ctrl-C through where this is not the main thread.
                     time.sleep(LOCK_POLL_S)
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                        raise
+                    report.note(f"{place} cannot be locked ({error.strerror}): download from one process at a time")
+                    break
             yield
 
     def _blob(self, file: RepoFile) -> Path:

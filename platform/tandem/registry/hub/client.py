@@ -7,19 +7,22 @@ HF_HUB_OFFLINE, and proxies.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
 from tandem.errors import HubError, HubUnreachableError, UnknownModelError, did_you_mean
+from tandem.registry.hub.reference import COMMIT
 from tandem.registry.hub.selection import RepoFile
 from tandem.settings import hub_offline, variable
 
 Kind = Literal["model", "dataset"]
 ANSWER_S = 15.0
 """How long the hub may take to say something of a repository."""
+DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 HUB = "https://huggingface.co"
 SHOWN = 10
 
@@ -63,7 +66,13 @@ class Client:
                 )
                 for f in info.siblings or ()
             )
-            return Listing(commit=str(info.sha), files=files)
+        # They become paths here.
+        wrong = [f.path for f in files if not _is_plain(f.path) or not DIGEST.fullmatch(f.key)]
+        if wrong or not COMMIT.fullmatch(str(info.sha)):
+            raise HubError(
+                f"{self.endpoint} lists what no hub lists: {wrong[0] if wrong else info.sha!r}. Check HF_ENDPOINT."
+            )
+        return Listing(commit=str(info.sha), files=files)
 
     def download(self, file: RepoFile, commit: str, into: Path, moved: Callable[[int], None]) -> None:
         """Bring one file, from where `into` ends on; `moved` hears of bytes as they come, and may raise to end it."""
@@ -182,6 +191,11 @@ class Client:
         if status == 429 or status >= 500:
             return HubUnreachableError(f"{self.endpoint} answers {status}: {said}")
         return HubError(f"{self._what} cannot be had: {self.endpoint} answers {status}: {said}.")
+
+
+def _is_plain(path: str) -> bool:
+    place = PurePosixPath(path)
+    return bool(place.parts) and not place.is_absolute() and ".." not in place.parts and "\0" not in path
 
 
 def _bar(moved: Callable[[int], None]) -> type:
