@@ -58,7 +58,7 @@ def test_an_adapter_is_trained_on_it_and_both_are_served_while_only_the_commands
     )
     for arguments in (
         ("data", "build", str(tmp_path / "rows.jsonl"), "rows", "--tokenizer", NAME),
-        ("train", "submit", str(tmp_path / "job.yaml")),
+        ("train", "submit", "--config", str(tmp_path / "job.yaml")),
     ):
         done = tandem(*arguments, home=tandem_home, **online)
         assert done.returncode == 0, done.stdout

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from tandem.errors import HubError, HubUnreachableError, UnknownModelError, did_you_mean
+from tandem.errors import HubError, HubUnreachableError, UnknownModelError
 from tandem.ids import folder_digest
 from tandem.registry.hub.cache import RepoCache
 from tandem.registry.hub.client import Client, Listing
@@ -127,8 +128,9 @@ def _next() -> str:
 
 
 def _near(registry: Registry, ref: HubModel) -> str:
-    """A hint at a local name that is near."""
-    for word in (ref.repo, ref.repo.partition("/")[2]):
-        if hint := did_you_mean(word, [name for name in registry.near(word) if name != ref.repo]):
-            return f"{hint} That one is registered here."
-    return ""
+    """A hint at a local name that is near: names are compared without their organisations, which make any two alike."""
+    wanted = ref.repo.partition("/")[2]
+    around = [*registry.near(ref.repo), *registry.near(wanted)]
+    known = {name.rpartition("/")[2]: name for name in around if name != ref.repo}
+    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+    return f" Did you mean {known[near[0]]!r}? That one is registered here." if near else ""

@@ -45,20 +45,24 @@ class TerminalReport:
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.table import Column
 
         console = Console(stderr=True, highlight=False)
+        whole = [Column(no_wrap=True) for _ in range(3)]
         columns = (
-            TextColumn("Downloading {task.description}", markup=False),
-            BarColumn(bar_width=16),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("Downloading {task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            BarColumn(bar_width=8),
+            DownloadColumn(binary_units=True, table_column=whole[0]),
+            TransferSpeedColumn(table_column=whole[1]),
+            TimeRemainingColumn(table_column=whole[2]),
         )
         lock, done = threading.Lock(), done_bytes
         resumed = f", {_size(done_bytes)} of it here already" if done_bytes else ""
         if not console.is_terminal:
             console.print(f"Downloading {what}: {_size(total_bytes)}{resumed}", soft_wrap=True, markup=False)
-        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        with Progress(
+            *columns, console=console, disable=not console.is_terminal, transient=True, expand=True
+        ) as progress:
             task = progress.add_task(what, total=total_bytes, completed=done_bytes)
 
             def moved(count: int) -> None:
