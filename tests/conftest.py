@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_hub import FakeHub
 from postgresql import Server, postgresql
 
 from tandem import settings as environment
@@ -56,3 +57,18 @@ def ray_cluster(cluster: LocalCluster) -> Iterator[LocalCluster]:
     ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
+
+
+@pytest.fixture
+def hub(tandem_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A server that speaks the Hugging Face hub's API, in the environment; nobody is logged in, and the home is empty."""
+    from huggingface_hub import constants
+
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    # Read when it was imported, which another test may have caused.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tandem_home / "token"))
+    with FakeHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server

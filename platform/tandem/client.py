@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from tandem.errors import ClusterError, ConfigError, PromptError, TandemError
+from tandem.errors import ClusterError, ConfigError, PromptError, TandemError, UnknownModelError
 from tandem.settings import settings
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ Chat = Sequence[Mapping[str, Any]]
 RETRIES = 8
 """How often one prompt is sent again while an engine is replaced; the server says how long to wait."""
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 600.0
+CHECK_TIMEOUT_S = 10.0
+"""How long a server may take to say whether it serves a model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +149,27 @@ class RemoteLLM:
             return _output(answer, None, lambda choice: choice.message.content or "")
 
         return self._run(ask, len(chats), sampling_params, use_tqdm)
+
+    def check_served(self) -> None:
+        """Ask the server for the model; UnknownModelError with the nearest name if it serves none of that name.
+
+        Whatever else is wrong (no server, a key that it refuses) is told by the first prompt.
+        """
+        import openai
+
+        try:
+            with openai.OpenAI(
+                base_url=self.base_url, api_key=self._api_key, timeout=CHECK_TIMEOUT_S, max_retries=0
+            ) as client:
+                client.models.retrieve(self.model)
+        except openai.NotFoundError as error:
+            body = getattr(error, "body", None)
+            said = body.get("message") if isinstance(body, Mapping) else None
+            # A 404 that is not in the API's own form may come of a server without that route.
+            if said:
+                raise UnknownModelError(f"{self.base_url}: {said}") from error
+        except openai.OpenAIError:
+            pass
 
     def _run(
         self,

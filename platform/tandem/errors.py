@@ -12,6 +12,8 @@ TandemError
 │   ├── UnknownModelError   no model or adapter of that name
 │   │   └── UnknownVersionError  the name is known, and has no such version, or none that is promoted
 │   └── AdapterError        an adapter's files that cannot be served
+├── HubError             a model or dataset of the Hugging Face hub that cannot be had
+│   └── HubUnreachableError  the hub does not answer, or HF_HUB_OFFLINE is set
 ├── ClusterError         no Ray cluster, or one that refused
 ├── JobError             a job that failed or does not exist
 │   └── JobStopped          a job that was told to stop, and can go on
@@ -78,6 +80,14 @@ class UnknownVersionError(UnknownModelError):
 
 class AdapterError(RegistryError):
     """An adapter whose files cannot be served: the fault is in them, not in what was asked to serve them."""
+
+
+class HubError(TandemError):
+    """A model or dataset of the Hugging Face hub that cannot be had: gated, without such a revision, or of no use here."""
+
+
+class HubUnreachableError(HubError):
+    """The hub does not answer, or may not be asked."""
 
 
 class ClusterError(TandemError):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import ConfigError
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+HUB_NAME_PATTERN = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?/[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
+HUB_NAME_LENGTH = 96
 
 
 def canonical_json(value: Any) -> str:
@@ -34,10 +37,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_digest(folder: Path) -> str:
-    """sha256 (hex) over the relative names and contents of every file below `folder`."""
+def folder_digest(folder: Path, known: Mapping[str, str] | None = None) -> str:
+    """sha256 (hex) over the relative names and contents of every file below `folder`.
+
+    `known`: sha256 (hex) of files by relative name, which are then not read.
+    """
+    known = known or {}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return digest([[name, file_digest(folder / name)] for name in names])
+    return digest([[name, known.get(name) or file_digest(folder / name)] for name in names])
 
 
 def job_id(name: str, content: Any) -> str:
@@ -52,6 +59,17 @@ def check_name(name: str, what: str = "name") -> str:
             f"{what} {name!r} cannot be used: 1 to 96 letters, digits, '.', '_' or '-', the first a letter or digit."
         )
     return name
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be a repository of the Hugging Face hub, `org/name`, by the hub's own rules."""
+    return (
+        len(name) <= HUB_NAME_LENGTH
+        and bool(HUB_NAME_PATTERN.fullmatch(name))
+        and "--" not in name
+        and ".." not in name
+        and not name.endswith(".git")
+    )
 
 
 def versioned(name: str, version: int) -> str:

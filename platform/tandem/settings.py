@@ -78,6 +78,11 @@ class Settings(BaseSettings):
         """Datasets that `tandem data build` made."""
         return self.root / "data"
 
+    @property
+    def hub_dir(self) -> Path:
+        """Models and datasets of the Hugging Face hub, in the layout of huggingface_hub's cache."""
+        return self.root / "cache" / "hub"
+
 
 def settings() -> Settings:
     """The settings as the environment has them now."""
@@ -108,6 +113,12 @@ def export(variables: Mapping[str, str], *, override: bool = False) -> None:
 def variable(name: str) -> str | None:
     """One variable that belongs to a library; None where it is unset or empty."""
     return os.environ.get(name) or None
+
+
+def hub_offline() -> bool:
+    """Whether the user has switched the Hugging Face hub off, as huggingface_hub reads it."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def forget(name: str, value: str) -> None:

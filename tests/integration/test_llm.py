@@ -11,7 +11,7 @@ from commands import cluster_mark, gone, started
 from serve_fixtures import PROMPTS, Served, greedy_tokens, write_model
 
 import tandem
-from tandem.errors import ConfigError, PromptError
+from tandem.errors import ConfigError, PromptError, UnknownModelError
 
 GREEDY = tandem.SamplingParams(temperature=0, max_tokens=12)
 
@@ -39,8 +39,12 @@ def test_an_app_that_is_up_on_this_homes_cluster_is_found(served: Served) -> Non
     assert outputs[0].prompt_token_ids
     with pytest.raises(ConfigError, match="max_model_len cannot change them"):
         tandem.LLM("red", max_model_len=64)
-    with pytest.raises(PromptError, match="Prompt 0 of 1 failed.*Did you mean 'red'"):
-        tandem.LLM("redd").generate("x", use_tqdm=False)
+    with pytest.raises(UnknownModelError, match="The model 'redd' does not exist.*Did you mean 'red'"):
+        tandem.LLM("redd")
+    with pytest.raises(UnknownModelError, match="The model 'org/redd' does not exist"):
+        tandem.LLM("org/redd", base_url=served.url)
+    with pytest.raises(PromptError, match="Prompt 0 of 1 failed"):
+        tandem.LLM("red").generate("x " * 5000, use_tqdm=False)
 
 
 @pytest.mark.slow

@@ -10,17 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
+from fake_hub import FakeHub
+from small_folders import small_model
 from starlette.requests import Request
 from starlette.responses import Response
 
 import tandem
 from tandem.client import RemoteLLM, SamplingParams
 from tandem.engine.echo import EchoEngine
-from tandem.errors import ClusterError, ConfigError, PromptError
+from tandem.errors import ClusterError, ConfigError, PromptError, UnknownModelError
+from tandem.registry import Registry
 
 
 class Watched(EchoEngine):
@@ -131,6 +135,16 @@ def test_it_works_where_a_loop_is_running_and_shows_a_bar(url: str, capsys: pyte
 def test_settings_of_an_engine_cannot_be_given_to_a_server_that_is_up() -> None:
     with pytest.raises(ConfigError, match="max_model_len cannot change them"):
         tandem.LLM("echo", "http://127.0.0.1:9", max_model_len=64)
+
+
+def test_a_model_that_nobody_knows_is_refused_when_it_is_named(tandem_home: Path, hub: FakeHub) -> None:
+    Registry.open().register_model("quickstart", small_model(tandem_home / "weights"))
+    with pytest.raises(
+        UnknownModelError, match=r"No model or adapter 'quikstart' is registered\. Did you mean 'quickstart'\?"
+    ):
+        tandem.LLM("quikstart")
+    with pytest.raises(UnknownModelError, match=r"There is no folder org/tiny\. The hub .* has no model org/tiny"):
+        tandem.LLM("org/tiny")
 
 
 def test_importing_it_loads_neither_torch_nor_vllm_nor_ray() -> None:

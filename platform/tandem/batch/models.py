@@ -12,10 +12,10 @@ from pathlib import Path
 
 from tandem.config import BatchConfig
 from tandem.engine.protocol import AdapterRef
-from tandem.errors import ConfigError, RegistryError, UnknownModelError
+from tandem.errors import RegistryError, UnknownModelError
 from tandem.ids import folder_digest
-from tandem.registry import Registry
-from tandem.registry.records import ModelRecord
+from tandem.registry import HubModel, ModelRecord, Registry, find_model
+from tandem.registry.source import checked_folder, folder_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,15 +79,17 @@ class Names:
         return len({target.adapter.id for target in asked if target.adapter and target.base.id == base})
 
     def _default(self, config: BatchConfig) -> Target:
-        folder = Path(config.model).expanduser()
-        if "/" in config.model or config.model.startswith((".", "~")):
-            if not (folder / "config.json").is_file():
-                raise ConfigError(f"model is {config.model}, where there is no model: it has no config.json.")
-            resolved = folder.resolve()
+        if (folder := folder_of(config.model)) is not None:
+            checked_folder(folder, "model")
             # It has no version that would tell another one apart from it.
-            self.found[config.model] = folder_digest(resolved)
-            return Target(BaseModel(id=resolved.name, name=resolved.name, path=str(resolved)))
+            self.found[config.model] = folder_digest(folder)
+            return Target(BaseModel(id=folder.name, name=folder.name, path=str(folder)))
         try:
+            if config.model not in self._known and HubModel.parse(config.model):
+                record = find_model(config.model, self._registry)
+                assert not isinstance(record, Path)
+                self.found[config.model] = record.id
+                return Target(_base(record))
             return self._look_up(config.model)
         except UnknownModelError:
             if config.engine != "echo":

@@ -45,7 +45,9 @@ def run_command(
         str | None,
         typer.Option("--input", "-i", help="Rows: .jsonl, .parquet, .tar (WebDataset), a folder, a pattern, a URI."),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Who answers rows that name nobody.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Who answers rows that name nobody; also ORG/NAME of the hub.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="A folder, or a .jsonl; also by URI.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The run as YAML; options win over it.")] = None,
     overrides: Annotated[
@@ -80,8 +82,17 @@ def run_batch(
     config = input if isinstance(input, BatchConfig) else BatchConfig(
         input=str(input), model=model, output=str(output), request=dict(request or {}), **settings
     )  # fmt: skip
-    with console.status("Reading the rows") as status:
-        run = prepare(config, lambda rows: status.update(f"Reading the rows: {rows:,}"))
+    status = console.status("Reading the rows")
+
+    def tell(rows: int) -> None:
+        # Not before the first rows: a model that is downloaded has a bar of its own.
+        status.start()
+        status.update(f"Reading the rows: {rows:,}")
+
+    try:
+        run = prepare(config, tell)
+    finally:
+        status.stop()
     try:
         summary = _run(config, run)
     except (KeyboardInterrupt, SystemExit):

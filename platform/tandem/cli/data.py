@@ -17,8 +17,9 @@ from rich.text import Text
 from tandem.cli.shell import console, friendly_errors
 from tandem.config import check
 from tandem.data.index import DatasetIndex
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, UnknownModelError
 from tandem.ids import check_name
+from tandem.registry import Registry, find_model
 from tandem.settings import settings
 
 if TYPE_CHECKING:
@@ -35,13 +36,16 @@ def build_command(
         str,
         typer.Argument(
             help="Text, JSON lines, Parquet, Arrow or WebDataset shards: a file, or a folder of such files, or one that Hugging "
-            "Face's datasets saved; or 'stdlib', 'stdlib-docstrings' or 'stdlib-preferences', which every Python has."
+            "Face's datasets saved; or hf://datasets/ORG/NAME, of its hub; or 'stdlib', "
+            "'stdlib-docstrings' or 'stdlib-preferences', which every Python has."
         ),
     ],
     name: Annotated[str, typer.Argument(help="What the dataset is called; it is written to TANDEM_HOME/data/NAME.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="A tokenizer's folder, or a dataset whose tokenizer to use. None: train one on the texts."),
+        typer.Option(
+            help="A tokenizer's folder, or a dataset or model whose tokenizer to use. None: train one on the texts."
+        ),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries of a tokenizer that is trained.")] = 4096,
     kind: Annotated[str, typer.Option(help="text, pairs, chats, preferences, or auto.")] = "auto",
@@ -64,6 +68,28 @@ def build_command(
             replace=replace,
         )
         console.print(f"[green]✓[/] [bold]{name}[/]: {describe(index)}, {target}")
+
+
+@data_app.command("pull")
+def pull_command(
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="ORG/NAME[@REVISION][/PATH]",
+            help="Of the hub, also as hf://datasets/ORG/NAME. PATH: a file, a folder or a pattern; else the training split.",
+        ),
+    ],
+) -> None:
+    """Download a dataset's files from the Hugging Face hub, for a later `tandem data build`, which does it by itself too."""
+    with friendly_errors():
+        from tandem.data.corpus import pull_files
+
+        found = pull_files(dataset)
+        count = f"{len(found.paths)} file{'s' if len(found.paths) != 1 else ''}"
+        console.print(
+            f"[bold]{escape(found.ref.repo)}[/]: {count}, {found.size / 2**20:.1f} MiB, commit {found.ref.revision[:12]}"
+        )
+        console.print(f"build it: [cyan]tandem data build {escape(str(found.ref))} NAME[/]", soft_wrap=True)
 
 
 @data_app.command("inspect")
@@ -176,13 +202,18 @@ def describe(index: DatasetIndex) -> str:
 
 
 def find_tokenizer(name: str) -> Path:
-    """The folder of a tokenizer: a path, or the name of a dataset that has one."""
+    """The folder of a tokenizer: a path, the name of a dataset that has one, or a registered model's or one of the hub."""
     for folder in (settings().data_dir / name / "tokenizer", Path(name) / "tokenizer", Path(name)):
         if (folder / "tokenizer.json").exists():
             return folder
-    raise ConfigError(
-        f"No tokenizer at {name}: neither a folder with tokenizer.json nor a dataset in {settings().data_dir}."
-    )
+    try:
+        found = find_model(name, Registry.open(), "--tokenizer")
+    except (UnknownModelError, ConfigError) as error:
+        raise ConfigError(
+            f"No tokenizer at {name}: neither a folder with tokenizer.json nor a dataset in {settings().data_dir}, and no model. "
+            f"{error}"
+        ) from error
+    return found if isinstance(found, Path) else found.path
 
 
 def build_progress(output: Console) -> Progress:

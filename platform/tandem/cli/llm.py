@@ -29,11 +29,13 @@ class LLM(RemoteLLM):
         gpus_per_replica: float = 0.0,
         **engine_args: Any,
     ) -> None:
-        """`model`: a registered model or adapter, or a folder in Hugging Face's format.
+        """`model`: a registered model or adapter, a model of the Hugging Face hub (`org/name`, `org/name@revision`), or a folder.
 
         With `base_url`, a server that is up is asked. Without, the app of RAY_ADDRESS's cluster or of this home is; if there
         is none, the model is served for as long as this object lives: on `replicas` engines, with vLLM's own `engine_args`
         (`max_model_len`, `enforce_eager`, `tensor_parallel_size`, ...).
+
+        Raises UnknownModelError with the nearest name if nobody serves or knows the model.
         """
         self._stop: weakref.finalize[Any, Any] | None = None
         name = model
@@ -45,6 +47,8 @@ class LLM(RemoteLLM):
                 f"{base_url} is up with settings of its own; {given} cannot change them. Leave base_url or them out."
             )
         super().__init__(name, base_url, api_key=api_key, max_concurrency=max_concurrency)
+        if self._stop is None:
+            self.check_served()
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +70,9 @@ class LLM(RemoteLLM):
         from tandem.cli.session import Session
         from tandem.cluster import connect, free_ports
         from tandem.config import ServeConfig, ServedModelConfig
+        from tandem.registry import Registry, called, find_model
 
+        registry = Registry.open()
         cluster = connect()
         if cluster is not None and (url := app_url(cluster, ServeConfig().app)):
             if engine_args:
@@ -74,11 +80,17 @@ class LLM(RemoteLLM):
                     f"An app is up at {url} with settings of its own; {', '.join(engine_args)} cannot change them. "
                     "End it with `tandem serve down`, or leave them out."
                 )
-            return url, _called(model)
-        base = _base(model)
+            return url, called(model, registry)
+        found = find_model(model, registry)
+        if isinstance(found, Path):
+            served_as, name, base = found.name, found.name, str(found)
+        else:
+            # An adapter answers with its base. What was named by an id is called by it.
+            served_as, base = None, str(found.base) if found.kind == "adapter" else found.id
+            name = model if model in (found.name, found.id) else found.id
         served = ServedModelConfig(
             model=base,
-            name=_called(model) if _is_folder(base) else None,
+            name=served_as,
             replicas=replicas,
             gpus_per_replica=gpus_per_replica,
             engine_args=engine_args,
@@ -91,23 +103,4 @@ class LLM(RemoteLLM):
             raise
         # Also at the program's end, for those who never close it.
         self._stop = weakref.finalize(self, session.close)
-        return url, _called(model)
-
-
-def _base(model: str) -> str:
-    """What is to be served: of an adapter its base, with which it answers."""
-    from tandem.registry import Registry
-
-    if _is_folder(model):
-        return model
-    record = Registry.open().resolve(model)
-    return str(record.base) if record.kind == "adapter" else record.id
-
-
-def _called(model: str) -> str:
-    """The name of a model for clients."""
-    return Path(model).expanduser().resolve().name if _is_folder(model) else model
-
-
-def _is_folder(model: str) -> bool:
-    return "/" in model or model.startswith((".", "~"))
+        return url, name

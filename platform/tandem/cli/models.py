@@ -1,4 +1,4 @@
-"""`tandem models`: what is registered, where it came from, and forgetting it."""
+"""`tandem models`: what is registered, where it came from, bringing one from the Hugging Face hub, and forgetting it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.table import Table
 
 from tandem.cli.shell import console as terminal
 from tandem.cli.shell import friendly_errors
-from tandem.errors import RegistryError
+from tandem.errors import ConfigError, RegistryError
 from tandem.ids import check_name
-from tandem.registry import ModelRecord, Registry, local_folder
+from tandem.registry import HubModel, ModelRecord, Registry, local_folder, pull_model
 from tandem.settings import settings
 
-models_app = typer.Typer(no_args_is_help=True, help="List, show, merge and forget models and adapters.")
+models_app = typer.Typer(no_args_is_help=True, help="List, show, pull, merge and forget models and adapters.")
 
 ADAPTERS_SHOWN = 100
 
@@ -56,6 +56,33 @@ def show_command(name: Name, as_json: Json = False) -> None:
             terminal.print_json(json.dumps({**as_values(record), "adapters": adapters}))
         else:
             details(record, adapters, terminal)
+
+
+@models_app.command("pull")
+def pull_command(
+    name: Annotated[
+        str, typer.Argument(metavar="ORG/NAME[@REVISION]", help="Of the hub; a branch, a tag or a commit.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Download a model of the Hugging Face hub, and register it. What is here already is not downloaded again."""
+    with friendly_errors():
+        ref = HubModel.parse(name)
+        if ref is None:
+            raise ConfigError(
+                f"{name!r} names no model of the hub. Its form is org/name, or org/name@ and a branch, a tag or a commit: "
+                "Qwen/Qwen3-0.6B@main."
+            )
+        record = pull_model(ref, Registry.open())
+        if as_json:
+            terminal.print_json(json.dumps(as_values(record)))
+            return
+        terminal.print(
+            f"[bold]{escape(record.id)}[/] is commit {record.lineage['commit'][:12]} of {escape(ref.repo)}, at "
+            f"{escape(record.location)}",
+            soft_wrap=True,
+        )
+        terminal.print(f"serve it: [cyan]tandem serve up {escape(str(ref))}[/]", soft_wrap=True)
 
 
 @models_app.command("rm")
@@ -110,7 +137,8 @@ def merge_command(
 def listing(records: list[ModelRecord], now: datetime) -> Table:
     """A table with a row for each record."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("NAME", "VERSION", "KIND", "BASE", "LOSS", "CREATED"):
+    from_hub = any(record.commit for record in records)
+    for column in ("NAME", "VERSION", "KIND", "BASE", *(["COMMIT"] if from_hub else []), "LOSS", "CREATED"):
         table.add_column(column, justify="right" if column in ("VERSION", "LOSS") else "left", no_wrap=column == "NAME")
     for record in records:
         kind = f"{'DoRA' if record.dora else 'LoRA'}, rank {record.rank}" if record.kind == "adapter" else "model"
@@ -119,6 +147,7 @@ def listing(records: list[ModelRecord], now: datetime) -> Table:
             str(record.version),
             kind,
             escape(record.base or "-"),
+            *([(record.commit or "-")[:8]] if from_hub else []),
             _loss(record),
             ago(record.created_at, now),
         )

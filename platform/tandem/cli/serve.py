@@ -33,7 +33,8 @@ CPUS = 8
 @serve_app.command("up")
 def up_command(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Registered models or folders. None: the newest one.")
+        list[str] | None,
+        typer.Argument(help="Registered models, folders, or ORG/NAME of the hub. None: the newest one."),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
@@ -65,7 +66,8 @@ def up_command(
 @serve_app.command("deploy")
 def deploy_command(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Registered models or folders. None: those that are served now.")
+        list[str] | None,
+        typer.Argument(help="Registered models, folders, or ORG/NAME of the hub. None: those that are served now."),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The app as YAML (see serve_apps).")] = None,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
@@ -92,8 +94,10 @@ def deploy_command(
                     )
                 wanted = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
             wanted = pinned(wanted)
+            # A model that is downloaded has a bar of its own.
+            app = build_app(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(build_app(wanted), wanted.app, tell=console.print)
+                deploy(app, wanted.app, tell=console.print)
             remember(wanted)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 

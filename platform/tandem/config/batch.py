@@ -22,7 +22,8 @@ class BatchConfig(ReplicaConfig):
     input: str
     """A file of rows (JSON lines, Parquet, WebDataset), a folder of such, a pattern with *, or a URI of one of these."""
     model: str
-    """Who answers rows that name nobody: a registered model or adapter, or a folder in Hugging Face's format."""
+    """Who answers rows that name nobody: a registered model or adapter, a folder in Hugging Face's format, or `org/name` of its
+    hub."""
     output: str
     """A folder, or a file that ends in .jsonl, which every node sees at that path; also by URI."""
     request: dict[str, Any] = field(default_factory=dict)

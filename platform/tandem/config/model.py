@@ -38,10 +38,11 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Either `base` (a registered name or a folder in Hugging Face's format), or the shape of a new model."""
+    """Either `base` (a model that exists), or the shape of a new model."""
 
     base: str | None = None
-    """A registered model, or a folder with config.json and safetensors, to start from."""
+    """What to start from: a registered model, a folder with config.json and safetensors, or a model of the Hugging Face hub
+    (`org/name`, `org/name@revision`)."""
     architecture: str = "llama"
     """Class of a new model: llama, qwen3, or qwen3_moe, whose MLPs are mixtures of experts."""
     tokenizer: str | None = None

@@ -39,9 +39,9 @@ class ServedModelConfig(ReplicaConfig):
     """One base model and the replicas that hold it."""
 
     model: str
-    """A registered model, or a folder in Hugging Face's format."""
+    """A registered model, a folder in Hugging Face's format, or a model of its hub: `org/name`, `org/name@revision`."""
     name: str | None = None
-    """What clients call it; unset: the registered name, or the folder's."""
+    """What clients call it; unset: the registered name (of the hub's `org/name`), or the folder's."""
     autoscaling: AutoscalingConfig | None = None
     """Set: the number of replicas follows the load, in place of `replicas`."""
     surge_percent: int = 100

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tandem.data.corpus import Corpus, open_corpus
+from tandem.data.corpus import Corpus, open_corpus, pinned_source
 from tandem.data.index import INDEX_NAME, SHARDS_NAME, TOKENIZER_NAME, DatasetIndex, content_digest
 from tandem.data.samples import Sample, size
 from tandem.data.shards import shard_size, write_shards
@@ -40,6 +40,7 @@ def build_dataset(
     Raises DataError (no such corpus, a bad line, nothing usable) or StorageError (disk full); then nothing is left at `target`.
     """
     say: Progress = progress or (lambda stage, done, total: None)
+    source = pinned_source(source)
     corpus = open_corpus(source, kind)
     samples = total = 0
     say("reading", 0, None)

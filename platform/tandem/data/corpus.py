@@ -15,8 +15,11 @@ from tandem.data.index import INDEX_NAME, SHARDS_NAME, Kind
 from tandem.data.records import READERS, arrow, reader_of, saved_dataset
 from tandem.data.samples import Pair, Preference, Sample, Text, sample_of
 from tandem.errors import DataError, did_you_mean
+from tandem.registry.hub import DatasetFiles, HubDataset, pull_dataset
+from tandem.registry.hub.reference import DATASETS
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
+RECORD_SUFFIXES = tuple(suffix for group in READERS for suffix in group)
 BUILT_IN = ("stdlib", "stdlib-docstrings", "stdlib-preferences")
 
 
@@ -37,8 +40,8 @@ def open_corpus(source: str, kind: str = "auto") -> Corpus:
     """The corpus that `source` names: one of BUILT_IN, a file or a folder of files.
 
     Files are text (TEXT_SUFFIXES) or hold records (`records.READERS`); a folder holds one sort, or is a dataset that Hugging
-    Face's `datasets` saved. Raises DataError if there is none, or if it is not of the `kind` asked for (auto, text, pairs, chats
-    or preferences).
+    Face's `datasets` saved. `hf://datasets/org/name` is one of its hub, whose files are downloaded if need be.
+    Raises DataError if there is none, or if it is not of the `kind` asked for (auto, text, pairs, chats or preferences).
     """
     corpus = _open(source)
     if kind not in ("auto", corpus.kind):
@@ -53,8 +56,11 @@ def _open(source: str) -> Corpus:
         return StdlibQuestions()
     if source == "stdlib-preferences":
         return StdlibPreferences()
+    if source.startswith(DATASETS):
+        files = pull_files(source).paths
+        return TextFiles(files) if files[0].name.endswith(TEXT_SUFFIXES) else Records.of(files)
     path = Path(source).expanduser()
-    suffixes = ", ".join([*TEXT_SUFFIXES, *(suffix for group in READERS for suffix in group)])
+    suffixes = ", ".join([*TEXT_SUFFIXES, *RECORD_SUFFIXES])
     if path.is_dir():
         found = _record_files(path)
         return Records.of(found) if found is not None else TextFolder(path)
@@ -69,6 +75,19 @@ def _open(source: str) -> Corpus:
     if path.suffix in TEXT_SUFFIXES:
         return TextFile(path)
     raise DataError(f"{source} is a {path.suffix or 'file without suffix'}; known are {suffixes}.")
+
+
+def pull_files(source: str) -> DatasetFiles:
+    """The files of a dataset of the hub, downloaded if need be: `[hf://datasets/]org/name[@revision][/path]`.
+
+    Of its text files only .txt: repositories have notes and scripts, too. Errors as `registry.hub.pull_dataset`.
+    """
+    return pull_dataset(HubDataset.parse(source), (*RECORD_SUFFIXES, TEXT_SUFFIXES[0]))
+
+
+def pinned_source(source: str) -> str:
+    """The same source, of the hub's with the commit that it means now; downloads it if need be."""
+    return str(pull_files(source).ref) if source.startswith(DATASETS) else source
 
 
 def _record_files(folder: Path) -> tuple[Path, ...] | None:
@@ -151,7 +170,20 @@ class TextFolder:
 
     def samples(self) -> Iterator[Sample]:
         """Files in the order of their paths."""
-        for path in sorted(p for p in self.path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file()):
+        found = sorted(p for p in self.path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+        yield from TextFiles(tuple(found)).samples()
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Some text files, a file a document."""
+
+    paths: tuple[Path, ...]
+    kind: Kind = "text"
+
+    def samples(self) -> Iterator[Sample]:
+        """Files in their order."""
+        for path in self.paths:
             yield from (Text(piece) for piece in cut(_read_text(path), 64 * 1024))
 
 

@@ -7,18 +7,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from tandem import settings
 from tandem.engine.passed import passed, remember
 from tandem.engine.protocol import Engine
 from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, EngineError
+from tandem.registry.hub import restore
 
 CHECK_TIMEOUT_S = 180.0
 
 
 def create_engine(spec: EngineSpec) -> Engine:
     """The engine, not started. ConfigError if it does not take its arguments."""
+    if spec.path:
+        # A model of the hub, on a node whose home is not the one where it was downloaded.
+        restore(Path(spec.path))
     if spec.kind == "echo":
         from tandem.engine.echo import EchoEngine
 
@@ -84,8 +89,6 @@ def verdicts(specs: Sequence[EngineSpec]) -> list[str | None]:
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
     """Variables that vLLM and what is below it read; what the user has set stays."""
     variables = {
-        # Models come from folders; an engine that waits for a hub it cannot reach looks like a hang.
-        "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

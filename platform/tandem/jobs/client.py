@@ -20,7 +20,7 @@ from tandem.cluster import Cluster
 from tandem.errors import ClusterError, JobError
 from tandem.jobs.folder import JobState, RunFolder
 from tandem.registry import Registry
-from tandem.settings import settings
+from tandem.settings import hub_offline, settings
 
 _STATES = {
     "PENDING": JobState.PENDING,
@@ -59,13 +59,14 @@ class JobClient:
         python = sys.executable if self.cluster.local else "python"
         variables = {
             "TANDEM_HOME": str(settings().root),
-            "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
             # Ray kills what it has stopped after so many seconds; a job needs some to save what it has.
             "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.leave_s) + STOP_SPARE_S),
         }
         if url := settings().database_url:
             variables["TANDEM_DATABASE_URL"] = url
+        if hub_offline():
+            variables["HF_HUB_OFFLINE"] = "1"
         # The driver runs on any node: one that does not see this registry must not make another.
         variables["TANDEM_REGISTRY_ID"] = Registry.open().identity
         runtime_env: dict[str, Any] = {"env_vars": variables}

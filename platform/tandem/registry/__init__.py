@@ -2,18 +2,25 @@
 
 from tandem.registry.base import BaseRef, find_base
 from tandem.registry.database import is_shared, upgrade
+from tandem.registry.hub import HubModel, pull_model, restore
 from tandem.registry.records import Kind, ModelRecord, Promotion, RegistryAddress
+from tandem.registry.source import called, find_model
 from tandem.registry.store import Registry, local_folder
 
 __all__ = [
     "BaseRef",
+    "HubModel",
     "Kind",
     "ModelRecord",
     "Promotion",
     "Registry",
     "RegistryAddress",
+    "called",
     "find_base",
+    "find_model",
     "is_shared",
     "local_folder",
+    "pull_model",
+    "restore",
     "upgrade",
 ]

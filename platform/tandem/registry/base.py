@@ -1,4 +1,4 @@
-"""The model that a training starts from: a registered one, or any folder in Hugging Face's format."""
+"""The model that a training starts from: a registered one, one of the Hugging Face hub, or a folder in its format."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.config.layout import ModelShape
-from tandem.errors import ConfigError, UnknownModelError
+from tandem.errors import ConfigError
 from tandem.ids import folder_digest
 from tandem.registry.folders import model_max_length, model_shape
 from tandem.registry.records import ModelRecord
+from tandem.registry.source import find_model
 from tandem.registry.store import Registry
 
 
@@ -35,20 +36,19 @@ class BaseRef:
 
 
 def find_base(base: str, key: str = "model.base") -> BaseRef:
-    """The model that the setting `key` names: a folder with config.json, a `name@version`, or a name's newest version.
+    """The model that the setting `key` names, in one of the forms of `source`; one of the hub is downloaded if need be.
 
-    Raises UnknownModelError with the nearest name, ConfigError for an adapter, RegistryError for a folder without weights.
+    Raises UnknownModelError with the nearest name, ConfigError for an adapter, RegistryError for a folder without weights, and
+    what `find_model` raises.
     """
+    # A bare name may be a folder here, too.
     folder = Path(base).expanduser().resolve()
-    if (folder / "config.json").is_file():
-        return BaseRef(id=str(folder), path=folder, max_length=model_max_length(folder), record=None)
-    try:
-        record = Registry.open().resolve(base)
-    except UnknownModelError as error:
-        raise UnknownModelError(f"{key}: {error}") from error
-    if record.kind != "model":
+    found = folder if (folder / "config.json").is_file() else find_model(base, Registry.open(), key)
+    if isinstance(found, Path):
+        return BaseRef(id=str(found), path=found, max_length=model_max_length(found), record=None)
+    if found.kind != "model":
         raise ConfigError(
-            f"{key} is {record.id}, an adapter of {record.base}. Name the model itself, or merge them: "
-            f"`tandem models merge {record.id} NEW_NAME`."
+            f"{key} is {found.id}, an adapter of {found.base}. Name the model itself, or merge them: "
+            f"`tandem models merge {found.id} NEW_NAME`."
         )
-    return BaseRef(id=record.id, path=record.path, max_length=record.max_length, record=record)
+    return BaseRef(id=found.id, path=found.path, max_length=found.max_length, record=found)

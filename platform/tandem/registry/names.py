@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tandem.errors import RegistryError, UnknownModelError, UnknownVersionError, did_you_mean
-from tandem.ids import split_version, versioned
+from tandem.ids import is_hub_name, split_version, versioned
 from tandem.registry.schema import ModelRow, NameRow, PromotionRow
 
 NEAR = 100
@@ -38,7 +38,10 @@ def find(session: Session, name_or_id: str) -> ModelRow:
             )
     names = near(session, name)
     known_ones = f" Registered: {some(names)}." if names else " Nothing is registered yet; train a model first."
-    raise UnknownModelError(f"No model or adapter {name_or_id!r} is registered.{did_you_mean(name, names)}{known_ones}")
+    pull = f" `tandem models pull {name}` brings it from the Hugging Face hub." if is_hub_name(name) else ""
+    raise UnknownModelError(
+        f"No model or adapter {name_or_id!r} is registered.{did_you_mean(name, names)}{pull}{known_ones}"
+    )
 
 
 def versions_of(session: Session, name: str, limit: int | None = None) -> list[int]:

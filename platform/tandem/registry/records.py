@@ -54,6 +54,11 @@ class ModelRecord:
         return bool(self.lineage.get("dora"))
 
     @property
+    def commit(self) -> str | None:
+        """The commit on the Hugging Face hub that it was downloaded at; None for what is not from there."""
+        return self.lineage.get("commit") if self.lineage.get("hub") else None
+
+    @property
     def location(self) -> str:
         """The URI or folder that it was registered from."""
         return self.uri or str(self.path)

@@ -17,7 +17,7 @@ from sqlalchemy import delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from tandem.errors import RegistryError
-from tandem.ids import canonical_json, check_name, folder_digest, split_version, versioned
+from tandem.ids import canonical_json, check_name, folder_digest, is_hub_name, split_version, versioned
 from tandem.private import check_home
 from tandem.registry import names
 from tandem.registry.adapter_cache import AdapterCache
@@ -105,6 +105,28 @@ class Registry:
         return self._register(
             name, "model", str(folder), content, lineage or {}, max_length=max_length, promoting=promote
         )
+
+    def register_hub_model(
+        self, repo: str, folder: Path, content: str, *, lineage: Mapping[str, Any], promote: bool | None
+    ) -> ModelRecord:
+        """Register a model of the Hugging Face hub under its name there, `org/name`.
+
+        `content`: its `folder_digest`. The same content as any of the name's versions gives that version's record: a commit that
+        changes nothing but a README makes no new version. `promote` None: only if the name means no version.
+        """
+        if not is_hub_name(repo):
+            raise RegistryError(f"{repo!r} is no name of the Hugging Face hub; one has the form org/name.")
+        with self._reading() as session:
+            known = session.get(NameRow, repo)
+            promoting = promote if promote is not None else known is None or known.promoted is None
+            query = select(ModelRow).where(ModelRow.name == repo, ModelRow.digest == content)
+            rows = session.scalars(query.order_by(ModelRow.version.desc())).all()
+            same = next((_record(row) for row in rows if _can_be_had(row.path)), None)
+            meant = known is not None and known.promoted == (same.id if same else None)
+        if same is not None:
+            return self.promote(same.id) if promoting and not meant else same
+        max_length = model_max_length(folder)
+        return self._register(repo, "model", str(folder), content, lineage, max_length=max_length, promoting=promoting)
 
     def register_adapter(
         self,
@@ -405,6 +427,11 @@ def _record(row: ModelRow) -> ModelRecord:
 
 def _a(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _can_be_had(path: str) -> bool:
+    """Whether a model's folder is there, or is one of the hub's cache, which downloads what is gone."""
+    return Path(path).is_dir() or Path(path).is_relative_to(settings().hub_dir)
 
 
 def _is_there(path: str) -> bool:

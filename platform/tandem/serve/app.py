@@ -14,9 +14,10 @@ from ray.serve.schema import LoggingConfig
 
 from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
-from tandem.errors import ConfigError, RegistryError, did_you_mean
+from tandem.errors import ConfigError, RegistryError
 from tandem.ids import fingerprint
-from tandem.registry import Registry, RegistryAddress, is_shared
+from tandem.registry import Registry, RegistryAddress, find_model, is_shared
+from tandem.registry.source import folder_of
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
 from tandem.serve.listen import internal_port_on_node, listen_on_node
@@ -170,7 +171,7 @@ def pinned(config: ServeConfig) -> ServeConfig:
 
 
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
-    """What the app serves: each configured model found in the registry or on the disk, or the newest registered one."""
+    """What the app serves: each model found in the registry, on the hub or on the disk; or else the newest registered one."""
     wanted = config.models
     if not wanted:
         newest = registry.newest_model()
@@ -190,19 +191,17 @@ def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]
 
 
 def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
-    folder = Path(served.model).expanduser()
-    # A slash or a dot in front says folder; a bare word is a name, whatever lies in the current directory.
-    if served.model.startswith(("/", ".", "~")) or "/" in served.model:
-        if served.engine != "echo" and not (folder / "config.json").is_file():
-            near = did_you_mean(
-                folder.name, [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            )
-            raise ConfigError(f"models: no model at {folder}: it has no config.json.{near}")
-        name = served.name or folder.name
-        return ServedModel(id=name, name=name, path=str(folder.resolve()), config=served)
-    if served.engine == "echo" and served.name:
-        return ServedModel(id=served.model, name=served.name, path="", config=served)
-    record = registry.resolve(served.model)
+    if served.engine == "echo":
+        # It reads no files: with a name for clients, or a path, it needs no model.
+        if (folder := folder_of(served.model)) is not None:
+            name = served.name or folder.name
+            return ServedModel(id=name, name=name, path=str(folder), config=served)
+        if served.name:
+            return ServedModel(id=served.model, name=served.name, path="", config=served)
+    record = find_model(served.model, registry, "models")
+    if isinstance(record, Path):
+        name = served.name or record.name
+        return ServedModel(id=name, name=name, path=str(record), config=served)
     if record.kind != "model":
         raise ConfigError(
             f"models: {record.id} is an adapter. Serve its base, {record.base}: the adapter then answers by its name."

@@ -55,8 +55,8 @@ class ServedModel:
 
     @property
     def deployment(self) -> str:
-        """Serve's name for its replicas: the same for all its versions."""
-        return f"{'prefill' if self.prefills else 'engine'}-{self.name}"
+        """Serve's name for its replicas: the same for all its versions. Serve names files after it, so it has no slash."""
+        return f"{'prefill' if self.prefills else 'engine'}-{self.name.replace('/', '~')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

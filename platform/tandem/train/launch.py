@@ -311,6 +311,10 @@ def _register(
         "loss": end.get("loss"),
         "evaluation": end.get("evaluation"),
     }
+    if base is not None and base.record and base.record.commit:
+        lineage["base_commit"] = f"{base.record.lineage['hub']} {base.record.commit}"
+    if base is not None and config.lora is None:
+        lineage["base"] = base.id  # of an adapter it is a column of its own
     if config.lora is None:
         record = registry.register_model(config.name, folder, lineage=lineage)
     else:

@@ -25,6 +25,7 @@ from tandem.data.build import tokenizer_files
 from tandem.data.stream import Stream, rows_behind
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import StorageError, TandemError
+from tandem.registry import restore
 from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
 from tandem.train.ema import Ema
 from tandem.train.evaluate import evaluate
@@ -169,6 +170,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     torch.set_num_threads(1)
     device = ray.train.torch.get_device()
     degrees = Degrees.of(config.parallel)
+    for folder in (task.base, task.reference):
+        if folder is not None:
+            # A model of the hub, on a node whose home is not the one where it was downloaded.
+            restore(folder)
     encoder = TextEncoder(str(task.tokenizer))
 
     # Asked before the model is read, which may take long.

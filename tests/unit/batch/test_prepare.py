@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import FakeHub
 from small_folders import small_adapter, small_model
 
 from tandem.batch.prepare import prepare
@@ -77,7 +78,7 @@ def test_an_adapter_may_be_who_answers_rows_that_name_nobody(registry: Registry,
     [
         ({"model": "tinny"}, UnknownModelError, "Did you mean 'tiny'"),
         ({"input": "nothing.jsonl"}, DataError, "No input at nothing.jsonl"),
-        ({"model": "./nowhere"}, ConfigError, "there is no model: it has no config.json"),
+        ({"model": "./nowhere"}, ConfigError, "no model at .*nowhere: it has no config.json"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_starts(
@@ -261,3 +262,22 @@ def test_settings_that_cannot_be_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             BatchConfig(**{"input": "x", "model": "y", "output": "z", **changes})
+
+
+def test_a_model_of_the_hub_answers_and_stays_the_same_for_the_whole_run(
+    registry: Registry, hub: FakeHub, tmp_path: Path
+) -> None:
+    files = {p.name: p.read_bytes() for p in small_model(tmp_path / "hub-model").iterdir()}
+    repo = hub.model("org/tiny", files)
+    rows = [{"prompt": "a"}, {"prompt": "b", "model": "org/tiny"}, {"prompt": "c", "model": "org/unknown"}]
+    run = prepare(config(tmp_path, rows, model="org/tiny"))
+    assert run.survey.bases == ("org/tiny@1",) and run.names.default.base.name == "org/tiny"
+    assert run.manifest.models["org/tiny"] == "org/tiny@1"
+    # What rows name is looked for here only.
+    (refused,) = [json.loads(line) for line in run.survey.refused]
+    assert "org/unknown" in json.dumps(refused) and not any("unknown" in path for _, path, _ in hub.requests)
+    run.output.begin(run.manifest.plain())
+    repo.commit({**files, "config.json": b'{"max_position_embeddings": 8}'})
+    hub.requests.clear()
+    again = prepare(config(tmp_path, rows, model="org/tiny"))
+    assert again.survey.bases == ("org/tiny@1",) and not hub.requests

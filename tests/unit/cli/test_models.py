@@ -114,3 +114,27 @@ def test_rm_refuses_a_base_that_is_needed(registry):
 def test_ago_uses_the_largest_unit_that_fits(seconds, said):
     now = datetime.now(UTC)
     assert ago(now - timedelta(seconds=seconds), now) == said
+
+
+def test_a_model_of_the_hub_is_pulled_listed_and_shown_with_its_commit(hub, tmp_path):
+    commit = hub.model("org/tiny", {p.name: p.read_bytes() for p in small_model(tmp_path / "tiny").iterdir()}).refs[
+        "main"
+    ]
+    status, out, err = run("pull", "org/tiny")
+    assert status == 0, err
+    assert f"org/tiny@1 is commit {commit[:12]} of org/tiny" in out and "tandem serve up org/tiny" in out
+    rows = [line.split() for line in run("ls")[1].splitlines()]
+    assert rows == [
+        ["NAME", "VERSION", "KIND", "BASE", "COMMIT", "LOSS", "CREATED"],
+        ["org/tiny", "1", "model", "-", commit[:8], "-", "just", "now"],
+    ]
+    status, out, _ = run("show", "org/tiny")
+    shown = dict(line.strip().split(maxsplit=1) for line in out.splitlines()[1:])
+    assert (shown["hub"], shown["revision"], shown["commit"]) == ("org/tiny", "main", commit)
+    assert json.loads(run("pull", "org/tiny@main", "--json")[1])["lineage"]["commit"] == commit
+    assert len(hub.downloads()) == 2
+    status, _, err = run("pull", "tiny")
+    assert status == 2 and "'tiny' names no model of the hub. Its form is org/name" in err
+    assert run("rm", "org/tiny@1", "--yes")[0] == 0
+    assert json.loads(run("pull", "org/tiny", "--json")[1])["id"] == "org/tiny@2"
+    assert len(hub.downloads()) == 2

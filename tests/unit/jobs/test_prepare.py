@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_hub import FakeHub
 
 from tandem.config import (
     DataConfig,
@@ -208,3 +209,19 @@ def test_a_full_disk_is_refused_with_the_numbers(dataset: str, monkeypatch: pyte
     monkeypatch.setattr(module, "SPACE_NEEDED", 2**62)
     with pytest.raises(StorageError, match=r"MiB.*are free"):
         prepare(config(dataset))
+
+
+def test_a_base_of_the_hub_is_downloaded_and_pinned_at_submission(
+    dataset: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"config.json": b'{"max_position_embeddings": 128}', "model.safetensors": b"x"}
+    repo = hub.model("org/base", files)
+    job = prepare(config(dataset, model=ModelConfig(base="org/base"), lora=LoraConfig(rank=8)))
+    assert job.config().model.base == "org/base@1"
+    assert prepare(config(dataset, model=ModelConfig(base="org/base@1"), lora=LoraConfig(rank=8))) == job
+    repo.commit({**files, "model.safetensors": b"y"})
+    assert prepare(config(dataset, model=ModelConfig(base="org/base"), lora=LoraConfig(rank=8))) != job
+    with pytest.raises(
+        UnknownModelError, match=r"model\.base: There is no folder org/bsae\..*Did you mean 'org/base'\?"
+    ):
+        prepare(config(dataset, model=ModelConfig(base="org/bsae")))

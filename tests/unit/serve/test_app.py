@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fake_hub import FakeHub
 
 from tandem.config import RouterConfig, ServeConfig, ServedModelConfig, from_dict, to_dict
 from tandem.errors import ConfigError, RegistryError, UnknownModelError
@@ -107,3 +108,28 @@ def test_other_resources_than_cpus_and_gpus_are_reserved_by_their_names(registry
         ConfigError, match=r"names gpu, which has a setting of its own. Set models\[\].gpus_per_replica"
     ):
         ServedModelConfig(model="x", resources_per_replica={"gpu": 1.0})
+
+
+def test_a_model_of_the_hub_is_served_by_its_name_there(registry: Registry, hub: FakeHub, tmp_path: Path) -> None:
+    folder = model(tmp_path / "tiny")
+    hub.model("org/tiny", {p.name: p.read_bytes() for p in folder.iterdir()})
+    (served,) = resolve_models(config(ServedModelConfig(model="org/tiny")), registry)
+    assert (served.id, served.name, served.max_length) == ("org/tiny@1", "org/tiny", 64)
+    assert Path(served.path) == registry.resolve("org/tiny").path
+    # Serve makes file names of it.
+    assert served.deployment == "engine-org~tiny"
+    (again,) = resolve_models(config(ServedModelConfig(model="org/tiny@1", name="other")), registry)
+    assert (again.id, again.name) == ("org/tiny@1", "other")
+
+
+def test_what_is_neither_a_folder_nor_on_the_hub_is_refused_with_both_facts(registry: Registry, hub: FakeHub) -> None:
+    with pytest.raises(
+        UnknownModelError, match=r"models: There is no folder org/tiny\. The hub .* has no model org/tiny"
+    ):
+        resolve_models(config(ServedModelConfig(model="org/tiny")), registry)
+    hub.requests.clear()
+    with pytest.raises(ConfigError, match=r"models: no model at .*/org/tiny: it has no config\.json"):
+        resolve_models(config(ServedModelConfig(model="./org/tiny")), registry)
+    with pytest.raises(ConfigError, match=r"models: no model at .*/a/b/c: it has no config\.json"):
+        resolve_models(config(ServedModelConfig(model="a/b/c")), registry)
+    assert not hub.requests

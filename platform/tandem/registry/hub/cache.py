@@ -1,0 +1,229 @@
+"""Files of the hub here, in the layout of huggingface_hub's own cache: `blobs/` by digest, `snapshots/COMMIT/` of links to them.
+
+A blob has its final name only once its digest has been verified, so what is there needs no second look. A download takes a lock
+on its repository: of several processes, also on several nodes that share the folder, one downloads and the others wait. What
+was interrupted goes on at the next byte. What was learned of the hub (which commit a branch was, which files a commit has) is in
+`tandem.json`, for when the hub cannot be asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import HubError, HubUnreachableError
+from tandem.ids import file_digest
+from tandem.registry.hub.client import Client, Kind
+from tandem.registry.hub.report import Report
+from tandem.registry.hub.selection import RepoFile
+from tandem.settings import settings
+from tandem.storage import disk_errors, require_space, write_atomic
+
+STATE = "tandem.json"
+PARALLEL_FILES = 4
+LOCK_POLL_S = 0.2
+UNFINISHED = ".incomplete"
+
+
+@dataclass(kw_only=True)
+class KnownRepo:
+    """What was learned of a repository."""
+
+    revisions: dict[str, str] = field(default_factory=dict)
+    """The commit that each branch or tag was when it was asked for last."""
+    commits: dict[str, tuple[RepoFile, ...]] = field(default_factory=dict)
+    """All files of a commit, here or not."""
+    seen: dict[str, str] = field(default_factory=dict)
+    """When each revision was asked for last: ISO 8601, UTC."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepoCache:
+    """The files of one repository."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, repo: str, kind: Kind) -> RepoCache:
+        """The cache of a repository in this home."""
+        return cls(settings().hub_dir / f"{kind}s--{repo.replace('/', '--')}")
+
+    def known(self) -> KnownRepo:
+        """What was learned of the repository so far; nothing where the file is missing or damaged."""
+        try:
+            values = json.loads((self.folder / STATE).read_text())
+            commits = {commit: tuple(RepoFile(**f) for f in files) for commit, files in values["commits"].items()}
+            return KnownRepo(revisions=dict(values["revisions"]), commits=commits, seen=dict(values["seen"]))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return KnownRepo()
+
+    def remember(self, revision: str, commit: str, files: Sequence[RepoFile]) -> None:
+        """Keep what the hub said; for the holder of the lock."""
+        known = self.known()
+        known.commits[commit] = tuple(files)
+        if revision != commit:
+            known.revisions[revision] = commit
+            known.seen[revision] = datetime.now(UTC).isoformat(timespec="seconds")
+        # A commit that no revision is any more, and of which nothing is here, is of no use.
+        used = {commit, *known.revisions.values()}
+        known.commits = {each: f for each, f in known.commits.items() if each in used or self.snapshot(each).is_dir()}
+        write_atomic(self.folder / STATE, json.dumps(asdict(known)))
+
+    def snapshot(self, commit: str) -> Path:
+        """The folder of a commit's files, there or not."""
+        return self.folder / "snapshots" / commit
+
+    def missing(self, commit: str, files: Sequence[RepoFile]) -> list[RepoFile]:
+        """Those of a commit's files that are not here whole."""
+        snapshot = self.snapshot(commit)
+        return [file for file in files if _size(snapshot / file.path) != file.size]
+
+    def fetch(self, client: Client, commit: str, files: Sequence[RepoFile], report: Report) -> Path:
+        """Bring what is missing of `files`; the folder of the commit. For the holder of the lock.
+
+        StorageError if the disk lacks room, before anything is downloaded; HubError for a file with another digest than the hub
+        says; HubUnreachableError, which keeps what has come.
+        """
+        blobs = {file.key: file for file in self.missing(commit, files) if _size(self._blob(file)) != file.size}
+        total = sum(file.size for file in blobs.values())
+        here = sum(min(_size(self._part(file)) or 0, file.size) for file in blobs.values())
+        with disk_errors(f"downloading {client.repo}", self.folder):
+            if blobs:
+                what = (
+                    f"{client.repo} ({total / 2**20:,.0f} MiB, {here / 2**20:,.0f} of them here)"
+                    if here
+                    else client.repo
+                )
+                require_space(self.folder, total - here, what)
+                self._blob(next(iter(blobs.values()))).parent.mkdir(parents=True, exist_ok=True)
+                with report.downloading(f"{client.repo} at {commit[:12]}", total, here) as moved:
+                    self._download(client, commit, list(blobs.values()), moved)
+            for file in files:
+                self._link(file, self.snapshot(commit) / file.path)
+        return self.snapshot(commit)
+
+    @contextlib.contextmanager
+    def lock(self, report: Report) -> Iterator[None]:
+        """The only one to change this repository's folder for the length of a block; it waits for others, who may be downloading.
+
+        The kernel, or the file server, lets go of it when its holder dies.
+        """
+        place = self.folder.parent / ".locks" / f"{self.folder.name}.lock"
+        with disk_errors("locking the hub's cache", place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("w") as file:
+            waiting = False
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not waiting:
+                        report.note(f"Another process is downloading {self.folder.name}; waiting for it")
+                    waiting = True
+                    # A wait in the kernel would not let a Ctrl-C through where this is not the main thread.
+                    time.sleep(LOCK_POLL_S)
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                        raise
+                    report.note(f"{place} cannot be locked ({error.strerror}): download from one process at a time")
+                    break
+            yield
+
+    def _blob(self, file: RepoFile) -> Path:
+        return self.folder / "blobs" / file.key
+
+    def _part(self, file: RepoFile) -> Path:
+        return self.folder / "blobs" / f"{file.key}{UNFINISHED}"
+
+    def _download(self, client: Client, commit: str, files: list[RepoFile], moved: Any) -> None:
+        ended = threading.Event()
+        # It says each broken connection; here the error that ends a download does.
+        logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)
+
+        def count(size: int) -> None:
+            if ended.is_set():
+                raise HubError("The download was interrupted.")
+            moved(size)
+
+        with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="hub") as threads:
+            # The small ones first: a repository that may not be read says so at once.
+            work = [
+                threads.submit(self._bring, client, commit, file, count) for file in sorted(files, key=lambda f: f.size)
+            ]
+            try:
+                for done in as_completed(work):
+                    done.result()
+            except BaseException:
+                ended.set()
+                threads.shutdown(cancel_futures=True, wait=False)
+                raise
+
+    def _bring(self, client: Client, commit: str, file: RepoFile, count: Any) -> None:
+        part = self._part(file)
+        while True:
+            before = _size(part) or 0
+            try:
+                client.download(file, commit, part, count)
+                break
+            except HubUnreachableError as error:
+                # A long download meets broken connections; one that gets on is worth going on with.
+                if (now := _size(part) or 0) > before:
+                    continue
+                raise HubUnreachableError(
+                    f"{error}; {now / 2**20:,.1f} of {file.size / 2**20:,.1f} MiB of {client.repo}/{file.path} are here "
+                    "and are kept"
+                ) from error
+            except OSError as error:
+                if type(error) is OSError and error.errno is None:  # huggingface_hub's own, of a wrong size
+                    raise HubError(
+                        f"{client.repo}/{file.path} came incomplete: {error}. Run the command again."
+                    ) from error
+                raise
+        found = file_digest(part) if file.sha256 else git_digest(part)
+        if found != file.key:
+            part.unlink()
+            raise HubError(
+                f"{client.repo}/{file.path} came with another content than the hub says: its digest is {found[:12]} and not "
+                f"{file.key[:12]}. Nothing of it is kept; run the command again."
+            )
+        part.replace(self._blob(file))
+
+    def _link(self, file: RepoFile, place: Path) -> None:
+        if _size(place) == file.size:
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath(self._blob(file), place.parent)
+        staging = place.with_name(f".{place.name}.link")
+        staging.unlink(missing_ok=True)
+        staging.symlink_to(target)
+        staging.replace(place)
+
+
+def git_digest(path: Path) -> str:
+    """git's id of a file's content: sha1 (hex) over "blob SIZE", a zero byte and the bytes."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

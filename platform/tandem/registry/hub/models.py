@@ -1,0 +1,136 @@
+"""A model of the hub as a record of the registry, and the files of one that is registered."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tandem.errors import HubError, HubUnreachableError, UnknownModelError
+from tandem.ids import folder_digest
+from tandem.registry.hub.cache import RepoCache
+from tandem.registry.hub.client import Client, Listing
+from tandem.registry.hub.reference import COMMIT, DEFAULT_REVISION, HubModel
+from tandem.registry.hub.report import Report, TerminalReport
+from tandem.registry.hub.selection import RepoFile, model_files
+from tandem.registry.records import ModelRecord
+from tandem.registry.store import Registry
+from tandem.settings import hub_offline, settings
+
+
+def pull_model(ref: HubModel, registry: Registry, report: Report | None = None) -> ModelRecord:
+    """The record of a model of the hub, downloaded and registered under `org/name` if it was not.
+
+    A branch or tag is asked for each time; where the hub does not answer, or HF_HUB_OFFLINE is set, it is the commit that it was
+    when it was asked for last. A commit that is here is not asked for. What the default branch means becomes what the name means;
+    another revision only where the name means nothing yet.
+
+    Raises UnknownModelError (no such model, with the nearest local name), HubUnreachableError, HubError (gated, no such revision,
+    no safetensors) or StorageError (no room).
+    """
+    said = report or TerminalReport()
+    client, cache = Client.of(ref.repo, "model"), RepoCache.of(ref.repo, "model")
+    try:
+        listing = find_commit(client, cache, ref.revision, str(ref), said)
+    except (UnknownModelError, HubUnreachableError) as error:
+        raise type(error)(f"{error}{_near(registry, ref)}") from error
+    files = model_files(ref, listing.files)
+    folder = bring(client, cache, ref.revision, listing, files, str(ref), said)
+    content = folder_digest(folder, {file.path: file.sha256 for file in files if file.sha256})
+    record = registry.register_hub_model(
+        ref.repo,
+        folder,
+        content,
+        lineage={"hub": ref.repo, "revision": ref.revision, "commit": listing.commit},
+        promote=True if ref.revision == DEFAULT_REVISION else None,
+    )
+    # The same content may have been registered from another commit, whose links were removed since.
+    restore(record.path)
+    return record
+
+
+def restore(path: Path) -> Path:
+    """`path`; if it is the folder of a model of the hub that this node does not have, it is downloaded to it first.
+
+    So each node that has a home of its own downloads a model once, when an engine or a training worker first needs it.
+    """
+    root = settings().hub_dir
+    if not path.is_relative_to(root):
+        return path
+    match path.relative_to(root).parts:
+        case (folder, "snapshots", commit) if folder.startswith("models--") and COMMIT.fullmatch(commit):
+            repo = folder.removeprefix("models--").replace("--", "/", 1)
+            ref = HubModel(repo=repo, revision=commit)
+            client, cache, said = Client.of(repo, "model"), RepoCache.of(repo, "model"), TerminalReport()
+            if path.is_dir() and commit not in cache.known().commits:
+                return path  # complete: links are made when all files are here; what is lost is only the list of them
+            listing = find_commit(client, cache, commit, str(ref), said)
+            return bring(client, cache, commit, listing, model_files(ref, listing.files), str(ref), said)
+    return path
+
+
+def find_commit(client: Client, cache: RepoCache, revision: str, what: str, report: Report) -> Listing:
+    """What a revision means: by the hub, or by what it said before. Errors as `pull_model`."""
+    known = cache.known()
+    commit = revision if COMMIT.fullmatch(revision) else known.revisions.get(revision)
+    here = Listing(commit=commit, files=known.commits[commit]) if commit in known.commits and commit else None
+    if here is not None and (here.commit == revision or hub_offline()):
+        return here
+    try:
+        return client.listing(revision)
+    except HubUnreachableError as error:
+        if here is None:
+            others = ", ".join(sorted({*known.revisions, *known.commits})[:5])
+            there = f" At other revisions it is here: {others}." if others else ""
+            raise HubUnreachableError(f"{what} is not on this machine, and {_why(error)}.{there} {_next()}") from error
+        seen = known.seen.get(revision, "")
+        report.note(f"{error}. {what} is taken from this machine: commit {here.commit[:12]}, which it was at {seen}")
+        return here
+
+
+def bring(
+    client: Client,
+    cache: RepoCache,
+    revision: str,
+    listing: Listing,
+    files: Iterable[RepoFile],
+    what: str,
+    report: Report,
+) -> Path:
+    """The folder of a commit with these files, whole; only what is missing is downloaded."""
+    wanted = list(files)
+    known = cache.known()
+    told = revision == listing.commit or known.revisions.get(revision) == listing.commit
+    if told and listing.commit in known.commits and not cache.missing(listing.commit, wanted):
+        return cache.snapshot(listing.commit)
+    with cache.lock(report):
+        try:
+            folder = cache.fetch(client, listing.commit, wanted, report)
+        except HubUnreachableError as error:
+            short = cache.missing(listing.commit, wanted)
+            raise HubUnreachableError(
+                f"{what} is not on this machine: {len(short)} of its {len(wanted)} files are missing, and {_why(error)}. "
+                f"{_next()}"
+            ) from error
+        cache.remember(revision, listing.commit, listing.files)
+    return folder
+
+
+def _why(error: HubError) -> str:
+    said = str(error)
+    return said[0].lower() + said[1:] if said.startswith("The ") else said
+
+
+def _next() -> str:
+    if hub_offline():
+        return "Unset HF_HUB_OFFLINE to download it, or give a folder."
+    return "Check the network, HTTPS_PROXY and HF_ENDPOINT, or give a folder; then run the same command again."
+
+
+def _near(registry: Registry, ref: HubModel) -> str:
+    """A hint at a local name that is near: names are compared without their organisations, which make any two alike."""
+    wanted = ref.repo.partition("/")[2]
+    around = [*registry.near(ref.repo), *registry.near(wanted)]
+    known = {name.rpartition("/")[2]: name for name in around if name != ref.repo}
+    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+    return f" Did you mean {known[near[0]]!r}? That one is registered here." if near else ""

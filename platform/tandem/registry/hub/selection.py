@@ -1,0 +1,142 @@
+"""Which files of a hub repository are downloaded. Pure: from the list of its files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+from tandem.errors import HubError, did_you_mean
+from tandem.registry.hub.reference import HubDataset, HubModel
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Weights in Python's pickle format, which runs code when it is read."""
+KEPT_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken")
+KEPT_NAMES = ("merges.txt", "vocab.txt", "modules.json")
+NOT_KEPT = ("trainer_state.json", "training_args.json", "optimizer.json")
+MAIN_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+MODULE_FOLDER = re.compile(r"\d+_\w+")
+"""A layer's folder in a sentence-transformers model."""
+TRAIN = re.compile(r"(^|[/_.-])train([/_.-]|$)")
+"""In a path: a file of the training split."""
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepoFile:
+    """A file of a repository at a commit."""
+
+    path: str
+    """In the repository, with forward slashes."""
+    size: int
+    """Bytes."""
+    blob: str
+    """git's id of it: sha1 over "blob SIZE", a zero byte and the content (of a large file: of its pointer)."""
+    sha256: str | None = None
+    """Of the content, where it is kept in large file storage."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the cache: the digest of its content."""
+        return self.sha256 or self.blob
+
+
+def model_files(ref: HubModel, files: Sequence[RepoFile]) -> list[RepoFile]:
+    """Configs, tokenizer, chat templates and safetensors; HubError for a repository that holds no such model."""
+    top = {file.path for file in files if "/" not in file.path}
+    weights = [file for file in files if "/" not in file.path and file.path.endswith(".safetensors")]
+    # Some repositories hold the same weights twice, in their maker's own layout too.
+    weights = [file for file in weights if MAIN_WEIGHTS.fullmatch(file.path)] or weights
+    if "config.json" not in top:
+        if "adapter_config.json" in top:
+            raise HubError(
+                f"{ref} on the hub is an adapter, not a model (it holds adapter_config.json, no config.json). Download it with "
+                f"`hf download {ref.repo} --local-dir FOLDER`, then `tandem adapters register NAME FOLDER --base MODEL`."
+            )
+        raise HubError(
+            f"{ref} on the hub holds no config.json, so it is no transformers model. It holds {_some(top)}. "
+            f"{_converted(files)}"
+        )
+    if not weights:
+        pickled = [file for file in files if file.path.endswith(PICKLED)]
+        what = (
+            f"only weights in Python's pickle format ({_some(file.path for file in pickled)}), which runs code when it is read"
+            if pickled
+            else f"no *.safetensors at its top level (it holds {_some(top)})"
+        )
+        raise HubError(f"{ref} on the hub holds {what}; Tandem takes safetensors. {_converted(files)}")
+    modules = "modules.json" in top
+    return [file for file in files if file in weights or _is_kept(file.path, modules)]
+
+
+def dataset_files(ref: HubDataset, files: Sequence[RepoFile], suffixes: tuple[str, ...]) -> list[RepoFile]:
+    """The files of one sort that `ref.path` names; without a path those of the training split, or all if none is one.
+
+    `suffixes`: endings of the files that can be read. HubError with what there is if none is left, or if it is not clear which.
+    """
+    readable = [file for file in files if file.path.endswith(suffixes)]
+    if ref.path:
+        wanted = [file for file in readable if _matches(file.path, ref.path)]
+        if not wanted:
+            near = did_you_mean(ref.path, [*(f.path for f in readable), *_folders(readable)])
+            raise HubError(
+                f"The dataset {ref.repo} holds no file {ref.path} that can be read.{near} It holds "
+                f"{_some(f.path for f in readable)}."
+            )
+    else:
+        wanted = readable
+    if not wanted:
+        raise HubError(
+            f"The dataset {ref.repo} at {ref.revision} holds no file that can be read ({', '.join(suffixes)}). It holds "
+            f"{_some(f.path for f in files)}. Where the hub has made Parquet files of it, they are at "
+            f"{HubDataset(repo=ref.repo, revision='refs/convert/parquet')}."
+        )
+    if "*" not in ref.path:
+        wanted = [file for file in wanted if TRAIN.search(file.path)] or wanted
+    folders = _folders(wanted)
+    if len(folders) > 1:
+        raise HubError(
+            f"The dataset {ref.repo} has files in {len(folders)} folders ({_some(folders)}). Name one: "
+            f"{HubDataset(repo=ref.repo, revision=ref.revision, path=folders[0])}."
+        )
+    endings = sorted({next(s for s in suffixes if file.path.endswith(s)) for file in wanted})
+    if len(endings) > 1:
+        raise HubError(
+            f"The dataset {ref.repo} has files of {len(endings)} sorts ({', '.join(endings)}). Name one: "
+            f"{HubDataset(repo=ref.repo, revision=ref.revision, path='/'.join(filter(None, [folders[0], '*' + endings[0]])))}."
+        )
+    return sorted(wanted, key=lambda file: file.path)
+
+
+def _is_kept(path: str, modules: bool) -> bool:
+    place = PurePosixPath(path)
+    if place.name in NOT_KEPT:
+        return False
+    if place.parent == PurePosixPath("."):
+        return place.name in KEPT_NAMES or place.suffix in KEPT_SUFFIXES
+    if place.parts[0] == "additional_chat_templates":
+        return place.suffix == ".jinja"
+    return modules and bool(MODULE_FOLDER.fullmatch(place.parts[0])) and place.suffix in (".json", ".safetensors")
+
+
+def _matches(path: str, wanted: str) -> bool:
+    return fnmatchcase(path, wanted) if "*" in wanted else path == wanted or path.startswith(f"{wanted}/")
+
+
+def _folders(files: Iterable[RepoFile]) -> list[str]:
+    return sorted({file.path.rpartition("/")[0] for file in files})
+
+
+def _converted(files: Sequence[RepoFile]) -> str:
+    if any(file.path.endswith(".gguf") for file in files):
+        return "It holds GGUF files: name the repository that they were made from."
+    return (
+        "Name a repository with safetensors, or convert this one: load it with transformers and call save_pretrained()."
+    )
+
+
+def _some(words: Iterable[str]) -> str:
+    listed = sorted(words)
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "") or "nothing"
