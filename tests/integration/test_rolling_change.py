@@ -94,13 +94,14 @@ def test_the_same_config_again_replaces_nothing(url: str) -> None:
 def test_a_change_of_a_remembered_app_starts_from_what_runs(url: str) -> None:
     put(CONFIG)
     remember(CONFIG)
-    before, doors = set(replicas()), gateways()
+    before = set(replicas())
     running = remembered(APP)
     assert running == CONFIG
     # What `tandem serve deploy --set gateway.replicas=2` does.
     put(from_dict(ServeConfig, apply_overrides(to_dict(running), ["gateway.replicas=2"])))
+    # The gateway is replaced too: each has its share of what may wait.
     wait_for(lambda: len(gateways()) == 2)
-    assert set(replicas()) == before and doors < gateways()
+    assert set(replicas()) == before
     # Somebody has deployed it in another way since.
     assert remembered(APP) is None and remembered("another") is None
 

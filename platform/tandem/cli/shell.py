@@ -113,13 +113,20 @@ def quiet_driver() -> Iterator[None]:
     It writes its errors on stderr too, though they tell of what Ray does about them by itself. Processes that are started
     later keep their own level.
     """
-    already, level = variable(CORE_LEVEL), "fatal"
-    export({CORE_LEVEL: level})
+    if variable(CORE_LEVEL) is not None:
+        yield
+        return
+    export({CORE_LEVEL: "fatal"})
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
+        # With a level of its own it begins by saying so, on stderr.
+        os.dup2(nowhere, 2)
         yield
     finally:
-        if already is None:
-            forget(CORE_LEVEL, level)
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
+        forget(CORE_LEVEL, "fatal")
 
 
 def stop_quietly(cluster: Cluster) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -99,11 +100,17 @@ def test_informational_messages_of_serve_stay_out_of_the_terminal() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_driver_is_quiet_and_what_it_starts_later_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_is_quiet_and_what_it_starts_later_is_not(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv(CORE_LEVEL, raising=False)
-    with quiet_driver():
+    with pytest.raises(RuntimeError), quiet_driver():
         assert variable(CORE_LEVEL) == "fatal"
+        os.write(2, b"from C++\n")
+        raise RuntimeError
     assert variable(CORE_LEVEL) is None
+    os.write(2, b"afterwards\n")
+    assert capfd.readouterr().err == "afterwards\n"
     monkeypatch.setenv(CORE_LEVEL, "debug")
     with quiet_driver():
         assert variable(CORE_LEVEL) == "debug"
