@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from tandem import settings
+from tandem.engine.compile_cache import compile_cache_environment
 from tandem.engine.passed import passed, remember
 from tandem.engine.protocol import Engine
 from tandem.engine.spec import EngineSpec
@@ -79,8 +80,9 @@ def verdicts(specs: Sequence[EngineSpec]) -> list[str | None]:
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
-    """Variables that vLLM and what is below it read; what the user has set stays."""
+    """Variables that vLLM and what is below it read; what the user has set stays. Raises EngineError."""
     variables = {
+        **compile_cache_environment(),
         # Models come from folders; an engine that waits for a hub it cannot reach looks like a hang.
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
