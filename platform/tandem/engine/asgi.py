@@ -39,7 +39,7 @@ async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str] 
             parts.append(message.get("body", b""))
 
     raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    raw += [(name.encode(), value.encode()) for name, value in headers.items()]
+    raw += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
