@@ -164,15 +164,28 @@ def read_template(folder: Path) -> str | None:
     return "[TOOL_CALLS] tools" if (folder / "tekken.json").is_file() else None
 
 
-def explain_refusal(message: str, model: str | None = None) -> str:
-    """What a client is told in place of vLLM's words for tools at a model without a tool parser; other messages as they are."""
-    if not NO_TOOLS.search(message):
-        return message
+def takes_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
+    """Whether a model that is served with these arguments takes tools."""
+    if engine_args.get("enable_auto_tool_choice") is False:
+        return False
+    if "tool_call_parser" in engine_args:
+        return bool(engine_args["tool_call_parser"])
+    template = engine_args.get("chat_template")
+    return read_parsers(folder, template if isinstance(template, str) else None).tool is not None
+
+
+def without_tools(model: str | None = None) -> str:
+    """What a client is told that sends tools to a model that takes none."""
     return (
         f"The model {f'{model!r} ' if model else ''}takes no tools: its chat template does not mention them. Use a model whose "
         "template supports tools, or ask for JSON (`response_format` of the type json_schema). Whoever serves it can set "
         "engine_args.chat_template to a template with tools."
     )
+
+
+def explain_refusal(message: str, model: str | None = None) -> str:
+    """vLLM's words for tools at a model without a tool parser in ours; other messages as they are."""
+    return without_tools(model) if NO_TOOLS.search(message) else message
 
 
 def _tool_parser(model_type: str, template: str, tokenizer: str) -> tuple[str | None, str]:

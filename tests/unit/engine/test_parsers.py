@@ -18,6 +18,7 @@ from tandem.engine.parsers import (
     explain_refusal,
     read_parsers,
     select_parsers,
+    takes_tools,
 )
 
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
@@ -91,6 +92,14 @@ def test_a_folder_is_read_wherever_its_template_is(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{damaged")
     (tmp_path / "config.json").write_text("[]")
     assert read_parsers(tmp_path).chat
+
+
+def test_arguments_of_the_engine_decide_whether_tools_are_taken(tmp_path: Path) -> None:
+    assert not takes_tools(tmp_path, {})
+    assert takes_tools(tmp_path, {"tool_call_parser": "hermes"}) and takes_tools(tmp_path, {"chat_template": TOOLS})
+    (tmp_path / "chat_template.jinja").write_text(TOOLS)
+    assert takes_tools(tmp_path, {}) and not takes_tools(tmp_path, {"tool_call_parser": None})
+    assert not takes_tools(tmp_path, {"enable_auto_tool_choice": False})
 
 
 def test_a_refusal_of_tools_names_the_model_and_no_option_of_vllm() -> None:

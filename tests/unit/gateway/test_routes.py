@@ -78,7 +78,12 @@ class Gate:
 
 @contextlib.asynccontextmanager
 async def gateway(
-    folder: Path, engine: EchoEngine | None = None, prefix: str = "", max_adapters: int = 8, strict: bool = False
+    folder: Path,
+    engine: EchoEngine | None = None,
+    prefix: str = "",
+    max_adapters: int = 8,
+    strict: bool = False,
+    tools: bool = True,
 ) -> AsyncIterator[Gate]:
     """A gateway before one engine, or before none, that serves the model `base`."""
     host = EngineHost(engine, max_adapters=0) if engine else None
@@ -99,6 +104,7 @@ async def gateway(
                 name="base",
                 path="",
                 config=ServedModelConfig(model="base", max_adapters=max_adapters, hold_s=0.0),
+                tools=tools,
             )
         ],
         watch=watch,
@@ -421,6 +427,12 @@ async def test_a_compressed_body_is_415_in_the_apis_shape(tmp_path: Path) -> Non
 
 
 async def test_tools_at_a_model_without_them_are_refused_plainly(tmp_path: Path) -> None:
+    tools = {"tools": [{"type": "function", "function": {"name": "weather"}}]}
+    async with gateway(tmp_path, EchoEngine(("base",)), tools=False) as gate:
+        for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages"):
+            answer = await gate.http.post(path, json={**CHAT, **tools})
+            assert answer.status_code == 400 and "'base' takes no tools" in answer.json()["error"]["message"]
+            assert (await gate.http.post(path, json={**CHAT, **tools, "tool_choice": "none"})).status_code == 200
     body = {
         "error": {"message": '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'}
     }

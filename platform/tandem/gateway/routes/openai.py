@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serve import GatewayConfig, ServedModelConfig
+from tandem.engine.parsers import without_tools
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
@@ -24,6 +25,7 @@ from tandem.gateway.prefill import prefilled
 from tandem.gateway.proxy import Call, Proxy
 from tandem.gateway.reading import read_ask, take_wish
 from tandem.gateway.routes import stored
+from tandem.serve.records import ServedModel
 from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
@@ -79,6 +81,7 @@ class OpenAIRoutes:
             said = self._check_fields(route.path, body, request)
             target = await self._catalog.resolve(name)
             check_task(name, route, self._fleet.tasks(target.base.id))
+            check_tools(name, body, target.base)
             check_prompt_logprobs(name, body, target.base.config)
             if route.path == stored.PATH:
                 stored.check(body)
@@ -153,6 +156,14 @@ def drop_transfers(body: dict[str, Any]) -> None:
     for holder in (body, inner if isinstance(inner, dict) else {}):
         for key in ("kv_transfer_params", "ec_transfer_params"):
             holder.pop(key, None)
+
+
+def check_tools(name: str, body: dict[str, Any], model: ServedModel) -> None:
+    """ApiError 400 for tools at a model that takes none: some of vLLM's routes would leave them out without a word."""
+    choice = body.get("tool_choice")
+    none = choice == "none" or (isinstance(choice, dict) and choice.get("type") == "none")
+    if body.get("tools") and not none and not model.tools:
+        raise ApiError(400, without_tools(name), code="unsupported_parameter", param="tools")
 
 
 def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelConfig) -> None:
