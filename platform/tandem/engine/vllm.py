@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI app around its AsyncLLM. Only this module and vllm_args.py import vllm."""
+"""vLLM's own OpenAI app around its AsyncLLM. Only this module, vllm_args.py and vllm_cpu.py import vllm."""
 
 from __future__ import annotations
 

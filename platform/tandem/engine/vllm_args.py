@@ -132,6 +132,8 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
     if not spec.gpus:
         # bfloat16 dies in vLLM's AMX attention on some virtual machines; compiling costs more than it gives on a CPU.
         chosen |= {"dtype": "float32", "enforce_eager": True}
+        if spec.args.get("speculative_config"):
+            chosen["worker_extension_cls"] = "tandem.engine.vllm_cpu.CpuWorkerExtension"
         if all(spec.args.get(key, 1) == 1 for key in WORLD):
             # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
             # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
