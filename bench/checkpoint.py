@@ -1,6 +1,6 @@
 """What a checkpoint costs a training run: synchronous and asynchronous saves, and their speed against the disk's.
 
-    python bench/checkpoint.py [--workers N] [--rounds N] [--folder PATH] [--json FILE] [--check]
+    python bench/checkpoint.py [--workers N] [--rounds N] [--folder PATH] [--json FILE] [--check] [--quick]
 
 A model of 63 million parameters (its state is 0.76 GB: weights and both moments of AdamW, float32) is trained by Tandem's own
 step under FSDP2 on gloo. A round is some steps without a save, as many with a synchronous save before them, and as many with an
@@ -39,6 +39,13 @@ SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12,
     "num_key_value_heads": 12, "intermediate_size": 2048, "max_position_embeddings": LENGTH, "tie_word_embeddings": True,
 }  # fmt: skip
+QUICK = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def main() -> int:
@@ -49,17 +56,24 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where checkpoints are written: on the disk to measure")
     parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
     parser.add_argument(
-        "--check", action="store_true", help=f"exit 1 if the stop is above {BAR:.0%} of a synchronous one"
+        "--check", action="store_true", help=f"exit 1 if the stop is above {BAR:.0%}% of a synchronous one"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a small model: shows that the program runs, measures nothing"
     )
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
-        measure(options.rank, options.workers, options.rounds, options.folder)
+        shape = {**SHAPE, **QUICK} if options.quick else SHAPE
+        measure(options.rank, options.workers, options.rounds, options.folder, shape)
         return 0
     load = os.getloadavg()[0]
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        figures = world(folder, options.workers, options.rounds) | {"load_before": load, "cores": os.cpu_count()}
+        figures = world(folder, options.workers, options.rounds, options.quick) | {
+            "load_before": load,
+            "cores": os.cpu_count(),
+        }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report.show(title(figures), COLUMNS, rows_of(figures))
@@ -67,9 +81,10 @@ def main() -> int:
     return report.judge([verdict(figures)], check=options.check)
 
 
-def world(folder: Path, workers: int, rounds: int) -> dict[str, Any]:
+def world(folder: Path, workers: int, rounds: int, quick: bool) -> dict[str, Any]:
     """The figures of rank 0."""
     command = [sys.executable, __file__, "--workers", str(workers), "--rounds", str(rounds), "--folder", str(folder)]
+    command += ["--quick"] if quick else []
     running = [
         subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, "OMP_NUM_THREADS": "1"})
         for rank in range(workers)
@@ -85,7 +100,7 @@ def world(folder: Path, workers: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def measure(rank: int, workers: int, rounds: int, folder: Path) -> None:
+def measure(rank: int, workers: int, rounds: int, folder: Path, shape: dict[str, Any]) -> None:
     """One rank: trains, saves, and looks at the clock; rank 0 writes the figures."""
     import torch
     import torch.distributed as dist
@@ -96,7 +111,7 @@ def measure(rank: int, workers: int, rounds: int, folder: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
-    model, optimizer, step = build(workers)
+    model, optimizer, step = build(workers, shape)
     kinds = {
         kind: Checkpoints(folder / kind, keep=1, asynchronous=kind == "asynchronous")
         for kind in ("synchronous", "asynchronous")
@@ -154,7 +169,7 @@ def measure(rank: int, workers: int, rounds: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def build(workers: int) -> tuple[Any, Any, Any]:
+def build(workers: int, shape: dict[str, Any]) -> tuple[Any, Any, Any]:
     """A model, its optimizer, and a step of training."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -174,15 +189,15 @@ def build(workers: int) -> tuple[Any, Any, Any]:
     )
     torch.manual_seed(0)
     mesh = Degrees.of(config.parallel).mesh("cpu", workers)
-    model, optimizer = lay_out(LlamaForCausalLM(LlamaConfig(**SHAPE)), mesh, config, torch.device("cpu"))
+    model, optimizer = lay_out(LlamaForCausalLM(LlamaConfig(**shape)), mesh, config, torch.device("cpu"))
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
     rows = torch.stack([ids, ids, torch.arange(LENGTH).expand_as(ids)], 1)
     objective = NextToken(model.share)
     targets = objective.count(rows) * workers
 
     def step() -> None:
-        backward(model, rows, targets, config, workers, objective)
-        model.step(optimizer, 1.0, None)
+        loss, _ = backward(model, rows, targets, config, workers, objective)
+        model.step(optimizer, 1.0, None, loss)
 
     return model, optimizer, step
 
@@ -205,7 +220,7 @@ def raw(folder: Path, rank: int, size: int) -> float:
     """Bytes a second of all ranks together, of a plain file each that is written and synced."""
     import torch.distributed as dist
 
-    block = os.urandom(2**24)
+    block = os.urandom(min(size, 2**24))
     path = folder / f"raw-{rank}"
     dist.barrier()
     began = time.perf_counter()

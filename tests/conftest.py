@@ -14,6 +14,15 @@ from tandem.cluster import LocalCluster, authentication
 
 # Ray reads its authentication mode when it is first imported, which a test module may do before a cluster starts.
 environment.export(authentication())
+# Each test has a home of its own, and would compile the same kernels again: about 15 s for each engine.
+COMPILED = Path.home() / ".cache" / "tandem-tests"
+environment.export(
+    {
+        "TORCHINDUCTOR_CACHE_DIR": str(COMPILED / "inductor"),
+        "TRITON_CACHE_DIR": str(COMPILED / "triton"),
+        "VLLM_CACHE_ROOT": str(COMPILED / "vllm"),
+    }
+)
 
 
 @pytest.fixture(scope="session")

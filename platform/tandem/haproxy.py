@@ -26,6 +26,10 @@ s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
 # Where no gateway answers Ray has it say 500, in plain text.
 s#^\( *errorfile 50[234]\) .*#\1 {unavailable}#
 """
+BAD_REQUEST_EDIT = r"""
+# It answers so where a client has closed its sending side before the answer, which it takes for a client that has left.
+s#^\( *\)errorfile 502 .*#&\n\1errorfile 400 {bad_request}#
+"""
 EDITS_BEFORE_APPS = """
 # It has just been started and has heard of no app yet: Ray has it say 404 then.
 s#return status 404 .*#return status 503 default-errorfiles#
@@ -48,6 +52,15 @@ NO_GATEWAY = {
         "type": "server_error",
         "param": None,
         "code": "gateway_unavailable",
+    }
+}
+BAD_REQUEST = {
+    "error": {
+        "message": "This is no HTTP request that can be read, or the client closed its sending side before the answer came. "
+        "Keep the connection open in both directions until the answer is whole.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "bad_request",
     }
 }
 RETRY_AFTER_S = 2
@@ -114,8 +127,23 @@ def write_script(folder: Path) -> Path:
     unavailable, edits, before = folder / "no-gateway.http", folder / "haproxy.sed", folder / "haproxy-before-apps.sed"
     unavailable.write_bytes("\r\n".join((*head, "", body)).encode())
     edits.write_text(EDITS.format(unavailable=unavailable))
+    write_bad_request(folder, edits)
     before.write_text(EDITS_BEFORE_APPS)
     script = folder / "haproxy-edited"
     script.write_text(SCRIPT.format(edits=edits, edits_before_apps=before, binary=get_haproxy_binary()))
     script.chmod(0o700)
     return script
+
+
+def write_bad_request(folder: Path, edits: Path) -> None:
+    """HAProxy's own 400 in the API's shape, and the edit that has it sent."""
+    body, answer = json.dumps(BAD_REQUEST), folder / "bad-request.http"
+    head = (
+        "HTTP/1.1 400 Bad Request",
+        "Content-Type: application/json",
+        "Connection: close",
+        f"Content-Length: {len(body)}",
+    )
+    answer.write_bytes("\r\n".join((*head, "", body)).encode())
+    with edits.open("a") as file:
+        file.write(BAD_REQUEST_EDIT.format(bad_request=answer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ async def ask(case: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
     try:
         async with httpx.AsyncClient(base_url=host.url, headers={"x-tandem-token": host.token}, timeout=120) as client:
+            before = compiled()
+            sampled = [
+                (await client.post("/v1/completions", json={"model": "tiny", **request})).status_code
+                for request in case["sampled"]
+            ]
+            made = sorted(compiled() - before)
             answers = [
                 (await client.post("/v1/completions", json={"model": "tiny", "temperature": 0, **request})).json()
                 for request in case["requests"]
@@ -35,7 +42,13 @@ async def ask(case: dict[str, Any]) -> dict[str, Any]:
             metrics = (await client.get("/metrics")).text
     finally:
         await host.drain(0.0)
-    return {"answers": answers, "metrics": metrics}
+    return {"answers": answers, "metrics": metrics, "sampled": sampled, "compiled": sorted(before), "made": made}
+
+
+def compiled() -> set[str]:
+    """Files of compiled code."""
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def main() -> None:

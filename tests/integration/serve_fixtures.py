@@ -23,15 +23,6 @@ TEMPLATE = (
 )
 
 
-TOOLS_AND_SCHEMAS = {
-    "enable_auto_tool_choice": True,
-    # Of the parsers that have no grammar of their own for a call that must be made: then it is JSON, and the next line counts.
-    "tool_call_parser": "pythonic",
-    # A random model would write blanks between the parts of a JSON object for ever.
-    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-}
-
-
 @dataclass(kw_only=True)
 class Served:
     """A running app, and what it was made from."""
@@ -202,9 +193,8 @@ def served(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Served:
     registry.register_model("tiny", base)
     for name in ("red", "blue"):
         registry.register_adapter(name, adapters[name], base="tiny")
-    tiny = ServedModelConfig(
-        model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1, engine_args=TOOLS_AND_SCHEMAS, hold_s=10.0
-    )
+    # No engine_args: tools and schemas must work without.
+    tiny = ServedModelConfig(model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1, hold_s=10.0)
     config = ServeConfig(models=(tiny,), app=result.app)
     with pytest.MonkeyPatch.context() as patch:
         # The app has a registry of its own, so that other tests' models are not in its lists.

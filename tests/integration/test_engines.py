@@ -15,6 +15,18 @@ from serve_fixtures import greedy_tokens, write_model
 LONG = "the cat sat on the mat and the dog ran over the hill " * 12
 """More tokens than the chunks of the case with chunked prefill, and more than one block of the cache."""
 TOKENS = 12
+KINDS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"top_p": 0.9, "top_k": 5, "min_p": 0.05},
+    {"seed": 3, "presence_penalty": 0.5, "repetition_penalty": 1.1},
+    {"logprobs": 3, "temperature": 0.0},
+    {"n": 3, "logprobs": 1},
+    {"prompt": ["the cat", "a dog"], "temperature": 0.7},
+    {"prompt_logprobs": 1},
+    {"structured_outputs": {"regex": "[a-z]{4}"}},
+)
+SAMPLED = [{"prompt": "the cat sat", "max_tokens": 4, **kind} for kind in KINDS]
+"""Each kind of request, as the first of its kind that an engine gets."""
 PROMPTS = ("the cat sat on the mat", LONG, LONG)
 ROUNDED = {"int8": 0.85, "fp8_cache": 0.7}
 """Cases that round, with the share of places where the likeliest next token must still be that of Hugging Face."""
@@ -61,7 +73,7 @@ def run(base: Path, names: tuple[str, ...], folder: Path) -> dict[str, Any]:
     for name in names:
         path = int8_of(base, folder / "int8") if name == "int8" else base
         args = json.loads(json.dumps(ARGS[name]).replace("DRAFT", draft))
-        cases[name] = {"spec": {"path": str(path), "args": args}, "requests": requests}
+        cases[name] = {"spec": {"path": str(path), "args": args}, "requests": requests, "sampled": SAMPLED}
     (folder / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("engine_world.py")
     with (folder / "log").open("w") as log:
@@ -69,8 +81,9 @@ def run(base: Path, names: tuple[str, ...], folder: Path) -> dict[str, Any]:
             [sys.executable, str(script), str(folder / "cases.json"), str(folder / "results.json")],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=90 * len(names),
+            # An empty cache of compiled code, so that a case can tell when it is filled.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")},
+            timeout=90 * len(names) + 60,
             check=False,
         )
     results = folder / "results.json"
@@ -138,6 +151,13 @@ def int8_of(base: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("name", QUICK)
 def test_it_answers_as_hugging_face_does(name: str, quick: dict[str, Any], expected: list[list[int]]) -> None:
     assert tokens(quick[name]) == expected
+
+
+def test_nothing_is_compiled_once_an_engine_is_ready(quick: dict[str, Any]) -> None:
+    # The first case began with an empty cache.
+    assert any(name.endswith(".so") for name in quick[QUICK[0]]["compiled"])
+    for name, result in quick.items():
+        assert result["sampled"] == [200] * len(SAMPLED) and not result["made"], (name, result["made"])
 
 
 def test_a_prompt_that_was_seen_before_is_not_computed_again(quick: dict[str, Any]) -> None:

@@ -113,6 +113,20 @@ def test_a_tool_call_is_valid(served: Served, choice: Any, stream: bool) -> None
     check_weather(call.function.arguments)
 
 
+def test_a_function_is_called_as_instructor_asks_for_it(served: Served) -> None:
+    # What instructor sends in its mode TOOLS: one function, by name, and an answer that must parse strictly.
+    tool = {
+        "type": "function",
+        "function": {"name": "Trip", "description": "Trip", "parameters": Trip.model_json_schema()},
+    }
+    choice = {"type": "function", "function": {"name": "Trip"}}
+    asked: Any = GREEDY | {"tools": [tool], "tool_choice": choice, "max_tokens": 80}
+    message = served.client().chat.completions.create(**asked).choices[0].message
+    (call,) = message.tool_calls
+    assert call.type == "function" and call.function.name == "Trip"
+    assert isinstance(Trip.model_validate_json(call.function.arguments, strict=True), Trip)
+
+
 def test_a_tool_that_may_be_called_need_not_be(served: Served) -> None:
     answer = served.client().chat.completions.create(**GREEDY, tools=[WEATHER], tool_choice="auto")
     assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
@@ -200,10 +214,17 @@ def test_a_message_says_what_a_chat_says(served: Served) -> None:
     assert longer.input_tokens > whole.usage.input_tokens
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_message_uses_a_tool(served: Served, stream: bool) -> None:
+def test_a_message_that_may_use_a_tool_need_not(served: Served) -> None:
     tool: Any = {"name": "weather", "description": "Tells it.", "input_schema": PARAMETERS}
-    asked = MESSAGE | {"tools": [tool], "tool_choice": {"type": "tool", "name": "weather"}, "max_tokens": 80}
+    answer = served.anthropic().messages.create(**MESSAGE | {"tools": [tool], "tool_choice": {"type": "auto"}})
+    assert answer.content[0].type == "text" and answer.content[0].text
+
+
+@pytest.mark.parametrize("choice", [{"type": "tool", "name": "weather"}, {"type": "any"}], ids=["named", "any"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_message_uses_a_tool(served: Served, stream: bool, choice: Any) -> None:
+    tool: Any = {"name": "weather", "description": "Tells it.", "input_schema": PARAMETERS}
+    asked = MESSAGE | {"tools": [tool], "tool_choice": choice, "max_tokens": 80}
     if stream:
         with served.anthropic().messages.stream(**asked) as events:
             answer = events.get_final_message()

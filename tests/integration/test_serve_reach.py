@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import subprocess
 import sys
 from urllib.parse import urlsplit
@@ -142,3 +143,18 @@ def test_a_websocket_is_refused(served: Served) -> None:
         "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
     }
     assert httpx.get(f"{replica.url}/v1/realtime", headers=headers).status_code in (403, 404)
+
+
+def test_a_client_that_closes_its_sending_side_gets_an_error_in_the_apis_shape(served: Served) -> None:
+    # HAProxy cannot tell it from a client that has left, for which no engine shall go on.
+    url = urlsplit(served.url)
+    body = json.dumps({"model": "tiny", "prompt": "the cat", "max_tokens": 400, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((str(url.hostname), url.port or 80), timeout=60) as connection:
+        connection.sendall(head.encode() + body)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    status, _, rest = answer.partition(b"\r\n")
+    assert status.split()[1] == b"400"
+    error = json.loads(rest.partition(b"\r\n\r\n")[2])["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "closed its sending side" in error["message"]

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import uvloop
 from pydantic_core import to_json
-from starlette.types import ASGIApp, Message
 
+from tandem.engine.asgi import Answer, post
 from tandem.engine.protocol import AdapterRef, Engine
 from tandem.errors import AdapterError, EngineError, StorageError
 from tandem.serve.adapters import AdapterSlots
@@ -39,13 +39,6 @@ class Question(NamedTuple):
     path: str
     body: bytes
     adapter: AdapterRef | None
-
-
-class Answer(NamedTuple):
-    """What the engine said."""
-
-    status: int
-    body: bytes
 
 
 class Answerer:
@@ -147,44 +140,6 @@ class Answerer:
         if answer.status >= 500 and not self._engine.stats().healthy:
             raise EngineDiedError(f"The engine died: {answer.body.decode(errors='replace')[:500]}")
         return answer
-
-
-async def post(app: ASGIApp, path: str, body: bytes) -> Answer:
-    """One POST of JSON to an ASGI app in this process."""
-    asked, status, parts = False, 500, list[bytes]()
-
-    async def receive() -> Message:
-        nonlocal asked
-        if asked:
-            # The app listens for a client that leaves; this one never does.
-            await asyncio.get_running_loop().create_future()
-        asked = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message: Message) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        else:
-            parts.append(message.get("body", b""))
-
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "headers": headers,
-        "client": ("127.0.0.1", 0),
-        "server": ("127.0.0.1", 0),
-    }
-    await app(scope, receive, send)
-    return Answer(status, b"".join(parts))
 
 
 def refusal(status: int, message: str) -> Answer:

@@ -5,9 +5,11 @@ Needs neither a cluster nor Ray, which reads how it authenticates when it is imp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from tandem.api.request_fields import REQUEST_FIELDS
 from tandem.batch.manifest import Manifest
 from tandem.batch.models import Names
 from tandem.batch.plan import PieceSize, Unit, units
@@ -17,7 +19,7 @@ from tandem.batch.write import Output
 from tandem.config import BatchConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
 from tandem.engine.spec import EngineSpec
-from tandem.errors import ConfigError, DataError
+from tandem.errors import ConfigError, DataError, did_you_mean
 from tandem.registry import Registry
 from tandem.serve.placement import place
 from tandem.serve.records import ServedModel
@@ -47,6 +49,7 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
 
     Raises ConfigError, DataError or a RegistryError with the next step.
     """
+    check_request(config.request)
     found, output = find_files(config.input), Output.at(config.output)
     before = Manifest.read(output)
     if before is not None:
@@ -69,6 +72,14 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
     if config.engine_args and not (before and before.finished):
         check_engine_args(*(spec for spec, _ in bases))
     return BatchRun(config=config, output=output, manifest=before or manifest, survey=asked, bases=bases, names=names)
+
+
+def check_request(request: Mapping[str, Any]) -> None:
+    """ConfigError for a field that no request has, whatever its route."""
+    known = frozenset[str]().union(*REQUEST_FIELDS.values())
+    for field in request:
+        if field not in known:
+            raise ConfigError(f"request.{field} is not a field of any request.{did_you_mean(field, known)}")
 
 
 def _base(config: BatchConfig, names: Names, base: str) -> tuple[EngineSpec, ServedModelConfig]:

@@ -2,6 +2,7 @@
 
 A row is OpenAI's batch format ({"custom_id", "method", "url", "body"}), or plain: {"prompt": ...}, {"messages": [...]} or
 {"input": ...}, with whatever fields the request may have beside it, `model` and `custom_id` among them.
+Other columns of a plain row are not sent, unless one looks like a misspelt field: then the row is refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from tandem.api.unknown_fields import describe, misspelt_fields, unknown_fields
 from tandem.errors import DataError, did_you_mean
 from tandem.serve.routes import ENGINE_ROUTES
 
@@ -24,6 +26,10 @@ TEXTS = "text"
 
 class BadRowError(DataError):
     """A row that no engine can be asked about; the message is the reason."""
+
+
+class UnknownFieldError(BadRowError):
+    """A row with a field that no request has: a misspelt one would change nothing, in any row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,11 @@ def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ask:
     else:
         path, body = _plain(row)
         plain = True
+    # A plain row may be a table's, with columns that are nobody's fields; they are not sent.
+    unknown = unknown_fields(path, body)
+    if wrong := misspelt_fields(path, unknown) if plain else unknown:
+        raise UnknownFieldError(f"It has an {describe(path, wrong)}. Rename it, or leave it out.")
+    body = {key: value for key, value in body.items() if key not in unknown}
     asked = {**defaults, **body}
     model = asked.pop("model", None)
     if model is not None and (not isinstance(model, str) or not model):

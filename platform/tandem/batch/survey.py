@@ -14,7 +14,7 @@ from tandem.batch.files import Lines
 from tandem.batch.lines import failed
 from tandem.batch.models import Names
 from tandem.batch.plan import Divider, Mark, Piece, PieceSize, piece_size
-from tandem.batch.rows import BadRowError, parse, read_row
+from tandem.batch.rows import BadRowError, UnknownFieldError, parse, read_row
 from tandem.batch.sources import Row, rows_of
 from tandem.errors import DataError, RegistryError
 from tandem.ids import file_digest
@@ -46,7 +46,7 @@ def survey(
 ) -> Survey:
     """Read all files; `tell` hears how many rows have come. `size` of a piece unset: by the size of the input.
 
-    Raises DataError if there are none, or if a file is damaged.
+    Raises DataError if there are none, if a file is damaged, or if a row has a field that no request has.
     """
     size = size or piece_size(sum(_size(file) for file in files))
     divider = Divider(size)
@@ -58,6 +58,8 @@ def survey(
         for row in rows_of(file):
             try:
                 base: str | None = _base(row, names, request)
+            except UnknownFieldError as error:
+                raise DataError(f"{file} {row.where}: {error} No row has been answered.") from None
             except (BadRowError, RegistryError) as error:
                 base = None
                 refused.add(failed(divider.rows, f"{file} {row.where}", str(error), row.raw).text)

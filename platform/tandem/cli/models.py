@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tandem.cli.shell import console as terminal
 from tandem.cli.shell import friendly_errors
+from tandem.engine.parsers import Parsers, read_parsers
 from tandem.errors import ConfigError, RegistryError
 from tandem.ids import check_name
 from tandem.registry import HubModel, ModelRecord, Registry, local_folder, pull_model
@@ -53,9 +54,11 @@ def show_command(name: Name, as_json: Json = False) -> None:
         record = registry.resolve(name)
         adapters = [other.id for other in registry.list("adapter", base=record.id, limit=ADAPTERS_SHOWN)]
         if as_json:
-            terminal.print_json(json.dumps({**as_values(record), "adapters": adapters}))
+            parsers = _parsers(registry, record).described()
+            found = {key.replace(" ", "_"): value for key, value in parsers.items()}
+            terminal.print_json(json.dumps({**as_values(record), "adapters": adapters, **found}))
         else:
-            details(record, adapters, terminal)
+            details(record, adapters, _parsers(registry, record), terminal)
 
 
 @models_app.command("pull")
@@ -154,7 +157,7 @@ def listing(records: list[ModelRecord], now: datetime) -> Table:
     return table
 
 
-def details(record: ModelRecord, adapters: list[str], console: Console) -> None:
+def details(record: ModelRecord, adapters: list[str], parsers: Parsers, console: Console) -> None:
     """Print everything that is known of a record."""
     there = "" if record.uri or record.path.is_dir() else "  [red](gone)[/]"
     rows = {
@@ -165,6 +168,7 @@ def details(record: ModelRecord, adapters: list[str], console: Console) -> None:
         "created": f"{record.created_at:%Y-%m-%d %H:%M:%S} UTC",
         "digest": record.digest,
         "adapters": ", ".join(adapters) or None,
+        **parsers.described(),
     }
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(style="dim", no_wrap=True)
@@ -179,6 +183,11 @@ def details(record: ModelRecord, adapters: list[str], console: Console) -> None:
         table.add_row(escape(key), escape(value if isinstance(value, str) else json.dumps(value)))
     console.print(f"[bold]{escape(record.id)}[/]")
     console.print(table)
+
+
+def _parsers(registry: Registry, record: ModelRecord) -> Parsers:
+    """What vLLM is told to use for the model, or for an adapter's base, where `engine_args` does not say otherwise."""
+    return read_parsers((registry.resolve(record.base) if record.base else record).path)
 
 
 def as_values(record: ModelRecord) -> dict[str, Any]:

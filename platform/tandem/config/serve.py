@@ -110,6 +110,8 @@ class GatewayConfig:
     """What a 503 tells the client to wait, and a 429 as long as the queue's pace is not known."""
     max_body_bytes: int = 16 * 2**20
     """Largest request body; a larger one gets 413."""
+    strict: bool = False
+    """Whether a request with an unknown field gets 400; else it is answered, with a warning in `x-tandem-warning`."""
 
     def __post_init__(self) -> None:
         check.at_least("gateway.replicas", self.replicas, 1)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tandem import settings
+from tandem.engine.compile_cache import compile_cache_environment
 from tandem.engine.passed import passed, remember
 from tandem.engine.protocol import Engine
 from tandem.engine.spec import EngineSpec
@@ -87,8 +88,9 @@ def verdicts(specs: Sequence[EngineSpec]) -> list[str | None]:
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
-    """Variables that vLLM and what is below it read; what the user has set stays."""
+    """Variables that vLLM and what is below it read; what the user has set stays. Raises EngineError."""
     variables = {
+        **compile_cache_environment(),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

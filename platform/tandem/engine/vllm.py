@@ -1,10 +1,11 @@
-"""vLLM's own OpenAI app around its AsyncLLM. Only this module and vllm_args.py import vllm."""
+"""vLLM's own OpenAI app around its AsyncLLM. Only this module, vllm_args.py and vllm_cpu.py import vllm."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -26,10 +27,13 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
 from tandem.engine.ttft import FirstTokens
-from tandem.engine.vllm_args import make_config, parse_args, slots_of
+from tandem.engine.vllm_args import make_config, parse_args, parsers_of, slots_of
 from tandem.engine.vllm_logs import quiet_refusals
+from tandem.engine.warm_up import WarmUp, refusals, warm_up
 from tandem.errors import EngineError
 from tandem.registry.adapter_files import layer_kinds
+
+log = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -78,6 +82,9 @@ class VllmEngine:
         self._models = app.state.openai_serving_models
         if self._keeps_a_slot_empty:
             await self._close_last_slot()
+        # Nobody waits for the first rows of a batch run in particular.
+        if not self._spec.offline:
+            await self._warm_up(app)
         self._app = app
 
     async def load_adapter(self, adapter: AdapterRef) -> None:
@@ -124,6 +131,30 @@ class VllmEngine:
             await asyncio.sleep(0.05)
         with contextlib.suppress(Exception):
             await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
+
+    async def _warm_up(self, app: ASGIApp) -> None:
+        """Compile and load what first requests would wait for; raises EngineError if the engine dies of it."""
+        llm = self._started()[1]
+        parsers = parsers_of(self._spec)
+        refused = await warm_up(
+            app,
+            WarmUp(
+                model=self._spec.id,
+                tasks=self._tasks,
+                chat=parsers.chat,
+                tools=bool(self._args.tool_call_parser),
+                # On a CPU with adapters they end vLLM's process (gateway.routes.openai.check_prompt_logprobs).
+                prompt_logprobs=bool(self._spec.gpus) or not self._spec.max_adapters,
+                ranks=self._config.parallel_config.data_parallel_size,
+            ),
+        )
+        if llm.errored:
+            await self.drain(0.0)
+            raise EngineError(f"vLLM's engine for {self._spec.id} died of its first requests: {refusals(refused)}")
+        if refused:
+            log.info("%s refused of its warm-up: %s", self._spec.id, refusals(refused))
+        await llm.reset_prefix_cache()
+        self._load.forget_first_tokens()
 
     async def _add(self, models: OpenAIServingModels, llm: AsyncLLM, name: str, path: str) -> LoRARequest:
         request = LoRARequest(lora_name=name, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
@@ -203,6 +234,10 @@ class _Load(StatLoggerBase):
     def kv_usage(self) -> float:
         """The fullest rank's share of its cache, 0 to 1."""
         return max((usage for _, usage in self._ranks.values()), default=0.0)
+
+    def forget_first_tokens(self) -> None:
+        """Those of the warm-up are no client's."""
+        self.first_tokens = FirstTokens()
 
     def record(
         self,

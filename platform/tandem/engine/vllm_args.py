@@ -14,6 +14,7 @@ import re
 import sys
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from tandem.engine.parsers import Parsers, read_parsers
 from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, did_you_mean
 
@@ -65,7 +67,7 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
         except ValidationError as error:
             raise _refused(where, error) from error
     args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    for key, value in {**_chosen(spec), **given}.items():
+    for key, value in {**_chosen(spec), **given, **_tool_choice(given)}.items():
         setattr(args, key, value)
     return args
 
@@ -81,6 +83,10 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
     except (Exception, SystemExit) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
         raise ConfigError(f"{spec.where}: vLLM refuses the settings of {spec.name} ({given}): {error}") from error
+    if "structured_outputs_config" not in spec.args:
+        # A weak model writes blanks between the parts of a JSON object without end (docs/adr/0023). vLLM's class allows this only
+        # for a named backend, but both that `auto` chooses from for JSON follow it, and the third ignores it.
+        config.structured_outputs_config.disable_any_whitespace = True
     if spec.max_adapters and not spec.gpus and config.model_config.is_moe:
         # With adapters on, vLLM routes tokens to experts by a kernel that its CPU build lacks, whatever the adapters adapt.
         raise ConfigError(
@@ -88,6 +94,12 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
             f"max_adapters is {spec.max_adapters}. Set models[].max_adapters to 0, or gpus_per_replica."
         )
     return config
+
+
+def parsers_of(spec: EngineSpec) -> Parsers:
+    """What is selected for the model where `engine_args` does not say otherwise."""
+    template = spec.args.get("chat_template")
+    return read_parsers(Path(spec.path), template if isinstance(template, str) else None)
 
 
 def device_is_here(spec: EngineSpec) -> bool:
@@ -103,6 +115,11 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
         # A fastapi schema of routes that nobody may reach is only start-up time.
         "disable_fastapi_docs": True,
     }
+    parsers = parsers_of(spec)
+    if parsers.tool is not None and "enable_auto_tool_choice" not in spec.args:
+        chosen |= {"tool_call_parser": parsers.tool, "enable_auto_tool_choice": True}
+    if parsers.reasoning is not None:
+        chosen["reasoning_parser"] = parsers.reasoning
     if spec.offline:
         # As vLLM's LLM has it: the numbers of each step and request are for those who watch a server.
         chosen["disable_log_stats"] = True
@@ -115,11 +132,20 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
     if not spec.gpus:
         # bfloat16 dies in vLLM's AMX attention on some virtual machines; compiling costs more than it gives on a CPU.
         chosen |= {"dtype": "float32", "enforce_eager": True}
+        if spec.args.get("speculative_config"):
+            chosen["worker_extension_cls"] = "tandem.engine.vllm_cpu.CpuWorkerExtension"
         if all(spec.args.get(key, 1) == 1 for key in WORLD):
             # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
             # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
             chosen["distributed_executor_backend"] = ONE_PROCESS
     return chosen
+
+
+def _tool_choice(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool parser alone does nothing in vLLM, and tool choice without one is refused: the one goes with the other."""
+    if "enable_auto_tool_choice" in given or "tool_call_parser" not in given:
+        return {}
+    return {"enable_auto_tool_choice": bool(given["tool_call_parser"])}
 
 
 def slots_of(spec: EngineSpec) -> int:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
+from tandem.engine.parsers import explain_refusal
 from tandem.engine.wording import plain, plain_field
 from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
 
@@ -76,8 +77,8 @@ def too_slow(model: str, silent_s: float) -> ApiError:
     )
 
 
-def from_engine(status: int, body: bytes, max_length: int | None) -> ApiError:
-    """An engine's error, whatever shape it came in."""
+def from_engine(status: int, body: bytes, max_length: int | None, model: str | None = None) -> ApiError:
+    """The error of an engine of `model`, whatever shape it came in."""
     message, param, code = f"The engine answered {status}.", None, None
     try:
         said = from_json(body)
@@ -88,7 +89,7 @@ def from_engine(status: int, body: bytes, max_length: int | None) -> ApiError:
     except (ValueError, AttributeError):
         text = body.decode(errors="replace").strip()
         message = text[:2000] or message
-    message = plain(message)
+    message = plain(explain_refusal(message, model))
     if status == 400 and (
         "context length" in message or "max_model_len" in message or "maximum model length" in message
     ):

@@ -127,7 +127,10 @@ class Forwarded(Response):
         async with contextlib.AsyncExitStack() as held:
             answer, chunk, replica = await self._opened(held)
             if answer.status >= 400:
-                error = from_engine(answer.status, await answer.read(), call.target.base.max_length)
+                error = from_engine(
+                    answer.status, await answer.read(), call.target.base.max_length, call.target.base.name
+                )
+                error.headers |= call.said
                 await error.response(dialect, request)(scope, receive, once)
                 return
             head = [
@@ -139,6 +142,7 @@ class Forwarded(Response):
                 (REPLICA, replica.id.encode()),
                 (GATEWAY, self._proxy.name),
             ]
+            head += [(name.encode(), value.encode()) for name, value in call.said.items()]
             self._streamed = streamed = answer.content_type.startswith("text/event-stream")
             await _send_head(once, answer.status, head, answer.content_length)
             self._proxy.record(call.path, gateway_ms)

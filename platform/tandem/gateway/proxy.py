@@ -39,6 +39,7 @@ class Call:
     body: bytes
     target: Target
     headers: Mapping[str, str]
+    """For the engine."""
     dialect: Dialect
     ask: Ask
     """The same for the router."""
@@ -48,6 +49,8 @@ class Call:
     """Whether it needs no place in a queue."""
     begun: int = 0
     """Replicas that may have begun with it and gave no answer."""
+    said: Mapping[str, str] = field(default_factory=dict)
+    """Headers of the answer, for the client."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
 

@@ -14,6 +14,7 @@ from ray.serve.schema import LoggingConfig
 
 from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
+from tandem.engine.parsers import takes_tools
 from tandem.errors import ConfigError, RegistryError
 from tandem.ids import fingerprint
 from tandem.registry import Registry, RegistryAddress, find_model, is_shared
@@ -181,7 +182,7 @@ def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]
                 "`tandem train submit`, or name a folder in Hugging Face's format."
             )
         wanted = (ServedModelConfig(model=newest.id, name=newest.name),)
-    models = [_resolve(served, registry) for served in wanted]
+    models = [_with_tools(_resolve(served, registry)) for served in wanted]
     for model in models:
         if sum(other.name == model.name or other.id == model.id for other in models) > 1:
             raise ConfigError(
@@ -215,6 +216,12 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
         max_length=record.max_length,
         created=int(record.created_at.timestamp()),
     )
+
+
+def _with_tools(model: ServedModel) -> ServedModel:
+    if model.config.engine == "echo":
+        return model
+    return replace(model, tools=takes_tools(Path(model.path), model.config.engine_args))
 
 
 def _deployment(

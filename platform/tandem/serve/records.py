@@ -40,6 +40,8 @@ class ServedModel:
     max_length: int | None = None
     created: int = 0
     """Seconds since 1970."""
+    tools: bool = True
+    """Whether it takes tools."""
     prefills: bool = False
     """Whether these replicas read prompts for the model's others."""
 

@@ -13,6 +13,7 @@ from fake_hub import FakeHub
 from small_folders import small_adapter, small_model
 
 from tandem.batch.prepare import prepare
+from tandem.batch.rows import read_row
 from tandem.batch.run import Progress, answer
 from tandem.batch.write import Output
 from tandem.config import BatchConfig
@@ -281,3 +282,19 @@ def test_a_model_of_the_hub_answers_and_stays_the_same_for_the_whole_run(
     hub.requests.clear()
     again = prepare(config(tmp_path, rows, model="org/tiny"))
     assert again.survey.bases == ("org/tiny@1",) and not hub.requests
+
+
+def test_an_unknown_field_is_an_error_before_anything_starts(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"request\.max_token is not .* Did you mean 'max_tokens'"):
+        prepare(config(tmp_path, [{"prompt": "a"}], request={"max_token": 32}))
+    chat = {"url": "/v1/completions", "body": {"prompt": "a", "zzz": 1}}
+    for row, said in (({"prompt": "a", "temperatur": 1}, "did you mean 'temperature'"), (chat, "unknown field 'zzz'")):
+        with pytest.raises(DataError, match=f"rows.jsonl line 2: .*{said}.*No row has been answered"):
+            prepare(config(tmp_path, [{"prompt": "a"}, row]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_of_a_table_that_are_no_fields_are_not_sent(registry: Registry, tmp_path: Path) -> None:
+    run = prepare(config(tmp_path, [{"prompt": "a", "reference_answer": "b", "max_tokens": 2}]))
+    assert run.survey.rows == 1 and not list(run.survey.refused)
+    assert read_row({"prompt": "a", "reference_answer": "b"}, {}).body == {"prompt": "a"}

@@ -74,6 +74,16 @@ def test_show_leaves_out_what_is_not_known(registry):
     assert "a-job" in out and "evaluation" not in out and "null" not in out
 
 
+def test_show_tells_the_parsers_of_a_model_and_why(registry):
+    folder = registry.resolve("base@1").path
+    for name in ("base@1", "helper"):
+        assert "none (the model has no chat template)" in run("show", name)[1]
+    (folder / "chat_template.jinja").write_text("{% if tools %}<tool_call>{% endif %}")
+    for name in ("base@1", "helper"):
+        assert "hermes (<tool_call> in the chat template)" in run("show", name)[1]
+    assert json.loads(run("show", "base@1", "--json")[1])["tool_parser"].startswith("hermes")
+
+
 def test_show_says_when_the_files_are_gone(registry):
     shutil.rmtree(registry.resolve("helper").path)
     assert "(gone)" in run("show", "helper")[1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
+import json
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -76,7 +78,12 @@ class Gate:
 
 @contextlib.asynccontextmanager
 async def gateway(
-    folder: Path, engine: EchoEngine | None = None, prefix: str = "", max_adapters: int = 8
+    folder: Path,
+    engine: EchoEngine | None = None,
+    prefix: str = "",
+    max_adapters: int = 8,
+    strict: bool = False,
+    tools: bool = True,
 ) -> AsyncIterator[Gate]:
     """A gateway before one engine, or before none, that serves the model `base`."""
     host = EngineHost(engine, max_adapters=0) if engine else None
@@ -97,11 +104,12 @@ async def gateway(
                 name="base",
                 path="",
                 config=ServedModelConfig(model="base", max_adapters=max_adapters, hold_s=0.0),
+                tools=tools,
             )
         ],
         watch=watch,
         registry=Registry(f"sqlite:///{folder}/tandem.db"),
-        config=GatewayConfig(max_body_bytes=4096, retry_after_s=7),
+        config=GatewayConfig(max_body_bytes=4096, retry_after_s=7, strict=strict),
         record=lambda route, ms: added.append((route, ms)),
     )
     if prefix:
@@ -380,3 +388,54 @@ async def test_the_time_that_the_gateway_adds_is_in_a_header_and_in_the_record(t
         assert spent["engine"] > 250 > spent["gateway"] > 0
         ((route, added_ms),) = gate.added
         assert route == "/v1/completions" and abs(added_ms - spent["gateway"]) < 0.001
+
+
+# ---- What is wrong with a request and what its client is told
+
+
+async def test_an_unknown_field_is_answered_with_a_warning(tmp_path: Path) -> None:
+    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+        answer = await gate.http.post("/v1/chat/completions", json={**CHAT, "temperatur": 1, "max_tokns": 2})
+        assert answer.status_code == 200
+        said = answer.headers["x-tandem-warning"]
+        assert "unknown field 'temperatur'; did you mean 'temperature'?" in said and "'max_tokens'" in said
+        plain = await gate.http.post("/v1/chat/completions", json={**CHAT, "temperature": 1, "timeout": 5})
+        assert "x-tandem-warning" not in plain.headers
+        odd = await gate.http.post("/v1/chat/completions", json={**CHAT, "\u00fc\r\nx: y" * 99: 1})
+        assert odd.status_code == 200 and odd.headers["x-tandem-warning"].isascii() and "x" not in odd.headers
+
+
+async def test_an_unknown_field_is_an_error_where_that_is_strict(tmp_path: Path) -> None:
+    async with gateway(tmp_path, EchoEngine(("base",)), strict=True) as gate:
+        answer = await gate.http.post("/v1/messages", json={**CHAT, "temperatur": 1})
+        assert answer.status_code == 400 and "temperature" in answer.json()["error"]["message"]
+        assert (await gate.http.post("/v1/messages", json=CHAT)).status_code == 200
+    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+        asked = {"json": {**CHAT, "temperatur": 1}, "headers": {"x-tandem-strict": "true"}}
+        error = (await gate.http.post("/v1/chat/completions", **asked)).json()["error"]
+        assert (error["param"], error["code"]) == ("temperatur", "unknown_field")
+
+
+async def test_a_compressed_body_is_415_in_the_apis_shape(tmp_path: Path) -> None:
+    body = gzip.compress(json.dumps(CHAT).encode())
+    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            answer = await gate.http.post(path, content=body, headers={"content-encoding": "gzip"})
+            assert answer.status_code == 415 and "gzip" in answer.json()["error"]["message"]
+        kept = await gate.http.post("/v1/chat/completions", json=CHAT, headers={"content-encoding": "identity"})
+        assert kept.status_code == 200
+
+
+async def test_tools_at_a_model_without_them_are_refused_plainly(tmp_path: Path) -> None:
+    tools = {"tools": [{"type": "function", "function": {"name": "weather"}}]}
+    async with gateway(tmp_path, EchoEngine(("base",)), tools=False) as gate:
+        for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages"):
+            answer = await gate.http.post(path, json={**CHAT, **tools})
+            assert answer.status_code == 400 and "'base' takes no tools" in answer.json()["error"]["message"]
+            assert (await gate.http.post(path, json={**CHAT, **tools, "tool_choice": "none"})).status_code == 200
+    body = {
+        "error": {"message": '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'}
+    }
+    async with gateway(tmp_path, Scripted(status=400, body=body)) as gate:
+        error = (await gate.http.post("/v1/chat/completions", json=CHAT)).json()["error"]
+        assert "'base' takes no tools" in error["message"] and "parser" not in error["message"]

@@ -12,7 +12,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serve import GatewayConfig, ServedModelConfig
+from tandem.engine.parsers import without_tools
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
@@ -23,10 +25,15 @@ from tandem.gateway.prefill import prefilled
 from tandem.gateway.proxy import Call, Proxy
 from tandem.gateway.reading import read_ask, take_wish
 from tandem.gateway.routes import stored
+from tandem.serve.records import ServedModel
 from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
 """Request headers that an engine gets; a client's own key is not among them."""
+STRICT_HEADER = "x-tandem-strict"
+"""`true`: unknown fields of this request are an error, whatever `gateway.strict` says."""
+WARNING_HEADER = "x-tandem-warning"
+"""Header of an answer: what was wrong with its request and did not matter."""
 
 
 class OpenAIRoutes:
@@ -71,8 +78,10 @@ class OpenAIRoutes:
             if not isinstance(name, str) or not name:
                 found = "missing or empty" if not name else f"of type {type(name).__name__}"
                 raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
+            said = self._check_fields(route.path, body, request)
             target = await self._catalog.resolve(name)
             check_task(name, route, self._fleet.tasks(target.base.id))
+            check_tools(name, body, target.base)
             check_prompt_logprobs(name, body, target.base.config)
             if route.path == stored.PATH:
                 stored.check(body)
@@ -94,11 +103,22 @@ class OpenAIRoutes:
                 wish=wish,
                 light=route.light,
                 watch=watch,
+                said=said,
             )
             prefills = target.base.config.prefill is not None
             return Forwarded(self._proxy, call, functools.partial(prefilled, self._proxy, body) if prefills else None)
 
         return handle
+
+    def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
+        """A warning header for fields that no request to `path` has; where that is strict, ApiError 400 instead."""
+        unknown = unknown_fields(path, body)
+        if not unknown:
+            return {}
+        said = describe(path, unknown)
+        if self._config.strict or request.headers.get(STRICT_HEADER, "").lower() in ("1", "true"):
+            raise ApiError(400, f"The request has an {said}.", code="unknown_field", param=unknown[0])
+        return {WARNING_HEADER: said}
 
     async def health(self, request: Request) -> Response:
         """200 once every model has a ready replica, or may be without; 503 with the counts before."""
@@ -138,6 +158,14 @@ def drop_transfers(body: dict[str, Any]) -> None:
             holder.pop(key, None)
 
 
+def check_tools(name: str, body: dict[str, Any], model: ServedModel) -> None:
+    """ApiError 400 for tools at a model that takes none: some of vLLM's routes would leave them out without a word."""
+    choice = body.get("tool_choice")
+    none = choice == "none" or (isinstance(choice, dict) and choice.get("type") == "none")
+    if body.get("tools") and not none and not model.tools:
+        raise ApiError(400, without_tools(name), code="unsupported_parameter", param="tools")
+
+
 def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelConfig) -> None:
     """ApiError 400 for a request that would end the engine.
 
@@ -158,7 +186,15 @@ def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelCo
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; ApiError 413 as soon as it is known to be larger than `limit` bytes."""
+    """The request's body; ApiError 413 as soon as it is known to be larger than `limit` bytes, 415 if it is compressed."""
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"The request body is compressed (Content-Encoding: {encoding[:40]!a}); only plain bodies are taken.",
+            code="unsupported_encoding",
+            headers={"Accept-Encoding": "identity"},
+        )
     declared = request.headers.get("content-length", "")
     parts, size = [], int(declared) if declared.isdigit() else 0
     if size <= limit:

@@ -1,0 +1,37 @@
+"""Finds misspelt fields of requests: those that no engine and no SDK knows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tandem.api.request_fields import REQUEST_FIELDS
+from tandem.errors import did_you_mean
+
+MOST_NAMED = 3
+"""Unknown fields that a message names."""
+LONGEST_NAMED = 40
+"""Characters of a name that a message has."""
+
+
+def unknown_fields(path: str, fields: Iterable[str]) -> list[str]:
+    """Those of the `fields` that requests to the route `path` do not have, in their order; none for an unknown route."""
+    known = REQUEST_FIELDS.get(path)
+    return [] if known is None else [field for field in fields if field not in known]
+
+
+def misspelt_fields(path: str, fields: Iterable[str]) -> list[str]:
+    """Those of the unknown ones that look like a field that there is."""
+    unknown = unknown_fields(path, fields)
+    return [field for field in unknown if len(field) <= LONGEST_NAMED and did_you_mean(field, REQUEST_FIELDS[path])]
+
+
+def describe(path: str, unknown: list[str]) -> str:
+    """`unknown field 'temperatur'; did you mean 'temperature'?`, in ASCII, whatever the client wrote."""
+    parts = []
+    for field in unknown[:MOST_NAMED]:
+        near = did_you_mean(field, REQUEST_FIELDS[path]) if len(field) <= LONGEST_NAMED else ""
+        said = f"unknown field {field[:LONGEST_NAMED]!a}"
+        parts.append(said + (f"; {near.strip()[0].lower()}{near.strip()[1:]}" if near else ""))
+    if len(unknown) > MOST_NAMED:
+        parts.append(f"and {len(unknown) - MOST_NAMED} more")
+    return ", ".join(parts)

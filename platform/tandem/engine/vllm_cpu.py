@@ -1,0 +1,35 @@
+"""Corrects vLLM's CPU build inside its workers, which import this as their `worker_extension_cls`.
+
+Speculative decoding repeats each request's temperature, top-k and top-p for its speculated tokens. vLLM 0.29's function for CPUs
+writes them into a copy and returns memory that was never written (vllm-project/vllm issue 55005): sampled requests got a random
+temperature, and those with top-k ended the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.utils.cpu_triton_utils
+from torch import Tensor
+
+
+class CpuWorkerExtension:
+    """Nothing of its own: that its module is imported before the worker is made is what counts."""
+
+
+class _Launched:
+    """Called as a Triton kernel is: `kernel[grid](...)`."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return expand
+
+
+def expand(output_T: Tensor, values_B: Tensor, ends_B: Tensor, old: float, new: float, MAX_NUM_TOKENS: int = 0) -> None:
+    """Write each of B requests' values once for each of its tokens, of which `ends_B` is the running sum; `old` becomes `new`."""
+    counts_B = torch.diff(ends_B.long(), prepend=ends_B.new_zeros(1, dtype=torch.long))
+    replaced_B = torch.where(values_B == old, torch.full_like(values_B, new), values_B)
+    output_T.copy_(replaced_B.repeat_interleave(counts_B))
+
+
+vllm.utils.cpu_triton_utils.expand_kernel = _Launched()

@@ -1,0 +1,146 @@
+"""Requests that make an engine compile and load, before it is ready, all that first requests would wait for (docs/adr/0022).
+
+They go through the engine's own app, as those of clients do: vLLM compiles its samplers, the tokenizer's table for grammars and
+the chat template at the first request that needs them, on a CPU and on a GPU alike. Pure but for `warm_up`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.types import ASGIApp
+
+from tandem.engine.asgi import Answer, post
+
+TOKENS = 2
+"""Of each answer: the first comes from the prompt's step, the second from a step of its own."""
+BATCH = 8
+"""Sequences of the largest request: from 8 on vLLM takes other kernels for top-k and top-p on a GPU."""
+RANK_HEADER = "X-data-parallel-rank"
+"""By which vLLM's app lets a request choose among engines that share the work; each compiles for itself."""
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "maxLength": 4}, "b": {"type": "integer"}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmUp:
+    """What an engine can do, as far as its warm-up depends on it."""
+
+    model: str
+    """A name that the engine answers to."""
+    tasks: tuple[str, ...]
+    """generate, embed, score and others, in vLLM's words."""
+    chat: bool = False
+    """Whether it has a chat template."""
+    tools: bool = False
+    """Whether it takes tools."""
+    prompt_logprobs: bool = False
+    """Whether it has logprobs of prompts."""
+    ranks: int = 1
+    """Engines that share the work (vLLM's data parallelism)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A POST of JSON."""
+
+    path: str
+    body: dict[str, Any]
+
+
+def waves(what: WarmUp) -> list[list[Request]]:
+    """The requests: those of one list are sent together, the lists one after another.
+
+    The first sampled request is alone, since PyTorch compiles a batch of one apart from larger ones. The others share batches, so
+    that a large model needs few steps for all of them.
+    """
+    if "generate" not in what.tasks:
+        return [pooling(what)]
+    completion = {"model": what.model, "prompt": "a b c", "max_tokens": TOKENS, "ignore_eos": True}
+    alone = Request("/v1/completions", completion | {"temperature": 1.0})
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"top_k": 5, "top_p": 0.9, "min_p": 0.05},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+        {"seed": 1},
+        {"logprobs": 2},
+        {"logprobs": 2, "temperature": 0.0},
+        {"n": BATCH, "top_k": 5, "top_p": 0.9},
+        {"logit_bias": {"1": -1.0}},
+        {"bad_words": ["a"]},
+        {"min_tokens": 1, "stop": ["\n"]},
+    ]
+    if what.prompt_logprobs:
+        kinds.append({"prompt_logprobs": 1})
+    together = [Request("/v1/completions", completion | kind) for kind in kinds]
+    # A batch that holds nothing but its kind takes branches that a mixed one does not.
+    batches = [[Request("/v1/completions", completion | {"n": BATCH, "temperature": 1.0})]]
+    if not what.chat:
+        return [[alone], *batches, together]
+    return [[alone], *batches, [*together, *chats(what)]]
+
+
+def chats(what: WarmUp) -> list[Request]:
+    """Each API of conversations, and what is constrained to a grammar."""
+    talk = [{"role": "user", "content": "a b c"}]
+    chat = {"model": what.model, "messages": talk, "max_tokens": TOKENS}
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    found = [
+        Request("/v1/chat/completions", chat | {"logprobs": True, "top_logprobs": 2}),
+        Request("/v1/chat/completions", chat | {"stream": True}),
+        Request("/v1/chat/completions", chat | {"response_format": schema}),
+        Request("/v1/chat/completions", chat | {"structured_outputs": {"regex": "[ab]+"}}),
+        Request("/v1/messages", chat),
+        Request("/v1/responses", {"model": what.model, "input": talk, "max_output_tokens": TOKENS, "store": False}),
+    ]
+    if what.tools:
+        function = {"name": "a", "description": "b", "parameters": SCHEMA}
+        tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+        found.append(Request("/v1/chat/completions", chat | tools))
+    return found
+
+
+def pooling(what: WarmUp) -> list[Request]:
+    """Requests to a model that makes vectors or scores."""
+    found = []
+    if "embed" in what.tasks:
+        found.append(Request("/v1/embeddings", {"model": what.model, "input": "a b c"}))
+    if "score" in what.tasks:
+        found.append(Request("/v1/score", {"model": what.model, "text_1": "a", "text_2": "b"}))
+    return found
+
+
+async def warm_up(app: ASGIApp, what: WarmUp) -> list[tuple[Request, Answer]]:
+    """Send the requests, and return those that the engine refused, with its words.
+
+    A refusal stops nothing: a model may lack what is asked. An engine that dies of a request says so by its health.
+    """
+    refused: list[tuple[Request, Answer]] = []
+    for rank in range(what.ranks):
+        headers = {RANK_HEADER: str(rank)} if what.ranks > 1 else {}
+        for wave in waves(what):
+            answers = await asyncio.gather(*(_ask(app, request, headers) for request in wave))
+            refused += [pair for pair in zip(wave, answers, strict=True) if pair[1].status != 200]
+    return refused
+
+
+async def _ask(app: ASGIApp, request: Request, headers: dict[str, str]) -> Answer:
+    try:
+        return await post(app, request.path, to_json(request.body), headers)
+    except Exception as error:  # noqa: BLE001 - an app raises again what it has answered with 500
+        return Answer(500, f"{type(error).__name__}: {error}".encode())
+
+
+def refusals(found: Sequence[tuple[Request, Answer]]) -> str:
+    """What was refused, for a log."""
+    return "; ".join(f"{request.path} {answer.status}: {answer.body[:200]!r}" for request, answer in found)

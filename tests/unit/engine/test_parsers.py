@@ -1,0 +1,108 @@
+"""Which parsers are selected for which models, and that vLLM has them all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tandem.engine.parsers import (
+    DEEPSEEK_CALLS,
+    FALLBACK,
+    OPENS_THINKING,
+    REASONING_RULES,
+    TOOL_RULES,
+    explain_refusal,
+    read_parsers,
+    select_parsers,
+    takes_tools,
+)
+
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
+QWEN3 = TOOLS + "<tool_call>{}</tool_call>{% if not enable_thinking %}<think>\n</think>{% endif %}"
+TOKENS = '"<tool_call>" "</tool_call>" "<think>" "</think>" "<|python_tag|>" "[TOOL_CALLS]"'
+
+REGISTRY = """
+import json
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+print(json.dumps([ToolParserManager.list_registered(), ReasoningParserManager.list_registered()]))
+"""
+
+
+def test_vllm_has_every_parser_that_may_be_selected() -> None:
+    done = subprocess.run([sys.executable, "-c", REGISTRY], capture_output=True, text=True, timeout=120, check=True)
+    tools, reasoning = json.loads(done.stdout.strip().rpartition("\n")[2])
+    assert {rule.parser for rule in TOOL_RULES} | {FALLBACK} <= set(tools)
+    assert {rule.parser for rule in (*REASONING_RULES, OPENS_THINKING)} <= set(reasoning)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "template", "tool", "reasoning"),
+    [
+        ("qwen2", TOOLS + "<tool_call>", "hermes", None),
+        ("qwen3", QWEN3, "hermes", "qwen3"),
+        ("qwen3_moe", TOOLS + "<tool_call><function=", "qwen3_coder", None),
+        ("llama", TOOLS + "<tool_call>", "hermes", None),
+        ("llama", TOOLS + "<|python_tag|>", "llama3_json", None),
+        ("llama", TOOLS + '{"name": function name, "parameters": {}}', "llama3_json", None),
+        ("llama4", TOOLS, "llama4_pythonic", None),
+        ("mistral", TOOLS + "[TOOL_CALLS]", "mistral", None),
+        ("gpt_oss", TOOLS, "openai", "openai_gptoss"),
+        ("deepseek_v3", TOOLS + DEEPSEEK_CALLS + "```json", None, None),
+        ("granitemoehybrid", TOOLS + "<tool_call>", "granite4", None),
+        ("glm4_moe", TOOLS + "<tool_call><arg_key><think>", "glm47", "glm45"),
+        ("qwen2", "{% if add_generation_prompt %}<think>\n{% endif %}", None, "deepseek_r1"),
+        ("novel", TOOLS, FALLBACK, None),
+        ("llama", "{{ messages }}", None, None),
+    ],
+)
+def test_a_model_gets_the_parsers_of_its_format(
+    model_type: str, template: str, tool: str | None, reasoning: str | None
+) -> None:
+    found = select_parsers(model_type, template, TOKENS)
+    # DeepSeek's tokens are not among these: a parser that needs them would refuse every request.
+    assert (found.tool, found.reasoning) == (tool if "deepseek" not in model_type else FALLBACK, reasoning)
+    assert found.tool_reason and found.reasoning_reason and found.chat
+
+
+def test_a_parser_whose_tokens_the_tokenizer_lacks_is_not_selected() -> None:
+    template = TOOLS + DEEPSEEK_CALLS
+    assert select_parsers("deepseek_v3", template, json.dumps(DEEPSEEK_CALLS)).tool == "deepseek_v31"
+    assert select_parsers("deepseek_v3", template + "```json", DEEPSEEK_CALLS).tool == "deepseek_v3"
+    assert select_parsers("llama", TOOLS + "<|python_tag|>", "").tool == FALLBACK
+    assert select_parsers("qwen3", QWEN3, "").reasoning is None
+
+
+def test_a_folder_is_read_wherever_its_template_is(tmp_path: Path) -> None:
+    assert (read_parsers(tmp_path).tool, read_parsers(tmp_path).chat) == (None, False)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    named = [{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": TOOLS + "<tool_call>"}]
+    for template in (TOOLS + "<tool_call>", named):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert read_parsers(tmp_path).tool == "hermes"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert read_parsers(tmp_path).tool is None
+    given = tmp_path / "given.jinja"
+    given.write_text(TOOLS)
+    assert read_parsers(tmp_path, str(given)).tool == read_parsers(tmp_path, TOOLS).tool == FALLBACK
+    (tmp_path / "tokenizer_config.json").write_text("{damaged")
+    (tmp_path / "config.json").write_text("[]")
+    assert read_parsers(tmp_path).chat
+
+
+def test_arguments_of_the_engine_decide_whether_tools_are_taken(tmp_path: Path) -> None:
+    assert not takes_tools(tmp_path, {})
+    assert takes_tools(tmp_path, {"tool_call_parser": "hermes"}) and takes_tools(tmp_path, {"chat_template": TOOLS})
+    (tmp_path / "chat_template.jinja").write_text(TOOLS)
+    assert takes_tools(tmp_path, {}) and not takes_tools(tmp_path, {"tool_call_parser": None})
+    assert not takes_tools(tmp_path, {"enable_auto_tool_choice": False})
+
+
+def test_a_refusal_of_tools_names_the_model_and_no_option_of_vllm() -> None:
+    said = explain_refusal('tool_choice="required" requires --tool-call-parser to be set', "tiny")
+    assert "'tiny' takes no tools" in said and "--" not in said
+    assert explain_refusal("Something else.", "tiny") == "Something else."

@@ -1,0 +1,54 @@
+"""Which requests warm an engine up, and what becomes of those that it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tandem.api.unknown_fields import unknown_fields
+from tandem.engine.warm_up import BATCH, RANK_HEADER, WarmUp, warm_up, waves
+
+ALL = WarmUp(model="m", tasks=("generate",), chat=True, tools=True, prompt_logprobs=True)
+
+
+def test_the_first_sampled_request_is_alone_and_every_kind_follows() -> None:
+    first, *rest = waves(ALL)
+    assert [request.body["temperature"] for request in first] == [1.0] and "n" not in first[0].body
+    fields = {field for wave in rest for request in wave for field in request.body}
+    assert fields >= {
+        "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "logprobs",
+        "prompt_logprobs", "logit_bias", "bad_words", "n", "stream", "response_format", "tools",
+    }  # fmt: skip
+    assert BATCH in {request.body.get("n") for wave in rest for request in wave}
+    for wave in waves(ALL):
+        for request in wave:
+            assert not unknown_fields(request.path, request.body)
+
+
+def test_what_a_model_lacks_is_not_asked_of_it() -> None:
+    plain = [r for wave in waves(WarmUp(model="m", tasks=("generate",))) for r in wave]
+    assert {request.path for request in plain} == {"/v1/completions"}
+    assert not any("prompt_logprobs" in request.body for request in plain)
+    assert [r.path for r in waves(WarmUp(model="m", tasks=("embed", "score")))[0]] == ["/v1/embeddings", "/v1/score"]
+
+
+def test_a_refusal_and_a_failure_stop_nothing_and_are_told() -> None:
+    came: list[tuple[str, str | None]] = []
+
+    async def answer(request: HttpRequest) -> Response:
+        body: Any = await request.json()
+        came.append((request.url.path, request.headers.get(RANK_HEADER)))
+        if "seed" in body:
+            raise RuntimeError("The test's own.")
+        return JSONResponse({}, status_code=400 if "logit_bias" in body else 200)
+
+    app = Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])
+    what = WarmUp(model="m", tasks=("generate",), ranks=2)
+    refused = asyncio.run(warm_up(app, what))
+    assert sorted(answer.status for _, answer in refused) == [400, 400, 500, 500]
+    assert len(came) == 2 * sum(map(len, waves(what))) and {rank for _, rank in came} == {"0", "1"}
