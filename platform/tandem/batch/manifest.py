@@ -17,7 +17,7 @@ from tandem.errors import ConfigError
 FORMAT = 2
 FORMATS = (1, 2)
 """Those that can be gone on with: in the first, pieces were divided by rows only."""
-DECIDING = ("model", "engine", "request", "engine_args")
+DECIDING = ("model", "engine", "request", "engine_args", "chat")
 """Settings that the answers depend on."""
 
 
@@ -82,9 +82,11 @@ class Manifest:
     def check_settings(self, config: BatchConfig) -> None:
         """ConfigError if the answers would be others than those that are there."""
         for key, now in _deciding(config).items():
-            if self.settings[key] != now:
+            # Runs of before had no `chat`, and asked prompts as they are.
+            before = self.settings.get(key, False)
+            if before != now:
                 raise ConfigError(
-                    f"The run in {config.output} has {key} = {self.settings[key]!r}, and this one {now!r}. Give it that again to "
+                    f"The run in {config.output} has {key} = {before!r}, and this one {now!r}. Give it that again to "
                     "go on, or choose another output."
                 )
         if config.rows_per_piece not in (None, self.rows_per_piece):

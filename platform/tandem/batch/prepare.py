@@ -64,7 +64,7 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
         )
     names = Names(config, Registry.open(), before.models if before else {})
     size = PieceSize(config.rows_per_piece) if config.rows_per_piece else None
-    asked = survey(files, names, config.request, before.size if before else size, tell)
+    asked = survey(files, names, config.request, before.size if before else size, tell, chat=config.chat)
     manifest = Manifest.of(config, asked, names)
     if before is not None:
         before.check_input(manifest)

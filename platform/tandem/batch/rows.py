@@ -45,6 +45,11 @@ class Ask:
     plain: bool
     """Whether the row was no request in OpenAI's format; then its answer has its text beside the response."""
 
+    @property
+    def is_bare_prompt(self) -> bool:
+        """Whether it is a plain row's prompt, which no chat template is applied to."""
+        return self.plain and self.path == PLAIN["prompt"]
+
 
 def parse(raw: bytes) -> dict[str, Any]:
     """The row's JSON object."""
@@ -57,8 +62,11 @@ def parse(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ask:
-    """The request in a row, with `defaults` for fields that it lacks."""
+def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool = False) -> Ask:
+    """The request in a row, with `defaults` for fields that it lacks.
+
+    With `chat` the `prompt` of a plain row is a user's message. Raises BadRowError with the reason if there is no request in it.
+    """
     custom_id = row.get("custom_id")
     if isinstance(custom_id, int) and not isinstance(custom_id, bool):
         custom_id = str(custom_id)  # a column of numbers is as good a name
@@ -69,7 +77,7 @@ def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ask:
         if not isinstance(body, dict):
             raise BadRowError(f"body is {_named(body)}; it must be the request, a JSON object.")
     else:
-        path, body = _plain(row)
+        path, body = _plain(row, chat)
         plain = True
     # A plain row may be a table's, with columns that are nobody's fields; they are not sent.
     unknown = unknown_fields(path, body)
@@ -113,7 +121,7 @@ def _path(row: Mapping[str, Any]) -> str:
     return str(url)
 
 
-def _plain(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _plain(row: Mapping[str, Any], chat: bool) -> tuple[str, dict[str, Any]]:
     fields = {key: value for key, value in row.items() if key != "custom_id"}
     if TEXTS in fields and not fields.keys() & PLAIN.keys():
         fields["prompt"] = fields.pop(TEXTS)
@@ -123,6 +131,12 @@ def _plain(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise BadRowError(f"It has {has}; a row has prompt, messages or input, or url and body as OpenAI's batches.")
     if len(found) > 1:
         raise BadRowError(f"It has {' and '.join(found)}; a row asks for one thing.")
+    if chat and found == ["prompt"]:
+        prompt = fields.pop("prompt")
+        if not isinstance(prompt, str):
+            raise BadRowError(f"prompt is {_named(prompt)}; as a message (`chat`) it must be text.")
+        fields["messages"] = [{"role": "user", "content": prompt}]
+        return PLAIN["messages"], fields
     return PLAIN[found[0]], fields
 
 

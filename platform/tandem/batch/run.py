@@ -41,6 +41,8 @@ class Progress:
     """Of these, rows that are published, those of earlier starts and those that were refused among them."""
     failed: int
     """Rows without an answer, as far as this start knows."""
+    found: int = 0
+    """Rows that an earlier start had published."""
     tokens: int = 0
     """Generated since this start."""
     answering_s: float = 0.0
@@ -79,7 +81,7 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
     found = _rows_in(run, [unit for unit in run.units if unit.name in published])
     failed = len(run.survey.refused)
     done, tokens, prompt_tokens, answering_s = found + failed, 0, 0, 0.0
-    tell(Progress(rows=rows, done=done, failed=failed))
+    tell(Progress(rows=rows, done=done, failed=failed, found=found))
     for number in range(len(run.bases)):
         before_s, first, last = answering_s, float("inf"), 0.0
         for told in _answers(run, number, [unit for unit in todo if unit.base == number]):
@@ -87,7 +89,7 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
             tokens, prompt_tokens = tokens + told["tokens"], prompt_tokens + told["prompt_tokens"]
             first, last = min(first, told["began"]), max(last, told["ended"])
             answering_s = before_s + last - first
-            tell(Progress(rows=rows, done=done, failed=failed, tokens=tokens, answering_s=answering_s))
+            tell(Progress(rows=rows, done=done, failed=failed, found=found, tokens=tokens, answering_s=answering_s))
     if (whole := _finished(run)) is not None:
         # Another command was at it too, and was done first.
         return whole
@@ -129,6 +131,7 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
         request=config.request,
         output=run.output,
         window_rows=config.window_rows,
+        chat=config.chat,
     )
     run.output.forget_deaths()
     rows = max(1, sum(unit.piece.rows for unit in todo) // len(todo))

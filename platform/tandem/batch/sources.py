@@ -170,7 +170,8 @@ def _known() -> str:
 
 def _near(place: Location) -> str:
     if isinstance(place, Path) and place.parent.is_dir():
-        return did_you_mean(place.name, [p.name for p in place.parent.iterdir()])
+        # Only what could be read would help.
+        return did_you_mean(place.name, [p.name for p in place.parent.iterdir() if p.is_dir() or _reader(p.name)])
     return ""
 
 

@@ -14,7 +14,7 @@ from tandem.batch.files import Lines
 from tandem.batch.lines import failed
 from tandem.batch.models import Names
 from tandem.batch.plan import Divider, Mark, Piece, PieceSize, piece_size
-from tandem.batch.rows import BadRowError, UnknownFieldError, parse, read_row
+from tandem.batch.rows import Ask, BadRowError, UnknownFieldError, parse, read_row
 from tandem.batch.sources import Row, rows_of
 from tandem.errors import DataError, RegistryError
 from tandem.ids import file_digest
@@ -35,6 +35,8 @@ class Survey:
     rows: int
     size: PieceSize
     """When a piece is full."""
+    bare_prompts: frozenset[str] = frozenset()
+    """Ids of the bases that plain rows ask with a `prompt`, which no chat template is applied to."""
 
 
 def survey(
@@ -43,21 +45,27 @@ def survey(
     request: Mapping[str, Any],
     size: PieceSize | None = None,
     tell: Callable[[int], None] = lambda rows: None,
+    *,
+    chat: bool = False,
 ) -> Survey:
     """Read all files; `tell` hears how many rows have come. `size` of a piece unset: by the size of the input.
+
+    `chat`: prompts of plain rows are messages.
 
     Raises DataError if there are none, if a file is damaged, or if a row has a field that no request has.
     """
     size = size or piece_size(sum(_size(file) for file in files))
     divider = Divider(size)
     bases: dict[str, None] = {}
+    bare: set[str] = set()
     refused = Lines()
     pieces: list[Piece] = []
 
     def asked(file: Location) -> Iterator[tuple[Mark, int, str | None]]:
         for row in rows_of(file):
             try:
-                base: str | None = _base(row, names, request)
+                ask = _ask(row, request, chat)
+                base: str | None = names.find(ask.model).base.id
             except UnknownFieldError as error:
                 raise DataError(f"{file} {row.where}: {error} No row has been answered.") from None
             except (BadRowError, RegistryError) as error:
@@ -65,6 +73,8 @@ def survey(
                 refused.add(failed(divider.rows, f"{file} {row.where}", str(error), row.raw).text)
             else:
                 bases[str(base)] = None
+                if ask.is_bare_prompt:
+                    bare.add(str(base))
             yield row.mark, len(row.raw), base
 
     for number, file in enumerate(files):
@@ -74,13 +84,13 @@ def survey(
     if not divider.rows:
         raise DataError(f"{', '.join(map(str, files[:3]))} has no rows.")
     digests = tuple(_digest(file) for file in files)
-    return Survey(tuple(files), digests, tuple(pieces), tuple(bases), refused, divider.rows, size)
+    return Survey(tuple(files), digests, tuple(pieces), tuple(bases), refused, divider.rows, size, frozenset(bare))
 
 
-def _base(row: Row, names: Names, request: Mapping[str, Any]) -> str:
+def _ask(row: Row, request: Mapping[str, Any], chat: bool) -> Ask:
     if row.problem is not None:
         raise BadRowError(row.problem)
-    return names.find(read_row(parse(row.raw), request).model).base.id
+    return read_row(parse(row.raw), request, chat=chat)
 
 
 def _size(file: Location) -> int:

@@ -26,10 +26,12 @@ class Work:
     """Fields for rows that lack them."""
     output: Output
     window_rows: int
+    chat: bool = False
+    """Whether prompts of plain rows are messages."""
 
     def ask(self, raw: bytes) -> tuple[Ask, Target]:
         """A row's request, and who answers it. Raises BadRowError, KeyError for a name that means nobody."""
-        ask = read_row(parse(raw), self.request)
+        ask = read_row(parse(raw), self.request, chat=self.chat)
         return ask, self.default if ask.model is None else self.targets[ask.model]
 
     def is_for_me(self, row: Row) -> bool:

@@ -25,6 +25,7 @@ from tandem.cli.shell import a_cluster, console, friendly_errors, quiet_driver, 
 from tandem.cluster import Cluster, authentication
 from tandem.config import BatchConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml
+from tandem.engine.parsers import read_template
 from tandem.errors import ClusterError
 from tandem.settings import export
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 batch_app = typer.Typer(no_args_is_help=True, help="Answer a file of prompts.")
 
+ROWS_FAILED = 3
+"""Exit status of a run that ended well and has rows without an answer."""
 CPUS = 8
 """Logical CPUs of a local cluster; of more replicas as many as they take."""
 
@@ -50,16 +53,24 @@ def run_command(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="A folder, or a .jsonl; also by URI.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The run as YAML; options win over it.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat", help="Ask the `prompt` of plain rows as a user's message, through the chat template."),
+    ] = None,
     overrides: Annotated[
         list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: -s request.max_tokens=64")
     ] = [],  # noqa: B006  (typer copies it)
 ) -> None:
-    """Answer every row once. A run that was stopped, by whatever, goes on when the same command is given again."""
+    """Answer every row once. A run that was stopped, by whatever, goes on when the same command is given again.
+
+    Leaves with 3 if rows have no answer.
+    """
     with friendly_errors(), located(config, overrides):
         values = apply_overrides(read_yaml(config) if config else {}, overrides)
-        given = {"input": input_, "model": model, "output": output}
+        given = {"input": input_, "model": model, "output": output, "chat": chat}
         wanted = from_dict(BatchConfig, values | {key: value for key, value in given.items() if value is not None})
-        run_batch(wanted)
+        if run_batch(wanted).failed:
+            raise SystemExit(ROWS_FAILED)
 
 
 def run_batch(
@@ -93,6 +104,12 @@ def run_batch(
         run = prepare(config, tell)
     finally:
         status.stop()
+    for name in without_template(run):
+        console.print(
+            f"[yellow]Rows with `prompt` go to {escape(name)} as they are, without its chat template.[/] --chat (chat=True) asks "
+            "each as a user's message.",
+            soft_wrap=True,
+        )
     try:
         summary = _run(config, run)
     except (KeyboardInterrupt, SystemExit):
@@ -100,6 +117,12 @@ def run_batch(
         raise
     _say(summary)
     return summary
+
+
+def without_template(run: BatchRun) -> list[str]:
+    """Names of the bases that have a chat template and are asked by plain prompts, which go round it."""
+    asked = (spec for spec, _ in run.bases if spec.id in run.survey.bare_prompts and spec.path)
+    return [spec.name for spec in asked if read_template(Path(spec.path)) is not None]
 
 
 def _run(config: BatchConfig, run: BatchRun) -> Summary:
@@ -188,8 +211,12 @@ class _Bar:
         if self._found is None:
             # What an earlier start had done says nothing of how fast this one is, nor does the start of engines.
             self._found = now.done
-            if now.done:
-                self._progress.console.print(f"  [dim]·[/] {now.done:,} of {now.rows:,} rows are there already")
+            if now.found:
+                self._progress.console.print(f"  [dim]·[/] {now.found:,} of {now.rows:,} rows are there already")
+            if now.failed:
+                self._progress.console.print(
+                    f"  [dim]·[/] {now.failed:,} of {now.rows:,} rows cannot be asked; why will be in the errors"
+                )
             self._progress.update(self._task, completed=now.done)
             return
         past, rows = now.answering_s, now.done - self._found

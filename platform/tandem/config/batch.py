@@ -28,6 +28,8 @@ class BatchConfig(ReplicaConfig):
     """A folder, or a file that ends in .jsonl, which every node sees at that path; also by URI."""
     request: dict[str, Any] = field(default_factory=dict)
     """Fields for rows that lack them, by OpenAI's and vLLM's names: max_tokens, temperature, ..."""
+    chat: bool = False
+    """Whether the `prompt` of a plain row is asked as a user's message, through the model's chat template."""
     rows_per_piece: int | None = None
     """Rows that are published together, and so lost together; unset: about 4,000, each of at most 65,536 rows and 64 MiB."""
     window_rows: int = 2048

@@ -65,7 +65,7 @@ def _open(source: str) -> Corpus:
         found = _record_files(path)
         return Records.of(found) if found is not None else TextFolder(path)
     if not path.exists():
-        near = [*BUILT_IN, *(p.name for p in path.parent.iterdir())] if path.parent.is_dir() else list(BUILT_IN)
+        near = [*BUILT_IN, *_readable(path.parent)] if path.parent.is_dir() else list(BUILT_IN)
         raise DataError(
             f"No corpus at {source}.{did_you_mean(path.name, near)} Give a file ({suffixes}), a folder of such files, or one of "
             f"{', '.join(BUILT_IN)}."
@@ -75,6 +75,11 @@ def _open(source: str) -> Corpus:
     if path.suffix in TEXT_SUFFIXES:
         return TextFile(path)
     raise DataError(f"{source} is a {path.suffix or 'file without suffix'}; known are {suffixes}.")
+
+
+def _readable(folder: Path) -> list[str]:
+    """Names in a folder of what can be a source."""
+    return [p.name for p in folder.iterdir() if p.is_dir() or p.suffix in TEXT_SUFFIXES or reader_of(p) is not None]
 
 
 def pull_files(source: str) -> DatasetFiles:

@@ -81,3 +81,20 @@ def test_a_number_may_name_a_row() -> None:
 
 def test_where_a_cache_lies_is_not_a_rows_to_say() -> None:
     assert read_row({"prompt": "a", "kv_transfer_params": {"host": "x"}}, {}).body == {"prompt": "a"}
+
+
+def test_with_chat_a_plain_prompt_is_a_users_message_and_other_rows_are_as_before() -> None:
+    ask = read_row({"prompt": "a", "max_tokens": 3}, {}, chat=True)
+    assert (ask.path, ask.plain) == ("/v1/chat/completions", True)
+    assert ask.body == {"max_tokens": 3, "messages": [{"role": "user", "content": "a"}]}
+    assert read_row({"text": "a"}, {}, chat=True).body == {"messages": [{"role": "user", "content": "a"}]}
+    for row in ({"input": "a"}, {"url": "/v1/completions", "body": {"prompt": "a"}}):
+        assert read_row(row, {}, chat=True) == read_row(row, {})
+    with pytest.raises(BadRowError, match="prompt is a list; as a message .* it must be text"):
+        read_row({"prompt": [1, 2]}, {}, chat=True)
+
+
+def test_only_a_plain_prompt_goes_round_the_chat_template() -> None:
+    assert read_row({"prompt": "a"}, {}).is_bare_prompt
+    assert not read_row({"prompt": "a"}, {}, chat=True).is_bare_prompt
+    assert not read_row({"url": "/v1/completions", "body": {"prompt": "a"}}, {}).is_bare_prompt

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from small_folders import small_model
 from typer.testing import CliRunner
 
 import tandem
 from tandem.batch.run import Progress
 from tandem.cli import batch
 from tandem.cli.main import app
+from tandem.errors import ConfigError
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -47,11 +49,12 @@ def test_a_config_is_a_file_whose_values_options_win_over(rows: Path, tmp_path: 
     assert status == 2 and "run.yaml line 5" in said
     config.write_text(config.read_text().replace("window: 3\n", ""))
     status, said = run("-c", str(config), "-m", "parrot")
-    assert status == 0 and "0 of 2 rows answered" in said and "2 rows have no answer; why is in" in said
+    assert status == 3 and "0 of 2 rows answered" in said and "2 rows have no answer; why is in" in said
+    assert "already" not in said
     assert (tmp_path / "y.jsonl").read_text() == ""
     assert (tmp_path / "y.errors.jsonl").read_text().count("\n") == 2
     status, said = run("-c", str(config), "-m", "parrot")
-    assert status == 0 and "0 of 2 rows answered, as before" in said
+    assert status == 3 and "0 of 2 rows answered, as before" in said
     status, said = run("-c", str(config))
     assert status == 2 and "has model = 'parrot', and this one 'other'" in said
 
@@ -67,9 +70,50 @@ def test_where_there_is_no_terminal_progress_is_said_ten_times_at_most(monkeypat
     monkeypatch.setattr(batch, "console", Console(file=out, width=100, color_system=None))
     prepared: Any = SimpleNamespace(survey=SimpleNamespace(rows=1000))
     with batch._Bar(prepared) as bar:
-        bar.tell(Progress(rows=1000, done=200, failed=0))
+        bar.tell(Progress(rows=1000, done=200, failed=2, found=198))
         for done in range(200, 1001, 5):
             bar.tell(Progress(rows=1000, done=done, failed=done // 500, tokens=done))
     lines = [line for line in out.getvalue().splitlines() if "·" in line]
-    assert "200 of 1,000 rows are there already" in lines[0]
-    assert 8 <= len(lines) <= 11 and "1,000 of 1,000 rows" in lines[-1] and "2 failed" in lines[-1]
+    assert "198 of 1,000 rows are there already" in lines[0]
+    assert "2 of 1,000 rows cannot be asked" in lines[1]
+    assert 9 <= len(lines) <= 12 and "1,000 of 1,000 rows" in lines[-1] and "2 failed" in lines[-1]
+
+
+def test_a_fresh_run_says_nothing_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(batch, "console", Console(file=out, width=100, color_system=None))
+    prepared: Any = SimpleNamespace(survey=SimpleNamespace(rows=20))
+    with batch._Bar(prepared) as bar:
+        bar.tell(Progress(rows=20, done=2, failed=2))
+    assert "already" not in out.getvalue() and "2 of 20 rows cannot be asked" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "options", "warned"),
+    [
+        ("{{ messages }}", '{"prompt": "a"}', [], True),
+        ("{{ messages }}", '{"prompt": "a"}', ["--chat"], False),
+        ("{{ messages }}", '{"messages": [{"role": "user", "content": "a"}]}', [], False),
+        ("{{ messages }}", '{"url": "/v1/completions", "body": {"prompt": "a"}}', [], False),
+        (None, '{"prompt": "a"}', [], False),
+    ],
+)
+def test_plain_prompts_for_a_model_with_a_chat_template_are_warned_of(
+    tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    template: str | None, rows: str, options: list[str], warned: bool,
+) -> None:  # fmt: skip
+    model = small_model(tmp_path / "talker")
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    # What comes after would start a cluster.
+    monkeypatch.setattr(batch, "_run", lambda config, run: (_ for _ in ()).throw(ConfigError("no further")))
+    _, said = run("-i", str(tmp_path / "rows.jsonl"), "-m", str(model), "-o", str(tmp_path / "out"), *options)
+    assert ("go to talker as they are, without its chat template. --chat" in said) == warned
+    assert "no further" in said
+
+
+def test_a_file_that_cannot_be_read_is_not_suggested(tandem_home: Path, tmp_path: Path) -> None:
+    (tmp_path / "openapi.json").write_text("{}")
+    status, said = run("-i", str(tmp_path / "openapi.jso"), "-m", "parrot", "-o", str(tmp_path / "out"))
+    assert status == 1 and "No input at" in said and "Did you mean" not in said
