@@ -271,8 +271,6 @@ def test_errors_name_the_field_and_nothing_of_the_server(served: Served) -> None
 def test_a_refused_message_leaves_no_traceback_in_the_log(served: Served, cluster: LocalCluster) -> None:
     with pytest.raises(anthropic.BadRequestError):
         served.anthropic().messages.create(**MESSAGE | {"messages": [{"role": "user", "content": "cat " * 3000}]})
-    with pytest.raises(anthropic.BadRequestError):
-        served.anthropic().messages.create(**MESSAGE | {"tools": [{"name": "a b", "input_schema": {"type": 5}}]})
     logs = cluster.folder / "ray" / "session_latest" / "logs"
     texts = [path.read_text(errors="replace") for path in logs.glob("worker-*")]
     assert texts and not [text for text in texts if "Error in create_messages" in text]

@@ -66,7 +66,10 @@ def remember(config: ServeConfig) -> None:
 
 
 def remembered(app: str) -> ServeConfig | None:
-    """What a running app was made from; None if `remember` was not the last to be told, as after Ray's `serve deploy`."""
+    """What a running app was made from; None if that is not known, or Ray's `serve deploy` has changed the app since.
+
+    A `serve.run` of another program over the same app is not noticed: Serve keeps the time of the first.
+    """
     kept = internal_kv._internal_kv_get(_key(app), namespace=KEPT)
     record = json.loads(kept) if kept else {}
     if not record or record["deployed_at"] != _details(app).get("last_deployed_time_s"):
