@@ -113,20 +113,6 @@ def test_a_tool_call_is_valid(served: Served, choice: Any, stream: bool) -> None
     check_weather(call.function.arguments)
 
 
-def test_a_function_is_called_as_instructor_asks_for_it(served: Served) -> None:
-    # What instructor sends in its mode TOOLS: one function, by name, and an answer that must parse strictly.
-    tool = {
-        "type": "function",
-        "function": {"name": "Trip", "description": "Trip", "parameters": Trip.model_json_schema()},
-    }
-    choice = {"type": "function", "function": {"name": "Trip"}}
-    asked: Any = GREEDY | {"tools": [tool], "tool_choice": choice, "max_tokens": 80}
-    message = served.client().chat.completions.create(**asked).choices[0].message
-    (call,) = message.tool_calls
-    assert call.type == "function" and call.function.name == "Trip"
-    assert isinstance(Trip.model_validate_json(call.function.arguments, strict=True), Trip)
-
-
 def test_a_tool_that_may_be_called_need_not_be(served: Served) -> None:
     answer = served.client().chat.completions.create(**GREEDY, tools=[WEATHER], tool_choice="auto")
     assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls

@@ -1,4 +1,4 @@
-"""What people put on top of the APIs: LangChain and LiteLLM, as they come."""
+"""What people put on top of the APIs: LangChain, LiteLLM and instructor, as they come."""
 
 from __future__ import annotations
 
@@ -44,6 +44,15 @@ def test_langchain_chats_streams_parses_and_calls_tools(served: Served) -> None:
 
     responses = ChatOpenAI(model="red", max_tokens=16, use_responses_api=True, **settings)
     assert responses.invoke(ASK).text == answer.content
+
+
+def test_instructor_gets_an_object_by_a_tool_call(served: Served) -> None:
+    import instructor
+
+    client = instructor.from_openai(served.client(), mode=instructor.Mode.TOOLS)
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": ASK}], "temperature": 0, "max_tokens": 80}
+    trip = client.chat.completions.create(model="tiny", response_model=Trip, max_retries=0, **asked)
+    assert isinstance(trip, Trip)
 
 
 def test_langchain_embeds(pooled: Pooled) -> None:

@@ -35,6 +35,9 @@ def test_the_commands_change_what_is_served_and_let_streams_end(tmp_path: Path) 
         mark = cluster_mark(home)
         again = tandem("serve", "up", "-c", str(config), "--port", str(port), home=home)
         assert again.returncode and "`tandem serve deploy` changes it" in again.stdout
+        # No address is given: it is that of this home's app.
+        said = tandem("chat", "hello", home=home, TANDEM_API_URL=None, TANDEM_PORT=None)
+        assert said.returncode == 0 and "hello" in said.stdout, said.stdout
         with SteadyLoad(f"http://127.0.0.1:{port}", "parrot") as load:
             load.wait_for(4)
             newer = write(tmp_path / "newer.yaml", **{**ECHO, "model": "parrot@2"})
