@@ -17,7 +17,8 @@ LONG = "the cat sat on the mat and the dog ran over the hill " * 12
 TOKENS = 12
 KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0},
-    {"top_p": 0.9, "top_k": 5, "min_p": 0.05},
+    {"top_p": 0.9, "top_k": 5},
+    {"min_p": 0.05},
     {"seed": 3, "presence_penalty": 0.5, "repetition_penalty": 1.1},
     {"logprobs": 3, "temperature": 0.0},
     {"n": 3, "logprobs": 1},
@@ -157,7 +158,10 @@ def test_nothing_is_compiled_once_an_engine_is_ready(quick: dict[str, Any]) -> N
     # The first case began with an empty cache.
     assert any(name.endswith(".so") for name in quick[QUICK[0]]["compiled"])
     for name, result in quick.items():
-        assert result["sampled"] == [200] * len(SAMPLED) and not result["made"], (name, result["made"])
+        # vLLM has no min_p beside speculation.
+        refused = [kind for kind, status in zip(KINDS, result["sampled"], strict=True) if status != 200]
+        assert refused == ([{"min_p": 0.05}] if name == "ngram" else []), (name, refused)
+        assert not result["made"], (name, result["made"])
 
 
 def test_a_prompt_that_was_seen_before_is_not_computed_again(quick: dict[str, Any]) -> None:
