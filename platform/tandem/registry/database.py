@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import socket
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import StaticPool
 
 from tandem.errors import RegistryError, RegistryUnreachableError, StorageError
-from tandem.ids import digest
+from tandem.private import make_private_folder
 from tandem.registry.schema import REVISION, IdentityRow
 from tandem.storage import disk_errors
 
@@ -115,7 +114,7 @@ def connect(url: str) -> Engine:
             options = {"connect_args": {"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False}}
             if file := _file(parsed):
                 with disk_errors("creating the registry", file):
-                    file.parent.mkdir(parents=True, exist_ok=True)
+                    make_private_folder(file.parent)
             else:
                 options["poolclass"] = StaticPool  # one connection: each new one would be another empty database
         elif parsed.drivername == POSTGRESQL:
@@ -229,7 +228,10 @@ def _upgrade(connection: Connection) -> None:
 
 @contextlib.contextmanager
 def _migration_lock(engine: Engine) -> Iterator[None]:
-    """Held by the one process that migrates; a file lock except on PostgreSQL, where it reaches other machines."""
+    """Held by the one process that migrates: a file lock beside an SQLite file; on PostgreSQL its own, which reaches other nodes.
+
+    A database in memory is its process's alone.
+    """
     if engine.dialect.name == "postgresql":
         with engine.connect() as connection:
             connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
@@ -239,8 +241,10 @@ def _migration_lock(engine: Engine) -> Iterator[None]:
                 connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": ADVISORY_LOCK})
         return
     file = _file(engine.url)
-    name = f"tandem-{digest(str(engine.url))[:16]}.lock"
-    path = file.with_name(f"{file.name}.lock") if file else Path(tempfile.gettempdir()) / name
+    if file is None:
+        yield
+        return
+    path = file.with_name(f"{file.name}.lock")
     with disk_errors("creating the registry", path), path.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
