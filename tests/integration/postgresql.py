@@ -92,7 +92,9 @@ def postgresql(host: str = "127.0.0.1") -> Iterator[Server]:
             for path in (folder, folder / "password"):
                 shutil.chown(path, _account())
         initdb = [str(_binaries() / "initdb"), "-D", str(folder / "data"), "-U", USER, "-A", "scram-sha-256"]
-        more = ["--pwfile", str(folder / "password"), "--no-sync", "-E", "UTF8", "--locale=C"]
+        more = ["--pwfile", str(folder / "password"), "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"]
+        # A language's order of names, as databases usually have it: not that of code points.
+        more += ["--locale-provider=icu", "--icu-locale=en-US"]
         subprocess.run([*initdb, *more], check=True, stdout=subprocess.DEVNULL, cwd=folder, **_unprivileged())
         with (folder / "data" / "pg_hba.conf").open("a") as rules:
             rules.write("host all all samenet scram-sha-256\n")

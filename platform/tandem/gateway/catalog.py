@@ -112,6 +112,8 @@ class Catalog:
             raise ApiError(
                 400, f"`model` has {len(name)} characters; names here have {LONGEST_NAME} at most.", param="model"
             )
+        if not name.isprintable():
+            raise ApiError(400, "`model` has a character that no name has, such as a control character.", param="model")
         try:
             record = await self._ask(self._find, name)
         except UnknownVersionError as error:

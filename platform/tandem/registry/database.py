@@ -88,16 +88,33 @@ def upgrade(url: str) -> Upgraded:
     with database_errors(engine.url), engine.connect() as connection:
         identity = connection.execute(select(IdentityRow.id)).scalar_one()
     engine.dispose()
-    return Upgraded(shown=engine.url.render_as_string(hide_password=True), revision=REVISION, identity=identity)
+    return Upgraded(shown=shown(engine.url), revision=REVISION, identity=identity)
 
 
 def parse_url(url: str) -> URL:
     """The parsed URL, PostgreSQL's with its driver; RegistryError for a text that is none."""
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
-        raise RegistryError(f"{url!r} is not a database URL: {error}. Set TANDEM_DATABASE_URL to one.") from error
+    except (ArgumentError, ValueError) as error:
+        raise _not_a_url(url) from error
+    if "@" in (parsed.host or ""):
+        # The end of a password with an @ in it, taken for a part of the host.
+        raise _not_a_url(url)
     return parsed.set(drivername=POSTGRESQL) if parsed.drivername in ("postgresql", "postgres") else parsed
+
+
+def shown(url: URL) -> str:
+    """A URL for messages: without what may be a password, wherever it stands."""
+    query = {key: "***" if "password" in key.lower() else value for key, value in url.query.items()}
+    return url.set(query=query).render_as_string(hide_password=True)
+
+
+def _not_a_url(text: str) -> RegistryError:
+    # Whatever else is in it may be a password.
+    return RegistryError(
+        f"The database URL {text.partition(':')[0][:20]!r}... is not valid. Set TANDEM_DATABASE_URL to "
+        "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with characters such as @ and / in the password as %40 and %2F."
+    )
 
 
 def is_shared(url: str) -> bool:
@@ -132,7 +149,7 @@ def connect(url: str) -> Engine:
             }
         engine = create_engine(parsed, **options)
     except (ArgumentError, NoSuchModuleError) as error:
-        raise RegistryError(f"{url!r} is not a database URL: {error}. Set TANDEM_DATABASE_URL to one.") from error
+        raise _not_a_url(url) from error
     except OSError as error:
         raise RegistryError(
             f"The registry's folder cannot be made: {error}. Set TANDEM_HOME to another one."
@@ -155,12 +172,11 @@ def database_errors(url: URL) -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error)
-        shown = url.render_as_string(hide_password=True)
         if "disk is full" in reason:
-            raise StorageError(f"The disk is full while writing the registry {shown}. Free some space.") from error
+            raise StorageError(f"The disk is full while writing the registry {shown(url)}. Free some space.") from error
         kind = RegistryUnreachableError if isinstance(error, PASSING) else RegistryError
         raise kind(
-            f"The registry {shown} refused: {reason}. Check that it can be reached and written "
+            f"The registry {shown(url)} refused: {reason}. Check that it can be reached and written "
             "(TANDEM_HOME, or TANDEM_DATABASE_URL where that is set)."
         ) from error
 
@@ -200,20 +216,16 @@ def _revision(engine: Engine) -> str | None:
 
 
 def _missing(url: URL) -> str:
-    shown = url.render_as_string(hide_password=True)
     if url.get_backend_name() == "sqlite":
         return (
-            f"There is no registry at {shown} on {socket.gethostname()}. All nodes must use the same one: set "
+            f"There is no registry at {shown(url)} on {socket.gethostname()}. All nodes must use the same one: set "
             "TANDEM_DATABASE_URL to a PostgreSQL database."
         )
-    return f"The database {shown} has no registry in it yet. Run `tandem db upgrade`."
+    return f"The database {shown(url)} has no registry in it yet. Run `tandem db upgrade`."
 
 
 def _outdated(url: URL, found: str) -> str:
-    return (
-        f"The registry {url.render_as_string(hide_password=True)} is at schema {found} and this Tandem needs {REVISION}. Run "
-        "`tandem db upgrade`."
-    )
+    return f"The registry {shown(url)} is at schema {found} and this Tandem needs {REVISION}. Run `tandem db upgrade`."
 
 
 def _upgrade(connection: Connection) -> None:

@@ -16,10 +16,12 @@ Kind = Literal["model", "adapter"]
 class RegistryAddress:
     """What a process on any node needs to open one certain registry."""
 
-    url: str
+    url: str = field(repr=False)
     """SQLAlchemy's, with the password."""
     identity: str
-    """What the database must say of itself."""
+    """The database's own, drawn when it was made."""
+    node: str | None = None
+    """Address of the node that may open it, for a database that only one may; None: any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,11 @@ REVISION = "0003"
 NAME_LENGTH, ID_LENGTH = 96, 120
 
 
+def _name(length: int) -> String:
+    """Text that is ordered by code points on every database, as Python orders it: pages of a list depend on it."""
+    return String(length).with_variant(String(length, collation="C"), "postgresql")
+
+
 class UtcDateTime(TypeDecorator[datetime]):
     """An aware datetime, kept as UTC without a zone because SQLite has no zones."""
 
@@ -58,10 +63,10 @@ class NameRow(Base):
     __tablename__ = "registry_names"
     __table_args__ = (Index("ix_registry_names_kind", "kind", "name"),)
 
-    name: Mapped[str] = mapped_column(String(NAME_LENGTH), primary_key=True)
+    name: Mapped[str] = mapped_column(_name(NAME_LENGTH), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16))
     last_version: Mapped[int]
-    promoted: Mapped[str | None] = mapped_column(String(ID_LENGTH))
+    promoted: Mapped[str | None] = mapped_column(_name(ID_LENGTH))
     """Id of the version that the bare name means: the newest of its promotions that was not taken back. It is kept here so that
     resolving and listing read one row a name."""
 
@@ -76,15 +81,19 @@ class ModelRow(Base):
         Index("ix_registry_models_kind_revision", "kind", "revision"),
     )
 
-    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
-    name: Mapped[str] = mapped_column(ForeignKey("registry_names.name", name="fk_registry_models_name"))
+    id: Mapped[str] = mapped_column(_name(ID_LENGTH), primary_key=True)
+    name: Mapped[str] = mapped_column(
+        _name(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_models_name")
+    )
     version: Mapped[int]
     kind: Mapped[str] = mapped_column(String(16))
     path: Mapped[str] = mapped_column(String(4096))
     """A folder, or of an adapter in a store its URI."""
     digest: Mapped[str] = mapped_column(String(64))
     base: Mapped[str | None] = mapped_column(
-        ForeignKey("registry_models.id", name="fk_registry_models_base", ondelete="RESTRICT"), index=True
+        _name(ID_LENGTH),
+        ForeignKey("registry_models.id", name="fk_registry_models_base", ondelete="RESTRICT"),
+        index=True,
     )
     rank: Mapped[int | None]
     max_length: Mapped[int | None]
@@ -102,7 +111,9 @@ class PromotionRow(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     """In the order of promotion."""
-    name: Mapped[str] = mapped_column(ForeignKey("registry_names.name", name="fk_registry_promotions_name"))
+    name: Mapped[str] = mapped_column(
+        _name(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_promotions_name")
+    )
     version: Mapped[int]
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     taken_back: Mapped[bool]
@@ -114,6 +125,8 @@ class PinRow(Base):
 
     __tablename__ = "registry_pins"
 
-    target: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    target: Mapped[str] = mapped_column(_name(ID_LENGTH), primary_key=True)
     """An id, or a bare name: then whichever version it means."""
-    name: Mapped[str] = mapped_column(ForeignKey("registry_names.name", name="fk_registry_pins_name"), index=True)
+    name: Mapped[str] = mapped_column(
+        _name(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_pins_name"), index=True
+    )

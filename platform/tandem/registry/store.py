@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, cast
 
-from sqlalchemy import delete, func, select, tuple_, update
+from sqlalchemy import Engine, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from tandem.errors import RegistryError
@@ -22,7 +23,7 @@ from tandem.private import check_home
 from tandem.registry import names
 from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
-from tandem.registry.database import database_errors, open_database
+from tandem.registry.database import database_errors, open_database, shown
 from tandem.registry.folders import model_max_length
 from tandem.registry.records import Kind, ModelRecord, Promotion, RegistryAddress
 from tandem.registry.schema import ClockRow, IdentityRow, ModelRow, NameRow, PinRow
@@ -39,21 +40,40 @@ class Registry:
     """Models and adapters by name. Versions count from 1; a version never changes, and its id is never reused."""
 
     def __init__(self, url: str, *, identity: str | None = None) -> None:
-        """Open the database at an SQLAlchemy URL; RegistryError if that fails.
+        """The registry in the database at an SQLAlchemy URL.
 
-        An SQLite database is made or migrated if need be, a PostgreSQL one is not (`tandem db upgrade`). With `identity` nothing
-        is made anywhere, and the registry that is there must be that one.
+        Without `identity` it is opened now: an SQLite database is made or migrated if need be, a PostgreSQL one is not (`tandem
+        db upgrade`). With `identity` it is opened at its first use, nothing is ever made, and the registry that is there must be
+        that one. RegistryError if it cannot be opened, or is another one.
         """
         self.url = url
-        self._engine = open_database(url, create=None if identity is None else False)
-        with self._reading() as session:
-            self.identity: str = session.execute(select(IdentityRow.id)).scalar_one()
-        if identity is not None and identity != self.identity:
-            raise RegistryError(
-                f"The registry {self._engine.url.render_as_string(hide_password=True)} on {socket.gethostname()} is another "
-                f"({self.identity[:8]}) than the one expected ({identity[:8]}). All nodes must use the same one: set "
-                "TANDEM_DATABASE_URL to a PostgreSQL database."
-            )
+        self._opening = threading.Lock()
+        self._opened: Engine | None = None
+        self._identity = identity
+        if identity is None:
+            self._opened = open_database(url)
+            self._identity = _identity_of(self._opened)
+
+    @property
+    def identity(self) -> str:
+        """What tells this registry from every other one."""
+        assert self._identity is not None
+        return self._identity
+
+    @property
+    def _engine(self) -> Engine:
+        with self._opening:
+            if self._opened is None:
+                engine = open_database(self.url, create=False)
+                if (found := _identity_of(engine)) != self._identity:
+                    engine.dispose()
+                    raise RegistryError(
+                        f"The registry {shown(engine.url)} on {socket.gethostname()} is another ({found[:8]}) than the one "
+                        f"expected ({self.identity[:8]}). All nodes must use the same one: set TANDEM_DATABASE_URL to a "
+                        "PostgreSQL database."
+                    )
+                self._opened = engine
+            return self._opened
 
     @classmethod
     def open(cls) -> Registry:
@@ -73,7 +93,7 @@ class Registry:
 
     @classmethod
     def at(cls, address: RegistryAddress) -> Registry:
-        """The registry of an address, on any node; RegistryError if there is none or another one."""
+        """The registry of an address, on any node; opened, and compared with the address, at its first use."""
         return cls(address.url, identity=address.identity)
 
     def __reduce__(self) -> tuple[Callable[[RegistryAddress], Registry], tuple[RegistryAddress]]:
@@ -88,7 +108,8 @@ class Registry:
 
     def close(self) -> None:
         """Close the connections; the next call opens new ones."""
-        self._engine.dispose()
+        if self._opened is not None:
+            self._opened.dispose()
 
     def register_model(
         self, name: str, path: str | Path, *, lineage: Mapping[str, Any] | None = None, promote: bool = True
@@ -399,6 +420,11 @@ class Registry:
             with session.begin():
                 session.execute(update(ClockRow).values(revision=ClockRow.revision + 1))
                 yield session, session.execute(select(ClockRow.revision)).scalar_one()
+
+
+def _identity_of(engine: Engine) -> str:
+    with database_errors(engine.url), Session(engine) as session:
+        return session.execute(select(IdentityRow.id)).scalar_one()
 
 
 def local_folder(record: ModelRecord) -> Path:

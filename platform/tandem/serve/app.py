@@ -26,7 +26,7 @@ from tandem.serve.metrics import QueueMeter, added_latency
 from tandem.serve.placement import place
 from tandem.serve.policies import find_policy
 from tandem.serve.records import ServedModel, Snapshot
-from tandem.serve.replica import EngineReplica
+from tandem.serve.replica import EngineReplica, check_registry
 from tandem.serve.scaling import (
     GATEWAY_ENVIRONMENT,
     engine_options,
@@ -61,7 +61,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     find_policy(config.router.policy)
     check_shared(settings().registry_url)
     with Registry.open() as opened:
-        registry = opened.address
+        registry = address_of(opened)
         models = resolve_models(config, opened)
     held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
     placements = [place(pool.config, where) for pool, where in held]
@@ -70,7 +70,9 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
             *(engine_spec(pool, f"{where}.engine_args") for pool, where in held if pool.config.engine_args)
         )
     # Of directories there must be one: the old one ends first, and gateways go on with what they know.
-    directory = _deployment(Directory, "Directory", version_of(config.version), num_cpus=CONTROL_CPUS).bind()
+    directory = _deployment(Directory, "Directory", version_of(config.version, registry), num_cpus=CONTROL_CPUS).bind(
+        None, registry
+    )
     engines = [
         _deployment(
             EngineReplica,
@@ -123,7 +125,8 @@ class Gateway:
         self._admin = admin
 
     def __serve_build_asgi_app__(self) -> Any:
-        """Called by Serve in the replica."""
+        """Called by Serve in the replica. RegistryError where the app's registry cannot be used on this node."""
+        check_registry(self._registry, ray.util.get_node_ip_address())
         return importlib.import_module(GATEWAY).create_app(
             models=self._models,
             watch=self._watch,
@@ -158,6 +161,12 @@ def check_shared(registry_url: str) -> None:
             f"This cluster has {len(machines)} nodes ({', '.join(machines[:4])}), and the registry is an SQLite file, which only "
             "one may use. Set TANDEM_DATABASE_URL to a PostgreSQL database, and prepare that with `tandem db upgrade`."
         )
+
+
+def address_of(registry: Registry) -> RegistryAddress:
+    """What replicas open the registry by: an SQLite one on this node only, whatever nodes join the cluster later."""
+    alone = not is_shared(registry.url) and ray.is_initialized()
+    return replace(registry.address, node=ray.util.get_node_ip_address() if alone else None)
 
 
 def pinned(config: ServeConfig) -> ServeConfig:

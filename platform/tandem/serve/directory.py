@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tandem.registry import Registry, RegistryAddress
 from tandem.serve.listen import internal_port_on_node
-from tandem.serve.records import ReplicaRecord, Snapshot
+from tandem.serve.records import HeartbeatReply, ReplicaRecord, Snapshot
 
 HEARTBEAT_S = 1.0
 """How often a replica speaks, and a gateway hears of loads; changes travel at once."""
@@ -100,22 +101,39 @@ class Demand:
 class Directory:
     """The ledger as a Serve deployment: replicas call `heartbeat`, gateways call `watch` and `demand`."""
 
-    def __init__(self, wake: Callable[[str], Any] | None = None) -> None:
-        """`wake` asks for a replica of a deployment that has none; it is awaited, and called again only when it has ended."""
+    def __init__(self, wake: Callable[[str], Any] | None = None, registry: RegistryAddress | None = None) -> None:
+        """`wake` asks for a replica of a deployment that has none; it is awaited, and called again only when it has ended.
+
+        `registry` is followed for all replicas, which hear of its revision in answer to their heartbeats.
+        """
         self._ledger = Ledger()
         self._demand = Demand()
         self._began = time.monotonic()
         self._change = asyncio.Event()
         self._wake = wake or call_through_serve
         self._waking: dict[str, asyncio.Task[None]] = {}
+        self._revision: int | None = None
+        self._address = registry
+        self._following: asyncio.Task[None] | None = None
         if wake is None:
             internal_port_on_node()
 
-    async def heartbeat(self, record: ReplicaRecord) -> int:
-        """Take what a replica says of itself; how many requests wait for its like at the gateways."""
+    async def heartbeat(self, record: ReplicaRecord) -> HeartbeatReply:
+        """Take what a replica says of itself."""
+        if self._address is not None and self._following is None:
+            self._following = asyncio.create_task(self._follow(self._address))
         now = time.monotonic()
         self._note(self._ledger.hear(record, now))
-        return self._demand.of(record.deployment, now)
+        return HeartbeatReply(waiting=self._demand.of(record.deployment, now), registry_revision=self._revision)
+
+    async def _follow(self, address: RegistryAddress) -> None:
+        """Read the registry's revision every second; while the database does not answer, the last one stays."""
+        registry = Registry.at(address)
+        while True:
+            # In a thread: a database that hangs must not keep heartbeats from being heard.
+            with contextlib.suppress(Exception):
+                self._revision = await asyncio.to_thread(registry.revision)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def demand(self, gateway: str, waiting: dict[str, int]) -> None:
         """Take how many requests wait at a gateway, by deployment; a deployment without replicas is woken."""

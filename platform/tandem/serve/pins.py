@@ -1,4 +1,4 @@
-"""What the registry says of a replica's adapters: their files, and which of them the replica is to keep loaded."""
+"""The adapters that each replica of a base is to keep loaded, as the registry has them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ def ref_of(record: ModelRecord) -> AdapterRef:
 
 
 class Pins:
-    """Follows the pins of one base: one small query each time it is asked, and a second one after a change."""
+    """The pinned adapters of one base, read again when the registry has changed.
+
+    The directory follows the registry's revision for all replicas: a thousand of them hold no connection to the database, and ask
+    nothing of it while nothing changes.
+    """
 
     def __init__(self, base: str, registry: Callable[[], Registry]) -> None:
         self._base = base
         self._open = registry
-        self._registry: Registry | None = None
         self._revision: int | None = None
         self._known: list[AdapterRef] | None = None
 
-    def changed(self) -> list[AdapterRef] | None:
+    def is_behind(self, revision: int) -> bool:
+        """Whether the registry has changed since the last `read`; `revision` is the registry's count of changes now."""
+        return revision != self._revision
+
+    def read(self, revision: int) -> list[AdapterRef] | None:
         """The pinned adapters if they are others than at the last call, else None; RegistryError if the database fails."""
-        if self._registry is None:
-            self._registry = self._open()
-        revision = self._registry.revision()
-        if revision == self._revision:
-            return None
-        found = [ref_of(record) for record in self._registry.pinned(self._base) if not record.dora]
-        # A change that comes in between is seen at the next call: the revision is the one from before.
+        with self._open() as registry:
+            found = [ref_of(record) for record in registry.pinned(self._base) if not record.dora]
+        # A change that came after `revision` was read makes it another one, and is read again.
         self._revision = revision
         if found == (self._known or []):
             return None

@@ -106,6 +106,16 @@ class ReplicaRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeartbeatReply:
+    """The directory's answer to a replica's heartbeat."""
+
+    waiting: int
+    """Requests that wait at the gateways for a replica of its deployment."""
+    registry_revision: int | None = None
+    """The registry's count of changes; None: not known yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
     """All replicas at one moment."""
 

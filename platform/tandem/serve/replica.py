@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ray import serve
 
 from tandem.cluster import free_ports
 from tandem.engine.create import create_engine
-from tandem.errors import EngineError, RegistryUnreachableError
+from tandem.errors import EngineError, RegistryError, RegistryUnreachableError
 from tandem.reaper import Reaper
 from tandem.registry import Registry, RegistryAddress
 from tandem.serve.adapter_checks import AdapterChecks
@@ -28,7 +29,7 @@ from tandem.serve.logs import serve_log_kept
 from tandem.serve.pins import Pins
 from tandem.serve.placement import check_nodes, place
 from tandem.serve.progress import Progress
-from tandem.serve.records import ReplicaRecord, ServedModel, State
+from tandem.serve.records import HeartbeatReply, ReplicaRecord, ServedModel, State
 from tandem.serve.sigterm import drain_on_sigterm
 from tandem.serve.spec import engine_spec
 from tandem.serve.startup import Startup
@@ -53,7 +54,7 @@ class EngineReplica:
         self._model = model
         self._directory = directory
         self._drain_timeout_s = drain_timeout_s
-        self._held = 0
+        self._reply = HeartbeatReply(waiting=0)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._changed = asyncio.Event()
@@ -63,9 +64,9 @@ class EngineReplica:
         internal_port_on_node()
         loop = asyncio.get_running_loop()
         _check_placement(model)
-        if registry is not None:
-            await asyncio.to_thread(check_registry, registry)
         host = ray.util.get_node_ip_address()
+        if registry is not None:
+            await asyncio.to_thread(check_registry, registry, host)
         if model.config.prefill is not None:
             export(environment(host, free_ports(1)[0]), override=True)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
@@ -119,7 +120,7 @@ class EngineReplica:
             "kv_usage": stats.kv_usage,
             "ttft_s": stats.ttft_s,
             "max_running": stats.max_running,
-            "held": self._held,
+            "held": self._reply.waiting,
         }
 
     def woken(self) -> None:
@@ -175,20 +176,31 @@ class EngineReplica:
 
     async def _follow_pins(self) -> None:
         while self._pins is not None:
+            revision = self._reply.registry_revision
             # Where the registry does not answer, what was pinned stays so.
             with contextlib.suppress(Exception):
-                if (wanted := await asyncio.to_thread(self._pins.changed)) is not None:
+                behind = revision is not None and self._pins.is_behind(revision)
+                if behind and (wanted := await asyncio.to_thread(self._pins.read, revision)) is not None:
                     self._host.keep(wanted)
-            await asyncio.sleep(HEARTBEAT_S)
+            # All replicas hear of a change at once; they do not all ask at once.
+            await asyncio.sleep(HEARTBEAT_S * random.uniform(0.5, 1.5))
 
     async def _tell(self) -> None:
-        self._held = await self._directory.heartbeat.remote(self.record())
+        self._reply = await self._directory.heartbeat.remote(self.record())
 
 
-def check_registry(address: RegistryAddress) -> None:
-    """RegistryError where this node does not see the app's registry; one that does not answer now is asked again later."""
-    with contextlib.suppress(RegistryUnreachableError):
-        Registry.at(address).close()
+def check_registry(address: RegistryAddress, node: str) -> None:
+    """RegistryError where the app's registry cannot be used on this node; one that does not answer now is asked again later.
+
+    `node`: this node's address.
+    """
+    if address.node not in (None, node):
+        raise RegistryError(
+            f"The app's registry is an SQLite file for the node {address.node}, and this replica is on {node}. Set "
+            "TANDEM_DATABASE_URL to a PostgreSQL database (`tandem db upgrade` prepares it), and deploy the app again."
+        )
+    with contextlib.suppress(RegistryUnreachableError), Registry.at(address) as registry:
+        registry.revision()
 
 
 async def _answer(response: Any) -> Any:

@@ -99,7 +99,7 @@ async def test_a_model_without_replicas_is_woken_once_and_a_replica_hears_of_wha
     assert woken == ["engine-a"]
     up.set()
     await asyncio.sleep(0.01)
-    assert await directory.heartbeat(replace(A, deployment="engine-a")) == 4
+    assert (await directory.heartbeat(replace(A, deployment="engine-a"))).waiting == 4
     await directory.demand("g1", {"engine-a": 4})
     await asyncio.sleep(0.01)
     assert woken == ["engine-a"]
