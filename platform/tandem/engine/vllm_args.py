@@ -20,7 +20,7 @@ from typing import Any
 
 import vllm.config.quantization
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
-from vllm.config import VllmConfig
+from vllm.config import StructuredOutputsConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, make_arg_parser
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
@@ -83,10 +83,6 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
     except (Exception, SystemExit) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
         raise ConfigError(f"{spec.where}: vLLM refuses the settings of {spec.name} ({given}): {error}") from error
-    if "structured_outputs_config" not in spec.args:
-        # A weak model writes blanks between the parts of a JSON object without end (docs/adr/0023). vLLM's class allows this only
-        # for a named backend, but both that `auto` chooses from for JSON follow it, and the third ignores it.
-        config.structured_outputs_config.disable_any_whitespace = True
     if spec.max_adapters and not spec.gpus and config.model_config.is_moe:
         # With adapters on, vLLM routes tokens to experts by a kernel that its CPU build lacks, whatever the adapters adapt.
         raise ConfigError(
@@ -114,6 +110,8 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
         "enable_lora": spec.max_adapters > 0,
         # A fastapi schema of routes that nobody may reach is only start-up time.
         "disable_fastapi_docs": True,
+        # A weak model writes blanks between the parts of a JSON object without end (docs/adr/0023).
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
     }
     parsers = parsers_of(spec)
     if parsers.tool is not None and "enable_auto_tool_choice" not in spec.args:
