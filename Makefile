@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 # because pip would ask it for every other package too.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# cpu, for this machine and its tests; gpu, for nodes with NVIDIA GPUs.
-LOCK ?= cpu
+# cpu, for this machine and its tests; gpu, for nodes with NVIDIA GPUs. An environment keeps what it was made with.
+LOCK ?= $(if $(wildcard $(VENV)/.ready-gpu),gpu,cpu)
+READY := $(VENV)/.ready-$(LOCK)
 LOCKS := requirements/torch-cpu.lock requirements/$(LOCK).lock requirements/build.txt
 export OMP_NUM_THREADS ?= 1
 # The project's own runs need no hub, and fail at once where something would ask it; what users serve may.
@@ -20,16 +21,17 @@ quickstart test test-all: export HF_HUB_OFFLINE ?= 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.ready ## Make .venv and install the locked environment (LOCK=gpu on nodes with NVIDIA GPUs)
+setup: $(READY) ## Make .venv and install the locked environment (LOCK=gpu on nodes with NVIDIA GPUs)
 
-$(VENV)/.ready: $(LOCKS) pyproject.toml Makefile
+$(READY): $(LOCKS) pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("Python 3.11 is needed (the lock file is for it); $(PYTHON) is %d.%d. Set PYTHON=/path/to/python3.11" % v)'
+	@ls $(VENV)/.ready-* 2>/dev/null | grep -qv -- '-$(LOCK)$$' && rm -rf $(VENV) || true # of the other kind
 	@echo "Installing the locked $(LOCK) environment into $(VENV) (cpu: about 2 minutes, 4.3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test $(LOCK) != cpu || $(PIP) install --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r requirements/torch-cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
 	@PIP_CONSTRAINT=$(CURDIR)/requirements/build.txt $(PIP) install --no-deps --require-hashes -r requirements/$(LOCK).lock 2>.pip.log || { cat .pip.log; exit 1; }
 	@$(PIP) install --no-deps --no-build-isolation -e . 2>.pip.log || { cat .pip.log; exit 1; }
-	@rm -f .pip.log
+	@rm -f .pip.log $(VENV)/.ready-*
 	@touch $@
 
 quickstart: setup ## Train a small model on real text, fine-tune an adapter, serve both and ask them (ARGS=--exit ends it)

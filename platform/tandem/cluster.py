@@ -44,8 +44,8 @@ from tandem.reaper import KEEP_MARKS, Reaper, remove_shared_memory, shared_memor
 from tandem.storage import write_atomic
 
 MARK = "TANDEM_CLUSTER_MARK"
-PORTS = range(20000, 32000)
-"""Where a local cluster's ports are looked for."""
+PORTS = range(20000, 30000)
+"""Where a local cluster's ports are looked for; those above are of gateways on nodes (`node.GATEWAY_PORTS`)."""
 GATEWAY_PORTS = range(12000, 20000)
 """Where the ports of its gateways are."""
 BLOCK = 100

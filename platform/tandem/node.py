@@ -6,13 +6,16 @@ What the node writes lies below one private folder of this machine, `runtime_fol
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,7 +23,7 @@ import psutil
 from tandem import haproxy
 from tandem import settings as environment
 from tandem.cluster import MARK, authentication, end_marked, marked
-from tandem.errors import ClusterError
+from tandem.errors import ClusterError, ConfigError, UnsafePathError
 from tandem.private import check_private_folder, make_private_folder, read_private_file, remove_private_folder
 from tandem.reaper import KEEP_MARKS
 from tandem.storage import write_atomic
@@ -41,24 +44,50 @@ def runtime_folder() -> Path:
     or others may reach it: then what lies in it cannot be trusted.
     """
     folder = environment.settings().runtime_dir or Path(f"/tmp/tandem-{os.getuid()}")
-    make_private_folder(folder)
-    check_private_folder(folder)
+    try:
+        make_private_folder(folder)
+        check_private_folder(folder)
+    except (UnsafePathError, FileExistsError) as error:
+        raise UnsafePathError(f"{error} Or set TANDEM_RUNTIME_DIR to a folder of your own, on this machine.") from error
     return folder
 
 
 def start(arguments: Sequence[str]) -> None:
     """Run `ray start` with `arguments`; a node that this user started here before is ended first.
 
-    ClusterError with the end of Ray's output if it fails, or if this machine is to join a cluster and has no token for it.
+    With `--block` it returns when the node has ended. ClusterError with the end of Ray's output if it fails, if this machine is
+    to join a cluster and has no token for it, or if its ports are taken.
     """
+    # Ray's own would wait in the process that is given a time limit here.
+    block, arguments = "--block" in arguments, [each for each in arguments if each != "--block"]
     joining = "--head" not in arguments
     if joining and not any(each.split("=")[0] == "--address" for each in arguments):
         raise ClusterError("Say --head to start a cluster, or --address HOST:PORT of the head to join one.")
     if joining:
         require_token()
-    stop()
-    folder = runtime_folder()
+    check_filled_in()
     mark = secrets.token_hex(8)
+    with _changing() as folder:
+        _end_recorded()
+        check_ports()
+        _start(folder, mark, arguments)
+    watcher = [sys.executable, "-m", "tandem.node", mark]
+    if block:
+        try:
+            watch(mark)
+        finally:
+            _end(mark)
+        return
+    subprocess.Popen(
+        watcher,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _start(folder: Path, mark: str, arguments: Sequence[str]) -> None:
     variables = {
         **haproxy.serving_environment(folder, HAPROXY_PORTS, GATEWAY_PORTS),
         **authentication(),
@@ -90,33 +119,47 @@ def start(arguments: Sequence[str]) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        stop()
+        _end_recorded()
         raise ClusterError(
             f"`ray start` did not end within {START_TIMEOUT_S:.0f} s. Check that the head's address can be reached from here."
         ) from error
     if result.returncode:
-        stop()
+        _end_recorded()
         said = "\n".join(result.stdout.strip().splitlines()[-12:])
         raise ClusterError(f"`ray start` ended with status {result.returncode}. Ray said:\n{said}")
-    subprocess.Popen(
-        [sys.executable, "-m", "tandem.node", mark],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
 
 
 def watch(mark: str) -> None:
     """Wait until the node's raylet has ended, in whatever way, and end what it leaves: HAProxy and engines outlive it."""
-    raylets = [process for process in marked(mark) if process.name() == "raylet"]
-    while any(raylet.is_running() and raylet.status() != psutil.STATUS_ZOMBIE for raylet in raylets):
+    raylets = [process for process in marked(mark) if _is_raylet(process)]
+    while any(_is_raylet(raylet) for raylet in raylets):
         time.sleep(WATCH_S)
-    _end(mark)
+    with _changing():
+        _end(mark)
 
 
 def stop() -> int:
     """End every process of the node that this user started here; returns how many there were. Ray's logs stay."""
+    with _changing():
+        return _end_recorded()
+
+
+@contextlib.contextmanager
+def _changing() -> Iterator[Path]:
+    """The runtime folder, which no other process changes the node of for the length of a block."""
+    folder = runtime_folder()
+    with (folder / "node.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def _is_raylet(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _end_recorded() -> int:
     mark = _recorded_mark()
     if mark is None:
         return 0
@@ -140,6 +183,32 @@ def _recorded_mark() -> str | None:
         return str(json.loads(read_private_file(_record(runtime_folder())))["mark"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def check_filled_in() -> None:
+    """Refuse an environment that still has the placeholders of deploy/tandem.env.example."""
+    for name, value in (
+        ("TANDEM_HOME", environment.settings().home),
+        ("TANDEM_DATABASE_URL", environment.settings().database_url),
+    ):
+        if "<" in str(value or ""):
+            raise ConfigError(
+                f"{name} still has a placeholder (<...>). Fill in deploy/tandem.env, and start the node again."
+            )
+
+
+def check_ports() -> None:
+    """Refuse a machine where another user's node has the ports that HAProxy is to have."""
+    for port in HAPROXY_PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise ClusterError(
+                    f"Port {port} of this machine is taken, perhaps by a node of another user; a machine has room for one node. "
+                    "`ss -ltnp` shows who has it."
+                ) from error
 
 
 def require_token() -> None:

@@ -78,14 +78,14 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     with hosts(2, folder / "hosts", [shared]) as (head, worker), postgresql(f"{SUBNET}.1") as database:
-        environment = (REPOSITORY / "deploy" / "tandem.env").read_text()
+        environment = (REPOSITORY / "deploy" / "tandem.env.example").read_text()
         for pattern, value in (
             (
                 r"PATH=.*",
                 f"PATH={Path(sys.executable).parent}:$PATH\nPYTHONPATH={REPOSITORY / 'platform'}\nOMP_NUM_THREADS=1",
             ),
             (r"TANDEM_HOME=.*", f"TANDEM_HOME={shared / 'home'}"),
-            (r"TANDEM_DATABASE_URL=.*", f"TANDEM_DATABASE_URL={database.create('tandem')}"),
+            (r"TANDEM_DATABASE_URL=.*", f"TANDEM_DATABASE_URL='{database.create('tandem')}'"),
         ):
             environment = re.sub(rf"^{pattern}$", value, environment, flags=re.MULTILINE)
         (folder / "tandem.env").write_text(environment)

@@ -132,6 +132,16 @@ def test_a_schema_gives_an_object_of_its_type(served: Served) -> None:
         assert chunks.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
 
 
+def test_a_schema_that_xgrammar_lacks_is_answered_too(served: Served) -> None:
+    schema = {
+        "type": "object", "properties": {"n": {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 20}},
+        "required": ["n"], "additionalProperties": False,
+    }  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    answer = served.client().chat.completions.create(**GREEDY | {"max_tokens": 40}, response_format=form)
+    assert json.loads(answer.choices[0].message.content)["n"] % 5 == 0
+
+
 # ---- OpenAI: responses
 
 

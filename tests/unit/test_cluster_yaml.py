@@ -47,7 +47,11 @@ def test_every_node_starts_through_tandem_with_the_token_and_the_environment(fil
     assert "tandem node start --head --port=6379" in head
     assert worker == "tandem node start --address=$RAY_HEAD_IP:6379"
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
-    assert (REPOSITORY / config["file_mounts"]["~/.tandem.env"]).is_file()
+    environment = config["file_mounts"]["~/.tandem.env"]
+    assert (REPOSITORY / f"{environment}.example").is_file()
+    # It has a password in it: git does not know it, and a node has one copy, for its user alone.
+    assert environment in (REPOSITORY / ".gitignore").read_text().split() and environment in config["rsync_exclude"]
+    assert any("chmod 600 ~/.tandem.env" in command for command in config["setup_commands"])
     assert any("make setup" in command for command in config["setup_commands"])
 
 
@@ -72,14 +76,14 @@ def test_only_ssh_is_open_from_outside() -> None:
 
 
 def test_the_environment_file_is_read_by_a_shell(tmp_path: Path) -> None:
-    text = (REPOSITORY / "deploy" / "tandem.env").read_text()
+    text = (REPOSITORY / "deploy" / "tandem.env.example").read_text()
     file = tmp_path / "tandem.env"
     # As a user fills it in.
-    for placeholder, value in (("<user>", "me"), ("<password>", "secret"), ("<host>", "db")):
+    for placeholder, value in (("<user>", "me"), ("<password>", "se$cret&x;("), ("<host>", "db")):
         text = text.replace(placeholder, value)
     file.write_text(text)
     file.chmod(stat.S_IRUSR | stat.S_IWUSR)
-    script = f"set -eu -a; . {file}; echo $TANDEM_HOME $TANDEM_DATABASE_URL $RAY_ADDRESS $RAY_AUTH_MODE $RAY_TMPDIR"
+    script = f'set -eu -a; . {file}; echo $TANDEM_HOME "$TANDEM_DATABASE_URL" $RAY_ADDRESS $RAY_AUTH_MODE $RAY_TMPDIR'
     shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert shown[:4] == ["/shared/tandem", "postgresql://me:secret@db/tandem?sslmode=require", "auto", "token"]
+    assert shown[:4] == ["/shared/tandem", "postgresql://me:se$cret&x;(@db/tandem?sslmode=require", "auto", "token"]
     assert shown[4].startswith("/tmp/tandem-")

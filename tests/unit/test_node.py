@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from tandem import node
-from tandem.errors import ClusterError, UnsafePathError
+from tandem.cluster import free_ports, marked
+from tandem.errors import ClusterError, ConfigError, UnsafePathError
 
 
 @pytest.fixture
@@ -63,3 +67,97 @@ def test_a_node_that_is_told_of_no_head_is_refused(folder: Path) -> None:
 
 def test_stopping_where_nothing_runs_does_nothing(folder: Path) -> None:
     assert node.stop() == 0
+
+
+@pytest.mark.parametrize("name", ["TANDEM_HOME", "TANDEM_DATABASE_URL"])
+def test_an_environment_that_is_not_filled_in_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "postgresql://<user>:<password>@<host>/tandem")
+    with pytest.raises(ConfigError, match=rf"{name} still has a placeholder \(<\.\.\.>\)"):
+        node.start(["--head"])
+
+
+def test_a_port_that_another_node_has_is_named(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(node, "HAPROXY_PORTS", [port])
+            with pytest.raises(ClusterError, match=rf"Port {port} of this machine is taken"):
+                node.start(["--head"])
+
+
+def test_where_the_folder_cannot_be_used_another_one_can_be_named(folder: Path) -> None:
+    folder.symlink_to(folder.parent / "nowhere")
+    with pytest.raises(UnsafePathError, match="TANDEM_RUNTIME_DIR"):
+        node.runtime_folder()
+
+
+FAKE_RAY = """
+import subprocess, sys, time
+if "fail" in sys.argv:
+    print("no such head")
+    sys.exit(1)
+# A child that outlives this process, as a raylet does, and is called so.
+subprocess.Popen(["raylet", "-c", "import time; time.sleep(60)"], executable=sys.executable, stdout=subprocess.DEVNULL,
+                 stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, start_new_session=True)
+"""
+
+
+@pytest.fixture
+def fake_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray start` by a stand-in, on ports that are free."""
+    (tmp_path / "ray" / "scripts").mkdir(parents=True)
+    for place in ("ray/__init__.py", "ray/scripts/__init__.py"):
+        (tmp_path / place).write_text("")
+    (tmp_path / "ray" / "scripts" / "scripts.py").write_text(FAKE_RAY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(node, "HAPROXY_PORTS", free_ports(4))
+    monkeypatch.setattr(node.haproxy, "write_script", lambda folder: folder / "haproxy-edited")
+
+
+def test_a_node_that_is_started_again_ends_the_one_before_and_stop_leaves_nothing(folder: Path, fake_ray: None) -> None:
+    node.start(["--head"])
+    first = node._recorded_mark()
+    assert first and len(marked(first)) == 1
+    node.start(["--head"])
+    second = node._recorded_mark()
+    assert second and second != first and not marked(first) and len(marked(second)) == 1
+    assert node.stop() == 1
+    assert not marked(second) and not (folder / "tmp").exists() and node.stop() == 0
+
+
+def test_a_start_that_fails_leaves_nothing_and_says_what_ray_said(folder: Path, fake_ray: None) -> None:
+    with pytest.raises(ClusterError, match="ended with status 1. Ray said:\nno such head"):
+        node.start(["--head", "fail"])
+    assert node._recorded_mark() is None
+
+
+def test_the_watch_of_a_node_ends_what_its_raylet_left_and_not_the_next_node(folder: Path, fake_ray: None) -> None:
+    node.start(["--head"])
+    first = str(node._recorded_mark())
+    for process in marked(first):
+        process.kill()
+        process.wait(10)
+    node.start(["--head"])
+    second = str(node._recorded_mark())
+    node.watch(first)  # as the watcher of the first, which is late
+    assert node._recorded_mark() == second and (folder / "tmp").exists() and len(marked(second)) == 1
+    node.stop()
+
+
+def test_with_block_the_command_goes_on_until_the_node_has_ended(folder: Path, fake_ray: None) -> None:
+    def end() -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            mark = node._recorded_mark()
+            if mark and (found := marked(mark)):
+                found[0].kill()
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    node.start(["--head", "--block"])
+    thread.join()
+    assert node._recorded_mark() is None

@@ -67,7 +67,7 @@ def survey(
                 ask = _ask(row, request, chat)
                 base: str | None = names.find(ask.model).base.id
             except UnknownFieldError as error:
-                raise DataError(f"{file} {row.where}: {error} No row has been answered.") from None
+                raise DataError(f"{file} {row.where}: {error} Nothing has been started.") from None
             except (BadRowError, RegistryError) as error:
                 base = None
                 refused.add(failed(divider.rows, f"{file} {row.where}", str(error), row.raw).text)

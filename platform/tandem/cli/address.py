@@ -32,5 +32,5 @@ def _of_app() -> str | None:
     try:
         cluster = connect()
         return app_url(cluster, ServeConfig().app) if cluster else None
-    except TandemError:
+    except (TandemError, ConnectionError, RuntimeError):  # the latter are Ray's, of a dashboard that does not answer
         return None

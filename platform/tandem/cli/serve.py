@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -28,6 +29,8 @@ from tandem.settings import settings
 serve_app = typer.Typer(no_args_is_help=True, help="Serve models and adapters behind one OpenAI endpoint.")
 
 CPUS = 8
+WILDCARDS = ("0.0.0.0", "::", "*")
+"""Addresses that mean all of a machine's."""
 
 
 @serve_app.command("up")
@@ -90,7 +93,8 @@ def deploy_command(
                 running = remembered(wanted.app)
                 if running is None:
                     raise ClusterError(
-                        f"How {wanted.app} was started is not known: not by `tandem serve`. Name its models, or give --config."
+                        f"How {wanted.app} was started is not known: not by `tandem serve`, or by an older one. Name its "
+                        "models, or give --config."
                     )
                 wanted = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
             wanted = pinned(wanted)
@@ -192,7 +196,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
                 )
                 deploy(app, config.app, tell=console.print)
                 remember(config)
-            yield f"http://{'127.0.0.1' if listen.host == '0.0.0.0' else listen.host}:{port}/v1"
+            yield url_of(listen.host, port)
         finally:
             with uninterrupted():
                 # A cluster of our own ends as a whole a moment later, and much faster.
@@ -283,7 +287,17 @@ def app_url(cluster: Cluster, app: str) -> str | None:
     details = serve_details(cluster)
     if app not in details.get("applications", {}):
         return None
-    return f"http://{urlsplit(cluster.dashboard_url).hostname}:{details['http_options']['port']}/v1"
+    options = details["http_options"]
+    host = options.get("host") or "127.0.0.1"
+    if host in WILDCARDS:
+        host = urlsplit(cluster.dashboard_url).hostname or "127.0.0.1"
+    return url_of(host, options["port"])
+
+
+def url_of(host: str, port: int) -> str:
+    """The base URL, for clients of OpenAI's API, of a listener."""
+    host = "127.0.0.1" if host in WILDCARDS else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def _required_cluster() -> Cluster:
@@ -296,8 +310,14 @@ def _required_cluster() -> Cluster:
 
 
 def check_port(port: int, host: str = "127.0.0.1") -> None:
-    """Refuse a port that is taken, with the process that holds it."""
-    with closing(socket.socket()) as probe:
+    """Refuse a port that is taken, with the process that holds it, and an address that this machine does not have."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    except socket.gaierror as error:
+        raise ClusterError(
+            f"{host} is no address to listen on ({error.strerror}). Use 127.0.0.1, or 0.0.0.0 for all."
+        ) from error
+    with closing(socket.socket(family)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -307,7 +327,11 @@ def check_port(port: int, host: str = "127.0.0.1") -> None:
                 f"Port {port} may not be used by this user. Choose one above 1023: --port 8000."
             ) from error
         except OSError as error:
-            with closing(socket.socket()) as other:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ClusterError(
+                    f"{host} is no address of this machine, so nothing can listen on it. Use 127.0.0.1, or 0.0.0.0 for all."
+                ) from error
+            with closing(socket.socket(family)) as other:
                 other.bind((host, 0))
                 free = other.getsockname()[1]
             holder = port_holder(port) or "a process that has just ended"

@@ -83,6 +83,10 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
     except (Exception, SystemExit) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
         raise ConfigError(f"{spec.where}: vLLM refuses the settings of {spec.name} ({given}): {error}") from error
+    if "structured_outputs_config" not in spec.args and not _is_validated_again(config):
+        # vLLM takes the flag of `_chosen` only beside a named backend, but both that `auto` chooses from follow it: so schemas
+        # that xgrammar lacks are answered by the other.
+        config.structured_outputs_config.backend = "auto"
     if spec.max_adapters and not spec.gpus and config.model_config.is_moe:
         # With adapters on, vLLM routes tokens to experts by a kernel that its CPU build lacks, whatever the adapters adapt.
         raise ConfigError(
@@ -90,6 +94,11 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
             f"max_adapters is {spec.max_adapters}. Set models[].max_adapters to 0, or gpus_per_replica."
         )
     return config
+
+
+def _is_validated_again(config: VllmConfig) -> bool:
+    """Whether vLLM copies the configuration, and so validates it anew, while it loads parts of the model."""
+    return bool(config.speculative_config is not None or config.model_config.is_multimodal_model)
 
 
 def parsers_of(spec: EngineSpec) -> Parsers:

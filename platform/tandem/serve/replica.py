@@ -179,8 +179,9 @@ class EngineReplica:
             revision = self._reply.registry_revision
             # Where the registry does not answer, what was pinned stays so.
             with contextlib.suppress(Exception):
-                behind = revision is not None and self._pins.is_behind(revision)
-                if behind and (wanted := await asyncio.to_thread(self._pins.read, revision)) is not None:
+                if revision is None or not self._pins.is_behind(revision):
+                    pass
+                elif (wanted := await asyncio.to_thread(self._pins.read, revision)) is not None:
                     self._host.keep(wanted)
             # All replicas hear of a change at once; they do not all ask at once.
             await asyncio.sleep(HEARTBEAT_S * random.uniform(0.5, 1.5))

@@ -289,7 +289,7 @@ def test_an_unknown_field_is_an_error_before_anything_starts(registry: Registry,
         prepare(config(tmp_path, [{"prompt": "a"}], request={"max_token": 32}))
     chat = {"url": "/v1/completions", "body": {"prompt": "a", "zzz": 1}}
     for row, said in (({"prompt": "a", "temperatur": 1}, "did you mean 'temperature'"), (chat, "unknown field 'zzz'")):
-        with pytest.raises(DataError, match=f"rows.jsonl line 2: .*{said}.*No row has been answered"):
+        with pytest.raises(DataError, match=f"rows.jsonl line 2: .*{said}.*Nothing has been started"):
             prepare(config(tmp_path, [{"prompt": "a"}, row]))
     assert not (tmp_path / "out").exists()
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from tandem.cli.serve import check_listener, listener
+from tandem.cli.serve import check_listener, check_port, listener, url_of
 from tandem.cluster import free_ports
 from tandem.config import ListenConfig, ServeConfig
 from tandem.errors import ClusterError, ConfigError
@@ -28,6 +28,22 @@ def test_a_port_that_is_taken_is_refused() -> None:
         port = other.getsockname()[1]
         with pytest.raises(ClusterError, match=f"Port {port} is taken by"):
             listener(ServeConfig(listen=ListenConfig(port=port)))
+
+
+def test_an_address_that_cannot_be_listened_on_is_refused_in_words() -> None:
+    with pytest.raises(ClusterError, match=r"192\.0\.2\.7 is no address of this machine"):
+        check_port(8000, "192.0.2.7")
+    with pytest.raises(ClusterError, match="not a host is no address to listen on"):
+        check_port(8000, "not a host")
+
+
+def test_addresses_of_the_sixth_version_and_of_all_interfaces_work() -> None:
+    (port,) = free_ports(1)
+    for host in ("::1", "::", "0.0.0.0"):
+        check_port(port, host)
+    assert url_of("::1", 8000) == "http://[::1]:8000/v1"
+    assert url_of("::", 8000) == url_of("0.0.0.0", 8000) == "http://127.0.0.1:8000/v1"
+    assert url_of("10.0.0.5", 8000) == "http://10.0.0.5:8000/v1"
 
 
 def test_another_listener_than_the_running_one_is_refused_when_it_is_asked_for() -> None:
