@@ -399,14 +399,20 @@ def object_store_bytes() -> int:
 
 
 def end_marked(mark: str, grace_s: float = 4.0) -> None:
-    """End every process whose environment carries `mark`, politely first, then not; and remove their shared memory."""
+    """End every process whose environment carries `mark`: SIGTERM first, SIGKILL after `grace_s`.
+
+    Also removes the shared memory that libraries created in them after the first of these processes started.
+    """
     deadline = time.monotonic() + grace_s
     asked: set[int] = set()
     shared: set[str] = set()
+    started_s = time.time()
     while processes := marked(mark):
         force = time.monotonic() > deadline
         for process in processes:
             shared |= shared_memory(process.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started_s = min(started_s, process.create_time())
             if force or process.pid not in asked:
                 asked.add(process.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -415,7 +421,7 @@ def end_marked(mark: str, grace_s: float = 4.0) -> None:
         if time.monotonic() > deadline + grace_s:
             break
     if shared:
-        remove_shared_memory(shared)
+        remove_shared_memory(shared, started_s)
 
 
 def marked(mark: str) -> list[psutil.Process]:
