@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tandem.engine.wording import MAX_MESSAGE_CHARS
+
 FALLBACK = "pythonic"
 """For templates with tools in an unknown format: it needs no special tokens, leaves other text alone, and vLLM constrains a call
 that must be made (`required`, or a named function) to JSON of the tool's schema."""
@@ -185,7 +187,7 @@ def without_tools(model: str | None = None) -> str:
 
 def explain_refusal(message: str, model: str | None = None) -> str:
     """vLLM's words for tools at a model without a tool parser in ours; other messages as they are."""
-    return without_tools(model) if NO_TOOLS.search(message) else message
+    return without_tools(model) if NO_TOOLS.search(message, 0, MAX_MESSAGE_CHARS) else message
 
 
 def _tool_parser(model_type: str, template: str, tokenizer: str) -> tuple[str | None, str]:
