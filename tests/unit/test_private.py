@@ -36,7 +36,7 @@ def record(tandem_home: Path, tmp_path: Path) -> Path:
         "folder": str(tmp_path / "cluster"),
         "environment": {cluster.MARK: "m", "RAY_SERVE_HAPROXY_BINARY_PATH": "/tmp/x"},
     }
-    path = tandem_home / "cluster.json"
+    path = cluster.record_path()
     write_atomic(path, json.dumps(content), mode=0o600)
     return path
 
@@ -130,6 +130,29 @@ def test_a_record_of_another_user_is_refused(record: Path) -> None:
     os.chown(record, NOBODY, -1)
     with pytest.raises(UnsafePathError, match="belongs to"):
         cluster.running()
+
+
+@as_root
+def test_a_cluster_of_another_user_in_a_shared_home_is_not_this_users(record: Path) -> None:
+    for name in ("cluster.json", f"cluster-{NOBODY}.json"):
+        theirs = record.with_name(name)
+        theirs.write_text(record.read_text())
+        theirs.chmod(0o600)
+        os.chown(theirs, NOBODY, -1)
+    record.unlink()
+    assert cluster.recorded() is None and cluster.connect() is None
+
+
+def test_a_record_under_the_earlier_name_is_read_until_there_is_a_new_one(record: Path) -> None:
+    earlier = record.with_name("cluster.json")
+    write_atomic(earlier, record.read_text().replace('"m"', '"earlier"'), mode=0o600)
+    found = cluster.recorded()
+    assert found is not None and found.mark == "m"
+    record.unlink()
+    found = cluster.recorded()
+    assert found is not None and found.mark == "earlier"
+    found.stop()
+    assert not earlier.exists()
 
 
 def test_a_record_that_is_a_link_or_a_pipe_is_refused(record: Path) -> None:
