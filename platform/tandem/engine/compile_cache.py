@@ -1,8 +1,9 @@
 """Folder of compiled kernels: private, below TANDEM_HOME, one for each user and kind of CPU (docs/adr/0022).
 
 Code from these folders is loaded into engines, so nobody else may write there or replace one of them. In a home where others
-could, such as one that a group shares, the folder is `~/.cache/tandem/compile` instead. PyTorch's own default is a predictable name
-in the shared temporary folder. Kernels are compiled for the CPU that compiles them, and nodes of several kinds may share a home.
+could, such as one that a group shares, the folder is `~/.cache/tandem/compile` instead. PyTorch's own default is a predictable
+name in the shared temporary folder. Kernels are compiled for the CPU that compiles them, and nodes of several kinds may share a
+home.
 """
 
 from __future__ import annotations
