@@ -185,7 +185,7 @@ class LocalCluster(Cluster):
         remove_private_folder(self.folder)
         with contextlib.suppress(UnsafePathError):
             if (known := recorded()) and known.mark == self.mark:
-                record_path().unlink(missing_ok=True)
+                _existing_record_path().unlink(missing_ok=True)
         for name, value in self.environment.items():
             environment.forget(name, value)
         _stay_on_loopback(False)
@@ -202,18 +202,27 @@ def local_cluster(*, num_cpus: int | None = None) -> Iterator[LocalCluster]:
 
 
 def record_path() -> Path:
-    """Where the local cluster of this home is written down, for the next command to find."""
-    return environment.settings().root / "cluster.json"
+    """File that describes this user's local cluster to later commands; users who share a home have one each."""
+    return environment.settings().root / f"cluster-{os.geteuid()}.json"
+
+
+def _existing_record_path() -> Path:
+    """The record's path, or `cluster.json`, its earlier name, if this user has a record there only."""
+    path, earlier = record_path(), environment.settings().root / "cluster.json"
+    with contextlib.suppress(OSError):
+        if not os.path.lexists(path) and earlier.lstat().st_uid == os.geteuid():
+            return earlier
+    return path
 
 
 def recorded() -> LocalCluster | None:
-    """The local cluster that is written down in this home, whether it still answers or not.
+    """This user's local cluster by its record in this home, whether the cluster still answers or not.
 
-    Raises UnsafePathError if another user owns the record or can change it: it says what to execute and whom to send the
-    token to.
+    Raises UnsafePathError if another user owns the record or can change it: it names programs to execute and an address that
+    gets the token.
     """
     try:
-        record = json.loads(read_private_file(record_path()))
+        record = json.loads(read_private_file(_existing_record_path()))
         return LocalCluster(
             address=record["address"],
             dashboard_url=record["dashboard_url"],
@@ -399,14 +408,20 @@ def object_store_bytes() -> int:
 
 
 def end_marked(mark: str, grace_s: float = 4.0) -> None:
-    """End every process whose environment carries `mark`, politely first, then not; and remove their shared memory."""
+    """End every process whose environment carries `mark`: SIGTERM first, SIGKILL after `grace_s`.
+
+    Also removes the shared memory that libraries created in them after the first of these processes started.
+    """
     deadline = time.monotonic() + grace_s
     asked: set[int] = set()
     shared: set[str] = set()
+    started_s = time.time()
     while processes := marked(mark):
         force = time.monotonic() > deadline
         for process in processes:
             shared |= shared_memory(process.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started_s = min(started_s, process.create_time())
             if force or process.pid not in asked:
                 asked.add(process.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -415,7 +430,7 @@ def end_marked(mark: str, grace_s: float = 4.0) -> None:
         if time.monotonic() > deadline + grace_s:
             break
     if shared:
-        remove_shared_memory(shared)
+        remove_shared_memory(shared, started_s)
 
 
 def marked(mark: str) -> list[psutil.Process]:

@@ -41,6 +41,49 @@ def make_private_folder(path: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
+def make_shared_folder(path: Path, home: Path) -> None:
+    """Create `path` below `home`, with missing parents; where a group shares the home, each has the home's mode.
+
+    Folders that exist keep their modes.
+    """
+    shared = is_shared(home)
+    for folder in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+        with contextlib.suppress(FileExistsError):  # another process was first
+            folder.mkdir()
+            if shared:
+                folder.chmod(stat.S_IMODE(home.stat().st_mode))
+
+
+def is_shared(home: Path) -> bool:
+    """Whether a group shares this home on purpose: it can write there, and the set-group-id bit is set."""
+    try:
+        mode = home.stat().st_mode
+    except OSError:
+        return False
+    return bool(mode & stat.S_IWGRP and mode & stat.S_ISGID)
+
+
+def replaceable_parent(path: Path) -> Path | None:
+    """The parent of `path` where another user than root could rename or replace what is on the way to it; None: there is none.
+
+    Stricter than `check_private_folder`: members of a group count as other users. Parents that do not exist are left out.
+    """
+    found = None
+    for parent in path.parents:
+        try:
+            status = parent.stat()
+        except FileNotFoundError:
+            continue
+        if status.st_uid not in (0, os.geteuid()):
+            return parent
+        # In a folder with the sticky bit only the owner of an entry can rename or remove it.
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+            found = found or parent
+        elif not status.st_mode & (stat.S_IXGRP | stat.S_IXOTH):
+            found = None  # nobody else can reach the parents below this one
+    return found
+
+
 def check_private_folder(path: Path) -> None:
     """Raise UnsafePathError unless `path` is a real folder of this user that nobody else can enter, list or replace."""
     try:
@@ -95,8 +138,8 @@ def read_private_file(path: Path) -> str:
 def check_home(home: Path) -> str | None:
     """Create TANDEM_HOME with mode 0700 if it does not exist; otherwise see who can write there.
 
-    Raises UnsafePathError if every user of the machine can. Returns a warning if a group can, and the set-group-id bit does
-    not say that this is on purpose; None if there is nothing to say.
+    Raises UnsafePathError if every user of the machine can. Returns a warning if a group can or if the home is another user's,
+    unless the set-group-id bit says that a group of this user's shares it on purpose; None if there is nothing to say.
     """
     with contextlib.suppress(OSError):  # what wants to write there says why it cannot
         make_private_folder(home)
@@ -110,6 +153,13 @@ def check_home(home: Path) -> str | None:
             f"served and run there. Run `chmod o-w {home}`, or set TANDEM_HOME to another folder."
         )
     _check_parents(home.resolve(), owners=False)
+    members = {os.getegid(), *os.getgroups()}
+    if found.st_uid not in (0, os.geteuid()) and not (is_shared(home) and found.st_gid in members):
+        return (
+            f"TANDEM_HOME ({home}) belongs to {user_name(found.st_uid)}, and this process runs as {user_name(os.geteuid())}: its "
+            "owner can change what runs as you. Set TANDEM_HOME to a folder of your own; for a home that a group of yours shares "
+            "on purpose, its owner runs `chmod 2770`."
+        )
     if found.st_mode & stat.S_IWGRP and not found.st_mode & stat.S_ISGID:
         return (
             f"TANDEM_HOME ({home}) can be written by the group {_group_name(found.st_gid)}: its members can change what runs "

@@ -2,8 +2,8 @@
 
 An owner that is killed with SIGKILL cannot end what it started. So it starts one small process first, which waits on a pipe;
 when the pipe closes, because the owner is gone in whatever way, that process kills every other that carries a mark in its
-environment, and removes their shared memory and their folder. Engine replicas use it for vLLM's processes, and local clusters
-for all of Ray.
+environment, and removes their folder and what libraries created for them in shared memory. Engine replicas use it for vLLM's
+processes, and local clusters for all of Ray.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import contextlib
 import inspect
 import os
 import secrets
+import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -26,8 +28,26 @@ KEEP_MARKS = {"SPT_NOENV": "1"}
 """Goes with every mark: setproctitle, which Ray and vLLM name their processes with, otherwise writes over the environment."""
 
 
+SHARED_MEMORY_PREFIXES = (
+    "psm_",  # multiprocessing.shared_memory: vLLM's message queues
+    "sem.",  # POSIX semaphores: multiprocessing, Ray's mutable objects
+    "pym-",  # multiprocessing's heap
+    "torch_",
+    "plasma",  # Ray's object store
+    "vllm_dist_",  # vLLM's collectives on CPUs
+    "VLLM_OBJECT_STORAGE_SHM_BUFFER",
+    "nccl-",
+    "deepspeed_allreduce_buffer",
+    "__KMP_REGISTERED_LIB_",  # Intel's OpenMP
+)
+"""How the names of files in /dev/shm begin that Ray, vLLM, torch, DeepSpeed and multiprocessing create."""
+
+
 def shared_memory(pid: int) -> set[str]:
-    """Files of /dev/shm that a process has mapped or open, with a name still; empty for a process that is gone."""
+    """Files directly in /dev/shm, with names of SHARED_MEMORY_PREFIXES, that a process has mapped or open.
+
+    Empty for a process that has ended. Files in subfolders and files with other names are the user's data.
+    """
     found: set[str] = set()
     with contextlib.suppress(OSError):
         with open(f"/proc/{pid}/maps") as maps:
@@ -36,28 +56,42 @@ def shared_memory(pid: int) -> set[str]:
         for name in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
-    return {path for path in found if path.startswith("/dev/shm/") and not path.endswith(" (deleted)")}
+    return {
+        path
+        for path in found
+        if os.path.dirname(path) == "/dev/shm"
+        and os.path.basename(path).startswith(SHARED_MEMORY_PREFIXES)
+        and not path.endswith(" (deleted)")
+    }
 
 
-def remove_shared_memory(paths: Iterable[str]) -> None:
-    """Remove those of these files that belong to this user and that no living process has mapped or open."""
+def remove_shared_memory(paths: Iterable[str], since_s: float) -> None:
+    """Remove those of these files that are this user's, were created after `since_s` and are in use by no living process.
+
+    `since_s` is in seconds since 1970. A file counts as created before that if any of its three times is earlier, since Linux
+    gives no time of creation here.
+    """
     held = {path for name in os.listdir("/proc") if name.isdigit() for path in shared_memory(int(name))}
     for path in set(paths) - held:
         with contextlib.suppress(OSError):
-            if os.lstat(path).st_uid == os.geteuid():
+            found = os.lstat(path)
+            created = min(found.st_atime, found.st_mtime, found.st_ctime)
+            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and created >= since_s:
                 os.unlink(path)
 
 
 # Standard library only, and isolated: it starts in 20 ms and holds 8 MB. Reading /proc makes it Linux only.
 _WATCH = f"""
 from __future__ import annotations
-import contextlib, os, signal, sys, time
+import contextlib, os, signal, stat, sys, time
+
+SHARED_MEMORY_PREFIXES = {SHARED_MEMORY_PREFIXES!r}
 
 {inspect.getsource(shared_memory)}
 
 {inspect.getsource(remove_shared_memory)}
 
-mark, folder = sys.argv[1].encode(), sys.argv[2]
+mark, folder, since_s = sys.argv[1].encode(), sys.argv[2], float(sys.argv[3])
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.stdin.buffer.read()
@@ -86,7 +120,7 @@ for attempt in range(50):
         break
     time.sleep(0.1)
 if shared:
-    remove_shared_memory(shared)
+    remove_shared_memory(shared, since_s)
 if folder and os.path.isdir(folder) and not os.path.islink(folder) and os.lstat(folder).st_uid == os.geteuid():
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
@@ -99,7 +133,7 @@ class Reaper:
     def __init__(self, variable: str, value: str, folder: Path | None = None) -> None:
         """`folder` is removed with all that it holds when the last of them has ended."""
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _WATCH, f"{variable}={value}", str(folder or "")],
+            [sys.executable, "-I", "-S", "-c", _WATCH, f"{variable}={value}", str(folder or ""), repr(time.time())],
             stdin=subprocess.PIPE,
             env=settings.child_environment({variable: None}),
             start_new_session=True,

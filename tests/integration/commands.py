@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -90,9 +91,14 @@ def started(command: list[str], *, home: Path, log: Path, **environment: str | N
                 process.kill()
 
 
+def cluster_record(home: Path) -> Path:
+    """The file that describes the local cluster of a home."""
+    return home / f"cluster-{os.geteuid()}.json"
+
+
 def cluster_mark(home: Path) -> str:
     """The mark that every process of a home's local cluster carries."""
-    return str(json.loads((home / "cluster.json").read_text())["environment"][MARK])
+    return str(json.loads(cluster_record(home).read_text())["environment"][MARK])
 
 
 def gone(mark: str, timeout_s: float = 30) -> list[str]:

@@ -212,7 +212,7 @@ def main(model: str) -> None:
     before = set(files_of([]))
     tandem("serve", "up", *arguments, "--port", str(port), "--detach")
     try:
-        record = json.loads((HOME / ".tandem" / "cluster.json").read_text())
+        record = json.loads(next((HOME / ".tandem").glob("cluster-*.json")).read_text())
         name = "echo" if model == "echo" else Path(model).name
         question = {"model": name, "max_tokens": 4, "prompt": "the cat"}
         status = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=question, timeout=120).status_code

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import REPOSITORY, cluster_mark, gone, run, started, tandem
+from commands import REPOSITORY, cluster_mark, cluster_record, gone, run, started, tandem
 
 from tandem.cluster import LocalCluster
 
@@ -150,6 +150,6 @@ def test_an_interrupted_job_leaves_nothing_running_and_goes_on_later(
         status = running.interrupt(number)
     assert status == (130 if number == signal.SIGINT else 143), running.text()
     assert gone(mark) == []
-    assert not (home / "cluster.json").exists()
+    assert not cluster_record(home).exists()
     assert "Stopped" in running.text()
     assert "stopped" in tandem("train", "status", "latest", home=home).stdout

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
-from commands import cluster_mark, gone
+from commands import cluster_mark, cluster_record, gone
 
 from tandem.cluster import marked
 from tandem.settings import child_environment
@@ -38,7 +38,7 @@ def test_an_owner_killed_outright_leaves_no_process_of_ray(tmp_path: Path) -> No
     assert owner.stdout is not None
     assert owner.stdout.readline().strip() == "up"
     mark = cluster_mark(tmp_path)
-    head = psutil.Process(json.loads((tmp_path / "cluster.json").read_text())["pid"])
+    head = psutil.Process(json.loads(cluster_record(tmp_path).read_text())["pid"])
     deadline = time.monotonic() + 30
     # The agents rename themselves a while after they start: that is when the mark could get lost.
     try:
@@ -51,7 +51,7 @@ def test_an_owner_killed_outright_leaves_no_process_of_ray(tmp_path: Path) -> No
         owner.wait()
     assert gone(mark) == []
     assert psutil.wait_procs(family, timeout=5)[1] == []
-    record = json.loads((tmp_path / "cluster.json").read_text())
+    record = json.loads(cluster_record(tmp_path).read_text())
     assert record["kept"] is False
     # The reaper removes the files when the last process has ended.
     deadline = time.monotonic() + 30

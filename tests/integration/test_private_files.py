@@ -42,8 +42,8 @@ def serve_and_attack(model: str) -> dict[str, Any]:
 def check(found: dict[str, Any]) -> None:
     assert found["status"] == 200
     # The search found what it is about: the script that is executed, HAProxy's and Ray's sockets, the home.
-    for part in ("/haproxy-edited", "/admin.sock", "/sockets/raylet", "/.tandem/cluster.json", "/.ray/auth_token"):
-        assert any(path.endswith(part) for path in found["paths"]), part
+    for part in ("/haproxy-edited", "/admin.sock", "/sockets/raylet", "/.tandem/cluster-", "/.ray/auth_token"):
+        assert any(part in path for path in found["paths"]), part
     assert any(path.endswith("/raylet") for path in found["sockets"])
     assert found["home"] == "0o700" and found["admin"] == ["0o600"]
     # Programs may be read by everybody, and so may the folders of libraries' caches, which hold no secrets.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import cluster_mark, gone, started, tandem
+from commands import cluster_mark, cluster_record, gone, started, tandem
 
 from tandem.cluster import free_ports
 
@@ -43,12 +43,12 @@ def test_ctrl_c_leaves_nothing_running(tmp_path: Path, stage: str, quickstart_ho
     with started(command, home=home, log=tmp_path / "log", PYTHONUNBUFFERED="1") as running:
         running.wait_for("Pretrain" if stage == "Starting workers" else stage)
         if stage != "Pretrain":
-            running.wait_for(lambda: (home / "cluster.json").exists())
-        mark = cluster_mark(home) if (home / "cluster.json").exists() else ""
+            running.wait_for(lambda: cluster_record(home).exists())
+        mark = cluster_mark(home) if cluster_record(home).exists() else ""
         status = running.interrupt(signal.SIGINT)
     assert status == 130, running.text()
     assert not mark or gone(mark) == []
-    assert not (home / "cluster.json").exists()
+    assert not cluster_record(home).exists()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_it_trains_serves_and_asks_and_says_what_next(quickstart_home: Path) -> 
     assert len(asked) == 2
     assert min(asked) >= 64
     assert all(command in text for command in ("tandem chat --model", "curl http://127.0.0.1:", "tandem models ls"))
-    assert not (quickstart_home / "cluster.json").exists()
+    assert not cluster_record(quickstart_home).exists()
     assert len(list(quickstart_home.glob("jobs/*/loss.png"))) == 2
 
 

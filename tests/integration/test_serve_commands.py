@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from commands import REPOSITORY, run, started
+from commands import REPOSITORY, cluster_record, run, started
 from serve_fixtures import free_port, write_model
 
 from tandem.registry import Registry
@@ -55,8 +55,8 @@ def ask(port: int, name: str) -> int:
 @pytest.mark.slow
 def test_serve_run_and_serve_deploy_bring_up_the_app(home: Path, tmp_path: Path) -> None:
     with started([sys.executable, "-c", OWNER], home=home, log=tmp_path / "cluster.log") as owner:
-        owner.wait_for(lambda: (home / "cluster.json").exists())
-        cluster = json.loads((home / "cluster.json").read_text())
+        owner.wait_for(lambda: cluster_record(home).exists())
+        cluster = json.loads(cluster_record(home).read_text())
         environment = cluster["environment"]
 
         # As the page says, without a config: the newest registered model, on vLLM. Serve's own port is 8000.

@@ -6,7 +6,9 @@ import json
 import os
 import socket
 import stat
+import tempfile
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -14,7 +16,14 @@ import pytest
 
 from tandem import cluster
 from tandem.errors import UnsafePathError
-from tandem.private import check_home, check_private_folder, make_private_folder, read_private_file
+from tandem.private import (
+    check_home,
+    check_private_folder,
+    make_private_folder,
+    make_shared_folder,
+    read_private_file,
+    replaceable_parent,
+)
 from tandem.storage import write_atomic
 
 NOBODY = 65534
@@ -36,7 +45,7 @@ def record(tandem_home: Path, tmp_path: Path) -> Path:
         "folder": str(tmp_path / "cluster"),
         "environment": {cluster.MARK: "m", "RAY_SERVE_HAPROXY_BINARY_PATH": "/tmp/x"},
     }
-    path = tandem_home / "cluster.json"
+    path = cluster.record_path()
     write_atomic(path, json.dumps(content), mode=0o600)
     return path
 
@@ -112,6 +121,52 @@ def test_a_home_that_cannot_be_created_is_left_to_the_command_that_needs_it() ->
     assert check_home(Path("/proc/none/home")) is None
 
 
+@as_root
+def test_a_home_of_another_user_is_warned_of_unless_a_group_shares_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    os.chown(home, NOBODY, os.getegid())
+    assert "belongs to" in str(check_home(home))
+    home.chmod(0o2770)
+    assert check_home(home) is None
+    os.chown(home, NOBODY, NOBODY)
+    home.chmod(0o2770)
+    assert "belongs to" in str(check_home(home))
+
+
+def test_folders_below_a_shared_home_can_be_written_by_its_group(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    make_shared_folder(home / "cache" / "a", home)
+    assert not mode_of(home / "cache" / "a") & stat.S_IWGRP
+    home.chmod(0o2770)
+    make_shared_folder(home / "cache" / "hub" / "b", home)
+    assert mode_of(home / "cache" / "hub") == mode_of(home / "cache" / "hub" / "b") == 0o2770
+    assert not mode_of(home / "cache") & stat.S_IWGRP
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A folder that other users can enter, unlike pytest's `tmp_path`."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_path_can_be_replaced_where_a_group_can_write_a_parent_that_it_can_reach(reachable: Path) -> None:
+    parent = reachable / "team" / "cache"
+    parent.mkdir(parents=True)
+    path = parent / "compiled"
+    assert replaceable_parent(path) is None
+    parent.chmod(0o770)
+    assert replaceable_parent(path) == parent
+    parent.chmod(0o1770)
+    assert replaceable_parent(path) is None
+    parent.chmod(0o770)
+    parent.parent.chmod(0o700)
+    assert replaceable_parent(path) is None
+
+
 def test_a_record_of_this_user_is_read(record: Path) -> None:
     found = cluster.recorded()
     assert found is not None and found.mark == "m"
@@ -130,6 +185,29 @@ def test_a_record_of_another_user_is_refused(record: Path) -> None:
     os.chown(record, NOBODY, -1)
     with pytest.raises(UnsafePathError, match="belongs to"):
         cluster.running()
+
+
+@as_root
+def test_a_cluster_of_another_user_in_a_shared_home_is_not_this_users(record: Path) -> None:
+    content = record.read_text()
+    record.unlink()
+    for name in ("cluster.json", f"cluster-{NOBODY}.json"):
+        theirs = record.with_name(name)
+        write_atomic(theirs, content, mode=0o600)
+        os.chown(theirs, NOBODY, -1)
+    assert cluster.recorded() is None and cluster.connect() is None
+
+
+def test_a_record_under_the_earlier_name_is_read_until_there_is_a_new_one(record: Path) -> None:
+    earlier = record.with_name("cluster.json")
+    write_atomic(earlier, record.read_text().replace('"m"', '"earlier"'), mode=0o600)
+    found = cluster.recorded()
+    assert found is not None and found.mark == "m"
+    record.unlink()
+    found = cluster.recorded()
+    assert found is not None and found.mark == "earlier"
+    found.stop()
+    assert not earlier.exists()
 
 
 def test_a_record_that_is_a_link_or_a_pipe_is_refused(record: Path) -> None:

@@ -1,18 +1,20 @@
-"""Where compiled kernels are kept: a private folder below TANDEM_HOME, one for each user and kind of CPU (docs/adr/0022).
+"""Folder of compiled kernels: private, below TANDEM_HOME, one for each user and kind of CPU (docs/adr/0022).
 
-Code from these folders is loaded into engines, so nobody else may write there; PyTorch's own default is a predictable name in the
-shared temporary folder. Kernels are compiled for the CPU that compiles them, and nodes of several kinds may share a home.
+Code from these folders is loaded into engines, so nobody else may write there or replace one of them. In a home where others
+could, such as one that a group shares, the folder is `~/.cache/tandem/compile` instead. PyTorch's own default is a predictable
+name in the shared temporary folder. Kernels are compiled for the CPU that compiles them, and nodes of several kinds may share a
+home.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import stat
 from pathlib import Path
 
-from tandem.errors import EngineError
+from tandem.errors import EngineError, UnsafePathError
 from tandem.ids import digest
+from tandem.private import check_private_folder, is_shared, make_private_folder, make_shared_folder, replaceable_parent
 from tandem.settings import settings, variable
 
 FOLDERS = {
@@ -24,14 +26,14 @@ FOLDERS = {
 
 
 def compile_cache_environment() -> dict[str, str]:
-    """Variables that keep compiled code in this user's cache below TANDEM_HOME, without those that the user has set.
+    """Variables that keep compiled code in this user's cache, without those that the user has set.
 
-    Raises EngineError if that folder cannot be made or belongs to somebody else.
+    Raises EngineError if that folder cannot be created, or if another user can reach or replace it.
     """
     unset = {name: folder for name, folder in FOLDERS.items() if variable(name) is None}
     if not unset:
         return {}
-    root = private_folder(settings().root / "cache" / "compile" / f"{os.getuid()}-{cpu_kind()}")
+    root = _cache_folder()
     environment = {name: str(private_folder(root / folder)) for name, folder in unset.items()}
     if "TORCHINDUCTOR_CACHE_DIR" in unset and variable("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS") is None:
         # PyTorch keeps precompiled headers in the temporary folder, wherever its cache is. They save no time here.
@@ -39,23 +41,34 @@ def compile_cache_environment() -> dict[str, str]:
     return environment
 
 
+def _cache_folder() -> Path:
+    home = settings().root
+    shared = home / "cache" / "compile"
+    if not is_shared(home) and replaceable_parent(shared.parent) is None:
+        try:
+            make_shared_folder(shared, home)
+        except OSError as error:
+            raise _unusable(shared, error) from error
+        folder = shared / f"{os.geteuid()}-{cpu_kind()}"
+        if replaceable_parent(folder) is None:
+            return private_folder(folder)
+    # Resolved: the links on the way are not followed again.
+    return private_folder(settings().cache.expanduser().resolve() / "compile" / cpu_kind())
+
+
 def private_folder(path: Path) -> Path:
-    """The folder, made if needed, which belongs to this user and which nobody else may enter. Raises EngineError."""
-    advice = f"Set TANDEM_HOME, or each of {', '.join(FOLDERS)}, to a folder of your own."
+    """The folder, created if needed, which nobody but this user can enter or replace. Raises EngineError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise EngineError(
-                f"{path} is no folder of this user (it belongs to uid {found.st_uid}), so compiled code cannot be kept there. "
-                + advice
-            )
-        if found.st_mode & 0o077:
-            path.chmod(0o700)
-    except OSError as error:
-        raise EngineError(f"Compiled code cannot be kept in {path}: {error}. {advice}") from error
+        make_private_folder(path)
+        check_private_folder(path)
+    except (OSError, UnsafePathError) as error:
+        raise _unusable(path, error) from error
     return path
+
+
+def _unusable(path: Path, error: Exception) -> EngineError:
+    advice = f"Set TANDEM_HOME, or each of {', '.join(FOLDERS)}, to a folder of your own."
+    return EngineError(f"Compiled code cannot be kept in {path}: {str(error).rstrip('.')}. {advice}")
 
 
 def cpu_kind() -> str:

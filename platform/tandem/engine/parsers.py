@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tandem.engine.wording import MAX_MESSAGE_CHARS
+
 FALLBACK = "pythonic"
 """For templates with tools in an unknown format: it needs no special tokens, leaves other text alone, and vLLM constrains a call
 that must be made (`required`, or a named function) to JSON of the tool's schema."""
@@ -137,16 +139,37 @@ def select_parsers(model_type: str, template: str | None, tokenizer: str) -> Par
     )
 
 
-def read_parsers(folder: Path, template: str | None = None) -> Parsers:
+def served_parsers(folder: Path, engine_args: Mapping[str, Any]) -> Parsers:
+    """The parsers for a model that is served with these arguments: `chat_template` and `tokenizer` override the folder's own."""
+    template, tokenizer = engine_args.get("chat_template"), engine_args.get("tokenizer")
+    tokens = Path(tokenizer).expanduser() if isinstance(tokenizer, str) else folder
+    # A tokenizer of the hub is not here to be read.
+    return read_parsers(folder, template if isinstance(template, str) else None, tokens if tokens.is_dir() else None)
+
+
+def tool_arguments(parsers: Parsers, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of vLLM for tools, beside those that are given: vLLM refuses the switch alone and ignores a parser alone."""
+    if "tool_call_parser" in given:
+        return (
+            {} if "enable_auto_tool_choice" in given else {"enable_auto_tool_choice": bool(given["tool_call_parser"])}
+        )
+    if parsers.tool is None or given.get("enable_auto_tool_choice") is False:
+        return {}
+    return {"tool_call_parser": parsers.tool, "enable_auto_tool_choice": True}
+
+
+def read_parsers(folder: Path, template: str | None = None, tokenizer: Path | None = None) -> Parsers:
     """The parsers for a model's folder in Hugging Face's format; `template` stands in for the folder's own.
 
-    `template` is a file's path or the text itself. Files that are missing or cannot be read count as empty.
+    `template` is a file's path or the text itself; `tokenizer` is another folder whose template and tokens are read. Files that
+    are missing or cannot be read count as empty.
     """
+    tokens = folder if tokenizer is None else tokenizer
     if template is not None and "\n" not in template and "{" not in template:
         template = _text(Path(template).expanduser())
-    text = _text(folder / "tokenizer.json") + _text(folder / "tokenizer_config.json") + _text(folder / "tekken.json")
+    text = "".join(_text(tokens / name) for name in ("tokenizer.json", "tokenizer_config.json", "tekken.json"))
     model_type = str(_json(folder / "config.json").get("model_type") or "")
-    return select_parsers(model_type, read_template(folder) if template is None else template, text)
+    return select_parsers(model_type, read_template(tokens) if template is None else template, text)
 
 
 def read_template(folder: Path) -> str | None:
@@ -170,8 +193,7 @@ def takes_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
         return False
     if "tool_call_parser" in engine_args:
         return bool(engine_args["tool_call_parser"])
-    template = engine_args.get("chat_template")
-    return read_parsers(folder, template if isinstance(template, str) else None).tool is not None
+    return served_parsers(folder, engine_args).tool is not None
 
 
 def without_tools(model: str | None = None) -> str:
@@ -185,7 +207,7 @@ def without_tools(model: str | None = None) -> str:
 
 def explain_refusal(message: str, model: str | None = None) -> str:
     """vLLM's words for tools at a model without a tool parser in ours; other messages as they are."""
-    return without_tools(model) if NO_TOOLS.search(message) else message
+    return without_tools(model) if NO_TOOLS.search(message, 0, MAX_MESSAGE_CHARS) else message
 
 
 def _tool_parser(model_type: str, template: str, tokenizer: str) -> tuple[str | None, str]:

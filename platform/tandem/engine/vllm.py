@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import tempfile
 import time
 from pathlib import Path
@@ -32,8 +31,6 @@ from tandem.engine.vllm_logs import quiet_refusals
 from tandem.engine.warm_up import WarmUp, refusals, warm_up
 from tandem.errors import EngineError
 from tandem.registry.adapter_files import layer_kinds
-
-log = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -133,26 +130,26 @@ class VllmEngine:
             await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
 
     async def _warm_up(self, app: ASGIApp) -> None:
-        """Compile and load what first requests would wait for; raises EngineError if the engine dies of it."""
+        """Compile and load what first requests would wait for; raises EngineError if the engine dies of it or hangs."""
         llm = self._started()[1]
         parsers = parsers_of(self._spec)
-        refused = await warm_up(
-            app,
-            WarmUp(
-                model=self._spec.id,
-                tasks=self._tasks,
-                chat=parsers.chat,
-                tools=bool(self._args.tool_call_parser),
-                # On a CPU with adapters they end vLLM's process (gateway.routes.openai.check_prompt_logprobs).
-                prompt_logprobs=bool(self._spec.gpus) or not self._spec.max_adapters,
-                ranks=self._config.parallel_config.data_parallel_size,
-            ),
+        what = WarmUp(
+            model=self._spec.id,
+            tasks=self._tasks,
+            chat=parsers.chat,
+            tools=bool(self._args.tool_call_parser),
+            # On a CPU with adapters they end vLLM's process (gateway.routes.openai.check_prompt_logprobs).
+            prompt_logprobs=bool(self._spec.gpus) or not self._spec.max_adapters,
+            ranks=self._config.parallel_config.data_parallel_size,
         )
+        try:
+            refused = await warm_up(app, what)
+        except EngineError:
+            await self.drain(0.0)
+            raise
         if llm.errored:
             await self.drain(0.0)
             raise EngineError(f"vLLM's engine for {self._spec.id} died of its first requests: {refusals(refused)}")
-        if refused:
-            log.info("%s refused of its warm-up: %s", self._spec.id, refusals(refused))
         await llm.reset_prefix_cache()
         self._load.forget_first_tokens()
 

@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tandem.engine.parsers import Parsers, read_parsers
+from tandem.engine.parsers import Parsers, served_parsers, tool_arguments
 from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, did_you_mean
 
@@ -67,7 +67,7 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
         except ValidationError as error:
             raise _refused(where, error) from error
     args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    for key, value in {**_chosen(spec), **given, **_tool_choice(given)}.items():
+    for key, value in {**_chosen(spec), **given, **tool_arguments(parsers_of(spec), given)}.items():
         setattr(args, key, value)
     return args
 
@@ -103,8 +103,7 @@ def _is_validated_again(config: VllmConfig) -> bool:
 
 def parsers_of(spec: EngineSpec) -> Parsers:
     """What is selected for the model where `engine_args` does not say otherwise."""
-    template = spec.args.get("chat_template")
-    return read_parsers(Path(spec.path), template if isinstance(template, str) else None)
+    return served_parsers(Path(spec.path), spec.args)
 
 
 def device_is_here(spec: EngineSpec) -> bool:
@@ -123,8 +122,6 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
     }
     parsers = parsers_of(spec)
-    if parsers.tool is not None and "enable_auto_tool_choice" not in spec.args:
-        chosen |= {"tool_call_parser": parsers.tool, "enable_auto_tool_choice": True}
     if parsers.reasoning is not None:
         chosen["reasoning_parser"] = parsers.reasoning
     if spec.offline:
@@ -146,13 +143,6 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
             # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
             chosen["distributed_executor_backend"] = ONE_PROCESS
     return chosen
-
-
-def _tool_choice(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool parser alone does nothing in vLLM, and tool choice without one is refused: the one goes with the other."""
-    if "enable_auto_tool_choice" in given or "tool_call_parser" not in given:
-        return {}
-    return {"enable_auto_tool_choice": bool(given["tool_call_parser"])}
 
 
 def slots_of(spec: EngineSpec) -> int:

@@ -7,6 +7,7 @@ the chat template at the first request that needs them, on a CPU and on a GPU al
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from pydantic_core import to_json
 from starlette.types import ASGIApp
 
 from tandem.engine.asgi import Answer, post
+from tandem.errors import EngineError
+
+log = logging.getLogger(__name__)
 
 TOKENS = 2
 """Of each answer: the first comes from the prompt's step, the second from a step of its own."""
@@ -22,6 +26,8 @@ BATCH = 8
 """Sequences of the largest request: from 8 on vLLM takes other kernels for top-k and top-p on a GPU."""
 RANK_HEADER = "X-data-parallel-rank"
 """By which vLLM's app lets a request choose among engines that share the work; each compiles for itself."""
+WARM_UP_TIMEOUT_S = 600.0
+"""Seconds for all requests: 20 times what they take on 2 cores with nothing compiled. Only an engine that hangs needs more."""
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "string", "maxLength": 4}, "b": {"type": "integer"}},
@@ -54,6 +60,12 @@ class Request:
 
     path: str
     body: dict[str, Any]
+
+    def describe(self) -> str:
+        """The path and what distinguishes this request from others, in at most 200 characters of JSON."""
+        common = ("model", "prompt", "messages", "input")
+        own = {key: value for key, value in self.body.items() if key not in common}
+        return f"{self.path} {to_json(own).decode()[:200]}"
 
 
 def waves(what: WarmUp) -> list[list[Request]]:
@@ -120,25 +132,41 @@ def pooling(what: WarmUp) -> list[Request]:
     return found
 
 
-async def warm_up(app: ASGIApp, what: WarmUp) -> list[tuple[Request, Answer]]:
-    """Send the requests, and return those that the engine refused, with its words.
+async def warm_up(app: ASGIApp, what: WarmUp, timeout_s: float = WARM_UP_TIMEOUT_S) -> list[tuple[Request, Answer]]:
+    """Send the requests; log and return those that the engine refused, with its answers.
 
-    A refusal stops nothing: a model may lack what is asked. An engine that dies of a request says so by its health.
+    A refusal stops nothing: a model may lack what is asked. An engine that dies of a request says so by its health. Raises
+    EngineError with the requests that have not ended if they take more than `timeout_s` seconds together.
     """
     refused: list[tuple[Request, Answer]] = []
-    for rank in range(what.ranks):
-        headers = {RANK_HEADER: str(rank)} if what.ranks > 1 else {}
-        for wave in waves(what):
-            answers = await asyncio.gather(*(_ask(app, request, headers) for request in wave))
-            refused += [pair for pair in zip(wave, answers, strict=True) if pair[1].status != 200]
+    unanswered: list[Request] = []
+    try:
+        async with asyncio.timeout(timeout_s):
+            for rank in range(what.ranks):
+                headers = {RANK_HEADER: str(rank)} if what.ranks > 1 else {}
+                for batch in waves(what):
+                    unanswered += batch
+                    answers = await asyncio.gather(*(_ask(app, request, headers, unanswered) for request in batch))
+                    refused += [pair for pair in zip(batch, answers, strict=True) if pair[1].status != 200]
+    except TimeoutError as error:
+        listed = "; ".join(request.describe() for request in unanswered)
+        raise EngineError(
+            f"{what.model}: {len(unanswered)} requests of the engine's warm-up had not ended after {timeout_s:g} s: {listed}. "
+            "See the engine's log; try fewer engine_args, or a smaller model."
+        ) from error
+    if refused:
+        log.warning("%s refused requests of its warm-up: %s", what.model, refusals(refused))
     return refused
 
 
-async def _ask(app: ASGIApp, request: Request, headers: dict[str, str]) -> Answer:
+async def _ask(app: ASGIApp, request: Request, headers: dict[str, str], unanswered: list[Request]) -> Answer:
     try:
-        return await post(app, request.path, to_json(request.body), headers)
+        answer = await post(app, request.path, to_json(request.body), headers)
     except Exception as error:  # noqa: BLE001 - an app raises again what it has answered with 500
-        return Answer(500, f"{type(error).__name__}: {error}".encode())
+        answer = Answer(500, f"{type(error).__name__}: {error}".encode())
+    # Not in a `finally`: a request that is cancelled has no answer.
+    unanswered.remove(request)
+    return answer
 
 
 def refusals(found: Sequence[tuple[Request, Answer]]) -> str:

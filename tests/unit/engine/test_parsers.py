@@ -18,7 +18,9 @@ from tandem.engine.parsers import (
     explain_refusal,
     read_parsers,
     select_parsers,
+    served_parsers,
     takes_tools,
+    tool_arguments,
 )
 
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
@@ -100,6 +102,30 @@ def test_arguments_of_the_engine_decide_whether_tools_are_taken(tmp_path: Path) 
     (tmp_path / "chat_template.jinja").write_text(TOOLS)
     assert takes_tools(tmp_path, {}) and not takes_tools(tmp_path, {"tool_call_parser": None})
     assert not takes_tools(tmp_path, {"enable_auto_tool_choice": False})
+
+
+def test_the_switch_for_tools_and_the_parser_go_together() -> None:
+    selected = select_parsers("qwen2", TOOLS + "<tool_call>", "")
+    both = {"tool_call_parser": "hermes", "enable_auto_tool_choice": True}
+    for given in ({}, {"enable_auto_tool_choice": True}, {"enable_auto_tool_choice": None}):
+        assert tool_arguments(selected, given) == both
+    assert tool_arguments(selected, {"enable_auto_tool_choice": False}) == {}
+    assert tool_arguments(selected, {"tool_call_parser": "mistral"}) == {"enable_auto_tool_choice": True}
+    assert tool_arguments(selected, {"tool_call_parser": None}) == {"enable_auto_tool_choice": False}
+    assert tool_arguments(selected, both) == {}
+    assert tool_arguments(select_parsers("qwen2", None, ""), {}) == {}
+
+
+def test_template_and_tokens_of_another_tokenizer_are_read(tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "tokenizer"
+    for folder, template in ((model, "{{ messages }}"), (other, TOOLS + "[TOOL_CALLS]")):
+        folder.mkdir()
+        (folder / "chat_template.jinja").write_text(template)
+    (other / "tokenizer.json").write_text("[TOOL_CALLS]")
+    assert served_parsers(model, {}).tool is None
+    assert served_parsers(model, {"tokenizer": str(other)}).tool == "mistral"
+    assert takes_tools(model, {"tokenizer": str(other)})
+    assert not takes_tools(model, {"tokenizer": "org/name"})
 
 
 def test_a_refusal_of_tools_names_the_model_and_no_option_of_vllm() -> None:

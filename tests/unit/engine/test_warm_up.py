@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -12,6 +13,7 @@ from starlette.routing import Route
 
 from tandem.api.unknown_fields import unknown_fields
 from tandem.engine.warm_up import BATCH, RANK_HEADER, WarmUp, warm_up, waves
+from tandem.errors import EngineError
 
 ALL = WarmUp(model="m", tasks=("generate",), chat=True, tools=True, prompt_logprobs=True)
 
@@ -37,7 +39,21 @@ def test_what_a_model_lacks_is_not_asked_of_it() -> None:
     assert [r.path for r in waves(WarmUp(model="m", tasks=("embed", "score")))[0]] == ["/v1/embeddings", "/v1/score"]
 
 
-def test_a_refusal_and_a_failure_stop_nothing_and_are_told() -> None:
+def test_a_request_that_never_ends_is_an_error_that_names_it() -> None:
+    async def answer(request: HttpRequest) -> Response:
+        body: Any = await request.json()
+        if "seed" in body or "top_p" in body:
+            await asyncio.Event().wait()
+        return JSONResponse({})
+
+    app = Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])
+    what = WarmUp(model="m", tasks=("generate",))
+    with pytest.raises(EngineError, match="had not ended after 0.5 s") as raised:
+        asyncio.run(warm_up(app, what, timeout_s=0.5))
+    assert '"seed":1' in str(raised.value) and "logit_bias" not in str(raised.value)
+
+
+def test_a_refusal_and_a_failure_stop_nothing_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
     came: list[tuple[str, str | None]] = []
 
     async def answer(request: HttpRequest) -> Response:
@@ -52,3 +68,4 @@ def test_a_refusal_and_a_failure_stop_nothing_and_are_told() -> None:
     refused = asyncio.run(warm_up(app, what))
     assert sorted(answer.status for _, answer in refused) == [400, 400, 500, 500]
     assert len(came) == 2 * sum(map(len, waves(what))) and {rank for _, rank in came} == {"0", "1"}
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "400" in caplog.text

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from tandem.engine import wording
+from tandem.engine.parsers import explain_refusal
 from tandem.engine.vllm_logs import ANTHROPIC, quiet_refusals
-from tandem.engine.wording import plain, plain_field
+from tandem.engine.wording import ADVICE_TO_DEPLOYER, MAX_FIELDS, MAX_MESSAGE_CHARS, plain, plain_field
 from tandem.gateway.dialect import OPENAI, amended
 from tandem.gateway.errors import from_engine
 
@@ -51,9 +55,9 @@ def test_a_field_of_several_types_is_named_once() -> None:
     assert "Part" not in said and "loc" not in said
 
 
-def test_more_than_three_fields_are_counted() -> None:
+def test_more_than_three_fields_are_not_listed() -> None:
     said = plain(vllm_says(max_tokens="x", stop=5, temperature="hot", top_p="all", messages="none"))
-    assert said.count(":") == 3 and said.endswith("; and 2 more.")
+    assert said.count(":") == 3 and said.endswith("; and more.")
 
 
 def test_a_message_with_quotes_and_brackets_is_read_whole() -> None:
@@ -86,6 +90,39 @@ def test_a_dead_engine_is_not_explained_by_a_log_that_clients_cannot_see() -> No
 
 def test_a_field_is_named_without_the_body() -> None:
     assert [plain_field(f) for f in ("body.max_tokens", "body", None, "n")] == ["max_tokens", None, None, "n"]
+
+
+def test_only_the_start_of_a_long_message_is_read() -> None:
+    long = "x" * MAX_MESSAGE_CHARS
+    assert plain(f"{long} See stack trace") == f"{long} ..."
+    advice = "Set the VLLM_A environment variable."
+    assert plain(advice + long).startswith("xxx") and advice not in plain(long + advice)
+    tools = "requires --tool-call-parser to be set"
+    assert explain_refusal(f"{long}{tools}") == f"{long}{tools}" and explain_refusal(tools + long) != tools + long
+
+
+def test_blanks_in_a_client_input_do_not_make_a_message_long() -> None:
+    body = json.dumps({"error": {"message": f"bad role {' ' * 2**20}!", "param": "p" * 2**20}}).encode()
+    error = from_engine(400, body, None)
+    assert len(error.message) <= len(str(error.param)) == MAX_MESSAGE_CHARS + len(" ...")
+
+
+def test_the_advice_pattern_does_not_begin_with_an_unbounded_repeat() -> None:
+    assert not ADVICE_TO_DEPLOYER.pattern.startswith((r"\s*", r"\s+", " *", " +"))
+
+
+def test_no_more_fields_are_read_than_a_message_tells_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = "'loc': ('{}',), 'msg': 'm'"
+    message = "9 validation errors:\n" + "".join(item.format(f"f{number}") for number in range(100))
+    read: list[str] = []
+
+    def count(text: str) -> object:
+        read.append(text)
+        return ast.literal_eval(text)
+
+    monkeypatch.setattr(wording, "ast", SimpleNamespace(literal_eval=count))
+    assert plain(message).endswith("f2: m; and more.")
+    assert len(read) == 2 * (MAX_FIELDS + 1)
 
 
 @pytest.mark.parametrize(("error", "logged"), [(ValueError("no"), 0), (RuntimeError("a fault"), 1)])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tandem.errors import ConfigError, HubError, HubUnreachableError, StorageErr
 from tandem.ids import folder_digest
 from tandem.registry import HubModel, ModelRecord, Registry, find_base, find_model, pull_model, restore
 from tandem.registry.hub.cache import RepoCache
+from tandem.registry.hub.report import TerminalReport
 from tandem.settings import child_environment
 
 MIB = 2**20
@@ -187,6 +189,58 @@ def test_of_two_processes_at_once_one_downloads_and_the_other_waits(hub: FakeHub
     assert len(hub.downloads()) == len(set(hub.downloads())) == 3
     assert sum("waiting for it" in text for text in said) == 1
     assert [record.id for record in Registry.open().list(all_versions=True)] == [f"{NAME}@1"]
+
+
+LOCK_AS_NOBODY = """
+import os, sys
+from tandem.registry.hub.cache import RepoCache
+from tandem.registry.hub.report import TerminalReport
+cache = RepoCache.of("org/tiny-model", "model")
+# After the imports: the environment's Python may lie where this user cannot read.
+gid = int(sys.argv[1])
+os.setgroups([gid])
+os.setgid(gid)
+os.setuid(65534)
+report = TerminalReport()
+with cache.lock(report):
+    cache.remember("dev", "c" * 40, ())
+    (cache.folder / "blobs" / "x.incomplete").touch()
+print("ok")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_second_member_of_the_group_can_use_the_cache_of_a_shared_home(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = 54321
+    with tempfile.TemporaryDirectory(dir="/tmp") as top:
+        Path(top).chmod(0o755)
+        home = Path(top) / "home"
+        home.mkdir()
+        os.chown(home, -1, group)
+        home.chmod(0o2770)
+        monkeypatch.setenv("TANDEM_HOME", str(home))
+        hub.model(NAME, FILES)
+        pull(NAME, Registry.open())
+        (lock,) = (home / "cache" / "hub" / ".locks").iterdir()
+        lock.chmod(0o644)  # its mode in earlier versions
+        second = subprocess.run(
+            [sys.executable, "-c", LOCK_AS_NOBODY, str(group)],
+            env=child_environment({"PYTHONDONTWRITEBYTECODE": "1"}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert second.stdout.strip() == "ok", second.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_the_place(hub: FakeHub, tandem_home: Path) -> None:
+    locks = tandem_home / "cache" / "hub" / ".locks"
+    locks.parent.mkdir(parents=True)
+    locks.touch()
+    with pytest.raises(StorageError, match="locks"), RepoCache.of(NAME, "model").lock(TerminalReport()):
+        pass
 
 
 def test_a_file_with_another_digest_is_refused_and_not_kept(hub: FakeHub, registry: Registry) -> None:

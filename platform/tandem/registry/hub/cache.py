@@ -22,10 +22,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tandem.errors import HubError, HubUnreachableError
 from tandem.ids import file_digest
+from tandem.private import is_shared, make_shared_folder
 from tandem.registry.hub.client import Client, Kind
 from tandem.registry.hub.report import Report
 from tandem.registry.hub.selection import RepoFile
@@ -80,6 +81,8 @@ class RepoCache:
         # A commit that no revision is any more, and of which nothing is here, is of no use.
         used = {commit, *known.revisions.values()}
         known.commits = {each: f for each, f in known.commits.items() if each in used or self.snapshot(each).is_dir()}
+        with disk_errors("writing", self.folder):
+            _make_folder(self.folder)
         write_atomic(self.folder / STATE, json.dumps(asdict(known)))
 
     def snapshot(self, commit: str) -> Path:
@@ -108,7 +111,7 @@ class RepoCache:
                     else client.repo
                 )
                 require_space(self.folder, total - here, what)
-                self._blob(next(iter(blobs.values()))).parent.mkdir(parents=True, exist_ok=True)
+                _make_folder(self.folder / "blobs")
                 with report.downloading(f"{client.repo} at {commit[:12]}", total, here) as moved:
                     self._download(client, commit, list(blobs.values()), moved)
             for file in files:
@@ -123,8 +126,9 @@ class RepoCache:
         """
         place = self.folder.parent / ".locks" / f"{self.folder.name}.lock"
         with disk_errors("locking the hub's cache", place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("w") as file:
+            _make_folder(place.parent)
+            file = _open_lock(place)
+        with file:
             waiting = False
             while True:
                 try:
@@ -137,7 +141,7 @@ class RepoCache:
                     # A wait in the kernel would not let a Ctrl-C through where this is not the main thread.
                     time.sleep(LOCK_POLL_S)
                 except OSError as error:
-                    if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):
                         raise
                     report.note(f"{place} cannot be locked ({error.strerror}): download from one process at a time")
                     break
@@ -174,6 +178,8 @@ class RepoCache:
 
     def _bring(self, client: Client, commit: str, file: RepoFile, count: Any) -> None:
         part = self._part(file)
+        if part.exists() and not os.access(part, os.W_OK):
+            part.unlink()  # another user's interrupted download
         while True:
             before = _size(part) or 0
             try:
@@ -205,7 +211,7 @@ class RepoCache:
     def _link(self, file: RepoFile, place: Path) -> None:
         if _size(place) == file.size:
             return
-        place.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(place.parent)
         target = os.path.relpath(self._blob(file), place.parent)
         staging = place.with_name(f".{place.name}.link")
         staging.unlink(missing_ok=True)
@@ -220,6 +226,23 @@ def git_digest(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _make_folder(path: Path) -> None:
+    """Create a folder of the cache; in a home that a group shares, its members can write there."""
+    make_shared_folder(path, settings().root)
+
+
+def _open_lock(path: Path) -> IO[bytes]:
+    """A lock file, created if needed. One that another user made read-only is opened for reading, which is enough for flock."""
+    try:
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")  # noqa: SIM115 - the caller closes it
+    except PermissionError:
+        return path.open("rb")
+    if is_shared(settings().root) and os.fstat(file.fileno()).st_uid == os.geteuid():
+        # A file server takes an exclusive lock only on a file that is open for writing.
+        os.fchmod(file.fileno(), 0o664)
+    return file
 
 
 def _size(path: Path) -> int | None:
