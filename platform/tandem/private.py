@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tandem.errors import UnsafePathError
 
-OTHERS = stat.S_IRWXG | stat.S_IRWXO
-"""Mode bits that give anything to somebody else than the owner."""
+OTHERS_MODE_BITS = stat.S_IRWXG | stat.S_IRWXO
+"""Mode bits that give access to anybody but the owner."""
 MAX_FILE_BYTES = 2**20
 """Largest file that `read_private_file` reads."""
 
@@ -97,7 +97,7 @@ def check_private_folder(path: Path) -> None:
             f"{path} belongs to {user_name(found.st_uid)}, and this process runs as {user_name(os.geteuid())}: its content "
             "could be another user's program. Remove it, or run as its owner."
         )
-    if found.st_mode & OTHERS:
+    if found.st_mode & OTHERS_MODE_BITS:
         raise UnsafePathError(
             f"{path} has mode {stat.S_IMODE(found.st_mode):04o}: other users can reach it. Run `chmod 0700 {path}` if nobody "
             "else has written there; otherwise remove it."
@@ -136,7 +136,7 @@ def read_private_file(path: Path) -> str:
 
 
 def check_home(home: Path) -> str | None:
-    """Create TANDEM_HOME with mode 0700 if it does not exist; otherwise see who can write there.
+    """Create TANDEM_HOME with mode 0700 if it does not exist; otherwise check its owner and mode.
 
     Raises UnsafePathError if every user of the machine can. Returns a warning if a group can or if the home is another user's,
     unless the set-group-id bit says that a group of this user's shares it on purpose; None if there is nothing to say.

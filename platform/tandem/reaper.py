@@ -1,4 +1,4 @@
-"""Leaves no process behind, however its owner ends.
+"""Reaper: a watcher that ends all processes of an owner when the owner has ended, in whatever way.
 
 An owner that is killed with SIGKILL cannot end what it started. So it starts one small process first, which waits on a pipe;
 when the pipe closes, because the owner is gone in whatever way, that process kills every other that carries a mark in its
@@ -22,8 +22,8 @@ from typing import IO
 
 from tandem import settings
 
-CHILDREN = "TANDEM_CHILDREN_MARK"
-"""The variable that `Reaper.of_children` marks with."""
+CHILDREN_MARK_VARIABLE = "TANDEM_CHILDREN_MARK"
+"""Environment variable that holds the mark of `Reaper.of_children`."""
 KEEP_MARKS = {"SPT_NOENV": "1"}
 """Goes with every mark: setproctitle, which Ray and vLLM name their processes with, otherwise writes over the environment."""
 
@@ -40,7 +40,7 @@ SHARED_MEMORY_PREFIXES = (
     "deepspeed_allreduce_buffer",
     "__KMP_REGISTERED_LIB_",  # Intel's OpenMP
 )
-"""How the names of files in /dev/shm begin that Ray, vLLM, torch, DeepSpeed and multiprocessing create."""
+"""Prefixes of the files that Ray, vLLM, torch, DeepSpeed and multiprocessing create in /dev/shm."""
 
 
 def shared_memory(pid: int) -> set[str]:
@@ -145,8 +145,8 @@ class Reaper:
         mark = secrets.token_hex(8)
         # In this process's environment as it is now (not as it started): children inherit it, the kernel's copy of our
         # own environment does not show it, so the reaper never takes its owner.
-        settings.export({CHILDREN: mark, **KEEP_MARKS}, override=True)
-        return cls(CHILDREN, mark)
+        settings.export({CHILDREN_MARK_VARIABLE: mark, **KEEP_MARKS}, override=True)
+        return cls(CHILDREN_MARK_VARIABLE, mark)
 
     @property
     def pid(self) -> int:
@@ -154,7 +154,7 @@ class Reaper:
         return self._process.pid
 
     def close(self) -> None:
-        """End the watch; what is still there of the children goes with it."""
+        """End the watch, and every child that still runs."""
         pipe: IO[bytes] | None = self._process.stdin
         if pipe is not None and not pipe.closed:
             pipe.close()

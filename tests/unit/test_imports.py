@@ -47,7 +47,7 @@ def test_the_layers_hold():
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("vllm", {"engine/vllm.py", "engine/vllm_args.py"}),
+        ("vllm", {"engine/vllm.py", "engine/vllm_args.py", "engine/vllm_cpu.py"}),
         ("deepspeed", {"train/deepspeed.py"}),
         ("ray.train", {"train/worker.py", "train/attempts.py"}),
         ("ray.tune", {"jobs/tune.py"}),

@@ -8,20 +8,20 @@ from collections.abc import Iterable
 from tandem.api.request_fields import REQUEST_FIELDS
 from tandem.errors import did_you_mean
 
-MOST_NAMED = 3
+MAX_NAMED_FIELDS = 3
 """Unknown fields that a message names."""
-LONGEST_NAMED = 40
-"""Characters of a name that a message has."""
+MAX_NAME_CHARS = 40
+"""Characters of a name that a message repeats."""
 
 
 def unknown_fields(path: str, fields: Iterable[str]) -> list[str]:
-    """Those of the `fields` that requests to the route `path` do not have, in their order; none for an unknown route."""
+    """The `fields` that are unknown at the route `path`, in their order; empty for an unknown route."""
     known = REQUEST_FIELDS.get(path)
     return [] if known is None else [field for field in fields if field not in known]
 
 
 def misspelt_fields(path: str, fields: Iterable[str]) -> list[str]:
-    """Those of the unknown ones that look like a field that there is."""
+    """The unknown fields whose names are near a known one's."""
     unknown = unknown_fields(path, fields)
     return [field for field in unknown if _nearest(path, field)]
 
@@ -29,18 +29,18 @@ def misspelt_fields(path: str, fields: Iterable[str]) -> list[str]:
 def describe(path: str, unknown: list[str]) -> str:
     """`unknown field 'temperatur'; did you mean 'temperature'?`, in ASCII, whatever the client wrote."""
     parts = []
-    for field in unknown[:MOST_NAMED]:
+    for field in unknown[:MAX_NAMED_FIELDS]:
         near = _nearest(path, field)
-        said = f"unknown field {field[:LONGEST_NAMED]!a}"
+        said = f"unknown field {field[:MAX_NAME_CHARS]!a}"
         parts.append(said + (f"; {near.strip()[0].lower()}{near.strip()[1:]}" if near else ""))
-    if len(unknown) > MOST_NAMED:
-        parts.append(f"and {len(unknown) - MOST_NAMED} more")
+    if len(unknown) > MAX_NAMED_FIELDS:
+        parts.append(f"and {len(unknown) - MAX_NAMED_FIELDS} more")
     return ", ".join(parts)
 
 
 def _nearest(path: str, field: str) -> str:
     """` Did you mean 'X'?`, or an empty string for a name that is too long or like no field."""
-    return _nearest_field(path, field) if len(field) <= LONGEST_NAMED else ""
+    return _nearest_field(path, field) if len(field) <= MAX_NAME_CHARS else ""
 
 
 # A comparison with all fields takes about a millisecond of the gateway's event loop; clients repeat their unknown fields.

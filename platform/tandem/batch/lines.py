@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pydantic_core import from_json, to_json
 
 from tandem.engine.parsers import explain_refusal
-from tandem.engine.wording import plain as plain_words
+from tandem.engine.wording import simplify_message
 
 NO_ROUTE = {"detail": "Not Found"}
 """What an app says of a path that it does not have."""
@@ -59,7 +59,7 @@ def reason_of(body: bytes, path: str) -> str:
         if said == NO_ROUTE:
             return f"Its model does not answer {path}. Ask one that does: some write text, others embed or score it."
         error = said.get("error", said)
-        return plain_words(explain_refusal(str(error.get("message") or error)))
+        return simplify_message(explain_refusal(str(error.get("message") or error)))
     except (ValueError, AttributeError):
         return body.decode(errors="replace")[:500]
 

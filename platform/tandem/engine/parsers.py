@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from tandem.engine.wording import MAX_MESSAGE_CHARS
 
-FALLBACK = "pythonic"
+FALLBACK_TOOL_PARSER = "pythonic"
 """For templates with tools in an unknown format: it needs no special tokens, leaves other text alone, and vLLM constrains a call
 that must be made (`required`, or a named function) to JSON of the tool's schema."""
-NO_TOOLS = re.compile(r"--(?:tool-call-parser|enable-auto-tool-choice)")
+REFUSES_TOOLS = re.compile(r"--(?:tool-call-parser|enable-auto-tool-choice)")
 """vLLM's words for a request with tools at a model without a tool parser."""
 
 
@@ -75,31 +75,31 @@ TOOL_RULES = (
 )
 """The first that fits is taken. A family's rule stands before those of any family."""
 
-THINKING = ("<think>", "</think>")
+THINK_TOKENS = ("<think>", "</think>")
 REASONING_RULES = (
     Rule("openai_gptoss", ("gpt_oss",)),
     Rule("gemma4", ("gemma4",), ("enable_thinking",)),
     Rule("deepseek_v4", ("deepseek_v4",), ("thinking",)),
-    Rule("deepseek_v3", ("deepseek",), ("thinking", "</think>"), THINKING),
+    Rule("deepseek_v3", ("deepseek",), ("thinking", "</think>"), THINK_TOKENS),
     Rule("kimi_k3", ("kimi_k3",)),
-    Rule("kimi_k2", ("kimi_k2",), ("<think>",), THINKING),
+    Rule("kimi_k2", ("kimi_k2",), ("<think>",), THINK_TOKENS),
     Rule("minimax_m3", ("minimax_m3",)),
-    Rule("minimax_m2", ("minimax_m2",), ("<think>",), THINKING),
-    Rule("glm45", ("glm4", "glm_moe"), ("<think>",), THINKING),
+    Rule("minimax_m2", ("minimax_m2",), ("<think>",), THINK_TOKENS),
+    Rule("glm45", ("glm4", "glm_moe"), ("<think>",), THINK_TOKENS),
     Rule("seed_oss", ("seed_oss",), ("<seed:think>",), ("<seed:think>", "</seed:think>")),
-    Rule("ernie45", ("ernie4_5",), ("<think>",), THINKING),
+    Rule("ernie45", ("ernie4_5",), ("<think>",), THINK_TOKENS),
     Rule("olmo3", ("olmo3",), ("<think>",)),
-    Rule("step3p5", ("step3p5",), ("<think>",), THINKING),
-    Rule("step3", ("step3",), ("<think>",), THINKING),
+    Rule("step3p5", ("step3p5",), ("<think>",), THINK_TOKENS),
+    Rule("step3", ("step3",), ("<think>",), THINK_TOKENS),
     Rule("hunyuan_a13b", ("hunyuan_v1",), ("<think>",)),
     Rule("cohere_command3", ("cohere2",), ("<|START_THINKING|>",), ("<|START_THINKING|>", "<|END_THINKING|>")),
     Rule("granite", ("granite",), ("Here is my thought process",)),
-    Rule("nemotron_v3", ("nemotron_h",), ("<think>",), THINKING),
+    Rule("nemotron_v3", ("nemotron_h",), ("<think>",), THINK_TOKENS),
     Rule("mistral", ("mistral", "ministral"), ("[THINK]",), ("[THINK]", "[/THINK]")),
-    Rule("mimo", ("mimo",), ("<think>",), THINKING),
-    Rule("qwen3", ("qwen3",), ("<think>",), THINKING),
+    Rule("mimo", ("mimo",), ("<think>",), THINK_TOKENS),
+    Rule("qwen3", ("qwen3",), ("<think>",), THINK_TOKENS),
 )
-OPENS_THINKING = Rule("deepseek_r1", (), ("<think>",), THINKING)
+THINKING_PROMPT_RULE = Rule("deepseek_r1", (), ("<think>",), THINK_TOKENS)
 """For any family whose generation prompt opens a thought unconditionally, as those of DeepSeek-R1, its distillates and QwQ do."""
 
 
@@ -117,7 +117,7 @@ class Parsers:
     """Whether there is a chat template."""
 
     def described(self) -> dict[str, str]:
-        """For people: the name of each parser and the reason for it."""
+        """Name of each parser and the reason for it, for terminal output."""
         return {
             "tool parser": f"{self.tool or 'none'} ({self.tool_reason})",
             "reasoning parser": f"{self.reasoning or 'none'} ({self.reasoning_reason})",
@@ -197,7 +197,7 @@ def takes_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
 
 
 def without_tools(model: str | None = None) -> str:
-    """What a client is told that sends tools to a model that takes none."""
+    """The error message for a request with tools to a model that takes none."""
     return (
         f"The model {f'{model!r} ' if model else ''}takes no tools: its chat template does not mention them. Use a model whose "
         "template supports tools, or ask for JSON (`response_format` of the type json_schema). Whoever serves it can set "
@@ -206,8 +206,8 @@ def without_tools(model: str | None = None) -> str:
 
 
 def explain_refusal(message: str, model: str | None = None) -> str:
-    """vLLM's words for tools at a model without a tool parser in ours; other messages as they are."""
-    return without_tools(model) if NO_TOOLS.search(message, 0, MAX_MESSAGE_CHARS) else message
+    """Replace vLLM's message about tools at a model without a tool parser; other messages stay as they are."""
+    return without_tools(model) if REFUSES_TOOLS.search(message, 0, MAX_MESSAGE_CHARS) else message
 
 
 def _tool_parser(model_type: str, template: str, tokenizer: str) -> tuple[str | None, str]:
@@ -216,7 +216,10 @@ def _tool_parser(model_type: str, template: str, tokenizer: str) -> tuple[str | 
     for rule in TOOL_RULES:
         if _fits(rule, model_type, template, tokenizer):
             return rule.parser, _reason(rule, model_type)
-    return FALLBACK, "unknown tool format: calls that must be made are constrained to JSON, others stay text"
+    return (
+        FALLBACK_TOOL_PARSER,
+        "unknown tool format: calls that must be made are constrained to JSON, others stay text",
+    )
 
 
 def _reasoning_parser(model_type: str, template: str, tokenizer: str) -> tuple[str | None, str]:
@@ -224,8 +227,12 @@ def _reasoning_parser(model_type: str, template: str, tokenizer: str) -> tuple[s
         if _fits(rule, model_type, template, tokenizer):
             return rule.parser, _reason(rule, model_type)
     prompt = template.rpartition("add_generation_prompt")[2] if "add_generation_prompt" in template else ""
-    if "<think>" in prompt and "thinking" not in template and _fits(OPENS_THINKING, model_type, template, tokenizer):
-        return OPENS_THINKING.parser, "the generation prompt opens a <think> block"
+    if (
+        "<think>" in prompt
+        and "thinking" not in template
+        and _fits(THINKING_PROMPT_RULE, model_type, template, tokenizer)
+    ):
+        return THINKING_PROMPT_RULE.parser, "the generation prompt opens a <think> block"
     if "<think>" in template:
         return None, "the template mentions <think>, but the family is not known to think by default"
     return None, "the chat template has no reasoning"

@@ -34,7 +34,7 @@ from tandem.errors import ConfigError, did_you_mean
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for."""
-OURS = {
+ARGUMENTS_OF_MODEL_KEYS = {
     "model": "model",
     "served_model_name": "name",
     "enable_lora": "max_adapters",
@@ -42,10 +42,10 @@ OURS = {
     "max_cpu_loras": "max_cached_adapters",
     "max_lora_rank": "max_lora_rank",
 }
-"""Arguments that keys of the served model's own set."""
+"""Arguments that are set by keys of `models[]`, and the key of each."""
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Runs the model in the scheduler's process: vLLM's own default on a GPU."""
-WORLD = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 def parse_args(spec: EngineSpec) -> argparse.Namespace:
@@ -57,8 +57,8 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
     given = {}
     for key, value in spec.args.items():
         where = f"{spec.where}.{key}"
-        if key in OURS:
-            raise ConfigError(f"{where} is set by models[].{OURS[key]}; use that.")
+        if key in ARGUMENTS_OF_MODEL_KEYS:
+            raise ConfigError(f"{where} is set by models[].{ARGUMENTS_OF_MODEL_KEYS[key]}; use that.")
         if key not in known:
             hint = did_you_mean(key.replace("-", "_"), known)
             raise ConfigError(f"{where} is not an argument of vLLM's engine.{hint}")
@@ -138,7 +138,7 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
         chosen |= {"dtype": "float32", "enforce_eager": True}
         if spec.args.get("speculative_config"):
             chosen["worker_extension_cls"] = "tandem.engine.vllm_cpu.CpuWorkerExtension"
-        if all(spec.args.get(key, 1) == 1 for key in WORLD):
+        if all(spec.args.get(key, 1) == 1 for key in PARALLEL_SIZES):
             # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
             # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
             chosen["distributed_executor_backend"] = ONE_PROCESS

@@ -1,4 +1,4 @@
-"""Requests that make an engine compile and load, before it is ready, all that first requests would wait for (docs/adr/0022).
+"""Warm-up of an engine: requests that make it compile and load before it is ready (docs/adr/0022).
 
 They go through the engine's own app, as those of clients do: vLLM compiles its samplers, the tokenizer's table for grammars and
 the chat template at the first request that needs them, on a CPU and on a GPU alike. Pure but for `warm_up`.
@@ -20,15 +20,15 @@ from tandem.errors import EngineError
 
 log = logging.getLogger(__name__)
 
-TOKENS = 2
-"""Of each answer: the first comes from the prompt's step, the second from a step of its own."""
-BATCH = 8
-"""Sequences of the largest request: from 8 on vLLM takes other kernels for top-k and top-p on a GPU."""
+ANSWER_TOKENS = 2
+"""Length of each answer: the first token comes from the prompt's step, the second from a step of its own."""
+LARGEST_N = 8
+"""`n` of the largest request: from 8 sequences on vLLM takes other kernels for top-k and top-p on a GPU."""
 RANK_HEADER = "X-data-parallel-rank"
-"""By which vLLM's app lets a request choose among engines that share the work; each compiles for itself."""
+"""Header that selects one of the engines that share the work; each compiles for itself."""
 WARM_UP_TIMEOUT_S = 600.0
 """Seconds for all requests: 20 times what they take on 2 cores with nothing compiled. Only an engine that hangs needs more."""
-SCHEMA = {
+ANSWER_SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "string", "maxLength": 4}, "b": {"type": "integer"}},
     "required": ["a", "b"],
@@ -38,7 +38,7 @@ SCHEMA = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WarmUp:
-    """What an engine can do, as far as its warm-up depends on it."""
+    """Features of an engine that its warm-up depends on."""
 
     model: str
     """A name that the engine answers to."""
@@ -62,13 +62,13 @@ class Request:
     body: dict[str, Any]
 
     def describe(self) -> str:
-        """The path and what distinguishes this request from others, in at most 200 characters of JSON."""
+        """The path, and the fields that distinguish this request in at most 200 characters of JSON."""
         common = ("model", "prompt", "messages", "input")
         own = {key: value for key, value in self.body.items() if key not in common}
         return f"{self.path} {to_json(own).decode()[:200]}"
 
 
-def waves(what: WarmUp) -> list[list[Request]]:
+def warm_up_batches(what: WarmUp) -> list[list[Request]]:
     """The requests: those of one list are sent together, the lists one after another.
 
     The first sampled request is alone, since PyTorch compiles a batch of one apart from larger ones. The others share batches, so
@@ -76,7 +76,7 @@ def waves(what: WarmUp) -> list[list[Request]]:
     """
     if "generate" not in what.tasks:
         return [pooling(what)]
-    completion = {"model": what.model, "prompt": "a b c", "max_tokens": TOKENS, "ignore_eos": True}
+    completion = {"model": what.model, "prompt": "a b c", "max_tokens": ANSWER_TOKENS, "ignore_eos": True}
     alone = Request("/v1/completions", completion | {"temperature": 1.0})
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -87,7 +87,7 @@ def waves(what: WarmUp) -> list[list[Request]]:
         {"seed": 1},
         {"logprobs": 2},
         {"logprobs": 2, "temperature": 0.0},
-        {"n": BATCH, "top_k": 5, "top_p": 0.9},
+        {"n": LARGEST_N, "top_k": 5, "top_p": 0.9},
         {"logit_bias": {"1": -1.0}},
         {"bad_words": ["a"]},
         {"min_tokens": 1, "stop": ["\n"]},
@@ -96,34 +96,36 @@ def waves(what: WarmUp) -> list[list[Request]]:
         kinds.append({"prompt_logprobs": 1})
     together = [Request("/v1/completions", completion | kind) for kind in kinds]
     # A batch that holds nothing but its kind takes branches that a mixed one does not.
-    batches = [[Request("/v1/completions", completion | {"n": BATCH, "temperature": 1.0})]]
+    batches = [[Request("/v1/completions", completion | {"n": LARGEST_N, "temperature": 1.0})]]
     if not what.chat:
         return [[alone], *batches, together]
     return [[alone], *batches, [*together, *chats(what)]]
 
 
 def chats(what: WarmUp) -> list[Request]:
-    """Each API of conversations, and what is constrained to a grammar."""
+    """Requests to each API of conversations, and requests with grammars."""
     talk = [{"role": "user", "content": "a b c"}]
-    chat = {"model": what.model, "messages": talk, "max_tokens": TOKENS}
-    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    chat = {"model": what.model, "messages": talk, "max_tokens": ANSWER_TOKENS}
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": ANSWER_SCHEMA}}
     found = [
         Request("/v1/chat/completions", chat | {"logprobs": True, "top_logprobs": 2}),
         Request("/v1/chat/completions", chat | {"stream": True}),
         Request("/v1/chat/completions", chat | {"response_format": schema}),
         Request("/v1/chat/completions", chat | {"structured_outputs": {"regex": "[ab]+"}}),
         Request("/v1/messages", chat),
-        Request("/v1/responses", {"model": what.model, "input": talk, "max_output_tokens": TOKENS, "store": False}),
+        Request(
+            "/v1/responses", {"model": what.model, "input": talk, "max_output_tokens": ANSWER_TOKENS, "store": False}
+        ),
     ]
     if what.tools:
-        function = {"name": "a", "description": "b", "parameters": SCHEMA}
+        function = {"name": "a", "description": "b", "parameters": ANSWER_SCHEMA}
         tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
         found.append(Request("/v1/chat/completions", chat | tools))
     return found
 
 
 def pooling(what: WarmUp) -> list[Request]:
-    """Requests to a model that makes vectors or scores."""
+    """Requests to an embedding or scoring model."""
     found = []
     if "embed" in what.tasks:
         found.append(Request("/v1/embeddings", {"model": what.model, "input": "a b c"}))
@@ -144,7 +146,7 @@ async def warm_up(app: ASGIApp, what: WarmUp, timeout_s: float = WARM_UP_TIMEOUT
         async with asyncio.timeout(timeout_s):
             for rank in range(what.ranks):
                 headers = {RANK_HEADER: str(rank)} if what.ranks > 1 else {}
-                for batch in waves(what):
+                for batch in warm_up_batches(what):
                     unanswered += batch
                     answers = await asyncio.gather(*(_ask(app, request, headers, unanswered) for request in batch))
                     refused += [pair for pair in zip(batch, answers, strict=True) if pair[1].status != 200]
@@ -170,5 +172,5 @@ async def _ask(app: ASGIApp, request: Request, headers: dict[str, str], unanswer
 
 
 def refusals(found: Sequence[tuple[Request, Answer]]) -> str:
-    """What was refused, for a log."""
+    """Refused requests and their answers, for a log."""
     return "; ".join(f"{request.path} {answer.status}: {answer.body[:200]!r}" for request, answer in found)

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json
 
-from tandem.engine.wording import STOPPED, plain
+from tandem.engine.wording import ENGINE_STOPPED, simplify_message
 
-BROKEN = STOPPED
+BROKEN = ENGINE_STOPPED
 
 
 class Dialect(Protocol):
@@ -126,7 +126,7 @@ def _amended_event(event: bytes, dialect: Dialect, request: str) -> bytes:
     except (ValueError, KeyError, TypeError, AttributeError):
         return event
     # vLLM reads its own stream of OpenAI's chunks to make Anthropic's; an error in it appears as one that cannot be read.
-    said = f"{BROKEN}." if "validation error for ChatCompletionStreamResponse" in message else plain(message)
+    said = f"{BROKEN}." if "validation error for ChatCompletionStreamResponse" in message else simplify_message(message)
     status = code if isinstance(code, int) and code >= 400 else 500
     return dialect.event(status, said, code=None, request=request, last=b"").removesuffix(b"\n\n")
 

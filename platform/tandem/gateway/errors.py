@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from tandem.engine.parsers import explain_refusal
-from tandem.engine.wording import plain, plain_field
+from tandem.engine.wording import simplify_field, simplify_message
 from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
 
 
@@ -84,12 +84,12 @@ def from_engine(status: int, body: bytes, max_length: int | None, model: str | N
         said = from_json(body)
         error = said.get("error", said)
         message = str(error.get("message") or message)
-        param = plain_field(error.get("param"))
+        param = simplify_field(error.get("param"))
         code = error.get("code") if isinstance(error.get("code"), str) else None
     except (ValueError, AttributeError):
         text = body.decode(errors="replace").strip()
         message = text[:2000] or message
-    message = plain(explain_refusal(message, model))
+    message = simplify_message(explain_refusal(message, model))
     if status == 400 and (
         "context length" in message or "max_model_len" in message or "maximum model length" in message
     ):

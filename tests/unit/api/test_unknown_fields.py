@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tandem.api import unknown_fields
-from tandem.api.unknown_fields import LONGEST_NAMED, describe, misspelt_fields
+from tandem.api.unknown_fields import MAX_NAME_CHARS, describe, misspelt_fields
 
 PATH = "/v1/completions"
 
@@ -29,5 +29,5 @@ def test_a_repeated_unknown_field_is_compared_with_the_known_ones_once(monkeypat
 def test_memory_for_unknown_fields_is_bounded() -> None:
     assert unknown_fields._nearest_field.cache_parameters()["maxsize"] == 1024
     before = unknown_fields._nearest_field.cache_info().currsize
-    describe(PATH, ["t" * (LONGEST_NAMED + 1)])
+    describe(PATH, ["t" * (MAX_NAME_CHARS + 1)])
     assert unknown_fields._nearest_field.cache_info().currsize == before

@@ -11,9 +11,9 @@ import pytest
 
 from tandem.engine.parsers import (
     DEEPSEEK_CALLS,
-    FALLBACK,
-    OPENS_THINKING,
+    FALLBACK_TOOL_PARSER,
     REASONING_RULES,
+    THINKING_PROMPT_RULE,
     TOOL_RULES,
     explain_refusal,
     read_parsers,
@@ -38,8 +38,8 @@ print(json.dumps([ToolParserManager.list_registered(), ReasoningParserManager.li
 def test_vllm_has_every_parser_that_may_be_selected() -> None:
     done = subprocess.run([sys.executable, "-c", REGISTRY], capture_output=True, text=True, timeout=120, check=True)
     tools, reasoning = json.loads(done.stdout.strip().rpartition("\n")[2])
-    assert {rule.parser for rule in TOOL_RULES} | {FALLBACK} <= set(tools)
-    assert {rule.parser for rule in (*REASONING_RULES, OPENS_THINKING)} <= set(reasoning)
+    assert {rule.parser for rule in TOOL_RULES} | {FALLBACK_TOOL_PARSER} <= set(tools)
+    assert {rule.parser for rule in (*REASONING_RULES, THINKING_PROMPT_RULE)} <= set(reasoning)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_vllm_has_every_parser_that_may_be_selected() -> None:
         ("granitemoehybrid", TOOLS + "<tool_call>", "granite4", None),
         ("glm4_moe", TOOLS + "<tool_call><arg_key><think>", "glm47", "glm45"),
         ("qwen2", "{% if add_generation_prompt %}<think>\n{% endif %}", None, "deepseek_r1"),
-        ("novel", TOOLS, FALLBACK, None),
+        ("novel", TOOLS, FALLBACK_TOOL_PARSER, None),
         ("llama", "{{ messages }}", None, None),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_model_gets_the_parsers_of_its_format(
 ) -> None:
     found = select_parsers(model_type, template, TOKENS)
     # DeepSeek's tokens are not among these: a parser that needs them would refuse every request.
-    assert (found.tool, found.reasoning) == (tool if "deepseek" not in model_type else FALLBACK, reasoning)
+    assert (found.tool, found.reasoning) == (tool if "deepseek" not in model_type else FALLBACK_TOOL_PARSER, reasoning)
     assert found.tool_reason and found.reasoning_reason and found.chat
 
 
@@ -75,7 +75,7 @@ def test_a_parser_whose_tokens_the_tokenizer_lacks_is_not_selected() -> None:
     template = TOOLS + DEEPSEEK_CALLS
     assert select_parsers("deepseek_v3", template, json.dumps(DEEPSEEK_CALLS)).tool == "deepseek_v31"
     assert select_parsers("deepseek_v3", template + "```json", DEEPSEEK_CALLS).tool == "deepseek_v3"
-    assert select_parsers("llama", TOOLS + "<|python_tag|>", "").tool == FALLBACK
+    assert select_parsers("llama", TOOLS + "<|python_tag|>", "").tool == FALLBACK_TOOL_PARSER
     assert select_parsers("qwen3", QWEN3, "").reasoning is None
 
 
@@ -90,7 +90,7 @@ def test_a_folder_is_read_wherever_its_template_is(tmp_path: Path) -> None:
     assert read_parsers(tmp_path).tool is None
     given = tmp_path / "given.jinja"
     given.write_text(TOOLS)
-    assert read_parsers(tmp_path, str(given)).tool == read_parsers(tmp_path, TOOLS).tool == FALLBACK
+    assert read_parsers(tmp_path, str(given)).tool == read_parsers(tmp_path, TOOLS).tool == FALLBACK_TOOL_PARSER
     (tmp_path / "tokenizer_config.json").write_text("{damaged")
     (tmp_path / "config.json").write_text("[]")
     assert read_parsers(tmp_path).chat

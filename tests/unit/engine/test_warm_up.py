@@ -12,31 +12,34 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tandem.api.unknown_fields import unknown_fields
-from tandem.engine.warm_up import BATCH, RANK_HEADER, WarmUp, warm_up, waves
+from tandem.engine.warm_up import LARGEST_N, RANK_HEADER, WarmUp, warm_up, warm_up_batches
 from tandem.errors import EngineError
 
 ALL = WarmUp(model="m", tasks=("generate",), chat=True, tools=True, prompt_logprobs=True)
 
 
 def test_the_first_sampled_request_is_alone_and_every_kind_follows() -> None:
-    first, *rest = waves(ALL)
+    first, *rest = warm_up_batches(ALL)
     assert [request.body["temperature"] for request in first] == [1.0] and "n" not in first[0].body
-    fields = {field for wave in rest for request in wave for field in request.body}
+    fields = {field for batch in rest for request in batch for field in request.body}
     assert fields >= {
         "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "logprobs",
         "prompt_logprobs", "logit_bias", "bad_words", "n", "stream", "response_format", "tools",
     }  # fmt: skip
-    assert BATCH in {request.body.get("n") for wave in rest for request in wave}
-    for wave in waves(ALL):
-        for request in wave:
+    assert LARGEST_N in {request.body.get("n") for batch in rest for request in batch}
+    for batch in warm_up_batches(ALL):
+        for request in batch:
             assert not unknown_fields(request.path, request.body)
 
 
 def test_what_a_model_lacks_is_not_asked_of_it() -> None:
-    plain = [r for wave in waves(WarmUp(model="m", tasks=("generate",))) for r in wave]
+    plain = [r for batch in warm_up_batches(WarmUp(model="m", tasks=("generate",))) for r in batch]
     assert {request.path for request in plain} == {"/v1/completions"}
     assert not any("prompt_logprobs" in request.body for request in plain)
-    assert [r.path for r in waves(WarmUp(model="m", tasks=("embed", "score")))[0]] == ["/v1/embeddings", "/v1/score"]
+    assert [r.path for r in warm_up_batches(WarmUp(model="m", tasks=("embed", "score")))[0]] == [
+        "/v1/embeddings",
+        "/v1/score",
+    ]
 
 
 def test_a_request_that_never_ends_is_an_error_that_names_it() -> None:
@@ -67,5 +70,5 @@ def test_a_refusal_and_a_failure_stop_nothing_and_are_told(caplog: pytest.LogCap
     what = WarmUp(model="m", tasks=("generate",), ranks=2)
     refused = asyncio.run(warm_up(app, what))
     assert sorted(answer.status for _, answer in refused) == [400, 400, 500, 500]
-    assert len(came) == 2 * sum(map(len, waves(what))) and {rank for _, rank in came} == {"0", "1"}
+    assert len(came) == 2 * sum(map(len, warm_up_batches(what))) and {rank for _, rank in came} == {"0", "1"}
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "400" in caplog.text

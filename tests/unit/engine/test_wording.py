@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from tandem.engine import wording
 from tandem.engine.parsers import explain_refusal
 from tandem.engine.vllm_logs import ANTHROPIC, quiet_refusals
-from tandem.engine.wording import ADVICE_TO_DEPLOYER, MAX_FIELDS, MAX_MESSAGE_CHARS, plain, plain_field
+from tandem.engine.wording import ADVICE_TO_DEPLOYER, MAX_FIELDS, MAX_MESSAGE_CHARS, simplify_field, simplify_message
 from tandem.gateway.dialect import OPENAI, amended
 from tandem.gateway.errors import from_engine
 
@@ -46,29 +46,29 @@ def vllm_says(**body: object) -> str:
 def test_a_wrong_type_is_said_with_the_field_and_without_pydantics_terms() -> None:
     raw = vllm_says(max_tokens="x")
     assert "int_parsing" in raw
-    assert plain(raw) == "max_tokens: Input should be a valid integer, unable to parse string as an integer."
+    assert simplify_message(raw) == "max_tokens: Input should be a valid integer, unable to parse string as an integer."
 
 
 def test_a_field_of_several_types_is_named_once() -> None:
-    said = plain(vllm_says(stop=5, messages=["a", {"type": 3, "text": "it's (so)"}]))
+    said = simplify_message(vllm_says(stop=5, messages=["a", {"type": 3, "text": "it's (so)"}]))
     assert said.startswith("stop: Input should be a valid string; messages.1: ")
     assert "Part" not in said and "loc" not in said
 
 
 def test_more_than_three_fields_are_not_listed() -> None:
-    said = plain(vllm_says(max_tokens="x", stop=5, temperature="hot", top_p="all", messages="none"))
+    said = simplify_message(vllm_says(max_tokens="x", stop=5, temperature="hot", top_p="all", messages="none"))
     assert said.count(":") == 3 and said.endswith("; and more.")
 
 
 def test_a_message_with_quotes_and_brackets_is_read_whole() -> None:
     raw = """1 validation error:
   {'type': 'value_error', 'loc': ('body', 'function-wrap[__log_extra_fields__()]', 'prompt'), 'msg': "Value error, it's (not) {this}.", 'input': {}, 'ctx': {'error': ValueError("it's")}}"""  # noqa: E501
-    assert plain(raw) == "prompt: it's (not) {this}."
+    assert simplify_message(raw) == "prompt: it's (not) {this}."
 
 
 def test_what_cannot_be_read_stays_as_it_was() -> None:
     for message in ("1 validation error:\n  something", "The prompt is empty.", ""):
-        assert plain(message) == message
+        assert simplify_message(message) == message
 
 
 def test_limits_do_not_advise_clients_to_set_variables_of_the_server() -> None:
@@ -81,7 +81,7 @@ def test_limits_do_not_advise_clients_to_set_variables_of_the_server() -> None:
 
 def test_a_dead_engine_is_not_explained_by_a_log_that_clients_cannot_see() -> None:
     raw = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-    assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), None).message == plain(raw)
+    assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), None).message == simplify_message(raw)
     chunk = b'data: {"error": ' + json.dumps({"message": raw, "code": 500}).encode() + b"}\n\n"
     chunk = chunk.replace(b'{"error": ', b'{"error":')
     said = amended(chunk, OPENAI, "r")
@@ -89,14 +89,14 @@ def test_a_dead_engine_is_not_explained_by_a_log_that_clients_cannot_see() -> No
 
 
 def test_a_field_is_named_without_the_body() -> None:
-    assert [plain_field(f) for f in ("body.max_tokens", "body", None, "n")] == ["max_tokens", None, None, "n"]
+    assert [simplify_field(f) for f in ("body.max_tokens", "body", None, "n")] == ["max_tokens", None, None, "n"]
 
 
 def test_only_the_start_of_a_long_message_is_read() -> None:
     long = "x" * MAX_MESSAGE_CHARS
-    assert plain(f"{long} See stack trace") == f"{long} ..."
+    assert simplify_message(f"{long} See stack trace") == f"{long} ..."
     advice = "Set the VLLM_A environment variable."
-    assert plain(advice + long).startswith("xxx") and advice not in plain(long + advice)
+    assert simplify_message(advice + long).startswith("xxx") and advice not in simplify_message(long + advice)
     tools = "requires --tool-call-parser to be set"
     assert explain_refusal(f"{long}{tools}") == f"{long}{tools}" and explain_refusal(tools + long) != tools + long
 
@@ -121,7 +121,7 @@ def test_no_more_fields_are_read_than_a_message_tells_of(monkeypatch: pytest.Mon
         return ast.literal_eval(text)
 
     monkeypatch.setattr(wording, "ast", SimpleNamespace(literal_eval=count))
-    assert plain(message).endswith("f2: m; and more.")
+    assert simplify_message(message).endswith("f2: m; and more.")
     assert len(read) == 2 * (MAX_FIELDS + 1)
 
 

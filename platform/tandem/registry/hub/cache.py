@@ -1,9 +1,9 @@
-"""Files of the hub here, in the layout of huggingface_hub's own cache: `blobs/` by digest, `snapshots/COMMIT/` of links to them.
+"""Local cache of the hub in huggingface_hub's layout: `blobs/` by digest, `snapshots/COMMIT/` of links to them.
 
 A blob has its final name only once its digest has been verified, so what is there needs no second look. A download takes a lock
-on its repository: of several processes, also on several nodes that share the folder, one downloads and the others wait. What
-was interrupted goes on at the next byte. What was learned of the hub (which commit a branch was, which files a commit has) is in
-`tandem.json`, for when the hub cannot be asked.
+on its repository: of several processes, also on several nodes that share the folder, one downloads and the others wait. An
+interrupted download continues at the next byte. `tandem.json` holds the hub's last answers (the commit of each branch, the files
+of each commit), for times when the hub cannot be reached.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from tandem.registry.hub.selection import RepoFile
 from tandem.settings import settings
 from tandem.storage import disk_errors, require_space, write_atomic
 
-STATE = "tandem.json"
+STATE_FILE = "tandem.json"
 PARALLEL_FILES = 4
 LOCK_POLL_S = 0.2
-UNFINISHED = ".incomplete"
+UNFINISHED_SUFFIX = ".incomplete"
 
 
 @dataclass(kw_only=True)
 class KnownRepo:
-    """What was learned of a repository."""
+    """Facts about a repository, as of the last answer from the hub."""
 
     revisions: dict[str, str] = field(default_factory=dict)
-    """The commit that each branch or tag was when it was asked for last."""
+    """Commit of each branch or tag, as of `seen`."""
     commits: dict[str, tuple[RepoFile, ...]] = field(default_factory=dict)
     """All files of a commit, here or not."""
     seen: dict[str, str] = field(default_factory=dict)
-    """When each revision was asked for last: ISO 8601, UTC."""
+    """Time of the hub's last answer about each revision: ISO 8601, UTC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,16 @@ class RepoCache:
         return cls(settings().hub_dir / f"{kind}s--{repo.replace('/', '--')}")
 
     def known(self) -> KnownRepo:
-        """What was learned of the repository so far; nothing where the file is missing or damaged."""
+        """Facts about the repository so far; empty where the file is missing or damaged."""
         try:
-            values = json.loads((self.folder / STATE).read_text())
+            values = json.loads((self.folder / STATE_FILE).read_text())
             commits = {commit: tuple(RepoFile(**f) for f in files) for commit, files in values["commits"].items()}
             return KnownRepo(revisions=dict(values["revisions"]), commits=commits, seen=dict(values["seen"]))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return KnownRepo()
 
     def remember(self, revision: str, commit: str, files: Sequence[RepoFile]) -> None:
-        """Keep what the hub said; for the holder of the lock."""
+        """Save the hub's answer; for the holder of the lock."""
         known = self.known()
         known.commits[commit] = tuple(files)
         if revision != commit:
@@ -83,19 +83,19 @@ class RepoCache:
         known.commits = {each: f for each, f in known.commits.items() if each in used or self.snapshot(each).is_dir()}
         with disk_errors("writing", self.folder):
             _make_folder(self.folder)
-        write_atomic(self.folder / STATE, json.dumps(asdict(known)))
+        write_atomic(self.folder / STATE_FILE, json.dumps(asdict(known)))
 
     def snapshot(self, commit: str) -> Path:
         """The folder of a commit's files, there or not."""
         return self.folder / "snapshots" / commit
 
     def missing(self, commit: str, files: Sequence[RepoFile]) -> list[RepoFile]:
-        """Those of a commit's files that are not here whole."""
+        """The files of a commit that are missing or incomplete here."""
         snapshot = self.snapshot(commit)
         return [file for file in files if _size(snapshot / file.path) != file.size]
 
     def fetch(self, client: Client, commit: str, files: Sequence[RepoFile], report: Report) -> Path:
-        """Bring what is missing of `files`; the folder of the commit. For the holder of the lock.
+        """Download the missing `files`, and return the commit's folder. For the holder of the lock.
 
         StorageError if the disk lacks room, before anything is downloaded; HubError for a file with another digest than the hub
         says; HubUnreachableError, which keeps what has come.
@@ -120,7 +120,7 @@ class RepoCache:
 
     @contextlib.contextmanager
     def lock(self, report: Report) -> Iterator[None]:
-        """The only one to change this repository's folder for the length of a block; it waits for others, who may be downloading.
+        """Exclusive lock on this repository's folder for the length of a block; waits for other processes that download.
 
         The kernel, or the file server, lets go of it when its holder dies.
         """
@@ -151,7 +151,7 @@ class RepoCache:
         return self.folder / "blobs" / file.key
 
     def _part(self, file: RepoFile) -> Path:
-        return self.folder / "blobs" / f"{file.key}{UNFINISHED}"
+        return self.folder / "blobs" / f"{file.key}{UNFINISHED_SUFFIX}"
 
     def _download(self, client: Client, commit: str, files: list[RepoFile], moved: Any) -> None:
         ended = threading.Event()

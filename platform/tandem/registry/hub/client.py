@@ -1,4 +1,4 @@
-"""What the hub says of a repository: its commit and files at a revision. Its errors, as errors with a next step.
+"""Client of the hub: the commit and files of a repository at a revision. Its errors, as errors with a next step.
 
 `huggingface_hub` does the talking, with the user's settings: HF_ENDPOINT, HF_TOKEN or the token that `hf auth login` saved,
 HF_HUB_OFFLINE, and proxies.
@@ -20,8 +20,8 @@ from tandem.registry.hub.selection import RepoFile
 from tandem.settings import hub_offline, variable
 
 Kind = Literal["model", "dataset"]
-ANSWER_S = 15.0
-"""How long the hub may take to say something of a repository."""
+ANSWER_TIMEOUT_S = 15.0
+"""Seconds that the hub may take to answer about a repository."""
 DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 HUB = "https://huggingface.co"
 SHOWN = 10
@@ -58,7 +58,7 @@ class Client:
 
         with self._errors(revision):
             info: Any = HfApi(endpoint=self.endpoint).repo_info(
-                self.repo, repo_type=self.kind, revision=revision, files_metadata=True, timeout=ANSWER_S
+                self.repo, repo_type=self.kind, revision=revision, files_metadata=True, timeout=ANSWER_TIMEOUT_S
             )
             files = tuple(
                 RepoFile(
@@ -75,7 +75,7 @@ class Client:
         return Listing(commit=str(info.sha), files=files)
 
     def download(self, file: RepoFile, commit: str, into: Path, moved: Callable[[int], None]) -> None:
-        """Bring one file, from where `into` ends on; `moved` hears of bytes as they come, and may raise to end it."""
+        """Download one file, from where `into` ends; `moved` gets the count of new bytes, and may raise to end the download."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # re-exported lazily

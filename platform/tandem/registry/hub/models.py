@@ -70,7 +70,7 @@ def restore(path: Path) -> Path:
 
 
 def find_commit(client: Client, cache: RepoCache, revision: str, what: str, report: Report) -> Listing:
-    """What a revision means: by the hub, or by what it said before. Errors as `pull_model`."""
+    """The commit and files of a revision: by the hub, or by its last answer. Errors as `pull_model`."""
     known = cache.known()
     commit = revision if COMMIT.fullmatch(revision) else known.revisions.get(revision)
     here = Listing(commit=commit, files=known.commits[commit]) if commit in known.commits and commit else None

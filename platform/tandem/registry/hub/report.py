@@ -11,7 +11,7 @@ TENTHS = 10
 
 
 class Report(Protocol):
-    """Hears of downloads."""
+    """Receiver of the progress of downloads."""
 
     def note(self, text: str) -> None:
         """A sentence for the user."""
@@ -25,7 +25,7 @@ class Report(Protocol):
 
 
 class TerminalReport:
-    """Says it to whoever reads standard error."""
+    """Progress on standard error."""
 
     def note(self, text: str) -> None:
         """See `Report`."""

@@ -1,4 +1,4 @@
-"""Which files of a hub repository are downloaded. Pure: from the list of its files."""
+"""Selection of the files of a hub repository to download. Pure: from the list of its files."""
 
 from __future__ import annotations
 
