@@ -53,25 +53,31 @@ def runtime_folder() -> Path:
 
 
 def start(arguments: Sequence[str]) -> None:
-    """Run `ray start` with `arguments`; a node that this user started here before is ended first.
+    """Run `ray start` with `arguments`. A node that this user runs here already is an error, and goes on.
 
     With `--block` it returns when the node has ended. ClusterError with the end of Ray's output if it fails, if this machine is
     to join a cluster and has no token for it, or if its ports are taken.
     """
     # Ray's own would wait in the process that is given a time limit here.
     block, arguments = "--block" in arguments, [each for each in arguments if each != "--block"]
-    joining = "--head" not in arguments
-    if joining and not any(each.split("=")[0] == "--address" for each in arguments):
-        raise ClusterError("Say --head to start a cluster, or --address HOST:PORT of the head to join one.")
-    if joining:
+    address = option(arguments, "--address")
+    if ("--head" in arguments) == (address is not None):
+        raise ConfigError("Say either --head to start a cluster, or --address HOST:PORT of the head to join one.")
+    if (port := option(arguments, "--port")) is not None and not (port.isdigit() and 0 < int(port) < 65536):
+        raise ConfigError(f"--port is {port!r}; it must be a whole number from 1 to 65535.")
+    if address is not None:
         require_token()
+        check_address(address)
     check_filled_in()
     mark = secrets.token_hex(8)
     with _changing() as folder:
-        _end_recorded()
+        if (before := _recorded_mark()) is not None and any(_is_raylet(process) for process in marked(before)):
+            raise ClusterError(
+                "A node of this user runs on this machine. `tandem node stop` ends it, and all that runs on it."
+            )
+        _end_recorded()  # what a node that has died left
         check_ports()
         _start(folder, mark, arguments)
-    watcher = [sys.executable, "-m", "tandem.node", mark]
     if block:
         try:
             watch(mark)
@@ -79,7 +85,7 @@ def start(arguments: Sequence[str]) -> None:
             _end(mark)
         return
     subprocess.Popen(
-        watcher,
+        [sys.executable, "-m", "tandem.node", mark],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -183,6 +189,29 @@ def _recorded_mark() -> str | None:
         return str(json.loads(read_private_file(_record(runtime_folder())))["mark"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`; empty where there is none after the name, None without the name."""
+    for place, each in enumerate(arguments):
+        if each == name:
+            return arguments[place + 1] if place + 1 < len(arguments) else ""
+        if each.startswith(f"{name}="):
+            return each.partition("=")[2]
+    return None
+
+
+def check_address(address: str) -> None:
+    """Refuse an address that is none, or whose name means nothing here: Ray would try it for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--address is {address!r}; it must be HOST:PORT of the head, such as 10.0.0.1:6379.")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except (socket.gaierror, OverflowError) as error:
+        raise ClusterError(
+            f"--address is {address!r}, and {host} cannot be resolved on this machine ({error})."
+        ) from error
 
 
 def check_filled_in() -> None:

@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tandem.errors import ConfigError
 
 LONGEST_DRAIN_S = 3600
 """How long a stream may go on, at most, in what is to end: HAProxy, which is told when its cluster starts, cuts it then."""
@@ -85,8 +87,16 @@ class Settings(BaseSettings):
 
 
 def settings() -> Settings:
-    """The settings as the environment has them now."""
-    return Settings()
+    """The settings as the environment has them now; ConfigError for a value that cannot be."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        variable_name = (
+            name.upper() if name.isupper() else f"{Settings.model_config.get('env_prefix', '')}{name.upper()}"
+        )
+        raise ConfigError(f"{variable_name} is {first['input']!r}: {first['msg']}.") from error
 
 
 def child_environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:

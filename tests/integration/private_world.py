@@ -29,7 +29,9 @@ import psutil
 from tandem.cluster import MARK, free_ports, marked
 from tandem.settings import child_environment
 
-CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x00020000, 0x4000, 1 << 18
+CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x00020000, 0x1000, 0x4000, 1 << 18
+KEPT = [path for path in (Path(__file__).resolve().parents[2],) if path.is_relative_to("/tmp")]
+"""Folders below /tmp that the test itself needs; an environment lies in its repository."""
 HOME = Path("/tmp/home")
 NOBODY = pwd.getpwnam("nobody")
 ECHO = "models: [{model: echo, name: echo, engine: echo}]\n"
@@ -64,8 +66,16 @@ def fresh_folders() -> None:
 
     checked(libc.unshare(CLONE_NEWNS))
     checked(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+    # This repository and its environment stay where they are, also where that is below /tmp.
+    kept = {path: os.open(path, os.O_PATH) for path in KEPT}
     for folder in (b"/tmp", b"/dev/shm"):
         checked(libc.mount(b"tmpfs", folder, b"tmpfs", 0, b"mode=1777"))
+    for path, descriptor in kept.items():
+        path.mkdir(parents=True)
+        checked(libc.mount(f"/proc/self/fd/{descriptor}".encode(), bytes(path), None, MS_BIND, None))
+        os.close(descriptor)
+    # The way to it was by another mount.
+    os.chdir(Path(__file__).parents[2])
 
 
 def tandem(*arguments: str) -> str:
@@ -90,6 +100,7 @@ def files_of(cluster: list[psutil.Process]) -> list[str]:
     found = {"/tmp", "/dev/shm"}
     for top in ("/tmp", "/dev/shm"):
         for folder, folders, files in os.walk(top):
+            folders[:] = [name for name in folders if Path(folder, name) not in KEPT]
             found |= {f"{folder}/{name}" for name in (*folders, *files)}
     for process in cluster:
         with contextlib.suppress(OSError):

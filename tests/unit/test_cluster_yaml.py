@@ -43,7 +43,9 @@ def test_a_misspelt_key_is_found_by_the_check(file: str) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_every_node_starts_through_tandem_with_the_token_and_the_environment(file: str) -> None:
     config = read(file)
-    (head,), (worker,) = config["head_start_ray_commands"], config["worker_start_ray_commands"]
+    # `ray up` after a change starts nodes again.
+    (ended, head), (also_ended, worker) = config["head_start_ray_commands"], config["worker_start_ray_commands"]
+    assert ended == also_ended == "tandem node stop"
     assert "tandem node start --head --port=6379" in head
     assert worker == "tandem node start --address=$RAY_HEAD_IP:6379"
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

@@ -61,8 +61,22 @@ def test_a_node_without_the_clusters_token_does_not_join(
 
 
 def test_a_node_that_is_told_of_no_head_is_refused(folder: Path) -> None:
-    with pytest.raises(ClusterError, match=r"--head to start a cluster, or --address HOST:PORT"):
-        node.start(["--num-cpus=1"])
+    for arguments in (["--num-cpus=1"], ["--head", "--address", "10.0.0.1:6379"]):
+        with pytest.raises(ConfigError, match=r"either --head to start a cluster, or --address HOST:PORT"):
+            node.start(arguments)
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
+    with pytest.raises(ConfigError, match="--port is '99999'; it must be a whole number from 1 to 65535"):
+        node.start(["--head", "--port", "99999"])
+    with pytest.raises(ConfigError, match="--address is 'head'; it must be HOST:PORT"):
+        node.start(["--address=head"])
+    with pytest.raises(ClusterError, match=r"no-such-host\.invalid cannot be resolved"):
+        node.start(["--address", "no-such-host.invalid:6379"])
+    assert not folder.exists()
 
 
 def test_stopping_where_nothing_runs_does_nothing(folder: Path) -> None:
@@ -94,12 +108,15 @@ def test_where_the_folder_cannot_be_used_another_one_can_be_named(folder: Path) 
 
 
 FAKE_RAY = """
-import subprocess, sys, time
+import os, subprocess, sys
 if "fail" in sys.argv:
     print("no such head")
     sys.exit(1)
 # A child that outlives this process, as a raylet does, and is called so.
-subprocess.Popen(["raylet", "-c", "import time; time.sleep(60)"], executable=sys.executable, stdout=subprocess.DEVNULL,
+raylet = os.path.join(os.path.dirname(__file__), "raylet")
+if not os.path.exists(raylet):
+    os.symlink(os.path.realpath(sys.executable), raylet)
+subprocess.Popen([raylet, "-S", "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL,
                  stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, start_new_session=True)
 """
 
@@ -116,15 +133,15 @@ def fake_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(node.haproxy, "write_script", lambda folder: folder / "haproxy-edited")
 
 
-def test_a_node_that_is_started_again_ends_the_one_before_and_stop_leaves_nothing(folder: Path, fake_ray: None) -> None:
+def test_a_node_that_runs_is_not_ended_by_another_start_and_stop_leaves_nothing(folder: Path, fake_ray: None) -> None:
     node.start(["--head"])
     first = node._recorded_mark()
     assert first and len(marked(first)) == 1
-    node.start(["--head"])
-    second = node._recorded_mark()
-    assert second and second != first and not marked(first) and len(marked(second)) == 1
+    with pytest.raises(ClusterError, match=r"A node of this user runs on this machine. `tandem node stop` ends it"):
+        node.start(["--head", "fail"])
+    assert node._recorded_mark() == first and len(marked(first)) == 1
     assert node.stop() == 1
-    assert not marked(second) and not (folder / "tmp").exists() and node.stop() == 0
+    assert not marked(first) and not (folder / "tmp").exists() and node.stop() == 0
 
 
 def test_a_start_that_fails_leaves_nothing_and_says_what_ray_said(folder: Path, fake_ray: None) -> None:
@@ -151,9 +168,10 @@ def test_with_block_the_command_goes_on_until_the_node_has_ended(folder: Path, f
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             mark = node._recorded_mark()
-            if mark and (found := marked(mark)):
-                found[0].kill()
-                return
+            for process in marked(mark) if mark else ():
+                if node._is_raylet(process):
+                    process.kill()
+                    return
             time.sleep(0.05)
 
     thread = threading.Thread(target=end)

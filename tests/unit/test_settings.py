@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tandem import settings as environment
+from tandem.errors import ConfigError
 from tandem.settings import Settings, settings
 
 
@@ -48,3 +49,9 @@ def test_children_do_not_get_empty_variables_of_ours_and_rays(monkeypatch: pytes
     child = environment.child_environment({"RAY_AUTH_TOKEN": "x"})
     assert "TANDEM_HOME" not in child and "RAY_ADDRESS" not in child and "VLLM_PORT" not in child
     assert child["SOMETHING"] == "" and child["RAY_AUTH_TOKEN"] == "x"
+
+
+def test_a_value_that_cannot_be_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_PORT", "abc")
+    with pytest.raises(ConfigError, match=r"^TANDEM_PORT is 'abc': Input should be a valid integer"):
+        settings()

@@ -45,7 +45,8 @@ def up_command(
         str | None, typer.Option(help="Address to listen on; listen.host of the config, or 127.0.0.1.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="Port to listen on; listen.port of the config, TANDEM_PORT or 8000.")
+        int | None,
+        typer.Option(min=1, max=65535, help="Port to listen on; listen.port of the config, TANDEM_PORT or 8000."),
     ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return when it is up; `tandem serve down` ends it.")

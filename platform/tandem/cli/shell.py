@@ -88,7 +88,10 @@ def fail(error: TandemError) -> NoReturn:
 
 @contextlib.contextmanager
 def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cluster]:
-    """The cluster of RAY_ADDRESS or of this home; else a local one, stopped at the end of the block unless `keep`."""
+    """The cluster of RAY_ADDRESS or of this home; else a local one, stopped at the end of the block.
+
+    With `keep` it stays, unless the block raises.
+    """
     cluster = connect()
     if cluster is not None:
         yield cluster
@@ -99,6 +102,10 @@ def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cl
         with console.status("Starting a local Ray cluster"):
             started = LocalCluster.start(num_cpus=num_cpus, keep=keep)
         yield started
+    except BaseException:
+        # What was to stay has nothing on it that works.
+        keep = False
+        raise
     finally:
         # An interrupt may have come when it was up and not yet handed over: then it is known by its record.
         up = recorded() if started is None else started

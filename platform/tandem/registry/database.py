@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,9 +111,10 @@ def shown(url: URL) -> str:
 
 
 def _not_a_url(text: str) -> RegistryError:
-    # Whatever else is in it may be a password.
+    # Any part of it may be a password, but for a scheme.
+    scheme = f"{text.partition('://')[0]}://... " if re.match(r"[a-z0-9+]{1,30}://", text) else ""
     return RegistryError(
-        f"The database URL {text.partition(':')[0][:20]!r}... is not valid. Set TANDEM_DATABASE_URL to "
+        f"The database URL {scheme}is not valid. Set TANDEM_DATABASE_URL to "
         "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with characters such as @ and / in the password as %40 and %2F."
     )
 

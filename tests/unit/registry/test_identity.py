@@ -115,6 +115,8 @@ def test_names_are_listed_in_the_order_of_code_points_on_every_database(registry
         "postgresql://host:1/tandem?user=me&password=S3CRET&connect_timeout=2",
         "postgresql://me:S3@CRET@127.0.0.1:9/tandem?connect_timeout=2",
         "nosuchdb://me:S3CRET@host/tandem",
+        "password=S3CRET host=h",
+        "S3CRET",
     ],
 )
 def test_no_error_shows_a_password(url: str) -> None:

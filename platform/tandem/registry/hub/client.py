@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
+from urllib.parse import urlsplit, urlunsplit
 
 from tandem.errors import HubError, HubUnreachableError, UnknownModelError, did_you_mean
 from tandem.registry.hub.reference import COMMIT
@@ -70,7 +71,7 @@ class Client:
         wrong = [f.path for f in files if not _is_plain(f.path) or not DIGEST.fullmatch(f.key)]
         if wrong or not COMMIT.fullmatch(str(info.sha)):
             raise HubError(
-                f"{self.endpoint} lists what no hub lists: {wrong[0] if wrong else info.sha!r}. Check HF_ENDPOINT."
+                f"{self.shown} lists what no hub lists: {wrong[0] if wrong else info.sha!r}. Check HF_ENDPOINT."
             )
         return Listing(commit=str(info.sha), files=files)
 
@@ -133,12 +134,18 @@ class Client:
             raise self._refused(error) from error
         except (ValueError, KeyError) as error:
             raise HubError(
-                f"{self.endpoint} answers with what is no answer of a hub ({type(error).__name__}: {error}). Check HF_ENDPOINT."
+                f"{self.shown} answers with what is no answer of a hub ({type(error).__name__}: {error}). Check HF_ENDPOINT."
             ) from error
         except Exception as error:  # of the HTTP client below huggingface_hub
             if not type(error).__module__.startswith(("httpx", "httpcore")):
                 raise
-            raise HubUnreachableError(f"{self.endpoint} does not answer ({type(error).__name__}: {error})") from error
+            raise HubUnreachableError(f"{self.shown} does not answer ({type(error).__name__}: {error})") from error
+
+    @property
+    def shown(self) -> str:
+        """The endpoint for messages: without a user's name and password."""
+        parts = urlsplit(self.endpoint)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     @property
     def _what(self) -> str:
@@ -146,7 +153,7 @@ class Client:
 
     @property
     def _page(self) -> str:
-        return f"{self.endpoint}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
+        return f"{self.shown}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
 
     def _gated(self) -> str:
         from huggingface_hub import get_token
@@ -163,7 +170,7 @@ class Client:
 
     def _unknown(self) -> HubError | UnknownModelError:
         message = (
-            f"The hub ({self.endpoint}) has no {self.kind} {self.repo}, or only for those who may see it. Check the name; for a "
+            f"The hub ({self.shown}) has no {self.kind} {self.repo}, or only for those who may see it. Check the name; for a "
             "private one set HF_TOKEN or run `hf auth login`."
         )
         return UnknownModelError(message) if self.kind == "model" else HubError(message)
@@ -189,8 +196,8 @@ class Client:
         if status == 403:
             return HubError(f"{self._what} may not be read with this token (403): {said}. See {self._page}.")
         if status == 429 or status >= 500:
-            return HubUnreachableError(f"{self.endpoint} answers {status}: {said}")
-        return HubError(f"{self._what} cannot be had: {self.endpoint} answers {status}: {said}.")
+            return HubUnreachableError(f"{self.shown} answers {status}: {said}")
+        return HubError(f"{self._what} cannot be had: {self.shown} answers {status}: {said}.")
 
 
 def _is_plain(path: str) -> bool:
