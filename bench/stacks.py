@@ -101,7 +101,7 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
                 max_ongoing_requests=100_000,
             )
             app = gateway.bind(
-                directory, models, config.gateway, settings().registry_url, [], router=RouterConfig(policy=policy)
+                directory, models, config.gateway, registry.address, [], router=RouterConfig(policy=policy)
             )
             serve.run(app, name=policy, route_prefix=f"/{policy}")
         yield

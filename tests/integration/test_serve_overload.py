@@ -47,10 +47,8 @@ def narrow(served: Served) -> Served:
         },
         max_ongoing_requests=100_000,
     )
-    url = f"sqlite:///{served.home}/tandem.db"
-    serve.run(
-        gateway.bind(directory, models, GatewayConfig(), url, [], RouterConfig()), name="narrow", route_prefix="/narrow"
-    )
+    app = gateway.bind(directory, models, GatewayConfig(), served.registry().address, [], RouterConfig())
+    serve.run(app, name="narrow", route_prefix="/narrow")
     return replace(served, url=f"{served.url}/narrow")
 
 
