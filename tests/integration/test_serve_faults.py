@@ -32,10 +32,30 @@ def marked() -> dict[int, str]:
 
 
 def processes_of(served: Served) -> tuple[psutil.Process, list[psutil.Process]]:
-    """The process of the one ready replica, and vLLM's below it."""
-    (record,) = [r for r in served.replicas() if r.state == "ready"]
-    process = process_of(record)
-    return process, process.children(recursive=True)
+    """The process of the one ready replica, and vLLM's below it, once its engine is among them."""
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        (record,) = [r for r in served.replicas() if r.state == "ready"]
+        process = process_of(record)
+        below = descendants(process.pid)
+        if any("VLLM::EngineCore" in title for _, title in below):
+            return process, [each for each, _ in below]
+        assert time.monotonic() < deadline, f"no engine below {process}: {below}"
+        time.sleep(0.5)
+
+
+def descendants(pid: int) -> list[tuple[psutil.Process, str]]:
+    """Processes below one, each with its title."""
+    parents, titles = {}, {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            titles[process] = " ".join(process.cmdline())
+            parents[process] = process.ppid()
+    found, known = [], {pid}
+    while new := [p for p, parent in parents.items() if parent in known and p.pid not in known]:
+        known |= {p.pid for p in new}
+        found += [(p, titles[p]) for p in new]
+    return found
 
 
 def ask(served: Served) -> httpx.Response:
