@@ -53,7 +53,9 @@ def test_the_script_is_for_its_owner_alone_and_sockets_have_short_paths(tmp_path
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_child_of_a_cluster_takes_the_packages_haproxy(gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_of_a_cluster_takes_the_packages_haproxy(
+    gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
