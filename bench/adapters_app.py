@@ -159,7 +159,7 @@ def register_many(app: App, folder: Path, count: int) -> float:
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[App, Any]]:
     """The app on a cluster of its own, and the cluster."""
-    from tandem.cluster import local_cluster
+    from tandem.cluster.local import local_cluster
     from tandem.registry import Registry
 
     home = folder / "home"
@@ -171,8 +171,8 @@ def serving(folder: Path) -> Iterator[tuple[App, Any]]:
         import ray
         from ray import serve
 
+        from tandem.apps.build import build_app
         from tandem.config import ServeConfig, ServedModelConfig
-        from tandem.serve.app import build_app
 
         port = free_port()
         model = ServedModelConfig(

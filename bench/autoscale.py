@@ -77,7 +77,7 @@ def main() -> int:
 def serving(folder: Path, quick: bool) -> Iterator[int]:
     """The app on a cluster of its own; its port."""
     os.environ.update(ENVIRONMENT, TANDEM_HOME=str(folder / "home"))
-    from tandem.cluster import local_cluster
+    from tandem.cluster.local import local_cluster
 
     if quick:
         model = {"model": MODEL, "engine": "echo", "engine_args": {"delay_s": 0.01, "slots": SLOTS, "start_s": 2.0}}
@@ -89,9 +89,9 @@ def serving(folder: Path, quick: bool) -> Iterator[int]:
         import ray
         from ray import serve
 
+        from tandem.apps.build import build_app
+        from tandem.apps.deploy import deploy
         from tandem.config import ServeConfig, from_dict
-        from tandem.serve.app import build_app
-        from tandem.serve.deploy import deploy
 
         ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
         held.callback(ray.shutdown)

@@ -76,7 +76,7 @@ class Node:
 
     def start(self) -> None:
         """Join the cluster."""
-        from tandem.cluster import free_ports
+        from tandem.cluster.local import free_ports
         from tandem.settings import child_environment
 
         ports = free_ports(2)
@@ -96,7 +96,7 @@ class Node:
 
     def processes(self) -> list[psutil.Process]:
         """All that runs there."""
-        from tandem.cluster import marked
+        from tandem.cluster.local import marked
 
         found = []
         for process in marked(self._cluster.mark):
@@ -119,7 +119,7 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
 
     with tempfile.TemporaryDirectory(prefix="tc-", dir="/tmp") as place:
         settings.export({"TANDEM_HOME": place, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, override=True)
-        from tandem.cluster import free_ports, local_cluster
+        from tandem.cluster.local import free_ports, local_cluster
 
         model: dict[str, Any] = {
             "model": "echo", "name": "tiny", "engine": "echo", "engine_args": {"delay_s": 0.05, "max_length": 512},
@@ -131,8 +131,8 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
             import ray
             from ray import serve
 
+            from tandem.apps.build import build_app
             from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
-            from tandem.serve.app import build_app
 
             node = Node(cluster, NODE_CPUS)
             node.start()

@@ -66,7 +66,7 @@ def main() -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run both jobs; each on a cluster that nothing else uses."""
     from tandem import settings as environment
-    from tandem.cluster import LocalCluster, authentication
+    from tandem.cluster.local import LocalCluster, authentication
 
     folder = Path(tempfile.mkdtemp(prefix="tandem-chaos-"))
     environment.export({"TANDEM_HOME": str(folder), "OMP_NUM_THREADS": "1", **authentication()}, override=True)

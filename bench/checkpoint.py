@@ -176,9 +176,9 @@ def build(workers: int, shape: dict[str, Any]) -> tuple[Any, Any, Any]:
 
     from tandem.config import DataConfig, OptimizerConfig, ParallelismConfig, TrainConfig
     from tandem.train.loop import backward
-    from tandem.train.mesh import Degrees
-    from tandem.train.objective import NextToken
-    from tandem.train.strategy import lay_out
+    from tandem.train.objectives.objective import NextToken
+    from tandem.train.parallel.mesh import Degrees
+    from tandem.train.parallel.strategy import lay_out
 
     config = TrainConfig(
         name="bench",

@@ -83,7 +83,7 @@ def main() -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run every peer `rounds` times with each number of readers, in alternation; then train."""
-    from tandem.cluster import LocalCluster
+    from tandem.cluster.local import LocalCluster
     from tandem.data.build import build_dataset
     from tandem.settings import export
 
@@ -196,7 +196,7 @@ def by_webdataset(options: argparse.Namespace, readers: int) -> Generator[Any, N
     import torch
     import webdataset
 
-    from tandem.data.samples import Text
+    from tandem.data.sources.samples import Text
 
     _, shards, spec = parts_of(options)
 
@@ -246,7 +246,7 @@ def by_dataloader(options: argparse.Namespace, readers: int) -> Generator[Any, N
 def by_tandem(options: argparse.Namespace, readers: int) -> Generator[Any, None, None]:
     """The stream of a training job with one rank."""
     from tandem import settings
-    from tandem.cluster import authentication
+    from tandem.cluster.local import authentication
 
     settings.export(authentication())
     import ray

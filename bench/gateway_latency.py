@@ -147,7 +147,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
 def app(port: int) -> Iterator[tuple[Server, Server]]:
     """An app with one echo engine: the engine itself, and the app's front."""
     from tandem import settings
-    from tandem.cluster import local_cluster
+    from tandem.cluster.local import local_cluster
 
     with tempfile.TemporaryDirectory() as home:
         settings.export({"TANDEM_HOME": home}, override=True)
@@ -155,8 +155,8 @@ def app(port: int) -> Iterator[tuple[Server, Server]]:
             import ray
             from ray import serve
 
+            from tandem.apps.build import build_app
             from tandem.config import ServeConfig, ServedModelConfig
-            from tandem.serve.app import build_app
 
             model = ServedModelConfig(model="echo", name="echo", engine="echo", engine_args={"delay_s": GAP_S})
             ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
@@ -190,7 +190,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every round's numbers here")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     given = parser.parse_args()
-    from tandem.cluster import free_ports
+    from tandem.cluster.local import free_ports
 
     with app(free_ports(1)[0]) as (engine, front):
         for server in (engine, front):

@@ -7,8 +7,8 @@ compute in bfloat16 with float32 weights and fused AdamW, each layer compiled. `
 causal flash attention; `trainer` shards nothing, and recomputes all or nothing (with `--recompute selective`, nothing);
 `tandem` is Tandem's `place` and `train` as a worker calls them, with attention that allows many documents a row, which the
 others' does not. Each peer is a process of its own, in alternating rounds; tokens/s is the median over steps after the first
-ones. MFU counts 6 N + 12 L h s operations a token (tandem/train/flops.py), of the maker's dense bfloat16 peak. A peer that runs
-out of memory is told so in the table, and the others go on.
+ones. MFU counts 6 N + 12 L h s operations a token (tandem/train/reporting/flops.py), of the maker's dense bfloat16 peak. A
+peer that runs out of memory is marked so in the table, and the others go on.
 
 `--check` exits 1, and prints the figure that was missed last, unless Tandem reaches 45 % MFU on an H100 or H200, 0.95 of plain's
 tokens/s, and the Trainer's. `--tiny` runs the same code with a small model on whatever is there, a CPU too: it shows that it
@@ -87,7 +87,7 @@ class Run:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from tandem.train.flops import Meter
+        from tandem.train.reporting.flops import Meter
 
         self.options = options
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -230,9 +230,9 @@ def tandem(run: Run) -> None:
     """Tandem's own code, from the model on."""
     from tandem.config import DataConfig, OptimizerConfig, ParallelismConfig, TrainConfig
     from tandem.train.loop import LoopState, train
-    from tandem.train.mesh import Degrees
     from tandem.train.optimizer import build_optimizer
-    from tandem.train.placement import place
+    from tandem.train.parallel.mesh import Degrees
+    from tandem.train.parallel.parallelize import place
     from tandem.train.recompute import recompute_activations
 
     options, on_gpu = run.options, run.device.type == "cuda"

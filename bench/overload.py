@@ -129,7 +129,7 @@ def hindered(idle: dict[str, Any]) -> Verdict:
 def app(engine: str) -> Iterator[App]:
     """One replica, served as `tandem serve up` serves it."""
     from tandem import settings
-    from tandem.cluster import free_ports, local_cluster, marked
+    from tandem.cluster.local import free_ports, local_cluster, marked
 
     with tempfile.TemporaryDirectory() as home:
         settings.export({"TANDEM_HOME": home}, override=True)
@@ -138,8 +138,8 @@ def app(engine: str) -> Iterator[App]:
             import ray
             from ray import serve
 
+            from tandem.apps.build import build_app
             from tandem.config import ServeConfig, ServedModelConfig
-            from tandem.serve.app import build_app
 
             (port,) = free_ports(1)
             args: dict[str, Any] = (

@@ -309,8 +309,8 @@ def laid_out(case: Case) -> dict[str, Any]:
 
     from tandem.checkpoint import folders, sharded
     from tandem.checkpoint.folders import SavedState
-    from tandem.train.evaluate import evaluate
     from tandem.train.loop import LoopState, StepReport, train
+    from tandem.train.objectives.evaluate import evaluate
 
     config, cpu = config_of(case), torch.device("cpu")
     told: dict[str, list[StepReport]] = {"whole": [], "resumed": []}
@@ -363,12 +363,12 @@ def build(case: Case, config: Any, seed: int = 0) -> tuple[Any, Any, Any]:
     import torch
 
     from tandem.config import DpoConfig
-    from tandem.train import deepspeed
-    from tandem.train.dpo import Dpo, FrozenModel
-    from tandem.train.mesh import Degrees
-    from tandem.train.objective import NextToken
+    from tandem.train.objectives.dpo import Dpo, FrozenModel
+    from tandem.train.objectives.objective import NextToken
+    from tandem.train.parallel import deepspeed
+    from tandem.train.parallel.mesh import Degrees
+    from tandem.train.parallel.strategy import lay_out, lay_out_frozen
     from tandem.train.recompute import recompute_activations
-    from tandem.train.strategy import lay_out, lay_out_frozen
 
     cpu = torch.device("cpu")
     mesh = Degrees.of(config.parallel).mesh("cpu", case.workers)
@@ -470,7 +470,7 @@ def new_model(case: Case, seed: int = 0) -> Any:
         Qwen3MoeForCausalLM,
     )
 
-    from tandem.train.lora import add_adapters
+    from tandem.train.adapters.lora import add_adapters
 
     kind, _, adapters = case.model.partition("+")
     shape: dict[str, Any] = {

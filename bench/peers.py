@@ -300,9 +300,9 @@ def loop(run: Run) -> None:
     from tandem.config import TrainConfig
     from tandem.config.load import from_dict
     from tandem.train.loop import LoopState, train
-    from tandem.train.mesh import Degrees
     from tandem.train.optimizer import build_optimizer
-    from tandem.train.placement import place
+    from tandem.train.parallel.mesh import Degrees
+    from tandem.train.parallel.parallelize import place
 
     config = from_dict(TrainConfig, run.plan["config"])
     cpu, mesh = torch.device("cpu"), Degrees.of(config.parallel).mesh("cpu", dist.get_world_size())

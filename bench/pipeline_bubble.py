@@ -111,7 +111,7 @@ def measure(rounds: int, micro_batches: list[int]) -> list[dict[str, Any]]:
     import torch
     import torch.distributed as dist
 
-    from tandem.train.mesh import Degrees
+    from tandem.train.parallel.mesh import Degrees
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -138,7 +138,7 @@ class Cell:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         from tandem.config import DataConfig, ModelConfig, ParallelismConfig, TrainConfig
-        from tandem.train.placement import place
+        from tandem.train.parallel.parallelize import place
 
         self.schedule, self.count, self._busy = schedule, count, 0.0
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The router in a simulation: the gateways' own code (tandem.serve.router) chooses among up to 1,000 simulated replicas.
+"""The router in a simulation: the gateways' own code (tandem.routing.router) chooses among up to 1,000 simulated replicas.
 
     python bench/router_sim.py [--quick] [--trace FILE] [--write-trace FILE] [--policies NAME ...] [--json FILE] [--check]
 
@@ -45,10 +45,10 @@ from tandem.config import RouterConfig, ServedModelConfig
 from tandem.engine.protocol import AdapterRef
 from tandem.gateway.catalog import Target
 from tandem.gateway.reading import read_ask
-from tandem.serve.ask import BOUNDS, Ask
-from tandem.serve.policies import POLICIES
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
-from tandem.serve.router import Router
+from tandem.routing.policies import POLICIES
+from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.routing.request import BOUNDS, Ask
+from tandem.routing.router import Router
 
 BAR_US = 100.0
 """99 of 100 decisions of the default policy are faster, at `BAR_REPLICAS`."""

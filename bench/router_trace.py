@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from tandem.serve.ask import key_of
+from tandem.routing.request import key_of
 
 BLOCK = 64
 """Tokens of a block."""

@@ -245,7 +245,7 @@ def judged(
 
 def memory(mark: str) -> dict[str, float]:
     """MiB of each part: resident under its name, its proportional share under its name with `_pss`."""
-    from tandem.cluster import marked
+    from tandem.cluster.local import marked
 
     sizes = {f"{part}{kind}": 0.0 for part in PARTS for kind in ("", "_pss")}
     for process in marked(mark):
@@ -264,7 +264,7 @@ def memory(mark: str) -> dict[str, float]:
 def app(folder: Path) -> Iterator[tuple[int, str]]:
     """The served app with one replica and its adapters; its port, and the mark of its cluster's processes."""
     from tandem.cli.serve import serving
-    from tandem.cluster import local_cluster
+    from tandem.cluster.local import local_cluster
     from tandem.config import ListenConfig, RouterConfig, ServeConfig, ServedModelConfig
     from tandem.registry import Registry
 

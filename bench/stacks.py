@@ -39,7 +39,7 @@ def bare(folder: Path, port: int, *more: str) -> Iterator[None]:
 
 def bare_one(folder: Path, port: int) -> contextlib.AbstractContextManager[None]:
     """The same with the executor that Tandem chooses on a CPU: the limit that Tandem can reach."""
-    from tandem.engine.vllm_args import ONE_PROCESS
+    from tandem.engine.vllm.arguments import ONE_PROCESS
 
     return bare(folder, port, "--distributed-executor-backend", ONE_PROCESS)
 
@@ -85,7 +85,7 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
         # Ray reads how it authenticates when it is imported: not before there is a cluster.
         from ray import serve
 
-        from tandem.serve.app import Gateway, resolve_models
+        from tandem.apps.build import Gateway, resolve_models
         from tandem.serve.scaling import GATEWAY_ENVIRONMENT
 
         directory: Any = serve.get_deployment_handle("Directory", "tandem")
@@ -109,13 +109,13 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _app(config: Any, port: int) -> Iterator[None]:
-    from tandem.cluster import local_cluster
+    from tandem.cluster.local import local_cluster
 
     with local_cluster(num_cpus=8) as cluster:
         import ray
         from ray import serve
 
-        from tandem.serve.app import build_app
+        from tandem.apps.build import build_app
 
         ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
         # Still connected when its cluster ends, a process dies before it can say what went wrong.

@@ -95,7 +95,7 @@ def bare(folder: Path) -> dict[str, Any]:
 
 def app(folder: Path) -> dict[str, Any]:
     """`serve run` on a Ray that is there."""
-    from tandem.cluster import local_cluster
+    from tandem.cluster.local import local_cluster
 
     port = free_port()
     os.environ["TANDEM_HOME"] = str(folder / "home")

@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def start_cluster() -> Any:
     """A cluster as jobs find it."""
-    from tandem.cluster import LocalCluster
+    from tandem.cluster.local import LocalCluster
     from tandem.settings import export
 
     # torchrun's processes run at niceness 0 and Ray's at 15: beside other work, that is what would be measured.

@@ -12,8 +12,8 @@ from typing import Any
 
 from ray import serve
 
+from tandem.apps.build import build_app
 from tandem.config import ServeConfig, apply_overrides, from_dict, load_yaml, located
-from tandem.serve.app import build_app
 from tandem.settings import settings
 
 

@@ -10,7 +10,7 @@ from fake_hub import FakeHub
 from postgresql import Server, postgresql
 
 from tandem import settings as environment
-from tandem.cluster import LocalCluster, authentication
+from tandem.cluster.local import LocalCluster, authentication
 
 # Ray reads its authentication mode when it is first imported, which a test module may do before a cluster starts.
 environment.export(authentication())

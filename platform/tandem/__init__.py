@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from tandem.cli.batch import run_batch
     from tandem.cli.llm import LLM
     from tandem.cli.session import Session, recipe
-    from tandem.client import SamplingParams
+    from tandem.sdk.client import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "Session", "__version__", "recipe", "run_batch"]
 
 _HOMES = {
     "LLM": "cli.llm",
-    "SamplingParams": "client",
+    "SamplingParams": "sdk.client",
     "Session": "cli.session",
     "recipe": "cli.session",
     "run_batch": "cli.batch",

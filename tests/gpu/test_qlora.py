@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tandem.checkpoint.export import export
 from tandem.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainConfig
+from tandem.train.adapters.lora import add_adapters
+from tandem.train.adapters.quantize import load_nf4
 from tandem.train.loop import LoopState, train
-from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees
 from tandem.train.model import count_parameters
 from tandem.train.optimizer import build_optimizer
-from tandem.train.placement import place
-from tandem.train.quantize import load_nf4
+from tandem.train.parallel.mesh import Degrees
+from tandem.train.parallel.parallelize import place
 
 pytestmark = [
     pytest.mark.gpu,

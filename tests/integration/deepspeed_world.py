@@ -20,7 +20,7 @@ from objectives_world import Run, World
 from tandem.checkpoint.export import export
 from tandem.config import DeepSpeedConfig, ModelConfig
 from tandem.errors import EnvironmentProblem
-from tandem.train import deepspeed
+from tandem.train.parallel import deepspeed
 from tandem.train.precision import LossScaler
 
 ZERO = {

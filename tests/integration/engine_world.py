@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 
 from tandem import settings
+from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
 from tandem.engine.spec import EngineSpec
-from tandem.reaper import Reaper
-from tandem.serve.host import EngineHost
+from tandem.serve.replica.host import EngineHost
 
 
 async def ask(case: dict[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,13 @@ import uvicorn
 from small_folders import small_adapter, small_model
 
 from tandem.config import GatewayConfig, ServedModelConfig
-from tandem.engine.echo import EchoEngine
+from tandem.engine.echo.engine import EchoEngine
 from tandem.gateway.app import create_app
 from tandem.ids import fingerprint
 from tandem.registry import Registry
-from tandem.serve.adapter_checks import AdapterChecks
-from tandem.serve.host import EngineHost
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.serve.replica.adapter_checks import AdapterChecks
+from tandem.serve.replica.host import EngineHost
 
 BODY = {"model": "base", "prompt": "one two three"}
 

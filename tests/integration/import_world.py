@@ -24,13 +24,13 @@ from resume_world import load_parity
 from tandem.checkpoint.export import export, weights_of
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
-from tandem.train.canonical import canonical
-from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees
+from tandem.train.adapters.lora import add_adapters
 from tandem.train.model import build_model
-from tandem.train.sharded_base import empty_base, fill, let_go
+from tandem.train.parallel.canonical import canonical
+from tandem.train.parallel.mesh import Degrees
+from tandem.train.parallel.sharded_load import empty_base, fill, let_go
+from tandem.train.parallel.strategy import lay_out
 from tandem.train.stage import OwnForward
-from tandem.train.strategy import lay_out
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem import settings as environment
-from tandem.cluster import authentication
+from tandem.cluster.local import authentication
 
 environment.export(authentication())
 

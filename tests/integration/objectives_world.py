@@ -32,17 +32,17 @@ from tandem.config import (
     TrainConfig,
 )
 from tandem.data.tokenize import TextEncoder
-from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
+from tandem.train.adapters.lora import add_adapters
 from tandem.train.ema import Ema
-from tandem.train.evaluate import evaluate
 from tandem.train.loop import LoopState, StepReport, train
-from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees
 from tandem.train.model import build_model
-from tandem.train.objective import NextToken, Objective
+from tandem.train.objectives.dpo import Dpo, FrozenModel, WithoutAdapters
+from tandem.train.objectives.evaluate import evaluate
+from tandem.train.objectives.objective import NextToken, Objective
+from tandem.train.parallel.mesh import Degrees
+from tandem.train.parallel.strategy import lay_out, lay_out_frozen
 from tandem.train.precision import LossScaler
 from tandem.train.recompute import recompute_activations
-from tandem.train.strategy import lay_out, lay_out_frozen
 
 STEPS = 5
 CPU = torch.device("cpu")

@@ -16,13 +16,13 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 
 from tandem.config import GatewayConfig, ServedModelConfig
-from tandem.engine.echo import EchoEngine
-from tandem.gateway.admission import Admission
+from tandem.engine.echo.engine import EchoEngine
+from tandem.gateway.admission.control import Admission
+from tandem.gateway.admission.queue import Queue
 from tandem.gateway.app import create_app
-from tandem.gateway.queue import Queue
 from tandem.registry import Registry
-from tandem.serve.host import EngineHost
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot, prefill_pool
+from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot, prefill_pool
+from tandem.serve.replica.host import EngineHost
 
 ROUTE = "/v1/completions"
 

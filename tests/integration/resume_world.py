@@ -54,8 +54,8 @@ def run(
     from tandem.checkpoint import folders, sharded
     from tandem.checkpoint.folders import SavedState
     from tandem.train.ema import Ema
-    from tandem.train.evaluate import evaluate
     from tandem.train.loop import LoopState, train
+    from tandem.train.objectives.evaluate import evaluate
 
     zero = {"stage": int(layout[-1])} if layout.startswith("zero") else {}
     accumulate = 4 if "bubble" in layout else 2

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from tandem.cluster import free_ports
+from tandem.cluster.local import free_ports
 
 MAX_LENGTH = 2048
 ADMIN_TOKEN = "operator"
@@ -181,8 +181,8 @@ def served(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A base called `tiny` with adapters `red` and `blue`, served by one vLLM engine with two adapter slots."""
     from ray import serve
 
+    from tandem.apps.build import build_app
     from tandem.config import ServeConfig, ServedModelConfig
-    from tandem.serve.app import build_app
 
     folder = tmp_path_factory.mktemp("served")
     base = write_model(folder / "tiny")
@@ -221,8 +221,8 @@ def pooled(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Pooled:
     """A second app beside the first, below `/pooled`."""
     from ray import serve
 
+    from tandem.apps.build import build_app
     from tandem.config import ServeConfig, ServedModelConfig
-    from tandem.serve.app import build_app
 
     folder = tmp_path_factory.mktemp("pooled")
     judge = write_model(folder / "judge", judge=True)

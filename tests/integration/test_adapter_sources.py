@@ -15,8 +15,8 @@ from tandem.errors import AdapterError, StorageError
 from tandem.registry import Registry, local_folder
 from tandem.registry.adapter_cache import RECENT_S, AdapterCache
 from tandem.registry.adapter_files import WEIGHTS, adapter_digest
-from tandem.serve.adapter_checks import AdapterChecks
 from tandem.serve.pins import ref_of
+from tandem.serve.replica.adapter_checks import AdapterChecks
 from tandem.storage import file_system
 
 

@@ -23,12 +23,12 @@ from ray.data import DataContext
 from serve_fixtures import PROMPTS, greedy_tokens, write_adapter, write_model
 from small_folders import small_adapter, small_model
 
+from tandem.batch.input.read import Pieces
 from tandem.batch.prepare import prepare
-from tandem.batch.read import Pieces
 from tandem.batch.run import READ_CPUS, _context, answer
 from tandem.batch.work import Work
 from tandem.cli.batch import run_batch
-from tandem.cluster import LOOPBACK, LocalCluster
+from tandem.cluster.local import LOOPBACK, LocalCluster
 from tandem.config import BatchConfig
 from tandem.errors import EngineError
 from tandem.registry import Registry

@@ -12,11 +12,11 @@ from commands import tandem
 from s3fs.core import S3File
 
 from tandem.batch.files import writing
-from tandem.batch.plan import Mark
+from tandem.batch.input.plan import Mark
+from tandem.batch.input.sources import rows_of
+from tandem.batch.output.write import Output
 from tandem.batch.prepare import prepare
 from tandem.batch.run import answer
-from tandem.batch.sources import rows_of
-from tandem.batch.write import Output
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError, DataError, StorageError
 from tandem.storage import file_system

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from commands import REPOSITORY, cluster_mark, cluster_record, gone, run, started, tandem
 
-from tandem.cluster import LocalCluster
+from tandem.cluster.local import LocalCluster
 
 TINY = [
     "--set=steps=4", "--set=batch_size=4", "--set=model.hidden_size=32", "--set=model.num_layers=2", "--set=model.num_heads=2",

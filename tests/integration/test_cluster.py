@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 from commands import cluster_mark, cluster_record, gone
 
-from tandem.cluster import marked
+from tandem.cluster.local import marked
 from tandem.settings import child_environment
 
 OWNER = """
 import time
-from tandem.cluster import LocalCluster
+from tandem.cluster.local import LocalCluster
 LocalCluster.start(num_cpus=2)
 print("up", flush=True)
 time.sleep(600)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.cluster import LocalCluster
+from tandem.cluster.local import LocalCluster
 from tandem.config import DataConfig
 from tandem.data.build import build_dataset
 from tandem.data.index import DatasetIndex, Part

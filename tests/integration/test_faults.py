@@ -21,7 +21,7 @@ import stored_metrics
 from drivers import Driver, losses, write_job
 
 from tandem.checkpoint import folders
-from tandem.cluster import LocalCluster
+from tandem.cluster.local import LocalCluster
 from tandem.data.build import build_dataset
 from tandem.data.tokenize import TextEncoder
 from tandem.jobs.client import JobClient
@@ -230,7 +230,10 @@ def test_a_driver_that_is_killed_is_started_again_also_together_with_its_keeper(
     driver.kill()
     wait_until(lambda: sum(e["event"] == "started" for e in job.events()) == 2)
     wait_for_steps(job, 3 * EVERY + 2)
-    for process in [*processes("tandem.train.keeper", job.path), *processes("tandem.train.launch", job.path)]:
+    for process in [
+        *processes("tandem.train.supervision.supervisor", job.path),
+        *processes("tandem.train.launch", job.path),
+    ]:
         process.kill()
     follower.join(timeout=240)
     assert not follower.is_alive()

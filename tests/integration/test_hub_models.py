@@ -13,9 +13,9 @@ from openai import OpenAI
 from serve_fixtures import PROMPTS, Served, free_port, greedy_tokens, write_model
 
 import tandem as package
+from tandem.apps.build import build_app
 from tandem.config import ServeConfig, ServedModelConfig
 from tandem.registry import Registry
-from tandem.serve.app import build_app
 
 NAME = "org/tiny-model"
 

@@ -9,7 +9,7 @@ import pytest
 from commands import REPOSITORY
 from nbclient import NotebookClient
 
-from tandem.cluster import LocalCluster, free_ports
+from tandem.cluster.local import LocalCluster, free_ports
 
 SHORT = """PRETRAIN = ["steps=4", "checkpoint.every_steps=0"]
 FINE_TUNE = ["steps=4", "checkpoint.every_steps=0"]

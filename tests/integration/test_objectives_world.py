@@ -80,7 +80,7 @@ def test_the_average_is_what_is_exported(world: Path, size: int):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tandem.train.objective import NextToken
+    from tandem.train.objectives.objective import NextToken
 
     model = AutoModelForCausalLM.from_pretrained(world / f"export-fsdp2-{size}")
     rows = np.load(world / "text.npy")[:7]

@@ -24,8 +24,8 @@ def app(served: Served) -> Iterator[Served]:
     )
     from ray import serve
 
+    from tandem.apps.build import build_app
     from tandem.config import PrefillConfig, ServeConfig, ServedModelConfig
-    from tandem.serve.app import build_app
 
     split = ServedModelConfig(
         model=str(served.base),

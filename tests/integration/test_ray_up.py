@@ -19,7 +19,7 @@ from hosts import REPOSITORY, SUBNET, Host, hosts
 from postgresql import Server, postgresql
 from serve_fixtures import write_adapter, write_model
 
-from tandem.node import GATEWAY_PORTS, HAPROXY_PORTS
+from tandem.cluster.node import GATEWAY_PORTS, HAPROXY_PORTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

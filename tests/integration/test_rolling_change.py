@@ -14,11 +14,11 @@ import pytest
 from serve_fixtures import process_of
 from steady_load import SteadyLoad
 
+from tandem.apps.build import build_app
+from tandem.apps.deploy import deploy, remember, remembered
 from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig, apply_overrides, from_dict, to_dict
 from tandem.errors import EngineError
-from tandem.serve.app import build_app
-from tandem.serve.deploy import deploy, remember, remembered
-from tandem.serve.records import ReplicaRecord
+from tandem.routing.records import ReplicaRecord
 
 APP = "changing"
 CHANGED_S = 60.0

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from serve_fixtures import Served
 
+from tandem.apps.build import build_app
 from tandem.config import RouterConfig, ServeConfig, ServedModelConfig
-from tandem.serve.app import build_app
 
 APP = "turns"
 WORDS = "one two three four five six seven eight nine ten eleven twelve"

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tandem.apps.build import build_app
+from tandem.apps.deploy import deploy
 from tandem.config import AutoscalingConfig, ServeConfig, ServedModelConfig
-from tandem.serve.app import build_app
-from tandem.serve.deploy import deploy
 
 APP = "scaled"
 PATIENCE_S = 60.0

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 from serve_fixtures import MAX_LENGTH, Served
 
-from tandem.cluster import LocalCluster
+from tandem.cluster.local import LocalCluster
 
 ASK = "the cat sat on"
 TALK: list[Any] = [{"role": "user", "content": ASK}]

@@ -18,7 +18,7 @@ from serve_fixtures import free_port, write_model
 
 from tandem.registry import Registry
 
-OWNER = "import time; from tandem.cluster import LocalCluster; LocalCluster.start(num_cpus=8); time.sleep(600)"
+OWNER = "import time; from tandem.cluster.local import LocalCluster; LocalCluster.start(num_cpus=8); time.sleep(600)"
 SERVE = str(Path(sys.executable).with_name("serve"))
 READY_S = 180.0
 

@@ -96,8 +96,8 @@ def test_a_mixture_on_the_cpu_is_served_without_adapters(tmp_path: Path) -> None
 
 
 def test_a_wrong_argument_is_named_with_its_line(folder: Path, tandem_home: Path, tmp_path: Path) -> None:
+    from tandem.apps.build import build_app
     from tandem.config import load_yaml, located
-    from tandem.serve.app import build_app
 
     path = tmp_path / "app.yaml"
     path.write_text(

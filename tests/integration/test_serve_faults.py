@@ -13,7 +13,7 @@ import psutil
 import pytest
 from serve_fixtures import Served, process_of
 
-from tandem.reaper import CHILDREN_MARK_VARIABLE as MARK
+from tandem.cluster.reaper import CHILDREN_MARK_VARIABLE as MARK
 
 REPLACED_S = 180.0
 ANSWER_S = 20.0

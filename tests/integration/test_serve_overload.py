@@ -16,7 +16,7 @@ import psutil
 import pytest
 from serve_fixtures import Served
 
-from tandem.cluster import LocalCluster, marked
+from tandem.cluster.local import LocalCluster, marked
 
 CONNECTIONS = 512
 READERS, ANSWER_MB = 12, 48
@@ -31,8 +31,8 @@ def narrow(served: Served) -> Served:
     """A second gateway before the same vLLM engine, below `/narrow`: two requests at a time, and one may wait."""
     from ray import serve
 
+    from tandem.apps.build import Gateway, resolve_models
     from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
-    from tandem.serve.app import Gateway, resolve_models
     from tandem.serve.scaling import GATEWAY_ENVIRONMENT
 
     tiny = ServedModelConfig(model="tiny", requests_per_replica=2, max_queued=1, max_adapters=2, max_lora_rank=8)
@@ -57,8 +57,8 @@ def echoing(served: Served) -> Served:
     """An app of one echo engine, below `/echo`."""
     from ray import serve
 
+    from tandem.apps.build import build_app
     from tandem.config import ServeConfig, ServedModelConfig
-    from tandem.serve.app import build_app
 
     model = ServedModelConfig(model="echo", name="echo", engine="echo", max_adapters=0, cpus_per_replica=0.1)
     serve.run(build_app(ServeConfig(models=(model,), app="echo"), check=False), name="echo", route_prefix="/echo")

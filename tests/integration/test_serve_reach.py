@@ -24,8 +24,8 @@ import json, os, sys
 verdict = os.dup(1)
 os.dup2(2, 1)
 from tandem.engine.spec import EngineSpec
-from tandem.engine.vllm import build_app
-from tandem.engine.vllm_args import make_config, parse_args
+from tandem.engine.vllm.engine import build_app
+from tandem.engine.vllm.arguments import make_config, parse_args
 
 found = set()
 for values, tasks in json.load(sys.stdin):

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from serve_fixtures import Served, process_of
 
-from tandem.cluster import marked
+from tandem.cluster.local import marked
 
 WORDS = 40
 DELAY_S = 0.1
@@ -73,8 +73,8 @@ class Sturdy:
 def whole(served: Served, ray_cluster: Any) -> Iterator[Sturdy]:
     from ray import serve
 
+    from tandem.apps.build import build_app
     from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
-    from tandem.serve.app import build_app
 
     model = ServedModelConfig(
         model="echo@1", name="echo", engine="echo", replicas=2, engine_args={"delay_s": DELAY_S, "max_length": 512}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from commands import started, tandem
 
-from tandem.cluster import LocalCluster
+from tandem.cluster.local import LocalCluster
 from tandem.data.build import build_dataset
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobState

@@ -13,7 +13,7 @@ import yaml
 from drivers import MODEL, Driver
 
 from tandem.checkpoint import folders
-from tandem.cluster import LocalCluster
+from tandem.cluster.local import LocalCluster
 from tandem.data.build import build_dataset
 from tandem.observability import events
 from tandem.registry import Registry

@@ -12,7 +12,7 @@ from drivers import Driver, write_job
 from serve_fixtures import PROMPTS, Served, greedy_tokens
 
 from tandem.batch.run import check_room
-from tandem.cluster import LocalCluster
+from tandem.cluster.local import LocalCluster
 from tandem.config import ServedModelConfig, TrainConfig, from_dict
 from tandem.data.build import build_dataset
 from tandem.errors import ClusterError

@@ -26,11 +26,11 @@ from tandem.data.order import Order, Walk
 from tandem.data.packing import Rows
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import StorageError
+from tandem.train.adapters.lora import add_adapters
 from tandem.train.loop import LoopState, StepReport, train
-from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees
 from tandem.train.model import build_model
-from tandem.train.placement import place
+from tandem.train.parallel.mesh import Degrees
+from tandem.train.parallel.parallelize import place
 from tandem.train.recompute import recompute_activations
 
 STEPS = 6

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tandem import settings as environment
-from tandem.cluster import authentication
+from tandem.cluster.local import authentication
 
 environment.export(authentication())
 environment.export({"RAY_TRAIN_V2_ENABLED": "1"})
@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from tandem.config import CheckpointConfig, DataConfig, ModelConfig, ParallelismConfig, TrainConfig  # noqa: E402
 from tandem.errors import LayoutError  # noqa: E402
 from tandem.observability.journal import Journal  # noqa: E402
-from tandem.train.attempts import run_workers  # noqa: E402
+from tandem.train.supervision.attempts import run_workers  # noqa: E402
 from tandem.train.worker import WorkerTask  # noqa: E402
 
 

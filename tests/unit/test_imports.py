@@ -47,12 +47,12 @@ def test_the_layers_hold():
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("vllm", {"engine/vllm.py", "engine/vllm_args.py", "engine/vllm_cpu.py"}),
-        ("deepspeed", {"train/deepspeed.py"}),
-        ("ray.train", {"train/worker.py", "train/attempts.py"}),
+        ("vllm", {"engine/vllm/engine.py", "engine/vllm/arguments.py", "engine/vllm/cpu.py"}),
+        ("deepspeed", {"train/parallel/deepspeed.py"}),
+        ("ray.train", {"train/worker.py", "train/supervision/attempts.py"}),
         ("ray.tune", {"jobs/tune.py"}),
-        ("wandb", {"train/metrics.py"}),
-        ("mlflow", {"train/metrics.py"}),
+        ("wandb", {"train/reporting/metrics.py"}),
+        ("mlflow", {"train/reporting/metrics.py"}),
         ("train_apps", set()),
         ("serve_apps", set()),
     ],

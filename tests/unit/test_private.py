@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem import cluster
+from tandem.cluster import local as cluster
 from tandem.errors import UnsafePathError
 from tandem.private import (
     check_home,

@@ -21,7 +21,7 @@ from pydantic_core import to_json
 from tandem.engine.asgi import Answer, post
 from tandem.engine.protocol import AdapterRef, Engine
 from tandem.errors import AdapterError, EngineError, StorageError
-from tandem.serve.adapters import AdapterSlots
+from tandem.serve.replica.adapters import AdapterSlots
 
 SLOT_WAIT_S = 7 * 24 * 3600.0
 """Nobody waits impatiently for a row: those of many adapters take turns."""

@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tandem.api.request_fields import REQUEST_FIELDS
-from tandem.batch.manifest import Manifest
+from tandem.batch.input.plan import PieceSize, Unit, units
+from tandem.batch.input.sources import find_files
+from tandem.batch.input.survey import Survey, survey
 from tandem.batch.models import Names
-from tandem.batch.plan import PieceSize, Unit, units
-from tandem.batch.sources import find_files
-from tandem.batch.survey import Survey, survey
-from tandem.batch.write import Output
+from tandem.batch.output.manifest import Manifest
+from tandem.batch.output.write import Output
 from tandem.config import BatchConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
 from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, DataError, did_you_mean
 from tandem.registry import Registry
+from tandem.routing.records import ServedModel
 from tandem.serve.placement import place
-from tandem.serve.records import ServedModel
 from tandem.serve.spec import engine_spec
 
 

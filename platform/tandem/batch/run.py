@@ -14,12 +14,12 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
-from tandem.batch.manifest import Manifest
-from tandem.batch.plan import Unit, left, pieces_in_flight
+from tandem.batch.capacity import check_nodes
+from tandem.batch.input.plan import Unit, left, pieces_in_flight
+from tandem.batch.input.read import Pieces
+from tandem.batch.output.manifest import Manifest
 from tandem.batch.prepare import BatchRun
-from tandem.batch.read import Pieces
 from tandem.batch.reasons import explained
-from tandem.batch.room import check_nodes
 from tandem.batch.work import Work
 from tandem.batch.worker import Worker
 from tandem.config import ServedModelConfig

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.batch.input.rows import Ask, BadRowError, parse, read_row
+from tandem.batch.input.sources import Row
 from tandem.batch.models import Target
-from tandem.batch.rows import Ask, BadRowError, parse, read_row
-from tandem.batch.sources import Row
-from tandem.batch.write import Output
+from tandem.batch.output.write import Output
 from tandem.engine.spec import EngineSpec
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from tandem.batch.answer import Answerer, EngineDiedError, Question
-from tandem.batch.lines import Line, answered, failed, reason_of
-from tandem.batch.rows import Ask, BadRowError, check_prompt_logprobs, request_bytes
+from tandem.batch.input.rows import Ask, BadRowError, check_prompt_logprobs, request_bytes
+from tandem.batch.output.lines import Line, answered, failed, reason_of
 from tandem.batch.work import Work
+from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
 from tandem.errors import EngineError, StorageError
-from tandem.reaper import Reaper
-from tandem.serve.adapter_checks import AdapterChecks
+from tandem.serve.replica.adapter_checks import AdapterChecks
 
 TOLD = ("rows", "failed", "prompt_tokens", "tokens", "began", "ended")
 """What is said of each piece: counts, and when (seconds since 1970) it was begun and published."""

@@ -11,9 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.address import find_api_url
 from tandem.cli.models import ago, as_values
-from tandem.cli.shell import console, friendly_errors
+from tandem.cli.support.address import find_api_url
+from tandem.cli.support.shell import console, friendly_errors
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord, Registry
 

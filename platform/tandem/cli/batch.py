@@ -20,12 +20,12 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tandem.cli.progress import duration
-from tandem.cli.shell import a_cluster, console, friendly_errors, quiet_driver, uninterrupted
-from tandem.cluster import Cluster, authentication
+from tandem.cli.support.progress import duration
+from tandem.cli.support.shell import a_cluster, console, friendly_errors, quiet_driver, uninterrupted
+from tandem.cluster.local import Cluster, authentication
 from tandem.config import BatchConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml
-from tandem.engine.parsers import read_template
+from tandem.engine.vllm.parsers import read_template
 from tandem.errors import ClusterError
 from tandem.settings import export
 

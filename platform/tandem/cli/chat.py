@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tandem.cli.address import find_api_url
-from tandem.cli.shell import console as terminal
-from tandem.cli.shell import friendly_errors, interrupt_taken
-from tandem.cli.talk import Talker, unknown_model
+from tandem.cli.support.address import find_api_url
+from tandem.cli.support.shell import console as terminal
+from tandem.cli.support.shell import friendly_errors, interrupt_taken
+from tandem.cli.support.talk import Talker, unknown_model
 from tandem.errors import ConfigError, EngineError, TandemError, did_you_mean
 from tandem.settings import settings
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from tandem.cli.shell import console, friendly_errors
+from tandem.cli.support.shell import console, friendly_errors
 from tandem.config import check
 from tandem.data.index import DatasetIndex
 from tandem.errors import ConfigError, UnknownModelError
@@ -82,7 +82,7 @@ def pull_command(
 ) -> None:
     """Download a dataset's files from the Hugging Face hub, for a later `tandem data build`, which does it by itself too."""
     with friendly_errors():
-        from tandem.data.corpus import pull_files
+        from tandem.data.sources.corpus import pull_files
 
         found = pull_files(dataset)
         count = f"{len(found.paths)} file{'s' if len(found.paths) != 1 else ''}"

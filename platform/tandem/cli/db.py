@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tandem.cli.shell import console, friendly_errors
+from tandem.cli.support.shell import console, friendly_errors
 from tandem.registry import upgrade
 from tandem.settings import settings
 

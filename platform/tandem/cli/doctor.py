@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli import machine
-from tandem.cli.shell import console as terminal
-from tandem.cluster import LocalCluster, connect, marked, recorded
+from tandem.cli.support import machine
+from tandem.cli.support.shell import console as terminal
+from tandem.cluster.local import LocalCluster, connect, marked, recorded
 from tandem.errors import TandemError, UnsafePathError
 from tandem.private import check_home
 from tandem.registry import Registry

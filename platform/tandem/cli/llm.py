@@ -11,8 +11,8 @@ import weakref
 from pathlib import Path
 from typing import Any, Self
 
-from tandem.client import RemoteLLM
 from tandem.errors import ConfigError
+from tandem.sdk.client import RemoteLLM
 
 
 class LLM(RemoteLLM):
@@ -68,7 +68,7 @@ class LLM(RemoteLLM):
         # Imported here: a client of a server elsewhere needs neither Ray nor a registry.
         from tandem.cli.serve import app_url
         from tandem.cli.session import Session
-        from tandem.cluster import connect, free_ports
+        from tandem.cluster.local import connect, free_ports
         from tandem.config import ServeConfig, ServedModelConfig
         from tandem.registry import Registry, called, find_model
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.shell import console as terminal
-from tandem.cli.shell import friendly_errors
-from tandem.engine.parsers import Parsers, read_parsers
+from tandem.cli.support.shell import console as terminal
+from tandem.cli.support.shell import friendly_errors
+from tandem.engine.vllm.parsers import Parsers, read_parsers
 from tandem.errors import ConfigError, RegistryError
 from tandem.ids import check_name
 from tandem.registry import HubModel, ModelRecord, Registry, local_folder, pull_model
@@ -127,7 +127,7 @@ def merge_command(
         check_name(name, "model name")
         base = registry.resolve(record.base)
         # Loads PyTorch, which takes seconds: only where it is needed.
-        from tandem.train.merge import merge_adapter
+        from tandem.train.adapters.merge import merge_adapter
 
         folder = settings().root / "merged" / f"{name}-{record.id}"
         with terminal.status(f"Merging {record.id} into {base.id}"):

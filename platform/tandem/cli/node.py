@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from tandem import node
-from tandem.cli.shell import console, friendly_errors
+from tandem.cli.support.shell import console, friendly_errors
+from tandem.cluster import node
 
 node_app = typer.Typer(no_args_is_help=True, help="Run this machine as a node of a Ray cluster.")
 

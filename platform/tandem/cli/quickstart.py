@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tandem.cli.serve import check_port, wait_for_interrupt
 from tandem.cli.session import Session, recipe
-from tandem.cli.shell import console, friendly_errors
+from tandem.cli.support.shell import console, friendly_errors
 from tandem.data.index import DatasetIndex
 from tandem.settings import settings
 from tandem.storage import require_space
@@ -102,8 +102,8 @@ def step(number: int, title: str) -> Iterator[None]:
 
 def questions() -> list[tuple[str, str]]:
     """The questions that the adapter was trained on, with their answers."""
-    from tandem.data.samples import Pair
     from tandem.data.shards import read_samples
+    from tandem.data.sources.samples import Pair
 
     folder = settings().data_dir / PAIRS
     samples = read_samples(DatasetIndex.load(folder).shard_paths(folder))

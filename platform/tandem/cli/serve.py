@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 import typer
 from rich.table import Table
 
-from tandem.cli.machine import port_holder
-from tandem.cli.shell import a_cluster, console, friendly_errors, quiet_driver, stop_quietly, uninterrupted
-from tandem.cluster import Cluster, LocalCluster, connect
+from tandem.cli.support.machine import port_holder
+from tandem.cli.support.shell import a_cluster, console, friendly_errors, quiet_driver, stop_quietly, uninterrupted
+from tandem.cluster.local import Cluster, LocalCluster, connect
 from tandem.config import ListenConfig, ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict, to_dict
 from tandem.errors import ClusterError
@@ -87,8 +87,8 @@ def deploy_command(
             raise ClusterError(f"{wanted.app} is not served on this cluster. `tandem serve up` starts it.")
         check_listener(serve_details(cluster), wanted.listen)
         with connected(cluster):
-            from tandem.serve.app import build_app, pinned
-            from tandem.serve.deploy import deploy, remember, remembered
+            from tandem.apps.build import build_app, pinned
+            from tandem.apps.deploy import deploy, remember, remembered
 
             if not models and config is None:
                 running = remembered(wanted.app)
@@ -128,7 +128,7 @@ def read_config(models: list[str] | None, config: Path | None, overrides: list[s
 
 def end_gently(config: ServeConfig) -> None:
     """Take an app away when its streams have ended, or after its `drain_timeout_s`."""
-    from tandem.serve.deploy import drain
+    from tandem.apps.deploy import drain
 
     console.print(f"SIGTERM: {config.app} takes nothing new, and ends when its streams have.")
     if not drain(config.app, config.drain_timeout_s):
@@ -174,8 +174,8 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
     from ray import serve
 
-    from tandem.serve.app import build_app, pinned
-    from tandem.serve.deploy import deploy, remember
+    from tandem.apps.build import build_app, pinned
+    from tandem.apps.deploy import deploy, remember
 
     details = serve_details(cluster)
     check_not_served(details, config)

@@ -16,13 +16,13 @@ from typing import Self
 
 import yaml
 
-from tandem.cli.address import find_api_url
 from tandem.cli.data import build, describe
 from tandem.cli.serve import CPUS, listener, serving
-from tandem.cli.shell import a_cluster, console
-from tandem.cli.summary import say_finished
+from tandem.cli.support.address import find_api_url
+from tandem.cli.support.shell import a_cluster, console
+from tandem.cli.support.summary import say_finished
 from tandem.cli.train import follow
-from tandem.cluster import Cluster
+from tandem.cluster.local import Cluster
 from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict, load_yaml
 from tandem.data.index import DatasetIndex
 from tandem.errors import DataError, JobError

@@ -14,12 +14,12 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
-from tandem.cli.summary import say_finished
-from tandem.cluster import Cluster
+from tandem.cli.support.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
+from tandem.cli.support.summary import say_finished
+from tandem.cluster.local import Cluster
 from tandem.config import apply_overrides
 from tandem.config.load import read_yaml
-from tandem.config.sweep import METRICS, parse_parameter, plan_trials, score
+from tandem.config.training.sweep import METRICS, parse_parameter, plan_trials, score
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import WATCHING_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep

@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.models import ago
-from tandem.cli.progress import JobView, duration, log_line
-from tandem.cli.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
-from tandem.cli.summary import say_finished
+from tandem.cli.support.progress import JobView, duration, log_line
+from tandem.cli.support.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
+from tandem.cli.support.summary import say_finished
 from tandem.cli.sweep import say_sweep, sweep_command
-from tandem.cluster import Cluster, connect
+from tandem.cluster.local import Cluster, connect
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import ConfigError, JobError
 from tandem.jobs.client import JobClient
@@ -26,7 +26,7 @@ from tandem.jobs.folder import JobFolder, JobState, JobSummary, RunFolder, find_
 from tandem.jobs.prepare import prepare
 from tandem.jobs.sweep import find_sweep, stop_sweep
 from tandem.observability import events
-from tandem.train.plot import plot_run
+from tandem.train.reporting.plot import plot_run
 
 train_app = typer.Typer(no_args_is_help=True, help="Submit training jobs and watch over them.")
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tandem.data.corpus import Corpus, open_corpus, pinned_source
 from tandem.data.index import INDEX_NAME, SHARDS_NAME, TOKENIZER_NAME, DatasetIndex, content_digest
-from tandem.data.samples import Sample, size
 from tandem.data.shards import shard_size, write_shards
+from tandem.data.sources.corpus import Corpus, open_corpus, pinned_source
+from tandem.data.sources.samples import Sample, size
 from tandem.data.tokenize import TextEncoder, train_tokenizer
 from tandem.errors import DataError
 from tandem.storage import publish_folder

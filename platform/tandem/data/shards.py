@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from tandem.data.index import ShardInfo
-from tandem.data.samples import Chat, Message, Pair, Preference, Sample, Text, size
+from tandem.data.sources.samples import Chat, Message, Pair, Preference, Sample, Text, size
 from tandem.ids import file_digest
 from tandem.storage import disk_errors
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from tandem.data.index import Kind, Part
 from tandem.data.packing import Rows, pack, pack_preferences
-from tandem.data.samples import Chat, Pair, Preference, Sample, Text
 from tandem.data.shards import samples_in
+from tandem.data.sources.samples import Chat, Pair, Preference, Sample, Text
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tandem import settings
-from tandem.engine.compile_cache import compile_cache_environment
-from tandem.engine.passed import passed, remember
 from tandem.engine.protocol import Engine
 from tandem.engine.spec import EngineSpec
+from tandem.engine.validation_cache import passed, remember
+from tandem.engine.vllm.compile_cache import compile_cache_environment
 from tandem.errors import ConfigError, EngineError
 from tandem.registry.hub import restore
 
@@ -26,7 +26,7 @@ def create_engine(spec: EngineSpec) -> Engine:
         # A model of the hub, on a node whose home is not the one where it was downloaded.
         restore(Path(spec.path))
     if spec.kind == "echo":
-        from tandem.engine.echo import EchoEngine
+        from tandem.engine.echo.engine import EchoEngine
 
         return EchoEngine.from_spec(spec)
     if spec.kind != "vllm":
@@ -34,7 +34,7 @@ def create_engine(spec: EngineSpec) -> Engine:
     # The libraries read these when they are imported, so they come first.
     settings.export(engine_environment(spec))
     try:
-        from tandem.engine.vllm import VllmEngine
+        from tandem.engine.vllm.engine import VllmEngine
     except ImportError as error:
         raise EngineError(
             f"vLLM cannot be imported here: {error}. Install it with `pip install tandem[cpu]` or `tandem[gpu]`."
@@ -70,7 +70,7 @@ def verdicts(specs: Sequence[EngineSpec]) -> list[str | None]:
         # vLLM leaves files in the temporary folder, and executes some.
         with tempfile.TemporaryDirectory(prefix="tandem-", ignore_cleanup_errors=True) as temporary:
             answer = subprocess.run(
-                [sys.executable, "-m", "tandem.engine.vllm_args"],
+                [sys.executable, "-m", "tandem.engine.vllm.arguments"],
                 input=question,
                 capture_output=True,
                 text=True,

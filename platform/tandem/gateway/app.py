@@ -8,20 +8,20 @@ from collections.abc import AsyncIterator, Iterable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
-from tandem.config.serve import GatewayConfig, RouterConfig
-from tandem.gateway.admission import Admission, Meter
+from tandem.config.serving.app import GatewayConfig, RouterConfig
+from tandem.gateway.admission.control import Admission, Meter
+from tandem.gateway.admission.demand import DemandReport, Tell
 from tandem.gateway.catalog import Catalog
-from tandem.gateway.demand import DemandReport, Tell
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, Watch
 from tandem.gateway.latency import Record, forget
-from tandem.gateway.proxy import Proxy
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.gateway.upstream import Proxy
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
-from tandem.serve.records import ServedModel
-from tandem.serve.router import Router
+from tandem.routing.records import ServedModel
+from tandem.routing.router import Router
 
 
 def create_app(

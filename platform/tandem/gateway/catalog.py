@@ -12,8 +12,8 @@ from tandem.engine.protocol import AdapterRef
 from tandem.errors import RegistryUnreachableError, UnknownModelError, UnknownVersionError, did_you_mean
 from tandem.gateway.errors import ApiError, no_registry, unknown_model
 from tandem.registry import ModelRecord, Registry
+from tandem.routing.records import ServedModel, prefill_pool
 from tandem.serve.pins import ref_of
-from tandem.serve.records import ServedModel, prefill_pool
 
 PAGE = 1000
 """Adapters that a list of models has at most."""

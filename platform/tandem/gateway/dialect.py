@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json
 
-from tandem.engine.wording import ENGINE_STOPPED, simplify_message
+from tandem.engine.vllm.wording import ENGINE_STOPPED, simplify_message
 
 BROKEN = ENGINE_STOPPED
 

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from tandem.engine.parsers import explain_refusal
-from tandem.engine.wording import simplify_field, simplify_message
+from tandem.engine.vllm.parsers import explain_refusal
+from tandem.engine.vllm.wording import simplify_field, simplify_message
 from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
 
 

@@ -8,9 +8,9 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
-from tandem.serve.ask import Ask
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
-from tandem.serve.router import Router
+from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.routing.request import Ask
+from tandem.routing.router import Router
 
 Watch = Callable[[int], Awaitable[Snapshot]]
 """Gives the directory's snapshot: at once if it is not of the version given, else when it changes or after a moment."""

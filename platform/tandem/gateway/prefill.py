@@ -12,7 +12,7 @@ from pydantic_core import from_json, to_json
 
 from tandem.gateway.errors import ApiError, NoReplica
 from tandem.gateway.latency import Stopwatch
-from tandem.gateway.proxy import ATTEMPTS, Call, Proxy
+from tandem.gateway.upstream import ATTEMPTS, Call, Proxy
 
 ROUTES = ("/v1/completions", "/v1/chat/completions")
 """Routes that generate and whose requests can say where a cache lies."""

@@ -13,11 +13,11 @@ from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tandem.config.serve import LONGEST_TIMEOUT_S
+from tandem.config.serving.app import LONGEST_TIMEOUT_S
+from tandem.gateway.admission.queue import Wish
 from tandem.gateway.catalog import Target
 from tandem.gateway.errors import ApiError
-from tandem.gateway.queue import Wish
-from tandem.serve.ask import MOST_BYTES, Ask, blocks_of, key_of
+from tandem.routing.request import MOST_BYTES, Ask, blocks_of, key_of
 
 SESSION_HEADER = "x-session-id"
 """Names a conversation, in any API; before the fields of the body."""

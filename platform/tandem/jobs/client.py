@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tandem.cluster import Cluster
+from tandem.cluster.local import Cluster
 from tandem.errors import ClusterError, JobError
 from tandem.jobs.folder import JobState, RunFolder
 from tandem.registry import Registry

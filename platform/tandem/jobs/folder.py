@@ -117,7 +117,7 @@ class RunFolder:
 class JobFolder(RunFolder):
     """The folder of one job."""
 
-    module: ClassVar[str] = "tandem.train.keeper"
+    module: ClassVar[str] = "tandem.train.supervision.supervisor"
 
     @property
     def leave_s(self) -> float:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import yaml
 
 from tandem.config import DataConfig, TrainConfig, check_elastic, sized, sizes, to_dict
-from tandem.config.layout import ModelShape, check_layout
+from tandem.config.training.layout import ModelShape, check_layout
 from tandem.data.index import check_tokenizers, find_dataset, find_parts, parts_digest
 from tandem.errors import ConfigError
 from tandem.ids import job_id

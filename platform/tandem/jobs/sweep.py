@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from tandem.config import TrainConfig, from_dict
 from tandem.config.check import one_of
-from tandem.config.sweep import METRICS, Trial, described, trial_config
+from tandem.config.training.sweep import METRICS, Trial, described, trial_config
 from tandem.errors import ClusterError, ConfigError
 from tandem.ids import job_id
 from tandem.jobs.client import JobClient

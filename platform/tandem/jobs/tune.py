@@ -20,8 +20,8 @@ from typing import Any
 import ray
 from ray import tune
 
-from tandem.cluster import Cluster, connect, running
-from tandem.config.sweep import better, score
+from tandem.cluster.local import Cluster, connect, running
+from tandem.config.training.sweep import better, score
 from tandem.errors import ClusterError, JobError, TandemError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState

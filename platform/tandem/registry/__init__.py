@@ -1,7 +1,7 @@
 """What exists: models and adapters, versioned and promoted, with their lineage."""
 
+from tandem.db.database import is_shared, upgrade
 from tandem.registry.base import BaseRef, find_base
-from tandem.registry.database import is_shared, upgrade
 from tandem.registry.hub import HubModel, pull_model, restore
 from tandem.registry.records import Kind, ModelRecord, Promotion, RegistryAddress
 from tandem.registry.source import called, find_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.config.layout import ModelShape
+from tandem.config.training.layout import ModelShape
 from tandem.errors import ConfigError
 from tandem.ids import folder_digest
 from tandem.registry.folders import model_max_length, model_shape

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tandem.config.layout import ModelShape
+from tandem.config.training.layout import ModelShape
 from tandem.errors import RegistryError
 from tandem.registry.adapter_files import CONFIG
 

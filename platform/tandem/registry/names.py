@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from tandem.db.schema import ModelRow, NameRow, PromotionRow
 from tandem.errors import RegistryError, UnknownModelError, UnknownVersionError, did_you_mean
 from tandem.ids import is_hub_name, split_version, versioned
-from tandem.registry.schema import ModelRow, NameRow, PromotionRow
 
 NEAR = 100
 """Names on either side of a wrong one, in the order of the alphabet, that are looked at for the nearest."""

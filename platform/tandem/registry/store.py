@@ -17,16 +17,16 @@ from typing import Any, Self, cast
 from sqlalchemy import Engine, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
+from tandem.db.database import database_errors, open_database, shown
+from tandem.db.schema import ClockRow, IdentityRow, ModelRow, NameRow, PinRow
 from tandem.errors import RegistryError
 from tandem.ids import canonical_json, check_name, folder_digest, is_hub_name, split_version, versioned
 from tandem.private import check_home
 from tandem.registry import names
 from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
-from tandem.registry.database import database_errors, open_database, shown
 from tandem.registry.folders import model_max_length
 from tandem.registry.records import Kind, ModelRecord, Promotion, RegistryAddress
-from tandem.registry.schema import ClockRow, IdentityRow, ModelRow, NameRow, PinRow
 from tandem.settings import settings
 from tandem.storage import Location, is_remote, local_path
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from tandem.config.autoscaling import AutoscalingConfig
+    from tandem.config.serving.autoscaling import AutoscalingConfig
 
 EASE = 0.7
 """Fewer replicas are enough if each stays below this share of its targets; more are needed above the whole of them."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tandem.registry import Registry, RegistryAddress
+from tandem.routing.records import HeartbeatReply, ReplicaRecord, Snapshot
 from tandem.serve.listen import internal_port_on_node
-from tandem.serve.records import HeartbeatReply, ReplicaRecord, Snapshot
 
 HEARTBEAT_S = 1.0
 """How often a replica speaks, and a gateway hears of loads; changes travel at once."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem.config import ServedModelConfig
 from tandem.errors import ConfigError
-from tandem.serve.records import ServedModel
+from tandem.routing.records import ServedModel
 
 CONNECTOR = "NixlConnector"
 

@@ -14,8 +14,8 @@ from ray.serve.config import AutoscalingPolicy
 
 from tandem.config import AutoscalingConfig, PrefillConfig
 from tandem.ids import digest, file_digest
-from tandem.serve.records import ServedModel
-from tandem.serve.replica import STOP_S
+from tandem.routing.records import ServedModel
+from tandem.serve.replica.deployment import STOP_S
 
 POLICY = "tandem.serve.autoscale:EnginePolicy"
 SIGNALS_S = 1.0

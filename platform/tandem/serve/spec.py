@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tandem.engine.spec import EngineSpec
+from tandem.routing.records import ServedModel
 from tandem.serve.placement import workers
-from tandem.serve.records import ServedModel
 
 
 def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:

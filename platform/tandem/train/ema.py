@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tandem.train.canonical import canonical, settle
 from tandem.train.model import reshard, unwrapped
+from tandem.train.parallel.canonical import canonical, settle
 
 
 class Ema:

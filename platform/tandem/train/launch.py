@@ -24,7 +24,7 @@ import ray.exceptions
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_whole
 from tandem.config import TrainConfig, check_elastic, load_yaml, sized, sizes, to_dict
-from tandem.config.layout import ModelShape, check_layout
+from tandem.config.training.layout import ModelShape, check_layout
 from tandem.data.heldout import hold_out_of_each, rows_of_each
 from tandem.data.index import TOKENIZER_NAME, Part, check_tokenizers, find_dataset, find_parts, parts_digest
 from tandem.data.packing import Rows
@@ -38,13 +38,13 @@ from tandem.registry import BaseRef, Registry, find_base
 from tandem.settings import export as export_variables
 from tandem.settings import settings
 from tandem.storage import check_writable, disk_errors
-from tandem.train.attempts import WORKER_ENVIRONMENT, run_workers
-from tandem.train.course import Asked
-from tandem.train.deepspeed import check_deepspeed
-from tandem.train.keeper import KEPT
-from tandem.train.metrics import metrics_of
+from tandem.train.parallel.deepspeed import check_deepspeed
 from tandem.train.persistence import wait_for_storage
-from tandem.train.plot import plot_run
+from tandem.train.reporting.metrics import metrics_of
+from tandem.train.reporting.plot import plot_run
+from tandem.train.supervision.attempts import WORKER_ENVIRONMENT, run_workers
+from tandem.train.supervision.history import Asked
+from tandem.train.supervision.supervisor import KEPT
 from tandem.train.worker import WorkerTask
 
 
@@ -202,7 +202,8 @@ def measured(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 def connect(config: TrainConfig) -> None:
     """Join the cluster (the job's own, RAY_ADDRESS, or a new local one); ClusterError if it can never hold the workers."""
-    # Nodes that will be taken away are looked for by the driver (train/room.py): Ray's own watcher would be one process more.
+    # The driver itself looks for nodes that will be taken away (train/supervision/capacity.py): Ray's own watcher would be one
+    # more process.
     export_variables(
         {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",

@@ -13,15 +13,15 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from tandem.config import TrainConfig
 from tandem.data.packing import RowSource
+from tandem.train.anomalies import LeftOut, NonFinite, Spiked, Spikes
 from tandem.train.ema import Ema
-from tandem.train.mesh import Degrees
-from tandem.train.objective import NextToken, Objective, Sums, next_token, step_loss
+from tandem.train.objectives.objective import NextToken, Objective, Sums, next_token, step_loss
 from tandem.train.optimizer import set_learning_rate
-from tandem.train.pipeline import Pipeline
-from tandem.train.policy import LeftOut, NonFinite, Spiked, Spikes
+from tandem.train.parallel.mesh import Degrees
+from tandem.train.parallel.model import Trained
+from tandem.train.parallel.pipeline import Pipeline
 from tandem.train.precision import LossScaler, computing
 from tandem.train.schedule import learning_rate
-from tandem.train.trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.quantize import weights_in
+from tandem.train.adapters.quantize import weights_in
 
 
 def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, seed: int) -> nn.Module:

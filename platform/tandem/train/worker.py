@@ -26,24 +26,24 @@ from tandem.data.stream import Stream, rows_behind
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import StorageError, TandemError
 from tandem.registry import restore
-from tandem.train.dpo import Dpo, FrozenModel, WithoutAdapters
+from tandem.train.adapters.lora import add_adapters
+from tandem.train.adapters.quantize import load_nf4
+from tandem.train.anomalies import LeftOut, Spiked
 from tandem.train.ema import Ema
-from tandem.train.evaluate import evaluate
-from tandem.train.flops import Meter
-from tandem.train.health import Probe, Pulse
 from tandem.train.loop import GO_ON, LEAVE, SAVE, LoopState, StepReport, Unwatched, train
-from tandem.train.lora import add_adapters
-from tandem.train.mesh import Degrees
 from tandem.train.model import build_model, count_parameters
-from tandem.train.objective import NextToken, Objective
+from tandem.train.objectives.dpo import Dpo, FrozenModel, WithoutAdapters
+from tandem.train.objectives.evaluate import evaluate
+from tandem.train.objectives.objective import NextToken, Objective
+from tandem.train.parallel.mesh import Degrees
+from tandem.train.parallel.model import Trained
+from tandem.train.parallel.sharded_load import empty_base, fill, let_go
+from tandem.train.parallel.strategy import lay_out, lay_out_frozen
 from tandem.train.persistence import persistently
-from tandem.train.policy import LeftOut, Spiked
 from tandem.train.precision import LossScaler, use_float8
-from tandem.train.quantize import load_nf4
 from tandem.train.recompute import recompute_activations
-from tandem.train.sharded_base import empty_base, fill, let_go
-from tandem.train.strategy import lay_out, lay_out_frozen
-from tandem.train.trained import Trained
+from tandem.train.reporting.flops import Meter
+from tandem.train.supervision.health import Probe, Pulse
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -68,7 +68,7 @@ class WorkerTask:
     evaluation: Any
     """Object reference of the rows to evaluate on, or None."""
     mailbox: Any = None
-    """Actor that takes events (see `tandem.train.mailbox`); each attempt has its own."""
+    """Actor that takes events (see `tandem.train.supervision.mailbox`); each attempt has its own."""
     skip: tuple[tuple[int, int], ...] = ()
     """Rows that are left out, each from the first to the one after the last: those of a loss that jumped."""
 

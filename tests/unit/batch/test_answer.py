@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tandem.batch.answer import Answerer, EngineDiedError, Question
-from tandem.engine.echo import EchoEngine
+from tandem.engine.echo.engine import EchoEngine
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import AdapterError, EngineError, StorageError
 

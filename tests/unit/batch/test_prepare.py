@@ -12,10 +12,10 @@ import pytest
 from fake_hub import FakeHub
 from small_folders import small_adapter, small_model
 
+from tandem.batch.input.rows import read_row
+from tandem.batch.output.write import Output
 from tandem.batch.prepare import prepare
-from tandem.batch.rows import read_row
 from tandem.batch.run import Progress, answer
-from tandem.batch.write import Output
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError, DataError, StorageError, UnknownModelError
 from tandem.registry import Registry

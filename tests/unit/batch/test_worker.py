@@ -9,12 +9,12 @@ import pytest
 
 from tandem.batch.answer import Answerer
 from tandem.batch.models import BaseModel, Target
+from tandem.batch.output.write import Output
 from tandem.batch.work import Work
 from tandem.batch.worker import Worker
-from tandem.batch.write import Output
+from tandem.cluster.reaper import Reaper
 from tandem.engine.spec import EngineSpec
 from tandem.errors import EngineError, StorageError
-from tandem.reaper import Reaper
 
 
 @pytest.fixture

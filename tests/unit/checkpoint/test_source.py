@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.checkpoint.source import Source
-from tandem.config.layout import FAMILIES
+from tandem.config.training.layout import FAMILIES
 
 SMALL = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from tandem.cli.chat import Chat, Conversation, chat
-from tandem.cli.talk import Talker
+from tandem.cli.support.talk import Talker
 from tandem.errors import ClusterError, ConfigError, EngineError, UnknownModelError
 
 COMMAND = [sys.executable, "-c", "import typer; from tandem.cli.chat import chat_command; typer.run(chat_command)"]

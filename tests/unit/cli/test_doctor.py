@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from tandem.cli import doctor as module
-from tandem.cli import machine
 from tandem.cli.doctor import doctor, run_doctor
+from tandem.cli.support import machine
 from tandem.registry import Registry
 
 

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from tandem.cli.serve import check_listener, check_port, listener, url_of
-from tandem.cluster import free_ports
+from tandem.cluster.local import free_ports
 from tandem.config import ListenConfig, ServeConfig
 from tandem.errors import ClusterError, ConfigError
 

@@ -39,8 +39,8 @@ def test_shards_are_read_by_the_webdataset_package_and_the_index_knows_their_dig
 
 
 def test_preferences_are_written_and_read_back(tmp_path: Path):
-    from tandem.data.samples import Preference
     from tandem.data.shards import read_samples
+    from tandem.data.sources.samples import Preference
 
     lines = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "Nothing."} for n in range(60)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tandem.cli.data import data_app
 from tandem.data.build import build_dataset
-from tandem.data.corpus import pull_files
+from tandem.data.sources.corpus import pull_files
 from tandem.errors import DataError, HubError
 from tandem.registry.hub import HubDataset
 

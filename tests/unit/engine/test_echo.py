@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tandem.engine.create import create_engine
-from tandem.engine.echo import EchoEngine
+from tandem.engine.echo.engine import EchoEngine
 from tandem.engine.spec import EngineSpec
 from tandem.engine.ttft import WINDOW_S, FirstTokens
 from tandem.errors import ConfigError

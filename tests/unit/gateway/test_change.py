@@ -14,20 +14,21 @@ import pytest
 from pydantic_core import from_json
 
 from tandem.config import AutoscalingConfig, GatewayConfig, ServedModelConfig
-from tandem.gateway import admission, demand
-from tandem.gateway.admission import Admission
+from tandem.gateway.admission import control as admission
+from tandem.gateway.admission import demand
+from tandem.gateway.admission.control import Admission
+from tandem.gateway.admission.demand import DemandReport
+from tandem.gateway.admission.queue import Wish
 from tandem.gateway.app import create_app
 from tandem.gateway.catalog import Catalog, Target
-from tandem.gateway.demand import DemandReport
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, no_replica
 from tandem.gateway.fleet import Fleet, completed
-from tandem.gateway.proxy import Call
-from tandem.gateway.queue import Wish
 from tandem.gateway.reading import read_ask
+from tandem.gateway.upstream import Call
 from tandem.registry import Registry
-from tandem.serve.ask import Ask
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.routing.request import Ask
 
 NEW = ServedModel(id="base@2", name="base", path="", config=ServedModelConfig(model="base"))
 FIRST = ReplicaRecord(id="first", base="base@1", deployment="engine-base", url="http://a", token="t")

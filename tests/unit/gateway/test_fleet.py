@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tandem.gateway.fleet import Fleet
-from tandem.serve.ask import Ask
-from tandem.serve.records import ReplicaRecord, Snapshot
+from tandem.routing.records import ReplicaRecord, Snapshot
+from tandem.routing.request import Ask
 
 A = ReplicaRecord(id="a", base="base@1", url="http://a:1", token="t")
 B = replace(A, id="b", url="http://b:1")

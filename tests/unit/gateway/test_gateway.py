@@ -16,10 +16,10 @@ from gateway_world import BODY, World, echo
 from gateway_world import world as world
 from small_folders import small_adapter
 
-from tandem.engine.echo import EchoEngine
+from tandem.engine.echo.engine import EchoEngine
 from tandem.gateway.app import create_app
 from tandem.registry import Registry
-from tandem.serve.records import ReplicaRecord, Snapshot
+from tandem.routing.records import ReplicaRecord, Snapshot
 
 
 async def test_a_request_reaches_the_engine_under_its_versioned_name(world: World) -> None:

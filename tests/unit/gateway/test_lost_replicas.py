@@ -10,7 +10,7 @@ import pytest
 from gateway_world import BODY, World, echo
 from gateway_world import world as world
 
-from tandem.serve.records import ReplicaRecord, State
+from tandem.routing.records import ReplicaRecord, State
 
 SLOW_S = 60.0
 

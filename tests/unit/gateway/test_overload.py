@@ -13,8 +13,8 @@ import pytest
 from overload_world import ROUTE, Listening, World, overload_world
 
 from tandem.config import GatewayConfig
-from tandem.engine.echo import EchoEngine
-from tandem.serve.records import ReplicaRecord
+from tandem.engine.echo.engine import EchoEngine
+from tandem.routing.records import ReplicaRecord
 
 GAP_S = 0.02
 

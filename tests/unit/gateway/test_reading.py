@@ -14,8 +14,8 @@ from tandem.config import ServedModelConfig
 from tandem.engine.protocol import AdapterRef
 from tandem.gateway.catalog import Target
 from tandem.gateway.reading import MOST_PIECES, read_ask
-from tandem.serve.ask import BOUNDS, MOST_BYTES, Ask, blocks_of
-from tandem.serve.records import ServedModel
+from tandem.routing.records import ServedModel
+from tandem.routing.request import BOUNDS, MOST_BYTES, Ask, blocks_of
 
 BASE = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base"))
 LONG = "the quick brown fox " * 200

@@ -14,11 +14,11 @@ import httpx
 import uvicorn
 
 from tandem.config import RouterConfig, ServedModelConfig
-from tandem.engine.echo import EchoEngine
+from tandem.engine.echo.engine import EchoEngine
 from tandem.gateway.app import create_app
 from tandem.registry import Registry
-from tandem.serve.host import EngineHost
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.serve.replica.host import EngineHost
 
 REPLICAS = 6
 LONG = "one two three four five " * 60

@@ -18,8 +18,8 @@ from pydantic_core import to_json
 from starlette.types import Message
 
 from tandem.config import GatewayConfig
-from tandem.engine.echo import EchoEngine
-from tandem.serve.host import EngineHost
+from tandem.engine.echo.engine import EchoEngine
+from tandem.serve.replica.host import EngineHost
 
 
 async def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ import uvicorn
 from tandem.config import ServedModelConfig
 from tandem.gateway.app import create_app
 from tandem.registry import Registry
-from tandem.serve.records import ReplicaRecord, ServedModel, Snapshot
+from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 
 url, token, folder = sys.argv[1:]
 

@@ -17,11 +17,11 @@ from postgresql import Server
 from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 
-import tandem.registry
+import tandem.db
+from tandem.db.database import connect, database_errors, open_database
+from tandem.db.schema import REVISION, Base
 from tandem.errors import RegistryError, StorageError
 from tandem.registry import Registry, upgrade
-from tandem.registry.database import connect, database_errors, open_database
-from tandem.registry.schema import REVISION, Base
 
 REGISTER = """
 import json, sys
@@ -100,7 +100,7 @@ def test_every_migration_can_be_taken_back(tmp_path):
     url = f"sqlite:///{tmp_path}/tandem.db"
     Registry(url).close()
     config = Config()
-    config.set_main_option("script_location", str(Path(tandem.registry.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(tandem.db.__file__).parent / "migrations"))
     with connect(url).connect() as connection:
         config.attributes["connection"] = connection
         alembic.command.downgrade(config, "base")
@@ -111,7 +111,7 @@ def test_every_migration_can_be_taken_back(tmp_path):
 
 def test_the_newest_migration_is_the_one_that_the_code_names():
     config = Config()
-    config.set_main_option("script_location", str(Path(tandem.registry.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(tandem.db.__file__).parent / "migrations"))
     assert ScriptDirectory.from_config(config).get_current_head() == REVISION
 
 
@@ -136,7 +136,7 @@ def test_a_migration_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch
 
 def test_opening_again_needs_no_migration_and_keeps_what_is_there(registry, model_folder, monkeypatch):
     record = registry.register_model("base", model_folder())
-    monkeypatch.setattr("tandem.registry.database._upgrade", lambda connection: pytest.fail("migrated again"))
+    monkeypatch.setattr("tandem.db.database._upgrade", lambda connection: pytest.fail("migrated again"))
     assert Registry(registry.url).resolve("base") == record
 
 
@@ -198,7 +198,7 @@ def test_in_a_registry_of_the_first_schema_names_mean_what_they_meant_and_can_be
 
     url = f"sqlite:///{tmp_path}/tandem.db"
     config = Config()
-    config.set_main_option("script_location", str(Path(tandem.registry.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(tandem.db.__file__).parent / "migrations"))
     with connect(url).begin() as connection:
         config.attributes["connection"] = connection
         alembic.command.upgrade(config, "0001")

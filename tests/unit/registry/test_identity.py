@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from postgresql import Server
 
+from tandem.db.schema import REVISION
 from tandem.errors import RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress, is_shared, upgrade
-from tandem.registry.schema import REVISION
 
 
 def test_each_registry_has_an_identity_of_its_own_and_keeps_it(registry: Registry, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_whatever_is_done_in_whatever_order_a_name_means_its_last_promotion_that
 def test_near_names_are_registered_ones(wanted):
     registry = Registry("sqlite://")
     with registry._writing() as (session, _):
-        from tandem.registry.schema import NameRow
+        from tandem.db.schema import NameRow
 
         session.add_all(NameRow(name=n, kind="adapter", last_version=1, promoted=f"{n}@1") for n in wanted)
     assert sorted(registry.near("red")) == sorted(wanted)

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 import pytest
 from sqlalchemy import event, insert
 
+from tandem.db.schema import ModelRow, NameRow
 from tandem.errors import UnknownModelError
 from tandem.registry import Registry
-from tandem.registry.schema import ModelRow, NameRow
 
 COUNT = 3000
 

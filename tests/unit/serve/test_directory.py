@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from tandem.routing.records import ReplicaRecord
 from tandem.serve.directory import DEMAND_S, FORGET_S, LISTENING_S, SILENCE_S, Demand, Directory, Ledger
-from tandem.serve.records import ReplicaRecord
 
 A = ReplicaRecord(id="a", base="base@1", url="http://a", token="t")
 

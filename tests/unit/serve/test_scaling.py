@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from tandem.apps.deploy import changed as has_changed
+from tandem.apps.deploy import news
 from tandem.config import AutoscalingConfig, PrefillConfig, ServedModelConfig
+from tandem.routing.records import ServedModel
 from tandem.serve import scaling
-from tandem.serve.deploy import changed as has_changed
-from tandem.serve.deploy import news
-from tandem.serve.records import ServedModel
 from tandem.serve.scaling import (
     GATEWAY_WINDOW_S,
     engine_options,

@@ -10,14 +10,14 @@ import pytest
 import ray
 from small_folders import small_adapter, small_model
 
+from tandem.apps.build import address_of, check_shared
 from tandem.config import GatewayConfig
 from tandem.errors import RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
-from tandem.serve.app import address_of, check_shared
+from tandem.routing.records import ReplicaRecord, Snapshot
 from tandem.serve.directory import Directory
 from tandem.serve.pins import Pins
-from tandem.serve.records import ReplicaRecord, Snapshot
-from tandem.serve.replica import check_registry
+from tandem.serve.replica.deployment import check_registry
 
 
 def nodes_at(monkeypatch: pytest.MonkeyPatch, *found: tuple[str, bool]) -> None:

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from tandem.config import DataConfig, ModelConfig, TrainConfig
 from tandem.data.tokenize import TextEncoder, train_tokenizer
-from tandem.train.mesh import Degrees
 from tandem.train.model import build_model
-from tandem.train.placement import place
-from tandem.train.trained import Trained
+from tandem.train.parallel.mesh import Degrees
+from tandem.train.parallel.model import Trained
+from tandem.train.parallel.parallelize import place
 
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tandem.config import LoraConfig
+from tandem.train.adapters.lora import add_adapters
 from tandem.train.ema import Ema
-from tandem.train.lora import add_adapters
 
 
 def plain(values: list[float], decay: float) -> float:

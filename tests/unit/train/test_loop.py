@@ -14,11 +14,11 @@ from tandem.config import CheckpointConfig, DataConfig, FaultsConfig, ModelConfi
 from tandem.data.packing import Rows
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import JobError
+from tandem.train.anomalies import LeftOut, Spiked
 from tandem.train.loop import GO_ON, LEAVE, SAVE, LoopState, StepReport, Unwatched, train
 from tandem.train.model import build_model
 from tandem.train.optimizer import build_optimizer
-from tandem.train.policy import LeftOut, Spiked
-from tandem.train.trained import Trained
+from tandem.train.parallel.model import Trained
 
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
 CONFIG = TrainConfig(

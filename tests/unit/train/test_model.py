@@ -18,10 +18,10 @@ from tandem.config import LoraConfig, ModelConfig
 from tandem.data.packing import IGNORED, pack
 from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.dora import Magnitude
-from tandem.train.lora import ADAPTED, add_adapters, targets
+from tandem.train.adapters.dora import Magnitude
+from tandem.train.adapters.lora import ADAPTED, add_adapters, targets
 from tandem.train.model import build_model, count_parameters, decoder_layers
-from tandem.train.objective import NextToken, count_targets, step_loss
+from tandem.train.objectives.objective import NextToken, count_targets, step_loss
 
 OTHERS: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -8,7 +8,7 @@ import torch
 from tandem.config import LoraConfig, ModelConfig, OptimizerConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.lora import add_adapters
+from tandem.train.adapters.lora import add_adapters
 from tandem.train.model import build_model
 from tandem.train.optimizer import build_optimizer, decay_groups, set_learning_rate
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.config import LoraConfig
 from tandem.errors import ConfigError
-from tandem.train.lora import add_adapters
+from tandem.train.adapters.lora import add_adapters
 from tandem.train.recompute import recompute_activations
 
 

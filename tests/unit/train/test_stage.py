@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.config import ModelConfig
-from tandem.config.layout import FAMILIES, ModelShape
+from tandem.config.training.layout import FAMILIES, ModelShape
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import LayoutError
 from tandem.train.model import build_model

@@ -13,19 +13,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tandem.api.unknown_fields import describe, unknown_fields
-from tandem.config.serve import GatewayConfig, ServedModelConfig
-from tandem.engine.parsers import without_tools
+from tandem.config.serving.app import GatewayConfig, ServedModelConfig
+from tandem.engine.vllm.parsers import without_tools
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
 from tandem.gateway.fleet import Fleet
-from tandem.gateway.forward import Forwarded
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import prefilled
-from tandem.gateway.proxy import Call, Proxy
 from tandem.gateway.reading import read_ask, take_wish
+from tandem.gateway.relay import Forwarded
 from tandem.gateway.routes import stored
-from tandem.serve.records import ServedModel
+from tandem.gateway.upstream import Call, Proxy
+from tandem.routing.records import ServedModel
 from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")

@@ -1,0 +1,1 @@
+"""Composition of a Serve application: directory, engine replicas and gateway."""

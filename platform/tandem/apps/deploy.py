@@ -1,0 +1,167 @@
+"""Puts an app on the cluster this process is connected to, over the one that runs there under its name, and takes it away.
+
+What differs is replaced: new replicas come before old ones go, and old ones go when their streams have ended (ADR 0017).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray import serve
+from ray.experimental import internal_kv
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus
+
+from tandem.apps.build import GATEWAY_NAME
+from tandem.config import ServeConfig, from_dict, to_dict
+from tandem.errors import EngineError
+
+FAILED = "DEPLOY_FAILED"
+LOOK_S = 0.2
+LAST_BYTES_S = 1.0
+"""How long the last bytes of an engine may take to their clients."""
+
+KEPT = b"tandem"
+"""Ray's namespace of the key-value store that lives as long as the cluster."""
+TO_INITIALIZE = re.compile(r"have taken more than \d+s to initialize")
+TO_SCHEDULE = re.compile(
+    r"to be scheduled\..*Resources required for each replica: (?P<needed>.*?), "
+    r"total resources available: (?P<free>.*?)\. Use",
+    re.DOTALL,
+)
+"""Serve's two messages about replicas that take longer than it expects."""
+
+
+def deploy(
+    app: serve.Application, name: str, *, route_prefix: str = "/", tell: Callable[[str], None] = lambda text: None
+) -> None:
+    """Deploy and wait until every new replica is up, and no longer: old ones may stream on for minutes.
+
+    EngineError with the reason if a new one cannot start; where there were old ones, they then stay. `tell` hears what Serve says
+    meanwhile, such as that there is no room on the cluster: it waits for room for ever.
+    """
+    before = _details(name)
+    told: set[str] = set()
+    target = serve.RunTarget(app, name=name, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+    while not changed(now := _details(name), before):
+        # Of the app alone: a deployment still says what it said of the last change until Serve has looked at this one.
+        if now["status"] == FAILED:
+            raise EngineError(f"{name} did not start: {why(name)}")
+        for said in sorted(news(now) - told):
+            told.add(said)
+            tell(said)
+        time.sleep(LOOK_S)
+
+
+def remember(config: ServeConfig) -> None:
+    """Keep, with the cluster, what the app of this config was made from."""
+    record = {"deployed_at": _details(config.app).get("last_deployed_time_s"), "config": to_dict(config)}
+    internal_kv._internal_kv_put(_key(config.app), json.dumps(record).encode(), overwrite=True, namespace=KEPT)
+
+
+def remembered(app: str) -> ServeConfig | None:
+    """What a running app was made from; None if that is not known, or Ray's `serve deploy` has changed the app since.
+
+    A `serve.run` of another program over the same app is not noticed: Serve keeps the time of the first.
+    """
+    kept = internal_kv._internal_kv_get(_key(app), namespace=KEPT)
+    record = json.loads(kept) if kept else {}
+    if not record or record["deployed_at"] != _details(app).get("last_deployed_time_s"):
+        return None
+    return from_dict(ServeConfig, record["config"])
+
+
+def _key(app: str) -> bytes:
+    return f"app:{app}".encode()
+
+
+def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether an app is what it is to be, but for old replicas that have not ended. Pure: Serve's details of it, now and before.
+
+    Serve takes a change in hand a moment after it was told: then a deployment that has begun to change is the sign of it.
+    """
+    deployments, old = now["deployments"], before["deployments"]
+    begun = any(each["status"] != "HEALTHY" for each in deployments.values())
+    return now["status"] == "RUNNING" or (begun and all(_replaced(d, old.get(key)) for key, d in deployments.items()))
+
+
+def news(now: Mapping[str, Any]) -> set[str]:
+    """What Serve says of deployments that are not yet as they should be, each in a line of our words. Pure."""
+    waiting = {
+        name: each["message"]
+        for name, each in now["deployments"].items()
+        if each["status"] != "HEALTHY" and each["message"]
+    }
+    return {said for name, message in waiting.items() if (said := _in_our_words(name, message))}
+
+
+def _in_our_words(deployment: str, message: str) -> str | None:
+    # That an engine takes more than half a minute to load is nothing to report.
+    if TO_INITIALIZE.search(message):
+        return None
+    if found := TO_SCHEDULE.search(message):
+        return (
+            f"{deployment} waits for room on the cluster: each replica needs {found['needed']}, and {found['free']} are free. "
+            "It starts when there is room: stop something else, add a node, or lower `replicas`."
+        )
+    return message.splitlines()[0]
+
+
+def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+    if now["status"] == "HEALTHY":
+        return True
+    states = [each["state"] for each in now["replicas"] if each["state"] != "STOPPING"]
+    old = _running(before) if before else set()
+    return states == ["RUNNING"] * now["target_num_replicas"] and not _running(now) & old
+
+
+def drain(name: str, timeout_s: float) -> bool:
+    """Take an app away once its engines have answered what they had begun; False if they had not within `timeout_s`."""
+    # Serve tells no more of the replicas of an app that is to go. Its gateways stay reachable for some time, whether anybody
+    # calls them or not: they are not waited for.
+    deployments = _details(name)["deployments"].items()
+    engines = {
+        r["actor_name"] for key, d in deployments if key not in ("Directory", GATEWAY_NAME) for r in d["replicas"]
+    }
+    serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + timeout_s
+    while engines := {engine for engine in engines if _lives(engine)}:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_S)
+    time.sleep(LAST_BYTES_S)
+    return True
+
+
+def why(name: str) -> str:
+    """What Serve says of an app that is not as it should be."""
+    app = serve.status().applications.get(name)
+    if app is None:
+        return ""
+    messages = [deployment.message for deployment in app.deployments.values() if deployment.message]
+    return "\n".join(messages) or (app.message if app.status != ApplicationStatus.RUNNING else "")
+
+
+def _details(name: str) -> dict[str, Any]:
+    # What `serve.status` leaves out: which replicas there are.
+    client = _get_global_client()
+    apps = client.get_serve_details()["applications"] if client else {}
+    return {"status": "NOT_STARTED", "deployments": {}, **apps.get(name, {})}
+
+
+def _lives(actor: str) -> bool:
+    try:
+        ray.get_actor(actor, namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _running(deployment: Mapping[str, Any]) -> set[str]:
+    return {each["replica_id"] for each in deployment["replicas"] if each["state"] == "RUNNING"}

@@ -1,0 +1,1 @@
+"""Input of a batch run: rows read from files, checked, and divided into chunks."""

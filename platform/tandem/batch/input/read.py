@@ -1,0 +1,83 @@
+"""The input as a source of Ray Data: read tasks that each go through a file once, and give a table for each unit that is left.
+
+A table has one row: Ray Data puts tables together and cuts them between rows as it likes, and a unit stays whole.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from tandem.batch.input.plan import Unit, read_together
+from tandem.batch.input.sources import Row, only_forward, rows_of
+from tandem.batch.work import Work
+from tandem.storage import Location
+
+COLUMNS = pa.schema(
+    {
+        "unit": pa.string(),
+        "row": pa.list_(pa.int64()),
+        "where": pa.list_(pa.string()),
+        "raw": pa.list_(pa.large_binary()),
+    }
+)
+"""The name of the unit; of each of its rows the number, the place for a person, the JSON."""
+
+
+class Pieces(Datasource):
+    """Pieces of an input, each with the rows that one base answers."""
+
+    def __init__(self, files: Sequence[Location], units: Sequence[Unit], work: Work) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._files = files
+        self.tasks = read_together(units, lambda source: only_forward(files[source]))
+        """The units that each task reads."""
+        # Once for all tasks: it holds every adapter that rows name.
+        self._work = ray.put(work)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: Ray Data is told how many tasks there are instead."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """As many as there are, whatever the `parallelism`."""
+        return [
+            ReadTask(
+                partial(read, self._files[units[0].piece.source], units, self._work),
+                BlockMetadata(len(units), None, None, None),
+            )
+            for units in self.tasks
+        ]
+
+
+def read(file: Location, units: Sequence[Unit], reference: Any) -> Iterator[Any]:
+    """A table for each unit, in their order; `reference` is that of a Work."""
+    work: Work = ray.get(reference)
+    rows, at = iter(list[Row]()), -1
+    for unit in units:
+        piece = unit.piece
+        if at < 0 or (piece.first != at and not only_forward(file)):
+            rows = rows_of(file, piece.mark)
+        else:
+            # Of pieces in between nothing is left to do here.
+            collections.deque(itertools.islice(rows, piece.first - at), maxlen=0)
+        here = enumerate(itertools.islice(rows, piece.rows), piece.first)
+        mine = [(number, row) for number, row in here if work.is_for_me(row)]
+        columns = [
+            [unit.name],
+            [[number for number, _ in mine]],
+            [[f"{file} {row.where}" for _, row in mine]],
+            [[row.raw for _, row in mine]],
+        ]
+        at = piece.first + piece.rows
+        yield pa.table(columns, schema=COLUMNS)

@@ -1,0 +1,218 @@
+"""Rows out of files: JSON lines, Parquet and WebDataset shards, from the start or from a mark on.
+
+A row that cannot be read is a row all the same, with the reason; a file that cannot be read is a DataError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple, Self, cast
+
+from tandem.batch.files import reading
+from tandem.batch.input.plan import Mark
+from tandem.data.index import SHARDS_NAME
+from tandem.errors import DataError, did_you_mean
+from tandem.storage import Location, base_name, file_system, is_remote, located
+
+TEXT_MEMBERS = ("txt", "text")
+PACKED = (".gz", ".tgz")
+ROWS_AT_A_TIME = 256
+
+
+class Row(NamedTuple):
+    """A row as it was found."""
+
+    mark: Mark
+    where: str
+    """For a person: line 3, row 3, sample KEY."""
+    raw: bytes
+    """Its JSON; of one that cannot be read as such what there is."""
+    problem: str | None = None
+
+
+Reader = Callable[[IO[bytes], Mark], Iterator[Row]]
+
+
+def find_files(source: str) -> list[Location]:
+    """The files that `source` names, in the order of their names: itself, those of a folder, or what fits a pattern with *.
+
+    Raises DataError if there are none, or of a sort that nothing here reads.
+    """
+    place = located(source)
+    files = file_system(place)
+    text = str(place)
+    if files.isdir(text):
+        # A dataset that `tandem data build` made has its shards in a folder of their own.
+        shards = f"{text}/{SHARDS_NAME}"
+        folder = shards if files.isdir(shards) else text
+        found = [p for p in files.ls(folder, detail=False) if _reader(base_name(p)) is not None]
+    elif files.exists(text):
+        found = [text]
+    elif set("*?[") & set(text):
+        found = files.glob(text)
+    else:
+        raise DataError(f"No input at {source}.{_near(place)} Give a file of rows ({_known()}), or a folder of such.")
+    if not found:
+        raise DataError(f"{source} holds no file of rows. Known are {_known()}.")
+    for name in found:
+        if _reader(base_name(name)) is None:
+            raise DataError(f"{name} is of a sort that is not read here. Known are {_known()}.")
+    return sorted((located(files.unstrip_protocol(p)) if is_remote(place) else Path(p) for p in found), key=str)
+
+
+def rows_of(file: Location, mark: Mark = Mark()) -> Iterator[Row]:  # noqa: B008 - a tuple
+    """The rows of a file from `mark` on."""
+    import pyarrow as pa
+
+    reader = _reader(base_name(str(file)))
+    assert reader is not None, "find_files gives only files that have one"
+    try:
+        with _opened(file) as stream:
+            yield from reader(stream, mark)
+    except (OSError, EOFError, tarfile.TarError, zlib.error, pa.ArrowException) as error:
+        raise DataError(f"{file} cannot be read: {error}.") from error
+
+
+def only_forward(file: Location) -> bool:
+    """Whether reading from a mark on means reading much of what is before it."""
+    return str(file).endswith((*PACKED, ".parquet"))
+
+
+def json_lines(file: IO[bytes], mark: Mark) -> Iterator[Row]:
+    """An object a line; blank lines are none."""
+    offset, number = mark
+    file.seek(offset)
+    for line in file:
+        begins = Mark(offset, number)
+        offset, number = offset + len(line), number + 1
+        if text := line.strip():
+            yield Row(begins, f"line {number}", text)
+
+
+def parquet(file: IO[bytes], mark: Mark) -> Iterator[Row]:
+    """A row a row; row groups before the mark are not read."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as table:
+        sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        group, number = 0, 0
+        while group < len(sizes) and number + sizes[group] <= mark.place:
+            number += sizes[group]
+            group += 1
+        if group == len(sizes):
+            return
+        for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=range(group, len(sizes))):
+            # What is before the mark is not made into Python's values, which takes longer than reading it.
+            before = min(max(0, mark.place - number), batch.num_rows)
+            number += before
+            for record in batch.slice(before).to_pylist():
+                yield _recorded(Mark(0, number), f"row {number + 1}", _without_nulls(record))
+                number += 1
+
+
+def webdataset(file: IO[bytes], mark: Mark) -> Iterator[Row]:
+    """A sample a row: members whose names are alike up to the first dot. KEY.json is the row, KEY.txt its prompt.
+
+    A row has its key as custom_id unless it has one of its own.
+    """
+    file.seek(mark.offset)
+    key, begins, number, fields = None, mark, mark.place, dict[str, bytes]()
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            place = PurePosixPath(member.name)
+            stem, _, extension = place.name.partition(".")
+            if (found := str(place.parent / stem)) != key:
+                if key is not None:
+                    yield _sample(begins, key, fields)
+                    number += 1
+                key, begins, fields = found, Mark(member.offset, number), {}
+            if extension == "json" or extension in TEXT_MEMBERS:
+                fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()
+    if key is not None:
+        yield _sample(begins, key, fields)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. One that is damaged or cut off would else be taken for the end of the file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise  # so an archive ends
+            raise tarfile.ReadError(f"a header in it is damaged, or its end is missing ({error})") from None
+
+
+READERS: dict[tuple[str, ...], Reader] = {
+    (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"): json_lines,
+    (".parquet",): parquet,
+    (".tar", ".tar.gz", ".tgz"): webdataset,
+}
+
+
+def _reader(name: str) -> Reader | None:
+    return next((reader for suffixes, reader in READERS.items() if name.endswith(suffixes)), None)
+
+
+def _known() -> str:
+    return ", ".join(suffix for suffixes in READERS for suffix in suffixes)
+
+
+def _near(place: Location) -> str:
+    if isinstance(place, Path) and place.parent.is_dir():
+        # Only what could be read would help.
+        return did_you_mean(place.name, [p.name for p in place.parent.iterdir() if p.is_dir() or _reader(p.name)])
+    return ""
+
+
+@contextlib.contextmanager
+def _opened(file: Location) -> Iterator[IO[bytes]]:
+    with reading(file) as raw:
+        if str(file).endswith(PACKED):
+            with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
+                yield cast(IO[bytes], unpacked)
+        else:
+            yield raw
+
+
+def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:
+    where = f"sample {key}"
+    try:
+        record: Any = json.loads(fields.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        return Row(mark, where, fields["json"], f"It is not valid JSON: {error}.")
+    if not isinstance(record, dict):
+        return Row(mark, where, fields["json"], f"It is a {type(record).__name__}; a row is a JSON object.")
+    text = next((fields[name] for name in TEXT_MEMBERS if name in fields), None)
+    if text is not None and not record.keys() & {"prompt", "messages", "input", "body"}:
+        try:
+            record["prompt"] = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Row(mark, where, b"", f"Its text is not UTF-8 (byte {error.start + 1}).")
+    if not record:
+        return Row(mark, where, b"", "The sample has nothing in a .json or .txt.")
+    return _recorded(mark, where, {"custom_id": key.removeprefix("./"), **record})
+
+
+def _recorded(mark: Mark, where: str, record: dict[str, Any]) -> Row:
+    try:
+        return Row(mark, where, json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        return Row(mark, where, repr(record).encode(), f"It has a value that JSON has no form for: {error}.")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A column that a row does not use is null in it, in structs too."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

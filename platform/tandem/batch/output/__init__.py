@@ -1,0 +1,1 @@
+"""Output of a batch run: result files and the manifest."""

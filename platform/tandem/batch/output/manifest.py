@@ -1,0 +1,117 @@
+"""What a run writes down of itself, and whether another start may go on with it: only where it would give the same answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from tandem.batch.input.plan import PieceSize
+from tandem.batch.input.survey import Survey
+from tandem.batch.models import Names
+from tandem.batch.output.write import Output
+from tandem.config import BatchConfig
+from tandem.errors import ConfigError
+
+FORMAT = 2
+FORMATS = (1, 2)
+"""Those that can be gone on with: in the first, pieces were divided by rows only."""
+DECIDING = ("model", "engine", "request", "engine_args", "chat")
+"""Settings that the answers depend on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A run, as it lies beside its pieces."""
+
+    settings: Mapping[str, Any]
+    """Those that the answers depend on."""
+    input: tuple[tuple[str, str], ...]
+    """Files and their digests, in order."""
+    rows: int
+    rows_per_piece: int
+    bytes_per_piece: int | None = None
+    """Where a piece is cut that has fewer rows than that; None: nowhere."""
+    models: Mapping[str, str | None]
+    """What each name in a row means, by id; None: nobody."""
+    bases: tuple[str, ...]
+    """Ids of the base models."""
+    finished: bool = False
+    answered: int = 0
+    failed: int = 0
+    format: int = field(default=FORMAT)
+
+    @classmethod
+    def of(cls, config: BatchConfig, survey: Survey, names: Names) -> Self:
+        """What a new run writes down."""
+        return cls(
+            settings=_deciding(config),
+            input=tuple(zip(map(str, survey.files), survey.digests, strict=True)),
+            rows=survey.rows,
+            rows_per_piece=survey.size.rows,
+            bytes_per_piece=survey.size.bytes,
+            models=names.found,
+            bases=survey.bases,
+        )
+
+    @classmethod
+    def read(cls, output: Output) -> Self | None:
+        """What the run that wrote to this output wrote down; None if there was none."""
+        found = output.manifest()
+        if found is None:
+            return None
+        if found.get("format") not in FORMATS:
+            raise ConfigError(
+                f"{output.run} was written by another version of Tandem (format {found.get('format')}, not {FORMAT}). Choose "
+                "another output."
+            )
+        found["format"] = FORMAT
+        found["input"] = tuple(tuple(each) for each in found["input"])
+        return cls(**{**found, "bases": tuple(found["bases"])})
+
+    @property
+    def size(self) -> PieceSize:
+        """When a piece is full."""
+        return PieceSize(self.rows_per_piece, self.bytes_per_piece)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    def check_settings(self, config: BatchConfig) -> None:
+        """ConfigError if the answers would be others than those that are there."""
+        for key, now in _deciding(config).items():
+            # Runs of before had no `chat`, and asked prompts as they are.
+            before = self.settings.get(key, False)
+            if before != now:
+                raise ConfigError(
+                    f"The run in {config.output} has {key} = {before!r}, and this one {now!r}. Give it that again to "
+                    "go on, or choose another output."
+                )
+        if config.rows_per_piece not in (None, self.rows_per_piece):
+            raise ConfigError(
+                f"The run in {config.output} has rows_per_piece = {self.rows_per_piece}, and this one {config.rows_per_piece}. "
+                "Leave it out to go on, or choose another output."
+            )
+
+    def check_input(self, now: Manifest) -> None:
+        """ConfigError if the input or the model are not what they were."""
+        # Where the files lie does not matter, what is in them does.
+        if [digest for _, digest in self.input] != [digest for _, digest in now.input]:
+            changed = [file for file, digest in now.input if digest not in {known for _, known in self.input}]
+            raise ConfigError(
+                f"The input is not the one that the run began with: it had {len(self.input)} files with {self.rows} rows, now "
+                f"{len(now.input)} with {now.rows}; {', '.join(changed[:3]) or 'a file is gone, or their order'} changed. "
+                "Choose another output."
+            )
+        for name, meant in self.models.items():
+            if now.models.get(name, meant) != meant:
+                raise ConfigError(
+                    f"The model at {name} is not the one that the run began with: its files have changed. Choose another output."
+                )
+
+
+def _deciding(config: BatchConfig) -> dict[str, Any]:
+    """The settings that the answers depend on, as JSON gives them back: keys are text there, and a tuple is a list."""
+    return dict(json.loads(json.dumps({key: getattr(config, key) for key in DECIDING})))

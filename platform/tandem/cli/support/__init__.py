@@ -1,0 +1,1 @@
+"""Shared parts of the commands: console, errors, progress, and the address of an app."""

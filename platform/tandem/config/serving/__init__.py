@@ -1,0 +1,1 @@
+"""Config of served apps and batch runs."""

@@ -1,0 +1,201 @@
+"""The served app: which models, on how many replicas, with which engine settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandem.config import check
+from tandem.config.serving.autoscaling import AutoscalingConfig
+from tandem.config.serving.replica import ReplicaConfig
+from tandem.errors import ConfigError
+from tandem.settings import LONGEST_DRAIN_S
+
+LONGEST_TIMEOUT_S = 86_400.0
+"""That a request or the gateway's config may state."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillConfig:
+    """Replicas that read prompts for the others, which then only generate."""
+
+    replicas: int = 1
+    cpus_per_replica: float | None = None
+    """Unset: as the model's."""
+    gpus_per_replica: float | None = None
+    """Unset: as the model's."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Laid over the model's; whole, key by key."""
+    min_bytes: int = 0
+    """A smaller request is read by the replica that answers it: moving its cache would cost more than it saves."""
+
+    def __post_init__(self) -> None:
+        check.at_least("models[].prefill.replicas", self.replicas, 1)
+        check.at_least("models[].prefill.min_bytes", self.min_bytes, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModelConfig(ReplicaConfig):
+    """One base model and the replicas that hold it."""
+
+    model: str
+    """A registered model, a folder in Hugging Face's format, or a model of its hub: `org/name`, `org/name@revision`."""
+    name: str | None = None
+    """What clients call it; unset: the registered name (of the hub's `org/name`), or the folder's."""
+    autoscaling: AutoscalingConfig | None = None
+    """Set: the number of replicas follows the load, in place of `replicas`."""
+    surge_percent: int = 100
+    """Replicas that a change may start beyond their number before the old ones end. 0 where there is no room for them: old
+    ones then end first, and a model with one replica is away while the new one starts."""
+    requests_per_replica: int | None = None
+    """Requests in flight at one replica, at most; more wait at the gateways, by priority. Unset: what its engine generates at
+    once (vLLM's `max_num_seqs`), and a quarter more, which waits inside it."""
+    max_queued: int = 1000
+    """Requests that may wait at all gateways together, for room or for a replica; what is beyond gets 429 with Retry-After."""
+    hold_s: float = 30.0
+    """How long a request waits for a replica while none is ready, before it gets 503 with Retry-After."""
+    prefill: PrefillConfig | None = None
+    """Set: prompts are read on replicas of their own, and their KV cache moves to the one that generates."""
+    stuck_after_s: float = 60.0
+    """How long an engine that has work may end no step before its replica is replaced: longer than its longest step."""
+
+    def __post_init__(self) -> None:
+        check.one_of("models[].engine", self.engine, ("vllm", "echo"))
+        check.at_least("models[].replicas", self.replicas, 1)
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ConfigError(
+                f"models[].replicas is {self.replicas}, and autoscaling gives {self.autoscaling.min_replicas} to "
+                f"{self.autoscaling.max_replicas}. Leave out `replicas`, or set autoscaling.min_replicas and initial_replicas."
+            )
+        if self.autoscaling is not None and not self.autoscaling.min_replicas and not self.hold_s:
+            raise ConfigError(
+                "models[].hold_s is 0 and autoscaling.min_replicas too: no request would wait for the replica that it starts. "
+                "Give hold_s the time that a replica takes to start."
+            )
+        check.between("models[].surge_percent", self.surge_percent, 0, 100)
+        if self.requests_per_replica is not None:
+            check.at_least("models[].requests_per_replica", self.requests_per_replica, 1)
+        check.at_least("models[].max_queued", self.max_queued, 0)
+        check.at_least("models[].hold_s", self.hold_s, 0.0)
+        check.at_least("models[].cpus_per_replica", self.cpus_per_replica, 0.0)
+        check.at_least("models[].gpus_per_replica", self.gpus_per_replica, 0.0)
+        check.resources("models[].resources_per_replica", self.resources_per_replica)
+        check.at_least("models[].max_adapters", self.max_adapters, 0)
+        if self.max_cached_adapters is not None and self.max_cached_adapters < self.max_adapters:
+            raise ConfigError(
+                f"models[].max_cached_adapters is {self.max_cached_adapters} and max_adapters {self.max_adapters}: what is in a "
+                "slot is in host memory too. Raise it, or unset it for four times max_adapters."
+            )
+        check.at_least("models[].stuck_after_s", self.stuck_after_s, 1.0)
+        check.between("models[].max_lora_rank", self.max_lora_rank, 1, 512)
+
+    @property
+    def cached_adapters(self) -> int:
+        """Adapters in host memory."""
+        return 4 * self.max_adapters if self.max_cached_adapters is None else self.max_cached_adapters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig:
+    """The ingress that clients talk to."""
+
+    replicas: int = 1
+    connect_timeout_s: float = 5.0
+    """How long a connection to an engine may take before another replica is tried."""
+    request_timeout_s: float = 600.0
+    """How long an engine may stay silent on a request that says nothing of its own time (`timeout`); then it is 504."""
+    client_stall_s: float = 60.0
+    """How long a client may take nothing of its answer, once all buffers on the way are full, before it is cut off."""
+    retry_after_s: int = 5
+    """What a 503 tells the client to wait, and a 429 as long as the queue's pace is not known."""
+    max_body_bytes: int = 16 * 2**20
+    """Largest request body; a larger one gets 413."""
+    strict: bool = False
+    """Whether a request with an unknown field gets 400; else it is answered, with a warning in `x-tandem-warning`."""
+
+    def __post_init__(self) -> None:
+        check.at_least("gateway.replicas", self.replicas, 1)
+        for key in ("connect_timeout_s", "request_timeout_s"):
+            check.between(f"gateway.{key}", getattr(self, key), 0.1, LONGEST_TIMEOUT_S)
+        check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
+        check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
+        check.at_least("gateway.client_stall_s", self.client_stall_s, 0.1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListenConfig:
+    """The public listener: where clients reach the app. Gateways and engines listen on their nodes' addresses by themselves."""
+
+    host: str = "127.0.0.1"
+    """Address on each node that has the listener; 0.0.0.0: all of the node's."""
+    port: int | None = None
+    """Unset: TANDEM_PORT, or 8000."""
+    nodes: str = "every"
+    """`every` node that runs a part of an app, or the `head` alone."""
+
+    def __post_init__(self) -> None:
+        check.one_of("listen.nodes", self.nodes, ("every", "head"))
+        if self.port is not None:
+            check.between("listen.port", self.port, 1, 65535)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """How the gateway chooses a replica. What speaks for one is counted in requests: it may have so many more than others.
+
+    That holds for replicas with up to 8 requests each on average; where they have more, all of it counts in proportion.
+    """
+
+    policy: str = "affinity"
+    """affinity, least_loaded, two_choices, round_robin, prefix_tree, or what else `routing.policies.POLICIES` has."""
+    adapter_requests: float = 8.0
+    """affinity: what it counts for that a replica holds the adapter."""
+    session_requests: float = 8.0
+    """affinity: what it counts for that a replica had the session's last request."""
+    home_requests: float = 8.0
+    """affinity: what it counts for that a text, session or adapter is at home at a replica, by consistent hashing; so several
+    gateways agree on where it goes. One alone has no use for it."""
+    prefix_requests: float = 16.0
+    """affinity: what it counts for, at most, that a replica has read how the text begins."""
+    prefix_bytes_per_request: int = 1024
+    """affinity: bytes of such text that count for one request."""
+    match_rate: float = 0.1
+    """prefix_tree: share of a text that a replica must have read to be preferred."""
+    imbalance_requests: int = 10
+    """prefix_tree: how much busier than the idlest the busiest may be."""
+    remembered_blocks: int = 200_000
+    """Beginnings of texts that a gateway remembers; the longest unused is forgotten first."""
+    remembered_sessions: int = 100_000
+    """Sessions that a gateway remembers."""
+
+    def __post_init__(self) -> None:
+        for key in ("adapter_requests", "session_requests", "home_requests", "prefix_requests", "imbalance_requests"):
+            check.at_least(f"router.{key}", getattr(self, key), 0)
+        for key in ("prefix_bytes_per_request", "remembered_blocks", "remembered_sessions"):
+            check.at_least(f"router.{key}", getattr(self, key), 1)
+        check.between("router.match_rate", self.match_rate, 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """One Serve app."""
+
+    models: tuple[ServedModelConfig, ...] = ()
+    """Empty: the newest registered base model."""
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    listen: ListenConfig = field(default_factory=ListenConfig)
+    app: str = "tandem"
+    """Name of the Serve application."""
+    drain_timeout_s: float = 600.0
+    """How long streams may go on in a replica or gateway that is to end. An idle engine ends at once."""
+    version: str = ""
+    """Of what Tandem cannot see, such as other packages: another one replaces everything when the app is deployed again. Tandem's
+    own code counts by itself."""
+
+    def __post_init__(self) -> None:
+        check.between("drain_timeout_s", self.drain_timeout_s, 0.0, LONGEST_DRAIN_S)
+        names = [served.name or served.model for served in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"models: {name!r} is listed {names.count(name)} times; give each a name of its own.")

@@ -1,0 +1,65 @@
+"""A batch run: which rows, answered by which model, with which settings, on what part of the cluster."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tandem.config import check
+from tandem.config.serving.app import ServedModelConfig
+from tandem.config.serving.replica import ReplicaConfig
+from tandem.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig(ReplicaConfig):
+    """One batch run. What decides the answers may not change between a run and its continuation; where it runs may.
+
+    Its replicas share the rows, and have slots for `max_adapters` only where rows ask for so many.
+    """
+
+    input: str
+    """A file of rows (JSON lines, Parquet, WebDataset), a folder of such, a pattern with *, or a URI of one of these."""
+    model: str
+    """Who answers rows that name nobody: a registered model or adapter, a folder in Hugging Face's format, or `org/name` of its
+    hub."""
+    output: str
+    """A folder, or a file that ends in .jsonl, which every node sees at that path; also by URI."""
+    request: dict[str, Any] = field(default_factory=dict)
+    """Fields for rows that lack them, by OpenAI's and vLLM's names: max_tokens, temperature, ..."""
+    chat: bool = False
+    """Whether the `prompt` of a plain row is asked as a user's message, through the model's chat template."""
+    rows_per_piece: int | None = None
+    """Rows that are published together, and so lost together; unset: about 4,000, each of at most 65,536 rows and 64 MiB."""
+    window_rows: int = 2048
+    """Rows that one engine has at a time, those that wait among them: more than it can run at once, so that it never idles."""
+    max_failures: int = 3
+    """Times that one replica is started again after its process died."""
+
+    def __post_init__(self) -> None:
+        for key in ("input", "model", "output"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty. Say what is read, who answers, and where the answers go.")
+        if self.rows_per_piece is not None:
+            check.at_least("rows_per_piece", self.rows_per_piece, 1)
+        check.at_least("window_rows", self.window_rows, 1)
+        check.at_least("max_failures", self.max_failures, 0)
+        for key in ("model", "stream"):
+            if key in self.request:
+                instead = "set model instead" if key == "model" else "an answer is written when it is whole"
+                raise ConfigError(f"request.{key} cannot be set: {instead}.")
+        for key in ("request", "engine_args"):
+            try:
+                json.dumps(getattr(self, key), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{key} has a value that JSON has no form for: {error}. Give it as text.") from None
+        self.served(self.model, adapters=0)
+
+    def served(self, model: str, *, adapters: int) -> ServedModelConfig:
+        """The settings of one base's replicas, as the served app has them, with room for the `adapters` that are asked for."""
+        try:
+            same = {each.name: getattr(self, each.name) for each in fields(ReplicaConfig)}
+            return ServedModelConfig(**{**same, "model": model, "max_adapters": min(self.max_adapters, adapters)})
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("models[].", "")) from error

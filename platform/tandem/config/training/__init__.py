@@ -1,0 +1,1 @@
+"""Config of training jobs and sweeps."""

@@ -1,0 +1,66 @@
+"""With how many workers a run can go on, and what its config then is. Pure.
+
+A run with `parallel.workers: {min, max}` keeps its model-parallel groups whole and its batches what they are: fewer workers take
+more rows each, in more micro-batches, so that a micro-batch is no larger than it was planned for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tandem.config.training.job import TrainConfig
+from tandem.errors import ConfigError, LayoutError
+
+
+def sizes(config: TrainConfig) -> list[int]:
+    """The numbers of workers that the run may have, fewest first; of a run that is not elastic the only one."""
+    parallel = config.parallel
+    least = parallel.workers if parallel.min_workers is None else parallel.min_workers
+    return [count for count in range(least, parallel.workers + 1) if _fitting(config, count) is not None]
+
+
+def sized(config: TrainConfig, workers: int) -> TrainConfig:
+    """The config for a part of the run that has `workers` workers; one of `sizes`."""
+    found = _fitting(config, workers)
+    if found is None:
+        raise LayoutError(f"The run cannot have {workers} workers; it can have {_listed(sizes(config))}.")
+    return found
+
+
+def check_elastic(config: TrainConfig) -> None:
+    """Refuse a `parallel.workers.min` with which the run could not go on."""
+    parallel = config.parallel
+    if parallel.min_workers is None:
+        return
+    found = sizes(config)
+    if parallel.min_workers not in found:
+        why = (
+            f"each worker of a group of {parallel.group} is needed"
+            if parallel.min_workers % parallel.group
+            else f"batch_size ({config.batch_size}) cannot be shared out evenly over so many"
+        )
+        smaller = [n for n in range(1, parallel.min_workers) if _fitting(config, n) is not None]
+        known = sorted({*found, *smaller[-1:]})
+        raise ConfigError(
+            f"parallel.workers.min is {parallel.min_workers}, but {why}. Set it to one of {_listed(known)}."
+        )
+
+
+def _fitting(config: TrainConfig, workers: int) -> TrainConfig | None:
+    planned = config.parallel
+    if workers == planned.workers:
+        return replace(config, parallel=replace(planned, min_workers=None)) if planned.min_workers else config
+    try:
+        parallel = replace(planned, workers=workers, min_workers=None)
+    except LayoutError:
+        return None
+    if config.batch_size % parallel.data:
+        return None
+    rows = config.batch_size // parallel.data
+    largest = config.batch_size // (planned.data * config.accumulate)
+    accumulate = next(n for n in range(config.accumulate, rows + 1) if rows % n == 0 and rows // n <= largest)
+    return replace(config, parallel=parallel, accumulate=accumulate)
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"

@@ -1,0 +1,289 @@
+"""Whether a model can be trained in a layout, and the nearest one in which it can. Pure: numbers in, a refusal out.
+
+Every rule that needs the model's shape is here, once: the submission asks before a job exists, the driver before a worker
+starts, and each worker of the model that it has in its hands.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tandem.config.training.job import TrainConfig
+from tandem.config.training.model import ModelConfig
+from tandem.errors import ConfigError, LayoutError
+
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+"""`model_type`s whose layers training can go through by itself, as cutting a model takes; each is compared with transformers' own
+forward in the tests. Of others whole models are trained, by that forward."""
+
+PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
+"""Parts of the model that each pipeline rank holds, by schedule."""
+
+DEGREES = ("tensor", "pipeline", "expert", "context", "workers")
+
+EFFORT = {"parallel.workers": 1.5, "accumulate": 0.5, "batch_size": 0.5, "data.sequence_length": 0.5}
+"""What it takes to change a setting, where a degree takes 1: other rows are soon had, other machines are not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """What the rules ask of a model; None is not known, and then nothing is refused for it."""
+
+    family: str | None = None
+    """transformers' `model_type`."""
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    width: int | None = None
+    """Inner width of an MLP; None if all layers are mixtures."""
+    experts: int = 0
+    """Experts of a layer; 0 for a dense model."""
+    expert_width: int | None = None
+    max_length: int | None = None
+    window: int | None = None
+    """How far attention looks back, if less than to the start."""
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> ModelShape:
+        """The shape of a new model."""
+        return cls(
+            family=model.architecture,
+            layers=model.num_layers,
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            width=None if model.num_experts else model.intermediate_size,
+            experts=model.num_experts or 0,
+            expert_width=model.moe_intermediate_size,
+            max_length=model.max_length,
+        )
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> ModelShape:
+        """The shape that a config.json tells, or the same of a transformers config."""
+
+        def number(*keys: str) -> int | None:
+            found = (values.get(key) for key in keys)
+            return next((v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+        family = values.get("model_type")
+        experts = number("num_experts", "num_local_experts") or 0
+        mixed = experts == 0 or bool(values.get("mlp_only_layers")) or values.get("decoder_sparse_step", 1) != 1
+        # Qwen's configs have a window that is off; Mistral's and Mixtral's are on.
+        windowed = values.get("use_sliding_window", family in ("mistral", "mixtral"))
+        return cls(
+            family=family if isinstance(family, str) else None,
+            layers=number("num_hidden_layers"),
+            heads=number("num_attention_heads"),
+            kv_heads=number("num_key_value_heads", "num_attention_heads"),
+            width=number("intermediate_size") if mixed else None,
+            experts=experts,
+            expert_width=number("moe_intermediate_size", "intermediate_size") if experts else None,
+            max_length=number("max_position_embeddings"),
+            window=number("sliding_window") if windowed else None,
+        )
+
+
+def check_layout(shape: ModelShape, config: TrainConfig) -> None:
+    """Refuse what cannot be trained as `config` says.
+
+    Raises LayoutError with the fact, the numbers and the nearest settings that work.
+    """
+    fact = _problem(shape, config)
+    if fact is None:
+        return
+    changes = nearest_layout(shape, config)
+    works = ", ".join(f"{key}={value}" for key, value in changes.items())
+    raise LayoutError(f"{fact} The nearest that works: {works or 'none with these numbers of workers'}.")
+
+
+def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
+    """The settings to change, by their dotted keys: as few as can be, and those by as little; empty if nothing is found.
+
+    Degrees are only lowered; the batch, micro-batches and rows follow them where they must.
+    """
+    parallel = config.parallel
+    most = parallel.workers if layers_known(shape, config) else 1
+    stages = [n for n in range(1, parallel.pipeline + 1) if n <= most and _stages_fit(shape, config, n)]
+    tensors = [n for n in range(1, parallel.tensor + 1) if n <= most and _uncut(shape, config, n) is None]
+    experts = [n for n in range(1, parallel.expert + 1) if n <= most and _experts_fit(shape, n)]
+    contexts = [
+        n for n in range(1, min(most, parallel.context) + 1) if parallel.context % n == 0 and _contexts_fit(config, n)
+    ]
+    best: tuple[float, dict[str, int]] = (math.inf, {})
+    for tensor, pipeline, expert, context in itertools.product(tensors, stages, experts, contexts):
+        group = tensor * pipeline * context
+        for workers in {parallel.workers, parallel.data * group}:
+            wanted = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "context": context, "workers": workers}
+            if workers % (group * parallel.replicate):
+                continue
+            cost, changes = _changed(config, wanted, shape)
+            if cost < best[0] and _works(shape, config, changes):
+                best = (cost, changes)
+    return best[1]
+
+
+def layers_known(shape: ModelShape, config: TrainConfig) -> bool:
+    """Whether training can go through the model's layers itself."""
+    return _unknown(shape, config) is None
+
+
+def micro_batches_fit(schedule: str, stages: int, count: int) -> bool:
+    """Whether torch's schedule can run `count` micro-batches through `stages` pipeline ranks."""
+    match schedule:
+        case "1f1b":
+            return count >= stages
+        case "interleaved":  # in rounds of about one micro-batch a rank, all of the same length
+            return count % max(1, count // stages) == 0
+        case _:
+            return True
+
+
+def length_unit(config: TrainConfig) -> int:
+    """What the length of a row must be a multiple of."""
+    parallel = config.parallel
+    # A rank takes two pieces of a sequence, of which its tensor peers take even parts.
+    pieces = 2 * parallel.context if parallel.context > 1 else 1
+    shared = parallel.tensor if parallel.sequence_parallel else 1
+    return math.lcm(pieces, parallel.context * shared)
+
+
+def _problem(shape: ModelShape, config: TrainConfig) -> str | None:
+    """The first fact that stands in the way."""
+    return next(_problems(shape, config), None)
+
+
+def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
+    parallel = config.parallel
+    if unknown := _unknown(shape, config):
+        for key in ("tensor", "pipeline", "expert", "context"):
+            if (degree := getattr(parallel, key)) > 1:
+                yield f"parallel.{key} is {degree}, for which training goes through the layers itself, but {unknown}."
+    if not _experts_fit(shape, parallel.expert):
+        if shape.experts == 0:
+            yield f"parallel.expert is {parallel.expert}, but the model is dense: it has no experts to share."
+        yield f"parallel.expert ({parallel.expert}) must divide the model's {shape.experts} experts."
+    if uncut := _uncut(shape, config, parallel.tensor):
+        yield f"parallel.tensor ({parallel.tensor}) {uncut}."
+    if parallel.pipeline > 1:
+        if config.objective == "dpo":
+            yield f"objective 'dpo' does not work across pipeline stages, and parallel.pipeline is {parallel.pipeline}."
+        if config.lora is not None and config.lora.quantize:
+            yield f"lora.quantize does not work across pipeline stages, and parallel.pipeline is {parallel.pipeline}."
+        parts = PARTS[parallel.schedule]
+        if shape.layers and shape.layers % (parallel.pipeline * parts):
+            held = f" x {parts} parts a rank ({parallel.schedule})" if parts > 1 else ""
+            yield (
+                f"The model's {shape.layers} layers do not divide into the stages of parallel.pipeline="
+                f"{parallel.pipeline}{held}."
+            )
+        if not micro_batches_fit(parallel.schedule, parallel.pipeline, config.accumulate):
+            needs = (
+                f"at least as many micro-batches as stages ({parallel.pipeline})"
+                if parallel.schedule == "1f1b"
+                else f"micro-batches in whole rounds of {config.accumulate // max(1, config.accumulate // parallel.pipeline)}"
+            )
+            yield f"parallel.schedule {parallel.schedule!r} needs {needs}, and accumulate is {config.accumulate}."
+    if not _contexts_fit(config, parallel.context):
+        yield f"objective 'dpo' does not work on shared sequences, and parallel.context is {parallel.context}."
+    length, unit = config.data.sequence_length, length_unit(config)
+    if length % unit:
+        of = "2 x parallel.context" if parallel.context > 1 else ""
+        if parallel.tensor > 1 and parallel.sequence_parallel:
+            of = "2 x parallel.context and parallel.context x parallel.tensor" if of else "parallel.tensor"
+        yield f"data.sequence_length ({length}) must be a multiple of {unit}, for {of}."
+
+
+def _unknown(shape: ModelShape, config: TrainConfig) -> str | None:
+    """Why training cannot go through the model's layers itself."""
+    if shape.family is not None and shape.family not in FAMILIES:
+        return f"it knows those of {', '.join(FAMILIES)}, and the model is a {shape.family!r}"
+    if shape.window is not None and config.data.sequence_length > shape.window:
+        return (
+            f"the model's attention looks back {shape.window} tokens, less than data.sequence_length "
+            f"({config.data.sequence_length})"
+        )
+    return None
+
+
+def _uncut(shape: ModelShape, config: TrainConfig, tensor: int) -> str | None:
+    """Why a model cannot be cut into `tensor` parts."""
+    for name, count in (
+        ("key/value heads", shape.kv_heads),
+        ("attention heads", shape.heads),
+        ("columns of an MLP (intermediate_size)", shape.width),
+        ("columns of an expert (moe_intermediate_size)", shape.expert_width),
+    ):
+        if count and count % tensor:
+            return f"must divide the model's {count} {name}"
+    if tensor > 1 and config.lora is not None and config.lora.quantize:
+        return f"must be 1 with lora.quantize {config.lora.quantize!r}: packed weights cannot be cut"
+    return None
+
+
+def _stages_fit(shape: ModelShape, config: TrainConfig, stages: int) -> bool:
+    if stages == 1:
+        return True
+    quantized = config.lora is not None and config.lora.quantize is not None
+    whole = not shape.layers or shape.layers % (stages * PARTS[config.parallel.schedule]) == 0
+    return whole and config.objective != "dpo" and not quantized
+
+
+def _experts_fit(shape: ModelShape, expert: int) -> bool:
+    return expert == 1 or (shape.experts > 0 and shape.experts % expert == 0)
+
+
+def _contexts_fit(config: TrainConfig, context: int) -> bool:
+    return context == 1 or config.objective != "dpo"
+
+
+def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) -> tuple[float, dict[str, int]]:
+    """How far it is from `config` to the degrees `wanted`, and all that has to change for them."""
+    parallel = config.parallel
+    now = {f"parallel.{key}": getattr(parallel, key) for key in DEGREES}
+    now |= {
+        "accumulate": config.accumulate,
+        "batch_size": config.batch_size,
+        "data.sequence_length": config.data.sequence_length,
+    }
+    new = {f"parallel.{key}": wanted[key] for key in DEGREES}
+    stages, tensor, context = wanted["pipeline"], wanted["tensor"], wanted["context"]
+    new["accumulate"] = config.accumulate
+    if stages > 1:
+        tried = itertools.chain.from_iterable((config.accumulate + n, config.accumulate - n) for n in itertools.count())
+        new["accumulate"] = next(n for n in tried if n > 0 and micro_batches_fit(parallel.schedule, stages, n))
+    share = wanted["workers"] // (stages * tensor * context) * new["accumulate"]
+    new["batch_size"] = _nearest_multiple(config.batch_size, share)
+    cut = replace(parallel, expert=1, replicate=1, pipeline=1, workers=tensor * context, tensor=tensor, context=context)
+    unit = length_unit(replace(config, parallel=cut, batch_size=config.accumulate)) if parallel.strategy != "ddp" else 1
+    limit = min(shape.max_length or math.inf, max(config.data.sequence_length, unit) + unit)
+    length = min(_nearest_multiple(config.data.sequence_length, unit), int(limit) // unit * unit)
+    new["data.sequence_length"] = length if length >= 8 else -(-8 // unit) * unit
+    changes = {key: value for key, value in new.items() if value != now[key]}
+    effort = sum(EFFORT.get(key, 1.0) + abs(math.log2(value / now[key])) / 8 for key, value in changes.items())
+    return effort, changes
+
+
+def _works(shape: ModelShape, config: TrainConfig, changes: Mapping[str, int]) -> bool:
+    degrees: dict[str, Any] = {
+        key.removeprefix("parallel."): value for key, value in changes.items() if key.startswith("parallel.")
+    }
+    try:
+        tried = replace(
+            config,
+            parallel=replace(config.parallel, **degrees),
+            accumulate=changes.get("accumulate", config.accumulate),
+            batch_size=changes.get("batch_size", config.batch_size),
+            data=replace(config.data, sequence_length=changes.get("data.sequence_length", config.data.sequence_length)),
+        )
+    except (ConfigError, LayoutError):
+        return False
+    too_long = shape.max_length is not None and tried.data.sequence_length > shape.max_length
+    return not too_long and _problem(shape, tried) is None
+
+
+def _nearest_multiple(number: int, of: int) -> int:
+    return max(1, round(number / of)) * of

@@ -1,0 +1,186 @@
+"""What a sweep tries: `--param KEY=...` becomes a list of trials, each a set of values for keys of the config. Pure.
+
+optimizer.learning_rate=1e-3,3e-3                each of these; several such lists make a grid
+optimizer.betas=[0.9,0.95],[0.9,0.99]            values are YAML, as for --set
+optimizer.weight_decay=loguniform(1e-3,1e-1)     drawn at random for each trial: uniform, loguniform, randint (both ends in)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.config.load import apply_overrides, from_dict
+from tandem.config.training.job import TrainConfig
+from tandem.errors import ConfigError, did_you_mean
+
+METRICS = {
+    "loss": "min",
+    "evaluation_loss": "min",
+    "perplexity": "min",
+    "tokens_per_s": "max",
+    "mfu": "max",
+    "memory_bytes": "min",
+}
+"""What trials can be compared by, and which end of it is the better one."""
+DISTRIBUTIONS = ("uniform", "loguniform", "randint")
+NOT_SWEPT = ("name", "register", "metrics")
+"""Keys that say what becomes of a result, not what it is."""
+
+Trial = dict[str, str]
+"""Values of one trial by key, as YAML text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """A key of the config, and what is tried for it: `choices`, or draws from `low` to `high`."""
+
+    key: str
+    choices: tuple[str, ...] = ()
+    distribution: str | None = None
+    low: float = 0.0
+    high: float = 0.0
+
+    def draw(self, chance: random.Random) -> str:
+        """A value at random, short enough to read: four digits."""
+        match self.distribution:
+            case "uniform":
+                return f"{chance.uniform(self.low, self.high):.4g}"
+            case "loguniform":
+                return f"{math.exp(chance.uniform(math.log(self.low), math.log(self.high))):.4g}"
+            case "randint":
+                return str(chance.randint(int(self.low), int(self.high)))
+            case _:
+                return chance.choice(self.choices)
+
+
+def parse_parameter(text: str) -> Parameter:
+    """Read one `KEY=...`; ConfigError with what is wrong in it."""
+    key, equals, spec = (part.strip() for part in text.partition("="))
+    if not equals or not key or not spec:
+        raise ConfigError(f"--param {text!r} is not of the form KEY=VALUE,VALUE or KEY=loguniform(LOW,HIGH).")
+    if key.split(".")[0] in NOT_SWEPT:
+        raise ConfigError(f"--param {text!r}: {key} is the same for all trials of a sweep. Set it in the config.")
+    call = re.fullmatch(r"([a-z_]+)\((.*)\)", spec)
+    if call is None:
+        choices = tuple(split_values(spec))
+        if doubled := next((c for c in choices if choices.count(c) > 1), None):
+            raise ConfigError(f"--param {text!r}: {doubled} is there twice.")
+        return Parameter(key=key, choices=choices)
+    name, inner = call.groups()
+    if name not in DISTRIBUTIONS:
+        raise ConfigError(
+            f"--param {text!r}: {name} is not a distribution.{did_you_mean(name, DISTRIBUTIONS)} "
+            f"Known: {', '.join(DISTRIBUTIONS)}."
+        )
+    try:
+        low, high = (int(n) if name == "randint" else float(n) for n in inner.split(","))
+    except ValueError:
+        kind = "whole numbers" if name == "randint" else "numbers"
+        raise ConfigError(f"--param {text!r}: {name} takes two {kind}, LOW,HIGH.") from None
+    if not -math.inf < low < high < math.inf:
+        raise ConfigError(f"--param {text!r}: the low end ({low}) must be below the high end ({high}).")
+    if name == "loguniform" and low <= 0:
+        raise ConfigError(f"--param {text!r}: loguniform starts above 0, not at {low}.")
+    return Parameter(key=key, distribution=name, low=low, high=high)
+
+
+def split_values(spec: str) -> list[str]:
+    """Cut at commas, but not at those within brackets, braces or quotes; ConfigError for an empty value."""
+    values, depth, quote, start = [], 0, "", 0
+    for at, letter in enumerate(spec):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "[{(":
+            depth += 1
+        elif letter in "]})":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            values.append(spec[start:at].strip())
+            start = at + 1
+    values.append(spec[start:].strip())
+    if not all(values):
+        raise ConfigError(f"{spec!r} has an empty value. Write null for none.")
+    return values
+
+
+def plan_trials(parameters: Sequence[Parameter], trials: int | None, *, seed: int = 0) -> list[Trial]:
+    """The trials of a sweep, the same for the same seed and all different.
+
+    Lists make a grid; of one that is larger than `trials`, so many cells are taken at random. Where something is drawn, the grid
+    is gone through as often as `trials` needs. Raises ConfigError where `trials` is missing or more than there is to try.
+    """
+    if not parameters:
+        raise ConfigError("A sweep needs something to try: --param optimizer.learning_rate=1e-3,3e-3.")
+    keys = [parameter.key for parameter in parameters]
+    if doubled := next((key for key in keys if keys.count(key) > 1), None):
+        raise ConfigError(f"--param {doubled} is given twice. Put all of its values into one.")
+    listed = [parameter for parameter in parameters if parameter.choices]
+    drawn = [parameter for parameter in parameters if not parameter.choices]
+    grid = [
+        dict(zip((p.key for p in listed), cell, strict=True))
+        for cell in itertools.product(*(p.choices for p in listed))
+    ]
+    if trials is None and drawn:
+        raise ConfigError(
+            f"{drawn[0].key} is drawn at random: say how many trials, such as --trials {max(8, len(grid))}."
+        )
+    count = len(grid) if trials is None else trials
+    if count < 1:
+        raise ConfigError(f"--trials is {count}; it must be at least 1.")
+    if count > len(grid) and not drawn:
+        raise ConfigError(
+            f"--trials is {count}, but there are only {len(grid)} combinations. Leave it out to try them all."
+        )
+    chance = random.Random(seed)
+    cells = [grid[at] for at in sorted(chance.sample(range(len(grid)), count))] if count < len(grid) else grid
+    found: dict[tuple[str, ...], Trial] = {}
+    for cell in itertools.islice(itertools.cycle(cells), 20 * count):
+        trial = {p.key: cell[p.key] if p.choices else p.draw(chance) for p in parameters}
+        # What was drawn before teaches nothing new.
+        found.setdefault(tuple(trial.values()), trial)
+        if len(found) == count:
+            return list(found.values())
+    raise ConfigError(
+        f"--trials is {count}, but only {len(found)} different ones were found. Lower it, or widen a range."
+    )
+
+
+def trial_config(values: Mapping[str, Any], trial: Trial) -> TrainConfig:
+    """The config of one trial: the sweep's, with the trial's values laid over it; ConfigError names the trial."""
+    try:
+        return from_dict(TrainConfig, apply_overrides(values, (f"{key}={value}" for key, value in trial.items())))
+    except ConfigError as error:
+        raise ConfigError(f"The trial {described(trial)} cannot be: {error}") from error
+
+
+def described(trial: Trial) -> str:
+    """`optimizer.learning_rate=1e-3 seed=4`."""
+    return " ".join(f"{key}={value}" for key, value in trial.items())
+
+
+def better(metric: str, score: float, other: float) -> bool:
+    """Whether the first of two scores is the better one."""
+    return score < other if METRICS[metric] == "min" else score > other
+
+
+def score(metric: str, events: Iterable[Mapping[str, Any]]) -> float | None:
+    """A trial's value of a metric by its events; None if it never told it, or told no number.
+
+    Losses and memory count as they were last; of what swings from step to step, the median counts.
+    """
+    kind, key = {"evaluation_loss": ("evaluation", "loss"), "perplexity": ("evaluation", "perplexity")}.get(
+        metric, ("step", metric)
+    )
+    told = [float(e[key]) for e in events if e["event"] == kind and isinstance(e.get(key), int | float)]
+    if not told:
+        return None
+    value = sorted(told)[len(told) // 2] if METRICS[metric] == "max" else told[-1]
+    return value if math.isfinite(value) else None

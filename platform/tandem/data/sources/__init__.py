@@ -1,0 +1,1 @@
+"""Sources of text: corpora, files of records, and the samples they hold."""

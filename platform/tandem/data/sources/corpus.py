@@ -1,0 +1,254 @@
+"""Where text comes from: the standard library, text files, files of records. A corpus can be read again and again, always alike.
+
+Every bad line is a DataError that names its file and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tandem.data.index import INDEX_NAME, SHARDS_NAME, Kind
+from tandem.data.sources import stdlib
+from tandem.data.sources.records import READERS, arrow, reader_of, saved_dataset
+from tandem.data.sources.samples import Pair, Preference, Sample, Text, sample_of
+from tandem.errors import DataError, did_you_mean
+from tandem.registry.hub import DatasetFiles, HubDataset, pull_dataset
+from tandem.registry.hub.reference import DATASETS
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+RECORD_SUFFIXES = tuple(suffix for group in READERS for suffix in group)
+BUILT_IN = ("stdlib", "stdlib-docstrings", "stdlib-preferences")
+
+
+class Corpus(Protocol):
+    """A source of samples of one kind."""
+
+    @property
+    def kind(self) -> Kind:
+        """text, pairs, chats or preferences."""
+        ...
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples from the first; the same at each call."""
+        ...
+
+
+def open_corpus(source: str, kind: str = "auto") -> Corpus:
+    """The corpus that `source` names: one of BUILT_IN, a file or a folder of files.
+
+    Files are text (TEXT_SUFFIXES) or hold records (`records.READERS`); a folder holds one sort, or is a dataset that Hugging
+    Face's `datasets` saved. `hf://datasets/org/name` is one of its hub, whose files are downloaded if need be.
+    Raises DataError if there is none, or if it is not of the `kind` asked for (auto, text, pairs, chats or preferences).
+    """
+    corpus = _open(source)
+    if kind not in ("auto", corpus.kind):
+        raise DataError(f"{source} holds {corpus.kind}, not {kind}.")
+    return corpus
+
+
+def _open(source: str) -> Corpus:
+    if source == "stdlib":
+        return StdlibTexts()
+    if source == "stdlib-docstrings":
+        return StdlibQuestions()
+    if source == "stdlib-preferences":
+        return StdlibPreferences()
+    if source.startswith(DATASETS):
+        files = pull_files(source).paths
+        return TextFiles(files) if files[0].name.endswith(TEXT_SUFFIXES) else Records.of(files)
+    path = Path(source).expanduser()
+    suffixes = ", ".join([*TEXT_SUFFIXES, *RECORD_SUFFIXES])
+    if path.is_dir():
+        found = _record_files(path)
+        return Records.of(found) if found is not None else TextFolder(path)
+    if not path.exists():
+        near = [*BUILT_IN, *_readable(path.parent)] if path.parent.is_dir() else list(BUILT_IN)
+        raise DataError(
+            f"No corpus at {source}.{did_you_mean(path.name, near)} Give a file ({suffixes}), a folder of such files, or one of "
+            f"{', '.join(BUILT_IN)}."
+        )
+    if reader_of(path) is not None:
+        return Records.of((path,))
+    if path.suffix in TEXT_SUFFIXES:
+        return TextFile(path)
+    raise DataError(f"{source} is a {path.suffix or 'file without suffix'}; known are {suffixes}.")
+
+
+def _readable(folder: Path) -> list[str]:
+    """Names in a folder of what can be a source."""
+    return [p.name for p in folder.iterdir() if p.is_dir() or p.suffix in TEXT_SUFFIXES or reader_of(p) is not None]
+
+
+def pull_files(source: str) -> DatasetFiles:
+    """The files of a dataset of the hub, downloaded if need be: `[hf://datasets/]org/name[@revision][/path]`.
+
+    Of its text files only .txt: repositories have notes and scripts, too. Errors as `registry.hub.pull_dataset`.
+    """
+    return pull_dataset(HubDataset.parse(source), (*RECORD_SUFFIXES, TEXT_SUFFIXES[0]))
+
+
+def pinned_source(source: str) -> str:
+    """The same source, of the hub's with the commit that it means now; downloads it if need be."""
+    return str(pull_files(source).ref) if source.startswith(DATASETS) else source
+
+
+def _record_files(folder: Path) -> tuple[Path, ...] | None:
+    """The files of records in a folder, or in its subfolder `data`; None if there are none, DataError if of two sorts."""
+    saved = saved_dataset(folder)
+    if saved is not None:
+        return tuple(saved)
+    if (folder / INDEX_NAME).exists():
+        folder = folder / SHARDS_NAME
+    files = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir() if p.is_file())
+    found = [(p, reader_of(p)) for p in files]
+    kept = tuple(p for p, reader in found if reader is not None)
+    sorts = {reader: p for p, reader in found if reader is not None}
+    if len(sorts) > 1:
+        raise DataError(
+            f"{folder} holds files of {len(sorts)} sorts ({', '.join(p.name for p in sorts.values())}). Give one of them, or "
+            "a folder of one sort."
+        )
+    return kept or None
+
+
+@dataclass(frozen=True)
+class StdlibTexts:
+    """The sources of the running interpreter's standard library, a file a document."""
+
+    kind: Kind = "text"
+
+    def samples(self) -> Iterator[Sample]:
+        """Files in the order of their paths."""
+        for path in stdlib.source_files():
+            text = stdlib.read_source(path)
+            if text.strip():
+                yield Text(text)
+
+
+@dataclass(frozen=True)
+class StdlibQuestions:
+    """What a function of the standard library does, as its docstring says."""
+
+    kind: Kind = "pairs"
+
+    def samples(self) -> Iterator[Sample]:
+        """Questions, those of the best known modules first."""
+        for prompt, answer in stdlib.questions():
+            yield Pair(prompt, answer)
+
+
+@dataclass(frozen=True)
+class StdlibPreferences:
+    """What a function of the standard library does: what its docstring says, rather than what that of another one does."""
+
+    kind: Kind = "preferences"
+
+    def samples(self) -> Iterator[Sample]:
+        """Questions in the order of StdlibQuestions; the worse answer is that of the question after."""
+        found = list(stdlib.questions())
+        for (prompt, chosen), (_, rejected) in zip(found, [*found[1:], *found[:1]], strict=True):
+            yield Preference(prompt, chosen, rejected)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file, cut at blank lines so that even a small one gives many shards."""
+
+    path: Path
+    kind: Kind = "text"
+
+    def samples(self) -> Iterator[Sample]:
+        """Pieces in order."""
+        text = _read_text(self.path)
+        yield from (Text(piece) for piece in cut(text, max(512, min(64 * 1024, len(text) // 64))))
+
+
+@dataclass(frozen=True)
+class TextFolder:
+    """Every text file below a folder, a file a document."""
+
+    path: Path
+    kind: Kind = "text"
+
+    def samples(self) -> Iterator[Sample]:
+        """Files in the order of their paths."""
+        found = sorted(p for p in self.path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+        yield from TextFiles(tuple(found)).samples()
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Some text files, a file a document."""
+
+    paths: tuple[Path, ...]
+    kind: Kind = "text"
+
+    def samples(self) -> Iterator[Sample]:
+        """Files in their order."""
+        for path in self.paths:
+            yield from (Text(piece) for piece in cut(_read_text(path), 64 * 1024))
+
+
+@dataclass(frozen=True)
+class Records:
+    """Files whose records are samples, one kind in all of them."""
+
+    paths: tuple[Path, ...]
+    kind: Kind
+
+    @classmethod
+    def of(cls, paths: tuple[Path, ...]) -> Records:
+        """The corpus in these files, of the kind of its first record; DataError if there is none."""
+        for path in paths:
+            for where, record in _records(path):
+                return cls(paths, sample_of(record, where).kind)
+        raise DataError(
+            f"{paths[0] if paths else 'The dataset'} holds no sample. A record has text, or prompt and answer, or messages, or "
+            "prompt, chosen and rejected."
+        )
+
+    def samples(self) -> Iterator[Sample]:
+        """Samples in the order of their files; empty ones, and answers that are equally good, are left out."""
+        for path in self.paths:
+            for where, record in _records(path):
+                sample = sample_of(record, where)
+                if sample.kind != self.kind:
+                    raise DataError(
+                        f'{where} is of another kind than {self.kind}: a corpus holds either texts ({{"text"}}), pairs '
+                        '({"prompt", "answer"}), chats ({"messages"}) or preferences ({"prompt", "chosen", "rejected"}).'
+                    )
+                if sample.useful:
+                    yield sample
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    reader = reader_of(path) or arrow
+    return reader(path)
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """Pieces of about `size` characters, cut at a blank line, or at a line's end where there is none near."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            blank = text.find("\n\n", end, end + size)
+            line = text.find("\n", end)
+            end = blank + 2 if blank >= 0 else line + 1 if line >= 0 else len(text)
+        piece = text[start:end]
+        if piece.strip():
+            yield piece
+        start = end
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path} line {line} is not UTF-8. Convert it, or remove it from the corpus.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error

@@ -1,0 +1,167 @@
+"""Records out of files: JSON lines, Parquet, Arrow as Hugging Face's `datasets` saves it, and WebDataset shards.
+
+A reader gives (where, record) for each record of a file, in order; `where` names the file and the place, for messages.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+from tandem.data.sources.samples import KEYS
+from tandem.errors import DataError
+
+Record = tuple[str, dict[str, Any]]
+TEXT_MEMBERS = ("txt", "text", "md")
+ROWS_AT_A_TIME = 1024
+
+
+def reader_of(path: Path) -> Callable[[Path], Iterator[Record]] | None:
+    """What reads a file of that name; None if nothing here does."""
+    for suffixes, reader in READERS.items():
+        if path.name.endswith(suffixes):
+            return reader
+    return None
+
+
+def json_lines(path: Path) -> Iterator[Record]:
+    """A JSON object a line; blank lines are left out."""
+    try:
+        with _opened(path) as file:
+            for number, raw in enumerate(file, 1):
+                if raw.strip():
+                    yield f"{path} line {number}", _object(raw, f"{path} line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def parquet(path: Path) -> Iterator[Record]:
+    """The rows of a Parquet file; of its columns those that a sample can be made of."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in KEYS] or file.schema_arrow.names
+            yield from _numbered(path, file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}.") from error
+
+
+def arrow(path: Path) -> Iterator[Record]:
+    """The rows of an Arrow file or stream, of which `datasets` writes the latter."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            try:
+                batches = iter(pa.ipc.open_stream(source))
+            except pa.ArrowInvalid:
+                file = pa.ipc.open_file(source)
+                batches = (file.get_batch(number) for number in range(file.num_record_batches))
+            yield from _numbered(path, batches)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Arrow: {error}.") from error
+
+
+def webdataset(path: Path) -> Iterator[Record]:
+    """The samples of a WebDataset shard: members whose names are alike up to the first dot.
+
+    KEY.json is a record, KEY.txt a text.
+    """
+    try:
+        with tarfile.open(path, "r:*") as tar:
+            key, fields = "", dict[str, bytes]()
+            for member in tar:
+                if not member.isfile():
+                    continue
+                place = PurePosixPath(member.name)
+                stem, _, extension = place.name.partition(".")
+                if (found := str(place.parent / stem)) != key:
+                    yield from _grouped(path, key, fields)
+                    key, fields = found, {}
+                if extension == "json" or extension in TEXT_MEMBERS:
+                    fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()
+            yield from _grouped(path, key, fields)
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as a tar file: {error}.") from error
+
+
+READERS: dict[tuple[str, ...], Callable[[Path], Iterator[Record]]] = {
+    (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"): json_lines,
+    (".parquet",): parquet,
+    (".arrow",): arrow,
+    (".tar", ".tar.gz", ".tgz"): webdataset,
+}
+
+
+def saved_dataset(folder: Path) -> list[Path] | None:
+    """The Arrow files of a folder that `save_to_disk` of Hugging Face's `datasets` wrote, in order; None if it is none.
+
+    Of several splits it is `train`; DataError if there is no such one.
+    """
+    splits = folder / "dataset_dict.json"
+    if splits.exists():
+        names = _plain(splits)["splits"]
+        chosen = "train" if "train" in names else names[0] if len(names) == 1 else None
+        if chosen is None:
+            raise DataError(
+                f"{folder} holds the splits {', '.join(names)} and no 'train'. Name one: {folder}/{names[0]}"
+            )
+        folder = folder / chosen
+    state = folder / "state.json"
+    if not state.exists():
+        return None
+    files = [folder / entry["filename"] for entry in _plain(state).get("_data_files", [])]
+    if missing := [file for file in files if not file.exists()]:
+        raise DataError(f"{missing[0]} is missing, which {state} names. Save the dataset again.")
+    return files
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Save the dataset again.") from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _object(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 (byte {error.start + 1}).") from error
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is a {type(value).__name__}; it must be a JSON object.")
+    return value
+
+
+def _numbered(path: Path, batches: Iterator[Any]) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{path} row {number}", record
+
+
+def _grouped(path: Path, key: str, fields: dict[str, bytes]) -> Iterator[Record]:
+    where = f"{path} sample {key}"
+    record = _object(fields["json"], where) if "json" in fields else {}
+    text = next((fields[name] for name in TEXT_MEMBERS if name in fields), None)
+    if text is not None and not KEYS & record.keys():
+        try:
+            record["text"] = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} is not UTF-8 (byte {error.start + 1}).") from error
+    if record:
+        yield where, record

@@ -1,0 +1,1 @@
+"""Database of all durable state: connections, schema and migrations."""

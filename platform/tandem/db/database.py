@@ -1,0 +1,264 @@
+"""Opens the registry's database, SQLite or PostgreSQL: connection rules, and the schema brought up to date under a lock."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import StaticPool
+
+from tandem.db.schema import REVISION, IdentityRow
+from tandem.errors import RegistryError, RegistryUnreachableError, StorageError
+from tandem.private import make_private_folder
+from tandem.storage import disk_errors
+
+BUSY_TIMEOUT_MS = 30_000
+"""How long a writer waits for another before SQLite calls the database locked."""
+PASSING = (OperationalError, InterfaceError, PoolTimeoutError)
+"""What drivers and SQLAlchemy's pool raise where the database is at fault, rather than what was asked of it."""
+ADVISORY_LOCK = 7_263_001
+"""PostgreSQL's advisory lock that migrations hold."""
+POSTGRESQL = "postgresql+psycopg"
+"""SQLAlchemy's name of psycopg 3; `postgresql://` and `postgres://` mean it too."""
+CONNECT_TIMEOUT_S = 5
+"""How long PostgreSQL may take to accept a connection."""
+STATEMENT_TIMEOUT_MS = 30_000
+"""How long PostgreSQL may take for one statement; as long as SQLite waits for a lock."""
+POOL_TIMEOUT_S = 5.0
+"""How long a thread waits for one of a process's connections."""
+
+
+def open_database(url: str, *, create: bool | None = None) -> Engine:
+    """An engine whose schema is up to date.
+
+    `create` makes the tables, or migrates them, where that is needed; several processes may do so at once. False never does, and
+    None only for SQLite: PostgreSQL is shared by many machines, so it is prepared by `tandem db upgrade` alone. RegistryError if
+    there is no registry at `url`, or it cannot be opened, or a newer Tandem wrote it.
+    """
+    parsed = parse_url(url)
+    if create is None:
+        create = parsed.get_backend_name() == "sqlite"
+    file = _file(parsed)
+    if not create and file and not file.exists():
+        raise RegistryError(_missing(parsed))
+    engine = connect(url)
+    with database_errors(engine.url):
+        found = _revision(engine)
+        if found == REVISION:
+            return engine
+        if not create:
+            raise RegistryError(_missing(parsed) if found is None else _outdated(parsed, found))
+        with _migration_lock(engine):
+            if file:
+                # Kept in the file from then on. Switching does not wait for other connections: hence in the lock.
+                with engine.connect() as connection:
+                    connection.connection.cursor().execute("PRAGMA journal_mode=WAL")
+            with engine.begin() as connection:
+                _upgrade(connection)
+    return engine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upgraded:
+    """What `upgrade` has made sure of."""
+
+    shown: str
+    """The database's URL, password hidden."""
+    revision: str
+    identity: str
+
+
+def upgrade(url: str) -> Upgraded:
+    """Make or migrate the tables of a database of any kind; RegistryError if it refuses."""
+    engine = open_database(url, create=True)
+    with database_errors(engine.url), engine.connect() as connection:
+        identity = connection.execute(select(IdentityRow.id)).scalar_one()
+    engine.dispose()
+    return Upgraded(shown=shown(engine.url), revision=REVISION, identity=identity)
+
+
+def parse_url(url: str) -> URL:
+    """The parsed URL, PostgreSQL's with its driver; RegistryError for a text that is none."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise _not_a_url(url) from error
+    if "@" in (parsed.host or ""):
+        # The end of a password with an @ in it, taken for a part of the host.
+        raise _not_a_url(url)
+    return parsed.set(drivername=POSTGRESQL) if parsed.drivername in ("postgresql", "postgres") else parsed
+
+
+def shown(url: URL) -> str:
+    """A URL for messages: without what may be a password, wherever it stands."""
+    query = {key: "***" if "password" in key.lower() else value for key, value in url.query.items()}
+    return url.set(query=query).render_as_string(hide_password=True)
+
+
+def _not_a_url(text: str) -> RegistryError:
+    # Any part of it may be a password, but for a scheme.
+    scheme = f"{text.partition('://')[0]}://... " if re.match(r"[a-z0-9+]{1,30}://", text) else ""
+    return RegistryError(
+        f"The database URL {scheme}is not valid. Set TANDEM_DATABASE_URL to "
+        "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with characters such as @ and / in the password as %40 and %2F."
+    )
+
+
+def is_shared(url: str) -> bool:
+    """Whether processes on several nodes may use the database at once: SQLite's locks do not reach other machines."""
+    return parse_url(url).get_backend_name() != "sqlite"
+
+
+def connect(url: str) -> Engine:
+    """An engine with Tandem's connection rules and the schema as it is; RegistryError for a URL that is none."""
+    try:
+        parsed = parse_url(url)
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if parsed.get_backend_name() == "sqlite":
+            options = {"connect_args": {"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False}}
+            if file := _file(parsed):
+                with disk_errors("creating the registry", file):
+                    make_private_folder(file.parent)
+            else:
+                options["poolclass"] = StaticPool  # one connection: each new one would be another empty database
+        elif parsed.drivername == POSTGRESQL:
+            options |= {"pool_size": 2, "max_overflow": 3, "pool_timeout": POOL_TIMEOUT_S, "pool_recycle": 1800}
+            # What the URL says (sslmode, connect_timeout, options, ...) goes before these.
+            options["connect_args"] = {
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
+                "application_name": "tandem",
+                "keepalives_idle": 30,
+                "keepalives_interval": 10,
+                "keepalives_count": 3,
+                "tcp_user_timeout": STATEMENT_TIMEOUT_MS,
+                **parsed.query,
+            }
+        engine = create_engine(parsed, **options)
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise _not_a_url(url) from error
+    except OSError as error:
+        raise RegistryError(
+            f"The registry's folder cannot be made: {error}. Set TANDEM_HOME to another one."
+        ) from error
+    except ModuleNotFoundError as error:
+        raise RegistryError(f"{error.name}, the driver of {parsed.drivername}, is not installed.") from error
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _on_sqlite_connect)
+        event.listen(engine, "begin", _on_sqlite_begin)
+    return engine
+
+
+@contextlib.contextmanager
+def database_errors(url: URL) -> Iterator[None]:
+    """Turn what a database refuses into a RegistryError that names it, password hidden.
+
+    A full disk is a StorageError, and what may pass by itself (no connection, a lock) a RegistryUnreachableError.
+    """
+    try:
+        yield
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error)
+        if "disk is full" in reason:
+            raise StorageError(f"The disk is full while writing the registry {shown(url)}. Free some space.") from error
+        kind = RegistryUnreachableError if isinstance(error, PASSING) else RegistryError
+        raise kind(
+            f"The registry {shown(url)} refused: {reason}. Check that it can be reached and written "
+            "(TANDEM_HOME, or TANDEM_DATABASE_URL where that is set)."
+        ) from error
+
+
+def _on_sqlite_connect(connection: Any, _record: Any) -> None:
+    # No implicit transactions: the driver's own would leave DDL outside them.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _on_sqlite_begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _file(url: URL) -> Path | None:
+    """The file of an SQLite database, None for one in memory or of another kind."""
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:") or "mode=memory" in str(url):
+        return None
+    return Path(str(url.database))
+
+
+def _revision(engine: Engine) -> str | None:
+    """The schema's revision, None where there are no tables; RegistryError where a newer Tandem made them."""
+    with engine.connect() as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return None
+        found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+    if found is not None and found > REVISION:
+        raise RegistryError(
+            f"The registry is at schema {found} and this Tandem knows up to {REVISION}. Upgrade Tandem, "
+            "or set TANDEM_HOME to another folder."
+        )
+    return found
+
+
+def _missing(url: URL) -> str:
+    if url.get_backend_name() == "sqlite":
+        return (
+            f"There is no registry at {shown(url)} on {socket.gethostname()}. All nodes must use the same one: set "
+            "TANDEM_DATABASE_URL to a PostgreSQL database."
+        )
+    return f"The database {shown(url)} has no registry in it yet. Run `tandem db upgrade`."
+
+
+def _outdated(url: URL, found: str) -> str:
+    return f"The registry {shown(url)} is at schema {found} and this Tandem needs {REVISION}. Run `tandem db upgrade`."
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+@contextlib.contextmanager
+def _migration_lock(engine: Engine) -> Iterator[None]:
+    """Held by the one process that migrates: a file lock beside an SQLite file; on PostgreSQL its own, which reaches other nodes.
+
+    A database in memory is its process's alone.
+    """
+    if engine.dialect.name == "postgresql":
+        with engine.connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
+            try:
+                yield
+            finally:
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": ADVISORY_LOCK})
+        return
+    file = _file(engine.url)
+    if file is None:
+        yield
+        return
+    path = file.with_name(f"{file.name}.lock")
+    with disk_errors("creating the registry", path), path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

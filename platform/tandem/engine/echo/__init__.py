@@ -1,0 +1,1 @@
+"""Echo engine: a fake for tests and demonstrations."""

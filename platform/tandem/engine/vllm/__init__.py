@@ -1,0 +1,1 @@
+"""vLLM engine. The only folder that imports vllm."""

@@ -1,0 +1,216 @@
+"""A served model's settings as vLLM's own arguments, checked by vLLM's own classes. Run it to check them.
+
+Names and types are checked anywhere; what depends on the device (`make_config`) is checked where such a device is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import vllm.config.quantization
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from vllm.config import StructuredOutputsConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, make_arg_parser
+from vllm.entrypoints.launchers.launcher import validate_api_server_args
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tandem.engine.spec import EngineSpec
+from tandem.engine.vllm.parsers import Parsers, served_parsers, tool_arguments
+from tandem.errors import ConfigError, did_you_mean
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM reserves room for."""
+ARGUMENTS_OF_MODEL_KEYS = {
+    "model": "model",
+    "served_model_name": "name",
+    "enable_lora": "max_adapters",
+    "max_loras": "max_adapters",
+    "max_cpu_loras": "max_cached_adapters",
+    "max_lora_rank": "max_lora_rank",
+}
+"""Arguments that are set by keys of `models[]`, and the key of each."""
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""Runs the model in the scheduler's process: vLLM's own default on a GPU."""
+PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def parse_args(spec: EngineSpec) -> argparse.Namespace:
+    """vLLM's server arguments for `spec`.
+
+    ConfigError with the key: with the nearest valid name for an unknown one, with vLLM's words for a wrong type.
+    """
+    known = _types()
+    given = {}
+    for key, value in spec.args.items():
+        where = f"{spec.where}.{key}"
+        if key in ARGUMENTS_OF_MODEL_KEYS:
+            raise ConfigError(f"{where} is set by models[].{ARGUMENTS_OF_MODEL_KEYS[key]}; use that.")
+        if key not in known:
+            hint = did_you_mean(key.replace("-", "_"), known)
+            raise ConfigError(f"{where} is not an argument of vLLM's engine.{hint}")
+        try:
+            given[key] = _adapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            raise _refused(where, error) from error
+    args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    for key, value in {**_chosen(spec), **given, **tool_arguments(parsers_of(spec), given)}.items():
+        setattr(args, key, value)
+    return args
+
+
+def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
+    """vLLM's own checked configuration; ConfigError with its words for a value that it refuses."""
+    try:
+        validate_api_server_args(args)
+        usage = UsageContext.LLM_CLASS if spec.offline else UsageContext.OPENAI_API_SERVER
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=usage)
+    except ValidationError as error:
+        raise _refused(spec.where, error, spec.args) from error
+    except (Exception, SystemExit) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
+        raise ConfigError(f"{spec.where}: vLLM refuses the settings of {spec.name} ({given}): {error}") from error
+    if "structured_outputs_config" not in spec.args and not _is_validated_again(config):
+        # vLLM takes the flag of `_chosen` only beside a named backend, but both that `auto` chooses from follow it: so schemas
+        # that xgrammar lacks are answered by the other.
+        config.structured_outputs_config.backend = "auto"
+    if spec.max_adapters and not spec.gpus and config.model_config.is_moe:
+        # With adapters on, vLLM routes tokens to experts by a kernel that its CPU build lacks, whatever the adapters adapt.
+        raise ConfigError(
+            f"{spec.name} is a mixture of experts, which vLLM serves with adapters on GPUs only; gpus_per_replica is 0 and "
+            f"max_adapters is {spec.max_adapters}. Set models[].max_adapters to 0, or gpus_per_replica."
+        )
+    return config
+
+
+def _is_validated_again(config: VllmConfig) -> bool:
+    """Whether vLLM copies the configuration, and so validates it anew, while it loads parts of the model."""
+    return bool(config.speculative_config is not None or config.model_config.is_multimodal_model)
+
+
+def parsers_of(spec: EngineSpec) -> Parsers:
+    """What is selected for the model where `engine_args` does not say otherwise."""
+    return served_parsers(Path(spec.path), spec.args)
+
+
+def device_is_here(spec: EngineSpec) -> bool:
+    """Whether this process's vLLM runs on what the replica will have: a head node may lack the GPUs of its workers."""
+    return bool(current_platform.is_cpu()) != bool(spec.gpus)
+
+
+def _chosen(spec: EngineSpec) -> dict[str, Any]:
+    chosen: dict[str, Any] = {
+        "model": spec.path,
+        "served_model_name": list(dict.fromkeys((spec.id, spec.name))),
+        "enable_lora": spec.max_adapters > 0,
+        # A fastapi schema of routes that nobody may reach is only start-up time.
+        "disable_fastapi_docs": True,
+        # A weak model writes blanks between the parts of a JSON object without end (docs/adr/0023).
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
+    }
+    parsers = parsers_of(spec)
+    if parsers.reasoning is not None:
+        chosen["reasoning_parser"] = parsers.reasoning
+    if spec.offline:
+        # As vLLM's LLM has it: the numbers of each step and request are for those who watch a server.
+        chosen["disable_log_stats"] = True
+    if spec.max_adapters:
+        chosen |= {
+            "max_loras": slots_of(spec),
+            "max_cpu_loras": cached_of(spec),
+            "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
+        }
+    if not spec.gpus:
+        # bfloat16 dies in vLLM's AMX attention on some virtual machines; compiling costs more than it gives on a CPU.
+        chosen |= {"dtype": "float32", "enforce_eager": True}
+        if spec.args.get("speculative_config"):
+            chosen["worker_extension_cls"] = "tandem.engine.vllm.cpu.CpuWorkerExtension"
+        if all(spec.args.get(key, 1) == 1 for key in PARALLEL_SIZES):
+            # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
+            # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
+            chosen["distributed_executor_backend"] = ONE_PROCESS
+    return chosen
+
+
+def slots_of(spec: EngineSpec) -> int:
+    """vLLM's max_loras.
+
+    On the CPU, a request for the base in a batch with others' adapters gets the last slot's adapter applied
+    (vllm-project/vllm pull request 48421). One slot more, which the engine keeps empty, makes that harmless.
+    """
+    return spec.max_adapters + (not spec.gpus)
+
+
+def cached_of(spec: EngineSpec) -> int:
+    """vLLM's max_cpu_loras: what is in a slot is in host memory too."""
+    return max(spec.max_adapters, spec.max_cached_adapters) + (not spec.gpus)
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    """Every argument of vLLM's engine and of its OpenAI app, with the type that vLLM declares for it."""
+    found: dict[str, Any] = {}
+    for cls in (AsyncEngineArgs, BaseFrontendArgs):
+        # One name there is imported for type checkers only.
+        hints = typing.get_type_hints(cls, localns=vars(vllm.config.quantization))
+        found |= {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return found
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        # torch.dtype and classes, which pydantic can only compare.
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return TypeAdapter(hint)  # a class of vLLM's that has a configuration of its own
+
+
+def _refused(where: str, error: ValidationError, given: Mapping[str, Any] = MappingProxyType({})) -> ConfigError:
+    """vLLM's words about the first thing that it refuses; `where` goes on to the one of the `given` that it is about.
+
+    pydantic's own text ends in a link to its manual; the plain message is what a person needs.
+    """
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    if given and path and path[0] not in given:
+        # A configuration inside: its own class does not know which argument it is.
+        path = [key for key, value in given.items() if isinstance(value, dict) and path[0] in value][:1] + path
+    near = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]))
+    return ConfigError(f"{'.'.join([where, *path])}: vLLM refuses {first['input']!r}: {first['msg']}.{near}")
+
+
+def main() -> int:
+    """Check the EngineSpecs on stdin; the verdicts (what is wrong, or null) are the last line on stdout."""
+    # vLLM writes on stdout too, from C++ as well; only the verdicts may go there.
+    out = os.dup(1)
+    os.dup2(2, 1)
+    verdicts: list[str | None] = []
+    for values in json.load(sys.stdin):
+        spec = EngineSpec(**values)
+        try:
+            args = parse_args(spec)
+            if device_is_here(spec):
+                make_config(args, spec)
+            verdicts.append(None)
+        except ConfigError as error:
+            verdicts.append(str(error))
+    with os.fdopen(out, "w") as file:
+        file.write(json.dumps(verdicts) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

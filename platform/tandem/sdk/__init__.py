@@ -1,0 +1,1 @@
+"""Python API: clients of a served app."""

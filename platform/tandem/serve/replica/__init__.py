@@ -1,0 +1,1 @@
+"""Engine replica: the Serve deployment, its HTTP server, and the adapters its engine holds."""

@@ -1,0 +1,216 @@
+"""The adapters of one engine: loaded when first asked for or when pinned, the longest unused one going when memory runs out.
+
+Lives in the engine's event loop; what is decided is decided by `Residency`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from tandem.engine.protocol import AdapterRef, Engine
+from tandem.errors import AdapterError, EngineError, TandemError
+from tandem.serve.replica.residency import Residency, Waiter
+
+REFUSED_S = 10.0
+"""How long an adapter that the engine refused is refused without asking again: asking stops every stream for a moment."""
+
+
+class SlotsBusyError(EngineError):
+    """Every adapter slot is in use by running requests."""
+
+
+class AdapterSlots:
+    """The adapters of one engine; one in use is never unloaded."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        capacity: int,
+        on_change: Callable[[], None] = lambda: None,
+        *,
+        cached: int | None = None,
+        prepare: Callable[[AdapterRef], AdapterRef] = lambda adapter: adapter,
+    ) -> None:
+        """`capacity`: slots that one batch can use; `cached`: adapters in the engine's memory (unset: as many).
+
+        `prepare` brings an adapter's files here and checks them, in a thread; it raises AdapterError or StorageError.
+        """
+        self._engine = engine
+        self._books = Residency(capacity, max(capacity, cached or capacity))
+        self._on_change = on_change
+        self._prepare = prepare
+        self._turns: dict[Waiter, asyncio.Future[None]] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._turn = asyncio.Lock()
+        self._refused: dict[str, tuple[float, str]] = {}
+        self._keeping: asyncio.Task[None] | None = None
+        # Replaced whole, as other threads read them.
+        self.in_slots: tuple[str, ...] = ()
+        """Ids of those that a batch can use without a copy."""
+        self.loads = 0
+        """How often an adapter was loaded."""
+        self.problems: dict[str, str] = {}
+        """Pinned adapters that are not kept, and why."""
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Ids of those in the engine's memory, the longest unused first."""
+        return tuple(self._books.loaded)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._books.waiting)
+
+    @contextlib.asynccontextmanager
+    async def hold(self, adapter: AdapterRef, wait_s: float = 30.0) -> AsyncIterator[None]:
+        """Keep `adapter` loaded for the length of a request.
+
+        Many requests for one adapter load it once. Raises SlotsBusyError if no slot is free within `wait_s`, AdapterError if
+        its files cannot be served, and EngineError if the engine is dead.
+        """
+        if not self._books.slots:
+            raise EngineError(f"This replica takes no adapters, so {adapter.id} cannot be loaded. Raise max_adapters.")
+        entered = False
+        try:
+            async with asyncio.timeout(wait_s) as waiting:
+                await self._enter(adapter.id)
+                entered = True
+                try:
+                    while adapter.id not in self._books.loaded:
+                        await self._load(adapter)
+                except BaseException:
+                    self._leave(adapter.id)
+                    raise
+                waiting.reschedule(None)
+        except TimeoutError as error:
+            busy = f"All {self._books.slots} adapter slots are in use, and none came free"
+            raise SlotsBusyError(
+                f"{f'{adapter.id} was not loaded' if entered else busy} within {wait_s:.0f} s."
+            ) from error
+        try:
+            yield
+        finally:
+            self._leave(adapter.id)
+
+    async def load(self, adapter: AdapterRef, wait_s: float = 30.0) -> None:
+        """Load ahead of need."""
+        async with self.hold(adapter, wait_s):
+            pass
+
+    async def unload(self, adapter_id: str) -> bool:
+        """Unload if it is here; False if a request is using it."""
+        async with self._turn:
+            if self._books.users[adapter_id]:
+                return False
+            if adapter_id in self._books.loaded:
+                await self._send_away(adapter_id)
+                self._on_change()
+            return True
+
+    def keep(self, adapters: Iterable[AdapterRef]) -> None:
+        """Load these when there is room, and never send them away; those kept before are kept no more."""
+        wanted = {adapter.id: adapter for adapter in adapters}
+        left_out = self._books.pin(wanted)
+        room = max(0, self._books.cached - 1)
+        self.problems = dict.fromkeys(
+            left_out, f"More is pinned than there is room for: {len(wanted)}, and {room} can be kept."
+        )
+        if self._keeping is not None:
+            self._keeping.cancel()
+        self._keeping = asyncio.create_task(self._load_each([wanted[each] for each in self._books.pinned]))
+        self._let_in()
+
+    async def _load_each(self, adapters: Iterable[AdapterRef]) -> None:
+        for adapter in adapters:
+            try:
+                await self.load(adapter, wait_s=600.0)
+            except (TandemError, OSError) as error:
+                self.problems = {**self.problems, adapter.id: str(error)}
+                self._on_change()
+
+    async def _enter(self, adapter_id: str) -> None:
+        waiter = self._books.arrive(adapter_id)
+        if waiter is None:
+            return
+        turn = self._turns[waiter] = asyncio.get_running_loop().create_future()
+        try:
+            await turn
+        except BaseException:
+            # Let in at the very moment that the client left: the place goes to the next.
+            if turn.done() and not turn.cancelled():
+                self._leave(adapter_id)
+            raise
+        finally:
+            self._turns.pop(waiter, None)
+            self._books.give_up(waiter)
+            self._let_in()
+
+    def _leave(self, adapter_id: str) -> None:
+        self._books.leave(adapter_id)
+        self.in_slots = self._books.in_slots
+        self._let_in()
+
+    def _let_in(self) -> None:
+        for waiter in self._books.admit():
+            self._wake(waiter)
+
+    def _wake(self, waiter: Waiter) -> None:
+        turn = self._turns.get(waiter)
+        if turn is None or turn.done():
+            self._leave(waiter.adapter)
+        else:
+            turn.set_result(None)
+
+    async def _load(self, adapter: AdapterRef) -> None:
+        until, reason = self._refused.get(adapter.id, (0.0, ""))
+        if time.monotonic() < until:
+            raise AdapterError(reason)
+        task = self._loading.get(adapter.id)
+        if task is None:
+            task = self._loading[adapter.id] = asyncio.create_task(self._make_resident(adapter))
+            task.add_done_callback(functools.partial(self._loaded, adapter.id))
+        # Shielded: a client that leaves must not cancel the load that others wait for.
+        await asyncio.shield(task)
+
+    def _loaded(self, adapter_id: str, task: asyncio.Task[None]) -> None:
+        self._loading.pop(adapter_id, None)
+        if not task.cancelled():
+            task.exception()  # seen here, so that a load nobody waits for any more does not complain at exit
+
+    async def _make_resident(self, adapter: AdapterRef) -> None:
+        ready = await asyncio.to_thread(self._prepare, adapter)
+        async with self._turn:
+            if (victim := self._books.victim()) is not None:
+                await self._send_away(victim)
+            elif self._books.full:
+                # Everybody who waited for this load has left, and others came.
+                raise SlotsBusyError(
+                    f"All of the engine's memory for adapters is in use, so {adapter.id} cannot be loaded."
+                )
+            try:
+                await self._engine.load_adapter(ready)
+            except EngineError as error:
+                if not self._engine.stats().healthy:
+                    raise
+                self._refuse(adapter.id, str(error))
+                raise AdapterError(str(error)) from error
+            self._books.came(adapter.id)
+            self.loads += 1
+            self.in_slots = self._books.in_slots
+            self.problems = {key: why for key, why in self.problems.items() if key != adapter.id}
+            self._on_change()
+
+    async def _send_away(self, adapter_id: str) -> None:
+        self._books.went(adapter_id)
+        self.in_slots = self._books.in_slots
+        await self._engine.unload_adapter(adapter_id)
+
+    def _refuse(self, adapter_id: str, reason: str) -> None:
+        now = time.monotonic()
+        self._refused = {key: held for key, held in self._refused.items() if held[0] > now}
+        self._refused[adapter_id] = (now + REFUSED_S, reason)

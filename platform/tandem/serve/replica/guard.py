@@ -1,0 +1,166 @@
+"""What stands before an engine's app: nobody without the replica's token, no route but the listed ones, no adapter missing."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from tandem.engine.protocol import AdapterRef, Engine
+from tandem.errors import AdapterError, EngineError, StorageError
+from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
+from tandem.serve.replica.adapters import AdapterSlots, SlotsBusyError
+from tandem.serve.routes import ALLOWED
+
+REFUSED = "adapter_refused"
+"""Code of the error for an adapter whose files cannot be served."""
+LOAD, UNLOAD = "/tandem/adapters/load", "/tandem/adapters/unload"
+
+
+class Guard:
+    """ASGI middleware around an engine. Plain ASGI, so that a disconnect reaches the engine and bytes pass untouched."""
+
+    def __init__(
+        self, engine: Engine, slots: AdapterSlots, token: str, on_death: Callable[[], None] = lambda: None
+    ) -> None:
+        self._engine = engine
+        self._slots = slots
+        self._token = token.encode()
+        self._on_death = on_death
+        self.draining = False
+        """Set: new requests are sent elsewhere."""
+        self.in_flight = 0
+        """Requests that were taken and are not over, those that wait for an adapter among them."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "lifespan":
+            await self._engine.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            # A websocket: the engine's own (/v1/realtime) are not for anybody.
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token):
+            await _refuse(send, 401, "This engine answers its gateway only.")
+        elif (scope["method"], scope["path"]) in ALLOWED:
+            await self._serve(scope, receive, send, adapter_from_headers(headers))
+        elif (scope["method"], scope["path"]) == ("GET", ALIVE_PATH):
+            ready = not self.draining and self._engine.stats().healthy
+            await _json(send, 200 if ready else 503, {"ready": ready})
+        elif scope["method"] == "POST" and scope["path"] in (LOAD, UNLOAD):
+            await self._control(scope, receive, send)
+        else:
+            await _refuse(send, 404, f"No route {scope['method']} {scope['path']} here.")
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, adapter: AdapterRef | None) -> None:
+        if self.draining:
+            await _refuse(send, 503, "This replica is about to end.", unavailable="draining")
+        elif not self._engine.stats().healthy:
+            await self._refuse_dead(send, "dead")
+        else:
+            self.in_flight += 1
+            try:
+                await self._take(scope, receive, send, adapter)
+            finally:
+                self.in_flight -= 1
+
+    async def _take(self, scope: Scope, receive: Receive, send: Send, adapter: AdapterRef | None) -> None:
+        if adapter is None:
+            await self._pass(scope, receive, send)
+            return
+        try:
+            async with self._slots.hold(adapter):
+                await self._pass(scope, receive, send)
+        except (SlotsBusyError, StorageError) as error:
+            await _refuse(send, 503, str(error), unavailable="adapters")
+        except AdapterError as error:
+            await _refuse(send, 400, str(error), code=REFUSED)
+        except EngineError as error:
+            if self._engine.stats().healthy:
+                await _refuse(send, 500, str(error))
+            else:
+                await self._refuse_dead(send, "died")
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head: Message | None = None
+        swapped = False
+
+        async def send_unless_dead(message: Message) -> None:
+            nonlocal head, swapped
+            if swapped:
+                return
+            if message["type"] == "http.response.start":
+                head = message
+                return
+            if head is not None:
+                # A dead engine makes vLLM answer 500, or 200 and an error as the first event of a stream. Nothing was generated,
+                # so another replica may try: one, for it may have been this request that the engine died of.
+                failed = head["status"] >= 500 or _streams(head)
+                if failed and not self._engine.stats().healthy:
+                    swapped = True
+                    await self._refuse_dead(send, "died")
+                    return
+                started, head = head, None
+                await send(started)
+            await send(message)
+
+        await self._engine.app(scope, receive, send_unless_dead)
+
+    async def _refuse_dead(self, send: Send, when: str) -> None:
+        self._on_death()
+        await _refuse(
+            send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable=when
+        )
+
+    async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = json.loads(await _body(receive))
+            if scope["path"] == LOAD:
+                await self._slots.load(AdapterRef(id=body["id"], path=body["path"], digest=body.get("digest")))
+                done = True
+            else:
+                done = await self._slots.unload(body["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            await _refuse(send, 400, f"The body must be JSON with an adapter's id (and path): {error!r}.")
+        except (SlotsBusyError, StorageError) as error:
+            await _refuse(send, 503, str(error), unavailable="adapters")
+        except AdapterError as error:
+            await _refuse(send, 400, str(error), code=REFUSED)
+        except EngineError as error:
+            await _refuse(send, 500, str(error))
+        else:
+            await _json(send, 200, {"done": done, "adapters": list(self._slots.resident)})
+
+
+def _streams(head: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in head["headers"])
+
+
+async def _body(receive: Receive) -> bytes:
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _refuse(
+    send: Send, status: int, text: str, *, unavailable: str | None = None, code: str | None = None
+) -> None:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": text, "type": kind, "param": "model" if code == REFUSED else None, "code": code}
+    await _json(send, status, {"error": error}, {UNAVAILABLE_HEADER: unavailable} if unavailable else {})
+
+
+async def _json(send: Send, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+    body = json.dumps(value).encode()
+    raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    raw += [(name.encode(), text.encode()) for name, text in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

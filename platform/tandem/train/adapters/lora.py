@@ -1,0 +1,68 @@
+"""LoRA and DoRA by peft: adapters into a model, before it is sharded."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, cast
+
+from torch import nn
+
+from tandem.config import LoraConfig
+from tandem.errors import ConfigError
+from tandem.train.adapters.dora import use_magnitudes
+
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers that get an adapter unless a config names others; of a model that has none of these, all but its head. Experts
+are not among them: they are stacked parameters."""
+
+
+def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: int) -> Any:
+    """A peft model around `model` in which only adapters train; the same random weights on every rank.
+
+    `base_id` is written into the adapter's config. Raises ConfigError if `target_modules` names no layer of the model.
+    """
+    import peft
+    import torch
+
+    torch.manual_seed(seed)
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets(model, config),
+            use_dora=config.dora,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if config.dora:
+        use_magnitudes(adapted)
+    for held in adapted.peft_config.values():
+        held.base_model_name_or_path = base_id
+    return adapted
+
+
+def targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of the linear layers that get an adapter; ConfigError for one that the model lacks, with the nearest."""
+    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    if config.target_modules is None:
+        head = cast(Any, model).get_output_embeddings()
+        others = {name.rpartition(".")[2] for name, m in model.named_modules() if m is head}
+        chosen = [name for name in ADAPTED if name in linear] or [name for name in linear if name not in others]
+        if not chosen:
+            raise ConfigError(
+                f"lora is set, but {type(model).__name__} has no linear layers that adapters could be put on. Unset lora to "
+                "train all of it."
+            )
+        return chosen
+    for target in config.target_modules:
+        if target not in linear:
+            near = difflib.get_close_matches(target, linear, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            if any(hasattr(m, "experts") for m in model.modules()):
+                hint = " Its experts are stacked in one parameter, which adapters do not reach."
+            raise ConfigError(
+                f"lora.target_modules names {target!r}, which the model lacks.{hint} Its linear layers: {', '.join(linear)}."
+            )
+    return list(config.target_modules)

@@ -1,0 +1,116 @@
+"""Direct preference optimization (Rafailov et al. 2023): the chosen answer is to gain on the rejected one, measured against a
+reference that stays as it is.
+
+For a pair with log-probabilities of its answers, p under the model and r under the reference,
+    margin = beta x ((p_chosen - r_chosen) - (p_rejected - r_rejected))
+    loss   = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin)        s: label smoothing (Mitchell 2023)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tandem.config import DpoConfig
+from tandem.data.packing import IGNORED
+from tandem.train.model import reshard, unwrapped
+from tandem.train.objectives.objective import Sums, following, logits_of
+
+
+class Reference(Protocol):
+    """Gives the model to compare with."""
+
+    def opened(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """Inside, a model that answers as the reference does; `model` is the one that is trained."""
+        ...
+
+
+class FrozenModel:
+    """A reference that is a model of its own, frozen and then laid over the same mesh as the trained one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        assert not any(p.requires_grad for p in model.parameters()), "a reference is frozen before it is sharded"
+        self._model = model.eval()
+
+    @contextlib.contextmanager
+    def opened(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The frozen model."""
+        yield self._model
+        # What it gathered for its forward pass would stay gathered: there is no backward pass.
+        reshard(self._model)
+
+
+class WithoutAdapters:
+    """A reference that is the trained model itself, without its adapters: it takes no memory."""
+
+    @contextlib.contextmanager
+    def opened(self, model: nn.Module) -> Iterator[nn.Module]:
+        """`model` with its adapters and its dropout off."""
+        adapted: Any = unwrapped(model)
+        training = model.training
+        model.eval()
+        try:
+            with adapted.disable_adapter():
+                yield model
+                # peft marks adapters as frozen here and as trained again on leaving; the marks belong on the shards.
+                reshard(model)
+        finally:
+            model.train(training)
+
+
+class Dpo:
+    """DPO over rows of pairs [B, 6, T] (see `tandem.data.packing`)."""
+
+    unit = "pairs"
+
+    def __init__(self, config: DpoConfig, reference: Reference) -> None:
+        self._config = config
+        self._reference = reference
+
+    def count(self, rows: Tensor) -> Tensor:
+        """Pairs in rows."""
+        return torch.tensor(len(answer_lengths(rows[:, 1], rows[:, 2])), device=rows.device)
+
+    def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
+        """The summed loss, reward margin (beta times the gain on the reference) and accuracy (share of positive margins)."""
+        # Both sides in one forward pass: a sharded model gathers its parameters once.
+        sides = torch.cat((rows[:, :3], rows[:, 3:]))
+        with torch.no_grad(), self._reference.opened(model) as reference:
+            before = answer_log_probabilities(reference, sides)
+        chosen, rejected = (answer_log_probabilities(model, sides) - before).chunk(2)
+        margins_P = self._config.beta * (chosen - rejected)
+        return dpo_losses(margins_P, self._config.label_smoothing).sum().float(), {
+            "reward_margin": margins_P.detach().sum().float(),
+            "reward_accuracy": (margins_P.detach() > 0).sum().float(),
+        }
+
+
+def dpo_losses(margins_P: Tensor, label_smoothing: float) -> Tensor:
+    """The loss of each pair."""
+    return -(1 - label_smoothing) * F.logsigmoid(margins_P) - label_smoothing * F.logsigmoid(-margins_P)
+
+
+def answer_log_probabilities(model: nn.Module, rows_B3T: Tensor) -> Tensor:
+    """log p of each answer given its prompt, in the order of rows and of documents in them: float64 [answers].
+
+    float64, because a margin is a small difference of large sums.
+    """
+    ids, labels, positions = rows_B3T[:, 0], rows_B3T[:, 1], rows_B3T[:, 2]
+    wanted = following(labels).flatten()
+    kept = (wanted != IGNORED).nonzero().squeeze(1)
+    logits_NV = logits_of(model, ids, positions).flatten(0, 1).index_select(0, kept)
+    tokens_N = -F.cross_entropy(logits_NV.float(), wanted[kept], reduction="none")
+    # Unlike a scatter, segments add up in one order on a GPU too. `unsafe` only leaves out checks, which refuse no answers.
+    return torch.segment_reduce(tokens_N.double(), "sum", lengths=answer_lengths(labels, positions), unsafe=True)
+
+
+def answer_lengths(labels_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """Labelled tokens of each document that has any, in the order of rows and of documents in them: int64 [answers]."""
+    documents = (positions_BT == 0).flatten().cumsum(0)
+    lengths: Tensor = documents[(labels_BT != IGNORED).flatten()].unique_consecutive(return_counts=True)[1]
+    return lengths

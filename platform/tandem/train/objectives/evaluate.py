@@ -1,0 +1,82 @@
+"""The loss on rows that are not trained on: always the same rows, and the same result on any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from tandem.data.packing import IGNORED, Rows
+from tandem.train.model import reshard
+from tandem.train.objectives.objective import Objective, Sums, next_token
+from tandem.train.parallel.model import Trained
+from tandem.train.precision import computing
+
+
+def evaluate(
+    model: Trained,
+    objective: Objective,
+    rows: Rows,
+    *,
+    batch_rows: int,
+    device: torch.device,
+    precision: str = "float32",
+) -> dict[str, float]:
+    """The mean loss over `rows`, with perplexity where tokens are counted, and the means of what else the objective reports.
+
+    Every rank calls it with all the rows; each data-parallel rank takes its share of them, `batch_rows` at a time. The model
+    comes back in the mode it was in.
+    """
+    training = model.training
+    model.eval()
+    degrees = model.mesh.degrees
+    rank = degrees.data_rank(dist.get_rank()) if dist.is_initialized() else 0
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    sums: dict[str, Tensor] = {}
+    with torch.no_grad(), loss_parallel():
+        count = objective.count(torch.from_numpy(rows.astype(np.int64)).to(device))
+        for part in shares(rows, rank, degrees.data_parallel, batch_rows):
+            batch = torch.from_numpy(part.astype(np.int64)).to(device)
+            with computing(model, precision, device):
+                summed, others = _losses(model, objective, batch)
+            loss += summed
+            for name, value in others.items():
+                sums[name] = sums.get(name, torch.zeros_like(loss)) + value
+        # What FSDP2 gathered would stay gathered, and be stale after the next change of the weights.
+        reshard(model)
+    model.train(training)
+    totals = torch.stack([loss, *sums.values()])
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+        # Tensor peers have the same loss; of a pipeline's stages only the last has one.
+        totals /= degrees.tp
+    mean, *others_mean = (totals / count.clamp(min=1)).tolist()
+    found = {"loss": mean, **dict(zip(sums, others_mean, strict=True))}
+    if objective.unit == "tokens":
+        found["perplexity"] = math.exp(mean) if mean < 700 else math.inf
+    return found
+
+
+def _losses(model: Trained, objective: Objective, batch: Tensor) -> tuple[Tensor, Sums]:
+    if model.pipeline is None:
+        return objective.loss(model, batch)
+    logits = model.pipeline.logits(batch)
+    if logits is None:
+        return torch.zeros((), device=batch.device), {}
+    return next_token(objective).of_logits(logits, batch[:, 1]), {}
+
+
+def shares(rows: Rows, rank: int, ranks: int, batch_rows: int) -> Iterator[Rows]:
+    """A rank's rows in equally many batches on every rank, since sharded ranks run together; rows of padding fill up."""
+    mine = rows[rank::ranks]
+    each = math.ceil(len(rows) / ranks)
+    padding = np.repeat(rows[:1], each - len(mine), axis=0)
+    padding[:, 1::3] = IGNORED
+    filled = np.concatenate((mine, padding))
+    for start in range(0, each, batch_rows):
+        yield filled[start : start + batch_rows]

@@ -1,0 +1,1 @@
+"""Parallel layouts of a model: device mesh, sharding, tensor, pipeline, expert and context parallelism, and DeepSpeed."""

@@ -1,0 +1,242 @@
+"""The other strategy: ZeRO 1, 2 and 3 by DeepSpeed, with what is not in use kept in CPU memory or on a disk.
+
+DeepSpeed keeps float32 weights; lower precisions are autocast, as with DDP. Its engine does what the loop asks of `Trained`;
+scaling the loss, counting micro-batches and the learning rate stay with the loop. Checkpoints are those of `zero_state`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import cpp_extension
+
+from tandem.checkpoint.tensors import Held
+from tandem.config import DeepSpeedConfig, TrainConfig, to_dict
+from tandem.errors import EnvironmentProblem
+from tandem.ids import digest
+from tandem.settings import export
+from tandem.storage import disk_errors
+from tandem.train.optimizer import build_optimizer
+from tandem.train.parallel.canonical import persistent_buffers
+from tandem.train.parallel.deepspeed_state import ZeroState
+from tandem.train.parallel.mesh import Mesh
+from tandem.train.parallel.model import Trained
+from tandem.train.precision import LossScaler
+from tandem.train.stage import whole_sequence
+
+WHOLE_BELOW = 100_000
+"""Elements below which ZeRO 3 leaves a parameter whole on every rank; DeepSpeed's own choice."""
+BUCKET = 50_000_000
+"""Elements exchanged at a time, at most; of float32, 200 MB."""
+
+
+def check_deepspeed(config: TrainConfig) -> None:
+    """Raise EnvironmentProblem if this machine lacks what the config asks of DeepSpeed; nothing without that strategy."""
+    if config.parallel.strategy != "deepspeed":
+        return
+    # Read by DeepSpeed when it is imported; else it looks for devices itself, and warns of finding none.
+    export({"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"})
+    try:
+        import deepspeed.ops.op_builder
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "parallel.strategy 'deepspeed' needs DeepSpeed, which is not installed here. `pip install 'tandem[deepspeed]'` "
+            "brings it."
+        ) from error
+    chosen = config.deepspeed or DeepSpeedConfig()
+    to_disk = [key for key in ("offload_optimizer", "offload_parameters") if getattr(chosen, key) == "nvme"]
+    if not to_disk:
+        return
+    needed = {
+        "libaio with its header (`apt install libaio-dev`, or name its folders in CFLAGS and LDFLAGS)": (
+            deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False)
+        ),
+        "a C++ compiler (`apt install g++`)": shutil.which(cpp_extension.get_cxx_compiler()),
+        "ninja on the PATH (`pip install ninja`)": cpp_extension.is_ninja_available(),
+    }
+    if missing := [name for name, there in needed.items() if not there]:
+        raise EnvironmentProblem(
+            f"deepspeed.{to_disk[0]} is 'nvme', for which DeepSpeed compiles its async_io. Missing here: {', '.join(missing)}. "
+            f"Install it, or set {' and '.join(to_disk)} to 'cpu'."
+        )
+
+
+def with_deepspeed(
+    model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device
+) -> tuple[ZeroModel, Optimizer]:
+    """`model` (a transformers causal LM, under peft or not, the same on every rank) in a DeepSpeed engine, and its optimizer.
+
+    The process group is there already. Raises EnvironmentProblem if this machine lacks what the config asks for, StorageError
+    if it cannot offload to the folder that it names.
+    """
+    check_deepspeed(config)
+    import deepspeed
+
+    # For inference between processes of one machine. It would be compiled here, for a minute, and not used.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed takes the device of that number; Ray has chosen one already.
+    export({"LOCAL_RANK": str(device.index or 0)}, override=device.index is not None)
+    optimizer = build_optimizer(model, config.optimizer, device)
+    folder = disk_folder(config)
+    if folder is not None:
+        with disk_errors("offloading to deepspeed.nvme_path", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    options = engine_options(model, config, pin=device.type == "cuda")
+    offload = options["zero_optimization"].get("offload_param", {})
+    if offload.get("device") == "nvme":
+        # The engine would name the type, and on a CPU DeepSpeed 0.19 then takes bfloat16: what goes to the disk would be rounded.
+        deepspeed.zero.Init(
+            module=model, config_dict_or_path=options, remote_device="nvme", pin_memory=offload["pin_memory"]
+        )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+    return ZeroModel(engine, optimizer, mesh, folder), optimizer
+
+
+def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[str, Any]:
+    """DeepSpeed's own config for a job. `pin`: what is offloaded to the CPU stays in locked memory, for a GPU to reach."""
+    chosen = config.deepspeed or DeepSpeedConfig()
+    sizes = [p.numel() for p in model.parameters()]
+    bucket = min(BUCKET, sum(sizes))
+    zero: dict[str, Any] = {"stage": chosen.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if chosen.stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": WHOLE_BELOW}
+    for key, name in (("offload_optimizer", "offload_optimizer"), ("offload_parameters", "offload_param")):
+        place = getattr(chosen, key)
+        if place != "none":
+            zero[name] = {"device": place, "pin_memory": pin}
+        if place == "nvme":
+            zero[name]["nvme_path"] = str(disk_folder(config))
+    if chosen.offload_parameters == "nvme":
+        zero["offload_param"]["buffer_size"] = max(sizes)
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size // config.parallel.data // config.accumulate,
+        "gradient_accumulation_steps": config.accumulate,
+        # The optimizer is torch's, on the CPU too: DeepSpeed's own would have to be compiled.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+def disk_folder(config: TrainConfig) -> Path | None:
+    """Where a job's workers keep what is offloaded to a disk: a folder that no other job has; None without."""
+    if config.deepspeed is None or config.deepspeed.nvme_path is None:
+        return None
+    return Path(config.deepspeed.nvme_path).expanduser() / f"{config.name}-{digest(to_dict(config))[:12]}"
+
+
+class ZeroModel(Trained):
+    """A causal LM in a DeepSpeed engine."""
+
+    _engine: Any
+
+    def __init__(self, engine: Any, optimizer: Optimizer, mesh: Mesh, folder: Path | None) -> None:
+        """`folder`: where the engine keeps what is offloaded to a disk."""
+        super().__init__()
+        self._folder = folder
+        self.mesh = mesh
+        self.share = whole_sequence
+        self.pipeline = None
+        self.model = engine.module
+        # Not a submodule: the model would be there twice.
+        object.__setattr__(self, "_engine", engine)
+        self._state = ZeroState.of(engine.optimizer, optimizer, self.whole)
+
+    @property
+    def whole(self) -> nn.Module:
+        """See `Trained`; of ZeRO 3, parameters that are not in use are empty."""
+        whole: nn.Module = self.model
+        return whole
+
+    @property
+    def sharded(self) -> bool:
+        """Never: ZeRO's parameters are float32."""
+        return False
+
+    def train(self, mode: bool = True) -> ZeroModel:
+        """See `nn.Module`."""
+        super().train(mode)
+        self._engine.train(mode)
+        return self
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
+        """See `Trained`."""
+        return self._engine(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    @contextlib.contextmanager
+    def gradients_synced(self, sync: bool) -> Iterator[None]:
+        """See `Trained`. ZeRO 2 and 3 keep a rank's part of the gradients only, and so exchange each micro-batch's."""
+        self._engine.set_gradient_accumulation_boundary(sync)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Trained`."""
+        # The loop's losses are shares of a step already, which DeepSpeed is not to divide by the micro-batches again.
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def finish_gradients(self) -> None:
+        """See `Trained`: nothing is left."""
+
+    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None, loss: Tensor) -> tuple[float, bool]:
+        """See `Trained`. Gradients that are not finite are never taken; DeepSpeed does not ask for the loss."""
+        zero = self._engine.optimizer
+        zero.clip_grad = limit
+        if scaler:
+            zero.override_loss_scale(scaler.scale)
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        if scaler:
+            # DeepSpeed would multiply the loss by it, too, which the loop has done.
+            zero.override_loss_scale(1.0)
+            scaler.accept(norm)
+        return norm, bool(self._engine.was_step_applied())
+
+    def weights(self) -> list[Held]:
+        """See `Trained`."""
+        adapters = hasattr(self.whole, "peft_config")
+        tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
+        if not adapters:
+            tensors |= dict(persistent_buffers(self.whole))
+        return [_held(name, tensor) for name, tensor in tensors.items()]
+
+    def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """See `Trained`."""
+        return self._state.content()
+
+    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
+        """See `Trained`."""
+        self._state.put_back(content)
+
+    def close(self) -> None:
+        """See `Trained`: what was offloaded to a disk goes away."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _held(name: str, tensor: Any) -> Held:
+    @torch.no_grad()
+    def whole() -> Tensor:
+        with _gathered(tensor):
+            copied: Tensor = tensor.detach().clone()
+        return copied
+
+    return Held(name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, whole=whole)
+
+
+@contextlib.contextmanager
+def _gathered(parameter: Tensor) -> Iterator[None]:
+    """Inside, a parameter that ZeRO 3 has cut is whole."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield

@@ -1,0 +1,143 @@
+"""Cuts a causal LM into pipeline stages, and runs micro-batches through them by torch's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from tandem.config import TrainConfig
+from tandem.config.training.layout import PARTS
+from tandem.train.precision import COMPUTED_IN
+
+TORCH_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "ZBVZeroBubble"}
+
+
+def stages_of(rank: int, ranks: int, schedule: str) -> list[int]:
+    """Numbers of the stages that pipeline rank `rank` holds, by the place that the schedule wants them at."""
+    match schedule:
+        case "interleaved":
+            return [rank, ranks + rank]
+        case "zero_bubble":  # a V: down the ranks and up again, so that the first rank has the head too
+            return [rank, 2 * ranks - 1 - rank]
+        case _:
+            return [rank]
+
+
+def layers_of_stage(stage: int, stages: int, layers: int) -> range:
+    """The layers of one stage, of `stages` that divide them."""
+    each = layers // stages
+    return range(stage * each, (stage + 1) * each)
+
+
+def keep_stages(lm: Any, stages: Sequence[int], of: int, layers: Sequence[range]) -> None:
+    """Take out of a causal LM, in place, all that is in none of `stages`; what stays keeps the names of the whole model."""
+    inner = lm.model
+    inner.layers = nn.ModuleDict({str(n): inner.layers[n] for part in layers for n in part})
+    if 0 in stages and of - 1 in stages and lm.lm_head.weight is inner.embed_tokens.weight:
+        # Two stages of one rank: two copies, as if on two ranks.
+        lm.lm_head.weight = nn.Parameter(inner.embed_tokens.weight.detach().clone())
+    if 0 not in stages:
+        inner.embed_tokens = None
+    if of - 1 not in stages:
+        inner.norm = None
+        lm.lm_head = None
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model that peft may have wrapped."""
+    get: Any = getattr(model, "get_base_model", None)
+    return get() if get else model
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    """The stages that this rank holds, and the schedule that runs them."""
+
+    name: str
+    schedule: Any
+    mesh: DeviceMesh
+    held: dict[int, nn.Module]
+    """This rank's stages, by number."""
+    between: tuple[int, int]
+    """Shape of what goes from stage to stage, without the rows: this rank's part of a sequence, and the hidden width."""
+    dtype: torch.dtype
+    has_first: bool
+    has_last: bool
+
+    @classmethod
+    def of(
+        cls,
+        held: Mapping[int, nn.Module],
+        mesh: DeviceMesh,
+        *,
+        config: TrainConfig,
+        lm_config: Any,
+        device: torch.device,
+    ) -> Pipeline:
+        """The stages of a model that this rank holds, by number. A step runs `config.accumulate` micro-batches."""
+        parallel = config.parallel
+        of = mesh.size() * PARTS[parallel.schedule]
+        rows = config.batch_size // parallel.data // config.accumulate
+        length = config.data.sequence_length // parallel.context
+        dtype = COMPUTED_IN.get(config.precision, torch.float32)
+        between = length // (parallel.tensor if parallel.sequence_parallel else 1)
+        ids = torch.empty(rows, config.data.sequence_length, dtype=torch.long, device="meta")
+        hidden = torch.empty(rows, between, lm_config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        logits = torch.empty(rows, length, lm_config.vocab_size, dtype=dtype, device="meta", requires_grad=True)
+        stages = [
+            PipelineStage(
+                module, number, of, device, group=mesh.get_group(),
+                input_args=(ids if number == 0 else hidden,), output_args=(logits if number == of - 1 else hidden,),
+            )
+            for number, module in held.items()
+        ]  # fmt: skip
+        made = get_schedule_class(TORCH_NAMES[parallel.schedule])
+        run: Any = stages if PARTS[parallel.schedule] > 1 else stages[0]
+        return cls(
+            name=parallel.schedule,
+            # Gradients are scaled by tokens, not by micro-batches.
+            schedule=made(run, config.accumulate, loss_fn=lambda output, target: output.sum(), scale_grads=False),
+            mesh=mesh,
+            held=dict(held),
+            between=(between, lm_config.hidden_size),
+            dtype=dtype,
+            has_first=0 in held,
+            has_last=of - 1 in held,
+        )
+
+    def step(self, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Forward and backward of all micro-batches of `rows` (B, 3, T); `loss` takes the logits and labels of each."""
+        self.schedule._loss_fn = loss
+        arguments = (rows[:, 0],) if self.has_first else ()
+        target = rows[:, 1] if self.has_last else None
+        # The logits of all micro-batches, put together, would be the largest thing in memory.
+        self.schedule.step(*arguments, target=target, return_outputs=False, positions_BT=rows[:, 2].contiguous())
+
+    def logits(self, rows: Tensor) -> Tensor | None:
+        """Forward pass of `rows` (B, 3, T) without gradients; the logits on the ranks of the last stage, else None.
+
+        torch's schedules have one too, but not where a rank holds two stages that follow each other.
+        """
+        ranks, group = self.mesh.size(), self.mesh.get_group()
+        owner = {number: rank for rank in range(ranks) for number in stages_of(rank, ranks, self.name)}
+        me, last = self.mesh.get_local_rank(), len(owner) - 1
+        x, sent = rows[:, 0], list[dist.Work | None]()
+        for number, module in sorted(self.held.items()):
+            if number > 0 and owner[number - 1] != me:
+                x = torch.empty(len(rows), *self.between, dtype=self.dtype, device=rows.device)
+                dist.recv(x, group=group, group_src=owner[number - 1])
+            x = module(x, rows[:, 2])
+            if number < last and owner[number + 1] != me:
+                sent.append(dist.isend(x.contiguous(), group=group, group_dst=owner[number + 1]))
+        for work in sent:
+            if work is not None:
+                work.wait()
+        return x if self.has_last else None

@@ -1,0 +1,35 @@
+"""A model under the strategy of its config: laid over the mesh by FSDP2 or DDP, or in a DeepSpeed engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tandem.config import TrainConfig
+from tandem.train.optimizer import build_optimizer
+from tandem.train.parallel.deepspeed import with_deepspeed
+from tandem.train.parallel.mesh import Mesh
+from tandem.train.parallel.model import Trained
+from tandem.train.parallel.parallelize import place
+
+
+def lay_out(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> tuple[Trained, Optimizer]:
+    """`model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place, and its optimizer.
+
+    Raises LayoutError if the model cannot be cut in that way, EnvironmentProblem if this machine lacks what that takes.
+    """
+    if config.parallel.strategy == "deepspeed":
+        return with_deepspeed(model, mesh, config, device)
+    placed = place(model, mesh, config, device)
+    return placed, build_optimizer(placed, config.optimizer, device)
+
+
+def lay_out_frozen(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> Trained:
+    """The same for a model that is not trained. Raises LayoutError."""
+    if config.parallel.strategy == "deepspeed":
+        # An engine wants an optimizer. FSDP2 shards what is frozen as ZeRO 3 would.
+        config = replace(config, deepspeed=None, parallel=replace(config.parallel, strategy="fsdp2"))
+    return place(model, mesh, config, device)

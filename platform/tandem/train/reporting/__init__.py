@@ -1,0 +1,1 @@
+"""Reports of a training run: metrics, plots, and model FLOPs utilization."""

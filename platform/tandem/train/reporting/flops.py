@@ -1,0 +1,151 @@
+"""What a token costs to train, what a device can do, and so the share of it that is used (MFU).
+
+A token costs 6 N + 12 L h s floating-point operations (Chowdhery et al. 2022, PaLM, appendix B): N parameters that take part
+in a matmul for that token, L layers whose attention is h wide (heads x head width), s tokens in a row. Recomputed activations do
+not count, nor does it count that attention looks back only, or not past its document: the same formula as everywhere, so that
+numbers compare. Of a frozen parameter no gradient is made, which leaves 4 of its 6.
+
+The device's peak is the maker's for dense bfloat16 matmuls, whatever precision a job trains in. A CPU, and a GPU that the table
+lacks, has no such number: there it is measured by a short matmul in the worker, on as many threads as the worker has.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tandem.train.adapters.quantize import weights_in
+
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "A10": 125e12,
+}
+"""FLOP/s of a device by words of its name, without sparsity (NVIDIA's data sheets). The most exact name comes first."""
+
+
+def flops_per_token(
+    *, active_parameters: int, trained_parameters: int, num_layers: int, attention_width: int, sequence_length: int
+) -> float:
+    """Floating-point operations of one token, forward and backward.
+
+    `active_parameters` take part in a matmul for the token; `trained_parameters` of these get a gradient.
+    """
+    return (
+        4.0 * active_parameters
+        + 2.0 * min(trained_parameters, active_parameters)
+        + 12.0 * num_layers * attention_width * sequence_length
+    )
+
+
+def active_parameters(named_sizes: Iterable[tuple[str, int]], model_config: Any) -> int:
+    """How many of a model's parameters multiply a token: `named_sizes` are its parameters' names and counts.
+
+    `model_config` is a transformers config. Of a mixture's experts a token meets `num_experts_per_tok`; an embedding is
+    looked up, not multiplied with, unless it is the output layer too.
+    """
+    text = _text_config(model_config)
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 0
+    met = getattr(text, "num_experts_per_tok", None) or experts
+    total = 0.0
+    for name, size in named_sizes:
+        parts = name.split(".")
+        if "embed_tokens" in parts and not tied:
+            continue
+        total += size * met / experts if experts and "experts" in parts else size
+    return round(total)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The dense bfloat16 peak of a GPU by its name (`NVIDIA H100 80GB HBM3`), in FLOP/s; None for one that is not known."""
+    words = set(device_name.replace("-", " ").split())
+    return next((peak for known, peak in PEAK_BF16_FLOPS.items() if set(known.split()) <= words), None)
+
+
+def measured_flops(device: torch.device, precision: torch.dtype, *, size: int = 512, seconds: float = 0.1) -> float:
+    """FLOP/s of square matmuls on a device: the best of as many as fit in `seconds`, and of three at least."""
+    left = torch.rand(size, size, device=device).to(precision)
+    best, tried, began = float("inf"), 0, time.perf_counter()
+    while tried < 3 or time.perf_counter() - began < seconds:
+        before = time.perf_counter()
+        result = left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - before)
+        tried += 1
+    del result
+    return 2.0 * size**3 / best
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """The most memory held so far: of a GPU, by PyTorch's allocator on it; else by this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meter:
+    """Adds memory and MFU to the reports of one worker."""
+
+    token_flops: float
+    device: torch.device
+    peak: float
+    """FLOP/s of all workers' devices together."""
+
+    @classmethod
+    def of(cls, model: nn.Module, *, device: torch.device, workers: int, sequence_length: int, precision: str) -> Meter:
+        """The meter of a whole model, not sharded yet, that `workers` devices like this one train."""
+        text = _text_config(model.config)
+        parameters = list(model.named_parameters())
+        heads = text.num_attention_heads
+        width = (getattr(text, "head_dim", None) or text.hidden_size // heads) * heads
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if peak is None:
+            peak = measured_flops(
+                device,
+                torch.bfloat16 if precision == "bfloat16" else torch.float32,
+                size=4096 if device.type == "cuda" else 512,
+            )
+        return cls(
+            token_flops=flops_per_token(
+                active_parameters=active_parameters(((n, weights_in(p)) for n, p in parameters), text),
+                trained_parameters=active_parameters(
+                    ((n, weights_in(p)) for n, p in parameters if p.requires_grad), text
+                ),
+                num_layers=text.num_hidden_layers,
+                attention_width=width,
+                sequence_length=sequence_length,
+            ),
+            device=device,
+            peak=peak * workers,
+        )
+
+    def read(self, tokens_per_s: float) -> dict[str, float]:
+        """`mfu` (0 to 1) at a throughput of all workers, and `memory_bytes`, the peak so far of this worker."""
+        return {"mfu": self.token_flops * tokens_per_s / self.peak, "memory_bytes": memory_peak_bytes(self.device)}
+
+
+def _text_config(model_config: Any) -> Any:
+    """The language model's part of a transformers config."""
+    inner = getattr(model_config, "get_text_config", None)
+    return inner() if callable(inner) else model_config

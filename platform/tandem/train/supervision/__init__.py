@@ -1,0 +1,1 @@
+"""Supervision of a training run: attempts, health checks, restarts, and the processes of workers."""

@@ -1,0 +1,181 @@
+"""A node's private folder and its token: what another user of the machine prepared is not used."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tandem.cluster import node
+from tandem.cluster.local import free_ports, marked
+from tandem.errors import ClusterError, ConfigError, UnsafePathError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "run"
+    monkeypatch.setenv("TANDEM_RUNTIME_DIR", str(place))
+    return place
+
+
+def test_the_folder_is_made_for_its_user_alone(folder: Path) -> None:
+    assert node.runtime_folder() == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert node.runtime_folder() == folder
+
+
+def test_a_folder_that_others_may_write_to_is_refused(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(UnsafePathError, match="has mode 0777: other users can reach it"):
+        node.runtime_folder()
+
+
+def test_a_link_in_its_place_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafePathError, match="is not a folder"):
+        node.runtime_folder()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_folder_of_another_user_is_refused(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 65534, 65534)
+    with pytest.raises(UnsafePathError, match="belongs to nobody"):
+        node.runtime_folder()
+
+
+def test_a_node_without_the_clusters_token_does_not_join(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "auth_token"))
+    with pytest.raises(ClusterError, match=r"auth_token is not here. Copy the head's token to it"):
+        node.start(["--address", "127.0.0.1:1"])
+    assert not (tmp_path / "auth_token").exists()
+
+
+def test_a_node_that_is_told_of_no_head_is_refused(folder: Path) -> None:
+    for arguments in (["--num-cpus=1"], ["--head", "--address", "10.0.0.1:6379"]):
+        with pytest.raises(ConfigError, match=r"either --head to start a cluster, or --address HOST:PORT"):
+            node.start(arguments)
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
+    with pytest.raises(ConfigError, match="--port is '99999'; it must be a whole number from 1 to 65535"):
+        node.start(["--head", "--port", "99999"])
+    with pytest.raises(ConfigError, match="--address is 'head'; it must be HOST:PORT"):
+        node.start(["--address=head"])
+    with pytest.raises(ClusterError, match=r"no-such-host\.invalid cannot be resolved"):
+        node.start(["--address", "no-such-host.invalid:6379"])
+    assert not folder.exists()
+
+
+def test_stopping_where_nothing_runs_does_nothing(folder: Path) -> None:
+    assert node.stop() == 0
+
+
+@pytest.mark.parametrize("name", ["TANDEM_HOME", "TANDEM_DATABASE_URL"])
+def test_an_environment_that_is_not_filled_in_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "postgresql://<user>:<password>@<host>/tandem")
+    with pytest.raises(ConfigError, match=rf"{name} still has a placeholder \(<\.\.\.>\)"):
+        node.start(["--head"])
+
+
+def test_a_port_that_another_node_has_is_named(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(node, "HAPROXY_PORTS", [port])
+            with pytest.raises(ClusterError, match=rf"Port {port} of this machine is taken"):
+                node.start(["--head"])
+
+
+def test_where_the_folder_cannot_be_used_another_one_can_be_named(folder: Path) -> None:
+    folder.symlink_to(folder.parent / "nowhere")
+    with pytest.raises(UnsafePathError, match="TANDEM_RUNTIME_DIR"):
+        node.runtime_folder()
+
+
+FAKE_RAY = """
+import os, subprocess, sys
+if "fail" in sys.argv:
+    print("no such head")
+    sys.exit(1)
+# A child that outlives this process, as a raylet does, and is called so.
+raylet = os.path.join(os.path.dirname(__file__), "raylet")
+if not os.path.exists(raylet):
+    os.symlink(os.path.realpath(sys.executable), raylet)
+subprocess.Popen([raylet, "-S", "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL,
+                 stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, start_new_session=True)
+"""
+
+
+@pytest.fixture
+def fake_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray start` by a stand-in, on ports that are free."""
+    (tmp_path / "ray" / "scripts").mkdir(parents=True)
+    for place in ("ray/__init__.py", "ray/scripts/__init__.py"):
+        (tmp_path / place).write_text("")
+    (tmp_path / "ray" / "scripts" / "scripts.py").write_text(FAKE_RAY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(node, "HAPROXY_PORTS", free_ports(4))
+    monkeypatch.setattr(node.haproxy, "write_script", lambda folder: folder / "haproxy-edited")
+
+
+def test_a_node_that_runs_is_not_ended_by_another_start_and_stop_leaves_nothing(folder: Path, fake_ray: None) -> None:
+    node.start(["--head"])
+    first = node._recorded_mark()
+    assert first and len(marked(first)) == 1
+    with pytest.raises(ClusterError, match=r"A node of this user runs on this machine. `tandem node stop` ends it"):
+        node.start(["--head", "fail"])
+    assert node._recorded_mark() == first and len(marked(first)) == 1
+    assert node.stop() == 1
+    assert not marked(first) and not (folder / "tmp").exists() and node.stop() == 0
+
+
+def test_a_start_that_fails_leaves_nothing_and_says_what_ray_said(folder: Path, fake_ray: None) -> None:
+    with pytest.raises(ClusterError, match="ended with status 1. Ray said:\nno such head"):
+        node.start(["--head", "fail"])
+    assert node._recorded_mark() is None
+
+
+def test_the_watch_of_a_node_ends_what_its_raylet_left_and_not_the_next_node(folder: Path, fake_ray: None) -> None:
+    node.start(["--head"])
+    first = str(node._recorded_mark())
+    for process in marked(first):
+        process.kill()
+        process.wait(10)
+    node.start(["--head"])
+    second = str(node._recorded_mark())
+    node.watch(first)  # as the watcher of the first, which is late
+    assert node._recorded_mark() == second and (folder / "tmp").exists() and len(marked(second)) == 1
+    node.stop()
+
+
+def test_with_block_the_command_goes_on_until_the_node_has_ended(folder: Path, fake_ray: None) -> None:
+    def end() -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            mark = node._recorded_mark()
+            for process in marked(mark) if mark else ():
+                if node._is_raylet(process):
+                    process.kill()
+                    return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    node.start(["--head", "--block"])
+    thread.join()
+    assert node._recorded_mark() is None

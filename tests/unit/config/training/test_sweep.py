@@ -1,0 +1,125 @@
+"""What a person writes for a sweep becomes its trials, or is refused before anything starts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.config.training.sweep import better, parse_parameter, plan_trials, score, split_values, trial_config
+from tandem.errors import ConfigError
+
+RATE = parse_parameter("optimizer.learning_rate=1e-3,3e-3")
+DECAY = parse_parameter("optimizer.weight_decay=loguniform(1e-3,1e-1)")
+CONFIG = {"name": "m", "data": {"path": "d"}, "batch_size": 8}
+
+
+def test_lists_make_a_grid():
+    trials = plan_trials([RATE, parse_parameter("seed=1,2")], None)
+    assert [tuple(t.values()) for t in trials] == [("1e-3", "1"), ("1e-3", "2"), ("3e-3", "1"), ("3e-3", "2")]
+
+
+def test_fewer_trials_than_cells_are_a_sample_of_the_grid():
+    seeds = parse_parameter(f"seed={','.join(map(str, range(20)))}")
+    trials = plan_trials([seeds], 5)
+    assert len({t["seed"] for t in trials}) == 5
+    assert trials == plan_trials([seeds], 5) != plan_trials([seeds], 5, seed=1)
+
+
+@given(st.integers(1, 30), st.integers(0, 5))
+def test_draws_stay_within_their_range_and_go_through_the_list_evenly(count: int, seed: int):
+    trials = plan_trials([RATE, DECAY], count, seed=seed)
+    assert len(trials) == count
+    assert all(1e-3 <= float(t["optimizer.weight_decay"]) <= 1e-1 for t in trials)
+    rates = [t["optimizer.learning_rate"] for t in trials]
+    assert abs(rates.count("1e-3") - rates.count("3e-3")) <= 1
+
+
+def test_a_logarithmic_draw_is_as_often_below_the_middle_as_above():
+    drawn = [float(t["optimizer.weight_decay"]) for t in plan_trials([DECAY], 200)]
+    assert 70 < sum(value < 1e-2 for value in drawn) < 130
+
+
+def test_no_trial_is_tried_twice():
+    whole = parse_parameter("seed=randint(1,3)")
+    assert sorted(t["seed"] for t in plan_trials([whole], 3)) == ["1", "2", "3"]
+    with pytest.raises(ConfigError, match="only 3 different"):
+        plan_trials([whole], 4)
+
+
+def test_values_are_cut_at_commas_outside_of_brackets_and_quotes():
+    assert split_values("[0.9, 0.95],[0.9,0.99]") == ["[0.9, 0.95]", "[0.9,0.99]"]
+    assert split_values("cosine, 'a,b'") == ["cosine", "'a,b'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optimizer.learning_rate", "not of the form"),
+        ("seed=", "not of the form"),
+        ("seed=1,,2", "empty value"),
+        ("seed=1,1", "1 is there twice"),
+        ("name=a,b", "the same for all trials"),
+        ("metrics.wandb.project=a,b", "the same for all trials"),
+        ("seed=loguniforn(1,2)", "Did you mean 'loguniform'"),
+        ("seed=uniform(1)", "takes two numbers"),
+        ("seed=randint(0.5,2)", "takes two whole numbers"),
+        ("seed=uniform(2,1)", r"low end \(2.0\) must be below the high end \(1.0\)"),
+        ("seed=loguniform(0,1)", "starts above 0"),
+    ],
+)
+def test_a_parameter_that_cannot_be_is_refused(text: str, said: str):
+    with pytest.raises(ConfigError, match=said):
+        parse_parameter(text)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "trials", "said"),
+    [
+        ([], None, "needs something to try"),
+        ([RATE, RATE], None, "given twice"),
+        ([RATE], 3, "only 2 combinations"),
+        ([RATE], 0, "at least 1"),
+        ([DECAY], None, "say how many trials"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(parameters: list, trials: int | None, said: str):
+    with pytest.raises(ConfigError, match=said):
+        plan_trials(parameters, trials)
+
+
+def test_a_trial_is_the_config_with_its_values():
+    config = trial_config(CONFIG, {"optimizer.learning_rate": "3e-3", "optimizer.betas": "[0.8, 0.9]", "lora": "null"})
+    assert config.optimizer.learning_rate == 0.003
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.batch_size == 8
+
+
+def test_a_key_that_is_no_setting_is_refused_with_the_nearest_and_so_is_a_value_that_fails():
+    with pytest.raises(ConfigError, match="learnin_rate=1.* is not a setting. Did you mean 'learning_rate'"):
+        trial_config(CONFIG, {"optimizer.learnin_rate": "1"})
+    with pytest.raises(ConfigError, match="The trial accumulate=3 cannot be: .*nearest that works is"):
+        trial_config(CONFIG, {"accumulate": "3"})
+
+
+def test_a_score_is_the_last_loss_or_the_usual_speed():
+    told = [
+        {"event": "step", "loss": 3.0, "tokens_per_s": 10.0},
+        {"event": "evaluation", "loss": 2.5, "perplexity": 12.0},
+        {"event": "step", "loss": 2.0, "tokens_per_s": 900.0},
+        {"event": "step", "loss": 2.1, "tokens_per_s": 800.0},
+    ]
+    assert score("loss", told) == 2.1
+    assert score("evaluation_loss", told) == 2.5
+    assert score("perplexity", told) == 12.0
+    assert score("tokens_per_s", told) == 800.0
+    assert score("mfu", told) is None
+    assert score("loss", [{"event": "step", "loss": math.nan}]) is None
+
+
+def test_less_loss_and_more_speed_are_better():
+    assert better("loss", 1.0, 2.0)
+    assert not better("loss", 2.0, 1.0)
+    assert better("tokens_per_s", 2.0, 1.0)

@@ -1,0 +1,91 @@
+"""Where compiled code is kept, and that nobody else can write there."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tandem.engine.vllm.compile_cache import FOLDERS, compile_cache_environment, cpu_kind, private_folder
+from tandem.errors import EngineError
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*FOLDERS, "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_each_folder_is_private_and_below_the_home(tandem_home: Path) -> None:
+    root = tandem_home / "cache" / "compile" / f"{os.getuid()}-{cpu_kind()}"
+    found = compile_cache_environment()
+    assert {name: Path(found[name]) for name in FOLDERS} == {name: root / folder for name, folder in FOLDERS.items()}
+    for folder in (root, *root.iterdir()):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert found["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] == "0"
+
+
+def test_what_the_user_has_set_stays(tandem_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    found = compile_cache_environment()
+    assert set(found) == set(FOLDERS) - {"TORCHINDUCTOR_CACHE_DIR"}
+    for name in FOLDERS:
+        monkeypatch.setenv(name, "/elsewhere")
+    assert compile_cache_environment() == {}
+
+
+def test_a_folder_that_others_can_write_is_refused(tmp_path: Path) -> None:
+    open_folder = tmp_path / "open"
+    open_folder.mkdir()
+    open_folder.chmod(0o777)
+    with pytest.raises(EngineError, match="chmod 0700"):
+        private_folder(open_folder)
+
+
+@pytest.mark.parametrize(("part", "mode"), [("", 0o2770), ("", 0o775), ("cache", 0o777), ("cache/compile", 0o2775)])
+def test_where_a_group_could_replace_the_folder_it_is_in_the_users_own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, mode: int
+) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "own"))
+    # Below tmp_path, which has mode 0700, nobody else could reach the folder.
+    with tempfile.TemporaryDirectory(dir="/tmp") as top:
+        Path(top).chmod(0o755)
+        home = Path(top) / "home"
+        (home / "cache" / "compile").mkdir(parents=True)
+        monkeypatch.setenv("TANDEM_HOME", str(home))
+        here = home / "cache" / "compile" / f"{os.geteuid()}-{cpu_kind()}"
+        assert {Path(compile_cache_environment()[name]).parent for name in FOLDERS} == {here}
+        (home / part).chmod(mode)
+        own = tmp_path / "own" / "compile" / cpu_kind()
+        assert {Path(compile_cache_environment()[name]).parent for name in FOLDERS} == {own}
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_in_a_home_of_another_user_it_is_in_the_users_own_cache(
+    tandem_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "own"))
+    os.chown(tandem_home, 65534, 65534)
+    found = compile_cache_environment()
+    assert all(Path(found[name]).is_relative_to(tmp_path / "own") for name in FOLDERS)
+    assert not (tandem_home / "cache").exists()
+
+
+def test_a_folder_of_somebody_else_and_a_link_are_refused(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    with pytest.raises(EngineError, match="TORCHINDUCTOR_CACHE_DIR"):
+        private_folder(link)
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match="cannot be kept"):
+        private_folder(tmp_path / "file")
+    if os.getuid() == 0:
+        theirs = tmp_path / "theirs"
+        theirs.mkdir()
+        os.chown(theirs, 65534, 65534)
+        with pytest.raises(EngineError, match="belongs to"):
+            private_folder(theirs)

@@ -1,0 +1,26 @@
+"""A base in 4 bits: what is said where it cannot be had, and what a packed weight counts as."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tandem.errors import EnvironmentProblem
+from tandem.train.adapters.quantize import load_nf4, weights_in
+
+
+def test_without_bitsandbytes_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(EnvironmentProblem, match=r"needs bitsandbytes, which is not installed here\. `pip install"):
+        load_nf4(tmp_path, "bfloat16", torch.device("cpu"))
+
+
+def test_a_packed_weight_counts_as_what_it_unpacks_to():
+    packed = torch.nn.Parameter(torch.zeros(24, 1, dtype=torch.uint8), requires_grad=False)
+    assert weights_in(packed) == 24
+    packed.quant_state = SimpleNamespace(shape=torch.Size([6, 8]))  # type: ignore[attr-defined]
+    assert weights_in(packed) == 48

@@ -1,0 +1,90 @@
+"""Names and shapes in a checkpoint are the plain model's, whatever a rank holds of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tandem.train.parallel import canonical as module
+from tandem.train.parallel.canonical import canonical, persistent_buffers, plain_name, settle
+
+
+class Stage(nn.Module):
+    """A rank's part of a causal LM: the first stage, the last one, or both."""
+
+    def __init__(self, *, first: bool, last: bool, tied: bool = True) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(tie_word_embeddings=tied)
+        self.model = nn.Module()
+        if first:
+            self.model.embed_tokens = nn.Embedding(4, 3)
+        if last:
+            self.lm_head = nn.Linear(3, 4, bias=False)
+
+
+@pytest.mark.parametrize(("first", "last"), [(True, False), (False, True), (True, True)])
+def test_a_tied_embedding_has_one_name_on_every_stage(first: bool, last: bool):
+    stage = Stage(first=first, last=last)
+    assert list(canonical(stage, dict(stage.named_parameters()))) == ["model.embed_tokens.weight"]
+
+
+def test_one_that_is_not_tied_has_its_own():
+    stage = Stage(first=True, last=True, tied=False)
+    held = dict(stage.named_parameters())
+    assert list(canonical(stage, held)) == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert plain_name(stage, "lm_head.weight") == "lm_head.weight"
+
+
+def test_what_is_loaded_reaches_both_copies_of_a_rank():
+    stage = Stage(first=True, last=True)
+    held = dict(stage.named_parameters())
+    (part,) = canonical(stage, held).values()
+    (box,) = part.boxes.values()
+    box.fill_(5.0)
+    assert stage.model.embed_tokens.weight.unique().tolist() == [5.0] != stage.lm_head.weight.unique().tolist()
+    settle(stage, held)
+    assert stage.lm_head.weight.unique().tolist() == [5.0]
+
+
+@given(st.data())
+def test_a_box_of_shared_experts_is_one_of_gates_and_one_of_ups(data: st.DataObject):
+    experts, width, hidden = (data.draw(st.integers(1, 4)) for _ in range(3))
+    whole = torch.arange(float(experts * 2 * width * hidden)).view(experts, 2, width, hidden)
+    expected, found = whole.flatten(1, 2), torch.full((experts, 2 * width, hidden), -1.0)
+    # Cut into four: by experts, and by the width of each.
+    cut, inner = data.draw(st.integers(0, experts)), data.draw(st.integers(0, width))
+    for first, last in ((0, cut), (cut, experts)):
+        for begin, end in ((0, inner), (inner, width)):
+            with pytest.MonkeyPatch.context() as patch:
+                local = whole[first:last, :, begin:end]
+                patch.setattr(module, "box_of", lambda t, f=first, b=begin, held=local: ((f, 0, b, 0), held))
+                part = module._stacked(whole)
+            assert part.shape == expected.shape
+            for (e, i, h), box in part.boxes.items():
+                where = (slice(e, e + box.shape[0]), slice(i, i + box.shape[1]), slice(h, h + box.shape[2]))
+                assert (found[where] == -1).all()
+                found[where] = box
+    assert torch.equal(found, expected)
+
+
+def test_loading_into_a_part_changes_the_experts_themselves(monkeypatch: pytest.MonkeyPatch):
+    weight = torch.zeros(2, 2, 3, 4)
+    for box in module._stacked(weight).boxes.values():
+        box.fill_(1.0)
+    assert weight.unique().tolist() == [1.0]
+
+
+def test_buffers_that_a_model_saves_are_there_and_no_others():
+    model: Any = nn.Sequential(nn.BatchNorm1d(2))
+    model.register_buffer("made_anew", torch.ones(1), persistent=False)
+    assert {name for name, _ in persistent_buffers(model)} == {
+        "0.running_mean",
+        "0.running_var",
+        "0.num_batches_tracked",
+    }
