@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import anthropic
 import httpx
 import openai
 import pytest
+from documentation import python_blocks
 from pydantic import BaseModel
 from serve_fixtures import MAX_LENGTH, Served
 
@@ -287,11 +287,11 @@ def test_an_answer_tells_what_the_gateway_added(served: Served) -> None:
     assert re.fullmatch(r"gateway;dur=\d+\.\d{3}, engine;dur=\d+\.\d{3}", answer.headers["server-timing"])
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "my-adapter" in block]
+EXAMPLES = [
+    block for page in ("README.md", "docs/guides/clients.md") for block in python_blocks(page) if "my-adapter" in block
+]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.split(maxsplit=3)[1] for example in EXAMPLES])
-def test_the_readmes_examples_run_as_they_stand(served: Served, example: str) -> None:
-    assert len(EXAMPLES) == 3
-    exec(example.replace("http://127.0.0.1:8000", served.url).replace("my-adapter", "red"), {})
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_python_examples_of_the_documentation_run_as_written(served: Served, number: int) -> None:
+    exec(EXAMPLES[number].replace("http://127.0.0.1:8000", served.url).replace("my-adapter", "red"), {})
