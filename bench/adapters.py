@@ -140,10 +140,10 @@ async def loads(app: App) -> int:
 
 async def training(app: App, cluster: Any, rounds: int) -> list[dict[str, Any]]:
     """Jobs of a few steps; seconds from the last one to the first token of what they made, and what they went for."""
-    from tandem.cli.data import build
     from tandem.config import TrainConfig, from_dict
     from tandem.jobs.client import JobClient
     from tandem.jobs.prepare import prepare
+    from tandem.sdk.datasets import build
 
     texts = app.home / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"say {n}, it is {n}"}) + "\n" for n in range(400)))

@@ -263,10 +263,10 @@ def memory(mark: str) -> dict[str, float]:
 @contextlib.contextmanager
 def app(folder: Path) -> Iterator[tuple[int, str]]:
     """The served app with one replica and its adapters; its port, and the mark of its cluster's processes."""
-    from tandem.cli.serve import serving
     from tandem.cluster.local import local_cluster
     from tandem.config import ListenConfig, RouterConfig, ServeConfig, ServedModelConfig
     from tandem.registry import Registry
+    from tandem.sdk.serving import serving
 
     write_model(folder / "bench")
     registry = Registry.open()

@@ -27,11 +27,11 @@ from tandem.batch.input.read import Pieces
 from tandem.batch.prepare import prepare
 from tandem.batch.run import READ_CPUS, _context, answer
 from tandem.batch.work import Work
-from tandem.cli.batch import run_batch
 from tandem.cluster.local import LOOPBACK, LocalCluster
 from tandem.config import BatchConfig
 from tandem.errors import EngineError
 from tandem.registry import Registry
+from tandem.sdk.batch import run_batch
 
 ECHO_ROWS = 60
 

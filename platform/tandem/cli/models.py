@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.support.shell import console as terminal
 from tandem.cli.support.shell import friendly_errors
 from tandem.engine.vllm.parsers import Parsers, read_parsers
 from tandem.errors import ConfigError, RegistryError
 from tandem.ids import check_name
 from tandem.registry import HubModel, ModelRecord, Registry, local_folder, pull_model
+from tandem.sdk.console import console as terminal
 from tandem.settings import settings
 
 models_app = typer.Typer(no_args_is_help=True, help="List, show, pull, merge and forget models and adapters.")

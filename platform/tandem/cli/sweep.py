@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.support.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
-from tandem.cli.support.summary import say_finished
+from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster
 from tandem.config import apply_overrides
 from tandem.config.load import read_yaml
@@ -24,6 +23,9 @@ from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import WATCHING_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep
 from tandem.observability import events
+from tandem.sdk.cluster import a_cluster, uninterrupted
+from tandem.sdk.console import INTERRUPTED, console
+from tandem.sdk.summary import say_finished
 
 COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "stopped": "yellow"}
 

@@ -14,18 +14,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.models import ago
-from tandem.cli.support.progress import JobView, duration, log_line
-from tandem.cli.support.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
-from tandem.cli.support.summary import say_finished
+from tandem.cli.support.shell import friendly_errors
 from tandem.cli.sweep import say_sweep, sweep_command
-from tandem.cluster.local import Cluster, connect
+from tandem.cluster.local import connect
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import ConfigError, JobError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState, JobSummary, RunFolder, find_job, job_folders
-from tandem.jobs.prepare import prepare
 from tandem.jobs.sweep import find_sweep, stop_sweep
 from tandem.observability import events
+from tandem.sdk.console import console
+from tandem.sdk.progress import duration, log_line
+from tandem.sdk.training import submit
 from tandem.train.reporting.plot import plot_run
 
 train_app = typer.Typer(no_args_is_help=True, help="Submit training jobs and watch over them.")
@@ -81,83 +81,6 @@ def submit_script(kind: str) -> None:
             raise SystemExit(submit(job, detach=detach, raw=raw))
 
     typer.run(main)
-
-
-def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> int:
-    """Submit a job to the cluster at RAY_ADDRESS, or to a local one, and follow it; returns its exit status."""
-    job = prepare(config)
-    console.print(f"Job [bold]{job.id}[/]")
-    if job.finished():
-        say_finished(job)
-        return 0
-    with a_cluster(num_cpus=logical_cpus(config), keep=detach) as cluster:
-        if detach:
-            client = JobClient(cluster)
-            client.submit(job)
-            console.print(
-                f"Submitted. `tandem train status {job.id}` tells how it is, `tandem train logs -f {job.id}` shows it."
-            )
-            return 0
-        return follow(cluster, job, raw=raw)
-
-
-def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: bool = False) -> int:
-    """Submit a prepared job and show it until it is over; returns its exit status.
-
-    Ctrl-C stops a job on a cluster of our own, and lets go of one on any other.
-    """
-    client = JobClient(cluster)
-    submission = client.submit(job)
-    with JobView(console, title or job.config().name, raw=raw) as view:
-        try:
-            view.follow(client.follow_on(job, submission))
-        except BaseException as left:
-            if not isinstance(left, KeyboardInterrupt | SystemExit):
-                raise
-            if not cluster.owned:
-                console.print(
-                    f"\nThe job goes on. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it."
-                )
-                return INTERRUPTED
-            with uninterrupted():
-                client.stop(_newest(job, submission), timeout_s=10)
-                job.mark_stopped()
-            console.print("\nStopped. The same command goes on from the newest checkpoint.")
-            raise
-    submission = _newest(job, submission)
-    status = client.exit_status(submission)
-    if status == 0 and job.finished():
-        say_finished(job)
-    elif status != 0:
-        _say_failed(client, submission, job, view)
-    return status or (0 if job.finished() else 1)
-
-
-def _newest(job: JobFolder, submission: str) -> str:
-    # A lost driver has been submitted again meanwhile.
-    sent = job.submissions()
-    return str(sent[-1]["id"]) if sent else submission
-
-
-def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobView) -> None:
-    if client.state(submission) is JobState.STOPPED:
-        console.print(f"[yellow]{job.id} was stopped.[/] The same command goes on from its newest checkpoint.")
-        return
-    end = view.ended or job.last("failed")
-    reason = (
-        str(end["error"]) if end and "error" in end else "\n".join(view.other_lines[-15:]) or client.message(submission)
-    )
-    console.print(f"[bold red]{job.id} failed:[/] {escape(reason)}", soft_wrap=True)
-    console.print(
-        f"`tandem train logs {job.id}` shows all of its log; the same command tries again from the newest checkpoint."
-    )
-
-
-def logical_cpus(config: TrainConfig) -> int:
-    """CPUs that a local cluster states for a job: its workers, its driver, and the tasks that read its data."""
-    import os
-
-    return max(os.cpu_count() or 1, int(config.parallel.workers * config.parallel.cpus_per_worker) + 6)
 
 
 @train_app.command("status")

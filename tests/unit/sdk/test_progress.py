@@ -8,8 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from tandem.cli.support.progress import JobView, Pace, duration, in_words, log_line
 from tandem.observability import events
+from tandem.sdk.progress import JobView, Pace, duration, in_words, log_line
 
 
 def shown(*lines: str, raw: bool = False) -> tuple[str, JobView]:

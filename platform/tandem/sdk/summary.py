@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.markup import escape
 
-from tandem.cli.support.progress import duration
-from tandem.cli.support.shell import console
 from tandem.ids import split_version
 from tandem.jobs.folder import JobFolder
+from tandem.sdk.console import console
+from tandem.sdk.progress import duration
 
 
 def say_finished(job: JobFolder) -> None:

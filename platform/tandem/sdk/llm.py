@@ -66,11 +66,11 @@ class LLM(RemoteLLM):
     ) -> tuple[str, str]:
         """The URL of a server that knows the model, and the model's name there."""
         # Imported here: a client of a server elsewhere needs neither Ray nor a registry.
-        from tandem.cli.serve import app_url
-        from tandem.cli.session import Session
         from tandem.cluster.local import connect, free_ports
         from tandem.config import ServeConfig, ServedModelConfig
         from tandem.registry import Registry, called, find_model
+        from tandem.sdk.serving import app_url
+        from tandem.sdk.session import Session
 
         registry = Registry.open()
         cluster = connect()

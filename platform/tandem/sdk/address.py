@@ -26,8 +26,8 @@ def _of_app() -> str | None:
 
     if settings().ray_address is None and recorded() is None:
         return None
-    from tandem.cli.serve import app_url
     from tandem.config import ServeConfig
+    from tandem.sdk.serving import app_url
 
     try:
         cluster = connect()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.cli.support.summary import commands, in_numbers
+from tandem.sdk.summary import commands, in_numbers
 
 END = {
     "event": "finished", "model": "helper@3", "base": None, "loss": 2.1414, "tokens": 696_320, "seconds": 248.2,

@@ -16,12 +16,6 @@ from typing import Self
 
 import yaml
 
-from tandem.cli.data import build, describe
-from tandem.cli.serve import CPUS, listener, serving
-from tandem.cli.support.address import find_api_url
-from tandem.cli.support.shell import a_cluster, console
-from tandem.cli.support.summary import say_finished
-from tandem.cli.train import follow
 from tandem.cluster.local import Cluster
 from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict, load_yaml
 from tandem.data.index import DatasetIndex
@@ -29,6 +23,13 @@ from tandem.errors import DataError, JobError
 from tandem.jobs.adapters import Adapters
 from tandem.jobs.prepare import prepare
 from tandem.registry import Registry
+from tandem.sdk.address import find_api_url
+from tandem.sdk.cluster import a_cluster
+from tandem.sdk.console import console
+from tandem.sdk.datasets import build, describe
+from tandem.sdk.serving import CPUS, listener, serving
+from tandem.sdk.summary import say_finished
+from tandem.sdk.training import follow
 from tandem.settings import settings
 
 
@@ -105,5 +106,5 @@ class Session:
 
 def recipe(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     """One of the recipes that come with the package, with values changed."""
-    text = files("tandem.cli").joinpath("recipes", f"{name}.yaml").read_text()
+    text = files("tandem.sdk").joinpath("recipes", f"{name}.yaml").read_text()
     return from_dict(TrainConfig, apply_overrides(yaml.safe_load(text), overrides))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tandem.cli.chat import chat
-from tandem.cli.support.address import find_api_url
 from tandem.errors import ConfigError
+from tandem.sdk.address import find_api_url
 
 
 @pytest.fixture(autouse=True)

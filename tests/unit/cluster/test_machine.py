@@ -8,7 +8,7 @@ import socket
 import psutil
 import pytest
 
-from tandem.cli.support import machine
+from tandem.cluster import machine
 
 
 def test_cpu_flags_are_those_of_the_first_core(tmp_path):
