@@ -37,8 +37,11 @@ $(READY): $(LOCKS) pyproject.toml Makefile
 quickstart: setup ## Train a small model on real text, fine-tune an adapter, serve both and ask them (ARGS=--exit ends it)
 	@$(BIN)/tandem quickstart $(ARGS)
 
+# Two processes: starting Ray, vLLM or torch keeps one core busy, and many tests wait. Costly fixtures are shared (tests/conftest.py).
+SIDE_BY_SIDE ?= -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: setup ## The tests that run before every change (under 20 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: setup ## All tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
