@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message states the fact, the numbers and the next step.
+"""Exception tree. Every message states the fact, the numbers and the next step.
 
 TandemError
 ├── ConfigError          a key or value that cannot be

@@ -1,4 +1,4 @@
-"""Files that no other user of the machine may change: created with modes 0700 and 0600, verified before each use.
+"""Private files: created with modes 0700 and 0600, and verified before each use.
 
 Whatever is executed, or trusted like code (a cluster's record, HAProxy's configuration, sockets), lies below a folder that
 passes `check_private_folder`. Ray gives mode 0777 to the folders that it creates, so those are children of such a folder

@@ -1,4 +1,4 @@
-"""Files by URI, and publishing in one atomic step: a reader sees all of a folder or nothing of it."""
+"""Storage by URI, with atomic publishing: a reader sees a whole folder or none of it."""
 
 from __future__ import annotations
 

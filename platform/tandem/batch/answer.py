@@ -1,4 +1,4 @@
-"""Asks one engine for many answers at once, in a thread of its own under uvloop.
+"""Concurrent requests to one engine, in a thread with its own uvloop event loop.
 
 Requests go through the engine's own OpenAI app, called in this process: no socket, no bytes of HTTP, and everything that the
 app takes and refuses is what the served app takes and refuses. Rows of any number of pieces share one window, so that the

@@ -1,4 +1,4 @@
-"""The files of a run, on a disk or in an object store: read as they come, by the MiB, and written whole or not at all."""
+"""Files of a batch run on a disk or in an object store: streamed reads, atomic writes."""
 
 from __future__ import annotations
 

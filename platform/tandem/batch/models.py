@@ -1,4 +1,4 @@
-"""Who answers a row: the base model and the adapter that a name means, for the whole of a run.
+"""Model resolution of a batch run: the base and adapter of each name, fixed for the whole run.
 
 A name means at the end of a run what it meant at its start, also where the run was killed in between and the name means
 another version by now: what was found is kept with the run (`Names.found`), and so is that nothing was.

@@ -1,4 +1,4 @@
-"""A batch run before it is started: what it asks for is there, and what is in its output is its own.
+"""Preparation of a batch run: checks models, settings, input and output before anything starts.
 
 Needs neither a cluster nor Ray, which reads how it authenticates when it is imported: not before there is a cluster.
 """

@@ -1,4 +1,4 @@
-"""Why Ray Data gave a run up, in the words of whoever failed. Pure: its error in, ours out."""
+"""Explanation of Ray Data failures in terms of the worker that failed. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prepared batch run, on the cluster that this process is connected to: what is left is done by Ray Data, base by base."""
+"""Execution of a prepared batch run by Ray Data on the connected cluster, one base model after another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the readers and the workers of one base have to know, and which request a row is for them."""
+"""Settings that readers and workers of one base share, and the request of a row."""
 
 from __future__ import annotations
 

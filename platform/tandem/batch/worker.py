@@ -1,4 +1,4 @@
-"""The Ray actor that holds one engine: Ray Data hands it pieces, several at a time, and it publishes each one's answers.
+"""Batch worker: a Ray actor with one engine that answers several chunks at a time and publishes each.
 
 What it hands back to Ray Data is only how many rows it has answered. A piece comes again when the actor died before it could say
 so: what is published by then is not asked again.

@@ -1,4 +1,4 @@
-"""`tandem data`: build datasets, and look at them as a model does."""
+"""`tandem data`: build datasets, and inspect them as packed rows."""
 
 from __future__ import annotations
 

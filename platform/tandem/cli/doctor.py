@@ -1,4 +1,4 @@
-"""`tandem doctor`: what this machine has, what it lacks, and what to do about each.
+"""`tandem doctor`: checks of this machine, each with the next step for a problem.
 
 Changes nothing, but for making the registry where there is none yet.
 """

@@ -1,4 +1,4 @@
-"""`tandem models`: what is registered, where it came from, bringing one from the Hugging Face hub, and forgetting it."""
+"""`tandem models`: list, inspect, pull, merge and remove models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tandem quickstart`: the whole main job on this machine, from text that every Python has to a served model and its adapter."""
+"""`tandem quickstart`: train, fine-tune, serve and query a small model on text of the Python standard library."""
 
 from __future__ import annotations
 

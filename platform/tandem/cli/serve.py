@@ -1,4 +1,4 @@
-"""`tandem serve`: bring the app up on a cluster, look at it, take it down."""
+"""`tandem serve`: start, change, inspect and stop an app on a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tandem train sweep`: try several values for keys of a config, side by side, and register the best model that comes of it."""
+"""`tandem train sweep`: run trials over config values in parallel, and register the best model."""
 
 from __future__ import annotations
 

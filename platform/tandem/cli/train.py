@@ -1,4 +1,4 @@
-"""`tandem train`: submit a job and watch it, list jobs, read their logs, stop them; and the submit scripts' main."""
+"""`tandem train`: submit, list, follow and stop jobs; and the main function of the submit scripts."""
 
 from __future__ import annotations
 

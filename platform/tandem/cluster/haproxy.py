@@ -1,4 +1,4 @@
-"""The HAProxy that Ray Serve starts before the gateways: which variables it reads, and what is changed in its configuration.
+"""HAProxy of Ray Serve: the variables that configure it, and edits of the configuration that Ray generates.
 
 Ray writes the configuration anew with each change of gateways and then starts the binary. The binary that it is told of is a
 script, which edits the file and becomes HAProxy.

@@ -1,4 +1,4 @@
-"""What this machine is: CPU, memory, ports, GPUs, installed packages. Only reads; imports no heavy library."""
+"""Facts about this machine: CPU, memory, ports, GPUs, installed packages. Read-only; imports no heavy library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one reader of a run: an actor in which Ray Data reads, tokenises and packs shards, ahead of the ranks that ask for them.
+"""Reader actor of a training run: Ray Data reads, tokenizes and packs shards ahead of the ranks that request them.
 
 Ranks ask for shards by their place in the order; they get references to packed blocks, and take the rows from shared memory.
 So a shard is packed once, whatever the number of ranks, and never by a rank. The order is not decided here: a block that has

@@ -1,4 +1,4 @@
-"""Rows to evaluate on: from shards that are kept out of training, or from another dataset; always the same ones."""
+"""Held-out evaluation rows: from shards excluded from training, or from another dataset; the same rows every time."""
 
 from __future__ import annotations
 

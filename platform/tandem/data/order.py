@@ -1,4 +1,4 @@
-"""Which row comes when: a pure function of the seed, so that a stopped run goes on at the very next row.
+"""Order of rows: a pure function of the seed, so that a resumed run continues at the next row.
 
 Rows have one global order, whatever the number of ranks that share them; rank r of W takes every W-th row. Nor does the order
 know whether rows are kept in memory or read again, or how many tasks read them.

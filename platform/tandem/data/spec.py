@@ -1,4 +1,4 @@
-"""How samples become rows, and a whole shard a block of them: what a reading task runs."""
+"""Packing tasks: from samples to rows, and from a shard to a block of rows."""
 
 from __future__ import annotations
 

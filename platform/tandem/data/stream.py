@@ -1,4 +1,4 @@
-"""Datasets as a stream of packed rows, in the order of `tandem.data.order`: what a training job opens and its ranks take from.
+"""Stream of packed rows for training ranks, in the order of `tandem.data.order`, with an exact cursor.
 
 Shards are read, tokenised and packed by the run's feed (`tandem.data.feed`), in the cluster, ahead of the ranks; a rank walks
 the order, asks the feed for the shards that it comes to, and keeps some batches ahead of its training step. Ranks that share a

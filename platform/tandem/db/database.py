@@ -1,4 +1,4 @@
-"""Opens the registry's database, SQLite or PostgreSQL: connection rules, and the schema brought up to date under a lock."""
+"""Database connections (SQLite or PostgreSQL): connection rules, and schema migration under a lock."""
 
 from __future__ import annotations
 

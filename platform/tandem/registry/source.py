@@ -1,4 +1,4 @@
-"""What a person means by the name of a model: a folder, a model of the Hugging Face hub, or what is registered.
+"""Model references as users write them: a folder, a model of the Hugging Face hub, or a registered name.
 
 `/x`, `./x`, `~/x`     a folder
 `org/name`             a folder of that relative path if there is one, else a model of the hub

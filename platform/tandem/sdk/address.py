@@ -1,4 +1,4 @@
-"""Where the app of this home answers, for commands that are given no address."""
+"""Address of a served app: given, from the environment, or of the app of this home."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tandem.LLM`: offline generation, by a server that is up or by one of its own.
+"""Offline generation: `tandem.LLM`, on a running server or on engines of its own.
 
 llm = tandem.LLM("my-model")
 for output in llm.generate(["import os", "def main("], tandem.SamplingParams(max_tokens=32)):

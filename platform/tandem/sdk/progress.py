@@ -1,4 +1,4 @@
-"""A job's events as a person sees them: a bar with its numbers below it, and a line for each thing worth remembering."""
+"""Progress display of a job: a bar with metrics, and one line for each notable event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job from Python: `tandem.Session` builds data, trains and serves, on RAY_ADDRESS's cluster or one of its own.
+"""Session: datasets, training and serving from Python, on the cluster at RAY_ADDRESS or a local one.
 
 with tandem.Session() as session:
     session.dataset("questions.jsonl", "questions", tokenizer="my-text")

@@ -1,4 +1,4 @@
-"""What a person is told when a job is done: where the model is, how good it is, what it took, and how to use it."""
+"""Summary of a finished job: location, metrics, duration, and the commands to serve and query the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the rows of an input are divided into numbered pieces, and which of these are left. Pure.
+"""Division of input rows into numbered chunks, and selection of the unfinished ones. Pure.
 
 A row's number is its place in the input: files by name, rows as they stand. A piece is a run of rows of one file, and what is
 published in one step. So a run that goes on after a death knows from the names of what is published what is left to be done.

@@ -1,4 +1,4 @@
-"""The input as a source of Ray Data: read tasks that each go through a file once, and give a table for each unit that is left.
+"""Ray Data source of a batch run: read tasks that pass through a file once and yield a table for each unfinished chunk.
 
 A table has one row: Ray Data puts tables together and cuts them between rows as it likes, and a unit stays whole.
 """

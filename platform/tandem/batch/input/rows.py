@@ -1,4 +1,4 @@
-"""What a row of the input asks for. Pure: text in, a request for an engine out, or the reason why there is none.
+"""Parsing of input rows into requests, or into the reason why a row has none. Pure.
 
 A row is OpenAI's batch format ({"custom_id", "method", "url", "body"}), or plain: {"prompt": ...}, {"messages": [...]} or
 {"input": ...}, with whatever fields the request may have beside it, `model` and `custom_id` among them.

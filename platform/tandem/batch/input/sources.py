@@ -1,4 +1,4 @@
-"""Rows out of files: JSON lines, Parquet and WebDataset shards, from the start or from a mark on.
+"""Input readers: JSON lines, Parquet and WebDataset shards, from the start or from a position.
 
 A row that cannot be read is a row all the same, with the reason; a file that cannot be read is a DataError.
 """

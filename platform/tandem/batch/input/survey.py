@@ -1,5 +1,6 @@
-"""Reads an input once, before anything is started: how many rows there are and of whom they ask, in which pieces, and which rows
-nobody can be asked about. Together with what a run wrote down of itself this decides what is left to do.
+"""Survey of the input before a run: row counts, models asked for, chunks, and invalid rows.
+
+With the manifest of an earlier start it decides which chunks are left.
 """
 
 from __future__ import annotations

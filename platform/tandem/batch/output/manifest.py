@@ -1,4 +1,4 @@
-"""What a run writes down of itself, and whether another start may go on with it: only where it would give the same answers."""
+"""Manifest of a batch run: settings and input by digest; decides whether another start may continue it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's answers lie, and how they get there: piece by piece, each in one step, and at the end as two files.
+"""Output of a batch run: chunks published atomically, then assembled into two files.
 
     Y/results.jsonl     answered rows in the input's order        (Y.jsonl, where the output is a file)
     Y/errors.jsonl      the others, each with its reason          (Y.errors.jsonl)

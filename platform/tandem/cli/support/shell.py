@@ -1,4 +1,4 @@
-"""What every command shares: the console, errors as one clear message, signals, and a cluster to work on."""
+"""Error display and signal handling that all commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asks a model over the OpenAI wire, streaming, and turns what the SDK raises into errors that say what to run."""
+"""Streaming chat requests, with errors that name the command to run next."""
 
 from __future__ import annotations
 

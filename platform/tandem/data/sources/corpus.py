@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library, text files, files of records. A corpus can be read again and again, always alike.
+"""Corpora: the standard library, text files, and files of records. Reading one twice gives the same samples.
 
 Every bad line is a DataError that names its file and line.
 """

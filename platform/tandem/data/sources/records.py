@@ -1,4 +1,4 @@
-"""Records out of files: JSON lines, Parquet, Arrow as Hugging Face's `datasets` saves it, and WebDataset shards.
+"""Record readers: JSON lines, Parquet, Arrow of Hugging Face's `datasets`, and WebDataset shards.
 
 A reader gives (where, record) for each record of a file, in order; `where` names the file and the place, for messages.
 """
