@@ -265,7 +265,7 @@ def by_tandem(options: argparse.Namespace, readers: int) -> Generator[Any, None,
             while True:
                 yield rows.take(options.batch)
     finally:
-        ray.kill(stream.feed)
+        ray.kill(stream.reader)
         ray.shutdown()
 
 

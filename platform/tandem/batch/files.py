@@ -83,7 +83,7 @@ class Lines:
             yield line.rstrip(b"\n")
 
 
-def forget_halves(place: Location) -> None:
+def remove_partial_files(place: Location) -> None:
     """Remove what `writing` was killed in the middle of; a store does not show such."""
     if isinstance(place, Path):
         for half in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):

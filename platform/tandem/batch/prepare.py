@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tandem.api.request_fields import REQUEST_FIELDS
-from tandem.batch.input.plan import PieceSize, Unit, units
+from tandem.batch.input.plan import ChunkSize, WorkUnit, units
 from tandem.batch.input.sources import find_files
 from tandem.batch.input.survey import Survey, survey
-from tandem.batch.models import Names
+from tandem.batch.models import ModelResolver
 from tandem.batch.output.manifest import Manifest
 from tandem.batch.output.write import Output
 from tandem.config import BatchConfig, ServedModelConfig
@@ -36,12 +36,12 @@ class BatchRun:
     survey: Survey
     bases: tuple[tuple[EngineSpec, ServedModelConfig], ...]
     """Of each base what its engines load, and what Ray reserves for them."""
-    names: Names
+    names: ModelResolver
 
     @property
-    def units(self) -> list[Unit]:
-        """All that is published, piece by piece."""
-        return units(self.survey.pieces, self.survey.bases)
+    def units(self) -> list[WorkUnit]:
+        """All that is published, chunk by chunk."""
+        return units(self.survey.chunks, self.survey.bases)
 
 
 def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None) -> BatchRun:
@@ -62,8 +62,8 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
         raise DataError(
             f"{config.input} holds nothing but the output of this run. Give a file of rows, or another output."
         )
-    names = Names(config, Registry.open(), before.models if before else {})
-    size = PieceSize(config.rows_per_piece) if config.rows_per_piece else None
+    names = ModelResolver(config, Registry.open(), before.models if before else {})
+    size = ChunkSize(config.rows_per_piece) if config.rows_per_piece else None
     asked = survey(files, names, config.request, before.size if before else size, tell, chat=config.chat)
     manifest = Manifest.of(config, asked, names)
     if before is not None:
@@ -82,7 +82,7 @@ def check_request(request: Mapping[str, Any]) -> None:
             raise ConfigError(f"request.{field} is not a field of any request.{did_you_mean(field, known)}")
 
 
-def _base(config: BatchConfig, names: Names, base: str) -> tuple[EngineSpec, ServedModelConfig]:
+def _base(config: BatchConfig, names: ModelResolver, base: str) -> tuple[EngineSpec, ServedModelConfig]:
     model = next(t.base for t in (names.default, *names.targets.values()) if t.base.id == base)
     served = config.served(model.id, adapters=names.adapters_of(base))
     if place(served, "the config").bundles:

@@ -14,10 +14,12 @@ OURS = re.compile(r"^tandem\.errors\.\w+: (.+?)(?=\n\n|\nFailed to apply|\Z)", r
 GOES_ON = "What is published stays; the same command goes on."
 
 
-def explained(name: str, error: Exception, deaths: Sequence[str], max_failures: int) -> EngineError:
-    """Why engines of the model `name` do not go on; `deaths` is what workers said before they ended."""
+def explained(name: str, error: Exception, crashes: Sequence[str], max_failures: int) -> EngineError:
+    """Why engines of the model `name` do not go on; `crashes` is what workers said before they ended."""
     if isinstance(error, ray.exceptions.RayActorError) and "creation task" not in str(error):
-        why = deaths[-1] if deaths else "it was killed, by the kernel for want of memory perhaps, or its node is gone."
+        why = (
+            crashes[-1] if crashes else "it was killed, by the kernel for want of memory perhaps, or its node is gone."
+        )
         times = f"{max_failures + 1} times" if max_failures else "once"
         return EngineError(
             f"A replica of {name} died {times}; max_failures is {max_failures}. At last: {why} {GOES_ON}"

@@ -15,7 +15,7 @@ from tandem.data.spec import PackSpec
 from tandem.errors import DataError
 
 SPREAD = 4
-"""Rows are picked evenly from this many times as many, so that they do not all come from one place."""
+"""Rows are picked evenly from this many times as many, so that they do not all come from one position."""
 
 
 def hold_out(index: DatasetIndex, share: float, folder: Path) -> tuple[DatasetIndex, DatasetIndex]:

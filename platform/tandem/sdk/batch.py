@@ -42,7 +42,7 @@ def run_batch(
     request: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Summary:
-    """Answer a file of rows; shows its progress.
+    """EngineResponse a file of rows; shows its progress.
 
     Runs on the cluster that this process is connected to, else on RAY_ADDRESS's, this home's, or one for as long as it takes.
 
@@ -81,7 +81,7 @@ def run_batch(
 
 
 def without_template(run: BatchRun) -> list[str]:
-    """Names of the bases that have a chat template and are asked by plain prompts, which go round it."""
+    """ModelResolver of the bases that have a chat template and are asked by plain prompts, which go round it."""
     asked = (spec for spec, _ in run.bases if spec.id in run.survey.bare_prompts and spec.path)
     return [spec.name for spec in asked if read_template(Path(spec.path)) is not None]
 

@@ -22,7 +22,7 @@ from tandem.checkpoint.folders import SavedState
 from tandem.checkpoint.sharded import Checkpoints
 from tandem.config import DpoConfig, TrainConfig
 from tandem.data.build import tokenizer_files
-from tandem.data.stream import Stream, rows_behind
+from tandem.data.stream import Stream, rows_consumed
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import StorageError, TandemError
 from tandem.registry import restore
@@ -221,7 +221,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     found, damaged = checkpoints.load(model, optimizer, extra=extra)
     state = LoopState()
     if found:
-        state = LoopState(step=found.step, tokens=found.tokens, rows=rows_behind(found.cursor))
+        state = LoopState(step=found.step, tokens=found.tokens, rows=rows_consumed(found.cursor))
     last_loss = found.loss if found else None
     measured: tuple[int, dict[str, float]] = (0, {})
     refused = False

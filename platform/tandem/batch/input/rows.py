@@ -33,7 +33,7 @@ class UnknownFieldError(BadRowError):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RowRequest:
     """A request for an engine."""
 
     path: str
@@ -62,7 +62,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool = False) -> Ask:
+def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool = False) -> RowRequest:
     """The request in a row, with `defaults` for fields that it lacks.
 
     With `chat` the `prompt` of a plain row is a user's message. Raises BadRowError with the reason if there is no request in it.
@@ -92,10 +92,10 @@ def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool 
         raise BadRowError("stream is on; the answers of a batch are written when they are whole. Leave it out.")
     for key in ("stream_options", "kv_transfer_params", "ec_transfer_params"):
         asked.pop(key, None)
-    return Ask(path, asked, model, custom_id, plain)
+    return RowRequest(path, asked, model, custom_id, plain)
 
 
-def check_prompt_logprobs(ask: Ask) -> None:
+def check_prompt_logprobs(ask: RowRequest) -> None:
     """BadRowError for what ends vLLM's CPU engine where it has adapters (docs/adr/0013)."""
     body = ask.body
     told = any(body.get(key) is not None and body.get(key) is not False for key in ("logprobs", "top_logprobs"))
@@ -106,7 +106,7 @@ def check_prompt_logprobs(ask: Ask) -> None:
         )
 
 
-def request_bytes(ask: Ask, model: str) -> bytes:
+def request_bytes(ask: RowRequest, model: str) -> bytes:
     """The body that an engine takes."""
     return to_json({**ask.body, "model": model})
 

@@ -25,7 +25,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 from tandem import errors
 from tandem.checkpoint import folders
 from tandem.config import SpikeConfig, TrainConfig, sized, sizes
-from tandem.data.stream import rows_behind
+from tandem.data.stream import rows_consumed
 from tandem.errors import JobError, JobStopped
 from tandem.observability.journal import Journal
 from tandem.storage import Location
@@ -126,7 +126,7 @@ def _roll_back(
             f"raise faults.spike.max_rollbacks ({policy.max_rollbacks}) or faults.spike.factor ({policy.factor:g})."
         )
     state = folders.read_state(newest) if newest else None
-    first = rows_behind(state.cursor) if state else 0
+    first = rows_consumed(state.cursor) if state else 0
     journal.write(
         {
             "event": "rollback", "from": at, "step": state.step if state else 0, "rows": [first, spike["rows"]],
