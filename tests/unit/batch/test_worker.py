@@ -49,4 +49,4 @@ def test_a_store_that_stays_away_ends_the_run_in_its_own_words(
         with pytest.raises(StorageError, match="s3://b/red cannot be read"):
             worker._answer([(0, "line 1", b'{"prompt": "a"}')])
     finally:
-        worker._answerer.close()
+        worker._client.close()
