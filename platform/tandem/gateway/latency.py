@@ -2,7 +2,7 @@
 
 Counted are the time from the last byte of a request to its last byte on the way to the engine, and the time from the first byte
 of the engine's answer to its head on the way to the client. What the event loop takes to notice a byte is in neither;
-`bench/gateway_latency.py` measures the whole from outside.
+`bench/serving/gateway_latency.py` measures the whole from outside.
 """
 
 from __future__ import annotations

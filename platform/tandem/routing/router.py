@@ -1,7 +1,7 @@
 """Chooses the replica for a request. Pure: callers pass the directory's snapshots, their own requests and the dice.
 
 A router belongs to one gateway and lives in its event loop. A decision looks at a bounded number of replicas, whatever their
-number; what it costs is measured in bench/router_sim.py.
+number; what it costs is measured in bench/routing/router_sim.py.
 """
 
 from __future__ import annotations

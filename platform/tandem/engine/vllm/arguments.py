@@ -140,7 +140,7 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
             chosen["worker_extension_cls"] = "tandem.engine.vllm.cpu.CpuWorkerExtension"
         if all(spec.args.get(key, 1) == 1 for key in PARALLEL_SIZES):
             # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
-            # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
+            # take turns spinning for each other: without, a small model is a tenth faster (bench/serving/serve_overhead.py).
             chosen["distributed_executor_backend"] = ONE_PROCESS
     return chosen
 
