@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from bench.harness.nodes import Node
+
 REPLICAS, GATEWAYS = 2, 2
 NODE_CPUS, REPLICA_CPUS = 2, 1.2
 """A node has room for one replica, so each of the two has one."""
 STUCK_AFTER_S = 8.0
-NODE_MARK = "TANDEM_BENCH_NODE"
 MODEL = """
 import sys, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -66,50 +67,6 @@ def listener(record: Any) -> psutil.Process | None:
             if any(c.status == psutil.CONN_LISTEN and c.laddr == where for c in process.net_connections("tcp")):
                 return process
     return None
-
-
-class Node:
-    """A second node of the cluster, on this machine."""
-
-    def __init__(self, cluster: Any, cpus: int) -> None:
-        self._cluster, self._cpus = cluster, cpus
-
-    def start(self) -> None:
-        """Join the cluster."""
-        from tandem.cluster.local import free_ports
-        from tandem.settings import child_environment
-
-        ports = free_ports(2)
-        command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self._cluster.address}", "--block",
-            "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--num-cpus={self._cpus}",
-            f"--dashboard-agent-listen-port={ports[0]}", f"--metrics-export-port={ports[1]}",
-            "--object-store-memory=100000000",
-        ]  # fmt: skip
-        subprocess.Popen(
-            command,
-            env=child_environment({**self._cluster.environment, NODE_MARK: "1", "RAY_ADDRESS": None}),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-        )
-
-    def processes(self) -> list[psutil.Process]:
-        """All that runs there."""
-        from tandem.cluster.local import marked
-
-        found = []
-        for process in marked(self._cluster.mark):
-            with contextlib.suppress(psutil.Error):
-                if NODE_MARK in process.environ():
-                    found.append(process)
-        return found
-
-    def kill(self) -> None:
-        """End all its processes at once."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
 
 
 @contextlib.contextmanager

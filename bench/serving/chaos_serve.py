@@ -34,8 +34,9 @@ from typing import Any
 import psutil
 
 from bench.harness import report
+from bench.harness.nodes import Node
 from bench.harness.report import Verdict
-from bench.serving.chaos_app import GATEWAYS, REPLICAS, Node, listener, records, serving, title
+from bench.serving.chaos_app import GATEWAYS, REPLICAS, listener, records, serving, title
 from bench.serving.chaos_clients import CLIENTS, PATIENCE_S, Asked, Clients
 
 BOOKS_S = 2.0
