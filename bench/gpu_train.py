@@ -232,7 +232,7 @@ def tandem(run: Run) -> None:
     from tandem.train.loop import LoopState, train
     from tandem.train.optimizer import build_optimizer
     from tandem.train.parallel.mesh import Degrees
-    from tandem.train.parallel.parallelize import place
+    from tandem.train.parallel.parallelize import parallelize
     from tandem.train.recompute import recompute_activations
 
     options, on_gpu = run.options, run.device.type == "cuda"
@@ -251,7 +251,7 @@ def tandem(run: Run) -> None:
         attention=options.attention or ("flex" if on_gpu and options.compile else "sdpa"),
     )
     mesh = Degrees.of(config.parallel).mesh(run.device.type, 1)
-    placed = place(recompute_activations(run.model, config.recompute), mesh, config, run.device)
+    placed = parallelize(recompute_activations(run.model, config.recompute), mesh, config, run.device)
     train(
         placed, build_optimizer(placed, config.optimizer, run.device), run, config, LoopState(),
         report=lambda step: run.note(step.loss), save=lambda state: None, device=run.device,

@@ -12,8 +12,8 @@ from resume_world import load_parity
 from resume_worlds import check, run_worlds
 
 from tandem.checkpoint import folders
+from tandem.checkpoint.chunks import ChunkedTensor
 from tandem.checkpoint.folders import SavedState
-from tandem.checkpoint.parts import Parts
 from tandem.checkpoint.sharded import Checkpoints
 from tandem.errors import StorageError
 from tandem.storage import check_writable, file_system
@@ -40,7 +40,7 @@ class Weights:
         self.w = torch.full((3000, 1000), value)
 
     def training_state(self, optimizer: Any) -> dict[str, dict[str, Any]]:
-        return {"model": {"w": Parts.of(self.w)}, "optimizer": {}}
+        return {"model": {"w": ChunkedTensor.of(self.w)}, "optimizer": {}}
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Any) -> None:
         pass
@@ -64,7 +64,7 @@ def test_checkpoints_come_back_and_old_ones_go(root: str):
         save(checkpoints, step)
     checkpoints.wait()
     assert loaded(root) == (3, 3.0, [])
-    assert folders.saved(root) == [f"{root}/step-0000000{step}" for step in (2, 3)]
+    assert folders.list_complete(root) == [f"{root}/step-0000000{step}" for step in (2, 3)]
     assert not file_system(root).exists(f"{root}/step-00000001")
 
 
@@ -112,4 +112,4 @@ def test_a_place_that_cannot_be_written_is_refused_before_work_starts(root: str)
 def test_ranks_write_their_shards_to_it_and_another_layout_goes_on(root: str, tmp_path: Path):
     way = ("llama", "fsdp2", 2, "tp2", 2)
     check(load_parity(), run_worlds(tmp_path, (way,), place=root), way)
-    assert len(folders.saved(f"{root}/llama fsdp2 2")) == 1
+    assert len(folders.list_complete(f"{root}/llama fsdp2 2")) == 1

@@ -220,7 +220,7 @@ def test_a_driver_that_is_killed_is_started_again_also_together_with_its_keeper(
     followed: list[str] = []
 
     def follow() -> None:
-        followed.extend(client.follow_on(job, submission))
+        followed.extend(client.follow_resubmitted(job, submission))
 
     follower = threading.Thread(target=follow)
     follower.start()
@@ -285,7 +285,7 @@ def test_storage_that_is_away_for_a_while_is_waited_for(
     away.rename(kept)
     found = as_undisturbed(driver, undisturbed)
     assert computed_twice(found) == 0
-    assert [p.name for p in folders.saved(kept)] == ["step-00000070", "step-00000080"]
+    assert [p.name for p in folders.list_complete(kept)] == ["step-00000070", "step-00000080"]
 
 
 @pytest.fixture
@@ -312,12 +312,12 @@ def test_a_disk_that_is_full_for_a_while_is_waited_for_and_loses_no_checkpoint(
             file.write(bytes(2**16))
     told = driver.wait_for(lambda e: e["event"] == "notice")
     assert "disk is full" in told["message"] and "is tried again" in told["message"]
-    whole = folders.saved(small_disk)
+    whole = folders.list_complete(small_disk)
     assert whole and folders.read_state(whole[-1]).step >= EVERY
     fill.unlink()
     found = as_undisturbed(driver, undisturbed)
     assert computed_twice(found) == 0
-    assert [p.name for p in folders.saved(small_disk)] == ["step-00000070", "step-00000080"]
+    assert [p.name for p in folders.list_complete(small_disk)] == ["step-00000070", "step-00000080"]
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_storage_that_stays_away_stops_the_run_and_it_does_not_begin_anew(run: C
     again = run("no-storage")
     status, left = again.end()
     assert status == 1 and "is not there, though a checkpoint of step" in left[-1]["error"]
-    assert folders.saved(driver.job / "away")
+    assert folders.list_complete(driver.job / "away")
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_save_that_was_killed_is_all_there_or_not_there(killed: Path, point: str, asynchronous: bool):
     root = killed / f"{point} {asynchronous}"
     committed = 2 if point == "it has its name" else 1
-    assert [folders.step_of(found) for found in folders.saved(root)] == list(range(1, committed + 1))
+    assert [folders.step_of(found) for found in folders.list_complete(root)] == list(range(1, committed + 1))
     checkpoints, weights = Checkpoints(root, keep=2), Weights(-1.0)
     state, said = checkpoints.load(weights, None)  # type: ignore[arg-type]
     assert state is not None and state.step == committed and not said

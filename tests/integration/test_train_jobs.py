@@ -96,7 +96,7 @@ def test_pretraining_ends_with_a_registered_model_a_curve_and_its_events(home: P
     assert sorted(losses(home, "base")) == list(range(1, 11))
     assert losses(home, "base")[10] < losses(home, "base")[1] - 0.5
     assert (job / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in folders.saved(job / "checkpoints")] == ["step-00000005", "step-00000010"]
+    assert [p.name for p in folders.list_complete(job / "checkpoints")] == ["step-00000005", "step-00000010"]
     assert not (job / ".ray").exists()
     steps = [e for e in found if e["event"] == "step"]
     assert all(0 < e["mfu"] < 2 and e["memory_bytes"] > 2**26 for e in steps)
@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(
     first.wait_for(lambda e: e["event"] == "checkpoint" and e["step"] >= 9)
     first.end_abruptly()
     root = tmp_path / "damaged"
-    before, newest = folders.saved(root)[-2:]
+    before, newest = folders.list_complete(root)[-2:]
     file = next(newest.glob("__*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

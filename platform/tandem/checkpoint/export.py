@@ -17,18 +17,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tandem.checkpoint.tensors import FILE_BYTES, Convert, Held, one_file, shared_files, table_of, write
+from tandem.checkpoint.tensors import (
+    MAX_FILE_BYTES,
+    Convert,
+    ExportTensor,
+    index_tensors,
+    single_file,
+    split_into_files,
+    write,
+)
 from tandem.errors import StorageError, TandemError
 from tandem.storage import disk_errors, publish_folder
 
 
 def export(
     model: nn.Module,
-    weights: Sequence[Held],
+    weights: Sequence[ExportTensor],
     target: Path,
     *,
     beside: Iterable[Path] = (),
-    file_bytes: int = FILE_BYTES,
+    file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the weights of a transformers or peft `model` to `target`, replacing what is there. Every rank calls it.
 
@@ -37,22 +45,22 @@ def export(
     part, or shards. Raises StorageError, on every rank, if the disk is full.
     """
     adapter = getattr(model, "peft_config", None) is not None
-    table = table_of(weights)
-    with _published_by_all(target) as staging:
+    table = index_tensors(weights)
+    with _published_by_rank0(target) as staging:
         if adapter:
             convert: Convert = _adapter_names(model)
-            files = one_file(table, convert, "adapter_model.safetensors")
+            files = single_file(table, convert, "adapter_model.safetensors")
         else:
-            shell = _shell(model)
-            convert = _original_names(shell)
-            files = shared_files(table, convert, file_bytes)
+            shell = _meta_model(model)
+            convert = _hub_names(shell)
+            files = split_into_files(table, convert, file_bytes)
         problem: str | None = None
         try:
             with disk_errors("exporting", target):
                 write(staging, files, weights, table, convert)
         except (StorageError, OSError) as error:
             problem = str(error)
-        _agree(problem)
+        _raise_on_all_ranks(problem)
         if _rank() != 0:
             return
         if adapter:
@@ -72,25 +80,25 @@ def export(
             shutil.copyfile(path, staging / path.name)
 
 
-def weights_of(model: nn.Module) -> list[Held]:
+def export_tensors(model: nn.Module) -> list[ExportTensor]:
     """The weights of a model that is whole here: of a peft model those that are trained, of any other all."""
     adapter = getattr(model, "peft_config", None) is not None
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
     return [
-        Held.of(name, tensor)
+        ExportTensor.of(name, tensor)
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in tied and (tensor.requires_grad or not adapter)
     ]
 
 
-def is_whole(target: Path) -> bool:
+def is_complete_export(target: Path) -> bool:
     """Whether `target` holds an exported model or adapter."""
     adapter = (target / "adapter_config.json").exists() and (target / "adapter_model.safetensors").exists()
     return adapter or ((target / "config.json").exists() and any(target.glob("*.safetensors")))
 
 
 @contextlib.contextmanager
-def _published_by_all(target: Path) -> Iterator[Path]:
+def _published_by_rank0(target: Path) -> Iterator[Path]:
     """A folder that all ranks write to, and rank 0 publishes when the block ends; what fails there is raised on all of them."""
     told: list[str | None] = [None, None]
     stack = contextlib.ExitStack()
@@ -109,10 +117,10 @@ def _published_by_all(target: Path) -> Iterator[Path]:
             yield Path(folder)
     except (TandemError, OSError) as error:
         problem = str(error)
-    _agree(problem)
+    _raise_on_all_ranks(problem)
 
 
-def _agree(problem: str | None) -> None:
+def _raise_on_all_ranks(problem: str | None) -> None:
     problems: list[str | None] = [problem]
     if dist.is_initialized():
         problems = [None] * dist.get_world_size()
@@ -126,7 +134,7 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _shell(model: Any) -> Any:
+def _meta_model(model: Any) -> Any:
     """An empty model of the same class, which knows what its weights are called in files; the trained one may be cut."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -136,7 +144,7 @@ def _shell(model: Any) -> Any:
         return type(model)(config)
 
 
-def _original_names(shell: Any) -> Convert:
+def _hub_names(shell: Any) -> Convert:
     from transformers.core_model_loading import revert_weight_conversion
 
     # transformers stacks a mixture's experts when it loads them; files, and vLLM, have each by itself.

@@ -22,7 +22,7 @@ from tandem.checkpoint.folders import FileRecord, SavedState
 from tandem.storage import Location, base_name, file_system, join
 
 
-class Files(FileSystemBase):
+class CheckpointFileSystem(FileSystemBase):
     """The files of one folder, on a disk or in an fsspec store."""
 
     def __init__(self, folder: Location) -> None:
@@ -38,7 +38,7 @@ class Files(FileSystemBase):
             if "r" in mode:
                 yield stream
                 return
-            digested = _Digested(stream)
+            digested = _DigestingStream(stream)
             yield digested
             self.written[base_name(path)] = digested.record()
 
@@ -73,7 +73,7 @@ class Files(FileSystemBase):
         self._store.rm_file(str(path))
 
 
-class Writer(FileSystemWriter):
+class CheckpointWriter(FileSystemWriter):
     """Writes one checkpoint, and commits it when all ranks have written. All of it may run in the background."""
 
     def __init__(
@@ -81,13 +81,13 @@ class Writer(FileSystemWriter):
         root: Location,
         state: SavedState,
         prune: Callable[[], None],
-        committed: Callable[[Location], None] = lambda checkpoint: None,
+        on_commit: Callable[[Location], None] = lambda checkpoint: None,
     ) -> None:
-        """`committed`, with the checkpoint's folder, and then `prune` run on rank 0 after the commit."""
+        """`on_commit`, with the checkpoint's folder, and then `prune` run on rank 0 after the commit."""
         # What a store takes it keeps.
         super().__init__("unused", sync_files=isinstance(root, Path))
-        self._root, self._state, self._prune, self._committed = root, state, prune, committed
-        self._files = Files(root)
+        self._root, self._state, self._prune, self._on_commit = root, state, prune, on_commit
+        self._files = CheckpointFileSystem(root)
         self.fs: Any = self._files
         self.path: Any = folders.staging_folder(root, state.step)
 
@@ -97,7 +97,7 @@ class Writer(FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """See torch's: rank 0 alone is asked, before any rank writes."""
-        folders.prepare(self._root, self._state.step)
+        folders.open_staging(self._root, self._state.step)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -116,22 +116,22 @@ class Writer(FileSystemWriter):
         every = [result for rank in results for result in rank]
         records = {r.index.fqn: r.storage_data for r in every if isinstance(r.storage_data, FileRecord)}
         super().finish(metadata, [[r for r in every if not isinstance(r.storage_data, FileRecord)]])
-        self._committed(folders.publish(self._root, self._state, records | self._files.written))
+        self._on_commit(folders.commit(self._root, self._state, records | self._files.written))
         # What is left over is no reason to end a run; a store's client has errors of its own.
         with contextlib.suppress(Exception):
             self._prune()
 
 
-class Reader(FileSystemReader):
+class CheckpointReader(FileSystemReader):
     """Reads a checkpoint."""
 
     def __init__(self, checkpoint: Location) -> None:
         super().__init__("unused")
-        self.fs: Any = Files(checkpoint)
+        self.fs: Any = CheckpointFileSystem(checkpoint)
         self.path: Any = checkpoint
 
 
-class _Digested:
+class _DigestingStream:
     """A stream that digests what is written to it."""
 
     def __init__(self, stream: Any) -> None:

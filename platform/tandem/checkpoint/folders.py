@@ -63,7 +63,7 @@ class FileRecord:
     """BLAKE2b, 32 bytes, in hexadecimal."""
 
 
-def root_of(config: CheckpointConfig, job: Path) -> Location:
+def checkpoints_root(config: CheckpointConfig, job: Path) -> Location:
     """Where a job's checkpoints lie."""
     return job / "checkpoints" if config.path is None else join(located(config.path), job.name)
 
@@ -83,7 +83,7 @@ def step_of(checkpoint: Location) -> int:
     return int(base_name(checkpoint).removeprefix("step-"))
 
 
-def saved(root: Location) -> list[Any]:
+def list_complete(root: Location) -> list[Any]:
     """The whole checkpoints below `root`, oldest first: paths of a path, URIs of a URI."""
     files = file_system(root)
     return [found for found in _folders(root) if files.exists(str(join(found, MANIFEST_NAME)))]
@@ -91,10 +91,10 @@ def saved(root: Location) -> list[Any]:
 
 def latest(root: Location) -> Any:
     """The newest whole checkpoint, or None."""
-    return next(reversed(saved(root)), None)
+    return next(reversed(list_complete(root)), None)
 
 
-def prepare(root: Location, step: int) -> Location:
+def open_staging(root: Location, step: int) -> Location:
     """An empty folder to write the checkpoint of `step` into; what dead runs left half-written goes away."""
     files, staging = file_system(root), staging_folder(root, step)
     with _errors(root):
@@ -109,7 +109,7 @@ def prepare(root: Location, step: int) -> Location:
     return staging
 
 
-def publish(root: Location, state: SavedState, files: Mapping[str, FileRecord]) -> Location:
+def commit(root: Location, state: SavedState, files: Mapping[str, FileRecord]) -> Location:
     """Commit what was written for `state.step`, of which `files` are the records. From here on it is whole."""
     store, staging, final = file_system(root), staging_folder(root, state.step), step_folder(root, state.step)
     plain = json.dumps(asdict(state)).encode()
@@ -133,17 +133,17 @@ def publish(root: Location, state: SavedState, files: Mapping[str, FileRecord]) 
 
 def prune(root: Location, keep: int, best: str | None = None) -> None:
     """Remove all whole checkpoints but the newest `keep` and the one that is best by the metric `best`, and older remains."""
-    whole = saved(root)
+    whole = list_complete(root)
     kept = whole[-keep:]
     if best is not None:
-        kept += [found for found in [best_of(whole, best)] if found is not None]
+        kept += [found for found in [best_checkpoint(whole, best)] if found is not None]
     files = file_system(root)
     for folder in _folders(root):
         if folder not in kept and kept and step_of(folder) < step_of(whole[-1]):
             _remove(files, folder)
 
 
-def best_of(checkpoints: Iterable[Location], metric: str) -> Location | None:
+def best_checkpoint(checkpoints: Iterable[Location], metric: str) -> Location | None:
     """The checkpoint with the best value of a metric, of several the newest; None if none has one."""
     sign = -1 if metric.endswith(HIGHER_IS_BETTER) else 1
     measured: list[tuple[float, int, Location]] = []
@@ -166,7 +166,7 @@ def read_state(checkpoint: Location) -> SavedState:
         ) from error
 
 
-def damage(checkpoint: Location, share: int = 0, shares: int = 1) -> list[str]:
+def find_damage(checkpoint: Location, share: int = 0, shares: int = 1) -> list[str]:
     """What is wrong with the files of a whole checkpoint, each named; of `shares` equal parts of them, part `share`.
 
     Files are read through: every byte counts. What the client of a store raises while it does not answer is raised on.
@@ -202,14 +202,14 @@ def damage(checkpoint: Location, share: int = 0, shares: int = 1) -> list[str]:
     return found
 
 
-def unfinished(root: Location) -> list[Any]:
+def list_incomplete(root: Location) -> list[Any]:
     """Folders with a checkpoint's name that have no manifest, of a damaged one or a whole one, oldest first."""
     files = file_system(root)
     names = (MANIFEST_NAME, DAMAGED_NAME)
     return [found for found in _folders(root) if not any(files.exists(str(join(found, name))) for name in names)]
 
 
-def set_aside(checkpoint: Location) -> None:
+def quarantine(checkpoint: Location) -> None:
     """Take a damaged checkpoint out of those that are whole; its files stay until a later save removes them."""
     files, manifest = file_system(checkpoint), str(join(checkpoint, MANIFEST_NAME))
     with _errors(checkpoint):

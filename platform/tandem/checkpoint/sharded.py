@@ -23,16 +23,16 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.checkpoint.stateful import Stateful
 
 from tandem.checkpoint import folders
-from tandem.checkpoint.files import Reader, Writer
+from tandem.checkpoint.chunks import ChunkedTensor
+from tandem.checkpoint.files import CheckpointReader, CheckpointWriter
 from tandem.checkpoint.folders import SavedState
-from tandem.checkpoint.parts import Parts
 from tandem.errors import CheckpointError, StorageError, TandemError
 from tandem.storage import Location, disk_errors, free_bytes
 
 _NOTHING: Mapping[str, Stateful] = {}
 
 
-class Trained(Protocol):
+class TrainableModel(Protocol):
     """A model that is trained, as one rank holds it."""
 
     def training_state(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -55,26 +55,26 @@ class Checkpoints:
         """`keep`: newest ones that stay; `best`: a metric by which the best one stays, too."""
         self.root, self._keep, self._best = root, keep, best
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._stager = _Stager() if asynchronous else None
+        self._stager = _PinnedStager() if asynchronous else None
         self._running: Future[Any] | None = None
 
     def save(
         self,
-        model: Trained,
+        model: TrainableModel,
         optimizer: torch.optim.Optimizer,
         state: SavedState,
         *,
         extra: Mapping[str, Stateful] = _NOTHING,
-        committed: Callable[[Location], None] = lambda checkpoint: None,
+        on_commit: Callable[[Location], None] = lambda checkpoint: None,
     ) -> None:
         """Begin to write a checkpoint; the one before is whole by then. Not in the background, it is whole on return.
 
-        `extra`: what else has a state, by name, such as an average of the weights. `committed` is called on rank 0, with the
+        `extra`: what else has a state, by name, such as an average of the weights. `on_commit` is called on rank 0, with the
         folder, when it is whole: by whatever writes it, before `wait` returns. Raises StorageError, on every rank, if this
         checkpoint or the one before could not be written; those that were whole stay so.
         """
         self.wait()
-        writer = Writer(self.root, state, lambda: folders.prune(self.root, self._keep, self._best), committed)
+        writer = CheckpointWriter(self.root, state, lambda: folders.prune(self.root, self._keep, self._best), on_commit)
         content = _content(model, optimizer, extra)
         options: dict[str, Any] = {
             "storage_writer": writer, "process_group": self._group, "no_dist": self._group is None,
@@ -92,7 +92,7 @@ class Checkpoints:
             _write(self.root, running.result)
 
     def load(
-        self, model: Trained, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
+        self, model: TrainableModel, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
     ) -> tuple[SavedState | None, list[str]]:
         """Go on from the newest checkpoint that is as it was written, however the model is sharded now.
 
@@ -100,8 +100,8 @@ class Checkpoints:
         aside. Raises CheckpointError if it is of another model.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if self._group is not None else (0, 1)
-        whole, told = self._agreed(
-            lambda: (folders.saved(self.root), folders.unfinished(self.root)) if rank == 0 else None
+        whole, told = self._gather_from_ranks(
+            lambda: (folders.list_complete(self.root), folders.list_incomplete(self.root)) if rank == 0 else None
         )[0]
         newest = folders.step_of(whole[-1]) if whole else -1
         said = [
@@ -110,16 +110,16 @@ class Checkpoints:
             if folders.step_of(checkpoint) > newest
         ]
         for place, checkpoint in reversed(list(enumerate(whole))):
-            parts = self._agreed(lambda at=checkpoint: folders.damage(at, rank, world))
+            parts = self._gather_from_ranks(lambda at=checkpoint: folders.find_damage(at, rank, world))
             if damage := [found for part in parts for found in part]:
                 before = f"step {folders.step_of(whole[place - 1])}" if place else "the start: there is none before"
                 said.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run goes on from {before}.")
-                self._agreed(lambda at=checkpoint: folders.set_aside(at) if rank == 0 else None)
+                self._gather_from_ranks(lambda at=checkpoint: folders.quarantine(at) if rank == 0 else None)
                 continue
             return load(checkpoint, model, optimizer, extra=extra, group=self._group), said
         return None, said
 
-    def _agreed(self, ask: Any) -> list[Any]:
+    def _gather_from_ranks(self, ask: Any) -> list[Any]:
         """What `ask` gives on each rank; a rank's problem is raised on all of them, so that none waits for one that is gone."""
         mine: tuple[Any, str | None]
         try:
@@ -141,7 +141,7 @@ class Checkpoints:
 
 def save(
     root: Location,
-    model: Trained,
+    model: TrainableModel,
     optimizer: torch.optim.Optimizer,
     state: SavedState,
     *,
@@ -149,7 +149,7 @@ def save(
     extra: Mapping[str, Stateful] = _NOTHING,
 ) -> Location:
     """Write one checkpoint below `root` and return its folder, when it is whole. See `Checkpoints.save`."""
-    writer = Writer(root, state, lambda: folders.prune(root, keep))
+    writer = CheckpointWriter(root, state, lambda: folders.prune(root, keep))
     content = _content(model, optimizer, extra)
     _write(root, lambda: save_state(content, storage_writer=writer, no_dist=not dist.is_initialized()))
     return folders.step_folder(root, state.step)
@@ -157,7 +157,7 @@ def save(
 
 def load(
     checkpoint: Location,
-    model: Trained,
+    model: TrainableModel,
     optimizer: torch.optim.Optimizer,
     *,
     extra: Mapping[str, Stateful] = _NOTHING,
@@ -172,7 +172,9 @@ def load(
     if (dist.get_rank() if dist.is_initialized() else 0) >= state.world:
         del content["random"]  # a rank that was not there has no random state to go on with
     try:
-        load_state(content, storage_reader=Reader(checkpoint), process_group=group, no_dist=not dist.is_initialized())
+        load_state(
+            content, storage_reader=CheckpointReader(checkpoint), process_group=group, no_dist=not dist.is_initialized()
+        )
         model.set_training_state(content, optimizer)
         for name, thing in extra.items():
             thing.load_state_dict(content[name])
@@ -186,7 +188,7 @@ def load(
     return state
 
 
-def _content(model: Trained, optimizer: torch.optim.Optimizer, extra: Mapping[str, Stateful]) -> dict[str, Any]:
+def _content(model: TrainableModel, optimizer: torch.optim.Optimizer, extra: Mapping[str, Stateful]) -> dict[str, Any]:
     random = {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()}
     others = {name: thing.state_dict() for name, thing in extra.items()}
     return {**model.training_state(optimizer), "random": random, **others}
@@ -200,7 +202,7 @@ def _write(root: Location, result: Callable[[], Any]) -> None:
         raise StorageError(_explain(error, root)) from error
 
 
-class _Stager(AsyncStager):
+class _PinnedStager(AsyncStager):
     """Copies what is saved into the CPU's memory, always the same memory: to find it anew takes as long as the copy."""
 
     _synchronize_after_execute = False
@@ -224,9 +226,9 @@ class _Stager(AsyncStager):
         self._held.clear()
 
     def _copy(self, value: Any, key: tuple[Any, ...]) -> Any:
-        if isinstance(value, Parts):
-            copies = [(tuple(at), self._box(held, (*key, at))) for at, held in value.boxes.items()]
-            return Parts(torch.empty((), dtype=value.dtype), value.shape, copies)
+        if isinstance(value, ChunkedTensor):
+            copies = [(tuple(at), self._box(held, (*key, at))) for at, held in value.chunks.items()]
+            return ChunkedTensor(torch.empty((), dtype=value.dtype), value.shape, copies)
         if isinstance(value, Tensor):
             return self._box(value, key)
         if isinstance(value, dict):

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FILE_BYTES = 4 * 2**30
+MAX_FILE_BYTES = 4 * 2**30
 """Of the tensors in one file, unless a single one is larger."""
-NAMES = {
+SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -29,7 +29,7 @@ Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class ExportTensor:
     """A tensor that this rank has, or has a part of."""
 
     name: str
@@ -39,13 +39,13 @@ class Held:
     """Makes it whole. All ranks that have the name call it, in the same order of names."""
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Held:
+    def of(cls, name: str, tensor: Tensor) -> ExportTensor:
         """A tensor that is whole here."""
         return cls(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, whole=tensor.detach)
 
 
 @dataclass(frozen=True)
-class Table:
+class TensorIndex:
     """What all ranks hold between them."""
 
     empty: dict[str, Tensor]
@@ -54,7 +54,7 @@ class Table:
 
 
 @dataclass(kw_only=True)
-class File:
+class OutputFile:
     """A file that one rank writes."""
 
     owner: int
@@ -70,14 +70,14 @@ class File:
         return sum(map(size_of, self.tensors.values()))
 
 
-def table_of(held: Iterable[Held]) -> Table:
+def index_tensors(held: Iterable[ExportTensor]) -> TensorIndex:
     """What all ranks hold. Every rank calls it."""
     mine = [(h.name, h.shape, h.dtype) for h in held]
     every: list[Any] = [mine]
     if dist.is_initialized():
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, mine)
-    table = Table({}, {})
+    table = TensorIndex({}, {})
     for rank, told in enumerate(every):
         for name, shape, dtype in told:
             table.empty.setdefault(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -85,18 +85,18 @@ def table_of(held: Iterable[Held]) -> Table:
     return table
 
 
-def one_file(table: Table, convert: Convert, name: str) -> list[File]:
+def single_file(table: TensorIndex, convert: Convert, name: str) -> list[OutputFile]:
     """All tensors in one file, which rank 0 writes."""
-    file = File(owner=0, name=name)
+    file = OutputFile(owner=0, name=name)
     for source, empty in table.empty.items():
         file.sources.append(source)
         file.tensors |= convert({source: empty})
     return [file]
 
 
-def shared_files(table: Table, convert: Convert, file_bytes: int) -> list[File]:
+def split_into_files(table: TensorIndex, convert: Convert, file_bytes: int) -> list[OutputFile]:
     """The tensors in files of at most `file_bytes`, each for a rank that has what is in it; named as Hugging Face does."""
-    files: list[File] = []
+    files: list[OutputFile] = []
     given: dict[int, int] = {}
     for source, empty in table.empty.items():
         made = convert({source: empty})
@@ -105,7 +105,7 @@ def shared_files(table: Table, convert: Convert, file_bytes: int) -> list[File]:
         if not files or files[-1].bytes + more > file_bytes:
             owner = min(holders, key=lambda rank: (given.get(rank, 0), rank))
             given[owner] = given.get(owner, 0) + 1
-            files.append(File(owner=owner))
+            files.append(OutputFile(owner=owner))
         files[-1].sources.append(source)
         files[-1].tensors |= made
     for number, file in enumerate(files, 1):
@@ -113,7 +113,9 @@ def shared_files(table: Table, convert: Convert, file_bytes: int) -> list[File]:
     return files
 
 
-def write(folder: Path, files: Sequence[File], held: Iterable[Held], table: Table, convert: Convert) -> None:
+def write(
+    folder: Path, files: Sequence[OutputFile], held: Iterable[ExportTensor], table: TensorIndex, convert: Convert
+) -> None:
     """Write this rank's files. Every rank calls it; where it fails, on a full disk, the others still get what they wait for."""
     owner = {source: file for file in files for source in file.sources}
     problem: Exception | None = None
@@ -141,7 +143,9 @@ def write(folder: Path, files: Sequence[File], held: Iterable[Held], table: Tabl
         raise problem
 
 
-def stream(held: Iterable[Held], table: Table, owners: Mapping[str, int] | int) -> Iterator[tuple[str, Tensor | None]]:
+def stream(
+    held: Iterable[ExportTensor], table: TensorIndex, owners: Mapping[str, int] | int
+) -> Iterator[tuple[str, Tensor | None]]:
     """Each tensor in turn, whole and on the CPU, on the rank that owns it, and None on the others. Every rank goes through it."""
     mine = {h.name: h for h in held}
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -159,9 +163,9 @@ def stream(held: Iterable[Held], table: Table, owners: Mapping[str, int] | int) 
         yield name, whole.detach().cpu() if rank == owner and whole is not None else None
 
 
-def gathered(held: Sequence[Held]) -> dict[str, Tensor]:
+def gather_on_rank0(held: Sequence[ExportTensor]) -> dict[str, Tensor]:
     """All tensors on rank 0, nothing on the others: for models that fit there."""
-    return {name: tensor for name, tensor in stream(held, table_of(held), 0) if tensor is not None}
+    return {name: tensor for name, tensor in stream(held, index_tensors(held), 0) if tensor is not None}
 
 
 def header(tensors: Mapping[str, Tensor]) -> bytes:
@@ -170,7 +174,11 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
     at = 0
     for name, tensor in tensors.items():
         end = at + size_of(tensor)
-        places[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        places[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(places, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

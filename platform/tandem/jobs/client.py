@@ -31,10 +31,10 @@ _STATES = {
 }
 
 
-STOP_SPARE_S = 10
+STOP_MARGIN_S = 10
 """Seconds for all that a stopped job does beside saving."""
 
-RESUBMITTED = 3
+MAX_RESUBMISSIONS = 3
 """Times that whoever follows a job submits it again after its driver was lost."""
 
 
@@ -61,7 +61,7 @@ class JobClient:
             "TANDEM_HOME": str(settings().root),
             "PYTHONUNBUFFERED": "1",
             # Ray kills what it has stopped after so many seconds; a job needs some to save what it has.
-            "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.leave_s) + STOP_SPARE_S),
+            "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.leave_s) + STOP_MARGIN_S),
         }
         if url := settings().database_url:
             variables["TANDEM_DATABASE_URL"] = url
@@ -119,11 +119,11 @@ class JobClient:
                 return
             time.sleep(poll_s)
 
-    def follow_on(self, job: RunFolder, submission: str) -> Iterator[str]:
+    def follow_resubmitted(self, job: RunFolder, submission: str) -> Iterator[str]:
         """`follow`, and if the driver is lost, together with what keeps it going, submit the job again and follow that."""
-        for again in range(RESUBMITTED + 1):
+        for again in range(MAX_RESUBMISSIONS + 1):
             yield from self.follow(submission)
-            if again == RESUBMITTED or not self.lost(job, submission):
+            if again == MAX_RESUBMISSIONS or not self.lost(job, submission):
                 return
             submission = self.submit(job)
 

@@ -172,14 +172,14 @@ class JobFolder(RunFolder):
             model=end.get("model") if end and state is JobState.FINISHED else None,
             error=end.get("error") if end and state is JobState.FAILED else None,
             submitted_at=sent_at,
-            **health_of(known),
+            **summarize_health(known),
         )
 
 
 WARNINGS_SHOWN = 5
 
 
-def health_of(known: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_health(known: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What a job's events tell of how it fares: the later fields of a `JobSummary`."""
     found: dict[str, Any] = {"workers": None, "layout": None, "checkpoint": None, "checkpoint_at": None}
     faults: Counter[str] = Counter()

@@ -27,11 +27,11 @@ from tandem.errors import ClusterError, ConfigError
 from tandem.ids import job_id
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, RunFolder
-from tandem.jobs.prepare import HOW_READ, NOT_CONTENT, prepare
+from tandem.jobs.prepare import NON_CONTENT_KEYS, READER_KEYS, prepare
 from tandem.settings import settings
 from tandem.storage import write_atomic
 
-WATCHING_CPUS = 0.001
+TRIAL_ACTOR_CPUS = 0.001
 """CPUs that Ray reserves for the actor that watches a trial."""
 
 
@@ -85,8 +85,8 @@ def prepare_sweep(values: Mapping[str, Any], trials: Sequence[Trial], *, metric:
         raise ConfigError(f"--parallel is {parallel}; it must be at least 1.")
     configs = [trial_config(values, trial) for trial in trials]
     keys = {key for trial in trials for key in trial}
-    compared = tuple(sorted({key.split(".")[0] for key in keys} & {*NOT_CONTENT}))
-    if keys & {f"data.{key}" for key in HOW_READ}:
+    compared = tuple(sorted({key.split(".")[0] for key in keys} & {*NON_CONTENT_KEYS}))
+    if keys & {f"data.{key}" for key in READER_KEYS}:
         compared = (*compared, "data")
     jobs: dict[str, Trial] = {}
     for trial, config in zip(trials, configs, strict=True):
@@ -121,7 +121,7 @@ def trials_at_once(configs: Sequence[TrainConfig], total: Mapping[str, float], p
     for name in ("CPU", "GPU"):
         need = max(
             c.parallel.workers * (c.parallel.cpus_per_worker if name == "CPU" else c.parallel.gpus_per_worker)
-            + (c.data.readers + WATCHING_CPUS if name == "CPU" else 0.0)
+            + (c.data.readers + TRIAL_ACTOR_CPUS if name == "CPU" else 0.0)
             for c in configs
         )
         there = total.get(name, 0.0)

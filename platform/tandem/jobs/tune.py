@@ -26,7 +26,7 @@ from tandem.errors import ClusterError, JobError, TandemError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.prepare import prepare
-from tandem.jobs.sweep import WATCHING_CPUS, SweepFolder, SweepPlan, stop_trials, trials_at_once
+from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, stop_trials, trials_at_once
 from tandem.observability import events
 from tandem.observability.journal import Journal
 from tandem.settings import export as export_variables
@@ -68,7 +68,7 @@ def run_sweep(sweep: SweepFolder, journal: Journal) -> None:
     storage = sweep.path / ".ray"
     tuner = tune.Tuner(
         # The job's workers ask for what they need themselves; but Tune takes no trial that needs nothing.
-        tune.with_resources(run_trial, {"CPU": WATCHING_CPUS}),
+        tune.with_resources(run_trial, {"CPU": TRIAL_ACTOR_CPUS}),
         param_space={
             "trial": tune.grid_search(list(range(len(jobs)))),
             "jobs": [str(job.path) for job in jobs],
@@ -76,7 +76,7 @@ def run_sweep(sweep: SweepFolder, journal: Journal) -> None:
         },
         tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
         run_config=tune.RunConfig(
-            name=sweep.id, storage_path=str(storage), verbose=0, callbacks=[Teller(journal.path, jobs, plan)]
+            name=sweep.id, storage_path=str(storage), verbose=0, callbacks=[JournalCallback(journal.path, jobs, plan)]
         ),
     )
     try:
@@ -90,7 +90,11 @@ def run_sweep(sweep: SweepFolder, journal: Journal) -> None:
         failed = [job for job in jobs if not job.finished()]
         raise JobError(
             f"None of the {len(jobs)} trials has a {plan.metric} to compare. "
-            + (f"{len(failed)} failed, the last: {why_failed(failed[-1])}" if failed else "Choose another --metric.")
+            + (
+                f"{len(failed)} failed, the last: {failure_reason(failed[-1])}"
+                if failed
+                else "Choose another --metric."
+            )
         )
     model = register(plan, jobs[best]) if plan.register else None
     journal.write(
@@ -122,7 +126,7 @@ def best_of(metric: str, scores: list[float | None]) -> int | None:
     return best
 
 
-def why_failed(job: JobFolder) -> str:
+def failure_reason(job: JobFolder) -> str:
     """What a failed job said, or where to look if it could not say anything."""
     end = job.last("failed", "started")
     return str(end["error"]) if end and "error" in end else f"`tandem train logs {job.id}` tells why."
@@ -147,7 +151,7 @@ def run_trial(wanted: Mapping[str, Any]) -> None:
         client = JobClient(Cluster(**wanted["cluster"]))
         submission = client.submit(job)
         reported = -REPORT_EVERY_S
-        for line in client.follow_on(job, submission):
+        for line in client.follow_resubmitted(job, submission):
             event = events.decode(line)
             if event is None:
                 continue
@@ -168,7 +172,7 @@ def reportable(told: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "time"}
 
 
-class Teller(tune.Callback):
+class JournalCallback(tune.Callback):
     """Writes Tune's news into the sweep's journal, in the driver."""
 
     def __init__(self, journal: Path, jobs: list[JobFolder], plan: SweepPlan) -> None:
@@ -191,7 +195,7 @@ class Teller(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has failed; the others go on."""
-        reason = why_failed(self._jobs[int(trial.config["trial"])])
+        reason = failure_reason(self._jobs[int(trial.config["trial"])])
         self._tell(trial, JobState.FAILED, trial.last_result or {}, error=reason)
 
     def _tell(self, trial: Any, state: JobState, result: Mapping[str, Any], **more: str) -> None:

@@ -12,7 +12,7 @@ from tandem.errors import JobError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOut:
+class SkippedStep:
     """A step that was not taken."""
 
     step: int
@@ -23,7 +23,7 @@ class LeftOut:
     """Of these, the ones that a rank saw whose own loss was not finite; none if only gradients were not."""
     in_a_row: int
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """In words."""
         where = f"rows {self.first} to {self.first + self.rows - 1}"
         if self.suspects and len(self.suspects) < self.rows:
@@ -31,19 +31,19 @@ class LeftOut:
         return f"step {self.step} ({where})"
 
 
-class NonFinite:
+class NonFiniteGuard:
     """Counts steps that were left out, and ends the run after `limit` in a row."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._found = limit, list[LeftOut]()
+        self._limit, self._found = limit, list[SkippedStep]()
 
-    def taken(self) -> None:
+    def record_taken(self) -> None:
         """A step was good."""
         self._found.clear()
 
-    def left_out(self, step: int, first: int, rows: int, suspects: Sequence[int]) -> LeftOut:
+    def record_skipped(self, step: int, first: int, rows: int, suspects: Sequence[int]) -> SkippedStep:
         """A step was not; returns what is to be told of it."""
-        found = LeftOut(
+        found = SkippedStep(
             step=step, first=first, rows=rows, suspects=tuple(sorted(suspects)), in_a_row=len(self._found) + 1
         )
         self._found.append(found)
@@ -53,7 +53,7 @@ class NonFinite:
         """JobError if there were too many."""
         if len(self._found) < self._limit:
             return
-        told = [found.told() for found in self._found]
+        told = [found.describe() for found in self._found]
         listed = "; ".join(told if len(told) <= 4 else [*told[:2], "...", *told[-1:]])
         raise JobError(
             f"Loss or gradients were not finite in {len(told)} steps in a row, which were left out: {listed}. Lower "
@@ -62,14 +62,14 @@ class NonFinite:
         )
 
 
-class Spikes:
+class SpikeDetector:
     """Finds losses that jump."""
 
     def __init__(self, config: SpikeConfig) -> None:
         self._config = config
         self._before: deque[float] = deque(maxlen=config.window)
 
-    def jumped(self, loss: float) -> float | None:
+    def median_exceeded_by(self, loss: float) -> float | None:
         """The median that this loss is too far above; None if it is not, and then it is among those that the next is held to."""
         if len(self._before) == self._config.window:
             middle = statistics.median(self._before)
@@ -79,7 +79,7 @@ class Spikes:
         return None
 
 
-class Spiked(Exception):
+class LossSpike(Exception):
     """The loss has jumped, and the run is to go back."""
 
     def __init__(self, *, step: int, rows: int, loss: float, median: float) -> None:

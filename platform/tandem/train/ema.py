@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tandem.train.model import reshard, unwrapped
-from tandem.train.parallel.canonical import canonical, settle
+from tandem.train.parallel.canonical import canonical, sync_tied
 
 
 class Ema:
@@ -56,11 +56,11 @@ class Ema:
         """Go on from a state of the same parameters, such as what was loaded into a `state_dict`."""
         self._updates = int(state["updates"])
         for name, mine in canonical(self._model, self._average).items():
-            for at, held in mine.boxes.items():
-                loaded = state["average"][name].boxes[at]
+            for at, held in mine.chunks.items():
+                loaded = state["average"][name].chunks[at]
                 if loaded.data_ptr() != held.data_ptr():
                     held.copy_(loaded)
-        settle(self._model, self._average)
+        sync_tied(self._model, self._average)
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:

@@ -21,15 +21,15 @@ ATTENTION = "tandem_flex"
 """Name of the attention function in transformers' table."""
 
 
-def attend_in_blocks(model: Any) -> None:
-    """Make a transformers model attend by FlexAttention; its masks are then those of `document_blocks`."""
+def use_flex_attention(model: Any) -> None:
+    """Make a transformers model attend by FlexAttention; its masks are then those of `document_block_mask`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = _attend
     model.config._attn_implementation = ATTENTION
 
 
-def document_blocks(positions_BT: Tensor, share: Share) -> Any:
+def document_block_mask(positions_BT: Tensor, share: Share) -> Any:
     """Who may look at whom, as `tandem.train.stage.document_mask` has it, in a BlockMask; sequences are whole."""
     documents = (positions_BT == 0).cumsum(1)
 

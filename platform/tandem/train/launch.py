@@ -22,8 +22,8 @@ import ray
 import ray.exceptions
 
 from tandem.checkpoint import folders
-from tandem.checkpoint.export import is_whole
-from tandem.config import TrainConfig, check_elastic, load_yaml, sized, sizes, to_dict
+from tandem.checkpoint.export import is_complete_export
+from tandem.config import TrainConfig, check_elastic, load_yaml, to_dict, with_workers, worker_counts
 from tandem.config.training.layout import ModelShape, check_layout
 from tandem.data.heldout import hold_out_of_each, rows_of_each
 from tandem.data.index import TOKENIZER_NAME, Part, check_tokenizers, find_dataset, find_parts, parts_digest
@@ -39,42 +39,42 @@ from tandem.settings import export as export_variables
 from tandem.settings import settings
 from tandem.storage import check_writable, disk_errors
 from tandem.train.parallel.deepspeed import check_deepspeed
-from tandem.train.persistence import wait_for_storage
 from tandem.train.reporting.metrics import metrics_of
 from tandem.train.reporting.plot import plot_run
+from tandem.train.storage_retry import wait_for_storage
 from tandem.train.supervision.attempts import WORKER_ENVIRONMENT, run_workers
-from tandem.train.supervision.history import Asked
-from tandem.train.supervision.supervisor import KEPT
+from tandem.train.supervision.history import StopRequest
+from tandem.train.supervision.supervisor import SUPERVISED_FLAG
 from tandem.train.worker import WorkerTask
 
 
 def main(arguments: list[str]) -> int:
     """Run the job in the folder named by the first argument; returns the exit status.
 
-    A second one, `--kept`, says that standard input ends with the process that keeps this one going.
+    A second one, `--supervised`, says that standard input ends with the supervisor.
     """
-    if len(arguments) not in (1, 2) or arguments[1:] not in ([], [KEPT]):
+    if len(arguments) not in (1, 2) or arguments[1:] not in ([], [SUPERVISED_FLAG]):
         print("usage: python -m tandem.train.launch JOB_DIR", file=sys.stderr)
         return 2
     job = Path(arguments[0]).expanduser().resolve()
     journal = Journal(job / "events.jsonl")
-    asked = Asked()
+    stop_request = StopRequest()
 
     def stop(*_: object) -> None:
         # Workers first save what they have; without any the job unwinds at once, so that Ray ends with it.
-        asked.set()
-        if asked.overdue or not asked.training:
+        stop_request.set()
+        if stop_request.overdue or not stop_request.training:
             sys.exit(JobStopped.exit_code)
 
     signal.signal(signal.SIGTERM, stop)
     if arguments[1:]:
-        threading.Thread(target=_leave_with_the_keeper, name="keeper", daemon=True).start()
+        threading.Thread(target=_stop_with_supervisor, name="supervisor", daemon=True).start()
     try:
-        with only_driver(job, journal):
-            run_job(job, journal, asked)
+        with driver_lock(job, journal):
+            run_job(job, journal, stop_request)
         return 0
     except SystemExit:
-        if not asked:
+        if not stop_request:
             raise
         journal.write({"event": "stopped", "reason": "The job was told to stop. It goes on with the same command."})
         # Where Ray waits, it makes another status of ours.
@@ -89,8 +89,8 @@ def main(arguments: list[str]) -> int:
         return _failed(journal, f"{type(error).__name__}: {error}", 1)
 
 
-def _leave_with_the_keeper() -> None:
-    # Nothing is ever written there: it ends when the keeper does.
+def _stop_with_supervisor() -> None:
+    # Nothing is ever written there: it ends when the supervisor does.
     with contextlib.suppress(OSError):
         while os.read(0, 1024):
             pass
@@ -98,8 +98,8 @@ def _leave_with_the_keeper() -> None:
 
 
 @contextlib.contextmanager
-def only_driver(job: Path, journal: Journal) -> Iterator[None]:
-    """For the length of a block no other process drives the job; waits for one that does, such as one whose keeper was killed."""
+def driver_lock(job: Path, journal: Journal) -> Iterator[None]:
+    """Exclusive lock on driving the job; waits for another driver to end, such as one whose supervisor was killed."""
     with disk_errors("starting the job", job):
         file = (job / ".driver").open("w")
     with file:
@@ -116,13 +116,13 @@ def only_driver(job: Path, journal: Journal) -> Iterator[None]:
         yield
 
 
-def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
-    """Do all that is left of a job. Raises a TandemError that says what to change, JobStopped once it was `asked` to stop."""
+def run_job(job: Path, journal: Journal, stop_request: StopRequest | None = None) -> None:
+    """Do all that is left of a job. Raises a TandemError that says what to change, JobStopped once `stop_request` is set."""
     began = time.monotonic()
     config = load_yaml(TrainConfig, job / "config.yaml")
     before = journal.read()
     done = next((e for e in reversed(before) if e["event"] in ("finished", "started", "failed")), None)
-    if done and done["event"] == "finished" and is_whole(job / "export"):
+    if done and done["event"] == "finished" and is_complete_export(job / "export"):
         if config.register and not done.get("model"):
             # A trial of a sweep that is wanted after all.
             done |= _register(config, job, _base(config), parts_digest(find_parts(config.data)), done)
@@ -134,16 +134,16 @@ def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
         config.check_kind(part.index.kind, str(part.folder))
     base = _base(config)
     check_elastic(config)
-    for size in sizes(config):
-        check_layout(base.shape() if base else ModelShape.of(config.model), sized(config, size))
+    for size in worker_counts(config):
+        check_layout(base.shape() if base else ModelShape.of(config.model), with_workers(config, size))
     trained: tuple[Part, ...] = parts
     held: tuple[Part, ...] = ()
     if config.evaluation is not None and config.evaluation.share:
         trained, held = hold_out_of_each(parts, config.evaluation.share)
     tokenizer = _tokenizer(config, base, parts)
     encoder = TextEncoder(str(tokenizer))
-    reference = reference_model(config, base, encoder)
-    root = folders.root_of(config.checkpoint, job)
+    reference = find_reference_model(config, base, encoder)
+    root = folders.checkpoints_root(config.checkpoint, job)
     # Before a folder is made where the one with the checkpoints is missing.
     wait_for_storage(root, journal, config.faults.storage_retry_s)
     check_writable(root)
@@ -172,7 +172,7 @@ def run_job(job: Path, journal: Journal, asked: Asked | None = None) -> None:
     with metrics_of(
         config, job, before=before, notice=lambda said: journal.write({"event": "notice", "message": said})
     ) as metrics:
-        end = run_workers(task, journal, metrics, asked, exported=register)
+        end = run_workers(task, journal, metrics, stop_request, exported=register)
     end |= _evaluated(journal)
     if not where:
         where = {"model": None, "base": None, "path": str(job / "export")}
@@ -233,12 +233,12 @@ def connect(config: TrainConfig) -> None:
         if callable(handler):
             # Ray has set its own, which ends the process without a word.
             signal.signal(signal.SIGTERM, handler)
-    check_room(config, ray.cluster_resources())
+    check_capacity(config, ray.cluster_resources())
 
 
-def check_room(config: TrainConfig, total: dict[str, float]) -> None:
+def check_capacity(config: TrainConfig, total: dict[str, float]) -> None:
     """Refuse a request that the whole cluster, empty, could not hold: Ray would wait for ever."""
-    parallel, least = config.parallel, sizes(config)[0]
+    parallel, least = config.parallel, worker_counts(config)[0]
     # Reading the data needs room beside the workers.
     for name, each, spare in (
         ("CPU", parallel.cpus_per_worker, config.data.readers),
@@ -265,7 +265,7 @@ def _evaluation_rows(config: TrainConfig, stream: Stream, held: tuple[Part, ...]
     return rows_of_each(held, stream.sources[0].spec, config.evaluation.rows)
 
 
-def reference_model(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
+def find_reference_model(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
     """The folder of the model that dpo compares with; None without dpo, or if that is the base of the job's adapters.
 
     Raises ConfigError if its tokenizer is not that of the base.

@@ -13,14 +13,14 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from tandem.config import TrainConfig
 from tandem.data.packing import RowSource
-from tandem.train.anomalies import LeftOut, NonFinite, Spiked, Spikes
+from tandem.train.anomalies import LossSpike, NonFiniteGuard, SkippedStep, SpikeDetector
 from tandem.train.ema import Ema
 from tandem.train.objectives.objective import NextToken, Objective, Sums, next_token, step_loss
 from tandem.train.optimizer import set_learning_rate
 from tandem.train.parallel.mesh import Degrees
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 from tandem.train.parallel.pipeline import Pipeline
-from tandem.train.precision import LossScaler, computing
+from tandem.train.precision import LossScaler, autocast_context
 from tandem.train.schedule import learning_rate
 
 
@@ -54,29 +54,29 @@ class LoopState:
     """Rows of the stream that are behind; what was left out counts too."""
 
 
-GO_ON, SAVE, LEAVE = 0, 1, 2
+CONTINUE, SAVE, STOP = 0, 1, 2
 """What may be wanted of a run after a step."""
 
 
-class Unwatched:
+class LoopHooks:
     """What the loop tells whoever looks after it, and asks; nobody does here."""
 
-    def wish(self) -> int:
-        """What is wanted after this step: GO_ON, SAVE or LEAVE; asked on every rank, the first one's answer counts."""
-        return GO_ON
+    def poll_request(self) -> int:
+        """What is wanted after this step: CONTINUE, SAVE or STOP; asked on every rank, the first one's answer counts."""
+        return CONTINUE
 
-    def at(self, phase: str, step: int) -> None:
+    def on_phase(self, phase: str, step: int) -> None:
         """The rank begins something: step, evaluate or save."""
 
-    def waited(self, seconds: float) -> None:
+    def on_data_wait(self, seconds: float) -> None:
         """It has its rows of a step, after so long."""
 
-    def left_out(self, found: LeftOut) -> None:
+    def on_skipped_step(self, skipped: SkippedStep) -> None:
         """A step was not taken."""
 
 
 def train(
-    model: Trained,
+    model: ParallelModel,
     optimizer: torch.optim.Optimizer,
     rows: RowSource,
     config: TrainConfig,
@@ -89,7 +89,7 @@ def train(
     ema: Ema | None = None,
     scaler: LossScaler | None = None,
     evaluate: Callable[[int], None] | None = None,
-    watch: Unwatched | None = None,
+    hooks: LoopHooks | None = None,
 ) -> bool:
     """Train from `state` to `config.steps`.
 
@@ -97,12 +97,12 @@ def train(
     `save` every `checkpoint.every_steps` and at the last, on every rank at the same step; so is `evaluate`, if it is given,
     every `evaluation.every_steps` and at the last. `objective`: None is the next token.
 
-    Returns whether it came to the end; it does not if `watch` wants it to leave, and then it has saved. Raises JobError after too
-    many steps that were not finite, Spiked for a loss that jumped if the config says so.
+    Returns whether it came to the end; it does not if `hooks` ask it to leave, and then it has saved. Raises JobError after too
+    many steps that were not finite, LossSpike for a loss that jumped if the config says so.
     """
-    watch = watch or Unwatched()
-    nonfinite = NonFinite(config.faults.max_nonfinite)
-    spikes = Spikes(config.faults.spike) if config.faults.spike else None
+    hooks = hooks or LoopHooks()
+    nonfinite = NonFiniteGuard(config.faults.max_nonfinite)
+    spikes = SpikeDetector(config.faults.spike) if config.faults.spike else None
     objective = objective or NextToken(model.share)
     model.train()
     degrees = model.mesh.degrees
@@ -114,31 +114,31 @@ def train(
         state.step += 1
         rate = learning_rate(config.optimizer, state.step, config.steps)
         set_learning_rate(optimizer, rate)
-        watch.at("step", state.step)
+        hooks.on_phase("step", state.step)
         pausing = time.perf_counter()
         taken_rows = rows.take(share)
-        watch.waited(time.perf_counter() - pausing)
+        hooks.on_data_wait(time.perf_counter() - pausing)
         batch = torch.from_numpy(taken_rows).to(device=device, dtype=torch.long)
-        targets, wish = objective.count(batch), watch.wish()
+        targets, request = objective.count(batch), hooks.poll_request()
         if spread:
             # One exchange for both: the first rank says what is wanted.
-            told = torch.stack([targets, torch.full_like(targets, wish if dist.get_rank() == 0 else 0)])
+            told = torch.stack([targets, torch.full_like(targets, request if dist.get_rank() == 0 else 0)])
             dist.all_reduce(told)
             # Pipeline, context and tensor peers have counted the same rows.
-            targets, wished = told[0] // (dist.get_world_size() // data_ranks), told[1]
+            targets, requested = told[0] // (dist.get_world_size() // data_ranks), told[1]
         else:
-            wished = torch.full_like(targets, wish)
+            requested = torch.full_like(targets, request)
         scale = scaler.scale if scaler else 1.0
         total, sums = backward(model, batch, targets, config, ranks, objective, scale)
         norm, taken = model.step(optimizer, config.optimizer.clip_norm, scaler, total)
         if taken and ema:
             ema.update(model)
         if taken:
-            nonfinite.taken()
+            nonfinite.record_taken()
         elif scaler is None or scaler.scale <= 1.0:
             # A float16 step that overflows is nothing to be told of, as long as the scale can be lowered.
             suspects = _suspects(total, state.rows, share, degrees)
-            watch.left_out(nonfinite.left_out(state.step, state.rows, config.batch_size, suspects))
+            hooks.on_skipped_step(nonfinite.record_skipped(state.step, state.rows, config.batch_size, suspects))
             nonfinite.check()
         state.rows += config.batch_size
         # A row of preferences is two rows of tokens.
@@ -169,18 +169,18 @@ def train(
                 )
             )
             marked, since = now, 0
-            if spikes is not None and (median := spikes.jumped(loss)) is not None:
-                raise Spiked(step=state.step, rows=state.rows, loss=loss, median=median)
+            if spikes is not None and (median := spikes.median_exceeded_by(loss)) is not None:
+                raise LossSpike(step=state.step, rows=state.rows, loss=loss, median=median)
         pausing = time.perf_counter()
         if evaluate and config.evaluation and (last or _due(state.step, config.evaluation.every_steps)):
-            watch.at("evaluate", state.step)
+            hooks.on_phase("evaluate", state.step)
             evaluate(state.step)
         # Read here: by now a GPU has long known it.
-        order = int(wished)
+        order = int(requested)
         if last or order or _due(state.step, config.checkpoint.every_steps):
-            watch.at("save", state.step)
+            hooks.on_phase("save", state.step)
             save(state)
-        if order == LEAVE and not last:
+        if order == STOP and not last:
             return False
         # The next report's speed is that of training, not of the disk.
         marked += time.perf_counter() - pausing
@@ -203,7 +203,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def backward(
-    model: Trained,
+    model: ParallelModel,
     batch: Tensor,
     targets: Tensor,
     config: TrainConfig,
@@ -225,7 +225,7 @@ def backward(
         pieces = batch.chunk(config.accumulate)
         for number, piece in enumerate(pieces, 1):
             with model.gradients_synced(number == len(pieces)):
-                with computing(model, config.precision, batch.device):
+                with autocast_context(model, config.precision, batch.device):
                     summed, others = objective.loss(model, piece)
                 model.backward(step_loss(summed, targets, ranks) * scale)
             total += summed.detach()

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.adapters.quantize import weights_in
+from tandem.train.adapters.quantize import count_weights
 
 
 def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, seed: int) -> nn.Module:
@@ -106,4 +106,4 @@ def reshard(model: nn.Module) -> None:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters, and those of them that are trained."""
     parameters = list(model.parameters())
-    return sum(map(weights_in, parameters)), sum(weights_in(p) for p in parameters if p.requires_grad)
+    return sum(map(count_weights, parameters)), sum(count_weights(p) for p in parameters if p.requires_grad)

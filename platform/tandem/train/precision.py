@@ -13,20 +13,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tandem.errors import ConfigError, EnvironmentProblem
 
-COMPUTED_IN = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
 """What is not float32; float8 is for matrix products only, the rest of such a model is bfloat16."""
 
 
-def sharding_policy(precision: str) -> MixedPrecisionPolicy:
+def mixed_precision_policy(precision: str) -> MixedPrecisionPolicy:
     """What `fully_shard` gathers parameters as; gradients are summed in float32."""
-    return MixedPrecisionPolicy(param_dtype=COMPUTED_IN.get(precision), reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES.get(precision), reduce_dtype=torch.float32)
 
 
-def computing(model: nn.Module, precision: str, device: torch.device) -> AbstractContextManager[Any]:
+def autocast_context(model: nn.Module, precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The context for a forward pass of `model`: autocast, unless FSDP2 casts the parameters already."""
-    if precision not in COMPUTED_IN or getattr(model, "sharded", False):
+    if precision not in COMPUTE_DTYPES or getattr(model, "sharded", False):
         return contextlib.nullcontext()
-    return torch.autocast(device.type, COMPUTED_IN[precision])
+    return torch.autocast(device.type, COMPUTE_DTYPES[precision])
 
 
 def use_float8(model: nn.Module) -> nn.Module:

@@ -71,7 +71,7 @@ class Stage(nn.Module):
         return logits
 
 
-class OwnForward(nn.Module):
+class TransformersForward(nn.Module):
     """A whole causal LM, called by transformers' own forward pass: for models whose layers are not known here."""
 
     def __init__(self, lm: Any, layers: Iterable[nn.Module]) -> None:

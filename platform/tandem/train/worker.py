@@ -28,22 +28,22 @@ from tandem.errors import StorageError, TandemError
 from tandem.registry import restore
 from tandem.train.adapters.lora import add_adapters
 from tandem.train.adapters.quantize import load_nf4
-from tandem.train.anomalies import LeftOut, Spiked
+from tandem.train.anomalies import LossSpike, SkippedStep
 from tandem.train.ema import Ema
-from tandem.train.loop import GO_ON, LEAVE, SAVE, LoopState, StepReport, Unwatched, train
+from tandem.train.loop import CONTINUE, SAVE, STOP, LoopHooks, LoopState, StepReport, train
 from tandem.train.model import build_model, count_parameters
-from tandem.train.objectives.dpo import Dpo, FrozenModel, WithoutAdapters
+from tandem.train.objectives.dpo import AdapterDisabledReference, Dpo, FrozenReference
 from tandem.train.objectives.evaluate import evaluate
 from tandem.train.objectives.objective import NextToken, Objective
 from tandem.train.parallel.mesh import Degrees
-from tandem.train.parallel.model import Trained
-from tandem.train.parallel.sharded_load import empty_base, fill, let_go
-from tandem.train.parallel.strategy import lay_out, lay_out_frozen
-from tandem.train.persistence import persistently
+from tandem.train.parallel.model import ParallelModel
+from tandem.train.parallel.sharded_load import build_empty_model, load_weights, to_meta
+from tandem.train.parallel.strategy import parallelize_for_training, parallelize_frozen
 from tandem.train.precision import LossScaler, use_float8
 from tandem.train.recompute import recompute_activations
-from tandem.train.reporting.flops import Meter
-from tandem.train.supervision.health import Probe, Pulse
+from tandem.train.reporting.flops import MfuMeter
+from tandem.train.storage_retry import retry_storage
+from tandem.train.supervision.health import HeartbeatThread, SpeedProbe
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -79,19 +79,21 @@ def run_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     # A fault that a second try would meet again has been told to the driver: nothing to do here.
-    if ray.get(task.mailbox.failed.remote()):
+    if ray.get(task.mailbox.fatal_error.remote()):
         return
     emit: Emit = (lambda event: task.mailbox.put.remote(event)) if rank == 0 else (lambda event: None)
     here = ray.get_runtime_context()
-    pulse = Pulse(task.mailbox, rank=rank, node=here.get_node_id(), every_s=task.config.faults.heartbeat_s)
-    pulse.start()
-    _hear_sigterm(pulse)
+    heartbeat_thread = HeartbeatThread(
+        task.mailbox, rank=rank, node=here.get_node_id(), every_s=task.config.faults.heartbeat_s
+    )
+    heartbeat_thread.start()
+    _install_sigterm_handler(heartbeat_thread)
     try:
-        _run(task, rank, context.get_world_size(), emit, pulse)
+        _run(task, rank, context.get_world_size(), emit, heartbeat_thread)
     except TandemError as error:
-        ray.get(task.mailbox.fail.remote(type(error).__name__, str(error), error.exit_code))
+        ray.get(task.mailbox.report_fatal.remote(type(error).__name__, str(error), error.exit_code))
         raise
-    except Spiked as spike:
+    except LossSpike as spike:
         emit(
             {
                 "event": "left",
@@ -100,72 +102,72 @@ def run_worker(settings: dict[str, Any]) -> None:
             }
         )
     except Exception as error:
-        pulse.error = f"{type(error).__name__}: {str(error)[:500]}"
+        heartbeat_thread.error = f"{type(error).__name__}: {str(error)[:500]}"
         raise
     finally:
         # Events are sent without waiting; they are all there before the process may go.
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(task.mailbox.flush.remote())
-        pulse.close()
+        heartbeat_thread.close()
 
 
-_HEARD: list[Pulse] = []
-"""The pulse of the worker in this process, which SIGTERM is told to."""
+_ACTIVE: list[HeartbeatThread] = []
+"""The heartbeat_thread of the worker in this process, which SIGTERM is told to."""
 
 
-def _hear_sigterm(pulse: Pulse) -> None:
-    # A handler can be set in the main thread only, and that is Ray's: it runs what is asked of the actor, once this thread waits.
-    _HEARD[:] = [pulse]
+def _install_sigterm_handler(heartbeat_thread: HeartbeatThread) -> None:
+    # A handler can be set in the main thread only, and that is Ray's: it runs the actor's queued calls once this thread waits.
+    _ACTIVE[:] = [heartbeat_thread]
     ray.get_runtime_context().current_actor.execute.remote(_set_handler)
 
 
 def _set_handler() -> None:
-    def wish(*_: object) -> None:
-        for pulse in _HEARD:
-            if pulse.wish or not pulse.is_alive():
+    def on_sigterm(*_: object) -> None:
+        for heartbeat_thread in _ACTIVE:
+            if heartbeat_thread.stop_reason or not heartbeat_thread.is_alive():
                 # Twice means now, and what has nothing to save goes at once.
                 sys.exit(128 + signal.SIGTERM)
-            pulse.wish = f"rank {pulse.rank} was sent SIGTERM"
+            heartbeat_thread.stop_reason = f"rank {heartbeat_thread.rank} was sent SIGTERM"
 
-    signal.signal(signal.SIGTERM, wish)
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
-class Overseen(Unwatched):
-    """What one rank's loop tells the driver, by its pulse, and what the driver wants of it."""
+class HeartbeatHooks(LoopHooks):
+    """What one rank's loop tells the driver, by its heartbeat_thread, and what the driver wants of it."""
 
-    def __init__(self, pulse: Pulse, probe: Probe, emit: Emit) -> None:
-        self._pulse, self._probe, self._emit = pulse, probe, emit
+    def __init__(self, heartbeat_thread: HeartbeatThread, probe: SpeedProbe, emit: Emit) -> None:
+        self._heartbeat_thread, self._probe, self._emit = heartbeat_thread, probe, emit
         self._saved = 0
         self.waited_s = 0.0
         """Time that the training steps have waited for rows."""
 
-    def wish(self) -> int:
-        """See `Unwatched`."""
-        if self._pulse.order.get("leave"):
-            return LEAVE
-        asked = int(self._pulse.order.get("save", 0))
-        if asked > self._saved:
-            self._saved = asked
+    def poll_request(self) -> int:
+        """See `LoopHooks`."""
+        if self._heartbeat_thread.order.get("leave"):
+            return STOP
+        stop_request = int(self._heartbeat_thread.order.get("save", 0))
+        if stop_request > self._saved:
+            self._saved = stop_request
             return SAVE
-        return GO_ON
+        return CONTINUE
 
-    def at(self, phase: str, step: int) -> None:
-        """See `Unwatched`."""
-        self._pulse.at(phase, step)
+    def on_phase(self, phase: str, step: int) -> None:
+        """See `LoopHooks`."""
+        self._heartbeat_thread.enter_phase(phase, step)
         if phase == "step":
-            self._pulse.measured(compute_s=self._probe())
+            self._heartbeat_thread.record(compute_s=self._probe())
 
-    def waited(self, seconds: float) -> None:
-        """See `Unwatched`."""
+    def on_data_wait(self, seconds: float) -> None:
+        """See `LoopHooks`."""
         self.waited_s += seconds
-        self._pulse.measured(data_s=seconds)
+        self._heartbeat_thread.record(data_s=seconds)
 
-    def left_out(self, found: LeftOut) -> None:
-        """See `Unwatched`."""
-        self._emit({"event": "skipped", **asdict(found), "reason": f"not finite: {found.told()}"})
+    def on_skipped_step(self, skipped: SkippedStep) -> None:
+        """See `LoopHooks`."""
+        self._emit({"event": "skipped", **asdict(skipped), "reason": f"not finite: {skipped.describe()}"})
 
 
-def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> None:
+def _run(task: WorkerTask, rank: int, world: int, emit: Emit, heartbeat_thread: HeartbeatThread) -> None:
     config = task.config
     torch.set_num_threads(1)
     device = ray.train.torch.get_device()
@@ -176,10 +178,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
             restore(folder)
     encoder = TextEncoder(str(task.tokenizer))
 
-    # Asked before the model is read, which may take long.
+    # StopRequest before the model is read, which may take long.
     nodes = _nodes(world)
     degrees.check_nodes(nodes)
-    empty = empty_base(config, task.base) if task.base is not None else None
+    empty = build_empty_model(config, task.base) if task.base is not None else None
     if empty is not None:
         built = empty
     elif config.lora is not None and config.lora.quantize is not None and task.base is not None:
@@ -189,7 +191,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     if config.lora is not None:
         built = add_adapters(built, config.lora, base_id=task.base_id or str(task.base), seed=config.seed)
     total, trainable = count_parameters(built)
-    meter = Meter.of(
+    meter = MfuMeter.of(
         built,
         device=device,
         workers=world,
@@ -200,10 +202,10 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     if config.precision == "float8":
         built = use_float8(built)
     # Sharding comes last: it groups the parameters that finally exist.
-    adapters = let_go(built) if empty is not None else {}
-    model, optimizer = lay_out(built, degrees.mesh(device.type, world), config, device)
+    adapters = to_meta(built) if empty is not None else {}
+    model, optimizer = parallelize_for_training(built, degrees.mesh(device.type, world), config, device)
     if empty is not None and task.base is not None:
-        fill(model, task.base, adapters, device)
+        load_weights(model, task.base, adapters, device)
     objective = _objective(task, encoder, model, device)
     ema = Ema(model, config.ema) if config.ema is not None else None
     scaler = LossScaler() if config.precision == "float16" else None
@@ -214,7 +216,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
     def notice(message: str) -> None:
         emit({"event": "notice", "message": message})
 
-    root = folders.root_of(config.checkpoint, task.job)
+    root = folders.checkpoints_root(config.checkpoint, task.job)
     checkpoints = Checkpoints(
         root, keep=config.checkpoint.keep, best=config.checkpoint.best, asynchronous=config.checkpoint.asynchronous
     )
@@ -235,7 +237,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
         }
     )  # fmt: skip
 
-    overseen, before = Overseen(pulse, Probe(device, PROBE_EVERY_S), emit), (0.0, 0.0)
+    overseen, before = HeartbeatHooks(heartbeat_thread, SpeedProbe(device, PROBE_EVERY_S), emit), (0.0, 0.0)
 
     def report(step: StepReport) -> None:
         nonlocal last_loss, before
@@ -266,7 +268,7 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
             try:
                 checkpoints.save(
                     model, optimizer, saved, extra=extra,
-                    committed=lambda path: emit({"event": "checkpoint", "step": saved.step, "path": str(path)}),
+                    on_commit=lambda path: emit({"event": "checkpoint", "step": saved.step, "path": str(path)}),
                 )  # fmt: skip
                 if refused:
                     # What is written in the background tells of a failure when the next one begins: too late for two in a row.
@@ -276,14 +278,14 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
                 raise
             refused = False
 
-        persistently(
+        retry_storage(
             write,
             limit_s=config.faults.storage_retry_s,
-            hopeless=lambda: isinstance(root, Path) and root.is_file(),
+            give_up=lambda: isinstance(root, Path) and root.is_file(),
             tell=notice,
         )
 
-    def settle() -> None:
+    def sync_tied() -> None:
         """See that the last checkpoint is whole."""
         nonlocal refused
         try:
@@ -323,18 +325,18 @@ def _run(task: WorkerTask, rank: int, world: int, emit: Emit, pulse: Pulse) -> N
                 ended = train(
                     model, optimizer, rows, config, state, report=report, save=save, device=device,
                     objective=objective, ema=ema, scaler=scaler, evaluate=measure if task.evaluation is not None else None,
-                    watch=overseen,
+                    hooks=overseen,
                 )  # fmt: skip
-            except Spiked:
+            except LossSpike:
                 with contextlib.suppress(StorageError):
                     checkpoints.wait()
                 raise
-            settle()
+            sync_tied()
         if not ended:
             model.close()
             emit({"event": "left", "step": state.step})
             return
-    pulse.at("export", state.step)
+    heartbeat_thread.enter_phase("export", state.step)
     with averaged():
         export(model.whole, model.weights(), task.job / "export", beside=tokenizer_files(task.tokenizer))
     if dist.is_initialized():
@@ -356,17 +358,17 @@ def _kind(task: WorkerTask) -> str:
     return "dpo" if task.config.objective == "dpo" else "sft" if task.base else "pretrain"
 
 
-def _objective(task: WorkerTask, encoder: TextEncoder, model: Trained, device: torch.device) -> Objective:
+def _objective(task: WorkerTask, encoder: TextEncoder, model: ParallelModel, device: torch.device) -> Objective:
     config = task.config
     if config.objective == "next_token":
         return NextToken(model.share)
     chosen = config.dpo or DpoConfig()
     if task.reference is None:
-        return Dpo(chosen, WithoutAdapters())
-    empty = empty_base(config, task.reference)
+        return Dpo(chosen, AdapterDisabledReference())
+    empty = build_empty_model(config, task.reference)
     reference = empty if empty is not None else build_model(config.model, task.reference, encoder, config.seed)
-    adapters = let_go(reference) if empty is not None else {}
-    frozen = lay_out_frozen(reference.requires_grad_(False), model.mesh, config, device)
+    adapters = to_meta(reference) if empty is not None else {}
+    frozen = parallelize_frozen(reference.requires_grad_(False), model.mesh, config, device)
     if empty is not None:
-        fill(frozen, task.reference, adapters, device)
-    return Dpo(chosen, FrozenModel(frozen))
+        load_weights(frozen, task.reference, adapters, device)
+    return Dpo(chosen, FrozenReference(frozen))

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tandem.checkpoint.export import export, weights_of
-from tandem.checkpoint.tensors import Held, Table, header, one_file, shared_files, table_of, write
+from tandem.checkpoint.export import export, export_tensors
+from tandem.checkpoint.tensors import ExportTensor, TensorIndex, header, single_file, split_into_files, index_tensors, write
 from tandem.errors import StorageError
 
 
@@ -44,9 +44,9 @@ def test_safetensors_reads_what_is_written(tmp_path: Path, dtype: torch.dtype):
         "b": torch.empty(0, 3, dtype=dtype),
         "c": torch.ones((), dtype=dtype),
     }
-    held = [Held.of(name, tensor) for name, tensor in tensors.items()]
-    table = table_of(held)
-    write(tmp_path, one_file(table, as_it_is, "t.safetensors"), held, table, as_it_is)
+    held = [ExportTensor.of(name, tensor) for name, tensor in tensors.items()]
+    table = index_tensors(held)
+    write(tmp_path, single_file(table, as_it_is, "t.safetensors"), held, table, as_it_is)
     found = load_file(tmp_path / "t.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in tensors.items())
@@ -58,12 +58,12 @@ def test_a_header_keeps_tensors_aligned():
 
 def test_files_are_filled_in_turn_by_ranks_that_have_their_tensors():
     empty = {name: torch.empty(10, device="meta") for name in "abcdef"}
-    table = Table(empty, {name: [0, 1] if name < "d" else [2, 3] for name in empty})
-    files = shared_files(table, as_it_is, file_bytes=80)
+    table = TensorIndex(empty, {name: [0, 1] if name < "d" else [2, 3] for name in empty})
+    files = split_into_files(table, as_it_is, file_bytes=80)
     assert [(file.owner, file.sources) for file in files] == [(0, ["a", "b"]), (1, ["c", "d"]), (2, ["e", "f"])]
     assert files[0].name == "model-00001-of-00003.safetensors"
     # A tensor that is larger than a file gets one of its own.
-    assert [file.sources for file in shared_files(table, as_it_is, file_bytes=1)] == [[name] for name in empty]
+    assert [file.sources for file in split_into_files(table, as_it_is, file_bytes=1)] == [[name] for name in empty]
 
 
 def test_one_tensor_at_a_time_is_made_whole(tmp_path: Path):
@@ -87,9 +87,9 @@ def test_one_tensor_at_a_time_is_made_whole(tmp_path: Path):
             weakref.finalize(made, gone)
             return made
 
-    held = [Held(name=n, shape=(1000,), dtype=torch.float32, whole=Counted(n)) for n in "abcdef"]
-    table = table_of(held)
-    write(tmp_path, shared_files(table, as_it_is, 8000), held, table, as_it_is)
+    held = [ExportTensor(name=n, shape=(1000,), dtype=torch.float32, whole=Counted(n)) for n in "abcdef"]
+    table = index_tensors(held)
+    write(tmp_path, split_into_files(table, as_it_is, 8000), held, table, as_it_is)
     assert most <= 2, "the one that is written, and the next"
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -97,7 +97,7 @@ def test_one_tensor_at_a_time_is_made_whole(tmp_path: Path):
 def test_a_model_in_many_files_loads_in_transformers(model: Any, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
-    export(model, weights_of(model), tmp_path / "export", file_bytes=20_000)
+    export(model, export_tensors(model), tmp_path / "export", file_bytes=20_000)
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
     names = {path.name for path in (tmp_path / "export").glob("*.safetensors")}
     assert len(names) > 2 and set(index["weight_map"].values()) == names
@@ -109,7 +109,7 @@ def test_a_model_in_many_files_loads_in_transformers(model: Any, tmp_path: Path)
 
 
 def test_a_small_model_is_one_file_without_an_index(model: Any, tmp_path: Path):
-    export(model, weights_of(model), tmp_path / "export")
+    export(model, export_tensors(model), tmp_path / "export")
     assert not (tmp_path / "export" / "model.safetensors.index.json").exists()
     with safe_open(tmp_path / "export" / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys(), "it is the embedding"  # noqa: SIM118 - not a mapping
@@ -119,7 +119,7 @@ def test_a_small_model_is_one_file_without_an_index(model: Any, tmp_path: Path):
 def test_an_export_that_fails_leaves_the_one_before(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from tandem.checkpoint import tensors
 
-    export(model, weights_of(model), tmp_path / "export")
+    export(model, export_tensors(model), tmp_path / "export")
     before = (tmp_path / "export" / "model.safetensors").read_bytes()
 
     def full(tensor: Tensor) -> bytes:
@@ -127,6 +127,6 @@ def test_an_export_that_fails_leaves_the_one_before(model: Any, tmp_path: Path, 
 
     monkeypatch.setattr(tensors, "bytes_of", full)
     with pytest.raises(StorageError, match="disk is full"):
-        export(model, weights_of(model), tmp_path / "export")
+        export(model, export_tensors(model), tmp_path / "export")
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

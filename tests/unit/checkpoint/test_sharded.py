@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tandem.checkpoint import files, folders
+from tandem.checkpoint.chunks import ChunkedTensor
 from tandem.checkpoint.folders import SavedState
-from tandem.checkpoint.parts import Parts
 from tandem.checkpoint.sharded import Checkpoints
 from tandem.errors import CheckpointError, StorageError
 from tandem.storage import Location, file_system, join
@@ -28,7 +28,10 @@ class Weights:
         self.name, self.w = name, torch.full((3, width), value)
 
     def training_state(self, optimizer: Any) -> dict[str, dict[str, Any]]:
-        return {"model": {self.name: Parts.of(self.w)}, "optimizer": {f"{self.name}.step": Parts.of(torch.zeros(()))}}
+        return {
+            "model": {self.name: ChunkedTensor.of(self.w)},
+            "optimizer": {f"{self.name}.step": ChunkedTensor.of(torch.zeros(()))},
+        }
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Any) -> None:
         assert content["model"].keys() == {self.name}
@@ -68,28 +71,28 @@ def test_it_comes_back(checkpoints: Checkpoints):
     for step in (1, 2, 3):
         save(checkpoints, step)
     assert loaded(checkpoints) == (3, 3.0, [])
-    assert [folders.step_of(found) for found in folders.saved(checkpoints.root)] == [2, 3]
-    assert folders.damage(folders.latest(checkpoints.root)) == []
+    assert [folders.step_of(found) for found in folders.list_complete(checkpoints.root)] == [2, 3]
+    assert folders.find_damage(folders.latest(checkpoints.root)) == []
 
 
 def test_training_goes_on_while_it_is_written_and_does_not_change_what_is_saved(
     root: Location, monkeypatch: pytest.MonkeyPatch
 ):
     free, told = threading.Event(), []
-    prepare = folders.prepare
-    monkeypatch.setattr(folders, "prepare", lambda *of: (free.wait(30), prepare(*of))[1])
+    open_staging = folders.open_staging
+    monkeypatch.setattr(folders, "open_staging", lambda *of: (free.wait(30), open_staging(*of))[1])
     checkpoints, weights = Checkpoints(root, keep=2), Weights(1.0)
-    checkpoints.save(weights, None, state(1), committed=told.append)  # type: ignore[arg-type]
+    checkpoints.save(weights, None, state(1), on_commit=told.append)  # type: ignore[arg-type]
     weights.w.fill_(7.0)
     assert folders.latest(root) is None and not told
     free.set()
     # The next save waits for the one before; its copy must not reach that one either.
-    checkpoints.save(weights, None, state(2), committed=told.append)  # type: ignore[arg-type]
+    checkpoints.save(weights, None, state(2), on_commit=told.append)  # type: ignore[arg-type]
     assert told[0] == folders.step_folder(root, 1)
     checkpoints.wait()
     assert told[1:] == [folders.step_folder(root, 2)]
     assert loaded(checkpoints) == (2, 7.0, [])
-    folders.set_aside(folders.latest(root))
+    folders.quarantine(folders.latest(root))
     assert loaded(checkpoints) == (1, 1.0, [])
 
 
@@ -98,10 +101,10 @@ def test_a_commit_is_told_before_waiting_ends(checkpoints: Checkpoints):
 
     def tell(checkpoint: Location) -> None:
         time.sleep(0.2)
-        assert folders.saved(checkpoints.root) == [checkpoint]
+        assert folders.list_complete(checkpoints.root) == [checkpoint]
         told.append(checkpoint)
 
-    checkpoints.save(Weights(1.0), None, state(1), committed=tell)  # type: ignore[arg-type]
+    checkpoints.save(Weights(1.0), None, state(1), on_commit=tell)  # type: ignore[arg-type]
     checkpoints.wait()
     assert told == [folders.step_folder(checkpoints.root, 1)]
 
@@ -136,7 +139,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     # It is told once, and does not take the place of a good one.
     assert loaded(checkpoints) == (1, 1.0, [])
     save(checkpoints, 3)
-    assert [folders.step_of(found) for found in folders.saved(checkpoints.root)] == [1, 3]
+    assert [folders.step_of(found) for found in folders.list_complete(checkpoints.root)] == [1, 3]
 
 
 def test_a_missing_manifest_is_told_and_the_one_before_is_taken(checkpoints: Checkpoints):
@@ -163,8 +166,8 @@ def test_an_error_in_the_background_is_raised_by_the_next_save_and_what_was_whol
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.Writer, "write_data", refuse)
-    checkpoints.save(Weights(2.0), None, state(2), committed=told.append)  # type: ignore[arg-type]
+    monkeypatch.setattr(files.CheckpointWriter, "write_data", refuse)
+    checkpoints.save(Weights(2.0), None, state(2), on_commit=told.append)  # type: ignore[arg-type]
     with pytest.raises(StorageError, match="disk is full" if isinstance(root, Path) else "could not be written below"):
         checkpoints.save(Weights(3.0), None, state(3))  # type: ignore[arg-type]
     assert not told and loaded(checkpoints)[:2] == (1, 1.0)

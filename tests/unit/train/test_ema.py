@@ -58,7 +58,7 @@ def test_only_what_is_trained_is_averaged(model: torch.nn.Module):
 
 
 def averages(ema: Ema) -> dict[str, torch.Tensor]:
-    return {name: held for name, part in ema.state_dict()["average"].items() for held in part.boxes.values()}
+    return {name: held for name, part in ema.state_dict()["average"].items() for held in part.chunks.values()}
 
 
 def test_a_checkpoint_brings_the_average_back(model: torch.nn.Module, tmp_path: Path):

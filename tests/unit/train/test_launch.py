@@ -16,7 +16,7 @@ from tandem.data.tokenize import TextEncoder, train_tokenizer
 from tandem.errors import ClusterError, ConfigError
 from tandem.registry import BaseRef
 from tandem.train import launch
-from tandem.train.launch import check_room, reference_model
+from tandem.train.launch import check_capacity, find_reference_model
 
 
 def config(**parallel: float) -> TrainConfig:
@@ -27,14 +27,14 @@ def test_workers_that_the_whole_cluster_cannot_hold_are_refused_with_the_numbers
     with pytest.raises(
         ClusterError, match=r"3 workers of 1 CPU each, and 0.25 to read the data need 3.25 CPU; .* has 3"
     ):
-        check_room(config(workers=3), {"CPU": 3.0})
+        check_capacity(config(workers=3), {"CPU": 3.0})
     with pytest.raises(ClusterError, match="2 GPU; the whole cluster has 0"):
-        check_room(config(workers=2, gpus_per_worker=1), {"CPU": 8.0})
+        check_capacity(config(workers=2, gpus_per_worker=1), {"CPU": 8.0})
 
 
 def test_workers_that_fit_are_not():
-    check_room(config(workers=3), {"CPU": 4.0})
-    check_room(config(workers=2, gpus_per_worker=1), {"CPU": 8.0, "GPU": 2.0})
+    check_capacity(config(workers=3), {"CPU": 4.0})
+    check_capacity(config(workers=2, gpus_per_worker=1), {"CPU": 8.0, "GPU": 2.0})
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def reference_of(models: Path, reference: str | None, *, lora: bool = False, obj
         lora=LoraConfig(rank=4) if lora else None,
         dpo=DpoConfig(reference=str(models / reference) if reference else None) if dpo else None,
     )  # fmt: skip
-    return reference_model(job, base, TextEncoder(str(models / "base")))
+    return find_reference_model(job, base, TextEncoder(str(models / "base")))
 
 
 def test_preferences_are_compared_with_the_base_or_the_model_that_is_named(models: Path):

@@ -14,11 +14,11 @@ from tandem.config import CheckpointConfig, DataConfig, FaultsConfig, ModelConfi
 from tandem.data.packing import Rows
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import JobError
-from tandem.train.anomalies import LeftOut, Spiked
-from tandem.train.loop import GO_ON, LEAVE, SAVE, LoopState, StepReport, Unwatched, train
+from tandem.train.anomalies import LossSpike, SkippedStep
+from tandem.train.loop import CONTINUE, SAVE, STOP, LoopHooks, LoopState, StepReport, train
 from tandem.train.model import build_model
 from tandem.train.optimizer import build_optimizer
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
 CONFIG = TrainConfig(
@@ -44,26 +44,26 @@ class Dealt:
         return rows
 
 
-class Watcher(Unwatched):
+class Watcher(LoopHooks):
     """Wants something after the steps that are named."""
 
     def __init__(self, wishes: dict[int, int] | None = None) -> None:
-        self.found: list[LeftOut] = []
+        self.found: list[SkippedStep] = []
         self.wishes, self.step = wishes or {}, 0
 
-    def wish(self) -> int:
+    def poll_request(self) -> int:
         self.step += 1
-        return self.wishes.get(self.step, GO_ON)
+        return self.wishes.get(self.step, CONTINUE)
 
-    def left_out(self, found: LeftOut) -> None:
-        self.found.append(found)
+    def on_skipped_step(self, skipped: SkippedStep) -> None:
+        self.found.append(skipped)
 
 
-Alone = Callable[..., Trained]
+Alone = Callable[..., ParallelModel]
 
 
 def run(
-    encoder: TextEncoder, alone: Alone, dealt: Dealt, *, config: TrainConfig = CONFIG, watcher: Unwatched | None = None
+    encoder: TextEncoder, alone: Alone, dealt: Dealt, *, config: TrainConfig = CONFIG, watcher: LoopHooks | None = None
 ) -> tuple[bool, list[StepReport], list[int], LoopState]:
     built = build_model(SHAPE, None, encoder, seed=0)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def run(
     state = LoopState()
     ended = train(
         model, build_optimizer(model, config.optimizer, torch.device("cpu")), dealt, config, state,
-        report=reports.append, save=lambda now: saved.append(now.step), device=torch.device("cpu"), watch=watcher,
+        report=reports.append, save=lambda now: saved.append(now.step), device=torch.device("cpu"), hooks=watcher,
     )  # fmt: skip
     return ended, reports, saved, state
 
@@ -115,9 +115,9 @@ def test_too_many_such_steps_in_a_row_end_the_run(encoder: TextEncoder, alone: A
 
 
 def test_who_looks_after_a_run_may_have_it_save_or_leave(encoder: TextEncoder, alone: Alone):
-    ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({2: SAVE, 5: LEAVE}))
+    ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({2: SAVE, 5: STOP}))
     assert not ended and saved == [2, 5] and reports[-1].step == 5
-    ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({8: LEAVE}))
+    ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({8: STOP}))
     # It was at its end anyway.
     assert ended and saved == [8]
 
@@ -136,7 +136,7 @@ def test_a_loss_that_jumps_ends_the_attempt_before_it_is_saved(encoder: TextEnco
         optimizer=replace(CONFIG.optimizer, learning_rate=0.01, warmup_steps=0),
         checkpoint=CheckpointConfig(every_steps=6),
     )
-    with pytest.raises(Spiked) as found:
+    with pytest.raises(LossSpike) as found:
         run(encoder, alone, Jump(), config=config)
     assert (found.value.step, found.value.rows) == (6, 12)
     assert found.value.loss > 1.2 * found.value.median

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tandem.checkpoint.export import export, weights_of
+from tandem.checkpoint.export import export, export_tensors
 from tandem.config import LoraConfig, ModelConfig
 from tandem.data.packing import IGNORED, pack
 from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.adapters.dora import Magnitude
-from tandem.train.adapters.lora import ADAPTED, add_adapters, targets
+from tandem.train.adapters.dora import DoraMagnitude
+from tandem.train.adapters.lora import DEFAULT_TARGET_MODULES, add_adapters, find_target_modules
 from tandem.train.model import build_model, count_parameters, decoder_layers
 from tandem.train.objectives.objective import NextToken, count_targets, step_loss
 
@@ -107,7 +107,7 @@ def mixture(encoder: TextEncoder) -> Any:
 def test_a_mixture_is_exported_as_others_load_it(mixture: Any, tmp_path: Path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    export(mixture, weights_of(mixture), tmp_path / "export")
+    export(mixture, export_tensors(mixture), tmp_path / "export")
     config = AutoConfig.from_pretrained(tmp_path / "export")
     assert config.architectures == ["Qwen3MoeForCausalLM"]
     # What vLLM's class of that name asks its config.
@@ -141,7 +141,9 @@ def test_dora_gives_what_peft_gives(encoder: TextEncoder, dropout: float):
     ours: Any = add_adapters(build_model(SHAPE, None, encoder, seed=0), config, base_id="b", seed=0)
     theirs: Any = peft.get_peft_model(
         build_model(SHAPE, None, encoder, seed=0),
-        peft.LoraConfig(r=4, lora_alpha=32.0, lora_dropout=dropout, target_modules=list(ADAPTED), use_dora=True),
+        peft.LoraConfig(
+            r=4, lora_alpha=32.0, lora_dropout=dropout, target_modules=list(DEFAULT_TARGET_MODULES), use_dora=True
+        ),
     )
     for name, parameter in ours.named_parameters():
         if "lora_B" in name:
@@ -163,7 +165,7 @@ def test_dora_of_a_layer_with_a_bias_moves_its_weight_only():
     lora_a, lora_b = torch.nn.Linear(6, 2, bias=False), torch.nn.Linear(2, 5, bias=False)
     length = torch.nn.Parameter(torch.rand(5) + 0.5)
     x = torch.randn(3, 6)
-    added = Magnitude(length)(x, lora_A=lora_a, lora_B=lora_b, scaling=0.5, base_layer=layer, base_result=layer(x))
+    added = DoraMagnitude(length)(x, lora_A=lora_a, lora_B=lora_b, scaling=0.5, base_layer=layer, base_result=layer(x))
     weight = layer.weight + 0.5 * lora_b.weight @ lora_a.weight
     weight = length[:, None] * weight / weight.norm(dim=1, keepdim=True)
     torch.testing.assert_close(layer(x) + added, F.linear(x, weight, layer.bias))
@@ -177,11 +179,14 @@ def test_a_base_that_cannot_be_loaded_is_refused(encoder: TextEncoder, tmp_path:
 
 @pytest.mark.parametrize(
     ("family", "adapted"),
-    [("gpt_neox", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]), ("olmo2", list(ADAPTED))],
+    [
+        ("gpt_neox", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]),
+        ("olmo2", list(DEFAULT_TARGET_MODULES)),
+    ],
 )
 def test_a_model_with_other_names_has_all_its_linear_layers_adapted(family: str, adapted: list[str]):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **OTHERS))
-    assert targets(model, LoraConfig()) == adapted
+    assert find_target_modules(model, LoraConfig()) == adapted
 
 
 def test_a_model_without_linear_layers_is_refused_an_adapter():
@@ -189,4 +194,4 @@ def test_a_model_without_linear_layers_is_refused_an_adapter():
         AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=16, vocab_size=90)
     )
     with pytest.raises(ConfigError, match="GPT2LMHeadModel has no linear layers"):
-        targets(model, LoraConfig())
+        find_target_modules(model, LoraConfig())

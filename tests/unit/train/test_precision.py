@@ -14,10 +14,10 @@ from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.model import build_model
 from tandem.train.optimizer import build_optimizer
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 from tandem.train.precision import LossScaler, use_float8
 
-Alone = Callable[..., Trained]
+Alone = Callable[..., ParallelModel]
 
 CPU = torch.device("cpu")
 

@@ -12,18 +12,18 @@ from tandem.config.training.job import TrainConfig
 from tandem.errors import ConfigError, LayoutError
 
 
-def sizes(config: TrainConfig) -> list[int]:
+def worker_counts(config: TrainConfig) -> list[int]:
     """The numbers of workers that the run may have, fewest first; of a run that is not elastic the only one."""
     parallel = config.parallel
     least = parallel.workers if parallel.min_workers is None else parallel.min_workers
     return [count for count in range(least, parallel.workers + 1) if _fitting(config, count) is not None]
 
 
-def sized(config: TrainConfig, workers: int) -> TrainConfig:
-    """The config for a part of the run that has `workers` workers; one of `sizes`."""
+def with_workers(config: TrainConfig, workers: int) -> TrainConfig:
+    """The config for a part of the run that has `workers` workers; one of `worker_counts`."""
     found = _fitting(config, workers)
     if found is None:
-        raise LayoutError(f"The run cannot have {workers} workers; it can have {_listed(sizes(config))}.")
+        raise LayoutError(f"The run cannot have {workers} workers; it can have {_listed(worker_counts(config))}.")
     return found
 
 
@@ -32,7 +32,7 @@ def check_elastic(config: TrainConfig) -> None:
     parallel = config.parallel
     if parallel.min_workers is None:
         return
-    found = sizes(config)
+    found = worker_counts(config)
     if parallel.min_workers not in found:
         why = (
             f"each worker of a group of {parallel.group} is needed"

@@ -20,12 +20,12 @@ FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 """`model_type`s whose layers training can go through by itself, as cutting a model takes; each is compared with transformers' own
 forward in the tests. Of others whole models are trained, by that forward."""
 
-PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
+STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
 """Parts of the model that each pipeline rank holds, by schedule."""
 
 DEGREES = ("tensor", "pipeline", "expert", "context", "workers")
 
-EFFORT = {"parallel.workers": 1.5, "accumulate": 0.5, "batch_size": 0.5, "data.sequence_length": 0.5}
+CHANGE_COST = {"parallel.workers": 1.5, "accumulate": 0.5, "batch_size": 0.5, "data.sequence_length": 0.5}
 """What it takes to change a setting, where a degree takes 1: other rows are soon had, other machines are not."""
 
 
@@ -173,7 +173,7 @@ def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
             yield f"objective 'dpo' does not work across pipeline stages, and parallel.pipeline is {parallel.pipeline}."
         if config.lora is not None and config.lora.quantize:
             yield f"lora.quantize does not work across pipeline stages, and parallel.pipeline is {parallel.pipeline}."
-        parts = PARTS[parallel.schedule]
+        parts = STAGES_PER_RANK[parallel.schedule]
         if shape.layers and shape.layers % (parallel.pipeline * parts):
             held = f" x {parts} parts a rank ({parallel.schedule})" if parts > 1 else ""
             yield (
@@ -228,7 +228,7 @@ def _stages_fit(shape: ModelShape, config: TrainConfig, stages: int) -> bool:
     if stages == 1:
         return True
     quantized = config.lora is not None and config.lora.quantize is not None
-    whole = not shape.layers or shape.layers % (stages * PARTS[config.parallel.schedule]) == 0
+    whole = not shape.layers or shape.layers % (stages * STAGES_PER_RANK[config.parallel.schedule]) == 0
     return whole and config.objective != "dpo" and not quantized
 
 
@@ -263,7 +263,7 @@ def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) 
     length = min(_nearest_multiple(config.data.sequence_length, unit), int(limit) // unit * unit)
     new["data.sequence_length"] = length if length >= 8 else -(-8 // unit) * unit
     changes = {key: value for key, value in new.items() if value != now[key]}
-    effort = sum(EFFORT.get(key, 1.0) + abs(math.log2(value / now[key])) / 8 for key, value in changes.items())
+    effort = sum(CHANGE_COST.get(key, 1.0) + abs(math.log2(value / now[key])) / 8 for key, value in changes.items())
     return effort, changes
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Magnitude(nn.Module):
+class DoraMagnitude(nn.Module):
     """The lengths (out) of a weight (out, in). Called by peft's linear layer, as peft's own is."""
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -37,7 +37,7 @@ class Magnitude(nn.Module):
 
         `base_result`: that output, unless dropout has changed `x` since.
         """
-        weight = _whole_precision(base_layer)
+        weight = _dequantized_weight(base_layer)
         with torch.no_grad():
             moved = weight.to(lora_A.weight.dtype) + scaling * (lora_B.weight @ lora_A.weight)
             length = torch.linalg.vector_norm(moved.float(), dim=1)
@@ -50,17 +50,17 @@ class Magnitude(nn.Module):
         return added
 
 
-def use_magnitudes(adapted: nn.Module) -> None:
-    """Put a `Magnitude` in the place of each one that peft has made."""
+def replace_magnitudes(adapted: nn.Module) -> None:
+    """Put a `DoraMagnitude` in the place of each one that peft has made."""
     for module in adapted.modules():
         vectors: Any = getattr(module, "lora_magnitude_vector", None)
         if isinstance(vectors, nn.ModuleDict):
             made: Any
             for name, made in list(vectors.items()):
-                vectors[name] = Magnitude(made.weight)
+                vectors[name] = DoraMagnitude(made.weight)
 
 
-def _whole_precision(base_layer: Any) -> Tensor:
+def _dequantized_weight(base_layer: Any) -> Tensor:
     """A layer's weight, out of the 4 bits that it may be held in."""
     if getattr(base_layer.weight, "quant_state", None) is None:
         weight: Tensor = base_layer.weight

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tandem.errors import ConfigError, EnvironmentProblem
-from tandem.train.precision import COMPUTED_IN
+from tandem.train.precision import COMPUTE_DTYPES
 
 
 def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
@@ -35,7 +35,7 @@ def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=COMPUTED_IN.get(precision, torch.float32),
+        bnb_4bit_compute_dtype=COMPUTE_DTYPES.get(precision, torch.float32),
         bnb_4bit_quant_storage=torch.uint8,
     )
     try:
@@ -47,7 +47,7 @@ def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
     return model
 
 
-def weights_in(parameter: Any) -> int:
+def count_weights(parameter: Any) -> int:
     """How many weights a parameter holds, packed or not."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else int(parameter.numel())

@@ -14,22 +14,22 @@ from torch import Tensor
 
 from tandem.data.packing import IGNORED
 
-PIECE = {"cpu": 2**18, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 """Logits read at a time: a megabyte for a cache, or enough of them to fill a GPU (256 MiB in float32)."""
 
 
-def cross_entropy_in_pieces(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
+def chunked_cross_entropy(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
     """Sum over rows of -log softmax(logits)[wanted] (nats, float32 scalar); rows that want IGNORED count nothing."""
-    function: Any = _InPieces
+    function: Any = _ChunkedCrossEntropy
     total: Tensor = function.apply(logits_NV, wanted_N)
     return total
 
 
-class _InPieces(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
         counted, places = wanted != IGNORED, wanted.clamp(min=0)
-        sums = torch.cat([piece.float().logsumexp(-1) for piece in logits.split(_rows(logits))])
+        sums = torch.cat([piece.float().logsumexp(-1) for piece in logits.split(_rows_per_chunk(logits))])
         ctx.save_for_backward(logits, places, counted, sums)
         found = logits.gather(1, places[:, None]).squeeze(1).float()
         return (sums - found).masked_fill(~counted, 0).sum()
@@ -37,7 +37,7 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits, places, counted, sums = ctx.saved_tensors
-        rows = _rows(logits)
+        rows = _rows_per_chunk(logits)
         result = torch.empty_like(logits)
         scales = counted * gradients[0]
         parts = (t.split(rows) for t in (result, logits, places, scales, sums))
@@ -49,5 +49,5 @@ class _InPieces(torch.autograd.Function):
         return result, None
 
 
-def _rows(logits: Tensor) -> int:
-    return max(1, PIECE.get(logits.device.type, PIECE["cuda"]) // logits.shape[1])
+def _rows_per_chunk(logits: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cuda"]) // logits.shape[1])

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from tandem.config import DpoConfig
 from tandem.data.packing import IGNORED
 from tandem.train.model import reshard, unwrapped
-from tandem.train.objectives.objective import Sums, following, logits_of
+from tandem.train.objectives.objective import Sums, compute_logits, shift_labels
 
 
 class Reference(Protocol):
     """Gives the model to compare with."""
 
-    def opened(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+    def model_for(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """Inside, a model that answers as the reference does; `model` is the one that is trained."""
         ...
 
 
-class FrozenModel:
+class FrozenReference:
     """A reference that is a model of its own, frozen and then laid over the same mesh as the trained one."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,18 +38,18 @@ class FrozenModel:
         self._model = model.eval()
 
     @contextlib.contextmanager
-    def opened(self, model: nn.Module) -> Iterator[nn.Module]:
+    def model_for(self, model: nn.Module) -> Iterator[nn.Module]:
         """The frozen model."""
         yield self._model
         # What it gathered for its forward pass would stay gathered: there is no backward pass.
         reshard(self._model)
 
 
-class WithoutAdapters:
+class AdapterDisabledReference:
     """A reference that is the trained model itself, without its adapters: it takes no memory."""
 
     @contextlib.contextmanager
-    def opened(self, model: nn.Module) -> Iterator[nn.Module]:
+    def model_for(self, model: nn.Module) -> Iterator[nn.Module]:
         """`model` with its adapters and its dropout off."""
         adapted: Any = unwrapped(model)
         training = model.training
@@ -80,7 +80,7 @@ class Dpo:
         """The summed loss, reward margin (beta times the gain on the reference) and accuracy (share of positive margins)."""
         # Both sides in one forward pass: a sharded model gathers its parameters once.
         sides = torch.cat((rows[:, :3], rows[:, 3:]))
-        with torch.no_grad(), self._reference.opened(model) as reference:
+        with torch.no_grad(), self._reference.model_for(model) as reference:
             before = answer_log_probabilities(reference, sides)
         chosen, rejected = (answer_log_probabilities(model, sides) - before).chunk(2)
         margins_P = self._config.beta * (chosen - rejected)
@@ -101,9 +101,9 @@ def answer_log_probabilities(model: nn.Module, rows_B3T: Tensor) -> Tensor:
     float64, because a margin is a small difference of large sums.
     """
     ids, labels, positions = rows_B3T[:, 0], rows_B3T[:, 1], rows_B3T[:, 2]
-    wanted = following(labels).flatten()
+    wanted = shift_labels(labels).flatten()
     kept = (wanted != IGNORED).nonzero().squeeze(1)
-    logits_NV = logits_of(model, ids, positions).flatten(0, 1).index_select(0, kept)
+    logits_NV = compute_logits(model, ids, positions).flatten(0, 1).index_select(0, kept)
     tokens_N = -F.cross_entropy(logits_NV.float(), wanted[kept], reduction="none")
     # Unlike a scatter, segments add up in one order on a GPU too. `unsafe` only leaves out checks, which refuse no answers.
     return torch.segment_reduce(tokens_N.double(), "sum", lengths=answer_lengths(labels, positions), unsafe=True)

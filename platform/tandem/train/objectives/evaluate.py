@@ -14,12 +14,12 @@ from torch.distributed.tensor.parallel import loss_parallel
 from tandem.data.packing import IGNORED, Rows
 from tandem.train.model import reshard
 from tandem.train.objectives.objective import Objective, Sums, next_token
-from tandem.train.parallel.model import Trained
-from tandem.train.precision import computing
+from tandem.train.parallel.model import ParallelModel
+from tandem.train.precision import autocast_context
 
 
 def evaluate(
-    model: Trained,
+    model: ParallelModel,
     objective: Objective,
     rows: Rows,
     *,
@@ -42,7 +42,7 @@ def evaluate(
         count = objective.count(torch.from_numpy(rows.astype(np.int64)).to(device))
         for part in shares(rows, rank, degrees.data_parallel, batch_rows):
             batch = torch.from_numpy(part.astype(np.int64)).to(device)
-            with computing(model, precision, device):
+            with autocast_context(model, precision, device):
                 summed, others = _losses(model, objective, batch)
             loss += summed
             for name, value in others.items():
@@ -62,7 +62,7 @@ def evaluate(
     return found
 
 
-def _losses(model: Trained, objective: Objective, batch: Tensor) -> tuple[Tensor, Sums]:
+def _losses(model: ParallelModel, objective: Objective, batch: Tensor) -> tuple[Tensor, Sums]:
     if model.pipeline is None:
         return objective.loss(model, batch)
     logits = model.pipeline.logits(batch)

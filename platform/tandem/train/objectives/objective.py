@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tandem.data.packing import IGNORED
 from tandem.errors import LayoutError
-from tandem.train.objectives.cross_entropy import cross_entropy_in_pieces
+from tandem.train.objectives.cross_entropy import chunked_cross_entropy
 from tandem.train.stage import Share, whole_sequence
 
 Sums = dict[str, Tensor]
@@ -53,11 +53,11 @@ class NextToken:
 
     def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
         """Summed cross-entropy in nats of rows [B, 3, T]."""
-        return self.of_logits(logits_of(model, rows[:, 0], rows[:, 2]), rows[:, 1]), {}
+        return self.of_logits(compute_logits(model, rows[:, 0], rows[:, 2]), rows[:, 1]), {}
 
     def of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """Summed cross-entropy in nats of this rank's logits; the labels are those of whole sequences."""
-        return summed_cross_entropy(logits_BTV, self._share(following(labels_BT)))
+        return summed_cross_entropy(logits_BTV, self._share(shift_labels(labels_BT)))
 
 
 def next_token(objective: Objective) -> NextToken:
@@ -75,7 +75,7 @@ def count_targets(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORED).sum()
 
 
-def logits_of(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+def compute_logits(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """The model's logits [B, T, V] for packed rows."""
     # No attention mask: transformers then builds one from the positions, which keeps documents apart.
     logits: Tensor = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
@@ -94,10 +94,10 @@ def summed_cross_entropy(logits_BTV: Tensor, wanted_BT: Tensor) -> Tensor:
     if 2 * len(kept) < len(wanted):
         # Prompts and padding need no softmax: of a fine-tuning row, most tokens.
         logits_NV, wanted = logits_NV.index_select(0, kept), wanted[kept]
-    return cross_entropy_in_pieces(logits_NV, wanted)
+    return chunked_cross_entropy(logits_NV, wanted)
 
 
-def following(labels_BT: Tensor) -> Tensor:
+def shift_labels(labels_BT: Tensor) -> Tensor:
     """For each place, the label of the next one, which is what its logits are to tell; none at the end of a row."""
     return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 

@@ -12,37 +12,37 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tandem.checkpoint.parts import Parts, box_of
+from tandem.checkpoint.chunks import ChunkedTensor, local_chunk
 from tandem.train.model import unwrapped
-from tandem.train.parallel.expert import SharedExperts
+from tandem.train.parallel.expert import ParallelExperts
 from tandem.train.parallel.pipeline import causal_lm
 
 
-def canonical(model: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Parts]:
+def canonical(model: nn.Module, held: Mapping[str, Tensor]) -> dict[str, ChunkedTensor]:
     """What this rank has of the tensors `held`, sharing their memory; `held` has the parameters' names in `model`.
 
     They are parameters, or of their shapes: averages, and an optimizer's state.
     """
-    experts = shared_experts(model)
-    found: dict[str, Parts] = {}
+    experts = expert_parameter_names(model)
+    found: dict[str, ChunkedTensor] = {}
     for name, tensor in held.items():
-        known = plain_name(model, name)
+        known = canonical_name(model, name)
         if known not in found:
-            found[known] = _stacked(tensor) if name in experts and tensor.ndim == 4 else Parts.of(tensor)
+            found[known] = _stacked(tensor) if name in experts and tensor.ndim == 4 else ChunkedTensor.of(tensor)
     return found
 
 
 @torch.no_grad()
-def settle(model: nn.Module, held: Mapping[str, Tensor]) -> None:
+def sync_tied(model: nn.Module, held: Mapping[str, Tensor]) -> None:
     """To be called after loading into `canonical(model, held)`: gives a second copy that this rank has what the first one got."""
     first: dict[str, Tensor] = {}
     for name, tensor in held.items():
-        found = first.setdefault(plain_name(model, name), tensor)
+        found = first.setdefault(canonical_name(model, name), tensor)
         if found is not tensor:
-            box_of(tensor)[1].copy_(box_of(found)[1])
+            local_chunk(tensor)[1].copy_(local_chunk(found)[1])
 
 
-def plain_name(model: nn.Module, name: str) -> str:
+def canonical_name(model: nn.Module, name: str) -> str:
     """A parameter's name in the plain model: a tied output embedding has that of the input's."""
     lm = causal_lm(unwrapped(model))
     if not getattr(getattr(lm, "config", None), "tie_word_embeddings", False) or not name.endswith("lm_head.weight"):
@@ -58,15 +58,15 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}".lstrip("."), buffer
 
 
-def shared_experts(model: nn.Module) -> set[str]:
+def expert_parameter_names(model: nn.Module) -> set[str]:
     """Names of parameters that are held as (E, 2, I, H)."""
     modules = unwrapped(model).named_modules()
-    return {f"{name}.gate_up_proj" for name, module in modules if isinstance(module, SharedExperts)}
+    return {f"{name}.gate_up_proj" for name, module in modules if isinstance(module, ParallelExperts)}
 
 
-def _stacked(tensor: Tensor) -> Parts:
+def _stacked(tensor: Tensor) -> ChunkedTensor:
     """Experts (E, 2, I, H) as parts of (E, 2I, H): a box of gate and up is one of each."""
     experts, _, width, hidden = tensor.shape
-    (expert, _, inner, at), local = box_of(tensor)
+    (expert, _, inner, at), local = local_chunk(tensor)
     boxes = (((expert, which * width + inner, at), local[:, which]) for which in (0, 1)) if local.numel() else ()
-    return Parts(local, (experts, 2 * width, hidden), boxes)
+    return ChunkedTensor(local, (experts, 2 * width, hidden), boxes)

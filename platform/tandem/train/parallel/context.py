@@ -18,7 +18,7 @@ ATTENTION = "tandem_context"
 """Name of the attention function in transformers' table."""
 
 
-class SequenceShare:
+class SequenceSharder:
     """Cuts a rank's part out of the last axis of a tensor, and puts gathered parts back into order."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -27,25 +27,25 @@ class SequenceShare:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """This rank's two pieces of the last axis, which 2 x ranks must divide."""
-        return tensor.index_select(-1, self._places(tensor.shape[-1], self._rank, tensor.device))
+        return tensor.index_select(-1, self._positions(tensor.shape[-1], self._rank, tensor.device))
 
     def order(self, length: int, device: torch.device) -> Tensor:
         """Where in the sequence each place of the gathered parts belongs, inverted: `gathered[order]` is in order."""
-        places = torch.cat([self._places(length, rank, device) for rank in range(self._size)])
+        places = torch.cat([self._positions(length, rank, device) for rank in range(self._size)])
         return torch.argsort(places)
 
-    def _places(self, length: int, rank: int, device: torch.device) -> Tensor:
+    def _positions(self, length: int, rank: int, device: torch.device) -> Tensor:
         piece = length // (2 * self._size)
         front, back = rank * piece, (2 * self._size - 1 - rank) * piece
         return torch.cat([torch.arange(front, front + piece), torch.arange(back, back + piece)]).to(device)
 
 
-def share_sequences(model: Any, mesh: DeviceMesh) -> SequenceShare:
+def shard_sequences(model: Any, mesh: DeviceMesh) -> SequenceSharder:
     """Make a transformers model attend across `mesh`; returns the share that its inputs are cut by."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    share = SequenceShare(mesh)
+    share = SequenceSharder(mesh)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         order = share.order(attention_mask.shape[-1], key.device)

@@ -1,7 +1,7 @@
 """The other strategy: ZeRO 1, 2 and 3 by DeepSpeed, with what is not in use kept in CPU memory or on a disk.
 
-DeepSpeed keeps float32 weights; lower precisions are autocast, as with DDP. Its engine does what the loop asks of `Trained`;
-scaling the loss, counting micro-batches and the learning rate stay with the loop. Checkpoints are those of `zero_state`.
+DeepSpeed keeps float32 weights; lower precisions are autocast, as with DDP. The engine implements `ParallelModel`;
+scaling the loss, counting micro-batches and the learning rate stay with the loop. Checkpoints are those of `deepspeed_state`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
-from tandem.checkpoint.tensors import Held
+from tandem.checkpoint.tensors import ExportTensor
 from tandem.config import DeepSpeedConfig, TrainConfig, to_dict
 from tandem.errors import EnvironmentProblem
 from tandem.ids import digest
@@ -27,11 +27,11 @@ from tandem.train.optimizer import build_optimizer
 from tandem.train.parallel.canonical import persistent_buffers
 from tandem.train.parallel.deepspeed_state import ZeroState
 from tandem.train.parallel.mesh import Mesh
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 from tandem.train.precision import LossScaler
 from tandem.train.stage import whole_sequence
 
-WHOLE_BELOW = 100_000
+PERSISTENCE_THRESHOLD = 100_000
 """Elements below which ZeRO 3 leaves a parameter whole on every rank; DeepSpeed's own choice."""
 BUCKET = 50_000_000
 """Elements exchanged at a time, at most; of float32, 200 MB."""
@@ -68,9 +68,9 @@ def check_deepspeed(config: TrainConfig) -> None:
         )
 
 
-def with_deepspeed(
+def wrap_in_deepspeed(
     model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device
-) -> tuple[ZeroModel, Optimizer]:
+) -> tuple[DeepSpeedModel, Optimizer]:
     """`model` (a transformers causal LM, under peft or not, the same on every rank) in a DeepSpeed engine, and its optimizer.
 
     The process group is there already. Raises EnvironmentProblem if this machine lacks what the config asks for, StorageError
@@ -84,7 +84,7 @@ def with_deepspeed(
     # DeepSpeed takes the device of that number; Ray has chosen one already.
     export({"LOCAL_RANK": str(device.index or 0)}, override=device.index is not None)
     optimizer = build_optimizer(model, config.optimizer, device)
-    folder = disk_folder(config)
+    folder = offload_folder(config)
     if folder is not None:
         with disk_errors("offloading to deepspeed.nvme_path", folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def with_deepspeed(
             module=model, config_dict_or_path=options, remote_device="nvme", pin_memory=offload["pin_memory"]
         )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
-    return ZeroModel(engine, optimizer, mesh, folder), optimizer
+    return DeepSpeedModel(engine, optimizer, mesh, folder), optimizer
 
 
 def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[str, Any]:
@@ -106,13 +106,13 @@ def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[
     bucket = min(BUCKET, sum(sizes))
     zero: dict[str, Any] = {"stage": chosen.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if chosen.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": WHOLE_BELOW}
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD}
     for key, name in (("offload_optimizer", "offload_optimizer"), ("offload_parameters", "offload_param")):
         place = getattr(chosen, key)
         if place != "none":
             zero[name] = {"device": place, "pin_memory": pin}
         if place == "nvme":
-            zero[name]["nvme_path"] = str(disk_folder(config))
+            zero[name]["nvme_path"] = str(offload_folder(config))
     if chosen.offload_parameters == "nvme":
         zero["offload_param"]["buffer_size"] = max(sizes)
     return {
@@ -125,14 +125,14 @@ def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[
     }
 
 
-def disk_folder(config: TrainConfig) -> Path | None:
+def offload_folder(config: TrainConfig) -> Path | None:
     """Where a job's workers keep what is offloaded to a disk: a folder that no other job has; None without."""
     if config.deepspeed is None or config.deepspeed.nvme_path is None:
         return None
     return Path(config.deepspeed.nvme_path).expanduser() / f"{config.name}-{digest(to_dict(config))[:12]}"
 
 
-class ZeroModel(Trained):
+class DeepSpeedModel(ParallelModel):
     """A causal LM in a DeepSpeed engine."""
 
     _engine: Any
@@ -151,7 +151,7 @@ class ZeroModel(Trained):
 
     @property
     def whole(self) -> nn.Module:
-        """See `Trained`; of ZeRO 3, parameters that are not in use are empty."""
+        """See `ParallelModel`; of ZeRO 3, parameters that are not in use are empty."""
         whole: nn.Module = self.model
         return whole
 
@@ -160,32 +160,32 @@ class ZeroModel(Trained):
         """Never: ZeRO's parameters are float32."""
         return False
 
-    def train(self, mode: bool = True) -> ZeroModel:
+    def train(self, mode: bool = True) -> DeepSpeedModel:
         """See `nn.Module`."""
         super().train(mode)
         self._engine.train(mode)
         return self
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         return self._engine(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
 
     @contextlib.contextmanager
     def gradients_synced(self, sync: bool) -> Iterator[None]:
-        """See `Trained`. ZeRO 2 and 3 keep a rank's part of the gradients only, and so exchange each micro-batch's."""
+        """See `ParallelModel`. ZeRO 2 and 3 keep a rank's part of the gradients only, and so exchange each micro-batch's."""
         self._engine.set_gradient_accumulation_boundary(sync)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         # The loop's losses are shares of a step already, which DeepSpeed is not to divide by the micro-batches again.
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def finish_gradients(self) -> None:
-        """See `Trained`: nothing is left."""
+        """See `ParallelModel`: nothing is left."""
 
     def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None, loss: Tensor) -> tuple[float, bool]:
-        """See `Trained`. Gradients that are not finite are never taken; DeepSpeed does not ask for the loss."""
+        """See `ParallelModel`. Gradients that are not finite are never taken; DeepSpeed does not ask for the loss."""
         zero = self._engine.optimizer
         zero.clip_grad = limit
         if scaler:
@@ -198,8 +198,8 @@ class ZeroModel(Trained):
             scaler.accept(norm)
         return norm, bool(self._engine.was_step_applied())
 
-    def weights(self) -> list[Held]:
-        """See `Trained`."""
+    def weights(self) -> list[ExportTensor]:
+        """See `ParallelModel`."""
         adapters = hasattr(self.whole, "peft_config")
         tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
         if not adapters:
@@ -207,27 +207,29 @@ class ZeroModel(Trained):
         return [_held(name, tensor) for name, tensor in tensors.items()]
 
     def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         return self._state.content()
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
-        """See `Trained`."""
-        self._state.put_back(content)
+        """See `ParallelModel`."""
+        self._state.restore(content)
 
     def close(self) -> None:
-        """See `Trained`: what was offloaded to a disk goes away."""
+        """See `ParallelModel`: what was offloaded to a disk goes away."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _held(name: str, tensor: Any) -> Held:
+def _held(name: str, tensor: Any) -> ExportTensor:
     @torch.no_grad()
     def whole() -> Tensor:
         with _gathered(tensor):
             copied: Tensor = tensor.detach().clone()
         return copied
 
-    return Held(name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, whole=whole)
+    return ExportTensor(
+        name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, whole=whole
+    )
 
 
 @contextlib.contextmanager

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tandem.checkpoint.pieces import Pieces
+from tandem.checkpoint.flat_chunks import FlatChunks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Fragment:
     """The elements of one parameter that this rank keeps, in one of its flat buffers."""
 
     name: str
@@ -40,7 +40,7 @@ class Run:
     at: int
     """First element of the buffer."""
 
-    def within(self, buffer: Tensor) -> Tensor:
+    def view_of(self, buffer: Tensor) -> Tensor:
         """This run's part of a flat buffer."""
         return buffer.detach().narrow(0, self.at, self.count)
 
@@ -52,44 +52,44 @@ class ZeroState(abc.ABC):
         """`zero`: DeepSpeed's optimizer around `optimizer`, which is AdamW."""
         self._zero = zero
         self._optimizer = optimizer
-        self._runs = [self._run(p, name) for name, p in model.named_parameters() if p.requires_grad]
+        self._fragments = [self._fragment(p, name) for name, p in model.named_parameters() if p.requires_grad]
 
     @staticmethod
     def of(zero: Any, optimizer: Optimizer, model: nn.Module) -> ZeroState:
         """The state of a stage 3 engine, or of one of the others."""
         cut = hasattr(zero, "fp32_partitioned_groups_flat")
-        return (_Cut if cut else _Flattened)(zero, optimizer, model)
+        return (_Stage3State if cut else _Stage1And2State)(zero, optimizer, model)
 
     def content(self) -> dict[str, dict[str, Any]]:
         """`model` and `optimizer`, to save, or to load into."""
         model: dict[str, Any] = {}
         optimizer: dict[str, Any] = {}
-        for number in self._numbers():
-            with self._here(number) as (buffer, state):
-                for run in self._of(number):
+        for number in self._buffer_numbers():
+            with self._in_memory(number) as (buffer, state):
+                for fragment in self._fragments_in(number):
                     # A buffer has one count of its steps, and each of its parameters gets a copy to load into.
-                    optimizer[f"{run.name}.step"] = state["step"].detach().clone()
-                    if run.count:
-                        model[run.name] = self._piece(run, buffer)
-                        optimizer |= {f"{run.name}.{key}": self._piece(run, state[key]) for key in MOMENTS}
+                    optimizer[f"{fragment.name}.step"] = state["step"].detach().clone()
+                    if fragment.count:
+                        model[fragment.name] = self._piece(fragment, buffer)
+                        optimizer |= {f"{fragment.name}.{key}": self._piece(fragment, state[key]) for key in MOMENTS}
         return {"model": model, "optimizer": optimizer}
 
     @torch.no_grad()
-    def put_back(self, content: dict[str, dict[str, Any]]) -> None:
+    def restore(self, content: dict[str, dict[str, Any]]) -> None:
         """Go on from what was loaded into `content`. Every rank calls it."""
-        for number in self._numbers():
-            with self._here(number, changed=True) as (buffer, state):
-                for run in self._of(number):
-                    state["step"].copy_(content["optimizer"][f"{run.name}.step"])
-                    if run.count:
-                        _fill(run.within(buffer), content["model"][run.name])
+        for number in self._buffer_numbers():
+            with self._in_memory(number, changed=True) as (buffer, state):
+                for fragment in self._fragments_in(number):
+                    state["step"].copy_(content["optimizer"][f"{fragment.name}.step"])
+                    if fragment.count:
+                        _copy_loaded(fragment.view_of(buffer), content["model"][fragment.name])
                         for key in MOMENTS:
-                            _fill(run.within(state[key]), content["optimizer"][f"{run.name}.{key}"])
+                            _copy_loaded(fragment.view_of(state[key]), content["optimizer"][f"{fragment.name}.{key}"])
                 self._to_parameters(number)
         self._share_parameters()
 
     @abc.abstractmethod
-    def _run(self, parameter: nn.Parameter, name: str) -> Run: ...
+    def _fragment(self, parameter: nn.Parameter, name: str) -> Fragment: ...
 
     @abc.abstractmethod
     def _buffer(self, number: int) -> Tensor:
@@ -108,7 +108,7 @@ class ZeroState(abc.ABC):
         """Give the other ranks what each has changed."""
 
     @contextlib.contextmanager
-    def _here(self, number: int, *, changed: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _in_memory(self, number: int, *, changed: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """A buffer and its state in memory; with `changed`, what is on a disk is written there again."""
         zero, swapped = self._zero, self._swapped(number)
         if swapped:
@@ -127,25 +127,25 @@ class ZeroState(abc.ABC):
         elif swapped:
             zero._release_swap_buffers(number)
 
-    def _piece(self, run: Run, buffer: Tensor) -> Pieces:
-        part = run.within(buffer)
+    def _piece(self, fragment: Fragment, buffer: Tensor) -> FlatChunks:
+        part = fragment.view_of(buffer)
         # The memory that a swapped buffer is read into is used for the next one.
-        return Pieces(part.clone() if self._swapped(run.buffer) else part, run.shape, run.start)
+        return FlatChunks(part.clone() if self._swapped(fragment.buffer) else part, fragment.shape, fragment.start)
 
-    def _numbers(self) -> list[int]:
-        return sorted({run.buffer for run in self._runs})
+    def _buffer_numbers(self) -> list[int]:
+        return sorted({fragment.buffer for fragment in self._fragments})
 
-    def _of(self, number: int) -> Iterator[Run]:
-        return (run for run in self._runs if run.buffer == number)
+    def _fragments_in(self, number: int) -> Iterator[Fragment]:
+        return (fragment for fragment in self._fragments if fragment.buffer == number)
 
 
-class _Flattened(ZeroState):
+class _Stage1And2State(ZeroState):
     """ZeRO 1 and 2: each group of parameters is one long buffer, of which a rank keeps an even share."""
 
-    def _run(self, parameter: nn.Parameter, name: str) -> Run:
+    def _fragment(self, parameter: nn.Parameter, name: str) -> Fragment:
         group = next(n for n, held in enumerate(self._zero.bit16_groups) if any(p is parameter for p in held))
         mapping: Any = getattr(parameter, "_hp_mapping", None)
-        return Run(
+        return Fragment(
             name=name,
             shape=tuple(parameter.shape),
             start=mapping.lp_fragment_address.start if mapping else 0,
@@ -165,15 +165,15 @@ class _Flattened(ZeroState):
         self._zero.update_lp_params()
 
 
-class _Cut(ZeroState):
+class _Stage3State(ZeroState):
     """ZeRO 3: each parameter is cut into even shares, the last one padded; a rank's shares lie one after the other in buffers."""
 
-    def _run(self, parameter: nn.Parameter, name: str) -> Run:
+    def _fragment(self, parameter: nn.Parameter, name: str) -> Fragment:
         zero, held = self._zero, parameter  # of DeepSpeed's making: see `ds_...`
         buffer, at, share = zero.grad_position[zero.get_param_id(held)]
         start = dist.get_rank() * share
         numel = held.ds_numel  # type: ignore[attr-defined]
-        return Run(
+        return Fragment(
             name=name,
             shape=tuple(held.ds_shape),  # type: ignore[attr-defined]
             start=start,
@@ -198,6 +198,6 @@ class _Cut(ZeroState):
         self._zero._post_step(set())
 
 
-def _fill(part: Tensor, loaded: Pieces) -> None:
+def _copy_loaded(part: Tensor, loaded: FlatChunks) -> None:
     if part.data_ptr() != loaded.flat.data_ptr():
         part.copy_(loaded.flat)

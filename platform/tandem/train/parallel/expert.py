@@ -24,12 +24,12 @@ def split_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     for parent in list(model.modules()):
         experts = getattr(parent, "experts", None)
         if isinstance(experts, nn.Module) and hasattr(experts, "gate_up_proj"):
-            parent.experts = SharedExperts(experts, mesh)
+            parent.experts = ParallelExperts(experts, mesh)
             made.append(parent.experts)
     return made
 
 
-class SharedExperts(nn.Module):
+class ParallelExperts(nn.Module):
     """This rank's experts, and the way of every token to the rank that has its experts. ep divides experts, tp their width."""
 
     def __init__(self, whole: Any, mesh: DeviceMesh) -> None:
@@ -48,8 +48,8 @@ class SharedExperts(nn.Module):
             axes = {"ep": Shard(0), "tp": Shard(inner)}
             cut = [axis for axis in axes if mesh[axis].size() > 1]
             over = mesh if len(cut) == 2 else mesh[cut[0]]
-            placed = DTensor.from_local(mine.contiguous(), over, [axes[axis] for axis in cut], run_check=False)
-            self.register_parameter(name, nn.Parameter(placed, requires_grad=getattr(whole, name).requires_grad))
+            sharded = DTensor.from_local(mine.contiguous(), over, [axes[axis] for axis in cut], run_check=False)
+            self.register_parameter(name, nn.Parameter(sharded, requires_grad=getattr(whole, name).requires_grad))
 
     def forward(self, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The weighted sum of each token's experts: hidden states (N, H), expert numbers and weights (N, K)."""

@@ -128,7 +128,7 @@ class Mesh:
         return self._over("expert_shard", self._expert_shard)
 
     @property
-    def experts_cut(self) -> DeviceMesh:
+    def expert_tensor(self) -> DeviceMesh:
         """What the experts of a mixture are cut over: (ep, tp)."""
         return self.whole["ep", "tp"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tandem.checkpoint.tensors import Held
+from tandem.checkpoint.tensors import ExportTensor
 from tandem.train.parallel.mesh import Mesh
 from tandem.train.precision import LossScaler
 from tandem.train.stage import Share
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tandem.train.parallel.pipeline import Pipeline
 
 
-class Trained(nn.Module, abc.ABC):
-    """A causal LM as one rank holds it: laid out by `placement.place`, or by DeepSpeed."""
+class ParallelModel(nn.Module, abc.ABC):
+    """A causal LM as one rank holds it: laid out by `parallelize.parallelize`, or by DeepSpeed."""
 
     mesh: Mesh
     share: Share
@@ -73,7 +73,7 @@ class Trained(nn.Module, abc.ABC):
         """Go on from what was loaded into a `training_state`."""
 
     @abc.abstractmethod
-    def weights(self) -> list[Held]:
+    def weights(self) -> list[ExportTensor]:
         """What this rank has of all weights, or of a peft model of those that are trained, to be made whole one by one.
 
         Names and shapes are those of the plain model.

@@ -20,28 +20,34 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from tandem.checkpoint.parts import Parts
-from tandem.checkpoint.tensors import Held
+from tandem.checkpoint.chunks import ChunkedTensor
+from tandem.checkpoint.tensors import ExportTensor
 from tandem.config import TrainConfig
-from tandem.config.training.layout import PARTS, ModelShape, check_layout, layers_known
+from tandem.config.training.layout import STAGES_PER_RANK, ModelShape, check_layout, layers_known
 from tandem.errors import LayoutError
 from tandem.train.compiled import compile_layers
-from tandem.train.flex_attention import attend_in_blocks, document_blocks
+from tandem.train.flex_attention import document_block_mask, use_flex_attention
 from tandem.train.model import decoder_layers, reshard
 from tandem.train.optimizer import start_state
-from tandem.train.parallel.canonical import canonical, persistent_buffers, plain_name, settle, shared_experts
-from tandem.train.parallel.context import share_sequences
-from tandem.train.parallel.expert import SharedExperts, split_experts
+from tandem.train.parallel.canonical import (
+    canonical,
+    canonical_name,
+    expert_parameter_names,
+    persistent_buffers,
+    sync_tied,
+)
+from tandem.train.parallel.context import shard_sequences
+from tandem.train.parallel.expert import ParallelExperts, split_experts
 from tandem.train.parallel.mesh import Mesh
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 from tandem.train.parallel.pipeline import Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
-from tandem.train.parallel.sharded_load import is_empty, make_room
+from tandem.train.parallel.sharded_load import allocate_parameters, is_on_meta
 from tandem.train.parallel.tensor import split_tensors
-from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
-from tandem.train.stage import Mask, OwnForward, Share, Stage, document_mask, whole_sequence
+from tandem.train.precision import COMPUTE_DTYPES, LossScaler, mixed_precision_policy
+from tandem.train.stage import Mask, Share, Stage, TransformersForward, document_mask, whole_sequence
 
 
-class PlacedModel(Trained):
+class MeshModel(ParallelModel):
     """A causal LM as one rank of the mesh holds it. Without a pipeline it is called as transformers' models are."""
 
     _whole: nn.Module
@@ -77,11 +83,11 @@ class PlacedModel(Trained):
 
     @property
     def whole(self) -> nn.Module:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         return self._whole
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         return SimpleNamespace(logits=self._called(input_ids, position_ids))
 
     @property
@@ -91,7 +97,7 @@ class PlacedModel(Trained):
 
     @contextlib.contextmanager
     def gradients_synced(self, sync: bool) -> Iterator[None]:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         if isinstance(self._called, DistributedDataParallel) and not sync:
             with self._called.no_sync():
                 yield
@@ -102,11 +108,11 @@ class PlacedModel(Trained):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         loss.backward()
 
     def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None, loss: Tensor) -> tuple[float, bool]:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         if scaler:
             scaler.unscale(p.grad for p in self.parameters() if p.grad is not None)
         norm = self.clip(limit, loss)
@@ -117,23 +123,23 @@ class PlacedModel(Trained):
         return norm, taken
 
     def finish_gradients(self) -> None:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         if self._tied is not None:
             self._tied.sum_gradients(self._device)
 
     def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """See `Trained`. It shares the memory of what is trained."""
+        """See `ParallelModel`. It shares the memory of what is trained."""
         reshard(self)
         start_state(optimizer)
-        state: dict[str, Parts] = {}
+        state: dict[str, ChunkedTensor] = {}
         for key, held in self._optimizer_state(optimizer).items():
             state |= {f"{name}.{key}": part for name, part in canonical(self.whole, held).items()}
         return {"model": canonical(self.whole, self._trained()), "optimizer": dict(state)}
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
-        """See `Trained`: what was loaded is there already."""
+        """See `ParallelModel`: what was loaded is there already."""
         for held in (self._trained(), *self._optimizer_state(optimizer).values()):
-            settle(self.whole, held)
+            sync_tied(self.whole, held)
 
     def _trained(self) -> dict[str, Tensor]:
         trained = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
@@ -147,16 +153,18 @@ class PlacedModel(Trained):
                 found.setdefault(key, {})[name] = value
         return found
 
-    def weights(self) -> list[Held]:
-        """See `Trained`."""
+    def weights(self) -> list[ExportTensor]:
+        """See `ParallelModel`."""
         reshard(self)
         adapters = hasattr(self.whole, "peft_config")
         tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
         if not adapters:
             tensors |= dict(persistent_buffers(self.whole))
         # A second copy of an embedding is told by the stage that has the first.
-        experts = shared_experts(self.whole)
-        return [_held(name, t, name in experts) for name, t in tensors.items() if plain_name(self.whole, name) == name]
+        experts = expert_parameter_names(self.whole)
+        return [
+            _held(name, t, name in experts) for name, t in tensors.items() if canonical_name(self.whole, name) == name
+        ]
 
     def clip(self, limit: float, loss: Tensor | None = None) -> float:
         """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh.
@@ -184,7 +192,7 @@ class PlacedModel(Trained):
         return norm
 
 
-def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> PlacedModel:
+def parallelize(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> MeshModel:
     """Lay `model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place.
 
     Of an empty model (see `sharded_base`) the weights are to be filled in. Raises LayoutError if it cannot be cut in that way.
@@ -194,7 +202,7 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
     shape = ModelShape.read(lm.config.to_dict())
     check_layout(shape, config)
     share: Share = whole_sequence
-    stages: Mapping[int, Stage | OwnForward]
+    stages: Mapping[int, Stage | TransformersForward]
     if layers_known(shape, config):
         share, stages = _cut(lm, mesh, config)
     elif config.attention == "flex":
@@ -203,12 +211,12 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
             "known. Set attention to 'sdpa'."
         )
     else:
-        stages = {0: OwnForward(lm, decoder_layers(lm))}
-    empty = is_empty(model)
+        stages = {0: TransformersForward(lm, decoder_layers(lm))}
+    empty = is_on_meta(model)
     if not empty:
         model.to(device)
         for stage in stages.values():
-            if isinstance(stage, OwnForward):
+            if isinstance(stage, TransformersForward):
                 stage.check_documents(device)
     if config.compile:
         compile_layers(layer for stage in stages.values() for layer in stage.layers)
@@ -217,17 +225,17 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
         parallel.strategy == "ddp" and parallel.workers > 1 and any(p.requires_grad for p in model.parameters())
     )
     # A rank that shares a stage with no other may still compute in another type than its weights have, or keep them elsewhere.
-    shared = parallel.workers > parallel.pipeline or config.precision in COMPUTED_IN or parallel.offload
+    shared = parallel.workers > parallel.pipeline or config.precision in COMPUTE_DTYPES or parallel.offload
     if parallel.strategy == "fsdp2" and shared:
         for stage in stages.values():
             _shard(stage, mesh, config)
     if empty:
         for stage in stages.values():
-            make_room(stage, torch.device("cpu") if parallel.offload else device)
+            allocate_parameters(stage, torch.device("cpu") if parallel.offload else device)
     pipeline = None
     if parallel.pipeline > 1:
         pipeline = Pipeline.of(stages, mesh["pp"], config=config, lm_config=lm.config, device=device)
-    return PlacedModel(
+    return MeshModel(
         model,
         list(stages.values()),
         mesh=mesh,
@@ -241,18 +249,18 @@ def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.devic
 def _cut(lm: Any, mesh: Mesh, config: TrainConfig) -> tuple[Share, dict[int, Stage]]:
     """Take out of a causal LM what other ranks have; how sequences are shared, and the stages that are left, by number."""
     degrees, parallel = mesh.degrees, config.parallel
-    share: Share = share_sequences(lm, mesh["cp"]) if degrees.cp > 1 else whole_sequence
+    share: Share = shard_sequences(lm, mesh["cp"]) if degrees.cp > 1 else whole_sequence
     mask: Mask = document_mask
     if config.attention == "flex":
-        attend_in_blocks(lm)
-        mask = document_blocks
-    parts = PARTS[parallel.schedule] if degrees.pp > 1 else 1
+        use_flex_attention(lm)
+        mask = document_block_mask
+    parts = STAGES_PER_RANK[parallel.schedule] if degrees.pp > 1 else 1
     numbers = stages_of(mesh["pp"].get_local_rank(), degrees.pp, parallel.schedule) if degrees.pp > 1 else [0]
     of = degrees.pp * parts
     layers = [layers_of_stage(number, of, lm.config.num_hidden_layers) for number in numbers]
     if of > 1:
         keep_stages(lm, numbers, of, layers)
-    split_experts(lm, mesh.experts_cut)
+    split_experts(lm, mesh.expert_tensor)
     # Only the cross-entropy of the next token is computed on logits that are cut along the vocabulary.
     split_tensors(
         lm,
@@ -266,9 +274,9 @@ def _cut(lm: Any, mesh: Mesh, config: TrainConfig) -> tuple[Share, dict[int, Sta
     }
 
 
-def _shard(stage: Stage | OwnForward, mesh: Mesh, config: TrainConfig) -> None:
+def _shard(stage: Stage | TransformersForward, mesh: Mesh, config: TrainConfig) -> None:
     options: dict[str, Any] = {
-        "mp_policy": sharding_policy(config.precision),
+        "mp_policy": mixed_precision_policy(config.precision),
         # Gathering again for every micro-batch of a pipeline would cost more than it saves.
         "reshard_after_forward": mesh.degrees.pp == 1,
     }
@@ -276,7 +284,7 @@ def _shard(stage: Stage | OwnForward, mesh: Mesh, config: TrainConfig) -> None:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.whole.device_type != "cpu")
     for layer in stage.layers:
         for module in layer.modules():
-            if isinstance(module, SharedExperts):
+            if isinstance(module, ParallelExperts):
                 fully_shard(module, mesh=mesh.experts, **options)
                 # Its gradient holds the tokens of all expert ranks already.
                 sharded: Any = module
@@ -294,13 +302,13 @@ class _TiedStages:
         self._mine, self._repeated, self._group = mine, repeated, group
 
     @classmethod
-    def of(cls, model: PlacedModel) -> _TiedStages | None:
+    def of(cls, model: MeshModel) -> _TiedStages | None:
         lm = causal_lm(model.whole)
         mesh, pipeline = model.mesh, model.pipeline
         if pipeline is None or not lm.config.tie_word_embeddings:
             return None
         group = None
-        if PARTS[pipeline.name] == 1 or pipeline.name == "interleaved":
+        if STAGES_PER_RANK[pipeline.name] == 1 or pipeline.name == "interleaved":
             for column in mesh.whole.mesh.reshape(mesh.degrees.pp, -1).T.tolist():
                 made = dist.new_group([column[0], column[-1]])
                 if dist.get_rank() in (column[0], column[-1]):
@@ -328,9 +336,9 @@ class _TiedStages:
                 gradient.copy_(total)
 
 
-def _held(name: str, tensor: Tensor, shared_experts: bool) -> Held:
+def _held(name: str, tensor: Tensor, expert_parameter_names: bool) -> ExportTensor:
     shape = tuple(tensor.shape)
-    if shared_experts:
+    if expert_parameter_names:
         shape = (shape[0], shape[1] * shape[2], shape[3])
 
     @torch.no_grad()
@@ -338,7 +346,7 @@ def _held(name: str, tensor: Tensor, shared_experts: bool) -> Held:
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
         return full.view(shape)
 
-    return Held(name=name, shape=shape, dtype=tensor.dtype, whole=whole)
+    return ExportTensor(name=name, shape=shape, dtype=tensor.dtype, whole=whole)
 
 
 def _local(tensor: Any) -> Tensor:

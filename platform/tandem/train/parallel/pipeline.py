@@ -14,8 +14,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from tandem.config import TrainConfig
-from tandem.config.training.layout import PARTS
-from tandem.train.precision import COMPUTED_IN
+from tandem.config.training.layout import STAGES_PER_RANK
+from tandem.train.precision import COMPUTE_DTYPES
 
 TORCH_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "ZBVZeroBubble"}
 
@@ -84,10 +84,10 @@ class Pipeline:
     ) -> Pipeline:
         """The stages of a model that this rank holds, by number. A step runs `config.accumulate` micro-batches."""
         parallel = config.parallel
-        of = mesh.size() * PARTS[parallel.schedule]
+        of = mesh.size() * STAGES_PER_RANK[parallel.schedule]
         rows = config.batch_size // parallel.data // config.accumulate
         length = config.data.sequence_length // parallel.context
-        dtype = COMPUTED_IN.get(config.precision, torch.float32)
+        dtype = COMPUTE_DTYPES.get(config.precision, torch.float32)
         between = length // (parallel.tensor if parallel.sequence_parallel else 1)
         ids = torch.empty(rows, config.data.sequence_length, dtype=torch.long, device="meta")
         hidden = torch.empty(rows, between, lm_config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
@@ -100,7 +100,7 @@ class Pipeline:
             for number, module in held.items()
         ]  # fmt: skip
         made = get_schedule_class(TORCH_NAMES[parallel.schedule])
-        run: Any = stages if PARTS[parallel.schedule] > 1 else stages[0]
+        run: Any = stages if STAGES_PER_RANK[parallel.schedule] > 1 else stages[0]
         return cls(
             name=parallel.schedule,
             # Gradients are scaled by tokens, not by micro-batches.

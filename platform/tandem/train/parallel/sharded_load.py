@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tandem.checkpoint.source import Source
+from tandem.checkpoint.safetensors_reader import SafetensorsReader
 from tandem.config import TrainConfig
 from tandem.errors import ConfigError
-from tandem.train.parallel.canonical import canonical, persistent_buffers, settle
-from tandem.train.parallel.model import Trained
-from tandem.train.stage import OwnForward
+from tandem.train.parallel.canonical import canonical, persistent_buffers, sync_tied
+from tandem.train.parallel.model import ParallelModel
+from tandem.train.stage import TransformersForward
 
 
-def empty_base(config: TrainConfig, base: Path) -> nn.Module | None:
-    """The model in `base` without its weights. Before it is laid out, `let_go` of them; afterwards, `fill` them in.
+def build_empty_model(config: TrainConfig, base: Path) -> nn.Module | None:
+    """The model in `base` without its weights. Before it is laid out, `to_meta` of them; afterwards, `load_weights` them in.
 
     None where each rank has to read all of it: with DoRA, 4 bits, DeepSpeed or float8, on one rank, from quantized files, or of a
     family whose files have other names than its model.
@@ -41,7 +41,7 @@ def empty_base(config: TrainConfig, base: Path) -> nn.Module | None:
         return None
     with _without_memory():
         model: Any = AutoModelForCausalLM.from_config(of, dtype=torch.float32)
-    if Source(base).lacks({name: tensor.shape for name, tensor in _in_file(model).items()}):
+    if SafetensorsReader(base).lacks({name: tensor.shape for name, tensor in _in_file(model).items()}):
         return None
     if (base / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(base)
@@ -52,7 +52,7 @@ def empty_base(config: TrainConfig, base: Path) -> nn.Module | None:
     return made
 
 
-def let_go(model: nn.Module) -> dict[str, Tensor]:
+def to_meta(model: nn.Module) -> dict[str, Tensor]:
     """Put the parameters of an empty model on the meta device, to be laid out; returns those of its adapters, which are real."""
     adapters = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     gone: dict[nn.Parameter, nn.Parameter] = {}
@@ -68,32 +68,32 @@ def let_go(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: Trained, base: Path, adapters: Mapping[str, Tensor], device: torch.device) -> None:
+def load_weights(model: ParallelModel, base: Path, adapters: Mapping[str, Tensor], device: torch.device) -> None:
     """Read this rank's part of the weights of a model that is laid out, and take its part of `adapters`.
 
     Raises LayoutError, on every rank, if it is one that does not keep documents apart.
     """
-    source = Source(base)
+    source = SafetensorsReader(base)
     held_here = _in_file(model.whole)
     for name, part in canonical(model.whole, held_here).items():
-        for offsets, held in part.boxes.items():
+        for offsets, held in part.chunks.items():
             if name in adapters:
                 where = tuple(slice(at, at + size) for at, size in zip(offsets, held.shape, strict=True))
                 held.copy_(adapters[name][where])
             else:
                 held.copy_(source.read(_in_files(name), offsets, held.shape))
-    settle(model.whole, held_here)
+    sync_tied(model.whole, held_here)
     for module in model.modules():
-        if isinstance(module, OwnForward):
+        if isinstance(module, TransformersForward):
             module.check_documents(device)
 
 
-def is_empty(model: nn.Module) -> bool:
+def is_on_meta(model: nn.Module) -> bool:
     """Whether a model waits for its weights."""
     return any(p.is_meta for p in model.parameters())
 
 
-def make_room(stage: nn.Module, device: torch.device) -> None:
+def allocate_parameters(stage: nn.Module, device: torch.device) -> None:
     """Give the parameters of an empty stage, which is sharded by now, memory on `device`; buffers keep what they hold."""
     buffers = {name: buffer.clone() for name, buffer in stage.named_buffers()}
     stage.to_empty(device=device)

@@ -10,26 +10,28 @@ from torch.optim import Optimizer
 
 from tandem.config import TrainConfig
 from tandem.train.optimizer import build_optimizer
-from tandem.train.parallel.deepspeed import with_deepspeed
+from tandem.train.parallel.deepspeed import wrap_in_deepspeed
 from tandem.train.parallel.mesh import Mesh
-from tandem.train.parallel.model import Trained
-from tandem.train.parallel.parallelize import place
+from tandem.train.parallel.model import ParallelModel
+from tandem.train.parallel.parallelize import parallelize
 
 
-def lay_out(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> tuple[Trained, Optimizer]:
+def parallelize_for_training(
+    model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device
+) -> tuple[ParallelModel, Optimizer]:
     """`model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place, and its optimizer.
 
     Raises LayoutError if the model cannot be cut in that way, EnvironmentProblem if this machine lacks what that takes.
     """
     if config.parallel.strategy == "deepspeed":
-        return with_deepspeed(model, mesh, config, device)
-    placed = place(model, mesh, config, device)
-    return placed, build_optimizer(placed, config.optimizer, device)
+        return wrap_in_deepspeed(model, mesh, config, device)
+    parallel_model = parallelize(model, mesh, config, device)
+    return parallel_model, build_optimizer(parallel_model, config.optimizer, device)
 
 
-def lay_out_frozen(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> Trained:
+def parallelize_frozen(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> ParallelModel:
     """The same for a model that is not trained. Raises LayoutError."""
     if config.parallel.strategy == "deepspeed":
         # An engine wants an optimizer. FSDP2 shards what is frozen as ZeRO 3 would.
         config = replace(config, deepspeed=None, parallel=replace(config.parallel, strategy="fsdp2"))
-    return place(model, mesh, config, device)
+    return parallelize(model, mesh, config, device)

@@ -23,11 +23,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tandem.train.parallel.expert import SharedExperts
+from tandem.train.parallel.expert import ParallelExperts
 
-INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Linear layers whose output is cut."""
-OUT_OF = ("o_proj", "down_proj")
+ROW_PARALLEL = ("o_proj", "down_proj")
 """Linear layers whose input comes cut."""
 PER_HEAD = ("q_norm", "k_norm")
 """Norms over the width of one head, on a rank's own heads."""
@@ -35,16 +35,16 @@ SEQUENCE_DIM = 1
 HEAD_DIM = 2
 
 
-class CutLinear(ParallelStyle):
+class TensorParallelLinear(ParallelStyle):
     """A linear layer, with whatever adapters peft has put around it, computed on DTensors from its input to its output.
 
-    `into`: rows of the weight are cut (the input is whole); else columns (the input comes cut). The layouts of what goes in
+    `colwise`: rows of the weight are cut (the input is whole); else columns (the input comes cut). The layouts of what goes in
     and out are the caller's: DTensor finds out what has to be communicated.
     """
 
-    def __init__(self, *, into: bool, input_layout: Any, output_layout: Any) -> None:
+    def __init__(self, *, colwise: bool, input_layout: Any, output_layout: Any) -> None:
         super().__init__()
-        self._into, self._input, self._output = into, input_layout, output_layout
+        self._colwise, self._input, self._output = colwise, input_layout, output_layout
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, parameter in list(module.named_parameters()):
@@ -57,9 +57,9 @@ class CutLinear(ParallelStyle):
         inner = "lora_A" in name  # its output is the rank of the adapter, which nobody cuts
         outer = "lora_B" in name or "lora_magnitude" in name  # their input is that
         layout: Any = Replicate()
-        if self._into and not inner:
+        if self._colwise and not inner:
             layout = Shard(0)
-        elif not self._into and not outer and parameter.ndim > 1:
+        elif not self._colwise and not outer and parameter.ndim > 1:
             layout = Shard(1)
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
@@ -67,7 +67,7 @@ class CutLinear(ParallelStyle):
         owner.register_parameter(leaf, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 
     def _prepare(self, mesh: DeviceMesh) -> Callable[..., Any]:
-        wanted = Replicate() if self._into else Shard(-1)
+        wanted = Replicate() if self._colwise else Shard(-1)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = arguments
@@ -118,15 +118,15 @@ def _layer_plan(layer: nn.Module, between: Any) -> dict[str, ParallelStyle]:
     cut = isinstance(between, Shard)
     for name, _ in layer.named_modules():
         leaf = name.rpartition(".")[2]
-        if leaf in INTO:
-            plan[name] = CutLinear(into=True, input_layout=Replicate(), output_layout=Shard(-1))
-        elif leaf in OUT_OF:
-            plan[name] = CutLinear(into=False, input_layout=Shard(-1), output_layout=between)
+        if leaf in COLUMN_PARALLEL:
+            plan[name] = TensorParallelLinear(colwise=True, input_layout=Replicate(), output_layout=Shard(-1))
+        elif leaf in ROW_PARALLEL:
+            plan[name] = TensorParallelLinear(colwise=False, input_layout=Shard(-1), output_layout=between)
         elif leaf in PER_HEAD:
             plan[name] = SequenceParallel(sequence_dim=HEAD_DIM, use_local_output=True)
         elif cut and leaf in ("input_layernorm", "post_attention_layernorm"):
             plan[name] = SequenceParallel(use_local_output=True)
-    experts = any(isinstance(module, SharedExperts) for module in layer.modules())
+    experts = any(isinstance(module, ParallelExperts) for module in layer.modules())
     # Heads and experts need whole sequences. They stay DTensors up to the matrices, so that the gradients of all that read them
     # are added up before they are exchanged: one exchange, not one a matrix.
     plan["self_attn"] = PrepareModuleInput(
@@ -143,11 +143,11 @@ def _layer_plan(layer: nn.Module, between: Any) -> dict[str, ParallelStyle]:
     return plan
 
 
-class _Head(CutLinear):
+class _Head(TensorParallelLinear):
     """The output embedding: cut by rows, from hidden states laid out as between layers."""
 
     def __init__(self, between: Any, *, keep: bool) -> None:
-        super().__init__(into=True, input_layout=between, output_layout=Shard(-1) if keep else Replicate())
+        super().__init__(colwise=True, input_layout=between, output_layout=Shard(-1) if keep else Replicate())
         self._keep = keep
 
     def _finish(self) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tandem.train.adapters.quantize import weights_in
+from tandem.train.adapters.quantize import count_weights
 
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
@@ -104,7 +104,7 @@ def memory_peak_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Meter:
+class MfuMeter:
     """Adds memory and MFU to the reports of one worker."""
 
     token_flops: float
@@ -113,7 +113,9 @@ class Meter:
     """FLOP/s of all workers' devices together."""
 
     @classmethod
-    def of(cls, model: nn.Module, *, device: torch.device, workers: int, sequence_length: int, precision: str) -> Meter:
+    def of(
+        cls, model: nn.Module, *, device: torch.device, workers: int, sequence_length: int, precision: str
+    ) -> MfuMeter:
         """The meter of a whole model, not sharded yet, that `workers` devices like this one train."""
         text = _text_config(model.config)
         parameters = list(model.named_parameters())
@@ -128,9 +130,9 @@ class Meter:
             )
         return cls(
             token_flops=flops_per_token(
-                active_parameters=active_parameters(((n, weights_in(p)) for n, p in parameters), text),
+                active_parameters=active_parameters(((n, count_weights(p)) for n, p in parameters), text),
                 trained_parameters=active_parameters(
-                    ((n, weights_in(p)) for n, p in parameters if p.requires_grad), text
+                    ((n, count_weights(p)) for n, p in parameters if p.requires_grad), text
                 ),
                 num_layers=text.num_hidden_layers,
                 attention_width=width,

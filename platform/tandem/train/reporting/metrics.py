@@ -21,7 +21,7 @@ from tandem.errors import ConfigError
 
 TAGS = {"step": "train", "evaluation": "evaluation"}
 """Events that hold numbers, and what stands before their names: `train/loss`, `evaluation/loss`."""
-NO_NUMBERS = ("event", "time", "step", "steps")
+NON_METRIC_KEYS = ("event", "time", "step", "steps")
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -57,7 +57,7 @@ def numbers(event: Mapping[str, Any]) -> dict[str, float]:
     return {
         f"{group}/{key}": float(value)
         for key, value in event.items()
-        if key not in NO_NUMBERS and isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in NON_METRIC_KEYS and isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 

@@ -24,26 +24,26 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from tandem import errors
 from tandem.checkpoint import folders
-from tandem.config import SpikeConfig, TrainConfig, sized, sizes
+from tandem.config import SpikeConfig, TrainConfig, with_workers, worker_counts
 from tandem.data.stream import rows_behind
 from tandem.errors import JobError, JobStopped
 from tandem.observability.journal import Journal
 from tandem.storage import Location
-from tandem.train.persistence import wait_for_storage
 from tandem.train.reporting.metrics import Metrics
+from tandem.train.storage_retry import wait_for_storage
 from tandem.train.supervision import health
-from tandem.train.supervision.capacity import fitting, nodes_now
-from tandem.train.supervision.health import Sign
-from tandem.train.supervision.history import Asked, Course, Fault, Outcome, last_line
+from tandem.train.supervision.capacity import current_nodes, max_workers
+from tandem.train.supervision.health import Heartbeat
+from tandem.train.supervision.history import Fault, Outcome, RunHistory, StopRequest, last_line
 from tandem.train.supervision.mailbox import open_mailbox
-from tandem.train.supervision.processes import end_workers, lost_nodes
-from tandem.train.supervision.watch import watched
+from tandem.train.supervision.processes import find_lost_nodes, kill_workers
+from tandem.train.supervision.watch import watching
 from tandem.train.worker import WorkerTask, run_worker
 
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """One intra-op thread a process: oversubscribed threads were 3 to 14 times slower (facts.md)."""
 
-SETTLE_S = 30.0
+CAPACITY_TIMEOUT_S = 30.0
 """Seconds at most in which an elastic run waits for the room that its old workers leave, before it goes on with fewer."""
 
 
@@ -57,26 +57,26 @@ def run_workers(
     task: WorkerTask,
     journal: Journal,
     metrics: Metrics,
-    asked: Asked | None = None,
+    stop_request: StopRequest | None = None,
     *,
     exported: Callable[[dict[str, Any]], None] = lambda end: None,
 ) -> dict[str, Any]:
-    """Run workers until they are done; returns their last event. `exported`: see `Course`.
+    """Run workers until they are done; returns their last event. `exported`: see `RunHistory`.
 
-    Raises what they cannot go on from, JobError after too many faults without a new checkpoint, JobStopped if `asked` to.
+    Raises what they cannot go on from, JobError after too many faults without a new checkpoint, JobStopped if `stop_request` to.
     """
-    # Not `or`: it is false until it was asked.
-    asked = Asked() if asked is None else asked
-    config, root = task.config, folders.root_of(task.config.checkpoint, task.job)
-    course = Course(journal, metrics, exported)
+    # Not `or`: a StopRequest is false until it is set.
+    stop_request = StopRequest() if stop_request is None else stop_request
+    config, root = task.config, folders.checkpoints_root(task.config.checkpoint, task.job)
+    history = RunHistory(journal, metrics, exported)
     failures, kept, waited = 0, -1, False
     skip = [(e["rows"][0], e["rows"][1]) for e in journal.read() if e["event"] == "rollback"]
     while True:
         workers = config.parallel.workers
-        if len(sizes(config)) > 1:
-            workers = _room(config, settle=course.starts > 0)
-        attempt = replace(task, config=sized(config, workers), mailbox=open_mailbox(), skip=tuple(skip))
-        outcome = _attempt(attempt, course, asked, whole=config)
+        if len(worker_counts(config)) > 1:
+            workers = _wait_for_capacity(config, settle=history.starts > 0)
+        attempt = replace(task, config=with_workers(config, workers), mailbox=open_mailbox(), skip=tuple(skip))
+        outcome = _attempt(attempt, history, stop_request, whole=config)
         if outcome.refusal is not None:
             kind, message, _ = outcome.refusal
             raise getattr(errors, kind, JobError)(message)
@@ -85,12 +85,12 @@ def run_workers(
         wait_for_storage(root, journal, config.faults.storage_retry_s)
         newest = folders.latest(root)
         step = folders.read_state(newest).step if newest else 0
-        if asked:
+        if stop_request:
             where = f"It goes on from step {step} with the same command."
-            raise JobStopped(f"The job was told to stop, and left after step {course.step}. {where}")
+            raise JobStopped(f"The job was told to stop, and left after step {history.step}. {where}")
         if outcome.left is not None:
             if not outcome.left.get("waited"):
-                course.reason = str(outcome.left["reason"])
+                history.reason = str(outcome.left["reason"])
             elif not waited:
                 journal.write(
                     {"event": "notice", "message": f"{outcome.left['reason'].capitalize()}; the run waits for it."}
@@ -100,9 +100,9 @@ def run_workers(
                 skip.append(_roll_back(config, spike, outcome.left["step"], newest, journal, again=len(skip)))
             continue
         fault = outcome.fault or Fault(kind="workers", reason="training ended without an export")
-        course.reason = fault.reason
+        history.reason = fault.reason
         journal.write(
-            {"event": "fault", "kind": fault.kind, "rank": fault.rank, "reason": fault.reason, "step": course.step}
+            {"event": "fault", "kind": fault.kind, "rank": fault.rank, "reason": fault.reason, "step": history.step}
         )
         # A run that gets on may break often; one that does not is not tried for ever.
         failures = 1 if step > kept else failures + 1
@@ -137,25 +137,25 @@ def _roll_back(
     return first, int(spike["rows"])
 
 
-def _room(config: TrainConfig, *, settle: bool) -> int:
+def _wait_for_capacity(config: TrainConfig, *, settle: bool) -> int:
     """How many workers an elastic run is to begin with now: the most there is room for, and never fewer than its least."""
-    deadline = time.monotonic() + (SETTLE_S if settle else SETTLE_S / 3)
+    deadline = time.monotonic() + (CAPACITY_TIMEOUT_S if settle else CAPACITY_TIMEOUT_S / 3)
     seen: list[int] = []
     while True:
-        seen.append(fitting(nodes_now(), config))
+        seen.append(max_workers(current_nodes(), config))
         # What the old workers had comes back piece by piece.
         steady = len(seen) > 5 and len(set(seen[-5:])) == 1 and seen[-1] > 0
         if seen[-1] == config.parallel.workers or steady or time.monotonic() >= deadline:
             # With too little room for the least, Ray waits for it, and an autoscaler hears of it.
-            return max(seen[-1], sizes(config)[0])
+            return max(seen[-1], worker_counts(config)[0])
         time.sleep(1.0)
 
 
-def _attempt(task: WorkerTask, course: Course, asked: Asked, *, whole: TrainConfig) -> Outcome:
+def _attempt(task: WorkerTask, history: RunHistory, stop_request: StopRequest, *, whole: TrainConfig) -> Outcome:
     """Run Ray Train once."""
     config, outcome = task.config, Outcome()
     storage = task.job / ".ray"
-    with watched(task, course, asked, outcome, whole) as watch:
+    with watching(task, history, stop_request, outcome, whole) as watch:
         trainer = ray.train.torch.TorchTrainer(
             run_worker,
             train_loop_config={"task": task},
@@ -185,30 +185,30 @@ def _attempt(task: WorkerTask, course: Course, asked: Asked, *, whole: TrainConf
             if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
                 outcome.left = {"reason": f"there was no room for {config.parallel.workers} workers", "waited": True}
             else:
-                outcome.fault = watch.hang or _why(error, watch.last_signs())
+                outcome.fault = watch.hang or _why(error, watch.last_heartbeats())
         except ray.exceptions.RayError as error:
             # The controller is gone. Ray ends its workers, which must be over before others write checkpoints.
             outcome.fault = watch.hang or Fault(
                 kind="controller", reason=f"Ray Train's controller ended: {last_line(str(error))}"
             )
-            end_workers(watch.signs)
+            kill_workers(watch.heartbeats)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
     with contextlib.suppress(ray.exceptions.RayError):
-        outcome.refusal = ray.get(task.mailbox.failed.remote())
+        outcome.refusal = ray.get(task.mailbox.fatal_error.remote())
     return outcome
 
 
-def _why(error: ray.train.TrainingFailedError, signs: Sequence[Sign]) -> Fault:
+def _why(error: ray.train.TrainingFailedError, heartbeats: Sequence[Heartbeat]) -> Fault:
     """The fault that is behind what Ray Train says of the workers."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
     if not failures:
         return Fault(kind="workers", reason=last_line(str(error)))
     # Its peers tell of a lost connection, before anybody knows of the node.
-    if lost := lost_nodes(sign.node for sign in signs):
-        ranks = [sign.rank for sign in signs if sign.node in lost]
+    if lost := find_lost_nodes(heartbeat.node for heartbeat in heartbeats):
+        ranks = [heartbeat.rank for heartbeat in heartbeats if heartbeat.node in lost]
         names = ", ".join(node[:8] for node in lost)
         return Fault(kind="node", reason=f"node {names} went, and ranks {ranks} with it", rank=ranks[0])
     died = [rank for rank, e in failures.items() if "Died" in f"{type(e).__name__} {e}"]
-    rank, said = health.blame({rank: last_line(str(e)) for rank, e in failures.items()}, died, signs)
+    rank, said = health.find_culprit({rank: last_line(str(e)) for rank, e in failures.items()}, died, heartbeats)
     return Fault(kind="worker", reason=f"worker {rank}: {said}", rank=rank)

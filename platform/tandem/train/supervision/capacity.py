@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tandem.config import TrainConfig, sizes
-from tandem.train.supervision.health import Sign
+from tandem.config import TrainConfig, worker_counts
+from tandem.train.supervision.health import Heartbeat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,26 +17,26 @@ class Node:
     id: str
     cpus: float
     gpus: float = 0.0
-    leaving: bool = False
+    draining: bool = False
     """It will be taken away."""
 
 
-def nodes_now() -> list[Node]:
+def current_nodes() -> list[Node]:
     """The nodes of the cluster that this process is connected to, and what is free on each."""
     # Ray says so nowhere else: its public interface knows the cluster as a whole.
     import ray
     from ray._private.state import available_resources_per_node, state
 
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    leaving = set(state.get_draining_nodes() or ())
+    draining = set(state.get_draining_nodes() or ())
     return [
-        Node(id=node, cpus=free.get("CPU", 0.0), gpus=free.get("GPU", 0.0), leaving=node in leaving)
+        Node(id=node, cpus=free.get("CPU", 0.0), gpus=free.get("GPU", 0.0), draining=node in draining)
         for node, free in available_resources_per_node().items()
         if node in alive
     ]
 
 
-def fitting(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] | None = None) -> int:
+def max_workers(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] | None = None) -> int:
     """The most workers that `config` may have and the nodes can hold, beside the reading of data; 0 if too few.
 
     `ours`: workers of this run that are on a node now, and so do not take anything from it.
@@ -44,7 +44,7 @@ def fitting(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] 
     parallel = config.parallel
     there, spare = 0, 0.0
     for node in nodes:
-        if node.leaving:
+        if node.draining:
             continue
         here = (ours or {}).get(node.id, 0)
         cpus = node.cpus + here * parallel.cpus_per_worker
@@ -57,12 +57,12 @@ def fitting(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] 
         spare += cpus - count * parallel.cpus_per_worker
     possible = [
         size
-        for size in sizes(config)
+        for size in worker_counts(config)
         if size <= there and spare + (there - size) * parallel.cpus_per_worker + 1e-6 >= config.data.readers
     ]
     return max(possible, default=0)
 
 
-def placed(signs: Sequence[Sign]) -> Counter[str]:
+def workers_by_node(heartbeats: Sequence[Heartbeat]) -> Counter[str]:
     """How many of the workers are on each node."""
-    return Counter(sign.node for sign in signs if sign.phase != "done")
+    return Counter(heartbeat.node for heartbeat in heartbeats if heartbeat.phase != "done")

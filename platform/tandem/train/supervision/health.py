@@ -1,7 +1,7 @@
-"""Whether the workers of a run are well: signs of life from each, and what the driver makes of them.
+"""Worker health: heartbeats of each rank, and detection of hung, failed and slow ranks from them.
 
-A rank that is stopped gives no sign; the others wait for it in a collective, but their signs go on, from a thread of their own.
-So the silent one is the one to blame. If all are heard and none gets on, they wait for each other.
+A suspended rank sends no heartbeat. Its peers wait for it in a collective, but a separate thread keeps sending their heartbeats,
+so the silent rank is the culprit. If every rank is heard and none makes progress, the ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ RATES_KEPT = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sign:
+class Heartbeat:
     """What is known of a rank by its newest sign of life."""
 
     rank: int
     node: str
     """Id of its Ray node."""
     pid: int
-    born: float
+    process_started_at: float
     """When its process began, by psutil: a pid alone may be another process by now."""
     step: int
     phase: str
@@ -40,19 +40,19 @@ class Sign:
     compute_s: float = 0.0
     """Mean seconds that a small computation of its own took, which waits for no other rank."""
     stack: str = ""
-    """Where its training thread is, if that was asked for."""
-    wish: str = ""
+    """Python stack of its training thread, if the driver requested stacks."""
+    stop_reason: str = ""
     """Why it asks that all ranks leave."""
     error: str = ""
     """What it failed with, if it could say so."""
-    silent_s: float = 0.0
+    since_heartbeat_s: float = 0.0
     """Seconds since it was heard."""
-    still_s: float = 0.0
+    since_progress_s: float = 0.0
     """Seconds since its step or phase changed."""
 
     @classmethod
-    def read(cls, found: Mapping[str, Any]) -> Sign:
-        """A sign as the mailbox has it."""
+    def read(cls, found: Mapping[str, Any]) -> Heartbeat:
+        """A heartbeat as the mailbox has it."""
         return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
 
 
@@ -64,16 +64,16 @@ class Hang:
     why: str
 
 
-def hang(signs: Sequence[Sign], config: FaultsConfig) -> Hang | None:
+def find_hang(heartbeats: Sequence[Heartbeat], config: FaultsConfig) -> Hang | None:
     """The ranks that have to be ended, or None if all are well."""
-    working = [sign for sign in signs if sign.phase != "done"]
-    silent = [sign for sign in working if sign.silent_s > config.hang_after_s]
+    working = [heartbeat for heartbeat in heartbeats if heartbeat.phase != "done"]
+    silent = [heartbeat for heartbeat in working if heartbeat.since_heartbeat_s > config.hang_after_s]
     if silent:
         told = ", ".join(f"rank {s.rank} (pid {s.pid}, {s.phase}, step {s.step})" for s in silent)
-        longest = max(s.silent_s for s in silent)
+        longest = max(s.since_heartbeat_s for s in silent)
         return Hang(ranks=tuple(s.rank for s in silent), why=f"{told} gave no sign of life for {longest:.0f} s")
-    if working and all(sign.still_s > config.stuck_after_s for sign in working):
-        least = min(s.still_s for s in working)
+    if working and all(heartbeat.since_progress_s > config.stuck_after_s for heartbeat in working):
+        least = min(s.since_progress_s for s in working)
         return Hang(
             ranks=tuple(s.rank for s in working),
             why=f"none of {len(working)} ranks got anything done for {least:.0f} s, in step {min(s.step for s in working)}",
@@ -81,13 +81,15 @@ def hang(signs: Sequence[Sign], config: FaultsConfig) -> Hang | None:
     return None
 
 
-def blame(failures: Mapping[int, str], died: Sequence[int], signs: Sequence[Sign]) -> tuple[int, str]:
+def find_culprit(failures: Mapping[int, str], died: Sequence[int], heartbeats: Sequence[Heartbeat]) -> tuple[int, str]:
     """The rank that is behind a failure, and what to say of it. `failures`: Ray Train's word of ranks, of which some `died`.
 
     A rank that loses a peer fails as well, and is often heard first. The one that is to blame said nothing, or spoke first.
     """
-    told = sorted((sign for sign in signs if sign.error), key=lambda sign: -sign.silent_s)
-    mute = [sign for sign in signs if sign.phase != "done"]
+    told = sorted(
+        (heartbeat for heartbeat in heartbeats if heartbeat.error), key=lambda heartbeat: -heartbeat.since_heartbeat_s
+    )
+    mute = [heartbeat for heartbeat in heartbeats if heartbeat.phase != "done"]
     if died:
         return died[0], failures[died[0]]
     if told and mute:
@@ -100,11 +102,11 @@ def blame(failures: Mapping[int, str], died: Sequence[int], signs: Sequence[Sign
     return min(failures), failures[min(failures)]
 
 
-def slow(signs: Sequence[Sign], factor: float) -> dict[int, str]:
+def find_slow_ranks(heartbeats: Sequence[Heartbeat], factor: float) -> dict[int, str]:
     """Ranks that need more than `factor` times what the middle one needs, and for what."""
     found: dict[int, str] = {}
     for what, said, least_s in (("compute_s", "to compute the same", 0.0), ("data_s", "for its rows", 0.05)):
-        each = {sign.rank: float(getattr(sign, what)) for sign in signs}
+        each = {heartbeat.rank: float(getattr(heartbeat, what)) for heartbeat in heartbeats}
         if len(each) < 2 or min(each.values()) < 0 or not all(each.values()):
             continue
         for rank, took in each.items():
@@ -117,7 +119,7 @@ def slow(signs: Sequence[Sign], factor: float) -> dict[int, str]:
     return found
 
 
-class Pulse(threading.Thread):
+class HeartbeatThread(threading.Thread):
     """Gives a rank's signs of life, from its start to `close`; `order` is what the driver wants, as it was heard last."""
 
     def __init__(self, mailbox: Any, *, rank: int, node: str, every_s: float) -> None:
@@ -125,17 +127,22 @@ class Pulse(threading.Thread):
 
         import psutil
 
-        super().__init__(name="pulse", daemon=True)
+        super().__init__(name="heartbeat_thread", daemon=True)
         self.order: Mapping[str, Any] = {}
         self.rank = rank
         self._mailbox, self._every_s = mailbox, every_s
-        self._about = {"rank": rank, "node": node, "pid": os.getpid(), "born": psutil.Process().create_time()}
+        self._about = {
+            "rank": rank,
+            "node": node,
+            "pid": os.getpid(),
+            "process_started_at": psutil.Process().create_time(),
+        }
         self._step, self._phase = 0, "start"
         self._data: deque[float] = deque(maxlen=RATES_KEPT)
         self._compute: deque[float] = deque(maxlen=RATES_KEPT)
         self._trained_by = threading.get_ident()
         self._over = threading.Event()
-        self.wish = ""
+        self.stop_reason = ""
         """Set by whoever ends this process: a signal's handler may do no more."""
         self.error = ""
         """Set when training failed."""
@@ -148,7 +155,7 @@ class Pulse(threading.Thread):
         while True:
             last = self._over.is_set()
             try:
-                self.order = ray.get(self._mailbox.beat.remote(self.sign()))
+                self.order = ray.get(self._mailbox.beat.remote(self.heartbeat()))
             except ray.exceptions.RayError:
                 # Without the driver's mailbox there is nobody to hear; Ray ends workers whose driver is gone.
                 return
@@ -156,8 +163,8 @@ class Pulse(threading.Thread):
                 return
             self._over.wait(self._every_s)
 
-    def sign(self) -> dict[str, Any]:
-        """The sign to give now."""
+    def heartbeat(self) -> dict[str, Any]:
+        """The heartbeat to give now."""
         return {
             **self._about,
             "step": self._step,
@@ -165,15 +172,15 @@ class Pulse(threading.Thread):
             "data_s": _mean(self._data),
             "compute_s": _mean(self._compute),
             "stack": self.stack() if self.order.get("stacks") else "",
-            "wish": self.wish,
+            "stop_reason": self.stop_reason,
             "error": self.error,
         }
 
-    def at(self, phase: str, step: int) -> None:
+    def enter_phase(self, phase: str, step: int) -> None:
         """The rank has come to this."""
         self._phase, self._step = phase, step
 
-    def measured(self, *, data_s: float | None = None, compute_s: float | None = None) -> None:
+    def record(self, *, data_s: float | None = None, compute_s: float | None = None) -> None:
         """What the rank took by itself."""
         if data_s is not None:
             self._data.append(data_s)
@@ -186,13 +193,13 @@ class Pulse(threading.Thread):
         return "".join(traceback.format_stack(frame)) if frame else ""
 
     def close(self) -> None:
-        """Give a last sign, that of a rank that is done, and end."""
+        """Give a last heartbeat, that of a rank that is done, and end."""
         self._phase = "done"
         self._over.set()
         self.join(timeout=5 * self._every_s)
 
 
-class Probe:
+class SpeedProbe:
     """Times a small computation that waits for nobody, on the device that trains, now and then."""
 
     def __init__(self, device: Any, every_s: float) -> None:

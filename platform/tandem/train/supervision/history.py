@@ -13,7 +13,7 @@ from tandem.observability.journal import Journal
 from tandem.train.reporting.metrics import Metrics
 
 
-class Asked:
+class StopRequest:
     """Whether the job was told to stop; set by a signal's handler, which may do nothing more."""
 
     def __init__(self) -> None:
@@ -30,8 +30,8 @@ class Asked:
     def __bool__(self) -> bool:
         return self._event.is_set()
 
-    def unwind(self) -> None:
-        """End the main thread's wait for workers that do not leave, by the signal that asked."""
+    def interrupt(self) -> None:
+        """End the main thread's wait for workers that do not leave, with the signal that requested the stop."""
         self.overdue = True
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -47,7 +47,7 @@ class Fault:
 
 
 @dataclass
-class Course:
+class RunHistory:
     """What the attempts of this driver have in common."""
 
     journal: Journal
@@ -72,7 +72,7 @@ class Outcome:
     end: dict[str, Any] = field(default_factory=dict)
     """The workers' last event, if they are done."""
     left: dict[str, Any] | None = None
-    """Their last event, if they left because they were asked to."""
+    """Their last event, if they left on request."""
     refusal: tuple[str, str, int] | None = None
     """An error that another attempt would meet again: class, text, exit status."""
     fault: Fault | None = None

@@ -20,7 +20,7 @@ class Mailbox:
         self._events: list[dict[str, Any]] = []
         self._fault: tuple[str, str, int] | None = None
         self._arrived = asyncio.Event()
-        self._signs: dict[int, dict[str, Any]] = {}
+        self._heartbeats: dict[int, dict[str, Any]] = {}
         self._heard: dict[int, float] = {}
         self._moved: dict[int, float] = {}
         self._order: dict[str, Any] = {}
@@ -30,11 +30,11 @@ class Mailbox:
         self._events.append(event)
         self._arrived.set()
 
-    async def fail(self, kind: str, message: str, exit_code: int) -> None:
+    async def report_fatal(self, kind: str, message: str, exit_code: int) -> None:
         """Leave the fault that another try would meet again; the first one counts."""
         self._fault = self._fault or (kind, message, exit_code)
 
-    async def failed(self) -> tuple[str, str, int] | None:
+    async def fatal_error(self) -> tuple[str, str, int] | None:
         """That fault: its error's class, text and exit status."""
         return self._fault
 
@@ -51,24 +51,24 @@ class Mailbox:
         self._arrived.clear()
         return taken
 
-    async def beat(self, sign: dict[str, Any]) -> dict[str, Any]:
-        """A rank lives (see `tandem.train.supervision.health.Sign`); returns what the driver wants of the workers."""
-        rank, now = sign["rank"], time.monotonic()
-        before = self._signs.get(rank, {})
-        if (before.get("step"), before.get("phase")) != (sign["step"], sign["phase"]):
+    async def heartbeat(self, heartbeat: dict[str, Any]) -> dict[str, Any]:
+        """A rank lives (see `tandem.train.supervision.health.Heartbeat`); returns what the driver wants of the workers."""
+        rank, now = heartbeat["rank"], time.monotonic()
+        before = self._heartbeats.get(rank, {})
+        if (before.get("step"), before.get("phase")) != (heartbeat["step"], heartbeat["phase"]):
             self._moved[rank] = now
-        self._signs[rank], self._heard[rank] = sign, now
+        self._heartbeats[rank], self._heard[rank] = heartbeat, now
         return self._order
 
-    async def signs(self) -> list[dict[str, Any]]:
+    async def heartbeats(self) -> list[dict[str, Any]]:
         """The newest sign of life of each rank, with the seconds since it came and since the rank got anything done."""
         now = time.monotonic()
         return [
-            {**sign, "silent_s": now - self._heard[rank], "still_s": now - self._moved[rank]}
-            for rank, sign in sorted(self._signs.items())
+            {**heartbeat, "since_heartbeat_s": now - self._heard[rank], "since_progress_s": now - self._moved[rank]}
+            for rank, heartbeat in sorted(self._heartbeats.items())
         ]
 
-    async def order(self, order: dict[str, Any]) -> None:
+    async def command(self, order: dict[str, Any]) -> None:
         """Tell the workers, with their next sign of life, what is wanted of them."""
         self._order = {**self._order, **order}
 

@@ -17,8 +17,8 @@ from tandem.config import TrainConfig, load_yaml
 from tandem.errors import TandemError
 from tandem.observability.journal import Journal
 
-KEPT = "--kept"
-"""Tells the driver that its input ends when its keeper does."""
+SUPERVISED_FLAG = "--supervised"
+"""Tells the driver that its input ends when its supervisor does."""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, pass_on)
     failures, kept = 0, -1
     while True:
-        child = subprocess.Popen([sys.executable, "-m", "tandem.train.launch", str(job), KEPT], stdin=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tandem.train.launch", str(job), SUPERVISED_FLAG], stdin=subprocess.PIPE
+        )
         status = child.wait()
         if status >= 0 or told:
             return status if status >= 0 else 128 - status
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> int:
 def newest_step(job: Path) -> int:
     """The step of a job's newest checkpoint; 0 without one."""
     try:
-        found = folders.latest(folders.root_of(load_yaml(TrainConfig, job / "config.yaml").checkpoint, job))
+        found = folders.latest(folders.checkpoints_root(load_yaml(TrainConfig, job / "config.yaml").checkpoint, job))
     except Exception:  # noqa: BLE001 - a store that does not answer; the driver will say so
         return 0
     return folders.step_of(found) if found else 0

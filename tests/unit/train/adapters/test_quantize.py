@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tandem.errors import EnvironmentProblem
-from tandem.train.adapters.quantize import load_nf4, weights_in
+from tandem.train.adapters.quantize import count_weights, load_nf4
 
 
 def test_without_bitsandbytes_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -21,6 +21,6 @@ def test_without_bitsandbytes_it_is_said_how_to_get_it(tmp_path: Path, monkeypat
 
 def test_a_packed_weight_counts_as_what_it_unpacks_to():
     packed = torch.nn.Parameter(torch.zeros(24, 1, dtype=torch.uint8), requires_grad=False)
-    assert weights_in(packed) == 24
+    assert count_weights(packed) == 24
     packed.quant_state = SimpleNamespace(shape=torch.Size([6, 8]))  # type: ignore[attr-defined]
-    assert weights_in(packed) == 48
+    assert count_weights(packed) == 48

@@ -13,12 +13,12 @@ import torch
 from tandem.config import DpoConfig
 from tandem.data.packing import IGNORED, Rows, pack
 from tandem.data.tokenize import Encoded
-from tandem.train.objectives.dpo import Dpo, FrozenModel
+from tandem.train.objectives.dpo import Dpo, FrozenReference
 from tandem.train.objectives.evaluate import evaluate, shares
 from tandem.train.objectives.objective import NextToken
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 
-Alone = Callable[..., Trained]
+Alone = Callable[..., ParallelModel]
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_pairs_have_no_perplexity(model: torch.nn.Module, alone: Alone):
     from tandem.data.packing import pack_preferences
 
     pair = (Encoded([5, 6, 7], [False, True, True]), Encoded([5, 8], [False, True]))
-    objective = Dpo(DpoConfig(), FrozenModel(copy.deepcopy(model).requires_grad_(False)))
+    objective = Dpo(DpoConfig(), FrozenReference(copy.deepcopy(model).requires_grad_(False)))
     found = evaluate(alone(model), objective, pack_preferences([pair], 8, 0), batch_rows=4, device=CPU)
     assert found == {"loss": pytest.approx(math.log(2)), "reward_margin": 0.0, "reward_accuracy": 0.0}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tandem.train.parallel import canonical as module
-from tandem.train.parallel.canonical import canonical, persistent_buffers, plain_name, settle
+from tandem.train.parallel.canonical import canonical, canonical_name, persistent_buffers, sync_tied
 
 
 class Stage(nn.Module):
@@ -38,17 +38,17 @@ def test_one_that_is_not_tied_has_its_own():
     stage = Stage(first=True, last=True, tied=False)
     held = dict(stage.named_parameters())
     assert list(canonical(stage, held)) == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert plain_name(stage, "lm_head.weight") == "lm_head.weight"
+    assert canonical_name(stage, "lm_head.weight") == "lm_head.weight"
 
 
 def test_what_is_loaded_reaches_both_copies_of_a_rank():
     stage = Stage(first=True, last=True)
     held = dict(stage.named_parameters())
     (part,) = canonical(stage, held).values()
-    (box,) = part.boxes.values()
+    (box,) = part.chunks.values()
     box.fill_(5.0)
     assert stage.model.embed_tokens.weight.unique().tolist() == [5.0] != stage.lm_head.weight.unique().tolist()
-    settle(stage, held)
+    sync_tied(stage, held)
     assert stage.lm_head.weight.unique().tolist() == [5.0]
 
 
@@ -63,10 +63,10 @@ def test_a_box_of_shared_experts_is_one_of_gates_and_one_of_ups(data: st.DataObj
         for begin, end in ((0, inner), (inner, width)):
             with pytest.MonkeyPatch.context() as patch:
                 local = whole[first:last, :, begin:end]
-                patch.setattr(module, "box_of", lambda t, f=first, b=begin, held=local: ((f, 0, b, 0), held))
+                patch.setattr(module, "local_chunk", lambda t, f=first, b=begin, held=local: ((f, 0, b, 0), held))
                 part = module._stacked(whole)
             assert part.shape == expected.shape
-            for (e, i, h), box in part.boxes.items():
+            for (e, i, h), box in part.chunks.items():
                 where = (slice(e, e + box.shape[0]), slice(i, i + box.shape[1]), slice(h, h + box.shape[2]))
                 assert (found[where] == -1).all()
                 found[where] = box
@@ -75,7 +75,7 @@ def test_a_box_of_shared_experts_is_one_of_gates_and_one_of_ups(data: st.DataObj
 
 def test_loading_into_a_part_changes_the_experts_themselves(monkeypatch: pytest.MonkeyPatch):
     weight = torch.zeros(2, 2, 3, 4)
-    for box in module._stacked(weight).boxes.values():
+    for box in module._stacked(weight).chunks.values():
         box.fill_(1.0)
     assert weight.unique().tolist() == [1.0]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tandem.config import DataConfig, DeepSpeedConfig, ParallelismConfig, TrainConfig
 from tandem.errors import EnvironmentProblem
-from tandem.train.parallel.deepspeed import BUCKET, check_deepspeed, disk_folder, engine_options
+from tandem.train.parallel.deepspeed import BUCKET, check_deepspeed, engine_options, offload_folder
 
 
 def config(**values: Any) -> TrainConfig:
@@ -41,10 +41,10 @@ def test_what_is_offloaded_for_a_gpu_lies_in_locked_memory():
 def test_two_jobs_never_share_a_folder_on_the_disk(tmp_path: Path):
     to_disk = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path)}
     one, other = config(**to_disk), config(**to_disk, offload_parameters="nvme")
-    assert disk_folder(one) != disk_folder(other) and disk_folder(one) == disk_folder(config(**to_disk))
-    assert disk_folder(config()) is None
+    assert offload_folder(one) != offload_folder(other) and offload_folder(one) == offload_folder(config(**to_disk))
+    assert offload_folder(config()) is None
     zero = engine_options(nn.Linear(10, 10), other, pin=False)["zero_optimization"]
-    assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(disk_folder(other))
+    assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(offload_folder(other))
 
 
 def test_a_machine_without_deepspeed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):

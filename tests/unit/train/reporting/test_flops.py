@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from tandem.config import LoraConfig
 from tandem.train.adapters.lora import add_adapters
-from tandem.train.reporting.flops import Meter, active_parameters, flops_per_token, measured_flops, peak_flops
+from tandem.train.reporting.flops import MfuMeter, active_parameters, flops_per_token, measured_flops, peak_flops
 
 SMALL = {
     "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -91,7 +91,7 @@ def test_a_cpu_is_measured():
 
 def test_a_meter_gives_the_share_of_all_workers_devices_and_the_memory():
     model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
-    meter = Meter.of(model, device=torch.device("cpu"), workers=2, sequence_length=32, precision="float32")
+    meter = MfuMeter.of(model, device=torch.device("cpu"), workers=2, sequence_length=32, precision="float32")
     total = sum(p.numel() for p in model.parameters())
     assert meter.token_flops == 6 * total + 12 * 3 * 32 * 32  # 4 heads of 8 are 32 wide
     read = meter.read(meter.peak / meter.token_flops / 4)
@@ -104,7 +104,7 @@ def test_an_adapters_frozen_base_costs_four_operations_a_parameter():
     base = sum(p.numel() for p in model.parameters())
     adapted = add_adapters(model, LoraConfig(rank=2), base_id="base", seed=0)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    meter = Meter.of(adapted, device=torch.device("cpu"), workers=1, sequence_length=32, precision="float32")
+    meter = MfuMeter.of(adapted, device=torch.device("cpu"), workers=1, sequence_length=32, precision="float32")
     assert meter.token_flops == 4 * base + 6 * trained + 12 * 3 * 32 * 32
 
 

@@ -19,33 +19,35 @@ Box = tuple[tuple[int, ...], Tensor]
 """Offsets in the whole tensor, and the elements there."""
 
 
-class Parts(torch.Tensor):
+class ChunkedTensor(torch.Tensor):
     """Stands for a tensor of `shape`, of which this rank has `boxes`. What is saved of it, or loaded, are those, in place.
 
     Nothing can be computed with it.
     """
 
-    boxes: dict[torch.Size, Tensor]
+    chunks: dict[torch.Size, Tensor]
 
     @staticmethod
-    def __new__(cls, like: Tensor, shape: Sequence[int], boxes: Iterable[Box]) -> Parts:
+    def __new__(cls, like: Tensor, shape: Sequence[int], boxes: Iterable[Box]) -> ChunkedTensor:
         """`like` has the type and the device."""
-        made: Parts = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=like.dtype, device=like.device)
-        made.boxes = {torch.Size(offsets): held for offsets, held in boxes if held.numel() or not held.ndim}
+        made: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=like.dtype, device=like.device
+        )
+        made.chunks = {torch.Size(offsets): held for offsets, held in boxes if held.numel() or not held.ndim}
         return made
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Parts:
+    def of(cls, tensor: Tensor) -> ChunkedTensor:
         """What this rank has of a tensor: of a DTensor its shard, of any other one all."""
-        if isinstance(tensor, Parts):
+        if isinstance(tensor, ChunkedTensor):
             return tensor
-        shape, (offsets, local) = tensor.shape, box_of(tensor)
-        return Parts(local, shape, [(offsets, local)])
+        shape, (offsets, local) = tensor.shape, local_chunk(tensor)
+        return ChunkedTensor(local, shape, [(offsets, local)])
 
-    def staged(self) -> Parts:
+    def staged(self) -> ChunkedTensor:
         """A copy in the CPU's memory, which may be on its way from a device."""
-        copies = ((tuple(at), held.detach().to("cpu", copy=True)) for at, held in self.boxes.items())
-        return Parts(torch.empty((), dtype=self.dtype), self.shape, copies)
+        copies = ((tuple(at), held.detach().to("cpu", copy=True)) for at, held in self.chunks.items())
+        return ChunkedTensor(torch.empty((), dtype=self.dtype), self.shape, copies)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # torch types its own as if nothing overrode it
@@ -54,7 +56,7 @@ class Parts(torch.Tensor):
         raise TypeError(f"{operation} of a tensor that is there in part only")
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}(shape={tuple(self.shape)}, here={sum(b.numel() for b in self.boxes.values())})"
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, here={sum(b.numel() for b in self.chunks.values())})"
 
     # torch.distributed.checkpoint asks these three of any tensor that has them (torch.distributed._checkpointable).
 
@@ -71,14 +73,14 @@ class Parts(torch.Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offsets=at, sizes=held.shape) for at, held in self.boxes.items()]
+        return [ChunkStorageMetadata(offsets=at, sizes=held.shape) for at, held in self.chunks.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None, "what is in part has offsets"
-        return self.boxes[index.offset]
+        return self.chunks[index.offset]
 
 
-def box_of(tensor: Tensor) -> Box:
+def local_chunk(tensor: Tensor) -> Box:
     """The box of a tensor that this rank has, sharing its memory."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):

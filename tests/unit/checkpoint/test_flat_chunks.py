@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from tandem.checkpoint.pieces import Pieces, boxes
+from tandem.checkpoint.flat_chunks import FlatChunks, boxes
 
 
 @given(st.data())
@@ -39,16 +39,16 @@ def test_few_boxes_are_needed():
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_what_is_saved_in_pieces_is_read_whole_and_the_other_way_round(tmp_path: Path):
     whole = torch.randn(3, 4, 5)
-    save({"w": Pieces(whole.flatten().clone(), whole.shape, 0)}, checkpoint_id=tmp_path, no_dist=True)
+    save({"w": FlatChunks(whole.flatten().clone(), whole.shape, 0)}, checkpoint_id=tmp_path, no_dist=True)
     found = {"w": torch.zeros(3, 4, 5)}
     load(found, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(found["w"], whole)
 
-    part = Pieces(torch.zeros(30), whole.shape, 13)
+    part = FlatChunks(torch.zeros(30), whole.shape, 13)
     load({"w": part}, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(part.flat, whole.flatten()[13:43])
 
 
 def test_nothing_is_computed_with_a_part():
     with pytest.raises(TypeError, match="there in part only"):
-        Pieces(torch.zeros(3), (2, 5), 1).sum()
+        FlatChunks(torch.zeros(3), (2, 5), 1).sum()

@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor
 
-from tandem.checkpoint.parts import Box, Parts
+from tandem.checkpoint.chunks import Box, ChunkedTensor
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -43,15 +43,15 @@ def _in_row(
         yield (row, *offsets), (1, *sizes)
 
 
-class Pieces(Parts):
+class FlatChunks(ChunkedTensor):
     """Stands for a tensor of `shape`, of which this rank has the elements of `flat`, from the element `start` on."""
 
     flat: Tensor
 
     @staticmethod
-    def __new__(cls, flat: Tensor, shape: Sequence[int], start: int) -> Pieces:
+    def __new__(cls, flat: Tensor, shape: Sequence[int], start: int) -> FlatChunks:
         """`flat`: one axis, contiguous."""
-        made = cast(Pieces, Parts.__new__(cls, flat, shape, _views(flat, shape, start)))
+        made = cast(FlatChunks, ChunkedTensor.__new__(cls, flat, shape, _views(flat, shape, start)))
         made.flat = flat
         return made
 

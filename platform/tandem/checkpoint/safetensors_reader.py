@@ -20,7 +20,7 @@ _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-class Source:
+class SafetensorsReader:
     """The tensors of a folder, by name. Files stay open, and are read where they are asked for."""
 
     def __init__(self, folder: Path) -> None:

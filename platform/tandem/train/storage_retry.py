@@ -13,37 +13,37 @@ from tandem.storage import Location, file_system
 
 T = TypeVar("T")
 
-LONGEST_S = 30.0
+MAX_DELAY_S = 30.0
 
 
-def delays(limit_s: float) -> Iterator[float]:
+def backoff_delays(limit_s: float) -> Iterator[float]:
     """Seconds to wait between tries, each twice the one before and at most half a minute, `limit_s` in all."""
     delay, spent = 1.0, 0.0
     while spent < limit_s:
-        this = min(delay, limit_s - spent, LONGEST_S)
+        this = min(delay, limit_s - spent, MAX_DELAY_S)
         yield this
         spent += this
         delay *= 2
 
 
-def persistently(
+def retry_storage(
     write: Callable[[], T],
     *,
     limit_s: float,
-    hopeless: Callable[[], bool],
+    give_up: Callable[[], bool],
     tell: Callable[[str], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """What `write` returns; while it raises StorageError it is tried again, for about `limit_s`, unless it is `hopeless`.
+    """What `write` returns; while it raises StorageError it is tried again, for about `limit_s`, unless it is `give_up`.
 
     Ranks that write together, and fail together, wait alike: no rank's clock decides.
     """
     told = False
-    for delay in delays(limit_s):
+    for delay in backoff_delays(limit_s):
         try:
             return write()
         except StorageError as error:
-            if hopeless():
+            if give_up():
                 raise
             if not told:
                 tell(f"{error} It is tried again for {limit_s:g} s.")
@@ -71,10 +71,10 @@ def wait_for_storage(
                 "the same command again; or make the folder, empty, to begin from the start."
             )
 
-    persistently(
+    retry_storage(
         look,
         limit_s=limit_s,
-        hopeless=lambda: isinstance(root, Path) and root.is_file(),
+        give_up=lambda: isinstance(root, Path) and root.is_file(),
         tell=lambda message: journal.write({"event": "notice", "message": message}),
         sleep=sleep,
     )
