@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.checkpoint.export import export, export_tensors
-from tandem.checkpoint.tensors import ExportTensor, TensorIndex, header, single_file, split_into_files, index_tensors, write
+from tandem.checkpoint.tensors import (
+    ExportTensor,
+    TensorIndex,
+    header,
+    index_tensors,
+    single_file,
+    split_into_files,
+    write,
+)
 from tandem.errors import StorageError
 
 
