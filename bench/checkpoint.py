@@ -194,7 +194,7 @@ def build(workers: int, shape: dict[str, Any]) -> tuple[Any, Any, Any]:
     )
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
     rows = torch.stack([ids, ids, torch.arange(LENGTH).expand_as(ids)], 1)
-    objective = NextToken(model.share)
+    objective = NextToken(model.shard_sequence)
     targets = objective.count(rows) * workers
 
     def step() -> None:

@@ -18,6 +18,7 @@ works, no more.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -123,7 +124,7 @@ class Run:
         """What is measured of this run."""
         took = [after - before for before, after in zip(self.ends[DROPPED:], self.ends[DROPPED + 1 :], strict=False)]
         speed = self.options.rows * self.options.length / statistics.median(took)
-        return {"tokens_per_s": speed, "losses": self.losses, **self.meter.read(speed)}
+        return {"tokens_per_s": speed, "losses": self.losses, **dataclasses.asdict(self.meter.read(speed))}
 
 
 def alone(options: argparse.Namespace) -> dict[str, Any]:

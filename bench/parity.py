@@ -380,7 +380,7 @@ def build(case: Case, config: Any, seed: int = 0) -> tuple[Any, Any, Any]:
     if case.objective == "dpo":
         reference = parallelize_frozen(new_model(case, seed=7).requires_grad_(False), mesh, config, cpu)
         return model, optimizer, Dpo(DpoConfig(), FrozenReference(reference))
-    return model, optimizer, NextToken(model.share)
+    return model, optimizer, NextToken(model.shard_sequence)
 
 
 def export_loss(case: Case, model: Any) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tandem.train.stage import Share
+from tandem.train.stage import ShardSequence
 
 ATTENTION = "tandem_flex"
 """Name of the attention function in transformers' table."""
@@ -29,7 +29,7 @@ def use_flex_attention(model: Any) -> None:
     model.config._attn_implementation = ATTENTION
 
 
-def document_block_mask(positions_BT: Tensor, share: Share) -> Any:
+def document_block_mask(positions_BT: Tensor, shard_sequence: ShardSequence) -> Any:
     """Who may look at whom, as `tandem.train.stage.document_mask` has it, in a BlockMask; sequences are whole."""
     documents = (positions_BT == 0).cumsum(1)
 

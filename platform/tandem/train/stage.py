@@ -15,9 +15,9 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from tandem.errors import LayoutError
 
-Share = Callable[[Tensor], Tensor]
+ShardSequence = Callable[[Tensor], Tensor]
 """Cuts a rank's part out of a tensor, along its last axis, the sequence."""
-Mask = Callable[[Tensor, Share], Any]
+Mask = Callable[[Tensor, ShardSequence], Any]
 """From the positions of whole sequences (B, T) to what a model's attention takes as its mask."""
 
 
@@ -36,7 +36,7 @@ class Stage(nn.Module):
         *,
         first: bool,
         last: bool,
-        share: Share = whole_sequence,
+        shard_sequence: ShardSequence = whole_sequence,
         mask: Mask | None = None,
     ) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Stage(nn.Module):
         self.lm_head = lm.lm_head if last else None
         self.tied = bool(lm.config.tie_word_embeddings)
         """Whether the head's weight is the embedding's, here or in another stage."""
-        self._share = share
+        self._shard_sequence = shard_sequence
         self._mask = mask or document_mask
 
     def forward(self, x: Tensor, positions_BT: Tensor) -> Tensor:
@@ -56,13 +56,13 @@ class Stage(nn.Module):
 
         Returns hidden states, or after the last layer logits, of this rank's part of the sequences.
         """
-        here = self._share(positions_BT)
-        hidden = self.embed_tokens(self._share(x)) if self.embed_tokens is not None else x
+        here = self._shard_sequence(positions_BT)
+        hidden = self.embed_tokens(self._shard_sequence(x)) if self.embed_tokens is not None else x
         if isinstance(hidden, AsyncCollectiveTensor):
             # Still on its way from other ranks: a compiled layer would lose the embedding's gradient (torch 2.13).
             hidden = hidden.clone()
         rotary = self.rotary_emb(hidden, position_ids=here)
-        mask = self._mask(positions_BT, self._share)
+        mask = self._mask(positions_BT, self._shard_sequence)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_ids=here, position_embeddings=rotary, use_cache=False)
         if self.norm is None or self.lm_head is None:
@@ -103,12 +103,12 @@ class TransformersForward(nn.Module):
             )
 
 
-def document_mask(positions_BT: Tensor, share: Share) -> Tensor:
+def document_mask(positions_BT: Tensor, shard_sequence: ShardSequence) -> Tensor:
     """Who may look at whom: earlier tokens of the same document. Bool (B, 1, this rank's queries, all keys).
 
     Documents are told apart by their positions, which start again from 0.
     """
     documents = (positions_BT == 0).cumsum(1)
-    same = share(documents)[:, :, None] == documents[:, None, :]
-    earlier = share(positions_BT)[:, :, None] >= positions_BT[:, None, :]
+    same = shard_sequence(documents)[:, :, None] == documents[:, None, :]
+    earlier = shard_sequence(positions_BT)[:, :, None] >= positions_BT[:, None, :]
     return (same & earlier)[:, None]

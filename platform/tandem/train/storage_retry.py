@@ -1,4 +1,4 @@
-"""Storage that refuses for a while: what is written is tried again, and no run begins anew because its checkpoints are away."""
+"""Retries against storage that is unavailable for a while, with exponential backoff."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tandem.errors import StorageError
+from tandem.observability.events import CheckpointSaved
 from tandem.observability.journal import Journal
 from tandem.storage import Location, file_system
 
@@ -17,7 +18,7 @@ MAX_DELAY_S = 30.0
 
 
 def backoff_delays(limit_s: float) -> Iterator[float]:
-    """Seconds to wait between tries, each twice the one before and at most half a minute, `limit_s` in all."""
+    """Seconds to wait between tries: from 1, doubling up to MAX_DELAY_S, `limit_s` in all."""
     delay, spent = 1.0, 0.0
     while spent < limit_s:
         this = min(delay, limit_s - spent, MAX_DELAY_S)
@@ -27,40 +28,43 @@ def backoff_delays(limit_s: float) -> Iterator[float]:
 
 
 def retry_storage(
-    write: Callable[[], T],
+    operation: Callable[[], T],
     *,
     limit_s: float,
     give_up: Callable[[], bool],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """What `write` returns; while it raises StorageError it is tried again, for about `limit_s`, unless it is `give_up`.
+    """The result of `operation`, which is called again for about `limit_s` while it raises StorageError, unless `give_up()`.
 
-    Ranks that write together, and fail together, wait alike: no rank's clock decides.
+    `notify` gets one message at the first failure. Ranks that fail together wait alike: the delays depend on no rank's clock.
     """
-    told = False
+    notified = False
     for delay in backoff_delays(limit_s):
         try:
-            return write()
+            return operation()
         except StorageError as error:
             if give_up():
                 raise
-            if not told:
-                tell(f"{error} It is tried again for {limit_s:g} s.")
-                told = True
+            if not notified:
+                notify(f"{error} It is tried again for {limit_s:g} s.")
+                notified = True
             sleep(delay)
-    return write()
+    return operation()
 
 
 def wait_for_storage(
     root: Location, journal: Journal, limit_s: float, *, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Return once the place of a job's checkpoints is there, if there were any; StorageError after `limit_s`."""
-    step = next((e["step"] for e in reversed(journal.read()) if e["event"] == "checkpoint"), None)
+    """Wait until the folder of a job's checkpoints can be read, if the journal says that there are any.
+
+    Raises StorageError after `limit_s`: a run must not start over because its checkpoints are unreachable.
+    """
+    step = next((e.step for e in reversed(journal.read()) if isinstance(e, CheckpointSaved)), None)
     if step is None:
         return
 
-    def look() -> None:
+    def check() -> None:
         try:
             missing = "" if file_system(root).isdir(str(root)) else "is not there"
         except Exception as error:  # noqa: BLE001 - a store's client has errors of its own
@@ -72,9 +76,9 @@ def wait_for_storage(
             )
 
     retry_storage(
-        look,
+        check,
         limit_s=limit_s,
         give_up=lambda: isinstance(root, Path) and root.is_file(),
-        tell=lambda message: journal.write({"event": "notice", "message": message}),
+        notify=journal.notice,
         sleep=sleep,
     )

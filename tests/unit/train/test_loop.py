@@ -84,7 +84,7 @@ def run(
     return ended, reports, saved, state
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_told_with_its_rows(encoder: TextEncoder, alone: Alone):
+def test_a_nonfinite_step_changes_no_weights_and_reports_its_rows(encoder: TextEncoder, alone: Alone):
     watcher = Watcher()
     ended, reports, _, state = run(encoder, alone, Dealt(3, 6), watcher=watcher)
     assert ended and state.rows == 16
@@ -95,7 +95,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told_with_its_rows(enc
     assert reports[-1].loss < reports[0].loss
 
 
-def test_a_loss_that_is_not_finite_is_not_learned_from_though_gradients_are(encoder: TextEncoder, alone: Alone):
+def test_no_step_is_taken_for_a_nonfinite_loss_with_finite_gradients(encoder: TextEncoder, alone: Alone):
     model = alone(build_model(SHAPE, None, encoder, seed=0))
     optimizer = build_optimizer(model, CONFIG.optimizer, torch.device("cpu"))
     for loss, wanted in ((1.0, True), (math.inf, False), (math.nan, False)):
@@ -108,13 +108,13 @@ def test_a_loss_that_is_not_finite_is_not_learned_from_though_gradients_are(enco
         assert same is not wanted
 
 
-def test_too_many_such_steps_in_a_row_end_the_run(encoder: TextEncoder, alone: Alone):
+def test_too_many_nonfinite_steps_in_a_row_end_the_run(encoder: TextEncoder, alone: Alone):
     config = replace(CONFIG, faults=FaultsConfig(max_nonfinite=2))
     with pytest.raises(JobError, match=r"2 steps in a row.*step 4 \(rows 6 to 7.*step 5 \(rows 8 to 9"):
         run(encoder, alone, Dealt(2, 4, 5), config=config)
 
 
-def test_who_looks_after_a_run_may_have_it_save_or_leave(encoder: TextEncoder, alone: Alone):
+def test_hooks_can_request_a_save_or_a_stop(encoder: TextEncoder, alone: Alone):
     ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({2: SAVE, 5: STOP}))
     assert not ended and saved == [2, 5] and reports[-1].step == 5
     ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({8: STOP}))
@@ -122,7 +122,7 @@ def test_who_looks_after_a_run_may_have_it_save_or_leave(encoder: TextEncoder, a
     assert ended and saved == [8]
 
 
-def test_a_loss_that_jumps_ends_the_attempt_before_it_is_saved(encoder: TextEncoder, alone: Alone):
+def test_a_loss_spike_ends_the_loop_before_a_save(encoder: TextEncoder, alone: Alone):
     class Jump(Dealt):
         def take(self, count: int) -> Rows:
             rows = super().take(count)

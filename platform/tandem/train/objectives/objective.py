@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from tandem.data.packing import IGNORED
 from tandem.errors import LayoutError
 from tandem.train.objectives.cross_entropy import chunked_cross_entropy
-from tandem.train.stage import Share, whole_sequence
+from tandem.train.stage import ShardSequence, whole_sequence
 
 Sums = dict[str, Tensor]
 """Further numbers of a micro-batch, by name: float32 scalars, summed over what the objective counts."""
@@ -43,9 +43,9 @@ class NextToken:
 
     unit = "tokens"
 
-    def __init__(self, share: Share = whole_sequence) -> None:
-        """`share` cuts this rank's part out of a sequence, if ranks share them."""
-        self._share = share
+    def __init__(self, shard_sequence: ShardSequence = whole_sequence) -> None:
+        """`shard_sequence` selects this rank's part of a sequence, under context parallelism."""
+        self._shard_sequence = shard_sequence
 
     def count(self, rows: Tensor) -> Tensor:
         """Tokens with loss in rows [B, 3, T]."""
@@ -57,7 +57,7 @@ class NextToken:
 
     def of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """Summed cross-entropy in nats of this rank's logits; the labels are those of whole sequences."""
-        return summed_cross_entropy(logits_BTV, self._share(shift_labels(labels_BT)))
+        return summed_cross_entropy(logits_BTV, self._shard_sequence(shift_labels(labels_BT)))
 
 
 def next_token(objective: Objective) -> NextToken:

@@ -41,20 +41,20 @@ class SequenceSharder:
 
 
 def shard_sequences(model: Any, mesh: DeviceMesh) -> SequenceSharder:
-    """Make a transformers model attend across `mesh`; returns the share that its inputs are cut by."""
+    """Make a transformers model attend across `mesh`; returns the function that shards its inputs."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    share = SequenceSharder(mesh)
+    sharder = SequenceSharder(mesh)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-        order = share.order(attention_mask.shape[-1], key.device)
+        order = sharder.order(attention_mask.shape[-1], key.device)
         key, value = (_gathered(t, mesh.get_group()).index_select(2, order) for t in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = attend
     model.config._attn_implementation = ATTENTION
-    return share
+    return sharder
 
 
 class _Gather(torch.autograd.Function):

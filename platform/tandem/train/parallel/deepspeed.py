@@ -142,7 +142,7 @@ class DeepSpeedModel(ParallelModel):
         super().__init__()
         self._folder = folder
         self.mesh = mesh
-        self.share = whole_sequence
+        self.shard_sequence = whole_sequence
         self.pipeline = None
         self.model = engine.module
         # Not a submodule: the model would be there twice.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tandem.checkpoint.tensors import ExportTensor
 from tandem.train.parallel.mesh import Mesh
 from tandem.train.precision import LossScaler
-from tandem.train.stage import Share
+from tandem.train.stage import ShardSequence
 
 if TYPE_CHECKING:
     from tandem.train.parallel.pipeline import Pipeline
@@ -22,7 +22,7 @@ class ParallelModel(nn.Module, abc.ABC):
     """A causal LM as one rank holds it: laid out by `parallelize.parallelize`, or by DeepSpeed."""
 
     mesh: Mesh
-    share: Share
+    shard_sequence: ShardSequence
     """Cuts this rank's part out of a sequence."""
     pipeline: Pipeline | None
     """Runs micro-batches, if layers are cut into stages; the model itself cannot be called then."""

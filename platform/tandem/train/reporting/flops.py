@@ -104,8 +104,18 @@ def memory_peak_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Utilization:
+    """Use of one worker's device."""
+
+    mfu: float
+    """Model FLOPs utilization, 0 to 1."""
+    memory_bytes: int
+    """Peak so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MfuMeter:
-    """Adds memory and MFU to the reports of one worker."""
+    """Measures the utilization of one worker's device."""
 
     token_flops: float
     device: torch.device
@@ -142,9 +152,10 @@ class MfuMeter:
             peak=peak * workers,
         )
 
-    def read(self, tokens_per_s: float) -> dict[str, float]:
-        """`mfu` (0 to 1) at a throughput of all workers, and `memory_bytes`, the peak so far of this worker."""
-        return {"mfu": self.token_flops * tokens_per_s / self.peak, "memory_bytes": memory_peak_bytes(self.device)}
+    def read(self, tokens_per_s: float) -> Utilization:
+        """The utilization at a throughput of all workers."""
+        mfu = self.token_flops * tokens_per_s / self.peak
+        return Utilization(mfu=mfu, memory_bytes=memory_peak_bytes(self.device))
 
 
 def _text_config(model_config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How many workers the nodes of a cluster have room for."""
+"""Cluster capacity: how many workers of a run the free resources of the nodes can hold."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tandem.config import TrainConfig, worker_counts
-from tandem.train.supervision.health import Heartbeat
+from tandem.train.supervision.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """What a node has left."""
+    """Free resources of a node."""
 
     id: str
     cpus: float
     gpus: float = 0.0
     draining: bool = False
-    """It will be taken away."""
+    """The cluster is about to remove it."""
 
 
 def current_nodes() -> list[Node]:
-    """The nodes of the cluster that this process is connected to, and what is free on each."""
-    # Ray says so nowhere else: its public interface knows the cluster as a whole.
+    """The nodes of the cluster that this process is connected to, with their free resources."""
+    # Private modules: Ray's public interface knows the resources of the whole cluster only.
     import ray
     from ray._private.state import available_resources_per_node, state
 
@@ -37,9 +37,9 @@ def current_nodes() -> list[Node]:
 
 
 def max_workers(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] | None = None) -> int:
-    """The most workers that `config` may have and the nodes can hold, beside the reading of data; 0 if too few.
+    """The largest allowed number of workers that the nodes can hold, beside the tasks that read data; 0 if none fits.
 
-    `ours`: workers of this run that are on a node now, and so do not take anything from it.
+    `ours`: workers of this run by node id; their resources count as free.
     """
     parallel = config.parallel
     there, spare = 0, 0.0
@@ -64,5 +64,5 @@ def max_workers(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, i
 
 
 def workers_by_node(heartbeats: Sequence[Heartbeat]) -> Counter[str]:
-    """How many of the workers are on each node."""
+    """Number of running workers by node id."""
     return Counter(heartbeat.node for heartbeat in heartbeats if heartbeat.phase != "done")

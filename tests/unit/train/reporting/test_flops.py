@@ -95,8 +95,8 @@ def test_a_meter_gives_the_share_of_all_workers_devices_and_the_memory():
     total = sum(p.numel() for p in model.parameters())
     assert meter.token_flops == 6 * total + 12 * 3 * 32 * 32  # 4 heads of 8 are 32 wide
     read = meter.read(meter.peak / meter.token_flops / 4)
-    assert read["mfu"] == pytest.approx(0.25)
-    assert 2**26 < read["memory_bytes"] < 2**40, "bytes, not KiB: this process has imported PyTorch"
+    assert read.mfu == pytest.approx(0.25)
+    assert 2**26 < read.memory_bytes < 2**40, "bytes, not KiB: this process has imported PyTorch"
 
 
 def test_an_adapters_frozen_base_costs_four_operations_a_parameter():

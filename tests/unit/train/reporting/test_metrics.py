@@ -6,30 +6,29 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import stored_metrics
 
 from tandem.config import DataConfig, MetricsConfig, MlflowConfig, TrainConfig, WandbConfig
 from tandem.errors import ConfigError
-from tandem.train.reporting.metrics import Metrics, TensorBoard, metrics_of, numbers, open_sinks
+from tandem.observability.events import Evaluated, Event, Restarted, Started, Step
+from tandem.train.reporting.metrics import Metrics, TensorBoard, metrics_by_tag, metrics_of, open_sinks
 
 CONFIG = TrainConfig(name="a", data=DataConfig(path="x"))
 
 
-def step(number: int) -> dict[str, Any]:
-    return {"event": "step", "step": number, "steps": 9, "loss": 4.0 / number, "mfu": 0.25}
+def step(number: int) -> Step:
+    return Step(step=number, steps=9, loss=4.0 / number, mfu=0.25)
 
 
-def evaluation(number: int) -> dict[str, Any]:
-    return {"event": "evaluation", "step": number, "loss": 2.0, "perplexity": 7.5}
+def evaluation(number: int) -> Evaluated:
+    return Evaluated(step=number, measured={"loss": 2.0, "perplexity": 7.5})
 
 
-def run(config: TrainConfig, job: Path, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+def run(config: TrainConfig, job: Path, before: list[Event], now: list[Event]) -> list[str]:
     """One start of a driver: gives the events to the config's sinks; returns what was noticed."""
     said: list[str] = []
     with metrics_of(config, job, before=before, notice=said.append) as metrics:
@@ -45,21 +44,20 @@ class Kept:
         self.name, self.fails_at, self.gate = name, fails_at, gate
         self.steps: list[int] = []
 
-    def write(self, event: Mapping[str, Any]) -> None:
+    def write(self, event: Step) -> None:
         if self.gate is not None:
             self.gate.wait(30)
-        if event["step"] == self.fails_at:
+        if event.step == self.fails_at:
             raise ConnectionError("the server\nis gone")
-        self.steps.append(event["step"])
+        self.steps.append(event.step)
 
     def close(self) -> None: ...
 
 
-def test_a_number_is_named_for_its_event_and_text_is_no_number():
-    event = {"event": "step", "time": 1.0, "step": 3, "steps": 9, "loss": 2, "note": "x", "flag": True}
-    assert numbers(event) == {"train/loss": 2.0}
-    assert numbers({"event": "evaluation", "step": 3, "perplexity": 7.5}) == {"evaluation/perplexity": 7.5}
-    assert numbers({"event": "checkpoint", "step": 3}) == {}
+def test_the_tag_of_a_metric_begins_with_the_kind_of_its_event():
+    assert metrics_by_tag(Step(time=1.0, step=3, steps=9, loss=2.0, metrics={"loss_scale": 8.0})) == {"train/loss": 2.0}
+    evaluated = Evaluated(step=3, rows=4, averaged=True, measured={"perplexity": 7.5})
+    assert metrics_by_tag(evaluated) == {"evaluation/perplexity": 7.5, "evaluation/rows": 4.0}
 
 
 def test_tensorboard_gets_every_step_once_over_a_restart_and_a_resumed_run(tmp_path: Path):
@@ -68,15 +66,15 @@ def test_tensorboard_gets_every_step_once_over_a_restart_and_a_resumed_run(tmp_p
         step(2),
         evaluation(2),
         step(3),
-        {"event": "restart", "resumed_from": 1},
+        Restarted(resumed_from=1),
         step(2),
         step(3),
         step(4),
     ]
-    again = [{"event": "started", "resumed_from": 2}, step(3), step(4), evaluation(4), step(5)]
+    again = [Started(resumed_from=2), step(3), step(4), evaluation(4), step(5)]
     assert run(CONFIG, tmp_path, [], first) == run(CONFIG, tmp_path, first, again) == []
     found = stored_metrics.tensorboard(tmp_path / "tensorboard")
-    assert sorted(found) == ["evaluation/loss", "evaluation/perplexity", "train/loss", "train/mfu"]
+    assert sorted(found) == ["evaluation/loss", "evaluation/perplexity", "evaluation/rows", "train/loss", "train/mfu"]
     assert found["train/loss"] == [(n, pytest.approx(4.0 / n)) for n in range(1, 6)]
     assert found["evaluation/perplexity"] == [(2, 7.5), (4, 7.5)]
 
