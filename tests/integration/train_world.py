@@ -129,7 +129,7 @@ class World:
         found = sharded.load(newest, parts[0], parts[1])
         losses += self.run(config, parts, LoopState(found.step, found.tokens), root=root)
         target = self.folder / f"export-{strategy}-{lora}-{self.world}"
-        export(parts[0].whole, parts[0].weights(), target, beside=tokenizer_files(self.folder / "tokenizer"))
+        export(parts[0].whole, parts[0].weights(), target, extra_files=tokenizer_files(self.folder / "tokenizer"))
         return {"losses": losses, "saved": [p.name for p in folders.list_complete(root)]}
 
     def full_disk(self) -> dict[str, Any]:

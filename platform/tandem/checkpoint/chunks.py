@@ -1,7 +1,7 @@
-"""A tensor of which this rank has some boxes: what checkpoints are written from and read into, however a model lies on the ranks.
+"""Chunked tensors: this rank's rectangular chunks of a global tensor, which checkpoints are written from and loaded into.
 
-torch.distributed.checkpoint saves and loads boxes, by their offsets in the whole tensor. What one layout has written any other
-reads: both know the whole tensor by the name and shape that it has in the plain model.
+torch.distributed.checkpoint saves and loads chunks by their offsets in the global tensor. Any layout loads a checkpoint of any
+other, because both use the name and shape of the tensor in the plain model.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-Box = tuple[tuple[int, ...], Tensor]
-"""Offsets in the whole tensor, and the elements there."""
+Chunk = tuple[tuple[int, ...], Tensor]
+"""Offsets in the global tensor, and the elements there."""
 
 
 class ChunkedTensor(torch.Tensor):
-    """Stands for a tensor of `shape`, of which this rank has `boxes`. What is saved of it, or loaded, are those, in place.
+    """A global tensor of `shape`, of which this rank has `chunks`: they are saved, and loaded into in place.
 
-    Nothing can be computed with it.
+    It supports no computation.
     """
 
     chunks: dict[torch.Size, Tensor]
 
     @staticmethod
-    def __new__(cls, like: Tensor, shape: Sequence[int], boxes: Iterable[Box]) -> ChunkedTensor:
-        """`like` has the type and the device."""
+    def __new__(cls, like: Tensor, shape: Sequence[int], chunks: Iterable[Chunk]) -> ChunkedTensor:
+        """`like` gives type and device."""
         made: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=like.dtype, device=like.device
         )
-        made.chunks = {torch.Size(offsets): held for offsets, held in boxes if held.numel() or not held.ndim}
+        made.chunks = {torch.Size(offsets): held for offsets, held in chunks if held.numel() or not held.ndim}
         return made
 
     @classmethod
     def of(cls, tensor: Tensor) -> ChunkedTensor:
-        """What this rank has of a tensor: of a DTensor its shard, of any other one all."""
+        """This rank's part of a tensor: the shard of a DTensor, or all of any other tensor."""
         if isinstance(tensor, ChunkedTensor):
             return tensor
         shape, (offsets, local) = tensor.shape, local_chunk(tensor)
         return ChunkedTensor(local, shape, [(offsets, local)])
 
     def staged(self) -> ChunkedTensor:
-        """A copy in the CPU's memory, which may be on its way from a device."""
+        """A copy in CPU memory."""
         copies = ((tuple(at), held.detach().to("cpu", copy=True)) for at, held in self.chunks.items())
         return ChunkedTensor(torch.empty((), dtype=self.dtype), self.shape, copies)
 
@@ -53,12 +53,12 @@ class ChunkedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override] # torch types its own as if nothing overrode it
         cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise TypeError(f"{operation} of a tensor that is there in part only")
+        raise TypeError(f"{operation} of a ChunkedTensor, which supports no computation")
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, here={sum(b.numel() for b in self.chunks.values())})"
 
-    # torch.distributed.checkpoint asks these three of any tensor that has them (torch.distributed._checkpointable).
+    # The protocol of torch.distributed.checkpoint for custom tensors (torch.distributed._checkpointable).
 
     def __create_write_items__(self, fqn: str, held: Any) -> list[WriteItem]:
         return [
@@ -76,12 +76,12 @@ class ChunkedTensor(torch.Tensor):
         return [ChunkStorageMetadata(offsets=at, sizes=held.shape) for at, held in self.chunks.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None, "what is in part has offsets"
+        assert index.offset is not None, "a chunk has offsets"
         return self.chunks[index.offset]
 
 
-def local_chunk(tensor: Tensor) -> Box:
-    """The box of a tensor that this rank has, sharing its memory."""
+def local_chunk(tensor: Tensor) -> Chunk:
+    """This rank's chunk of a tensor, sharing its memory."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim, tensor

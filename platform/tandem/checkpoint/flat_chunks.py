@@ -1,7 +1,7 @@
-"""A run of a tensor's elements, saved and loaded as boxes of the whole tensor.
+"""Flat ranges of a tensor's elements, saved and loaded as rectangular chunks of the global tensor.
 
-ZeRO cuts flat buffers anywhere, also in the middle of a matrix's row. A run in row-major order is a few boxes: the end of a row,
-whole rows, the beginning of a row.
+ZeRO splits flat buffers anywhere, also within a row of a matrix. A range in row-major order consists of a few chunks: the end
+of a row, whole rows, the beginning of a row.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import cast
 
 from torch import Tensor
 
-from tandem.checkpoint.chunks import Box, ChunkedTensor
+from tandem.checkpoint.chunks import Chunk, ChunkedTensor
 
 
-def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offsets, sizes) of boxes that hold the elements `start..stop` of a row-major tensor, in that order."""
+def chunk_bounds(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, sizes) of the chunks that hold the elements `start..stop` of a row-major tensor, in that order."""
     if start >= stop:
         return
     if len(shape) < 2:
@@ -39,26 +39,26 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[i
 def _in_row(
     inner: tuple[int, ...], row: int, start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    for offsets, sizes in boxes(inner, start, stop):
+    for offsets, sizes in chunk_bounds(inner, start, stop):
         yield (row, *offsets), (1, *sizes)
 
 
 class FlatChunks(ChunkedTensor):
-    """Stands for a tensor of `shape`, of which this rank has the elements of `flat`, from the element `start` on."""
+    """A global tensor of `shape`, of which this rank has the elements of `flat`, starting at element `start`."""
 
     flat: Tensor
 
     @staticmethod
     def __new__(cls, flat: Tensor, shape: Sequence[int], start: int) -> FlatChunks:
-        """`flat`: one axis, contiguous."""
+        """`flat`: contiguous, with one axis."""
         made = cast(FlatChunks, ChunkedTensor.__new__(cls, flat, shape, _views(flat, shape, start)))
         made.flat = flat
         return made
 
 
-def _views(flat: Tensor, shape: Sequence[int], start: int) -> Iterator[Box]:
+def _views(flat: Tensor, shape: Sequence[int], start: int) -> Iterator[Chunk]:
     taken = 0
-    for offsets, sizes in boxes(shape, start, start + flat.numel()):
+    for offsets, sizes in chunk_bounds(shape, start, start + flat.numel()):
         count = math.prod(sizes)
         yield offsets, flat.narrow(0, taken, count).view(sizes)
         taken += count

@@ -1,7 +1,7 @@
-"""Tensors that lie in parts on many ranks, made whole one at a time and written to safetensors files, each by one rank.
+"""Streaming export of distributed tensors to safetensors files: gathered one at a time, each file written by one rank.
 
-No rank ever has more than one whole tensor. A file's header holds the place of each tensor, so that it can be written before
-any of them is there (https://github.com/huggingface/safetensors#format).
+No rank ever has more than one full tensor. The header of a file holds the offsets of its tensors, so that it is written before
+any of them is gathered (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -18,60 +18,61 @@ import torch.distributed as dist
 from torch import Tensor
 
 MAX_FILE_BYTES = 4 * 2**30
-"""Of the tensors in one file, unless a single one is larger."""
+"""Size of the tensors in one file, at most, unless a single one is larger."""
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""From tensors as the model has them to those that a file has: other names, or several of one."""
+"""From tensors of the model to those of a file: other names, or several for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportTensor:
-    """A tensor that this rank has, or has a part of."""
+    """A tensor of which this rank has a part, or all."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     whole: Callable[[], Tensor]
-    """Makes it whole. All ranks that have the name call it, in the same order of names."""
+    """Gathers it. All ranks that have the name call it, in the same order of names."""
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> ExportTensor:
-        """A tensor that is whole here."""
+        """A tensor that is complete on this rank."""
         return cls(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, whole=tensor.detach)
 
 
 @dataclass(frozen=True)
 class TensorIndex:
-    """What all ranks hold between them."""
+    """The tensors of all ranks."""
 
     empty: dict[str, Tensor]
-    """Each tensor by name, in order, without its content."""
+    """Each tensor by name, in order, on the meta device."""
     holders: dict[str, list[int]]
+    """Ranks that have a part of each tensor."""
 
 
 @dataclass(kw_only=True)
 class OutputFile:
-    """A file that one rank writes."""
+    """A file of the export, which rank `owner` writes."""
 
     owner: int
     name: str = ""
     sources: list[str] = field(default_factory=list)
-    """The model's tensors that go into it, in order."""
+    """Names of the model's tensors in it, in order."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """What it holds, in order, without content."""
+    """Tensors of the file, in order, on the meta device."""
 
     @property
     def bytes(self) -> int:
-        """Of its tensors."""
+        """Size of its tensors in bytes."""
         return sum(map(size_of, self.tensors.values()))
 
 
 def index_tensors(held: Iterable[ExportTensor]) -> TensorIndex:
-    """What all ranks hold. Every rank calls it."""
+    """The tensors of all ranks. Every rank calls it."""
     mine = [(h.name, h.shape, h.dtype) for h in held]
     every: list[Any] = [mine]
     if dist.is_initialized():
@@ -86,7 +87,7 @@ def index_tensors(held: Iterable[ExportTensor]) -> TensorIndex:
 
 
 def single_file(table: TensorIndex, convert: Convert, name: str) -> list[OutputFile]:
-    """All tensors in one file, which rank 0 writes."""
+    """One file with all tensors, written by rank 0."""
     file = OutputFile(owner=0, name=name)
     for source, empty in table.empty.items():
         file.sources.append(source)
@@ -95,7 +96,7 @@ def single_file(table: TensorIndex, convert: Convert, name: str) -> list[OutputF
 
 
 def split_into_files(table: TensorIndex, convert: Convert, file_bytes: int) -> list[OutputFile]:
-    """The tensors in files of at most `file_bytes`, each for a rank that has what is in it; named as Hugging Face does."""
+    """Files of at most `file_bytes`, each written by a rank that has parts of its tensors; named as Hugging Face does."""
     files: list[OutputFile] = []
     given: dict[int, int] = {}
     for source, empty in table.empty.items():
@@ -116,7 +117,7 @@ def split_into_files(table: TensorIndex, convert: Convert, file_bytes: int) -> l
 def write(
     folder: Path, files: Sequence[OutputFile], held: Iterable[ExportTensor], table: TensorIndex, convert: Convert
 ) -> None:
-    """Write this rank's files. Every rank calls it; where it fails, on a full disk, the others still get what they wait for."""
+    """Write this rank's files. Every rank calls it; a rank whose disk is full still takes part in gathering."""
     owner = {source: file for file in files for source in file.sources}
     problem: Exception | None = None
     open_files: dict[str, Any] = {}
@@ -146,7 +147,7 @@ def write(
 def stream(
     held: Iterable[ExportTensor], table: TensorIndex, owners: Mapping[str, int] | int
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Each tensor in turn, whole and on the CPU, on the rank that owns it, and None on the others. Every rank goes through it."""
+    """Each tensor in turn: gathered on the CPU of the rank that owns it, None on the others. Every rank iterates it."""
     mine = {h.name: h for h in held}
     rank = dist.get_rank() if dist.is_initialized() else 0
     for name, empty in table.empty.items():
@@ -155,7 +156,7 @@ def stream(
         whole = mine[name].whole() if name in mine else None
         if owner not in holders:
             if rank == holders[0]:
-                assert whole is not None, "its first holder has it"
+                assert whole is not None, "the first holder has gathered it"
                 dist.send(whole.contiguous(), dst=owner)
             elif rank == owner:
                 whole = torch.empty_like(empty, device=_device())
@@ -164,12 +165,12 @@ def stream(
 
 
 def gather_on_rank0(held: Sequence[ExportTensor]) -> dict[str, Tensor]:
-    """All tensors on rank 0, nothing on the others: for models that fit there."""
+    """All tensors on rank 0 and none on the others, for small models."""
     return {name: tensor for name, tensor in stream(held, index_tensors(held), 0) if tensor is not None}
 
 
 def header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The first bytes of a file that holds tensors like these."""
+    """The header of a file with tensors of these shapes and types."""
     places: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors.items():
@@ -186,15 +187,15 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes."""
+    """Size in bytes."""
     return math.prod(tensor.shape) * tensor.element_size()
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """The content of a tensor, in the order that files have."""
+    """The content of a tensor in row-major order."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _device() -> torch.device:
-    # NCCL sends from GPU to GPU only.
+    # NCCL communicates between GPUs only.
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,6 +1,6 @@
-"""Checks a training config against what exists, before anything starts, and gives the job its id and folder.
+"""Preparation of a training job: checks the config against data and base model, and makes the job's id and folder.
 
-A job's id is a hash of its config, its data and its base: the same submission is the same job, and goes on where it was.
+The id is a hash of config, data and base: the same submission is the same job, and resumes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tandem.settings import settings
 from tandem.storage import disk_errors, require_space, write_atomic
 
 SPACE_NEEDED = 64 * 2**20
-"""Bytes that must be free before a job starts; what is known to fail later is refused now."""
+"""Bytes that must be free on the disk before a job starts."""
 
 NON_CONTENT_KEYS = ("parallel", "checkpoint", "faults", "log_every", "metrics", "register")
-"""Settings that change how a job runs, or who hears of it, but not what it makes."""
+"""Config keys that change how a job runs or reports, but not its result: they are not part of its id."""
 
 READER_KEYS = ("readers", "reader_tasks", "read_ahead", "prefetch_batches", "skip_damaged")
-"""Such settings of `data`."""
+"""Such keys of `data`."""
 
 
 def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder:
@@ -61,11 +61,11 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     measured = None
     evaluation = config.evaluation
     if evaluation is not None and evaluation.data is not None:
-        place, measured = find_dataset(evaluation.data)
-        config.check_kind(measured.kind, str(place))
-        if any(place == part.folder for part in parts):
-            raise ConfigError(f"evaluation.data is {place}, which is trained on. Name another dataset, or unset it.")
-        evaluation = replace(evaluation, data=str(place))
+        folder, measured = find_dataset(evaluation.data)
+        config.check_kind(measured.kind, str(folder))
+        if any(folder == part.folder for part in parts):
+            raise ConfigError(f"evaluation.data is {folder}, which is trained on. Name another dataset, or unset it.")
+        evaluation = replace(evaluation, data=str(folder))
     resolved = replace(
         config,
         data=_found(config.data, [str(part.folder) for part in parts]),
@@ -90,7 +90,7 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
 
 
 def _found(data: DataConfig, folders: list[str]) -> DataConfig:
-    """The same data, named by where it lies."""
+    """The data config with absolute folders."""
     if data.path:
         return replace(data, path=folders[0])
     named = zip(data.mixture, folders, strict=True)

@@ -346,7 +346,7 @@ class TrainingRun:
                 self.model.whole,
                 self.model.weights(),
                 self.task.job / "export",
-                beside=tokenizer_files(self.task.tokenizer),
+                extra_files=tokenizer_files(self.task.tokenizer),
             )
         if dist.is_initialized():
             dist.barrier()

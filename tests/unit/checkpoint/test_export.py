@@ -45,7 +45,7 @@ def as_it_is(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
-def test_safetensors_reads_what_is_written(tmp_path: Path, dtype: torch.dtype):
+def test_safetensors_reads_the_written_files(tmp_path: Path, dtype: torch.dtype):
     # Not contiguous, without elements, and without axes.
     tensors = {
         "a": torch.arange(6).view(2, 3).T.to(dtype),
@@ -64,7 +64,7 @@ def test_a_header_keeps_tensors_aligned():
     assert all(len(header({"n" * length: torch.ones(3)})) % 8 == 0 for length in range(1, 9))
 
 
-def test_files_are_filled_in_turn_by_ranks_that_have_their_tensors():
+def test_each_file_is_owned_by_a_rank_that_has_its_tensors():
     empty = {name: torch.empty(10, device="meta") for name in "abcdef"}
     table = TensorIndex(empty, {name: [0, 1] if name < "d" else [2, 3] for name in empty})
     files = split_into_files(table, as_it_is, file_bytes=80)
@@ -74,7 +74,7 @@ def test_files_are_filled_in_turn_by_ranks_that_have_their_tensors():
     assert [file.sources for file in split_into_files(table, as_it_is, file_bytes=1)] == [[name] for name in empty]
 
 
-def test_one_tensor_at_a_time_is_made_whole(tmp_path: Path):
+def test_one_tensor_at_a_time_is_gathered(tmp_path: Path):
     alive, most = 0, 0
 
     class Counted:
@@ -124,7 +124,7 @@ def test_a_small_model_is_one_file_without_an_index(model: Any, tmp_path: Path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_an_export_that_fails_leaves_the_one_before(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_export_keeps_the_previous_one(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from tandem.checkpoint import tensors
 
     export(model, export_tensors(model), tmp_path / "export")

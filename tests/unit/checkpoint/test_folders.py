@@ -45,7 +45,7 @@ def test_the_newest_are_kept_and_found(root: Location):
     assert folders.read_state(folders.latest(root)) == state(100)
 
 
-def test_what_is_half_written_is_not_seen_and_goes_with_the_next_save(root: Location):
+def test_an_incomplete_checkpoint_is_ignored_and_removed_by_the_next_save(root: Location):
     save(root, 5)
     folder = folders.open_staging(root, 10)
     file_system(root).pipe_file(str(join(folder, "part")), b"half")
@@ -78,7 +78,7 @@ def test_checkpoints_without_the_metric_are_never_the_best(root: Location):
     assert steps(root) == [10, 20]
 
 
-def test_a_whole_checkpoint_has_no_damage(root: Location):
+def test_an_intact_checkpoint_has_no_damage(root: Location):
     assert folders.find_damage(save(root, 5)) == []
 
 
@@ -117,7 +117,7 @@ def test_a_damaged_manifest_is_named(root: Location, change):
     assert "manifest.json is damaged" in found
 
 
-def test_ranks_look_at_a_share_of_the_files_each(root: Location):
+def test_each_rank_verifies_a_part_of_the_files(root: Location):
     checkpoint = save(root, 5)
     for name in ("part", "state.json"):
         file_system(root).rm_file(str(join(checkpoint, name)))
@@ -126,7 +126,7 @@ def test_ranks_look_at_a_share_of_the_files_each(root: Location):
     assert max(map(len, shares)) == 1
 
 
-def test_what_is_set_aside_is_not_used_and_goes_when_it_is_older_than_what_is_kept(root: Location):
+def test_a_quarantined_checkpoint_is_not_used_and_is_pruned(root: Location):
     save(root, 5)
     folders.quarantine(save(root, 10))
     assert steps(root) == [5] and folders.list_incomplete(root) == []
@@ -136,14 +136,14 @@ def test_what_is_set_aside_is_not_used_and_goes_when_it_is_older_than_what_is_ke
     assert not file_system(root).exists(str(join(root, "step-00000010", "part")))
 
 
-def test_a_folder_that_lost_its_manifest_is_told(root: Location):
+def test_a_folder_without_a_manifest_is_listed_as_incomplete(root: Location):
     checkpoint = save(root, 5)
     file_system(root).rm_file(str(join(checkpoint, "manifest.json")))
     assert [folders.step_of(found) for found in folders.list_incomplete(root)] == [5]
     assert steps(root) == []
 
 
-def test_a_file_with_a_checkpoints_name_is_told_and_left(tmp_path: Path):
+def test_a_file_with_the_name_of_a_checkpoint_is_reported_and_kept(tmp_path: Path):
     save(tmp_path, 5)
     (tmp_path / "step-00000010").write_text("mine")
     with pytest.raises(StorageError, match=r"step-00000010 is a file.*Remove it"):
@@ -151,7 +151,7 @@ def test_a_file_with_a_checkpoints_name_is_told_and_left(tmp_path: Path):
     assert steps(tmp_path) == [5] and (tmp_path / "step-00000010").read_text() == "mine"
 
 
-def test_a_damaged_state_is_refused_with_what_to_do(root: Location):
+def test_a_damaged_state_is_refused_with_the_next_step(root: Location):
     folder = save(root, 5)
     file_system(root).pipe_file(str(join(folder, "state.json")), b"{}")
     with pytest.raises(CheckpointError, match="goes on from the one before"):

@@ -66,7 +66,7 @@ def loaded(checkpoints: Checkpoints) -> tuple[int | None, float, list[str]]:
     return found and found.step, float(weights.w[0, 0]), said
 
 
-def test_it_comes_back(checkpoints: Checkpoints):
+def test_a_saved_state_is_restored(checkpoints: Checkpoints):
     assert loaded(checkpoints) == (None, -1.0, [])
     for step in (1, 2, 3):
         save(checkpoints, step)
@@ -75,9 +75,7 @@ def test_it_comes_back(checkpoints: Checkpoints):
     assert folders.find_damage(folders.latest(checkpoints.root)) == []
 
 
-def test_training_goes_on_while_it_is_written_and_does_not_change_what_is_saved(
-    root: Location, monkeypatch: pytest.MonkeyPatch
-):
+def test_training_continues_during_a_save_and_does_not_change_it(root: Location, monkeypatch: pytest.MonkeyPatch):
     free, told = threading.Event(), []
     open_staging = folders.open_staging
     monkeypatch.setattr(folders, "open_staging", lambda *of: (free.wait(30), open_staging(*of))[1])
@@ -96,7 +94,7 @@ def test_training_goes_on_while_it_is_written_and_does_not_change_what_is_saved(
     assert loaded(checkpoints) == (1, 1.0, [])
 
 
-def test_a_commit_is_told_before_waiting_ends(checkpoints: Checkpoints):
+def test_on_commit_is_called_before_wait_returns(checkpoints: Checkpoints):
     told: list[Location] = []
 
     def tell(checkpoint: Location) -> None:
@@ -125,7 +123,7 @@ def flip(path: str, store: Any) -> None:
     ],
     ids=["flipped", "truncated", "missing"],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_loaded(
     checkpoints: Checkpoints, name: str, harm, said: str
 ):
     for step in (1, 2):
@@ -142,7 +140,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert [folders.step_of(found) for found in folders.list_complete(checkpoints.root)] == [1, 3]
 
 
-def test_a_missing_manifest_is_told_and_the_one_before_is_taken(checkpoints: Checkpoints):
+def test_a_missing_manifest_is_reported_and_the_previous_checkpoint_loaded(checkpoints: Checkpoints):
     for step in (1, 2):
         save(checkpoints, step)
     file_system(checkpoints.root).rm_file(str(join(folders.latest(checkpoints.root), "manifest.json")))
@@ -150,14 +148,14 @@ def test_a_missing_manifest_is_told_and_the_one_before_is_taken(checkpoints: Che
     assert step == 1 and "step-00000002 has no manifest.json" in notice
 
 
-def test_if_all_are_damaged_the_run_begins_again_and_says_so(checkpoints: Checkpoints):
+def test_if_all_checkpoints_are_damaged_the_run_starts_over_with_a_message(checkpoints: Checkpoints):
     save(checkpoints, 1)
     file_system(checkpoints.root).rm_file(str(join(folders.latest(checkpoints.root), "__0_0.distcp")))
     step, value, (notice,) = loaded(checkpoints)
     assert (step, value) == (None, -1.0) and "goes on from the start: there is none before" in notice
 
 
-def test_an_error_in_the_background_is_raised_by_the_next_save_and_what_was_whole_stays(
+def test_an_error_in_the_background_is_raised_by_the_next_save_and_older_checkpoints_stay(
     root: Location, monkeypatch: pytest.MonkeyPatch
 ):
     checkpoints, told = Checkpoints(root, keep=2), []
@@ -173,9 +171,7 @@ def test_an_error_in_the_background_is_raised_by_the_next_save_and_what_was_whol
     assert not told and loaded(checkpoints)[:2] == (1, 1.0)
 
 
-def test_a_store_that_does_not_answer_is_told_and_takes_nothing_from_a_checkpoint(
-    root: Location, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_unreachable_store_is_reported_and_quarantines_nothing(root: Location, monkeypatch: pytest.MonkeyPatch):
     checkpoints = Checkpoints(root, keep=2)
     for step in (1, 2):
         save(checkpoints, step)
@@ -199,7 +195,7 @@ def test_a_store_that_does_not_answer_is_told_and_takes_nothing_from_a_checkpoin
     assert loaded(checkpoints) == (2, 2.0, [])
 
 
-def test_what_cannot_be_removed_does_not_end_a_run(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_removal_does_not_end_a_run(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Any) -> None:
         raise ValueError("an error of the store's own")
 

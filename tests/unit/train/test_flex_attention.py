@@ -10,7 +10,7 @@ from tandem.train.flex_attention import document_block_mask, use_flex_attention
 from tandem.train.stage import Stage, document_mask, whole_sequence
 
 
-def test_blocks_hold_what_the_mask_of_packed_documents_holds() -> None:
+def test_the_block_mask_equals_the_document_mask() -> None:
     positions = packed_positions()
     blocks, mask = document_block_mask(positions, whole_sequence), document_mask(positions, whole_sequence)
     rows, length = positions.shape
@@ -20,7 +20,7 @@ def test_blocks_hold_what_the_mask_of_packed_documents_holds() -> None:
         assert torch.equal(said, mask[row, 0])
 
 
-def test_logits_of_packed_rows_are_those_of_the_mask(model: Any) -> None:
+def test_flex_attention_gives_the_logits_of_the_document_mask(model: Any) -> None:
     # On a CPU FlexAttention has no backward pass; tests/gpu compares losses over steps.
     positions = packed_positions()
     ids = torch.arange(positions.numel()).reshape(positions.shape) % 32

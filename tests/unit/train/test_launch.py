@@ -32,7 +32,7 @@ def test_workers_that_the_whole_cluster_cannot_hold_are_refused_with_the_numbers
         check_capacity(config(workers=2, gpus_per_worker=1), {"CPU": 8.0})
 
 
-def test_workers_that_fit_are_not():
+def test_workers_that_fit_are_accepted():
     check_capacity(config(workers=3), {"CPU": 4.0})
     check_capacity(config(workers=2, gpus_per_worker=1), {"CPU": 8.0, "GPU": 2.0})
 
@@ -59,13 +59,13 @@ def reference_of(models: Path, reference: str | None, *, lora: bool = False, obj
     return find_reference_model(job, base, TextEncoder(str(models / "base")))
 
 
-def test_preferences_are_compared_with_the_base_or_the_model_that_is_named(models: Path):
+def test_the_dpo_reference_is_the_base_or_the_named_model(models: Path):
     assert reference_of(models, None) == models / "base"
     assert reference_of(models, "alike") == models / "alike"
     assert reference_of(models, "alike", lora=True) == models / "alike"
 
 
-def test_adapters_are_compared_with_their_base_which_needs_no_second_model(models: Path):
+def test_adapters_need_no_second_model_as_reference(models: Path):
     assert reference_of(models, None, lora=True) is None
     assert reference_of(models, None, objective="next_token") is None
 
@@ -82,7 +82,7 @@ def own_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_driver_that_is_told_to_stop_before_there_are_workers_leaves_with_the_status_of_a_stopped_job(
+def test_a_driver_stopped_before_it_has_workers_exits_as_a_stopped_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_sigterm: None
 ):
     def told_to_stop(*_: object) -> None:

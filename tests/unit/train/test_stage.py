@@ -24,7 +24,7 @@ MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stage_of_all_layers_gives_what_transformers_gives(family: str):
+def test_a_stage_of_all_layers_matches_transformers(family: str):
     torch.manual_seed(0)
     values = SMALL | (MIXTURE if family in ("mixtral", "qwen3_moe") else {})
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).eval()
@@ -48,7 +48,7 @@ def test_a_model_has_the_same_shape_by_its_config_and_by_its_files(encoder: Text
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "phi3", "olmo2", "gpt_neox"])
-def test_models_of_other_families_keep_documents_apart_by_themselves(family: str):
+def test_other_families_separate_documents_by_position(family: str):
     torch.manual_seed(0)
     small = {**SMALL, "head_dim": 8, "sliding_window": 8, "n_head": 4, "n_embd": 32, "n_layer": 2, "n_positions": 64}
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small))

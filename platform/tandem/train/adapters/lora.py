@@ -1,4 +1,4 @@
-"""LoRA and DoRA by peft: adapters into a model, before it is sharded."""
+"""LoRA and DoRA adapters, added with peft before the model is sharded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tandem.errors import ConfigError
 from tandem.train.adapters.dora import replace_magnitudes
 
 DEFAULT_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers that get an adapter unless a config names others; of a model that has none of these, all but its head. Experts
-are not among them: they are stacked parameters."""
+"""Linear layers that get an adapter by default; in a model without these, all linear layers but the head. Experts get none: they
+are stacked parameters."""
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: int) -> Any:
-    """A peft model around `model` in which only adapters train; the same random weights on every rank.
+    """A peft model around `model` with trained adapters and a frozen base; the same random weights on every rank.
 
-    `base_id` is written into the adapter's config. Raises ConfigError if `target_modules` names no layer of the model.
+    `base_id` goes into the adapter's config. Raises ConfigError if `target_modules` names no layer of the model.
     """
     import peft
     import torch

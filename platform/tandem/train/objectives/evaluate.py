@@ -1,4 +1,4 @@
-"""The loss on rows that are not trained on: always the same rows, and the same result on any number of ranks."""
+"""Evaluation: mean loss over held-out rows, always the same ones, with the same result on any number of ranks."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def evaluate(
     device: torch.device,
     precision: str = "float32",
 ) -> dict[str, float]:
-    """The mean loss over `rows`, with perplexity where tokens are counted, and the means of what else the objective reports.
+    """The mean `loss` over `rows`, `perplexity` if the objective counts tokens, and the means of its other metrics.
 
-    Every rank calls it with all the rows; each data-parallel rank takes its share of them, `batch_rows` at a time. The model
-    comes back in the mode it was in.
+    Every rank calls it with all rows; each data-parallel rank takes its part, `batch_rows` at a time. Leaves the model in the
+    mode it was in.
     """
     training = model.training
     model.eval()
@@ -47,13 +47,13 @@ def evaluate(
             loss += summed
             for name, value in others.items():
                 sums[name] = sums.get(name, torch.zeros_like(loss)) + value
-        # What FSDP2 gathered would stay gathered, and be stale after the next change of the weights.
+        # Without a backward pass FSDP2 would keep parameters gathered, and stale after the next step.
         reshard(model)
     model.train(training)
     totals = torch.stack([loss, *sums.values()])
     if dist.is_initialized():
         dist.all_reduce(totals)
-        # Tensor peers have the same loss; of a pipeline's stages only the last has one.
+        # Tensor peers have the same loss; in a pipeline only the last stage has one.
         totals /= degrees.tp
     mean, *others_mean = (totals / count.clamp(min=1)).tolist()
     found = {"loss": mean, **dict(zip(sums, others_mean, strict=True))}
@@ -72,7 +72,7 @@ def _losses(model: ParallelModel, objective: Objective, batch: Tensor) -> tuple[
 
 
 def shares(rows: Rows, rank: int, ranks: int, batch_rows: int) -> Iterator[Rows]:
-    """A rank's rows in equally many batches on every rank, since sharded ranks run together; rows of padding fill up."""
+    """A rank's rows in batches, equally many on every rank because collectives must match; filled up with padding rows."""
     mine = rows[rank::ranks]
     each = math.ceil(len(rows) / ranks)
     padding = np.repeat(rows[:1], each - len(mine), axis=0)

@@ -1,4 +1,4 @@
-"""A model under the strategy of its config: laid over the mesh by FSDP2 or DDP, or in a DeepSpeed engine."""
+"""Parallel strategy of a config: FSDP2 or DDP over the mesh, or a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tandem.train.parallel.parallelize import parallelize
 def parallelize_for_training(
     model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device
 ) -> tuple[ParallelModel, Optimizer]:
-    """`model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place, and its optimizer.
+    """Distribute `model` (a transformers causal LM, under peft or not, the same on every rank) in place; with its optimizer.
 
-    Raises LayoutError if the model cannot be cut in that way, EnvironmentProblem if this machine lacks what that takes.
+    Raises LayoutError if the model cannot be split as configured, EnvironmentProblem if this machine lacks a requirement.
     """
     if config.parallel.strategy == "deepspeed":
         return wrap_in_deepspeed(model, mesh, config, device)
@@ -30,8 +30,8 @@ def parallelize_for_training(
 
 
 def parallelize_frozen(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> ParallelModel:
-    """The same for a model that is not trained. Raises LayoutError."""
+    """Distribute a frozen model, such as DPO's reference. Raises LayoutError."""
     if config.parallel.strategy == "deepspeed":
-        # An engine wants an optimizer. FSDP2 shards what is frozen as ZeRO 3 would.
+        # A DeepSpeed engine needs an optimizer. FSDP2 shards frozen parameters as ZeRO 3 would.
         config = replace(config, deepspeed=None, parallel=replace(config.parallel, strategy="fsdp2"))
     return parallelize(model, mesh, config, device)

@@ -22,10 +22,10 @@ IDS = torch.arange(5, 25)[None]
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_merged_adapter_is_a_model_that_says_the_same(
+def test_a_merged_model_gives_the_logits_of_base_and_adapter(
     model: Any, encoder: TextEncoder, tandem_home: Path, tmp_path: Path, dora: bool
 ):
-    export(model, export_tensors(model), tmp_path / "base", beside=tokenizer_files(Path(encoder.folder)))
+    export(model, export_tensors(model), tmp_path / "base", extra_files=tokenizer_files(Path(encoder.folder)))
     registry = Registry.open()
     registry.register_model("base", tmp_path / "base")
     adapted: Any = add_adapters(model, LoraConfig(rank=4, dora=dora), base_id="base@1", seed=0).eval()
@@ -43,7 +43,7 @@ def test_a_merged_adapter_is_a_model_that_says_the_same(
     assert TextEncoder(str(record.path)).vocab_size == encoder.vocab_size
 
 
-def test_a_model_cannot_be_merged(model: Any, tandem_home: Path, tmp_path: Path):
+def test_merging_a_model_into_a_model_is_refused(model: Any, tandem_home: Path, tmp_path: Path):
     export(model, export_tensors(model), tmp_path / "base")
     Registry.open().register_model("base", tmp_path / "base")
     result = CliRunner().invoke(models_app, ["merge", "base", "whole"])

@@ -13,7 +13,7 @@ from tandem.train.objectives.cross_entropy import chunked_cross_entropy
 
 @pytest.mark.parametrize("piece", [1, 100, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype) -> None:
+def test_chunked_loss_and_gradient_match_torch(monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype) -> None:
     monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", piece)
     torch.manual_seed(0)
     logits = (5 * torch.randn(23, 31)).to(dtype).requires_grad_()
@@ -28,7 +28,7 @@ def test_loss_and_gradient_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, p
     torch.testing.assert_close(slopes, expected_slopes)
 
 
-def test_rows_that_all_want_nothing_lose_nothing() -> None:
+def test_rows_without_targets_have_zero_loss() -> None:
     logits = torch.full((3, 5), torch.inf).requires_grad_()
     for count in (3, 0):
         loss = chunked_cross_entropy(logits[:count], torch.full((count,), IGNORED))

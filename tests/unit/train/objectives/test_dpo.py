@@ -90,7 +90,7 @@ def test_loss_gradients_and_metrics_are_those_of_the_paper(model: Any, rows: tor
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_at_the_start_nothing_is_preferred(model: torch.nn.Module, rows: torch.Tensor):
+def test_the_margin_is_zero_before_training(model: torch.nn.Module, rows: torch.Tensor):
     loss, sums = Dpo(DpoConfig(), frozen(model)).loss(model, rows)
     assert float(loss.detach()) == pytest.approx(len(PAIRS) * 0.6931472, abs=1e-6)
     assert float(sums["reward_margin"]) == 0
@@ -105,7 +105,7 @@ def test_a_frozen_reference_is_not_trained(model: torch.nn.Module, rows: torch.T
     assert all(p.grad is None for p in reference.parameters()) and not reference.training
 
 
-def test_without_its_adapters_a_model_is_its_own_reference(model: torch.nn.Module, rows: torch.Tensor):
+def test_the_model_with_disabled_adapters_is_the_reference(model: torch.nn.Module, rows: torch.Tensor):
     base = copy.deepcopy(model)
     adapted = add_adapters(model, LoraConfig(rank=4, dropout=0.5), base_id="b", seed=0).train()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_without_its_adapters_a_model_is_its_own_reference(model: torch.nn.Modul
     assert float(loss.detach()) != pytest.approx(len(PAIRS) * 0.6931472, abs=1e-3)
 
 
-def test_rows_of_padding_lose_nothing(model: torch.nn.Module, rows: torch.Tensor):
+def test_padding_rows_have_zero_loss(model: torch.nn.Module, rows: torch.Tensor):
     padding = rows.clone()
     padding[:, 1::3] = -100
     objective = Dpo(DpoConfig(), frozen(model))

@@ -31,7 +31,7 @@ def rows() -> Rows:
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 5])
-def test_it_is_the_mean_over_all_tokens_and_its_exponential(
+def test_evaluation_is_the_mean_over_all_tokens_with_its_perplexity(
     model: torch.nn.Module, alone: Alone, rows: Rows, batch_rows: int
 ):
     tokens = torch.from_numpy(rows.astype(np.int64))
@@ -40,7 +40,7 @@ def test_it_is_the_mean_over_all_tokens_and_its_exponential(
     assert found == {"loss": pytest.approx(expected, abs=1e-5), "perplexity": pytest.approx(math.exp(found["loss"]))}
 
 
-def test_the_model_is_left_as_it_was(model: torch.nn.Module, alone: Alone, rows: Rows):
+def test_evaluation_leaves_the_model_unchanged(model: torch.nn.Module, alone: Alone, rows: Rows):
     placed = alone(model).train()
     before = copy.deepcopy(model.state_dict())
     evaluate(placed, NextToken(), rows, batch_rows=2, device=CPU)

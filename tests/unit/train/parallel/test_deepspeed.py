@@ -21,7 +21,7 @@ def config(**values: Any) -> TrainConfig:
     )  # fmt: skip
 
 
-def test_buffers_are_no_larger_than_the_model():
+def test_communication_buckets_are_no_larger_than_the_model():
     small = nn.Linear(10, 10)
     options = engine_options(small, config(stage=3), pin=False)
     assert options["zero_optimization"]["reduce_bucket_size"] == 110
@@ -30,7 +30,7 @@ def test_buffers_are_no_larger_than_the_model():
     assert options["train_micro_batch_size_per_gpu"] == 2 and options["gradient_accumulation_steps"] == 2
 
 
-def test_what_is_offloaded_for_a_gpu_lies_in_locked_memory():
+def test_offload_for_a_gpu_uses_pinned_memory():
     model = nn.Linear(10, 10)
     for pin in (True, False):
         zero = engine_options(model, config(offload_optimizer="cpu", offload_parameters="cpu"), pin=pin)
@@ -38,7 +38,7 @@ def test_what_is_offloaded_for_a_gpu_lies_in_locked_memory():
             assert zero["zero_optimization"][key] == {"device": "cpu", "pin_memory": pin}
 
 
-def test_two_jobs_never_share_a_folder_on_the_disk(tmp_path: Path):
+def test_each_job_has_its_own_offload_folder(tmp_path: Path):
     to_disk = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path)}
     one, other = config(**to_disk), config(**to_disk, offload_parameters="nvme")
     assert offload_folder(one) != offload_folder(other) and offload_folder(one) == offload_folder(config(**to_disk))
@@ -47,14 +47,14 @@ def test_two_jobs_never_share_a_folder_on_the_disk(tmp_path: Path):
     assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(offload_folder(other))
 
 
-def test_a_machine_without_deepspeed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_deepspeed_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'tandem\[deepspeed\]'"):
         check_deepspeed(config())
     check_deepspeed(TrainConfig(name="n", data=DataConfig(path="p")))
 
 
-def test_what_is_missing_to_offload_to_a_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_requirements_of_disk_offload_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     wanted = config(offload_optimizer="nvme", nvme_path=str(tmp_path))

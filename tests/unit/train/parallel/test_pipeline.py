@@ -41,7 +41,7 @@ def is_taken(schedule: str, ranks: int, count: int) -> bool:
 
 
 @pytest.mark.parametrize("schedule", STAGES_PER_RANK)
-def test_micro_batches_fit_where_torch_takes_them(ranks: int, schedule: str):
+def test_the_rule_for_micro_batches_agrees_with_torchs_schedules(ranks: int, schedule: str):
     counts = range(1, 13)
     assert [n for n in counts if micro_batches_fit(schedule, ranks, n)] == [
         n for n in counts if is_taken(schedule, ranks, n)
@@ -49,7 +49,7 @@ def test_micro_batches_fit_where_torch_takes_them(ranks: int, schedule: str):
 
 
 @pytest.mark.parametrize("schedule", STAGES_PER_RANK)
-def test_the_ranks_hold_every_layer_once(schedule: str):
+def test_every_layer_is_on_one_rank(schedule: str):
     of = 3 * STAGES_PER_RANK[schedule]
     held = [layers_of_stage(stage, of, 12) for rank in range(3) for stage in stages_of(rank, 3, schedule)]
     assert sorted(layer for layers in held for layer in layers) == list(range(12))

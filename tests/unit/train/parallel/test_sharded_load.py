@@ -58,7 +58,7 @@ def test_an_empty_model_has_names_shapes_and_buffers_and_no_weights(base: Path):
     ],
     ids=["one worker", "replicas", "dora"],
 )
-def test_where_each_rank_needs_all_of_it_it_reads_all_of_it(base: Path, change: dict[str, Any]):
+def test_no_empty_model_is_built_if_each_rank_needs_all_weights(base: Path, change: dict[str, Any]):
     assert build_empty_model(config(base), base) is not None
     assert build_empty_model(config(base, **change), base) is None
 
@@ -68,7 +68,7 @@ def test_where_each_rank_needs_all_of_it_it_reads_all_of_it(base: Path, change: 
     [{"quantization_config": {"quant_method": "fp8"}}, {"vocab_size": 91}, {"num_hidden_layers": 3}],
     ids=["quantized files", "another vocabulary", "a layer that no file has"],
 )
-def test_files_that_are_not_the_models_are_left_to_transformers(base: Path, change: dict[str, Any]):
+def test_files_with_other_tensor_names_are_loaded_by_transformers(base: Path, change: dict[str, Any]):
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert build_empty_model(config(base), base) is None

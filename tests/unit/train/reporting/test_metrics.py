@@ -79,14 +79,14 @@ def test_tensorboard_gets_every_step_once_over_a_restart_and_a_resumed_run(tmp_p
     assert found["evaluation/perplexity"] == [(2, 7.5), (4, 7.5)]
 
 
-def test_what_tensorboard_was_given_is_in_its_file_at_once(tmp_path: Path):
+def test_tensorboard_flushes_each_event(tmp_path: Path):
     sink = TensorBoard(tmp_path)
     sink.write(step(1))
     assert stored_metrics.tensorboard(tmp_path)["train/loss"] == [(1, 4.0)]
     sink.close()
 
 
-def test_wandb_offline_goes_on_in_the_same_run(tmp_path: Path):
+def test_a_resumed_job_continues_its_wandb_run(tmp_path: Path):
     job = tmp_path / "a-123"
     job.mkdir()
     config = replace(CONFIG, metrics=MetricsConfig(wandb=WandbConfig(project="p", mode="offline")))
@@ -102,7 +102,7 @@ def test_wandb_offline_goes_on_in_the_same_run(tmp_path: Path):
     assert found["evaluation/perplexity"] == [(2, 7.5)], "an evaluation that comes late is not lost"
 
 
-def test_mlflow_goes_on_in_the_same_run(tmp_path: Path):
+def test_a_resumed_job_continues_its_mlflow_run(tmp_path: Path):
     job = tmp_path / "a-123"
     job.mkdir()
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -116,7 +116,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path):
     assert found["evaluation/loss"] == [(2, 2.0)]
 
 
-def test_a_sink_that_fails_is_said_once_and_the_others_go_on():
+def test_a_failing_sink_is_reported_once_and_the_others_continue():
     said: list[str] = []
     bad, good = Kept("the bad one", fails_at=2), Kept()
     metrics = Metrics([bad, good], before=[], notice=said.append)
@@ -127,7 +127,7 @@ def test_a_sink_that_fails_is_said_once_and_the_others_go_on():
     assert said == ["the bad one gets no more numbers: the server. Training goes on; events.jsonl has them all."]
 
 
-def test_a_sink_that_hangs_holds_up_neither_the_others_nor_the_end():
+def test_a_hanging_sink_delays_neither_the_others_nor_the_end():
     said: list[str] = []
     gate = threading.Event()
     slow, good = Kept("the slow one", gate=gate), Kept()
@@ -140,7 +140,7 @@ def test_a_sink_that_hangs_holds_up_neither_the_others_nor_the_end():
     gate.set()
 
 
-def test_a_server_that_cannot_be_reached_is_said_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_server_is_reported_and_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -159,7 +159,7 @@ def test_a_server_that_cannot_be_reached_is_said_and_stops_nothing(tmp_path: Pat
         (MetricsConfig(mlflow=MlflowConfig(uri="x")), "metrics.mlflow is set, .* `pip install mlflow-skinny`"),
     ],
 )
-def test_a_package_that_is_missing_is_refused_with_the_command_that_installs_it(
+def test_a_missing_package_is_refused_with_the_install_command(
     metrics: MetricsConfig, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -167,7 +167,7 @@ def test_a_package_that_is_missing_is_refused_with_the_command_that_installs_it(
         open_sinks(replace(CONFIG, metrics=metrics), tmp_path)
 
 
-def test_a_job_without_them_loads_neither_wandb_nor_mlflow():
+def test_a_job_without_these_sinks_imports_neither_wandb_nor_mlflow():
     code = "import sys, tandem.train.reporting.metrics; print([m for m in ('wandb', 'mlflow', 'torch') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
