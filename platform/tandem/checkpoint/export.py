@@ -100,16 +100,16 @@ def is_complete_export(target: Path) -> bool:
 @contextlib.contextmanager
 def _published_by_rank0(target: Path) -> Iterator[Path]:
     """A folder that all ranks write to in a `with` block, and rank 0 publishes at its end; an error is raised on all ranks."""
-    told: list[str | None] = [None, None]
+    announced: list[str | None] = [None, None]
     stack = contextlib.ExitStack()
     if _rank() == 0:
         try:
-            told[0] = str(stack.enter_context(publish_folder(target, replace=True)))
+            announced[0] = str(stack.enter_context(publish_folder(target, replace=True)))
         except (TandemError, OSError) as error:
-            told[1] = str(error)
+            announced[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    folder, problem = told
+        dist.broadcast_object_list(announced, src=0)
+    folder, problem = announced
     if folder is None:
         raise StorageError(str(problem))
     try:

@@ -50,10 +50,10 @@ class SafetensorsReader:
             return self._slice(self._expert_name(prefix, expert, kind), offsets, sizes)
         found = []
         first, last = offsets[0], offsets[0] + sizes[0]
-        for place, half in enumerate(("gate_proj", "up_proj")):
+        for position, half in enumerate(("gate_proj", "up_proj")):
             name = self._expert_name(prefix, expert, half)
             width = self._shape(name)[0]
-            start, stop = max(first - place * width, 0), min(last - place * width, width)
+            start, stop = max(first - position * width, 0), min(last - position * width, width)
             if start < stop:
                 found.append(self._slice(name, (start, offsets[1]), (stop - start, sizes[1])))
         return torch.cat(found)

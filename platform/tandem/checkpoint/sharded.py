@@ -100,30 +100,30 @@ class Checkpoints:
         ones are quarantined. Raises CheckpointError if it belongs to another model.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if self._group is not None else (0, 1)
-        whole, told = self._gather_from_ranks(
+        complete, incomplete = self._gather_from_ranks(
             lambda: (folders.list_complete(self.root), folders.list_incomplete(self.root)) if rank == 0 else None
         )[0]
-        newest = folders.step_of(whole[-1]) if whole else -1
-        said = [
+        newest = folders.step_of(complete[-1]) if complete else -1
+        messages = [
             f"{checkpoint} has no {folders.MANIFEST_NAME}: it was not written to its end, or has lost it. It is not used."
-            for checkpoint in told
+            for checkpoint in incomplete
             if folders.step_of(checkpoint) > newest
         ]
-        for place, checkpoint in reversed(list(enumerate(whole))):
+        for index, checkpoint in reversed(list(enumerate(complete))):
             parts = self._gather_from_ranks(lambda at=checkpoint: folders.find_damage(at, rank, world))
             if damage := [found for part in parts for found in part]:
-                before = f"step {folders.step_of(whole[place - 1])}" if place else "the start: there is none before"
-                said.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run goes on from {before}.")
+                before = f"step {folders.step_of(complete[index - 1])}" if index else "the start: there is none before"
+                messages.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run goes on from {before}.")
                 self._gather_from_ranks(lambda at=checkpoint: folders.quarantine(at) if rank == 0 else None)
                 continue
-            return load(checkpoint, model, optimizer, extra=extra, group=self._group), said
-        return None, said
+            return load(checkpoint, model, optimizer, extra=extra, group=self._group), messages
+        return None, messages
 
-    def _gather_from_ranks(self, ask: Any) -> list[Any]:
-        """The result of `ask` on each rank; an error of one rank is raised on all, so that none waits for another."""
+    def _gather_from_ranks(self, read: Any) -> list[Any]:
+        """The result of `read` on each rank; an error of one rank is raised on all, so that none waits for another."""
         mine: tuple[Any, str | None]
         try:
-            mine = (ask(), None)
+            mine = (read(), None)
         except Exception as error:  # noqa: BLE001 - a store's client has errors of its own
             mine = (None, str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}")
         every: list[Any] = [mine]
@@ -258,7 +258,7 @@ def _explain(error: BaseException, root: Location) -> str:
     cause = _root_cause(error)
     if isinstance(cause, StorageError):
         return str(cause)
-    room = ""
+    free = ""
     if isinstance(root, Path):
         try:
             with disk_errors("writing a checkpoint", root):
@@ -269,8 +269,8 @@ def _explain(error: BaseException, root: Location) -> str:
         except OSError:
             pass
         # torch's writer reports a full disk as a RuntimeError of its stream, too.
-        room = f" ({free_bytes(root) / 2**20:,.1f} MiB free)"
+        free = f" ({free_bytes(root) / 2**20:,.1f} MiB free)"
     return (
-        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{room}. Checkpoints written before are "
+        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{free}. Checkpoints written before are "
         "whole. Free some space, or see that the store answers, then run the same command again: it goes on from the newest one."
     )

@@ -35,20 +35,20 @@ class ExportTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    whole: Callable[[], Tensor]
+    gather: Callable[[], Tensor]
     """Gathers it. All ranks that have the name call it, in the same order of names."""
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> ExportTensor:
         """A tensor that is complete on this rank."""
-        return cls(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, whole=tensor.detach)
+        return cls(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, gather=tensor.detach)
 
 
 @dataclass(frozen=True)
 class TensorIndex:
     """The tensors of all ranks."""
 
-    empty: dict[str, Tensor]
+    meta: dict[str, Tensor]
     """Each tensor by name, in order, on the meta device."""
     holders: dict[str, list[int]]
     """Ranks that have a part of each tensor."""
@@ -79,9 +79,9 @@ def index_tensors(held: Iterable[ExportTensor]) -> TensorIndex:
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, mine)
     table = TensorIndex({}, {})
-    for rank, told in enumerate(every):
-        for name, shape, dtype in told:
-            table.empty.setdefault(name, torch.empty(shape, dtype=dtype, device="meta"))
+    for rank, tensors in enumerate(every):
+        for name, shape, dtype in tensors:
+            table.meta.setdefault(name, torch.empty(shape, dtype=dtype, device="meta"))
             table.holders.setdefault(name, []).append(rank)
     return table
 
@@ -89,7 +89,7 @@ def index_tensors(held: Iterable[ExportTensor]) -> TensorIndex:
 def single_file(table: TensorIndex, convert: Convert, name: str) -> list[OutputFile]:
     """One file with all tensors, written by rank 0."""
     file = OutputFile(owner=0, name=name)
-    for source, empty in table.empty.items():
+    for source, empty in table.meta.items():
         file.sources.append(source)
         file.tensors |= convert({source: empty})
     return [file]
@@ -99,7 +99,7 @@ def split_into_files(table: TensorIndex, convert: Convert, file_bytes: int) -> l
     """Files of at most `file_bytes`, each written by a rank that has parts of its tensors; named as Hugging Face does."""
     files: list[OutputFile] = []
     given: dict[int, int] = {}
-    for source, empty in table.empty.items():
+    for source, empty in table.meta.items():
         made = convert({source: empty})
         more = sum(map(size_of, made.values()))
         holders = table.holders[source]
@@ -150,10 +150,10 @@ def stream(
     """Each tensor in turn: gathered on the CPU of the rank that owns it, None on the others. Every rank iterates it."""
     mine = {h.name: h for h in held}
     rank = dist.get_rank() if dist.is_initialized() else 0
-    for name, empty in table.empty.items():
+    for name, empty in table.meta.items():
         owner = owners if isinstance(owners, int) else owners[name]
         holders = table.holders[name]
-        whole = mine[name].whole() if name in mine else None
+        whole = mine[name].gather() if name in mine else None
         if owner not in holders:
             if rank == holders[0]:
                 assert whole is not None, "the first holder has gathered it"

@@ -197,7 +197,7 @@ class Stopped(Event, name="stopped"):
 
 @dataclass(frozen=True, kw_only=True)
 class Notice(Event, name="notice"):
-    """A message for the user that ends nothing."""
+    """A message for the user."""
 
     message: str
 
@@ -236,7 +236,7 @@ class Failed(Event, name="failed"):
     error: str = ""
 
 
-# ---- from the workers to the driver only ------------------------------------------------------------------------------
+# ---- from the workers to the driver only -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -304,11 +304,11 @@ def backward(
             _through_pipeline(model.pipeline, batch, targets, ranks, next_token(objective), scale, total)
             model.finish_gradients()
             return total, sums
-        pieces = batch.chunk(config.accumulate)
-        for number, piece in enumerate(pieces, 1):
-            with model.gradients_synced(number == len(pieces)):
+        micro_batches = batch.chunk(config.accumulate)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            with model.gradients_synced(number == len(micro_batches)):
                 with autocast_context(model, config.precision, batch.device):
-                    summed, others = objective.loss(model, piece)
+                    summed, others = objective.loss(model, micro_batch)
                 model.backward(step_loss(summed, targets, ranks) * scale)
             total += summed.detach()
             for name, value in others.items():

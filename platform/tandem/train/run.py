@@ -56,7 +56,7 @@ from tandem.train.task import WorkerTask
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """The rank, and what connects it with the driver."""
+    """The rank, its device, and its connection with the driver."""
 
     rank: int
     device: torch.device
@@ -105,7 +105,7 @@ class TrainingRun:
         """Seconds of training, and of waiting for rows, at the last report."""
 
     def run(self) -> None:
-        """The whole run. Emits Exported at its end, or WorkersStopped if the driver or a loss spike stops it before."""
+        """Build, restore, train and export. Emits Exported at the end, or WorkersStopped if the driver stops it before."""
         self.build()
         self.restore()
         finished = self.state.step >= self.config.steps or self.train()

@@ -95,7 +95,7 @@ def test_one_tensor_at_a_time_is_gathered(tmp_path: Path):
             weakref.finalize(made, gone)
             return made
 
-    held = [ExportTensor(name=n, shape=(1000,), dtype=torch.float32, whole=Counted(n)) for n in "abcdef"]
+    held = [ExportTensor(name=n, shape=(1000,), dtype=torch.float32, gather=Counted(n)) for n in "abcdef"]
     table = index_tensors(held)
     write(tmp_path, split_into_files(table, as_it_is, 8000), held, table, as_it_is)
     assert most <= 2, "the one that is written, and the next"

@@ -117,10 +117,10 @@ def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
     for tensor, pipeline, expert, context in itertools.product(tensors, stages, experts, contexts):
         group = tensor * pipeline * context
         for workers in {parallel.workers, parallel.data * group}:
-            wanted = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "context": context, "workers": workers}
+            degrees = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "context": context, "workers": workers}
             if workers % (group * parallel.replicate):
                 continue
-            cost, changes = _changed(config, wanted, shape)
+            cost, changes = _changed(config, degrees, shape)
             if cost < best[0] and _works(shape, config, changes):
                 best = (cost, changes)
     return best[1]
@@ -146,9 +146,9 @@ def length_unit(config: TrainConfig) -> int:
     """The sequence length must be a multiple of this."""
     parallel = config.parallel
     # A context-parallel rank takes two chunks of a sequence, which its tensor peers split evenly.
-    pieces = 2 * parallel.context if parallel.context > 1 else 1
+    chunks = 2 * parallel.context if parallel.context > 1 else 1
     shared = parallel.tensor if parallel.sequence_parallel else 1
-    return math.lcm(pieces, parallel.context * shared)
+    return math.lcm(chunks, parallel.context * shared)
 
 
 def _problem(shape: ModelShape, config: TrainConfig) -> str | None:
@@ -240,8 +240,8 @@ def _contexts_fit(config: TrainConfig, context: int) -> bool:
     return context == 1 or config.objective != "dpo"
 
 
-def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) -> tuple[float, dict[str, int]]:
-    """Cost of changing `config` to the degrees `wanted`, and all values that change."""
+def _changed(config: TrainConfig, degrees: Mapping[str, int], shape: ModelShape) -> tuple[float, dict[str, int]]:
+    """Cost of changing `config` to the degrees `degrees`, and all values that change."""
     parallel = config.parallel
     now = {f"parallel.{key}": getattr(parallel, key) for key in DEGREES}
     now |= {
@@ -249,13 +249,13 @@ def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) 
         "batch_size": config.batch_size,
         "data.sequence_length": config.data.sequence_length,
     }
-    new = {f"parallel.{key}": wanted[key] for key in DEGREES}
-    stages, tensor, context = wanted["pipeline"], wanted["tensor"], wanted["context"]
+    new = {f"parallel.{key}": degrees[key] for key in DEGREES}
+    stages, tensor, context = degrees["pipeline"], degrees["tensor"], degrees["context"]
     new["accumulate"] = config.accumulate
     if stages > 1:
         tried = itertools.chain.from_iterable((config.accumulate + n, config.accumulate - n) for n in itertools.count())
         new["accumulate"] = next(n for n in tried if n > 0 and micro_batches_fit(parallel.schedule, stages, n))
-    share = wanted["workers"] // (stages * tensor * context) * new["accumulate"]
+    share = degrees["workers"] // (stages * tensor * context) * new["accumulate"]
     new["batch_size"] = _nearest_multiple(config.batch_size, share)
     cut = replace(parallel, expert=1, replicate=1, pipeline=1, workers=tensor * context, tensor=tensor, context=context)
     unit = length_unit(replace(config, parallel=cut, batch_size=config.accumulate)) if parallel.strategy != "ddp" else 1

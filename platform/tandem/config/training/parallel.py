@@ -123,8 +123,8 @@ class ParallelismConfig:
         degrees = {key: getattr(self, key) for key in DEGREES} | {"shard": self.shard}
         if self.strategy == "ddp" or list(degrees.values()) == [1] * len(DEGREES) + [self.shard]:
             return self.strategy
-        told = " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
-        return f"{self.strategy}, {told}" + (f" ({self.schedule})" if self.pipeline > 1 else "")
+        described = " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
+        return f"{self.strategy}, {described}" + (f" ({self.schedule})" if self.pipeline > 1 else "")
 
     @property
     def data(self) -> int:

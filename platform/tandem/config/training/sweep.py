@@ -179,8 +179,8 @@ def score(metric: str, events: Iterable[Mapping[str, Any]]) -> float | None:
     kind, key = {"evaluation_loss": ("evaluation", "loss"), "perplexity": ("evaluation", "perplexity")}.get(
         metric, ("step", metric)
     )
-    told = [float(e[key]) for e in events if e["event"] == kind and isinstance(e.get(key), int | float)]
-    if not told:
+    values = [float(e[key]) for e in events if e["event"] == kind and isinstance(e.get(key), int | float)]
+    if not values:
         return None
-    value = sorted(told)[len(told) // 2] if METRICS[metric] == "max" else told[-1]
+    value = sorted(values)[len(values) // 2] if METRICS[metric] == "max" else values[-1]
     return value if math.isfinite(value) else None

@@ -100,10 +100,10 @@ def answer_log_probabilities(model: nn.Module, rows_B3T: Tensor) -> Tensor:
     float64, because a margin is a small difference of large sums.
     """
     ids, labels, positions = rows_B3T[:, 0], rows_B3T[:, 1], rows_B3T[:, 2]
-    wanted = shift_labels(labels).flatten()
-    kept = (wanted != IGNORED).nonzero().squeeze(1)
+    targets = shift_labels(labels).flatten()
+    kept = (targets != IGNORED).nonzero().squeeze(1)
     logits_NV = compute_logits(model, ids, positions).flatten(0, 1).index_select(0, kept)
-    tokens_N = -F.cross_entropy(logits_NV.float(), wanted[kept], reduction="none")
+    tokens_N = -F.cross_entropy(logits_NV.float(), targets[kept], reduction="none")
     # Deterministic on a GPU, unlike a scatter. `unsafe` skips checks that would refuse a batch without answers.
     return torch.segment_reduce(tokens_N.double(), "sum", lengths=answer_lengths(labels, positions), unsafe=True)
 

@@ -204,7 +204,7 @@ class DeepSpeedModel(ParallelModel):
         tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
         if not adapters:
             tensors |= dict(persistent_buffers(self.whole))
-        return [_held(name, tensor) for name, tensor in tensors.items()]
+        return [_export_tensor(name, tensor) for name, tensor in tensors.items()]
 
     def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
         """See `ParallelModel`."""
@@ -220,15 +220,15 @@ class DeepSpeedModel(ParallelModel):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _held(name: str, tensor: Any) -> ExportTensor:
+def _export_tensor(name: str, tensor: Any) -> ExportTensor:
     @torch.no_grad()
-    def whole() -> Tensor:
+    def gather() -> Tensor:
         with _gathered(tensor):
             copied: Tensor = tensor.detach().clone()
         return copied
 
     return ExportTensor(
-        name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, whole=whole
+        name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, gather=gather
     )
 
 

@@ -55,5 +55,5 @@ def set_gradient_sync(model: nn.Module, sync: bool) -> None:
 
 
 def parameter_device(config: TrainConfig, device: torch.device) -> torch.device:
-    """Where sharded parameters stay between their uses."""
+    """The device that holds sharded parameters between their uses."""
     return torch.device("cpu") if config.parallel.offload else device

@@ -114,7 +114,7 @@ class MeshModel(ParallelModel):
             self._tied.sum_gradients(self._device)
 
     def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """See `ParallelModel`. It shares the memory of what is trained."""
+        """See `ParallelModel`. It shares memory with the model and the optimizer."""
         reshard(self)
         start_state(optimizer)
         state: dict[str, ChunkedTensor] = {}
@@ -155,7 +155,7 @@ class MeshModel(ParallelModel):
         ]
 
     def clip(self, limit: float, loss: Tensor | None = None) -> float:
-        """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh.
+        """Scale gradients down to a global norm of `limit` (0: no clipping); returns the norm before, over the whole mesh.
 
         It is not a number if `loss` is not finite on any rank.
         """
@@ -230,11 +230,11 @@ def _export_tensor(name: str, tensor: Tensor, expert_parameter_names: bool) -> E
         shape = (shape[0], shape[1] * shape[2], shape[3])
 
     @torch.no_grad()
-    def whole() -> Tensor:
+    def gather() -> Tensor:
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
         return full.view(shape)
 
-    return ExportTensor(name=name, shape=shape, dtype=tensor.dtype, whole=whole)
+    return ExportTensor(name=name, shape=shape, dtype=tensor.dtype, gather=gather)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Interface of a model that is distributed over ranks: what loop, evaluation, checkpoints and export use of it."""
+"""Interface of a model that is distributed over ranks, for loop, evaluation, checkpoints and export."""
 
 from __future__ import annotations
 

@@ -66,14 +66,14 @@ class TensorParallelLinear(ParallelStyle):
         owner.register_parameter(leaf, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
     def _prepare(self, mesh: DeviceMesh) -> Callable[..., Any]:
-        wanted = Replicate() if self._colwise else Shard(-1)
+        placement = Replicate() if self._colwise else Shard(-1)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = arguments
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, mesh, [self._input], run_check=False)
             # Without a change of layout, redistribute would still all-reduce the gradient in backward.
-            return (x if x.placements == (wanted,) else x.redistribute(placements=[wanted]), *rest)
+            return (x if x.placements == (placement,) else x.redistribute(placements=[placement]), *rest)
 
         return hook
 

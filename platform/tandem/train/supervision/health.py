@@ -29,12 +29,12 @@ def find_hang(heartbeats: Sequence[Heartbeat], config: FaultsConfig) -> Hang | N
     if silent:
         described = ", ".join(f"rank {s.rank} (pid {s.pid}, {s.phase}, step {s.step})" for s in silent)
         longest = max(s.since_heartbeat_s for s in silent)
-        return Hang(ranks=tuple(s.rank for s in silent), reason=f"{described} gave no sign of life for {longest:.0f} s")
+        return Hang(ranks=tuple(s.rank for s in silent), reason=f"{described} sent no heartbeat for {longest:.0f} s")
     if working and all(heartbeat.since_progress_s > config.stuck_after_s for heartbeat in working):
         least = min(s.since_progress_s for s in working)
         return Hang(
             ranks=tuple(s.rank for s in working),
-            reason=f"none of {len(working)} ranks got anything done for {least:.0f} s, in step {min(s.step for s in working)}",
+            reason=f"none of {len(working)} ranks made progress for {least:.0f} s, in step {min(s.step for s in working)}",
         )
     return None
 
@@ -53,8 +53,8 @@ def find_culprit(failures: Mapping[int, str], died: Sequence[int], heartbeats: S
         return died[0], failures[died[0]]
     if reported and unreported:
         return unreported[0].rank, (
-            f"its process ({unreported[0].pid}) ended without a word, after its sign of life in step {unreported[0].step}; "
-            f"worker {reported[0].rank} said: {reported[0].error}"
+            f"its process ({unreported[0].pid}) ended without an error message, after its heartbeat in step "
+            f"{unreported[0].step}; worker {reported[0].rank} reported: {reported[0].error}"
         )
     if reported:
         return reported[0].rank, reported[0].error

@@ -1,4 +1,4 @@
-"""Heartbeats of training workers: what each rank reports about itself, and the thread that sends it."""
+"""Heartbeats of training workers: the state that each rank reports, and the thread that sends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restart policy: from the outcome of an attempt and the run's history to what the driver does next. Pure.
+"""Restart policy: from the outcome of an attempt and the history of the run to the next step of the driver. Pure.
 
 | outcome                         | decision                                                                    |
 |---------------------------------|-----------------------------------------------------------------------------|
@@ -65,7 +65,7 @@ Decision = Restart | Resize | SkipRows | Stop
 
 
 def decide(outcome: Refused | StoppedEarly | NoCapacity | Faulted, history: RunHistory) -> Decision:
-    """What follows an attempt that did not complete. `history` holds the facts after that attempt."""
+    """The decision after an attempt that did not complete. `history` holds the facts after that attempt."""
     if isinstance(outcome, Refused):
         return Stop(getattr(errors, outcome.error, JobError)(outcome.message))
     if history.stop_requested:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """What the supervision of every attempt of a run shares."""
+    """Shared by the supervision of all attempts of a run."""
 
     config: TrainConfig
     """The run's config, of an elastic run with its largest number of workers."""

@@ -24,7 +24,7 @@ def test_the_rank_without_heartbeats_is_hung_and_not_the_ranks_that_wait_for_it(
         [heartbeat(0, since_progress_s=11), heartbeat(1, since_heartbeat_s=11, since_progress_s=11)], FAULTS
     )
     assert found is not None and found.ranks == (1,)
-    assert "rank 1 (pid 101, step, step 7) gave no sign of life for 11 s" in found.reason
+    assert "rank 1 (pid 101, step, step 7) sent no heartbeat for 11 s" in found.reason
 
 
 def test_all_ranks_are_hung_if_all_send_heartbeats_and_none_makes_progress():
@@ -42,7 +42,7 @@ def test_the_culprit_died_or_reported_no_error_or_reported_its_error_first():
     told = heartbeat(0, phase="done", error="connection closed", since_heartbeat_s=1)
     assert find_culprit(lost, [], [told, heartbeat(1)])[0] == 1
     assert (
-        "(101) ended without a word, after its sign of life in step 7; worker 0 said: connection closed"
+        "(101) ended without an error message, after its heartbeat in step 7; worker 0 reported: connection closed"
         in find_culprit(lost, [], [told, heartbeat(1)])[1]
     )
     # One that failed by itself was heard before those that lost it.
