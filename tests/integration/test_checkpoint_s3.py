@@ -1,4 +1,4 @@
-"""Checkpoints in an object store: a real S3 server (moto), spoken to by s3fs as any other would be."""
+"""Checkpoints in an object store: a real S3 server (moto) through s3fs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def loaded(root: str) -> tuple[int | None, float, list[str]]:
     return found and found.step, float(weights.w[0, 0]), said
 
 
-def test_checkpoints_come_back_and_old_ones_go(root: str):
+def test_checkpoints_are_restored_and_old_ones_removed(root: str):
     checkpoints = Checkpoints(root, keep=2)
     for step in (1, 2, 3):
         save(checkpoints, step)
@@ -68,7 +68,7 @@ def test_checkpoints_come_back_and_old_ones_go(root: str):
     assert not file_system(root).exists(f"{root}/step-00000001")
 
 
-def test_a_checkpoint_is_seen_only_when_its_manifest_is_there(root: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_without_a_manifest_is_ignored(root: str, monkeypatch: pytest.MonkeyPatch):
     checkpoints = Checkpoints(root, keep=2, asynchronous=False)
     save(checkpoints, 1)
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_seen_only_when_its_manifest_is_there(root: str, monkeyp
 
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "missing"])
-def test_a_damaged_object_is_named_and_the_one_before_is_taken(root: str, harm: str):
+def test_a_damaged_object_is_reported_and_the_previous_checkpoint_loaded(root: str, harm: str):
     checkpoints = Checkpoints(root, keep=2, asynchronous=False)
     for step in (1, 2):
         save(checkpoints, step)
@@ -103,13 +103,13 @@ def test_a_damaged_object_is_named_and_the_one_before_is_taken(root: str, harm: 
     assert (step, value) == (1, 1.0) and f"{root}/step-00000002 is damaged: __0_0.distcp " in notice
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_work_starts(root: str):
+def test_an_unwritable_bucket_is_refused_before_work_starts(root: str):
     check_writable(root)
     with pytest.raises(StorageError, match="Check that the bucket exists"):
         check_writable("s3://no-such-bucket/run")
 
 
-def test_ranks_write_their_shards_to_it_and_another_layout_goes_on(root: str, tmp_path: Path):
+def test_ranks_write_shards_to_a_store_and_another_layout_resumes(root: str, tmp_path: Path):
     way = ("llama", "fsdp2", 2, "tp2", 2)
     check(load_parity(), run_worlds(tmp_path, (way,), place=root), way)
     assert len(folders.list_complete(f"{root}/llama fsdp2 2")) == 1

@@ -1,4 +1,4 @@
-"""Tensors go into files one at a time, and others load those files."""
+"""Tensors are written to files one at a time, and other libraries load the files."""
 
 from __future__ import annotations
 

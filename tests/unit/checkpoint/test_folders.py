@@ -1,4 +1,4 @@
-"""Only whole checkpoints count, the newest ones and the best stay, and no byte may change unseen: on a disk and in a store."""
+"""Only complete checkpoints are listed, the newest and the best are kept, and any changed byte is found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any box of any tensor of a model is read from the files that transformers writes of it, and from them alone."""
+"""Any slice of a model's tensors is read from the files that transformers writes."""
 
 from __future__ import annotations
 

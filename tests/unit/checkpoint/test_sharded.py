@@ -1,4 +1,4 @@
-"""What is saved comes back as it was at that step, also from the background; what is damaged is passed over and told."""
+"""Saved states are restored, also those saved in the background; damaged ones are reported and skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job's state is what its files and the cluster say together."""
+"""The state of a job follows from its files and the cluster's answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job is refused before it starts, with what to change; the same submission is the same job."""
+"""An impossible job is refused before it starts; the same submission is the same job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's trials are jobs like any other, all of them checked before one starts."""
+"""The trials of a sweep are ordinary jobs, all checked before one starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are not finite, and losses that jump."""
+"""Non-finite steps and loss spikes are detected."""
 
 from __future__ import annotations
 

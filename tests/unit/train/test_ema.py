@@ -1,4 +1,4 @@
-"""The average follows the weights slowly, and can stand in for them."""
+"""The moving average follows the weights, and can be swapped into the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlexAttention lets a token look at the same tokens as the mask does."""
+"""FlexAttention computes the same attention as the document mask."""
 
 from __future__ import annotations
 

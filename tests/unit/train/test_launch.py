@@ -1,4 +1,4 @@
-"""What the driver refuses before anything starts, and how it leaves when it is told to stop."""
+"""Checks of the driver before workers start, and its exit after a stop request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop does with bad numbers, and with what whoever looks after it wants."""
+"""Non-finite steps, loss spikes, and requests of the loop's hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lower precision comes close to float32, and a step that overflows is left out."""
+"""Lower precision is close to float32, and overflowing steps are skipped."""
 
 from __future__ import annotations
 

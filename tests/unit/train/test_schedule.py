@@ -1,4 +1,4 @@
-"""The learning rate rises, then falls to where the config says."""
+"""Learning-rate schedules: warm-up, peak and decay."""
 
 from __future__ import annotations
 

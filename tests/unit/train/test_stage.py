@@ -1,4 +1,4 @@
-"""A stage goes through a model's layers as transformers does; the families that training takes are those of which that is so."""
+"""The forward pass of a stage equals transformers' for every supported family."""
 
 from __future__ import annotations
 

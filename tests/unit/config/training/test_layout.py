@@ -1,4 +1,4 @@
-"""A layout that cannot work is refused by the numbers, and the one that is suggested instead works."""
+"""An impossible layout is refused, and the suggested one works."""
 
 from __future__ import annotations
 

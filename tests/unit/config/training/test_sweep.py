@@ -1,4 +1,4 @@
-"""What a person writes for a sweep becomes its trials, or is refused before anything starts."""
+"""Sweep parameters become trials, or are refused before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter added into its base says what the adapted model says."""
+"""A merged model equals its base with the adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base in 4 bits: what is said where it cannot be had, and what a packed weight counts as."""
+"""4-bit base models: missing packages, and the number of packed weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-entropy in pieces is cross-entropy."""
+"""Chunked cross-entropy equals torch's."""
 
 from __future__ import annotations
 

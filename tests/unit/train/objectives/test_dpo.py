@@ -1,4 +1,4 @@
-"""DPO gives what the paper's formula gives pair by pair, packed or not."""
+"""DPO equals the paper's formula pair by pair, packed or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation is the mean over its rows, in batches of any size, and changes nothing."""
+"""Evaluation is the mean over its rows for any batch size, and changes nothing."""
 
 from __future__ import annotations
 

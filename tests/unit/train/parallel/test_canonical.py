@@ -1,4 +1,4 @@
-"""Names and shapes in a checkpoint are the plain model's, whatever a rank holds of it."""
+"""Checkpoints have the names and shapes of the plain model in every layout."""
 
 from __future__ import annotations
 

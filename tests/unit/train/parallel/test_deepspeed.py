@@ -1,4 +1,4 @@
-"""What a job's config becomes for DeepSpeed, and what is said of a machine that lacks something."""
+"""DeepSpeed's options from a job's config, and missing requirements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Degrees multiply to the workers, and say so when they do not."""
+"""Parallelism degrees multiply to the number of workers."""
 
 from __future__ import annotations
 

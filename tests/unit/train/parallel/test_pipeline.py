@@ -1,4 +1,4 @@
-"""Stages hold what a schedule wants of them, and run as many micro-batches as torch's schedules take."""
+"""Pipeline stages cover all layers, and micro-batches fit torch's schedules."""
 
 from __future__ import annotations
 

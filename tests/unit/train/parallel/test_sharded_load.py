@@ -1,4 +1,4 @@
-"""What is asked of a base before ranks read it in slices, and what an empty model is."""
+"""Empty models for sharded loading, and the conditions for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a token costs, and what a device can do: the numbers themselves."""
+"""FLOPs of a token, and peak FLOP/s of devices."""
 
 from __future__ import annotations
 

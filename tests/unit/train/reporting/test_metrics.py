@@ -1,4 +1,4 @@
-"""Numbers reach every system that follows a job, each step once; a system that fails is left out, and training never waits."""
+"""Metric sinks get each step once; a failing sink gets no more events, and training never waits for one."""
 
 from __future__ import annotations
 
