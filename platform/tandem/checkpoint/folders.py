@@ -162,7 +162,7 @@ def read_state(checkpoint: Location) -> SavedState:
         return SavedState(**json.loads(file_system(checkpoint).cat_file(str(path))))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}). Remove {checkpoint}; the run then goes on from the one before."
+            f"{path} cannot be read ({error}). Remove {checkpoint}; the run then resumes from the previous one."
         ) from error
 
 

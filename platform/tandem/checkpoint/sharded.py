@@ -113,7 +113,7 @@ class Checkpoints:
             parts = self._gather_from_ranks(lambda at=checkpoint: folders.find_damage(at, rank, world))
             if damage := [found for part in parts for found in part]:
                 before = f"step {folders.step_of(complete[index - 1])}" if index else "the start: there is none before"
-                messages.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run goes on from {before}.")
+                messages.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run resumes from {before}.")
                 self._gather_from_ranks(lambda at=checkpoint: folders.quarantine(at) if rank == 0 else None)
                 continue
             return load(checkpoint, model, optimizer, extra=extra, group=self._group), messages
@@ -181,7 +181,7 @@ def load(
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded: {_root_cause(error)}. "
-            "Remove it; the run then goes on from the one before, or from the start."
+            "Remove it; the run then resumes from the previous one, or from the start."
         ) from error
     for random in content.get("random", {}).values():
         torch.set_rng_state(random)
@@ -271,6 +271,6 @@ def _explain(error: BaseException, root: Location) -> str:
         # torch's writer reports a full disk as a RuntimeError of its stream, too.
         free = f" ({free_bytes(root) / 2**20:,.1f} MiB free)"
     return (
-        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{free}. Checkpoints written before are "
-        "whole. Free some space, or see that the store answers, then run the same command again: it goes on from the newest one."
+        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{free}. Earlier checkpoints are intact. "
+        "Free some space, or check that the store answers, then run the same command again: it resumes from the newest one."
     )

@@ -88,7 +88,7 @@ class Adapters:
         token = settings().admin_token
         if not token:
             raise ConfigError(
-                "TANDEM_ADMIN_TOKEN is not set. Which replica holds what is told only to who sends the token that the app was "
+                "TANDEM_ADMIN_TOKEN is not set. The residency of adapters is shown only with the token that the app was "
                 "started with: set the variable for `tandem serve up`, and here."
             )
         base = settings().api_url or (self._find_api_url and self._find_api_url())

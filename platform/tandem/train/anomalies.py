@@ -56,7 +56,7 @@ class NonFiniteGuard:
         skipped = [step.describe() for step in self._skipped]
         listed = "; ".join(skipped if len(skipped) <= 4 else [*skipped[:2], "...", *skipped[-1:]])
         raise JobError(
-            f"Loss or gradients were not finite in {len(skipped)} steps in a row, which were left out: {listed}. Lower "
+            f"Loss or gradients were not finite in {len(skipped)} steps in a row, which were skipped: {listed}. Lower "
             "optimizer.learning_rate, look at these rows with `tandem data inspect`, or raise faults.max_nonfinite "
             f"({self._limit}); then run the job again."
         )

@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     except SystemExit:
         if not stop_request:
             raise
-        journal.write(Stopped(reason="The job was told to stop. It goes on with the same command."))
+        journal.write(Stopped(reason="The job was told to stop. The same command resumes it."))
         # Ray turns the exit status into another one where it waits.
         return JobStopped.exit_code
     except JobStopped as stopped:

@@ -72,7 +72,7 @@ def wait_for_storage(
         if missing:
             raise StorageError(
                 f"{root} {missing}, though a checkpoint of step {step} was written below it. Bring the storage back, then run "
-                "the same command again; or make the folder, empty, to begin from the start."
+                "the same command again; or make the folder, empty, to start over."
             )
 
     retry_storage(

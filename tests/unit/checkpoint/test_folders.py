@@ -154,5 +154,5 @@ def test_a_file_with_the_name_of_a_checkpoint_is_reported_and_kept(tmp_path: Pat
 def test_a_damaged_state_is_refused_with_the_next_step(root: Location):
     folder = save(root, 5)
     file_system(root).pipe_file(str(join(folder, "state.json")), b"{}")
-    with pytest.raises(CheckpointError, match="goes on from the one before"):
+    with pytest.raises(CheckpointError, match="resumes from the previous one"):
         folders.read_state(folder)

@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_loaded(
     step, value, notices = loaded(checkpoints)
     assert (step, value) == (1, 1.0)
     (notice,) = notices
-    assert str(newest) in notice and f"{name} " in notice and said in notice and "goes on from step 1" in notice
+    assert str(newest) in notice and f"{name} " in notice and said in notice and "resumes from step 1" in notice
     # It is told once, and does not take the place of a good one.
     assert loaded(checkpoints) == (1, 1.0, [])
     save(checkpoints, 3)
@@ -152,7 +152,7 @@ def test_if_all_checkpoints_are_damaged_the_run_starts_over_with_a_message(check
     save(checkpoints, 1)
     file_system(checkpoints.root).rm_file(str(join(folders.latest(checkpoints.root), "__0_0.distcp")))
     step, value, (notice,) = loaded(checkpoints)
-    assert (step, value) == (None, -1.0) and "goes on from the start: there is none before" in notice
+    assert (step, value) == (None, -1.0) and "resumes from the start: there is none before" in notice
 
 
 def test_an_error_in_the_background_is_raised_by_the_next_save_and_older_checkpoints_stay(

@@ -32,7 +32,7 @@ class CheckpointConfig:
     """Where they lie, each job's in a folder of its own: an absolute path that every node has, or a URI such as
     s3://bucket/runs. Unset: the job's folder."""
     asynchronous: bool = True
-    """Write in the background while training goes on, from a copy in the CPU's memory."""
+    """Write in the background while training continues, from a copy in the CPU's memory."""
     max_failures: int = 3
     """Failures in a row without a new checkpoint that a run survives."""
 

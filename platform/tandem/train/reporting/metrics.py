@@ -244,9 +244,11 @@ class _SinkThread(threading.Thread):
             while (event := self.waiting.get()) is not None:
                 self.sink.write(event)
             self.sink.close()
-        except Exception as error:  # noqa: BLE001 - whatever a library raises: training goes on
+        except Exception as error:  # noqa: BLE001 - whatever a library raises: training continues
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            self._tell(f"{self.sink.name} gets no more numbers: {reason}. Training goes on; events.jsonl has them all.")
+            self._tell(
+                f"{self.sink.name} gets no more metrics: {reason}. Training continues; events.jsonl has all of them."
+            )
 
 
 def _require(module: str, package: str, key: str) -> None:

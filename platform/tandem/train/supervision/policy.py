@@ -71,8 +71,8 @@ def decide(outcome: Refused | StoppedEarly | NoCapacity | Faulted, history: RunH
     if history.stop_requested:
         return Stop(
             JobStopped(
-                f"The job was told to stop, and left after step {history.last_step}. "
-                f"It goes on from step {history.checkpoint_step or 0} with the same command."
+                f"The job was told to stop, and stopped after step {history.last_step}. "
+                f"The same command resumes it from step {history.checkpoint_step or 0}."
             )
         )
     match outcome:
@@ -117,7 +117,7 @@ def _after_spike(outcome: StoppedEarly, spike: LossSpikeReport, history: RunHist
         rows=(first, spike.rows),
         spike=spike,
         at_step=outcome.step,
-        reason=f"{fact}: rows {first} to {spike.rows - 1} are left out",
+        reason=f"{fact}: rows {first} to {spike.rows - 1} are skipped",
     )
 
 
@@ -131,7 +131,7 @@ def _after_fault(fault: Fault, history: RunHistory) -> Restart | Stop:
     return Stop(
         JobError(
             f"Training failed {failures} times without a new checkpoint in between, the last time with: {fault.reason} "
-            f"Run the same command again to go on from {start}."
+            f"Run the same command again to resume from {start}."
         ),
         fault,
     )

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
             journal.write(
                 Failed(
                     error=f"The driver was ended {failures} times without a new checkpoint in between, the last time by "
-                    f"{name}. Run the same command again to go on from step {step}."
+                    f"{name}. Run the same command again to resume from step {step}."
                 )
             )
             return 1

@@ -124,7 +124,7 @@ def test_a_failing_sink_is_reported_once_and_the_others_continue():
         metrics.write(step(n))
     metrics.close()
     assert (bad.steps, good.steps) == ([1], [1, 2, 3, 4, 5])
-    assert said == ["the bad one gets no more numbers: the server. Training goes on; events.jsonl has them all."]
+    assert said == ["the bad one gets no more metrics: the server. Training continues; events.jsonl has all of them."]
 
 
 def test_a_hanging_sink_delays_neither_the_others_nor_the_end():
@@ -147,7 +147,7 @@ def test_an_unreachable_server_is_reported_and_training_continues(tmp_path: Path
         uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
         config = replace(CONFIG, metrics=MetricsConfig(mlflow=MlflowConfig(uri=uri)))
         (said,) = run(config, tmp_path, [], [step(1), step(2)])
-    assert said.startswith("MLflow gets no more numbers: ")
+    assert said.startswith("MLflow gets no more metrics: ")
     assert "Max retries exceeded" in said or "refused" in said
     assert len(stored_metrics.tensorboard(tmp_path / "tensorboard")["train/loss"]) == 2
 

@@ -37,7 +37,7 @@ def test_faults_in_a_row_without_a_new_checkpoint_stop_the_run_after_max_failure
     assert isinstance(decision, Stop) and decision.fault == DIED.fault
     assert isinstance(decision.error, JobError)
     assert "failed 3 times without a new checkpoint in between" in str(decision.error)
-    assert "worker 1 died." in str(decision.error) and "go on from step 10" in str(decision.error)
+    assert "worker 1 died." in str(decision.error) and "resume from step 10" in str(decision.error)
 
 
 def test_a_new_checkpoint_resets_the_count_of_failures():
@@ -48,14 +48,14 @@ def test_a_new_checkpoint_resets_the_count_of_failures():
 
 def test_the_error_without_a_checkpoint_says_that_the_run_begins_from_the_start():
     decision = decide(DIED, history(checkpoint_step=None, max_failures=0))
-    assert isinstance(decision, Stop) and "go on from the start" in str(decision.error)
+    assert isinstance(decision, Stop) and "resume from the start" in str(decision.error)
 
 
 def test_a_stop_request_stops_the_run_whatever_the_outcome():
     for outcome in (DIED, SPIKED, NoCapacity(2), StoppedEarly(step=17, reason="the job was told to stop")):
         decision = decide(outcome, history(stop_requested=True))
         assert isinstance(decision, Stop) and isinstance(decision.error, JobStopped) and decision.fault is None
-        assert "left after step 17. It goes on from step 10" in str(decision.error)
+        assert "stopped after step 17. The same command resumes it from step 10" in str(decision.error)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("DataError", DataError), ("ValueError", JobError)])
@@ -88,7 +88,7 @@ def test_missing_capacity_is_no_failure():
 def test_a_loss_spike_skips_the_rows_since_the_checkpoint():
     decision = decide(SPIKED, history(checkpoint_rows=80))
     assert isinstance(decision, SkipRows) and (decision.rows, decision.at_step) == ((80, 136), 17)
-    assert decision.reason == "the loss jumped to 9 in step 17, from 2: rows 80 to 135 are left out"
+    assert decision.reason == "the loss jumped to 9 in step 17, from 2: rows 80 to 135 are skipped"
     assert updated_history(decision, HISTORY).skipped_rows == ((80, 136),)
 
 
