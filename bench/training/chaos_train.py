@@ -132,7 +132,7 @@ def run(home: Path, name: str, steps: int, cluster: Any, chaos: Chaos | None) ->
     submission = client.submit(job)
     if chaos is not None:
         chaos.begin(job)
-    lines = list(client.follow_on(job, submission))
+    lines = list(client.follow_resubmitted(job, submission))
     if chaos is not None:
         chaos.end()
     seconds = time.monotonic() - began

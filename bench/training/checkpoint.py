@@ -142,7 +142,7 @@ def measure(rank: int, workers: int, rounds: int, folder: Path, shape: dict[str,
             dist.barrier()
             began = time.perf_counter()
             state = SavedState(step=number, tokens=0, loss=None, world=workers)
-            checkpoints.save(model, optimizer, state, committed=functools.partial(note, whole))
+            checkpoints.save(model, optimizer, state, on_commit=functools.partial(note, whole))
             stopped = time.perf_counter() - began
             taken = 0
             busy = time.perf_counter()
@@ -189,7 +189,7 @@ def build(workers: int, shape: dict[str, Any]) -> tuple[Any, Any, Any]:
     from tandem.train.loop import backward
     from tandem.train.objectives.objective import NextToken
     from tandem.train.parallel.mesh import Degrees
-    from tandem.train.parallel.strategy import lay_out
+    from tandem.train.parallel.strategy import parallelize_for_training
 
     config = TrainConfig(
         name="bench",
@@ -200,10 +200,12 @@ def build(workers: int, shape: dict[str, Any]) -> tuple[Any, Any, Any]:
     )
     torch.manual_seed(0)
     mesh = Degrees.of(config.parallel).mesh("cpu", workers)
-    model, optimizer = lay_out(LlamaForCausalLM(LlamaConfig(**shape)), mesh, config, torch.device("cpu"))
+    model, optimizer = parallelize_for_training(
+        LlamaForCausalLM(LlamaConfig(**shape)), mesh, config, torch.device("cpu")
+    )
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
     rows = torch.stack([ids, ids, torch.arange(LENGTH).expand_as(ids)], 1)
-    objective = NextToken(model.share)
+    objective = NextToken(model.shard_sequence)
     targets = objective.count(rows) * workers
 
     def step() -> None:

@@ -18,6 +18,7 @@ works, no more.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -123,7 +124,7 @@ class Run:
         """What is measured of this run."""
         took = [after - before for before, after in zip(self.ends[DROPPED:], self.ends[DROPPED + 1 :], strict=False)]
         speed = self.options.rows * self.options.length / statistics.median(took)
-        return {"tokens_per_s": speed, "losses": self.losses, **self.meter.read(speed)}
+        return {"tokens_per_s": speed, "losses": self.losses, **dataclasses.asdict(self.meter.read(speed))}
 
 
 def alone(options: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def tandem(run: Run) -> None:
     from tandem.train.loop import LoopState, train
     from tandem.train.optimizer import build_optimizer
     from tandem.train.parallel.mesh import Degrees
-    from tandem.train.parallel.parallelize import place
+    from tandem.train.parallel.parallelize import parallelize
     from tandem.train.recompute import recompute_activations
 
     options, on_gpu = run.options, run.device.type == "cuda"
@@ -251,7 +252,7 @@ def tandem(run: Run) -> None:
         attention=options.attention or ("flex" if on_gpu and options.compile else "sdpa"),
     )
     mesh = Degrees.of(config.parallel).mesh(run.device.type, 1)
-    placed = place(recompute_activations(run.model, config.recompute), mesh, config, run.device)
+    placed = parallelize(recompute_activations(run.model, config.recompute), mesh, config, run.device)
     train(
         placed, build_optimizer(placed, config.optimizer, run.device), run, config, LoopState(),
         report=lambda step: run.note(step.loss), save=lambda state: None, device=run.device,

@@ -373,22 +373,24 @@ def build(case: Case, config: Any, seed: int = 0) -> tuple[Any, Any, Any]:
     import torch
 
     from tandem.config import DpoConfig
-    from tandem.train.objectives.dpo import Dpo, FrozenModel
+    from tandem.train.objectives.dpo import Dpo, FrozenReference
     from tandem.train.objectives.objective import NextToken
     from tandem.train.parallel import deepspeed
     from tandem.train.parallel.mesh import Degrees
-    from tandem.train.parallel.strategy import lay_out, lay_out_frozen
+    from tandem.train.parallel.strategy import parallelize_for_training, parallelize_frozen
     from tandem.train.recompute import recompute_activations
 
     cpu = torch.device("cpu")
     mesh = Degrees.of(config.parallel).mesh("cpu", case.workers)
     # Of so small a model, ZeRO 3 would leave all parameters whole.
-    deepspeed.WHOLE_BELOW = 100
-    model, optimizer = lay_out(recompute_activations(new_model(case, seed), config.recompute), mesh, config, cpu)
+    deepspeed.PERSISTENCE_THRESHOLD = 100
+    model, optimizer = parallelize_for_training(
+        recompute_activations(new_model(case, seed), config.recompute), mesh, config, cpu
+    )
     if case.objective == "dpo":
-        reference = lay_out_frozen(new_model(case, seed=7).requires_grad_(False), mesh, config, cpu)
-        return model, optimizer, Dpo(DpoConfig(), FrozenModel(reference))
-    return model, optimizer, NextToken(model.share)
+        reference = parallelize_frozen(new_model(case, seed=7).requires_grad_(False), mesh, config, cpu)
+        return model, optimizer, Dpo(DpoConfig(), FrozenReference(reference))
+    return model, optimizer, NextToken(model.shard_sequence)
 
 
 def export_loss(case: Case, model: Any) -> float:
@@ -396,9 +398,9 @@ def export_loss(case: Case, model: Any) -> float:
     import torch
     import torch.distributed as dist
 
-    from tandem.checkpoint.tensors import gathered
+    from tandem.checkpoint.tensors import gather_on_rank0
 
-    weights = gathered(model.weights())
+    weights = gather_on_rank0(model.weights())
     if dist.get_rank() != 0:
         return 0.0
     plain = new_model(case, seed=3)

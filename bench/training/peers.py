@@ -302,13 +302,13 @@ def loop(run: Run) -> None:
     from tandem.train.loop import LoopState, train
     from tandem.train.optimizer import build_optimizer
     from tandem.train.parallel.mesh import Degrees
-    from tandem.train.parallel.parallelize import place
+    from tandem.train.parallel.parallelize import parallelize
 
     config = from_dict(TrainConfig, run.plan["config"])
     cpu, mesh = torch.device("cpu"), Degrees.of(config.parallel).mesh("cpu", dist.get_world_size())
     degrees = mesh.degrees
     rank, ranks = degrees.data_rank(dist.get_rank()), degrees.data_parallel
-    placed = place(run.model(), mesh, config, cpu)
+    placed = parallelize(run.model(), mesh, config, cpu)
 
     class Dealt:
         taken = 0

@@ -138,7 +138,7 @@ class Cell:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         from tandem.config import DataConfig, ModelConfig, ParallelismConfig, TrainConfig
-        from tandem.train.parallel.parallelize import place
+        from tandem.train.parallel.parallelize import parallelize
 
         self.schedule, self.count, self._busy = schedule, count, 0.0
         torch.manual_seed(0)
@@ -156,7 +156,7 @@ class Cell:
             batch_size=ROWS * count,
             accumulate=count,
         )
-        self._placed = place(model, mesh, config, torch.device("cpu"))
+        self._placed = parallelize(model, mesh, config, torch.device("cpu"))
         assert self._placed.pipeline is not None
         self._pipeline = self._placed.pipeline
         held = self._pipeline.schedule

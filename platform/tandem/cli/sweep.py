@@ -21,7 +21,7 @@ from tandem.config.load import read_yaml
 from tandem.config.training.sweep import METRICS, parse_parameter, plan_trials, score
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
-from tandem.jobs.sweep import WATCHING_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep
+from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep
 from tandem.observability import events
 from tandem.sdk.cluster import a_cluster, uninterrupted
 from tandem.sdk.console import INTERRUPTED, console
@@ -243,4 +243,4 @@ def cpus_for(sweep: SweepFolder, *, share_cores: bool) -> int:
     readers = max(config.data.readers for config in configs)
     cores = os.cpu_count() or 1
     at_once = max(1, int(cores // workers)) if share_cores and workers else sweep.plan().parallel
-    return max(cores, math.ceil(at_once * (workers + readers + WATCHING_CPUS)))
+    return max(cores, math.ceil(at_once * (workers + readers + TRIAL_ACTOR_CPUS)))

@@ -147,7 +147,7 @@ def _plot(job_id: str | None, picture: Path | None, *, asked: bool) -> None:
     path = picture or Path(f"{job.id}.png")
     if path.is_dir():
         path = path / f"{job.id}.png"
-    if not plot_run(job.events(), path, title=job.config().name):
+    if not plot_run(job.typed_events(), path, title=job.config().name):
         raise JobError(f"{job.id} has not reported a step yet; there is nothing to draw.")
     console.print(f"Drawn: {escape(str(path))}", soft_wrap=True)
 

@@ -106,7 +106,7 @@ class StreamRows:
         self._rank = rank
         self._world = world
         self._process = process
-        self._left_out = SkippedShards(stream.config.skip_damaged, tell)
+        self._skipped = SkippedShards(stream.config.skip_damaged, tell)
         self._state = dict(state) if state else None
         self._ahead: _Prefetcher | None = None
         self.positions: list[RowPosition] = []
@@ -124,7 +124,7 @@ class StreamRows:
     def skip(self, count: int) -> None:
         """Leave out the next `count` rows of all ranks together; every rank has to."""
         self.close()
-        blocks = BlockFetcher(self._stream, self._process, self._left_out)
+        blocks = BlockFetcher(self._stream, self._process, self._skipped)
         sampler = Sampler(self._stream.order, blocks.count, self._state)
         for _ in range(count):
             next(sampler)
@@ -143,7 +143,7 @@ class StreamRows:
             self._ahead = None
 
     def _make_next(self, count: int) -> Callable[[], _Batch]:
-        blocks = BlockFetcher(self._stream, self._process, self._left_out)
+        blocks = BlockFetcher(self._stream, self._process, self._skipped)
         sampler = Sampler(self._stream.order, blocks.count, self._state)
 
         def make() -> _Batch:
@@ -160,10 +160,10 @@ class StreamRows:
 class BlockFetcher:
     """The packed shards that one rank is at."""
 
-    def __init__(self, stream: Stream, process: tuple[int, int], left_out: SkippedShards) -> None:
+    def __init__(self, stream: Stream, process: tuple[int, int], skipped: SkippedShards) -> None:
         self._stream = stream
         self._process = process
-        self._left_out = left_out
+        self._skipped = skipped
         self._found: dict[ShardPosition, Rows] = {}
 
     def count(self, position: ShardPosition) -> int:
@@ -188,7 +188,7 @@ class BlockFetcher:
                 raise RuntimeError(f"The feed gave the rows of {packed.shard} for {position}.")
             self._found[position] = packed.rows
             if packed.error:
-                self._left_out.add((position.dataset, shard), packed.error)
+                self._skipped.add((position.dataset, shard), packed.error)
 
     def _fetched(self, positions: list[ShardPosition]) -> list[Any]:
         lost = False
@@ -317,9 +317,9 @@ def open_stream(
 def _check_rows(stream: Stream, parts: tuple[Part, ...], workers: int) -> None:
     """Look at the first shards until each dataset has a row, and all together one for each worker."""
     total = 0
-    left_out = SkippedShards(stream.config.skip_damaged, lambda message: None)
+    skipped = SkippedShards(stream.config.skip_damaged, lambda message: None)
     for number, part in enumerate(parts):
-        blocks = BlockFetcher(stream, (-1, 1), left_out)
+        blocks = BlockFetcher(stream, (-1, 1), skipped)
         found, position = 0, ShardPosition(number, 0, 0)
         while position.epoch == 0 and (not found or total + found < workers):
             found += blocks.count(position)

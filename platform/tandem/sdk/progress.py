@@ -154,6 +154,8 @@ def in_words(event: Mapping[str, Any]) -> str | None:
             return f"[yellow]{escape(str(event.get('reason', '')))}[/]"
         case "notice":
             return f"[yellow]{escape(str(event.get('message', '')))}[/]"
+        case "registration_failed":
+            return f"[yellow]not registered[/]: {escape(str(event.get('error', '')))}"
         case "finished":
             return f"loss {event['loss']:.3f} after {event['steps']} steps, {event['seconds']:.0f} s"
     return None

@@ -42,7 +42,7 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
     submission = client.submit(job)
     with JobView(console, title or job.config().name, raw=raw) as view:
         try:
-            view.follow(client.follow_on(job, submission))
+            view.follow(client.follow_resubmitted(job, submission))
         except BaseException as left:
             if not isinstance(left, KeyboardInterrupt | SystemExit):
                 raise

@@ -1,7 +1,7 @@
-"""A Hugging Face folder of safetensors files, of which each rank reads the boxes that it has room for.
+"""Reader of a Hugging Face folder of safetensors files, by slices of the model's tensors.
 
-A mixture's experts lie in files one by one, where a model has them stacked: (E, 2I, H), gate above up, and (E, H, I). In those of
-Mixtral they have other names.
+Files hold the experts of a mixture one by one, where a model has them stacked: (E, 2I, H), gate above up, and (E, H, I). Files of
+Mixtral have other names for them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-class Source:
-    """The tensors of a folder, by name. Files stay open, and are read where they are asked for."""
+class SafetensorsReader:
+    """The tensors of a folder, by name. Files stay open; only requested slices are read."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
@@ -32,28 +32,28 @@ class Source:
         elif (single := folder / "model.safetensors").exists():
             self._in = dict.fromkeys(self._open(single).keys(), single)
 
-    def lacks(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-        """Those of a model's tensors, given by their shapes, that cannot be read from here."""
+    def missing(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """Names of the model's tensors, given by their shapes, that the files do not hold."""
         return [name for name, shape in shapes.items() if not self._has(name, tuple(shape))]
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """A box of a tensor of the model, in the type that the file has."""
+        """A slice of a tensor of the model, in the type of the file."""
         stacked = _STACKED.fullmatch(name)
         if stacked is None or name in self._in:
-            return self._slice(self._alone(name), offsets, sizes)
+            return self._slice(self._plain_name(name), offsets, sizes)
         prefix, kind = stacked.groups()
         experts = range(offsets[0], offsets[0] + sizes[0])
         return torch.stack([self._expert(prefix, kind, expert, offsets[1:], sizes[1:]) for expert in experts])
 
     def _expert(self, prefix: str, kind: str, expert: int, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         if kind == "down_proj":
-            return self._slice(self._of_expert(prefix, expert, kind), offsets, sizes)
+            return self._slice(self._expert_name(prefix, expert, kind), offsets, sizes)
         found = []
         first, last = offsets[0], offsets[0] + sizes[0]
-        for place, half in enumerate(("gate_proj", "up_proj")):
-            name = self._of_expert(prefix, expert, half)
+        for position, half in enumerate(("gate_proj", "up_proj")):
+            name = self._expert_name(prefix, expert, half)
             width = self._shape(name)[0]
-            start, stop = max(first - place * width, 0), min(last - place * width, width)
+            start, stop = max(first - position * width, 0), min(last - position * width, width)
             if start < stop:
                 found.append(self._slice(name, (start, offsets[1]), (stop - start, sizes[1])))
         return torch.cat(found)
@@ -64,31 +64,31 @@ class Source:
         return held
 
     def _has(self, name: str, shape: tuple[int, ...]) -> bool:
-        parts = self._parts_of(name)
+        parts = self._names_in_files(name)
         if not set(parts) <= self._in.keys():
             return False
-        # Experts in files are named by their number, and have a shape of their own.
-        return parts != [self._alone(name)] or self._shape(parts[0]) == shape
+        # Experts in files are numbered, and have another shape than the stack.
+        return parts != [self._plain_name(name)] or self._shape(parts[0]) == shape
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._of(name).get_slice(name).get_shape())
 
-    def _parts_of(self, name: str) -> list[str]:
+    def _names_in_files(self, name: str) -> list[str]:
         stacked = None if name in self._in else _STACKED.fullmatch(name)
         if stacked is None:
-            return [self._alone(name)]
+            return [self._plain_name(name)]
         prefix, kind = stacked.groups()
         parts = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
-        return [self._of_expert(prefix, 0, part) for part in parts]
+        return [self._expert_name(prefix, 0, part) for part in parts]
 
-    def _alone(self, name: str) -> str:
-        theirs = name.replace(".mlp.", ".block_sparse_moe.")
-        return theirs if name not in self._in and theirs in self._in else name
+    def _plain_name(self, name: str) -> str:
+        mixtral = name.replace(".mlp.", ".block_sparse_moe.")
+        return mixtral if name not in self._in and mixtral in self._in else name
 
-    def _of_expert(self, prefix: str, expert: int, part: str) -> str:
+    def _expert_name(self, prefix: str, expert: int, part: str) -> str:
         name = f"{prefix}.{expert}.{part}.weight"
-        theirs = f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{expert}.{_MIXTRAL[part]}.weight"
-        return theirs if name not in self._in and theirs in self._in else name
+        mixtral = f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{expert}.{_MIXTRAL[part]}.weight"
+        return mixtral if name not in self._in and mixtral in self._in else name
 
     def _of(self, name: str) -> Any:
         return self._open(self._in[name])

@@ -1,4 +1,4 @@
-"""Any box of any tensor of a model is read from the files that transformers writes of it, and from them alone."""
+"""Any slice of a model's tensors is read from the files that transformers writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tandem.checkpoint.source import Source
+from tandem.checkpoint.safetensors_reader import SafetensorsReader
 from tandem.config.training.layout import FAMILIES
 
 SMALL = {
@@ -28,12 +28,12 @@ def written(family: str, folder: Path, size: str = "20KB") -> Any:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "olmo2", "phi3"])
-def test_every_box_of_every_tensor_is_what_the_model_had(family: str, tmp_path: Path):
+def test_every_slice_equals_the_models_tensor(family: str, tmp_path: Path):
     model, chance = written(family, tmp_path), random.Random(0)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    source = Source(tmp_path)
+    source = SafetensorsReader(tmp_path)
     parameters = dict(model.named_parameters())
-    assert source.lacks({name: p.shape for name, p in parameters.items()}) == []
+    assert source.missing({name: p.shape for name, p in parameters.items()}) == []
     for name, parameter in parameters.items():
         for _ in range(5):
             offsets = [chance.randrange(size) for size in parameter.shape]
@@ -42,11 +42,11 @@ def test_every_box_of_every_tensor_is_what_the_model_had(family: str, tmp_path: 
             assert torch.equal(source.read(name, offsets, sizes), parameter[where]), name
 
 
-def test_what_is_not_there_or_has_another_shape_is_told(tmp_path: Path):
+def test_missing_tensors_and_other_shapes_are_listed(tmp_path: Path):
     written("qwen3_moe", tmp_path, "1GB")
     experts, norm = "model.layers.0.mlp.experts.down_proj", "model.norm.weight"
-    source = Source(tmp_path)
-    assert source.lacks({norm: (32,), experts: (4, 32, 16)}) == []
+    source = SafetensorsReader(tmp_path)
+    assert source.missing({norm: (32,), experts: (4, 32, 16)}) == []
     others = {"model.other.weight": (32,), norm: (33,), "model.layers.7.mlp.experts.down_proj": (4, 32, 16)}
-    assert source.lacks(others) == list(others)
-    assert Source(tmp_path / "nothing").lacks({norm: (32,)}) == [norm]
+    assert source.missing(others) == list(others)
+    assert SafetensorsReader(tmp_path / "nothing").missing({norm: (32,)}) == [norm]
