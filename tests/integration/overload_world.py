@@ -96,7 +96,7 @@ class World:
         self.hosts.append(host)
         record = ReplicaRecord(
             id=f"r{len(self.hosts)}",
-            base=prefill_pool("base") if prefills else "base",
+            pool=prefill_pool("base") if prefills else "base",
             url=host.url,
             token=host.token,
             max_running=max_running,

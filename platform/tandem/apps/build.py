@@ -14,7 +14,7 @@ from ray.serve.schema import LoggingConfig
 
 from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
-from tandem.engine.vllm.parsers import takes_tools
+from tandem.engine.vllm.parsers import supports_tools
 from tandem.errors import ConfigError, RegistryError
 from tandem.ids import fingerprint
 from tandem.registry import Registry, RegistryAddress, find_model, is_shared
@@ -23,8 +23,9 @@ from tandem.routing.policies import find_policy
 from tandem.routing.records import ServedModel, Snapshot
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
+from tandem.serve.engine_spec import engine_spec
 from tandem.serve.listen import internal_port_on_node, listen_on_node
-from tandem.serve.metrics import QueueMeter, added_latency
+from tandem.serve.metrics import RayQueueMetrics, latency_histogram
 from tandem.serve.placement import place
 from tandem.serve.replica.deployment import EngineReplica, check_registry
 from tandem.serve.replica.sigterm import drain_on_sigterm
@@ -33,10 +34,9 @@ from tandem.serve.scaling import (
     engine_options,
     engine_version,
     gateway_options,
-    seen_by_gateways,
+    gateway_view,
     version_of,
 )
-from tandem.serve.spec import engine_spec
 from tandem.settings import settings
 
 GATEWAY_NAME = "Gateway"
@@ -87,7 +87,7 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
         ).bind(pool, directory, registry, config.drain_timeout_s)
         for (pool, _), placement in zip(held, placements, strict=True)
     ]
-    told = (tuple(map(seen_by_gateways, models)), config.gateway, registry)
+    told = (tuple(map(gateway_view, models)), config.gateway, registry)
     more = (config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
         serve.ingress()(Gateway),
@@ -132,18 +132,18 @@ class Gateway:
             watch=self._watch,
             registry=Registry.at(self._registry),
             config=self._config,
-            record=added_latency(),
+            record=latency_histogram(),
             router=self._router,
             admin=self._admin,
-            meter=QueueMeter(),
-            tell=self._tell,
+            metrics=RayQueueMetrics(),
+            report_demand=self._report_demand,
             name=_replica_id(),
         )
 
     async def _watch(self, version: int) -> Snapshot:
         return cast(Snapshot, await self._directory.watch.remote(version))
 
-    async def _tell(self, waiting: dict[str, int]) -> None:
+    async def _report_demand(self, waiting: dict[str, int]) -> None:
         await self._directory.demand.remote(_replica_id(), waiting)
 
 
@@ -230,7 +230,7 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
 def _with_tools(model: ServedModel) -> ServedModel:
     if model.config.engine == "echo":
         return model
-    return replace(model, tools=takes_tools(Path(model.path), model.config.engine_args))
+    return replace(model, supports_tools=supports_tools(Path(model.path), model.config.engine_args))
 
 
 def _deployment(

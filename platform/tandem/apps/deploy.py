@@ -38,34 +38,34 @@ TO_SCHEDULE = re.compile(
 
 
 def deploy(
-    app: serve.Application, name: str, *, route_prefix: str = "/", tell: Callable[[str], None] = lambda text: None
+    app: serve.Application, name: str, *, route_prefix: str = "/", on_message: Callable[[str], None] = lambda text: None
 ) -> None:
     """Deploy and wait until every new replica is up, and no longer: old ones may stream on for minutes.
 
-    EngineError with the reason if a new one cannot start; where there were old ones, they then stay. `tell` hears what Serve says
-    meanwhile, such as that there is no room on the cluster: it waits for room for ever.
+    EngineError with the reason if a new one cannot start; where there were old ones, they then stay. `on_message` gets Serve's
+    messages meanwhile, such as that the cluster has no free resources; Serve waits for them without a limit.
     """
     before = _details(name)
     told: set[str] = set()
     target = serve.RunTarget(app, name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
-    while not changed(now := _details(name), before):
+    while not is_rolled_out(now := _details(name), before):
         # Of the app alone: a deployment still says what it said of the last change until Serve has looked at this one.
         if now["status"] == FAILED:
-            raise EngineError(f"{name} did not start: {why(name)}")
-        for said in sorted(news(now) - told):
+            raise EngineError(f"{name} did not start: {failure_reason(name)}")
+        for said in sorted(deployment_messages(now) - told):
             told.add(said)
-            tell(said)
+            on_message(said)
         time.sleep(LOOK_S)
 
 
-def remember(config: ServeConfig) -> None:
+def save_config(config: ServeConfig) -> None:
     """Keep, with the cluster, what the app of this config was made from."""
     record = {"deployed_at": _details(config.app).get("last_deployed_time_s"), "config": to_dict(config)}
     internal_kv._internal_kv_put(_key(config.app), json.dumps(record).encode(), overwrite=True, namespace=KEPT)
 
 
-def remembered(app: str) -> ServeConfig | None:
+def saved_config(app: str) -> ServeConfig | None:
     """What a running app was made from; None if that is not known, or Ray's `serve deploy` has changed the app since.
 
     A `serve.run` of another program over the same app is not noticed: Serve keeps the time of the first.
@@ -81,7 +81,7 @@ def _key(app: str) -> bytes:
     return f"app:{app}".encode()
 
 
-def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+def is_rolled_out(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Whether an app is what it is to be, but for old replicas that have not ended. Pure: Serve's details of it, now and before.
 
     Serve takes a change in hand a moment after it was told: then a deployment that has begun to change is the sign of it.
@@ -91,7 +91,7 @@ def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     return now["status"] == "RUNNING" or (begun and all(_replaced(d, old.get(key)) for key, d in deployments.items()))
 
 
-def news(now: Mapping[str, Any]) -> set[str]:
+def deployment_messages(now: Mapping[str, Any]) -> set[str]:
     """What Serve says of deployments that are not yet as they should be, each in a line of our words. Pure."""
     waiting = {
         name: each["message"]
@@ -139,7 +139,7 @@ def drain(name: str, timeout_s: float) -> bool:
     return True
 
 
-def why(name: str) -> str:
+def failure_reason(name: str) -> str:
     """What Serve says of an app that is not as it should be."""
     app = serve.status().applications.get(name)
     if app is None:

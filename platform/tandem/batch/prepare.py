@@ -22,8 +22,8 @@ from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, DataError, did_you_mean
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
+from tandem.serve.engine_spec import engine_spec
 from tandem.serve.placement import place
-from tandem.serve.spec import engine_spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -88,10 +88,10 @@ def deploy_command(
         check_listener(serve_details(cluster), wanted.listen)
         with connected(cluster):
             from tandem.apps.build import build_app, pinned
-            from tandem.apps.deploy import deploy, remember, remembered
+            from tandem.apps.deploy import deploy, save_config, saved_config
 
             if not models and config is None:
-                running = remembered(wanted.app)
+                running = saved_config(wanted.app)
                 if running is None:
                     raise ClusterError(
                         f"How {wanted.app} was started is not known: not by `tandem serve`, or by an older one. Name its "
@@ -102,8 +102,8 @@ def deploy_command(
             # A model that is downloaded has a bar of its own.
             app = build_app(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(app, wanted.app, tell=console.print)
-            remember(wanted)
+                deploy(app, wanted.app, on_message=console.print)
+            save_config(wanted)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 
 
@@ -175,7 +175,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     from ray import serve
 
     from tandem.apps.build import build_app, pinned
-    from tandem.apps.deploy import deploy, remember
+    from tandem.apps.deploy import deploy, save_config
 
     details = serve_details(cluster)
     check_not_served(details, config)
@@ -195,8 +195,8 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
                     proxy_location="HeadOnly" if listen.nodes == "head" else "EveryNode",
                     http_options={"host": listen.host, "port": port},
                 )
-                deploy(app, config.app, tell=console.print)
-                remember(config)
+                deploy(app, config.app, on_message=console.print)
+                save_config(config)
             yield url_of(listen.host, port)
         finally:
             with uninterrupted():

@@ -12,7 +12,7 @@ from pathlib import Path
 from tandem import settings
 from tandem.engine.protocol import Engine
 from tandem.engine.spec import EngineSpec
-from tandem.engine.validation_cache import passed, remember
+from tandem.engine.validation_cache import is_validated, mark_validated
 from tandem.engine.vllm.compile_cache import compile_cache_environment
 from tandem.errors import ConfigError, EngineError
 from tandem.registry.hub import restore
@@ -44,14 +44,14 @@ def create_engine(spec: EngineSpec) -> Engine:
 
 def check_engine_args(*specs: EngineSpec) -> None:
     """Have the engines check their arguments, unless they have before. Raises ConfigError with the first thing that is wrong."""
-    unknown = [spec for spec in specs if not passed(spec)]
-    for spec, verdict in zip(unknown, verdicts(unknown), strict=True):
+    unknown = [spec for spec in specs if not is_validated(spec)]
+    for spec, verdict in zip(unknown, validation_errors(unknown), strict=True):
         if verdict is not None:
             raise ConfigError(verdict)
-        remember(spec)
+        mark_validated(spec)
 
 
-def verdicts(specs: Sequence[EngineSpec]) -> list[str | None]:
+def validation_errors(specs: Sequence[EngineSpec]) -> list[str | None]:
     """What is wrong with each spec: the key, with the nearest valid name or with the engine's words; None if nothing is.
 
     vLLM's are checked in one process, of their own so that this one does not import it.

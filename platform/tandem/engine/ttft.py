@@ -11,7 +11,7 @@ MOST = 1000
 """First tokens that are looked at; beyond it only the latest."""
 
 
-class FirstTokens:
+class TtftWindow:
     """The times to first token of the last `WINDOW_S`, written by one thread and read by any."""
 
     def __init__(self) -> None:

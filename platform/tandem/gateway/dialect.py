@@ -22,7 +22,7 @@ BROKEN = ENGINE_STOPPED
 class Dialect(Protocol):
     """One API's way to say an error. A status comes as OpenAI's API would have it."""
 
-    mark: bytes | None
+    error_prefix: bytes | None
     """What an event starts with by which an engine itself reports an error in its stream; None: it never does."""
 
     def status(self, status: int) -> int:
@@ -41,7 +41,7 @@ class Dialect(Protocol):
 class OpenAI:
     """OpenAI's completions, and whatever else takes its shape: embeddings, scores, tokens."""
 
-    mark: bytes | None = b'data: {"error":'
+    error_prefix: bytes | None = b'data: {"error":'
 
     def status(self, status: int) -> int:
         """As it is."""
@@ -59,7 +59,7 @@ class OpenAI:
 class Responses(OpenAI):
     """OpenAI's responses, whose streams are typed and numbered events."""
 
-    mark: bytes | None = None
+    error_prefix: bytes | None = None
 
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
         """An event of the type `error`, with its fields beside an `error` object: the documented form, and the one SDKs raise."""
@@ -79,7 +79,7 @@ class Responses(OpenAI):
 class Anthropic:
     """Anthropic's messages."""
 
-    mark: bytes | None = b"event: error\n"
+    error_prefix: bytes | None = b"event: error\n"
 
     def status(self, status: int) -> int:
         """529 where OpenAI's API says 503: overloaded, try again."""
@@ -107,19 +107,19 @@ def dialect_of(path: str) -> Dialect:
     return OPENAI
 
 
-def amended(chunk: bytes, dialect: Dialect, request: str) -> bytes:
+def rewrite_errors(chunk: bytes, dialect: Dialect, request: str) -> bytes:
     """A piece of an engine's stream, with an error that the engine reports in it said as the API says it.
 
     An error that two reads have torn apart passes as the engine said it.
     """
-    mark = dialect.mark
+    error_prefix = dialect.error_prefix
     # Text of a model cannot look like this: in JSON, its quotes and line ends are escaped.
-    if mark is None or mark not in chunk:
+    if error_prefix is None or error_prefix not in chunk:
         return chunk
-    return b"\n\n".join(_amended_event(event, dialect, request) for event in chunk.split(b"\n\n"))
+    return b"\n\n".join(_rewrite_event(event, dialect, request) for event in chunk.split(b"\n\n"))
 
 
-def _amended_event(event: bytes, dialect: Dialect, request: str) -> bytes:
+def _rewrite_event(event: bytes, dialect: Dialect, request: str) -> bytes:
     try:
         error = from_json(event.partition(b"data: ")[2])["error"]
         message, code = str(error["message"]), error.get("code")

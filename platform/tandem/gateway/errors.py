@@ -50,7 +50,7 @@ def unknown_model(message: str) -> ApiError:
 class NoReplica(ApiError):
     """503 with Retry-After, which the SDKs heed by themselves."""
 
-    begun = 0
+    started = 0
     """How many replicas may have begun with the request."""
 
 

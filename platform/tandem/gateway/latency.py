@@ -17,11 +17,11 @@ from aiohttp.abc import AbstractStreamWriter
 HEADER = b"server-timing"
 """`gateway;dur=0.41, engine;dur=51.20`, in milliseconds: the W3C's Server-Timing."""
 
-Record = Callable[[str, float], None]
+RecordLatency = Callable[[str, float], None]
 """Takes a route and the milliseconds that the gateway added to one request."""
 
 
-def forget(route: str, added_ms: float) -> None:
+def ignore_latency(route: str, added_ms: float) -> None:
     """A Record that keeps nothing."""
 
 

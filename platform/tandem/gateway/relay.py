@@ -16,30 +16,30 @@ import aiohttp
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from tandem.gateway.dialect import BROKEN, amended
+from tandem.gateway.dialect import BROKEN, rewrite_errors
 from tandem.gateway.errors import NoReplica, from_engine, request_id
 from tandem.gateway.latency import HEADER, header
-from tandem.gateway.upstream import ATTEMPTS, Call, Opened, Proxy
+from tandem.gateway.upstream import ATTEMPTS, EngineRequest, StartedResponse, Upstream
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
 """Headers of an answer: the ids of the replica that gave it, and of the gateway that carried it."""
 PASSED_ON = ("content-type", "x-request-id", "cache-control", "metadata")
 """Response headers of an engine that a client gets; `metadata` tells what raw bytes of embeddings are."""
-Prepare = Callable[[Call], Awaitable[Call]]
+Prepare = Callable[[EngineRequest], Awaitable[EngineRequest]]
 """What is done with a call when its turn has come, before it is sent."""
 
 
-class Forwarded(Response):
+class RelayedResponse(Response):
     """The response that carries a call to a replica, when Starlette sends it and its turn has come, and the answer back."""
 
-    def __init__(self, proxy: Proxy, call: Call, prepare: Prepare | None = None) -> None:
+    def __init__(self, upstream: Upstream, call: EngineRequest, prepare: Prepare | None = None) -> None:
         self.background = None
         self.sending_since = math.inf
         """When the client was given what it has not taken yet."""
-        self._proxy = proxy
+        self._upstream = upstream
         self._call = call
         self._prepare = prepare
-        self._place = proxy.admission.place(call.target.base, call.wish, light=call.light)
+        self._slot = upstream.admission.slot(call.model.base, call.hints, light=call.light)
         self._copying: asyncio.Task[None] | None = None
         self._stalled = False
         self._streamed: bool | None = None
@@ -48,11 +48,11 @@ class Forwarded(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Copy until the engine is done, the client has left, or the time is over, whichever comes first."""
-        finish_by = self._call.wish.finish_by
+        finish_by = self._call.hints.finish_by
         left_s = None if finish_by == math.inf else max(0.0, finish_by - time.monotonic())
         copying = self._copying = asyncio.ensure_future(self._copy(scope, receive, send))
         leaving = asyncio.ensure_future(_left(receive))
-        self._proxy.under_way.add(self)
+        self._upstream.under_way.add(self)
         try:
             await asyncio.wait((copying, leaving), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if self._stalled:
@@ -67,7 +67,7 @@ class Forwarded(Response):
                     copying.result()
         finally:
             # Also when Serve cancels us: whatever ends this request closes the engine's connection.
-            self._proxy.under_way.discard(self)
+            self._upstream.under_way.discard(self)
             leaving.cancel()
             await _ended(copying)
 
@@ -78,7 +78,7 @@ class Forwarded(Response):
             self._copying.cancel()
 
     async def _say_expired(self, scope: Scope, send: Send) -> None:
-        error = self._place.late()
+        error = self._slot.deadline_error()
         if self._streamed is None:
             raise error
         if not self._streamed:
@@ -102,23 +102,23 @@ class Forwarded(Response):
 
         return send_and_note
 
-    async def _opened(self, held: contextlib.AsyncExitStack) -> Opened:
+    async def _opened(self, held: contextlib.AsyncExitStack) -> StartedResponse:
         """The beginning of the answer, once the call's turn has come; `held` keeps its place among those in flight."""
         call = self._call
-        held.callback(self._place.leave)
+        held.callback(self._slot.release)
         # Waiting for its turn is not the gateway's work.
-        call.watch.received += await self._place.take()
+        call.watch.received += await self._slot.acquire()
         if self._prepare is not None:
             call = await self._prepare(call)
-        begun = call.begun
+        started = call.started
         while True:
             try:
-                return await self._proxy.open(call, held, begun)
+                return await self._upstream.open(call, held, started)
             except NoReplica as reason:
-                begun = reason.begun
-                if begun >= ATTEMPTS:
+                started = reason.started
+                if started >= ATTEMPTS:
                     raise
-                call.watch.received += await self._place.take_again(reason)
+                call.watch.received += await self._slot.reacquire(reason)
 
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
         call, dialect, request = self._call, self._call.dialect, request_id(scope)
@@ -128,9 +128,9 @@ class Forwarded(Response):
             answer, chunk, replica = await self._opened(held)
             if answer.status >= 400:
                 error = from_engine(
-                    answer.status, await answer.read(), call.target.base.max_length, call.target.base.name
+                    answer.status, await answer.read(), call.model.base.max_length, call.model.base.name
                 )
-                error.headers |= call.said
+                error.headers |= call.warnings
                 await error.response(dialect, request)(scope, receive, once)
                 return
             head = [
@@ -140,15 +140,15 @@ class Forwarded(Response):
             head += [
                 (HEADER, header(gateway_ms, engine_ms)),
                 (REPLICA, replica.id.encode()),
-                (GATEWAY, self._proxy.name),
+                (GATEWAY, self._upstream.name),
             ]
-            head += [(name.encode(), value.encode()) for name, value in call.said.items()]
+            head += [(name.encode(), value.encode()) for name, value in call.warnings.items()]
             self._streamed = streamed = answer.content_type.startswith("text/event-stream")
             await _send_head(once, answer.status, head, answer.content_length)
-            self._proxy.record(call.path, gateway_ms)
+            self._upstream.record_latency(call.path, gateway_ms)
             try:
                 while chunk:
-                    self._last = amended(chunk, dialect, request) if streamed else chunk
+                    self._last = rewrite_errors(chunk, dialect, request) if streamed else chunk
                     self.sending_since = time.monotonic()
                     await send({"type": "http.response.body", "body": self._last, "more_body": True})
                     self.sending_since = math.inf
@@ -159,7 +159,7 @@ class Forwarded(Response):
                     raise
                 await self._say(once, 502, f"{BROKEN} ({type(error).__name__}).", "engine_unavailable", request)
             else:
-                self._place.whole = answer.status == 200
+                self._slot.complete = answer.status == 200
             await once({"type": "http.response.body", "body": b""})
 
 

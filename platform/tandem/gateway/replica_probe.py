@@ -9,7 +9,7 @@ import asyncio
 
 import aiohttp
 
-from tandem.gateway.connections import Links
+from tandem.gateway.connector import EngineConnector
 from tandem.gateway.fleet import Fleet
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, ReplicaRecord
 
@@ -17,31 +17,31 @@ ANSWER_S = 3.0
 """How long a silent replica has to say that it lives."""
 
 
-class Inquiry:
+class ReplicaProbe:
     """Asks each replica once at a time."""
 
-    def __init__(self, session: aiohttp.ClientSession, links: Links, fleet: Fleet) -> None:
-        """`links` is the pool of `session`; the fleet is told which of the silent take requests."""
+    def __init__(self, session: aiohttp.ClientSession, connector: EngineConnector, fleet: Fleet) -> None:
+        """`connector` is the pool of `session`; the fleet is told which of the silent take requests."""
         self._session = session
-        self._links = links
+        self._connector = connector
         self._fleet = fleet
-        self._asked: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
 
-    def begin(self, replica: ReplicaRecord) -> None:
+    def start(self, replica: ReplicaRecord) -> None:
         """Look into the loss of a replica."""
         if replica.state == "stuck":
             # It says so itself.
-            self._links.cut(replica.url)
-        elif replica.id not in self._asked:
-            task = self._asked[replica.id] = asyncio.create_task(self._settle(replica))
-            task.add_done_callback(lambda _: self._asked.pop(replica.id))
+            self._connector.abort_connections(replica.url)
+        elif replica.id not in self._running:
+            task = self._running[replica.id] = asyncio.create_task(self._check(replica))
+            task.add_done_callback(lambda _: self._running.pop(replica.id))
 
-    async def _settle(self, replica: ReplicaRecord) -> None:
+    async def _check(self, replica: ReplicaRecord) -> None:
         status = await self._status(replica)
-        self._fleet.vouch(replica, ready=status == 200)
+        self._fleet.confirm(replica, ready=status == 200)
         if status not in (200, 503):
             # What waits for it would wait for ever: so it is tried elsewhere, or ends with an error.
-            self._links.cut(replica.url)
+            self._connector.abort_connections(replica.url)
 
     async def _status(self, replica: ReplicaRecord) -> int | None:
         try:

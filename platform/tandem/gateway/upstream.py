@@ -17,49 +17,49 @@ from pydantic_core import from_json, to_json
 
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.control import Admission
-from tandem.gateway.admission.queue import Wish
-from tandem.gateway.catalog import Target
-from tandem.gateway.connections import Links
+from tandem.gateway.admission.queue import SchedulingHints
+from tandem.gateway.catalog import ResolvedModel
+from tandem.gateway.connector import EngineConnector
 from tandem.gateway.dialect import Dialect
 from tandem.gateway.errors import no_replica, too_slow
 from tandem.gateway.fleet import Fleet
-from tandem.gateway.latency import Record, Stopwatch, TimedBody, forget
-from tandem.gateway.replica_probe import Inquiry
+from tandem.gateway.latency import RecordLatency, Stopwatch, TimedBody, ignore_latency
+from tandem.gateway.replica_probe import ReplicaProbe
 from tandem.routing.records import TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
-from tandem.routing.request import Ask
+from tandem.routing.request import RoutingRequest
 
 ATTEMPTS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
+class EngineRequest:
     """One request as an engine is to get it."""
 
     path: str
     body: bytes
-    target: Target
+    model: ResolvedModel
     headers: Mapping[str, str]
     """For the engine."""
     dialect: Dialect
-    ask: Ask
+    routing: RoutingRequest
     """The same for the router."""
-    wish: Wish
+    hints: SchedulingHints
     """How urgent it is."""
     light: bool = False
     """Whether it needs no place in a queue."""
-    begun: int = 0
+    started: int = 0
     """Replicas that may have begun with it and gave no answer."""
-    said: Mapping[str, str] = field(default_factory=dict)
+    warnings: Mapping[str, str] = field(default_factory=dict)
     """Headers of the answer, for the client."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the request's last byte came in."""
 
     def body_for(self, base: str) -> bytes:
         """The body for a replica of `base`: while a model changes, that may be another version than was meant."""
-        return self.body if base == self.ask.base else to_json({**from_json(self.body), "model": base})
+        return self.body if base == self.routing.pool else to_json({**from_json(self.body), "model": base})
 
 
-class Opened(NamedTuple):
+class StartedResponse(NamedTuple):
     """An answer that has begun."""
 
     answer: aiohttp.ClientResponse
@@ -80,15 +80,20 @@ class UnderWay(Protocol):
         ...
 
 
-class Proxy:
+class Upstream:
     """The gateway's connections to all engines."""
 
     def __init__(
-        self, fleet: Fleet, admission: Admission, config: GatewayConfig, record: Record = forget, name: str = ""
+        self,
+        fleet: Fleet,
+        admission: Admission,
+        config: GatewayConfig,
+        record_latency: RecordLatency = ignore_latency,
+        name: str = "",
     ) -> None:
         self.name = name.encode()
         self.admission = admission
-        self.record = record
+        self.record_latency = record_latency
         self.under_way: set[UnderWay] = set()
         """Answers that are being sent."""
         self._fleet = fleet
@@ -98,14 +103,14 @@ class Proxy:
 
     def start(self) -> None:
         """Open the connection pool; needs the running loop."""
-        links = Links()
+        connector = EngineConnector()
         self._session = aiohttp.ClientSession(
-            connector=links,
+            connector=connector,
             timeout=self._timeout(self._config.request_timeout_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        self._fleet.on_lost = Inquiry(self._session, links, self._fleet).begin
+        self._fleet.on_lost = ReplicaProbe(self._session, connector, self._fleet).start
         self._watching = asyncio.create_task(self._cut_stalled())
 
     async def stop(self) -> None:
@@ -115,35 +120,35 @@ class Proxy:
         if self._session is not None:
             await self._session.close()
 
-    def has(self, target: Target) -> bool:
+    def has(self, model: ResolvedModel) -> bool:
         """Whether a replica of just this target is ready."""
-        return self._fleet.has(target.pool)
+        return self._fleet.has_pool(model.pool)
 
-    async def open(self, call: Call, held: contextlib.AsyncExitStack, begun: int = 0) -> Opened:
+    async def open(self, call: EngineRequest, held: contextlib.AsyncExitStack, started: int = 0) -> StartedResponse:
         """Send the call and wait until the answer has begun; `held` keeps the connection and the count.
 
         It has begun with the first byte of its body: an engine sends the head of a stream long before, and may still die.
-        `begun`: how many replicas may have begun with the call before. Raises NoReplica, with how many there are now, if none
+        `started`: how many replicas may have begun with the call before. Raises NoReplica, with how many there are now, if none
         takes it, and ApiError 504 if one says nothing for longer than the config and the call's own deadline allow.
         """
         if self._session is None:
             raise RuntimeError("Proxy.start was not called.")
-        target, adapter = call.target, call.target.adapter
+        model, adapter = call.model, call.model.adapter
         sent = {"content-type": "application/json", **call.headers, **(adapter_headers(adapter) if adapter else {})}
         avoid: list[str] = []
-        reason = f"No replica of {target.base.name} is ready"
-        while begun < ATTEMPTS and len(avoid) < ATTEMPTS:
-            replica = self._fleet.choose(call.ask, avoid)
+        reason = f"No replica of {model.base.name} is ready"
+        while started < ATTEMPTS and len(avoid) < ATTEMPTS:
+            replica = self._fleet.choose(call.routing, avoid)
             if replica is None:
                 break
             avoid.append(replica.id)
             attempt = contextlib.AsyncExitStack()
-            silent_s = max(self._config.request_timeout_s, call.wish.left_s(time.monotonic()))
+            silent_s = max(self._config.request_timeout_s, call.hints.left_s(time.monotonic()))
             try:
-                attempt.enter_context(self._fleet.counting(call.ask, replica))
+                attempt.enter_context(self._fleet.counting(call.routing, replica))
                 request = self._session.post(
                     replica.url + call.path,
-                    data=TimedBody(call.body_for(replica.base), call.watch),
+                    data=TimedBody(call.body_for(replica.pool), call.watch),
                     headers={**sent, TOKEN_HEADER: replica.token},
                     timeout=self._timeout(silent_s),
                 )
@@ -153,32 +158,32 @@ class Proxy:
             except aiohttp.SocketTimeoutError:
                 # It may be well and the answer long: what stands still is found by other means (docs/adr/0019).
                 await attempt.aclose()
-                raise too_slow(target.base.name, silent_s) from None
+                raise too_slow(model.base.name, silent_s) from None
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 await attempt.aclose()
                 self._fleet.suspect(replica)
-                begun += not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-                reason = f"A replica of {target.base.name} did not answer ({type(error).__name__})"
+                started += not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+                reason = f"A replica of {model.base.name} did not answer ({type(error).__name__})"
                 continue
             except BaseException:
                 await attempt.aclose()
                 raise
             if answer.status == 503 and UNAVAILABLE_HEADER in answer.headers:
-                reason = f"{target.base.name}: {await _said(answer)}"
+                reason = f"{model.base.name}: {await _said(answer)}"
                 why = answer.headers[UNAVAILABLE_HEADER]
                 if why != "adapters":
                     self._fleet.suspect(replica)
-                    begun += why == "died"
+                    started += why == "died"
                 else:
-                    begun = ATTEMPTS  # it has waited there already
+                    started = ATTEMPTS  # it has waited there already
                 await attempt.aclose()
                 continue
             if answer.status == 200:
-                self._fleet.answered(call.ask, replica)
+                self._fleet.answered(call.routing, replica)
             held.push_async_exit(attempt)
-            return Opened(answer, first, replica)
+            return StartedResponse(answer, first, replica)
         refusal = no_replica(reason, self._config.retry_after_s)
-        refusal.begun = begun
+        refusal.started = started
         raise refusal
 
     def _timeout(self, silent_s: float) -> aiohttp.ClientTimeout:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-HOLDERS = 16
+MAX_HOLDERS = 16
 """Replicas remembered for one beginning. One that more hold is found nearly everywhere, so there is little to gain by it."""
 
 
-class PrefixMemory:
+class PrefixHistory:
     """Which replicas have read a text that begins so."""
 
     def __init__(self, capacity: int) -> None:
@@ -22,41 +22,41 @@ class PrefixMemory:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def note(self, blocks: Sequence[int], replica: str) -> None:
+    def record(self, prefix_hashes: Sequence[int], replica: str) -> None:
         """The replica reads a text with these beginnings now."""
         known = self._holders
         # The longest first, so that the shortest, which more texts share, is the last to be forgotten.
-        for block in reversed(blocks):
-            holders = known.get(block)
+        for prefix_hash in reversed(prefix_hashes):
+            holders = known.get(prefix_hash)
             if holders is None:
-                known[block] = [replica]
+                known[prefix_hash] = [replica]
                 continue
-            known.move_to_end(block)
+            known.move_to_end(prefix_hash)
             if holders[-1] != replica:
                 if replica in holders:
                     holders.remove(replica)
-                elif len(holders) >= HOLDERS:
+                elif len(holders) >= MAX_HOLDERS:
                     del holders[0]
                 holders.append(replica)
         while len(known) > self._capacity:
             known.popitem(last=False)
 
-    def longest(self, blocks: Sequence[int], most: int) -> dict[str, int]:
-        """Replicas and how many of `blocks` each has read: the deepest first, the latest first among equals, `most` at most."""
+    def longest_matches(self, prefix_hashes: Sequence[int], limit: int) -> dict[str, int]:
+        """At most `limit` replicas, each with its number of matching `prefix_hashes`; longest match first, then most recent."""
         found: dict[str, int] = {}
-        for depth in range(len(blocks), 0, -1):
-            holders = self._holders.get(blocks[depth - 1])
+        for depth in range(len(prefix_hashes), 0, -1):
+            holders = self._holders.get(prefix_hashes[depth - 1])
             if holders is None:
                 continue
             for replica in reversed(holders):
                 if replica not in found:
                     found[replica] = depth
-                    if len(found) == most:
+                    if len(found) == limit:
                         return found
         return found
 
 
-class SessionMemory:
+class SessionHistory:
     """Which replica had a session's last request."""
 
     def __init__(self, capacity: int) -> None:
@@ -66,7 +66,7 @@ class SessionMemory:
     def __len__(self) -> int:
         return len(self._replicas)
 
-    def note(self, session: int, replica: str) -> None:
+    def record(self, session: int, replica: str) -> None:
         """The session is there now."""
         self._replicas[session] = replica
         self._replicas.move_to_end(session)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
 
-from tandem.routing.request import key_of
+from tandem.routing.request import hash_key
 
-POINTS = 16
+POINTS_PER_REPLICA = 16
 """Points of each replica. More would even out how many keys each is home to, which spill-over does anyway."""
 MIX, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
-class Ring:
+class HashRing:
     """Replica ids on a circle of 64-bit keys."""
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class Ring:
             self._owners = {point: owner for point, owner in self._owners.items() if owner not in gone}
             self._keys = {member: key for member, key in self._keys.items() if member not in gone}
         for member in new:
-            self._keys[member] = key_of(member)
-            for number in range(POINTS):
-                self._owners[key_of(f"{member}/{number}")] = member
+            self._keys[member] = hash_key(member)
+            for number in range(POINTS_PER_REPLICA):
+                self._owners[hash_key(f"{member}/{number}")] = member
         if gone or new:
             self._points = sorted(self._owners)
 
-    def homes(self, key: int, count: int) -> list[str]:
+    def successors(self, key: int, count: int) -> list[str]:
         """The first `count` replicas after `key`, each once; fewer if there are no more."""
         found: list[str] = []
         points, owners = self._points, self._owners
@@ -51,7 +51,7 @@ class Ring:
                     break
         return found
 
-    def favourite(self, key: int, among: Iterable[str]) -> str:
+    def rendezvous(self, key: int, among: Iterable[str]) -> str:
         """The one of some replicas that a key belongs to, whatever their order (rendezvous hashing: Thaler, Ravishankar 1998)."""
         keys = self._keys
         return max(among, key=lambda replica: (keys.get(replica, 0) ^ key) * MIX & MASK)

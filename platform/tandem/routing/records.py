@@ -40,25 +40,25 @@ class ServedModel:
     max_length: int | None = None
     created: int = 0
     """Seconds since 1970."""
-    tools: bool = True
+    supports_tools: bool = True
     """Whether it takes tools."""
-    prefills: bool = False
+    is_prefill: bool = False
     """Whether these replicas read prompts for the model's others."""
 
     @property
     def pool(self) -> str:
         """What its replicas register as."""
-        return prefill_pool(self.id) if self.prefills else self.id
+        return prefill_pool(self.id) if self.is_prefill else self.id
 
     @property
-    def sleeps(self) -> bool:
+    def scales_to_zero(self) -> bool:
         """Whether it may be without replicas until somebody asks for it."""
         return self.config.autoscaling is not None and self.config.autoscaling.min_replicas == 0
 
     @property
     def deployment(self) -> str:
         """Serve's name for its replicas: the same for all its versions. Serve names files after it, so it has no slash."""
-        return f"{'prefill' if self.prefills else 'engine'}-{self.name.replace('/', '~')}"
+        return f"{'prefill' if self.is_prefill else 'engine'}-{self.name.replace('/', '~')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ class ReplicaRecord:
     """One engine replica as it last described itself."""
 
     id: str
-    base: str
+    pool: str
     """Its pool: the id of the model that it holds, or what `prefill_pool` makes of it."""
     deployment: str = ""
     """Serve's name for what it is a replica of. Its replicas may be of several pools while a new version comes."""
@@ -121,7 +121,7 @@ class Snapshot:
 
     version: int = 0
     """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
-    whole: bool = True
+    complete: bool = True
     """False as long as the directory has just begun to listen: replicas that it does not name may be there."""
     replicas: tuple[ReplicaRecord, ...] = ()
 

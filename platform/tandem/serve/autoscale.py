@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from tandem.config.serving.autoscaling import AutoscalingConfig
 
-EASE = 0.7
+DOWNSCALE_BELOW = 0.7
 """Fewer replicas are enough if each stays below this share of its targets; more are needed above the whole of them."""
-STALE_S = 10.0
+MAX_AGE_S = 10.0
 """What a replica said longer ago is not known any more."""
-SETTLING_S = 10.0
+TTFT_SETTLING_S = 10.0
 """How long after a change of replicas a slow first token says nothing: it was slow before. As long as engines remember."""
 
 
@@ -73,7 +73,7 @@ def decide(signals: Signals, config: AutoscalingConfig, now: float, state: State
         state = replace(state, ready=signals.ready, changed_at=now)
     state = replace(state, capacity=_capacity(signals) or state.capacity)
     target = _clamp(signals.target, config)
-    more = _clamp(_needed(signals, config, state, settled=now - state.changed_at >= SETTLING_S), config)
+    more = _clamp(_required_replicas(signals, config, state, settled=now - state.changed_at >= TTFT_SETTLING_S), config)
     if more > target:
         since = now if state.up_since is None else state.up_since
         # A model without replicas answers nobody: there is nothing to wait for.
@@ -81,7 +81,7 @@ def decide(signals: Signals, config: AutoscalingConfig, now: float, state: State
             return target, replace(state, up_since=since, down_since=None)
         return more, replace(state, up_since=None, down_since=None)
     state = replace(state, up_since=None)
-    fewer = max(more, _clamp(_enough(signals, config, state, target), config))
+    fewer = max(more, _clamp(_sufficient_replicas(signals, config, state, target), config))
     if fewer >= target:
         return target, replace(state, down_since=None)
     since = now if state.down_since is None else state.down_since
@@ -97,7 +97,7 @@ def decide(signals: Signals, config: AutoscalingConfig, now: float, state: State
     return fewer, replace(state, down_since=None)
 
 
-def _needed(signals: Signals, config: AutoscalingConfig, state: State, *, settled: bool) -> int:
+def _required_replicas(signals: Signals, config: AutoscalingConfig, state: State, *, settled: bool) -> int:
     """Replicas that the load asks for, whatever the bounds."""
     ready, backlog = signals.ready, signals.held + sum(each.waiting for each in signals.replicas)
     if not ready:
@@ -115,13 +115,13 @@ def _needed(signals: Signals, config: AutoscalingConfig, state: State, *, settle
     return max(needs)
 
 
-def _enough(signals: Signals, config: AutoscalingConfig, state: State, target: int) -> int:
+def _sufficient_replicas(signals: Signals, config: AutoscalingConfig, state: State, target: int) -> int:
     """The fewest replicas that would do with ease; `target` while that cannot be told."""
     backlog = signals.held + sum(each.waiting for each in signals.replicas)
     # With replicas that stop or have not spoken yet, what the others say is not the whole load.
     if backlog or signals.ready > target or len(signals.replicas) < signals.ready:
         return target
-    if config.target_ttft_s is not None and _ttft_s(signals) > EASE * config.target_ttft_s:
+    if config.target_ttft_s is not None and _ttft_s(signals) > DOWNSCALE_BELOW * config.target_ttft_s:
         return target
     running = _total(signals, "running")
     if not running:
@@ -129,8 +129,8 @@ def _enough(signals: Signals, config: AutoscalingConfig, state: State, target: i
     most = [each.max_running for each in signals.replicas if each.max_running]
     known = [config.target_running or 0.0, state.capacity, min(most, default=0.0)]
     at_once = min((each for each in known if each), default=0.0)
-    kv = math.ceil(_total(signals, "kv_usage") / (EASE * config.target_kv_usage))
-    return max(1, kv, math.ceil(running / (EASE * at_once)) if at_once else target)
+    kv = math.ceil(_total(signals, "kv_usage") / (DOWNSCALE_BELOW * config.target_kv_usage))
+    return max(1, kv, math.ceil(running / (DOWNSCALE_BELOW * at_once)) if at_once else target)
 
 
 def _capacity(signals: Signals) -> float:
@@ -173,7 +173,7 @@ def read(context: Any, now: float) -> Signals:
     newest: dict[Any, dict[str, float]] = {}
     for name, of_replicas in (context.raw_metrics or {}).items():
         for replica_id, series in of_replicas.items():
-            if series and now - series[-1].timestamp <= STALE_S:
+            if series and now - series[-1].timestamp <= MAX_AGE_S:
                 newest.setdefault(replica_id, {})[name] = series[-1].value
     spoken = [values for values in newest.values() if "waiting" in values]
     held = max((values.get("held", 0.0) for values in spoken), default=0.0)

@@ -38,7 +38,7 @@ def pools(model: ServedModel, where: str) -> list[ServedModel]:
         gpus_per_replica=_or(first.gpus_per_replica, config.gpus_per_replica),
         engine_args={**generating.engine_args, **first.engine_args},
     )
-    return [replace(model, config=generating), replace(model, config=prefilling, prefills=True)]
+    return [replace(model, config=generating), replace(model, config=prefilling, is_prefill=True)]
 
 
 def environment(host: str, port: int) -> dict[str, str]:

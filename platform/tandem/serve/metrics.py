@@ -9,7 +9,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 ADDED_MS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 13.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
 
 
-def added_latency() -> Callable[[str, float], None]:
+def latency_histogram() -> Callable[[str, float], None]:
     """Takes a route and the milliseconds that a gateway added to one request, into a histogram by route."""
     histogram = Histogram(
         "tandem_gateway_added_ms",
@@ -24,7 +24,7 @@ def added_latency() -> Callable[[str, float], None]:
     return observe
 
 
-class QueueMeter:
+class RayQueueMetrics:
     """What waits at a gateway, and what was not started, by model."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tandem.engine.create import create_engine
 from tandem.engine.echo.engine import EchoEngine
 from tandem.engine.spec import EngineSpec
-from tandem.engine.ttft import WINDOW_S, FirstTokens
+from tandem.engine.ttft import WINDOW_S, TtftWindow
 from tandem.errors import ConfigError
 
 
@@ -63,7 +63,7 @@ async def test_with_slots_it_keeps_requests_waiting_and_says_so() -> None:
 
 
 def test_nine_of_ten_first_tokens_of_the_last_seconds_count() -> None:
-    tokens = FirstTokens()
+    tokens = TtftWindow()
     assert tokens.most(0.0) == 0.0
     tokens.add([0.1] * 9 + [5.0], 0.0)
     assert tokens.most(1.0) == 0.1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tandem.engine.spec import EngineSpec
-from tandem.engine.validation_cache import passed, remember
+from tandem.engine.validation_cache import is_validated, mark_validated
 
 
 @pytest.fixture
@@ -20,21 +20,21 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineSpec:
 
 
 def test_what_passed_once_is_known(spec: EngineSpec) -> None:
-    assert not passed(spec)
-    remember(spec)
-    assert passed(spec)
-    assert passed(replace(spec, where="models[3].engine_args"))
+    assert not is_validated(spec)
+    mark_validated(spec)
+    assert is_validated(spec)
+    assert is_validated(replace(spec, where="models[3].engine_args"))
 
 
 def test_other_settings_or_another_model_are_asked_about(spec: EngineSpec) -> None:
-    remember(spec)
-    assert not passed(replace(spec, args={"max_model_len": 65}))
-    assert not passed(replace(spec, gpus=1.0))
+    mark_validated(spec)
+    assert not is_validated(replace(spec, args={"max_model_len": 65}))
+    assert not is_validated(replace(spec, gpus=1.0))
     (Path(spec.path) / "config.json").write_text('{"hidden_size": 1}')
-    assert not passed(spec)
+    assert not is_validated(spec)
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_CACHE", "/proc/none")
-    remember(spec)
-    assert not passed(spec)
+    mark_validated(spec)
+    assert not is_validated(spec)

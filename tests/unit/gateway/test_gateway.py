@@ -113,7 +113,7 @@ async def test_without_a_replica_it_is_503_with_retry_after(world: World) -> Non
 async def test_a_replica_that_is_gone_or_dead_is_passed_over(world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    world.records["gone"] = ReplicaRecord(id="gone", base="base@1", url=f"http://127.0.0.1:{port}", token="x")
+    world.records["gone"] = ReplicaRecord(id="gone", pool="base@1", url=f"http://127.0.0.1:{port}", token="x")
     await world.add_engine(echo())
     for _ in range(6):
         assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200

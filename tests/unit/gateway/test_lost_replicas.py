@@ -97,7 +97,7 @@ async def test_a_silent_replica_that_answers_nobody_is_given_up(world: World) ->
     took = asyncio.Event()
     async with await asyncio.start_server(swallow, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        world.records["frozen"] = ReplicaRecord(id="frozen", base="base@1", url=url, token="t")
+        world.records["frozen"] = ReplicaRecord(id="frozen", pool="base@1", url=url, token="t")
         world.version += 1
         await asyncio.sleep(0.1)
         asking = asyncio.create_task(world.http.post("/v1/completions", json=BODY))

@@ -37,7 +37,7 @@ async def test_beyond_the_bound_it_is_429_with_retry_after_in_each_apis_shape(na
         assert answer.status_code == 429 and 1 <= int(answer.headers["retry-after"]) <= 60
         assert answer.json()["error"]["type"] == "rate_limit_error"
         assert "1 requests in flight and 2 waiting" in answer.json()["error"]["message"]
-    # What an engine does beside generating needs no place.
+    # What an engine does beside generating needs no slot.
     assert (await world.http.post("/tokenize", json={"model": "base", "prompt": "x"})).status_code == 200
     assert [(await each).status_code for each in asked] == [200] * 3
     assert engine.asked == ["one", "two", "three"] and world.admission.waiting() == {"base": 0}
@@ -84,8 +84,8 @@ async def test_the_patience_that_an_sdk_tells_counts_as_a_deadline(narrow: tuple
 
 async def test_a_deadline_ends_an_answer_that_is_under_way(narrow: tuple[World, Listening]) -> None:
     world, engine = narrow
-    whole = await world.ask("whole", 2000, timeout=0.3)
-    assert whole.status_code == 504 and "not whole in time" in whole.json()["error"]["message"]
+    complete = await world.ask("whole", 2000, timeout=0.3)
+    assert complete.status_code == 504 and "not whole in time" in complete.json()["error"]["message"]
     stream = await world.ask("stream", 2000, timeout=0.3, stream=True)
     events = [line for line in stream.text.split("\n\n") if line]
     assert stream.status_code == 200 and len(events) > 3
@@ -176,7 +176,7 @@ async def test_a_request_that_its_replica_has_not_begun_with_waits_for_the_next_
         else:
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 port = probe.getsockname()[1]
-            world.records["gone"] = ReplicaRecord(id="gone", base="base", url=f"http://127.0.0.1:{port}", token="x")
+            world.records["gone"] = ReplicaRecord(id="gone", pool="base", url=f"http://127.0.0.1:{port}", token="x")
             world.version += 1
             await asyncio.sleep(0.1)
         asked = [world.ask("asked") for _ in range(5)]

@@ -90,7 +90,7 @@ async def gateway(
     replicas: tuple[ReplicaRecord, ...] = ()
     if host:
         await host.start()
-        replicas = (ReplicaRecord(id="r0", base="base", url=host.url, token=host.token, tasks=host.stats().tasks),)
+        replicas = (ReplicaRecord(id="r0", pool="base", url=host.url, token=host.token, tasks=host.stats().tasks),)
 
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.01)
@@ -104,13 +104,13 @@ async def gateway(
                 name="base",
                 path="",
                 config=ServedModelConfig(model="base", max_adapters=max_adapters, hold_s=0.0),
-                tools=tools,
+                supports_tools=tools,
             )
         ],
         watch=watch,
         registry=Registry(f"sqlite:///{folder}/tandem.db"),
         config=GatewayConfig(max_body_bytes=4096, retry_after_s=7, strict=strict),
-        record=lambda route, ms: added.append((route, ms)),
+        record_latency=lambda route, ms: added.append((route, ms)),
     )
     if prefix:
         inner = app

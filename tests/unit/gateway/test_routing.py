@@ -44,7 +44,7 @@ async def gateway(folder: Path, router: RouterConfig | None) -> AsyncIterator[tu
     hosts = [EngineHost(engine, max_adapters=0) for engine in engines]
     for host in hosts:
         await host.start()
-    records = tuple(ReplicaRecord(id=h.url, base="base", url=h.url, token=h.token) for h in hosts)
+    records = tuple(ReplicaRecord(id=h.url, pool="base", url=h.url, token=h.token) for h in hosts)
 
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.05 if version else 0)

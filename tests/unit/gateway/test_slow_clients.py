@@ -108,7 +108,7 @@ url, token, folder = sys.argv[1:]
 
 async def watch(version):
     await asyncio.sleep(0.5 if version else 0)
-    return Snapshot(version=1, replicas=(ReplicaRecord(id="r", base="base", url=url, token=token),))
+    return Snapshot(version=1, replicas=(ReplicaRecord(id="r", pool="base", url=url, token=token),))
 
 served = ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base"))
 app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"))

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from tandem.config import AutoscalingConfig
-from tandem.serve.autoscale import EASE, SETTLING_S, STALE_S, EnginePolicy, ReplicaSignals, Signals, State, decide
+from tandem.serve.autoscale import (
+    DOWNSCALE_BELOW,
+    MAX_AGE_S,
+    TTFT_SETTLING_S,
+    EnginePolicy,
+    ReplicaSignals,
+    Signals,
+    State,
+    decide,
+)
 
 CONFIG = AutoscalingConfig(min_replicas=1, max_replicas=8, target_waiting=2, upscale_delay_s=2, downscale_delay_s=30)
 ZERO = replace(CONFIG, min_replicas=0)
@@ -71,7 +80,7 @@ def test_slow_first_tokens_bring_one_and_then_it_is_waited_whether_that_helped()
     assert after(fleet(slow, slow), config, 2, calm) == 3
     # Two have just become three: what was slow before them is still remembered by the engines.
     _, state = decide(fleet(slow, slow, slow), config, 1000.0, calm)
-    assert decide(fleet(slow, slow, slow), config, 1000.0 + SETTLING_S - 1, state)[0] == 3
+    assert decide(fleet(slow, slow, slow), config, 1000.0 + TTFT_SETTLING_S - 1, state)[0] == 3
     assert after(fleet(slow, slow), CONFIG, 20, calm) == 2
 
 
@@ -243,7 +252,7 @@ def test_the_policy_reads_what_replicas_recorded_and_forgets_what_is_old() -> No
     policy = EnginePolicy(**asdict(replace(CONFIG, upscale_delay_s=0)))
     fresh = {"waiting": {"a": (99.0, 20.0), "b": (99.0, 0.0)}, "running": {"a": (99.0, 4.0), "b": (99.0, 4.0)}}
     assert policy(context(100.0, fresh))[0] > 2
-    assert policy(context(99.0 + STALE_S + 1, fresh))[0] == 2
+    assert policy(context(99.0 + MAX_AGE_S + 1, fresh))[0] == 2
     # Each replica is told of all that gateways hold; it counts once.
     told = {name: {"a": (99.0, value), "b": (99.0, value)} for name, value in (("waiting", 0.0), ("held", 5.0))}
     assert policy(context(100.0, told))[0] == 3
@@ -273,4 +282,4 @@ def test_a_controller_that_lacks_this_package_can_run_the_policy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == "5", ran.stderr
-    assert EASE < 1
+    assert DOWNSCALE_BELOW < 1

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.apps.deploy import changed as has_changed
-from tandem.apps.deploy import news
+from tandem.apps.deploy import deployment_messages, is_rolled_out
 from tandem.config import AutoscalingConfig, PrefillConfig, ServedModelConfig
 from tandem.routing.records import ServedModel
 from tandem.serve import scaling
@@ -14,7 +13,7 @@ from tandem.serve.scaling import (
     engine_options,
     engine_version,
     gateway_options,
-    seen_by_gateways,
+    gateway_view,
     version_of,
 )
 
@@ -74,12 +73,12 @@ def test_gateways_are_told_what_they_look_at_and_no_more() -> None:
         autoscaling=AutoscalingConfig(min_replicas=0, max_replicas=9),
         hold_s=99.0,
     )
-    seen = seen_by_gateways(whole)
+    seen = gateway_view(whole)
     assert seen.config.engine_args == {"scheduling_policy": "priority"} and not seen.config.env
     assert seen.config.prefill == PrefillConfig(min_bytes=7)
-    assert seen.sleeps and seen.config.hold_s == 99.0
-    assert not seen_by_gateways(changed(autoscaling=AutoscalingConfig(min_replicas=2))).sleeps
-    assert seen_by_gateways(changed(engine_args={"max_num_seqs": 4})) == seen_by_gateways(MODEL)
+    assert seen.scales_to_zero and seen.config.hold_s == 99.0
+    assert not gateway_view(changed(autoscaling=AutoscalingConfig(min_replicas=2))).scales_to_zero
+    assert gateway_view(changed(engine_args={"max_num_seqs": 4})) == gateway_view(MODEL)
 
 
 def app(status: str, deployment: str = "HEALTHY", **states: str) -> dict[str, object]:
@@ -91,18 +90,18 @@ def app(status: str, deployment: str = "HEALTHY", **states: str) -> dict[str, ob
 
 def test_a_change_is_done_when_new_replicas_run_even_if_old_ones_stream_on() -> None:
     before = app("RUNNING", a="RUNNING", b="RUNNING")
-    assert has_changed(before, before)
+    assert is_rolled_out(before, before)
     # Serve has not looked at it; it has; one is new; both are coming; both are there, and the old ones told to end.
-    assert not has_changed(app("DEPLOYING", a="RUNNING", b="RUNNING"), before)
-    assert not has_changed(app("DEPLOYING", "UPDATING", a="RUNNING", b="RUNNING"), before)
-    assert not has_changed(app("DEPLOYING", "UPDATING", a="RUNNING", c="RUNNING", b="STOPPING"), before)
+    assert not is_rolled_out(app("DEPLOYING", a="RUNNING", b="RUNNING"), before)
+    assert not is_rolled_out(app("DEPLOYING", "UPDATING", a="RUNNING", b="RUNNING"), before)
+    assert not is_rolled_out(app("DEPLOYING", "UPDATING", a="RUNNING", c="RUNNING", b="STOPPING"), before)
     going = {"a": "STOPPING", "b": "STOPPING"}
-    assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="STARTING", **going), before)
-    assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING", **going), before)
+    assert not is_rolled_out(app("DEPLOYING", "UPDATING", c="RUNNING", d="STARTING", **going), before)
+    assert is_rolled_out(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING", **going), before)
     fresh = {"status": "NOT_STARTED", "deployments": {}}
-    assert not has_changed(fresh, fresh)
-    assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING"), fresh)
-    assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING"), fresh)
+    assert not is_rolled_out(fresh, fresh)
+    assert not is_rolled_out(app("DEPLOYING", "UPDATING", c="RUNNING"), fresh)
+    assert is_rolled_out(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING"), fresh)
 
 
 SERVE = "Deployment 'engine-a' in application 'tandem' has 1 replicas that have taken more than 30s to "
@@ -110,7 +109,7 @@ SERVE = "Deployment 'engine-a' in application 'tandem' has 1 replicas that have 
 
 
 def told(message: str, status: str = "UPDATING") -> set[str]:
-    return news({"deployments": {"engine-a": {"status": status, "message": message}}})
+    return deployment_messages({"deployments": {"engine-a": {"status": status, "message": message}}})
 
 
 def test_a_change_that_waits_for_room_says_what_it_needs() -> None:

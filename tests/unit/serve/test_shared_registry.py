@@ -16,7 +16,7 @@ from tandem.errors import RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import ReplicaRecord, Snapshot
 from tandem.serve.directory import Directory
-from tandem.serve.pins import Pins
+from tandem.serve.pinned_adapters import PinnedAdapters
 from tandem.serve.replica.deployment import check_registry
 
 
@@ -79,7 +79,7 @@ async def test_replicas_read_pins_only_when_the_directory_tells_of_another_revis
     registry.register_adapter("red", small_adapter(tmp_path / "red"), base="base")
     directory = Directory(wake=lambda deployment: None, registry=registry.address)
     record = ReplicaRecord(
-        id="r", base="base@1", deployment="engine", url="http://127.0.0.1:1", token="t", state="ready", running=0, waiting=0,
+        id="r", pool="base@1", deployment="engine", url="http://127.0.0.1:1", token="t", state="ready", running=0, waiting=0,
         max_running=1, kv_usage=0.0, adapters=(), slots=(), adapter_loads=0, pin_problems=(), started_at=0.0, startup_s=(),
         tasks=(),
     )  # fmt: skip
@@ -92,7 +92,7 @@ async def test_replicas_read_pins_only_when_the_directory_tells_of_another_revis
         raise AssertionError("the directory does not follow the registry")
 
     opened: list[Registry] = []
-    pins = Pins("base@1", lambda: opened.append(registry) or registry)
+    pins = PinnedAdapters("base@1", lambda: opened.append(registry) or registry)
     first = await told()
     assert pins.is_behind(first) and pins.read(first) is None
     assert not pins.is_behind(await told())

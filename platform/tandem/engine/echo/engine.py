@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
-from tandem.engine.ttft import FirstTokens
+from tandem.engine.ttft import TtftWindow
 from tandem.errors import ConfigError, EngineError, did_you_mean
 
 TASKS = ("generate", "embed", "score")
@@ -54,7 +54,7 @@ class EchoEngine:
         self._slots = int(slots)
         nothing = contextlib.nullcontext()
         self._turns: contextlib.AbstractAsyncContextManager[Any] = asyncio.Semaphore(self._slots) if slots else nothing
-        self._first_tokens = FirstTokens()
+        self._first_tokens = TtftWindow()
         self._healthy = True
         self.aborted = 0
         """Requests whose client left before the end."""

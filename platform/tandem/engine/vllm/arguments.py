@@ -67,7 +67,7 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
         except ValidationError as error:
             raise _refused(where, error) from error
     args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    for key, value in {**_chosen(spec), **given, **tool_arguments(parsers_of(spec), given)}.items():
+    for key, value in {**_defaults(spec), **given, **tool_arguments(parsers_of(spec), given)}.items():
         setattr(args, key, value)
     return args
 
@@ -84,7 +84,7 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
         given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
         raise ConfigError(f"{spec.where}: vLLM refuses the settings of {spec.name} ({given}): {error}") from error
     if "structured_outputs_config" not in spec.args and not _is_validated_again(config):
-        # vLLM takes the flag of `_chosen` only beside a named backend, but both that `auto` chooses from follow it: so schemas
+        # vLLM takes the flag of `_defaults` only beside a named backend, but both that `auto` chooses from follow it: so schemas
         # that xgrammar lacks are answered by the other.
         config.structured_outputs_config.backend = "auto"
     if spec.max_adapters and not spec.gpus and config.model_config.is_moe:
@@ -111,7 +111,7 @@ def device_is_here(spec: EngineSpec) -> bool:
     return bool(current_platform.is_cpu()) != bool(spec.gpus)
 
 
-def _chosen(spec: EngineSpec) -> dict[str, Any]:
+def _defaults(spec: EngineSpec) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "model": spec.path,
         "served_model_name": list(dict.fromkeys((spec.id, spec.name))),
@@ -197,18 +197,18 @@ def main() -> int:
     # vLLM writes on stdout too, from C++ as well; only the verdicts may go there.
     out = os.dup(1)
     os.dup2(2, 1)
-    verdicts: list[str | None] = []
+    validation_errors: list[str | None] = []
     for values in json.load(sys.stdin):
         spec = EngineSpec(**values)
         try:
             args = parse_args(spec)
             if device_is_here(spec):
                 make_config(args, spec)
-            verdicts.append(None)
+            validation_errors.append(None)
         except ConfigError as error:
-            verdicts.append(str(error))
+            validation_errors.append(str(error))
     with os.fdopen(out, "w") as file:
-        file.write(json.dumps(verdicts) + "\n")
+        file.write(json.dumps(validation_errors) + "\n")
     return 0
 
 

@@ -25,10 +25,10 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
-from tandem.engine.ttft import FirstTokens
+from tandem.engine.ttft import TtftWindow
 from tandem.engine.vllm.arguments import make_config, parse_args, parsers_of, slots_of
 from tandem.engine.vllm.logs import quiet_refusals
-from tandem.engine.vllm.warm_up import WarmUp, refusals, warm_up
+from tandem.engine.vllm.warm_up import WarmUpFeatures, refusals, warm_up
 from tandem.errors import EngineError
 from tandem.registry.adapter_files import layer_kinds
 
@@ -41,7 +41,7 @@ class VllmEngine:
         self._spec = spec
         self._args = parse_args(spec)
         self._config = make_config(self._args, spec)
-        self._load = _Load()
+        self._scheduler_stats = _SchedulerStats()
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
         self._models: OpenAIServingModels | None = None
@@ -61,7 +61,7 @@ class VllmEngine:
             self._llm = AsyncLLM.from_vllm_config(
                 vllm_config=self._config,
                 # With one of ours vLLM would reckon each step's numbers, whatever disable_log_stats says.
-                stat_loggers=None if self._spec.offline else [lambda config, index=0: self._load],
+                stat_loggers=None if self._spec.offline else [lambda config, index=0: self._scheduler_stats],
                 disable_log_stats=self._args.disable_log_stats,
             )
             tasks = await self._llm.get_supported_tasks()
@@ -78,7 +78,7 @@ class VllmEngine:
         app.state.server = SimpleNamespace(should_exit=False)
         self._models = app.state.openai_serving_models
         if self._keeps_a_slot_empty:
-            await self._close_last_slot()
+            await self._reserve_last_slot()
         # Nobody waits for the first rows of a batch run in particular.
         if not self._spec.offline:
             await self._warm_up(app)
@@ -105,16 +105,16 @@ class VllmEngine:
         if self._llm is None:
             return EngineStats(healthy=False)
         unfinished = self._llm.get_num_unfinished_requests()
-        running = min(unfinished, self._load.running)
+        running = min(unfinished, self._scheduler_stats.running)
         return EngineStats(
             running=running,
             waiting=unfinished - running,
             max_running=self._config.scheduler_config.max_num_seqs * self._config.parallel_config.data_parallel_size,
-            kv_usage=self._load.kv_usage if unfinished else 0.0,
-            ttft_s=self._load.first_tokens.most(time.monotonic()),
+            kv_usage=self._scheduler_stats.kv_usage if unfinished else 0.0,
+            ttft_s=self._scheduler_stats.first_tokens.most(time.monotonic()),
             adapters=self._adapters,
             tasks=self._tasks,
-            steps=self._load.steps,
+            steps=self._scheduler_stats.steps,
             healthy=not self._llm.errored,
         )
 
@@ -133,7 +133,7 @@ class VllmEngine:
         """Compile and load what first requests would wait for; raises EngineError if the engine dies of it or hangs."""
         llm = self._started()[1]
         parsers = parsers_of(self._spec)
-        what = WarmUp(
+        features = WarmUpFeatures(
             model=self._spec.id,
             tasks=self._tasks,
             chat=parsers.chat,
@@ -143,7 +143,7 @@ class VllmEngine:
             ranks=self._config.parallel_config.data_parallel_size,
         )
         try:
-            refused = await warm_up(app, what)
+            refused = await warm_up(app, features)
         except EngineError:
             await self.drain(0.0)
             raise
@@ -151,7 +151,7 @@ class VllmEngine:
             await self.drain(0.0)
             raise EngineError(f"vLLM's engine for {self._spec.id} died of its first requests: {refusals(refused)}")
         await llm.reset_prefix_cache()
-        self._load.forget_first_tokens()
+        self._scheduler_stats.forget_first_tokens()
 
     async def _add(self, models: OpenAIServingModels, llm: AsyncLLM, name: str, path: str) -> LoRARequest:
         request = LoRARequest(lora_name=name, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
@@ -165,7 +165,7 @@ class VllmEngine:
         models.lora_requests[name] = request
         return request
 
-    async def _close_last_slot(self) -> None:
+    async def _reserve_last_slot(self) -> None:
         """Fill all slots with an adapter of nothing, pin the one in the last, and free the others.
 
         vLLM's CPU build reads the last slot for requests of the base (vllm_args.slots_of); this way it never holds anything
@@ -176,7 +176,7 @@ class VllmEngine:
         with tempfile.TemporaryDirectory() as folder:
             refused: EngineError | None = None
             for kind in layer_kinds(Path(self._spec.path)):
-                write_nothing(Path(folder), kind)
+                write_empty_adapter(Path(folder), kind)
                 try:
                     last = await self._add(models, llm, names[0], folder)
                     break
@@ -204,7 +204,7 @@ class VllmEngine:
         return self._models, self._llm
 
 
-def write_nothing(folder: Path, kind: str) -> None:
+def write_empty_adapter(folder: Path, kind: str) -> None:
     """An adapter, in peft's format, of a layer that no model has; vLLM asks that its `kind` be known."""
     config = {"r": 1, "lora_alpha": 1, "target_modules": [kind], "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -213,14 +213,14 @@ def write_nothing(folder: Path, kind: str) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-class _Load(StatLoggerBase):
+class _SchedulerStats(StatLoggerBase):
     """Keeps each scheduler's newest numbers (one for each data-parallel rank); vLLM hands them over after every step."""
 
     def __init__(self, vllm_config: VllmConfig | None = None, engine_index: int = 0) -> None:
         self._ranks: dict[int, tuple[int, float]] = {}
         self.steps = 0
         """Steps of all ranks."""
-        self.first_tokens = FirstTokens()
+        self.first_tokens = TtftWindow()
 
     @property
     def running(self) -> int:
@@ -234,7 +234,7 @@ class _Load(StatLoggerBase):
 
     def forget_first_tokens(self) -> None:
         """Those of the warm-up are no client's."""
-        self.first_tokens = FirstTokens()
+        self.first_tokens = TtftWindow()
 
     def record(
         self,

@@ -187,7 +187,7 @@ def read_template(folder: Path) -> str | None:
     return "[TOOL_CALLS] tools" if (folder / "tekken.json").is_file() else None
 
 
-def takes_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
+def supports_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
     """Whether a model that is served with these arguments takes tools."""
     if engine_args.get("enable_auto_tool_choice") is False:
         return False
@@ -196,7 +196,7 @@ def takes_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
     return served_parsers(folder, engine_args).tool is not None
 
 
-def without_tools(model: str | None = None) -> str:
+def tools_unsupported_message(model: str | None = None) -> str:
     """The error message for a request with tools to a model that takes none."""
     return (
         f"The model {f'{model!r} ' if model else ''}takes no tools: its chat template does not mention them. Use a model whose "
@@ -207,7 +207,7 @@ def without_tools(model: str | None = None) -> str:
 
 def explain_refusal(message: str, model: str | None = None) -> str:
     """Replace vLLM's message about tools at a model without a tool parser; other messages stay as they are."""
-    return without_tools(model) if REFUSES_TOOLS.search(message, 0, MAX_MESSAGE_CHARS) else message
+    return tools_unsupported_message(model) if REFUSES_TOOLS.search(message, 0, MAX_MESSAGE_CHARS) else message
 
 
 def _tool_parser(model_type: str, template: str, tokenizer: str) -> tuple[str | None, str]:

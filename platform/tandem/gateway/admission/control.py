@@ -13,23 +13,23 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from tandem.config.serving.app import GatewayConfig
-from tandem.gateway.admission.queue import Outcome, Queue, Ticket, Wish
+from tandem.gateway.admission.queue import Outcome, Queue, SchedulingHints, Ticket
 from tandem.gateway.errors import ApiError, NoReplica, no_replica
 from tandem.gateway.fleet import Fleet
 from tandem.routing.records import ReplicaRecord, ServedModel
 
-MARGIN = 0.25
+PREFETCH_SHARE = 0.25
 """Requests beyond what an engine generates at once, as a share of it, that wait inside it: its batch is never short of one."""
-LEAST_MARGIN = 4
+MIN_PREFETCH = 4
 SWEEP_S = 0.1
 """How often those that wait are looked at for one that has waited long enough."""
-LONGEST_RETRY_S = 60
+MAX_RETRY_AFTER_S = 60
 """The SDKs take no heed of a Retry-After beyond it."""
-AGAIN_S, MOST_AGAIN_S = 0.05, 1.0
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 """How long a call that no replica took keeps still before it asks for its turn again, at first and at most; it doubles."""
 
 
-class Meter(Protocol):
+class QueueMetrics(Protocol):
     """Takes what is measured of the queues."""
 
     def load(self, model: str, running: int, waiting: int) -> None:
@@ -37,11 +37,11 @@ class Meter(Protocol):
         ...
 
     def refused(self, model: str, outcome: str) -> None:
-        """A request was not started, by one of queue.Outcome's; or it was, and is `late`."""
+        """A request was not started, by one of queue.Outcome's; or it was, and is `deadline_error`."""
         ...
 
 
-class Unmetered:
+class NoQueueMetrics:
     """A Meter that keeps nothing."""
 
     def load(self, model: str, running: int, waiting: int) -> None:
@@ -55,27 +55,29 @@ class Admission:
     """The queues of all served models at one gateway. Lives in its event loop."""
 
     def __init__(
-        self, models: Iterable[ServedModel], fleet: Fleet, config: GatewayConfig, meter: Meter | None = None
+        self, models: Iterable[ServedModel], fleet: Fleet, config: GatewayConfig, metrics: QueueMetrics | None = None
     ) -> None:
         self._fleet = fleet
         self._config = config
-        self.meter = meter or Unmetered()
+        self.metrics = metrics or NoQueueMetrics()
         self._models = {model.id: model for model in models}
         self._queues = {
-            model.id: Queue(most=math.ceil(model.config.max_queued / config.replicas), hold_s=model.config.hold_s)
+            model.id: Queue(
+                max_waiting=math.ceil(model.config.max_queued / config.replicas), hold_s=model.config.hold_s
+            )
             for model in self._models.values()
         }
-        self._told: dict[Ticket, asyncio.Future[Outcome]] = {}
+        self._wakeups: dict[Ticket, asyncio.Future[Outcome]] = {}
         self._sweeping: asyncio.TimerHandle | None = None
-        fleet.listen(self.refresh)
+        fleet.add_listener(self.refresh)
 
     def waiting(self) -> dict[str, int]:
         """Requests that wait here, for room or for a replica, by the model's id."""
         return {name: len(queue) for name, queue in self._queues.items()}
 
-    def place(self, model: ServedModel, wish: Wish, *, light: bool = False) -> Place:
+    def slot(self, model: ServedModel, hints: SchedulingHints, *, light: bool = False) -> AdmissionSlot:
         """A place for one call. A `light` one waits only where no replica is ready, and counts for nothing else."""
-        return Place(self, model, wish, light)
+        return AdmissionSlot(self, model, hints, light)
 
     def refresh(self) -> None:
         """Take what the fleet now knows; whoever can start, starts."""
@@ -83,7 +85,7 @@ class Admission:
         for name, queue in self._queues.items():
             queue.set_limit(self._limit(self._models[name]), now)
             self.serve(queue)
-            self.meter.load(name, queue.running, len(queue))
+            self.metrics.load(name, queue.running, len(queue))
 
     def queue(self, model: ServedModel) -> Queue:
         """The queue of a model."""
@@ -92,61 +94,64 @@ class Admission:
     async def sleep(self, queue: Queue, ticket: Ticket) -> Outcome:
         """Until it is the turn of one that waits, or it has waited long enough. Cancelled, it waits no longer."""
         told: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._told[ticket] = told
+        self._wakeups[ticket] = told
         if self._sweeping is None:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         try:
             return await told
         except asyncio.CancelledError:
             if told.done() and not told.cancelled() and told.result() is Outcome.START:
-                self.not_taken(queue)
+                self.start_cancelled(queue)
             queue.leave(ticket)
             raise
         finally:
-            del self._told[ticket]
+            del self._wakeups[ticket]
 
-    def tell(self, queue: Queue, ticket: Ticket, outcome: Outcome) -> None:
-        """Wake one that waited; whoever has just been cancelled needs no place."""
-        told = self._told.get(ticket)
+    def notify(self, queue: Queue, ticket: Ticket, outcome: Outcome) -> None:
+        """Wake one that waited; whoever has just been cancelled needs no slot."""
+        told = self._wakeups.get(ticket)
         if told is not None and not told.done():
             told.set_result(outcome)
         elif outcome is Outcome.START:
-            queue.not_taken()
+            queue.start_cancelled()
 
-    def ended(self, queue: Queue, ticket: Ticket, *, whole: bool) -> None:
+    def ended(self, queue: Queue, ticket: Ticket, *, complete: bool) -> None:
         """One that had started is over; the next may start."""
-        queue.ended(ticket, time.monotonic(), whole=whole)
+        queue.ended(ticket, time.monotonic(), complete=complete)
         self.serve(queue)
 
-    def not_taken(self, queue: Queue) -> None:
+    def start_cancelled(self, queue: Queue) -> None:
         """One that had started was taken by no replica; the next may start."""
-        queue.not_taken()
+        queue.start_cancelled()
         self.serve(queue)
 
     def serve(self, queue: Queue) -> None:
         """Start what can start."""
         if len(queue):
-            for ticket, outcome in queue.due(time.monotonic()):
-                self.tell(queue, ticket, outcome)
+            for ticket, outcome in queue.pop_startable(time.monotonic()):
+                self.notify(queue, ticket, outcome)
 
-    def refusal(self, model: ServedModel, wish: Wish, outcome: Outcome) -> ApiError:
+    def refusal(self, model: ServedModel, hints: SchedulingHints, outcome: Outcome) -> ApiError:
         """What a client is told whose request was not started."""
-        self.meter.refused(model.id, outcome.value)
+        self.metrics.refused(model.id, outcome.value)
         queue, name = self._queues[model.id], model.name
         if outcome is Outcome.UNSERVED:
             waited = f" within {queue.hold_s:g} s" if queue.hold_s else ""
             return no_replica(f"No replica of {name} is ready{waited}", self._config.retry_after_s)
         if outcome is Outcome.EXPIRED:
-            waited_s = time.monotonic() - wish.arrived
+            waited_s = time.monotonic() - hints.arrived
             return expired(f"The request waited {waited_s:.1f} s for {name} and was not started")
-        wait_s = queue.wait_s(wish.priority) or self._config.retry_after_s
-        retry_s = min(LONGEST_RETRY_S, max(1, math.ceil(wait_s)))
+        estimated_wait_s = queue.estimated_wait_s(hints.priority) or self._config.retry_after_s
+        retry_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(estimated_wait_s)))
         crowd = f"{name} has {queue.running} requests in flight and {len(queue)} waiting"
         said, code = {
-            Outcome.FULL: (f"{crowd}, and more than {queue.most} may not wait (models[].max_queued).", "queue_full"),
+            Outcome.FULL: (
+                f"{crowd}, and more than {queue.max_waiting} may not wait (models[].max_queued).",
+                "queue_full",
+            ),
             Outcome.DISPLACED: (f"{crowd}: this one had to give its place to one of a better priority.", "displaced"),
-            Outcome.HOPELESS: (
-                f"{crowd}: one more would wait about {wait_s:.1f} s, longer than this one has time for.",
+            Outcome.DEADLINE_UNREACHABLE: (
+                f"{crowd}: one more would wait about {estimated_wait_s:.1f} s, longer than this one has time for.",
                 "deadline_unreachable",
             ),
         }[outcome]
@@ -157,9 +162,9 @@ class Admission:
         self._sweeping = None
         now = time.monotonic()
         for queue in self._queues.values():
-            for ticket, outcome in queue.overdue(now):
-                self.tell(queue, ticket, outcome)
-        if self._told:
+            for ticket, outcome in queue.pop_overdue(now):
+                self.notify(queue, ticket, outcome)
+        if self._wakeups:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
     def _limit(self, model: ServedModel) -> int | None:
@@ -167,70 +172,70 @@ class Admission:
         ready = self._fleet.ready(model.id, suspects=not model.config.hold_s)
         if not ready:
             return 0
-        each = [most_at(replica, model.config.requests_per_replica) for replica in ready]
+        each = [requests_per_replica(replica, model.config.requests_per_replica) for replica in ready]
         if None in each:
             return None
         # What still runs on replicas that are about to end takes no room of the others.
         share = math.ceil(sum(most or 0 for most in each) / self._config.replicas)
-        return share + self._fleet.carried(model.id, but=ready)
+        return share + self._fleet.requests_outside(model.id, replicas=ready)
 
 
-class Place:
+class AdmissionSlot:
     """One call's place: in a queue, and then among those in flight until `leave`."""
 
-    def __init__(self, admission: Admission, model: ServedModel, wish: Wish, light: bool) -> None:
-        self.whole = False
+    def __init__(self, admission: Admission, model: ServedModel, hints: SchedulingHints, light: bool) -> None:
+        self.complete = False
         """Set: all of the answer was sent."""
         self._admission = admission
         self._model = model
         self._queue = admission.queue(model)
-        self._ticket = Ticket(wish)
+        self._ticket = Ticket(hints)
         self._light = light
         self._began = False
         self._held = False
         self._refused_at: float | None = None
-        self._again_s = AGAIN_S
+        self._backoff_s = FIRST_BACKOFF_S
 
-    async def take(self) -> float:
+    async def acquire(self) -> float:
         """Wait for the call's turn; the seconds that it took. Raises ApiError where it does not come: 429, 503 or 504."""
-        if self._needs_none:
+        if self._passes_queue:
             return 0.0
         outcome, displaced = self._queue.enter(self._ticket, time.monotonic())
         if displaced is not None:
-            self._admission.tell(self._queue, displaced, Outcome.DISPLACED)
+            self._admission.notify(self._queue, displaced, Outcome.DISPLACED)
         return await self._follow(outcome)
 
-    async def take_again(self, reason: NoReplica) -> float:
+    async def reacquire(self, reason: NoReplica) -> float:
         """The same once more, within `hold_s` from the first time on; beyond it, it raises `reason`."""
         if self._held:
             self._held = False
-            self._admission.not_taken(self._queue)
+            self._admission.start_cancelled(self._queue)
         now = time.monotonic()
         if self._refused_at is None:
             self._refused_at = now
         if now - self._refused_at >= self._queue.hold_s:
             raise reason
-        still_s, self._again_s = self._again_s, min(MOST_AGAIN_S, 2 * self._again_s)
+        still_s, self._backoff_s = self._backoff_s, min(MAX_BACKOFF_S, 2 * self._backoff_s)
         await asyncio.sleep(still_s)
-        if self._needs_none:
+        if self._passes_queue:
             return still_s
-        return still_s + await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
+        return still_s + await self._follow(self._queue.reenter(self._ticket, time.monotonic()))
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """The call is over."""
         if self._held:
             self._held = False
-            self._admission.ended(self._queue, self._ticket, whole=self.whole)
+            self._admission.ended(self._queue, self._ticket, complete=self.complete)
 
-    def late(self) -> ApiError:
+    def deadline_error(self) -> ApiError:
         """What a client is told whose time is over."""
         if self._began:
-            self._admission.meter.refused(self._model.id, "late")
+            self._admission.metrics.refused(self._model.id, "late")
             return expired(f"The answer of {self._model.name} was not whole in time")
-        return self._admission.refusal(self._model, self._ticket.wish, Outcome.EXPIRED)
+        return self._admission.refusal(self._model, self._ticket.hints, Outcome.EXPIRED)
 
     @property
-    def _needs_none(self) -> bool:
+    def _passes_queue(self) -> bool:
         return self._light and self._queue.limit != 0
 
     async def _follow(self, outcome: Outcome) -> float:
@@ -240,17 +245,17 @@ class Place:
             outcome = await self._admission.sleep(self._queue, self._ticket)
             waited_s = time.monotonic() - began
         if outcome is not Outcome.START:
-            raise self._admission.refusal(self._model, self._ticket.wish, outcome)
+            raise self._admission.refusal(self._model, self._ticket.hints, outcome)
         self._began = self._held = True
         return waited_s
 
 
-def most_at(replica: ReplicaRecord, configured: int | None) -> int | None:
+def requests_per_replica(replica: ReplicaRecord, configured: int | None) -> int | None:
     """Requests that one replica gets at once; None: any number."""
     if configured is not None:
         return configured
     at_once = replica.max_running
-    return at_once + max(LEAST_MARGIN, int(MARGIN * at_once)) if at_once else None
+    return at_once + max(MIN_PREFETCH, int(PREFETCH_SHARE * at_once)) if at_once else None
 
 
 def expired(what: str) -> ApiError:

@@ -9,24 +9,24 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from tandem.routing.records import ServedModel
 
-Tell = Callable[[dict[str, int]], Awaitable[None]]
+ReportDemand = Callable[[dict[str, int]], Awaitable[None]]
 """Takes how many requests wait, by deployment."""
-Waiting = Callable[[], Mapping[str, int]]
+CountWaiting = Callable[[], Mapping[str, int]]
 """Gives how many requests wait, by model id."""
 
-LOOK_S = 0.1
+CHECK_PERIOD_S = 0.1
 """How often this gateway looks at what waits in it."""
-REPEAT_S = 1.0
+REPORT_PERIOD_S = 1.0
 """How often it says again what has not changed; the directory forgets it otherwise."""
 
 
 class DemandReport:
     """Reports what waits for models that scale; one for each gateway, in its event loop."""
 
-    def __init__(self, models: Iterable[ServedModel], waiting: Waiting, tell: Tell) -> None:
+    def __init__(self, models: Iterable[ServedModel], waiting: CountWaiting, report_demand: ReportDemand) -> None:
         self._deployments = {model.id: model.deployment for model in models if model.config.autoscaling is not None}
         self._waiting = waiting
-        self._tell = tell
+        self._report_demand = report_demand
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -41,21 +41,21 @@ class DemandReport:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def now(self) -> dict[str, int]:
+    def current(self) -> dict[str, int]:
         """What waits, by deployment."""
         counts = {self._deployments[key]: count for key, count in self._waiting().items() if key in self._deployments}
         return {deployment: count for deployment, count in counts.items() if count > 0}
 
     async def _report(self) -> None:
         told: dict[str, int] = {}
-        told_at = 0.0
+        reported_at = 0.0
         while True:
-            waits = self.now()
-            due = time.monotonic() - told_at >= REPEAT_S
+            waits = self.current()
+            due = time.monotonic() - reported_at >= REPORT_PERIOD_S
             # What appears or disappears is told at once, mere numbers with the beat.
             if waits.keys() != told.keys() or (waits and due):
                 # A directory that is being replaced does not answer; the next look finds the new one.
                 with contextlib.suppress(Exception):
-                    await asyncio.wait_for(self._tell(waits), 5 * REPEAT_S)
-                    told, told_at = waits, time.monotonic()
-            await asyncio.sleep(LOOK_S)
+                    await asyncio.wait_for(self._report_demand(waits), 5 * REPORT_PERIOD_S)
+                    told, reported_at = waits, time.monotonic()
+            await asyncio.sleep(CHECK_PERIOD_S)

@@ -10,13 +10,13 @@ import math
 
 MEMORY_S = 10.0
 """Time of waiting after which what was measured before counts for a third."""
-LEAST_SEEN = 4
+MIN_SAMPLES = 4
 """Ends that a rate is made of, at least."""
 RISE, FALL = 1.18, 0.98
 """Steps by which the time of a kind follows what is seen: it rests where one of about ten takes longer."""
 
 
-class Pace:
+class ThroughputEstimator:
     """What was seen of the answers of one model."""
 
     def __init__(self) -> None:
@@ -29,9 +29,9 @@ class Pace:
     @property
     def rate(self) -> float | None:
         """Requests that end in a second when as many are in flight as may be; None: not known."""
-        return self._ended / self._seconds if self._seen >= LEAST_SEEN and self._seconds > 0.0 else None
+        return self._ended / self._seconds if self._seen >= MIN_SAMPLES and self._seconds > 0.0 else None
 
-    def takes_s(self, kind: int) -> float:
+    def answer_time_s(self, kind: int) -> float:
         """Seconds that nine of ten answers of a kind take at most; 0: not known."""
         return self._takes_s.get(kind, 0.0)
 
@@ -39,25 +39,25 @@ class Pace:
         """There is so much more room for requests than before."""
         self._ended *= factor
 
-    def somebody_waits(self, now: float) -> None:
+    def waiting_began(self, now: float) -> None:
         """From the first that waits on, time counts."""
         if self._since is None:
             self._since = now
 
-    def nobody_waits(self) -> None:
+    def waiting_ended(self) -> None:
         """The last has started or is gone."""
         self._since = None
 
-    def ended(self, now: float, kind: int, took_s: float, *, whole: bool) -> None:
+    def ended(self, now: float, kind: int, took_s: float, *, complete: bool) -> None:
         """A request is over. Of one that has no whole answer it is only known that it would have taken longer."""
         known = self._takes_s.get(kind)
         if known is None:
             self._takes_s[kind] = took_s
-        elif not whole and took_s > known / RISE:
+        elif not complete and took_s > known / RISE:
             self._takes_s[kind] = known * RISE
         elif took_s > known:
             self._takes_s[kind] = min(took_s, known * RISE)
-        elif whole:
+        elif complete:
             self._takes_s[kind] = known * FALL
         if self._since is not None:
             passed = now - self._since

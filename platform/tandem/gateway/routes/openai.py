@@ -14,17 +14,17 @@ from starlette.routing import BaseRoute, Route
 
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serving.app import GatewayConfig, ServedModelConfig
-from tandem.engine.vllm.parsers import without_tools
+from tandem.engine.vllm.parsers import tools_unsupported_message
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import Stopwatch
-from tandem.gateway.prefill import prefilled
-from tandem.gateway.reading import read_ask, take_wish
-from tandem.gateway.relay import Forwarded
-from tandem.gateway.routes import stored
-from tandem.gateway.upstream import Call, Proxy
+from tandem.gateway.prefill import with_prefill
+from tandem.gateway.relay import RelayedResponse
+from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
+from tandem.gateway.routes import responses
+from tandem.gateway.upstream import EngineRequest, Upstream
 from tandem.routing.records import ServedModel
 from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
@@ -39,10 +39,10 @@ WARNING_HEADER = "x-tandem-warning"
 class OpenAIRoutes:
     """The route handlers, around what they need."""
 
-    def __init__(self, catalog: Catalog, fleet: Fleet, proxy: Proxy, config: GatewayConfig) -> None:
+    def __init__(self, catalog: Catalog, fleet: Fleet, upstream: Upstream, config: GatewayConfig) -> None:
         self._catalog = catalog
         self._fleet = fleet
-        self._proxy = proxy
+        self._upstream = upstream
         self._config = config
 
     def routes(self) -> list[BaseRoute]:
@@ -51,20 +51,20 @@ class OpenAIRoutes:
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.get_model),
             *(Route(route.path, self._handler(route), methods=["POST"]) for route in ENGINE_ROUTES),
-            *stored.routes(),
+            *responses.routes(),
             Route("/health", self.health),
         ]
 
     async def list_models(self, request: Request) -> Response:
         """What `model` may name: at most `limit` adapters (1 to 1000), by name, after the one that `after` names."""
-        limit = number(request, "limit", PAGE, PAGE)
+        limit = int_parameter(request, "limit", PAGE, PAGE)
         page = await self._catalog.page(request.query_params.get("after"), limit)
-        data = [card.wire() for card in page.cards]
+        data = [card.to_json() for card in page.cards]
         return JSONResponse({"object": "list", "data": data, "has_more": page.next is not None, "last_id": page.next})
 
     async def get_model(self, request: Request) -> Response:
         """One model, by name or id."""
-        return JSONResponse((await self._catalog.card(request.path_params["name"])).wire())
+        return JSONResponse((await self._catalog.card(request.path_params["name"])).to_json())
 
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
         dialect = dialect_of(route.path)
@@ -78,35 +78,35 @@ class OpenAIRoutes:
             if not isinstance(name, str) or not name:
                 found = "missing or empty" if not name else f"of type {type(name).__name__}"
                 raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
-            said = self._check_fields(route.path, body, request)
-            target = await self._catalog.resolve(name)
-            check_task(name, route, self._fleet.tasks(target.base.id))
-            check_tools(name, body, target.base)
-            check_prompt_logprobs(name, body, target.base.config)
-            if route.path == stored.PATH:
-                stored.check(body)
-            by_priority = target.base.config.engine_args.get("scheduling_policy") == "priority"
-            wish = take_wish(body, request.headers, arrived, pass_on=by_priority)
-            body["model"] = target.engine_name
-            drop_transfers(body)
+            warnings = self._check_fields(route.path, body, request)
+            model = await self._catalog.resolve(name)
+            check_task(name, route, self._fleet.tasks(model.base.id))
+            check_tools(name, body, model.base)
+            check_prompt_logprobs(name, body, model.base.config)
+            if route.path == responses.PATH:
+                responses.check(body)
+            engine_schedules_priority = model.base.config.engine_args.get("scheduling_policy") == "priority"
+            hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=engine_schedules_priority)
+            body["model"] = model.engine_name
+            drop_kv_transfer(body)
             if body.get("encoding_format", "") is None:
                 # So litellm says that it has no wish; vLLM wants to hear nothing then.
                 del body["encoding_format"]
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
-            call = Call(
+            call = EngineRequest(
                 path=route.path,
                 body=to_json(body),
-                target=target,
+                model=model,
                 headers=headers,
                 dialect=dialect,
-                ask=read_ask(target, body, request.headers),
-                wish=wish,
+                routing=read_routing_request(model, body, request.headers),
+                hints=hints,
                 light=route.light,
                 watch=watch,
-                said=said,
+                warnings=warnings,
             )
-            prefills = target.base.config.prefill is not None
-            return Forwarded(self._proxy, call, functools.partial(prefilled, self._proxy, body) if prefills else None)
+            prepare = functools.partial(with_prefill, self._upstream, body) if model.base.config.prefill else None
+            return RelayedResponse(self._upstream, call, prepare)
 
         return handle
 
@@ -115,15 +115,15 @@ class OpenAIRoutes:
         unknown = unknown_fields(path, body)
         if not unknown:
             return {}
-        said = describe(path, unknown)
+        warnings = describe(path, unknown)
         if self._config.strict or request.headers.get(STRICT_HEADER, "").lower() in ("1", "true"):
-            raise ApiError(400, f"The request has an {said}.", code="unknown_field", param=unknown[0])
-        return {WARNING_HEADER: said}
+            raise ApiError(400, f"The request has an {warnings}.", code="unknown_field", param=unknown[0])
+        return {WARNING_HEADER: warnings}
 
     async def health(self, request: Request) -> Response:
         """200 once every model has a ready replica, or may be without; 503 with the counts before."""
         ready = {model.name: len(self._fleet.ready(model.id, suspects=True)) for model in self._catalog.models}
-        whole = all(ready[model.name] or model.sleeps for model in self._catalog.models)
+        whole = all(ready[model.name] or model.scales_to_zero for model in self._catalog.models)
         headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
         status = {"status": "ok" if whole else "unavailable", "ready_replicas": ready}
         return JSONResponse(status, status_code=200 if whole else 503, headers=headers)
@@ -142,7 +142,7 @@ def check_task(name: str, route: EngineRoute, tasks: tuple[str, ...]) -> None:
         )
 
 
-def number(request: Request, name: str, default: int, most: int) -> int:
+def int_parameter(request: Request, name: str, default: int, most: int) -> int:
     """A count in the query string, from 1 to `most`; ApiError 400 for anything else."""
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
@@ -150,7 +150,7 @@ def number(request: Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-def drop_transfers(body: dict[str, Any]) -> None:
+def drop_kv_transfer(body: dict[str, Any]) -> None:
     """Take out what says from which host an engine fetches a cache: the gateway's to say, never a client's."""
     inner = body.get("vllm_xargs")
     for holder in (body, inner if isinstance(inner, dict) else {}):
@@ -162,8 +162,8 @@ def check_tools(name: str, body: dict[str, Any], model: ServedModel) -> None:
     """ApiError 400 for tools at a model that takes none: some of vLLM's routes would leave them out without a word."""
     choice = body.get("tool_choice")
     none = choice == "none" or (isinstance(choice, dict) and choice.get("type") == "none")
-    if body.get("tools") and not none and not model.tools:
-        raise ApiError(400, without_tools(name), code="unsupported_parameter", param="tools")
+    if body.get("tools") and not none and not model.supports_tools:
+        raise ApiError(400, tools_unsupported_message(name), code="unsupported_parameter", param="tools")
 
 
 def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelConfig) -> None:

@@ -14,7 +14,7 @@ from tandem.storage import is_remote
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterChecks:
+class AdapterChecker:
     """What a replica asks of an adapter; called in threads."""
 
     base: Path | None

@@ -15,7 +15,7 @@ from tandem.engine.protocol import AdapterRef, Engine
 from tandem.errors import AdapterError, EngineError, TandemError
 from tandem.serve.replica.residency import Residency, Waiter
 
-REFUSED_S = 10.0
+REFUSAL_TTL_S = 10.0
 """How long an adapter that the engine refused is refused without asking again: asking stops every stream for a moment."""
 
 
@@ -40,14 +40,14 @@ class AdapterSlots:
         `prepare` brings an adapter's files here and checks them, in a thread; it raises AdapterError or StorageError.
         """
         self._engine = engine
-        self._books = Residency(capacity, max(capacity, cached or capacity))
+        self._residency = Residency(capacity, max(capacity, cached or capacity))
         self._on_change = on_change
         self._prepare = prepare
-        self._turns: dict[Waiter, asyncio.Future[None]] = {}
+        self._admissions: dict[Waiter, asyncio.Future[None]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._turn = asyncio.Lock()
+        self._engine_lock = asyncio.Lock()
         self._refused: dict[str, tuple[float, str]] = {}
-        self._keeping: asyncio.Task[None] | None = None
+        self._pinning_task: asyncio.Task[None] | None = None
         # Replaced whole, as other threads read them.
         self.in_slots: tuple[str, ...] = ()
         """Ids of those that a batch can use without a copy."""
@@ -59,12 +59,12 @@ class AdapterSlots:
     @property
     def resident(self) -> tuple[str, ...]:
         """Ids of those in the engine's memory, the longest unused first."""
-        return tuple(self._books.loaded)
+        return tuple(self._residency.loaded)
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
-        return len(self._books.waiting)
+        return len(self._residency.waiting)
 
     @contextlib.asynccontextmanager
     async def hold(self, adapter: AdapterRef, wait_s: float = 30.0) -> AsyncIterator[None]:
@@ -73,7 +73,7 @@ class AdapterSlots:
         Many requests for one adapter load it once. Raises SlotsBusyError if no slot is free within `wait_s`, AdapterError if
         its files cannot be served, and EngineError if the engine is dead.
         """
-        if not self._books.slots:
+        if not self._residency.slots:
             raise EngineError(f"This replica takes no adapters, so {adapter.id} cannot be loaded. Raise max_adapters.")
         entered = False
         try:
@@ -81,14 +81,14 @@ class AdapterSlots:
                 await self._enter(adapter.id)
                 entered = True
                 try:
-                    while adapter.id not in self._books.loaded:
+                    while adapter.id not in self._residency.loaded:
                         await self._load(adapter)
                 except BaseException:
                     self._leave(adapter.id)
                     raise
                 waiting.reschedule(None)
         except TimeoutError as error:
-            busy = f"All {self._books.slots} adapter slots are in use, and none came free"
+            busy = f"All {self._residency.slots} adapter slots are in use, and none came free"
             raise SlotsBusyError(
                 f"{f'{adapter.id} was not loaded' if entered else busy} within {wait_s:.0f} s."
             ) from error
@@ -104,26 +104,26 @@ class AdapterSlots:
 
     async def unload(self, adapter_id: str) -> bool:
         """Unload if it is here; False if a request is using it."""
-        async with self._turn:
-            if self._books.users[adapter_id]:
+        async with self._engine_lock:
+            if self._residency.users[adapter_id]:
                 return False
-            if adapter_id in self._books.loaded:
-                await self._send_away(adapter_id)
+            if adapter_id in self._residency.loaded:
+                await self._evict(adapter_id)
                 self._on_change()
             return True
 
-    def keep(self, adapters: Iterable[AdapterRef]) -> None:
+    def set_pinned(self, adapters: Iterable[AdapterRef]) -> None:
         """Load these when there is room, and never send them away; those kept before are kept no more."""
         wanted = {adapter.id: adapter for adapter in adapters}
-        left_out = self._books.pin(wanted)
-        room = max(0, self._books.cached - 1)
+        left_out = self._residency.pin(wanted)
+        room = max(0, self._residency.cached - 1)
         self.problems = dict.fromkeys(
             left_out, f"More is pinned than there is room for: {len(wanted)}, and {room} can be kept."
         )
-        if self._keeping is not None:
-            self._keeping.cancel()
-        self._keeping = asyncio.create_task(self._load_each([wanted[each] for each in self._books.pinned]))
-        self._let_in()
+        if self._pinning_task is not None:
+            self._pinning_task.cancel()
+        self._pinning_task = asyncio.create_task(self._load_each([wanted[each] for each in self._residency.pinned]))
+        self._admit_waiting()
 
     async def _load_each(self, adapters: Iterable[AdapterRef]) -> None:
         for adapter in adapters:
@@ -134,10 +134,10 @@ class AdapterSlots:
                 self._on_change()
 
     async def _enter(self, adapter_id: str) -> None:
-        waiter = self._books.arrive(adapter_id)
+        waiter = self._residency.arrive(adapter_id)
         if waiter is None:
             return
-        turn = self._turns[waiter] = asyncio.get_running_loop().create_future()
+        turn = self._admissions[waiter] = asyncio.get_running_loop().create_future()
         try:
             await turn
         except BaseException:
@@ -146,21 +146,21 @@ class AdapterSlots:
                 self._leave(adapter_id)
             raise
         finally:
-            self._turns.pop(waiter, None)
-            self._books.give_up(waiter)
-            self._let_in()
+            self._admissions.pop(waiter, None)
+            self._residency.stop_waiting(waiter)
+            self._admit_waiting()
 
     def _leave(self, adapter_id: str) -> None:
-        self._books.leave(adapter_id)
-        self.in_slots = self._books.in_slots
-        self._let_in()
+        self._residency.leave(adapter_id)
+        self.in_slots = self._residency.in_slots
+        self._admit_waiting()
 
-    def _let_in(self) -> None:
-        for waiter in self._books.admit():
+    def _admit_waiting(self) -> None:
+        for waiter in self._residency.admit():
             self._wake(waiter)
 
     def _wake(self, waiter: Waiter) -> None:
-        turn = self._turns.get(waiter)
+        turn = self._admissions.get(waiter)
         if turn is None or turn.done():
             self._leave(waiter.adapter)
         else:
@@ -184,10 +184,10 @@ class AdapterSlots:
 
     async def _make_resident(self, adapter: AdapterRef) -> None:
         ready = await asyncio.to_thread(self._prepare, adapter)
-        async with self._turn:
-            if (victim := self._books.victim()) is not None:
-                await self._send_away(victim)
-            elif self._books.full:
+        async with self._engine_lock:
+            if (victim := self._residency.eviction_candidate()) is not None:
+                await self._evict(victim)
+            elif self._residency.full:
                 # Everybody who waited for this load has left, and others came.
                 raise SlotsBusyError(
                     f"All of the engine's memory for adapters is in use, so {adapter.id} cannot be loaded."
@@ -199,18 +199,18 @@ class AdapterSlots:
                     raise
                 self._refuse(adapter.id, str(error))
                 raise AdapterError(str(error)) from error
-            self._books.came(adapter.id)
+            self._residency.add(adapter.id)
             self.loads += 1
-            self.in_slots = self._books.in_slots
+            self.in_slots = self._residency.in_slots
             self.problems = {key: why for key, why in self.problems.items() if key != adapter.id}
             self._on_change()
 
-    async def _send_away(self, adapter_id: str) -> None:
-        self._books.went(adapter_id)
-        self.in_slots = self._books.in_slots
+    async def _evict(self, adapter_id: str) -> None:
+        self._residency.discard(adapter_id)
+        self.in_slots = self._residency.in_slots
         await self._engine.unload_adapter(adapter_id)
 
     def _refuse(self, adapter_id: str, reason: str) -> None:
         now = time.monotonic()
         self._refused = {key: held for key, held in self._refused.items() if held[0] > now}
-        self._refused[adapter_id] = (now + REFUSED_S, reason)
+        self._refused[adapter_id] = (now + REFUSAL_TTL_S, reason)

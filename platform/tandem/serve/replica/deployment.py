@@ -23,21 +23,21 @@ from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, ServedModel, State
 from tandem.serve.directory import HEARTBEAT_S
 from tandem.serve.disaggregate import environment
+from tandem.serve.engine_spec import engine_spec
 from tandem.serve.listen import internal_port_on_node
-from tandem.serve.pins import Pins
+from tandem.serve.pinned_adapters import PinnedAdapters
 from tandem.serve.placement import check_nodes, place
-from tandem.serve.replica.adapter_checks import AdapterChecks
+from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.host import EngineHost
 from tandem.serve.replica.logs import serve_log_kept
-from tandem.serve.replica.progress import Progress
 from tandem.serve.replica.sigterm import drain_on_sigterm
-from tandem.serve.replica.startup import Startup
-from tandem.serve.spec import engine_spec
+from tandem.serve.replica.stall import StallDetector
+from tandem.serve.replica.startup import StartupTimer
 from tandem.settings import export
 
 STOP_S = 15.0
 """How long an engine may take to end once it is idle."""
-LINGER_S = 0.5
+GRACE_BEFORE_DRAIN_S = 0.5
 """How long a replica that is to end takes what gateways send before they have heard of it."""
 
 
@@ -49,7 +49,7 @@ class EngineReplica:
         self, model: ServedModel, directory: Any, registry: RegistryAddress | None = None, drain_timeout_s: float = 30.0
     ) -> None:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
-        self._started_at, startup = time.time(), Startup()
+        self._started_at, startup = time.time(), StartupTimer()
         startup.done("process")
         self._model = model
         self._directory = directory
@@ -58,7 +58,7 @@ class EngineReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._changed = asyncio.Event()
-        self._progress = Progress(model.config.stuck_after_s)
+        self._stall = StallDetector(model.config.stuck_after_s)
         self._reaper = Reaper.of_children()
         drain_on_sigterm()
         internal_port_on_node()
@@ -77,39 +77,41 @@ class EngineReplica:
                 engine,
                 max_adapters=model.config.max_adapters,
                 max_cached=model.config.cached_adapters,
-                prepare=AdapterChecks(Path(model.path) if model.path else None, model.config.max_lora_rank),
+                prepare=AdapterChecker(Path(model.path) if model.path else None, model.config.max_lora_rank),
                 host=host,
                 on_change=lambda: _set(loop, self._changed),
             )
             await self._host.start()
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
-        self._pins = Pins(model.id, lambda: Registry.at(registry)) if registry and model.config.max_adapters else None
+        self._pins = (
+            PinnedAdapters(model.id, lambda: Registry.at(registry)) if registry and model.config.max_adapters else None
+        )
         # An old replica ends when Serve knows of this one: gateways must know of it by then.
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._tell(), 2.0)
-        self._beats = asyncio.create_task(self._beat())
+            await asyncio.wait_for(self._send_heartbeat(), 2.0)
+        self._heartbeats = asyncio.create_task(self._send_heartbeats())
         # Not with the beats: a registry that hangs must not make the replica silent.
         self._pinning = asyncio.create_task(self._follow_pins())
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
-        if self._beats.done():
+        if self._heartbeats.done():
             raise EngineError(f"This replica of {self._model.id} tells the directory nothing any more.")
         if not self._host.alive:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")
-        if self._stuck():
+        if self._is_stuck():
             self._changed.set()
-            idle_s = self._progress.idle_s(time.monotonic())
+            idle_s = self._stall.idle_s(time.monotonic())
             raise EngineError(
                 f"The engine of {self._model.id} has work and has ended no step for {idle_s:.0f} s (stuck_after_s is "
                 f"{self._model.config.stuck_after_s:g})."
             )
 
-    def _stuck(self) -> bool:
-        self._progress.see(self._host.stats(), time.monotonic())
-        return self._progress.stuck(time.monotonic())
+    def _is_stuck(self) -> bool:
+        self._stall.observe(self._host.stats(), time.monotonic())
+        return self._stall.is_stuck(time.monotonic())
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where the model scales; what `autoscale.EnginePolicy` reads."""
@@ -131,11 +133,11 @@ class EngineReplica:
         stats = self._host.stats()
         return ReplicaRecord(
             id=self._id,
-            base=self._model.pool,
+            pool=self._model.pool,
             deployment=self._model.deployment,
             url=self._host.url,
             token=self._host.token,
-            state="dead" if not self._host.alive else "stuck" if self._stuck() else self._state,
+            state="dead" if not self._host.alive else "stuck" if self._is_stuck() else self._state,
             running=stats.running,
             waiting=stats.waiting + self._host.waiting,
             max_running=stats.max_running,
@@ -156,21 +158,21 @@ class EngineReplica:
         self._pinning.cancel()
         self._state = "draining"
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._tell(), 2.0)
-        await asyncio.sleep(LINGER_S)
+            await asyncio.wait_for(self._send_heartbeat(), 2.0)
+        await asyncio.sleep(GRACE_BEFORE_DRAIN_S)
         # The beats go on meanwhile: whoever is not heard counts as lost, and gateways give up what it still sends.
-        await self._host.drain(0.0 if self._stuck() else self._drain_timeout_s)
-        self._beats.cancel()
+        await self._host.drain(0.0 if self._is_stuck() else self._drain_timeout_s)
+        self._heartbeats.cancel()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
         self._reaper.close()
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             self._changed.clear()
             # A directory that is being replaced does not answer; the next beat finds the new one.
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._tell(), 5 * HEARTBEAT_S)
+                await asyncio.wait_for(self._send_heartbeat(), 5 * HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
 
@@ -182,11 +184,11 @@ class EngineReplica:
                 if revision is None or not self._pins.is_behind(revision):
                     pass
                 elif (wanted := await asyncio.to_thread(self._pins.read, revision)) is not None:
-                    self._host.keep(wanted)
+                    self._host.set_pinned(wanted)
             # All replicas hear of a change at once; they do not all ask at once.
             await asyncio.sleep(HEARTBEAT_S * random.uniform(0.5, 1.5))
 
-    async def _tell(self) -> None:
+    async def _send_heartbeat(self) -> None:
         self._reply = await self._directory.heartbeat.remote(self.record())
 
 

@@ -85,10 +85,10 @@ class EngineHost:
         """Pinned adapters that are not kept, each with the reason."""
         return tuple(self._slots.problems.items())
 
-    def keep(self, adapters: Iterable[AdapterRef]) -> None:
+    def set_pinned(self, adapters: Iterable[AdapterRef]) -> None:
         """Keep these adapters loaded from now on, and no others."""
         if self._loop is not None and not self._ended.done():
-            self._loop.call_soon_threadsafe(self._slots.keep, tuple(adapters))
+            self._loop.call_soon_threadsafe(self._slots.set_pinned, tuple(adapters))
 
     @property
     def alive(self) -> bool:

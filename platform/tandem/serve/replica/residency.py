@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-MAX_PASSED = 32
+MAX_OVERTAKEN = 32
 """Requests that may pass one that waits for a slot; then all wait until it has one."""
 
 
@@ -21,7 +21,7 @@ class Waiter:
     """A request that waits for a slot."""
 
     adapter: str
-    passed: int = 0
+    overtaken_by: int = 0
     """Requests that came later and went first."""
 
 
@@ -43,9 +43,9 @@ class Residency:
     def arrive(self, adapter: str) -> Waiter | None:
         """A request comes: None if it may go on at once (then it counts as a user), else its place in the queue."""
         first = self.waiting[0] if self.waiting else None
-        if self._fits(adapter) and (first is None or first.passed < MAX_PASSED):
+        if self._fits(adapter) and (first is None or first.overtaken_by < MAX_OVERTAKEN):
             if first is not None:
-                first.passed += 1
+                first.overtaken_by += 1
             self.users[adapter] += 1
             return None
         waiter = Waiter(adapter)
@@ -57,11 +57,11 @@ class Residency:
         admitted: list[Waiter] = []
         ahead: Waiter | None = None
         for waiter in list(self.waiting):
-            if ahead is not None and ahead.passed >= MAX_PASSED:
+            if ahead is not None and ahead.overtaken_by >= MAX_OVERTAKEN:
                 break
             if self._fits(waiter.adapter):
                 if ahead is not None:
-                    ahead.passed += 1
+                    ahead.overtaken_by += 1
                 self.users[waiter.adapter] += 1
                 self.waiting.remove(waiter)
                 admitted.append(waiter)
@@ -76,12 +76,12 @@ class Residency:
             del self.users[adapter]
         self._touch(adapter)
 
-    def give_up(self, waiter: Waiter) -> None:
+    def stop_waiting(self, waiter: Waiter) -> None:
         """A request waits no longer."""
         if waiter in self.waiting:
             self.waiting.remove(waiter)
 
-    def victim(self) -> str | None:
+    def eviction_candidate(self) -> str | None:
         """The adapter that must go before another is loaded; None if there is room.
 
         There is always one where a request was let in: users and pins together leave a place.
@@ -93,13 +93,13 @@ class Residency:
     @property
     def full(self) -> bool:
         """Whether nothing can be loaded even by sending something away."""
-        return len(self.loaded) >= self.cached and self.victim() is None
+        return len(self.loaded) >= self.cached and self.eviction_candidate() is None
 
-    def came(self, adapter: str) -> None:
+    def add(self, adapter: str) -> None:
         """An adapter is in memory."""
         self._touch(adapter, new=True)
 
-    def went(self, adapter: str) -> None:
+    def discard(self, adapter: str) -> None:
         """An adapter is in memory no more."""
         self.loaded.pop(adapter, None)
 

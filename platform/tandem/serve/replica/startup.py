@@ -7,7 +7,7 @@ import time
 import psutil
 
 
-class Startup:
+class StartupTimer:
     """A stopwatch that began when this process did; Ray may have started the process ahead of need."""
 
     def __init__(self) -> None:

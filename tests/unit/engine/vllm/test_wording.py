@@ -21,7 +21,7 @@ from tandem.engine.vllm.wording import (
     simplify_field,
     simplify_message,
 )
-from tandem.gateway.dialect import OPENAI, amended
+from tandem.gateway.dialect import OPENAI, rewrite_errors
 from tandem.gateway.errors import from_engine
 
 
@@ -90,7 +90,7 @@ def test_a_dead_engine_is_not_explained_by_a_log_that_clients_cannot_see() -> No
     assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), None).message == simplify_message(raw)
     chunk = b'data: {"error": ' + json.dumps({"message": raw, "code": 500}).encode() + b"}\n\n"
     chunk = chunk.replace(b'{"error": ', b'{"error":')
-    said = amended(chunk, OPENAI, "r")
+    said = rewrite_errors(chunk, OPENAI, "r")
     assert b"stack trace" not in said and b"The engine stopped" in said and said.endswith(b"\n\n")
 
 

@@ -99,12 +99,12 @@ async def test_requests_in_flight_use_at_most_as_many_adapters_as_there_are_slot
 async def test_pinned_adapters_are_loaded_ahead_of_need_and_stay() -> None:
     engine = EchoEngine()
     slots = AdapterSlots(engine, 1, cached=2)
-    slots.keep([ref("pin")])
+    slots.set_pinned([ref("pin")])
     await wait_for(lambda: slots.resident == ("pin",))
     for name in ("a", "b", "c"):
         await slots.load(ref(name))
     assert slots.resident == ("pin", "c") and engine.loads.count("pin") == 1
-    slots.keep([])
+    slots.set_pinned([])
     for name in ("d", "e"):
         await slots.load(ref(name))
     assert slots.resident == ("d", "e")
@@ -112,7 +112,7 @@ async def test_pinned_adapters_are_loaded_ahead_of_need_and_stay() -> None:
 
 async def test_pins_that_cannot_be_kept_are_told_with_the_reason() -> None:
     slots = AdapterSlots(EchoEngine(), 1, cached=3)
-    slots.keep([ref("bad", "/broken"), ref("good"), ref("many")])
+    slots.set_pinned([ref("bad", "/broken"), ref("good"), ref("many")])
     await wait_for(lambda: "good" in slots.resident and "bad" in slots.problems)
     assert "cannot be loaded" in slots.problems["bad"] and "3, and 2 can be kept" in slots.problems["many"]
 

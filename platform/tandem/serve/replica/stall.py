@@ -12,28 +12,28 @@ from tandem.engine.protocol import EngineStats
 
 
 @dataclass(slots=True)
-class Progress:
+class StallDetector:
     """What one engine has got done, as seen from time to time."""
 
-    patience_s: float
+    limit_s: float
     """How long an engine with work may end no step."""
-    since_s: float = 0.0
+    progress_at_s: float = 0.0
     """When it last ended one, or had no work."""
     steps: int = -1
-    worked: bool = False
+    had_work: bool = False
     """Whether it had work at the last look."""
 
-    def see(self, stats: EngineStats, now_s: float) -> None:
+    def observe(self, stats: EngineStats, now_s: float) -> None:
         """Look at the engine."""
         idle = not stats.running + stats.waiting
         # A stuck engine's requests are taken from it: that it has none is no sign of life, only a step is.
-        if stats.steps != self.steps or not self.worked or (idle and not self.stuck(now_s)):
-            self.steps, self.since_s, self.worked = stats.steps, now_s, not idle
+        if stats.steps != self.steps or not self.had_work or (idle and not self.is_stuck(now_s)):
+            self.steps, self.progress_at_s, self.had_work = stats.steps, now_s, not idle
 
     def idle_s(self, now_s: float) -> float:
         """How long it has had work and ended no step."""
-        return now_s - self.since_s
+        return now_s - self.progress_at_s
 
-    def stuck(self, now_s: float) -> bool:
+    def is_stuck(self, now_s: float) -> bool:
         """Whether that is too long."""
-        return self.idle_s(now_s) > self.patience_s
+        return self.idle_s(now_s) > self.limit_s

@@ -8,12 +8,12 @@ from tandem.engine.protocol import AdapterRef
 from tandem.registry import ModelRecord, Registry
 
 
-def ref_of(record: ModelRecord) -> AdapterRef:
+def adapter_ref(record: ModelRecord) -> AdapterRef:
     """A registered adapter as replicas need to know it."""
     return AdapterRef(id=record.id, path=record.location, digest=record.digest)
 
 
-class Pins:
+class PinnedAdapters:
     """The pinned adapters of one base, read again when the registry has changed.
 
     The directory follows the registry's revision for all replicas: a thousand of them hold no connection to the database, and ask
@@ -33,7 +33,7 @@ class Pins:
     def read(self, revision: int) -> list[AdapterRef] | None:
         """The pinned adapters if they are others than at the last call, else None; RegistryError if the database fails."""
         with self._open() as registry:
-            found = [ref_of(record) for record in registry.pinned(self._base) if not record.dora]
+            found = [adapter_ref(record) for record in registry.pinned(self._base) if not record.dora]
         # A change that came after `revision` was read makes it another one, and is read again.
         self._revision = revision
         if found == (self._known or []):

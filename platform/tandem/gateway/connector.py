@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
 
 
-class Links(aiohttp.TCPConnector):
+class EngineConnector(aiohttp.TCPConnector):
     """As aiohttp's own. Whoever waits on a connection that is cut sees it break, as if the other end had gone."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Links(aiohttp.TCPConnector):
             self._open.add(connection.transport)
         return connection
 
-    def cut(self, url: str) -> int:
+    def abort_connections(self, url: str) -> int:
         """End every connection to the host and port of `url`, at once and without a word; how many there were."""
         address = urlsplit(url)
         found = [

@@ -14,51 +14,53 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tandem.config.serving.app import LONGEST_TIMEOUT_S
-from tandem.gateway.admission.queue import Wish
-from tandem.gateway.catalog import Target
+from tandem.gateway.admission.queue import SchedulingHints
+from tandem.gateway.catalog import ResolvedModel
 from tandem.gateway.errors import ApiError
-from tandem.routing.request import MOST_BYTES, Ask, blocks_of, key_of
+from tandem.routing.request import MAX_HASHED_BYTES, RoutingRequest, hash_key, hash_prefixes
 
 SESSION_HEADER = "x-session-id"
 """Names a conversation, in any API; before the fields of the body."""
 SESSION_FIELDS = ("prompt_cache_key", "user", "safety_identifier")
 """OpenAI's fields that name a conversation or a person; the first that is set counts."""
-MOST_PIECES = 256
+MAX_TEXT_PARTS = 256
 """Messages and parts of them that are looked at."""
-PARTS = ("role", "name", "function", "description", "content", "text", "input")
+TEXT_KEYS = ("role", "name", "function", "description", "content", "text", "input")
 """What has text in a message, a part of one, or a tool."""
-MOST_TOKENS = MOST_BYTES // 4
+MAX_HASHED_TOKENS = MAX_HASHED_BYTES // 4
 """Of a prompt of token ids, which count 4 bytes each, as a token of English has letters."""
-PATIENCE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
+CLIENT_TIMEOUT_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 """In which the SDKs of OpenAI and Anthropic say after how many seconds without a byte they will have left."""
-LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+MAX_TOKENS_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 """How long an answer may be, in the APIs' words."""
-MOST_PRIORITY = 2**63 - 1
+MAX_PRIORITY = 2**63 - 1
 
 
-def take_wish(body: dict[str, Any], headers: Mapping[str, str], arrived: float, *, pass_on: bool = False) -> Wish:
+def take_scheduling_hints(
+    body: dict[str, Any], headers: Mapping[str, str], arrived: float, *, keep_priority: bool = False
+) -> SchedulingHints:
     """How urgent a request is, by `priority` and `timeout`, which are taken out of its body, and by what its SDK says.
 
-    `arrived` is the clock now; `pass_on` leaves the priority to the engine too. ApiError 400 for values that cannot be.
+    `arrived` is the clock now; `keep_priority` leaves the priority to the engine too. ApiError 400 for values that cannot be.
     """
     priority = body.pop("priority", None)
     if priority is None:
         priority = 0
-    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
         raise ApiError(
             400, f"`priority` is {priority!r}; it must be a whole number, lower is sooner.", param="priority"
         )
-    if pass_on:
+    if keep_priority:
         body["priority"] = priority
     timeout_s = body.pop("timeout", None)
     start_by = finish_by = math.inf
-    patience_s = _patience_s(headers)
-    if patience_s is not None:
+    client_timeout_s = _client_timeout_s(headers)
+    if client_timeout_s is not None:
         # A stream's first byte keeps the client; for an answer in one piece it must be whole by then.
         if body.get("stream"):
-            start_by = arrived + patience_s
+            start_by = arrived + client_timeout_s
         else:
-            finish_by = arrived + patience_s
+            finish_by = arrived + client_timeout_s
     if timeout_s is not None:
         if (
             isinstance(timeout_s, bool)
@@ -71,15 +73,15 @@ def take_wish(body: dict[str, Any], headers: Mapping[str, str], arrived: float, 
                 param="timeout",
             )
         finish_by = min(finish_by, arrived + timeout_s)
-    length = next((body[key] for key in LENGTHS if isinstance(body.get(key), int)), 0)
+    length = next((body[key] for key in MAX_TOKENS_FIELDS if isinstance(body.get(key), int)), 0)
     # Answers that may be up to twice as long as others are of their kind.
-    return Wish(
+    return SchedulingHints(
         arrived=arrived, priority=priority, start_by=start_by, finish_by=finish_by, kind=min(64, length.bit_length())
     )
 
 
-def _patience_s(headers: Mapping[str, str]) -> float | None:
-    for name in PATIENCE_HEADERS:
+def _client_timeout_s(headers: Mapping[str, str]) -> float | None:
+    for name in CLIENT_TIMEOUT_HEADERS:
         try:
             seconds = float(headers.get(name, ""))
         except ValueError:
@@ -89,19 +91,19 @@ def _patience_s(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def read_ask(target: Target, body: Mapping[str, Any], headers: Mapping[str, str]) -> Ask:
+def read_routing_request(model: ResolvedModel, body: Mapping[str, Any], headers: Mapping[str, str]) -> RoutingRequest:
     """The request as the router sees it. `body` is in any of the APIs' shapes."""
-    blocks, size = blocks_of(
-        target.adapter.id if target.adapter else target.base.id, itertools.islice(_pieces(body), MOST_PIECES)
+    prefix_hashes, size = hash_prefixes(
+        model.adapter.id if model.adapter else model.base.id, itertools.islice(_text_parts(body), MAX_TEXT_PARTS)
     )
     session = _session(body, headers)
-    return Ask(
-        base=target.pool,
-        adapter=target.adapter.id if target.adapter else None,
-        blocks=blocks,
+    return RoutingRequest(
+        pool=model.pool,
+        adapter=model.adapter.id if model.adapter else None,
+        prefix_hashes=prefix_hashes,
         size=size,
-        session=None if session is None else key_of(session),
-        pinned=target.pinned,
+        session=None if session is None else hash_key(session),
+        pinned=model.pinned,
     )
 
 
@@ -110,10 +112,10 @@ def _session(body: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
     metadata = body.get("metadata")
     if isinstance(metadata, dict):
         given.append(metadata.get("user_id"))  # Anthropic's
-    return next((value[:MOST_BYTES] for value in given if isinstance(value, str) and value), None)
+    return next((value[:MAX_HASHED_BYTES] for value in given if isinstance(value, str) and value), None)
 
 
-def _pieces(body: Mapping[str, Any]) -> Iterator[bytes]:
+def _text_parts(body: Mapping[str, Any]) -> Iterator[bytes]:
     """The text of a request in about the order in which a chat template has it."""
     for key in ("tools", "functions", "instructions", "system", "messages", "prompt", "input"):
         value = body.get(key)
@@ -127,13 +129,13 @@ def _text(value: Any) -> Iterator[bytes]:
     Of several prompts in one request the first stands for all: they go to one replica.
     """
     if isinstance(value, str):
-        yield value[:MOST_BYTES].encode(errors="surrogatepass")
+        yield value[:MAX_HASHED_BYTES].encode(errors="surrogatepass")
     elif isinstance(value, dict):
         role, content = value.get("role"), value.get("content")
         if isinstance(role, str) and isinstance(content, str):
-            yield f"{role}\0{content[:MOST_BYTES]}\0".encode(errors="surrogatepass")
+            yield f"{role}\0{content[:MAX_HASHED_BYTES]}\0".encode(errors="surrogatepass")
             return
-        for key in PARTS:
+        for key in TEXT_KEYS:
             part = value.get(key)
             if part is not None:
                 yield from _text(part)
@@ -141,7 +143,7 @@ def _text(value: Any) -> Iterator[bytes]:
     elif isinstance(value, list) and value:
         if isinstance(value[0], int):
             try:
-                yield array("I", value[:MOST_TOKENS]).tobytes()
+                yield array("I", value[:MAX_HASHED_TOKENS]).tobytes()
             except (TypeError, OverflowError):
                 return  # no prompt of any engine's
         elif isinstance(value[0], dict):
