@@ -17,6 +17,8 @@ from tandem.gateway.fleet import Fleet, WatchReplicas
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.gateway.relay import Relay
+from tandem.gateway.replica_probe import ReplicaProbe
 from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
@@ -49,11 +51,13 @@ def create_app(
     fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models)
     admission = Admission(catalog.models, fleet, config, metrics)
     report = DemandReport(catalog.models, admission.waiting, report_demand) if report_demand else None
-    upstream = Upstream(fleet, admission, config, record_latency, name)
+    upstream = Upstream(config)
+    relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
+    fleet.on_lost = ReplicaProbe(upstream, fleet).start
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        upstream.start()
+        relay.start()
         await fleet.start()
         if report is not None:
             report.start()
@@ -63,12 +67,12 @@ def create_app(
             if report is not None:
                 await report.stop()
             await fleet.stop()
-            await upstream.stop()
+            await relay.stop()
             catalog.close()
 
     app = Starlette(
         routes=[
-            *OpenAIRoutes(catalog, fleet, upstream, config).routes(),
+            *OpenAIRoutes(catalog, fleet, relay, config).routes(),
             *AdminRoutes(Adapters(registry), fleet, admin, config.retry_after_s).routes(),
         ],
         lifespan=lifespan,

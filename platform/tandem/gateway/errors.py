@@ -47,17 +47,10 @@ def unknown_model(message: str) -> ApiError:
     return ApiError(404, message, code="model_not_found", param="model")
 
 
-class NoReplica(ApiError):
-    """503 with Retry-After, which the SDKs heed by themselves."""
-
-    started = 0
-    """How many replicas may have begun with the request."""
-
-
-def no_replica(reason: str, retry_after_s: int) -> NoReplica:
-    """No replica took a request, for this reason."""
+def no_replica(reason: str, retry_after_s: int) -> ApiError:
+    """503 with Retry-After for a request that no replica took; the SDKs wait and retry by themselves."""
     message = f"{reason.rstrip('.')}. Try again in {retry_after_s} s."
-    return NoReplica(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
+    return ApiError(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
 def no_registry(reason: str, retry_after_s: int) -> ApiError:

@@ -11,9 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import aiohttp
-from aiohttp.abc import AbstractStreamWriter
-
 HEADER = b"server-timing"
 """`gateway;dur=0.41, engine;dur=51.20`, in milliseconds: the W3C's Server-Timing."""
 
@@ -38,19 +35,6 @@ class Stopwatch:
         # An engine may refuse a request before it has read all of it.
         engine = self.answered - self.sent if 0.0 < self.sent < self.answered else 0.0
         return 1000 * (time.perf_counter() - self.received - engine), 1000 * engine
-
-
-class TimedBody(aiohttp.BytesPayload):
-    """A request's body that notes when it was written to the connection."""
-
-    def __init__(self, body: bytes, watch: Stopwatch) -> None:
-        super().__init__(body, content_type="application/json")
-        self._watch = watch
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """Called by aiohttp once it has a connection."""
-        await super().write_with_length(writer, content_length)
-        self._watch.sent = time.perf_counter()
 
 
 def header(gateway_ms: float, engine_ms: float) -> bytes:

@@ -131,7 +131,7 @@ async def test_only_who_names_the_version_or_an_adapter_is_bound_to_it(tmp_path:
 
 
 def test_the_body_names_the_version_that_the_replica_has() -> None:
-    call = EngineRequest(
+    request = EngineRequest(
         path="/v1/completions",
         body=b'{"model":"base@2","prompt":"a"}',
         model=ResolvedModel(base=NEW),
@@ -140,8 +140,8 @@ def test_the_body_names_the_version_that_the_replica_has() -> None:
         routing=ASK,
         hints=SchedulingHints(arrived=0.0),
     )
-    assert call.body_for("base@2") is call.body
-    assert from_json(call.body_for("base@1")) == {"model": "base@1", "prompt": "a"}
+    assert request.body_for("base@2") is request.body
+    assert from_json(request.body_for("base@1")) == {"model": "base@1", "prompt": "a"}
 
 
 def test_a_directory_that_has_just_begun_takes_nothing_away() -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.queue import Outcome, Queue, SchedulingHints, Ticket
-from tandem.gateway.errors import ApiError, NoReplica, no_replica
+from tandem.gateway.errors import ApiError, no_replica
 from tandem.gateway.fleet import Fleet
 from tandem.routing.records import ReplicaRecord, ServedModel
 
@@ -205,8 +205,8 @@ class AdmissionSlot:
             self._admission.notify(self._queue, displaced, Outcome.DISPLACED)
         return await self._follow(outcome)
 
-    async def reacquire(self, reason: NoReplica) -> float:
-        """The same once more, within `hold_s` from the first time on; beyond it, it raises `reason`."""
+    async def reacquire(self, error: ApiError) -> float:
+        """The same once more, within `hold_s` from the first time on; beyond it, it raises `error`."""
         if self._held:
             self._held = False
             self._admission.start_cancelled(self._queue)
@@ -214,7 +214,7 @@ class AdmissionSlot:
         if self._refused_at is None:
             self._refused_at = now
         if now - self._refused_at >= self._queue.hold_s:
-            raise reason
+            raise error
         still_s, self._backoff_s = self._backoff_s, min(MAX_BACKOFF_S, 2 * self._backoff_s)
         await asyncio.sleep(still_s)
         if self._passes_queue:

@@ -21,10 +21,10 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import with_prefill
-from tandem.gateway.relay import RelayedResponse
+from tandem.gateway.relay import Relay, RelayedResponse
 from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
 from tandem.gateway.routes import responses
-from tandem.gateway.upstream import EngineRequest, Upstream
+from tandem.gateway.upstream import EngineRequest
 from tandem.routing.records import ServedModel
 from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
@@ -39,10 +39,10 @@ WARNING_HEADER = "x-tandem-warning"
 class OpenAIRoutes:
     """The route handlers, around what they need."""
 
-    def __init__(self, catalog: Catalog, fleet: Fleet, upstream: Upstream, config: GatewayConfig) -> None:
+    def __init__(self, catalog: Catalog, fleet: Fleet, relay: Relay, config: GatewayConfig) -> None:
         self._catalog = catalog
         self._fleet = fleet
-        self._upstream = upstream
+        self._relay = relay
         self._config = config
 
     def routes(self) -> list[BaseRoute]:
@@ -72,7 +72,7 @@ class OpenAIRoutes:
         async def handle(request: Request) -> Response:
             """Find out who answers, and hand the bytes on."""
             raw = await read_body(request, self._config.max_body_bytes)
-            watch, arrived = Stopwatch(), time.monotonic()
+            stopwatch, arrived = Stopwatch(), time.monotonic()
             body = parse_body(raw)
             name = body.get("model")
             if not isinstance(name, str) or not name:
@@ -93,7 +93,7 @@ class OpenAIRoutes:
                 # So litellm says that it has no wish; vLLM wants to hear nothing then.
                 del body["encoding_format"]
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
-            call = EngineRequest(
+            engine_request = EngineRequest(
                 path=route.path,
                 body=to_json(body),
                 model=model,
@@ -102,11 +102,11 @@ class OpenAIRoutes:
                 routing=read_routing_request(model, body, request.headers),
                 hints=hints,
                 light=route.light,
-                watch=watch,
+                stopwatch=stopwatch,
                 warnings=warnings,
             )
-            prepare = functools.partial(with_prefill, self._upstream, body) if model.base.config.prefill else None
-            return RelayedResponse(self._upstream, call, prepare)
+            prepare = functools.partial(with_prefill, self._relay, body) if model.base.config.prefill else None
+            return RelayedResponse(self._relay, engine_request, prepare)
 
         return handle
 
