@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from small_folders import small_adapter, small_model
 
+from tandem.engine.protocol import AdapterRef
 from tandem.errors import AdapterError, StorageError
 from tandem.registry import Registry, local_folder
 from tandem.registry.adapter_cache import RECENT_S, AdapterCache
 from tandem.registry.adapter_files import WEIGHTS, adapter_digest
-from tandem.serve.pinned_adapters import adapter_ref
 from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.storage import file_system
 
@@ -69,7 +69,7 @@ def test_a_replica_brings_it_to_its_node_before_its_engine_hears_of_it(registry:
     put(small_adapter(tmp_path / "red"), uri)
     record = registry.register_adapter("red", uri, base="base")
     forget_copies(tmp_path)
-    ref = adapter_ref(record)
+    ref = AdapterRef.of(record)
     assert ref.path == uri
     assert AdapterChecker(tmp_path / "base", 16)(ref).path == str(record.path) and record.path.is_dir()
     with pytest.raises(AdapterError, match="rank 16; its base is served with max_lora_rank 8"):

@@ -14,8 +14,8 @@ import pytest
 from serve_fixtures import process_of
 from steady_load import SteadyLoad
 
-from tandem.apps.build import build_app
-from tandem.apps.deploy import deploy, save_config, saved_config
+from tandem.apps.build import prepare
+from tandem.apps.deploy import deploy, saved_config
 from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig, apply_overrides, from_dict, to_dict
 from tandem.errors import EngineError
 from tandem.routing.records import ReplicaRecord
@@ -38,7 +38,7 @@ CONFIG = ServeConfig(models=(PARROT,), app=APP, drain_timeout_s=60.0)
 def put(config: ServeConfig) -> None:
     """Serve this from now on."""
     began = time.monotonic()
-    deploy(build_app(config, check=False), APP, route_prefix=f"/{APP}")
+    deploy(prepare(config, check=False), route_prefix=f"/{APP}")
     print("put", time.monotonic() - began)
 
 
@@ -93,7 +93,6 @@ def test_the_same_config_again_replaces_nothing(url: str) -> None:
 
 def test_a_change_of_a_remembered_app_starts_from_what_runs(url: str) -> None:
     put(CONFIG)
-    save_config(CONFIG)
     before = set(replicas())
     running = saved_config(APP)
     assert running == CONFIG

@@ -1,6 +1,7 @@
-"""Puts an app on the cluster this process is connected to, over the one that runs there under its name, and takes it away.
+"""Deployment of an app on the connected Ray cluster: start, rolling change, drain.
 
-What differs is replaced: new replicas come before old ones go, and old ones go when their streams have ended (ADR 0017).
+Deployments that differ from those of the running app are replaced: new replicas start before old ones stop, and old ones stop
+when their streams have ended (docs/adr/0017).
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from ray.experimental import internal_kv
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
-from tandem.apps.build import GATEWAY_NAME
+from tandem.apps.build import DIRECTORY_NAME, GATEWAY_NAME, application
+from tandem.apps.plan import AppPlan
 from tandem.config import ServeConfig, from_dict, to_dict
 from tandem.errors import EngineError
 
 FAILED = "DEPLOY_FAILED"
-LOOK_S = 0.2
+POLL_S = 0.2
 LAST_BYTES_S = 1.0
-"""How long the last bytes of an engine may take to their clients."""
+"""Seconds for the last bytes of an engine to reach their clients."""
 
 KEPT = b"tandem"
 """Ray's namespace of the key-value store that lives as long as the cluster."""
@@ -37,17 +39,17 @@ TO_SCHEDULE = re.compile(
 """Serve's two messages about replicas that take longer than it expects."""
 
 
-def deploy(
-    app: serve.Application, name: str, *, route_prefix: str = "/", on_message: Callable[[str], None] = lambda text: None
-) -> None:
-    """Deploy and wait until every new replica is up, and no longer: old ones may stream on for minutes.
+def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[str], None] = lambda text: None) -> None:
+    """Deploy an app and wait until every new replica is up, and no longer: old ones may stream on for minutes.
 
-    EngineError with the reason if a new one cannot start; where there were old ones, they then stay. `on_message` gets Serve's
-    messages meanwhile, such as that the cluster has no free resources; Serve waits for them without a limit.
+    The app's resolved config is kept with the cluster (`saved_config`). Raises EngineError with the reason if a new replica
+    cannot start; old replicas then stay. `on_message` gets Serve's messages meanwhile, such as that the cluster has no free
+    resources; Serve waits for them without a limit.
     """
+    name = planned.app.config.app
     before = _details(name)
     told: set[str] = set()
-    target = serve.RunTarget(app, name=name, route_prefix=route_prefix)
+    target = serve.RunTarget(application(planned), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
     while not is_rolled_out(now := _details(name), before):
         # Of the app alone: a deployment still says what it said of the last change until Serve has looked at this one.
@@ -56,17 +58,17 @@ def deploy(
         for said in sorted(deployment_messages(now) - told):
             told.add(said)
             on_message(said)
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
+    _save_config(planned.app.config)
 
 
-def save_config(config: ServeConfig) -> None:
-    """Keep, with the cluster, what the app of this config was made from."""
+def _save_config(config: ServeConfig) -> None:
     record = {"deployed_at": _details(config.app).get("last_deployed_time_s"), "config": to_dict(config)}
     internal_kv._internal_kv_put(_key(config.app), json.dumps(record).encode(), overwrite=True, namespace=KEPT)
 
 
 def saved_config(app: str) -> ServeConfig | None:
-    """What a running app was made from; None if that is not known, or Ray's `serve deploy` has changed the app since.
+    """The resolved config of a running app; None if it is not known, or if Ray's `serve deploy` has changed the app since.
 
     A `serve.run` of another program over the same app is not noticed: Serve keeps the time of the first.
     """
@@ -127,14 +129,14 @@ def drain(name: str, timeout_s: float) -> bool:
     # calls them or not: they are not waited for.
     deployments = _details(name)["deployments"].items()
     engines = {
-        r["actor_name"] for key, d in deployments if key not in ("Directory", GATEWAY_NAME) for r in d["replicas"]
+        r["actor_name"] for key, d in deployments if key not in (DIRECTORY_NAME, GATEWAY_NAME) for r in d["replicas"]
     }
     serve.delete(name, _blocking=False)
     deadline = time.monotonic() + timeout_s
     while engines := {engine for engine in engines if _lives(engine)}:
         if time.monotonic() > deadline:
             return False
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     time.sleep(LAST_BYTES_S)
     return True
 

@@ -87,8 +87,8 @@ def deploy_command(
             raise ClusterError(f"{wanted.app} is not served on this cluster. `tandem serve up` starts it.")
         check_listener(serve_details(cluster), wanted.listen)
         with connected(cluster):
-            from tandem.apps.build import build_app, pinned
-            from tandem.apps.deploy import deploy, save_config, saved_config
+            from tandem.apps.build import prepare
+            from tandem.apps.deploy import deploy, saved_config
 
             if not models and config is None:
                 running = saved_config(wanted.app)
@@ -98,12 +98,10 @@ def deploy_command(
                         "models, or give --config."
                     )
                 wanted = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
-            wanted = pinned(wanted)
-            # A model that is downloaded has a bar of its own.
-            app = build_app(wanted)
+            # Before the status line: a model that is downloaded has a progress bar of its own.
+            planned = prepare(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(app, wanted.app, on_message=console.print)
-            save_config(wanted)
+                deploy(planned, on_message=console.print)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 
 
@@ -174,8 +172,8 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
     from ray import serve
 
-    from tandem.apps.build import build_app, pinned
-    from tandem.apps.deploy import deploy, save_config
+    from tandem.apps.build import prepare
+    from tandem.apps.deploy import deploy
 
     details = serve_details(cluster)
     check_not_served(details, config)
@@ -187,16 +185,14 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
         )
     with connected(cluster):
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
-        config = pinned(config)
-        app = build_app(config)
+        planned = prepare(config)
         try:
             with console.status(f"Starting {config.app}: one engine takes about half a minute"):
                 serve.start(
                     proxy_location="HeadOnly" if listen.nodes == "head" else "EveryNode",
                     http_options={"host": listen.host, "port": port},
                 )
-                deploy(app, config.app, on_message=console.print)
-                save_config(config)
+                deploy(planned, on_message=console.print)
             yield url_of(listen.host, port)
         finally:
             with uninterrupted():

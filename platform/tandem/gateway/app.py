@@ -15,10 +15,10 @@ from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, WatchReplicas
 from tandem.gateway.latency import RecordLatency, ignore_latency
-from tandem.gateway.routes.admin import AdminRoutes
-from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
+from tandem.gateway.routes.admin import AdminRoutes
+from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.engine.descriptor import EngineDescriptor
+from tandem.engine.engines import ENGINES
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import RegistryUnreachableError, UnknownModelError, UnknownVersionError, did_you_mean
 from tandem.gateway.errors import ApiError, no_registry, unknown_model
 from tandem.registry import ModelRecord, Registry
 from tandem.routing.records import ServedModel, prefill_pool
-from tandem.serve.pinned_adapters import adapter_ref
 
 PAGE = 1000
 """Adapters that a list of models has at most."""
@@ -40,6 +41,11 @@ class ResolvedModel:
     def pool(self) -> str:
         """The replicas that may take it."""
         return prefill_pool(self.base.id) if self.prefill else self.base.id
+
+    @property
+    def engine(self) -> EngineDescriptor:
+        """The engine that serves it."""
+        return ENGINES[self.base.config.engine]
 
     @property
     def engine_name(self) -> str:
@@ -131,7 +137,7 @@ class Catalog:
             raise unknown_model(f"The model {name!r} is not served here: {what}, and this app serves {here}.")
         if record.kind == "model":
             return ResolvedModel(base=base, pinned=True)
-        if record.dora:
+        if record.dora and not ENGINES[base.config.engine].dora:
             raise ApiError(
                 400,
                 f"{record.id} is a DoRA adapter, which vLLM does not serve. Merge it into its base: "
@@ -148,7 +154,7 @@ class Catalog:
                 f"{config.max_lora_rank}. Serve it with a larger one.",
                 param="model",
             )
-        return ResolvedModel(base=base, adapter=adapter_ref(record), pinned=True)
+        return ResolvedModel(base=base, adapter=AdapterRef.of(record), pinned=True)
 
     async def page(self, after: str | None = None, limit: int = PAGE) -> ModelPage:
         """What a request may name: the served models, and their adapters by name, at most `limit` of them after `after`."""

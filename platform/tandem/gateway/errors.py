@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from tandem.engine.vllm.parsers import explain_refusal
-from tandem.engine.vllm.wording import simplify_field, simplify_message
+from tandem.engine.engines import ENGINES
+from tandem.engine.vllm.wording import simplify_field
 from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
+from tandem.routing.records import ServedModel
 
 
 class ApiError(Exception):
@@ -70,8 +71,8 @@ def too_slow(model: str, silent_s: float) -> ApiError:
     )
 
 
-def from_engine(status: int, body: bytes, max_length: int | None, model: str | None = None) -> ApiError:
-    """The error of an engine of `model`, whatever shape it came in."""
+def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
+    """The error in an engine's answer for `model`; a body of any shape."""
     message, param, code = f"The engine answered {status}.", None, None
     try:
         said = from_json(body)
@@ -82,13 +83,13 @@ def from_engine(status: int, body: bytes, max_length: int | None, model: str | N
     except (ValueError, AttributeError):
         text = body.decode(errors="replace").strip()
         message = text[:2000] or message
-    message = simplify_message(explain_refusal(message, model))
+    message = ENGINES[model.config.engine].requests.explain_error(message, model.name)
     if status == 400 and (
         "context length" in message or "max_model_len" in message or "maximum model length" in message
     ):
         code = "context_length_exceeded"
-        if max_length and str(max_length) not in message:
-            message += f" The model takes {max_length} tokens."
+        if model.max_length and str(model.max_length) not in message:
+            message += f" The model takes {model.max_length} tokens."
     return ApiError(status, message, code=code, param=param)
 
 

@@ -42,6 +42,8 @@ class Fleet:
         self._deployments = {model.id: model.deployment for model in models}
         self._always_on = {model.id for model in models if not model.scales_to_zero}
         self._snapshot = Snapshot()
+        self.tasks: dict[str, tuple[str, ...]] = {}
+        """Tasks that the engines of each pool have reported."""
         self._synced = asyncio.Event()
         self._suspects: dict[str, float] = {}
         self._unheard: set[str] = set()
@@ -72,10 +74,6 @@ class Fleet:
     def replicas(self) -> tuple[ReplicaRecord, ...]:
         """All that are known."""
         return self._snapshot.replicas
-
-    def tasks(self, pool: str) -> tuple[str, ...]:
-        """What the engines of a model do; empty as long as none has said."""
-        return next((r.tasks for r in self._snapshot.replicas if r.pool == pool and r.tasks), ())
 
     def ready(self, pool: str, *, suspects: bool) -> list[ReplicaRecord]:
         """The replicas of a model that take requests; where none but `suspects` is left, those, or none of them.
@@ -166,6 +164,7 @@ class Fleet:
         gone = [replica for replica in known.replicas if replica.id in self._unheard and replica.id not in here]
         self._unheard = here - {replica.id for replica in snapshot.replicas}
         self._router.update(self._snapshot)
+        self.tasks = {r.pool: r.tasks for r in reversed(self._snapshot.replicas) if r.tasks}
         lost = [*gone, *(replica for replica in snapshot.replicas if replica.lost)]
         self._confirmed &= {replica.id for replica in lost}
         for replica in lost:

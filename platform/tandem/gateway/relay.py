@@ -219,8 +219,7 @@ class RelayedResponse(Response):
             answer, chunk = attempt.response, attempt.first_chunk
             assert answer is not None
             if answer.status >= 400:
-                base = request.model.base
-                error = from_engine(answer.status, await answer.read(), base.max_length, base.name)
+                error = from_engine(answer.status, await answer.read(), request.model.base)
                 error.headers |= request.warnings
                 await error.response(dialect, id_)(scope, receive, send_once)
                 return

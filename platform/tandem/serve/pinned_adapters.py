@@ -1,16 +1,11 @@
-"""The adapters that each replica of a base is to keep loaded, as the registry has them."""
+"""Pinned adapters of a base model, read from the registry when it has changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from tandem.engine.protocol import AdapterRef
-from tandem.registry import ModelRecord, Registry
-
-
-def adapter_ref(record: ModelRecord) -> AdapterRef:
-    """A registered adapter as replicas need to know it."""
-    return AdapterRef(id=record.id, path=record.location, digest=record.digest)
+from tandem.registry import Registry
 
 
 class PinnedAdapters:
@@ -33,7 +28,7 @@ class PinnedAdapters:
     def read(self, revision: int) -> list[AdapterRef] | None:
         """The pinned adapters if they are others than at the last call, else None; RegistryError if the database fails."""
         with self._open() as registry:
-            found = [adapter_ref(record) for record in registry.pinned(self._base) if not record.dora]
+            found = [AdapterRef.of(record) for record in registry.pinned(self._base) if not record.dora]
         # A change that came after `revision` was read makes it another one, and is read again.
         self._revision = revision
         if found == (self._known or []):

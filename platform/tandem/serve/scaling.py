@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig as ServeAutoscaling
 from ray.serve.config import AutoscalingPolicy
 
 from tandem.config import AutoscalingConfig, PrefillConfig
+from tandem.engine.engines import find_engine
 from tandem.ids import digest, file_digest
 from tandem.routing.records import ServedModel
 from tandem.serve.replica.deployment import STOP_S
@@ -21,8 +22,6 @@ POLICY = "tandem.serve.autoscale:EnginePolicy"
 SIGNALS_S = 1.0
 """How often replicas tell Serve of their load; its default is ten seconds."""
 LOOK_BACK_S = 10.0
-GATEWAY_ENGINE_ARGS = ("scheduling_policy",)
-"""Engine arguments that gateways look at."""
 GATEWAY_WINDOW_S = 10.0
 """How long Serve keeps a gateway that is to end reachable, so that every HAProxy has let go of it: they ask each 2 s, twice."""
 GATEWAY_ENVIRONMENT = {
@@ -87,7 +86,8 @@ def engine_version(pool: ServedModel, *told: Any) -> str:
 def gateway_view(model: ServedModel) -> ServedModel:
     """A model without what only its replicas need to know: gateways are replaced when what they are told is another."""
     config = model.config
-    args = {key: value for key, value in config.engine_args.items() if key in GATEWAY_ENGINE_ARGS}
+    used = find_engine(config.engine).requests.arguments
+    args = {key: value for key, value in config.engine_args.items() if key in used}
     prefill = config.prefill and PrefillConfig(min_bytes=config.prefill.min_bytes)
     scaling = config.autoscaling and AutoscalingConfig(min_replicas=min(1, config.autoscaling.min_replicas))
     config = replace(config, engine_args=args, env={}, prefill=prefill, autoscaling=scaling)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from tandem.apps.build import build_app, pinned, resolve_models
+from tandem.apps.build import build_app
+from tandem.apps.resolve import resolve, resolve_models
 from tandem.config import RouterConfig, ServeConfig, ServedModelConfig, from_dict, to_dict
 from tandem.errors import ConfigError, RegistryError, UnknownModelError
 from tandem.registry import Registry
@@ -63,9 +64,9 @@ def test_one_version_is_one_deployment_however_it_is_named(registry: Registry, t
     versions = [engine_version(resolve_models(each, registry)[0], "") for each in names]
     assert len(set(versions)) == 1
     # A config that names the versions is the same app, and stays so when another model is registered.
-    kept = pinned(config(ServedModelConfig(model="one", replicas=2), ServedModelConfig(model=str(folder))))
+    kept = resolve(config(ServedModelConfig(model="one", replicas=2), ServedModelConfig(model=str(folder)))).config
     registry.register_model("two", model(tmp_path / "two", 2))
-    assert [each.model for each in kept.models] == ["one@1", str(folder)] and pinned(kept) == kept
+    assert [each.model for each in kept.models] == ["one@1", str(folder)] and resolve(kept).config == kept
     assert from_dict(ServeConfig, to_dict(kept)) == kept
 
 

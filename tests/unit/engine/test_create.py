@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from tandem.engine.create import create_engine, engine_environment
+from tandem.engine.create import create_engine
 from tandem.engine.spec import EngineSpec
+from tandem.engine.vllm.environment import engine_environment
 from tandem.registry import HubModel, Registry, pull_model
 
 

@@ -25,12 +25,12 @@ from starlette.types import ASGIApp
 
 from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo.engine import EchoEngine
+from tandem.engine.routes import ALLOWED, ENGINE_ROUTES
 from tandem.gateway import latency
 from tandem.gateway.app import create_app
 from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.serve.replica.host import EngineHost
-from tandem.serve.routes import ALLOWED, ENGINE_ROUTES
 
 CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
 

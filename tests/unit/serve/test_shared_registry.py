@@ -10,7 +10,7 @@ import pytest
 import ray
 from small_folders import small_adapter, small_model
 
-from tandem.apps.build import address_of, check_shared
+from tandem.apps.resolve import address_of, check_shared
 from tandem.config import GatewayConfig
 from tandem.errors import RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress

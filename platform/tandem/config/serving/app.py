@@ -60,7 +60,6 @@ class ServedModelConfig(ReplicaConfig):
     """How long an engine that has work may end no step before its replica is replaced: longer than its longest step."""
 
     def __post_init__(self) -> None:
-        check.one_of("models[].engine", self.engine, ("vllm", "echo"))
         check.at_least("models[].replicas", self.replicas, 1)
         if self.autoscaling is not None and self.replicas != 1:
             raise ConfigError(

@@ -13,8 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tandem.api.unknown_fields import describe, unknown_fields
-from tandem.config.serving.app import GatewayConfig, ServedModelConfig
-from tandem.engine.vllm.parsers import tools_unsupported_message
+from tandem.config.serving.app import GatewayConfig
+from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
+from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
@@ -25,8 +26,6 @@ from tandem.gateway.relay import Relay, RelayedResponse
 from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
 from tandem.gateway.routes import responses
 from tandem.gateway.upstream import EngineRequest
-from tandem.routing.records import ServedModel
-from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
 """Request headers that an engine gets; a client's own key is not among them."""
@@ -80,18 +79,19 @@ class OpenAIRoutes:
                 raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
             warnings = self._check_fields(route.path, body, request)
             model = await self._catalog.resolve(name)
-            check_task(name, route, self._fleet.tasks(model.base.id))
-            check_tools(name, body, model.base)
-            check_prompt_logprobs(name, body, model.base.config)
+            engine, config = model.engine, model.base.config
+            check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
+            try:
+                engine.requests.check(name, body, config, model.base.supports_tools)
+            except UnsupportedRequestError as error:
+                raise ApiError(400, str(error), code="unsupported_parameter", param=error.param) from None
             if route.path == responses.PATH:
                 responses.check(body)
-            engine_schedules_priority = model.base.config.engine_args.get("scheduling_policy") == "priority"
-            hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=engine_schedules_priority)
+            keep_priority = engine.requests.keeps_priority(config.engine_args)
+            hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=keep_priority)
             body["model"] = model.engine_name
             drop_kv_transfer(body)
-            if body.get("encoding_format", "") is None:
-                # So litellm says that it has no wish; vLLM wants to hear nothing then.
-                del body["encoding_format"]
+            engine.requests.adapt(body)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             engine_request = EngineRequest(
                 path=route.path,
@@ -105,7 +105,7 @@ class OpenAIRoutes:
                 stopwatch=stopwatch,
                 warnings=warnings,
             )
-            prepare = functools.partial(with_prefill, self._relay, body) if model.base.config.prefill else None
+            prepare = functools.partial(with_prefill, self._relay, body) if config.prefill else None
             return RelayedResponse(self._relay, engine_request, prepare)
 
         return handle
@@ -129,14 +129,17 @@ class OpenAIRoutes:
         return JSONResponse(status, status_code=200 if whole else 503, headers=headers)
 
 
-def check_task(name: str, route: EngineRoute, tasks: tuple[str, ...]) -> None:
-    """ApiError 400 if a model's engines, which do `tasks`, lack a route; one that has not said what it does is asked."""
-    if route.task and tasks and route.task not in tasks:
-        offered = ", ".join(r.path for r in ENGINE_ROUTES if r.task is None or r.task in tasks)
+def check_route(name: str, route: EngineRoute, engine: EngineDescriptor, tasks: tuple[str, ...]) -> None:
+    """ApiError 400 if an engine lacks a route, or its replicas a task; `tasks` is empty until a replica has reported."""
+
+    def has(each: EngineRoute) -> bool:
+        return each in engine.routes and (each.task is None or not tasks or each.task in tasks)
+
+    if not has(route):
         raise ApiError(
             400,
             f"The model {name!r} has no {route.path}: that takes a model served to {route.task}, and this one is served to "
-            f"{', '.join(tasks)}. It has {offered}.",
+            f"{', '.join(tasks or engine.tasks)}. It has {', '.join(each.path for each in engine.routes if has(each))}.",
             code="unsupported_route",
             param="model",
         )
@@ -156,33 +159,6 @@ def drop_kv_transfer(body: dict[str, Any]) -> None:
     for holder in (body, inner if isinstance(inner, dict) else {}):
         for key in ("kv_transfer_params", "ec_transfer_params"):
             holder.pop(key, None)
-
-
-def check_tools(name: str, body: dict[str, Any], model: ServedModel) -> None:
-    """ApiError 400 for tools at a model that takes none: some of vLLM's routes would leave them out without a word."""
-    choice = body.get("tool_choice")
-    none = choice == "none" or (isinstance(choice, dict) and choice.get("type") == "none")
-    if body.get("tools") and not none and not model.supports_tools:
-        raise ApiError(400, tools_unsupported_message(name), code="unsupported_parameter", param="tools")
-
-
-def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelConfig) -> None:
-    """ApiError 400 for a request that would end the engine.
-
-    On a CPU, with adapters on, vLLM 0.29 multiplies the adapters of the tokens to be sampled with the rows of the whole prompt;
-    where more than one request runs, these are not of one size, and the engine's process dies.
-    """
-    # 0 asks for the logprob of each token itself, so it is not the same as false.
-    told = any(body.get(key) is not None and body.get(key) is not False for key in ("logprobs", "top_logprobs"))
-    asked = body.get("prompt_logprobs") is not None or (body.get("echo") and told)
-    if asked and config.max_adapters and not config.gpus_per_replica:
-        raise ApiError(
-            400,
-            f"The model {name!r} is served on CPUs with adapters, where vLLM has no logprobs of a prompt (`prompt_logprobs`, or "
-            "`echo` with `logprobs`). Serve it with max_adapters: 0, or on a GPU.",
-            code="unsupported_parameter",
-            param="prompt_logprobs" if "prompt_logprobs" in body else "echo",
-        )
 
 
 async def read_body(request: Request, limit: int) -> bytes:

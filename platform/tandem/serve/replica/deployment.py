@@ -18,15 +18,14 @@ from ray import serve
 from tandem.cluster.local import free_ports
 from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
+from tandem.engine.engines import find_engine
 from tandem.errors import EngineError, RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, ServedModel, State
 from tandem.serve.directory import HEARTBEAT_S
-from tandem.serve.disaggregate import environment
 from tandem.serve.engine_spec import engine_spec
 from tandem.serve.listen import internal_port_on_node
 from tandem.serve.pinned_adapters import PinnedAdapters
-from tandem.serve.placement import check_nodes, place
 from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.host import EngineHost
 from tandem.serve.replica.logs import serve_log_kept
@@ -68,7 +67,7 @@ class EngineReplica:
         if registry is not None:
             await asyncio.to_thread(check_registry, registry, host)
         if model.config.prefill is not None:
-            export(environment(host, free_ports(1)[0]), override=True)
+            export(find_engine(model.config.engine).kv_transfer.environment(host, free_ports(1)[0]), override=True)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
             engine = await asyncio.to_thread(create_engine, engine_spec(model))
@@ -217,6 +216,7 @@ def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 
 def _check_placement(model: ServedModel) -> None:
     group = ray.util.get_current_placement_group()
-    if group is not None and place(model.config).bundles:
+    resources = find_engine(model.config.engine).resources
+    if group is not None and resources.placement(model.config, "models[]").bundles:
         nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
-        check_nodes(group.bundle_specs, nodes, model.config.engine_args.get("tensor_parallel_size", 1))
+        resources.check_nodes(group.bundle_specs, nodes, model.config.engine_args)

@@ -10,10 +10,10 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from tandem.engine.protocol import AdapterRef, Engine
+from tandem.engine.routes import ALLOWED
 from tandem.errors import AdapterError, EngineError, StorageError
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
 from tandem.serve.replica.adapters import AdapterSlots, SlotsBusyError
-from tandem.serve.routes import ALLOWED
 
 REFUSED = "adapter_refused"
 """Code of the error for an adapter whose files cannot be served."""

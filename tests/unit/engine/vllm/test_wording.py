@@ -11,6 +11,7 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from tandem.config import ServedModelConfig
 from tandem.engine.vllm import wording
 from tandem.engine.vllm.logs import ANTHROPIC, quiet_refusals
 from tandem.engine.vllm.parsers import explain_refusal
@@ -23,6 +24,9 @@ from tandem.engine.vllm.wording import (
 )
 from tandem.gateway.dialect import OPENAI, rewrite_errors
 from tandem.gateway.errors import from_engine
+from tandem.routing.records import ServedModel
+
+MODEL = ServedModel(id="m@1", name="m", path="", config=ServedModelConfig(model="m"), max_length=2048)
 
 
 class Part(BaseModel):
@@ -81,13 +85,13 @@ def test_limits_do_not_advise_clients_to_set_variables_of_the_server() -> None:
     raw = (
         "n must be at most 16384, got 20000. To increase this limit, set the VLLM_MAX_N_SEQUENCES environment variable."
     )
-    error = from_engine(400, json.dumps({"error": {"message": raw, "param": "body.n", "code": 400}}).encode(), 2048)
+    error = from_engine(400, json.dumps({"error": {"message": raw, "param": "body.n", "code": 400}}).encode(), MODEL)
     assert error.message == "n must be at most 16384, got 20000." and error.param == "n"
 
 
 def test_a_dead_engine_is_not_explained_by_a_log_that_clients_cannot_see() -> None:
     raw = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-    assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), None).message == simplify_message(raw)
+    assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), MODEL).message == simplify_message(raw)
     chunk = b'data: {"error": ' + json.dumps({"message": raw, "code": 500}).encode() + b"}\n\n"
     chunk = chunk.replace(b'{"error": ', b'{"error":')
     said = rewrite_errors(chunk, OPENAI, "r")
@@ -109,7 +113,7 @@ def test_only_the_start_of_a_long_message_is_read() -> None:
 
 def test_blanks_in_a_client_input_do_not_make_a_message_long() -> None:
     body = json.dumps({"error": {"message": f"bad role {' ' * 2**20}!", "param": "p" * 2**20}}).encode()
-    error = from_engine(400, body, None)
+    error = from_engine(400, body, MODEL)
     assert len(error.message) <= len(str(error.param)) == MAX_MESSAGE_CHARS + len(" ...")
 
 
