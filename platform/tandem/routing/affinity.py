@@ -1,6 +1,6 @@
-"""What a gateway remembers of where it sent requests: beginnings of texts, and sessions. Bounded; the longest unused goes first.
+"""Histories of where a gateway sent prompt prefixes and sessions: bounded, least recently used entries are dropped first.
 
-It is a guess at what the engines' prefix caches hold. A wrong one costs a prefill, so nobody is asked whether it is right.
+They estimate the contents of the engines' prefix caches. A wrong estimate costs one prefill, so engines are not asked.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 MAX_HOLDERS = 16
-"""Replicas remembered for one beginning. One that more hold is found nearly everywhere, so there is little to gain by it."""
+"""Replicas remembered for one prefix; a prefix that more replicas hold gives little reason to prefer one of them."""
 
 
 class PrefixHistory:
-    """Which replicas have read a text that begins so."""
+    """Replicas that have read a text with a given prefix, by the prefix's hash."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -23,9 +23,9 @@ class PrefixHistory:
         return len(self._holders)
 
     def record(self, prefix_hashes: Sequence[int], replica: str) -> None:
-        """The replica reads a text with these beginnings now."""
+        """A replica has been sent a text with these prefixes."""
         known = self._holders
-        # The longest first, so that the shortest, which more texts share, is the last to be forgotten.
+        # The longest first: the shortest prefix, which more texts share, is then the last to be dropped.
         for prefix_hash in reversed(prefix_hashes):
             holders = known.get(prefix_hash)
             if holders is None:
@@ -57,7 +57,7 @@ class PrefixHistory:
 
 
 class SessionHistory:
-    """Which replica had a session's last request."""
+    """Replica that got the last request of each session."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -67,12 +67,12 @@ class SessionHistory:
         return len(self._replicas)
 
     def record(self, session: int, replica: str) -> None:
-        """The session is there now."""
+        """A session's request has been sent to a replica."""
         self._replicas[session] = replica
         self._replicas.move_to_end(session)
         if len(self._replicas) > self._capacity:
             self._replicas.popitem(last=False)
 
     def get(self, session: int) -> str | None:
-        """Where it was last."""
+        """The replica of the session's last request; None: not remembered."""
         return self._replicas.get(session)

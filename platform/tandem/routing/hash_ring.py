@@ -1,7 +1,7 @@
-"""Consistent hashing: which replicas a key is at home at. Gateways that know the same replicas agree without a word. Pure.
+"""Consistent hashing of keys to replicas: gateways that know the same replicas agree without communication. Pure.
 
-Karger et al. 1997: each replica owns some points of a circle, and a key belongs to the next point; a replica that comes or
-goes moves only the keys next to its own points.
+Karger et al. 1997: each replica owns points of a circle, and a key belongs to the next point; adding or removing a replica moves
+only the keys next to its own points.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from tandem.routing.request import hash_key
 
 POINTS_PER_REPLICA = 16
-"""Points of each replica. More would even out how many keys each is home to, which spill-over does anyway."""
+"""Points of each replica. More would balance the keys better, which spill-over to other replicas does anyway."""
 MIX, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
@@ -25,7 +25,7 @@ class HashRing:
         self._keys: dict[str, int] = {}
 
     def set(self, members: Collection[str]) -> None:
-        """Take `members` as all there are. Cheap if most were here before."""
+        """Replace the members; cheap if most stay."""
         wanted = set(members)
         gone, new = self._keys.keys() - wanted, wanted - self._keys.keys()
         if gone:
@@ -52,6 +52,6 @@ class HashRing:
         return found
 
     def rendezvous(self, key: int, among: Iterable[str]) -> str:
-        """The one of some replicas that a key belongs to, whatever their order (rendezvous hashing: Thaler, Ravishankar 1998)."""
+        """The replica among some that a key belongs to (rendezvous hashing: Thaler, Ravishankar 1998)."""
         keys = self._keys
         return max(among, key=lambda replica: (keys.get(replica, 0) ^ key) * MIX & MASK)

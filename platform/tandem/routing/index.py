@@ -1,7 +1,7 @@
-"""The ready replicas of one base, indexed so that no decision looks at all of them. Pure.
+"""Index of the ready replicas of one pool: load buckets, adapters, hash ring. No decision looks at all replicas. Pure.
 
-A heartbeat costs a few dictionary entries; so does a request that begins or ends. The index of consistent hashing is made
-anew only when replicas come or go.
+A heartbeat, the start and the end of a request cost a few dictionary entries each. The hash ring is rebuilt only when replicas
+join or leave.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from tandem.routing.hash_ring import HashRing
 from tandem.routing.records import ReplicaRecord
 
 WAITING_WEIGHT = 2
-"""What a waiting request counts for beyond itself: where one waits, there is no room for the next."""
+"""Load of a waiting request beyond the 1 that it counts as a request: a replica with a queue has no free capacity."""
 KV_PRESSURE_FROM = 0.9
-"""Share of the KV cache above which a replica is about to preempt what runs."""
+"""Share of the KV cache above which a replica is about to preempt running requests."""
 KV_PRESSURE_REQUESTS = 16
-"""What a cache that is wholly in use counts for, in requests; above `KV_PRESSURE_FROM` in proportion."""
+"""Load of a full KV cache, in requests; above `KV_PRESSURE_FROM` in proportion."""
 HOST_MEMORY_SHARE = 0.5
-"""How much it is worth that an adapter lies in a replica's memory, and is not in a slot: it may have to wait for one."""
+"""Value of an adapter in host memory relative to one in a slot: it may have to wait for a slot."""
 
 
 class LoadBuckets:
-    """Replicas by how much work they have: the idlest in constant time, and a change of work too."""
+    """Replicas grouped by load: the least loaded one, and a change of load, in constant time."""
 
     def __init__(self) -> None:
         self._work: dict[str, int] = {}
@@ -37,11 +37,11 @@ class LoadBuckets:
         return replica in self._work
 
     def get(self, replica: str) -> int | None:
-        """Its work, or None if it is not here."""
+        """Load of a replica, in requests; None: unknown replica."""
         return self._work.get(replica)
 
     def set(self, replica: str, load: int) -> None:
-        """Put a replica, or move it."""
+        """Add a replica or change its load."""
         before = self._work.get(replica)
         if before == load:
             return
@@ -58,7 +58,7 @@ class LoadBuckets:
             self._lowest = load if before is None or load <= before else min(self._buckets)
 
     def drop(self, replica: str) -> None:
-        """Forget a replica."""
+        """Remove a replica."""
         load = self._work.pop(replica, None)
         if load is not None:
             self._total -= load
@@ -67,15 +67,15 @@ class LoadBuckets:
                 self._lowest = min(self._buckets)
 
     def mean(self) -> float:
-        """The work of one, on average."""
+        """Mean load of a replica."""
         return self._total / len(self._work) if self._work else 0.0
 
     def spread(self) -> int:
-        """How much more work the busiest has than the idlest."""
+        """Difference between the largest and the smallest load."""
         return max(self._buckets) - min(self._buckets) if self._buckets else 0
 
     def least_loaded(self, rng: random.Random, exclude: Collection[str] = ()) -> str | None:
-        """One of those with the least work, at random; of those not to `exclude`, if there are any."""
+        """A random one of the least loaded replicas outside `exclude`; None: there is none."""
         if not self._buckets:
             return None
         bucket = self._buckets[self._lowest]
@@ -99,13 +99,13 @@ class LoadBuckets:
 
 
 class ReplicaIndex:
-    """The replicas of one base that are ready, with their loads and adapters as far as this gateway knows."""
+    """The ready replicas of one pool with their loads and adapters, as this gateway knows them."""
 
     def __init__(self, rng: random.Random) -> None:
         self.load_buckets = LoadBuckets()
         self.ring = HashRing()
         self.turn = rng.getrandbits(16)
-        """Of those that are asked in turn, the next; gateways start at different ones."""
+        """Position of `round_robin`; gateways start at different ones."""
         self._rng = rng
         self._ready: list[str] = []
         self._position: dict[str, int] = {}
@@ -124,17 +124,17 @@ class ReplicaIndex:
 
     @property
     def ready(self) -> list[str]:
-        """Ids, in no order that means anything."""
+        """Replica ids, unordered."""
         return self._ready
 
     def record(self, replica: str) -> ReplicaRecord:
         """The replica as it last described itself."""
         return self._records[replica]
 
-    # ---- what is learnt -----------------------------------------------------------------------------------------------
+    # ---- updates ------------------------------------------------------------------------------------------------------
 
     def update(self, records: Iterable[ReplicaRecord]) -> None:
-        """These are all the replicas of the base now."""
+        """Replace the replicas of the pool."""
         seen = set()
         came = False
         for record in records:
@@ -149,14 +149,14 @@ class ReplicaIndex:
             self.ring.set(self._ready)
 
     def request_started(self, replica: str, adapter: str | None) -> None:
-        """A request of this gateway's own is on its way to a replica."""
+        """This gateway sends a request to a replica."""
         self._own_requests[replica] += 1
         if adapter is not None:
             self._own_by_adapter.setdefault(adapter, Counter())[replica] += 1
         self._update_load(replica)
 
     def request_ended(self, replica: str, adapter: str | None) -> None:
-        """It is over."""
+        """A request of this gateway has ended."""
         self._own_requests[replica] -= 1
         if not self._own_requests[replica]:
             del self._own_requests[replica]
@@ -170,7 +170,7 @@ class ReplicaIndex:
         self._update_load(replica)
 
     def adapter_loaded(self, replica: str, adapter: str) -> None:
-        """A replica has answered for an adapter, so it holds it, until it says which it holds."""
+        """A replica has answered a request for an adapter, so it holds the adapter until its next report."""
         resident = self._resident.get(replica)
         if resident is not None and adapter not in resident:
             resident.add(adapter)
@@ -183,7 +183,7 @@ class ReplicaIndex:
             self._ready.append(replica)
             self._resident[replica] = set()
         self._records[replica] = record
-        # What it reports has this gateway's requests in it. Those are counted here, to the moment; the rest are others'.
+        # The report includes this gateway's own requests, which are counted here exactly; the rest are other gateways'.
         own = self._own_requests.get(replica, 0)
         rest = record.waiting * WAITING_WEIGHT
         if record.running + record.waiting > own:
@@ -222,13 +222,13 @@ class ReplicaIndex:
             self.load_buckets.set(replica, rest + self._own_requests.get(replica, 0))
 
     def requests_outside(self, replicas: Collection[str]) -> int:
-        """This gateway's own requests in flight at all but these, ready or not."""
+        """This gateway's requests in flight at replicas other than these, ready or not."""
         return sum(count for replica, count in self._own_requests.items() if replica not in replicas)
 
-    # ---- what policies ask --------------------------------------------------------------------------------------------
+    # ---- queries of the policies --------------------------------------------------------------------------------------
 
     def adapter_presence(self, replica: str, adapter: str) -> float:
-        """How much of an adapter a replica has: 1 in a slot, or soon for a request of this gateway's; less in memory."""
+        """Presence of an adapter at a replica: 1 in a slot or requested by this gateway, `HOST_MEMORY_SHARE` in memory, else 0."""
         carried = self._own_by_adapter.get(adapter)
         if carried is not None and replica in carried:
             return 1.0
@@ -238,7 +238,7 @@ class ReplicaIndex:
         return 1.0 if not slots or adapter in slots else HOST_MEMORY_SHARE
 
     def holders(self, adapter: str, most: int) -> list[str]:
-        """Replicas that have an adapter, or are loading it: `most` at most of each, at random."""
+        """Replicas that have an adapter or are loading it: a random sample of at most `most` of each kind."""
         held = self._holders.get(adapter, ())
         found = list(held) if len(held) <= most else self.sample(most, held)
         carried = self._own_by_adapter.get(adapter)
@@ -247,7 +247,7 @@ class ReplicaIndex:
         return found
 
     def sample(self, count: int, among: list[str] | tuple[str, ...] | None = None) -> list[str]:
-        """`count` different replicas at random, or all if there are no more; `among` those given, or all that are ready."""
+        """`count` different random replicas, or all if there are fewer; `among` some, or all that are ready."""
         among = self._ready if among is None else among
         if len(among) <= count:
             return list(among)
@@ -259,13 +259,13 @@ class ReplicaIndex:
         return found
 
     def round_robin(self) -> Iterator[str]:
-        """Each replica once, from the one whose turn it is."""
+        """Each replica once, starting after the last one returned before."""
         for _ in range(len(self._ready)):
             self.turn += 1
             yield self._ready[self.turn % len(self._ready)]
 
     def least_loaded(self, replicas: Iterable[str], exclude: Collection[str] = ()) -> str | None:
-        """The one with the least work of those that are ready and not to avoid; the first of equals."""
+        """The ready replica with the lowest load outside `exclude`; the first of equals."""
         best, least = None, 0
         for replica in replicas:
             load = self.load_buckets.get(replica)

@@ -1,6 +1,6 @@
-"""How a replica is chosen: one function for each policy, found by its name in `POLICIES`. Pure but for the dice.
+"""Routing policies: one function each, by name in `POLICIES`. Pure except for the random generator in the context.
 
-A policy proposes. The router sees to it that what comes of it is ready and not to be avoided, so a policy may return anything.
+A policy proposes a replica id. The router replaces proposals that are not ready or excluded, so a policy may return anything.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from tandem.routing.index import ReplicaIndex
 from tandem.routing.request import PREFIX_LENGTHS, RoutingRequest, hash_key
 
 MAX_CANDIDATES = 8
-"""Replicas that are weighed for each reason to prefer one; so a decision takes as long with 1,000 replicas as with 10."""
+"""Candidates for each reason to prefer a replica; a decision takes as long with 1,000 replicas as with 10."""
 SCAN_ALL_UP_TO = 4
-"""A base with so few replicas has all of them weighed."""
+"""Pools of at most so many replicas have all of them as candidates."""
 HOMES_PER_KEY = 2
-"""Replicas that a text or an adapter is at home at."""
+"""Replicas on the hash ring that a text prefers."""
 NOMINAL_REQUESTS = 8
-"""The work of a replica, on average, above which all that speaks for one counts for more, in proportion: where all have much to
-do, a few requests are no difference, and what is done twice is what they can afford the least."""
+"""Mean load above which preferences count more, in proportion: under high load a few requests of difference matter less, and
+repeated work (prefill, adapter loads) matters more."""
 CONSOLIDATION_SHARE = 0.5
-"""Share of `adapter_requests` that draws an adapter's requests together at one of its replicas: slots are few."""
+"""Share of `adapter_requests` that an adapter's requests prefer one of its replicas by: adapter slots are few."""
 
 
 @dataclass(slots=True)
 class RoutingContext:
-    """What a policy sees beside the request."""
+    """Input of a policy beside the request."""
 
     config: RouterConfig
     index: ReplicaIndex
@@ -39,18 +39,18 @@ class RoutingContext:
     exclude: Collection[str]
     rng: random.Random
     home_requests: float
-    """The config's, or 0 where there is one gateway, which knows by itself where it sent what."""
+    """`router.home_requests`; 0 with a single gateway, whose own histories are complete."""
 
 
 Policy = Callable[[RoutingRequest, RoutingContext], str | None]
 
 
 def affinity(request: RoutingRequest, context: RoutingContext) -> str | None:
-    """The replica that costs least: its work, less what it need not do again for this request.
+    """The replica with the lowest cost: its load, minus the work that it saves for this request, both in requests.
 
-    All of it is counted in requests. Weighed are those that hold the adapter, have read the beginning of the text, or had the
-    session last; where text and adapter are at home; and two at random, which is where the load goes when the others are too busy
-    (Mitzenmacher 2001: two choices bear stale loads well, the idlest of all draws every gateway at once).
+    Candidates are the replicas that hold the adapter, have read the text's prefix or had the session's last request, those that
+    text and adapter hash to, and two random ones, which take the load when the others are too busy (Mitzenmacher 2001: two random
+    choices tolerate stale loads, while the globally least loaded replica would attract every gateway at once).
     """
     config, index = context.config, context.index
     gains: dict[str, float] = {}
@@ -88,10 +88,10 @@ def affinity(request: RoutingRequest, context: RoutingContext) -> str | None:
 
 
 def _homes(request: RoutingRequest, index: ReplicaIndex, holders: list[str]) -> list[tuple[str, float]]:
-    """Where a request belongs whatever this gateway has seen, and which share of a home that is: gateways agree without a word.
+    """Replicas that a request hashes to, with weights: the same at every gateway, whatever it has seen.
 
-    Of the replicas that hold its adapter one is its session's or its text's; an adapter that nobody holds has a home of its own.
-    A text has one, and half a one, where it goes when the first has too much; a session has one.
+    Among the holders of the adapter, the session or the text selects one. An adapter without holders has one replica, a session
+    one, a text two: the second, with half the weight, takes the spill-over of the first.
     """
     key = request.prefix_hashes[0] if request.prefix_hashes else None
     if request.adapter is not None:
@@ -108,25 +108,25 @@ def _homes(request: RoutingRequest, index: ReplicaIndex, holders: list[str]) -> 
 
 
 def least_loaded(request: RoutingRequest, context: RoutingContext) -> str | None:
-    """One of those with the least work."""
+    """A random one of the least loaded replicas."""
     return context.index.load_buckets.least_loaded(context.rng, context.exclude)
 
 
 def two_choices(request: RoutingRequest, context: RoutingContext) -> str | None:
-    """The idler of two at random."""
+    """The less loaded of two random replicas."""
     return context.index.least_loaded(context.index.sample(2), context.exclude)
 
 
 def round_robin(request: RoutingRequest, context: RoutingContext) -> str | None:
-    """Each in its turn."""
+    """Every replica in turn."""
     return next((replica for replica in context.index.round_robin() if replica not in context.exclude), None)
 
 
 def prefix_tree(request: RoutingRequest, context: RoutingContext) -> str | None:
-    """The rule of Ray Serve LLM's prefix-aware router, for comparison: adapters first, then texts, nothing is weighed.
+    """The rule of Ray Serve LLM's prefix-aware router, for comparison: adapters first, then text prefixes, no weights.
 
-    While the busiest has at most `imbalance_requests` more than the idlest, a request goes to a replica that has read the most
-    of its text, if that is at least `match_rate` of it; else to the idlest. Where any hold the adapter, only they are asked.
+    While the loads differ by at most `imbalance_requests`, a request goes to the replica with the longest matching prefix, if
+    that is at least the share `match_rate` of the text; otherwise to the least loaded. Replicas that hold the adapter come first.
     """
     config, index, exclude = context.config, context.index, context.exclude
     holders = index.holders(request.adapter, MAX_CANDIDATES) if request.adapter is not None else []
@@ -149,7 +149,7 @@ POLICIES: dict[str, Policy] = {
     "round_robin": round_robin,
     "prefix_tree": prefix_tree,
 }
-"""By the names that `router.policy` may have."""
+"""Policies by their names in `router.policy`."""
 
 
 def find_policy(name: str) -> Policy:

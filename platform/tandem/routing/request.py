@@ -1,8 +1,8 @@
-"""What the router knows of a request: whom it is for, how its text begins, and which conversation it belongs to. Pure.
+"""Routing request: replica pool, adapter, session and hashed text prefixes of a request. Pure.
 
-Text is compared by hashes of its beginnings, not by tokens: a gateway has no tokenizer, and needs none to see that two
-prompts begin alike. The beginnings end at `PREFIX_LENGTHS`, which grow by 4/3 and 3/2 in turn, so that a text of any length is a
-handful of hashes and what two texts share is known to within a third.
+Texts are compared by hashes of their prefixes, not by tokens: a gateway has no tokenizer. Prefixes end at `PREFIX_LENGTHS`, which
+grow by 4/3 and 3/2 in turn: a text of any length gives at most 13 hashes, and the common prefix of two texts is known to within a
+third.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 PREFIX_LENGTHS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-"""Where the beginnings of a text end, in bytes. What is shorter than the first is not worth a detour."""
+"""Lengths of hashed prefixes, in bytes. Shorter common prefixes are not worth a longer queue."""
 MAX_HASHED_BYTES = PREFIX_LENGTHS[-1]
-"""No more of a text is ever hashed: about 30 microseconds."""
+"""Bytes of a text that are hashed at most, in about 30 microseconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingRequest:
-    """A request as the router sees it."""
+    """The properties of a request that the router uses."""
 
     pool: str
     """Id of the replica pool: the base model's id, or `prefill_pool` of it."""
     adapter: str | None = None
     """Id of the adapter."""
     prefix_hashes: tuple[int, ...] = ()
-    """Hashes of the text's beginnings, the i-th up to `BOUNDS[i]`; of the same text for another adapter they are others."""
+    """Hashes of the text's prefixes, the i-th of `PREFIX_LENGTHS[i]` bytes; seeded with the adapter's id."""
     size: int = 0
-    """Bytes of the text, as far as it was looked at."""
+    """Bytes of the text that were read."""
     session: int | None = None
     """Hash of the conversation's key."""
     pinned: bool = False
-    """Whether it is for this version of the model and no other."""
+    """Whether only this version of the model may answer."""
 
 
 def hash_key(text: str) -> int:

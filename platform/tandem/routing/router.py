@@ -1,7 +1,7 @@
-"""Chooses the replica for a request. Pure: callers pass the directory's snapshots, their own requests and the dice.
+"""Router: chooses the replica for a request. Pure: callers pass snapshots, their own requests and the random generator.
 
-A router belongs to one gateway and lives in its event loop. A decision looks at a bounded number of replicas, whatever their
-number; what it costs is measured in bench/router_sim.py.
+A router belongs to one gateway and lives in its event loop. A decision looks at a bounded number of replicas, however many there
+are; bench/router_sim.py measures its cost.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tandem.routing.request import RoutingRequest
 
 
 class Router:
-    """What one gateway knows of all replicas, and the policy that chooses among them."""
+    """One gateway's indexes of all replica pools, its histories, and the policy that chooses."""
 
     def __init__(
         self, config: RouterConfig | None = None, rng: random.Random | None = None, *, gateways: int = 1
     ) -> None:
-        """`gateways`: how many there are, this one among them."""
+        """`gateways`: number of gateways, this one included."""
         self._config = config or RouterConfig()
         self._policy = find_policy(self._config.policy)
         self._rng = rng or random.Random()
@@ -33,7 +33,7 @@ class Router:
         self._home_requests = self._config.home_requests * (gateways > 1)
 
     def update(self, snapshot: Snapshot) -> None:
-        """Take the directory's newest snapshot."""
+        """Apply the directory's newest snapshot."""
         by_pool: dict[str, list[ReplicaRecord]] = {pool_id: [] for pool_id in self._indexes}
         for record in snapshot.replicas:
             by_pool.setdefault(record.pool, []).append(record)
@@ -44,7 +44,7 @@ class Router:
             index.update(records)
 
     def choose(self, request: RoutingRequest, exclude: Collection[str] = ()) -> ReplicaRecord | None:
-        """The replica for a request, or None if none is ready that need not be avoided."""
+        """The replica for a request; None if no replica of its pool is ready outside `exclude`."""
         index = self._indexes.get(request.pool)
         if index is None or not len(index):
             return None
@@ -57,7 +57,7 @@ class Router:
         return None if found is None else index.record(found)
 
     def request_started(self, request: RoutingRequest, replica: str) -> None:
-        """A request is on its way to a replica; `request_ended` must follow."""
+        """A request is sent to a replica; `request_ended` must follow."""
         self._index(request.pool).request_started(replica, request.adapter)
         if request.prefix_hashes:
             self._prefixes.record(request.prefix_hashes, replica)
@@ -65,16 +65,16 @@ class Router:
             self._sessions.record(request.session, replica)
 
     def request_ended(self, request: RoutingRequest, replica: str) -> None:
-        """A request that began is over, however it ended."""
+        """A request that was sent has ended, in whatever way."""
         self._index(request.pool).request_ended(replica, request.adapter)
 
     def adapter_loaded(self, request: RoutingRequest, replica: str) -> None:
-        """A replica answered a request, so it holds the adapter of it."""
+        """A replica has answered a request, so it holds the request's adapter."""
         if request.adapter is not None:
             self._index(request.pool).adapter_loaded(replica, request.adapter)
 
     def requests_outside(self, pool_id: str, but: Collection[str]) -> int:
-        """This gateway's own requests in flight at replicas of a base other than these."""
+        """This gateway's requests in flight at replicas of a pool other than these."""
         index = self._indexes.get(pool_id)
         return 0 if index is None else index.requests_outside(but)
 
