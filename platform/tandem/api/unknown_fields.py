@@ -1,4 +1,4 @@
-"""Finds misspelt fields of requests: those that no engine and no SDK knows. Pure."""
+"""Unknown and misspelt fields of requests: those that no engine and no SDK knows. Pure."""
 
 from __future__ import annotations
 

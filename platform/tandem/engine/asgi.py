@@ -1,4 +1,4 @@
-"""Requests to an ASGI app in this process: no socket, no bytes of HTTP."""
+"""In-process client of an ASGI app: one POST, without a socket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Answer(NamedTuple):
-    """What an app answered."""
+    """Status and body of a response."""
 
     status: int
     body: bytes
@@ -26,7 +26,7 @@ async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str] 
     async def receive() -> Message:
         nonlocal asked
         if asked:
-            # The app listens for a client that leaves; this one never does.
+            # The app waits for a disconnect; this client never disconnects.
             await asyncio.get_running_loop().create_future()
         asked = True
         return {"type": "http.request", "body": body, "more_body": False}

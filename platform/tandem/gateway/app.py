@@ -1,4 +1,4 @@
-"""The gateway's ASGI app. Starts in about a second: neither torch nor vllm nor transformers is imported here."""
+"""ASGI app of the gateway: routes, background tasks, error handlers. Imports neither torch, vllm nor transformers."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def create_app(
     report_demand: ReportDemand | None = None,
     name: str = "gateway",
 ) -> Starlette:
-    """The app that answers for `models`.
+    """The gateway's app for `models`.
 
     `watch` returns snapshots of the replicas, `router` configures the choice among them. `record_latency` gets the milliseconds
     added to each request, `metrics` the queue lengths, `report_demand` the waiting requests of models that scale.
     `name`: the gateway's id in response headers. `app.state.admission` holds the queues.
-    `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
+    `admin`: fingerprint of the admin token; None closes the admin routes.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
@@ -82,7 +82,7 @@ def create_app(
             Exception: answer_unexpected,
         },
     )
-    # A path that only looks like a route is not there, rather than somewhere else.
+    # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
     app.state.admission = admission
     return app

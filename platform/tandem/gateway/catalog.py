@@ -1,4 +1,4 @@
-"""What a client's model name means: which base serves it, and with which adapter. Fresh with every request."""
+"""Catalog of model names: resolves a client's `model` to a base model and an adapter, anew for every request."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from tandem.registry import ModelRecord, Registry
 from tandem.routing.records import ServedModel, prefill_pool
 
 PAGE = 1000
-"""Adapters that a list of models has at most."""
+"""Largest number of adapters in one list of models."""
 LONGEST_NAME = 256
-"""Characters of a name that is looked for in the registry: to find the nearest one to megabytes would stop every stream."""
+"""Longest name that is looked up, in characters: a search for names similar to megabytes would block every stream."""
 ANSWER_S = 5.0
-"""How long the registry has for an answer."""
+"""Seconds that the registry has to answer."""
 REMEMBERED = 10_000
-"""Names whose records are kept between changes of the registry."""
+"""Names whose records are cached between changes of the registry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedModel:
-    """Where a request goes."""
+    """A client's model name, resolved."""
 
     base: ServedModel
     adapter: AdapterRef | None = None
     prefill: bool = False
-    """Whether it goes to the replicas that only read prompts."""
+    """Whether the request goes to the prefill replicas."""
     pinned: bool = False
-    """Whether the version was asked for, or an adapter of it: then no other will do."""
+    """Whether the client named a version, or an adapter of one: no other version may answer."""
 
     @property
     def pool(self) -> str:
-        """The replicas that may take it."""
+        """Id of the replica pool that serves it."""
         return prefill_pool(self.base.id) if self.prefill else self.base.id
 
     @property
@@ -49,7 +49,7 @@ class ResolvedModel:
 
     @property
     def engine_name(self) -> str:
-        """The `model` that the engine knows it by."""
+        """Its `model` in requests to the engine."""
         return self.adapter.id if self.adapter else self.base.id
 
 
@@ -78,7 +78,7 @@ class ModelCard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPage:
-    """A part of the list of models."""
+    """One page of the list of models."""
 
     cards: list[ModelCard]
     next: str | None
@@ -86,15 +86,14 @@ class ModelPage:
 
 
 class Catalog:
-    """Served models by every name they have, and the registry's adapters of them.
+    """Served models by all their names, and their adapters in the registry.
 
-    The registry is asked for its revision with each adapter request, so an adapter that was registered a moment ago is
-    found, and a promotion is followed; records are read again only when the revision moved. All of it happens in a thread
-    of its own.
+    Each request for an adapter reads the registry's revision, so new adapters and promotions apply at once; records are read
+    again only when the revision has changed. Registry access runs in a thread of its own.
     """
 
     def __init__(self, models: Iterable[ServedModel], registry: Registry, retry_after_s: int = 5) -> None:
-        """`retry_after_s`: when clients are told to come again where the registry does not answer."""
+        """`retry_after_s`: Retry-After of errors while the registry does not answer."""
         self.models = tuple(models)
         self._retry_after_s = retry_after_s
         self._served: dict[str, ServedModel] = {}
@@ -107,7 +106,7 @@ class Catalog:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
     async def resolve(self, name: str) -> ResolvedModel:
-        """The target of a model name or id.
+        """The model of a name or id.
 
         ApiError 404 with the nearest name, 400 for one that cannot be served, 503 where the registry does not answer.
         """
@@ -157,13 +156,13 @@ class Catalog:
         return ResolvedModel(base=base, adapter=AdapterRef.of(record), pinned=True)
 
     async def page(self, after: str | None = None, limit: int = PAGE) -> ModelPage:
-        """What a request may name: the served models, and their adapters by name, at most `limit` of them after `after`."""
+        """Names that requests may use: the served models, then at most `limit` adapters by name, after the name `after`."""
         cards = [
             ModelCard(name=m.name, id=m.id, base=m, adapter=False, created=m.created)
             for m in self.models
             if after is None
         ]
-        # One more than wanted tells whether there is a next page.
+        # One more than `limit` shows whether there is a next page.
         records = await self._ask(self._adapters, after, limit + 1)
         shown = records[:limit]
         cards += [self._card(record) for record in shown if self._is_served(record)]
@@ -221,6 +220,6 @@ class Catalog:
             async with asyncio.timeout(ANSWER_S):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except (TimeoutError, RegistryUnreachableError) as error:
-            # Where it is, and what it said, is not for clients.
+            # The registry's address and error are not for clients.
             said = "The registry of adapters does not answer; models that are served here answer to their own names"
             raise no_registry(said, self._retry_after_s) from error

@@ -1,4 +1,4 @@
-"""What the gateway answers instead of an engine's answer, in the shape of the API that was asked (dialect.py)."""
+"""Errors that the gateway answers, in the shape of the requested API (`dialect`)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def response(self, dialect: Dialect = OPENAI, request: str = "") -> Response:
-        """What the client gets; `request` is the request's id."""
+        """The HTTP response; `request` is the request's id."""
         body = dialect.error(self.status, self.message, code=self.code, param=self.param, request=request)
-        # Each SDK looks under a name of its own.
+        # OpenAI's and Anthropic's SDKs read different headers.
         ids = {"x-request-id": request, "request-id": request} if request else {}
         return JSONResponse(body, status_code=dialect.status(self.status), headers={**self.headers, **ids})
 
@@ -55,13 +55,13 @@ def no_replica(reason: str, retry_after_s: int) -> ApiError:
 
 
 def no_registry(reason: str, retry_after_s: int) -> ApiError:
-    """503 for what the registry must be asked and cannot be, for this reason."""
+    """503 for a request that needs the registry while it does not answer."""
     message = f"{reason.rstrip('.')}. Try again in {retry_after_s} s."
     return ApiError(503, message, code="registry_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
 def too_slow(model: str, silent_s: float) -> ApiError:
-    """504 for a request on which an engine said nothing for so long; neither the gateway nor an SDK sends it again."""
+    """504 for a request on which an engine was silent for too long; neither the gateway nor an SDK retries it."""
     return ApiError(
         504,
         f"{model} said nothing on this request for {silent_s:g} s (gateway.request_timeout_s). Stream the answer, ask "
@@ -121,5 +121,5 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
-    """Starlette's handler for what nobody expected; the log has the traceback."""
+    """Starlette's handler for unexpected exceptions; the log has the traceback."""
     return await answer_api_error(request, ApiError(500, "The gateway failed on this request; its log says why."))

@@ -1,8 +1,8 @@
-"""What the gateway adds to a request: told to the client in a header, and to a metric.
+"""Latency added by the gateway to a request, for a response header and a metric.
 
-Counted are the time from the last byte of a request to its last byte on the way to the engine, and the time from the first byte
-of the engine's answer to its head on the way to the client. What the event loop takes to notice a byte is in neither;
-`bench/gateway_latency.py` measures the whole from outside.
+It is the time from the last byte of the client's request to its last byte on the way to the engine, plus the time from the first
+byte of the engine's answer to its head on the way to the client. Delays of the event loop before it reads a byte are not
+included; `bench/gateway_latency.py` measures the whole from outside.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 HEADER = b"server-timing"
-"""`gateway;dur=0.41, engine;dur=51.20`, in milliseconds: the W3C's Server-Timing."""
+"""W3C Server-Timing in milliseconds: `gateway;dur=0.41, engine;dur=51.20`."""
 
 RecordLatency = Callable[[str, float], None]
-"""Takes a route and the milliseconds that the gateway added to one request."""
+"""Takes a route and the milliseconds added to one request."""
 
 
 def ignore_latency(route: str, added_ms: float) -> None:
-    """A Record that keeps nothing."""
+    """A RecordLatency that does nothing."""
 
 
 @dataclass(slots=True)
 class Stopwatch:
-    """The moments of one request, in seconds of `time.perf_counter`."""
+    """Times of one request, in seconds of `time.perf_counter`."""
 
     received: float = field(default_factory=time.perf_counter)
     sent: float = 0.0
     answered: float = 0.0
 
     def split_ms(self) -> tuple[float, float]:
-        """What gateway and engine have taken until now, in milliseconds."""
+        """Milliseconds spent in the gateway and in the engine until now."""
         # An engine may refuse a request before it has read all of it.
         engine = self.answered - self.sent if 0.0 < self.sent < self.answered else 0.0
         return 1000 * (time.perf_counter() - self.received - engine), 1000 * engine

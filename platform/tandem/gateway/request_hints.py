@@ -1,8 +1,7 @@
-"""Reads from a request what the router wants to know of it: how its text begins, and whose conversation it is; and what the
-queue does: how urgent it is.
+"""Hints of a request for the gateway: priority and deadlines for admission, session and text prefix for routing.
 
-Nothing is tokenised, and of what an engine reads nothing is checked: a body that no engine will take gives an Ask all the same,
-and the engine says what is wrong with it. What is read of a body is bounded, however large it is.
+Nothing is tokenised, and fields for the engine are not validated: a body that no engine will take still gives a RoutingRequest,
+and the engine reports the error. A bounded part of a body is read, however large it is.
 """
 
 from __future__ import annotations
@@ -20,28 +19,29 @@ from tandem.gateway.errors import ApiError
 from tandem.routing.request import MAX_HASHED_BYTES, RoutingRequest, hash_key, hash_prefixes
 
 SESSION_HEADER = "x-session-id"
-"""Names a conversation, in any API; before the fields of the body."""
+"""Header that names a conversation, in any API; takes precedence over the body."""
 SESSION_FIELDS = ("prompt_cache_key", "user", "safety_identifier")
-"""OpenAI's fields that name a conversation or a person; the first that is set counts."""
+"""Fields of OpenAI's API that name a conversation or a user; the first that is set counts."""
 MAX_TEXT_PARTS = 256
-"""Messages and parts of them that are looked at."""
+"""Messages, and parts of messages, that are read."""
 TEXT_KEYS = ("role", "name", "function", "description", "content", "text", "input")
-"""What has text in a message, a part of one, or a tool."""
+"""Keys with text in a message, a content part, or a tool."""
 MAX_HASHED_TOKENS = MAX_HASHED_BYTES // 4
-"""Of a prompt of token ids, which count 4 bytes each, as a token of English has letters."""
+"""Token ids of a prompt that are hashed; each counts 4 bytes, about the letters of an English token."""
 CLIENT_TIMEOUT_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
-"""In which the SDKs of OpenAI and Anthropic say after how many seconds without a byte they will have left."""
+"""Headers in which OpenAI's and Anthropic's SDKs send their read timeout, in seconds."""
 MAX_TOKENS_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-"""How long an answer may be, in the APIs' words."""
+"""Fields of the APIs that limit the length of an answer."""
 MAX_PRIORITY = 2**63 - 1
 
 
 def take_scheduling_hints(
     body: dict[str, Any], headers: Mapping[str, str], arrived: float, *, keep_priority: bool = False
 ) -> SchedulingHints:
-    """How urgent a request is, by `priority` and `timeout`, which are taken out of its body, and by what its SDK says.
+    """Priority and deadlines of a request, from `priority` and `timeout`, which are removed from the body, and its SDK's headers.
 
-    `arrived` is the clock now; `keep_priority` leaves the priority to the engine too. ApiError 400 for values that cannot be.
+    `arrived`: the monotonic clock now. `keep_priority` leaves `priority` in the body for the engine. ApiError 400 for values out
+    of range.
     """
     priority = body.pop("priority", None)
     if priority is None:
@@ -56,7 +56,7 @@ def take_scheduling_hints(
     start_by = finish_by = math.inf
     client_timeout_s = _client_timeout_s(headers)
     if client_timeout_s is not None:
-        # A stream's first byte keeps the client; for an answer in one piece it must be whole by then.
+        # The first byte of a stream keeps the client connected; another answer must be complete by then.
         if body.get("stream"):
             start_by = arrived + client_timeout_s
         else:
@@ -74,7 +74,7 @@ def take_scheduling_hints(
             )
         finish_by = min(finish_by, arrived + timeout_s)
     length = next((body[key] for key in MAX_TOKENS_FIELDS if isinstance(body.get(key), int)), 0)
-    # Answers that may be up to twice as long as others are of their kind.
+    # One kind for each power of two of the answer's length.
     return SchedulingHints(
         arrived=arrived, priority=priority, start_by=start_by, finish_by=finish_by, kind=min(64, length.bit_length())
     )
@@ -92,7 +92,7 @@ def _client_timeout_s(headers: Mapping[str, str]) -> float | None:
 
 
 def read_routing_request(model: ResolvedModel, body: Mapping[str, Any], headers: Mapping[str, str]) -> RoutingRequest:
-    """The request as the router sees it. `body` is in any of the APIs' shapes."""
+    """The request for the router, from a body in any API's format."""
     prefix_hashes, size = hash_prefixes(
         model.adapter.id if model.adapter else model.base.id, itertools.islice(_text_parts(body), MAX_TEXT_PARTS)
     )
@@ -116,7 +116,7 @@ def _session(body: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
 
 
 def _text_parts(body: Mapping[str, Any]) -> Iterator[bytes]:
-    """The text of a request in about the order in which a chat template has it."""
+    """The text of a request, roughly in the order of a chat template."""
     for key in ("tools", "functions", "instructions", "system", "messages", "prompt", "input"):
         value = body.get(key)
         if value is not None:
@@ -126,7 +126,7 @@ def _text_parts(body: Mapping[str, Any]) -> Iterator[bytes]:
 def _text(value: Any) -> Iterator[bytes]:
     """The text of a prompt, a message, its content, a part of that, a tool, or a list of these.
 
-    Of several prompts in one request the first stands for all: they go to one replica.
+    Of several prompts in one request the first counts: all go to one replica.
     """
     if isinstance(value, str):
         yield value[:MAX_HASHED_BYTES].encode(errors="surrogatepass")
@@ -145,7 +145,7 @@ def _text(value: Any) -> Iterator[bytes]:
             try:
                 yield array("I", value[:MAX_HASHED_TOKENS]).tobytes()
             except (TypeError, OverflowError):
-                return  # no prompt of any engine's
+                return  # not a valid prompt
         elif isinstance(value[0], dict):
             for part in value:
                 yield from _text(part)

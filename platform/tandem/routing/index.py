@@ -228,7 +228,7 @@ class ReplicaIndex:
     # ---- queries of the policies --------------------------------------------------------------------------------------
 
     def adapter_presence(self, replica: str, adapter: str) -> float:
-        """Presence of an adapter at a replica: 1 in a slot or requested by this gateway, `HOST_MEMORY_SHARE` in memory, else 0."""
+        """Presence of an adapter at a replica: 1 in a slot or requested by this gateway, `HOST_MEMORY_SHARE` in memory, or 0."""
         carried = self._own_by_adapter.get(adapter)
         if carried is not None and replica in carried:
             return 1.0

@@ -9,10 +9,9 @@ from tandem.registry import Registry
 
 
 class PinnedAdapters:
-    """The pinned adapters of one base, read again when the registry has changed.
+    """Pinned adapters of one base model.
 
-    The directory follows the registry's revision for all replicas: a thousand of them hold no connection to the database, and ask
-    nothing of it while nothing changes.
+    The directory reads the registry's revision for all replicas: replicas query the database only after a change.
     """
 
     def __init__(self, base: str, registry: Callable[[], Registry]) -> None:
@@ -26,10 +25,10 @@ class PinnedAdapters:
         return revision != self._revision
 
     def read(self, revision: int) -> list[AdapterRef] | None:
-        """The pinned adapters if they are others than at the last call, else None; RegistryError if the database fails."""
+        """The pinned adapters if they differ from the last call's, else None; RegistryError if the database fails."""
         with self._open() as registry:
             found = [AdapterRef.of(record) for record in registry.pinned(self._base) if not record.dora]
-        # A change that came after `revision` was read makes it another one, and is read again.
+        # A change after `revision` was read increases it, and is read next time.
         self._revision = revision
         if found == (self._known or []):
             return None

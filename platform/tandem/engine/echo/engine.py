@@ -1,4 +1,4 @@
-"""The fake engine that ships: answers with the prompt's own words, starts at once, needs neither torch nor a model."""
+"""Echo engine: a fake that answers with the prompt's words; starts at once, without torch or a model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ TASKS = ("generate", "embed", "score")
 
 
 class EchoEngine:
-    """Answers completions and chat with the prompt's words, one for each token, `delay_s` apart; with `ignore_eos` it says them
-    again and again until there are `max_tokens`.
+    """Answers completions and chats with the prompt's words, one for each token, `delay_s` apart; with `ignore_eos` it repeats
+    them up to `max_tokens`.
 
-    Every other route is answered with the request itself, as it came.
+    Every other route returns the request's own body.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class EchoEngine:
         self._first_tokens = TtftWindow()
         self._healthy = True
         self.aborted = 0
-        """Requests whose client left before the end."""
+        """Requests whose client disconnected before the end."""
         self.loads: list[str] = []
         """Ids of the adapters that were loaded, in order."""
         self._app = Starlette(
@@ -83,7 +83,7 @@ class EchoEngine:
 
     @property
     def app(self) -> ASGIApp:
-        """The routes that a client may reach."""
+        """The engine's HTTP app."""
         return self._app
 
     async def start(self) -> None:
@@ -99,11 +99,11 @@ class EchoEngine:
         self._adapters[adapter.id] = adapter
 
     async def unload_adapter(self, adapter_id: str) -> None:
-        """Forget a name."""
+        """Remove an adapter."""
         self._adapters.pop(adapter_id, None)
 
     def stats(self) -> EngineStats:
-        """How many answers are being written."""
+        """The load now."""
         return EngineStats(
             running=self._running,
             waiting=self._waiting,
@@ -116,7 +116,7 @@ class EchoEngine:
         )
 
     def die(self) -> None:
-        """Behave like an engine whose process is gone."""
+        """Behave like an engine whose process has ended."""
         self._healthy = False
 
     async def drain(self, timeout_s: float) -> None:
@@ -214,7 +214,7 @@ class EchoEngine:
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Wait for a slot, where there are so many, and be counted."""
+        """Wait for a free slot if slots are limited, and count as running for the length of a block."""
         self._waiting += 1
         waited = True
         try:

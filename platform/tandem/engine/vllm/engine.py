@@ -60,7 +60,7 @@ class VllmEngine:
         try:
             self._llm = AsyncLLM.from_vllm_config(
                 vllm_config=self._config,
-                # With one of ours vLLM would reckon each step's numbers, whatever disable_log_stats says.
+                # With a logger vLLM would compute statistics of each step, whatever disable_log_stats says.
                 stat_loggers=None if self._spec.offline else [lambda config, index=0: self._scheduler_stats],
                 disable_log_stats=self._args.disable_log_stats,
             )
@@ -74,12 +74,12 @@ class VllmEngine:
         except (Exception, SystemExit) as error:
             await self.drain(0.0)
             raise EngineError(f"vLLM could not load {self._args.model}: {error}") from error
-        # vLLM's error handlers tell their server to exit when the engine is dead. Ours stays, to say so to the gateways.
+        # vLLM's error handlers stop their server when the engine is dead. This one stays, to report it to the gateways.
         app.state.server = SimpleNamespace(should_exit=False)
         self._models = app.state.openai_serving_models
         if self._keeps_a_slot_empty:
             await self._reserve_last_slot()
-        # Nobody waits for the first rows of a batch run in particular.
+        # A batch run needs no warm-up: no client waits for its first answers.
         if not self._spec.offline:
             await self._warm_up(app)
         self._app = app
@@ -101,7 +101,7 @@ class VllmEngine:
             await llm.remove_lora(request.lora_int_id)
 
     def stats(self) -> EngineStats:
-        """The load now, from vLLM's own books."""
+        """The load now, from vLLM's own counters."""
         if self._llm is None:
             return EngineStats(healthy=False)
         unfinished = self._llm.get_num_unfinished_requests()
@@ -130,7 +130,7 @@ class VllmEngine:
             await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
 
     async def _warm_up(self, app: ASGIApp) -> None:
-        """Compile and load what first requests would wait for; raises EngineError if the engine dies of it or hangs."""
+        """Send warm-up requests, so that clients do not wait for compilation; EngineError if the engine dies or hangs."""
         llm = self._started()[1]
         parsers = parsers_of(self._spec)
         features = WarmUpFeatures(
@@ -138,7 +138,7 @@ class VllmEngine:
             tasks=self._tasks,
             chat=parsers.chat,
             tools=bool(self._args.tool_call_parser),
-            # On a CPU with adapters they end vLLM's process (gateway.routes.openai.check_prompt_logprobs).
+            # On a CPU with adapters they end vLLM's process (engine.vllm.requests).
             prompt_logprobs=bool(self._spec.gpus) or not self._spec.max_adapters,
             ranks=self._config.parallel_config.data_parallel_size,
         )
@@ -158,7 +158,7 @@ class VllmEngine:
         try:
             await llm.add_lora(request)
         except Exception as error:
-            # An adapter may fail when half of it is in its slot: none of it may stay.
+            # An adapter may fail after a part of it was loaded: that must not stay.
             with contextlib.suppress(Exception):
                 await llm.remove_lora(request.lora_int_id)
             raise EngineError(f"vLLM could not load the adapter {name}: {error}") from error
@@ -166,10 +166,10 @@ class VllmEngine:
         return request
 
     async def _reserve_last_slot(self) -> None:
-        """Fill all slots with an adapter of nothing, pin the one in the last, and free the others.
+        """Fill all slots with empty adapters, pin the one in the last slot, and free the others.
 
-        vLLM's CPU build reads the last slot for requests of the base (vllm_args.slots_of); this way it never holds anything
-        else, while vLLM moves adapters among the others as they are used.
+        vLLM's CPU build applies the last slot's adapter to requests for the base model (`arguments.slots_of`): the slot must
+        never hold another adapter, while vLLM moves adapters among the other slots.
         """
         models, llm = self._started()
         names = [f"-{number}" for number in range(slots_of(self._spec))]
@@ -205,7 +205,7 @@ class VllmEngine:
 
 
 def write_empty_adapter(folder: Path, kind: str) -> None:
-    """An adapter, in peft's format, of a layer that no model has; vLLM asks that its `kind` be known."""
+    """Write an adapter without effect in peft's format: for a layer that no model has, of a `kind` that vLLM knows."""
     config = {"r": 1, "lora_alpha": 1, "target_modules": [kind], "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     zeros = np.zeros((1, 1), np.float32)
@@ -214,7 +214,7 @@ def write_empty_adapter(folder: Path, kind: str) -> None:
 
 
 class _SchedulerStats(StatLoggerBase):
-    """Keeps each scheduler's newest numbers (one for each data-parallel rank); vLLM hands them over after every step."""
+    """The newest statistics of each scheduler (one for each data-parallel rank), which vLLM reports after every step."""
 
     def __init__(self, vllm_config: VllmConfig | None = None, engine_index: int = 0) -> None:
         self._ranks: dict[int, tuple[int, float]] = {}
@@ -233,7 +233,7 @@ class _SchedulerStats(StatLoggerBase):
         return max((usage for _, usage in self._ranks.values()), default=0.0)
 
     def forget_first_tokens(self) -> None:
-        """Those of the warm-up are no client's."""
+        """Drop the times of the warm-up."""
         self.first_tokens = TtftWindow()
 
     def record(
@@ -251,4 +251,4 @@ class _SchedulerStats(StatLoggerBase):
             self.first_tokens.add(iteration_stats.time_to_first_tokens_iter, time.monotonic())
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Log nothing."""

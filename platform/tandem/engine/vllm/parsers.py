@@ -1,4 +1,4 @@
-"""Selects vLLM's tool and reasoning parsers for a model, from its family and its chat template (docs/adr/0023).
+"""Selection of vLLM's tool and reasoning parsers from a model's family and chat template (docs/adr/0023).
 
 Pure but for `read_parsers`, which reads the model's folder. `engine_args.tool_call_parser` and `engine_args.reasoning_parser`
 override what is selected here.
@@ -19,11 +19,11 @@ FALLBACK_TOOL_PARSER = "pythonic"
 """For templates with tools in an unknown format: it needs no special tokens, leaves other text alone, and vLLM constrains a call
 that must be made (`required`, or a named function) to JSON of the tool's schema."""
 REFUSES_TOOLS = re.compile(r"--(?:tool-call-parser|enable-auto-tool-choice)")
-"""vLLM's words for a request with tools at a model without a tool parser."""
+"""vLLM's message for a request with tools at a model without a tool parser."""
 
 
 class Rule(NamedTuple):
-    """A parser, and which models it is for."""
+    """A parser, and the models that it fits."""
 
     parser: str
     families: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
-"""Where each call gets its turn before the proxy opens a replica for it, and what a client is told whose call gets none.
+"""Admission control: one bounded queue for each model; rejects with 429, 503 or 504 the requests that exceed it.
 
-There is one for each gateway app. What is decided is in queue.py; here are the clock, the replicas that there are, and the calls
-that sleep. Where nothing waits a call passes in some microseconds. Several gateways have an equal share of each limit.
+One for each gateway app. `queue` decides; this module adds the clock, the number of ready replicas and the waiting tasks. Where
+nothing waits, a request passes in some microseconds. Several gateways have equal shares of each limit.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from tandem.gateway.fleet import Fleet
 from tandem.routing.records import ReplicaRecord, ServedModel
 
 PREFETCH_SHARE = 0.25
-"""Requests beyond what an engine generates at once, as a share of it, that wait inside it: its batch is never short of one."""
+"""Requests queued inside an engine, as a share of its batch size, so that it never waits for the next request."""
 MIN_PREFETCH = 4
 SWEEP_S = 0.1
-"""How often those that wait are looked at for one that has waited long enough."""
+"""Seconds between two checks for waiting requests whose time is over."""
 MAX_RETRY_AFTER_S = 60
-"""The SDKs take no heed of a Retry-After beyond it."""
+"""Longest Retry-After that the SDKs obey, in seconds."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
-"""How long a call that no replica took keeps still before it asks for its turn again, at first and at most; it doubles."""
+"""First and largest pause, in seconds, before a request that no replica took is queued again; it doubles each time."""
 
 
 class QueueMetrics(Protocol):
-    """Takes what is measured of the queues."""
+    """Receives measurements of the queues."""
 
     def load(self, model: str, running: int, waiting: int) -> None:
         """A model's requests in flight, and those that wait, now."""
         ...
 
     def refused(self, model: str, outcome: str) -> None:
-        """A request was not started, by one of queue.Outcome's; or it was, and is `deadline_error`."""
+        """A request was refused, with the value of a `queue.Outcome`; or it missed its deadline after its start (`late`)."""
         ...
 
 
 class NoQueueMetrics:
-    """A Meter that keeps nothing."""
+    """A QueueMetrics that does nothing."""
 
     def load(self, model: str, running: int, waiting: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def refused(self, model: str, outcome: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Admission:
-    """The queues of all served models at one gateway. Lives in its event loop."""
+    """The queues of all served models at one gateway; used in its event loop."""
 
     def __init__(
         self, models: Iterable[ServedModel], fleet: Fleet, config: GatewayConfig, metrics: QueueMetrics | None = None
@@ -72,15 +72,15 @@ class Admission:
         fleet.add_listener(self.refresh)
 
     def waiting(self) -> dict[str, int]:
-        """Requests that wait here, for room or for a replica, by the model's id."""
+        """Numbers of waiting requests, by model id."""
         return {name: len(queue) for name, queue in self._queues.items()}
 
     def slot(self, model: ServedModel, hints: SchedulingHints, *, light: bool = False) -> AdmissionSlot:
-        """A place for one call. A `light` one waits only where no replica is ready, and counts for nothing else."""
+        """The admission slot of one request. A `light` request waits only while no replica is ready, and is not counted."""
         return AdmissionSlot(self, model, hints, light)
 
     def refresh(self) -> None:
-        """Take what the fleet now knows; whoever can start, starts."""
+        """Apply the fleet's current state to the limits; start the requests that may start."""
         now = time.monotonic()
         for name, queue in self._queues.items():
             queue.set_limit(self._limit(self._models[name]), now)
@@ -92,7 +92,7 @@ class Admission:
         return self._queues[model.id]
 
     async def sleep(self, queue: Queue, ticket: Ticket) -> Outcome:
-        """Until it is the turn of one that waits, or it has waited long enough. Cancelled, it waits no longer."""
+        """Wait until a queued request may start or is refused; if cancelled, it leaves the queue."""
         told: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._wakeups[ticket] = told
         if self._sweeping is None:
@@ -108,7 +108,7 @@ class Admission:
             del self._wakeups[ticket]
 
     def notify(self, queue: Queue, ticket: Ticket, outcome: Outcome) -> None:
-        """Wake one that waited; whoever has just been cancelled needs no slot."""
+        """Wake a waiting request; one that has just been cancelled gives its slot back."""
         told = self._wakeups.get(ticket)
         if told is not None and not told.done():
             told.set_result(outcome)
@@ -116,23 +116,23 @@ class Admission:
             queue.start_cancelled()
 
     def ended(self, queue: Queue, ticket: Ticket, *, complete: bool) -> None:
-        """One that had started is over; the next may start."""
+        """A started request has ended; the next may start."""
         queue.ended(ticket, time.monotonic(), complete=complete)
         self.serve(queue)
 
     def start_cancelled(self, queue: Queue) -> None:
-        """One that had started was taken by no replica; the next may start."""
+        """A started request was taken by no replica; the next may start."""
         queue.start_cancelled()
         self.serve(queue)
 
     def serve(self, queue: Queue) -> None:
-        """Start what can start."""
+        """Start the requests that may start."""
         if len(queue):
             for ticket, outcome in queue.pop_startable(time.monotonic()):
                 self.notify(queue, ticket, outcome)
 
     def refusal(self, model: ServedModel, hints: SchedulingHints, outcome: Outcome) -> ApiError:
-        """What a client is told whose request was not started."""
+        """The error for a request that was not started."""
         self.metrics.refused(model.id, outcome.value)
         queue, name = self._queues[model.id], model.name
         if outcome is Outcome.UNSERVED:
@@ -168,24 +168,24 @@ class Admission:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
     def _limit(self, model: ServedModel) -> int | None:
-        """Requests that may be in flight for a model from here; None: any number."""
+        """Requests that may be in flight from this gateway for a model; None: no limit."""
         ready = self._fleet.ready(model.id, suspects=not model.config.hold_s)
         if not ready:
             return 0
         each = [requests_per_replica(replica, model.config.requests_per_replica) for replica in ready]
         if None in each:
             return None
-        # What still runs on replicas that are about to end takes no room of the others.
+        # Requests on draining replicas take no capacity of the ready ones.
         share = math.ceil(sum(most or 0 for most in each) / self._config.replicas)
         return share + self._fleet.requests_outside(model.id, replicas=ready)
 
 
 class AdmissionSlot:
-    """One call's place: in a queue, and then among those in flight until `leave`."""
+    """Admission of one request: waiting in the queue, then in flight until `release`."""
 
     def __init__(self, admission: Admission, model: ServedModel, hints: SchedulingHints, light: bool) -> None:
         self.complete = False
-        """Set: all of the answer was sent."""
+        """Set when the whole answer has been sent."""
         self._admission = admission
         self._model = model
         self._queue = admission.queue(model)
@@ -197,7 +197,7 @@ class AdmissionSlot:
         self._backoff_s = FIRST_BACKOFF_S
 
     async def acquire(self) -> float:
-        """Wait for the call's turn; the seconds that it took. Raises ApiError where it does not come: 429, 503 or 504."""
+        """Wait until the request may start; returns the seconds waited. Raises ApiError 429, 503 or 504 if it is refused."""
         if self._passes_queue:
             return 0.0
         outcome, displaced = self._queue.enter(self._ticket, time.monotonic())
@@ -206,7 +206,7 @@ class AdmissionSlot:
         return await self._follow(outcome)
 
     async def reacquire(self, error: ApiError) -> float:
-        """The same once more, within `hold_s` from the first time on; beyond it, it raises `error`."""
+        """Wait again after no replica took the request; raises `error` once `hold_s` has passed since the first time."""
         if self._held:
             self._held = False
             self._admission.start_cancelled(self._queue)
@@ -222,13 +222,13 @@ class AdmissionSlot:
         return still_s + await self._follow(self._queue.reenter(self._ticket, time.monotonic()))
 
     def release(self) -> None:
-        """The call is over."""
+        """The request has ended."""
         if self._held:
             self._held = False
             self._admission.ended(self._queue, self._ticket, complete=self.complete)
 
     def deadline_error(self) -> ApiError:
-        """What a client is told whose time is over."""
+        """The error for a request whose deadline has passed."""
         if self._began:
             self._admission.metrics.refused(self._model.id, "late")
             return expired(f"The answer of {self._model.name} was not whole in time")
@@ -251,7 +251,7 @@ class AdmissionSlot:
 
 
 def requests_per_replica(replica: ReplicaRecord, configured: int | None) -> int | None:
-    """Requests that one replica gets at once; None: any number."""
+    """Requests in flight at one replica at most; None: no limit."""
     if configured is not None:
         return configured
     at_once = replica.max_running
@@ -259,7 +259,7 @@ def requests_per_replica(replica: ReplicaRecord, configured: int | None) -> int 
 
 
 def expired(what: str) -> ApiError:
-    """504 for a request whose time is over; the SDKs then do not try again by themselves."""
+    """504 for a request whose deadline has passed; `x-should-retry: false` keeps the SDKs from retrying."""
     return ApiError(
         504, f"{what}: its time is over (`timeout`).", code="deadline_exceeded", headers={"x-should-retry": "false"}
     )

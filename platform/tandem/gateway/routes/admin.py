@@ -1,6 +1,6 @@
-"""The operator's routes: register, list, promote, roll back, pin and delete adapters, and see where each is resident.
+"""Admin routes: register, list, promote, roll back, pin and delete adapters; adapters resident at each replica.
 
-Closed unless the app was started with a token of its own for them (TANDEM_ADMIN_TOKEN); clients' keys open nothing here.
+Closed unless the app was started with TANDEM_ADMIN_TOKEN; clients' API keys are not accepted here.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ KEYS = {"name": str, "source": str, "base": str, "promote": bool}
 
 
 class AdminRoutes:
-    """The route handlers, around what they need."""
+    """The route handlers."""
 
     def __init__(self, adapters: Adapters, fleet: Fleet, token: str | None, retry_after_s: int = 5) -> None:
-        """`token`: the fingerprint of the operator's token; None closes the routes."""
+        """`token`: fingerprint of the admin token; None closes the routes."""
         self._retry_after_s = retry_after_s
         self._adapters = adapters
         self._fleet = fleet
         self._token = token
 
     def routes(self) -> list[BaseRoute]:
-        """What Starlette mounts."""
+        """The routes for Starlette."""
         one = "/admin/adapters/{name}"
         return [
             Route("/admin/adapters", self._guarded(self.list_adapters), methods=["GET"]),
@@ -97,11 +97,11 @@ class AdminRoutes:
         return JSONResponse(to_json(record) | {"promotions": promotions, "replicas": held})
 
     async def promote(self, request: Request) -> Response:
-        """Make a version (`name@version` in the path) what its name means."""
+        """Make a version (`name@version` in the path) the one that its name resolves to."""
         return JSONResponse(to_json(await self._do(self._adapters.promote, request.path_params["name"])))
 
     async def roll_back(self, request: Request) -> Response:
-        """Make a name mean what was promoted before."""
+        """Resolve a name to the version promoted before."""
         return JSONResponse(to_json(await self._do(self._adapters.roll_back, request.path_params["name"])))
 
     async def pin(self, request: Request) -> Response:
@@ -109,17 +109,17 @@ class AdminRoutes:
         return JSONResponse(to_json(await self._do(self._adapters.pin, request.path_params["name"])) | {"pinned": True})
 
     async def unpin(self, request: Request) -> Response:
-        """Undo that."""
+        """Undo `pin`."""
         name = request.path_params["name"]
         return JSONResponse({"id": name, "pinned": False, "was_pinned": await self._do(self._adapters.unpin, name)})
 
     async def delete(self, request: Request) -> Response:
-        """Forget a version, or all of a name."""
+        """Delete a version, or all versions of a name."""
         gone = await self._do(self._adapters.delete, request.path_params["name"])
         return JSONResponse({"deleted": [record.id for record in gone]})
 
     async def residency(self, request: Request) -> Response:
-        """Each replica with the adapters in its slots and in its memory, and the pinned ones that it cannot keep."""
+        """Each replica with the adapters in its slots and its memory, and the pinned ones that it could not load."""
         return JSONResponse({"object": "list", "data": self._replicas()})
 
     def _replicas(self) -> list[dict[str, Any]]:
@@ -137,7 +137,7 @@ class AdminRoutes:
         ]
 
     async def _do(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Work that waits for a disk or a store, in a thread; its errors as answers."""
+        """Blocking work in a thread; its errors as ApiErrors."""
         try:
             return await asyncio.to_thread(work, *args, **options)
         except UnknownModelError as error:

@@ -1,4 +1,4 @@
-"""What clients ask: the models there are, every route of an engine (serve.routes), and whether all of it is up."""
+"""Routes for clients: list of models, every route of an engine (`engine.routes`), health."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from tandem.gateway.routes import responses
 from tandem.gateway.upstream import EngineRequest
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
-"""Request headers that an engine gets; a client's own key is not among them."""
+"""Request headers passed to the engine; a client's API key is not among them."""
 STRICT_HEADER = "x-tandem-strict"
 """`true`: unknown fields of this request are an error, whatever `gateway.strict` says."""
 WARNING_HEADER = "x-tandem-warning"
-"""Header of an answer: what was wrong with its request and did not matter."""
+"""Response header that names unknown fields of the request."""
 
 
 class OpenAIRoutes:
-    """The route handlers, around what they need."""
+    """The route handlers."""
 
     def __init__(self, catalog: Catalog, fleet: Fleet, relay: Relay, config: GatewayConfig) -> None:
         self._catalog = catalog
@@ -45,7 +45,7 @@ class OpenAIRoutes:
         self._config = config
 
     def routes(self) -> list[BaseRoute]:
-        """What Starlette mounts."""
+        """The routes for Starlette."""
         return [
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.get_model),
@@ -55,7 +55,7 @@ class OpenAIRoutes:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        """What `model` may name: at most `limit` adapters (1 to 1000), by name, after the one that `after` names."""
+        """The models, and at most `limit` adapters (1 to 1000) by name, after the name `after`."""
         limit = int_parameter(request, "limit", PAGE, PAGE)
         page = await self._catalog.page(request.query_params.get("after"), limit)
         data = [card.to_json() for card in page.cards]
@@ -69,7 +69,7 @@ class OpenAIRoutes:
         dialect = dialect_of(route.path)
 
         async def handle(request: Request) -> Response:
-            """Find out who answers, and hand the bytes on."""
+            """Resolve the model, check the request and relay it."""
             raw = await read_body(request, self._config.max_body_bytes)
             stopwatch, arrived = Stopwatch(), time.monotonic()
             body = parse_body(raw)
@@ -111,7 +111,7 @@ class OpenAIRoutes:
         return handle
 
     def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
-        """A warning header for fields that no request to `path` has; where that is strict, ApiError 400 instead."""
+        """A warning header for unknown fields of a request to `path`; in strict mode ApiError 400 instead."""
         unknown = unknown_fields(path, body)
         if not unknown:
             return {}
@@ -121,7 +121,7 @@ class OpenAIRoutes:
         return {WARNING_HEADER: warnings}
 
     async def health(self, request: Request) -> Response:
-        """200 once every model has a ready replica, or may be without; 503 with the counts before."""
+        """200 if every model has a ready replica or may scale to zero, otherwise 503; with the numbers of ready replicas."""
         ready = {model.name: len(self._fleet.ready(model.id, suspects=True)) for model in self._catalog.models}
         whole = all(ready[model.name] or model.scales_to_zero for model in self._catalog.models)
         headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
@@ -154,7 +154,7 @@ def int_parameter(request: Request, name: str, default: int, most: int) -> int:
 
 
 def drop_kv_transfer(body: dict[str, Any]) -> None:
-    """Take out what says from which host an engine fetches a cache: the gateway's to say, never a client's."""
+    """Remove fields that name a host from which an engine fetches a KV cache: only the gateway may set them."""
     inner = body.get("vllm_xargs")
     for holder in (body, inner if isinstance(inner, dict) else {}):
         for key in ("kv_transfer_params", "ec_transfer_params"):
@@ -162,7 +162,7 @@ def drop_kv_transfer(body: dict[str, Any]) -> None:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; ApiError 413 as soon as it is known to be larger than `limit` bytes, 415 if it is compressed."""
+    """The request's body; ApiError 413 as soon as it exceeds `limit` bytes, 415 if it is compressed."""
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         raise ApiError(

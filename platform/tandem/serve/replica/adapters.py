@@ -1,6 +1,6 @@
-"""The adapters of one engine: loaded when first asked for or when pinned, the longest unused one going when memory runs out.
+"""Adapter slots of one engine: adapters are loaded on first use or when pinned, the least recently used are evicted.
 
-Lives in the engine's event loop; what is decided is decided by `Residency`.
+Used in the engine's event loop; `Residency` makes the decisions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tandem.errors import AdapterError, EngineError, TandemError
 from tandem.serve.replica.residency import Residency, Waiter
 
 REFUSAL_TTL_S = 10.0
-"""How long an adapter that the engine refused is refused without asking again: asking stops every stream for a moment."""
+"""Seconds for which a refused adapter is refused without trying again: a load pauses every stream for a moment."""
 
 
 class SlotsBusyError(EngineError):
@@ -24,7 +24,7 @@ class SlotsBusyError(EngineError):
 
 
 class AdapterSlots:
-    """The adapters of one engine; one in use is never unloaded."""
+    """The adapters of one engine. An adapter in use is never unloaded."""
 
     def __init__(
         self,
@@ -50,15 +50,15 @@ class AdapterSlots:
         self._pinning_task: asyncio.Task[None] | None = None
         # Replaced whole, as other threads read them.
         self.in_slots: tuple[str, ...] = ()
-        """Ids of those that a batch can use without a copy."""
+        """Ids of the adapters in slots, which a batch can use without a copy."""
         self.loads = 0
-        """How often an adapter was loaded."""
+        """Adapter loads since the start."""
         self.problems: dict[str, str] = {}
-        """Pinned adapters that are not kept, and why."""
+        """Pinned adapters that are not loaded, with the reason."""
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Ids of those in the engine's memory, the longest unused first."""
+        """Ids of the adapters in the engine's memory, least recently used first."""
         return tuple(self._residency.loaded)
 
     @property
@@ -113,7 +113,7 @@ class AdapterSlots:
             return True
 
     def set_pinned(self, adapters: Iterable[AdapterRef]) -> None:
-        """Load these when there is room, and never send them away; those kept before are kept no more."""
+        """Replace the pinned adapters: load these as memory allows, and never evict them."""
         wanted = {adapter.id: adapter for adapter in adapters}
         left_out = self._residency.pin(wanted)
         room = max(0, self._residency.cached - 1)
@@ -141,7 +141,7 @@ class AdapterSlots:
         try:
             await turn
         except BaseException:
-            # Let in at the very moment that the client left: the place goes to the next.
+            # Admitted at the moment of the cancellation: the slot goes to the next request.
             if turn.done() and not turn.cancelled():
                 self._leave(adapter_id)
             raise
@@ -174,13 +174,13 @@ class AdapterSlots:
         if task is None:
             task = self._loading[adapter.id] = asyncio.create_task(self._make_resident(adapter))
             task.add_done_callback(functools.partial(self._loaded, adapter.id))
-        # Shielded: a client that leaves must not cancel the load that others wait for.
+        # Shielded: a client that disconnects must not cancel the load that others wait for.
         await asyncio.shield(task)
 
     def _loaded(self, adapter_id: str, task: asyncio.Task[None]) -> None:
         self._loading.pop(adapter_id, None)
         if not task.cancelled():
-            task.exception()  # seen here, so that a load nobody waits for any more does not complain at exit
+            task.exception()  # retrieved: asyncio reports exceptions of abandoned tasks otherwise
 
     async def _make_resident(self, adapter: AdapterRef) -> None:
         ready = await asyncio.to_thread(self._prepare, adapter)
@@ -188,7 +188,7 @@ class AdapterSlots:
             if (victim := self._residency.eviction_candidate()) is not None:
                 await self._evict(victim)
             elif self._residency.full:
-                # Everybody who waited for this load has left, and others came.
+                # All requests that waited for this load have gone, and others have taken the memory.
                 raise SlotsBusyError(
                     f"All of the engine's memory for adapters is in use, so {adapter.id} cannot be loaded."
                 )

@@ -1,6 +1,6 @@
-"""One engine replica: a Serve deployment whose engine speaks HTTP on a port of its own.
+"""Engine replica: a Serve deployment whose engine serves HTTP on a port of its own.
 
-Serve starts it, checks it and replaces it; no request passes through Serve's handles.
+Serve starts, checks and replaces it; requests do not pass through Serve's handles.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from tandem.serve.replica.startup import StartupTimer
 from tandem.settings import export
 
 STOP_S = 15.0
-"""How long an engine may take to end once it is idle."""
+"""Seconds that an idle engine may take to stop."""
 GRACE_BEFORE_DRAIN_S = 0.5
-"""How long a replica that is to end takes what gateways send before they have heard of it."""
+"""Seconds in which a stopping replica still takes requests of gateways that do not know it yet."""
 
 
 class EngineReplica:
-    """Holds one engine. `directory` is the handle of the app's directory."""
+    """One engine. `directory`: handle of the app's directory."""
 
     # Serve awaits an asynchronous constructor.
     async def __init__(  # type: ignore[misc]
@@ -86,17 +86,17 @@ class EngineReplica:
         self._pins = (
             PinnedAdapters(model.id, lambda: Registry.at(registry)) if registry and model.config.max_adapters else None
         )
-        # An old replica ends when Serve knows of this one: gateways must know of it by then.
+        # Serve stops an old replica when this constructor returns: gateways must know this one by then.
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._send_heartbeat(), 2.0)
         self._heartbeats = asyncio.create_task(self._send_heartbeats())
-        # Not with the beats: a registry that hangs must not make the replica silent.
+        # A task of its own: a registry that hangs must not stop the heartbeats.
         self._pinning = asyncio.create_task(self._follow_pins())
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
         if self._heartbeats.done():
-            raise EngineError(f"This replica of {self._model.id} tells the directory nothing any more.")
+            raise EngineError(f"This replica of {self._model.id} sends no heartbeats any more.")
         if not self._host.alive:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")
@@ -113,7 +113,7 @@ class EngineReplica:
         return self._stall.is_stuck(time.monotonic())
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve where the model scales; what `autoscale.EnginePolicy` reads."""
+        """Called by Serve for autoscaled models; read by `autoscale.EnginePolicy`."""
         stats = self._host.stats()
         return {
             "waiting": stats.waiting + self._host.waiting,
@@ -125,10 +125,10 @@ class EngineReplica:
         }
 
     def woken(self) -> None:
-        """Called when a request found no replica; that this can be answered is the answer."""
+        """Called by the directory when requests wait and no replica is ready; returns once a replica runs."""
 
     def record(self) -> ReplicaRecord:
-        """What the directory is told."""
+        """The record for the directory."""
         stats = self._host.stats()
         return ReplicaRecord(
             id=self._id,
@@ -151,7 +151,7 @@ class EngineReplica:
         )
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica is to end: drain, and leave nothing behind."""
+        """Called by Serve to stop the replica: drains it and ends all its processes."""
         if not hasattr(self, "_beats"):
             return
         self._pinning.cancel()
@@ -159,7 +159,7 @@ class EngineReplica:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._send_heartbeat(), 2.0)
         await asyncio.sleep(GRACE_BEFORE_DRAIN_S)
-        # The beats go on meanwhile: whoever is not heard counts as lost, and gateways give up what it still sends.
+        # Heartbeats continue meanwhile: gateways would cut the streams of a silent replica.
         await self._host.drain(0.0 if self._is_stuck() else self._drain_timeout_s)
         self._heartbeats.cancel()
         with contextlib.suppress(Exception):
@@ -169,7 +169,7 @@ class EngineReplica:
     async def _send_heartbeats(self) -> None:
         while True:
             self._changed.clear()
-            # A directory that is being replaced does not answer; the next beat finds the new one.
+            # A directory that is being replaced does not answer; the next heartbeat reaches the new one.
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._send_heartbeat(), 5 * HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
@@ -178,13 +178,13 @@ class EngineReplica:
     async def _follow_pins(self) -> None:
         while self._pins is not None:
             revision = self._reply.registry_revision
-            # Where the registry does not answer, what was pinned stays so.
+            # While the registry does not answer, the pinned adapters stay.
             with contextlib.suppress(Exception):
                 if revision is None or not self._pins.is_behind(revision):
                     pass
                 elif (wanted := await asyncio.to_thread(self._pins.read, revision)) is not None:
                     self._host.set_pinned(wanted)
-            # All replicas hear of a change at once; they do not all ask at once.
+            # All replicas learn of a change at once; a random pause spreads their queries.
             await asyncio.sleep(HEARTBEAT_S * random.uniform(0.5, 1.5))
 
     async def _send_heartbeat(self) -> None:
@@ -210,7 +210,7 @@ async def _answer(response: Any) -> Any:
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+    with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(event.set)
 
 

@@ -1,7 +1,7 @@
-"""Tells a stuck engine from a busy one. Pure: callers pass what the engine says of itself, and the clock.
+"""Stall detection: an engine that has work and completes no step is stuck. Pure: callers pass stats and the clock.
 
-An engine whose process is stopped, or waits for a rank that is, still has a replica that answers for it: its requests would wait
-for ever. What it cannot do is end a step.
+An engine whose process is stopped, or waits for a rank that is, still has a replica that answers health checks, while its
+requests would never end.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from tandem.engine.protocol import EngineStats
 
 @dataclass(slots=True)
 class StallDetector:
-    """What one engine has got done, as seen from time to time."""
+    """Progress of one engine between observations."""
 
     limit_s: float
-    """How long an engine with work may end no step."""
+    """Seconds that an engine with work may take for a step."""
     progress_at_s: float = 0.0
-    """When it last ended one, or had no work."""
+    """Time when it last completed a step or had no work."""
     steps: int = -1
     had_work: bool = False
-    """Whether it had work at the last look."""
+    """Whether it had work at the last observation."""
 
     def observe(self, stats: EngineStats, now_s: float) -> None:
-        """Look at the engine."""
+        """Record the engine's stats."""
         idle = not stats.running + stats.waiting
-        # A stuck engine's requests are taken from it: that it has none is no sign of life, only a step is.
+        # Gateways end the requests of a stuck engine: an empty engine is no sign of progress, only a step is.
         if stats.steps != self.steps or not self.had_work or (idle and not self.is_stuck(now_s)):
             self.steps, self.progress_at_s, self.had_work = stats.steps, now_s, not idle
 
     def idle_s(self, now_s: float) -> float:
-        """How long it has had work and ended no step."""
+        """Seconds for which it has had work and completed no step."""
         return now_s - self.progress_at_s
 
     def is_stuck(self, now_s: float) -> bool:
-        """Whether that is too long."""
+        """Whether that exceeds the limit."""
         return self.idle_s(now_s) > self.limit_s
