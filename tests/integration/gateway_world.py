@@ -1,4 +1,4 @@
-"""A gateway before echo engines: real HTTP on both sides, no Ray."""
+"""A gateway in front of echo engines: real HTTP on both sides, no Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gateway before echo engines, whose limits a test sets: real HTTP on both sides, no Ray."""
+"""A gateway in front of echo engines with limits set by a test: real HTTP on both sides, no Ray."""
 
 from __future__ import annotations
 

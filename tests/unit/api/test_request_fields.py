@@ -70,7 +70,7 @@ def names(declared_type: Any) -> set[str]:
     return set(declared_type.__required_keys__ | declared_type.__optional_keys__)
 
 
-def test_the_table_holds_what_vllm_and_the_sdks_declare() -> None:
+def test_the_field_table_matches_vllm_and_the_sdks() -> None:
     from tandem.api.request_fields import REQUEST_FIELDS
     from tandem.engine.routes import ENGINE_ROUTES
 

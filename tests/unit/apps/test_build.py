@@ -123,7 +123,9 @@ def test_a_model_of_the_hub_is_served_by_its_name_there(registry: Registry, hub:
     assert (again.id, again.name) == ("org/tiny@1", "other")
 
 
-def test_what_is_neither_a_folder_nor_on_the_hub_is_refused_with_both_facts(registry: Registry, hub: FakeHub) -> None:
+def test_a_name_that_is_neither_folder_nor_hub_model_is_refused_with_both_facts(
+    registry: Registry, hub: FakeHub
+) -> None:
     with pytest.raises(
         UnknownModelError, match=r"models: There is no folder org/tiny\. The hub .* has no model org/tiny"
     ):

@@ -1,4 +1,4 @@
-"""What engines are given before their libraries are imported."""
+"""Creation of engines: environment and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tandem.registry import HubModel, Registry, pull_model
 
 
 @pytest.mark.parametrize("gpus", [0.0, 1.0])
-def test_whether_the_hub_may_be_asked_is_left_to_the_user(gpus: float) -> None:
+def test_the_engine_environment_sets_no_hub_variables(gpus: float) -> None:
     environment = engine_environment(EngineSpec(kind="vllm", id="m@1", name="m", path="/m", gpus=gpus))
     assert not [name for name in environment if name.startswith(("HF_", "TRANSFORMERS_"))]
 

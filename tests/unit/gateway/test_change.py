@@ -1,4 +1,4 @@
-"""What a gateway makes of replicas that come and go: other versions of a model, a new directory, a model that sleeps."""
+"""Gateway during changes: another version of a model, a restarted directory, a model at zero replicas."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def following(*replicas: ReplicaRecord) -> AsyncIterator[Fleet]:
     await fleet.stop()
 
 
-async def test_until_its_own_version_is_there_a_gateway_uses_the_other() -> None:
+async def test_requests_go_to_the_other_version_until_a_replica_of_their_own_is_ready() -> None:
     async with following(FIRST) as fleet:
         found = fleet.choose(ASK, ())
         assert found == FIRST
@@ -62,12 +62,12 @@ async def test_until_its_own_version_is_there_a_gateway_uses_the_other() -> None
         assert fleet.choose(ASK, ("second",)) == FIRST
 
 
-async def test_who_asks_for_a_version_or_an_adapter_of_it_gets_no_other() -> None:
+async def test_requests_pinned_to_a_version_get_no_other_version() -> None:
     async with following(FIRST) as fleet:
         assert fleet.choose(replace(ASK, pinned=True), ()) is None
 
 
-async def test_a_call_whose_version_is_not_there_asks_ever_less_often_and_says_nothing_of_the_pace(
+async def test_a_requeued_request_backs_off_and_does_not_count_for_the_throughput(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(admission, "MAX_BACKOFF_S", 0.2)
@@ -86,7 +86,7 @@ async def test_a_call_whose_version_is_not_there_asks_ever_less_often_and_says_n
         assert queue.running == 0 and queue.throughput.answer_time_s(3) > 0.0
 
 
-async def test_a_call_that_no_replica_took_within_hold_s_is_told_so_and_keeps_no_place() -> None:
+async def test_a_request_that_no_replica_took_within_hold_s_fails_and_frees_its_slot() -> None:
     brief = replace(NEW, config=replace(NEW.config, hold_s=0.0))
     async with following(FIRST) as fleet:
         gate = Admission([brief], fleet, GatewayConfig())
@@ -99,7 +99,7 @@ async def test_a_call_that_no_replica_took_within_hold_s_is_told_so_and_keeps_no
         assert gate.queue(brief).running == 0 and gate.queue(brief).throughput.answer_time_s(3) == 0.0
 
 
-async def test_a_light_call_needs_no_room_the_second_time_either() -> None:
+async def test_a_light_request_bypasses_the_queue_on_a_retry_too() -> None:
     async with following(replace(FIRST, max_running=1)) as fleet:
         gate = Admission([replace(NEW, config=replace(NEW.config, requests_per_replica=1))], fleet, GatewayConfig())
         gate.refresh()
@@ -113,13 +113,13 @@ async def test_a_light_call_needs_no_room_the_second_time_either() -> None:
         assert gate.queue(NEW).running == 1
 
 
-async def test_a_version_that_drains_is_no_help() -> None:
+async def test_draining_replicas_of_the_other_version_are_not_used() -> None:
     async with following(replace(FIRST, state="draining")) as fleet:
         assert fleet.choose(ASK, ()) is None
         assert fleet.ready("base@2", suspects=True) == []
 
 
-async def test_only_who_names_the_version_or_an_adapter_is_bound_to_it(tmp_path: Path) -> None:
+async def test_only_requests_that_name_a_version_or_an_adapter_are_pinned(tmp_path: Path) -> None:
     catalog = Catalog([NEW], Registry(f"sqlite:///{tmp_path}/tandem.db"))
     for name, pinned in (("base", False), ("base@2", True)):
         model = await catalog.resolve(name)
@@ -130,7 +130,7 @@ async def test_only_who_names_the_version_or_an_adapter_is_bound_to_it(tmp_path:
     assert not (await Catalog([folder], Registry(f"sqlite:///{tmp_path}/tandem.db")).resolve("plain")).pinned
 
 
-def test_the_body_names_the_version_that_the_replica_has() -> None:
+def test_the_body_names_the_version_of_the_chosen_replica() -> None:
     request = EngineRequest(
         path="/v1/completions",
         body=b'{"model":"base@2","prompt":"a"}',
@@ -144,7 +144,7 @@ def test_the_body_names_the_version_that_the_replica_has() -> None:
     assert from_json(request.body_for("base@1")) == {"model": "base@1", "prompt": "a"}
 
 
-def test_a_directory_that_has_just_begun_takes_nothing_away() -> None:
+def test_an_incomplete_snapshot_removes_no_known_replica() -> None:
     known = Snapshot(version=5, replicas=(FIRST, SECOND))
     gone = replace(SECOND, state="draining")
     started = with_unheard(Snapshot(version=9, replicas=(gone,), complete=False), known)
@@ -152,7 +152,7 @@ def test_a_directory_that_has_just_begun_takes_nothing_away() -> None:
     assert with_unheard(Snapshot(version=10, replicas=(gone,)), started).replicas == (gone,)
 
 
-async def test_a_new_gateway_waits_until_a_directory_is_whole_or_names_all_it_serves() -> None:
+async def test_a_new_gateway_waits_for_a_complete_snapshot_or_one_replica_of_each_model() -> None:
     told = [Snapshot(version=1, complete=False), Snapshot(version=2, replicas=(SECOND,), complete=False)]
 
     async def watch(version: int) -> Snapshot:
@@ -168,7 +168,7 @@ async def test_a_new_gateway_waits_until_a_directory_is_whole_or_names_all_it_se
 SLEEPER = replace(NEW, config=ServedModelConfig(model="base", autoscaling=AutoscalingConfig(min_replicas=0)))
 
 
-async def test_what_waits_for_a_model_that_scales_is_told_at_once_and_again_and_its_end_too(
+async def test_demand_of_scaling_models_is_reported_at_once_repeated_and_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(demand, "CHECK_PERIOD_S", 0.01)
@@ -199,7 +199,7 @@ async def test_what_waits_for_a_model_that_scales_is_told_at_once_and_again_and_
     await report.stop()
 
 
-async def test_a_model_that_may_sleep_is_well_without_replicas_and_no_other(tmp_path: Path) -> None:
+async def test_health_is_ok_without_replicas_only_for_models_that_scale_to_zero(tmp_path: Path) -> None:
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.01)
         return Snapshot(version=1)

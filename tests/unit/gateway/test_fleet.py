@@ -1,4 +1,4 @@
-"""What a gateway makes of the snapshots of its directory."""
+"""Fleet: snapshots of the directory, lost replicas, probes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chosen(fleet: Fleet) -> set[str]:
 
 
 @pytest.mark.parametrize("state", ["stuck", "silent"])
-def test_a_lost_replica_is_told_of_with_every_snapshot_and_chosen_no_more(state: str) -> None:
+def test_a_lost_replica_is_reported_with_every_snapshot_and_not_chosen(state: str) -> None:
     it, lost = fleet()
     it.apply_snapshot(Snapshot(version=1, replicas=(A, B)))
     gone = replace(A, state=state)  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def test_a_lost_replica_is_told_of_with_every_snapshot_and_chosen_no_more(state:
     assert lost == ["a", "a"] and chosen(it) == {"b"}
 
 
-def test_a_silent_one_that_is_vouched_for_is_chosen_until_it_is_not() -> None:
+def test_a_silent_replica_is_chosen_while_a_probe_has_confirmed_it() -> None:
     it, lost = fleet()
     silent = replace(A, state="silent")
     for version, (ready, expected) in enumerate(((None, set()), (True, {"a"}), (None, {"a"}), (False, set())), 1):
@@ -55,7 +55,7 @@ def test_a_silent_one_that_is_vouched_for_is_chosen_until_it_is_not() -> None:
     assert len(lost) == 6
 
 
-def test_one_that_speaks_again_is_chosen_again() -> None:
+def test_a_silent_replica_with_a_new_heartbeat_is_chosen_again() -> None:
     it, lost = fleet()
     for version, record in enumerate((A, replace(A, state="silent"), A, replace(A, state="silent")), 1):
         it.apply_snapshot(Snapshot(version=version, replicas=(record,)))
@@ -63,14 +63,14 @@ def test_one_that_speaks_again_is_chosen_again() -> None:
     assert lost == ["a", "a"]
 
 
-def test_one_that_left_or_died_ends_its_requests_itself() -> None:
+def test_a_replica_that_left_or_died_is_not_reported_as_lost() -> None:
     it, lost = fleet()
     it.apply_snapshot(Snapshot(version=1, replicas=(A, B)))
     it.apply_snapshot(Snapshot(version=2, replicas=(replace(B, state="dead"),)))
     assert lost == [] and chosen(it) == set()
 
 
-async def test_what_a_new_directory_never_hears_of_was_lost_with_the_old_one() -> None:
+async def test_replicas_missing_from_a_new_directorys_complete_snapshot_are_lost() -> None:
     it, lost = fleet()
     it.apply_snapshot(Snapshot(version=1, replicas=(A, B)))
     it.apply_snapshot(Snapshot(version=2, complete=False))

@@ -1,4 +1,4 @@
-"""The index over the replicas of one base, and what a gateway remembers."""
+"""Replica index, hash ring and histories."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def index(*records: ReplicaRecord) -> ReplicaIndex:
 @given(
     st.lists(st.tuples(st.sampled_from("abcdef"), st.none() | st.integers(0, 9))), st.sets(st.sampled_from("abcdef"))
 )
-def test_the_idlest_is_the_one_a_scan_would_find(moves: list[tuple[str, int | None]], exclude: set[str]) -> None:
+def test_least_loaded_matches_a_linear_scan(moves: list[tuple[str, int | None]], exclude: set[str]) -> None:
     load_buckets, plain = LoadBuckets(), dict[str, int]()
     for name, load in moves:
         if load is None:
@@ -56,7 +56,7 @@ def test_the_idlest_is_the_one_a_scan_would_find(moves: list[tuple[str, int | No
         assert {other: load_buckets.get(other) for other in "abcdef"} == {other: plain.get(other) for other in "abcdef"}
 
 
-def test_own_requests_count_at_once_and_are_not_counted_again_when_they_are_reported() -> None:
+def test_own_requests_count_at_once_and_only_once_after_a_report() -> None:
     made = index(replica("a"))
     made.request_started("a", None)
     made.request_started("a", None)
@@ -70,13 +70,13 @@ def test_own_requests_count_at_once_and_are_not_counted_again_when_they_are_repo
     assert made.load_buckets.get("a") == 5
 
 
-def test_waiting_requests_and_a_full_cache_weigh_more_than_running_ones() -> None:
+def test_waiting_requests_and_a_full_cache_count_more_than_running_requests() -> None:
     made = index(replica("a", 6), replica("b", 4, 2), replica("c", 6, 0, 0.98), replica("d", 6, 0, 0.85))
     load = {name: made.load_buckets.get(name) or 0 for name in "abcd"}
     assert load["a"] == load["d"] < load["b"] and load["a"] < load["c"]
 
 
-def test_what_a_replica_reports_of_its_adapters_wins_over_what_was_seen() -> None:
+def test_a_replicas_report_of_its_adapters_replaces_observations() -> None:
     made = index(replica("a"), replica("b"))
     made.adapter_loaded("a", "red@1")
     assert made.holders("red@1", 4) == ["a"] and made.adapter_presence("a", "red@1") == 1
@@ -95,7 +95,7 @@ def test_an_adapter_in_a_slot_is_worth_more_than_one_in_memory() -> None:
     assert made.adapter_presence("a", "red@1") == 1, "a request of one's own has put it into a slot"
 
 
-def test_an_adapter_that_is_being_loaded_is_where_its_request_is() -> None:
+def test_a_loading_adapter_counts_at_the_replica_of_its_request() -> None:
     made = index(replica("a"), replica("b"))
     made.request_started("a", "red@1")
     assert made.holders("red@1", 4) == ["a"]
@@ -104,7 +104,7 @@ def test_an_adapter_that_is_being_loaded_is_where_its_request_is() -> None:
 
 
 @given(st.lists(st.sets(st.sampled_from("abcdef")), max_size=8), st.lists(st.sampled_from("xyz"), unique=True))
-def test_replicas_come_and_go_and_leave_nothing_behind(steps: list[set[str]], adapters: list[str]) -> None:
+def test_removed_replicas_leave_no_state(steps: list[set[str]], adapters: list[str]) -> None:
     made = ReplicaIndex(random.Random(0))
     for names in steps:
         made.update([replica(name, 1, 0, 0.0, *adapters) for name in sorted(names)])
@@ -114,7 +114,7 @@ def test_replicas_come_and_go_and_leave_nothing_behind(steps: list[set[str]], ad
         assert sorted(made.round_robin()) == sorted(names)
 
 
-def test_own_requests_on_a_replica_that_leaves_and_returns_are_still_known() -> None:
+def test_own_requests_at_a_replica_that_leaves_and_returns_still_count() -> None:
     made = index(replica("a"))
     made.request_started("a", None)
     made.update([])
@@ -126,7 +126,7 @@ def test_own_requests_on_a_replica_that_leaves_and_returns_are_still_known() -> 
     assert made.load_buckets.get("a") == 0
 
 
-def test_keys_of_a_ring_spread_over_all_and_move_only_from_those_who_go() -> None:
+def test_ring_keys_spread_evenly_and_move_only_from_removed_replicas() -> None:
     ring, names = HashRing(), [f"r{i}" for i in range(10)]
     ring.set(names)
     keys = [random.Random(i).getrandbits(64) for i in range(2000)]
@@ -142,7 +142,7 @@ def test_keys_of_a_ring_spread_over_all_and_move_only_from_those_who_go() -> Non
     assert len(ring.successors(1, 99)) == 10
 
 
-def test_memory_is_bounded_and_the_longest_unused_goes_first() -> None:
+def test_histories_are_bounded_and_drop_the_least_recently_used() -> None:
     prefixes, sessions = PrefixHistory(10), SessionHistory(10)
     for i in range(100):
         prefixes.record([i, 0], "a")  # the second is in all of them
@@ -158,20 +158,20 @@ def test_memory_is_bounded_and_the_longest_unused_goes_first() -> None:
     assert len(prefixes.longest_matches([0], 1000)) == MAX_HOLDERS
 
 
-def test_a_session_that_goes_on_is_not_forgotten() -> None:
+def test_an_active_session_is_not_dropped() -> None:
     sessions = SessionHistory(2)
     for session in (1, 2, 1, 3):
         sessions.record(session, "a")
     assert sessions.get(1) == "a" and sessions.get(2) is None
 
 
-def test_of_a_text_that_does_not_fit_the_beginning_is_remembered() -> None:
+def test_the_shortest_prefixes_of_a_text_are_dropped_last() -> None:
     prefixes = PrefixHistory(2)
     prefixes.record([1, 2, 3, 4], "a")
     assert prefixes.longest_matches([1, 2, 3, 4], 9) == {"a": 2}
 
 
-def test_the_deepest_match_comes_first_and_each_replica_once() -> None:
+def test_longest_matches_lists_the_longest_first_and_each_replica_once() -> None:
     prefixes = PrefixHistory(99)
     prefixes.record([1], "a")
     prefixes.record([1, 2, 3], "b")

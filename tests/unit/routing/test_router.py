@@ -1,4 +1,4 @@
-"""The router's decisions, as any policy makes them and as each does."""
+"""Routing decisions: invariants of every policy, and the rules of each."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ REQUESTS = st.builds(
     requests=st.lists(REQUESTS, min_size=1, max_size=12),
     exclude=st.sets(st.sampled_from([f"r{i}" for i in range(8)])),
 )
-def test_what_is_chosen_is_ready_of_the_base_and_not_avoided_and_something_is_if_anything_may_be(
+def test_every_policy_chooses_a_ready_replica_of_the_pool_outside_exclude_if_there_is_one(
     policy: str, snapshots: list[list[ReplicaRecord]], requests: list[RoutingRequest], exclude: set[str]
 ) -> None:
     made = router(policy=policy)
@@ -119,13 +119,13 @@ def test_what_is_chosen_is_ready_of_the_base_and_not_avoided_and_something_is_if
 
 
 @pytest.mark.parametrize("policy", policies.POLICIES)
-def test_a_base_that_nobody_holds_has_no_replica(policy: str) -> None:
+def test_an_unknown_pool_has_no_replica(policy: str) -> None:
     assert router(*several(3), policy=policy).choose(routing_request(pool="other@1")) is None
     assert Router(RouterConfig(policy=policy)).choose(routing_request()) is None
 
 
 @pytest.mark.parametrize("policy", policies.POLICIES)
-def test_plain_requests_that_stay_spread_over_all_replicas(policy: str) -> None:
+def test_requests_without_affinity_spread_over_all_replicas(policy: str) -> None:
     made = router(*several(10), policy=policy)
     counts = Counter(sent(made, routing_request()) for _ in range(200))
     assert len(counts) == 10 and max(counts.values()) <= 30
@@ -156,7 +156,7 @@ def test_requests_for_a_cold_adapter_go_where_it_is_being_loaded() -> None:
     assert len({sent(made, routing_request(adapter="red@1")) for _ in range(5)}) == 1
 
 
-def test_of_the_replicas_that_hold_an_adapter_the_idlest_is_chosen() -> None:
+def test_the_least_loaded_holder_of_an_adapter_is_chosen() -> None:
     made = router(*several(50), *(replica(f"red{i}", 20 - 5 * i, adapters=("red@1",)) for i in range(4)))
     assert answered(made, routing_request(adapter="red@1")) == "red3"
 
@@ -169,7 +169,7 @@ def test_a_hot_adapter_spills_over_to_a_second_replica_and_stays_there() -> None
     assert 1 < len(set(homes)) < 5 and Counter(homes).most_common(1)[0][1] <= 8
 
 
-def test_an_adapter_that_two_hold_stays_at_one_whatever_the_text_while_that_can_bear_it() -> None:
+def test_requests_for_an_adapter_with_two_holders_stay_at_one_below_its_spill_over() -> None:
     holders = [replica(name, adapters=("red@1",)) for name in ("one", "two")]
     made = router(*several(20), *holders)
     homes = [sent(made, routing_request(adapter="red@1", text=text, blocks=2)) for text in range(4)]
@@ -178,13 +178,13 @@ def test_an_adapter_that_two_hold_stays_at_one_whatever_the_text_while_that_can_
     assert more == {"one", "two"}
 
 
-def test_where_all_have_much_to_do_a_few_requests_more_are_no_reason_to_load_an_adapter_twice() -> None:
+def test_under_high_load_a_small_difference_does_not_load_an_adapter_twice() -> None:
     for all_have, expected in ((2, False), (80, True)):
         made = router(*several(50, running=all_have), replica("red", all_have + 12, adapters=("red@1",)))
         assert (answered(made, routing_request(adapter="red@1")) == "red") is expected
 
 
-def test_a_text_goes_where_its_beginning_was_read() -> None:
+def test_a_text_goes_to_the_replica_that_read_its_prefix() -> None:
     made = router(*several(50))
     first = answered(made, routing_request(text=1, blocks=10))
     # Whatever else was sent meanwhile.
@@ -194,7 +194,7 @@ def test_a_text_goes_where_its_beginning_was_read() -> None:
     assert answered(made, longer) == first
 
 
-def test_a_text_follows_its_beginning_to_a_busier_replica_the_further_the_longer_it_is() -> None:
+def test_the_longer_a_matching_prefix_the_busier_its_replica_may_be() -> None:
     short, long = routing_request(text=1, blocks=3), routing_request(text=2, blocks=11)
     for busier, expected in (
         (0, {"short", "long"}),
@@ -212,7 +212,7 @@ def test_a_text_follows_its_beginning_to_a_busier_replica_the_further_the_longer
         assert found == expected, busier
 
 
-def test_the_replica_that_read_more_of_a_text_comes_first() -> None:
+def test_the_replica_with_the_longer_matching_prefix_is_chosen() -> None:
     made = router(*several(50))
     short, long = routing_request(text=1, blocks=3), routing_request(text=1, blocks=11)
     made.request_started(long, "r7")
@@ -257,13 +257,13 @@ def test_a_session_leaves_a_replica_that_is_far_busier_than_others() -> None:
         routing_request(session=7),
     ],
 )
-def test_gateways_that_never_spoke_send_the_same_request_to_the_same_replica(request_: RoutingRequest) -> None:
+def test_independent_gateways_send_equal_requests_to_the_same_replica(request_: RoutingRequest) -> None:
     records = [replica(f"r{i}", adapters=("red@1",) * (i % 20 == 0)) for i in range(100)]
     chosen = {answered(router(*records, seed=seed, gateways=2), request_) for seed in range(40)}
     assert len(chosen) == 1
 
 
-def test_a_text_that_is_too_much_for_its_home_goes_to_its_second() -> None:
+def test_a_text_spills_over_to_the_second_replica_that_it_hashes_to() -> None:
     chosen = []
     for seed in range(40):
         made = router(*several(100), seed=seed, gateways=2, home_requests=8)
@@ -272,14 +272,14 @@ def test_a_text_that_is_too_much_for_its_home_goes_to_its_second() -> None:
     assert len({(text, two) for text, two, _ in chosen}) == 2 and {count for _, _, count in chosen} == {2}
 
 
-def test_a_replica_that_comes_takes_over_few_homes() -> None:
+def test_a_new_replica_takes_over_few_hashed_keys() -> None:
     requests = [routing_request(adapter=f"a{i}@1") for i in range(400)]
     before = [answered(router(*several(20), seed=i, gateways=2), a) for i, a in enumerate(requests)]
     after = [answered(router(*several(21), seed=i, gateways=2), a) for i, a in enumerate(requests)]
     assert 0 < sum(b != a for b, a in zip(before, after, strict=True)) < 60
 
 
-def test_with_few_replicas_the_idlest_is_always_seen() -> None:
+def test_in_a_small_pool_the_least_loaded_replica_is_always_a_candidate() -> None:
     made = router(replica("a", 3), replica("b", 1), replica("c", 9))
     assert {answered(made, routing_request()) for _ in range(20)} == {"b"}
 
@@ -287,14 +287,14 @@ def test_with_few_replicas_the_idlest_is_always_seen() -> None:
 # ---- the others -----------------------------------------------------------------------------------------------------
 
 
-def test_in_turn_every_replica_has_its_turn() -> None:
+def test_round_robin_uses_every_replica_equally() -> None:
     made = router(*several(5), policy="round_robin")
     counts = Counter(answered(made, routing_request(adapter="red@1", session=3)) for _ in range(25))
     assert set(counts.values()) == {5}
     assert "r1" not in {answered(made, routing_request(), "r1") for _ in range(25)}
 
 
-def test_the_least_loaded_has_the_least_work_of_all_and_ties_are_broken_at_random() -> None:
+def test_least_loaded_breaks_ties_at_random() -> None:
     made = router(*several(50, running=3), replica("a", 1), replica("b", 0, waiting=2), policy="least_loaded")
     assert {answered(made, routing_request()) for _ in range(20)} == {"a"}
     made = router(replica("a"), replica("b"), policy="least_loaded")
@@ -302,7 +302,7 @@ def test_the_least_loaded_has_the_least_work_of_all_and_ties_are_broken_at_rando
     assert min(counts["a"], counts["b"]) > 150
 
 
-def test_of_two_at_random_the_idler_is_chosen_so_the_busiest_never() -> None:
+def test_two_choices_never_chooses_the_busiest() -> None:
     made = router(*several(3), replica("busy", 9), policy="two_choices")
     counts = Counter(answered(made, routing_request()) for _ in range(300))
     assert counts["busy"] == 0 and min(counts[f"r{i}"] for i in range(3)) > 50

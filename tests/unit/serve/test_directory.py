@@ -19,7 +19,7 @@ from tandem.serve.directory import (
 A = ReplicaRecord(id="a", pool="base@1", url="http://a", token="t")
 
 
-def test_a_new_replica_a_new_state_and_new_adapters_are_changes_and_load_is_not() -> None:
+def test_load_alone_does_not_change_the_snapshot_version() -> None:
     ledger = ReplicaTable(version=1)
     assert ledger.update(A, 0.0)
     assert not ledger.update(replace(A, running=5, waiting=2, kv_usage=0.5), 1.0)
@@ -36,7 +36,7 @@ def checked_at(ledger: ReplicaTable, *moments: float) -> list[str]:
     return [replica.state for replica in ledger.snapshot().replicas]
 
 
-def test_a_directory_that_nobody_reached_takes_nobody_for_silent() -> None:
+def test_time_in_which_the_directory_was_unreachable_is_not_the_replicas_silence() -> None:
     ledger = ReplicaTable()
     ledger.update(A, 1.0)
     assert checked_at(ledger, 0, 3) == ["ready"]
@@ -45,7 +45,7 @@ def test_a_directory_that_nobody_reached_takes_nobody_for_silent() -> None:
     assert checked_at(ledger, 33 + SILENT_AFTER_S - 2, 33 + SILENT_AFTER_S) == ["silent"]
 
 
-def test_a_silent_replica_is_marked_then_forgotten_and_comes_back_with_its_next_beat() -> None:
+def test_a_silent_replica_is_marked_then_removed_and_returns_with_a_heartbeat() -> None:
     ledger = ReplicaTable()
     ledger.update(A, 0.0)
     assert checked_at(ledger, 0, SILENT_AFTER_S) == ["ready"]
@@ -60,17 +60,17 @@ def test_a_silent_replica_is_marked_then_forgotten_and_comes_back_with_its_next_
     assert ledger.update(A, SILENT_AFTER_S + 5 + LOST_TTL_S)
 
 
-def test_a_restarted_ledger_does_not_repeat_versions() -> None:
+def test_a_restarted_directory_does_not_repeat_versions() -> None:
     first = ReplicaTable()
     first.update(A, 0.0)
     assert ReplicaTable().version > first.version
 
 
-def test_the_token_is_not_shown() -> None:
+def test_the_repr_of_a_record_hides_the_token() -> None:
     assert "token" not in repr(A)
 
 
-async def test_a_watcher_hears_of_a_change_at_once() -> None:
+async def test_watch_returns_at_a_change() -> None:
     directory = Directory()
     known = await directory.watch(0)
     waiting = asyncio.create_task(directory.watch(known.version))
@@ -82,7 +82,7 @@ async def test_a_watcher_hears_of_a_change_at_once() -> None:
     assert (await directory.watch(known.version)).replicas == ()
 
 
-def test_demand_is_the_sum_over_gateways_and_is_forgotten_with_them() -> None:
+def test_waiting_counts_are_summed_over_gateways_and_expire() -> None:
     demand = WaitingCounts()
     demand.update("g1", {"engine-a": 2, "engine-b": 0}, 0.0)
     demand.update("g2", {"engine-a": 3}, 2.0)
@@ -92,7 +92,7 @@ def test_demand_is_the_sum_over_gateways_and_is_forgotten_with_them() -> None:
     assert demand.total("engine-a", DEMAND_TTL_S + 1) == 0 and set(demand.reports) == {"g2"}
 
 
-async def test_a_model_without_replicas_is_woken_once_and_a_replica_hears_of_what_waits() -> None:
+async def test_demand_wakes_a_model_without_replicas_once_and_is_in_heartbeat_replies() -> None:
     woken: list[str] = []
     up = asyncio.Event()
 
@@ -113,7 +113,7 @@ async def test_a_model_without_replicas_is_woken_once_and_a_replica_hears_of_wha
     assert woken == ["engine-a"]
 
 
-async def test_a_model_that_nobody_waits_for_any_more_is_not_woken() -> None:
+async def test_a_wake_up_is_cancelled_when_no_request_waits() -> None:
     ended: list[str] = []
 
     async def wake(deployment: str) -> None:
@@ -131,7 +131,7 @@ async def test_a_model_that_nobody_waits_for_any_more_is_not_woken() -> None:
     assert ended == ["engine-a"]
 
 
-async def test_a_new_directory_says_that_it_may_not_know_all_replicas_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_snapshots_of_a_new_directory_are_marked_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
     directory = Directory()
     assert not (await directory.watch(0)).complete
     monkeypatch.setattr(directory, "_began", directory._began - WARM_UP_S)

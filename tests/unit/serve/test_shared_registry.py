@@ -1,4 +1,4 @@
-"""An app on several nodes needs a registry that several nodes can use, and its replicas open that one only."""
+"""Registry of an app on several nodes: PostgreSQL only, opened by replicas at its address."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_sqlite_is_refused_on_two_machines_with_the_next_step(monkeypatch: pytes
         check_shared("sqlite:////home/tandem.db")
 
 
-def test_sqlite_is_fine_on_one_machine_whatever_it_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sqlite_is_allowed_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes_at(monkeypatch, ("10.0.0.1", True), ("10.0.0.1", True), ("10.0.0.2", False))
     check_shared("sqlite:////home/tandem.db")
 
 
-def test_postgresql_is_fine_on_any_number_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postgresql_is_allowed_on_any_number_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes_at(monkeypatch, ("10.0.0.1", True), ("10.0.0.2", True))
     check_shared("postgresql://user:password@host/tandem")
 
@@ -73,7 +73,7 @@ def test_an_sqlite_registry_is_used_on_the_node_that_built_the_app_only(
         check_registry(address, "10.0.0.2")
 
 
-async def test_replicas_read_pins_only_when_the_directory_tells_of_another_revision(tmp_path: Path) -> None:
+async def test_replicas_read_pinned_adapters_only_after_a_change_of_the_revision(tmp_path: Path) -> None:
     registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
     registry.register_model("base", small_model(tmp_path / "base"))
     registry.register_adapter("red", small_adapter(tmp_path / "red"), base="base")

@@ -1,4 +1,4 @@
-"""Which parsers are selected for which models, and that vLLM has them all."""
+"""Selection of vLLM's tool and reasoning parsers."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_arguments_of_the_engine_decide_whether_tools_are_taken(tmp_path: Path) 
     assert not supports_tools(tmp_path, {"enable_auto_tool_choice": False})
 
 
-def test_the_switch_for_tools_and_the_parser_go_together() -> None:
+def test_enable_auto_tool_choice_and_the_parser_are_set_together() -> None:
     selected = select_parsers("qwen2", TOOLS + "<tool_call>", "")
     both = {"tool_call_parser": "hermes", "enable_auto_tool_choice": True}
     for given in ({}, {"enable_auto_tool_choice": True}, {"enable_auto_tool_choice": None}):

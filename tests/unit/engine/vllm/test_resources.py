@@ -1,4 +1,4 @@
-"""A replica gets what its workers need, and what cannot be placed is refused before anything starts."""
+"""Resources of vLLM replicas, and errors for degrees that do not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_workers_of_one_node_share_the_replicas_own_gpus() -> None:
 
 
 @pytest.mark.parametrize(("pipeline", "strategy"), [(1, "STRICT_PACK"), (2, "PACK")])
-def test_actors_get_a_bundle_each_and_leave_a_node_only_for_another_stage(pipeline: int, strategy: str) -> None:
+def test_ray_workers_get_a_bundle_each_and_pack_by_pipeline_stage(pipeline: int, strategy: str) -> None:
     found = placement(
         served(
             gpus=2 * pipeline,

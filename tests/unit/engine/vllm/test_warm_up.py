@@ -1,4 +1,4 @@
-"""Which requests warm an engine up, and what becomes of those that it refuses."""
+"""Warm-up requests of an engine, and refused ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_first_sampled_request_is_alone_and_every_kind_follows() -> None:
             assert not unknown_fields(request.path, request.body)
 
 
-def test_what_a_model_lacks_is_not_asked_of_it() -> None:
+def test_warm_up_skips_features_that_a_model_lacks() -> None:
     plain = [r for batch in warm_up_batches(WarmUpFeatures(model="m", tasks=("generate",))) for r in batch]
     assert {request.path for request in plain} == {"/v1/completions"}
     assert not any("prompt_logprobs" in request.body for request in plain)
@@ -56,7 +56,7 @@ def test_a_request_that_never_ends_is_an_error_that_names_it() -> None:
     assert '"seed":1' in str(raised.value) and "logit_bias" not in str(raised.value)
 
 
-def test_a_refusal_and_a_failure_stop_nothing_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_and_failed_warm_up_requests_are_returned(caplog: pytest.LogCaptureFixture) -> None:
     came: list[tuple[str, str | None]] = []
 
     async def answer(request: HttpRequest) -> Response:

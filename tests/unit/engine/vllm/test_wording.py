@@ -1,4 +1,4 @@
-"""What vLLM and pydantic say of a request, in words for whoever sent it."""
+"""Error messages of vLLM and pydantic, rewritten for clients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def vllm_says(**body: object) -> str:
     raise AssertionError("it is valid")
 
 
-def test_a_wrong_type_is_said_with_the_field_and_without_pydantics_terms() -> None:
+def test_a_wrong_type_names_the_field_without_pydantics_terms() -> None:
     raw = vllm_says(max_tokens="x")
     assert "int_parsing" in raw
     assert simplify_message(raw) == "max_tokens: Input should be a valid integer, unable to parse string as an integer."
@@ -76,7 +76,7 @@ def test_a_message_with_quotes_and_brackets_is_read_whole() -> None:
     assert simplify_message(raw) == "prompt: it's (not) {this}."
 
 
-def test_what_cannot_be_read_stays_as_it_was() -> None:
+def test_other_messages_stay_unchanged() -> None:
     for message in ("1 validation error:\n  something", "The prompt is empty.", ""):
         assert simplify_message(message) == message
 
@@ -89,7 +89,7 @@ def test_limits_do_not_advise_clients_to_set_variables_of_the_server() -> None:
     assert error.message == "n must be at most 16384, got 20000." and error.param == "n"
 
 
-def test_a_dead_engine_is_not_explained_by_a_log_that_clients_cannot_see() -> None:
+def test_an_engine_death_does_not_refer_clients_to_the_log() -> None:
     raw = "EngineCore encountered an issue. See stack trace (above) for the root cause."
     assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), MODEL).message == simplify_message(raw)
     chunk = b'data: {"error": ' + json.dumps({"message": raw, "code": 500}).encode() + b"}\n\n"
@@ -111,7 +111,7 @@ def test_only_the_start_of_a_long_message_is_read() -> None:
     assert explain_refusal(f"{long}{tools}") == f"{long}{tools}" and explain_refusal(tools + long) != tools + long
 
 
-def test_blanks_in_a_client_input_do_not_make_a_message_long() -> None:
+def test_blanks_in_client_input_are_cut_off() -> None:
     body = json.dumps({"error": {"message": f"bad role {' ' * 2**20}!", "param": "p" * 2**20}}).encode()
     error = from_engine(400, body, MODEL)
     assert len(error.message) <= len(str(error.param)) == MAX_MESSAGE_CHARS + len(" ...")
@@ -121,7 +121,7 @@ def test_the_advice_pattern_does_not_begin_with_an_unbounded_repeat() -> None:
     assert not ADVICE_TO_DEPLOYER.pattern.startswith((r"\s*", r"\s+", " *", " +"))
 
 
-def test_no_more_fields_are_read_than_a_message_tells_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_fields_are_parsed_than_a_message_names(monkeypatch: pytest.MonkeyPatch) -> None:
     item = "'loc': ('{}',), 'msg': 'm'"
     message = "9 validation errors:\n" + "".join(item.format(f"f{number}") for number in range(100))
     read: list[str] = []

@@ -1,4 +1,4 @@
-"""Who starts, who waits and who is refused: the queue of one model, with a clock that the tests set."""
+"""Admission queue of one model, with a clock set by the tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def started(q: Queue, now: float) -> list[Ticket]:
     return [ticket for ticket, outcome in q.pop_startable(now) if outcome is Outcome.START]
 
 
-def test_as_many_start_as_may_and_the_next_waits_until_one_ends() -> None:
+def test_requests_start_up_to_the_limit_and_the_next_waits_until_one_ends() -> None:
     q = queue(limit=2)
     first, second, third = ask(), ask(), ask()
     assert [enter(q, t) for t in (first, second, third)] == [Outcome.START, Outcome.START, Outcome.WAIT]
@@ -44,7 +44,7 @@ def test_without_a_limit_nobody_waits() -> None:
     assert {enter(q, ask()) for _ in range(1000)} == {Outcome.START}
 
 
-def test_nobody_overtakes_those_that_wait_when_there_is_room_again() -> None:
+def test_a_new_request_does_not_overtake_waiting_ones_when_the_limit_grows() -> None:
     q = queue()
     running, waiting = ask(), ask()
     enter(q, running), enter(q, waiting)
@@ -54,7 +54,7 @@ def test_nobody_overtakes_those_that_wait_when_there_is_room_again() -> None:
     assert started(q, 0.0) == [waiting, late]
 
 
-def test_the_better_priority_starts_first_and_within_one_the_first_that_came() -> None:
+def test_requests_start_by_priority_then_arrival() -> None:
     q = queue()
     running = ask()
     enter(q, running)
@@ -72,7 +72,7 @@ def test_the_better_priority_starts_first_and_within_one_the_first_that_came() -
     assert order == "ceadbf"
 
 
-def test_beyond_the_bound_the_next_is_refused_and_a_better_one_takes_the_last_place_of_the_worst() -> None:
+def test_a_full_queue_refuses_and_a_better_priority_displaces_the_last_of_the_worst() -> None:
     q = queue(most=2)
     enter(q, ask())
     kept, last = ask(priority=1), ask(priority=1)
@@ -86,12 +86,12 @@ def test_beyond_the_bound_the_next_is_refused_and_a_better_one_takes_the_last_pl
     assert started(q, 0.0) == [better, kept]
 
 
-def test_where_nobody_may_wait_the_next_is_refused() -> None:
+def test_with_max_waiting_0_the_next_is_refused() -> None:
     q = queue(most=0)
     assert [enter(q, ask()), enter(q, ask())] == [Outcome.START, Outcome.FULL]
 
 
-def test_who_leaves_frees_its_place_at_once() -> None:
+def test_leaving_the_queue_frees_the_place_at_once() -> None:
     q = queue(most=1)
     running, gone, next_one = ask(), ask(), ask()
     enter(q, running), enter(q, gone)
@@ -102,7 +102,7 @@ def test_who_leaves_frees_its_place_at_once() -> None:
     assert started(q, 0.0) == [next_one]
 
 
-def test_expired_work_is_not_started() -> None:
+def test_expired_requests_are_not_started() -> None:
     q = queue()
     running, short, patient = ask(), ask(finish_by=5.0), ask(start_by=9.0)
     enter(q, running), enter(q, short), enter(q, patient)
@@ -114,7 +114,7 @@ def test_expired_work_is_not_started() -> None:
     assert q.pop_overdue(12.0) == [(late, Outcome.EXPIRED)] and len(q) == 0
 
 
-def test_what_cannot_be_answered_in_the_time_left_is_not_started_and_shorter_kinds_are() -> None:
+def test_a_request_without_time_for_its_kind_is_not_started_and_shorter_kinds_are() -> None:
     q = queue(limit=2)
     long, short = ask(kind=8), ask(kind=2)
     enter(q, long), enter(q, short)
@@ -129,7 +129,7 @@ def test_what_cannot_be_answered_in_the_time_left_is_not_started_and_shorter_kin
     assert list(q.pop_startable(11.5)) == [(hopeless, Outcome.EXPIRED), (hopeful, Outcome.START)]
 
 
-def test_who_would_wait_longer_than_it_has_time_is_refused_at_once_by_the_measured_rate() -> None:
+def test_a_request_that_would_wait_past_its_deadline_is_refused_on_arrival() -> None:
     q = queue(most=1000)
     running = ask()
     enter(q, running)
@@ -149,7 +149,7 @@ def test_who_would_wait_longer_than_it_has_time_is_refused_at_once_by_the_measur
     assert enter(q, ask(21.0, finish_by=21.0 + 2, priority=-1), 21.0) is Outcome.WAIT
 
 
-def test_with_much_room_a_request_starts_however_little_time_it_has_and_with_little_it_does_not() -> None:
+def test_below_the_idle_share_a_request_starts_whatever_its_deadline() -> None:
     q = queue(limit=4)
     first = ask(kind=3)
     enter(q, first)
@@ -159,7 +159,7 @@ def test_with_much_room_a_request_starts_however_little_time_it_has_and_with_lit
     assert enter(q, ask(10.0, kind=3, finish_by=30.0), 10.0) is Outcome.START
 
 
-def test_without_a_ready_replica_requests_are_held_for_a_while_and_start_when_one_comes() -> None:
+def test_without_a_ready_replica_requests_are_held_and_start_when_one_is_ready() -> None:
     q = queue(limit=0, hold_s=30.0)
     early, late = ask(0.0), ask(10.0)
     assert (enter(q, early, 0.0), enter(q, late, 10.0)) == (Outcome.WAIT, Outcome.WAIT)
@@ -170,7 +170,7 @@ def test_without_a_ready_replica_requests_are_held_for_a_while_and_start_when_on
     assert q.pop_overdue(100.0) == []
 
 
-def test_one_that_waits_for_room_is_not_told_that_there_is_no_replica() -> None:
+def test_hold_s_does_not_apply_to_requests_waiting_for_capacity() -> None:
     q = queue(limit=2, hold_s=1.0)
     refused = ask()
     enter(q, refused), enter(q, ask()), enter(q, ask())
@@ -180,11 +180,11 @@ def test_one_that_waits_for_room_is_not_told_that_there_is_no_replica() -> None:
     assert q.pop_overdue(1000.0) == []
 
 
-def test_without_holding_a_request_is_refused_at_once_where_no_replica_is_ready() -> None:
+def test_with_hold_s_0_a_request_without_a_replica_is_refused_at_once() -> None:
     assert enter(queue(limit=0, hold_s=0.0), ask()) is Outcome.UNSERVED
 
 
-def test_what_no_replica_took_waits_before_those_that_came_after_it() -> None:
+def test_a_requeued_request_waits_before_those_that_arrived_later() -> None:
     q = queue()
     first, second = ask(), ask()
     enter(q, first), enter(q, second)
@@ -195,7 +195,7 @@ def test_what_no_replica_took_waits_before_those_that_came_after_it() -> None:
     assert started(q, 2.0) == [first]
 
 
-def test_who_waited_for_room_is_held_as_long_as_any_other_from_when_no_replica_is_ready() -> None:
+def test_hold_s_counts_from_the_moment_when_no_replica_is_ready() -> None:
     q = queue(hold_s=30.0)
     running, waiting = ask(), ask()
     enter(q, running), enter(q, waiting)
@@ -213,7 +213,7 @@ def test_who_waited_for_room_is_held_as_long_as_any_other_from_when_no_replica_i
     assert enter(q, ask(0.0), 170.0) is Outcome.WAIT and q.pop_overdue(192.0) == []
 
 
-def test_those_that_never_waited_before_have_places_of_their_own() -> None:
+def test_requests_that_never_waited_can_be_requeued() -> None:
     q = queue(limit=0)
     one, other = ask(), ask()
     assert [q.reenter(each, 0.0) for each in (one, other)] == [Outcome.WAIT] * 2
@@ -221,7 +221,7 @@ def test_those_that_never_waited_before_have_places_of_their_own() -> None:
     assert set(started(q, 1.0)) == {one, other} and len(q) == 0
 
 
-def test_the_rate_follows_the_room_that_there_is() -> None:
+def test_the_rate_scales_with_the_limit() -> None:
     throughput = ThroughputEstimator()
     throughput.waiting_began(0.0)
     for second in range(1, 50):
@@ -231,7 +231,7 @@ def test_the_rate_follows_the_room_that_there_is() -> None:
     assert throughput.rate is not None and math.isclose(throughput.rate, 4.0, rel_tol=0.05)
 
 
-def test_time_without_anybody_who_waits_says_nothing_of_the_rate() -> None:
+def test_time_with_an_empty_queue_does_not_count_for_the_rate() -> None:
     throughput = ThroughputEstimator()
     throughput.waiting_began(0.0)
     for second in range(1, 11):
@@ -241,7 +241,7 @@ def test_time_without_anybody_who_waits_says_nothing_of_the_rate() -> None:
     assert throughput.rate is not None and math.isclose(throughput.rate, 1.0, rel_tol=0.05)
 
 
-def test_the_time_of_a_kind_comes_to_rest_where_nine_of_ten_answers_are_shorter() -> None:
+def test_the_answer_time_of_a_kind_converges_to_the_90th_percentile() -> None:
     throughput, dice = ThroughputEstimator(), random.Random(7)
     for _ in range(5000):
         throughput.ended(0.0, 1, dice.uniform(1.0, 2.0), complete=True)
@@ -249,7 +249,7 @@ def test_the_time_of_a_kind_comes_to_rest_where_nine_of_ten_answers_are_shorter(
     assert throughput.answer_time_s(2) == 0.0
 
 
-def test_an_answer_that_was_cut_off_says_only_that_it_takes_longer() -> None:
+def test_an_incomplete_answer_never_lowers_the_answer_time() -> None:
     throughput = ThroughputEstimator()
     throughput.ended(0.0, 1, 4.0, complete=True)
     for _ in range(100):
@@ -262,7 +262,7 @@ def test_an_answer_that_was_cut_off_says_only_that_it_takes_longer() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("aaaerlx"), st.integers(-2, 2), st.integers(0, 3)), max_size=80))
-def test_whatever_happens_no_more_run_than_may_and_nobody_is_lost(steps: list[tuple[str, int, int]]) -> None:
+def test_any_sequence_keeps_the_limit_and_loses_no_request(steps: list[tuple[str, int, int]]) -> None:
     q = queue(limit=2, most=4, hold_s=3.0)
     running: list[Ticket] = []
     waiting: list[Ticket] = []

@@ -1,4 +1,4 @@
-"""What a queue makes of more than can be done: an engine simulated step by step, with a clock of its own."""
+"""Admission queue under overload, with a simulated engine and clock."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def in_time(load: float, patience: float, *, told: bool = True) -> tuple[float, 
 
 @pytest.mark.parametrize("patience", [4.0, 10.0])
 @pytest.mark.parametrize("load", [1.0, 2.0, 4.0])
-def test_more_than_can_be_done_leaves_what_can_be_done(load: float, patience: float) -> None:
+def test_overload_does_not_reduce_the_completed_work(load: float, patience: float) -> None:
     assert in_time(load, patience)[0] > 0.9
 
 
-def test_long_answers_have_their_share_of_too_much_as_short_ones_have() -> None:
+def test_long_and_short_answers_have_equal_shares_under_overload() -> None:
     _, answered = in_time(4.0, 10.0)
     assert min(answered.values()) > 0.8 * max(answered.values()) and len(answered) == len(LENGTHS)
 
 
-def test_a_queue_that_is_not_told_of_deadlines_does_work_that_nobody_waits_for() -> None:
+def test_a_queue_without_deadlines_completes_less_under_overload() -> None:
     assert in_time(2.0, 10.0, told=False)[0] < 0.5

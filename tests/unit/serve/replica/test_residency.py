@@ -1,4 +1,4 @@
-"""The books of an engine's adapters, in whatever order requests come and go."""
+"""Adapter residency for any order of requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def used(books: Residency, *adapters: str) -> None:
         books.leave(adapter)
 
 
-def test_memory_outlives_slots_and_the_longest_unused_goes_first() -> None:
+def test_adapters_stay_in_memory_and_the_least_recently_used_is_evicted() -> None:
     books = Residency(slots=2, cached=4)
     used(books, "a", "b", "c", "d", "a")
     assert list(books.loaded) == ["b", "c", "d", "a"]
@@ -30,7 +30,7 @@ def test_memory_outlives_slots_and_the_longest_unused_goes_first() -> None:
     assert books.eviction_candidate() == "b"
 
 
-def test_what_is_used_or_pinned_is_never_the_victim() -> None:
+def test_used_and_pinned_adapters_are_never_evicted() -> None:
     books = Residency(slots=2, cached=3)
     used(books, "a", "b", "c")
     books.pin(["a"])
@@ -51,14 +51,14 @@ def test_a_batch_never_needs_more_adapters_than_there_are_slots() -> None:
     assert books.admit() == [third] and books.users == {"a": 1, "c": 1}
 
 
-def test_pins_leave_room_for_another() -> None:
+def test_pinned_adapters_leave_one_place_free() -> None:
     books = Residency(slots=2, cached=2)
     assert books.pin(["a", "b", "c"]) == ("b", "c")
     assert books.pinned == ("a",)
     assert books.arrive("x") is None and books.arrive("y") is not None
 
 
-def test_one_that_waits_is_passed_by_a_bounded_number_of_others() -> None:
+def test_a_waiting_request_is_overtaken_by_a_bounded_number_of_others() -> None:
     books = Residency(slots=1, cached=1)
     assert books.arrive("hot") is None
     waiter = books.arrive("cold")

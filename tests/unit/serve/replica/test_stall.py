@@ -12,14 +12,14 @@ def test_an_engine_with_work_that_ends_no_step_is_stuck() -> None:
     assert progress.is_stuck(110.5) and progress.idle_s(110.5) == 10.5
 
 
-def test_what_only_waits_counts_too() -> None:
+def test_waiting_requests_count_as_work() -> None:
     progress = StallDetector(10.0)
     progress.observe(EngineStats(waiting=1, steps=5), 100.0)
     progress.observe(EngineStats(waiting=1, steps=5), 111.0)
     assert progress.is_stuck(111.0)
 
 
-def test_an_engine_that_goes_on_slowly_or_has_nothing_to_do_is_not() -> None:
+def test_a_slow_or_idle_engine_is_not_stuck() -> None:
     progress = StallDetector(10.0)
     progress.observe(EngineStats(running=1, steps=5), 100.0)
     progress.observe(EngineStats(running=1, steps=6), 109.0)
@@ -30,7 +30,7 @@ def test_an_engine_that_goes_on_slowly_or_has_nothing_to_do_is_not() -> None:
     assert not progress.is_stuck(127.0)
 
 
-def test_a_stuck_engine_whose_requests_were_taken_away_is_stuck_until_it_ends_a_step() -> None:
+def test_a_stuck_engine_without_requests_is_stuck_until_it_completes_a_step() -> None:
     progress = StallDetector(10.0)
     progress.observe(EngineStats(running=1, steps=5), 100.0)
     progress.observe(EngineStats(steps=5), 111.0)
@@ -41,7 +41,7 @@ def test_a_stuck_engine_whose_requests_were_taken_away_is_stuck_until_it_ends_a_
     assert not progress.is_stuck(120.0)
 
 
-def test_an_idle_engine_that_nobody_looked_at_for_long_is_not_stuck() -> None:
+def test_an_idle_engine_that_was_not_observed_for_long_is_not_stuck() -> None:
     progress = StallDetector(10.0)
     progress.observe(EngineStats(steps=5), 100.0)
     # The replica's process was stopped, say.
