@@ -48,16 +48,16 @@ def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[s
     """
     name = planned.app.config.app
     before = _details(name)
-    told: set[str] = set()
+    reported: set[str] = set()
     target = serve.RunTarget(application(planned), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
     while not is_rolled_out(now := _details(name), before):
         # Of the app alone: a deployment still says what it said of the last change until Serve has looked at this one.
         if now["status"] == FAILED:
             raise EngineError(f"{name} did not start: {failure_reason(name)}")
-        for said in sorted(deployment_messages(now) - told):
-            told.add(said)
-            on_message(said)
+        for text in sorted(deployment_messages(now) - reported):
+            reported.add(text)
+            on_message(text)
         time.sleep(POLL_S)
     _save_config(planned.app.config)
 
@@ -100,10 +100,10 @@ def deployment_messages(now: Mapping[str, Any]) -> set[str]:
         for name, each in now["deployments"].items()
         if each["status"] != "HEALTHY" and each["message"]
     }
-    return {said for name, message in waiting.items() if (said := _in_our_words(name, message))}
+    return {text for name, message in waiting.items() if (text := _deployment_message(name, message))}
 
 
-def _in_our_words(deployment: str, message: str) -> str | None:
+def _deployment_message(deployment: str, message: str) -> str | None:
     # That an engine takes more than half a minute to load is nothing to report.
     if TO_INITIALIZE.search(message):
         return None

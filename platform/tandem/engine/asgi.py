@@ -21,14 +21,14 @@ class Answer(NamedTuple):
 
 async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS) -> Answer:
     """One POST of JSON to an ASGI app in this process."""
-    asked, status, parts = False, 500, list[bytes]()
+    sent, status, parts = False, 500, list[bytes]()
 
     async def receive() -> Message:
-        nonlocal asked
-        if asked:
+        nonlocal sent
+        if sent:
             # The app waits for a disconnect; this client never disconnects.
             await asyncio.get_running_loop().create_future()
-        asked = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Message) -> None:

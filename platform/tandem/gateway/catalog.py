@@ -221,5 +221,5 @@ class Catalog:
                 return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except (TimeoutError, RegistryUnreachableError) as error:
             # The registry's address and error are not for clients.
-            said = "The registry of adapters does not answer; models that are served here answer to their own names"
-            raise no_registry(said, self._retry_after_s) from error
+            reason = "The registry of adapters does not answer; models that are served here answer to their own names"
+            raise no_registry(reason, self._retry_after_s) from error

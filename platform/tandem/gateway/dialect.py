@@ -126,9 +126,9 @@ def _rewrite_event(event: bytes, dialect: Dialect, request: str) -> bytes:
     except (ValueError, KeyError, TypeError, AttributeError):
         return event
     # vLLM converts its stream of OpenAI chunks to Anthropic's; an error in it becomes a chunk that it cannot parse.
-    said = f"{BROKEN}." if "validation error for ChatCompletionStreamResponse" in message else simplify_message(message)
+    text = f"{BROKEN}." if "validation error for ChatCompletionStreamResponse" in message else simplify_message(message)
     status = code if isinstance(code, int) and code >= 400 else 500
-    return dialect.event(status, said, code=None, request=request, last=b"").removesuffix(b"\n\n")
+    return dialect.event(status, text, code=None, request=request, last=b"").removesuffix(b"\n\n")
 
 
 def _dump(value: dict[str, Any]) -> bytes:

@@ -75,8 +75,8 @@ def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
     """The error in an engine's answer for `model`; a body of any shape."""
     message, param, code = f"The engine answered {status}.", None, None
     try:
-        said = from_json(body)
-        error = said.get("error", said)
+        answer = from_json(body)
+        error = answer.get("error", answer)
         message = str(error.get("message") or message)
         param = simplify_field(error.get("param"))
         code = error.get("code") if isinstance(error.get("code"), str) else None

@@ -50,9 +50,9 @@ async def with_prefill(
     # One replica only may begin with it: no prompt reaches more replicas than MAX_BEGUN in all.
     prefill_budget = RetryBudget(begun=MAX_BEGUN - 1)
     began, transfer = time.perf_counter(), None
-    async with contextlib.AsyncExitStack() as held:
+    async with contextlib.AsyncExitStack() as resources:
         try:
-            attempt = await relay.first_answer(prefill, prefill_budget, held, _give_up)
+            attempt = await relay.first_answer(prefill, prefill_budget, resources, _give_up)
             if attempt.response is not None and attempt.response.status == 200:
                 answer = from_json(attempt.first_chunk + await attempt.response.read())
                 transfer = answer.get("kv_transfer_params")

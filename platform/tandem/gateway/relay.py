@@ -109,9 +109,9 @@ class Relay:
         await self._upstream.stop()
 
     async def first_answer(
-        self, request: EngineRequest, budget: RetryBudget, held: contextlib.AsyncExitStack, requeue: Requeue
+        self, request: EngineRequest, budget: RetryBudget, resources: contextlib.AsyncExitStack, requeue: Requeue
     ) -> Attempt:
-        """The first attempt that a replica answers; `held` keeps its connection, and its count as this gateway's work.
+        """The first attempt that a replica answers; `resources` keeps its connection, and its count as this gateway's work.
 
         Where no replica is left to try, `requeue` waits until there may be one, or raises the error that it is given. Raises
         ApiError 503 if no replica may get the request any more, 504 if a replica is silent for too long.
@@ -133,8 +133,8 @@ class Relay:
                 if attempt.response is not None:
                     if attempt.response.status == 200:
                         self.fleet.answered(request.routing, replica)
-                    held.push_async_exit(counted.pop_all())
-                    held.push_async_exit(attempt.connection)
+                    resources.push_async_exit(counted.pop_all())
+                    resources.push_async_exit(attempt.connection)
                     return attempt
             budget.record(attempt)
             if attempt.suspect:
@@ -196,10 +196,10 @@ class RelayedResponse(Response):
             self._stalled = True
             self._copying.cancel()
 
-    async def _first_answer(self, held: contextlib.AsyncExitStack) -> Attempt:
-        """Admit the request and send it; `held` also keeps its admission slot."""
+    async def _first_answer(self, resources: contextlib.AsyncExitStack) -> Attempt:
+        """Admit the request and send it; `resources` also keeps its admission slot."""
         request, budget, stopwatch = self._request, RetryBudget(), self._request.stopwatch
-        held.callback(self._slot.release)
+        resources.callback(self._slot.release)
         # Time in a queue is not counted as the gateway's own.
         stopwatch.received += await self._slot.acquire()
         if self._prepare is not None:
@@ -208,14 +208,14 @@ class RelayedResponse(Response):
         async def requeue(error: ApiError) -> None:
             stopwatch.received += await self._slot.reacquire(error)
 
-        return await self._relay.first_answer(request, budget, held, requeue)
+        return await self._relay.first_answer(request, budget, resources, requeue)
 
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, dialect, id_ = self._request, self._request.dialect, request_id(scope)
         # An ASGI server holds each message back until the client has taken those before it, the last ones too.
         send_once = self._timed(send)
-        async with contextlib.AsyncExitStack() as held:
-            attempt = await self._first_answer(held)
+        async with contextlib.AsyncExitStack() as resources:
+            attempt = await self._first_answer(resources)
             answer, chunk = attempt.response, attempt.first_chunk
             assert answer is not None
             if answer.status >= 400:

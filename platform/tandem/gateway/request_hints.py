@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tandem.config.serving.app import LONGEST_TIMEOUT_S
+from tandem.config.serving.app import MAX_TIMEOUT_S
 from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.catalog import ResolvedModel
 from tandem.gateway.errors import ApiError
@@ -62,14 +62,10 @@ def take_scheduling_hints(
         else:
             finish_by = arrived + client_timeout_s
     if timeout_s is not None:
-        if (
-            isinstance(timeout_s, bool)
-            or not isinstance(timeout_s, int | float)
-            or not 0 < timeout_s <= LONGEST_TIMEOUT_S
-        ):
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise ApiError(
                 400,
-                f"`timeout` is {timeout_s!r}; it must be a number of seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}.",
+                f"`timeout` is {timeout_s!r}; it must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}.",
                 param="timeout",
             )
         finish_by = min(finish_by, arrived + timeout_s)

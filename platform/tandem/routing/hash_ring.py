@@ -26,16 +26,16 @@ class HashRing:
 
     def set(self, members: Collection[str]) -> None:
         """Replace the members; cheap if most stay."""
-        wanted = set(members)
-        gone, new = self._keys.keys() - wanted, wanted - self._keys.keys()
-        if gone:
-            self._owners = {point: owner for point, owner in self._owners.items() if owner not in gone}
-            self._keys = {member: key for member, key in self._keys.items() if member not in gone}
+        new_members = set(members)
+        removed, new = self._keys.keys() - new_members, new_members - self._keys.keys()
+        if removed:
+            self._owners = {point: owner for point, owner in self._owners.items() if owner not in removed}
+            self._keys = {member: key for member, key in self._keys.items() if member not in removed}
         for member in new:
             self._keys[member] = hash_key(member)
             for number in range(POINTS_PER_REPLICA):
                 self._owners[hash_key(f"{member}/{number}")] = member
-        if gone or new:
+        if removed or new:
             self._points = sorted(self._owners)
 
     def successors(self, key: int, count: int) -> list[str]:

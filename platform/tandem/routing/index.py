@@ -104,7 +104,7 @@ class ReplicaIndex:
     def __init__(self, rng: random.Random) -> None:
         self.load_buckets = LoadBuckets()
         self.ring = HashRing()
-        self.turn = rng.getrandbits(16)
+        self.next_turn = rng.getrandbits(16)
         """Position of `round_robin`; gateways start at different ones."""
         self._rng = rng
         self._ready: list[str] = []
@@ -136,16 +136,16 @@ class ReplicaIndex:
     def update(self, records: Iterable[ReplicaRecord]) -> None:
         """Replace the replicas of the pool."""
         seen = set()
-        came = False
+        added = False
         for record in records:
             if record.state == "ready":
                 seen.add(record.id)
-                came |= record.id not in self._position
+                added |= record.id not in self._position
                 self._put(record)
-        gone = self._position.keys() - seen
-        for replica in gone:
+        removed = self._position.keys() - seen
+        for replica in removed:
             self._drop(replica)
-        if came or gone:
+        if added or removed:
             self.ring.set(self._ready)
 
     def request_started(self, replica: str, adapter: str | None) -> None:
@@ -239,8 +239,8 @@ class ReplicaIndex:
 
     def holders(self, adapter: str, most: int) -> list[str]:
         """Replicas that have an adapter or are loading it: a random sample of at most `most` of each kind."""
-        held = self._holders.get(adapter, ())
-        found = list(held) if len(held) <= most else self.sample(most, held)
+        holding = self._holders.get(adapter, ())
+        found = list(holding) if len(holding) <= most else self.sample(most, holding)
         carried = self._own_by_adapter.get(adapter)
         if carried is not None:
             found += [replica for replica, _ in zip(carried, range(most), strict=False) if replica not in found]
@@ -261,8 +261,8 @@ class ReplicaIndex:
     def round_robin(self) -> Iterator[str]:
         """Each replica once, starting after the last one returned before."""
         for _ in range(len(self._ready)):
-            self.turn += 1
-            yield self._ready[self.turn % len(self._ready)]
+            self.next_turn += 1
+            yield self._ready[self.next_turn % len(self._ready)]
 
     def least_loaded(self, replicas: Iterable[str], exclude: Collection[str] = ()) -> str | None:
         """The ready replica with the lowest load outside `exclude`; the first of equals."""

@@ -90,12 +90,12 @@ class WaitingCounts:
 
     def update(self, gateway: str, waiting: Mapping[str, int], now: float) -> None:
         """Apply a gateway's report."""
-        self.reports = {key: said for key, said in self.reports.items() if now - said[0] <= DEMAND_TTL_S}
+        self.reports = {key: report for key, report in self.reports.items() if now - report[0] <= DEMAND_TTL_S}
         self.reports[gateway] = (now, {key: count for key, count in waiting.items() if count > 0})
 
     def total(self, deployment: str, now: float) -> int:
         """Waiting requests for a deployment."""
-        return sum(said.get(deployment, 0) for at, said in self.reports.values() if now - at <= DEMAND_TTL_S)
+        return sum(report.get(deployment, 0) for at, report in self.reports.values() if now - at <= DEMAND_TTL_S)
 
 
 class Directory:
@@ -170,8 +170,8 @@ class Directory:
                 await asyncio.wait_for(change.wait(), HEARTBEAT_S)
             except TimeoutError:
                 self._publish_if(self._table.mark_silent(time.monotonic()))
-        whole = time.monotonic() - self._began >= WARM_UP_S
-        return self._table.snapshot() if whole else replace(self._table.snapshot(), complete=False)
+        complete = time.monotonic() - self._began >= WARM_UP_S
+        return self._table.snapshot() if complete else replace(self._table.snapshot(), complete=False)
 
     def _publish_if(self, changed: bool) -> None:
         if changed:

@@ -34,15 +34,15 @@ GATEWAY_ENVIRONMENT = {
 }
 
 
-def engine_options(pool: ServedModel, drain_timeout_s: float) -> dict[str, Any]:
+def engine_options(model: ServedModel, drain_timeout_s: float) -> dict[str, Any]:
     """Options of a deployment of engine replicas: fixed number or autoscaling; new replicas start before old ones stop."""
     options: dict[str, Any] = {
         "graceful_shutdown_timeout_s": drain_timeout_s + STOP_S,
-        "max_surge_percent": pool.config.surge_percent,
+        "max_surge_percent": model.config.surge_percent,
     }
-    if pool.config.autoscaling is None:
-        return {**options, "num_replicas": pool.config.replicas}
-    return {**options, "autoscaling_config": serve_autoscaling(pool)}
+    if model.config.autoscaling is None:
+        return {**options, "num_replicas": model.config.replicas}
+    return {**options, "autoscaling_config": serve_autoscaling(model)}
 
 
 def gateway_options(replicas: int, drain_timeout_s: float) -> dict[str, Any]:
@@ -54,11 +54,11 @@ def gateway_options(replicas: int, drain_timeout_s: float) -> dict[str, Any]:
     }
 
 
-def serve_autoscaling(pool: ServedModel) -> ServeAutoscaling:
+def serve_autoscaling(model: ServedModel) -> ServeAutoscaling:
     """Serve's autoscaling config, with every decision left to `EnginePolicy`."""
-    config = pool.config.autoscaling
+    config = model.config.autoscaling
     if config is None:
-        raise ValueError(f"{pool.id} does not scale.")
+        raise ValueError(f"{model.id} does not scale.")
     with warnings.catch_warnings():
         # Serve recommends cluster-wide environment variables for the interval instead.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -75,12 +75,12 @@ def serve_autoscaling(pool: ServedModel) -> ServeAutoscaling:
         )
 
 
-def engine_version(pool: ServedModel, *told: Any) -> str:
+def engine_version(model: ServedModel, *arguments: Any) -> str:
     """Version of an engine deployment: a change replaces its replicas. Their number does not count."""
-    own = replace(pool.config, replicas=1, autoscaling=None, surge_percent=0)
+    own = replace(model.config, replicas=1, autoscaling=None, surge_percent=0)
     # Used by gateways only.
     own = replace(own, requests_per_replica=None, max_queued=0, hold_s=0.0)
-    return version_of(replace(pool, config=own), *told)
+    return version_of(replace(model, config=own), *arguments)
 
 
 def gateway_view(model: ServedModel) -> ServedModel:
@@ -94,9 +94,9 @@ def gateway_view(model: ServedModel) -> ServedModel:
     return replace(model, config=replace(config, replicas=1, surge_percent=0, cpus_per_replica=1.0))
 
 
-def version_of(*told: Any) -> str:
+def version_of(*arguments: Any) -> str:
     """Digest of a deployment's arguments and of this package's code."""
-    return digest([code(), json.loads(json.dumps(told, default=_plain))])[:16]
+    return digest([code(), json.loads(json.dumps(arguments, default=_plain))])[:16]
 
 
 @functools.cache

@@ -163,7 +163,7 @@ def test_any_json_body_gives_a_routing_request(body: dict[str, Any]) -> None:
     "body",
     ['{"prompt": "\\ud800"}', '{"user": "\\ud800"}', '{"prompt": [1, "x"]}', '{"prompt": [-1]}', '{"prompt": [[]]}'],
 )
-def test_invalid_token_ids_are_left_to_the_engine(body: str) -> None:
+def test_invalid_text_and_token_ids_are_left_to_the_engine(body: str) -> None:
     read(json.loads(body))
 
 

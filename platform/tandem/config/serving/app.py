@@ -11,7 +11,7 @@ from tandem.config.serving.replica import ReplicaConfig
 from tandem.errors import ConfigError
 from tandem.settings import LONGEST_DRAIN_S
 
-LONGEST_TIMEOUT_S = 86_400.0
+MAX_TIMEOUT_S = 86_400.0
 """Largest timeout, in seconds, of a request or in the gateway's config."""
 
 
@@ -116,7 +116,7 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         check.at_least("gateway.replicas", self.replicas, 1)
         for key in ("connect_timeout_s", "request_timeout_s"):
-            check.between(f"gateway.{key}", getattr(self, key), 0.1, LONGEST_TIMEOUT_S)
+            check.between(f"gateway.{key}", getattr(self, key), 0.1, MAX_TIMEOUT_S)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
         check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
         check.at_least("gateway.client_stall_s", self.client_stall_s, 0.1)

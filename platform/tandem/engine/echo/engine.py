@@ -156,8 +156,8 @@ class EchoEngine:
         if len(words) > self._max_length:
             return _error(400, f"The prompt has {len(words)} tokens; the model takes {self._max_length}.", None)
         limit = body.get("max_tokens") or body.get("max_completion_tokens") or len(words)
-        said = itertools.islice(itertools.cycle(words) if body.get("ignore_eos") else words, int(limit))
-        tokens = [word if i == 0 else f" {word}" for i, word in enumerate(said)]
+        answer_words = itertools.islice(itertools.cycle(words) if body.get("ignore_eos") else words, int(limit))
+        tokens = [word if i == 0 else f" {word}" for i, word in enumerate(answer_words)]
         if not self._healthy:
             return _error(500, "The engine is dead.", None)
         head = {
@@ -191,14 +191,14 @@ class EchoEngine:
     async def _stream(
         self, head: dict[str, Any], tokens: list[str], usage: dict[str, int] | None, *, chat: bool
     ) -> AsyncIterator[bytes]:
-        came, done = time.monotonic(), False
+        arrived_at, done = time.monotonic(), False
         try:
             async with self._turn():
                 for i, token in enumerate(tokens):
                     await asyncio.sleep(self._delay_s)
                     self._steps += 1
                     if i == 0:
-                        self._first_tokens.add((time.monotonic() - came,), time.monotonic())
+                        self._first_tokens.add((time.monotonic() - arrived_at,), time.monotonic())
                     finish = "stop" if i + 1 == len(tokens) else None
                     content: dict[str, Any] = (
                         {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}

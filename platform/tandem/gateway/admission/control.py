@@ -93,14 +93,14 @@ class Admission:
 
     async def sleep(self, queue: Queue, ticket: Ticket) -> Outcome:
         """Wait until a queued request may start or is refused; if cancelled, it leaves the queue."""
-        told: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._wakeups[ticket] = told
+        wakeup: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._wakeups[ticket] = wakeup
         if self._sweeping is None:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         try:
-            return await told
+            return await wakeup
         except asyncio.CancelledError:
-            if told.done() and not told.cancelled() and told.result() is Outcome.START:
+            if wakeup.done() and not wakeup.cancelled() and wakeup.result() is Outcome.START:
                 self.start_cancelled(queue)
             queue.leave(ticket)
             raise
@@ -109,9 +109,9 @@ class Admission:
 
     def notify(self, queue: Queue, ticket: Ticket, outcome: Outcome) -> None:
         """Wake a waiting request; one that has just been cancelled gives its slot back."""
-        told = self._wakeups.get(ticket)
-        if told is not None and not told.done():
-            told.set_result(outcome)
+        wakeup = self._wakeups.get(ticket)
+        if wakeup is not None and not wakeup.done():
+            wakeup.set_result(outcome)
         elif outcome is Outcome.START:
             queue.start_cancelled()
 
@@ -143,20 +143,20 @@ class Admission:
             return expired(f"The request waited {waited_s:.1f} s for {name} and was not started")
         estimated_wait_s = queue.estimated_wait_s(hints.priority) or self._config.retry_after_s
         retry_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(estimated_wait_s)))
-        crowd = f"{name} has {queue.running} requests in flight and {len(queue)} waiting"
-        said, code = {
+        load = f"{name} has {queue.running} requests in flight and {len(queue)} waiting"
+        reason, code = {
             Outcome.FULL: (
-                f"{crowd}, and more than {queue.max_waiting} may not wait (models[].max_queued).",
+                f"{load}, and more than {queue.max_waiting} may not wait (models[].max_queued).",
                 "queue_full",
             ),
-            Outcome.DISPLACED: (f"{crowd}: this one had to give its place to one of a better priority.", "displaced"),
+            Outcome.DISPLACED: (f"{load}: this one had to give its place to one of a better priority.", "displaced"),
             Outcome.DEADLINE_UNREACHABLE: (
-                f"{crowd}: one more would wait about {estimated_wait_s:.1f} s, longer than this one has time for.",
+                f"{load}: one more would wait about {estimated_wait_s:.1f} s, longer than this one has time for.",
                 "deadline_unreachable",
             ),
         }[outcome]
         headers = {"Retry-After": str(retry_s)}
-        return ApiError(429, f"{said} Try again in {retry_s} s.", code=code, headers=headers)
+        return ApiError(429, f"{reason} Try again in {retry_s} s.", code=code, headers=headers)
 
     def _sweep(self) -> None:
         self._sweeping = None

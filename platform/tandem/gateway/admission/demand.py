@@ -47,15 +47,15 @@ class DemandReport:
         return {deployment: count for deployment, count in counts.items() if count > 0}
 
     async def _report(self) -> None:
-        told: dict[str, int] = {}
+        reported: dict[str, int] = {}
         reported_at = 0.0
         while True:
-            waits = self.current()
+            waiting = self.current()
             due = time.monotonic() - reported_at >= REPORT_PERIOD_S
             # New and vanished deployments are reported at once, changed numbers every REPORT_PERIOD_S.
-            if waits.keys() != told.keys() or (waits and due):
+            if waiting.keys() != reported.keys() or (waiting and due):
                 # A directory that is being replaced does not answer; the next report reaches the new one.
                 with contextlib.suppress(Exception):
-                    await asyncio.wait_for(self._report_demand(waits), 5 * REPORT_PERIOD_S)
-                    told, reported_at = waits, time.monotonic()
+                    await asyncio.wait_for(self._report_demand(waiting), 5 * REPORT_PERIOD_S)
+                    reported, reported_at = waiting, time.monotonic()
             await asyncio.sleep(CHECK_PERIOD_S)

@@ -114,15 +114,15 @@ class AdapterSlots:
 
     def set_pinned(self, adapters: Iterable[AdapterRef]) -> None:
         """Replace the pinned adapters: load these as memory allows, and never evict them."""
-        wanted = {adapter.id: adapter for adapter in adapters}
-        left_out = self._residency.pin(wanted)
-        room = max(0, self._residency.cached - 1)
+        pinned = {adapter.id: adapter for adapter in adapters}
+        excess = self._residency.pin(pinned)
+        capacity_for_pins = max(0, self._residency.cached - 1)
         self.problems = dict.fromkeys(
-            left_out, f"More is pinned than there is room for: {len(wanted)}, and {room} can be kept."
+            excess, f"More is pinned than there is room for: {len(pinned)}, and {capacity_for_pins} can be kept."
         )
         if self._pinning_task is not None:
             self._pinning_task.cancel()
-        self._pinning_task = asyncio.create_task(self._load_each([wanted[each] for each in self._residency.pinned]))
+        self._pinning_task = asyncio.create_task(self._load_each([pinned[each] for each in self._residency.pinned]))
         self._admit_waiting()
 
     async def _load_each(self, adapters: Iterable[AdapterRef]) -> None:
@@ -137,12 +137,12 @@ class AdapterSlots:
         waiter = self._residency.arrive(adapter_id)
         if waiter is None:
             return
-        turn = self._admissions[waiter] = asyncio.get_running_loop().create_future()
+        admission = self._admissions[waiter] = asyncio.get_running_loop().create_future()
         try:
-            await turn
+            await admission
         except BaseException:
             # Admitted at the moment of the cancellation: the slot goes to the next request.
-            if turn.done() and not turn.cancelled():
+            if admission.done() and not admission.cancelled():
                 self._leave(adapter_id)
             raise
         finally:
@@ -160,11 +160,11 @@ class AdapterSlots:
             self._wake(waiter)
 
     def _wake(self, waiter: Waiter) -> None:
-        turn = self._admissions.get(waiter)
-        if turn is None or turn.done():
+        admission = self._admissions.get(waiter)
+        if admission is None or admission.done():
             self._leave(waiter.adapter)
         else:
-            turn.set_result(None)
+            admission.set_result(None)
 
     async def _load(self, adapter: AdapterRef) -> None:
         until, reason = self._refused.get(adapter.id, (0.0, ""))
@@ -212,5 +212,5 @@ class AdapterSlots:
 
     def _refuse(self, adapter_id: str, reason: str) -> None:
         now = time.monotonic()
-        self._refused = {key: held for key, held in self._refused.items() if held[0] > now}
+        self._refused = {key: refusal for key, refusal in self._refused.items() if refusal[0] > now}
         self._refused[adapter_id] = (now + REFUSAL_TTL_S, reason)

@@ -18,9 +18,9 @@ def serve_log_kept() -> Iterator[None]:
     and Serve replaces it: without this, all engines were replaced whenever the controller restarted.
     """
     handlers = [h for h in logging.getLogger(SERVE).handlers if isinstance(h, logging.handlers.MemoryHandler)]
-    held = [(handler, handler.target) for handler in handlers]
+    targets = [(handler, handler.target) for handler in handlers]
     try:
         yield
     finally:
-        for handler, target in held:
+        for handler, target in targets:
             handler.setTarget(target)

@@ -105,9 +105,9 @@ class Residency:
 
     def pin(self, adapters: Iterable[str]) -> tuple[str, ...]:
         """Replace the pinned adapters; returns those that do not fit."""
-        wanted = tuple(dict.fromkeys(adapters))
-        self.pinned = wanted[: max(0, self.cached - 1)]
-        return wanted[len(self.pinned) :]
+        adapters_in_order = tuple(dict.fromkeys(adapters))
+        self.pinned = adapters_in_order[: max(0, self.cached - 1)]
+        return adapters_in_order[len(self.pinned) :]
 
     @property
     def in_slots(self) -> tuple[str, ...]:
