@@ -42,11 +42,11 @@ from bench.routing import router_trace
 from bench.routing.router_trace import BLOCK, Call, Shape
 from tandem.config import RouterConfig, ServedModelConfig
 from tandem.engine.protocol import AdapterRef
-from tandem.gateway.catalog import Target
-from tandem.gateway.reading import read_ask
+from tandem.gateway.catalog import ResolvedModel
+from tandem.gateway.request_hints import read_routing_request
 from tandem.routing.policies import POLICIES
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
-from tandem.routing.request import BOUNDS, Ask
+from tandem.routing.request import PREFIX_LENGTHS, RoutingRequest
 from tandem.routing.router import Router
 
 BAR_US = 100.0
@@ -155,7 +155,7 @@ class Work:
     """A call on its way."""
 
     call: Call
-    ask: Ask
+    ask: RoutingRequest
     gateway: int
     replica: int
     counted: bool
@@ -222,7 +222,7 @@ class Engine:
         running = len(self.running) + (self.reading is not None)
         adapters = tuple(name for name in self.adapters if name not in self.loading)
         return ReplicaRecord(
-            id=self.id, base="base@1", url="", token="", running=running, waiting=self.requests - running, adapters=adapters
+            id=self.id, pool="base@1", url="", token="", running=running, waiting=self.requests - running, adapters=adapters
         )  # fmt: skip
 
 
@@ -291,20 +291,20 @@ class Simulation:
         router = self._routers[number]
         blocks = tuple(
             call.blocks[bound // (BLOCK * BYTES_PER_TOKEN) - 1]
-            for bound in BOUNDS
+            for bound in PREFIX_LENGTHS
             if bound <= call.count * BLOCK * BYTES_PER_TOKEN
         )
-        ask = Ask(
-            base="base@1",
+        ask = RoutingRequest(
+            pool="base@1",
             adapter=call.adapter,
-            blocks=blocks,
-            size=min(BOUNDS[-1], call.count * BLOCK * BYTES_PER_TOKEN),
+            prefix_hashes=blocks,
+            size=min(PREFIX_LENGTHS[-1], call.count * BLOCK * BYTES_PER_TOKEN),
             session=call.session,
         )
         began = time.perf_counter_ns()
         found = router.choose(ask)
         assert found is not None
-        router.began(ask, found.id)
+        router.request_started(ask, found.id)
         self._decisions_ns.append(time.perf_counter_ns() - began)
         self._admit(call.at, Work(call, ask, number, self._numbers[found.id], counted))
 
@@ -396,7 +396,7 @@ class Simulation:
         engine.keep(work.call)
         if work.counted:
             self._first.append(now - work.call.at)
-        self._routers[work.gateway].loaded(work.ask, engine.id)
+        self._routers[work.gateway].adapter_loaded(work.ask, engine.id)
         self._count += 1
         heapq.heappush(engine.running, (engine.tokens + work.call.output, self._count, work))
         self._go_on(now, engine)
@@ -408,7 +408,7 @@ class Simulation:
         engine.advance(now)
         work = heapq.heappop(engine.running)[2]
         engine.tokens = max(engine.tokens, 0.0)
-        self._routers[work.gateway].ended(work.ask, engine.id)
+        self._routers[work.gateway].request_ended(work.ask, engine.id)
         self._tally["done"] += 1
         if work.call.adapter is not None:
             engine.adapters[work.call.adapter] -= 1
@@ -439,7 +439,7 @@ class Simulation:
 def reading() -> list[dict[str, Any]]:
     """How long it takes to see how the text of a request begins; the router is not asked here."""
     served = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base"))
-    target = Target(base=served, adapter=AdapterRef(id="red@1", path="/red"))
+    target = ResolvedModel(base=served, adapter=AdapterRef(id="red@1", path="/red"))
     turn = "what a person may say in a turn of a conversation "
     bodies: dict[str, dict[str, Any]] = {
         "chat of 2 short messages": {
@@ -455,7 +455,7 @@ def reading() -> list[dict[str, Any]]:
         taken = []
         for _ in range(2000):
             began = time.perf_counter_ns()
-            read_ask(target, body, {})
+            read_routing_request(target, body, {})
             taken.append((time.perf_counter_ns() - began) / 1000)
         taken.sort()
         found.append({"request": name, "p50_us": round(taken[1000], 1), "p99_us": round(taken[1980], 1)})

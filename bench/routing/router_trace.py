@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from tandem.routing.request import key_of
+from tandem.routing.request import hash_key
 
 BLOCK = 64
 """Tokens of a block."""
@@ -116,7 +116,7 @@ def recorded(path: Path) -> list[Call]:
             else:
                 blocks = _mixed(said["blocks"])
                 session = said.get("session")
-                session = None if session is None else key_of(str(session))
+                session = None if session is None else hash_key(str(session))
                 calls.append(
                     Call(said["at_s"], said.get("adapter"), session, blocks, len(blocks), said["output_tokens"])
                 )

@@ -93,7 +93,7 @@ def serving(folder: Path, smoke: bool) -> Iterator[int]:
         import ray
         from ray import serve
 
-        from tandem.apps.build import build_app
+        from tandem.apps.build import prepare
         from tandem.apps.deploy import deploy
         from tandem.config import ServeConfig, from_dict
 
@@ -102,7 +102,7 @@ def serving(folder: Path, smoke: bool) -> Iterator[int]:
         port = free_port()
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         served = {**model, "name": MODEL, "max_adapters": 0, "autoscaling": SCALING, "hold_s": PATIENCE_S}
-        deploy(build_app(from_dict(ServeConfig, {"models": [served]}), check=False), APP)
+        deploy(prepare(from_dict(ServeConfig, {"app": APP, "models": [served]}), check=False))
         yield port
 
 

@@ -86,7 +86,8 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
         # Ray reads how it authenticates when it is imported: not before there is a cluster.
         from ray import serve
 
-        from tandem.apps.build import Gateway, resolve_models
+        from tandem.apps.gateway import Gateway
+        from tandem.apps.resolve import resolve_models
         from tandem.serve.scaling import GATEWAY_ENVIRONMENT
 
         directory: Any = serve.get_deployment_handle("Directory", "tandem")

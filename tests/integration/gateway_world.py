@@ -1,4 +1,4 @@
-"""A gateway before echo engines: real HTTP on both sides, no Ray."""
+"""A gateway in front of echo engines: real HTTP on both sides, no Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tandem.gateway.app import create_app
 from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
-from tandem.serve.replica.adapter_checks import AdapterChecks
+from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.host import EngineHost
 
 BODY = {"model": "base", "prompt": "one two three"}
@@ -47,13 +47,13 @@ class World:
         return Snapshot(version=self.version, replicas=tuple(now))
 
     async def add_engine(self, engine: EchoEngine, checks: bool = False) -> None:
-        prepare = {"prepare": AdapterChecks(self.folder / "model", 16)} if checks else {}
+        prepare = {"prepare": AdapterChecker(self.folder / "model", 16)} if checks else {}
         host = EngineHost(engine, max_adapters=2, **prepare)  # type: ignore[arg-type]
         await host.start()
         name = f"r{len(self.hosts)}"
         self.engines.append(engine)
         self.hosts.append(host)
-        self.records[name] = ReplicaRecord(id=name, base="base@1", url=host.url, token=host.token)
+        self.records[name] = ReplicaRecord(id=name, pool="base@1", url=host.url, token=host.token)
         self.version += 1
         await asyncio.sleep(0.1)
 

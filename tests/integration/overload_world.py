@@ -1,4 +1,4 @@
-"""A gateway before echo engines, whose limits a test sets: real HTTP on both sides, no Ray."""
+"""A gateway in front of echo engines with limits set by a test: real HTTP on both sides, no Ray."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class World:
         self.hosts.append(host)
         record = ReplicaRecord(
             id=f"r{len(self.hosts)}",
-            base=prefill_pool("base") if prefills else "base",
+            pool=prefill_pool("base") if prefills else "base",
             url=host.url,
             token=host.token,
             max_running=max_running,

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from small_folders import small_adapter, small_model
 
+from tandem.engine.protocol import AdapterRef
 from tandem.errors import AdapterError, StorageError
 from tandem.registry import Registry, local_folder
 from tandem.registry.adapter_cache import RECENT_S, AdapterCache
 from tandem.registry.adapter_files import WEIGHTS, adapter_digest
-from tandem.serve.pins import ref_of
-from tandem.serve.replica.adapter_checks import AdapterChecks
+from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.storage import file_system
 
 
@@ -69,11 +69,11 @@ def test_a_replica_brings_it_to_its_node_before_its_engine_hears_of_it(registry:
     put(small_adapter(tmp_path / "red"), uri)
     record = registry.register_adapter("red", uri, base="base")
     forget_copies(tmp_path)
-    ref = ref_of(record)
+    ref = AdapterRef.of(record)
     assert ref.path == uri
-    assert AdapterChecks(tmp_path / "base", 16)(ref).path == str(record.path) and record.path.is_dir()
+    assert AdapterChecker(tmp_path / "base", 16)(ref).path == str(record.path) and record.path.is_dir()
     with pytest.raises(AdapterError, match="rank 16; its base is served with max_lora_rank 8"):
-        AdapterChecks(tmp_path / "base", 8)(ref)
+        AdapterChecker(tmp_path / "base", 8)(ref)
 
 
 def test_what_changed_in_the_store_is_refused_with_both_digests(registry: Registry, uri: str, tmp_path: Path):

@@ -54,7 +54,7 @@ def ask(app: Served, prompt: str, **more: Any) -> list[int]:
 
 
 def test_a_long_prompt_is_read_by_one_replica_and_answered_by_the_other(app: Served) -> None:
-    replicas = {r.base.rpartition("#")[2]: r for r in app.replicas()}
+    replicas = {r.pool.rpartition("#")[2]: r for r in app.replicas()}
     assert sorted(replicas) == ["prefill", "split"]
     before = metric(replicas["prefill"], "vllm:generation_tokens_total")
     assert ask(app, PROMPT) == greedy_tokens(app.base, None, PROMPT, TOKENS)
@@ -63,7 +63,7 @@ def test_a_long_prompt_is_read_by_one_replica_and_answered_by_the_other(app: Ser
 
 
 def test_a_short_prompt_is_read_where_it_is_answered(app: Served) -> None:
-    replicas = {r.base.rpartition("#")[2]: r for r in app.replicas()}
+    replicas = {r.pool.rpartition("#")[2]: r for r in app.replicas()}
     before = metric(replicas["prefill"], "vllm:generation_tokens_total")
     assert ask(app, SHORT) == greedy_tokens(app.base, None, SHORT, TOKENS)
     assert metric(replicas["prefill"], "vllm:generation_tokens_total") == before

@@ -14,8 +14,8 @@ import pytest
 from serve_fixtures import process_of
 from steady_load import SteadyLoad
 
-from tandem.apps.build import build_app
-from tandem.apps.deploy import deploy, remember, remembered
+from tandem.apps.build import prepare
+from tandem.apps.deploy import deploy, saved_config
 from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig, apply_overrides, from_dict, to_dict
 from tandem.errors import EngineError
 from tandem.routing.records import ReplicaRecord
@@ -38,7 +38,7 @@ CONFIG = ServeConfig(models=(PARROT,), app=APP, drain_timeout_s=60.0)
 def put(config: ServeConfig) -> None:
     """Serve this from now on."""
     began = time.monotonic()
-    deploy(build_app(config, check=False), APP, route_prefix=f"/{APP}")
+    deploy(prepare(config, check=False), route_prefix=f"/{APP}")
     print("put", time.monotonic() - began)
 
 
@@ -93,16 +93,15 @@ def test_the_same_config_again_replaces_nothing(url: str) -> None:
 
 def test_a_change_of_a_remembered_app_starts_from_what_runs(url: str) -> None:
     put(CONFIG)
-    remember(CONFIG)
     before = set(replicas())
-    running = remembered(APP)
+    running = saved_config(APP)
     assert running == CONFIG
     # What `tandem serve deploy --set gateway.replicas=2` does.
     put(from_dict(ServeConfig, apply_overrides(to_dict(running), ["gateway.replicas=2"])))
     # The gateway is replaced too: each has its share of what may wait.
     wait_for(lambda: len(gateways()) == 2)
     assert set(replicas()) == before
-    assert remembered("another") is None
+    assert saved_config("another") is None
 
 
 def test_engine_settings_change_under_load(url: str) -> None:
@@ -125,7 +124,7 @@ def test_a_new_version_of_the_model_takes_over_under_load(url: str) -> None:
         outlasting = pool.submit(httpx.post, f"{url}/v1/completions", json=asked, timeout=60)
         put(replace(CONFIG, models=(replace(PARROT, model="parrot@2"),)))
         load.wait_for(8, "parrot@2")
-        wait_for(lambda: {replica.base for replica in replicas().values()} == {"parrot@2"})
+        wait_for(lambda: {replica.pool for replica in replicas().values()} == {"parrot@2"})
         before = load.answered["parrot@1"]
         load.wait_for(16)
         load.stop()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tandem.apps.build import build_app
+from tandem.apps.build import prepare
 from tandem.apps.deploy import deploy
 from tandem.config import AutoscalingConfig, ServeConfig, ServedModelConfig
 
@@ -40,7 +40,7 @@ def url(serve_port: int) -> Iterator[str]:
         max_adapters=0,
         engine_args={"delay_s": 0.2, "slots": 1},
     )
-    deploy(build_app(ServeConfig(models=(model,), app=APP), check=False), APP, route_prefix=f"/{APP}")
+    deploy(prepare(ServeConfig(models=(model,), app=APP), check=False), route_prefix=f"/{APP}")
     yield f"http://127.0.0.1:{serve_port}/{APP}"
     serve.delete(APP, _blocking=False)
 

@@ -13,7 +13,7 @@ import pytest
 from serve_fixtures import write_model
 
 from tandem.config import ServeConfig
-from tandem.engine.create import verdicts
+from tandem.engine.create import validation_errors
 from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError
 
@@ -63,7 +63,7 @@ def said(folder: Path) -> dict[str, str | None]:
     specs["right"] = spec(folder, max_model_len=64, max_num_seqs=4)
     specs["gpus"] = replace(spec(folder, **ON_GPUS), gpus=4.0)
     specs["wrong on gpus"] = replace(spec(folder, **{**ON_GPUS, "kv_cache_dtype": "fp9"}), gpus=4.0)
-    found = dict(zip(specs, verdicts(list(specs.values())), strict=True))
+    found = dict(zip(specs, validation_errors(list(specs.values())), strict=True))
     assert "vllm" not in sys.modules
     return found
 
@@ -90,7 +90,7 @@ def test_a_mixture_on_the_cpu_is_served_without_adapters(tmp_path: Path) -> None
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     values |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **experts}
     (folder / "config.json").write_text(json.dumps(values))
-    with_adapters, without = verdicts([spec(folder), replace(spec(folder), max_adapters=0)])
+    with_adapters, without = validation_errors([spec(folder), replace(spec(folder), max_adapters=0)])
     assert re.search(r"a mixture of experts.*Set models\[\]\.max_adapters to 0", with_adapters or "passed")
     assert without is None
 

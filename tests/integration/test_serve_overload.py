@@ -31,7 +31,8 @@ def narrow(served: Served) -> Served:
     """A second gateway before the same vLLM engine, below `/narrow`: two requests at a time, and one may wait."""
     from ray import serve
 
-    from tandem.apps.build import Gateway, resolve_models
+    from tandem.apps.gateway import Gateway
+    from tandem.apps.resolve import resolve_models
     from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
     from tandem.serve.scaling import GATEWAY_ENVIRONMENT
 

@@ -14,9 +14,9 @@ import httpx
 import pytest
 from serve_fixtures import Pooled, Served
 
-from tandem.engine.create import engine_environment
+from tandem.engine.routes import ALLOWED, ENGINE_ROUTES
 from tandem.engine.spec import EngineSpec
-from tandem.serve.routes import ALLOWED, ENGINE_ROUTES
+from tandem.engine.vllm.environment import engine_environment
 from tandem.settings import child_environment
 
 LIST = """

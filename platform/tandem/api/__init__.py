@@ -1,1 +1,1 @@
-"""Wire models shared by gateway and clients. Empty so far: OpenAI's bodies are vLLM's to parse."""
+"""Fields of requests by route, shared by gateway and batch. vLLM parses the bodies themselves."""

@@ -1,4 +1,4 @@
-"""The top-level fields of requests, by route, so that the gateway knows them without importing vLLM or any SDK.
+"""Top-level fields of requests by route, for the gateway, which imports neither vLLM nor an SDK.
 
 Made by tests/unit/api/test_request_fields.py from vLLM's request models and the typed requests of OpenAI's and Anthropic's SDKs.
 """

@@ -1,4 +1,4 @@
-"""Finds misspelt fields of requests: those that no engine and no SDK knows. Pure."""
+"""Unknown and misspelt fields of requests: those that no engine and no SDK knows. Pure."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def describe(path: str, unknown: list[str]) -> str:
     parts = []
     for field in unknown[:MAX_NAMED_FIELDS]:
         near = _nearest(path, field)
-        said = f"unknown field {field[:MAX_NAME_CHARS]!a}"
-        parts.append(said + (f"; {near.strip()[0].lower()}{near.strip()[1:]}" if near else ""))
+        text = f"unknown field {field[:MAX_NAME_CHARS]!a}"
+        parts.append(text + (f"; {near.strip()[0].lower()}{near.strip()[1:]}" if near else ""))
     if len(unknown) > MAX_NAMED_FIELDS:
         parts.append(f"and {len(unknown) - MAX_NAMED_FIELDS} more")
     return ", ".join(parts)

@@ -1,236 +1,95 @@
-"""Builds the Serve application: a directory, one deployment of engine replicas for each model, and the gateway in front."""
+"""Serve application of an app's plan: a directory, deployments of engine replicas, and the gateway in front of them."""
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
-import ray
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
+from tandem.apps.gateway import Gateway
+from tandem.apps.plan import AppPlan, EngineDeployment, plan
+from tandem.apps.resolve import resolve
+from tandem.config import ServeConfig
 from tandem.engine.create import check_engine_args
-from tandem.engine.vllm.parsers import takes_tools
-from tandem.errors import ConfigError, RegistryError
+from tandem.engine.engines import find_engine
 from tandem.ids import fingerprint
-from tandem.registry import Registry, RegistryAddress, find_model, is_shared
-from tandem.registry.source import folder_of
-from tandem.routing.policies import find_policy
-from tandem.routing.records import ServedModel, Snapshot
 from tandem.serve.directory import Directory
-from tandem.serve.disaggregate import pools
-from tandem.serve.listen import internal_port_on_node, listen_on_node
-from tandem.serve.metrics import QueueMeter, added_latency
-from tandem.serve.placement import place
-from tandem.serve.replica.deployment import EngineReplica, check_registry
-from tandem.serve.replica.sigterm import drain_on_sigterm
+from tandem.serve.replica.deployment import EngineReplica
 from tandem.serve.scaling import (
     GATEWAY_ENVIRONMENT,
     engine_options,
     engine_version,
     gateway_options,
-    seen_by_gateways,
+    gateway_view,
     version_of,
 )
-from tandem.serve.spec import engine_spec
 from tandem.settings import settings
 
-GATEWAY_NAME = "Gateway"
-"""Serve's name of the ingress."""
-GATEWAY = "tandem.gateway.app"
-"""Imported in the gateway's replica only: the gateway stands above this layer, and starts without what is here."""
+DIRECTORY_NAME, GATEWAY_NAME = "Directory", "Gateway"
+"""Serve's names of the deployments beside the engines."""
 HEALTH_PERIOD_S = 2.0
-"""How often Serve asks a replica whether its engine lives, or a gateway whether it answers."""
+"""Seconds between two health checks of a replica by Serve."""
 HEALTH_TIMEOUT_S = 10.0
-"""How long one may take to say so; Serve replaces it after three times."""
+"""Seconds that one check may take; Serve replaces a replica after three failures."""
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 CONTROL_CPUS = 0.1
-"""What Ray reserves for the directory and each gateway: room to be placed, not a limit."""
+"""CPUs that Ray reserves for the directory and for each gateway: for placement, not a limit."""
+
+
+def prepare(config: ServeConfig, *, check: bool = True) -> AppPlan:
+    """Resolve an app's models once, plan its deployments and, with `check`, have the engines validate their arguments.
+
+    Raises ConfigError or RegistryError with the next step; nothing has started then.
+    """
+    planned = plan(resolve(config))
+    for i, model in enumerate(planned.app.models):
+        if model.config.prefill is not None:
+            find_engine(model.config.engine).kv_transfer.check(model.config, f"models[{i}]")
+    if check:
+        check_engine_args(*(each.spec for each in planned.engines if each.model.config.engine_args))
+    return planned
 
 
 def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
-    """The application that `serve.run` takes.
+    """The application that `serve.run` takes; raises what `prepare` raises."""
+    return application(prepare(config, check=check))
 
-    Resolves every model in the registry and, with `check`, has the engine check its arguments. Raises ConfigError or
-    RegistryError with the next step; no replica has started then.
-    """
-    find_policy(config.router.policy)
-    check_shared(settings().registry_url)
-    with Registry.open() as opened:
-        registry = address_of(opened)
-        models = resolve_models(config, opened)
-    held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
-    placements = [place(pool.config, where) for pool, where in held]
-    if check:
-        check_engine_args(
-            *(engine_spec(pool, f"{where}.engine_args") for pool, where in held if pool.config.engine_args)
-        )
-    # Of directories there must be one: the old one ends first, and gateways go on with what they know.
-    directory = _deployment(Directory, "Directory", version_of(config.version, registry), num_cpus=CONTROL_CPUS).bind(
-        None, registry
-    )
-    engines = [
-        _deployment(
-            EngineReplica,
-            pool.deployment,
-            engine_version(pool, config.version, registry, config.drain_timeout_s),
-            num_cpus=placement.cpus,
-            num_gpus=placement.gpus,
-            custom=pool.config.resources_per_replica,
-            env=pool.config.env,
-            **engine_options(pool, config.drain_timeout_s),
-            **placement.options(),
-        ).bind(pool, directory, registry, config.drain_timeout_s)
-        for (pool, _), placement in zip(held, placements, strict=True)
-    ]
-    told = (tuple(map(seen_by_gateways, models)), config.gateway, registry)
-    more = (config.router, fingerprint(settings().admin_token))
+
+def application(planned: AppPlan) -> serve.Application:
+    """The Serve application of a plan."""
+    config, registry = planned.app.config, planned.app.registry
+    # There must be one directory at a time: the old one ends first, and gateways keep the replicas that they know.
+    directory = _deployment(
+        Directory, DIRECTORY_NAME, version_of(config.version, registry), num_cpus=CONTROL_CPUS
+    ).bind(None, registry)
+    engines = [_engine_application(each, planned, directory) for each in planned.engines]
+    constructor_args = (tuple(map(gateway_view, planned.app.models)), config.gateway, registry)
+    more_args = (config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
         serve.ingress()(Gateway),
         GATEWAY_NAME,
-        version_of(config.version, *told, *more),
+        version_of(config.version, *constructor_args, *more_args),
         num_cpus=CONTROL_CPUS,
         env=GATEWAY_ENVIRONMENT,
         **gateway_options(config.gateway.replicas, config.drain_timeout_s),
     )
-    return gateway.bind(directory, *told, engines, *more)
+    return gateway.bind(directory, *constructor_args, engines, *more_args)
 
 
-class Gateway:
-    """The ingress. Only the wiring is here: what it does is in the gateway package."""
-
-    def __init__(
-        self,
-        directory: DeploymentHandle[Any],
-        models: tuple[ServedModel, ...],
-        config: GatewayConfig,
-        registry: RegistryAddress,
-        engines: list[DeploymentHandle[Any]],
-        router: RouterConfig,
-        admin: str | None = None,
-    ) -> None:
-        drain_on_sigterm()
-        internal_port_on_node()
-        listen_on_node(ray.util.get_node_ip_address())
-        # `engines` is not called: naming the replicas here is what makes them a part of the app.
-        self._directory = directory
-        self._models = models
-        self._config = config
-        self._registry = registry
-        self._router = router
-        self._admin = admin
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """Called by Serve in the replica. RegistryError where the app's registry cannot be used on this node."""
-        check_registry(self._registry, ray.util.get_node_ip_address())
-        return importlib.import_module(GATEWAY).create_app(
-            models=self._models,
-            watch=self._watch,
-            registry=Registry.at(self._registry),
-            config=self._config,
-            record=added_latency(),
-            router=self._router,
-            admin=self._admin,
-            meter=QueueMeter(),
-            tell=self._tell,
-            name=_replica_id(),
-        )
-
-    async def _watch(self, version: int) -> Snapshot:
-        return cast(Snapshot, await self._directory.watch.remote(version))
-
-    async def _tell(self, waiting: dict[str, int]) -> None:
-        await self._directory.demand.remote(_replica_id(), waiting)
-
-
-def _replica_id() -> str:
-    return str(serve.get_replica_context().replica_id.unique_id)
-
-
-def check_shared(registry_url: str) -> None:
-    """Refuse an SQLite registry on a cluster of several machines: its file and its locks are of one."""
-    if is_shared(registry_url) or not ray.is_initialized():
-        return
-    machines = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
-    if len(machines) > 1:
-        raise RegistryError(
-            f"This cluster has {len(machines)} nodes ({', '.join(machines[:4])}), and the registry is an SQLite file, which only "
-            "one may use. Set TANDEM_DATABASE_URL to a PostgreSQL database, and prepare that with `tandem db upgrade`."
-        )
-
-
-def address_of(registry: Registry) -> RegistryAddress:
-    """What replicas open the registry by: an SQLite one on this node only, whatever nodes join the cluster later."""
-    alone = not is_shared(registry.url) and ray.is_initialized()
-    return replace(registry.address, node=ray.util.get_node_ip_address() if alone else None)
-
-
-def pinned(config: ServeConfig) -> ServeConfig:
-    """The same app with each model named by its version; without models, with the newest registered one.
-
-    Raises ConfigError or RegistryError as `build_app` does.
-    """
-    check_shared(settings().registry_url)
-    with Registry.open() as opened:
-        models = resolve_models(config, opened)
-    return replace(config, models=tuple(model.config for model in models))
-
-
-def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
-    """What the app serves: each model found in the registry, on the hub or on the disk; or else the newest registered one."""
-    wanted = config.models
-    if not wanted:
-        newest = registry.newest_model()
-        if newest is None:
-            raise RegistryError(
-                "There is no model to serve: none is configured and none is registered. Train one with "
-                "`tandem train submit`, or name a folder in Hugging Face's format."
-            )
-        wanted = (ServedModelConfig(model=newest.id, name=newest.name),)
-    models = [_with_tools(_resolve(served, registry)) for served in wanted]
-    for model in models:
-        if sum(other.name == model.name or other.id == model.id for other in models) > 1:
-            raise ConfigError(
-                f"models: {model.name!r} ({model.id}) is served more than once; raise its `replicas` instead."
-            )
-    return models
-
-
-def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
-    if served.engine == "echo":
-        # It reads no files: with a name for clients, or a path, it needs no model.
-        if (folder := folder_of(served.model)) is not None:
-            name = served.name or folder.name
-            return ServedModel(id=name, name=name, path=str(folder), config=served)
-        if served.name:
-            return ServedModel(id=served.model, name=served.name, path="", config=served)
-    record = find_model(served.model, registry, "models")
-    if isinstance(record, Path):
-        name = served.name or record.name
-        return ServedModel(id=name, name=name, path=str(record), config=served)
-    if record.kind != "model":
-        raise ConfigError(
-            f"models: {record.id} is an adapter. Serve its base, {record.base}: the adapter then answers by its name."
-        )
-    return ServedModel(
-        id=record.id,
-        name=served.name or record.name,
-        path=str(record.path),
-        # However it was named, the same version is the same deployment.
-        config=replace(served, model=record.id, name=served.name or record.name),
-        max_length=record.max_length,
-        created=int(record.created_at.timestamp()),
-    )
-
-
-def _with_tools(model: ServedModel) -> ServedModel:
-    if model.config.engine == "echo":
-        return model
-    return replace(model, tools=takes_tools(Path(model.path), model.config.engine_args))
+def _engine_application(each: EngineDeployment, planned: AppPlan, directory: serve.Application) -> serve.Application:
+    config, registry = planned.app.config, planned.app.registry
+    return _deployment(
+        EngineReplica,
+        each.model.deployment,
+        engine_version(each.model, config.version, registry, config.drain_timeout_s),
+        num_cpus=each.placement.cpus,
+        num_gpus=each.placement.gpus,
+        custom=each.model.config.resources_per_replica,
+        env=each.model.config.env,
+        **engine_options(each.model, config.drain_timeout_s),
+        **each.placement.options(),
+    ).bind(each.model, directory, registry, config.drain_timeout_s)
 
 
 def _deployment(
@@ -263,6 +122,6 @@ def _deployment(
             **options,
         ),
     )
-    # Without it `serve.run` draws a new one each time, and replaces every replica of an app that is deployed again.
+    # Without it `serve.run` draws a random version each time, and replaces every replica of an app that is deployed again.
     deployment._version = version
     return deployment

@@ -1,6 +1,7 @@
-"""Puts an app on the cluster this process is connected to, over the one that runs there under its name, and takes it away.
+"""Deployment of an app on the connected Ray cluster: start, rolling change, drain.
 
-What differs is replaced: new replicas come before old ones go, and old ones go when their streams have ended (ADR 0017).
+Deployments that differ from those of the running app are replaced: new replicas start before old ones stop, and old ones stop
+when their streams have ended (docs/adr/0017).
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from ray.experimental import internal_kv
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
-from tandem.apps.build import GATEWAY_NAME
+from tandem.apps.build import DIRECTORY_NAME, GATEWAY_NAME, application
+from tandem.apps.plan import AppPlan
 from tandem.config import ServeConfig, from_dict, to_dict
 from tandem.errors import EngineError
 
 FAILED = "DEPLOY_FAILED"
-LOOK_S = 0.2
+POLL_S = 0.2
 LAST_BYTES_S = 1.0
-"""How long the last bytes of an engine may take to their clients."""
+"""Seconds for the last bytes of an engine to reach their clients."""
 
 KEPT = b"tandem"
 """Ray's namespace of the key-value store that lives as long as the cluster."""
@@ -37,36 +39,36 @@ TO_SCHEDULE = re.compile(
 """Serve's two messages about replicas that take longer than it expects."""
 
 
-def deploy(
-    app: serve.Application, name: str, *, route_prefix: str = "/", tell: Callable[[str], None] = lambda text: None
-) -> None:
-    """Deploy and wait until every new replica is up, and no longer: old ones may stream on for minutes.
+def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[str], None] = lambda text: None) -> None:
+    """Deploy an app and wait until every new replica is up, and no longer: old ones may stream on for minutes.
 
-    EngineError with the reason if a new one cannot start; where there were old ones, they then stay. `tell` hears what Serve says
-    meanwhile, such as that there is no room on the cluster: it waits for room for ever.
+    The app's resolved config is kept with the cluster (`saved_config`). Raises EngineError with the reason if a new replica
+    cannot start; old replicas then stay. `on_message` gets Serve's messages meanwhile, such as that the cluster has no free
+    resources; Serve waits for them without a limit.
     """
+    name = planned.app.config.app
     before = _details(name)
-    told: set[str] = set()
-    target = serve.RunTarget(app, name=name, route_prefix=route_prefix)
+    reported: set[str] = set()
+    target = serve.RunTarget(application(planned), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
-    while not changed(now := _details(name), before):
+    while not is_rolled_out(now := _details(name), before):
         # Of the app alone: a deployment still says what it said of the last change until Serve has looked at this one.
         if now["status"] == FAILED:
-            raise EngineError(f"{name} did not start: {why(name)}")
-        for said in sorted(news(now) - told):
-            told.add(said)
-            tell(said)
-        time.sleep(LOOK_S)
+            raise EngineError(f"{name} did not start: {failure_reason(name)}")
+        for text in sorted(deployment_messages(now) - reported):
+            reported.add(text)
+            on_message(text)
+        time.sleep(POLL_S)
+    _save_config(planned.app.config)
 
 
-def remember(config: ServeConfig) -> None:
-    """Keep, with the cluster, what the app of this config was made from."""
+def _save_config(config: ServeConfig) -> None:
     record = {"deployed_at": _details(config.app).get("last_deployed_time_s"), "config": to_dict(config)}
     internal_kv._internal_kv_put(_key(config.app), json.dumps(record).encode(), overwrite=True, namespace=KEPT)
 
 
-def remembered(app: str) -> ServeConfig | None:
-    """What a running app was made from; None if that is not known, or Ray's `serve deploy` has changed the app since.
+def saved_config(app: str) -> ServeConfig | None:
+    """The resolved config of a running app; None if it is not known, or if Ray's `serve deploy` has changed the app since.
 
     A `serve.run` of another program over the same app is not noticed: Serve keeps the time of the first.
     """
@@ -81,7 +83,7 @@ def _key(app: str) -> bytes:
     return f"app:{app}".encode()
 
 
-def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+def is_rolled_out(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Whether an app is what it is to be, but for old replicas that have not ended. Pure: Serve's details of it, now and before.
 
     Serve takes a change in hand a moment after it was told: then a deployment that has begun to change is the sign of it.
@@ -91,17 +93,17 @@ def changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     return now["status"] == "RUNNING" or (begun and all(_replaced(d, old.get(key)) for key, d in deployments.items()))
 
 
-def news(now: Mapping[str, Any]) -> set[str]:
+def deployment_messages(now: Mapping[str, Any]) -> set[str]:
     """What Serve says of deployments that are not yet as they should be, each in a line of our words. Pure."""
     waiting = {
         name: each["message"]
         for name, each in now["deployments"].items()
         if each["status"] != "HEALTHY" and each["message"]
     }
-    return {said for name, message in waiting.items() if (said := _in_our_words(name, message))}
+    return {text for name, message in waiting.items() if (text := _deployment_message(name, message))}
 
 
-def _in_our_words(deployment: str, message: str) -> str | None:
+def _deployment_message(deployment: str, message: str) -> str | None:
     # That an engine takes more than half a minute to load is nothing to report.
     if TO_INITIALIZE.search(message):
         return None
@@ -127,19 +129,19 @@ def drain(name: str, timeout_s: float) -> bool:
     # calls them or not: they are not waited for.
     deployments = _details(name)["deployments"].items()
     engines = {
-        r["actor_name"] for key, d in deployments if key not in ("Directory", GATEWAY_NAME) for r in d["replicas"]
+        r["actor_name"] for key, d in deployments if key not in (DIRECTORY_NAME, GATEWAY_NAME) for r in d["replicas"]
     }
     serve.delete(name, _blocking=False)
     deadline = time.monotonic() + timeout_s
     while engines := {engine for engine in engines if _lives(engine)}:
         if time.monotonic() > deadline:
             return False
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     time.sleep(LAST_BYTES_S)
     return True
 
 
-def why(name: str) -> str:
+def failure_reason(name: str) -> str:
     """What Serve says of an app that is not as it should be."""
     app = serve.status().applications.get(name)
     if app is None:

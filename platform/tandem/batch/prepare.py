@@ -18,12 +18,12 @@ from tandem.batch.output.manifest import Manifest
 from tandem.batch.output.write import Output
 from tandem.config import BatchConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
+from tandem.engine.engines import find_engine
 from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, DataError, did_you_mean
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
-from tandem.serve.placement import place
-from tandem.serve.spec import engine_spec
+from tandem.serve.engine_spec import engine_spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ def check_request(request: Mapping[str, Any]) -> None:
 def _base(config: BatchConfig, names: ModelResolver, base: str) -> tuple[EngineSpec, ServedModelConfig]:
     model = next(t.base for t in (names.default, *names.targets.values()) if t.base.id == base)
     served = config.served(model.id, adapters=names.adapters_of(base))
-    if place(served, "the config").bundles:
+    if find_engine(served.engine, "engine").resources.placement(served, "the config").bundles:
         raise ConfigError(
             "engine_args.distributed_executor_backend is ray, and a batch's replicas are processes of one node. Leave it out."
         )

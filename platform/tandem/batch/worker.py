@@ -21,7 +21,7 @@ from tandem.batch.work import WorkerContext
 from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
 from tandem.errors import EngineError, StorageError
-from tandem.serve.replica.adapter_checks import AdapterChecks
+from tandem.serve.replica.adapter_checks import AdapterChecker
 
 TOLD = ("rows", "failed", "prompt_tokens", "tokens", "began", "ended")
 """What is said of each chunk: counts, and when (seconds since 1970) it was begun and published."""
@@ -46,7 +46,7 @@ class Worker:
             window_rows=work.window_rows,
             max_adapters=spec.max_adapters,
             max_cached=spec.max_cached_adapters,
-            prepare=AdapterChecks(Path(spec.path) if spec.path else None, spec.max_lora_rank),
+            prepare=AdapterChecker(Path(spec.path) if spec.path else None, spec.max_lora_rank),
         )
         self._client.start()
 

@@ -87,23 +87,21 @@ def deploy_command(
             raise ClusterError(f"{wanted.app} is not served on this cluster. `tandem serve up` starts it.")
         check_listener(serve_details(cluster), wanted.listen)
         with connected(cluster):
-            from tandem.apps.build import build_app, pinned
-            from tandem.apps.deploy import deploy, remember, remembered
+            from tandem.apps.build import prepare
+            from tandem.apps.deploy import deploy, saved_config
 
             if not models and config is None:
-                running = remembered(wanted.app)
+                running = saved_config(wanted.app)
                 if running is None:
                     raise ClusterError(
                         f"How {wanted.app} was started is not known: not by `tandem serve`, or by an older one. Name its "
                         "models, or give --config."
                     )
                 wanted = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
-            wanted = pinned(wanted)
-            # A model that is downloaded has a bar of its own.
-            app = build_app(wanted)
+            # Before the status line: a model that is downloaded has a progress bar of its own.
+            planned = prepare(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(app, wanted.app, tell=console.print)
-            remember(wanted)
+                deploy(planned, on_message=console.print)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 
 

@@ -1,1 +1,1 @@
-"""One loaded model that answers OpenAI requests."""
+"""Engines: one loaded model each, which answers OpenAI requests; a folder and a descriptor for each kind."""

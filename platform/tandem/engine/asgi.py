@@ -1,4 +1,4 @@
-"""Requests to an ASGI app in this process: no socket, no bytes of HTTP."""
+"""In-process client of an ASGI app: one POST, without a socket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Answer(NamedTuple):
-    """What an app answered."""
+    """Status and body of a response."""
 
     status: int
     body: bytes
@@ -21,14 +21,14 @@ class Answer(NamedTuple):
 
 async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS) -> Answer:
     """One POST of JSON to an ASGI app in this process."""
-    asked, status, parts = False, 500, list[bytes]()
+    sent, status, parts = False, 500, list[bytes]()
 
     async def receive() -> Message:
-        nonlocal asked
-        if asked:
-            # The app listens for a client that leaves; this one never does.
+        nonlocal sent
+        if sent:
+            # The app waits for a disconnect; this client never disconnects.
             await asyncio.get_running_loop().create_future()
-        asked = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Message) -> None:

@@ -1,35 +1,43 @@
-"""The seam between the platform and any engine: an ASGI app that speaks OpenAI, and four verbs around it."""
+"""Engine protocol: an ASGI app that speaks OpenAI's API, and methods to start, drain and adapt the engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.types import ASGIApp
+
+if TYPE_CHECKING:
+    from tandem.registry import ModelRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterRef:
-    """An adapter as an engine needs to know it."""
+    """An adapter, as engines and replicas identify it."""
 
     id: str
     """`name@version`; also the `model` of requests that want it."""
     path: str
-    """Folder in peft's format, readable on the engine's node; until a replica has brought it there, its URI may stand here."""
+    """Folder in peft's format, readable on the engine's node; a URI until a replica has downloaded it."""
     digest: str | None = None
-    """What its files had when it was registered; None: not known."""
+    """Digest of its files at registration; None: not known."""
+
+    @classmethod
+    def of(cls, record: ModelRecord) -> AdapterRef:
+        """A registered adapter."""
+        return cls(id=record.id, path=record.location, digest=record.digest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """What an engine says of itself, for the router."""
+    """Load and health of an engine, for router and autoscaler."""
 
     running: int = 0
     """Requests being generated."""
     waiting: int = 0
     """Requests admitted but not started."""
     max_running: int = 0
-    """Requests that it generates at once, at most; 0: any number."""
+    """Largest number of requests generated at once; 0: no limit."""
     kv_usage: float = 0.0
     """Share of the KV cache in use, 0 to 1."""
     ttft_s: float = 0.0
@@ -37,11 +45,11 @@ class EngineStats:
     adapters: tuple[str, ...] = ()
     """Ids of the adapters it holds."""
     tasks: tuple[str, ...] = ()
-    """What it does, in the words of serve.routes; empty: not known."""
+    """Tasks of the engine (`engine.routes`); empty: not known."""
     steps: int = 0
-    """Steps that have ended since the start: where there is work and this stands still, the engine is stuck."""
+    """Engine steps completed since the start: an engine with work and a constant count is stuck."""
     healthy: bool = True
-    """False once it cannot answer any more; the replica is then replaced."""
+    """False once the engine cannot answer any more; the replica is then replaced."""
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""What an engine loads, and how: plain data."""
+"""Engine spec: model files, names, adapter limits, resources and arguments of one engine. Plain data."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
-    """What an engine loads, and how."""
+    """Everything that an engine needs to start."""
 
     kind: str
-    """vllm or echo."""
+    """Name of the engine (`engine.engines.ENGINES`)."""
     id: str
-    """The name it answers to in each response, and the first of those it is asked by."""
+    """The model's id: its name in responses, and its first name in requests."""
     name: str
-    """The other name it is asked by."""
+    """Its second name in requests."""
     path: str
     """Folder in Hugging Face's format."""
     max_adapters: int = 8
@@ -25,11 +25,11 @@ class EngineSpec:
     """Adapters in host memory; at least as many."""
     max_lora_rank: int = 64
     threads: int = 1
-    """Threads of one operation on the CPU."""
+    """CPU threads of one operation."""
     gpus: float = 0.0
     args: Mapping[str, Any] = field(default_factory=dict)
-    """The engine's own arguments; they win over what Tandem would set."""
+    """The engine's own arguments; they override Tandem's defaults."""
     offline: bool = False
-    """Many prompts and nobody who waits for one of them: vLLM's defaults for its `LLM` instead of those for its server."""
+    """Batch use, where no client waits for one answer: vLLM's defaults for its `LLM` class instead of its server."""
     where: str = "engine_args"
-    """What messages call `args`: their place in the app's config."""
+    """Place of `args` in the config, for messages."""

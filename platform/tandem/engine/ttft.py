@@ -1,4 +1,4 @@
-"""How long first tokens took lately. Pure: callers pass the clock."""
+"""Time to first token: 90th percentile over the last seconds. Pure: callers pass the clock."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterable
 
 WINDOW_S = 10.0
 MOST = 1000
-"""First tokens that are looked at; beyond it only the latest."""
+"""Number of samples that are kept; the latest count."""
 
 
-class FirstTokens:
-    """The times to first token of the last `WINDOW_S`, written by one thread and read by any."""
+class TtftWindow:
+    """Times to first token of the last `WINDOW_S` seconds, written by one thread and read by any."""
 
     def __init__(self) -> None:
         self._taken: deque[tuple[float, float]] = deque(maxlen=MOST)
 
     def add(self, seconds: Iterable[float], now: float) -> None:
-        """These have just been generated."""
+        """Add times, in seconds, of first tokens generated now."""
         self._taken.extend((now, each) for each in seconds)
 
     def most(self, now: float) -> float:
-        """What 9 of 10 did not exceed, in seconds; 0 for none."""
+        """90th percentile in seconds; 0 without samples."""
         lately = sorted(seconds for at, seconds in tuple(self._taken) if now - at <= WINDOW_S)
         return lately[math.ceil(0.9 * len(lately)) - 1] if lately else 0.0

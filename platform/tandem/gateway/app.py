@@ -1,4 +1,4 @@
-"""The gateway's ASGI app. Starts in about a second: neither torch nor vllm nor transformers is imported here."""
+"""ASGI app of the gateway: routes, background tasks, error handlers. Imports neither torch, vllm nor transformers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from tandem.config.serving.app import GatewayConfig, RouterConfig
-from tandem.gateway.admission.control import Admission, Meter
-from tandem.gateway.admission.demand import DemandReport, Tell
+from tandem.gateway.admission.control import Admission, QueueMetrics
+from tandem.gateway.admission.demand import DemandReport, ReportDemand
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
-from tandem.gateway.fleet import Fleet, Watch
-from tandem.gateway.latency import Record, forget
+from tandem.gateway.fleet import Fleet, WatchReplicas
+from tandem.gateway.latency import RecordLatency, ignore_latency
+from tandem.gateway.relay import Relay
+from tandem.gateway.replica_probe import ReplicaProbe
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.openai import OpenAIRoutes
-from tandem.gateway.upstream import Proxy
+from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
@@ -27,33 +29,35 @@ from tandem.routing.router import Router
 def create_app(
     *,
     models: Iterable[ServedModel],
-    watch: Watch,
+    watch: WatchReplicas,
     registry: Registry,
     config: GatewayConfig | None = None,
-    record: Record = forget,
+    record_latency: RecordLatency = ignore_latency,
     router: RouterConfig | None = None,
     admin: str | None = None,
-    meter: Meter | None = None,
-    tell: Tell | None = None,
+    metrics: QueueMetrics | None = None,
+    report_demand: ReportDemand | None = None,
     name: str = "gateway",
 ) -> Starlette:
-    """The app that answers for `models`.
+    """The gateway's app for `models`.
 
-    `watch` tells it of the replicas and `router` how to choose among them; `record` hears what it adds to each request,
-    `meter` how many wait, and `tell` how many of these are for models that scale. `app.state.admission` is what they wait in.
-    `name`: what its answers call it.
-    `admin`: the fingerprint of the token that opens the operator's routes; None keeps them closed.
+    `watch` returns snapshots of the replicas, `router` configures the choice among them. `record_latency` gets the milliseconds
+    added to each request, `metrics` the queue lengths, `report_demand` the waiting requests of models that scale.
+    `name`: the gateway's id in response headers. `app.state.admission` holds the queues.
+    `admin`: fingerprint of the admin token; None closes the admin routes.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
     fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models)
-    admission = Admission(catalog.models, fleet, config, meter)
-    report = DemandReport(catalog.models, admission.waiting, tell) if tell else None
-    proxy = Proxy(fleet, admission, config, record, name)
+    admission = Admission(catalog.models, fleet, config, metrics)
+    report = DemandReport(catalog.models, admission.waiting, report_demand) if report_demand else None
+    upstream = Upstream(config)
+    relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
+    fleet.on_lost = ReplicaProbe(upstream, fleet).start
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        proxy.start()
+        relay.start()
         await fleet.start()
         if report is not None:
             report.start()
@@ -63,12 +67,12 @@ def create_app(
             if report is not None:
                 await report.stop()
             await fleet.stop()
-            await proxy.stop()
+            await relay.stop()
             catalog.close()
 
     app = Starlette(
         routes=[
-            *OpenAIRoutes(catalog, fleet, proxy, config).routes(),
+            *OpenAIRoutes(catalog, fleet, relay, config).routes(),
             *AdminRoutes(Adapters(registry), fleet, admin, config.retry_after_s).routes(),
         ],
         lifespan=lifespan,
@@ -78,7 +82,7 @@ def create_app(
             Exception: answer_unexpected,
         },
     )
-    # A path that only looks like a route is not there, rather than somewhere else.
+    # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
     app.state.admission = admission
     return app

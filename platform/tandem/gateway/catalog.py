@@ -1,4 +1,4 @@
-"""What a client's model name means: which base serves it, and with which adapter. Fresh with every request."""
+"""Catalog of model names: resolves a client's `model` to a base model and an adapter, anew for every request."""
 
 from __future__ import annotations
 
@@ -8,47 +8,53 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.engine.descriptor import EngineDescriptor
+from tandem.engine.engines import ENGINES
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import RegistryUnreachableError, UnknownModelError, UnknownVersionError, did_you_mean
 from tandem.gateway.errors import ApiError, no_registry, unknown_model
 from tandem.registry import ModelRecord, Registry
 from tandem.routing.records import ServedModel, prefill_pool
-from tandem.serve.pins import ref_of
 
 PAGE = 1000
-"""Adapters that a list of models has at most."""
+"""Largest number of adapters in one list of models."""
 LONGEST_NAME = 256
-"""Characters of a name that is looked for in the registry: to find the nearest one to megabytes would stop every stream."""
+"""Longest name that is looked up, in characters: a search for names similar to megabytes would block every stream."""
 ANSWER_S = 5.0
-"""How long the registry has for an answer."""
+"""Seconds that the registry has to answer."""
 REMEMBERED = 10_000
-"""Names whose records are kept between changes of the registry."""
+"""Names whose records are cached between changes of the registry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """Where a request goes."""
+class ResolvedModel:
+    """A client's model name, resolved."""
 
     base: ServedModel
     adapter: AdapterRef | None = None
     prefill: bool = False
-    """Whether it goes to the replicas that only read prompts."""
+    """Whether the request goes to the prefill replicas."""
     pinned: bool = False
-    """Whether the version was asked for, or an adapter of it: then no other will do."""
+    """Whether the client named a version, or an adapter of one: no other version may answer."""
 
     @property
     def pool(self) -> str:
-        """The replicas that may take it."""
+        """Id of the replica pool that serves it."""
         return prefill_pool(self.base.id) if self.prefill else self.base.id
 
     @property
+    def engine(self) -> EngineDescriptor:
+        """The engine that serves it."""
+        return ENGINES[self.base.config.engine]
+
+    @property
     def engine_name(self) -> str:
-        """The `model` that the engine knows it by."""
+        """Its `model` in requests to the engine."""
         return self.adapter.id if self.adapter else self.base.id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Card:
+class ModelCard:
     """A model as `/v1/models` lists it."""
 
     name: str
@@ -57,7 +63,7 @@ class Card:
     adapter: bool
     created: int
 
-    def wire(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """OpenAI's model object, with the fields that vLLM adds to it."""
         return {
             "id": self.name,
@@ -71,24 +77,23 @@ class Card:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Page:
-    """A part of the list of models."""
+class ModelPage:
+    """One page of the list of models."""
 
-    cards: list[Card]
+    cards: list[ModelCard]
     next: str | None
     """The name after which the next page starts; None: this is the last."""
 
 
 class Catalog:
-    """Served models by every name they have, and the registry's adapters of them.
+    """Served models by all their names, and their adapters in the registry.
 
-    The registry is asked for its revision with each adapter request, so an adapter that was registered a moment ago is
-    found, and a promotion is followed; records are read again only when the revision moved. All of it happens in a thread
-    of its own.
+    Each request for an adapter reads the registry's revision, so new adapters and promotions apply at once; records are read
+    again only when the revision has changed. Registry access runs in a thread of its own.
     """
 
     def __init__(self, models: Iterable[ServedModel], registry: Registry, retry_after_s: int = 5) -> None:
-        """`retry_after_s`: when clients are told to come again where the registry does not answer."""
+        """`retry_after_s`: Retry-After of errors while the registry does not answer."""
         self.models = tuple(models)
         self._retry_after_s = retry_after_s
         self._served: dict[str, ServedModel] = {}
@@ -100,14 +105,14 @@ class Catalog:
         self._found: dict[str, ModelRecord] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
-    async def resolve(self, name: str) -> Target:
-        """The target of a model name or id.
+    async def resolve(self, name: str) -> ResolvedModel:
+        """The model of a name or id.
 
         ApiError 404 with the nearest name, 400 for one that cannot be served, 503 where the registry does not answer.
         """
         served = self._served.get(name)
         if served is not None:
-            return Target(base=served, pinned=name != served.name)
+            return ResolvedModel(base=served, pinned=name != served.name)
         if len(name) > LONGEST_NAME:
             raise ApiError(
                 400, f"`model` has {len(name)} characters; names here have {LONGEST_NAME} at most.", param="model"
@@ -130,8 +135,8 @@ class Catalog:
             )
             raise unknown_model(f"The model {name!r} is not served here: {what}, and this app serves {here}.")
         if record.kind == "model":
-            return Target(base=base, pinned=True)
-        if record.dora:
+            return ResolvedModel(base=base, pinned=True)
+        if record.dora and not ENGINES[base.config.engine].dora:
             raise ApiError(
                 400,
                 f"{record.id} is a DoRA adapter, which vLLM does not serve. Merge it into its base: "
@@ -148,28 +153,30 @@ class Catalog:
                 f"{config.max_lora_rank}. Serve it with a larger one.",
                 param="model",
             )
-        return Target(base=base, adapter=ref_of(record), pinned=True)
+        return ResolvedModel(base=base, adapter=AdapterRef.of(record), pinned=True)
 
-    async def page(self, after: str | None = None, limit: int = PAGE) -> Page:
-        """What a request may name: the served models, and their adapters by name, at most `limit` of them after `after`."""
+    async def page(self, after: str | None = None, limit: int = PAGE) -> ModelPage:
+        """Names that requests may use: the served models, then at most `limit` adapters by name, after the name `after`."""
         cards = [
-            Card(name=m.name, id=m.id, base=m, adapter=False, created=m.created) for m in self.models if after is None
+            ModelCard(name=m.name, id=m.id, base=m, adapter=False, created=m.created)
+            for m in self.models
+            if after is None
         ]
-        # One more than wanted tells whether there is a next page.
+        # One more than `limit` shows whether there is a next page.
         records = await self._ask(self._adapters, after, limit + 1)
         shown = records[:limit]
         cards += [self._card(record) for record in shown if self._is_served(record)]
-        return Page(cards=cards, next=shown[-1].name if len(records) > limit else None)
+        return ModelPage(cards=cards, next=shown[-1].name if len(records) > limit else None)
 
-    async def card(self, name: str) -> Card:
+    async def card(self, name: str) -> ModelCard:
         """The model or adapter of one name or id; ApiError 404 if there is none."""
         base = self._served.get(name)
         if base is not None:
-            return Card(name=name, id=base.id, base=base, adapter=False, created=base.created)
+            return ModelCard(name=name, id=base.id, base=base, adapter=False, created=base.created)
         target = await self.resolve(name)
         record: ModelRecord = await self._ask(self._find, name)
         created = int(record.created_at.timestamp())
-        return Card(name=name, id=record.id, base=target.base, adapter=record.kind == "adapter", created=created)
+        return ModelCard(name=name, id=record.id, base=target.base, adapter=record.kind == "adapter", created=created)
 
     def close(self) -> None:
         """End the thread."""
@@ -196,9 +203,11 @@ class Catalog:
         base = self._by_id[record.base or ""]
         return base.config.max_adapters > 0 and not record.dora and record.name not in self._served
 
-    def _card(self, record: ModelRecord) -> Card:
+    def _card(self, record: ModelRecord) -> ModelCard:
         created = int(record.created_at.timestamp())
-        return Card(name=record.name, id=record.id, base=self._by_id[record.base or ""], adapter=True, created=created)
+        return ModelCard(
+            name=record.name, id=record.id, base=self._by_id[record.base or ""], adapter=True, created=created
+        )
 
     async def _unknown(self, name: str) -> ApiError:
         known = [card.name for card in (await self.page(limit=10)).cards]
@@ -211,6 +220,6 @@ class Catalog:
             async with asyncio.timeout(ANSWER_S):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except (TimeoutError, RegistryUnreachableError) as error:
-            # Where it is, and what it said, is not for clients.
-            said = "The registry of adapters does not answer; models that are served here answer to their own names"
-            raise no_registry(said, self._retry_after_s) from error
+            # The registry's address and error are not for clients.
+            reason = "The registry of adapters does not answer; models that are served here answer to their own names"
+            raise no_registry(reason, self._retry_after_s) from error

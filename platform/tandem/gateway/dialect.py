@@ -1,4 +1,4 @@
-"""How each API says that something went wrong: its status, its JSON, and its event in the middle of a stream.
+"""Error formats of each API: HTTP status, JSON body, and the event in the middle of a stream.
 
 Dialect
 ├── OpenAI        {"error": {"message", "type", "param", "code"}}, in a stream as one more `data:`
@@ -20,13 +20,13 @@ BROKEN = ENGINE_STOPPED
 
 
 class Dialect(Protocol):
-    """One API's way to say an error. A status comes as OpenAI's API would have it."""
+    """Error format of one API. Statuses are given as in OpenAI's API."""
 
-    mark: bytes | None
-    """What an event starts with by which an engine itself reports an error in its stream; None: it never does."""
+    error_prefix: bytes | None
+    """Start of an event by which an engine reports an error in a stream; None: engines do not."""
 
     def status(self, status: int) -> int:
-        """The HTTP status that this API uses for it."""
+        """This API's HTTP status for one of OpenAI's."""
         ...
 
     def error(self, status: int, message: str, *, code: str | None, param: str | None, request: str) -> dict[str, Any]:
@@ -39,12 +39,12 @@ class Dialect(Protocol):
 
 
 class OpenAI:
-    """OpenAI's completions, and whatever else takes its shape: embeddings, scores, tokens."""
+    """OpenAI's completions, and all routes with the same error format: embeddings, scores, tokens."""
 
-    mark: bytes | None = b'data: {"error":'
+    error_prefix: bytes | None = b'data: {"error":'
 
     def status(self, status: int) -> int:
-        """As it is."""
+        """Unchanged."""
         return status
 
     def error(self, status: int, message: str, *, code: str | None, param: str | None, request: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class OpenAI:
 class Responses(OpenAI):
     """OpenAI's responses, whose streams are typed and numbered events."""
 
-    mark: bytes | None = None
+    error_prefix: bytes | None = None
 
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
         """An event of the type `error`, with its fields beside an `error` object: the documented form, and the one SDKs raise."""
@@ -79,7 +79,7 @@ class Responses(OpenAI):
 class Anthropic:
     """Anthropic's messages."""
 
-    mark: bytes | None = b"event: error\n"
+    error_prefix: bytes | None = b"event: error\n"
 
     def status(self, status: int) -> int:
         """529 where OpenAI's API says 503: overloaded, try again."""
@@ -100,35 +100,35 @@ OPENAI, RESPONSES, ANTHROPIC = OpenAI(), Responses(), Anthropic()
 
 
 def dialect_of(path: str) -> Dialect:
-    """The dialect of a route, or of one that does not exist but looks like it."""
+    """The dialect of a path, whether or not such a route exists."""
     for prefix, dialect in (("/v1/messages", ANTHROPIC), ("/v1/responses", RESPONSES)):
         if path == prefix or path.startswith(prefix + "/"):
             return dialect
     return OPENAI
 
 
-def amended(chunk: bytes, dialect: Dialect, request: str) -> bytes:
-    """A piece of an engine's stream, with an error that the engine reports in it said as the API says it.
+def rewrite_errors(chunk: bytes, dialect: Dialect, request: str) -> bytes:
+    """A chunk of an engine's stream, with errors of the engine rewritten in the API's format.
 
-    An error that two reads have torn apart passes as the engine said it.
+    An error event that is split over two chunks passes unchanged.
     """
-    mark = dialect.mark
-    # Text of a model cannot look like this: in JSON, its quotes and line ends are escaped.
-    if mark is None or mark not in chunk:
+    error_prefix = dialect.error_prefix
+    # Generated text cannot contain the prefix: in JSON its quotes and line ends are escaped.
+    if error_prefix is None or error_prefix not in chunk:
         return chunk
-    return b"\n\n".join(_amended_event(event, dialect, request) for event in chunk.split(b"\n\n"))
+    return b"\n\n".join(_rewrite_event(event, dialect, request) for event in chunk.split(b"\n\n"))
 
 
-def _amended_event(event: bytes, dialect: Dialect, request: str) -> bytes:
+def _rewrite_event(event: bytes, dialect: Dialect, request: str) -> bytes:
     try:
         error = from_json(event.partition(b"data: ")[2])["error"]
         message, code = str(error["message"]), error.get("code")
     except (ValueError, KeyError, TypeError, AttributeError):
         return event
-    # vLLM reads its own stream of OpenAI's chunks to make Anthropic's; an error in it appears as one that cannot be read.
-    said = f"{BROKEN}." if "validation error for ChatCompletionStreamResponse" in message else simplify_message(message)
+    # vLLM converts its stream of OpenAI chunks to Anthropic's; an error in it becomes a chunk that it cannot parse.
+    text = f"{BROKEN}." if "validation error for ChatCompletionStreamResponse" in message else simplify_message(message)
     status = code if isinstance(code, int) and code >= 400 else 500
-    return dialect.event(status, said, code=None, request=request, last=b"").removesuffix(b"\n\n")
+    return dialect.event(status, text, code=None, request=request, last=b"").removesuffix(b"\n\n")
 
 
 def _dump(value: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""What the gateway answers instead of an engine's answer, in the shape of the API that was asked (dialect.py)."""
+"""Errors that the gateway answers, in the shape of the requested API (`dialect`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from tandem.engine.vllm.parsers import explain_refusal
-from tandem.engine.vllm.wording import simplify_field, simplify_message
+from tandem.engine.engines import ENGINES
+from tandem.engine.vllm.wording import simplify_field
 from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
+from tandem.routing.records import ServedModel
 
 
 class ApiError(Exception):
@@ -35,9 +36,9 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def response(self, dialect: Dialect = OPENAI, request: str = "") -> Response:
-        """What the client gets; `request` is the request's id."""
+        """The HTTP response; `request` is the request's id."""
         body = dialect.error(self.status, self.message, code=self.code, param=self.param, request=request)
-        # Each SDK looks under a name of its own.
+        # OpenAI's and Anthropic's SDKs read different headers.
         ids = {"x-request-id": request, "request-id": request} if request else {}
         return JSONResponse(body, status_code=dialect.status(self.status), headers={**self.headers, **ids})
 
@@ -47,27 +48,20 @@ def unknown_model(message: str) -> ApiError:
     return ApiError(404, message, code="model_not_found", param="model")
 
 
-class NoReplica(ApiError):
-    """503 with Retry-After, which the SDKs heed by themselves."""
-
-    begun = 0
-    """How many replicas may have begun with the request."""
-
-
-def no_replica(reason: str, retry_after_s: int) -> NoReplica:
-    """No replica took a request, for this reason."""
+def no_replica(reason: str, retry_after_s: int) -> ApiError:
+    """503 with Retry-After for a request that no replica took; the SDKs wait and retry by themselves."""
     message = f"{reason.rstrip('.')}. Try again in {retry_after_s} s."
-    return NoReplica(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
+    return ApiError(503, message, code="engine_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
 def no_registry(reason: str, retry_after_s: int) -> ApiError:
-    """503 for what the registry must be asked and cannot be, for this reason."""
+    """503 for a request that needs the registry while it does not answer."""
     message = f"{reason.rstrip('.')}. Try again in {retry_after_s} s."
     return ApiError(503, message, code="registry_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
 def too_slow(model: str, silent_s: float) -> ApiError:
-    """504 for a request on which an engine said nothing for so long; neither the gateway nor an SDK sends it again."""
+    """504 for a request on which an engine was silent for too long; neither the gateway nor an SDK retries it."""
     return ApiError(
         504,
         f"{model} said nothing on this request for {silent_s:g} s (gateway.request_timeout_s). Stream the answer, ask "
@@ -77,25 +71,25 @@ def too_slow(model: str, silent_s: float) -> ApiError:
     )
 
 
-def from_engine(status: int, body: bytes, max_length: int | None, model: str | None = None) -> ApiError:
-    """The error of an engine of `model`, whatever shape it came in."""
+def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
+    """The error in an engine's answer for `model`; a body of any shape."""
     message, param, code = f"The engine answered {status}.", None, None
     try:
-        said = from_json(body)
-        error = said.get("error", said)
+        answer = from_json(body)
+        error = answer.get("error", answer)
         message = str(error.get("message") or message)
         param = simplify_field(error.get("param"))
         code = error.get("code") if isinstance(error.get("code"), str) else None
     except (ValueError, AttributeError):
         text = body.decode(errors="replace").strip()
         message = text[:2000] or message
-    message = simplify_message(explain_refusal(message, model))
+    message = ENGINES[model.config.engine].requests.explain_error(message, model.name)
     if status == 400 and (
         "context length" in message or "max_model_len" in message or "maximum model length" in message
     ):
         code = "context_length_exceeded"
-        if max_length and str(max_length) not in message:
-            message += f" The model takes {max_length} tokens."
+        if model.max_length and str(model.max_length) not in message:
+            message += f" The model takes {model.max_length} tokens."
     return ApiError(status, message, code=code, param=param)
 
 
@@ -127,5 +121,5 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
-    """Starlette's handler for what nobody expected; the log has the traceback."""
+    """Starlette's handler for unexpected exceptions; the log has the traceback."""
     return await answer_api_error(request, ApiError(500, "The gateway failed on this request; its log says why."))

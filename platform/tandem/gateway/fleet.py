@@ -1,4 +1,4 @@
-"""The replicas as this gateway sees them: the directory's snapshot, what it has just found out by itself, and its router."""
+"""Replicas as one gateway knows them: the directory's snapshot, its own observations (suspects, probes), and its router."""
 
 from __future__ import annotations
 
@@ -9,53 +9,55 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
-from tandem.routing.request import Ask
+from tandem.routing.request import RoutingRequest
 from tandem.routing.router import Router
 
-Watch = Callable[[int], Awaitable[Snapshot]]
-"""Gives the directory's snapshot: at once if it is not of the version given, else when it changes or after a moment."""
+WatchReplicas = Callable[[int], Awaitable[Snapshot]]
+"""Returns the directory's snapshot: at once if its version differs from the given one, else at a change or after a second."""
 
-SUSPECT_S = 3.0
-"""How long a replica that refused a connection is left out, unless it speaks up before."""
+SUSPECT_FOR_S = 3.0
+"""Seconds for which a replica that refused a connection gets no requests, unless it answers one before."""
 
-PAUSE_S = 0.05
-"""How long a snapshot is good enough, at least."""
+MIN_UPDATE_INTERVAL_S = 0.05
+"""Shortest time between two snapshots, in seconds."""
 
-FIRST_S = 5.0
-"""How long a new gateway waits to hear of the replicas before it takes requests."""
+FIRST_SNAPSHOT_TIMEOUT_S = 5.0
+"""Seconds that a new gateway waits for the first snapshot before it takes requests."""
 
 
 class Fleet:
-    """Keeps the router's snapshot fresh in the background, and tells it of this gateway's own requests."""
+    """Follows the directory in the background and keeps the router informed of replicas and of this gateway's requests."""
 
     def __init__(
         self,
-        watch: Watch,
+        watch: WatchReplicas,
         router: Router | None = None,
         *,
         models: Iterable[ServedModel] = (),
     ) -> None:
-        """`models`: what is served, so that other versions of it are known."""
-        self._watch = watch
+        """`models`: the served models; replicas of other versions of them are known by their deployment."""
+        self._watch_replicas = watch
         self._router = router or Router()
         models = tuple(models)
         self._deployments = {model.id: model.deployment for model in models}
-        self._awake = {model.id for model in models if not model.sleeps}
+        self._always_on = {model.id for model in models if not model.scales_to_zero}
         self._snapshot = Snapshot()
-        self._heard = asyncio.Event()
+        self.tasks: dict[str, tuple[str, ...]] = {}
+        """Tasks that the engines of each pool have reported."""
+        self._synced = asyncio.Event()
         self._suspects: dict[str, float] = {}
         self._unheard: set[str] = set()
-        self._vouched: set[str] = set()
+        self._confirmed: set[str] = set()
         self.on_lost: Callable[[ReplicaRecord], None] = lambda replica: None
-        """Called for each replica of which nothing more may come, again with every snapshot that says so."""
+        """Called for each lost replica, again with every snapshot in which it is lost."""
         self._listeners: list[Callable[[], None]] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to follow the directory, and wait until it has told of the replicas, but not for ever."""
+        """Start following the directory; returns with its first complete snapshot, or after `FIRST_SNAPSHOT_TIMEOUT_S`."""
         self._task = asyncio.create_task(self._follow())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._heard.wait(), FIRST_S)
+            await asyncio.wait_for(self._synced.wait(), FIRST_SNAPSHOT_TIMEOUT_S)
 
     async def stop(self) -> None:
         """Stop following."""
@@ -64,144 +66,141 @@ class Fleet:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Have it called whenever there is news of the replicas, about once a second at least."""
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Register a function that is called at every change of the replicas, at least about once a second."""
         self._listeners.append(listener)
 
     @property
     def replicas(self) -> tuple[ReplicaRecord, ...]:
-        """All that are known."""
+        """All known replicas."""
         return self._snapshot.replicas
 
-    def tasks(self, base: str) -> tuple[str, ...]:
-        """What the engines of a model do; empty as long as none has said."""
-        return next((r.tasks for r in self._snapshot.replicas if r.base == base and r.tasks), ())
+    def ready(self, pool: str, *, suspects: bool) -> list[ReplicaRecord]:
+        """Ready replicas of a pool without suspects; with `suspects`, those too if there are no others.
 
-    def ready(self, base: str, *, suspects: bool) -> list[ReplicaRecord]:
-        """The replicas of a model that take requests; where none but `suspects` is left, those, or none of them.
-
-        While a model changes, those of its other version are better than none.
+        During a rolling change replicas of the model's other version count where the pool has none.
         """
         now = time.monotonic()
         ready = [r for r in self._snapshot.replicas if r.state == "ready"]
-        found = [r for r in ready if r.base == base]
-        if not found and (deployment := self._deployments.get(base)):
+        found = [r for r in ready if r.pool == pool]
+        if not found and (deployment := self._deployments.get(pool)):
             found = [r for r in ready if r.deployment == deployment]
         trusted = [r for r in found if self._suspects.get(r.id, 0.0) <= now]
         return found if suspects and not trusted else trusted
 
-    def has(self, base: str) -> bool:
-        """Whether a replica of just this pool is ready."""
-        return any(r.base == base and r.state == "ready" for r in self._snapshot.replicas)
+    def has_pool(self, pool: str) -> bool:
+        """Whether a replica of exactly this pool is ready."""
+        return any(r.pool == pool and r.state == "ready" for r in self._snapshot.replicas)
 
-    def carried(self, base: str, but: Collection[ReplicaRecord]) -> int:
-        """This gateway's own requests in flight at replicas of a model other than these."""
-        others = self._others(base) if base in self._deployments else []
-        return sum(self._router.carried(each, {r.id for r in but}) for each in (base, *others))
+    def requests_outside(self, pool: str, replicas: Collection[ReplicaRecord]) -> int:
+        """This gateway's requests in flight at replicas of a model other than these."""
+        others = self._other_pools(pool) if pool in self._deployments else []
+        return sum(self._router.requests_outside(each, {r.id for r in replicas}) for each in (pool, *others))
 
-    def choose(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
-        """The replica for a request, or None. While a model changes, one of its other version is better than none."""
-        found = self._among(ask, avoid)
-        if found is None and not ask.pinned and ask.base in self._deployments:
-            for base in self._others(ask.base):
-                found = self._among(replace(ask, base=base), avoid)
+    def choose(self, request: RoutingRequest, exclude: Collection[str]) -> ReplicaRecord | None:
+        """The replica for a request; None: there is none. During a rolling change the model's other version may answer."""
+        found = self._choose_in_pool(request, exclude)
+        if found is None and not request.pinned and request.pool in self._deployments:
+            for pool in self._other_pools(request.pool):
+                found = self._choose_in_pool(replace(request, pool=pool), exclude)
                 if found is not None:
                     return found
         return found
 
-    def _others(self, base: str) -> list[str]:
-        deployment = self._deployments[base]
-        found = {r.base for r in self._snapshot.replicas if r.deployment == deployment and r.base != base}
+    def _other_pools(self, pool: str) -> list[str]:
+        deployment = self._deployments[pool]
+        found = {r.pool for r in self._snapshot.replicas if r.deployment == deployment and r.pool != pool}
         return sorted(found)
 
-    def _among(self, ask: Ask, avoid: Collection[str]) -> ReplicaRecord | None:
-        # A suspect is better than none: it may be back.
+    def _choose_in_pool(self, request: RoutingRequest, exclude: Collection[str]) -> ReplicaRecord | None:
+        # A suspect is better than no replica: it may have recovered.
         if self._suspects:
             now = time.monotonic()
             self._suspects = {key: until for key, until in self._suspects.items() if until > now}
-            found = self._router.choose(ask, {*avoid, *self._suspects})
+            found = self._router.choose(request, {*exclude, *self._suspects})
             if found is not None:
                 return found
-        return self._router.choose(ask, avoid)
+        return self._router.choose(request, exclude)
 
     @contextlib.contextmanager
-    def counting(self, ask: Ask, replica: ReplicaRecord) -> Iterator[None]:
-        """Count a request as this gateway's own work on a replica."""
-        ask = _of(ask, replica)
-        self._router.began(ask, replica.id)
+    def counting(self, request: RoutingRequest, replica: ReplicaRecord) -> Iterator[None]:
+        """Count a request as this gateway's load on a replica for the length of a block."""
+        request = _for_pool_of(request, replica)
+        self._router.request_started(request, replica.id)
         try:
             yield
         finally:
-            self._router.ended(ask, replica.id)
+            self._router.request_ended(request, replica.id)
 
     def suspect(self, replica: ReplicaRecord) -> None:
-        """Leave a replica out for a while."""
-        self._suspects[replica.id] = time.monotonic() + SUSPECT_S
-        asyncio.get_running_loop().call_later(SUSPECT_S + PAUSE_S, self._tell)
-        self._tell()
+        """Give a replica no requests for `SUSPECT_FOR_S`."""
+        self._suspects[replica.id] = time.monotonic() + SUSPECT_FOR_S
+        asyncio.get_running_loop().call_later(SUSPECT_FOR_S + MIN_UPDATE_INTERVAL_S, self._notify)
+        self._notify()
 
-    def answered(self, ask: Ask, replica: ReplicaRecord) -> None:
-        """A replica took a request, so it holds the adapter of it, whatever it last said."""
-        self._router.loaded(_of(ask, replica), replica.id)
+    def answered(self, request: RoutingRequest, replica: ReplicaRecord) -> None:
+        """A replica has answered a request: it holds the request's adapter, and is no suspect."""
+        self._router.adapter_loaded(_for_pool_of(request, replica), replica.id)
         if self._suspects.pop(replica.id, None) is not None:
-            self._tell()
+            self._notify()
 
-    def vouch(self, replica: ReplicaRecord, *, ready: bool) -> None:
-        """Say of a silent replica what it said itself: whether it takes requests. Counts from the next snapshot on."""
+    def confirm(self, replica: ReplicaRecord, *, ready: bool) -> None:
+        """Set whether a silent replica has answered a probe that it is ready; takes effect with the next snapshot."""
         if ready:
-            self._vouched.add(replica.id)
+            self._confirmed.add(replica.id)
         else:
-            self._vouched.discard(replica.id)
+            self._confirmed.discard(replica.id)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for listener in self._listeners:
             listener()
 
-    def take(self, told: Snapshot) -> None:
-        """See the replicas as a directory tells them."""
+    def apply_snapshot(self, snapshot: Snapshot) -> None:
+        """Apply a directory's snapshot."""
         known = self._snapshot
-        self._snapshot = vouched(completed(told, known), self._vouched)
+        self._snapshot = with_confirmed(with_unheard(snapshot, known), self._confirmed)
         here = {replica.id for replica in self._snapshot.replicas}
-        # A directory that began anew has listened long enough, and did not hear of these.
+        # A restarted directory has become complete without a heartbeat from these.
         gone = [replica for replica in known.replicas if replica.id in self._unheard and replica.id not in here]
-        self._unheard = here - {replica.id for replica in told.replicas}
+        self._unheard = here - {replica.id for replica in snapshot.replicas}
         self._router.update(self._snapshot)
-        lost = [*gone, *(replica for replica in told.replicas if replica.lost)]
-        self._vouched &= {replica.id for replica in lost}
+        self.tasks = {r.pool: r.tasks for r in reversed(self._snapshot.replicas) if r.tasks}
+        lost = [*gone, *(replica for replica in snapshot.replicas if replica.lost)]
+        self._confirmed &= {replica.id for replica in lost}
         for replica in lost:
             self.on_lost(replica)
-        self._tell()
-        if self._snapshot.whole or all(map(self.has, self._awake)):
-            self._heard.set()
+        self._notify()
+        if self._snapshot.complete or all(map(self.has_pool, self._always_on)):
+            self._synced.set()
 
     async def _follow(self) -> None:
         while True:
             try:
-                self.take(await self._watch(self._snapshot.version))
-                # Changes that come in a burst are taken together: a large fleet's adapters change all the time.
-                await asyncio.sleep(PAUSE_S)
+                self.apply_snapshot(await self._watch_replicas(self._snapshot.version))
+                # Bursts of changes are applied together: adapters of a large fleet change all the time.
+                await asyncio.sleep(MIN_UPDATE_INTERVAL_S)
             except asyncio.CancelledError:
                 raise
             except Exception:  # noqa: BLE001 - whatever Ray raises
-                # The directory is being replaced: what is known stays good, connections find out the rest.
+                # The directory is being replaced: the known replicas stay, failed connections show which are gone.
                 await asyncio.sleep(0.5)
 
 
-def completed(told: Snapshot, known: Snapshot) -> Snapshot:
-    """What a directory tells; if it has just begun to listen, with what was known before and it has not heard of yet. Pure."""
-    if told.whole:
-        return told
-    heard = {replica.id for replica in told.replicas}
-    return replace(told, replicas=(*told.replicas, *(r for r in known.replicas if r.id not in heard)))
+def with_unheard(snapshot: Snapshot, known: Snapshot) -> Snapshot:
+    """The snapshot, with known replicas added that an incomplete directory has not heard from yet. Pure."""
+    if snapshot.complete:
+        return snapshot
+    heard = {replica.id for replica in snapshot.replicas}
+    return replace(snapshot, replicas=(*snapshot.replicas, *(r for r in known.replicas if r.id not in heard)))
 
 
-def vouched(told: Snapshot, known: Collection[str]) -> Snapshot:
-    """What a directory tells, but that those silent replicas are ready which are known to be. Pure."""
+def with_confirmed(snapshot: Snapshot, known: Collection[str]) -> Snapshot:
+    """The snapshot, with silent replicas in `known` marked ready. Pure."""
     if not known:
-        return told
-    ready = (replace(r, state="ready") if r.state == "silent" and r.id in known else r for r in told.replicas)
-    return replace(told, replicas=tuple(ready))
+        return snapshot
+    ready = (replace(r, state="ready") if r.state == "silent" and r.id in known else r for r in snapshot.replicas)
+    return replace(snapshot, replicas=tuple(ready))
 
 
-def _of(ask: Ask, replica: ReplicaRecord) -> Ask:
-    return ask if ask.base == replica.base else replace(ask, base=replica.base)
+def _for_pool_of(request: RoutingRequest, replica: ReplicaRecord) -> RoutingRequest:
+    return request if request.pool == replica.pool else replace(request, pool=replica.pool)

@@ -1,8 +1,8 @@
-"""What the gateway adds to a request: told to the client in a header, and to a metric.
+"""Latency added by the gateway to a request, for a response header and a metric.
 
-Counted are the time from the last byte of a request to its last byte on the way to the engine, and the time from the first byte
-of the engine's answer to its head on the way to the client. What the event loop takes to notice a byte is in neither;
-`bench/serving/gateway_latency.py` measures the whole from outside.
+It is the time from the last byte of the client's request to its last byte on the way to the engine, plus the time from the first
+byte of the engine's answer to its head on the way to the client. Delays of the event loop before it reads a byte are not
+included; `bench/serving/gateway_latency.py` measures the whole from outside.
 """
 
 from __future__ import annotations
@@ -11,46 +11,30 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import aiohttp
-from aiohttp.abc import AbstractStreamWriter
-
 HEADER = b"server-timing"
-"""`gateway;dur=0.41, engine;dur=51.20`, in milliseconds: the W3C's Server-Timing."""
+"""W3C Server-Timing in milliseconds: `gateway;dur=0.41, engine;dur=51.20`."""
 
-Record = Callable[[str, float], None]
-"""Takes a route and the milliseconds that the gateway added to one request."""
+RecordLatency = Callable[[str, float], None]
+"""Takes a route and the milliseconds added to one request."""
 
 
-def forget(route: str, added_ms: float) -> None:
-    """A Record that keeps nothing."""
+def ignore_latency(route: str, added_ms: float) -> None:
+    """A RecordLatency that does nothing."""
 
 
 @dataclass(slots=True)
 class Stopwatch:
-    """The moments of one request, in seconds of `time.perf_counter`."""
+    """Times of one request, in seconds of `time.perf_counter`."""
 
     received: float = field(default_factory=time.perf_counter)
     sent: float = 0.0
     answered: float = 0.0
 
     def split_ms(self) -> tuple[float, float]:
-        """What gateway and engine have taken until now, in milliseconds."""
+        """Milliseconds spent in the gateway and in the engine until now."""
         # An engine may refuse a request before it has read all of it.
         engine = self.answered - self.sent if 0.0 < self.sent < self.answered else 0.0
         return 1000 * (time.perf_counter() - self.received - engine), 1000 * engine
-
-
-class TimedBody(aiohttp.BytesPayload):
-    """A request's body that notes when it was written to the connection."""
-
-    def __init__(self, body: bytes, watch: Stopwatch) -> None:
-        super().__init__(body, content_type="application/json")
-        self._watch = watch
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """Called by aiohttp once it has a connection."""
-        await super().write_with_length(writer, content_length)
-        self._watch.sent = time.perf_counter()
 
 
 def header(gateway_ms: float, engine_ms: float) -> bytes:

@@ -1,4 +1,8 @@
-"""Has a prompt read by a replica that does nothing else, and tells the replica that generates where to fetch the KV cache."""
+"""Disaggregated prefill: a prefill replica reads the prompt, and the decode replica fetches its KV cache.
+
+The prefill replica is asked for one token. Its answer says where the KV cache lies (`kv_transfer_params`), and that goes along
+with the request to the replica that generates.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,14 @@ from typing import Any
 import aiohttp
 from pydantic_core import from_json, to_json
 
-from tandem.gateway.errors import ApiError, NoReplica
+from tandem.gateway.errors import ApiError
 from tandem.gateway.latency import Stopwatch
-from tandem.gateway.upstream import ATTEMPTS, Call, Proxy
+from tandem.gateway.relay import MAX_BEGUN, Relay, RetryBudget
+from tandem.gateway.upstream import EngineRequest
 
 ROUTES = ("/v1/completions", "/v1/chat/completions")
-"""Routes that generate and whose requests can say where a cache lies."""
-ASK = {
+"""Routes that generate and whose requests can carry `kv_transfer_params`."""
+TRANSFER_REQUEST = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
     "remote_engine_id": None,
@@ -24,39 +29,65 @@ ASK = {
     "remote_host": None,
     "remote_port": None,
 }
+"""Value of `kv_transfer_params` that asks a prefill replica to keep the cache for another engine."""
 LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
-async def prefilled(proxy: Proxy, body: dict[str, Any], call: Call) -> Call:
-    """The call with `kv_transfer_params`, or as it was where reading its prompt elsewhere does not pay or fails.
+async def with_prefill(
+    relay: Relay, body: dict[str, Any], request: EngineRequest, budget: RetryBudget
+) -> EngineRequest:
+    """The request with `kv_transfer_params`; unchanged where prefill elsewhere does not pay or fails.
 
-    A prefill replica that cannot be had costs time and no answer: the other replica then reads the prompt itself. One that
-    broke off counts as one that has begun with the call: no prompt gets to more replicas here than elsewhere.
+    A failed prefill costs time only: the decode replica then reads the prompt itself. A prefill replica that broke off counts
+    in `budget` as one that has begun with the request.
     """
-    config = call.target.base.config.prefill
-    if config is None or call.path not in ROUTES or len(call.body) < config.min_bytes or not proxy.has(call.target):
-        return call
-    asked = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *LENGTHS)}
-    asked |= {"stream": False, "n": 1, "kv_transfer_params": ASK}
-    asked |= dict.fromkeys([key for key in LENGTHS if key in body] or ["max_tokens"], 1)
-    target = replace(call.target, prefill=True)
-    ask = replace(call.ask, base=target.pool)
-    first = replace(call, body=to_json(asked), target=target, ask=ask, watch=Stopwatch())
-    began, told, broken = time.perf_counter(), None, 0
-    async with contextlib.AsyncExitStack() as held:
+    config = request.model.base.config.prefill
+    if config is None or request.path not in ROUTES or len(request.body) < config.min_bytes:
+        return request
+    prefill = _prefill_request(body, request)
+    if not relay.fleet.has_pool(prefill.routing.pool):
+        return request
+    # One replica only may begin with it: no prompt reaches more replicas than MAX_BEGUN in all.
+    prefill_budget = RetryBudget(begun=MAX_BEGUN - 1)
+    began, transfer = time.perf_counter(), None
+    async with contextlib.AsyncExitStack() as resources:
         try:
-            answer, start, _ = await proxy.open(first, held, ATTEMPTS - 1)
-            told = from_json(start + await answer.read()).get("kv_transfer_params") if answer.status == 200 else None
-        except NoReplica as reason:
-            broken = reason.begun - (ATTEMPTS - 1)
+            attempt = await relay.first_answer(prefill, prefill_budget, resources, _give_up)
+            if attempt.response is not None and attempt.response.status == 200:
+                answer = from_json(attempt.first_chunk + await attempt.response.read())
+                transfer = answer.get("kv_transfer_params")
         except (aiohttp.ClientError, OSError, TimeoutError):
-            broken = 1
+            prefill_budget.begun += 1
         except (ApiError, ValueError):
+            # A request that the engine refuses is refused by the decode replica too, with a message for the client.
             pass
-    # A request that the engine refuses is refused by the other one too, in words that the client then gets.
-    more = {"kv_transfer_params": told} if told else {}
-    # What reading took is not the gateway's own time.
-    watch = Stopwatch(received=call.watch.received + time.perf_counter() - began)
-    # A cache is of this version of the model: another must not answer from it.
-    pinned = replace(call.ask, pinned=call.ask.pinned or bool(more))
-    return replace(call, body=to_json({**body, **more}), ask=pinned, begun=broken, watch=watch)
+    budget.begun += prefill_budget.begun - (MAX_BEGUN - 1)
+    # Time of the prefill is not counted as the gateway's own.
+    request.stopwatch.received += time.perf_counter() - began
+    if not transfer:
+        return request
+    # A KV cache belongs to one version of the model: another version must not answer from it.
+    return replace(
+        request,
+        body=to_json({**body, "kv_transfer_params": transfer}),
+        routing=replace(request.routing, pinned=True),
+    )
+
+
+def _prefill_request(body: dict[str, Any], request: EngineRequest) -> EngineRequest:
+    """The request for the prefill replica: the same prompt, one token, no stream."""
+    values = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *LENGTHS)}
+    values |= {"stream": False, "n": 1, "kv_transfer_params": TRANSFER_REQUEST}
+    values |= dict.fromkeys([key for key in LENGTHS if key in body] or ["max_tokens"], 1)
+    model = replace(request.model, prefill=True)
+    return replace(
+        request,
+        body=to_json(values),
+        model=model,
+        routing=replace(request.routing, pool=model.pool),
+        stopwatch=Stopwatch(),
+    )
+
+
+async def _give_up(error: ApiError) -> None:
+    raise error

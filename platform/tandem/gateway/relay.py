@@ -1,7 +1,8 @@
-"""Copies bytes between a client and an engine replica; nothing of a token is ever a Python object here.
+"""Relay of a request to an engine: admit it, route it, send it, copy the answer's bytes back.
 
-A client that leaves closes the engine's connection, streaming or not, and that is how vLLM learns to abort; so does one that
-takes nothing of its answer for a while, and so does a deadline.
+Tokens are never Python objects here: chunks of bytes pass as they are read. A client that disconnects, a client that takes
+nothing of its answer for `gateway.client_stall_s`, and an expired deadline all close the connection to the engine, which is how
+vLLM learns to abort the request.
 """
 
 from __future__ import annotations
@@ -11,170 +12,283 @@ import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 import aiohttp
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from tandem.gateway.dialect import BROKEN, amended
-from tandem.gateway.errors import NoReplica, from_engine, request_id
-from tandem.gateway.latency import HEADER, header
-from tandem.gateway.upstream import ATTEMPTS, Call, Opened, Proxy
+from tandem.config.serving.app import GatewayConfig
+from tandem.gateway.admission.control import Admission
+from tandem.gateway.dialect import BROKEN, rewrite_errors
+from tandem.gateway.errors import ApiError, from_engine, no_replica, request_id
+from tandem.gateway.fleet import Fleet
+from tandem.gateway.latency import HEADER, RecordLatency, header, ignore_latency
+from tandem.gateway.upstream import Attempt, EngineRequest, Upstream
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
-"""Headers of an answer: the ids of the replica that gave it, and of the gateway that carried it."""
-PASSED_ON = ("content-type", "x-request-id", "cache-control", "metadata")
-"""Response headers of an engine that a client gets; `metadata` tells what raw bytes of embeddings are."""
-Prepare = Callable[[Call], Awaitable[Call]]
-"""What is done with a call when its turn has come, before it is sent."""
+"""Response headers: ids of the replica that answered and of the gateway that relayed."""
+FORWARDED_HEADERS = ("content-type", "x-request-id", "cache-control", "metadata")
+"""Response headers of an engine that a client gets; `metadata` describes raw bytes of embeddings."""
+MAX_BEGUN = 2
+"""Replicas that may begin with one request: a request that kills its engine must not reach all of them."""
+MAX_TRIED = 2
+"""Replicas that are tried before the request goes back to its queue."""
 
 
-class Forwarded(Response):
-    """The response that carries a call to a replica, when Starlette sends it and its turn has come, and the answer back."""
+@dataclass(slots=True)
+class RetryBudget:
+    """How often one request may still be sent. Pure."""
 
-    def __init__(self, proxy: Proxy, call: Call, prepare: Prepare | None = None) -> None:
+    begun: int = 0
+    """Replicas that may have begun with the request without answering it."""
+    tried: list[str] = field(default_factory=list)
+    """Ids of the replicas tried since the request last left its queue."""
+    failure: str = ""
+    """Reason of the last failure since then."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no replica may get the request any more."""
+        return self.begun >= MAX_BEGUN
+
+    @property
+    def allows_attempt(self) -> bool:
+        """Whether another replica may be tried without going back to the queue."""
+        return not self.exhausted and len(self.tried) < MAX_TRIED
+
+    def record(self, attempt: Attempt) -> None:
+        """Count a failed attempt."""
+        self.failure = attempt.failure
+        self.begun = self.begun + attempt.may_have_begun if attempt.retriable else MAX_BEGUN
+
+    def requeued(self) -> None:
+        """The request has waited in its queue again: every replica may be tried again."""
+        self.tried, self.failure = [], ""
+
+
+Prepare = Callable[[EngineRequest, RetryBudget], Awaitable[EngineRequest]]
+"""Last change to a request after its admission and before it is sent."""
+Requeue = Callable[[ApiError], Awaitable[None]]
+"""Waits for another turn; raises the error if the request may not wait any longer."""
+
+
+class Relay:
+    """The parts of a gateway that all relayed responses share."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        admission: Admission,
+        upstream: Upstream,
+        config: GatewayConfig,
+        *,
+        record_latency: RecordLatency = ignore_latency,
+        name: str = "",
+    ) -> None:
+        """`name`: the gateway's id in response headers."""
+        self.fleet = fleet
+        self.admission = admission
+        self.record_latency = record_latency
+        self.name = name.encode()
+        self.active: set[RelayedResponse] = set()
+        """Responses that are being sent."""
+        self._upstream = upstream
+        self._config = config
+        self._watchdog: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Open the connection pool and begin to watch for stalled clients."""
+        self._upstream.start()
+        self._watchdog = asyncio.create_task(self._cut_stalled_clients())
+
+    async def stop(self) -> None:
+        """Close all connections."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        await self._upstream.stop()
+
+    async def first_answer(
+        self, request: EngineRequest, budget: RetryBudget, resources: contextlib.AsyncExitStack, requeue: Requeue
+    ) -> Attempt:
+        """The first attempt that a replica answers; `resources` keeps its connection, and its count as this gateway's work.
+
+        Where no replica is left to try, `requeue` waits until there may be one, or raises the error that it is given. Raises
+        ApiError 503 if no replica may get the request any more, 504 if a replica is silent for too long.
+        """
+        while True:
+            replica = self.fleet.choose(request.routing, budget.tried) if budget.allows_attempt else None
+            if replica is None:
+                failure = budget.failure or f"No replica of {request.model.base.name} is ready"
+                error = no_replica(failure, self._config.retry_after_s)
+                if budget.exhausted:
+                    raise error
+                await requeue(error)
+                budget.requeued()
+                continue
+            budget.tried.append(replica.id)
+            async with contextlib.AsyncExitStack() as counted:
+                counted.enter_context(self.fleet.counting(request.routing, replica))
+                attempt = await self._upstream.send(request, replica)
+                if attempt.response is not None:
+                    if attempt.response.status == 200:
+                        self.fleet.answered(request.routing, replica)
+                    resources.push_async_exit(counted.pop_all())
+                    resources.push_async_exit(attempt.connection)
+                    return attempt
+            budget.record(attempt)
+            if attempt.suspect:
+                self.fleet.suspect(replica)
+
+    async def _cut_stalled_clients(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.client_stall_s / 4)
+            limit = time.monotonic() - self._config.client_stall_s
+            for response in [each for each in self.active if each.sending_since < limit]:
+                response.cut()
+
+
+class RelayedResponse(Response):
+    """A response that relays a request to a replica when Starlette sends it."""
+
+    def __init__(self, relay: Relay, request: EngineRequest, prepare: Prepare | None = None) -> None:
         self.background = None
         self.sending_since = math.inf
-        """When the client was given what it has not taken yet."""
-        self._proxy = proxy
-        self._call = call
+        """Monotonic time since which the client has not taken a message; infinity: nothing is being sent."""
+        self._relay = relay
+        self._request = request
         self._prepare = prepare
-        self._place = proxy.admission.place(call.target.base, call.wish, light=call.light)
+        self._slot = relay.admission.slot(request.model.base, request.hints, light=request.light)
         self._copying: asyncio.Task[None] | None = None
         self._stalled = False
-        self._streamed: bool | None = None
-        """Whether events are sent; None: not even a head was."""
-        self._last = b""
+        self._is_stream: bool | None = None
+        """Whether the answer is a stream of events; None: its head has not been sent."""
+        self._last_chunk = b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Copy until the engine is done, the client has left, or the time is over, whichever comes first."""
-        finish_by = self._call.wish.finish_by
+        """Copy until the engine is done, the client has disconnected, or the deadline has passed."""
+        finish_by = self._request.hints.finish_by
         left_s = None if finish_by == math.inf else max(0.0, finish_by - time.monotonic())
         copying = self._copying = asyncio.ensure_future(self._copy(scope, receive, send))
-        leaving = asyncio.ensure_future(_left(receive))
-        self._proxy.under_way.add(self)
+        disconnect = asyncio.ensure_future(_disconnected(receive))
+        self._relay.active.add(self)
         try:
-            await asyncio.wait((copying, leaving), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((copying, disconnect), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if self._stalled:
                 raise ConnectionAbortedError("The client took nothing of its answer and was cut off.")
             if copying.done():
                 copying.result()
-            elif not leaving.done():
-                await _ended(copying)
+            elif not disconnect.done():
+                await _cancelled(copying)
                 if copying.cancelled():
-                    await self._say_expired(scope, send)
-                else:  # it ended in the very moment
+                    await self._send_deadline_error(scope, send)
+                else:  # it ended between the wait and the cancellation
                     copying.result()
         finally:
-            # Also when Serve cancels us: whatever ends this request closes the engine's connection.
-            self._proxy.under_way.discard(self)
-            leaving.cancel()
-            await _ended(copying)
+            # Also if Serve cancels this task: whatever ends this request closes the connection to the engine.
+            self._relay.active.discard(self)
+            disconnect.cancel()
+            await _cancelled(copying)
 
     def cut(self) -> None:
-        """End it: nobody takes what is sent."""
+        """End the response: the client takes nothing of it."""
         if self._copying is not None:
             self._stalled = True
             self._copying.cancel()
 
-    async def _say_expired(self, scope: Scope, send: Send) -> None:
-        error = self._place.late()
-        if self._streamed is None:
+    async def _first_answer(self, resources: contextlib.AsyncExitStack) -> Attempt:
+        """Admit the request and send it; `resources` also keeps its admission slot."""
+        request, budget, stopwatch = self._request, RetryBudget(), self._request.stopwatch
+        resources.callback(self._slot.release)
+        # Time in a queue is not counted as the gateway's own.
+        stopwatch.received += await self._slot.acquire()
+        if self._prepare is not None:
+            request = await self._prepare(request, budget)
+
+        async def requeue(error: ApiError) -> None:
+            stopwatch.received += await self._slot.reacquire(error)
+
+        return await self._relay.first_answer(request, budget, resources, requeue)
+
+    async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, dialect, id_ = self._request, self._request.dialect, request_id(scope)
+        # An ASGI server holds each message back until the client has taken those before it, the last ones too.
+        send_once = self._timed(send)
+        async with contextlib.AsyncExitStack() as resources:
+            attempt = await self._first_answer(resources)
+            answer, chunk = attempt.response, attempt.first_chunk
+            assert answer is not None
+            if answer.status >= 400:
+                error = from_engine(answer.status, await answer.read(), request.model.base)
+                error.headers |= request.warnings
+                await error.response(dialect, id_)(scope, receive, send_once)
+                return
+            self._is_stream = is_stream = answer.content_type.startswith("text/event-stream")
+            await self._send_head(send_once, attempt, answer)
+            try:
+                while chunk:
+                    self._last_chunk = rewrite_errors(chunk, dialect, id_) if is_stream else chunk
+                    self.sending_since = time.monotonic()
+                    await send({"type": "http.response.body", "body": self._last_chunk, "more_body": True})
+                    self.sending_since = math.inf
+                    chunk = await answer.content.readany()
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                # Too late for a status. A stream can still end with an error event; other answers must look cut off.
+                if not is_stream:
+                    raise
+                await self._send_error_event(
+                    send_once, 502, f"{BROKEN} ({type(error).__name__}).", "engine_unavailable", id_
+                )
+            else:
+                self._slot.complete = answer.status == 200
+            await send_once({"type": "http.response.body", "body": b""})
+
+    async def _send_head(self, send: Send, attempt: Attempt, answer: aiohttp.ClientResponse) -> None:
+        gateway_ms, engine_ms = self._request.stopwatch.split_ms()
+        headers = [(n.encode(), answer.headers[n].encode("latin-1")) for n in FORWARDED_HEADERS if n in answer.headers]
+        headers += [
+            (HEADER, header(gateway_ms, engine_ms)),
+            (REPLICA, attempt.replica.id.encode()),
+            (GATEWAY, self._relay.name),
+        ]
+        headers += [(name.encode(), value.encode()) for name, value in self._request.warnings.items()]
+        if answer.content_length is not None:
+            headers.append((b"content-length", str(answer.content_length).encode()))
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        self._relay.record_latency(self._request.path, gateway_ms)
+
+    async def _send_deadline_error(self, scope: Scope, send: Send) -> None:
+        error = self._slot.deadline_error()
+        if self._is_stream is None:
             raise error
-        if not self._streamed:
+        if not self._is_stream:
             raise TimeoutError(error.message)
-        # A client that takes nothing cannot be told either.
+        # A client that takes nothing cannot be sent an error either.
         async with asyncio.timeout(1.0):
-            await self._say(send, error.status, error.message, error.code, request_id(scope))
+            await self._send_error_event(send, error.status, error.message, error.code, request_id(scope))
             await send({"type": "http.response.body", "body": b""})
 
-    async def _say(self, send: Send, status: int, message: str, code: str | None, request: str) -> None:
-        event = self._call.dialect.event(status, message, code=code, request=request, last=self._last)
+    async def _send_error_event(self, send: Send, status: int, message: str, code: str | None, id_: str) -> None:
+        event = self._request.dialect.event(status, message, code=code, request=id_, last=self._last_chunk)
         await send({"type": "http.response.body", "body": event, "more_body": True})
 
-    def _watched(self, send: Send) -> Send:
-        """The same, for what there is one of in an answer; the loop over its chunks keeps the time itself."""
+    def _timed(self, send: Send) -> Send:
+        """`send` with `sending_since` kept; for messages of which an answer has one (the loop over chunks does it inline)."""
 
-        async def send_and_note(message: Message) -> None:
+        async def timed_send(message: Message) -> None:
             self.sending_since = time.monotonic()
             await send(message)
             self.sending_since = math.inf
 
-        return send_and_note
-
-    async def _opened(self, held: contextlib.AsyncExitStack) -> Opened:
-        """The beginning of the answer, once the call's turn has come; `held` keeps its place among those in flight."""
-        call = self._call
-        held.callback(self._place.leave)
-        # Waiting for its turn is not the gateway's work.
-        call.watch.received += await self._place.take()
-        if self._prepare is not None:
-            call = await self._prepare(call)
-        begun = call.begun
-        while True:
-            try:
-                return await self._proxy.open(call, held, begun)
-            except NoReplica as reason:
-                begun = reason.begun
-                if begun >= ATTEMPTS:
-                    raise
-                call.watch.received += await self._place.take_again(reason)
-
-    async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call, dialect, request = self._call, self._call.dialect, request_id(scope)
-        # A server holds each message back until the client has taken of those before it: the last ones too.
-        once = self._watched(send)
-        async with contextlib.AsyncExitStack() as held:
-            answer, chunk, replica = await self._opened(held)
-            if answer.status >= 400:
-                error = from_engine(
-                    answer.status, await answer.read(), call.target.base.max_length, call.target.base.name
-                )
-                error.headers |= call.said
-                await error.response(dialect, request)(scope, receive, once)
-                return
-            head = [
-                (name.encode(), answer.headers[name].encode("latin-1")) for name in PASSED_ON if name in answer.headers
-            ]
-            gateway_ms, engine_ms = call.watch.split_ms()
-            head += [
-                (HEADER, header(gateway_ms, engine_ms)),
-                (REPLICA, replica.id.encode()),
-                (GATEWAY, self._proxy.name),
-            ]
-            head += [(name.encode(), value.encode()) for name, value in call.said.items()]
-            self._streamed = streamed = answer.content_type.startswith("text/event-stream")
-            await _send_head(once, answer.status, head, answer.content_length)
-            self._proxy.record(call.path, gateway_ms)
-            try:
-                while chunk:
-                    self._last = amended(chunk, dialect, request) if streamed else chunk
-                    self.sending_since = time.monotonic()
-                    await send({"type": "http.response.body", "body": self._last, "more_body": True})
-                    self.sending_since = math.inf
-                    chunk = await answer.content.readany()
-            except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                # Too late for a status. A stream can still say why it ends; anything else must look cut off.
-                if not streamed:
-                    raise
-                await self._say(once, 502, f"{BROKEN} ({type(error).__name__}).", "engine_unavailable", request)
-            else:
-                self._place.whole = answer.status == 200
-            await once({"type": "http.response.body", "body": b""})
+        return timed_send
 
 
-async def _send_head(send: Send, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
-    if length is not None:
-        headers = [*headers, (b"content-length", str(length).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-
-
-async def _ended(copying: asyncio.Task[None]) -> None:
-    copying.cancel()
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
     with contextlib.suppress(BaseException):
-        await copying
+        await task
 
 
-async def _left(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

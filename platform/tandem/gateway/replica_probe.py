@@ -1,52 +1,39 @@
-"""What a gateway does about replicas that count as lost: it asks the silent ones itself, and ends what waits for the others.
+"""Liveness probe of lost replicas: silent ones are asked directly, connections to dead or stuck ones are broken.
 
-A heartbeat may fail to find the directory where the replica is well, and all its streams are. So silence is a reason to ask.
+Heartbeats may fail to reach the directory while the replica and all its streams are well. So the gateway asks a silent replica
+itself before it breaks the connections to it.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-import aiohttp
-
-from tandem.gateway.connections import Links
 from tandem.gateway.fleet import Fleet
-from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, ReplicaRecord
-
-ANSWER_S = 3.0
-"""How long a silent replica has to say that it lives."""
+from tandem.gateway.upstream import Upstream
+from tandem.routing.records import ReplicaRecord
 
 
-class Inquiry:
-    """Asks each replica once at a time."""
+class ReplicaProbe:
+    """Probes each lost replica, once at a time."""
 
-    def __init__(self, session: aiohttp.ClientSession, links: Links, fleet: Fleet) -> None:
-        """`links` is the pool of `session`; the fleet is told which of the silent take requests."""
-        self._session = session
-        self._links = links
+    def __init__(self, upstream: Upstream, fleet: Fleet) -> None:
+        """`fleet` is told which of the silent replicas are ready."""
+        self._upstream = upstream
         self._fleet = fleet
-        self._asked: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
 
-    def begin(self, replica: ReplicaRecord) -> None:
-        """Look into the loss of a replica."""
+    def start(self, replica: ReplicaRecord) -> None:
+        """Probe a lost replica in the background."""
         if replica.state == "stuck":
-            # It says so itself.
-            self._links.cut(replica.url)
-        elif replica.id not in self._asked:
-            task = self._asked[replica.id] = asyncio.create_task(self._settle(replica))
-            task.add_done_callback(lambda _: self._asked.pop(replica.id))
+            # The replica itself has reported that its engine makes no progress.
+            self._upstream.abort_connections(replica)
+        elif replica.id not in self._running:
+            task = self._running[replica.id] = asyncio.create_task(self._check(replica))
+            task.add_done_callback(lambda _: self._running.pop(replica.id))
 
-    async def _settle(self, replica: ReplicaRecord) -> None:
-        status = await self._status(replica)
-        self._fleet.vouch(replica, ready=status == 200)
+    async def _check(self, replica: ReplicaRecord) -> None:
+        status = await self._upstream.alive_status(replica)
+        self._fleet.confirm(replica, ready=status == 200)
         if status not in (200, 503):
-            # What waits for it would wait for ever: so it is tried elsewhere, or ends with an error.
-            self._links.cut(replica.url)
-
-    async def _status(self, replica: ReplicaRecord) -> int | None:
-        try:
-            url, headers = replica.url + ALIVE_PATH, {TOKEN_HEADER: replica.token}
-            async with asyncio.timeout(ANSWER_S), self._session.get(url, headers=headers) as answer:
-                return answer.status
-        except (TimeoutError, aiohttp.ClientError, OSError):
-            return None
+            # Requests on these connections would never end: they are retried elsewhere, or end with an error.
+            self._upstream.abort_connections(replica)

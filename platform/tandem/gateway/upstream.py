@@ -1,6 +1,7 @@
-"""The gateway's connections to engine replicas: chooses one for a call, sends it, and waits until the answer has begun.
+"""Connections to engine replicas: one connection pool, and one POST for each attempt at one replica.
 
-A request that no byte was answered to may be tried once more on another replica. Answers that nobody takes are cut off.
+An attempt ends with the first bytes of an answer, or with the reason why there is none and whether the replica may have begun
+with the request. Which replica is tried, and how often, is decided in `relay`.
 """
 
 from __future__ import annotations
@@ -8,193 +9,232 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 from pydantic_core import from_json, to_json
 
 from tandem.config.serving.app import GatewayConfig
-from tandem.gateway.admission.control import Admission
-from tandem.gateway.admission.queue import Wish
-from tandem.gateway.catalog import Target
-from tandem.gateway.connections import Links
+from tandem.gateway.admission.queue import SchedulingHints
+from tandem.gateway.catalog import ResolvedModel
 from tandem.gateway.dialect import Dialect
-from tandem.gateway.errors import no_replica, too_slow
-from tandem.gateway.fleet import Fleet
-from tandem.gateway.latency import Record, Stopwatch, TimedBody, forget
-from tandem.gateway.replica_probe import Inquiry
-from tandem.routing.records import TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
-from tandem.routing.request import Ask
+from tandem.gateway.errors import too_slow
+from tandem.gateway.latency import Stopwatch
+from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
+from tandem.routing.request import RoutingRequest
 
-ATTEMPTS = 2
+if TYPE_CHECKING:
+    from aiohttp.client_reqrep import ClientRequest
+    from aiohttp.connector import Connection
+    from aiohttp.tracing import Trace
+
+KEEP_ALIVE_S = 30.0
+"""Seconds for which an idle connection to a replica is kept."""
+ALIVE_TIMEOUT_S = 3.0
+"""Seconds that a replica has to answer whether it is alive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """One request as an engine is to get it."""
+class EngineRequest:
+    """A client's request in the form in which an engine gets it."""
 
     path: str
     body: bytes
-    target: Target
+    model: ResolvedModel
     headers: Mapping[str, str]
-    """For the engine."""
+    """Headers for the engine."""
     dialect: Dialect
-    ask: Ask
-    """The same for the router."""
-    wish: Wish
-    """How urgent it is."""
+    routing: RoutingRequest
+    """The properties of the request that the router uses."""
+    hints: SchedulingHints
+    """The properties of the request that admission uses."""
     light: bool = False
-    """Whether it needs no place in a queue."""
-    begun: int = 0
-    """Replicas that may have begun with it and gave no answer."""
-    said: Mapping[str, str] = field(default_factory=dict)
-    """Headers of the answer, for the client."""
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    """Started when the request's last byte came in."""
+    """Whether the engine answers without generating, so that the request needs no admission slot."""
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    """Headers of the answer that tell the client about its request."""
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    """Started when the last byte of the client's request arrived."""
 
-    def body_for(self, base: str) -> bytes:
-        """The body for a replica of `base`: while a model changes, that may be another version than was meant."""
-        return self.body if base == self.ask.base else to_json({**from_json(self.body), "model": base})
+    def body_for(self, pool: str) -> bytes:
+        """The body for a replica of `pool`: during a rolling change that may be another version of the model."""
+        return self.body if pool == self.routing.pool else to_json({**from_json(self.body), "model": pool})
 
 
-class Opened(NamedTuple):
-    """An answer that has begun."""
+@dataclass(slots=True)
+class Attempt:
+    """One request at one replica: its answer, or the reason why there is none."""
 
-    answer: aiohttp.ClientResponse
-    first: bytes
-    """The first of its bytes; those that follow are still to be read. An error's are all still to be read."""
     replica: ReplicaRecord
-    """Who gives it."""
+    connection: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    """Released when the answer has been copied, or at once after a failure."""
+    response: aiohttp.ClientResponse | None = None
+    """The answer; None: the attempt failed."""
+    first_chunk: bytes = b""
+    """First bytes of a body with status 200; the rest, and all of an error's body, are still to be read."""
+    failure: str = ""
+    """Reason of the failure, for the client."""
+    may_have_begun: bool = False
+    """Whether the replica may have begun with the request before the attempt failed."""
+    suspect: bool = False
+    """Whether the replica should get no requests for some seconds."""
+    retriable: bool = True
+    """Whether another replica may be tried after the failure."""
 
 
-class UnderWay(Protocol):
-    """An answer that is being sent."""
+class Upstream:
+    """The connection pool to all replicas."""
 
-    sending_since: float
-    """When the client was given what it has not taken yet."""
-
-    def cut(self) -> None:
-        """End it: nobody takes what is sent."""
-        ...
-
-
-class Proxy:
-    """The gateway's connections to all engines."""
-
-    def __init__(
-        self, fleet: Fleet, admission: Admission, config: GatewayConfig, record: Record = forget, name: str = ""
-    ) -> None:
-        self.name = name.encode()
-        self.admission = admission
-        self.record = record
-        self.under_way: set[UnderWay] = set()
-        """Answers that are being sent."""
-        self._fleet = fleet
-        self._watching: asyncio.Task[None] | None = None
+    def __init__(self, config: GatewayConfig) -> None:
         self._config = config
+        self._connector: EngineConnector | None = None
         self._session: aiohttp.ClientSession | None = None
 
     def start(self) -> None:
-        """Open the connection pool; needs the running loop."""
-        links = Links()
+        """Open the pool; needs a running event loop."""
+        self._connector = EngineConnector()
         self._session = aiohttp.ClientSession(
-            connector=links,
+            connector=self._connector,
             timeout=self._timeout(self._config.request_timeout_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        self._fleet.on_lost = Inquiry(self._session, links, self._fleet).begin
-        self._watching = asyncio.create_task(self._cut_stalled())
 
     async def stop(self) -> None:
         """Close all connections."""
-        if self._watching is not None:
-            self._watching.cancel()
         if self._session is not None:
             await self._session.close()
 
-    def has(self, target: Target) -> bool:
-        """Whether a replica of just this target is ready."""
-        return self._fleet.has(target.pool)
+    async def send(self, request: EngineRequest, replica: ReplicaRecord) -> Attempt:
+        """POST the request to a replica and wait for the first bytes of the answer's body.
 
-    async def open(self, call: Call, held: contextlib.AsyncExitStack, begun: int = 0) -> Opened:
-        """Send the call and wait until the answer has begun; `held` keeps the connection and the count.
-
-        It has begun with the first byte of its body: an engine sends the head of a stream long before, and may still die.
-        `begun`: how many replicas may have begun with the call before. Raises NoReplica, with how many there are now, if none
-        takes it, and ApiError 504 if one says nothing for longer than the config and the call's own deadline allow.
+        An engine sends the head of a stream long before its first token, and may die in between: only the first byte of the
+        body counts as an answer. Raises ApiError 504 if the replica sends nothing for longer than `gateway.request_timeout_s`
+        and the request's own deadline.
         """
+        attempt = Attempt(replica)
+        silent_s = max(self._config.request_timeout_s, request.hints.left_s(time.monotonic()))
+        try:
+            response = await attempt.connection.enter_async_context(self._post(request, replica, silent_s))
+            attempt.first_chunk = await response.content.readany() if response.status == 200 else b""
+            request.stopwatch.answered = time.perf_counter()
+            if response.status == 503 and UNAVAILABLE_HEADER in response.headers:
+                await _note_unavailable(attempt, response, request.model.base.name)
+            else:
+                attempt.response = response
+                return attempt
+        except aiohttp.SocketTimeoutError:
+            # The replica may be well and the answer long: stuck engines are detected by other means (docs/adr/0019).
+            await attempt.connection.aclose()
+            raise too_slow(request.model.base.name, silent_s) from None
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            attempt.failure = f"A replica of {request.model.base.name} did not answer ({type(error).__name__})"
+            attempt.suspect = True
+            attempt.may_have_begun = not isinstance(
+                error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
+            )
+        except BaseException:
+            await attempt.connection.aclose()
+            raise
+        await attempt.connection.aclose()
+        return attempt
+
+    async def alive_status(self, replica: ReplicaRecord) -> int | None:
+        """HTTP status of the replica's liveness route: 200 ready, 503 alive but not ready; None: no answer."""
+        url, headers = replica.url + ALIVE_PATH, {TOKEN_HEADER: replica.token}
+        try:
+            async with asyncio.timeout(ALIVE_TIMEOUT_S), self._opened().get(url, headers=headers) as response:
+                return response.status
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return None
+
+    def abort_connections(self, replica: ReplicaRecord) -> None:
+        """Break every connection to a replica; requests on them fail as if the replica's process had ended."""
+        if self._connector is not None:
+            self._connector.abort_connections(replica.url)
+
+    def _post(
+        self, request: EngineRequest, replica: ReplicaRecord, silent_s: float
+    ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        adapter = request.model.adapter
+        headers = {
+            "content-type": "application/json",
+            **request.headers,
+            **(adapter_headers(adapter) if adapter else {}),
+            TOKEN_HEADER: replica.token,
+        }
+        return self._opened().post(
+            replica.url + request.path,
+            data=TimedBody(request.body_for(replica.pool), request.stopwatch),
+            headers=headers,
+            timeout=self._timeout(silent_s),
+        )
+
+    def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
-            raise RuntimeError("Proxy.start was not called.")
-        target, adapter = call.target, call.target.adapter
-        sent = {"content-type": "application/json", **call.headers, **(adapter_headers(adapter) if adapter else {})}
-        avoid: list[str] = []
-        reason = f"No replica of {target.base.name} is ready"
-        while begun < ATTEMPTS and len(avoid) < ATTEMPTS:
-            replica = self._fleet.choose(call.ask, avoid)
-            if replica is None:
-                break
-            avoid.append(replica.id)
-            attempt = contextlib.AsyncExitStack()
-            silent_s = max(self._config.request_timeout_s, call.wish.left_s(time.monotonic()))
-            try:
-                attempt.enter_context(self._fleet.counting(call.ask, replica))
-                request = self._session.post(
-                    replica.url + call.path,
-                    data=TimedBody(call.body_for(replica.base), call.watch),
-                    headers={**sent, TOKEN_HEADER: replica.token},
-                    timeout=self._timeout(silent_s),
-                )
-                answer = await attempt.enter_async_context(request)
-                first = await answer.content.readany() if answer.status == 200 else b""
-                call.watch.answered = time.perf_counter()
-            except aiohttp.SocketTimeoutError:
-                # It may be well and the answer long: what stands still is found by other means (docs/adr/0019).
-                await attempt.aclose()
-                raise too_slow(target.base.name, silent_s) from None
-            except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                await attempt.aclose()
-                self._fleet.suspect(replica)
-                begun += not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-                reason = f"A replica of {target.base.name} did not answer ({type(error).__name__})"
-                continue
-            except BaseException:
-                await attempt.aclose()
-                raise
-            if answer.status == 503 and UNAVAILABLE_HEADER in answer.headers:
-                reason = f"{target.base.name}: {await _said(answer)}"
-                why = answer.headers[UNAVAILABLE_HEADER]
-                if why != "adapters":
-                    self._fleet.suspect(replica)
-                    begun += why == "died"
-                else:
-                    begun = ATTEMPTS  # it has waited there already
-                await attempt.aclose()
-                continue
-            if answer.status == 200:
-                self._fleet.answered(call.ask, replica)
-            held.push_async_exit(attempt)
-            return Opened(answer, first, replica)
-        refusal = no_replica(reason, self._config.retry_after_s)
-        refusal.begun = begun
-        raise refusal
+            raise RuntimeError("Upstream.start was not called.")
+        return self._session
 
     def _timeout(self, silent_s: float) -> aiohttp.ClientTimeout:
         return aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_timeout_s, sock_read=silent_s)
 
-    async def _cut_stalled(self) -> None:
-        """End the answers of clients that take nothing of them."""
-        while True:
-            await asyncio.sleep(self._config.client_stall_s / 4)
-            limit = time.monotonic() - self._config.client_stall_s
-            for forwarded in [each for each in self.under_way if each.sending_since < limit]:
-                forwarded.cut()
+
+class TimedBody(aiohttp.BytesPayload):
+    """A request body that records when it was written to the connection."""
+
+    def __init__(self, body: bytes, stopwatch: Stopwatch) -> None:
+        super().__init__(body, content_type="application/json")
+        self._stopwatch = stopwatch
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        """Called by aiohttp once it has a connection."""
+        await super().write_with_length(writer, content_length)
+        self._stopwatch.sent = time.perf_counter()
 
 
-async def _said(answer: aiohttp.ClientResponse) -> str:
+class EngineConnector(aiohttp.TCPConnector):
+    """aiohttp's connection pool, with a way to break all connections to one replica."""
+
+    def __init__(self) -> None:
+        super().__init__(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self._open: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+
+    async def connect(self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout) -> Connection:
+        """A connection for a request, new or from the pool."""
+        connection = await super().connect(req, traces, timeout)
+        if connection.transport is not None:
+            self._open.add(connection.transport)
+        return connection
+
+    def abort_connections(self, url: str) -> int:
+        """Abort every connection to the host and port of `url`; returns their number."""
+        address = urlsplit(url)
+        found = [
+            each
+            for each in self._open
+            if (each.get_extra_info("peername") or ())[:2] == (address.hostname, address.port)
+        ]
+        for transport in found:
+            transport.abort()
+        return len(found)
+
+
+async def _note_unavailable(attempt: Attempt, response: aiohttp.ClientResponse, model: str) -> None:
+    """Record the refusal of a replica (`UNAVAILABLE_HEADER`)."""
+    reason = response.headers[UNAVAILABLE_HEADER]
+    attempt.failure = f"{model}: {await _message_of(response)}"
+    # The request has waited at this replica for an adapter slot; it would wait at the next one as long again.
+    attempt.retriable = reason != "adapters"
+    attempt.suspect = reason != "adapters"
+    attempt.may_have_begun = reason == "died"
+
+
+async def _message_of(response: aiohttp.ClientResponse) -> str:
     try:
-        return str((await answer.json())["error"]["message"])
+        return str((await response.json())["error"]["message"])
     except (ValueError, KeyError, TypeError, aiohttp.ClientError):
         return "not available"

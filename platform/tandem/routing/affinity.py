@@ -1,6 +1,6 @@
-"""What a gateway remembers of where it sent requests: beginnings of texts, and sessions. Bounded; the longest unused goes first.
+"""Histories of where a gateway sent prompt prefixes and sessions: bounded, least recently used entries are dropped first.
 
-It is a guess at what the engines' prefix caches hold. A wrong one costs a prefill, so nobody is asked whether it is right.
+They estimate the contents of the engines' prefix caches. A wrong estimate costs one prefill, so engines are not asked.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-HOLDERS = 16
-"""Replicas remembered for one beginning. One that more hold is found nearly everywhere, so there is little to gain by it."""
+MAX_HOLDERS = 16
+"""Replicas remembered for one prefix; a prefix that more replicas hold gives little reason to prefer one of them."""
 
 
-class PrefixMemory:
-    """Which replicas have read a text that begins so."""
+class PrefixHistory:
+    """Replicas that have read a text with a given prefix, by the prefix's hash."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -22,42 +22,42 @@ class PrefixMemory:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def note(self, blocks: Sequence[int], replica: str) -> None:
-        """The replica reads a text with these beginnings now."""
+    def record(self, prefix_hashes: Sequence[int], replica: str) -> None:
+        """A replica has been sent a text with these prefixes."""
         known = self._holders
-        # The longest first, so that the shortest, which more texts share, is the last to be forgotten.
-        for block in reversed(blocks):
-            holders = known.get(block)
+        # The longest first: the shortest prefix, which more texts share, is then the last to be dropped.
+        for prefix_hash in reversed(prefix_hashes):
+            holders = known.get(prefix_hash)
             if holders is None:
-                known[block] = [replica]
+                known[prefix_hash] = [replica]
                 continue
-            known.move_to_end(block)
+            known.move_to_end(prefix_hash)
             if holders[-1] != replica:
                 if replica in holders:
                     holders.remove(replica)
-                elif len(holders) >= HOLDERS:
+                elif len(holders) >= MAX_HOLDERS:
                     del holders[0]
                 holders.append(replica)
         while len(known) > self._capacity:
             known.popitem(last=False)
 
-    def longest(self, blocks: Sequence[int], most: int) -> dict[str, int]:
-        """Replicas and how many of `blocks` each has read: the deepest first, the latest first among equals, `most` at most."""
+    def longest_matches(self, prefix_hashes: Sequence[int], limit: int) -> dict[str, int]:
+        """At most `limit` replicas, each with its number of matching `prefix_hashes`; longest match first, then most recent."""
         found: dict[str, int] = {}
-        for depth in range(len(blocks), 0, -1):
-            holders = self._holders.get(blocks[depth - 1])
+        for depth in range(len(prefix_hashes), 0, -1):
+            holders = self._holders.get(prefix_hashes[depth - 1])
             if holders is None:
                 continue
             for replica in reversed(holders):
                 if replica not in found:
                     found[replica] = depth
-                    if len(found) == most:
+                    if len(found) == limit:
                         return found
         return found
 
 
-class SessionMemory:
-    """Which replica had a session's last request."""
+class SessionHistory:
+    """Replica that got the last request of each session."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -66,13 +66,13 @@ class SessionMemory:
     def __len__(self) -> int:
         return len(self._replicas)
 
-    def note(self, session: int, replica: str) -> None:
-        """The session is there now."""
+    def record(self, session: int, replica: str) -> None:
+        """A session's request has been sent to a replica."""
         self._replicas[session] = replica
         self._replicas.move_to_end(session)
         if len(self._replicas) > self._capacity:
             self._replicas.popitem(last=False)
 
     def get(self, session: int) -> str | None:
-        """Where it was last."""
+        """The replica of the session's last request; None: not remembered."""
         return self._replicas.get(session)

@@ -1,7 +1,7 @@
-"""Consistent hashing: which replicas a key is at home at. Gateways that know the same replicas agree without a word. Pure.
+"""Consistent hashing of keys to replicas: gateways that know the same replicas agree without communication. Pure.
 
-Karger et al. 1997: each replica owns some points of a circle, and a key belongs to the next point; a replica that comes or
-goes moves only the keys next to its own points.
+Karger et al. 1997: each replica owns points of a circle, and a key belongs to the next point; adding or removing a replica moves
+only the keys next to its own points.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
 
-from tandem.routing.request import key_of
+from tandem.routing.request import hash_key
 
-POINTS = 16
-"""Points of each replica. More would even out how many keys each is home to, which spill-over does anyway."""
+POINTS_PER_REPLICA = 16
+"""Points of each replica. More would balance the keys better, which spill-over to other replicas does anyway."""
 MIX, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
-class Ring:
+class HashRing:
     """Replica ids on a circle of 64-bit keys."""
 
     def __init__(self) -> None:
@@ -25,20 +25,20 @@ class Ring:
         self._keys: dict[str, int] = {}
 
     def set(self, members: Collection[str]) -> None:
-        """Take `members` as all there are. Cheap if most were here before."""
-        wanted = set(members)
-        gone, new = self._keys.keys() - wanted, wanted - self._keys.keys()
-        if gone:
-            self._owners = {point: owner for point, owner in self._owners.items() if owner not in gone}
-            self._keys = {member: key for member, key in self._keys.items() if member not in gone}
+        """Replace the members; cheap if most stay."""
+        new_members = set(members)
+        removed, new = self._keys.keys() - new_members, new_members - self._keys.keys()
+        if removed:
+            self._owners = {point: owner for point, owner in self._owners.items() if owner not in removed}
+            self._keys = {member: key for member, key in self._keys.items() if member not in removed}
         for member in new:
-            self._keys[member] = key_of(member)
-            for number in range(POINTS):
-                self._owners[key_of(f"{member}/{number}")] = member
-        if gone or new:
+            self._keys[member] = hash_key(member)
+            for number in range(POINTS_PER_REPLICA):
+                self._owners[hash_key(f"{member}/{number}")] = member
+        if removed or new:
             self._points = sorted(self._owners)
 
-    def homes(self, key: int, count: int) -> list[str]:
+    def successors(self, key: int, count: int) -> list[str]:
         """The first `count` replicas after `key`, each once; fewer if there are no more."""
         found: list[str] = []
         points, owners = self._points, self._owners
@@ -51,7 +51,7 @@ class Ring:
                     break
         return found
 
-    def favourite(self, key: int, among: Iterable[str]) -> str:
-        """The one of some replicas that a key belongs to, whatever their order (rendezvous hashing: Thaler, Ravishankar 1998)."""
+    def rendezvous(self, key: int, among: Iterable[str]) -> str:
+        """The replica among some that a key belongs to (rendezvous hashing: Thaler, Ravishankar 1998)."""
         keys = self._keys
         return max(among, key=lambda replica: (keys.get(replica, 0) ^ key) * MIX & MASK)

@@ -1,7 +1,7 @@
-"""The ready replicas of one base, indexed so that no decision looks at all of them. Pure.
+"""Index of the ready replicas of one pool: load buckets, adapters, hash ring. No decision looks at all replicas. Pure.
 
-A heartbeat costs a few dictionary entries; so does a request that begins or ends. The index of consistent hashing is made
-anew only when replicas come or go.
+A heartbeat, the start and the end of a request cost a few dictionary entries each. The hash ring is rebuilt only when replicas
+join or leave.
 """
 
 from __future__ import annotations
@@ -10,109 +10,109 @@ import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
-from tandem.routing.hash_ring import Ring
+from tandem.routing.hash_ring import HashRing
 from tandem.routing.records import ReplicaRecord
 
-WAITING_REQUESTS = 2
-"""What a waiting request counts for beyond itself: where one waits, there is no room for the next."""
-FULL_KV = 0.9
-"""Share of the KV cache above which a replica is about to preempt what runs."""
-FULL_KV_REQUESTS = 16
-"""What a cache that is wholly in use counts for, in requests; above `FULL_KV` in proportion."""
-IN_MEMORY = 0.5
-"""How much it is worth that an adapter lies in a replica's memory, and is not in a slot: it may have to wait for one."""
+WAITING_WEIGHT = 2
+"""Load of a waiting request beyond the 1 that it counts as a request: a replica with a queue has no free capacity."""
+KV_PRESSURE_FROM = 0.9
+"""Share of the KV cache above which a replica is about to preempt running requests."""
+KV_PRESSURE_REQUESTS = 16
+"""Load of a full KV cache, in requests; above `KV_PRESSURE_FROM` in proportion."""
+HOST_MEMORY_SHARE = 0.5
+"""Value of an adapter in host memory relative to one in a slot: it may have to wait for a slot."""
 
 
-class Levels:
-    """Replicas by how much work they have: the idlest in constant time, and a change of work too."""
+class LoadBuckets:
+    """Replicas grouped by load: the least loaded one, and a change of load, in constant time."""
 
     def __init__(self) -> None:
         self._work: dict[str, int] = {}
-        self._place: dict[str, int] = {}
-        self._levels: dict[int, list[str]] = {}
-        self._least = 0
+        self._position: dict[str, int] = {}
+        self._buckets: dict[int, list[str]] = {}
+        self._lowest = 0
         self._total = 0
 
     def __contains__(self, replica: str) -> bool:
         return replica in self._work
 
     def get(self, replica: str) -> int | None:
-        """Its work, or None if it is not here."""
+        """Load of a replica, in requests; None: unknown replica."""
         return self._work.get(replica)
 
-    def set(self, replica: str, work: int) -> None:
-        """Put a replica, or move it."""
+    def set(self, replica: str, load: int) -> None:
+        """Add a replica or change its load."""
         before = self._work.get(replica)
-        if before == work:
+        if before == load:
             return
         if before is not None:
-            self._take_out(replica, before)
-        level = self._levels.get(work)
-        if level is None:
-            level = self._levels[work] = []
-        self._place[replica] = len(level)
-        level.append(replica)
-        self._work[replica] = work
-        self._total += work - (before or 0)
-        if work < self._least or self._least not in self._levels:
-            self._least = work if before is None or work <= before else min(self._levels)
+            self._remove(replica, before)
+        bucket = self._buckets.get(load)
+        if bucket is None:
+            bucket = self._buckets[load] = []
+        self._position[replica] = len(bucket)
+        bucket.append(replica)
+        self._work[replica] = load
+        self._total += load - (before or 0)
+        if load < self._lowest or self._lowest not in self._buckets:
+            self._lowest = load if before is None or load <= before else min(self._buckets)
 
     def drop(self, replica: str) -> None:
-        """Forget a replica."""
-        work = self._work.pop(replica, None)
-        if work is not None:
-            self._total -= work
-            self._take_out(replica, work)
-            if self._levels and self._least not in self._levels:
-                self._least = min(self._levels)
+        """Remove a replica."""
+        load = self._work.pop(replica, None)
+        if load is not None:
+            self._total -= load
+            self._remove(replica, load)
+            if self._buckets and self._lowest not in self._buckets:
+                self._lowest = min(self._buckets)
 
     def mean(self) -> float:
-        """The work of one, on average."""
+        """Mean load of a replica."""
         return self._total / len(self._work) if self._work else 0.0
 
     def spread(self) -> int:
-        """How much more work the busiest has than the idlest."""
-        return max(self._levels) - min(self._levels) if self._levels else 0
+        """Difference between the largest and the smallest load."""
+        return max(self._buckets) - min(self._buckets) if self._buckets else 0
 
-    def idlest(self, dice: random.Random, avoid: Collection[str] = ()) -> str | None:
-        """One of those with the least work, at random; of those not to `avoid`, if there are any."""
-        if not self._levels:
+    def least_loaded(self, rng: random.Random, exclude: Collection[str] = ()) -> str | None:
+        """A random one of the least loaded replicas outside `exclude`; None: there is none."""
+        if not self._buckets:
             return None
-        level = self._levels[self._least]
-        found = level[int(dice.random() * len(level))]
-        if found not in avoid:
+        bucket = self._buckets[self._lowest]
+        found = bucket[int(rng.random() * len(bucket))]
+        if found not in exclude:
             return found
-        for work in sorted(self._levels):
-            left = [replica for replica in self._levels[work] if replica not in avoid]
+        for load in sorted(self._buckets):
+            left = [replica for replica in self._buckets[load] if replica not in exclude]
             if left:
-                return left[int(dice.random() * len(left))]
+                return left[int(rng.random() * len(left))]
         return None
 
-    def _take_out(self, replica: str, work: int) -> None:
-        level, place = self._levels[work], self._place[replica]
-        last = level.pop()
+    def _remove(self, replica: str, load: int) -> None:
+        bucket, position = self._buckets[load], self._position[replica]
+        last = bucket.pop()
         if last != replica:
-            level[place] = last
-            self._place[last] = place
-        elif not level:
-            del self._levels[work]
+            bucket[position] = last
+            self._position[last] = position
+        elif not bucket:
+            del self._buckets[load]
 
 
-class Pool:
-    """The replicas of one base that are ready, with their loads and adapters as far as this gateway knows."""
+class ReplicaIndex:
+    """The ready replicas of one pool with their loads and adapters, as this gateway knows them."""
 
-    def __init__(self, dice: random.Random) -> None:
-        self.levels = Levels()
-        self.ring = Ring()
-        self.turn = dice.getrandbits(16)
-        """Of those that are asked in turn, the next; gateways start at different ones."""
-        self._dice = dice
+    def __init__(self, rng: random.Random) -> None:
+        self.load_buckets = LoadBuckets()
+        self.ring = HashRing()
+        self.next_turn = rng.getrandbits(16)
+        """Position of `round_robin`; gateways start at different ones."""
+        self._rng = rng
         self._ready: list[str] = []
-        self._place: dict[str, int] = {}
+        self._position: dict[str, int] = {}
         self._records: dict[str, ReplicaRecord] = {}
-        self._elsewhere: dict[str, int] = {}
-        self._own: Counter[str] = Counter()
-        self._carried: dict[str, Counter[str]] = {}
+        self._other_load: dict[str, int] = {}
+        self._own_requests: Counter[str] = Counter()
+        self._own_by_adapter: dict[str, Counter[str]] = {}
         self._resident: dict[str, set[str]] = {}
         self._holders: dict[str, list[str]] = {}
 
@@ -120,57 +120,57 @@ class Pool:
         return len(self._ready)
 
     def __contains__(self, replica: str) -> bool:
-        return replica in self._place
+        return replica in self._position
 
     @property
     def ready(self) -> list[str]:
-        """Ids, in no order that means anything."""
+        """Replica ids, unordered."""
         return self._ready
 
     def record(self, replica: str) -> ReplicaRecord:
         """The replica as it last described itself."""
         return self._records[replica]
 
-    # ---- what is learnt -----------------------------------------------------------------------------------------------
+    # ---- updates ------------------------------------------------------------------------------------------------------
 
-    def take(self, records: Iterable[ReplicaRecord]) -> None:
-        """These are all the replicas of the base now."""
+    def update(self, records: Iterable[ReplicaRecord]) -> None:
+        """Replace the replicas of the pool."""
         seen = set()
-        came = False
+        added = False
         for record in records:
             if record.state == "ready":
                 seen.add(record.id)
-                came |= record.id not in self._place
+                added |= record.id not in self._position
                 self._put(record)
-        gone = self._place.keys() - seen
-        for replica in gone:
+        removed = self._position.keys() - seen
+        for replica in removed:
             self._drop(replica)
-        if came or gone:
+        if added or removed:
             self.ring.set(self._ready)
 
-    def began(self, replica: str, adapter: str | None) -> None:
-        """A request of this gateway's own is on its way to a replica."""
-        self._own[replica] += 1
+    def request_started(self, replica: str, adapter: str | None) -> None:
+        """This gateway sends a request to a replica."""
+        self._own_requests[replica] += 1
         if adapter is not None:
-            self._carried.setdefault(adapter, Counter())[replica] += 1
-        self._weigh(replica)
+            self._own_by_adapter.setdefault(adapter, Counter())[replica] += 1
+        self._update_load(replica)
 
-    def ended(self, replica: str, adapter: str | None) -> None:
-        """It is over."""
-        self._own[replica] -= 1
-        if not self._own[replica]:
-            del self._own[replica]
+    def request_ended(self, replica: str, adapter: str | None) -> None:
+        """A request of this gateway has ended."""
+        self._own_requests[replica] -= 1
+        if not self._own_requests[replica]:
+            del self._own_requests[replica]
         if adapter is not None:
-            carried = self._carried[adapter]
+            carried = self._own_by_adapter[adapter]
             carried[replica] -= 1
             if not carried[replica]:
                 del carried[replica]
                 if not carried:
-                    del self._carried[adapter]
-        self._weigh(replica)
+                    del self._own_by_adapter[adapter]
+        self._update_load(replica)
 
-    def loaded(self, replica: str, adapter: str) -> None:
-        """A replica has answered for an adapter, so it holds it, until it says which it holds."""
+    def adapter_loaded(self, replica: str, adapter: str) -> None:
+        """A replica has answered a request for an adapter, so it holds the adapter until its next report."""
         resident = self._resident.get(replica)
         if resident is not None and adapter not in resident:
             resident.add(adapter)
@@ -178,25 +178,25 @@ class Pool:
 
     def _put(self, record: ReplicaRecord) -> None:
         replica = record.id
-        if replica not in self._place:
-            self._place[replica] = len(self._ready)
+        if replica not in self._position:
+            self._position[replica] = len(self._ready)
             self._ready.append(replica)
             self._resident[replica] = set()
         self._records[replica] = record
-        # What it reports has this gateway's requests in it. Those are counted here, to the moment; the rest are others'.
-        own = self._own.get(replica, 0)
-        rest = record.waiting * WAITING_REQUESTS
+        # The report includes this gateway's own requests, which are counted here exactly; the rest are other gateways'.
+        own = self._own_requests.get(replica, 0)
+        rest = record.waiting * WAITING_WEIGHT
         if record.running + record.waiting > own:
             rest += record.running + record.waiting - own
-        if record.kv_usage > FULL_KV:
-            rest += int((record.kv_usage - FULL_KV) / (1 - FULL_KV) * FULL_KV_REQUESTS)
-        self._elsewhere[replica] = rest
-        self.levels.set(replica, rest + own)
+        if record.kv_usage > KV_PRESSURE_FROM:
+            rest += int((record.kv_usage - KV_PRESSURE_FROM) / (1 - KV_PRESSURE_FROM) * KV_PRESSURE_REQUESTS)
+        self._other_load[replica] = rest
+        self.load_buckets.set(replica, rest + own)
         resident = self._resident[replica]
         if len(resident) != len(record.adapters) or not resident.issuperset(record.adapters):
-            self._hold(replica, set(record.adapters))
+            self._set_adapters(replica, set(record.adapters))
 
-    def _hold(self, replica: str, adapters: set[str]) -> None:
+    def _set_adapters(self, replica: str, adapters: set[str]) -> None:
         before = self._resident[replica]
         for adapter in before - adapters:
             holders = self._holders[adapter]
@@ -208,67 +208,67 @@ class Pool:
         self._resident[replica] = adapters
 
     def _drop(self, replica: str) -> None:
-        self._hold(replica, set())
-        place, last = self._place.pop(replica), self._ready.pop()
+        self._set_adapters(replica, set())
+        position, last = self._position.pop(replica), self._ready.pop()
         if last != replica:
-            self._ready[place] = last
-            self._place[last] = place
-        del self._records[replica], self._elsewhere[replica], self._resident[replica]
-        self.levels.drop(replica)
+            self._ready[position] = last
+            self._position[last] = position
+        del self._records[replica], self._other_load[replica], self._resident[replica]
+        self.load_buckets.drop(replica)
 
-    def _weigh(self, replica: str) -> None:
-        rest = self._elsewhere.get(replica)
+    def _update_load(self, replica: str) -> None:
+        rest = self._other_load.get(replica)
         if rest is not None:
-            self.levels.set(replica, rest + self._own.get(replica, 0))
+            self.load_buckets.set(replica, rest + self._own_requests.get(replica, 0))
 
-    def carried_by_others(self, replicas: Collection[str]) -> int:
-        """This gateway's own requests in flight at all but these, ready or not."""
-        return sum(count for replica, count in self._own.items() if replica not in replicas)
+    def requests_outside(self, replicas: Collection[str]) -> int:
+        """This gateway's requests in flight at replicas other than these, ready or not."""
+        return sum(count for replica, count in self._own_requests.items() if replica not in replicas)
 
-    # ---- what policies ask --------------------------------------------------------------------------------------------
+    # ---- queries of the policies --------------------------------------------------------------------------------------
 
-    def held(self, replica: str, adapter: str) -> float:
-        """How much of an adapter a replica has: 1 in a slot, or soon for a request of this gateway's; less in memory."""
-        carried = self._carried.get(adapter)
+    def adapter_presence(self, replica: str, adapter: str) -> float:
+        """Presence of an adapter at a replica: 1 in a slot or requested by this gateway, `HOST_MEMORY_SHARE` in memory, or 0."""
+        carried = self._own_by_adapter.get(adapter)
         if carried is not None and replica in carried:
             return 1.0
         if adapter not in self._resident.get(replica, ()):
             return 0.0
         slots = self._records[replica].slots
-        return 1.0 if not slots or adapter in slots else IN_MEMORY
+        return 1.0 if not slots or adapter in slots else HOST_MEMORY_SHARE
 
     def holders(self, adapter: str, most: int) -> list[str]:
-        """Replicas that have an adapter, or are loading it: `most` at most of each, at random."""
-        held = self._holders.get(adapter, ())
-        found = list(held) if len(held) <= most else self.some(most, held)
-        carried = self._carried.get(adapter)
+        """Replicas that have an adapter or are loading it: a random sample of at most `most` of each kind."""
+        holding = self._holders.get(adapter, ())
+        found = list(holding) if len(holding) <= most else self.sample(most, holding)
+        carried = self._own_by_adapter.get(adapter)
         if carried is not None:
             found += [replica for replica, _ in zip(carried, range(most), strict=False) if replica not in found]
         return found
 
-    def some(self, count: int, among: list[str] | tuple[str, ...] | None = None) -> list[str]:
-        """`count` different replicas at random, or all if there are no more; `among` those given, or all that are ready."""
+    def sample(self, count: int, among: list[str] | tuple[str, ...] | None = None) -> list[str]:
+        """`count` different random replicas, or all if there are fewer; `among` some, or all that are ready."""
         among = self._ready if among is None else among
         if len(among) <= count:
             return list(among)
         found: list[str] = []
         while len(found) < count:
-            replica = among[int(self._dice.random() * len(among))]
+            replica = among[int(self._rng.random() * len(among))]
             if replica not in found:
                 found.append(replica)
         return found
 
-    def in_turn(self) -> Iterator[str]:
-        """Each replica once, from the one whose turn it is."""
+    def round_robin(self) -> Iterator[str]:
+        """Each replica once, starting after the last one returned before."""
         for _ in range(len(self._ready)):
-            self.turn += 1
-            yield self._ready[self.turn % len(self._ready)]
+            self.next_turn += 1
+            yield self._ready[self.next_turn % len(self._ready)]
 
-    def least(self, replicas: Iterable[str], avoid: Collection[str] = ()) -> str | None:
-        """The one with the least work of those that are ready and not to avoid; the first of equals."""
+    def least_loaded(self, replicas: Iterable[str], exclude: Collection[str] = ()) -> str | None:
+        """The ready replica with the lowest load outside `exclude`; the first of equals."""
         best, least = None, 0
         for replica in replicas:
-            work = self.levels.get(replica)
-            if work is not None and replica not in avoid and (best is None or work < least):
-                best, least = replica, work
+            load = self.load_buckets.get(replica)
+            if load is not None and replica not in exclude and (best is None or load < least):
+                best, least = replica, load
         return best

@@ -1,6 +1,6 @@
-"""How a replica is chosen: one function for each policy, found by its name in `POLICIES`. Pure but for the dice.
+"""Routing policies: one function each, by name in `POLICIES`. Pure except for the random generator in the context.
 
-A policy proposes. The router sees to it that what comes of it is ready and not to be avoided, so a policy may return anything.
+A policy proposes a replica id. The router replaces proposals that are not ready or excluded, so a policy may return anything.
 """
 
 from __future__ import annotations
@@ -11,133 +11,135 @@ from dataclasses import dataclass
 
 from tandem.config.serving.app import RouterConfig
 from tandem.errors import ConfigError, did_you_mean
-from tandem.routing.affinity import PrefixMemory, SessionMemory
-from tandem.routing.index import Pool
-from tandem.routing.request import BOUNDS, Ask, key_of
+from tandem.routing.affinity import PrefixHistory, SessionHistory
+from tandem.routing.index import ReplicaIndex
+from tandem.routing.request import PREFIX_LENGTHS, RoutingRequest, hash_key
 
-LOOKED_AT = 8
-"""Replicas that are weighed for each reason to prefer one; so a decision takes as long with 1,000 replicas as with 10."""
-FEW = 4
-"""A base with so few replicas has all of them weighed."""
-HOMES = 2
-"""Replicas that a text or an adapter is at home at."""
-USUAL_REQUESTS = 8
-"""The work of a replica, on average, above which all that speaks for one counts for more, in proportion: where all have much to
-do, a few requests are no difference, and what is done twice is what they can afford the least."""
-GATHERED = 0.5
-"""Share of `adapter_requests` that draws an adapter's requests together at one of its replicas: slots are few."""
+MAX_CANDIDATES = 8
+"""Candidates for each reason to prefer a replica; a decision takes as long with 1,000 replicas as with 10."""
+SCAN_ALL_UP_TO = 4
+"""Pools of at most so many replicas have all of them as candidates."""
+HOMES_PER_KEY = 2
+"""Replicas on the hash ring that a text prefers."""
+NOMINAL_REQUESTS = 8
+"""Mean load above which preferences count more, in proportion: under high load a few requests of difference matter less, and
+repeated work (prefill, adapter loads) matters more."""
+CONSOLIDATION_SHARE = 0.5
+"""Share of `adapter_requests` that an adapter's requests prefer one of its replicas by: adapter slots are few."""
 
 
 @dataclass(slots=True)
-class Sight:
-    """What a policy sees beside the request."""
+class RoutingContext:
+    """Input of a policy beside the request."""
 
     config: RouterConfig
-    pool: Pool
-    prefixes: PrefixMemory
-    sessions: SessionMemory
-    avoid: Collection[str]
-    dice: random.Random
+    index: ReplicaIndex
+    prefixes: PrefixHistory
+    sessions: SessionHistory
+    exclude: Collection[str]
+    rng: random.Random
     home_requests: float
-    """The config's, or 0 where there is one gateway, which knows by itself where it sent what."""
+    """`router.home_requests`; 0 with a single gateway, whose own histories are complete."""
 
 
-Policy = Callable[[Ask, Sight], str | None]
+Policy = Callable[[RoutingRequest, RoutingContext], str | None]
 
 
-def affinity(ask: Ask, sight: Sight) -> str | None:
-    """The replica that costs least: its work, less what it need not do again for this request.
+def affinity(request: RoutingRequest, context: RoutingContext) -> str | None:
+    """The replica with the lowest cost: its load, minus the work that it saves for this request, both in requests.
 
-    All of it is counted in requests. Weighed are those that hold the adapter, have read the beginning of the text, or had the
-    session last; where text and adapter are at home; and two at random, which is where the load goes when the others are too busy
-    (Mitzenmacher 2001: two choices bear stale loads well, the idlest of all draws every gateway at once).
+    Candidates are the replicas that hold the adapter, have read the text's prefix or had the session's last request, those that
+    text and adapter hash to, and two random ones, which take the load when the others are too busy (Mitzenmacher 2001: two random
+    choices tolerate stale loads, while the globally least loaded replica would attract every gateway at once).
     """
-    config, pool = sight.config, sight.pool
+    config, index = context.config, context.index
     gains: dict[str, float] = {}
-    if ask.blocks:
+    if request.prefix_hashes:
         most, per_request = config.prefix_requests, config.prefix_bytes_per_request
-        for replica, depth in sight.prefixes.longest(ask.blocks, LOOKED_AT).items():
-            gains[replica] = min(most, BOUNDS[depth - 1] / per_request)
-    if ask.session is not None:
-        last = sight.sessions.get(ask.session)
+        for replica, depth in context.prefixes.longest_matches(request.prefix_hashes, MAX_CANDIDATES).items():
+            gains[replica] = min(most, PREFIX_LENGTHS[depth - 1] / per_request)
+    if request.session is not None:
+        last = context.sessions.get(request.session)
         if last is not None:
             gains[last] = gains.get(last, 0.0) + config.session_requests
-    adapter = ask.adapter
-    holders = [] if adapter is None else pool.holders(adapter, LOOKED_AT)
+    adapter = request.adapter
+    holders = [] if adapter is None else index.holders(adapter, MAX_CANDIDATES)
     for replica in holders:
         gains.setdefault(replica, 0.0)
     if adapter is not None and len(holders) > 1:
-        gains[pool.ring.favourite(key_of(adapter), holders)] += GATHERED * config.adapter_requests
-    if sight.home_requests:
-        for home, gain in _homes(ask, pool, holders):
-            gains[home] = gains.get(home, 0.0) + gain * sight.home_requests
-    for replica in pool.ready if len(pool) <= FEW else pool.some(2):
+        gains[index.ring.rendezvous(hash_key(adapter), holders)] += CONSOLIDATION_SHARE * config.adapter_requests
+    if context.home_requests:
+        for home, gain in _homes(request, index, holders):
+            gains[home] = gains.get(home, 0.0) + gain * context.home_requests
+    for replica in index.ready if len(index) <= SCAN_ALL_UP_TO else index.sample(2):
         gains.setdefault(replica, 0.0)
-    weight = max(1.0, pool.levels.mean() / USUAL_REQUESTS)
+    weight = max(1.0, index.load_buckets.mean() / NOMINAL_REQUESTS)
     best, least = None, 0.0
     for replica, gain in gains.items():
-        work = pool.levels.get(replica)
-        if work is None or replica in sight.avoid:
+        load = index.load_buckets.get(replica)
+        if load is None or replica in context.exclude:
             continue
         if adapter is not None:
-            gain += config.adapter_requests * pool.held(replica, adapter)
-        cost = work - weight * gain
+            gain += config.adapter_requests * index.adapter_presence(replica, adapter)
+        cost = load - weight * gain
         if best is None or cost < least:
             best, least = replica, cost
     return best
 
 
-def _homes(ask: Ask, pool: Pool, holders: list[str]) -> list[tuple[str, float]]:
-    """Where a request belongs whatever this gateway has seen, and which share of a home that is: gateways agree without a word.
+def _homes(request: RoutingRequest, index: ReplicaIndex, holders: list[str]) -> list[tuple[str, float]]:
+    """Replicas that a request hashes to, with weights: the same at every gateway, whatever it has seen.
 
-    Of the replicas that hold its adapter one is its session's or its text's; an adapter that nobody holds has a home of its own.
-    A text has one, and half a one, where it goes when the first has too much; a session has one.
+    Among the holders of the adapter, the session or the text selects one. An adapter without holders has one replica, a session
+    one, a text two: the second, with half the weight, takes the spill-over of the first.
     """
-    key = ask.blocks[0] if ask.blocks else None
-    if ask.adapter is not None:
+    key = request.prefix_hashes[0] if request.prefix_hashes else None
+    if request.adapter is not None:
         if holders:
-            key = ask.session or key
-            return [] if key is None else [(pool.ring.favourite(key, holders), 1.0)]
-        return [(home, 1.0) for home in pool.ring.homes(key_of(ask.adapter), 1)]
-    found = [] if key is None else [(home, 1 / n) for n, home in enumerate(pool.ring.homes(key, HOMES), 1)]
-    if ask.session is not None:
-        found += [(home, 1.0) for home in pool.ring.homes(ask.session, 1)]
+            key = request.session or key
+            return [] if key is None else [(index.ring.rendezvous(key, holders), 1.0)]
+        return [(home, 1.0) for home in index.ring.successors(hash_key(request.adapter), 1)]
+    found = (
+        [] if key is None else [(home, 1 / n) for n, home in enumerate(index.ring.successors(key, HOMES_PER_KEY), 1)]
+    )
+    if request.session is not None:
+        found += [(home, 1.0) for home in index.ring.successors(request.session, 1)]
     return found
 
 
-def least_loaded(ask: Ask, sight: Sight) -> str | None:
-    """One of those with the least work."""
-    return sight.pool.levels.idlest(sight.dice, sight.avoid)
+def least_loaded(request: RoutingRequest, context: RoutingContext) -> str | None:
+    """A random one of the least loaded replicas."""
+    return context.index.load_buckets.least_loaded(context.rng, context.exclude)
 
 
-def two_choices(ask: Ask, sight: Sight) -> str | None:
-    """The idler of two at random."""
-    return sight.pool.least(sight.pool.some(2), sight.avoid)
+def two_choices(request: RoutingRequest, context: RoutingContext) -> str | None:
+    """The less loaded of two random replicas."""
+    return context.index.least_loaded(context.index.sample(2), context.exclude)
 
 
-def round_robin(ask: Ask, sight: Sight) -> str | None:
-    """Each in its turn."""
-    return next((replica for replica in sight.pool.in_turn() if replica not in sight.avoid), None)
+def round_robin(request: RoutingRequest, context: RoutingContext) -> str | None:
+    """Every replica in turn."""
+    return next((replica for replica in context.index.round_robin() if replica not in context.exclude), None)
 
 
-def prefix_tree(ask: Ask, sight: Sight) -> str | None:
-    """The rule of Ray Serve LLM's prefix-aware router, for comparison: adapters first, then texts, nothing is weighed.
+def prefix_tree(request: RoutingRequest, context: RoutingContext) -> str | None:
+    """The rule of Ray Serve LLM's prefix-aware router, for comparison: adapters first, then text prefixes, no weights.
 
-    While the busiest has at most `imbalance_requests` more than the idlest, a request goes to a replica that has read the most
-    of its text, if that is at least `match_rate` of it; else to the idlest. Where any hold the adapter, only they are asked.
+    While the loads differ by at most `imbalance_requests`, a request goes to the replica with the longest matching prefix, if
+    that is at least the share `match_rate` of the text; otherwise to the least loaded. Replicas that hold the adapter come first.
     """
-    config, pool, avoid = sight.config, sight.pool, sight.avoid
-    holders = pool.holders(ask.adapter, LOOKED_AT) if ask.adapter is not None else []
-    if pool.levels.spread() <= config.imbalance_requests and ask.blocks:
-        found = sight.prefixes.longest(ask.blocks, LOOKED_AT)
+    config, index, exclude = context.config, context.index, context.exclude
+    holders = index.holders(request.adapter, MAX_CANDIDATES) if request.adapter is not None else []
+    if index.load_buckets.spread() <= config.imbalance_requests and request.prefix_hashes:
+        found = context.prefixes.longest_matches(request.prefix_hashes, MAX_CANDIDATES)
         if holders:
             found = {replica: depth for replica, depth in found.items() if replica in holders}
         deepest = max(found.values(), default=0)
-        if deepest and BOUNDS[deepest - 1] >= config.match_rate * ask.size:
-            return pool.least((replica for replica, depth in found.items() if depth == deepest), avoid)
+        if deepest and PREFIX_LENGTHS[deepest - 1] >= config.match_rate * request.size:
+            return index.least_loaded((replica for replica, depth in found.items() if depth == deepest), exclude)
     if holders:
-        return pool.least(holders, avoid)
-    return pool.levels.idlest(sight.dice, avoid)
+        return index.least_loaded(holders, exclude)
+    return index.load_buckets.least_loaded(context.rng, exclude)
 
 
 POLICIES: dict[str, Policy] = {
@@ -147,7 +149,7 @@ POLICIES: dict[str, Policy] = {
     "round_robin": round_robin,
     "prefix_tree": prefix_tree,
 }
-"""By the names that `router.policy` may have."""
+"""Policies by their names in `router.policy`."""
 
 
 def find_policy(name: str) -> Policy:

@@ -1,4 +1,4 @@
-"""What replicas, directory and gateways tell each other. Plain data, cheap to import."""
+"""Records exchanged between replicas, directory and gateways, and the HTTP headers between gateway and replica. Plain data."""
 
 from __future__ import annotations
 
@@ -10,66 +10,66 @@ from tandem.config.serving.app import ServedModelConfig
 from tandem.engine.protocol import AdapterRef
 
 State = Literal["ready", "draining", "dead", "stuck", "silent"]
-"""`dead`: its engine is gone. `stuck`: its engine has work and does nothing. `silent`: it is not heard any more; the directory
-says so in its place."""
+"""`dead`: the engine has ended. `stuck`: the engine has work and completes no step. `silent`: no heartbeats arrive (set by the
+directory)."""
 
 TOKEN_HEADER = "x-tandem-token"
-"""Carries the replica's own secret; without it a replica answers nobody."""
+"""Carries the replica's own secret; requests without it are refused."""
 ADAPTER_HEADER = "x-tandem-adapter"
-"""The adapter that a request needs; the replica loads it before its engine sees the request."""
+"""Adapter that a request needs; the replica loads it before its engine gets the request."""
 ADAPTER_PATH_HEADER = "x-tandem-adapter-path"
 ADAPTER_DIGEST_HEADER = "x-tandem-adapter-digest"
 ALIVE_PATH = "/tandem/alive"
-"""GET it to hear whether a replica lives: 200 if it takes requests, 503 if it does not."""
+"""Liveness route of a replica: 200 if it takes requests, 503 if it does not."""
 UNAVAILABLE_HEADER = "x-tandem-unavailable"
-"""On a 503 of a replica: it gave no part of an answer, and why. `draining` and `dead`: it did not begin with the request.
-`died`: its engine did, while it had the request. `adapters`: no slot came free in time, or the files could not be had."""
+"""On a 503 of a replica that has sent no part of an answer: the reason. `draining`, `dead`: it did not begin with the request.
+`died`: its engine ended while it had the request. `adapters`: no adapter slot became free in time, or its files are missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
-    """One base model of an app, resolved: what its replicas load and what its gateways answer to."""
+    """One base model of an app with its files resolved: replicas load it, gateways answer to its names."""
 
     id: str
     """`name@version`, or the bare name for a model that was given as a folder."""
     name: str
-    """What clients call it."""
+    """Name for clients."""
     path: str
     """Folder in Hugging Face's format."""
     config: ServedModelConfig
     max_length: int | None = None
     created: int = 0
     """Seconds since 1970."""
-    tools: bool = True
-    """Whether it takes tools."""
-    prefills: bool = False
-    """Whether these replicas read prompts for the model's others."""
+    supports_tools: bool = True
+    """Whether the model takes tools."""
+    is_prefill: bool = False
+    """Whether these are prefill replicas, which read prompts for the others."""
 
     @property
     def pool(self) -> str:
-        """What its replicas register as."""
-        return prefill_pool(self.id) if self.prefills else self.id
+        """Id of the pool that its replicas register in."""
+        return prefill_pool(self.id) if self.is_prefill else self.id
 
     @property
-    def sleeps(self) -> bool:
-        """Whether it may be without replicas until somebody asks for it."""
+    def scales_to_zero(self) -> bool:
+        """Whether the model may have no replica while nobody uses it."""
         return self.config.autoscaling is not None and self.config.autoscaling.min_replicas == 0
 
     @property
     def deployment(self) -> str:
-        """Serve's name for its replicas: the same for all its versions. Serve names files after it, so it has no slash."""
-        return f"{'prefill' if self.prefills else 'engine'}-{self.name.replace('/', '~')}"
+        """Serve's name of its deployment: the same for all versions. Serve makes file names of it, so it has no slash."""
+        return f"{'prefill' if self.is_prefill else 'engine'}-{self.name.replace('/', '~')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaRecord:
-    """One engine replica as it last described itself."""
+    """State of one engine replica, as of its last heartbeat."""
 
     id: str
-    base: str
+    pool: str
     """Its pool: the id of the model that it holds, or what `prefill_pool` makes of it."""
     deployment: str = ""
-    """Serve's name for what it is a replica of. Its replicas may be of several pools while a new version comes."""
+    """Serve's name of its deployment, whose replicas are of two pools during a rolling change of version."""
     url: str
     """`http://host:port` of its engine."""
     token: str = field(repr=False)
@@ -77,31 +77,31 @@ class ReplicaRecord:
     running: int = 0
     waiting: int = 0
     max_running: int = 0
-    """Requests that its engine generates at once, at most; 0: any number."""
+    """Largest number of requests that its engine generates at once; 0: no limit."""
     kv_usage: float = 0.0
     adapters: tuple[str, ...] = ()
-    """Ids of the adapters it holds: in slots or in host memory."""
+    """Ids of the adapters in its slots or its host memory."""
     slots: tuple[str, ...] = ()
-    """Those of them that lie in the engine's slots."""
+    """Ids of the adapters in its slots."""
     adapter_loads: int = 0
-    """How often it has loaded one since it started."""
+    """Adapter loads since it started."""
     pin_problems: tuple[tuple[str, str], ...] = ()
-    """Pinned adapters that it does not keep, each with the reason."""
+    """Pinned adapters that it could not load, each with the reason."""
     started_at: float = 0.0
-    """When its process was given to it, in seconds since 1970."""
+    """Start of its process, seconds since 1970."""
     startup_s: tuple[tuple[str, float], ...] = ()
-    """How long each phase of its start took, in seconds: process, imports, engine."""
+    """Seconds of each phase of its start: process, imports, engine."""
     tasks: tuple[str, ...] = ()
-    """What its engine does, in the words of serve.routes; empty: not known."""
+    """Tasks of its engine (`engine.routes`); empty: not known."""
 
     @property
     def load(self) -> int:
-        """Requests that it works on or keeps waiting."""
+        """Running and waiting requests."""
         return self.running + self.waiting
 
     @property
     def lost(self) -> bool:
-        """Whether what it was asked would wait for nothing. A dead engine ends its requests by itself."""
+        """Whether requests in flight there would never end. A dead engine ends its requests by itself."""
         return self.state in ("stuck", "silent")
 
 
@@ -110,7 +110,7 @@ class HeartbeatReply:
     """The directory's answer to a replica's heartbeat."""
 
     waiting: int
-    """Requests that wait at the gateways for a replica of its deployment."""
+    """Requests waiting at the gateways for a replica of its deployment."""
     registry_revision: int | None = None
     """The registry's count of changes; None: not known yet."""
 
@@ -120,25 +120,25 @@ class Snapshot:
     """All replicas at one moment."""
 
     version: int = 0
-    """Grows when a replica comes, goes, or changes its state or adapters; mere load does not count."""
-    whole: bool = True
-    """False as long as the directory has just begun to listen: replicas that it does not name may be there."""
+    """Increases when a replica joins, leaves, or changes its state or adapters; not for load alone."""
+    complete: bool = True
+    """False while the directory has just started: there may be replicas that it has not heard from yet."""
     replicas: tuple[ReplicaRecord, ...] = ()
 
 
 def prefill_pool(model_id: str) -> str:
-    """The pool of the replicas that read prompts for a model; an id never has such a sign."""
+    """Id of the pool of a model's prefill replicas; a model id has no `#`."""
     return f"{model_id}#prefill"
 
 
 def adapter_headers(adapter: AdapterRef) -> dict[str, str]:
-    """The headers that ask a replica for an adapter; header values are ASCII, paths need not be."""
+    """Request headers that name an adapter; percent-encoded, since header values are ASCII and paths need not be."""
     headers = {ADAPTER_HEADER: quote(adapter.id), ADAPTER_PATH_HEADER: quote(adapter.path)}
     return headers | ({ADAPTER_DIGEST_HEADER: adapter.digest} if adapter.digest else {})
 
 
 def adapter_from_headers(headers: dict[bytes, bytes]) -> AdapterRef | None:
-    """The adapter that a request's raw headers ask for."""
+    """The adapter named in a request's raw headers; None: none."""
     name, path = headers.get(ADAPTER_HEADER.encode()), headers.get(ADAPTER_PATH_HEADER.encode())
     if not name or not path:
         return None

@@ -1,8 +1,8 @@
-"""What the router knows of a request: whom it is for, how its text begins, and which conversation it belongs to. Pure.
+"""Routing request: replica pool, adapter, session and hashed text prefixes of a request. Pure.
 
-Text is compared by hashes of its beginnings, not by tokens: a gateway has no tokenizer, and needs none to see that two
-prompts begin alike. The beginnings end at `BOUNDS`, which grow by 4/3 and 3/2 in turn, so that a text of any length is a
-handful of hashes and what two texts share is known to within a third.
+Texts are compared by hashes of their prefixes, not by tokens: a gateway has no tokenizer. Prefixes end at `PREFIX_LENGTHS`, which
+grow by 4/3 and 3/2 in turn: a text of any length gives at most 13 hashes, and the common prefix of two texts is known to within a
+third.
 """
 
 from __future__ import annotations
@@ -11,58 +11,57 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-BOUNDS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-"""Where the beginnings of a text end, in bytes. What is shorter than the first is not worth a detour."""
-MOST_BYTES = BOUNDS[-1]
-"""No more of a text is ever hashed: about 30 microseconds."""
+PREFIX_LENGTHS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+"""Lengths of hashed prefixes, in bytes. Shorter common prefixes are not worth a longer queue."""
+MAX_HASHED_BYTES = PREFIX_LENGTHS[-1]
+"""Bytes of a text that are hashed at most, in about 30 microseconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
-    """A request as the router sees it."""
+class RoutingRequest:
+    """The properties of a request that the router uses."""
 
-    base: str
-    """Id of the model."""
+    pool: str
+    """Id of the replica pool: the base model's id, or `prefill_pool` of it."""
     adapter: str | None = None
     """Id of the adapter."""
-    blocks: tuple[int, ...] = ()
-    """Hashes of the text's beginnings, the i-th up to `BOUNDS[i]`; of the same text for another adapter they are others."""
+    prefix_hashes: tuple[int, ...] = ()
+    """Hashes of the text's prefixes, the i-th of `PREFIX_LENGTHS[i]` bytes; seeded with the adapter's id."""
     size: int = 0
-    """Bytes of the text, as far as it was looked at."""
+    """Bytes of the text that were read."""
     session: int | None = None
     """Hash of the conversation's key."""
     pinned: bool = False
-    """Whether it is for this version of the model and no other."""
+    """Whether only this version of the model may answer."""
 
 
-def key_of(text: str) -> int:
+def hash_key(text: str) -> int:
     """64 bits for a name, the same in every process."""
-    return _number(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8))
+    return _to_int(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8))
 
 
-def blocks_of(seed: str, pieces: Iterable[bytes]) -> tuple[tuple[int, ...], int]:
-    """The hashes of a text's beginnings, and how many bytes of it were looked at.
+def hash_prefixes(seed: str, parts: Iterable[bytes]) -> tuple[tuple[int, ...], int]:
+    """The hashes of a text's prefixes, and the number of bytes read.
 
-    The text comes in pieces and is read no further than `MOST_BYTES`; what is made of it under another `seed` has nothing in
-    common with it.
+    At most `MAX_HASHED_BYTES` of the `parts` are read. Hashes under different seeds are unrelated.
     """
     hasher = hashlib.blake2b(seed.encode(errors="surrogatepass") + b"\0", digest_size=8)
     found: list[int] = []
-    size, bound = 0, BOUNDS[0]
-    for piece in pieces:
+    size, bound = 0, PREFIX_LENGTHS[0]
+    for part in parts:
         begin = 0
-        while size + len(piece) - begin >= bound:
+        while size + len(part) - begin >= bound:
             end = begin + bound - size
-            hasher.update(piece[begin:end])
-            found.append(_number(hasher))
+            hasher.update(part[begin:end])
+            found.append(_to_int(hasher))
             size, begin = bound, end
-            if size == MOST_BYTES:
+            if size == MAX_HASHED_BYTES:
                 return tuple(found), size
-            bound = BOUNDS[len(found)]
-        hasher.update(piece[begin:])
-        size += len(piece) - begin
+            bound = PREFIX_LENGTHS[len(found)]
+        hasher.update(part[begin:])
+        size += len(part) - begin
     return tuple(found), size
 
 
-def _number(hasher: hashlib.blake2b) -> int:
+def _to_int(hasher: hashlib.blake2b) -> int:
     return int.from_bytes(hasher.digest(), "big")

@@ -1,7 +1,7 @@
-"""Chooses the replica for a request. Pure: callers pass the directory's snapshots, their own requests and the dice.
+"""Router: chooses the replica for a request. Pure: callers pass snapshots, their own requests and the random generator.
 
-A router belongs to one gateway and lives in its event loop. A decision looks at a bounded number of replicas, whatever their
-number; what it costs is measured in bench/routing/router_sim.py.
+A router belongs to one gateway and lives in its event loop. A decision looks at a bounded number of replicas, however many there
+are; bench/routing/router_sim.py measures its cost.
 """
 
 from __future__ import annotations
@@ -10,71 +10,73 @@ import random
 from collections.abc import Collection
 
 from tandem.config.serving.app import RouterConfig
-from tandem.routing.affinity import PrefixMemory, SessionMemory
-from tandem.routing.index import Pool
-from tandem.routing.policies import Sight, find_policy
+from tandem.routing.affinity import PrefixHistory, SessionHistory
+from tandem.routing.index import ReplicaIndex
+from tandem.routing.policies import RoutingContext, find_policy
 from tandem.routing.records import ReplicaRecord, Snapshot
-from tandem.routing.request import Ask
+from tandem.routing.request import RoutingRequest
 
 
 class Router:
-    """What one gateway knows of all replicas, and the policy that chooses among them."""
+    """One gateway's indexes of all replica pools, its histories, and the policy that chooses."""
 
     def __init__(
-        self, config: RouterConfig | None = None, dice: random.Random | None = None, *, gateways: int = 1
+        self, config: RouterConfig | None = None, rng: random.Random | None = None, *, gateways: int = 1
     ) -> None:
-        """`gateways`: how many there are, this one among them."""
+        """`gateways`: number of gateways, this one included."""
         self._config = config or RouterConfig()
         self._policy = find_policy(self._config.policy)
-        self._dice = dice or random.Random()
-        self._prefixes = PrefixMemory(self._config.remembered_blocks)
-        self._sessions = SessionMemory(self._config.remembered_sessions)
-        self._pools: dict[str, Pool] = {}
+        self._rng = rng or random.Random()
+        self._prefixes = PrefixHistory(self._config.remembered_blocks)
+        self._sessions = SessionHistory(self._config.remembered_sessions)
+        self._indexes: dict[str, ReplicaIndex] = {}
         self._home_requests = self._config.home_requests * (gateways > 1)
 
     def update(self, snapshot: Snapshot) -> None:
-        """Take the directory's newest snapshot."""
-        by_base: dict[str, list[ReplicaRecord]] = {base: [] for base in self._pools}
+        """Apply the directory's newest snapshot."""
+        by_pool: dict[str, list[ReplicaRecord]] = {pool_id: [] for pool_id in self._indexes}
         for record in snapshot.replicas:
-            by_base.setdefault(record.base, []).append(record)
-        for base, records in by_base.items():
-            pool = self._pools.get(base)
-            if pool is None:
-                pool = self._pools[base] = Pool(self._dice)
-            pool.take(records)
+            by_pool.setdefault(record.pool, []).append(record)
+        for pool_id, records in by_pool.items():
+            index = self._indexes.get(pool_id)
+            if index is None:
+                index = self._indexes[pool_id] = ReplicaIndex(self._rng)
+            index.update(records)
 
-    def choose(self, ask: Ask, avoid: Collection[str] = ()) -> ReplicaRecord | None:
-        """The replica for a request, or None if none is ready that need not be avoided."""
-        pool = self._pools.get(ask.base)
-        if pool is None or not len(pool):
+    def choose(self, request: RoutingRequest, exclude: Collection[str] = ()) -> ReplicaRecord | None:
+        """The replica for a request; None if no replica of its pool is ready outside `exclude`."""
+        index = self._indexes.get(request.pool)
+        if index is None or not len(index):
             return None
-        sight = Sight(self._config, pool, self._prefixes, self._sessions, avoid, self._dice, self._home_requests)
-        found = self._policy(ask, sight)
-        if found is None or found not in pool or found in avoid:
-            found = pool.levels.idlest(self._dice, avoid)
-        return None if found is None else pool.record(found)
+        context = RoutingContext(
+            self._config, index, self._prefixes, self._sessions, exclude, self._rng, self._home_requests
+        )
+        found = self._policy(request, context)
+        if found is None or found not in index or found in exclude:
+            found = index.load_buckets.least_loaded(self._rng, exclude)
+        return None if found is None else index.record(found)
 
-    def began(self, ask: Ask, replica: str) -> None:
-        """A request is on its way to a replica; `ended` must follow."""
-        self._pool(ask.base).began(replica, ask.adapter)
-        if ask.blocks:
-            self._prefixes.note(ask.blocks, replica)
-        if ask.session is not None:
-            self._sessions.note(ask.session, replica)
+    def request_started(self, request: RoutingRequest, replica: str) -> None:
+        """A request is sent to a replica; `request_ended` must follow."""
+        self._index(request.pool).request_started(replica, request.adapter)
+        if request.prefix_hashes:
+            self._prefixes.record(request.prefix_hashes, replica)
+        if request.session is not None:
+            self._sessions.record(request.session, replica)
 
-    def ended(self, ask: Ask, replica: str) -> None:
-        """A request that began is over, however it ended."""
-        self._pool(ask.base).ended(replica, ask.adapter)
+    def request_ended(self, request: RoutingRequest, replica: str) -> None:
+        """A request that was sent has ended, in whatever way."""
+        self._index(request.pool).request_ended(replica, request.adapter)
 
-    def loaded(self, ask: Ask, replica: str) -> None:
-        """A replica answered a request, so it holds the adapter of it."""
-        if ask.adapter is not None:
-            self._pool(ask.base).loaded(replica, ask.adapter)
+    def adapter_loaded(self, request: RoutingRequest, replica: str) -> None:
+        """A replica has answered a request, so it holds the request's adapter."""
+        if request.adapter is not None:
+            self._index(request.pool).adapter_loaded(replica, request.adapter)
 
-    def carried(self, base: str, but: Collection[str]) -> int:
-        """This gateway's own requests in flight at replicas of a base other than these."""
-        pool = self._pools.get(base)
-        return 0 if pool is None else pool.carried_by_others(but)
+    def requests_outside(self, pool_id: str, but: Collection[str]) -> int:
+        """This gateway's requests in flight at replicas of a pool other than these."""
+        index = self._indexes.get(pool_id)
+        return 0 if index is None else index.requests_outside(but)
 
-    def _pool(self, base: str) -> Pool:
-        return self._pools[base]
+    def _index(self, pool_id: str) -> ReplicaIndex:
+        return self._indexes[pool_id]

@@ -40,8 +40,8 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
     from ray import serve
 
-    from tandem.apps.build import build_app, pinned
-    from tandem.apps.deploy import deploy, remember
+    from tandem.apps.build import prepare
+    from tandem.apps.deploy import deploy
 
     details = serve_details(cluster)
     check_not_served(details, config)
@@ -53,16 +53,14 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
         )
     with connected(cluster):
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
-        config = pinned(config)
-        app = build_app(config)
+        planned = prepare(config)
         try:
             with console.status(f"Starting {config.app}: one engine takes about half a minute"):
                 serve.start(
                     proxy_location="HeadOnly" if listen.nodes == "head" else "EveryNode",
                     http_options={"host": listen.host, "port": port},
                 )
-                deploy(app, config.app, tell=console.print)
-                remember(config)
+                deploy(planned, on_message=console.print)
             yield url_of(listen.host, port)
         finally:
             with uninterrupted():

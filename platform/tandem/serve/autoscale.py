@@ -1,7 +1,7 @@
-"""Chooses how many replicas a model has, by what its engines say of themselves. `decide` is pure: callers pass the clock.
+"""Autoscaling policy: number of replicas of a model, from its engines' load. `decide` is pure: callers pass the clock.
 
-`EnginePolicy` hands it to Ray Serve, whose controller unpickles this module by value: it imports the standard library only,
-so that a controller needs nothing of ours installed.
+`EnginePolicy` runs it in Ray Serve's controller, which unpickles this module by value: it imports the standard library only, so
+that a controller does not need this package.
 """
 
 from __future__ import annotations
@@ -16,72 +16,72 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from tandem.config.serving.autoscaling import AutoscalingConfig
 
-EASE = 0.7
-"""Fewer replicas are enough if each stays below this share of its targets; more are needed above the whole of them."""
-STALE_S = 10.0
-"""What a replica said longer ago is not known any more."""
-SETTLING_S = 10.0
-"""How long after a change of replicas a slow first token says nothing: it was slow before. As long as engines remember."""
+DOWNSCALE_BELOW = 0.7
+"""Share of the targets below which the remaining replicas must stay when one is removed."""
+MAX_AGE_S = 10.0
+"""Age, in seconds, at which signals of a replica expire."""
+TTFT_SETTLING_S = 10.0
+"""Seconds after a change of the number of replicas in which times to first token are ignored: engines report the last 10 s."""
 
 
 @dataclass(frozen=True)
 class ReplicaSignals:
-    """One ready replica, as it last described itself."""
+    """Load of one ready replica."""
 
     waiting: float = 0.0
     running: float = 0.0
     kv_usage: float = 0.0
     ttft_s: float = 0.0
-    """What 9 of 10 of the last seconds' first tokens took; 0: there were none."""
+    """90th percentile of the time to first token over the last seconds; 0: no first tokens."""
     max_running: float = 0.0
-    """Requests that its engine works on at once, at most; 0: not known."""
+    """Largest number of requests that its engine runs at once; 0: not known."""
 
 
 @dataclass(frozen=True)
 class Signals:
-    """A model at one moment."""
+    """Load of a model at one moment."""
 
     replicas: tuple[ReplicaSignals, ...] = ()
-    """Those that are ready and have spoken."""
+    """Ready replicas that have reported."""
     ready: int = 0
-    """How many are ready."""
+    """Number of ready replicas."""
     target: int = 0
-    """How many there are to be, by the last decision."""
+    """Number of replicas of the last decision."""
     held: float = 0.0
-    """Requests that gateways keep for want of a replica."""
+    """Requests held by gateways because no replica is ready."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a decision remembers for the next."""
+    """State between two decisions."""
 
     up_since: float | None = None
-    """Since when there has been reason for more replicas."""
+    """Time since which more replicas have been required."""
     down_since: float | None = None
     down_to: int = 0
-    """The most that were needed since then."""
+    """Largest number required since `down_since`."""
     ready: int = 0
     changed_at: float = -math.inf
-    """When the number of ready replicas last changed."""
+    """Time of the last change of the number of ready replicas."""
     capacity: float = 0.0
-    """Requests that a replica was last seen to work on while others waited; 0: never seen."""
+    """Running requests of a replica while others waited, as last observed; 0: never observed."""
 
 
 def decide(signals: Signals, config: AutoscalingConfig, now: float, state: State) -> tuple[int, State]:
-    """How many replicas there should be, within the config's bounds, and what to remember; `now` in seconds."""
+    """The number of replicas, within the config's bounds, and the state for the next decision; `now` in seconds."""
     if signals.ready != state.ready:
         state = replace(state, ready=signals.ready, changed_at=now)
     state = replace(state, capacity=_capacity(signals) or state.capacity)
     target = _clamp(signals.target, config)
-    more = _clamp(_needed(signals, config, state, settled=now - state.changed_at >= SETTLING_S), config)
+    more = _clamp(_required_replicas(signals, config, state, settled=now - state.changed_at >= TTFT_SETTLING_S), config)
     if more > target:
         since = now if state.up_since is None else state.up_since
-        # A model without replicas answers nobody: there is nothing to wait for.
+        # A model without replicas answers no request: no delay.
         if target and now - since < config.upscale_delay_s:
             return target, replace(state, up_since=since, down_since=None)
         return more, replace(state, up_since=None, down_since=None)
     state = replace(state, up_since=None)
-    fewer = max(more, _clamp(_enough(signals, config, state, target), config))
+    fewer = max(more, _clamp(_sufficient_replicas(signals, config, state, target), config))
     if fewer >= target:
         return target, replace(state, down_since=None)
     since = now if state.down_since is None else state.down_since
@@ -97,14 +97,14 @@ def decide(signals: Signals, config: AutoscalingConfig, now: float, state: State
     return fewer, replace(state, down_since=None)
 
 
-def _needed(signals: Signals, config: AutoscalingConfig, state: State, *, settled: bool) -> int:
-    """Replicas that the load asks for, whatever the bounds."""
+def _required_replicas(signals: Signals, config: AutoscalingConfig, state: State, *, settled: bool) -> int:
+    """Replicas that the load requires, without the bounds."""
     ready, backlog = signals.ready, signals.held + sum(each.waiting for each in signals.replicas)
     if not ready:
         return max(signals.target, 1 if backlog else 0)
     needs = [math.ceil(_total(signals, "kv_usage") / config.target_kv_usage)]
     if backlog > ready * config.target_waiting:
-        # One more works on what one of these does, and as much may wait for it as for them.
+        # A new replica runs as many requests as one of these, and as many may wait for it.
         each = max(state.capacity, 1.0) + config.target_waiting
         needs.append(ready + math.ceil((backlog - ready * config.target_waiting) / each))
     if config.target_running is not None:
@@ -115,13 +115,13 @@ def _needed(signals: Signals, config: AutoscalingConfig, state: State, *, settle
     return max(needs)
 
 
-def _enough(signals: Signals, config: AutoscalingConfig, state: State, target: int) -> int:
-    """The fewest replicas that would do with ease; `target` while that cannot be told."""
+def _sufficient_replicas(signals: Signals, config: AutoscalingConfig, state: State, target: int) -> int:
+    """The fewest replicas that stay below `DOWNSCALE_BELOW` of the targets; `target` while that is not known."""
     backlog = signals.held + sum(each.waiting for each in signals.replicas)
-    # With replicas that stop or have not spoken yet, what the others say is not the whole load.
+    # While replicas stop or have not reported, the reported load is not complete.
     if backlog or signals.ready > target or len(signals.replicas) < signals.ready:
         return target
-    if config.target_ttft_s is not None and _ttft_s(signals) > EASE * config.target_ttft_s:
+    if config.target_ttft_s is not None and _ttft_s(signals) > DOWNSCALE_BELOW * config.target_ttft_s:
         return target
     running = _total(signals, "running")
     if not running:
@@ -129,12 +129,12 @@ def _enough(signals: Signals, config: AutoscalingConfig, state: State, target: i
     most = [each.max_running for each in signals.replicas if each.max_running]
     known = [config.target_running or 0.0, state.capacity, min(most, default=0.0)]
     at_once = min((each for each in known if each), default=0.0)
-    kv = math.ceil(_total(signals, "kv_usage") / (EASE * config.target_kv_usage))
-    return max(1, kv, math.ceil(running / (EASE * at_once)) if at_once else target)
+    kv = math.ceil(_total(signals, "kv_usage") / (DOWNSCALE_BELOW * config.target_kv_usage))
+    return max(1, kv, math.ceil(running / (DOWNSCALE_BELOW * at_once)) if at_once else target)
 
 
 def _capacity(signals: Signals) -> float:
-    """Requests that a replica works on at most, where that shows: in one that keeps others waiting."""
+    """Running requests of the replicas that keep others waiting, on average; 0: there are none."""
     full = [each.running for each in signals.replicas if each.waiting and each.running]
     return sum(full) / len(full) if full else 0.0
 
@@ -144,7 +144,7 @@ def _ttft_s(signals: Signals) -> float:
 
 
 def _total(signals: Signals, name: str) -> float:
-    """The sum over all ready replicas; those that have not spoken are taken for like the others."""
+    """Sum over all ready replicas; those that have not reported count as the average of the others."""
     known = [getattr(each, name) for each in signals.replicas]
     return sum(known) * (max(signals.ready, len(known)) / len(known)) if known else 0.0
 
@@ -154,13 +154,13 @@ def _clamp(replicas: int, config: AutoscalingConfig) -> int:
 
 
 class EnginePolicy:
-    """What Serve's controller calls ten times a second; made once for each deployment, with the config's values."""
+    """Autoscaling policy for Serve's controller, which calls it ten times a second; one for each deployment."""
 
     def __init__(self, **config: Any) -> None:
         self._config = cast("AutoscalingConfig", SimpleNamespace(**config))
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """The replicas that `decide` wants, for an `AutoscalingContext` with what replicas gave `record_autoscaling_stats`."""
+        """The number of replicas by `decide`, for an `AutoscalingContext` with the replicas' `record_autoscaling_stats`."""
         now = context.current_time or time.time()
         known = State.__dataclass_fields__
         state = State(**{key: value for key, value in context.policy_state.items() if key in known})
@@ -169,16 +169,16 @@ class EnginePolicy:
 
 
 def read(context: Any, now: float) -> Signals:
-    """The signals in Serve's context: of each replica the newest, of the gateways the most that any replica was told."""
+    """The signals in Serve's context: the newest of each replica, and the largest `held` that any replica reported."""
     newest: dict[Any, dict[str, float]] = {}
     for name, of_replicas in (context.raw_metrics or {}).items():
         for replica_id, series in of_replicas.items():
-            if series and now - series[-1].timestamp <= STALE_S:
+            if series and now - series[-1].timestamp <= MAX_AGE_S:
                 newest.setdefault(replica_id, {})[name] = series[-1].value
     spoken = [values for values in newest.values() if "waiting" in values]
     held = max((values.get("held", 0.0) for values in spoken), default=0.0)
     if not context.current_num_replicas:
-        # Nobody is there to be told: then it is the calls that wait in Serve's own handles.
+        # No replica can report: requests that wait in Serve's own handles count.
         held = float(context.total_num_requests or 0.0)
     return Signals(
         replicas=tuple(_replica(values) for values in spoken),

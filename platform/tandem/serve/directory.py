@@ -1,5 +1,6 @@
-"""Which replicas there are, and how many requests wait for each model. Holds nothing but what replicas and gateways repeat
-every second, so a new directory is whole again after a few beats.
+"""Directory of replicas and of waiting requests: soft state that replicas and gateways repeat every second.
+
+A restarted directory is complete again after a few heartbeats.
 """
 
 from __future__ import annotations
@@ -17,57 +18,56 @@ from tandem.routing.records import HeartbeatReply, ReplicaRecord, Snapshot
 from tandem.serve.listen import internal_port_on_node
 
 HEARTBEAT_S = 1.0
-"""How often a replica speaks, and a gateway hears of loads; changes travel at once."""
-SILENCE_S = 10.0
-"""How long a replica may be silent before it counts as lost."""
-AWAY_S = 3 * HEARTBEAT_S
-"""A directory that nobody has reached for so long was away itself."""
-FORGET_S = 60.0
-"""How long a lost one is still listed, so that each gateway hears of it and ends what it had asked of it."""
-LISTENING_S = 3 * SILENCE_S
-"""How long a new directory listens before it takes what it has not heard of for gone."""
-DEMAND_S = 3 * HEARTBEAT_S
-"""How long what a gateway said of its demand is good."""
+"""Seconds between two heartbeats of a replica, and between two snapshots for a gateway; changes are sent at once."""
+SILENT_AFTER_S = 10.0
+"""Seconds without heartbeats after which a replica counts as lost."""
+UNREACHABLE_S = 3 * HEARTBEAT_S
+"""A directory that no gateway has called for so many seconds was itself unreachable."""
+LOST_TTL_S = 60.0
+"""Seconds for which a lost replica stays listed, so that every gateway ends its requests there."""
+WARM_UP_S = 3 * SILENT_AFTER_S
+"""Seconds after its start in which a directory does not know all replicas yet."""
+DEMAND_TTL_S = 3 * HEARTBEAT_S
+"""Seconds after which a gateway's numbers of waiting requests expire."""
 
 
 @dataclass(slots=True)
-class Ledger:
-    """The directory's state. Pure: callers pass the clock (seconds)."""
+class ReplicaTable:
+    """Replicas and the times of their heartbeats. Pure: callers pass the clock (seconds)."""
 
     version: int = field(default_factory=time.time_ns)
-    """Starts from the time: a restarted directory must not repeat a version that a gateway has seen."""
+    """Starts from the clock, so that a restarted directory repeats no version."""
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
-    heard: dict[str, float] = field(default_factory=dict)
-    looked: float | None = None
-    """When silence was last looked for."""
+    heard_at: dict[str, float] = field(default_factory=dict)
+    checked_at: float | None = None
+    """Time of the last `mark_silent`."""
 
-    def hear(self, record: ReplicaRecord, now: float) -> bool:
-        """Take a heartbeat; whether it changes more than loads."""
+    def update(self, record: ReplicaRecord, now: float) -> bool:
+        """Apply a heartbeat; returns whether more than loads changed."""
         known = self.records.get(record.id)
         self.records[record.id] = record
-        self.heard[record.id] = now
-        return self._changed(known is None or _lasting(known) != _lasting(record))
+        self.heard_at[record.id] = now
+        return self._changed(known is None or _without_load(known) != _without_load(record))
 
-    def forget(self, replica_id: str) -> bool:
-        """Drop a replica; whether it was there."""
-        self.heard.pop(replica_id, None)
+    def remove(self, replica_id: str) -> bool:
+        """Remove a replica; returns whether it was known."""
+        self.heard_at.pop(replica_id, None)
         return self._changed(self.records.pop(replica_id, None) is not None)
 
     def mark_silent(self, now: float) -> bool:
-        """Mark those not heard for `SILENCE_S`, and drop them when they are forgotten; whether that changed anything.
+        """Mark those not heard for `SILENT_AFTER_S`, and remove them after `LOST_TTL_S`; returns whether anything changed.
 
-        It is looked for every second as long as gateways can ask. Time in which nobody could reach the directory, not even they,
-        is not the replicas' silence.
+        Gateways call this every second. Time in which none could reach the directory does not count as the replicas' silence.
         """
-        before, unreached = self.version, 0.0 if self.looked is None else now - self.looked
-        self.looked = now
-        if unreached > AWAY_S:
-            self.heard = {replica_id: min(now, heard + unreached) for replica_id, heard in self.heard.items()}
-        for replica_id, heard in list(self.heard.items()):
+        before, unreachable_s = self.version, 0.0 if self.checked_at is None else now - self.checked_at
+        self.checked_at = now
+        if unreachable_s > UNREACHABLE_S:
+            self.heard_at = {replica_id: min(now, heard + unreachable_s) for replica_id, heard in self.heard_at.items()}
+        for replica_id, heard in list(self.heard_at.items()):
             record = self.records[replica_id]
-            if now - heard > FORGET_S:
-                self.forget(replica_id)
-            elif now - heard > SILENCE_S and record.state != "silent":
+            if now - heard > LOST_TTL_S:
+                self.remove(replica_id)
+            elif now - heard > SILENT_AFTER_S and record.state != "silent":
                 self.records[replica_id] = replace(record, state="silent")
                 self._changed(True)
         return self.version != before
@@ -82,32 +82,32 @@ class Ledger:
 
 
 @dataclass(slots=True)
-class Demand:
-    """Requests that wait at the gateways for a replica, by deployment. Pure: callers pass the clock (seconds)."""
+class WaitingCounts:
+    """Waiting requests by gateway and deployment. Pure: callers pass the clock (seconds)."""
 
-    told: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
-    """By gateway: when it last spoke, and what it said."""
+    reports: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
+    """By gateway: time and numbers of its last report."""
 
-    def hear(self, gateway: str, waiting: Mapping[str, int], now: float) -> None:
-        """Take what a gateway says."""
-        self.told = {key: said for key, said in self.told.items() if now - said[0] <= DEMAND_S}
-        self.told[gateway] = (now, {key: count for key, count in waiting.items() if count > 0})
+    def update(self, gateway: str, waiting: Mapping[str, int], now: float) -> None:
+        """Apply a gateway's report."""
+        self.reports = {key: report for key, report in self.reports.items() if now - report[0] <= DEMAND_TTL_S}
+        self.reports[gateway] = (now, {key: count for key, count in waiting.items() if count > 0})
 
-    def of(self, deployment: str, now: float) -> int:
-        """How many wait for a deployment."""
-        return sum(said.get(deployment, 0) for at, said in self.told.values() if now - at <= DEMAND_S)
+    def total(self, deployment: str, now: float) -> int:
+        """Waiting requests for a deployment."""
+        return sum(report.get(deployment, 0) for at, report in self.reports.values() if now - at <= DEMAND_TTL_S)
 
 
 class Directory:
-    """The ledger as a Serve deployment: replicas call `heartbeat`, gateways call `watch` and `demand`."""
+    """The directory's Serve deployment: replicas call `heartbeat` and `leave`, gateways call `watch` and `demand`."""
 
     def __init__(self, wake: Callable[[str], Any] | None = None, registry: RegistryAddress | None = None) -> None:
-        """`wake` asks for a replica of a deployment that has none; it is awaited, and called again only when it has ended.
+        """`wake` starts the first replica of a deployment; it is awaited, and called again only when it has ended.
 
-        `registry` is followed for all replicas, which hear of its revision in answer to their heartbeats.
+        `registry`: its revision is read for all replicas, which get it in the reply to their heartbeats.
         """
-        self._ledger = Ledger()
-        self._demand = Demand()
+        self._table = ReplicaTable()
+        self._demand = WaitingCounts()
         self._began = time.monotonic()
         self._change = asyncio.Event()
         self._wake = wake or call_through_serve
@@ -119,68 +119,68 @@ class Directory:
             internal_port_on_node()
 
     async def heartbeat(self, record: ReplicaRecord) -> HeartbeatReply:
-        """Take what a replica says of itself."""
+        """Apply a replica's heartbeat."""
         if self._address is not None and self._following is None:
             self._following = asyncio.create_task(self._follow(self._address))
         now = time.monotonic()
-        self._note(self._ledger.hear(record, now))
-        return HeartbeatReply(waiting=self._demand.of(record.deployment, now), registry_revision=self._revision)
+        self._publish_if(self._table.update(record, now))
+        return HeartbeatReply(waiting=self._demand.total(record.deployment, now), registry_revision=self._revision)
 
     async def _follow(self, address: RegistryAddress) -> None:
-        """Read the registry's revision every second; while the database does not answer, the last one stays."""
+        """Read the registry's revision every second; it stays while the database does not answer."""
         registry = Registry.at(address)
         while True:
-            # In a thread: a database that hangs must not keep heartbeats from being heard.
+            # In a thread: a database that hangs must not block heartbeats.
             with contextlib.suppress(Exception):
                 self._revision = await asyncio.to_thread(registry.revision)
             await asyncio.sleep(HEARTBEAT_S)
 
     async def demand(self, gateway: str, waiting: dict[str, int]) -> None:
-        """Take how many requests wait at a gateway, by deployment; a deployment without replicas is woken."""
+        """Apply a gateway's numbers of waiting requests by deployment; starts a replica of deployments that have none."""
         now = time.monotonic()
-        self._demand.hear(gateway, waiting, now)
-        ready = {record.deployment for record in self._ledger.records.values() if record.state == "ready"}
+        self._demand.update(gateway, waiting, now)
+        ready = {record.deployment for record in self._table.records.values() if record.state == "ready"}
         for deployment, count in waiting.items():
             if count > 0 and deployment not in ready and deployment not in self._waking:
-                task = self._waking[deployment] = asyncio.create_task(self._woken(deployment))
-                task.add_done_callback(functools.partial(self._woke, deployment))
+                task = self._waking[deployment] = asyncio.create_task(self._wake_up(deployment))
+                task.add_done_callback(functools.partial(self._wake_ended, deployment))
         for deployment, task in self._waking.items():
-            # Whoever asked has given up: a replica that nobody waits for need not start.
-            if not self._demand.of(deployment, now):
+            # No request waits any more, so no replica need start.
+            if not self._demand.total(deployment, now):
                 task.cancel()
 
-    def _woke(self, deployment: str, task: asyncio.Task[None]) -> None:
+    def _wake_ended(self, deployment: str, task: asyncio.Task[None]) -> None:
         del self._waking[deployment]
 
-    async def _woken(self, deployment: str) -> None:
-        # A deployment that is going away does not answer; if it is still wanted, it is asked again.
+    async def _wake_up(self, deployment: str) -> None:
+        # A deployment that is being deleted does not answer; while requests wait, it is called again.
         with contextlib.suppress(Exception):
             await self._wake(deployment)
 
     async def leave(self, replica_id: str) -> None:
-        """Drop a replica that is about to end."""
-        self._note(self._ledger.forget(replica_id))
+        """Remove a replica that is about to end."""
+        self._publish_if(self._table.remove(replica_id))
 
     async def watch(self, version: int) -> Snapshot:
-        """The snapshot: at once if it is not of `version`, else at the next change, and after a beat for the loads."""
-        self._note(self._ledger.mark_silent(time.monotonic()))
-        if version == self._ledger.version:
+        """The snapshot: at once if its version is not `version`, else at the next change or after `HEARTBEAT_S`."""
+        self._publish_if(self._table.mark_silent(time.monotonic()))
+        if version == self._table.version:
             change = self._change
             try:
                 await asyncio.wait_for(change.wait(), HEARTBEAT_S)
             except TimeoutError:
-                self._note(self._ledger.mark_silent(time.monotonic()))
-        whole = time.monotonic() - self._began >= LISTENING_S
-        return self._ledger.snapshot() if whole else replace(self._ledger.snapshot(), whole=False)
+                self._publish_if(self._table.mark_silent(time.monotonic()))
+        complete = time.monotonic() - self._began >= WARM_UP_S
+        return self._table.snapshot() if complete else replace(self._table.snapshot(), complete=False)
 
-    def _note(self, changed: bool) -> None:
+    def _publish_if(self, changed: bool) -> None:
         if changed:
             self._change.set()
             self._change = asyncio.Event()
 
 
 async def call_through_serve(deployment: str) -> None:
-    """Call a replica. Where there is none the call waits, and Serve starts one for it if autoscaling allows."""
+    """Call a deployment's replica. Without one the call waits, and Serve starts one if autoscaling allows."""
     from ray import serve
 
     await _handle(deployment, serve.get_replica_context().app_name).woken.remote()
@@ -188,12 +188,12 @@ async def call_through_serve(deployment: str) -> None:
 
 @functools.cache
 def _handle(deployment: str, app: str) -> Any:
-    # Each has a router of its own, with threads: one is enough.
+    # Each handle has a router with threads of its own: one for each deployment is enough.
     from ray import serve
 
     return serve.get_deployment_handle(deployment, app)
 
 
-def _lasting(record: ReplicaRecord) -> ReplicaRecord:
+def _without_load(record: ReplicaRecord) -> ReplicaRecord:
     """The record without what changes with every request."""
     return replace(record, running=0, waiting=0, kv_usage=0.0, slots=())

@@ -1,4 +1,4 @@
-"""Which addresses replicas listen on: their node's address, and a gateway's HTTP server on loopback too.
+"""Listening addresses of replicas: the node's own address, and loopback too for a gateway's HTTP server.
 
 Serve has one `http_options.host` for all: HAProxy's public listener on each node, and the HTTP server of each gateway behind
 it. HAProxy reaches a gateway of its own node by 127.0.0.1 and those of other nodes by their addresses. A gateway that listened
@@ -23,9 +23,9 @@ import uvicorn
 LOOPBACK = "127.0.0.1"
 BACKLOG = 2048
 OPEN = "add_port_to_grpc_server"
-"""What a replica of Serve opens its port with."""
+"""Serve's function that opens a replica's port."""
 ALL = "[::]:"
-"""What the address starts with where all interfaces are meant."""
+"""Start of an address that means all interfaces."""
 Started = tuple[asyncio.Task[None], uvicorn.Server]
 StartServer = Callable[..., Awaitable[Started]]
 

@@ -1,4 +1,4 @@
-"""The app's own metrics, by Ray's: what Ray exports for Prometheus on each node."""
+"""Metrics of an app through Ray, which exports them to Prometheus on each node."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ray.util.metrics import Counter, Gauge, Histogram
 ADDED_MS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 13.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
 
 
-def added_latency() -> Callable[[str, float], None]:
-    """Takes a route and the milliseconds that a gateway added to one request, into a histogram by route."""
+def latency_histogram() -> Callable[[str, float], None]:
+    """A function that records the milliseconds added to one request, in a histogram by route."""
     histogram = Histogram(
         "tandem_gateway_added_ms",
         description="Milliseconds that a gateway adds to a request, up to the first byte of its answer.",
@@ -24,8 +24,8 @@ def added_latency() -> Callable[[str, float], None]:
     return observe
 
 
-class QueueMeter:
-    """What waits at a gateway, and what was not started, by model."""
+class RayQueueMetrics:
+    """Running, waiting and refused requests of a gateway, by model."""
 
     def __init__(self) -> None:
         self._waiting = Gauge(
@@ -45,10 +45,10 @@ class QueueMeter:
         )
 
     def load(self, model: str, running: int, waiting: int) -> None:
-        """A model's requests in flight, and those that wait, now."""
+        """A model's requests in flight and waiting, now."""
         self._running.set(running, {"model": model})
         self._waiting.set(waiting, {"model": model})
 
     def refused(self, model: str, outcome: str) -> None:
-        """A request was not started, or not ended in time."""
+        """A request was refused, or missed its deadline."""
         self._refused.inc(1, {"model": model, "reason": outcome})

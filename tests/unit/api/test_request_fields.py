@@ -70,9 +70,9 @@ def names(declared_type: Any) -> set[str]:
     return set(declared_type.__required_keys__ | declared_type.__optional_keys__)
 
 
-def test_the_table_holds_what_vllm_and_the_sdks_declare() -> None:
+def test_the_field_table_matches_vllm_and_the_sdks() -> None:
     from tandem.api.request_fields import REQUEST_FIELDS
-    from tandem.serve.routes import ENGINE_ROUTES
+    from tandem.engine.routes import ENGINE_ROUTES
 
     # In a process of its own: this one shall not import vLLM.
     done = subprocess.run([sys.executable, __file__, "--json"], capture_output=True, text=True, timeout=120)

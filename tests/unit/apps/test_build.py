@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from tandem.apps.build import build_app, pinned, resolve_models
+from tandem.apps.build import build_app
+from tandem.apps.resolve import resolve, resolve_models
 from tandem.config import RouterConfig, ServeConfig, ServedModelConfig, from_dict, to_dict
 from tandem.errors import ConfigError, RegistryError, UnknownModelError
 from tandem.registry import Registry
@@ -63,9 +64,9 @@ def test_one_version_is_one_deployment_however_it_is_named(registry: Registry, t
     versions = [engine_version(resolve_models(each, registry)[0], "") for each in names]
     assert len(set(versions)) == 1
     # A config that names the versions is the same app, and stays so when another model is registered.
-    kept = pinned(config(ServedModelConfig(model="one", replicas=2), ServedModelConfig(model=str(folder))))
+    kept = resolve(config(ServedModelConfig(model="one", replicas=2), ServedModelConfig(model=str(folder)))).config
     registry.register_model("two", model(tmp_path / "two", 2))
-    assert [each.model for each in kept.models] == ["one@1", str(folder)] and pinned(kept) == kept
+    assert [each.model for each in kept.models] == ["one@1", str(folder)] and resolve(kept).config == kept
     assert from_dict(ServeConfig, to_dict(kept)) == kept
 
 
@@ -122,7 +123,9 @@ def test_a_model_of_the_hub_is_served_by_its_name_there(registry: Registry, hub:
     assert (again.id, again.name) == ("org/tiny@1", "other")
 
 
-def test_what_is_neither_a_folder_nor_on_the_hub_is_refused_with_both_facts(registry: Registry, hub: FakeHub) -> None:
+def test_a_name_that_is_neither_folder_nor_hub_model_is_refused_with_both_facts(
+    registry: Registry, hub: FakeHub
+) -> None:
     with pytest.raises(
         UnknownModelError, match=r"models: There is no folder org/tiny\. The hub .* has no model org/tiny"
     ):

@@ -1,4 +1,4 @@
-"""What engines are given before their libraries are imported."""
+"""Creation of engines: environment and files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from tandem.engine.create import create_engine, engine_environment
+from tandem.engine.create import create_engine
 from tandem.engine.spec import EngineSpec
+from tandem.engine.vllm.environment import engine_environment
 from tandem.registry import HubModel, Registry, pull_model
 
 
 @pytest.mark.parametrize("gpus", [0.0, 1.0])
-def test_whether_the_hub_may_be_asked_is_left_to_the_user(gpus: float) -> None:
+def test_the_engine_environment_sets_no_hub_variables(gpus: float) -> None:
     environment = engine_environment(EngineSpec(kind="vllm", id="m@1", name="m", path="/m", gpus=gpus))
     assert not [name for name in environment if name.startswith(("HF_", "TRANSFORMERS_"))]
 

@@ -9,7 +9,7 @@ import pytest
 from tandem.engine.create import create_engine
 from tandem.engine.echo.engine import EchoEngine
 from tandem.engine.spec import EngineSpec
-from tandem.engine.ttft import WINDOW_S, FirstTokens
+from tandem.engine.ttft import WINDOW_S, TtftWindow
 from tandem.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def client(engine: EchoEngine) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=engine.app), base_url="http://echo")
 
 
-async def test_it_answers_with_the_prompt_streamed_or_whole() -> None:
+async def test_the_echo_engine_answers_with_the_prompt_streamed_or_not() -> None:
     async with client(EchoEngine()) as http:
         body = {"model": "echo", "messages": [{"role": "user", "content": "a b c"}], "max_tokens": 2}
         whole = (await http.post("/v1/chat/completions", json=body)).json()
@@ -29,7 +29,7 @@ async def test_it_answers_with_the_prompt_streamed_or_whole() -> None:
     assert "".join(json.loads(e)["choices"][0]["delta"]["content"] for e in events[:-1]) == "a b"
 
 
-async def test_it_refuses_what_a_real_engine_refuses() -> None:
+async def test_the_echo_engine_refuses_unknown_models_and_long_prompts() -> None:
     async with client(EchoEngine(max_length=3)) as http:
         assert (await http.post("/v1/completions", json={"model": "x", "prompt": "a"})).status_code == 404
         answer = await http.post("/v1/completions", json={"model": "echo", "prompt": "a b c d"})
@@ -41,11 +41,11 @@ def test_the_factory_picks_engines_by_kind_and_checks_their_arguments() -> None:
     assert isinstance(create_engine(spec), EchoEngine)
     with pytest.raises(ConfigError, match="Did you mean 'delay_s'"):
         create_engine(EngineSpec(kind="echo", id="m@1", name="m", path="", args={"delay": 0.1}))
-    with pytest.raises(ConfigError, match="No engine is called"):
+    with pytest.raises(ConfigError, match="must be one of vllm, echo. Did you mean 'vllm'"):
         create_engine(EngineSpec(kind="vlm", id="m@1", name="m", path=""))
 
 
-async def test_with_slots_it_keeps_requests_waiting_and_says_so() -> None:
+async def test_the_echo_engine_with_slots_reports_waiting_requests() -> None:
     engine = EchoEngine(delay_s=0.05, slots=2)
     async with client(engine) as http:
         body = {"model": "echo", "prompt": "a b c", "stream": True}
@@ -62,8 +62,8 @@ async def test_with_slots_it_keeps_requests_waiting_and_says_so() -> None:
     assert 0.15 < stats.ttft_s < 1.0
 
 
-def test_nine_of_ten_first_tokens_of_the_last_seconds_count() -> None:
-    tokens = FirstTokens()
+def test_the_ttft_window_returns_the_90th_percentile_of_the_last_seconds() -> None:
+    tokens = TtftWindow()
     assert tokens.most(0.0) == 0.0
     tokens.add([0.1] * 9 + [5.0], 0.0)
     assert tokens.most(1.0) == 0.1

@@ -1,4 +1,4 @@
-"""Settings that an engine has found right are not asked about again, until something changes that the answer depends on."""
+"""Cache of validated engine arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tandem.engine.spec import EngineSpec
-from tandem.engine.validation_cache import passed, remember
+from tandem.engine.validation_cache import is_validated, mark_validated
 
 
 @pytest.fixture
@@ -19,22 +19,22 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineSpec:
     return EngineSpec(kind="vllm", id="m@1", name="m", path=str(tmp_path), args=args)
 
 
-def test_what_passed_once_is_known(spec: EngineSpec) -> None:
-    assert not passed(spec)
-    remember(spec)
-    assert passed(spec)
-    assert passed(replace(spec, where="models[3].engine_args"))
+def test_valid_arguments_are_cached(spec: EngineSpec) -> None:
+    assert not is_validated(spec)
+    mark_validated(spec)
+    assert is_validated(spec)
+    assert is_validated(replace(spec, where="models[3].engine_args"))
 
 
-def test_other_settings_or_another_model_are_asked_about(spec: EngineSpec) -> None:
-    remember(spec)
-    assert not passed(replace(spec, args={"max_model_len": 65}))
-    assert not passed(replace(spec, gpus=1.0))
+def test_other_arguments_or_model_files_are_not_cached(spec: EngineSpec) -> None:
+    mark_validated(spec)
+    assert not is_validated(replace(spec, args={"max_model_len": 65}))
+    assert not is_validated(replace(spec, gpus=1.0))
     (Path(spec.path) / "config.json").write_text('{"hidden_size": 1}')
-    assert not passed(spec)
+    assert not is_validated(spec)
 
 
-def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_no_error(spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_CACHE", "/proc/none")
-    remember(spec)
-    assert not passed(spec)
+    mark_validated(spec)
+    assert not is_validated(spec)

@@ -1,4 +1,4 @@
-"""What a gateway makes of replicas that come and go: other versions of a model, a new directory, a model that sleeps."""
+"""Gateway during changes: another version of a model, a restarted directory, a model at zero replicas."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tandem.gateway.admission import control as admission
 from tandem.gateway.admission import demand
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.admission.demand import DemandReport
-from tandem.gateway.admission.queue import Wish
+from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.app import create_app
-from tandem.gateway.catalog import Catalog, Target
+from tandem.gateway.catalog import Catalog, ResolvedModel
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, no_replica
-from tandem.gateway.fleet import Fleet, completed
-from tandem.gateway.reading import read_ask
-from tandem.gateway.upstream import Call
+from tandem.gateway.fleet import Fleet, with_unheard
+from tandem.gateway.request_hints import read_routing_request
+from tandem.gateway.upstream import EngineRequest
 from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
-from tandem.routing.request import Ask
+from tandem.routing.request import RoutingRequest
 
 NEW = ServedModel(id="base@2", name="base", path="", config=ServedModelConfig(model="base"))
-FIRST = ReplicaRecord(id="first", base="base@1", deployment="engine-base", url="http://a", token="t")
-SECOND = replace(FIRST, id="second", base="base@2")
-ASK = Ask(base="base@2")
+FIRST = ReplicaRecord(id="first", pool="base@1", deployment="engine-base", url="http://a", token="t")
+SECOND = replace(FIRST, id="second", pool="base@2")
+ASK = RoutingRequest(pool="base@2")
 
 
 @asynccontextmanager
@@ -49,108 +49,111 @@ async def following(*replicas: ReplicaRecord) -> AsyncIterator[Fleet]:
     await fleet.stop()
 
 
-async def test_until_its_own_version_is_there_a_gateway_uses_the_other() -> None:
+async def test_requests_go_to_the_other_version_until_a_replica_of_their_own_is_ready() -> None:
     async with following(FIRST) as fleet:
         found = fleet.choose(ASK, ())
         assert found == FIRST
         with fleet.counting(ASK, found):
             fleet.answered(ASK, found)
-            assert fleet.carried("base@2", ()) == 1 and fleet.carried("base@2", (FIRST,)) == 0
-        assert fleet.ready("base@2", suspects=True) == [FIRST] and not fleet.has("base@2")
+            assert fleet.requests_outside("base@2", ()) == 1 and fleet.requests_outside("base@2", (FIRST,)) == 0
+        assert fleet.ready("base@2", suspects=True) == [FIRST] and not fleet.has_pool("base@2")
     async with following(FIRST, SECOND) as fleet:
         assert {fleet.choose(ASK, ()) for _ in range(20)} == {SECOND}
         assert fleet.choose(ASK, ("second",)) == FIRST
 
 
-async def test_who_asks_for_a_version_or_an_adapter_of_it_gets_no_other() -> None:
+async def test_requests_pinned_to_a_version_get_no_other_version() -> None:
     async with following(FIRST) as fleet:
         assert fleet.choose(replace(ASK, pinned=True), ()) is None
 
 
-async def test_a_call_whose_version_is_not_there_asks_ever_less_often_and_says_nothing_of_the_pace(
+async def test_a_requeued_request_backs_off_and_does_not_count_for_the_throughput(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(admission, "MOST_AGAIN_S", 0.2)
+    monkeypatch.setattr(admission, "MAX_BACKOFF_S", 0.2)
     async with following(replace(FIRST, max_running=1)) as fleet:
         gate = Admission([NEW], fleet, GatewayConfig())
         gate.refresh()
         queue = gate.queue(NEW)
-        place = gate.place(NEW, Wish(arrived=time.monotonic(), kind=3))
-        assert await place.take() == 0.0
+        slot = gate.slot(NEW, SchedulingHints(arrived=time.monotonic(), kind=3))
+        assert await slot.acquire() == 0.0
         # Somebody waits all the time, so that the pace is measured.
-        queue.pace.somebody_waits(time.monotonic())
-        waits = [await place.take_again(no_replica("It is not there", 5)) for _ in range(5)]
+        queue.throughput.waiting_began(time.monotonic())
+        waits = [await slot.reacquire(no_replica("It is not there", 5)) for _ in range(5)]
         assert waits == [0.05, 0.1, 0.2, 0.2, 0.2] and queue.running == 1
-        assert queue.pace.takes_s(3) == 0.0 and queue.pace.rate is None
-        place.leave()
-        assert queue.running == 0 and queue.pace.takes_s(3) > 0.0
+        assert queue.throughput.answer_time_s(3) == 0.0 and queue.throughput.rate is None
+        slot.release()
+        assert queue.running == 0 and queue.throughput.answer_time_s(3) > 0.0
 
 
-async def test_a_call_that_no_replica_took_within_hold_s_is_told_so_and_keeps_no_place() -> None:
+async def test_a_request_that_no_replica_took_within_hold_s_fails_and_frees_its_slot() -> None:
     brief = replace(NEW, config=replace(NEW.config, hold_s=0.0))
     async with following(FIRST) as fleet:
         gate = Admission([brief], fleet, GatewayConfig())
         gate.refresh()
-        place = gate.place(brief, Wish(arrived=time.monotonic(), kind=3))
-        await place.take()
+        slot = gate.slot(brief, SchedulingHints(arrived=time.monotonic(), kind=3))
+        await slot.acquire()
         with pytest.raises(ApiError, match="It is not there"):
-            await place.take_again(no_replica("It is not there", 5))
-        place.leave()
-        assert gate.queue(brief).running == 0 and gate.queue(brief).pace.takes_s(3) == 0.0
+            await slot.reacquire(no_replica("It is not there", 5))
+        slot.release()
+        assert gate.queue(brief).running == 0 and gate.queue(brief).throughput.answer_time_s(3) == 0.0
 
 
-async def test_a_light_call_needs_no_room_the_second_time_either() -> None:
+async def test_a_light_request_bypasses_the_queue_on_a_retry_too() -> None:
     async with following(replace(FIRST, max_running=1)) as fleet:
         gate = Admission([replace(NEW, config=replace(NEW.config, requests_per_replica=1))], fleet, GatewayConfig())
         gate.refresh()
-        heavy, light = gate.place(NEW, Wish(arrived=0.0)), gate.place(NEW, Wish(arrived=0.0), light=True)
-        await heavy.take()
-        assert await light.take() == 0.0
-        assert await asyncio.wait_for(light.take_again(no_replica("It refused", 5)), 5) == admission.AGAIN_S
+        heavy, light = (
+            gate.slot(NEW, SchedulingHints(arrived=0.0)),
+            gate.slot(NEW, SchedulingHints(arrived=0.0), light=True),
+        )
+        await heavy.acquire()
+        assert await light.acquire() == 0.0
+        assert await asyncio.wait_for(light.reacquire(no_replica("It refused", 5)), 5) == admission.FIRST_BACKOFF_S
         assert gate.queue(NEW).running == 1
 
 
-async def test_a_version_that_drains_is_no_help() -> None:
+async def test_draining_replicas_of_the_other_version_are_not_used() -> None:
     async with following(replace(FIRST, state="draining")) as fleet:
         assert fleet.choose(ASK, ()) is None
         assert fleet.ready("base@2", suspects=True) == []
 
 
-async def test_only_who_names_the_version_or_an_adapter_is_bound_to_it(tmp_path: Path) -> None:
+async def test_only_requests_that_name_a_version_or_an_adapter_are_pinned(tmp_path: Path) -> None:
     catalog = Catalog([NEW], Registry(f"sqlite:///{tmp_path}/tandem.db"))
     for name, pinned in (("base", False), ("base@2", True)):
-        target = await catalog.resolve(name)
-        assert target.pinned == pinned and read_ask(target, {"prompt": "a"}, {}).pinned == pinned
+        model = await catalog.resolve(name)
+        assert model.pinned == pinned and read_routing_request(model, {"prompt": "a"}, {}).pinned == pinned
     folder = ServedModel(
         id="plain", name="plain", path="/models/plain", config=ServedModelConfig(model="/models/plain")
     )
     assert not (await Catalog([folder], Registry(f"sqlite:///{tmp_path}/tandem.db")).resolve("plain")).pinned
 
 
-def test_the_body_names_the_version_that_the_replica_has() -> None:
-    call = Call(
+def test_the_body_names_the_version_of_the_chosen_replica() -> None:
+    request = EngineRequest(
         path="/v1/completions",
         body=b'{"model":"base@2","prompt":"a"}',
-        target=Target(base=NEW),
+        model=ResolvedModel(base=NEW),
         headers={},
         dialect=dialect_of("/v1/completions"),
-        ask=ASK,
-        wish=Wish(arrived=0.0),
+        routing=ASK,
+        hints=SchedulingHints(arrived=0.0),
     )
-    assert call.body_for("base@2") is call.body
-    assert from_json(call.body_for("base@1")) == {"model": "base@1", "prompt": "a"}
+    assert request.body_for("base@2") is request.body
+    assert from_json(request.body_for("base@1")) == {"model": "base@1", "prompt": "a"}
 
 
-def test_a_directory_that_has_just_begun_takes_nothing_away() -> None:
+def test_an_incomplete_snapshot_removes_no_known_replica() -> None:
     known = Snapshot(version=5, replicas=(FIRST, SECOND))
     gone = replace(SECOND, state="draining")
-    begun = completed(Snapshot(version=9, replicas=(gone,), whole=False), known)
-    assert begun.replicas == (gone, FIRST) and begun.version == 9
-    assert completed(Snapshot(version=10, replicas=(gone,)), begun).replicas == (gone,)
+    started = with_unheard(Snapshot(version=9, replicas=(gone,), complete=False), known)
+    assert started.replicas == (gone, FIRST) and started.version == 9
+    assert with_unheard(Snapshot(version=10, replicas=(gone,)), started).replicas == (gone,)
 
 
-async def test_a_new_gateway_waits_until_a_directory_is_whole_or_names_all_it_serves() -> None:
-    told = [Snapshot(version=1, whole=False), Snapshot(version=2, replicas=(SECOND,), whole=False)]
+async def test_a_new_gateway_waits_for_a_complete_snapshot_or_one_replica_of_each_model() -> None:
+    told = [Snapshot(version=1, complete=False), Snapshot(version=2, replicas=(SECOND,), complete=False)]
 
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.01)
@@ -165,21 +168,21 @@ async def test_a_new_gateway_waits_until_a_directory_is_whole_or_names_all_it_se
 SLEEPER = replace(NEW, config=ServedModelConfig(model="base", autoscaling=AutoscalingConfig(min_replicas=0)))
 
 
-async def test_what_waits_for_a_model_that_scales_is_told_at_once_and_again_and_its_end_too(
+async def test_demand_of_scaling_models_is_reported_at_once_repeated_and_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(demand, "LOOK_S", 0.01)
-    monkeypatch.setattr(demand, "REPEAT_S", 0.1)
+    monkeypatch.setattr(demand, "CHECK_PERIOD_S", 0.01)
+    monkeypatch.setattr(demand, "REPORT_PERIOD_S", 0.1)
     waiting: dict[str, int] = {}
     heard: list[dict[str, int]] = []
 
-    async def tell(counts: dict[str, int]) -> None:
+    async def report_demand(counts: dict[str, int]) -> None:
         heard.append(counts)
         if len(heard) == 1:
             raise ConnectionError("the directory is being replaced")
 
     fixed = replace(NEW, id="other@1", name="other")
-    report = DemandReport([SLEEPER, fixed], lambda: waiting, tell)
+    report = DemandReport([SLEEPER, fixed], lambda: waiting, report_demand)
     report.start()
     await asyncio.sleep(0.05)
     assert heard == []
@@ -190,13 +193,13 @@ async def test_what_waits_for_a_model_that_scales_is_told_at_once_and_again_and_
     waiting.clear()
     while heard[-1]:
         await asyncio.sleep(0.01)
-    said = len(heard)
+    warnings = len(heard)
     await asyncio.sleep(0.15)
-    assert len(heard) == said
+    assert len(heard) == warnings
     await report.stop()
 
 
-async def test_a_model_that_may_sleep_is_well_without_replicas_and_no_other(tmp_path: Path) -> None:
+async def test_health_is_ok_without_replicas_only_for_models_that_scale_to_zero(tmp_path: Path) -> None:
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.01)
         return Snapshot(version=1)

@@ -1,4 +1,4 @@
-"""What a gateway makes of the snapshots of its directory."""
+"""Fleet: snapshots of the directory, lost replicas, probes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 from tandem.gateway.fleet import Fleet
 from tandem.routing.records import ReplicaRecord, Snapshot
-from tandem.routing.request import Ask
+from tandem.routing.request import RoutingRequest
 
-A = ReplicaRecord(id="a", base="base@1", url="http://a:1", token="t")
+A = ReplicaRecord(id="a", pool="base@1", url="http://a:1", token="t")
 B = replace(A, id="b", url="http://b:1")
-ASK = Ask(base="base@1")
+REQUEST = RoutingRequest(pool="base@1")
 
 
 def fleet() -> tuple[Fleet, list[str]]:
@@ -26,56 +26,56 @@ def fleet() -> tuple[Fleet, list[str]]:
 
 
 def chosen(fleet: Fleet) -> set[str]:
-    return {name for name in "ab" if fleet.choose(ASK, {"a", "b"} - {name}) is not None}
+    return {name for name in "ab" if fleet.choose(REQUEST, {"a", "b"} - {name}) is not None}
 
 
 @pytest.mark.parametrize("state", ["stuck", "silent"])
-def test_a_lost_replica_is_told_of_with_every_snapshot_and_chosen_no_more(state: str) -> None:
+def test_a_lost_replica_is_reported_with_every_snapshot_and_not_chosen(state: str) -> None:
     it, lost = fleet()
-    it.take(Snapshot(version=1, replicas=(A, B)))
+    it.apply_snapshot(Snapshot(version=1, replicas=(A, B)))
     gone = replace(A, state=state)  # type: ignore[arg-type]
-    it.take(Snapshot(version=2, replicas=(gone, B)))
-    it.take(Snapshot(version=3, replicas=(gone, B)))
+    it.apply_snapshot(Snapshot(version=2, replicas=(gone, B)))
+    it.apply_snapshot(Snapshot(version=3, replicas=(gone, B)))
     assert lost == ["a", "a"] and chosen(it) == {"b"}
 
 
-def test_a_silent_one_that_is_vouched_for_is_chosen_until_it_is_not() -> None:
+def test_a_silent_replica_is_chosen_while_a_probe_has_confirmed_it() -> None:
     it, lost = fleet()
     silent = replace(A, state="silent")
     for version, (ready, expected) in enumerate(((None, set()), (True, {"a"}), (None, {"a"}), (False, set())), 1):
         if ready is not None:
-            it.vouch(A, ready=ready)
-        it.take(Snapshot(version=version, replicas=(silent,)))
+            it.confirm(A, ready=ready)
+        it.apply_snapshot(Snapshot(version=version, replicas=(silent,)))
         assert chosen(it) == expected
     # It is heard again: what was said of it then is old.
-    it.vouch(A, ready=True)
+    it.confirm(A, ready=True)
     for version, (record, expected) in enumerate(((silent, {"a"}), (A, {"a"}), (silent, set())), 5):
-        it.take(Snapshot(version=version, replicas=(record,)))
+        it.apply_snapshot(Snapshot(version=version, replicas=(record,)))
         assert chosen(it) == expected
     assert len(lost) == 6
 
 
-def test_one_that_speaks_again_is_chosen_again() -> None:
+def test_a_silent_replica_with_a_new_heartbeat_is_chosen_again() -> None:
     it, lost = fleet()
     for version, record in enumerate((A, replace(A, state="silent"), A, replace(A, state="silent")), 1):
-        it.take(Snapshot(version=version, replicas=(record,)))
+        it.apply_snapshot(Snapshot(version=version, replicas=(record,)))
         assert chosen(it) == ({"a"} if record is A else set())
     assert lost == ["a", "a"]
 
 
-def test_one_that_left_or_died_ends_its_requests_itself() -> None:
+def test_a_replica_that_left_or_died_is_not_reported_as_lost() -> None:
     it, lost = fleet()
-    it.take(Snapshot(version=1, replicas=(A, B)))
-    it.take(Snapshot(version=2, replicas=(replace(B, state="dead"),)))
+    it.apply_snapshot(Snapshot(version=1, replicas=(A, B)))
+    it.apply_snapshot(Snapshot(version=2, replicas=(replace(B, state="dead"),)))
     assert lost == [] and chosen(it) == set()
 
 
-async def test_what_a_new_directory_never_hears_of_was_lost_with_the_old_one() -> None:
+async def test_replicas_missing_from_a_new_directorys_complete_snapshot_are_lost() -> None:
     it, lost = fleet()
-    it.take(Snapshot(version=1, replicas=(A, B)))
-    it.take(Snapshot(version=2, whole=False))
+    it.apply_snapshot(Snapshot(version=1, replicas=(A, B)))
+    it.apply_snapshot(Snapshot(version=2, complete=False))
     assert chosen(it) == {"a", "b"}
-    it.take(Snapshot(version=3, replicas=(replace(A, state="draining"),), whole=False))
+    it.apply_snapshot(Snapshot(version=3, replicas=(replace(A, state="draining"),), complete=False))
     assert chosen(it) == {"b"} and lost == []
-    it.take(Snapshot(version=4, replicas=(A,)))
+    it.apply_snapshot(Snapshot(version=4, replicas=(A,)))
     assert chosen(it) == {"a"} and lost == ["b"]

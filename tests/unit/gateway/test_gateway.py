@@ -1,4 +1,4 @@
-"""The gateway before echo engines: real HTTP on both sides, no Ray."""
+"""Gateway in front of echo engines: real HTTP on both sides, no Ray."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def test_an_unknown_model_is_404_with_the_nearest_name(world: World) -> No
     assert (await world.http.get("/v1/models/base")).json()["id"] == "base"
 
 
-async def test_a_model_that_is_no_name_is_400_in_few_words_and_nothing_is_looked_for(world: World) -> None:
+async def test_an_invalid_model_name_is_400_without_a_registry_lookup(world: World) -> None:
     world.registry.near = world.registry.resolve = None  # type: ignore[assignment, method-assign]
     for name in ("x" * 257, ["x" * 300], {"x" * 300: 1}, None, 0):
         answer = await world.http.post("/v1/completions", json=BODY | {"model": name})
@@ -110,10 +110,10 @@ async def test_without_a_replica_it_is_503_with_retry_after(world: World) -> Non
     assert (await world.http.get("/health")).status_code == 503
 
 
-async def test_a_replica_that_is_gone_or_dead_is_passed_over(world: World) -> None:
+async def test_an_unreachable_or_dead_replica_is_skipped(world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    world.records["gone"] = ReplicaRecord(id="gone", base="base@1", url=f"http://127.0.0.1:{port}", token="x")
+    world.records["gone"] = ReplicaRecord(id="gone", pool="base@1", url=f"http://127.0.0.1:{port}", token="x")
     await world.add_engine(echo())
     for _ in range(6):
         assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
@@ -126,7 +126,7 @@ async def test_a_replica_that_is_gone_or_dead_is_passed_over(world: World) -> No
         assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
 
 
-async def test_a_client_that_leaves_ends_its_stream_in_the_engine(world: World) -> None:
+async def test_a_disconnect_aborts_a_stream_in_the_engine(world: World) -> None:
     engine = echo(delay_s=0.02)
     await world.add_engine(engine)
     long = BODY | {"prompt": "x " * 900, "stream": True}
@@ -136,7 +136,7 @@ async def test_a_client_that_leaves_ends_its_stream_in_the_engine(world: World) 
     await gone(engine)
 
 
-async def test_a_client_that_leaves_ends_its_plain_request_in_the_engine(world: World) -> None:
+async def test_a_disconnect_aborts_a_plain_request_in_the_engine(world: World) -> None:
     engine = echo(delay_s=0.02)
     await world.add_engine(engine)
     with pytest.raises(httpx.ReadTimeout):
@@ -152,7 +152,7 @@ async def gone(engine: EchoEngine) -> None:
     raise AssertionError((engine.aborted, engine.stats()))
 
 
-async def test_an_engines_error_comes_in_openais_shape(world: World) -> None:
+async def test_an_engines_error_has_openais_format(world: World) -> None:
     await world.add_engine(echo(max_length=2))
     answer = await world.http.post("/v1/completions", json=BODY)
     assert answer.status_code == 400
@@ -175,7 +175,7 @@ async def answered(world: World, model: str) -> str:
     return str(answer.json().get("model") or answer.text)
 
 
-async def test_a_name_without_a_promoted_version_is_404_with_what_there_is(world: World) -> None:
+async def test_a_name_without_a_promoted_version_is_404_with_its_versions(world: World) -> None:
     world.adapter("red", promote=False)
     answer = await world.http.post("/v1/completions", json=BODY | {"model": "red"})
     assert answer.status_code == 404 and "Ask for red@1" in answer.text
@@ -184,7 +184,7 @@ async def test_a_name_without_a_promoted_version_is_404_with_what_there_is(world
     assert (card["id"], card["root"], card["parent"]) == ("red@1", "red@1", "base")
 
 
-async def test_the_list_of_models_comes_in_pages_that_put_together_are_all(world: World) -> None:
+async def test_the_pages_of_the_model_list_contain_every_model_once(world: World) -> None:
     for number in range(5):
         world.adapter(f"a{number}")
     seen, after = [], {}
@@ -220,7 +220,7 @@ async def test_admin_routes_open_to_their_own_token_only(world: World) -> None:
     assert (await world.http.get("/admin/adapters", headers=ADMIN)).json()["data"] == []
 
 
-async def test_without_a_token_of_the_app_admin_routes_are_closed_and_say_what_to_set(tmp_path: Path) -> None:
+async def test_without_an_admin_token_admin_routes_answer_403_with_the_setting(tmp_path: Path) -> None:
     async def watch(version: int) -> Snapshot:
         return Snapshot()
 
@@ -273,7 +273,7 @@ async def test_an_operator_registers_promotes_rolls_back_pins_and_deletes(world:
         ({"name": "red", "source": ".", "base": "base"}, "holds no adapter_config.json"),
     ],
 )
-async def test_what_cannot_be_registered_is_400_with_the_reason(
+async def test_a_registration_that_fails_is_400_with_the_reason(
     world: World, body: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TANDEM_HOME", str(world.folder / "home"))
@@ -282,7 +282,7 @@ async def test_what_cannot_be_registered_is_400_with_the_reason(
     assert world.registry.list("adapter") == []
 
 
-async def test_an_adapter_that_changed_after_it_was_registered_is_400_and_others_go_on(world: World) -> None:
+async def test_an_adapter_changed_after_registration_is_400_and_others_answer(world: World) -> None:
     await world.add_engine(echo(), checks=True)
     world.adapter("red")
     world.adapter("blue")

@@ -1,4 +1,4 @@
-"""Requests that wait for a replica of which nothing more will come: real HTTP on both sides, no Ray."""
+"""Requests at lost replicas are retried or end with an error: real HTTP on both sides, no Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def begun(world: World, engine: int) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_that_no_byte_was_answered_to_goes_to_another_replica_once(world: World, stream: bool) -> None:
+async def test_an_unanswered_request_is_retried_once_on_another_replica(world: World, stream: bool) -> None:
     await world.add_engine(echo(delay_s=SLOW_S))
     asking = asyncio.create_task(world.http.post("/v1/completions", json={**BODY, "stream": stream}))
     await begun(world, 0)
@@ -38,7 +38,7 @@ async def test_a_request_that_no_byte_was_answered_to_goes_to_another_replica_on
     assert world.engines[1].stats().steps == 3
 
 
-async def test_where_there_is_no_other_one_the_client_is_told_when_to_try_again(world: World) -> None:
+async def test_without_another_replica_a_failed_request_is_503_with_retry_after(world: World) -> None:
     await world.add_engine(echo(delay_s=SLOW_S))
     asking = asyncio.create_task(world.http.post("/v1/completions", json=BODY))
     await begun(world, 0)
@@ -63,7 +63,7 @@ async def test_a_stream_that_has_begun_ends_with_an_error_event(world: World) ->
     assert '"word"' in said and "engine_unavailable" in said and "[DONE]" not in said
 
 
-async def test_others_go_on(world: World) -> None:
+async def test_requests_at_other_replicas_continue(world: World) -> None:
     await world.add_engine(echo(delay_s=SLOW_S))
     waiting = asyncio.create_task(world.http.post("/v1/completions", json=BODY))
     await begun(world, 0)
@@ -76,7 +76,7 @@ async def test_others_go_on(world: World) -> None:
     assert first.status_code == second.status_code == 200
 
 
-async def test_a_silent_replica_that_answers_the_gateway_goes_on_and_gets_more(world: World) -> None:
+async def test_a_silent_replica_that_answers_a_probe_keeps_its_streams_and_gets_requests(world: World) -> None:
     await world.add_engine(echo(delay_s=0.05))
     words = " ".join(f"word{number}" for number in range(40))
     asking = asyncio.create_task(world.http.post("/v1/completions", json={**BODY, "prompt": words, "stream": True}))
@@ -89,7 +89,7 @@ async def test_a_silent_replica_that_answers_the_gateway_goes_on_and_gets_more(w
     assert another.json()["choices"][0]["text"] == BODY["prompt"]
 
 
-async def test_a_silent_replica_that_answers_nobody_is_given_up(world: World) -> None:
+async def test_connections_to_a_silent_replica_without_probe_answer_are_aborted(world: World) -> None:
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(1024):
             took.set()
@@ -97,7 +97,7 @@ async def test_a_silent_replica_that_answers_nobody_is_given_up(world: World) ->
     took = asyncio.Event()
     async with await asyncio.start_server(swallow, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        world.records["frozen"] = ReplicaRecord(id="frozen", base="base@1", url=url, token="t")
+        world.records["frozen"] = ReplicaRecord(id="frozen", pool="base@1", url=url, token="t")
         world.version += 1
         await asyncio.sleep(0.1)
         asking = asyncio.create_task(world.http.post("/v1/completions", json=BODY))

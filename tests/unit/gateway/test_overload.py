@@ -1,4 +1,4 @@
-"""When there is more than the engines can do: queues, priorities, deadlines, clients that leave."""
+"""Overload: queues, priorities, deadlines, disconnecting clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def narrow(tmp_path: Path) -> AsyncIterator[tuple[World, Listening]]:
         yield world, engine
 
 
-async def test_beyond_the_bound_it_is_429_with_retry_after_in_each_apis_shape(narrow: tuple[World, Listening]) -> None:
+async def test_a_full_queue_is_429_with_retry_after_in_each_apis_format(narrow: tuple[World, Listening]) -> None:
     world, engine = narrow
     asked = [world.ask(name, 40) for name in ("one", "two", "three")]
     await world.queued(2)
@@ -37,13 +37,13 @@ async def test_beyond_the_bound_it_is_429_with_retry_after_in_each_apis_shape(na
         assert answer.status_code == 429 and 1 <= int(answer.headers["retry-after"]) <= 60
         assert answer.json()["error"]["type"] == "rate_limit_error"
         assert "1 requests in flight and 2 waiting" in answer.json()["error"]["message"]
-    # What an engine does beside generating needs no place.
+    # What an engine does beside generating needs no slot.
     assert (await world.http.post("/tokenize", json={"model": "base", "prompt": "x"})).status_code == 200
     assert [(await each).status_code for each in asked] == [200] * 3
     assert engine.asked == ["one", "two", "three"] and world.admission.waiting() == {"base": 0}
 
 
-async def test_a_better_priority_overtakes_and_takes_the_place_of_a_worse_one(narrow: tuple[World, Listening]) -> None:
+async def test_a_better_priority_overtakes_and_displaces_a_worse_one(narrow: tuple[World, Listening]) -> None:
     world, engine = narrow
     first = world.ask("first", 60)
     await world.until(lambda: engine.asked == ["first"])
@@ -58,7 +58,9 @@ async def test_a_better_priority_overtakes_and_takes_the_place_of_a_worse_one(na
     assert engine.asked == ["first", "urgent", "usual"]
 
 
-async def test_what_expires_while_it_waits_is_504_and_no_engine_sees_it(narrow: tuple[World, Listening]) -> None:
+async def test_a_request_that_expires_in_the_queue_is_504_and_reaches_no_engine(
+    narrow: tuple[World, Listening],
+) -> None:
     world, engine = narrow
     first = world.ask("first", 60)
     await world.queued(0)
@@ -69,7 +71,7 @@ async def test_what_expires_while_it_waits_is_504_and_no_engine_sees_it(narrow: 
     assert (await first).status_code == 200 and engine.asked == ["first"]
 
 
-async def test_the_patience_that_an_sdk_tells_counts_as_a_deadline(narrow: tuple[World, Listening]) -> None:
+async def test_an_sdks_read_timeout_counts_as_a_deadline(narrow: tuple[World, Listening]) -> None:
     world, engine = narrow
     first = world.ask("first", 60)
     await world.until(lambda: engine.asked == ["first"])
@@ -82,10 +84,10 @@ async def test_the_patience_that_an_sdk_tells_counts_as_a_deadline(narrow: tuple
     assert long.text.endswith("data: [DONE]\n\n") and engine.asked == ["first", "long"]
 
 
-async def test_a_deadline_ends_an_answer_that_is_under_way(narrow: tuple[World, Listening]) -> None:
+async def test_a_deadline_ends_an_answer_that_is_being_sent(narrow: tuple[World, Listening]) -> None:
     world, engine = narrow
-    whole = await world.ask("whole", 2000, timeout=0.3)
-    assert whole.status_code == 504 and "not whole in time" in whole.json()["error"]["message"]
+    complete = await world.ask("whole", 2000, timeout=0.3)
+    assert complete.status_code == 504 and "not whole in time" in complete.json()["error"]["message"]
     stream = await world.ask("stream", 2000, timeout=0.3, stream=True)
     events = [line for line in stream.text.split("\n\n") if line]
     assert stream.status_code == 200 and len(events) > 3
@@ -95,7 +97,7 @@ async def test_a_deadline_ends_an_answer_that_is_under_way(narrow: tuple[World, 
     await world.until(lambda: engine.aborted == 3 and engine.stats().running == 0)
 
 
-async def test_who_leaves_while_it_waits_frees_its_place_and_no_engine_sees_it(narrow: tuple[World, Listening]) -> None:
+async def test_a_disconnect_in_the_queue_frees_the_place_and_reaches_no_engine(narrow: tuple[World, Listening]) -> None:
     world, engine = narrow
     first = world.ask("first", 60)
     await world.until(lambda: engine.asked == ["first"])
@@ -110,7 +112,7 @@ async def test_who_leaves_while_it_waits_frees_its_place_and_no_engine_sees_it(n
     assert engine.asked == ["first", "last"]
 
 
-async def test_with_several_gateways_each_has_its_share(tmp_path: Path) -> None:
+async def test_several_gateways_share_the_limits(tmp_path: Path) -> None:
     async with overload_world(tmp_path, GatewayConfig(replicas=2), requests_per_replica=4, max_queued=2) as world:
         engine = Listening(delay_s=GAP_S)
         await world.add(engine)
@@ -119,7 +121,7 @@ async def test_with_several_gateways_each_has_its_share(tmp_path: Path) -> None:
         assert statuses == [200, 200, 200, 429]
 
 
-async def test_an_engines_own_bound_and_a_quarter_more_is_the_limit_by_default(tmp_path: Path) -> None:
+async def test_the_default_limit_is_the_engines_batch_size_plus_a_quarter(tmp_path: Path) -> None:
     async with overload_world(tmp_path, max_queued=3) as world:
         engine = Listening(delay_s=GAP_S)
         await world.add(engine, max_running=20)
@@ -133,7 +135,7 @@ async def test_an_engines_own_bound_and_a_quarter_more_is_the_limit_by_default(t
         assert {(await each).status_code for each in asked} == {200}
 
 
-async def test_requests_at_a_replica_that_drains_take_no_room_of_the_new_one(tmp_path: Path) -> None:
+async def test_requests_at_a_draining_replica_do_not_count_against_the_limit(tmp_path: Path) -> None:
     async with overload_world(tmp_path, requests_per_replica=2) as world:
         old, new = Listening(delay_s=GAP_S), Listening(delay_s=GAP_S)
         record = await world.add(old)
@@ -167,7 +169,7 @@ async def test_a_request_that_is_held_too_long_is_503_with_retry_after(tmp_path:
 
 
 @pytest.mark.parametrize("way", ["refused", "dead"])
-async def test_a_request_that_its_replica_has_not_begun_with_waits_for_the_next_one(tmp_path: Path, way: str) -> None:
+async def test_a_request_that_its_replica_did_not_begin_waits_for_the_next(tmp_path: Path, way: str) -> None:
     async with overload_world(tmp_path, hold_s=10.0) as world:
         if way == "dead":
             old = Listening()
@@ -176,7 +178,7 @@ async def test_a_request_that_its_replica_has_not_begun_with_waits_for_the_next_
         else:
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 port = probe.getsockname()[1]
-            world.records["gone"] = ReplicaRecord(id="gone", base="base", url=f"http://127.0.0.1:{port}", token="x")
+            world.records["gone"] = ReplicaRecord(id="gone", pool="base", url=f"http://127.0.0.1:{port}", token="x")
             world.version += 1
             await asyncio.sleep(0.1)
         asked = [world.ask("asked") for _ in range(5)]
@@ -200,14 +202,14 @@ WRONG: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("body", WRONG, ids=repr)
-async def test_a_timeout_or_a_priority_that_cannot_be_is_400(narrow: tuple[World, Listening], body: Any) -> None:
+async def test_an_invalid_timeout_or_priority_is_400(narrow: tuple[World, Listening], body: Any) -> None:
     world, _ = narrow
     answer = await world.ask("x", **body)
     assert answer.status_code == 400 and answer.json()["error"]["param"] in body
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-async def test_an_engine_hears_of_priorities_only_if_it_heeds_them_and_never_of_timeouts(
+async def test_priority_is_passed_only_to_engines_that_schedule_by_it_and_timeout_never(
     tmp_path: Path, policy: str
 ) -> None:
     async with overload_world(tmp_path, engine_args={"scheduling_policy": policy}) as world:

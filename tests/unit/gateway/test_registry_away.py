@@ -1,4 +1,4 @@
-"""A gateway whose registry cannot be asked: what needs it is 503 and says when to come again, the rest goes on."""
+"""Gateway without its registry: requests that need it get 503 with Retry-After, others are answered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ADMIN = {"Authorization": "Bearer secret"}
 RED = BODY | {"model": "red"}
 
 
-async def test_without_its_database_adapters_and_lists_are_503_with_retry_after_and_models_go_on(world: World) -> None:
+async def test_without_the_database_adapters_and_lists_are_503_and_base_models_answer(world: World) -> None:
     await world.add_engine(echo())
     world.adapter("red")
     world.registry.close()
@@ -38,7 +38,7 @@ async def test_without_its_database_adapters_and_lists_are_503_with_retry_after_
     assert (await world.http.post("/v1/completions", json=RED)).json()["model"] == "red@1"
 
 
-async def test_a_database_that_hangs_holds_no_request_for_longer_than_it_may(
+async def test_a_hanging_database_delays_a_request_by_its_timeout_at_most(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalog, "ANSWER_S", 0.2)

@@ -1,4 +1,4 @@
-"""What becomes of calls that a replica refused, broke off or died of: real HTTP on both sides, no Ray."""
+"""Retries of requests that a replica refused, broke off or died of: real HTTP on both sides, no Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tandem.config import GatewayConfig, PrefillConfig
 COUNT = {"model": "base", "prompt": "x"}
 
 
-async def test_light_calls_that_lose_their_replica_are_answered_by_the_next_and_nobody_waits_for_ever(
+async def test_light_requests_that_lose_their_replica_are_answered_by_the_next(
     tmp_path: Path,
 ) -> None:
     async with overload_world(tmp_path, hold_s=10.0, requests_per_replica=1) as world:
@@ -29,7 +29,7 @@ async def test_light_calls_that_lose_their_replica_are_answered_by_the_next_and_
         assert [(await world.ask("next")).status_code for _ in range(3)] == [200] * 3
 
 
-async def test_who_waited_longer_than_hold_s_for_room_and_then_met_a_lost_replica_waits_for_the_next(
+async def test_time_in_the_queue_does_not_count_as_time_without_a_replica(
     tmp_path: Path,
 ) -> None:
     async with overload_world(tmp_path, hold_s=1.0, requests_per_replica=1) as world:
@@ -48,7 +48,7 @@ async def test_who_waited_longer_than_hold_s_for_room_and_then_met_a_lost_replic
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_that_engines_die_of_gets_to_two_of_them_at_most(tmp_path: Path, stream: bool) -> None:
+async def test_a_request_that_kills_engines_reaches_two_of_them_at_most(tmp_path: Path, stream: bool) -> None:
     async with overload_world(tmp_path, hold_s=10.0) as world:
         engines = [Mortal() for _ in range(4)]
         for engine in engines:
@@ -60,7 +60,7 @@ async def test_a_request_that_engines_die_of_gets_to_two_of_them_at_most(tmp_pat
         assert [(await world.ask("next", stream=stream)).status_code for _ in range(4)] == [200] * 4
 
 
-async def test_a_prompt_that_an_engine_died_of_reading_gets_to_one_more(tmp_path: Path) -> None:
+async def test_a_prompt_that_killed_a_prefill_replica_reaches_one_more_replica(tmp_path: Path) -> None:
     async with overload_world(tmp_path, hold_s=10.0, prefill=PrefillConfig()) as world:
         engines = [Mortal() for _ in range(4)]
         for number, engine in enumerate(engines):
@@ -77,7 +77,7 @@ async def test_a_prompt_that_an_engine_died_of_reading_gets_to_one_more(tmp_path
         ("/v1/messages", {"messages": [], "max_tokens": 4}, "timeout_error"),
     ],
 )
-async def test_an_answer_that_takes_too_long_is_504_and_its_replica_is_left_in_peace(
+async def test_an_answer_that_takes_too_long_is_504_and_its_replica_is_no_suspect(
     tmp_path: Path, path: str, body: dict[str, Any], kind: str
 ) -> None:
     config = GatewayConfig(request_timeout_s=0.3)
@@ -95,7 +95,7 @@ async def test_an_answer_that_takes_too_long_is_504_and_its_replica_is_left_in_p
             engine.die()
 
 
-async def test_a_request_that_states_its_time_has_all_of_it(tmp_path: Path) -> None:
+async def test_a_requests_own_timeout_extends_request_timeout_s(tmp_path: Path) -> None:
     async with overload_world(tmp_path, GatewayConfig(request_timeout_s=0.2)) as world:
         await world.add(Listening(delay_s=0.6))
         patience = {"x-stainless-read-timeout": "20"}

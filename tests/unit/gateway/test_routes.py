@@ -1,4 +1,4 @@
-"""Every route of the gateway before echo engines, and errors as the SDK of each API understands them. Real HTTP, no Ray."""
+"""Every route of the gateway in front of echo engines, with errors as the SDK of each API reads them. Real HTTP, no Ray."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from starlette.types import ASGIApp
 
 from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo.engine import EchoEngine
+from tandem.engine.routes import ALLOWED, ENGINE_ROUTES
 from tandem.gateway import latency
 from tandem.gateway.app import create_app
 from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.serve.replica.host import EngineHost
-from tandem.serve.routes import ALLOWED, ENGINE_ROUTES
 
 CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
 
@@ -90,7 +90,7 @@ async def gateway(
     replicas: tuple[ReplicaRecord, ...] = ()
     if host:
         await host.start()
-        replicas = (ReplicaRecord(id="r0", base="base", url=host.url, token=host.token, tasks=host.stats().tasks),)
+        replicas = (ReplicaRecord(id="r0", pool="base", url=host.url, token=host.token, tasks=host.stats().tasks),)
 
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.01)
@@ -104,13 +104,13 @@ async def gateway(
                 name="base",
                 path="",
                 config=ServedModelConfig(model="base", max_adapters=max_adapters, hold_s=0.0),
-                tools=tools,
+                supports_tools=tools,
             )
         ],
         watch=watch,
         registry=Registry(f"sqlite:///{folder}/tandem.db"),
         config=GatewayConfig(max_body_bytes=4096, retry_after_s=7, strict=strict),
-        record=lambda route, ms: added.append((route, ms)),
+        record_latency=lambda route, ms: added.append((route, ms)),
     )
     if prefix:
         inner = app
@@ -134,7 +134,7 @@ async def gateway(
 
 
 @pytest.mark.parametrize("prefix", ["", "/below"])
-async def test_each_route_reaches_the_engine_whole_and_under_its_own_path(tmp_path: Path, prefix: str) -> None:
+async def test_each_route_reaches_the_engine_unchanged(tmp_path: Path, prefix: str) -> None:
     async with gateway(tmp_path, EchoEngine(("base",)), prefix) as gate:
         for route in ENGINE_ROUTES:
             body = {"model": "base", "prompt": "a", "messages": [], "extra": {"kept": [1, "ü"]}}
@@ -150,7 +150,7 @@ async def test_each_route_reaches_the_engine_whole_and_under_its_own_path(tmp_pa
         assert [route for route, _ in gate.added] == [route.path for route in ENGINE_ROUTES]
 
 
-def test_the_routes_are_these_and_no_others() -> None:
+def test_the_guard_allows_exactly_the_listed_routes() -> None:
     listed = [
         "completions",
         "chat/completions",
@@ -167,7 +167,7 @@ def test_the_routes_are_these_and_no_others() -> None:
     assert gets | {("POST", route.path) for route in ENGINE_ROUTES} == ALLOWED
 
 
-def test_what_lies_inside_is_not_among_the_gateways_routes(tmp_path: Path) -> None:
+def test_the_gateway_offers_no_internal_route(tmp_path: Path) -> None:
     app = create_app(models=[], watch=None, registry=Registry(f"sqlite:///{tmp_path}/tandem.db"))  # type: ignore[arg-type]
     offered = {
         (method, route.path) for route in app.routes if isinstance(route, Route) for method in route.methods or ()
@@ -218,7 +218,7 @@ async def test_logprobs_of_a_prompt_are_refused_where_they_would_end_the_engine(
             assert answer.status_code == (400 if ends else 200), answer.text
 
 
-async def test_no_client_says_where_a_cache_is_fetched_from(tmp_path: Path) -> None:
+async def test_kv_transfer_params_of_clients_are_dropped(tmp_path: Path) -> None:
     where = {"kv_transfer_params": {"remote_host": "10.0.0.1"}, "ec_transfer_params": {"a": 1}}
     async with gateway(tmp_path, EchoEngine(("base",))) as gate:
         asked = {"model": "base", **where, "vllm_xargs": {**where, "kept": 1}}
@@ -226,13 +226,13 @@ async def test_no_client_says_where_a_cache_is_fetched_from(tmp_path: Path) -> N
         assert sent == {"model": "base", "vllm_xargs": {"kept": 1}, "store": False}
 
 
-async def test_an_encoding_that_is_null_is_none_at_all(tmp_path: Path) -> None:
+async def test_a_null_encoding_format_is_removed(tmp_path: Path) -> None:
     async with gateway(tmp_path, EchoEngine(("base",))) as gate:
         sent = await gate.http.post("/v1/embeddings", json={"model": "base", "encoding_format": None, "user": None})
         assert sent.json()["request"] == {"model": "base", "user": None}
 
 
-async def test_a_response_that_needs_a_store_is_refused_with_what_to_do(tmp_path: Path) -> None:
+async def test_a_request_for_stored_responses_is_refused_with_the_alternative(tmp_path: Path) -> None:
     async with gateway(tmp_path, EchoEngine(("base",))) as gate:
         client = gate.openai()
         for asked in ({"store": True}, {"background": True}, {"previous_response_id": "resp_1"}, {"conversation": "c"}):
@@ -258,7 +258,7 @@ ANTHROPIC_ERRORS = [
 
 
 @pytest.mark.parametrize(("status", "kind", "name"), ANTHROPIC_ERRORS)
-async def test_an_engines_error_is_anthropics_on_its_routes(
+async def test_an_engines_error_has_anthropics_format_on_its_routes(
     tmp_path: Path, status: int, kind: type[anthropic.APIStatusError], name: str
 ) -> None:
     for said in (
@@ -273,7 +273,7 @@ async def test_an_engines_error_is_anthropics_on_its_routes(
             assert set(raised.value.body) == {"type", "error", "request_id"}  # type: ignore[call-overload]
 
 
-async def test_the_gateways_own_errors_are_anthropics_on_its_routes(tmp_path: Path) -> None:
+async def test_the_gateways_errors_have_anthropics_format_on_its_routes(tmp_path: Path) -> None:
     async with gateway(tmp_path) as gate:
         client = gate.anthropic()
         with pytest.raises(anthropic.NotFoundError) as unknown:
@@ -308,7 +308,7 @@ async def test_without_a_replica_openais_sdk_sees_a_503_on_each_of_its_routes(tm
 CHUNK = b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"base","choices":[]}\n\n'
 
 
-async def test_a_stream_of_openais_that_breaks_off_raises_in_the_sdk(tmp_path: Path) -> None:
+async def test_a_broken_completion_stream_raises_in_openais_sdk(tmp_path: Path) -> None:
     async with gateway(tmp_path, Scripted(CHUNK, CHUNK, breaks=True)) as gate:
         stream = await gate.openai().chat.completions.create(**CHAT, stream=True)
         with pytest.raises(openai.APIError) as raised:
@@ -317,7 +317,7 @@ async def test_a_stream_of_openais_that_breaks_off_raises_in_the_sdk(tmp_path: P
         assert raised.value.code == "engine_unavailable" and "in the middle" in raised.value.message
 
 
-async def test_an_error_that_an_engine_reports_in_its_stream_is_openais(tmp_path: Path) -> None:
+async def test_an_engines_error_in_a_stream_has_openais_format(tmp_path: Path) -> None:
     said = b'data: {"error": {"message": "no memory", "type": "InternalServerError", "param": null, "code": 500}}\n\n'
     async with gateway(tmp_path, Scripted(CHUNK + said + b"data: [DONE]\n\n")) as gate:
         stream = await gate.openai().chat.completions.create(**CHAT, stream=True)
@@ -330,7 +330,7 @@ async def test_an_error_that_an_engine_reports_in_its_stream_is_openais(tmp_path
 RESPONSE = b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"x","sequence_number":%d}\n\n'
 
 
-async def test_a_stream_of_responses_that_breaks_off_ends_with_an_error_event(tmp_path: Path) -> None:
+async def test_a_broken_responses_stream_ends_with_an_error_event(tmp_path: Path) -> None:
     async with gateway(tmp_path, Scripted(RESPONSE % 3 + RESPONSE % 4, breaks=True)) as gate:
         body = {"model": "base", "input": "x", "stream": True}
         text = (await gate.http.post("/v1/responses", json=body)).text
@@ -381,7 +381,7 @@ async def test_text_that_looks_like_an_error_passes_untouched(tmp_path: Path) ->
             assert (await gate.http.post(route, json={"model": "base", "stream": True})).content == text
 
 
-async def test_the_time_that_the_gateway_adds_is_in_a_header_and_in_the_record(tmp_path: Path) -> None:
+async def test_the_added_latency_is_in_a_header_and_recorded(tmp_path: Path) -> None:
     async with gateway(tmp_path, EchoEngine(("base",), delay_s=0.3)) as gate:
         answer = await gate.http.post("/v1/completions", json={"model": "base", "prompt": "one"})
         spent = latency.parse(answer.headers["server-timing"])

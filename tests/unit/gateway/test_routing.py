@@ -1,4 +1,4 @@
-"""Which replica the real gateway sends a request to: real HTTP on both sides, echo engines, no Ray."""
+"""Routing by a real gateway: real HTTP on both sides, echo engines, no Ray."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def gateway(folder: Path, router: RouterConfig | None) -> AsyncIterator[tu
     hosts = [EngineHost(engine, max_adapters=0) for engine in engines]
     for host in hosts:
         await host.start()
-    records = tuple(ReplicaRecord(id=h.url, base="base", url=h.url, token=h.token) for h in hosts)
+    records = tuple(ReplicaRecord(id=h.url, pool="base", url=h.url, token=h.token) for h in hosts)
 
     async def watch(version: int) -> Snapshot:
         await asyncio.sleep(0.05 if version else 0)
@@ -83,7 +83,7 @@ async def test_the_configured_policy_chooses(tmp_path: Path) -> None:
         assert [len(engine.prompts) for engine in engines] == [2] * REPLICAS
 
 
-async def test_by_default_texts_that_begin_alike_meet_at_one_replica_and_others_elsewhere(tmp_path: Path) -> None:
+async def test_by_default_texts_with_a_common_prefix_go_to_one_replica(tmp_path: Path) -> None:
     async with gateway(tmp_path, None) as (http, engines):
         for i in range(5):
             for text in "abcdefgh":

@@ -1,4 +1,4 @@
-"""Clients that take nothing of their answers, or not the last of them: they are cut off, and cost no memory meanwhile."""
+"""Clients that do not read their answers: they are disconnected and cost no memory meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tandem.engine.echo.engine import EchoEngine
 from tandem.serve.replica.host import EngineHost
 
 
-async def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(tmp_path: Path) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected(tmp_path: Path) -> None:
     async with overload_world(tmp_path, GatewayConfig(client_stall_s=0.4), requests_per_replica=1) as world:
         engine = Listening()
         await world.add(engine)
@@ -71,7 +71,7 @@ UNTAKEN: list[tuple[str, bool, Callable[[Message], bool]]] = [
 ]
 
 
-async def test_a_client_that_does_not_take_the_head_or_the_last_of_its_answer_is_cut_off_too(tmp_path: Path) -> None:
+async def test_a_client_that_does_not_read_head_or_end_is_disconnected(tmp_path: Path) -> None:
     async with overload_world(tmp_path, GatewayConfig(client_stall_s=0.2), requests_per_replica=1) as world:
         await world.add(Fickle())
         for prompt, stream, untaken in UNTAKEN:
@@ -108,7 +108,7 @@ url, token, folder = sys.argv[1:]
 
 async def watch(version):
     await asyncio.sleep(0.5 if version else 0)
-    return Snapshot(version=1, replicas=(ReplicaRecord(id="r", base="base", url=url, token=token),))
+    return Snapshot(version=1, replicas=(ReplicaRecord(id="r", pool="base", url=url, token=token),))
 
 served = ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base"))
 app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"))
@@ -119,7 +119,7 @@ uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical")).run(soc
 READERS, ANSWER_MB, GROWTH_MB = 16, 48, 32
 
 
-async def test_clients_that_do_not_read_grow_neither_the_gateway_nor_its_engines_work(tmp_path: Path) -> None:
+async def test_slow_clients_increase_neither_gateway_memory_nor_engine_progress(tmp_path: Path) -> None:
     engine = EchoEngine(("base",))
     host = EngineHost(engine, max_adapters=0)
     await host.start()

@@ -1,4 +1,4 @@
-"""The decider by itself, and in a simulated fleet: bursts, ramps, load that swings."""
+"""Autoscaling decisions, alone and in a simulated fleet: bursts, ramps, oscillating load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from tandem.config import AutoscalingConfig
-from tandem.serve.autoscale import EASE, SETTLING_S, STALE_S, EnginePolicy, ReplicaSignals, Signals, State, decide
+from tandem.serve.autoscale import (
+    DOWNSCALE_BELOW,
+    MAX_AGE_S,
+    TTFT_SETTLING_S,
+    EnginePolicy,
+    ReplicaSignals,
+    Signals,
+    State,
+    decide,
+)
 
 CONFIG = AutoscalingConfig(min_replicas=1, max_replicas=8, target_waiting=2, upscale_delay_s=2, downscale_delay_s=30)
 ZERO = replace(CONFIG, min_replicas=0)
@@ -32,50 +41,50 @@ def after(signals: Signals, config: AutoscalingConfig, seconds: float, state: St
     return decide(signals, config, start + seconds, state)[0]
 
 
-def test_what_may_wait_may_wait() -> None:
+def test_a_backlog_within_the_target_adds_no_replica() -> None:
     assert after(fleet(FULL), CONFIG, 100) == 1
 
 
-def test_a_backlog_brings_as_many_replicas_as_can_take_it_at_once() -> None:
+def test_a_backlog_adds_the_replicas_that_can_run_it_at_once() -> None:
     # Each new one works on 4, as the one does, and 2 may wait for it: 2 + 6 * n takes 20 for n = 3.
     crowded = fleet(replace(FULL, waiting=20))
     assert after(crowded, CONFIG, 2) == 4
     assert after(fleet(replace(FULL, waiting=500)), CONFIG, 2) == CONFIG.max_replicas
 
 
-def test_a_moments_backlog_brings_nothing() -> None:
+def test_a_short_backlog_adds_no_replica() -> None:
     crowded = fleet(replace(FULL, waiting=20))
     _, state = decide(crowded, CONFIG, 0.0, State())
     _, state = decide(fleet(FULL), CONFIG, 1.9, state)
     assert decide(crowded, CONFIG, 2.5, state)[0] == 1
 
 
-def test_replicas_that_start_are_not_asked_for_twice() -> None:
+def test_starting_replicas_count_as_added() -> None:
     crowded = replace(fleet(replace(FULL, waiting=20)), target=4)
     assert after(crowded, CONFIG, 20) == 4
 
 
-def test_what_gateways_hold_waits_too() -> None:
+def test_requests_held_by_gateways_count_as_waiting() -> None:
     assert after(fleet(replace(FULL, waiting=0), held=20), CONFIG, 2) > 1
 
 
-def test_a_full_cache_brings_replicas_in_proportion() -> None:
+def test_kv_usage_adds_replicas_in_proportion() -> None:
     full = replace(FULL, waiting=0, kv_usage=0.95)
     assert after(fleet(full, full), CONFIG, 2) == 3
 
 
-def test_slow_first_tokens_bring_one_and_then_it_is_waited_whether_that_helped() -> None:
+def test_slow_first_tokens_add_one_replica_and_then_wait_for_its_effect() -> None:
     config = replace(CONFIG, target_ttft_s=0.5)
     slow = replace(IDLE, running=1, ttft_s=0.9)
     calm = State(ready=2, changed_at=0.0)
     assert after(fleet(slow, slow), config, 2, calm) == 3
     # Two have just become three: what was slow before them is still remembered by the engines.
     _, state = decide(fleet(slow, slow, slow), config, 1000.0, calm)
-    assert decide(fleet(slow, slow, slow), config, 1000.0 + SETTLING_S - 1, state)[0] == 3
+    assert decide(fleet(slow, slow, slow), config, 1000.0 + TTFT_SETTLING_S - 1, state)[0] == 3
     assert after(fleet(slow, slow), CONFIG, 20, calm) == 2
 
 
-def test_more_work_than_wanted_brings_replicas_in_proportion() -> None:
+def test_running_requests_above_the_target_add_replicas_in_proportion() -> None:
     config = replace(CONFIG, target_running=8)
     assert after(fleet(replace(IDLE, running=20)), config, 2) == 3
 
@@ -85,7 +94,7 @@ def test_the_first_request_starts_a_replica_at_once() -> None:
     assert decide(Signals(), ZERO, 0.0, State())[0] == 0
 
 
-def test_a_replica_that_still_starts_is_waited_for() -> None:
+def test_no_replica_is_added_while_the_first_one_starts() -> None:
     assert after(Signals(target=1), ZERO, 10_000) == 1
 
 
@@ -102,7 +111,7 @@ def test_a_single_request_keeps_the_last_replica() -> None:
     assert after(fleet(replace(IDLE, running=1)), ZERO, 10_000) == 1
 
 
-def test_replicas_go_only_when_the_others_have_ease() -> None:
+def test_replicas_are_removed_only_if_the_others_stay_well_below_the_targets() -> None:
     # Together 10 of 16 slots: three have 12, of which 70 % are 8.4.
     busy = replace(IDLE, running=2.5)
     assert after(fleet(busy, busy, busy, busy), CONFIG, 100) == 4
@@ -110,7 +119,7 @@ def test_replicas_go_only_when_the_others_have_ease() -> None:
     assert after(fleet(easy, easy, easy, easy), CONFIG, 30) == 3
 
 
-def test_as_many_go_as_were_too_many_all_that_time() -> None:
+def test_the_largest_number_required_during_the_delay_remains() -> None:
     five = fleet(*[IDLE] * 5)
     _, state = decide(five, CONFIG, 0.0, State(ready=5))
     # In between there was work for three.
@@ -119,14 +128,14 @@ def test_as_many_go_as_were_too_many_all_that_time() -> None:
     assert decide(five, CONFIG, 30.0, state)[0] == 3
 
 
-def test_nothing_goes_while_a_replica_has_not_spoken_or_one_too_many_is_there() -> None:
+def test_no_replica_is_removed_while_reports_are_missing_or_one_is_stopping() -> None:
     silent = Signals(replicas=(IDLE,), ready=2, target=2)
     assert after(silent, CONFIG, 10_000) == 2
     changing = Signals(replicas=(IDLE, IDLE, IDLE), ready=3, target=2)
     assert after(changing, CONFIG, 10_000) == 2
 
 
-def test_new_bounds_hold_at_once() -> None:
+def test_new_bounds_apply_at_once() -> None:
     assert decide(fleet(IDLE), replace(CONFIG, min_replicas=3), 0.0, State())[0] == 3
     assert decide(fleet(*[FULL] * 9), CONFIG, 0.0, State())[0] == 8
 
@@ -189,7 +198,7 @@ class Simulation:
         return sum((a > 0) != (b > 0) for a, b in itertools.pairwise(steps))
 
 
-def test_a_burst_is_met_within_two_changes_and_ends_where_it_began() -> None:
+def test_a_burst_takes_two_changes_at_most_and_returns_to_the_start() -> None:
     # 6 replicas' worth: 4 slots, 4 seconds each, so a replica does one request a second.
     run = Simulation(CONFIG).run(lambda t: 5.5 if 10 <= t < 130 else 0.2, 300)
     changes = [b for a, b in zip(run.targets, run.targets[1:], strict=False) if b > a]
@@ -200,7 +209,7 @@ def test_a_burst_is_met_within_two_changes_and_ends_where_it_began() -> None:
     assert all(1 <= target <= 8 for target in run.targets)
 
 
-def test_a_ramp_is_followed_up_and_down_without_turning_back() -> None:
+def test_a_ramp_is_followed_up_and_down_monotonically() -> None:
     run = Simulation(CONFIG).run(lambda t: 6 * (1 - abs(t - 300) / 300), 700)
     assert run.turns() == 1
     assert max(run.targets) >= 6 and run.targets[-1] == 1
@@ -223,7 +232,7 @@ def test_steady_load_settles_whatever_it_is() -> None:
         assert run.queues[-1] <= 8 * CONFIG.target_waiting
 
 
-def test_requests_to_a_sleeping_model_wake_it_and_it_sleeps_again() -> None:
+def test_requests_to_a_model_at_zero_start_a_replica_and_it_returns_to_zero() -> None:
     run = Simulation(ZERO, ready=0).run(lambda t: 1.0 if 20 <= t < 25 else 0.0, 200)
     assert run.targets[0] == 0 and max(run.targets) >= 1 and run.targets[-1] == 0
     assert run.queues[-1] == 0 and run.turns() == 1
@@ -239,18 +248,18 @@ def context(now: float, values: dict[str, dict[str, tuple[float, float]]], **mor
     return SimpleNamespace(raw_metrics=points, current_time=now, **{**about, **more})
 
 
-def test_the_policy_reads_what_replicas_recorded_and_forgets_what_is_old() -> None:
+def test_the_policy_reads_recorded_signals_and_ignores_old_ones() -> None:
     policy = EnginePolicy(**asdict(replace(CONFIG, upscale_delay_s=0)))
     fresh = {"waiting": {"a": (99.0, 20.0), "b": (99.0, 0.0)}, "running": {"a": (99.0, 4.0), "b": (99.0, 4.0)}}
     assert policy(context(100.0, fresh))[0] > 2
-    assert policy(context(99.0 + STALE_S + 1, fresh))[0] == 2
+    assert policy(context(99.0 + MAX_AGE_S + 1, fresh))[0] == 2
     # Each replica is told of all that gateways hold; it counts once.
     told = {name: {"a": (99.0, value), "b": (99.0, value)} for name, value in (("waiting", 0.0), ("held", 5.0))}
     assert policy(context(100.0, told))[0] == 3
     assert policy(context(100.0, {}, current_num_replicas=0, target_num_replicas=0, total_num_requests=1.0))[0] == 1
 
 
-def test_what_the_policy_remembers_goes_through_serve_and_back() -> None:
+def test_the_policys_state_survives_serves_serialisation() -> None:
     policy = EnginePolicy(**asdict(CONFIG))
     crowded = {"waiting": {"a": (100.0, 50.0)}, "running": {"a": (100.0, 4.0)}}
     one = {"current_num_replicas": 1, "target_num_replicas": 1}
@@ -273,4 +282,4 @@ def test_a_controller_that_lacks_this_package_can_run_the_policy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == "5", ran.stderr
-    assert EASE < 1
+    assert DOWNSCALE_BELOW < 1

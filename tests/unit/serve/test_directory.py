@@ -6,63 +6,71 @@ from dataclasses import replace
 import pytest
 
 from tandem.routing.records import ReplicaRecord
-from tandem.serve.directory import DEMAND_S, FORGET_S, LISTENING_S, SILENCE_S, Demand, Directory, Ledger
+from tandem.serve.directory import (
+    DEMAND_TTL_S,
+    LOST_TTL_S,
+    SILENT_AFTER_S,
+    WARM_UP_S,
+    Directory,
+    ReplicaTable,
+    WaitingCounts,
+)
 
-A = ReplicaRecord(id="a", base="base@1", url="http://a", token="t")
+A = ReplicaRecord(id="a", pool="base@1", url="http://a", token="t")
 
 
-def test_a_new_replica_a_new_state_and_new_adapters_are_changes_and_load_is_not() -> None:
-    ledger = Ledger(version=1)
-    assert ledger.hear(A, 0.0)
-    assert not ledger.hear(replace(A, running=5, waiting=2, kv_usage=0.5), 1.0)
+def test_load_alone_does_not_change_the_snapshot_version() -> None:
+    ledger = ReplicaTable(version=1)
+    assert ledger.update(A, 0.0)
+    assert not ledger.update(replace(A, running=5, waiting=2, kv_usage=0.5), 1.0)
     assert ledger.snapshot().replicas[0].running == 5
-    assert ledger.hear(replace(A, adapters=("red@1",)), 2.0)
-    assert ledger.hear(replace(A, state="draining"), 3.0)
+    assert ledger.update(replace(A, adapters=("red@1",)), 2.0)
+    assert ledger.update(replace(A, state="draining"), 3.0)
     assert ledger.version == 4
 
 
-def looked(ledger: Ledger, *moments: float) -> list[str]:
+def checked_at(ledger: ReplicaTable, *moments: float) -> list[str]:
     """The states after a look at each second, as gateways have it looked, from one moment to the other."""
     for moment in range(int(moments[0]), int(moments[1]) + 1):
         ledger.mark_silent(float(moment))
     return [replica.state for replica in ledger.snapshot().replicas]
 
 
-def test_a_directory_that_nobody_reached_takes_nobody_for_silent() -> None:
-    ledger = Ledger()
-    ledger.hear(A, 1.0)
-    assert looked(ledger, 0, 3) == ["ready"]
+def test_time_in_which_the_directory_was_unreachable_is_not_the_replicas_silence() -> None:
+    ledger = ReplicaTable()
+    ledger.update(A, 1.0)
+    assert checked_at(ledger, 0, 3) == ["ready"]
     # For 30 s neither a replica nor a gateway gets through to it.
-    assert looked(ledger, 33, 33 + SILENCE_S - 2) == ["ready"]
-    assert looked(ledger, 33 + SILENCE_S - 2, 33 + SILENCE_S) == ["silent"]
+    assert checked_at(ledger, 33, 33 + SILENT_AFTER_S - 2) == ["ready"]
+    assert checked_at(ledger, 33 + SILENT_AFTER_S - 2, 33 + SILENT_AFTER_S) == ["silent"]
 
 
-def test_a_silent_replica_is_marked_then_forgotten_and_comes_back_with_its_next_beat() -> None:
-    ledger = Ledger()
-    ledger.hear(A, 0.0)
-    assert looked(ledger, 0, SILENCE_S) == ["ready"]
-    assert ledger.mark_silent(SILENCE_S + 1)
+def test_a_silent_replica_is_marked_then_removed_and_returns_with_a_heartbeat() -> None:
+    ledger = ReplicaTable()
+    ledger.update(A, 0.0)
+    assert checked_at(ledger, 0, SILENT_AFTER_S) == ["ready"]
+    assert ledger.mark_silent(SILENT_AFTER_S + 1)
     assert [r.state for r in ledger.snapshot().replicas] == ["silent"]
-    assert not ledger.mark_silent(SILENCE_S + 2)
-    assert ledger.hear(A, SILENCE_S + 3)
+    assert not ledger.mark_silent(SILENT_AFTER_S + 2)
+    assert ledger.update(A, SILENT_AFTER_S + 3)
     assert ledger.snapshot().replicas == (A,)
-    assert looked(ledger, SILENCE_S + 3, SILENCE_S + 3 + FORGET_S) == ["silent"]
-    assert ledger.mark_silent(SILENCE_S + 4 + FORGET_S)
+    assert checked_at(ledger, SILENT_AFTER_S + 3, SILENT_AFTER_S + 3 + LOST_TTL_S) == ["silent"]
+    assert ledger.mark_silent(SILENT_AFTER_S + 4 + LOST_TTL_S)
     assert ledger.snapshot().replicas == ()
-    assert ledger.hear(A, SILENCE_S + 5 + FORGET_S)
+    assert ledger.update(A, SILENT_AFTER_S + 5 + LOST_TTL_S)
 
 
-def test_a_restarted_ledger_does_not_repeat_versions() -> None:
-    first = Ledger()
-    first.hear(A, 0.0)
-    assert Ledger().version > first.version
+def test_a_restarted_directory_does_not_repeat_versions() -> None:
+    first = ReplicaTable()
+    first.update(A, 0.0)
+    assert ReplicaTable().version > first.version
 
 
-def test_the_token_is_not_shown() -> None:
+def test_the_repr_of_a_record_hides_the_token() -> None:
     assert "token" not in repr(A)
 
 
-async def test_a_watcher_hears_of_a_change_at_once() -> None:
+async def test_watch_returns_at_a_change() -> None:
     directory = Directory()
     known = await directory.watch(0)
     waiting = asyncio.create_task(directory.watch(known.version))
@@ -74,17 +82,17 @@ async def test_a_watcher_hears_of_a_change_at_once() -> None:
     assert (await directory.watch(known.version)).replicas == ()
 
 
-def test_demand_is_the_sum_over_gateways_and_is_forgotten_with_them() -> None:
-    demand = Demand()
-    demand.hear("g1", {"engine-a": 2, "engine-b": 0}, 0.0)
-    demand.hear("g2", {"engine-a": 3}, 2.0)
-    assert demand.of("engine-a", 2.0) == 5 and demand.of("engine-b", 2.0) == 0
-    assert demand.of("engine-a", DEMAND_S + 1) == 3
-    demand.hear("g2", {}, DEMAND_S + 1)
-    assert demand.of("engine-a", DEMAND_S + 1) == 0 and set(demand.told) == {"g2"}
+def test_waiting_counts_are_summed_over_gateways_and_expire() -> None:
+    demand = WaitingCounts()
+    demand.update("g1", {"engine-a": 2, "engine-b": 0}, 0.0)
+    demand.update("g2", {"engine-a": 3}, 2.0)
+    assert demand.total("engine-a", 2.0) == 5 and demand.total("engine-b", 2.0) == 0
+    assert demand.total("engine-a", DEMAND_TTL_S + 1) == 3
+    demand.update("g2", {}, DEMAND_TTL_S + 1)
+    assert demand.total("engine-a", DEMAND_TTL_S + 1) == 0 and set(demand.reports) == {"g2"}
 
 
-async def test_a_model_without_replicas_is_woken_once_and_a_replica_hears_of_what_waits() -> None:
+async def test_demand_wakes_a_model_without_replicas_once_and_is_in_heartbeat_replies() -> None:
     woken: list[str] = []
     up = asyncio.Event()
 
@@ -105,7 +113,7 @@ async def test_a_model_without_replicas_is_woken_once_and_a_replica_hears_of_wha
     assert woken == ["engine-a"]
 
 
-async def test_a_model_that_nobody_waits_for_any_more_is_not_woken() -> None:
+async def test_a_wake_up_is_cancelled_when_no_request_waits() -> None:
     ended: list[str] = []
 
     async def wake(deployment: str) -> None:
@@ -123,8 +131,8 @@ async def test_a_model_that_nobody_waits_for_any_more_is_not_woken() -> None:
     assert ended == ["engine-a"]
 
 
-async def test_a_new_directory_says_that_it_may_not_know_all_replicas_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_snapshots_of_a_new_directory_are_marked_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
     directory = Directory()
-    assert not (await directory.watch(0)).whole
-    monkeypatch.setattr(directory, "_began", directory._began - LISTENING_S)
-    assert (await directory.watch(0)).whole
+    assert not (await directory.watch(0)).complete
+    monkeypatch.setattr(directory, "_began", directory._began - WARM_UP_S)
+    assert (await directory.watch(0)).complete

@@ -1,4 +1,4 @@
-"""A gateway's server listens on loopback and on its node's address, on one port, and nowhere else."""
+"""Listening addresses of a gateway's server: loopback and its node's address, on one port."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def stopped(task: Any, server: Any) -> None:
     await task
 
 
-async def test_both_addresses_answer_and_no_third() -> None:
+async def test_the_server_listens_on_loopback_and_the_node_address_only() -> None:
     (port,) = free_ports(1)
     task, server = await started(NODE, port)
     try:

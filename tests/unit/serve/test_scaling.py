@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.apps.deploy import changed as has_changed
-from tandem.apps.deploy import news
+from tandem.apps.deploy import deployment_messages, is_rolled_out
 from tandem.config import AutoscalingConfig, PrefillConfig, ServedModelConfig
 from tandem.routing.records import ServedModel
 from tandem.serve import scaling
@@ -14,7 +13,7 @@ from tandem.serve.scaling import (
     engine_options,
     engine_version,
     gateway_options,
-    seen_by_gateways,
+    gateway_view,
     version_of,
 )
 
@@ -25,7 +24,7 @@ def changed(**values: object) -> ServedModel:
     return replace(MODEL, config=replace(MODEL.config, **values))  # type: ignore[arg-type]
 
 
-def test_what_a_replica_is_made_from_replaces_it_and_how_many_there_are_does_not() -> None:
+def test_the_engine_version_depends_on_engine_settings_and_not_on_the_number_of_replicas() -> None:
     version = engine_version(MODEL, "", "sqlite://")
     assert engine_version(replace(MODEL), "", "sqlite://") == version
     assert engine_version(changed(replicas=3), "", "sqlite://") == version
@@ -40,14 +39,14 @@ def test_what_a_replica_is_made_from_replaces_it_and_how_many_there_are_does_not
     assert len(others) == 4 and version not in others
 
 
-def test_other_code_is_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_depends_on_the_packages_code(monkeypatch: pytest.MonkeyPatch) -> None:
     before = version_of("same")
     assert version_of("same") == before and len(scaling.code()) == 64
     monkeypatch.setattr(scaling, "code", lambda: "of another day")
     assert version_of("same") != before
 
 
-def test_new_replicas_come_before_old_ones_go_and_streams_have_their_time() -> None:
+def test_rolling_changes_start_new_replicas_first_and_let_streams_drain() -> None:
     options = engine_options(changed(replicas=2), 600)
     assert options["num_replicas"] == 2 and options["max_surge_percent"] == 100
     assert options["graceful_shutdown_timeout_s"] > 600
@@ -66,7 +65,7 @@ def test_serve_leaves_every_decision_to_the_policy() -> None:
     assert not told.policy.is_default_policy_function()
 
 
-def test_gateways_are_told_what_they_look_at_and_no_more() -> None:
+def test_the_gateway_view_keeps_only_the_settings_that_gateways_use() -> None:
     whole = changed(
         engine_args={"max_num_seqs": 4, "scheduling_policy": "priority"},
         env={"A": "b"},
@@ -74,12 +73,12 @@ def test_gateways_are_told_what_they_look_at_and_no_more() -> None:
         autoscaling=AutoscalingConfig(min_replicas=0, max_replicas=9),
         hold_s=99.0,
     )
-    seen = seen_by_gateways(whole)
+    seen = gateway_view(whole)
     assert seen.config.engine_args == {"scheduling_policy": "priority"} and not seen.config.env
     assert seen.config.prefill == PrefillConfig(min_bytes=7)
-    assert seen.sleeps and seen.config.hold_s == 99.0
-    assert not seen_by_gateways(changed(autoscaling=AutoscalingConfig(min_replicas=2))).sleeps
-    assert seen_by_gateways(changed(engine_args={"max_num_seqs": 4})) == seen_by_gateways(MODEL)
+    assert seen.scales_to_zero and seen.config.hold_s == 99.0
+    assert not gateway_view(changed(autoscaling=AutoscalingConfig(min_replicas=2))).scales_to_zero
+    assert gateway_view(changed(engine_args={"max_num_seqs": 4})) == gateway_view(MODEL)
 
 
 def app(status: str, deployment: str = "HEALTHY", **states: str) -> dict[str, object]:
@@ -89,20 +88,20 @@ def app(status: str, deployment: str = "HEALTHY", **states: str) -> dict[str, ob
     return {"status": status, "deployments": {"engine": engine, "other": {**engine, "status": "HEALTHY"}}}
 
 
-def test_a_change_is_done_when_new_replicas_run_even_if_old_ones_stream_on() -> None:
+def test_a_change_is_rolled_out_while_old_replicas_still_stream() -> None:
     before = app("RUNNING", a="RUNNING", b="RUNNING")
-    assert has_changed(before, before)
+    assert is_rolled_out(before, before)
     # Serve has not looked at it; it has; one is new; both are coming; both are there, and the old ones told to end.
-    assert not has_changed(app("DEPLOYING", a="RUNNING", b="RUNNING"), before)
-    assert not has_changed(app("DEPLOYING", "UPDATING", a="RUNNING", b="RUNNING"), before)
-    assert not has_changed(app("DEPLOYING", "UPDATING", a="RUNNING", c="RUNNING", b="STOPPING"), before)
+    assert not is_rolled_out(app("DEPLOYING", a="RUNNING", b="RUNNING"), before)
+    assert not is_rolled_out(app("DEPLOYING", "UPDATING", a="RUNNING", b="RUNNING"), before)
+    assert not is_rolled_out(app("DEPLOYING", "UPDATING", a="RUNNING", c="RUNNING", b="STOPPING"), before)
     going = {"a": "STOPPING", "b": "STOPPING"}
-    assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="STARTING", **going), before)
-    assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING", **going), before)
+    assert not is_rolled_out(app("DEPLOYING", "UPDATING", c="RUNNING", d="STARTING", **going), before)
+    assert is_rolled_out(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING", **going), before)
     fresh = {"status": "NOT_STARTED", "deployments": {}}
-    assert not has_changed(fresh, fresh)
-    assert not has_changed(app("DEPLOYING", "UPDATING", c="RUNNING"), fresh)
-    assert has_changed(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING"), fresh)
+    assert not is_rolled_out(fresh, fresh)
+    assert not is_rolled_out(app("DEPLOYING", "UPDATING", c="RUNNING"), fresh)
+    assert is_rolled_out(app("DEPLOYING", "UPDATING", c="RUNNING", d="RUNNING"), fresh)
 
 
 SERVE = "Deployment 'engine-a' in application 'tandem' has 1 replicas that have taken more than 30s to "
@@ -110,10 +109,10 @@ SERVE = "Deployment 'engine-a' in application 'tandem' has 1 replicas that have 
 
 
 def told(message: str, status: str = "UPDATING") -> set[str]:
-    return news({"deployments": {"engine-a": {"status": status, "message": message}}})
+    return deployment_messages({"deployments": {"engine-a": {"status": status, "message": message}}})
 
 
-def test_a_change_that_waits_for_room_says_what_it_needs() -> None:
+def test_a_change_without_free_resources_reports_what_it_needs() -> None:
     serve = (
         "be scheduled. This may be due to waiting for the cluster to auto-scale or for a runtime environment to be installed. "
         "Resources required for each replica: {'CPU': 64}, total resources available: {'CPU': 7.8}. Use `ray status` for more."
@@ -125,10 +124,10 @@ def test_a_change_that_waits_for_room_says_what_it_needs() -> None:
     assert "ray status" not in said
 
 
-def test_an_engine_that_takes_long_to_load_is_not_news() -> None:
+def test_slow_initialisation_is_not_reported() -> None:
     assert told(SERVE + "initialize.\nThis may be caused by a slow __init__ or reconfigure method.") == set()
 
 
-def test_other_messages_of_serve_are_told_by_their_first_line_and_only_while_they_hold() -> None:
+def test_other_messages_of_serve_are_reported_by_their_first_line() -> None:
     assert told("A replica died.\nTraceback") == {"A replica died."}
     assert told("of before", status="HEALTHY") == told("") == set()

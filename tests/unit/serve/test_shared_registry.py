@@ -1,4 +1,4 @@
-"""An app on several nodes needs a registry that several nodes can use, and its replicas open that one only."""
+"""Registry of an app on several nodes: PostgreSQL only, opened by replicas at its address."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import ray
 from small_folders import small_adapter, small_model
 
-from tandem.apps.build import address_of, check_shared
+from tandem.apps.resolve import address_of, check_shared
 from tandem.config import GatewayConfig
 from tandem.errors import RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import ReplicaRecord, Snapshot
 from tandem.serve.directory import Directory
-from tandem.serve.pins import Pins
+from tandem.serve.pinned_adapters import PinnedAdapters
 from tandem.serve.replica.deployment import check_registry
 
 
@@ -35,12 +35,12 @@ def test_sqlite_is_refused_on_two_machines_with_the_next_step(monkeypatch: pytes
         check_shared("sqlite:////home/tandem.db")
 
 
-def test_sqlite_is_fine_on_one_machine_whatever_it_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sqlite_is_allowed_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes_at(monkeypatch, ("10.0.0.1", True), ("10.0.0.1", True), ("10.0.0.2", False))
     check_shared("sqlite:////home/tandem.db")
 
 
-def test_postgresql_is_fine_on_any_number_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postgresql_is_allowed_on_any_number_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes_at(monkeypatch, ("10.0.0.1", True), ("10.0.0.2", True))
     check_shared("postgresql://user:password@host/tandem")
 
@@ -73,13 +73,13 @@ def test_an_sqlite_registry_is_used_on_the_node_that_built_the_app_only(
         check_registry(address, "10.0.0.2")
 
 
-async def test_replicas_read_pins_only_when_the_directory_tells_of_another_revision(tmp_path: Path) -> None:
+async def test_replicas_read_pinned_adapters_only_after_a_change_of_the_revision(tmp_path: Path) -> None:
     registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
     registry.register_model("base", small_model(tmp_path / "base"))
     registry.register_adapter("red", small_adapter(tmp_path / "red"), base="base")
     directory = Directory(wake=lambda deployment: None, registry=registry.address)
     record = ReplicaRecord(
-        id="r", base="base@1", deployment="engine", url="http://127.0.0.1:1", token="t", state="ready", running=0, waiting=0,
+        id="r", pool="base@1", deployment="engine", url="http://127.0.0.1:1", token="t", state="ready", running=0, waiting=0,
         max_running=1, kv_usage=0.0, adapters=(), slots=(), adapter_loads=0, pin_problems=(), started_at=0.0, startup_s=(),
         tasks=(),
     )  # fmt: skip
@@ -92,7 +92,7 @@ async def test_replicas_read_pins_only_when_the_directory_tells_of_another_revis
         raise AssertionError("the directory does not follow the registry")
 
     opened: list[Registry] = []
-    pins = Pins("base@1", lambda: opened.append(registry) or registry)
+    pins = PinnedAdapters("base@1", lambda: opened.append(registry) or registry)
     first = await told()
     assert pins.is_behind(first) and pins.read(first) is None
     assert not pins.is_behind(await told())

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from tandem.api.unknown_fields import describe, misspelt_fields, unknown_fields
+from tandem.engine.routes import ENGINE_ROUTES
+from tandem.engine.vllm.requests import asks_for_prompt_logprobs
 from tandem.errors import DataError, did_you_mean
-from tandem.serve.routes import ENGINE_ROUTES
 
 PATHS = tuple(route.path for route in ENGINE_ROUTES)
 PLAIN = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/embeddings"}
@@ -97,9 +98,7 @@ def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool 
 
 def check_prompt_logprobs(ask: RowRequest) -> None:
     """BadRowError for what ends vLLM's CPU engine where it has adapters (docs/adr/0013)."""
-    body = ask.body
-    told = any(body.get(key) is not None and body.get(key) is not False for key in ("logprobs", "top_logprobs"))
-    if body.get("prompt_logprobs") is not None or (body.get("echo") and told):
+    if asks_for_prompt_logprobs(ask.body):
         raise BadRowError(
             "It asks for the logprobs of a prompt, which vLLM does not have on CPUs beside adapters. Ask in a run of its own "
             "without adapters, or on a GPU."

@@ -1,4 +1,4 @@
-"""The served app: which models, on how many replicas, with which engine settings."""
+"""Config of a served app: models with replicas and engine settings, gateway, router, listener."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tandem.config.serving.replica import ReplicaConfig
 from tandem.errors import ConfigError
 from tandem.settings import LONGEST_DRAIN_S
 
-LONGEST_TIMEOUT_S = 86_400.0
-"""That a request or the gateway's config may state."""
+MAX_TIMEOUT_S = 86_400.0
+"""Largest timeout, in seconds, of a request or in the gateway's config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillConfig:
-    """Replicas that read prompts for the others, which then only generate."""
+    """Prefill replicas: they read prompts for the model's other replicas, which only generate."""
 
     replicas: int = 1
     cpus_per_replica: float | None = None
-    """Unset: as the model's."""
+    """Unset: the model's."""
     gpus_per_replica: float | None = None
-    """Unset: as the model's."""
+    """Unset: the model's."""
     engine_args: dict[str, Any] = field(default_factory=dict)
-    """Laid over the model's; whole, key by key."""
+    """Override the model's, key by key."""
     min_bytes: int = 0
-    """A smaller request is read by the replica that answers it: moving its cache would cost more than it saves."""
+    """Smaller requests, in bytes, are not split: moving the KV cache would cost more than it saves."""
 
     def __post_init__(self) -> None:
         check.at_least("models[].prefill.replicas", self.replicas, 1)
@@ -41,26 +41,26 @@ class ServedModelConfig(ReplicaConfig):
     model: str
     """A registered model, a folder in Hugging Face's format, or a model of its hub: `org/name`, `org/name@revision`."""
     name: str | None = None
-    """What clients call it; unset: the registered name (of the hub's `org/name`), or the folder's."""
+    """Name for clients; unset: the registered name (of the hub's `org/name`), or the folder's."""
     autoscaling: AutoscalingConfig | None = None
-    """Set: the number of replicas follows the load, in place of `replicas`."""
+    """Set: the number of replicas follows the load, instead of `replicas`."""
     surge_percent: int = 100
-    """Replicas that a change may start beyond their number before the old ones end. 0 where there is no room for them: old
-    ones then end first, and a model with one replica is away while the new one starts."""
+    """Replicas, in percent, that a rolling change may start before old ones stop. 0 where the cluster has no free resources: old
+    replicas then stop first, and a model with one replica is unavailable while the new one starts."""
     requests_per_replica: int | None = None
-    """Requests in flight at one replica, at most; more wait at the gateways, by priority. Unset: what its engine generates at
-    once (vLLM's `max_num_seqs`), and a quarter more, which waits inside it."""
+    """Requests in flight at one replica; more wait at the gateways, by priority. Unset: 1.25 times the number that its engine
+    generates at once (vLLM's `max_num_seqs`); the quarter waits inside the engine."""
     max_queued: int = 1000
-    """Requests that may wait at all gateways together, for room or for a replica; what is beyond gets 429 with Retry-After."""
+    """Requests that may wait at all gateways together; others get 429 with Retry-After."""
     hold_s: float = 30.0
-    """How long a request waits for a replica while none is ready, before it gets 503 with Retry-After."""
+    """Seconds that a request waits while no replica is ready, before it gets 503 with Retry-After."""
     prefill: PrefillConfig | None = None
-    """Set: prompts are read on replicas of their own, and their KV cache moves to the one that generates."""
+    """Set: prefill replicas read the prompts, and the KV cache moves to the replica that generates."""
     stuck_after_s: float = 60.0
-    """How long an engine that has work may end no step before its replica is replaced: longer than its longest step."""
+    """Seconds without a completed step after which an engine with work counts as stuck and its replica is replaced; longer than
+    its longest step."""
 
     def __post_init__(self) -> None:
-        check.one_of("models[].engine", self.engine, ("vllm", "echo"))
         check.at_least("models[].replicas", self.replicas, 1)
         if self.autoscaling is not None and self.replicas != 1:
             raise ConfigError(
@@ -91,7 +91,7 @@ class ServedModelConfig(ReplicaConfig):
 
     @property
     def cached_adapters(self) -> int:
-        """Adapters in host memory."""
+        """Adapters kept in host memory."""
         return 4 * self.max_adapters if self.max_cached_adapters is None else self.max_cached_adapters
 
 
@@ -101,22 +101,22 @@ class GatewayConfig:
 
     replicas: int = 1
     connect_timeout_s: float = 5.0
-    """How long a connection to an engine may take before another replica is tried."""
+    """Seconds that a connection to an engine may take before another replica is tried."""
     request_timeout_s: float = 600.0
-    """How long an engine may stay silent on a request that says nothing of its own time (`timeout`); then it is 504."""
+    """Seconds that an engine may be silent on a request without a `timeout` of its own; then the client gets 504."""
     client_stall_s: float = 60.0
-    """How long a client may take nothing of its answer, once all buffers on the way are full, before it is cut off."""
+    """Seconds that a client may read nothing of its answer, once all buffers on the way are full, before it is disconnected."""
     retry_after_s: int = 5
-    """What a 503 tells the client to wait, and a 429 as long as the queue's pace is not known."""
+    """Retry-After of a 503, in seconds, and of a 429 while the queue's throughput is not known."""
     max_body_bytes: int = 16 * 2**20
-    """Largest request body; a larger one gets 413."""
+    """Largest request body, in bytes; a larger one gets 413."""
     strict: bool = False
-    """Whether a request with an unknown field gets 400; else it is answered, with a warning in `x-tandem-warning`."""
+    """Whether a request with an unknown field gets 400; otherwise it is answered with a warning in `x-tandem-warning`."""
 
     def __post_init__(self) -> None:
         check.at_least("gateway.replicas", self.replicas, 1)
         for key in ("connect_timeout_s", "request_timeout_s"):
-            check.between(f"gateway.{key}", getattr(self, key), 0.1, LONGEST_TIMEOUT_S)
+            check.between(f"gateway.{key}", getattr(self, key), 0.1, MAX_TIMEOUT_S)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
         check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
         check.at_least("gateway.client_stall_s", self.client_stall_s, 0.1)
@@ -124,7 +124,7 @@ class GatewayConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListenConfig:
-    """The public listener: where clients reach the app. Gateways and engines listen on their nodes' addresses by themselves."""
+    """The public listener, where clients reach the app. Gateways and engines listen on their nodes' addresses."""
 
     host: str = "127.0.0.1"
     """Address on each node that has the listener; 0.0.0.0: all of the node's."""
@@ -141,30 +141,30 @@ class ListenConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """How the gateway chooses a replica. What speaks for one is counted in requests: it may have so many more than others.
+    """Choice of a replica. Weights are in requests: a preferred replica may have so many more than others.
 
-    That holds for replicas with up to 8 requests each on average; where they have more, all of it counts in proportion.
+    That holds up to 8 requests for each replica on average; above, weights grow in proportion.
     """
 
     policy: str = "affinity"
-    """affinity, least_loaded, two_choices, round_robin, prefix_tree, or what else `routing.policies.POLICIES` has."""
+    """affinity, least_loaded, two_choices, round_robin, prefix_tree, or another entry of `routing.policies.POLICIES`."""
     adapter_requests: float = 8.0
-    """affinity: what it counts for that a replica holds the adapter."""
+    """affinity: weight of a replica that holds the adapter."""
     session_requests: float = 8.0
-    """affinity: what it counts for that a replica had the session's last request."""
+    """affinity: weight of the replica that had the session's last request."""
     home_requests: float = 8.0
-    """affinity: what it counts for that a text, session or adapter is at home at a replica, by consistent hashing; so several
-    gateways agree on where it goes. One alone has no use for it."""
+    """affinity: weight of the replica that a text, session or adapter hashes to, so that several gateways agree without
+    communication. Unused with one gateway."""
     prefix_requests: float = 16.0
-    """affinity: what it counts for, at most, that a replica has read how the text begins."""
+    """affinity: largest weight of a replica that has read a prefix of the text."""
     prefix_bytes_per_request: int = 1024
-    """affinity: bytes of such text that count for one request."""
+    """affinity: bytes of common prefix that weigh one request."""
     match_rate: float = 0.1
     """prefix_tree: share of a text that a replica must have read to be preferred."""
     imbalance_requests: int = 10
-    """prefix_tree: how much busier than the idlest the busiest may be."""
+    """prefix_tree: largest difference of loads, in requests, at which prefixes decide."""
     remembered_blocks: int = 200_000
-    """Beginnings of texts that a gateway remembers; the longest unused is forgotten first."""
+    """Text prefixes that a gateway remembers; the least recently used are dropped first."""
     remembered_sessions: int = 100_000
     """Sessions that a gateway remembers."""
 
@@ -188,10 +188,10 @@ class ServeConfig:
     app: str = "tandem"
     """Name of the Serve application."""
     drain_timeout_s: float = 600.0
-    """How long streams may go on in a replica or gateway that is to end. An idle engine ends at once."""
+    """Seconds that streams may continue in a stopping replica or gateway. An idle engine stops at once."""
     version: str = ""
-    """Of what Tandem cannot see, such as other packages: another one replaces everything when the app is deployed again. Tandem's
-    own code counts by itself."""
+    """Version of what Tandem cannot see, such as other packages: a change replaces all replicas when the app is deployed again.
+    Changes of Tandem's own code are detected."""
 
     def __post_init__(self) -> None:
         check.between("drain_timeout_s", self.drain_timeout_s, 0.0, LONGEST_DRAIN_S)

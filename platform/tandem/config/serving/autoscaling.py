@@ -1,4 +1,4 @@
-"""How many replicas a model may have, and by which of its engines' own signals their number follows the load."""
+"""Autoscaling of a model's replicas: bounds, targets and delays."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from tandem.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscalingConfig:
-    """Bounds, targets and delays of `serve.autoscale.decide`. Replicas are added for whichever signal asks for the most."""
+    """Bounds, targets and delays of `serve.autoscale.decide`; the target that requires the most replicas counts."""
 
     min_replicas: int = 1
-    """0: an idle model has none; the first request starts one and is held meanwhile."""
+    """0: an idle model has no replica; the first request starts one and waits."""
     max_replicas: int = 2
     initial_replicas: int | None = None
-    """How many there are at first; unset: min_replicas."""
+    """Replicas at the first deploy; unset: min_replicas."""
     target_waiting: float = 2.0
-    """Requests that may wait for each replica, in its engine and at the gateways together."""
+    """Waiting requests for each replica, in its engine and at the gateways together."""
     target_kv_usage: float = 0.8
-    """Share of its KV cache that a replica may use."""
+    """Used share of a replica's KV cache."""
     target_running: float | None = None
-    """Requests that a replica may work on at once; unset: as many as its engine takes."""
+    """Running requests of a replica; unset: the engine's own limit."""
     target_ttft_s: float | None = None
-    """How long a first token may take: 9 of 10 in the last seconds took no longer. Unset: it is no signal."""
+    """90th percentile of the time to first token over the last seconds; unset: not used."""
     upscale_delay_s: float = 2.0
-    """How long there must be reason for more replicas."""
+    """Seconds for which more replicas must be required before they are added."""
     downscale_delay_s: float = 60.0
-    """How long fewer must have been enough; they then become as few as were enough all that time."""
+    """Seconds for which fewer replicas must have been enough; the largest number required in that time remains."""
     downscale_to_zero_delay_s: float | None = None
-    """How long a model must have been idle to lose its last replica; unset: downscale_delay_s."""
+    """Seconds for which a model must have been idle to lose its last replica; unset: downscale_delay_s."""
 
     def __post_init__(self) -> None:
         key = "models[].autoscaling"

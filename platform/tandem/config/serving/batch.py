@@ -1,4 +1,4 @@
-"""A batch run: which rows, answered by which model, with which settings, on what part of the cluster."""
+"""Config of a batch run: input rows, model, request fields, output, replicas."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from tandem.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig(ReplicaConfig):
-    """One batch run. What decides the answers may not change between a run and its continuation; where it runs may.
+    """One batch run. A continued run may change its resources, but no setting that the answers depend on.
 
-    Its replicas share the rows, and have slots for `max_adapters` only where rows ask for so many.
+    Its replicas share the rows, and have adapter slots only for the adapters that rows name, at most `max_adapters`.
     """
 
     input: str
     """A file of rows (JSON lines, Parquet, WebDataset), a folder of such, a pattern with *, or a URI of one of these."""
     model: str
-    """Who answers rows that name nobody: a registered model or adapter, a folder in Hugging Face's format, or `org/name` of its
+    """Model for rows without a `model`: a registered model or adapter, a folder in Hugging Face's format, or `org/name` of its
     hub."""
     output: str
     """A folder, or a file that ends in .jsonl, which every node sees at that path; also by URI."""
     request: dict[str, Any] = field(default_factory=dict)
-    """Fields for rows that lack them, by OpenAI's and vLLM's names: max_tokens, temperature, ..."""
+    """Default fields of requests, by OpenAI's and vLLM's names: max_tokens, temperature, ..."""
     chat: bool = False
-    """Whether the `prompt` of a plain row is asked as a user's message, through the model's chat template."""
+    """Whether the `prompt` of a plain row is sent as a user's message, through the model's chat template."""
     rows_per_piece: int | None = None
-    """Rows that are published together, and so lost together; unset: about 4,000, each of at most 65,536 rows and 64 MiB."""
+    """Rows of one piece, which is published as a whole; unset: about 4,000 pieces of at most 65,536 rows and 64 MiB."""
     window_rows: int = 2048
-    """Rows that one engine has at a time, those that wait among them: more than it can run at once, so that it never idles."""
+    """Running and waiting rows of one engine: more than it can run at once, so that it never idles."""
     max_failures: int = 3
-    """Times that one replica is started again after its process died."""
+    """Restarts of one replica after its process died."""
 
     def __post_init__(self) -> None:
         for key in ("input", "model", "output"):
@@ -57,7 +57,7 @@ class BatchConfig(ReplicaConfig):
         self.served(self.model, adapters=0)
 
     def served(self, model: str, *, adapters: int) -> ServedModelConfig:
-        """The settings of one base's replicas, as the served app has them, with room for the `adapters` that are asked for."""
+        """The settings of one base model's replicas in the served app's form, with slots for the `adapters` that rows name."""
         try:
             same = {each.name: getattr(self, each.name) for each in fields(ReplicaConfig)}
             return ServedModelConfig(**{**same, "model": model, "max_adapters": min(self.max_adapters, adapters)})

@@ -1,4 +1,4 @@
-"""What one replica of a model is: its engine, what it is given, and how many adapters it takes."""
+"""Config of a model's replicas: engine, resources, adapters, engine arguments."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaConfig:
-    """The settings that served replicas and those of batch runs have in common; `ServedModelConfig` checks them."""
+    """Settings of served replicas and of batch runs; `ServedModelConfig` validates them."""
 
     engine: str = "vllm"
-    """vllm, or echo (answers with the prompt; for tests of what surrounds an engine)."""
+    """vllm, or echo (answers with the prompt; for tests)."""
     replicas: int = 1
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     resources_per_replica: dict[str, float] = field(default_factory=dict)
-    """Other resources that Ray reserves for each replica, by the names that the cluster's nodes give them."""
+    """Custom resources that Ray reserves for each replica, by their names in the cluster."""
     max_adapters: int = 8
-    """Adapters that one replica answers with at once: slots in its engine."""
+    """Adapters that one replica uses at once: slots in its engine."""
     max_cached_adapters: int | None = None
-    """Adapters that one replica keeps in host memory, those in slots among them; unset: four times max_adapters."""
+    """Adapters that one replica keeps in host memory, including those in slots; unset: four times max_adapters."""
     max_lora_rank: int = 64
-    """Largest adapter rank that a replica takes."""
+    """Largest rank of an adapter."""
     engine_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of vLLM's own engine, by their names there; vLLM checks them before a replica starts."""
+    """The engine's own arguments, by vLLM's names; validated before a replica starts."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment of the replica, such as VLLM_CPU_KVCACHE_SPACE."""
+    """Environment variables of the replica, such as VLLM_CPU_KVCACHE_SPACE."""

@@ -1,4 +1,4 @@
-"""The fake engine that ships: answers with the prompt's own words, starts at once, needs neither torch nor a model."""
+"""Echo engine: a fake that answers with the prompt's words; starts at once, without torch or a model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from starlette.types import ASGIApp
 
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
-from tandem.engine.ttft import FirstTokens
+from tandem.engine.ttft import TtftWindow
 from tandem.errors import ConfigError, EngineError, did_you_mean
 
 TASKS = ("generate", "embed", "score")
 
 
 class EchoEngine:
-    """Answers completions and chat with the prompt's words, one for each token, `delay_s` apart; with `ignore_eos` it says them
-    again and again until there are `max_tokens`.
+    """Answers completions and chats with the prompt's words, one for each token, `delay_s` apart; with `ignore_eos` it repeats
+    them up to `max_tokens`.
 
-    Every other route is answered with the request itself, as it came.
+    Every other route returns the request's own body.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class EchoEngine:
         self._slots = int(slots)
         nothing = contextlib.nullcontext()
         self._turns: contextlib.AbstractAsyncContextManager[Any] = asyncio.Semaphore(self._slots) if slots else nothing
-        self._first_tokens = FirstTokens()
+        self._first_tokens = TtftWindow()
         self._healthy = True
         self.aborted = 0
-        """Requests whose client left before the end."""
+        """Requests whose client disconnected before the end."""
         self.loads: list[str] = []
         """Ids of the adapters that were loaded, in order."""
         self._app = Starlette(
@@ -83,7 +83,7 @@ class EchoEngine:
 
     @property
     def app(self) -> ASGIApp:
-        """The routes that a client may reach."""
+        """The engine's HTTP app."""
         return self._app
 
     async def start(self) -> None:
@@ -99,11 +99,11 @@ class EchoEngine:
         self._adapters[adapter.id] = adapter
 
     async def unload_adapter(self, adapter_id: str) -> None:
-        """Forget a name."""
+        """Remove an adapter."""
         self._adapters.pop(adapter_id, None)
 
     def stats(self) -> EngineStats:
-        """How many answers are being written."""
+        """The load now."""
         return EngineStats(
             running=self._running,
             waiting=self._waiting,
@@ -116,7 +116,7 @@ class EchoEngine:
         )
 
     def die(self) -> None:
-        """Behave like an engine whose process is gone."""
+        """Behave like an engine whose process has ended."""
         self._healthy = False
 
     async def drain(self, timeout_s: float) -> None:
@@ -156,8 +156,8 @@ class EchoEngine:
         if len(words) > self._max_length:
             return _error(400, f"The prompt has {len(words)} tokens; the model takes {self._max_length}.", None)
         limit = body.get("max_tokens") or body.get("max_completion_tokens") or len(words)
-        said = itertools.islice(itertools.cycle(words) if body.get("ignore_eos") else words, int(limit))
-        tokens = [word if i == 0 else f" {word}" for i, word in enumerate(said)]
+        answer_words = itertools.islice(itertools.cycle(words) if body.get("ignore_eos") else words, int(limit))
+        tokens = [word if i == 0 else f" {word}" for i, word in enumerate(answer_words)]
         if not self._healthy:
             return _error(500, "The engine is dead.", None)
         head = {
@@ -191,14 +191,14 @@ class EchoEngine:
     async def _stream(
         self, head: dict[str, Any], tokens: list[str], usage: dict[str, int] | None, *, chat: bool
     ) -> AsyncIterator[bytes]:
-        came, done = time.monotonic(), False
+        arrived_at, done = time.monotonic(), False
         try:
             async with self._turn():
                 for i, token in enumerate(tokens):
                     await asyncio.sleep(self._delay_s)
                     self._steps += 1
                     if i == 0:
-                        self._first_tokens.add((time.monotonic() - came,), time.monotonic())
+                        self._first_tokens.add((time.monotonic() - arrived_at,), time.monotonic())
                     finish = "stop" if i + 1 == len(tokens) else None
                     content: dict[str, Any] = (
                         {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}
@@ -214,7 +214,7 @@ class EchoEngine:
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Wait for a slot, where there are so many, and be counted."""
+        """Wait for a free slot if slots are limited, and count as running for the length of a block."""
         self._waiting += 1
         waited = True
         try:

@@ -1,6 +1,6 @@
-"""A served model's settings as vLLM's own arguments, checked by vLLM's own classes. Run it to check them.
+"""vLLM's arguments for an engine spec, validated by vLLM's own classes; as a program, validates the specs on stdin.
 
-Names and types are checked anywhere; what depends on the device (`make_config`) is checked where such a device is.
+Names and types are validated anywhere; what depends on the device (`make_config`) only where such a device is present.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
         except ValidationError as error:
             raise _refused(where, error) from error
     args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    for key, value in {**_chosen(spec), **given, **tool_arguments(parsers_of(spec), given)}.items():
+    for key, value in {**_defaults(spec), **given, **tool_arguments(parsers_of(spec), given)}.items():
         setattr(args, key, value)
     return args
 
 
 def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
-    """vLLM's own checked configuration; ConfigError with its words for a value that it refuses."""
+    """vLLM's validated configuration; ConfigError with vLLM's message for a value that it refuses."""
     try:
         validate_api_server_args(args)
         usage = UsageContext.LLM_CLASS if spec.offline else UsageContext.OPENAI_API_SERVER
@@ -84,7 +84,7 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
         given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
         raise ConfigError(f"{spec.where}: vLLM refuses the settings of {spec.name} ({given}): {error}") from error
     if "structured_outputs_config" not in spec.args and not _is_validated_again(config):
-        # vLLM takes the flag of `_chosen` only beside a named backend, but both that `auto` chooses from follow it: so schemas
+        # vLLM takes the flag of `_defaults` only beside a named backend, but both that `auto` chooses from follow it: so schemas
         # that xgrammar lacks are answered by the other.
         config.structured_outputs_config.backend = "auto"
     if spec.max_adapters and not spec.gpus and config.model_config.is_moe:
@@ -102,21 +102,21 @@ def _is_validated_again(config: VllmConfig) -> bool:
 
 
 def parsers_of(spec: EngineSpec) -> Parsers:
-    """What is selected for the model where `engine_args` does not say otherwise."""
+    """Parsers selected for the model, unless `engine_args` name others."""
     return served_parsers(Path(spec.path), spec.args)
 
 
 def device_is_here(spec: EngineSpec) -> bool:
-    """Whether this process's vLLM runs on what the replica will have: a head node may lack the GPUs of its workers."""
+    """Whether this process's vLLM build matches the replica's device: a head node may lack the GPUs of its workers."""
     return bool(current_platform.is_cpu()) != bool(spec.gpus)
 
 
-def _chosen(spec: EngineSpec) -> dict[str, Any]:
+def _defaults(spec: EngineSpec) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "model": spec.path,
         "served_model_name": list(dict.fromkeys((spec.id, spec.name))),
         "enable_lora": spec.max_adapters > 0,
-        # A fastapi schema of routes that nobody may reach is only start-up time.
+        # The guard offers no OpenAPI schema, and making it takes start-up time.
         "disable_fastapi_docs": True,
         # A weak model writes blanks between the parts of a JSON object without end (docs/adr/0023).
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
@@ -125,7 +125,7 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
     if parsers.reasoning is not None:
         chosen["reasoning_parser"] = parsers.reasoning
     if spec.offline:
-        # As vLLM's LLM has it: the numbers of each step and request are for those who watch a server.
+        # The default of vLLM's LLM class: no client watches the statistics of a batch run.
         chosen["disable_log_stats"] = True
     if spec.max_adapters:
         chosen |= {
@@ -179,9 +179,9 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def _refused(where: str, error: ValidationError, given: Mapping[str, Any] = MappingProxyType({})) -> ConfigError:
-    """vLLM's words about the first thing that it refuses; `where` goes on to the one of the `given` that it is about.
+    """vLLM's first validation error as a ConfigError whose key is `where` and the argument among the `given`.
 
-    pydantic's own text ends in a link to its manual; the plain message is what a person needs.
+    Without the link to pydantic's manual that its own text ends with.
     """
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
@@ -193,22 +193,22 @@ def _refused(where: str, error: ValidationError, given: Mapping[str, Any] = Mapp
 
 
 def main() -> int:
-    """Check the EngineSpecs on stdin; the verdicts (what is wrong, or null) are the last line on stdout."""
-    # vLLM writes on stdout too, from C++ as well; only the verdicts may go there.
+    """Validate the EngineSpecs on stdin; the last line on stdout is a JSON list of errors, null for valid specs."""
+    # vLLM writes to stdout too, from C++ as well: it is redirected to stderr until the result is written.
     out = os.dup(1)
     os.dup2(2, 1)
-    verdicts: list[str | None] = []
+    validation_errors: list[str | None] = []
     for values in json.load(sys.stdin):
         spec = EngineSpec(**values)
         try:
             args = parse_args(spec)
             if device_is_here(spec):
                 make_config(args, spec)
-            verdicts.append(None)
+            validation_errors.append(None)
         except ConfigError as error:
-            verdicts.append(str(error))
+            validation_errors.append(str(error))
     with os.fdopen(out, "w") as file:
-        file.write(json.dumps(verdicts) + "\n")
+        file.write(json.dumps(validation_errors) + "\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Corrects vLLM's CPU build inside its workers, which import this as their `worker_extension_cls`.
+"""Correction of vLLM's CPU build inside its workers, which import this as their `worker_extension_cls`.
 
 Speculative decoding repeats each request's temperature, top-k and top-p for its speculated tokens. vLLM 0.29's function for CPUs
 writes them into a copy and returns memory that was never written (vllm-project/vllm issue 55005): sampled requests got a random
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class CpuWorkerExtension:
-    """Nothing of its own: that its module is imported before the worker is made is what counts."""
+    """Empty: vLLM imports this module before it makes the worker, and the import applies the correction."""
 
 
 class _Launched:

@@ -25,10 +25,10 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
-from tandem.engine.ttft import FirstTokens
+from tandem.engine.ttft import TtftWindow
 from tandem.engine.vllm.arguments import make_config, parse_args, parsers_of, slots_of
 from tandem.engine.vllm.logs import quiet_refusals
-from tandem.engine.vllm.warm_up import WarmUp, refusals, warm_up
+from tandem.engine.vllm.warm_up import WarmUpFeatures, refusals, warm_up
 from tandem.errors import EngineError
 from tandem.registry.adapter_files import layer_kinds
 
@@ -41,7 +41,7 @@ class VllmEngine:
         self._spec = spec
         self._args = parse_args(spec)
         self._config = make_config(self._args, spec)
-        self._load = _Load()
+        self._scheduler_stats = _SchedulerStats()
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
         self._models: OpenAIServingModels | None = None
@@ -60,8 +60,8 @@ class VllmEngine:
         try:
             self._llm = AsyncLLM.from_vllm_config(
                 vllm_config=self._config,
-                # With one of ours vLLM would reckon each step's numbers, whatever disable_log_stats says.
-                stat_loggers=None if self._spec.offline else [lambda config, index=0: self._load],
+                # With a logger vLLM would compute statistics of each step, whatever disable_log_stats says.
+                stat_loggers=None if self._spec.offline else [lambda config, index=0: self._scheduler_stats],
                 disable_log_stats=self._args.disable_log_stats,
             )
             tasks = await self._llm.get_supported_tasks()
@@ -74,12 +74,12 @@ class VllmEngine:
         except (Exception, SystemExit) as error:
             await self.drain(0.0)
             raise EngineError(f"vLLM could not load {self._args.model}: {error}") from error
-        # vLLM's error handlers tell their server to exit when the engine is dead. Ours stays, to say so to the gateways.
+        # vLLM's error handlers stop their server when the engine is dead. This one stays, to report it to the gateways.
         app.state.server = SimpleNamespace(should_exit=False)
         self._models = app.state.openai_serving_models
         if self._keeps_a_slot_empty:
-            await self._close_last_slot()
-        # Nobody waits for the first rows of a batch run in particular.
+            await self._reserve_last_slot()
+        # A batch run needs no warm-up: no client waits for its first answers.
         if not self._spec.offline:
             await self._warm_up(app)
         self._app = app
@@ -101,20 +101,20 @@ class VllmEngine:
             await llm.remove_lora(request.lora_int_id)
 
     def stats(self) -> EngineStats:
-        """The load now, from vLLM's own books."""
+        """The load now, from vLLM's own counters."""
         if self._llm is None:
             return EngineStats(healthy=False)
         unfinished = self._llm.get_num_unfinished_requests()
-        running = min(unfinished, self._load.running)
+        running = min(unfinished, self._scheduler_stats.running)
         return EngineStats(
             running=running,
             waiting=unfinished - running,
             max_running=self._config.scheduler_config.max_num_seqs * self._config.parallel_config.data_parallel_size,
-            kv_usage=self._load.kv_usage if unfinished else 0.0,
-            ttft_s=self._load.first_tokens.most(time.monotonic()),
+            kv_usage=self._scheduler_stats.kv_usage if unfinished else 0.0,
+            ttft_s=self._scheduler_stats.first_tokens.most(time.monotonic()),
             adapters=self._adapters,
             tasks=self._tasks,
-            steps=self._load.steps,
+            steps=self._scheduler_stats.steps,
             healthy=not self._llm.errored,
         )
 
@@ -130,20 +130,20 @@ class VllmEngine:
             await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
 
     async def _warm_up(self, app: ASGIApp) -> None:
-        """Compile and load what first requests would wait for; raises EngineError if the engine dies of it or hangs."""
+        """Send warm-up requests, so that clients do not wait for compilation; EngineError if the engine dies or hangs."""
         llm = self._started()[1]
         parsers = parsers_of(self._spec)
-        what = WarmUp(
+        features = WarmUpFeatures(
             model=self._spec.id,
             tasks=self._tasks,
             chat=parsers.chat,
             tools=bool(self._args.tool_call_parser),
-            # On a CPU with adapters they end vLLM's process (gateway.routes.openai.check_prompt_logprobs).
+            # On a CPU with adapters they end vLLM's process (engine.vllm.requests).
             prompt_logprobs=bool(self._spec.gpus) or not self._spec.max_adapters,
             ranks=self._config.parallel_config.data_parallel_size,
         )
         try:
-            refused = await warm_up(app, what)
+            refused = await warm_up(app, features)
         except EngineError:
             await self.drain(0.0)
             raise
@@ -151,32 +151,32 @@ class VllmEngine:
             await self.drain(0.0)
             raise EngineError(f"vLLM's engine for {self._spec.id} died of its first requests: {refusals(refused)}")
         await llm.reset_prefix_cache()
-        self._load.forget_first_tokens()
+        self._scheduler_stats.forget_first_tokens()
 
     async def _add(self, models: OpenAIServingModels, llm: AsyncLLM, name: str, path: str) -> LoRARequest:
         request = LoRARequest(lora_name=name, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
         try:
             await llm.add_lora(request)
         except Exception as error:
-            # An adapter may fail when half of it is in its slot: none of it may stay.
+            # An adapter may fail after a part of it was loaded: that must not stay.
             with contextlib.suppress(Exception):
                 await llm.remove_lora(request.lora_int_id)
             raise EngineError(f"vLLM could not load the adapter {name}: {error}") from error
         models.lora_requests[name] = request
         return request
 
-    async def _close_last_slot(self) -> None:
-        """Fill all slots with an adapter of nothing, pin the one in the last, and free the others.
+    async def _reserve_last_slot(self) -> None:
+        """Fill all slots with empty adapters, pin the one in the last slot, and free the others.
 
-        vLLM's CPU build reads the last slot for requests of the base (vllm_args.slots_of); this way it never holds anything
-        else, while vLLM moves adapters among the others as they are used.
+        vLLM's CPU build applies the last slot's adapter to requests for the base model (`arguments.slots_of`): the slot must
+        never hold another adapter, while vLLM moves adapters among the other slots.
         """
         models, llm = self._started()
         names = [f"-{number}" for number in range(slots_of(self._spec))]
         with tempfile.TemporaryDirectory() as folder:
             refused: EngineError | None = None
             for kind in layer_kinds(Path(self._spec.path)):
-                write_nothing(Path(folder), kind)
+                write_empty_adapter(Path(folder), kind)
                 try:
                     last = await self._add(models, llm, names[0], folder)
                     break
@@ -204,8 +204,8 @@ class VllmEngine:
         return self._models, self._llm
 
 
-def write_nothing(folder: Path, kind: str) -> None:
-    """An adapter, in peft's format, of a layer that no model has; vLLM asks that its `kind` be known."""
+def write_empty_adapter(folder: Path, kind: str) -> None:
+    """Write an adapter without effect in peft's format: for a layer that no model has, of a `kind` that vLLM knows."""
     config = {"r": 1, "lora_alpha": 1, "target_modules": [kind], "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     zeros = np.zeros((1, 1), np.float32)
@@ -213,14 +213,14 @@ def write_nothing(folder: Path, kind: str) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-class _Load(StatLoggerBase):
-    """Keeps each scheduler's newest numbers (one for each data-parallel rank); vLLM hands them over after every step."""
+class _SchedulerStats(StatLoggerBase):
+    """The newest statistics of each scheduler (one for each data-parallel rank), which vLLM reports after every step."""
 
     def __init__(self, vllm_config: VllmConfig | None = None, engine_index: int = 0) -> None:
         self._ranks: dict[int, tuple[int, float]] = {}
         self.steps = 0
         """Steps of all ranks."""
-        self.first_tokens = FirstTokens()
+        self.first_tokens = TtftWindow()
 
     @property
     def running(self) -> int:
@@ -233,8 +233,8 @@ class _Load(StatLoggerBase):
         return max((usage for _, usage in self._ranks.values()), default=0.0)
 
     def forget_first_tokens(self) -> None:
-        """Those of the warm-up are no client's."""
-        self.first_tokens = FirstTokens()
+        """Drop the times of the warm-up."""
+        self.first_tokens = TtftWindow()
 
     def record(
         self,
@@ -251,4 +251,4 @@ class _Load(StatLoggerBase):
             self.first_tokens.add(iteration_stats.time_to_first_tokens_iter, time.monotonic())
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Log nothing."""

@@ -1,4 +1,4 @@
-"""Filters of vLLM's log: a request that a client got wrong is the client's to hear of, in the answer."""
+"""Log filter for vLLM: no traceback for a refused request, whose error is in the client's answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selects vLLM's tool and reasoning parsers for a model, from its family and its chat template (docs/adr/0023).
+"""Selection of vLLM's tool and reasoning parsers from a model's family and chat template (docs/adr/0023).
 
 Pure but for `read_parsers`, which reads the model's folder. `engine_args.tool_call_parser` and `engine_args.reasoning_parser`
 override what is selected here.
@@ -19,11 +19,11 @@ FALLBACK_TOOL_PARSER = "pythonic"
 """For templates with tools in an unknown format: it needs no special tokens, leaves other text alone, and vLLM constrains a call
 that must be made (`required`, or a named function) to JSON of the tool's schema."""
 REFUSES_TOOLS = re.compile(r"--(?:tool-call-parser|enable-auto-tool-choice)")
-"""vLLM's words for a request with tools at a model without a tool parser."""
+"""vLLM's message for a request with tools at a model without a tool parser."""
 
 
 class Rule(NamedTuple):
-    """A parser, and which models it is for."""
+    """A parser, and the models that it fits."""
 
     parser: str
     families: tuple[str, ...] = ()
@@ -187,7 +187,7 @@ def read_template(folder: Path) -> str | None:
     return "[TOOL_CALLS] tools" if (folder / "tekken.json").is_file() else None
 
 
-def takes_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
+def supports_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
     """Whether a model that is served with these arguments takes tools."""
     if engine_args.get("enable_auto_tool_choice") is False:
         return False
@@ -196,7 +196,7 @@ def takes_tools(folder: Path, engine_args: Mapping[str, Any]) -> bool:
     return served_parsers(folder, engine_args).tool is not None
 
 
-def without_tools(model: str | None = None) -> str:
+def tools_unsupported_message(model: str | None = None) -> str:
     """The error message for a request with tools to a model that takes none."""
     return (
         f"The model {f'{model!r} ' if model else ''}takes no tools: its chat template does not mention them. Use a model whose "
@@ -207,7 +207,7 @@ def without_tools(model: str | None = None) -> str:
 
 def explain_refusal(message: str, model: str | None = None) -> str:
     """Replace vLLM's message about tools at a model without a tool parser; other messages stay as they are."""
-    return without_tools(model) if REFUSES_TOOLS.search(message, 0, MAX_MESSAGE_CHARS) else message
+    return tools_unsupported_message(model) if REFUSES_TOOLS.search(message, 0, MAX_MESSAGE_CHARS) else message
 
 
 def _tool_parser(model_type: str, template: str, tokenizer: str) -> tuple[str | None, str]:

@@ -37,7 +37,7 @@ ANSWER_SCHEMA = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WarmUp:
+class WarmUpFeatures:
     """Features of an engine that its warm-up depends on."""
 
     model: str
@@ -68,15 +68,15 @@ class Request:
         return f"{self.path} {to_json(own).decode()[:200]}"
 
 
-def warm_up_batches(what: WarmUp) -> list[list[Request]]:
+def warm_up_batches(features: WarmUpFeatures) -> list[list[Request]]:
     """The requests: those of one list are sent together, the lists one after another.
 
     The first sampled request is alone, since PyTorch compiles a batch of one apart from larger ones. The others share batches, so
     that a large model needs few steps for all of them.
     """
-    if "generate" not in what.tasks:
-        return [pooling(what)]
-    completion = {"model": what.model, "prompt": "a b c", "max_tokens": ANSWER_TOKENS, "ignore_eos": True}
+    if "generate" not in features.tasks:
+        return [pooling(features)]
+    completion = {"model": features.model, "prompt": "a b c", "max_tokens": ANSWER_TOKENS, "ignore_eos": True}
     alone = Request("/v1/completions", completion | {"temperature": 1.0})
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -92,20 +92,20 @@ def warm_up_batches(what: WarmUp) -> list[list[Request]]:
         {"bad_words": ["a"]},
         {"min_tokens": 1, "stop": ["\n"]},
     ]
-    if what.prompt_logprobs:
+    if features.prompt_logprobs:
         kinds.append({"prompt_logprobs": 1})
     together = [Request("/v1/completions", completion | kind) for kind in kinds]
     # A batch that holds nothing but its kind takes branches that a mixed one does not.
     batches = [[Request("/v1/completions", completion | {"n": LARGEST_N, "temperature": 1.0})]]
-    if not what.chat:
+    if not features.chat:
         return [[alone], *batches, together]
-    return [[alone], *batches, [*together, *chats(what)]]
+    return [[alone], *batches, [*together, *chats(features)]]
 
 
-def chats(what: WarmUp) -> list[Request]:
+def chats(features: WarmUpFeatures) -> list[Request]:
     """Requests to each API of conversations, and requests with grammars."""
     talk = [{"role": "user", "content": "a b c"}]
-    chat = {"model": what.model, "messages": talk, "max_tokens": ANSWER_TOKENS}
+    chat = {"model": features.model, "messages": talk, "max_tokens": ANSWER_TOKENS}
     schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": ANSWER_SCHEMA}}
     found = [
         Request("/v1/chat/completions", chat | {"logprobs": True, "top_logprobs": 2}),
@@ -114,27 +114,30 @@ def chats(what: WarmUp) -> list[Request]:
         Request("/v1/chat/completions", chat | {"structured_outputs": {"regex": "[ab]+"}}),
         Request("/v1/messages", chat),
         Request(
-            "/v1/responses", {"model": what.model, "input": talk, "max_output_tokens": ANSWER_TOKENS, "store": False}
+            "/v1/responses",
+            {"model": features.model, "input": talk, "max_output_tokens": ANSWER_TOKENS, "store": False},
         ),
     ]
-    if what.tools:
+    if features.tools:
         function = {"name": "a", "description": "b", "parameters": ANSWER_SCHEMA}
         tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
         found.append(Request("/v1/chat/completions", chat | tools))
     return found
 
 
-def pooling(what: WarmUp) -> list[Request]:
+def pooling(features: WarmUpFeatures) -> list[Request]:
     """Requests to an embedding or scoring model."""
     found = []
-    if "embed" in what.tasks:
-        found.append(Request("/v1/embeddings", {"model": what.model, "input": "a b c"}))
-    if "score" in what.tasks:
-        found.append(Request("/v1/score", {"model": what.model, "text_1": "a", "text_2": "b"}))
+    if "embed" in features.tasks:
+        found.append(Request("/v1/embeddings", {"model": features.model, "input": "a b c"}))
+    if "score" in features.tasks:
+        found.append(Request("/v1/score", {"model": features.model, "text_1": "a", "text_2": "b"}))
     return found
 
 
-async def warm_up(app: ASGIApp, what: WarmUp, timeout_s: float = WARM_UP_TIMEOUT_S) -> list[tuple[Request, Answer]]:
+async def warm_up(
+    app: ASGIApp, features: WarmUpFeatures, timeout_s: float = WARM_UP_TIMEOUT_S
+) -> list[tuple[Request, Answer]]:
     """Send the requests; log and return those that the engine refused, with its answers.
 
     A refusal stops nothing: a model may lack what is asked. An engine that dies of a request says so by its health. Raises
@@ -144,20 +147,20 @@ async def warm_up(app: ASGIApp, what: WarmUp, timeout_s: float = WARM_UP_TIMEOUT
     unanswered: list[Request] = []
     try:
         async with asyncio.timeout(timeout_s):
-            for rank in range(what.ranks):
-                headers = {RANK_HEADER: str(rank)} if what.ranks > 1 else {}
-                for batch in warm_up_batches(what):
+            for rank in range(features.ranks):
+                headers = {RANK_HEADER: str(rank)} if features.ranks > 1 else {}
+                for batch in warm_up_batches(features):
                     unanswered += batch
                     answers = await asyncio.gather(*(_ask(app, request, headers, unanswered) for request in batch))
                     refused += [pair for pair in zip(batch, answers, strict=True) if pair[1].status != 200]
     except TimeoutError as error:
         listed = "; ".join(request.describe() for request in unanswered)
         raise EngineError(
-            f"{what.model}: {len(unanswered)} requests of the engine's warm-up had not ended after {timeout_s:g} s: {listed}. "
+            f"{features.model}: {len(unanswered)} warm-up requests had not ended after {timeout_s:g} s: {listed}. "
             "See the engine's log; try fewer engine_args, or a smaller model."
         ) from error
     if refused:
-        log.warning("%s refused requests of its warm-up: %s", what.model, refusals(refused))
+        log.warning("%s refused requests of its warm-up: %s", features.model, refusals(refused))
     return refused
 
 

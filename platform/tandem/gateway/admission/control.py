@@ -1,7 +1,7 @@
-"""Where each call gets its turn before the proxy opens a replica for it, and what a client is told whose call gets none.
+"""Admission control: one bounded queue for each model; rejects with 429, 503 or 504 the requests that exceed it.
 
-There is one for each gateway app. What is decided is in queue.py; here are the clock, the replicas that there are, and the calls
-that sleep. Where nothing waits a call passes in some microseconds. Several gateways have an equal share of each limit.
+One for each gateway app. `queue` decides; this module adds the clock, the number of ready replicas and the waiting tasks. Where
+nothing waits, a request passes in some microseconds. Several gateways have equal shares of each limit.
 """
 
 from __future__ import annotations
@@ -13,224 +13,229 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from tandem.config.serving.app import GatewayConfig
-from tandem.gateway.admission.queue import Outcome, Queue, Ticket, Wish
-from tandem.gateway.errors import ApiError, NoReplica, no_replica
+from tandem.gateway.admission.queue import Outcome, Queue, SchedulingHints, Ticket
+from tandem.gateway.errors import ApiError, no_replica
 from tandem.gateway.fleet import Fleet
 from tandem.routing.records import ReplicaRecord, ServedModel
 
-MARGIN = 0.25
-"""Requests beyond what an engine generates at once, as a share of it, that wait inside it: its batch is never short of one."""
-LEAST_MARGIN = 4
+PREFETCH_SHARE = 0.25
+"""Requests queued inside an engine, as a share of its batch size, so that it never waits for the next request."""
+MIN_PREFETCH = 4
 SWEEP_S = 0.1
-"""How often those that wait are looked at for one that has waited long enough."""
-LONGEST_RETRY_S = 60
-"""The SDKs take no heed of a Retry-After beyond it."""
-AGAIN_S, MOST_AGAIN_S = 0.05, 1.0
-"""How long a call that no replica took keeps still before it asks for its turn again, at first and at most; it doubles."""
+"""Seconds between two checks for waiting requests whose time is over."""
+MAX_RETRY_AFTER_S = 60
+"""Longest Retry-After that the SDKs obey, in seconds."""
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
+"""First and largest pause, in seconds, before a request that no replica took is queued again; it doubles each time."""
 
 
-class Meter(Protocol):
-    """Takes what is measured of the queues."""
+class QueueMetrics(Protocol):
+    """Receives measurements of the queues."""
 
     def load(self, model: str, running: int, waiting: int) -> None:
         """A model's requests in flight, and those that wait, now."""
         ...
 
     def refused(self, model: str, outcome: str) -> None:
-        """A request was not started, by one of queue.Outcome's; or it was, and is `late`."""
+        """A request was refused, with the value of a `queue.Outcome`; or it missed its deadline after its start (`late`)."""
         ...
 
 
-class Unmetered:
-    """A Meter that keeps nothing."""
+class NoQueueMetrics:
+    """A QueueMetrics that does nothing."""
 
     def load(self, model: str, running: int, waiting: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def refused(self, model: str, outcome: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Admission:
-    """The queues of all served models at one gateway. Lives in its event loop."""
+    """The queues of all served models at one gateway; used in its event loop."""
 
     def __init__(
-        self, models: Iterable[ServedModel], fleet: Fleet, config: GatewayConfig, meter: Meter | None = None
+        self, models: Iterable[ServedModel], fleet: Fleet, config: GatewayConfig, metrics: QueueMetrics | None = None
     ) -> None:
         self._fleet = fleet
         self._config = config
-        self.meter = meter or Unmetered()
+        self.metrics = metrics or NoQueueMetrics()
         self._models = {model.id: model for model in models}
         self._queues = {
-            model.id: Queue(most=math.ceil(model.config.max_queued / config.replicas), hold_s=model.config.hold_s)
+            model.id: Queue(
+                max_waiting=math.ceil(model.config.max_queued / config.replicas), hold_s=model.config.hold_s
+            )
             for model in self._models.values()
         }
-        self._told: dict[Ticket, asyncio.Future[Outcome]] = {}
+        self._wakeups: dict[Ticket, asyncio.Future[Outcome]] = {}
         self._sweeping: asyncio.TimerHandle | None = None
-        fleet.listen(self.refresh)
+        fleet.add_listener(self.refresh)
 
     def waiting(self) -> dict[str, int]:
-        """Requests that wait here, for room or for a replica, by the model's id."""
+        """Numbers of waiting requests, by model id."""
         return {name: len(queue) for name, queue in self._queues.items()}
 
-    def place(self, model: ServedModel, wish: Wish, *, light: bool = False) -> Place:
-        """A place for one call. A `light` one waits only where no replica is ready, and counts for nothing else."""
-        return Place(self, model, wish, light)
+    def slot(self, model: ServedModel, hints: SchedulingHints, *, light: bool = False) -> AdmissionSlot:
+        """The admission slot of one request. A `light` request waits only while no replica is ready, and is not counted."""
+        return AdmissionSlot(self, model, hints, light)
 
     def refresh(self) -> None:
-        """Take what the fleet now knows; whoever can start, starts."""
+        """Apply the fleet's current state to the limits; start the requests that may start."""
         now = time.monotonic()
         for name, queue in self._queues.items():
             queue.set_limit(self._limit(self._models[name]), now)
             self.serve(queue)
-            self.meter.load(name, queue.running, len(queue))
+            self.metrics.load(name, queue.running, len(queue))
 
     def queue(self, model: ServedModel) -> Queue:
         """The queue of a model."""
         return self._queues[model.id]
 
     async def sleep(self, queue: Queue, ticket: Ticket) -> Outcome:
-        """Until it is the turn of one that waits, or it has waited long enough. Cancelled, it waits no longer."""
-        told: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._told[ticket] = told
+        """Wait until a queued request may start or is refused; if cancelled, it leaves the queue."""
+        wakeup: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._wakeups[ticket] = wakeup
         if self._sweeping is None:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         try:
-            return await told
+            return await wakeup
         except asyncio.CancelledError:
-            if told.done() and not told.cancelled() and told.result() is Outcome.START:
-                self.not_taken(queue)
+            if wakeup.done() and not wakeup.cancelled() and wakeup.result() is Outcome.START:
+                self.start_cancelled(queue)
             queue.leave(ticket)
             raise
         finally:
-            del self._told[ticket]
+            del self._wakeups[ticket]
 
-    def tell(self, queue: Queue, ticket: Ticket, outcome: Outcome) -> None:
-        """Wake one that waited; whoever has just been cancelled needs no place."""
-        told = self._told.get(ticket)
-        if told is not None and not told.done():
-            told.set_result(outcome)
+    def notify(self, queue: Queue, ticket: Ticket, outcome: Outcome) -> None:
+        """Wake a waiting request; one that has just been cancelled gives its slot back."""
+        wakeup = self._wakeups.get(ticket)
+        if wakeup is not None and not wakeup.done():
+            wakeup.set_result(outcome)
         elif outcome is Outcome.START:
-            queue.not_taken()
+            queue.start_cancelled()
 
-    def ended(self, queue: Queue, ticket: Ticket, *, whole: bool) -> None:
-        """One that had started is over; the next may start."""
-        queue.ended(ticket, time.monotonic(), whole=whole)
+    def ended(self, queue: Queue, ticket: Ticket, *, complete: bool) -> None:
+        """A started request has ended; the next may start."""
+        queue.ended(ticket, time.monotonic(), complete=complete)
         self.serve(queue)
 
-    def not_taken(self, queue: Queue) -> None:
-        """One that had started was taken by no replica; the next may start."""
-        queue.not_taken()
+    def start_cancelled(self, queue: Queue) -> None:
+        """A started request was taken by no replica; the next may start."""
+        queue.start_cancelled()
         self.serve(queue)
 
     def serve(self, queue: Queue) -> None:
-        """Start what can start."""
+        """Start the requests that may start."""
         if len(queue):
-            for ticket, outcome in queue.due(time.monotonic()):
-                self.tell(queue, ticket, outcome)
+            for ticket, outcome in queue.pop_startable(time.monotonic()):
+                self.notify(queue, ticket, outcome)
 
-    def refusal(self, model: ServedModel, wish: Wish, outcome: Outcome) -> ApiError:
-        """What a client is told whose request was not started."""
-        self.meter.refused(model.id, outcome.value)
+    def refusal(self, model: ServedModel, hints: SchedulingHints, outcome: Outcome) -> ApiError:
+        """The error for a request that was not started."""
+        self.metrics.refused(model.id, outcome.value)
         queue, name = self._queues[model.id], model.name
         if outcome is Outcome.UNSERVED:
             waited = f" within {queue.hold_s:g} s" if queue.hold_s else ""
             return no_replica(f"No replica of {name} is ready{waited}", self._config.retry_after_s)
         if outcome is Outcome.EXPIRED:
-            waited_s = time.monotonic() - wish.arrived
+            waited_s = time.monotonic() - hints.arrived
             return expired(f"The request waited {waited_s:.1f} s for {name} and was not started")
-        wait_s = queue.wait_s(wish.priority) or self._config.retry_after_s
-        retry_s = min(LONGEST_RETRY_S, max(1, math.ceil(wait_s)))
-        crowd = f"{name} has {queue.running} requests in flight and {len(queue)} waiting"
-        said, code = {
-            Outcome.FULL: (f"{crowd}, and more than {queue.most} may not wait (models[].max_queued).", "queue_full"),
-            Outcome.DISPLACED: (f"{crowd}: this one had to give its place to one of a better priority.", "displaced"),
-            Outcome.HOPELESS: (
-                f"{crowd}: one more would wait about {wait_s:.1f} s, longer than this one has time for.",
+        estimated_wait_s = queue.estimated_wait_s(hints.priority) or self._config.retry_after_s
+        retry_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(estimated_wait_s)))
+        load = f"{name} has {queue.running} requests in flight and {len(queue)} waiting"
+        reason, code = {
+            Outcome.FULL: (
+                f"{load}, and more than {queue.max_waiting} may not wait (models[].max_queued).",
+                "queue_full",
+            ),
+            Outcome.DISPLACED: (f"{load}: this one had to give its place to one of a better priority.", "displaced"),
+            Outcome.DEADLINE_UNREACHABLE: (
+                f"{load}: one more would wait about {estimated_wait_s:.1f} s, longer than this one has time for.",
                 "deadline_unreachable",
             ),
         }[outcome]
         headers = {"Retry-After": str(retry_s)}
-        return ApiError(429, f"{said} Try again in {retry_s} s.", code=code, headers=headers)
+        return ApiError(429, f"{reason} Try again in {retry_s} s.", code=code, headers=headers)
 
     def _sweep(self) -> None:
         self._sweeping = None
         now = time.monotonic()
         for queue in self._queues.values():
-            for ticket, outcome in queue.overdue(now):
-                self.tell(queue, ticket, outcome)
-        if self._told:
+            for ticket, outcome in queue.pop_overdue(now):
+                self.notify(queue, ticket, outcome)
+        if self._wakeups:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
     def _limit(self, model: ServedModel) -> int | None:
-        """Requests that may be in flight for a model from here; None: any number."""
+        """Requests that may be in flight from this gateway for a model; None: no limit."""
         ready = self._fleet.ready(model.id, suspects=not model.config.hold_s)
         if not ready:
             return 0
-        each = [most_at(replica, model.config.requests_per_replica) for replica in ready]
+        each = [requests_per_replica(replica, model.config.requests_per_replica) for replica in ready]
         if None in each:
             return None
-        # What still runs on replicas that are about to end takes no room of the others.
+        # Requests on draining replicas take no capacity of the ready ones.
         share = math.ceil(sum(most or 0 for most in each) / self._config.replicas)
-        return share + self._fleet.carried(model.id, but=ready)
+        return share + self._fleet.requests_outside(model.id, replicas=ready)
 
 
-class Place:
-    """One call's place: in a queue, and then among those in flight until `leave`."""
+class AdmissionSlot:
+    """Admission of one request: waiting in the queue, then in flight until `release`."""
 
-    def __init__(self, admission: Admission, model: ServedModel, wish: Wish, light: bool) -> None:
-        self.whole = False
-        """Set: all of the answer was sent."""
+    def __init__(self, admission: Admission, model: ServedModel, hints: SchedulingHints, light: bool) -> None:
+        self.complete = False
+        """Set when the whole answer has been sent."""
         self._admission = admission
         self._model = model
         self._queue = admission.queue(model)
-        self._ticket = Ticket(wish)
+        self._ticket = Ticket(hints)
         self._light = light
         self._began = False
         self._held = False
         self._refused_at: float | None = None
-        self._again_s = AGAIN_S
+        self._backoff_s = FIRST_BACKOFF_S
 
-    async def take(self) -> float:
-        """Wait for the call's turn; the seconds that it took. Raises ApiError where it does not come: 429, 503 or 504."""
-        if self._needs_none:
+    async def acquire(self) -> float:
+        """Wait until the request may start; returns the seconds waited. Raises ApiError 429, 503 or 504 if it is refused."""
+        if self._passes_queue:
             return 0.0
         outcome, displaced = self._queue.enter(self._ticket, time.monotonic())
         if displaced is not None:
-            self._admission.tell(self._queue, displaced, Outcome.DISPLACED)
+            self._admission.notify(self._queue, displaced, Outcome.DISPLACED)
         return await self._follow(outcome)
 
-    async def take_again(self, reason: NoReplica) -> float:
-        """The same once more, within `hold_s` from the first time on; beyond it, it raises `reason`."""
+    async def reacquire(self, error: ApiError) -> float:
+        """Wait again after no replica took the request; raises `error` once `hold_s` has passed since the first time."""
         if self._held:
             self._held = False
-            self._admission.not_taken(self._queue)
+            self._admission.start_cancelled(self._queue)
         now = time.monotonic()
         if self._refused_at is None:
             self._refused_at = now
         if now - self._refused_at >= self._queue.hold_s:
-            raise reason
-        still_s, self._again_s = self._again_s, min(MOST_AGAIN_S, 2 * self._again_s)
+            raise error
+        still_s, self._backoff_s = self._backoff_s, min(MAX_BACKOFF_S, 2 * self._backoff_s)
         await asyncio.sleep(still_s)
-        if self._needs_none:
+        if self._passes_queue:
             return still_s
-        return still_s + await self._follow(self._queue.enter_again(self._ticket, time.monotonic()))
+        return still_s + await self._follow(self._queue.reenter(self._ticket, time.monotonic()))
 
-    def leave(self) -> None:
-        """The call is over."""
+    def release(self) -> None:
+        """The request has ended."""
         if self._held:
             self._held = False
-            self._admission.ended(self._queue, self._ticket, whole=self.whole)
+            self._admission.ended(self._queue, self._ticket, complete=self.complete)
 
-    def late(self) -> ApiError:
-        """What a client is told whose time is over."""
+    def deadline_error(self) -> ApiError:
+        """The error for a request whose deadline has passed."""
         if self._began:
-            self._admission.meter.refused(self._model.id, "late")
+            self._admission.metrics.refused(self._model.id, "late")
             return expired(f"The answer of {self._model.name} was not whole in time")
-        return self._admission.refusal(self._model, self._ticket.wish, Outcome.EXPIRED)
+        return self._admission.refusal(self._model, self._ticket.hints, Outcome.EXPIRED)
 
     @property
-    def _needs_none(self) -> bool:
+    def _passes_queue(self) -> bool:
         return self._light and self._queue.limit != 0
 
     async def _follow(self, outcome: Outcome) -> float:
@@ -240,21 +245,21 @@ class Place:
             outcome = await self._admission.sleep(self._queue, self._ticket)
             waited_s = time.monotonic() - began
         if outcome is not Outcome.START:
-            raise self._admission.refusal(self._model, self._ticket.wish, outcome)
+            raise self._admission.refusal(self._model, self._ticket.hints, outcome)
         self._began = self._held = True
         return waited_s
 
 
-def most_at(replica: ReplicaRecord, configured: int | None) -> int | None:
-    """Requests that one replica gets at once; None: any number."""
+def requests_per_replica(replica: ReplicaRecord, configured: int | None) -> int | None:
+    """Requests in flight at one replica at most; None: no limit."""
     if configured is not None:
         return configured
     at_once = replica.max_running
-    return at_once + max(LEAST_MARGIN, int(MARGIN * at_once)) if at_once else None
+    return at_once + max(MIN_PREFETCH, int(PREFETCH_SHARE * at_once)) if at_once else None
 
 
 def expired(what: str) -> ApiError:
-    """504 for a request whose time is over; the SDKs then do not try again by themselves."""
+    """504 for a request whose deadline has passed; `x-should-retry: false` keeps the SDKs from retrying."""
     return ApiError(
         504, f"{what}: its time is over (`timeout`).", code="deadline_exceeded", headers={"x-should-retry": "false"}
     )

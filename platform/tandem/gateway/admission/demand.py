@@ -1,4 +1,4 @@
-"""Tells the directory how many requests wait here for a replica, so that models with too few of them, or none, get more."""
+"""Demand report: numbers of waiting requests, sent to the directory for autoscaling and for starting the first replica."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from tandem.routing.records import ServedModel
 
-Tell = Callable[[dict[str, int]], Awaitable[None]]
-"""Takes how many requests wait, by deployment."""
-Waiting = Callable[[], Mapping[str, int]]
-"""Gives how many requests wait, by model id."""
+ReportDemand = Callable[[dict[str, int]], Awaitable[None]]
+"""Sends numbers of waiting requests by deployment."""
+CountWaiting = Callable[[], Mapping[str, int]]
+"""Returns numbers of waiting requests by model id."""
 
-LOOK_S = 0.1
-"""How often this gateway looks at what waits in it."""
-REPEAT_S = 1.0
-"""How often it says again what has not changed; the directory forgets it otherwise."""
+CHECK_PERIOD_S = 0.1
+"""Seconds between two looks at the queues."""
+REPORT_PERIOD_S = 1.0
+"""Seconds after which unchanged numbers are sent again; the directory expires them otherwise."""
 
 
 class DemandReport:
-    """Reports what waits for models that scale; one for each gateway, in its event loop."""
+    """Reports waiting requests of models that scale; one for each gateway, in its event loop."""
 
-    def __init__(self, models: Iterable[ServedModel], waiting: Waiting, tell: Tell) -> None:
+    def __init__(self, models: Iterable[ServedModel], waiting: CountWaiting, report_demand: ReportDemand) -> None:
         self._deployments = {model.id: model.deployment for model in models if model.config.autoscaling is not None}
         self._waiting = waiting
-        self._tell = tell
+        self._report_demand = report_demand
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; nothing happens where no model scales."""
+        """Start reporting, if any model scales."""
         if self._deployments:
             self._task = asyncio.create_task(self._report())
 
     async def stop(self) -> None:
-        """Stop reporting; the directory forgets this gateway by itself."""
+        """Stop reporting; the directory expires this gateway's numbers."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def now(self) -> dict[str, int]:
-        """What waits, by deployment."""
+    def current(self) -> dict[str, int]:
+        """Waiting requests by deployment."""
         counts = {self._deployments[key]: count for key, count in self._waiting().items() if key in self._deployments}
         return {deployment: count for deployment, count in counts.items() if count > 0}
 
     async def _report(self) -> None:
-        told: dict[str, int] = {}
-        told_at = 0.0
+        reported: dict[str, int] = {}
+        reported_at = 0.0
         while True:
-            waits = self.now()
-            due = time.monotonic() - told_at >= REPEAT_S
-            # What appears or disappears is told at once, mere numbers with the beat.
-            if waits.keys() != told.keys() or (waits and due):
-                # A directory that is being replaced does not answer; the next look finds the new one.
+            waiting = self.current()
+            due = time.monotonic() - reported_at >= REPORT_PERIOD_S
+            # New and vanished deployments are reported at once, changed numbers every REPORT_PERIOD_S.
+            if waiting.keys() != reported.keys() or (waiting and due):
+                # A directory that is being replaced does not answer; the next report reaches the new one.
                 with contextlib.suppress(Exception):
-                    await asyncio.wait_for(self._tell(waits), 5 * REPEAT_S)
-                    told, told_at = waits, time.monotonic()
-            await asyncio.sleep(LOOK_S)
+                    await asyncio.wait_for(self._report_demand(waiting), 5 * REPORT_PERIOD_S)
+                    reported, reported_at = waiting, time.monotonic()
+            await asyncio.sleep(CHECK_PERIOD_S)

@@ -1,7 +1,7 @@
-"""How fast a model's answers end at one gateway, and how long they take. Pure.
+"""Throughput estimator: completion rate and answer times of a model at one gateway. Pure.
 
-The rate is measured while requests wait: only then does it say what is possible. How long answers take is kept by their
-kind, as the time that nine of ten need at most: a request that is started with less left keeps an engine busy for nothing.
+The rate is measured only while requests wait, since only then it is the capacity. Answer times are the 90th percentile for each
+kind of request: one that starts with less time left would keep an engine busy for nothing.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 
 MEMORY_S = 10.0
-"""Time of waiting after which what was measured before counts for a third."""
-LEAST_SEEN = 4
-"""Ends that a rate is made of, at least."""
+"""Seconds of queueing after which older measurements count 1/e."""
+MIN_SAMPLES = 4
+"""Completions needed for a rate."""
 RISE, FALL = 1.18, 0.98
-"""Steps by which the time of a kind follows what is seen: it rests where one of about ten takes longer."""
+"""Factors by which the answer time of a kind follows observations: in balance where one of about ten takes longer."""
 
 
-class Pace:
-    """What was seen of the answers of one model."""
+class ThroughputEstimator:
+    """Estimates for one model."""
 
     def __init__(self) -> None:
         self._takes_s: dict[int, float] = {}
@@ -28,36 +28,36 @@ class Pace:
 
     @property
     def rate(self) -> float | None:
-        """Requests that end in a second when as many are in flight as may be; None: not known."""
-        return self._ended / self._seconds if self._seen >= LEAST_SEEN and self._seconds > 0.0 else None
+        """Requests that end per second at the limit of requests in flight; None: not known."""
+        return self._ended / self._seconds if self._seen >= MIN_SAMPLES and self._seconds > 0.0 else None
 
-    def takes_s(self, kind: int) -> float:
-        """Seconds that nine of ten answers of a kind take at most; 0: not known."""
+    def answer_time_s(self, kind: int) -> float:
+        """90th percentile of the answer time of a kind, in seconds; 0: not known."""
         return self._takes_s.get(kind, 0.0)
 
     def scale(self, factor: float) -> None:
-        """There is so much more room for requests than before."""
+        """The limit of requests in flight has changed by this factor."""
         self._ended *= factor
 
-    def somebody_waits(self, now: float) -> None:
-        """From the first that waits on, time counts."""
+    def waiting_began(self, now: float) -> None:
+        """The queue is no longer empty: time counts for the rate."""
         if self._since is None:
             self._since = now
 
-    def nobody_waits(self) -> None:
-        """The last has started or is gone."""
+    def waiting_ended(self) -> None:
+        """The queue is empty."""
         self._since = None
 
-    def ended(self, now: float, kind: int, took_s: float, *, whole: bool) -> None:
-        """A request is over. Of one that has no whole answer it is only known that it would have taken longer."""
+    def ended(self, now: float, kind: int, took_s: float, *, complete: bool) -> None:
+        """A request has ended. Of an incomplete answer it is known only that it would have taken longer."""
         known = self._takes_s.get(kind)
         if known is None:
             self._takes_s[kind] = took_s
-        elif not whole and took_s > known / RISE:
+        elif not complete and took_s > known / RISE:
             self._takes_s[kind] = known * RISE
         elif took_s > known:
             self._takes_s[kind] = min(took_s, known * RISE)
-        elif whole:
+        elif complete:
             self._takes_s[kind] = known * FALL
         if self._since is not None:
             passed = now - self._since

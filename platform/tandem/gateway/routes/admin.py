@@ -1,6 +1,6 @@
-"""The operator's routes: register, list, promote, roll back, pin and delete adapters, and see where each is resident.
+"""Admin routes: register, list, promote, roll back, pin and delete adapters; adapters resident at each replica.
 
-Closed unless the app was started with a token of its own for them (TANDEM_ADMIN_TOKEN); clients' keys open nothing here.
+Closed unless the app was started with TANDEM_ADMIN_TOKEN; clients' API keys are not accepted here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tandem.errors import (
 )
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.fleet import Fleet
-from tandem.gateway.routes.openai import number, parse_body, read_body
+from tandem.gateway.routes.openai import int_parameter, parse_body, read_body
 from tandem.ids import fingerprint
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
@@ -39,17 +39,17 @@ KEYS = {"name": str, "source": str, "base": str, "promote": bool}
 
 
 class AdminRoutes:
-    """The route handlers, around what they need."""
+    """The route handlers."""
 
     def __init__(self, adapters: Adapters, fleet: Fleet, token: str | None, retry_after_s: int = 5) -> None:
-        """`token`: the fingerprint of the operator's token; None closes the routes."""
+        """`token`: fingerprint of the admin token; None closes the routes."""
         self._retry_after_s = retry_after_s
         self._adapters = adapters
         self._fleet = fleet
         self._token = token
 
     def routes(self) -> list[BaseRoute]:
-        """What Starlette mounts."""
+        """The routes for Starlette."""
         one = "/admin/adapters/{name}"
         return [
             Route("/admin/adapters", self._guarded(self.list_adapters), methods=["GET"]),
@@ -65,13 +65,13 @@ class AdminRoutes:
 
     async def list_adapters(self, request: Request) -> Response:
         """Adapters by name, the promoted version of each or (`all=true`) all; `limit` of them after `after`."""
-        limit = number(request, "limit", 100, PAGE)
+        limit = int_parameter(request, "limit", 100, PAGE)
         every = request.query_params.get("all") == "true"
         found = await self._do(self._adapters.list, every, after=request.query_params.get("after"), limit=limit + 1)
         shown = found[:limit]
         last = (shown[-1].id if every else shown[-1].name) if len(found) > limit else None
         marks = await self._do(self._adapters.marks, shown)
-        data = [wire(record) | marks[record.id] for record in shown]
+        data = [to_json(record) | marks[record.id] for record in shown]
         return JSONResponse({"object": "list", "data": data, "has_more": last is not None, "last_id": last})
 
     async def register(self, request: Request) -> Response:
@@ -86,7 +86,7 @@ class AdminRoutes:
             if not body.get(key):
                 raise ApiError(400, f"`{key}` is missing: what the adapter is called, and where it is.", param=key)
         name, source = body.pop("name"), body.pop("source")
-        return JSONResponse(wire(await self._do(self._adapters.register, name, source, **body)), status_code=201)
+        return JSONResponse(to_json(await self._do(self._adapters.register, name, source, **body)), status_code=201)
 
     async def show(self, request: Request) -> Response:
         """One adapter, the history of its name, and the replicas that hold it."""
@@ -94,39 +94,39 @@ class AdminRoutes:
         history = await self._do(self._adapters.promotions, record.name)
         promotions = [{"id": p.id, "at": p.at.isoformat(), "taken_back": p.taken_back} for p in history]
         held = [entry["replica"] for entry in self._replicas() if record.id in entry["in_memory"]]
-        return JSONResponse(wire(record) | {"promotions": promotions, "replicas": held})
+        return JSONResponse(to_json(record) | {"promotions": promotions, "replicas": held})
 
     async def promote(self, request: Request) -> Response:
-        """Make a version (`name@version` in the path) what its name means."""
-        return JSONResponse(wire(await self._do(self._adapters.promote, request.path_params["name"])))
+        """Make a version (`name@version` in the path) the one that its name resolves to."""
+        return JSONResponse(to_json(await self._do(self._adapters.promote, request.path_params["name"])))
 
     async def roll_back(self, request: Request) -> Response:
-        """Make a name mean what was promoted before."""
-        return JSONResponse(wire(await self._do(self._adapters.roll_back, request.path_params["name"])))
+        """Resolve a name to the version promoted before."""
+        return JSONResponse(to_json(await self._do(self._adapters.roll_back, request.path_params["name"])))
 
     async def pin(self, request: Request) -> Response:
         """Keep an adapter loaded on every replica of its base."""
-        return JSONResponse(wire(await self._do(self._adapters.pin, request.path_params["name"])) | {"pinned": True})
+        return JSONResponse(to_json(await self._do(self._adapters.pin, request.path_params["name"])) | {"pinned": True})
 
     async def unpin(self, request: Request) -> Response:
-        """Undo that."""
+        """Undo `pin`."""
         name = request.path_params["name"]
         return JSONResponse({"id": name, "pinned": False, "was_pinned": await self._do(self._adapters.unpin, name)})
 
     async def delete(self, request: Request) -> Response:
-        """Forget a version, or all of a name."""
+        """Delete a version, or all versions of a name."""
         gone = await self._do(self._adapters.delete, request.path_params["name"])
         return JSONResponse({"deleted": [record.id for record in gone]})
 
     async def residency(self, request: Request) -> Response:
-        """Each replica with the adapters in its slots and in its memory, and the pinned ones that it cannot keep."""
+        """Each replica with the adapters in its slots and its memory, and the pinned ones that it could not load."""
         return JSONResponse({"object": "list", "data": self._replicas()})
 
     def _replicas(self) -> list[dict[str, Any]]:
         return [
             {
                 "replica": replica.id,
-                "base": replica.base,
+                "base": replica.pool,
                 "state": replica.state,
                 "in_slots": list(replica.slots),
                 "in_memory": list(replica.adapters),
@@ -137,7 +137,7 @@ class AdminRoutes:
         ]
 
     async def _do(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Work that waits for a disk or a store, in a thread; its errors as answers."""
+        """Blocking work in a thread; its errors as ApiErrors."""
         try:
             return await asyncio.to_thread(work, *args, **options)
         except UnknownModelError as error:
@@ -170,7 +170,7 @@ class AdminRoutes:
         return guarded
 
 
-def wire(record: ModelRecord) -> dict[str, Any]:
+def to_json(record: ModelRecord) -> dict[str, Any]:
     """An adapter as JSON."""
     return {
         "id": record.id,

@@ -1,4 +1,4 @@
-"""What clients ask: the models there are, every route of an engine (serve.routes), and whether all of it is up."""
+"""Routes for clients: list of models, every route of an engine (`engine.routes`), health."""
 
 from __future__ import annotations
 
@@ -13,136 +13,139 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tandem.api.unknown_fields import describe, unknown_fields
-from tandem.config.serving.app import GatewayConfig, ServedModelConfig
-from tandem.engine.vllm.parsers import without_tools
+from tandem.config.serving.app import GatewayConfig
+from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
+from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import Stopwatch
-from tandem.gateway.prefill import prefilled
-from tandem.gateway.reading import read_ask, take_wish
-from tandem.gateway.relay import Forwarded
-from tandem.gateway.routes import stored
-from tandem.gateway.upstream import Call, Proxy
-from tandem.routing.records import ServedModel
-from tandem.serve.routes import ENGINE_ROUTES, EngineRoute
+from tandem.gateway.prefill import with_prefill
+from tandem.gateway.relay import Relay, RelayedResponse
+from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
+from tandem.gateway.routes import responses
+from tandem.gateway.upstream import EngineRequest
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
-"""Request headers that an engine gets; a client's own key is not among them."""
+"""Request headers passed to the engine; a client's API key is not among them."""
 STRICT_HEADER = "x-tandem-strict"
 """`true`: unknown fields of this request are an error, whatever `gateway.strict` says."""
 WARNING_HEADER = "x-tandem-warning"
-"""Header of an answer: what was wrong with its request and did not matter."""
+"""Response header that names unknown fields of the request."""
 
 
 class OpenAIRoutes:
-    """The route handlers, around what they need."""
+    """The route handlers."""
 
-    def __init__(self, catalog: Catalog, fleet: Fleet, proxy: Proxy, config: GatewayConfig) -> None:
+    def __init__(self, catalog: Catalog, fleet: Fleet, relay: Relay, config: GatewayConfig) -> None:
         self._catalog = catalog
         self._fleet = fleet
-        self._proxy = proxy
+        self._relay = relay
         self._config = config
 
     def routes(self) -> list[BaseRoute]:
-        """What Starlette mounts."""
+        """The routes for Starlette."""
         return [
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.get_model),
             *(Route(route.path, self._handler(route), methods=["POST"]) for route in ENGINE_ROUTES),
-            *stored.routes(),
+            *responses.routes(),
             Route("/health", self.health),
         ]
 
     async def list_models(self, request: Request) -> Response:
-        """What `model` may name: at most `limit` adapters (1 to 1000), by name, after the one that `after` names."""
-        limit = number(request, "limit", PAGE, PAGE)
+        """The models, and at most `limit` adapters (1 to 1000) by name, after the name `after`."""
+        limit = int_parameter(request, "limit", PAGE, PAGE)
         page = await self._catalog.page(request.query_params.get("after"), limit)
-        data = [card.wire() for card in page.cards]
+        data = [card.to_json() for card in page.cards]
         return JSONResponse({"object": "list", "data": data, "has_more": page.next is not None, "last_id": page.next})
 
     async def get_model(self, request: Request) -> Response:
         """One model, by name or id."""
-        return JSONResponse((await self._catalog.card(request.path_params["name"])).wire())
+        return JSONResponse((await self._catalog.card(request.path_params["name"])).to_json())
 
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
         dialect = dialect_of(route.path)
 
         async def handle(request: Request) -> Response:
-            """Find out who answers, and hand the bytes on."""
+            """Resolve the model, check the request and relay it."""
             raw = await read_body(request, self._config.max_body_bytes)
-            watch, arrived = Stopwatch(), time.monotonic()
+            stopwatch, arrived = Stopwatch(), time.monotonic()
             body = parse_body(raw)
             name = body.get("model")
             if not isinstance(name, str) or not name:
                 found = "missing or empty" if not name else f"of type {type(name).__name__}"
                 raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
-            said = self._check_fields(route.path, body, request)
-            target = await self._catalog.resolve(name)
-            check_task(name, route, self._fleet.tasks(target.base.id))
-            check_tools(name, body, target.base)
-            check_prompt_logprobs(name, body, target.base.config)
-            if route.path == stored.PATH:
-                stored.check(body)
-            by_priority = target.base.config.engine_args.get("scheduling_policy") == "priority"
-            wish = take_wish(body, request.headers, arrived, pass_on=by_priority)
-            body["model"] = target.engine_name
-            drop_transfers(body)
-            if body.get("encoding_format", "") is None:
-                # So litellm says that it has no wish; vLLM wants to hear nothing then.
-                del body["encoding_format"]
+            warnings = self._check_fields(route.path, body, request)
+            model = await self._catalog.resolve(name)
+            engine, config = model.engine, model.base.config
+            check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
+            try:
+                engine.requests.check(name, body, config, model.base.supports_tools)
+            except UnsupportedRequestError as error:
+                raise ApiError(400, str(error), code="unsupported_parameter", param=error.param) from None
+            if route.path == responses.PATH:
+                responses.check(body)
+            keep_priority = engine.requests.keeps_priority(config.engine_args)
+            hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=keep_priority)
+            body["model"] = model.engine_name
+            drop_kv_transfer(body)
+            engine.requests.adapt(body)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
-            call = Call(
+            engine_request = EngineRequest(
                 path=route.path,
                 body=to_json(body),
-                target=target,
+                model=model,
                 headers=headers,
                 dialect=dialect,
-                ask=read_ask(target, body, request.headers),
-                wish=wish,
+                routing=read_routing_request(model, body, request.headers),
+                hints=hints,
                 light=route.light,
-                watch=watch,
-                said=said,
+                stopwatch=stopwatch,
+                warnings=warnings,
             )
-            prefills = target.base.config.prefill is not None
-            return Forwarded(self._proxy, call, functools.partial(prefilled, self._proxy, body) if prefills else None)
+            prepare = functools.partial(with_prefill, self._relay, body) if config.prefill else None
+            return RelayedResponse(self._relay, engine_request, prepare)
 
         return handle
 
     def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
-        """A warning header for fields that no request to `path` has; where that is strict, ApiError 400 instead."""
+        """A warning header for unknown fields of a request to `path`; in strict mode ApiError 400 instead."""
         unknown = unknown_fields(path, body)
         if not unknown:
             return {}
-        said = describe(path, unknown)
+        warnings = describe(path, unknown)
         if self._config.strict or request.headers.get(STRICT_HEADER, "").lower() in ("1", "true"):
-            raise ApiError(400, f"The request has an {said}.", code="unknown_field", param=unknown[0])
-        return {WARNING_HEADER: said}
+            raise ApiError(400, f"The request has an {warnings}.", code="unknown_field", param=unknown[0])
+        return {WARNING_HEADER: warnings}
 
     async def health(self, request: Request) -> Response:
-        """200 once every model has a ready replica, or may be without; 503 with the counts before."""
+        """200 if every model has a ready replica or may scale to zero, otherwise 503; with the numbers of ready replicas."""
         ready = {model.name: len(self._fleet.ready(model.id, suspects=True)) for model in self._catalog.models}
-        whole = all(ready[model.name] or model.sleeps for model in self._catalog.models)
+        whole = all(ready[model.name] or model.scales_to_zero for model in self._catalog.models)
         headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
         status = {"status": "ok" if whole else "unavailable", "ready_replicas": ready}
         return JSONResponse(status, status_code=200 if whole else 503, headers=headers)
 
 
-def check_task(name: str, route: EngineRoute, tasks: tuple[str, ...]) -> None:
-    """ApiError 400 if a model's engines, which do `tasks`, lack a route; one that has not said what it does is asked."""
-    if route.task and tasks and route.task not in tasks:
-        offered = ", ".join(r.path for r in ENGINE_ROUTES if r.task is None or r.task in tasks)
+def check_route(name: str, route: EngineRoute, engine: EngineDescriptor, tasks: tuple[str, ...]) -> None:
+    """ApiError 400 if an engine lacks a route, or its replicas a task; `tasks` is empty until a replica has reported."""
+
+    def has(each: EngineRoute) -> bool:
+        return each in engine.routes and (each.task is None or not tasks or each.task in tasks)
+
+    if not has(route):
         raise ApiError(
             400,
             f"The model {name!r} has no {route.path}: that takes a model served to {route.task}, and this one is served to "
-            f"{', '.join(tasks)}. It has {offered}.",
+            f"{', '.join(tasks or engine.tasks)}. It has {', '.join(each.path for each in engine.routes if has(each))}.",
             code="unsupported_route",
             param="model",
         )
 
 
-def number(request: Request, name: str, default: int, most: int) -> int:
+def int_parameter(request: Request, name: str, default: int, most: int) -> int:
     """A count in the query string, from 1 to `most`; ApiError 400 for anything else."""
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
@@ -150,43 +153,16 @@ def number(request: Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-def drop_transfers(body: dict[str, Any]) -> None:
-    """Take out what says from which host an engine fetches a cache: the gateway's to say, never a client's."""
+def drop_kv_transfer(body: dict[str, Any]) -> None:
+    """Remove fields that name a host from which an engine fetches a KV cache: only the gateway may set them."""
     inner = body.get("vllm_xargs")
     for holder in (body, inner if isinstance(inner, dict) else {}):
         for key in ("kv_transfer_params", "ec_transfer_params"):
             holder.pop(key, None)
 
 
-def check_tools(name: str, body: dict[str, Any], model: ServedModel) -> None:
-    """ApiError 400 for tools at a model that takes none: some of vLLM's routes would leave them out without a word."""
-    choice = body.get("tool_choice")
-    none = choice == "none" or (isinstance(choice, dict) and choice.get("type") == "none")
-    if body.get("tools") and not none and not model.tools:
-        raise ApiError(400, without_tools(name), code="unsupported_parameter", param="tools")
-
-
-def check_prompt_logprobs(name: str, body: dict[str, Any], config: ServedModelConfig) -> None:
-    """ApiError 400 for a request that would end the engine.
-
-    On a CPU, with adapters on, vLLM 0.29 multiplies the adapters of the tokens to be sampled with the rows of the whole prompt;
-    where more than one request runs, these are not of one size, and the engine's process dies.
-    """
-    # 0 asks for the logprob of each token itself, so it is not the same as false.
-    told = any(body.get(key) is not None and body.get(key) is not False for key in ("logprobs", "top_logprobs"))
-    asked = body.get("prompt_logprobs") is not None or (body.get("echo") and told)
-    if asked and config.max_adapters and not config.gpus_per_replica:
-        raise ApiError(
-            400,
-            f"The model {name!r} is served on CPUs with adapters, where vLLM has no logprobs of a prompt (`prompt_logprobs`, or "
-            "`echo` with `logprobs`). Serve it with max_adapters: 0, or on a GPU.",
-            code="unsupported_parameter",
-            param="prompt_logprobs" if "prompt_logprobs" in body else "echo",
-        )
-
-
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; ApiError 413 as soon as it is known to be larger than `limit` bytes, 415 if it is compressed."""
+    """The request's body; ApiError 413 as soon as it exceeds `limit` bytes, 415 if it is compressed."""
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         raise ApiError(

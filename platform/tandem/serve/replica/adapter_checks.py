@@ -1,4 +1,4 @@
-"""Brings an adapter's files to a replica's node and checks them, before its engine hears of them."""
+"""Download and checks of an adapter's files on a replica's node, before its engine loads them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tandem.storage import is_remote
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterChecks:
-    """What a replica asks of an adapter; called in threads."""
+class AdapterChecker:
+    """Checks of adapters for one base model; called in threads."""
 
     base: Path | None
-    """The folder of the model that is served."""
+    """Folder of the served model."""
     max_rank: int
 
     def __call__(self, adapter: AdapterRef) -> AdapterRef:
-        """The adapter at a path on this node.
+        """The adapter, with a path on this node.
 
         Raises AdapterError with the reason if it cannot be served, StorageError if its store does not answer.
         """
@@ -46,7 +46,7 @@ class AdapterChecks:
 
 
 def _marks(folder: Path) -> tuple[tuple[int, int], ...]:
-    """What changes when a file does: its size and time."""
+    """Size and modification time of each file."""
     found = [(folder / name).stat() for name in FILES]
     return tuple((stat.st_size, stat.st_mtime_ns) for stat in found)
 

@@ -1,6 +1,6 @@
-"""The adapters of one engine: loaded when first asked for or when pinned, the longest unused one going when memory runs out.
+"""Adapter slots of one engine: adapters are loaded on first use or when pinned, the least recently used are evicted.
 
-Lives in the engine's event loop; what is decided is decided by `Residency`.
+Used in the engine's event loop; `Residency` makes the decisions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tandem.engine.protocol import AdapterRef, Engine
 from tandem.errors import AdapterError, EngineError, TandemError
 from tandem.serve.replica.residency import Residency, Waiter
 
-REFUSED_S = 10.0
-"""How long an adapter that the engine refused is refused without asking again: asking stops every stream for a moment."""
+REFUSAL_TTL_S = 10.0
+"""Seconds for which a refused adapter is refused without trying again: a load pauses every stream for a moment."""
 
 
 class SlotsBusyError(EngineError):
@@ -24,7 +24,7 @@ class SlotsBusyError(EngineError):
 
 
 class AdapterSlots:
-    """The adapters of one engine; one in use is never unloaded."""
+    """The adapters of one engine. An adapter in use is never unloaded."""
 
     def __init__(
         self,
@@ -40,31 +40,31 @@ class AdapterSlots:
         `prepare` brings an adapter's files here and checks them, in a thread; it raises AdapterError or StorageError.
         """
         self._engine = engine
-        self._books = Residency(capacity, max(capacity, cached or capacity))
+        self._residency = Residency(capacity, max(capacity, cached or capacity))
         self._on_change = on_change
         self._prepare = prepare
-        self._turns: dict[Waiter, asyncio.Future[None]] = {}
+        self._admissions: dict[Waiter, asyncio.Future[None]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._turn = asyncio.Lock()
+        self._engine_lock = asyncio.Lock()
         self._refused: dict[str, tuple[float, str]] = {}
-        self._keeping: asyncio.Task[None] | None = None
+        self._pinning_task: asyncio.Task[None] | None = None
         # Replaced whole, as other threads read them.
         self.in_slots: tuple[str, ...] = ()
-        """Ids of those that a batch can use without a copy."""
+        """Ids of the adapters in slots, which a batch can use without a copy."""
         self.loads = 0
-        """How often an adapter was loaded."""
+        """Adapter loads since the start."""
         self.problems: dict[str, str] = {}
-        """Pinned adapters that are not kept, and why."""
+        """Pinned adapters that are not loaded, with the reason."""
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Ids of those in the engine's memory, the longest unused first."""
-        return tuple(self._books.loaded)
+        """Ids of the adapters in the engine's memory, least recently used first."""
+        return tuple(self._residency.loaded)
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
-        return len(self._books.waiting)
+        return len(self._residency.waiting)
 
     @contextlib.asynccontextmanager
     async def hold(self, adapter: AdapterRef, wait_s: float = 30.0) -> AsyncIterator[None]:
@@ -73,7 +73,7 @@ class AdapterSlots:
         Many requests for one adapter load it once. Raises SlotsBusyError if no slot is free within `wait_s`, AdapterError if
         its files cannot be served, and EngineError if the engine is dead.
         """
-        if not self._books.slots:
+        if not self._residency.slots:
             raise EngineError(f"This replica takes no adapters, so {adapter.id} cannot be loaded. Raise max_adapters.")
         entered = False
         try:
@@ -81,14 +81,14 @@ class AdapterSlots:
                 await self._enter(adapter.id)
                 entered = True
                 try:
-                    while adapter.id not in self._books.loaded:
+                    while adapter.id not in self._residency.loaded:
                         await self._load(adapter)
                 except BaseException:
                     self._leave(adapter.id)
                     raise
                 waiting.reschedule(None)
         except TimeoutError as error:
-            busy = f"All {self._books.slots} adapter slots are in use, and none came free"
+            busy = f"All {self._residency.slots} adapter slots are in use, and none came free"
             raise SlotsBusyError(
                 f"{f'{adapter.id} was not loaded' if entered else busy} within {wait_s:.0f} s."
             ) from error
@@ -104,26 +104,26 @@ class AdapterSlots:
 
     async def unload(self, adapter_id: str) -> bool:
         """Unload if it is here; False if a request is using it."""
-        async with self._turn:
-            if self._books.users[adapter_id]:
+        async with self._engine_lock:
+            if self._residency.users[adapter_id]:
                 return False
-            if adapter_id in self._books.loaded:
-                await self._send_away(adapter_id)
+            if adapter_id in self._residency.loaded:
+                await self._evict(adapter_id)
                 self._on_change()
             return True
 
-    def keep(self, adapters: Iterable[AdapterRef]) -> None:
-        """Load these when there is room, and never send them away; those kept before are kept no more."""
-        wanted = {adapter.id: adapter for adapter in adapters}
-        left_out = self._books.pin(wanted)
-        room = max(0, self._books.cached - 1)
+    def set_pinned(self, adapters: Iterable[AdapterRef]) -> None:
+        """Replace the pinned adapters: load these as memory allows, and never evict them."""
+        pinned = {adapter.id: adapter for adapter in adapters}
+        excess = self._residency.pin(pinned)
+        capacity_for_pins = max(0, self._residency.cached - 1)
         self.problems = dict.fromkeys(
-            left_out, f"More is pinned than there is room for: {len(wanted)}, and {room} can be kept."
+            excess, f"More is pinned than there is room for: {len(pinned)}, and {capacity_for_pins} can be kept."
         )
-        if self._keeping is not None:
-            self._keeping.cancel()
-        self._keeping = asyncio.create_task(self._load_each([wanted[each] for each in self._books.pinned]))
-        self._let_in()
+        if self._pinning_task is not None:
+            self._pinning_task.cancel()
+        self._pinning_task = asyncio.create_task(self._load_each([pinned[each] for each in self._residency.pinned]))
+        self._admit_waiting()
 
     async def _load_each(self, adapters: Iterable[AdapterRef]) -> None:
         for adapter in adapters:
@@ -134,37 +134,37 @@ class AdapterSlots:
                 self._on_change()
 
     async def _enter(self, adapter_id: str) -> None:
-        waiter = self._books.arrive(adapter_id)
+        waiter = self._residency.arrive(adapter_id)
         if waiter is None:
             return
-        turn = self._turns[waiter] = asyncio.get_running_loop().create_future()
+        admission = self._admissions[waiter] = asyncio.get_running_loop().create_future()
         try:
-            await turn
+            await admission
         except BaseException:
-            # Let in at the very moment that the client left: the place goes to the next.
-            if turn.done() and not turn.cancelled():
+            # Admitted at the moment of the cancellation: the slot goes to the next request.
+            if admission.done() and not admission.cancelled():
                 self._leave(adapter_id)
             raise
         finally:
-            self._turns.pop(waiter, None)
-            self._books.give_up(waiter)
-            self._let_in()
+            self._admissions.pop(waiter, None)
+            self._residency.stop_waiting(waiter)
+            self._admit_waiting()
 
     def _leave(self, adapter_id: str) -> None:
-        self._books.leave(adapter_id)
-        self.in_slots = self._books.in_slots
-        self._let_in()
+        self._residency.leave(adapter_id)
+        self.in_slots = self._residency.in_slots
+        self._admit_waiting()
 
-    def _let_in(self) -> None:
-        for waiter in self._books.admit():
+    def _admit_waiting(self) -> None:
+        for waiter in self._residency.admit():
             self._wake(waiter)
 
     def _wake(self, waiter: Waiter) -> None:
-        turn = self._turns.get(waiter)
-        if turn is None or turn.done():
+        admission = self._admissions.get(waiter)
+        if admission is None or admission.done():
             self._leave(waiter.adapter)
         else:
-            turn.set_result(None)
+            admission.set_result(None)
 
     async def _load(self, adapter: AdapterRef) -> None:
         until, reason = self._refused.get(adapter.id, (0.0, ""))
@@ -174,21 +174,21 @@ class AdapterSlots:
         if task is None:
             task = self._loading[adapter.id] = asyncio.create_task(self._make_resident(adapter))
             task.add_done_callback(functools.partial(self._loaded, adapter.id))
-        # Shielded: a client that leaves must not cancel the load that others wait for.
+        # Shielded: a client that disconnects must not cancel the load that others wait for.
         await asyncio.shield(task)
 
     def _loaded(self, adapter_id: str, task: asyncio.Task[None]) -> None:
         self._loading.pop(adapter_id, None)
         if not task.cancelled():
-            task.exception()  # seen here, so that a load nobody waits for any more does not complain at exit
+            task.exception()  # retrieved: asyncio reports exceptions of abandoned tasks otherwise
 
     async def _make_resident(self, adapter: AdapterRef) -> None:
         ready = await asyncio.to_thread(self._prepare, adapter)
-        async with self._turn:
-            if (victim := self._books.victim()) is not None:
-                await self._send_away(victim)
-            elif self._books.full:
-                # Everybody who waited for this load has left, and others came.
+        async with self._engine_lock:
+            if (victim := self._residency.eviction_candidate()) is not None:
+                await self._evict(victim)
+            elif self._residency.full:
+                # All requests that waited for this load have gone, and others have taken the memory.
                 raise SlotsBusyError(
                     f"All of the engine's memory for adapters is in use, so {adapter.id} cannot be loaded."
                 )
@@ -199,18 +199,18 @@ class AdapterSlots:
                     raise
                 self._refuse(adapter.id, str(error))
                 raise AdapterError(str(error)) from error
-            self._books.came(adapter.id)
+            self._residency.add(adapter.id)
             self.loads += 1
-            self.in_slots = self._books.in_slots
+            self.in_slots = self._residency.in_slots
             self.problems = {key: why for key, why in self.problems.items() if key != adapter.id}
             self._on_change()
 
-    async def _send_away(self, adapter_id: str) -> None:
-        self._books.went(adapter_id)
-        self.in_slots = self._books.in_slots
+    async def _evict(self, adapter_id: str) -> None:
+        self._residency.discard(adapter_id)
+        self.in_slots = self._residency.in_slots
         await self._engine.unload_adapter(adapter_id)
 
     def _refuse(self, adapter_id: str, reason: str) -> None:
         now = time.monotonic()
-        self._refused = {key: held for key, held in self._refused.items() if held[0] > now}
-        self._refused[adapter_id] = (now + REFUSED_S, reason)
+        self._refused = {key: refusal for key, refusal in self._refused.items() if refusal[0] > now}
+        self._refused[adapter_id] = (now + REFUSAL_TTL_S, reason)

@@ -1,6 +1,6 @@
-"""One engine replica: a Serve deployment whose engine speaks HTTP on a port of its own.
+"""Engine replica: a Serve deployment whose engine serves HTTP on a port of its own.
 
-Serve starts it, checks it and replaces it; no request passes through Serve's handles.
+Serve starts, checks and replaces it; requests do not pass through Serve's handles.
 """
 
 from __future__ import annotations
@@ -18,38 +18,37 @@ from ray import serve
 from tandem.cluster.local import free_ports
 from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
+from tandem.engine.engines import find_engine
 from tandem.errors import EngineError, RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, ServedModel, State
 from tandem.serve.directory import HEARTBEAT_S
-from tandem.serve.disaggregate import environment
+from tandem.serve.engine_spec import engine_spec
 from tandem.serve.listen import internal_port_on_node
-from tandem.serve.pins import Pins
-from tandem.serve.placement import check_nodes, place
-from tandem.serve.replica.adapter_checks import AdapterChecks
+from tandem.serve.pinned_adapters import PinnedAdapters
+from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.host import EngineHost
 from tandem.serve.replica.logs import serve_log_kept
-from tandem.serve.replica.progress import Progress
 from tandem.serve.replica.sigterm import drain_on_sigterm
-from tandem.serve.replica.startup import Startup
-from tandem.serve.spec import engine_spec
+from tandem.serve.replica.stall import StallDetector
+from tandem.serve.replica.startup import StartupTimer
 from tandem.settings import export
 
 STOP_S = 15.0
-"""How long an engine may take to end once it is idle."""
-LINGER_S = 0.5
-"""How long a replica that is to end takes what gateways send before they have heard of it."""
+"""Seconds that an idle engine may take to stop."""
+GRACE_BEFORE_DRAIN_S = 0.5
+"""Seconds in which a stopping replica still takes requests of gateways that do not know it yet."""
 
 
 class EngineReplica:
-    """Holds one engine. `directory` is the handle of the app's directory."""
+    """One engine. `directory`: handle of the app's directory."""
 
     # Serve awaits an asynchronous constructor.
     async def __init__(  # type: ignore[misc]
         self, model: ServedModel, directory: Any, registry: RegistryAddress | None = None, drain_timeout_s: float = 30.0
     ) -> None:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
-        self._started_at, startup = time.time(), Startup()
+        self._started_at, startup = time.time(), StartupTimer()
         startup.done("process")
         self._model = model
         self._directory = directory
@@ -58,7 +57,7 @@ class EngineReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._changed = asyncio.Event()
-        self._progress = Progress(model.config.stuck_after_s)
+        self._stall = StallDetector(model.config.stuck_after_s)
         self._reaper = Reaper.of_children()
         drain_on_sigterm()
         internal_port_on_node()
@@ -68,7 +67,7 @@ class EngineReplica:
         if registry is not None:
             await asyncio.to_thread(check_registry, registry, host)
         if model.config.prefill is not None:
-            export(environment(host, free_ports(1)[0]), override=True)
+            export(find_engine(model.config.engine).kv_transfer.environment(host, free_ports(1)[0]), override=True)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
             engine = await asyncio.to_thread(create_engine, engine_spec(model))
@@ -77,42 +76,44 @@ class EngineReplica:
                 engine,
                 max_adapters=model.config.max_adapters,
                 max_cached=model.config.cached_adapters,
-                prepare=AdapterChecks(Path(model.path) if model.path else None, model.config.max_lora_rank),
+                prepare=AdapterChecker(Path(model.path) if model.path else None, model.config.max_lora_rank),
                 host=host,
                 on_change=lambda: _set(loop, self._changed),
             )
             await self._host.start()
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
-        self._pins = Pins(model.id, lambda: Registry.at(registry)) if registry and model.config.max_adapters else None
-        # An old replica ends when Serve knows of this one: gateways must know of it by then.
+        self._pins = (
+            PinnedAdapters(model.id, lambda: Registry.at(registry)) if registry and model.config.max_adapters else None
+        )
+        # Serve stops an old replica when this constructor returns: gateways must know this one by then.
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._tell(), 2.0)
-        self._beats = asyncio.create_task(self._beat())
-        # Not with the beats: a registry that hangs must not make the replica silent.
+            await asyncio.wait_for(self._send_heartbeat(), 2.0)
+        self._heartbeats = asyncio.create_task(self._send_heartbeats())
+        # A task of its own: a registry that hangs must not stop the heartbeats.
         self._pinning = asyncio.create_task(self._follow_pins())
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
-        if self._beats.done():
-            raise EngineError(f"This replica of {self._model.id} tells the directory nothing any more.")
+        if self._heartbeats.done():
+            raise EngineError(f"This replica of {self._model.id} sends no heartbeats any more.")
         if not self._host.alive:
             self._changed.set()
             raise EngineError(f"The engine of {self._model.id} has died.")
-        if self._stuck():
+        if self._is_stuck():
             self._changed.set()
-            idle_s = self._progress.idle_s(time.monotonic())
+            idle_s = self._stall.idle_s(time.monotonic())
             raise EngineError(
                 f"The engine of {self._model.id} has work and has ended no step for {idle_s:.0f} s (stuck_after_s is "
                 f"{self._model.config.stuck_after_s:g})."
             )
 
-    def _stuck(self) -> bool:
-        self._progress.see(self._host.stats(), time.monotonic())
-        return self._progress.stuck(time.monotonic())
+    def _is_stuck(self) -> bool:
+        self._stall.observe(self._host.stats(), time.monotonic())
+        return self._stall.is_stuck(time.monotonic())
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve where the model scales; what `autoscale.EnginePolicy` reads."""
+        """Called by Serve for autoscaled models; read by `autoscale.EnginePolicy`."""
         stats = self._host.stats()
         return {
             "waiting": stats.waiting + self._host.waiting,
@@ -124,18 +125,18 @@ class EngineReplica:
         }
 
     def woken(self) -> None:
-        """Called when a request found no replica; that this can be answered is the answer."""
+        """Called by the directory when requests wait and no replica is ready; returns once a replica runs."""
 
     def record(self) -> ReplicaRecord:
-        """What the directory is told."""
+        """The record for the directory."""
         stats = self._host.stats()
         return ReplicaRecord(
             id=self._id,
-            base=self._model.pool,
+            pool=self._model.pool,
             deployment=self._model.deployment,
             url=self._host.url,
             token=self._host.token,
-            state="dead" if not self._host.alive else "stuck" if self._stuck() else self._state,
+            state="dead" if not self._host.alive else "stuck" if self._is_stuck() else self._state,
             running=stats.running,
             waiting=stats.waiting + self._host.waiting,
             max_running=stats.max_running,
@@ -150,43 +151,43 @@ class EngineReplica:
         )
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica is to end: drain, and leave nothing behind."""
+        """Called by Serve to stop the replica: drains it and ends all its processes."""
         if not hasattr(self, "_beats"):
             return
         self._pinning.cancel()
         self._state = "draining"
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._tell(), 2.0)
-        await asyncio.sleep(LINGER_S)
-        # The beats go on meanwhile: whoever is not heard counts as lost, and gateways give up what it still sends.
-        await self._host.drain(0.0 if self._stuck() else self._drain_timeout_s)
-        self._beats.cancel()
+            await asyncio.wait_for(self._send_heartbeat(), 2.0)
+        await asyncio.sleep(GRACE_BEFORE_DRAIN_S)
+        # Heartbeats continue meanwhile: gateways would cut the streams of a silent replica.
+        await self._host.drain(0.0 if self._is_stuck() else self._drain_timeout_s)
+        self._heartbeats.cancel()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
         self._reaper.close()
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             self._changed.clear()
-            # A directory that is being replaced does not answer; the next beat finds the new one.
+            # A directory that is being replaced does not answer; the next heartbeat reaches the new one.
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._tell(), 5 * HEARTBEAT_S)
+                await asyncio.wait_for(self._send_heartbeat(), 5 * HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
 
     async def _follow_pins(self) -> None:
         while self._pins is not None:
             revision = self._reply.registry_revision
-            # Where the registry does not answer, what was pinned stays so.
+            # While the registry does not answer, the pinned adapters stay.
             with contextlib.suppress(Exception):
                 if revision is None or not self._pins.is_behind(revision):
                     pass
                 elif (wanted := await asyncio.to_thread(self._pins.read, revision)) is not None:
-                    self._host.keep(wanted)
-            # All replicas hear of a change at once; they do not all ask at once.
+                    self._host.set_pinned(wanted)
+            # All replicas learn of a change at once; a random pause spreads their queries.
             await asyncio.sleep(HEARTBEAT_S * random.uniform(0.5, 1.5))
 
-    async def _tell(self) -> None:
+    async def _send_heartbeat(self) -> None:
         self._reply = await self._directory.heartbeat.remote(self.record())
 
 
@@ -209,12 +210,13 @@ async def _answer(response: Any) -> Any:
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+    with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(event.set)
 
 
 def _check_placement(model: ServedModel) -> None:
     group = ray.util.get_current_placement_group()
-    if group is not None and place(model.config).bundles:
+    resources = find_engine(model.config.engine).resources
+    if group is not None and resources.placement(model.config, "models[]").bundles:
         nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
-        check_nodes(group.bundle_specs, nodes, model.config.engine_args.get("tensor_parallel_size", 1))
+        resources.check_nodes(group.bundle_specs, nodes, model.config.engine_args)

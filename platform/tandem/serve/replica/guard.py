@@ -1,4 +1,4 @@
-"""What stands before an engine's app: nobody without the replica's token, no route but the listed ones, no adapter missing."""
+"""Guard of an engine's app: checks the replica's token, allows listed routes only, loads the request's adapter."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from tandem.engine.protocol import AdapterRef, Engine
+from tandem.engine.routes import ALLOWED
 from tandem.errors import AdapterError, EngineError, StorageError
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
 from tandem.serve.replica.adapters import AdapterSlots, SlotsBusyError
-from tandem.serve.routes import ALLOWED
 
 REFUSED = "adapter_refused"
 """Code of the error for an adapter whose files cannot be served."""
@@ -31,17 +31,17 @@ class Guard:
         self._token = token.encode()
         self._on_death = on_death
         self.draining = False
-        """Set: new requests are sent elsewhere."""
+        """Set to refuse new requests with 503."""
         self.in_flight = 0
-        """Requests that were taken and are not over, those that wait for an adapter among them."""
+        """Requests that were taken and have not ended, including those that wait for an adapter."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "lifespan":
             await self._engine.app(scope, receive, send)
             return
         if scope["type"] != "http":
-            # A websocket: the engine's own (/v1/realtime) are not for anybody.
+            # A websocket: the engine's own routes (/v1/realtime) are not offered.
             await send({"type": "websocket.close", "code": 1008})
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -98,8 +98,8 @@ class Guard:
                 head = message
                 return
             if head is not None:
-                # A dead engine makes vLLM answer 500, or 200 and an error as the first event of a stream. Nothing was generated,
-                # so another replica may try: one, for it may have been this request that the engine died of.
+                # With a dead engine vLLM answers 500, or 200 and an error as the first event of a stream. Nothing was generated,
+                # so another replica may try; one only, since this request may have killed the engine.
                 failed = head["status"] >= 500 or _streams(head)
                 if failed and not self._engine.stats().healthy:
                     swapped = True

@@ -1,7 +1,7 @@
-"""Runs an engine and its HTTP server in a thread of their own, under uvloop.
+"""Host of an engine: runs it and its HTTP server in a thread with an event loop of its own (uvloop).
 
-Inside a Serve replica's own event loop vLLM's app reached 0.79 of a bare server's throughput; so it reaches 1.0
-(docs/adr/0001). Everything of the engine happens in that thread's loop; the methods here may be called from any other.
+In a Serve replica's own event loop vLLM's app reached 0.79 of a bare server's throughput, in its own thread 1.0 (docs/adr/0001).
+The engine is used in that thread's loop only; the methods here may be called from any other.
 """
 
 from __future__ import annotations
@@ -62,33 +62,33 @@ class EngineHost:
         await asyncio.wrap_future(self._ready)
 
     def stats(self) -> EngineStats:
-        """The engine's load, and the adapters that the guard holds ready."""
+        """The engine's load and adapters."""
         return self._engine.stats()
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for an adapter slot: the engine has not seen them yet."""
+        """Requests that wait for an adapter slot and have not reached the engine."""
         return self._slots.waiting
 
     @property
     def in_slots(self) -> tuple[str, ...]:
-        """Adapters that lie in the engine's slots."""
+        """Adapters in the engine's slots."""
         return self._slots.in_slots
 
     @property
     def adapter_loads(self) -> int:
-        """How often an adapter was loaded."""
+        """Adapter loads since the start."""
         return self._slots.loads
 
     @property
     def pin_problems(self) -> tuple[tuple[str, str], ...]:
-        """Pinned adapters that are not kept, each with the reason."""
+        """Pinned adapters that are not loaded, each with the reason."""
         return tuple(self._slots.problems.items())
 
-    def keep(self, adapters: Iterable[AdapterRef]) -> None:
-        """Keep these adapters loaded from now on, and no others."""
+    def set_pinned(self, adapters: Iterable[AdapterRef]) -> None:
+        """Replace the pinned adapters."""
         if self._loop is not None and not self._ended.done():
-            self._loop.call_soon_threadsafe(self._slots.keep, tuple(adapters))
+            self._loop.call_soon_threadsafe(self._slots.set_pinned, tuple(adapters))
 
     @property
     def alive(self) -> bool:
@@ -96,7 +96,7 @@ class EngineHost:
         return self._ready.done() and not self._ended.done() and self._engine.stats().healthy
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse what is new, let what runs end within `timeout_s`, then stop engine and server."""
+        """Refuse new requests, wait up to `timeout_s` for running ones, then stop engine and server."""
         self._guard.draining = True
         if self._loop is None or self._ended.done():
             return
@@ -130,7 +130,7 @@ class EngineHost:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._engine.start()
-        # What is loaded by now stays. A full collection over torch, Ray and vLLM stopped every stream for half a second.
+        # Objects loaded by now stay: a full collection over torch, Ray and vLLM paused every stream for half a second.
         gc.collect()
         gc.freeze()
         try:

@@ -1,4 +1,4 @@
-"""Keeps the log of Serve's that a replica's process has, while an engine's libraries are loaded into it."""
+"""Protection of Serve's log handlers in a replica's process while an engine's libraries are imported."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SERVE = "ray.serve"
 
 @contextlib.contextmanager
 def serve_log_kept() -> Iterator[None]:
-    """For the length of a block whatever configures logging may close all handlers, as vLLM does when it is imported.
+    """Restore the targets of Serve's log handlers after a block that closes them, as vLLM's import does.
 
-    A new controller of Serve asks each replica for the file of its log. One whose handler has lost its target cannot say, and
-    Serve takes it for broken: all engines were replaced at once whenever the controller was.
+    A restarted Serve controller asks each replica for its log file. A replica whose handler has lost its target fails that call,
+    and Serve replaces it: without this, all engines were replaced whenever the controller restarted.
     """
     handlers = [h for h in logging.getLogger(SERVE).handlers if isinstance(h, logging.handlers.MemoryHandler)]
-    held = [(handler, handler.target) for handler in handlers]
+    targets = [(handler, handler.target) for handler in handlers]
     try:
         yield
     finally:
-        for handler, target in held:
+        for handler, target in targets:
             handler.setTarget(target)

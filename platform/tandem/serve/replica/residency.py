@@ -1,9 +1,9 @@
-"""Which adapters one engine holds, and who may come next. Pure: requests come and go, loads begin and end; callers act.
+"""Adapter residency of one engine: requests wait here for a slot, and adapters are chosen for eviction. Pure; callers act.
 
-An engine has `slots` places that a batch can use and memory for `cached` adapters (at least as many). vLLM moves adapters between
-the two by itself, the longest unused first; what it must be spared is a batch that needs more adapters than it has slots, and an
-adapter that leaves its memory while a request needs it: it would read the files again in the middle of a step, and a step that
-fails is an engine's death. So it is here that requests wait for a slot and that adapters are sent away.
+An engine has `slots` for adapters that a batch uses, and memory for `cached` adapters (at least as many). vLLM moves adapters
+between the two by itself, least recently used first. It must get no batch that needs more adapters than it has slots, and no
+adapter may leave its memory while a request needs it: vLLM would read the files again in the middle of a step, and a step that
+fails ends the engine.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-MAX_PASSED = 32
-"""Requests that may pass one that waits for a slot; then all wait until it has one."""
+MAX_OVERTAKEN = 32
+"""Requests that may overtake one that waits for a slot; then all wait until it has one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,31 +21,31 @@ class Waiter:
     """A request that waits for a slot."""
 
     adapter: str
-    passed: int = 0
-    """Requests that came later and went first."""
+    overtaken_by: int = 0
+    """Requests that arrived later and were admitted first."""
 
 
 @dataclass(slots=True)
 class Residency:
-    """The books of one engine. An adapter is named by its id."""
+    """State of one engine's adapters, by id."""
 
     slots: int
     cached: int
     loaded: OrderedDict[str, None] = field(default_factory=OrderedDict)
-    """In the engine's memory, the longest unused first."""
+    """Adapters in the engine's memory, least recently used first."""
     users: Counter[str] = field(default_factory=Counter)
-    """Requests by the adapter that they hold; it may still be on its way into memory."""
+    """Number of requests that hold each adapter; it may still be loading."""
     pinned: tuple[str, ...] = ()
-    """Never sent away. Room for one other always stays: of more than `cached - 1` pins the rest is not kept."""
+    """Adapters that are never evicted: at most `cached - 1`, so that one other always fits."""
     waiting: deque[Waiter] = field(default_factory=deque)
-    """In the order of their coming."""
+    """In order of arrival."""
 
     def arrive(self, adapter: str) -> Waiter | None:
-        """A request comes: None if it may go on at once (then it counts as a user), else its place in the queue."""
+        """A request arrives: None if it is admitted at once and counts as a user, else its entry in the queue."""
         first = self.waiting[0] if self.waiting else None
-        if self._fits(adapter) and (first is None or first.passed < MAX_PASSED):
+        if self._fits(adapter) and (first is None or first.overtaken_by < MAX_OVERTAKEN):
             if first is not None:
-                first.passed += 1
+                first.overtaken_by += 1
             self.users[adapter] += 1
             return None
         waiter = Waiter(adapter)
@@ -53,15 +53,15 @@ class Residency:
         return waiter
 
     def admit(self) -> list[Waiter]:
-        """Those who may go on now: they left the queue and count as users. Call it when a request has left."""
+        """Remove and return the requests that are admitted now and count as users; call it when a request has left."""
         admitted: list[Waiter] = []
         ahead: Waiter | None = None
         for waiter in list(self.waiting):
-            if ahead is not None and ahead.passed >= MAX_PASSED:
+            if ahead is not None and ahead.overtaken_by >= MAX_OVERTAKEN:
                 break
             if self._fits(waiter.adapter):
                 if ahead is not None:
-                    ahead.passed += 1
+                    ahead.overtaken_by += 1
                 self.users[waiter.adapter] += 1
                 self.waiting.remove(waiter)
                 admitted.append(waiter)
@@ -70,21 +70,21 @@ class Residency:
         return admitted
 
     def leave(self, adapter: str) -> None:
-        """A request that counted as a user has ended."""
+        """A request that counts as a user has ended."""
         self.users[adapter] -= 1
         if not self.users[adapter]:
             del self.users[adapter]
         self._touch(adapter)
 
-    def give_up(self, waiter: Waiter) -> None:
-        """A request waits no longer."""
+    def stop_waiting(self, waiter: Waiter) -> None:
+        """A request has stopped waiting."""
         if waiter in self.waiting:
             self.waiting.remove(waiter)
 
-    def victim(self) -> str | None:
-        """The adapter that must go before another is loaded; None if there is room.
+    def eviction_candidate(self) -> str | None:
+        """The adapter to evict before another is loaded; None if memory is free.
 
-        There is always one where a request was let in: users and pins together leave a place.
+        There is always one where a request was admitted: users and pins together leave one place.
         """
         if len(self.loaded) < self.cached:
             return None
@@ -92,26 +92,26 @@ class Residency:
 
     @property
     def full(self) -> bool:
-        """Whether nothing can be loaded even by sending something away."""
-        return len(self.loaded) >= self.cached and self.victim() is None
+        """Whether no adapter can be loaded, even with an eviction."""
+        return len(self.loaded) >= self.cached and self.eviction_candidate() is None
 
-    def came(self, adapter: str) -> None:
-        """An adapter is in memory."""
+    def add(self, adapter: str) -> None:
+        """An adapter has been loaded."""
         self._touch(adapter, new=True)
 
-    def went(self, adapter: str) -> None:
-        """An adapter is in memory no more."""
+    def discard(self, adapter: str) -> None:
+        """An adapter has been evicted."""
         self.loaded.pop(adapter, None)
 
     def pin(self, adapters: Iterable[str]) -> tuple[str, ...]:
-        """Keep these, and no others; those for which there is no room."""
-        wanted = tuple(dict.fromkeys(adapters))
-        self.pinned = wanted[: max(0, self.cached - 1)]
-        return wanted[len(self.pinned) :]
+        """Replace the pinned adapters; returns those that do not fit."""
+        adapters_in_order = tuple(dict.fromkeys(adapters))
+        self.pinned = adapters_in_order[: max(0, self.cached - 1)]
+        return adapters_in_order[len(self.pinned) :]
 
     @property
     def in_slots(self) -> tuple[str, ...]:
-        """Those that lie in the engine's slots, as it moves them: the ones used last."""
+        """Adapters in the engine's slots: the most recently used."""
         busy = [each for each in self.loaded if each in self.users]
         idle = [each for each in self.loaded if each not in self.users]
         return tuple([*idle, *busy][-self.slots :]) if self.slots else ()

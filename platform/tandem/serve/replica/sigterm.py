@@ -1,4 +1,4 @@
-"""SIGTERM to a replica's process: it does what it does when Serve ends it, and then ends, where Ray would cut its streams.
+"""SIGTERM handling of a replica: drains as when Serve stops it, where Ray would cut its streams.
 
 Ray's worker has a handler for the signal that ends the process; only the main thread could set another, and no code of ours
 runs there. The handler's last step is a function of Ray's module, which is replaced. A Ray without it ends as it did before.
@@ -15,12 +15,12 @@ from typing import Any
 from tandem.settings import LONGEST_DRAIN_S
 
 STEP = "raise_sys_exit_with_custom_error_message"
-"""What Ray's handler calls to end the process."""
+"""Function that Ray's handler calls to end the process."""
 LOOK_S = 0.2
 
 
 def drain_on_sigterm() -> None:
-    """To be called once in a replica of Serve: from then on a SIGTERM lets its streams end, within Serve's own limits.
+    """Call once in a Serve replica: a SIGTERM then lets its streams end, within Serve's own limits.
 
     A gateway leaves HAProxy's list and closes its listener; an engine tells the gateways. Serve replaces what has ended.
     """
@@ -32,7 +32,7 @@ def drain_on_sigterm() -> None:
     begun = threading.Event()
 
     def step(*args: Any, **options: Any) -> None:
-        # In the main thread, where nothing may take long.
+        # Runs in the main thread, which must not block.
         if not begun.is_set():
             begun.set()
             threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
@@ -49,7 +49,7 @@ def drain_on_sigterm() -> None:
 
 
 def _end_with_the_node(parent: int) -> None:
-    """Where the whole node ends, nobody is left to answer to."""
+    """End the process with its node: no client is left."""
     while os.getppid() == parent:
         time.sleep(LOOK_S)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""How long a replica took to start, and with what: the wall-clock time of its process, cut where the next phase begins."""
+"""Startup timer: wall-clock seconds of each phase of a replica's start, from the start of its process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 import psutil
 
 
-class Startup:
-    """A stopwatch that began when this process did; Ray may have started the process ahead of need."""
+class StartupTimer:
+    """Started with this process, which Ray may have started ahead of need."""
 
     def __init__(self) -> None:
         self._last = psutil.Process().create_time()
         self.phases: dict[str, float] = {}
-        """Seconds of each phase, in their order."""
+        """Seconds of each phase, in order."""
 
     def done(self, phase: str) -> None:
-        """The time since the last phase was this one's."""
+        """End a phase: the time since the previous one counts for it."""
         now = time.time()
         self.phases[phase] = round(now - self._last, 2)
         self._last = now

@@ -22,7 +22,7 @@ from tandem.settings import LONGEST_DRAIN_S
         ({"downscale_delay_s": -1}, "downscale_delay_s is -1"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused_with_their_key(values: dict[str, float], said: str) -> None:
+def test_invalid_numbers_are_refused_with_their_key(values: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         from_dict(AutoscalingConfig, values)
 
@@ -36,6 +36,6 @@ def test_a_number_of_replicas_and_autoscaling_exclude_each_other() -> None:
     assert served.autoscaling == AutoscalingConfig(min_replicas=0)
 
 
-def test_streams_cannot_be_given_longer_than_haproxy_lets_them() -> None:
+def test_drain_timeout_s_is_limited_by_haproxys_timeout() -> None:
     with pytest.raises(ConfigError, match="drain_timeout_s"):
         ServeConfig(drain_timeout_s=LONGEST_DRAIN_S + 1)

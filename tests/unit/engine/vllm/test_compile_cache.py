@@ -1,4 +1,4 @@
-"""Where compiled code is kept, and that nobody else can write there."""
+"""Folders of compiled code: private to the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_each_folder_is_private_and_below_the_home(tandem_home: Path) -> None:
+def test_compile_caches_are_private_folders_below_the_home(tandem_home: Path) -> None:
     root = tandem_home / "cache" / "compile" / f"{os.getuid()}-{cpu_kind()}"
     found = compile_cache_environment()
     assert {name: Path(found[name]) for name in FOLDERS} == {name: root / folder for name, folder in FOLDERS.items()}
@@ -28,7 +28,7 @@ def test_each_folder_is_private_and_below_the_home(tandem_home: Path) -> None:
     assert found["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] == "0"
 
 
-def test_what_the_user_has_set_stays(tandem_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folders_set_by_the_user_stay(tandem_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     found = compile_cache_environment()
     assert set(found) == set(FOLDERS) - {"TORCHINDUCTOR_CACHE_DIR"}

@@ -1,4 +1,4 @@
-"""Which parsers are selected for which models, and that vLLM has them all."""
+"""Selection of vLLM's tool and reasoning parsers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tandem.engine.vllm.parsers import (
     read_parsers,
     select_parsers,
     served_parsers,
-    takes_tools,
+    supports_tools,
     tool_arguments,
 )
 
@@ -97,14 +97,16 @@ def test_a_folder_is_read_wherever_its_template_is(tmp_path: Path) -> None:
 
 
 def test_arguments_of_the_engine_decide_whether_tools_are_taken(tmp_path: Path) -> None:
-    assert not takes_tools(tmp_path, {})
-    assert takes_tools(tmp_path, {"tool_call_parser": "hermes"}) and takes_tools(tmp_path, {"chat_template": TOOLS})
+    assert not supports_tools(tmp_path, {})
+    assert supports_tools(tmp_path, {"tool_call_parser": "hermes"}) and supports_tools(
+        tmp_path, {"chat_template": TOOLS}
+    )
     (tmp_path / "chat_template.jinja").write_text(TOOLS)
-    assert takes_tools(tmp_path, {}) and not takes_tools(tmp_path, {"tool_call_parser": None})
-    assert not takes_tools(tmp_path, {"enable_auto_tool_choice": False})
+    assert supports_tools(tmp_path, {}) and not supports_tools(tmp_path, {"tool_call_parser": None})
+    assert not supports_tools(tmp_path, {"enable_auto_tool_choice": False})
 
 
-def test_the_switch_for_tools_and_the_parser_go_together() -> None:
+def test_enable_auto_tool_choice_and_the_parser_are_set_together() -> None:
     selected = select_parsers("qwen2", TOOLS + "<tool_call>", "")
     both = {"tool_call_parser": "hermes", "enable_auto_tool_choice": True}
     for given in ({}, {"enable_auto_tool_choice": True}, {"enable_auto_tool_choice": None}):
@@ -124,8 +126,8 @@ def test_template_and_tokens_of_another_tokenizer_are_read(tmp_path: Path) -> No
     (other / "tokenizer.json").write_text("[TOOL_CALLS]")
     assert served_parsers(model, {}).tool is None
     assert served_parsers(model, {"tokenizer": str(other)}).tool == "mistral"
-    assert takes_tools(model, {"tokenizer": str(other)})
-    assert not takes_tools(model, {"tokenizer": "org/name"})
+    assert supports_tools(model, {"tokenizer": str(other)})
+    assert not supports_tools(model, {"tokenizer": "org/name"})
 
 
 def test_a_refusal_of_tools_names_the_model_and_no_option_of_vllm() -> None:

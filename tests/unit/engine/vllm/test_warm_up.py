@@ -1,4 +1,4 @@
-"""Which requests warm an engine up, and what becomes of those that it refuses."""
+"""Warm-up requests of an engine, and refused ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tandem.api.unknown_fields import unknown_fields
-from tandem.engine.vllm.warm_up import LARGEST_N, RANK_HEADER, WarmUp, warm_up, warm_up_batches
+from tandem.engine.vllm.warm_up import LARGEST_N, RANK_HEADER, WarmUpFeatures, warm_up, warm_up_batches
 from tandem.errors import EngineError
 
-ALL = WarmUp(model="m", tasks=("generate",), chat=True, tools=True, prompt_logprobs=True)
+ALL = WarmUpFeatures(model="m", tasks=("generate",), chat=True, tools=True, prompt_logprobs=True)
 
 
 def test_the_first_sampled_request_is_alone_and_every_kind_follows() -> None:
@@ -32,11 +32,11 @@ def test_the_first_sampled_request_is_alone_and_every_kind_follows() -> None:
             assert not unknown_fields(request.path, request.body)
 
 
-def test_what_a_model_lacks_is_not_asked_of_it() -> None:
-    plain = [r for batch in warm_up_batches(WarmUp(model="m", tasks=("generate",))) for r in batch]
+def test_warm_up_skips_features_that_a_model_lacks() -> None:
+    plain = [r for batch in warm_up_batches(WarmUpFeatures(model="m", tasks=("generate",))) for r in batch]
     assert {request.path for request in plain} == {"/v1/completions"}
     assert not any("prompt_logprobs" in request.body for request in plain)
-    assert [r.path for r in warm_up_batches(WarmUp(model="m", tasks=("embed", "score")))[0]] == [
+    assert [r.path for r in warm_up_batches(WarmUpFeatures(model="m", tasks=("embed", "score")))[0]] == [
         "/v1/embeddings",
         "/v1/score",
     ]
@@ -50,13 +50,13 @@ def test_a_request_that_never_ends_is_an_error_that_names_it() -> None:
         return JSONResponse({})
 
     app = Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])
-    what = WarmUp(model="m", tasks=("generate",))
+    features = WarmUpFeatures(model="m", tasks=("generate",))
     with pytest.raises(EngineError, match="had not ended after 0.5 s") as raised:
-        asyncio.run(warm_up(app, what, timeout_s=0.5))
+        asyncio.run(warm_up(app, features, timeout_s=0.5))
     assert '"seed":1' in str(raised.value) and "logit_bias" not in str(raised.value)
 
 
-def test_a_refusal_and_a_failure_stop_nothing_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_and_failed_warm_up_requests_are_returned(caplog: pytest.LogCaptureFixture) -> None:
     came: list[tuple[str, str | None]] = []
 
     async def answer(request: HttpRequest) -> Response:
@@ -67,8 +67,8 @@ def test_a_refusal_and_a_failure_stop_nothing_and_are_told(caplog: pytest.LogCap
         return JSONResponse({}, status_code=400 if "logit_bias" in body else 200)
 
     app = Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])
-    what = WarmUp(model="m", tasks=("generate",), ranks=2)
-    refused = asyncio.run(warm_up(app, what))
+    features = WarmUpFeatures(model="m", tasks=("generate",), ranks=2)
+    refused = asyncio.run(warm_up(app, features))
     assert sorted(answer.status for _, answer in refused) == [400, 400, 500, 500]
-    assert len(came) == 2 * sum(map(len, warm_up_batches(what))) and {rank for _, rank in came} == {"0", "1"}
+    assert len(came) == 2 * sum(map(len, warm_up_batches(features))) and {rank for _, rank in came} == {"0", "1"}
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "400" in caplog.text

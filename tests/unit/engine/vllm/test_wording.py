@@ -1,4 +1,4 @@
-"""What vLLM and pydantic say of a request, in words for whoever sent it."""
+"""Error messages of vLLM and pydantic, rewritten for clients."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from tandem.config import ServedModelConfig
 from tandem.engine.vllm import wording
 from tandem.engine.vllm.logs import ANTHROPIC, quiet_refusals
 from tandem.engine.vllm.parsers import explain_refusal
@@ -21,8 +22,11 @@ from tandem.engine.vllm.wording import (
     simplify_field,
     simplify_message,
 )
-from tandem.gateway.dialect import OPENAI, amended
+from tandem.gateway.dialect import OPENAI, rewrite_errors
 from tandem.gateway.errors import from_engine
+from tandem.routing.records import ServedModel
+
+MODEL = ServedModel(id="m@1", name="m", path="", config=ServedModelConfig(model="m"), max_length=2048)
 
 
 class Part(BaseModel):
@@ -49,7 +53,7 @@ def vllm_says(**body: object) -> str:
     raise AssertionError("it is valid")
 
 
-def test_a_wrong_type_is_said_with_the_field_and_without_pydantics_terms() -> None:
+def test_a_wrong_type_names_the_field_without_pydantics_terms() -> None:
     raw = vllm_says(max_tokens="x")
     assert "int_parsing" in raw
     assert simplify_message(raw) == "max_tokens: Input should be a valid integer, unable to parse string as an integer."
@@ -72,7 +76,7 @@ def test_a_message_with_quotes_and_brackets_is_read_whole() -> None:
     assert simplify_message(raw) == "prompt: it's (not) {this}."
 
 
-def test_what_cannot_be_read_stays_as_it_was() -> None:
+def test_other_messages_stay_unchanged() -> None:
     for message in ("1 validation error:\n  something", "The prompt is empty.", ""):
         assert simplify_message(message) == message
 
@@ -81,16 +85,16 @@ def test_limits_do_not_advise_clients_to_set_variables_of_the_server() -> None:
     raw = (
         "n must be at most 16384, got 20000. To increase this limit, set the VLLM_MAX_N_SEQUENCES environment variable."
     )
-    error = from_engine(400, json.dumps({"error": {"message": raw, "param": "body.n", "code": 400}}).encode(), 2048)
+    error = from_engine(400, json.dumps({"error": {"message": raw, "param": "body.n", "code": 400}}).encode(), MODEL)
     assert error.message == "n must be at most 16384, got 20000." and error.param == "n"
 
 
-def test_a_dead_engine_is_not_explained_by_a_log_that_clients_cannot_see() -> None:
+def test_an_engine_death_does_not_refer_clients_to_the_log() -> None:
     raw = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-    assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), None).message == simplify_message(raw)
+    assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), MODEL).message == simplify_message(raw)
     chunk = b'data: {"error": ' + json.dumps({"message": raw, "code": 500}).encode() + b"}\n\n"
     chunk = chunk.replace(b'{"error": ', b'{"error":')
-    said = amended(chunk, OPENAI, "r")
+    said = rewrite_errors(chunk, OPENAI, "r")
     assert b"stack trace" not in said and b"The engine stopped" in said and said.endswith(b"\n\n")
 
 
@@ -107,9 +111,9 @@ def test_only_the_start_of_a_long_message_is_read() -> None:
     assert explain_refusal(f"{long}{tools}") == f"{long}{tools}" and explain_refusal(tools + long) != tools + long
 
 
-def test_blanks_in_a_client_input_do_not_make_a_message_long() -> None:
+def test_blanks_in_client_input_are_cut_off() -> None:
     body = json.dumps({"error": {"message": f"bad role {' ' * 2**20}!", "param": "p" * 2**20}}).encode()
-    error = from_engine(400, body, None)
+    error = from_engine(400, body, MODEL)
     assert len(error.message) <= len(str(error.param)) == MAX_MESSAGE_CHARS + len(" ...")
 
 
@@ -117,7 +121,7 @@ def test_the_advice_pattern_does_not_begin_with_an_unbounded_repeat() -> None:
     assert not ADVICE_TO_DEPLOYER.pattern.startswith((r"\s*", r"\s+", " *", " +"))
 
 
-def test_no_more_fields_are_read_than_a_message_tells_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_fields_are_parsed_than_a_message_names(monkeypatch: pytest.MonkeyPatch) -> None:
     item = "'loc': ('{}',), 'msg': 'm'"
     message = "9 validation errors:\n" + "".join(item.format(f"f{number}") for number in range(100))
     read: list[str] = []

@@ -1,4 +1,4 @@
-"""What a queue makes of more than can be done: an engine simulated step by step, with a clock of its own."""
+"""Admission queue under overload, with a simulated engine and clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tandem.gateway.admission.queue import Outcome, Queue, Ticket, Wish
+from tandem.gateway.admission.queue import Outcome, Queue, SchedulingHints, Ticket
 
 BATCH, LIMIT = 32, 40
 STEP_S, SEQUENCE_S = 0.002, 0.00005
@@ -34,15 +34,15 @@ class Engine:
 
     def step(self, now: float) -> list[Ticket]:
         """Those whose answer is whole now."""
-        whole = []
+        complete = []
         for ticket in self.inside[:BATCH]:
             self.left[ticket] -= 1
             if not self.left[ticket]:
-                whole.append(ticket)
-        for ticket in [t for t in self.inside if t in whole or now > t.wish.finish_by]:
+                complete.append(ticket)
+        for ticket in [t for t in self.inside if t in complete or now > t.hints.finish_by]:
             self.inside.remove(ticket)
-            self.queue.ended(ticket, now, whole=ticket in whole)
-        return whole
+            self.queue.ended(ticket, now, complete=ticket in complete)
+        return complete
 
 
 def in_time(load: float, patience: float, *, told: bool = True) -> tuple[float, Counter[int]]:
@@ -50,7 +50,7 @@ def in_time(load: float, patience: float, *, told: bool = True) -> tuple[float, 
 
     Requests have `patience` times an answer's time; where the queue is not `told`, only their clients know.
     """
-    dice, queue = random.Random(0), Queue(most=1000, hold_s=0.0)
+    dice, queue = random.Random(0), Queue(max_waiting=1000, hold_s=0.0)
     queue.set_limit(LIMIT, 0.0)
     engine = Engine(queue)
     lengths: dict[Ticket, int] = {}
@@ -61,33 +61,33 @@ def in_time(load: float, patience: float, *, told: bool = True) -> tuple[float, 
         while due < end:
             length = dice.choice(LENGTHS)
             by = due + patience * ANSWER_S
-            ticket = Ticket(Wish(arrived=due, finish_by=by if told else math.inf, kind=length.bit_length()))
+            ticket = Ticket(SchedulingHints(arrived=due, finish_by=by if told else math.inf, kind=length.bit_length()))
             lengths[ticket] = engine.left[ticket] = length
             if queue.enter(ticket, due)[0] is Outcome.START:
                 engine.inside.append(ticket)
             due += dice.expovariate(load * CAPACITY)
         now = end
         for ticket in engine.step(now):
-            if now > SECONDS / 4 and now <= ticket.wish.arrived + patience * ANSWER_S:
+            if now > SECONDS / 4 and now <= ticket.hints.arrived + patience * ANSWER_S:
                 answered[lengths[ticket]] += 1
         if now > swept + 0.1:
             swept = now
-            queue.overdue(now)
-        engine.inside += [ticket for ticket, outcome in queue.due(now) if outcome is Outcome.START]
+            queue.pop_overdue(now)
+        engine.inside += [ticket for ticket, outcome in queue.pop_startable(now) if outcome is Outcome.START]
     tokens = sum(length * count for length, count in answered.items()) / (0.75 * SECONDS)
     return tokens / CAPACITY / (sum(LENGTHS) / len(LENGTHS)), answered
 
 
 @pytest.mark.parametrize("patience", [4.0, 10.0])
 @pytest.mark.parametrize("load", [1.0, 2.0, 4.0])
-def test_more_than_can_be_done_leaves_what_can_be_done(load: float, patience: float) -> None:
+def test_overload_does_not_reduce_the_completed_work(load: float, patience: float) -> None:
     assert in_time(load, patience)[0] > 0.9
 
 
-def test_long_answers_have_their_share_of_too_much_as_short_ones_have() -> None:
+def test_long_and_short_answers_have_equal_shares_under_overload() -> None:
     _, answered = in_time(4.0, 10.0)
     assert min(answered.values()) > 0.8 * max(answered.values()) and len(answered) == len(LENGTHS)
 
 
-def test_a_queue_that_is_not_told_of_deadlines_does_work_that_nobody_waits_for() -> None:
+def test_a_queue_without_deadlines_completes_less_under_overload() -> None:
     assert in_time(2.0, 10.0, told=False)[0] < 0.5

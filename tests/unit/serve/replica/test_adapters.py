@@ -24,7 +24,7 @@ async def test_many_requests_for_one_adapter_load_it_once() -> None:
     assert engine.loads == ["red@1"]
 
 
-async def test_the_longest_unused_adapter_makes_room() -> None:
+async def test_the_least_recently_used_adapter_is_evicted() -> None:
     engine = EchoEngine()
     slots = AdapterSlots(engine, 2)
     for name in ("a", "b", "a", "c"):
@@ -46,7 +46,7 @@ async def test_an_adapter_in_use_is_never_unloaded() -> None:
     assert "a" not in slots.resident
 
 
-async def test_a_client_that_leaves_does_not_cancel_the_load_others_wait_for() -> None:
+async def test_a_disconnect_does_not_cancel_a_load_that_others_wait_for() -> None:
     engine = EchoEngine(delay_s=0.05)
     slots = AdapterSlots(engine, 1)
     first = asyncio.create_task(slots.load(ref("a")))
@@ -71,7 +71,7 @@ async def test_without_slots_an_adapter_is_refused() -> None:
         await AdapterSlots(EchoEngine(), 0).load(ref("a"))
 
 
-async def test_memory_keeps_more_than_the_slots_and_nothing_is_loaded_twice() -> None:
+async def test_host_memory_keeps_adapters_beyond_the_slots() -> None:
     engine = EchoEngine()
     slots = AdapterSlots(engine, 1, cached=3)
     for name in ("a", "b", "c", "a", "b", "c"):
@@ -96,23 +96,23 @@ async def test_requests_in_flight_use_at_most_as_many_adapters_as_there_are_slot
     assert max(seen) == 2 and len(seen) == 70
 
 
-async def test_pinned_adapters_are_loaded_ahead_of_need_and_stay() -> None:
+async def test_pinned_adapters_are_loaded_at_once_and_never_evicted() -> None:
     engine = EchoEngine()
     slots = AdapterSlots(engine, 1, cached=2)
-    slots.keep([ref("pin")])
+    slots.set_pinned([ref("pin")])
     await wait_for(lambda: slots.resident == ("pin",))
     for name in ("a", "b", "c"):
         await slots.load(ref(name))
     assert slots.resident == ("pin", "c") and engine.loads.count("pin") == 1
-    slots.keep([])
+    slots.set_pinned([])
     for name in ("d", "e"):
         await slots.load(ref(name))
     assert slots.resident == ("d", "e")
 
 
-async def test_pins_that_cannot_be_kept_are_told_with_the_reason() -> None:
+async def test_pinned_adapters_that_do_not_fit_are_reported_with_the_reason() -> None:
     slots = AdapterSlots(EchoEngine(), 1, cached=3)
-    slots.keep([ref("bad", "/broken"), ref("good"), ref("many")])
+    slots.set_pinned([ref("bad", "/broken"), ref("good"), ref("many")])
     await wait_for(lambda: "good" in slots.resident and "bad" in slots.problems)
     assert "cannot be loaded" in slots.problems["bad"] and "3, and 2 can be kept" in slots.problems["many"]
 
@@ -133,7 +133,7 @@ async def test_an_adapter_whose_files_are_bad_never_reaches_the_engine() -> None
     assert engine.loads == ["good"] and engine._adapters["good"].path == "/here"
 
 
-async def test_what_the_engine_refused_is_refused_for_a_while_without_asking_it_again() -> None:
+async def test_a_refused_adapter_is_refused_for_a_while_without_a_load() -> None:
     class Counting(EchoEngine):
         asked = 0
 
@@ -149,7 +149,7 @@ async def test_what_the_engine_refused_is_refused_for_a_while_without_asking_it_
     assert engine.asked == 1 and slots.resident == ()
 
 
-async def test_a_client_that_leaves_while_it_waits_for_a_slot_gives_its_place_to_the_next() -> None:
+async def test_a_disconnect_while_waiting_for_a_slot_admits_the_next() -> None:
     slots = AdapterSlots(EchoEngine(), 1)
     async with slots.hold(ref("a")):
         first, second = (asyncio.create_task(slots.load(ref(name))) for name in ("b", "c"))

@@ -1,4 +1,4 @@
-"""What a replica says of a request that it gives no answer to: real HTTP, echo engines that die."""
+"""Refusals of a replica's guard: real HTTP, echo engines that die."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def replica(engine: EchoEngine) -> AsyncIterator[tuple[EngineHost, httpx.A
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_engine_that_dies_within_a_request_is_told_from_one_that_was_dead_before(stream: bool) -> None:
+async def test_died_during_a_request_is_distinguished_from_dead_before(stream: bool) -> None:
     async with replica(Mortal()) as (_, http):
         for prompt, expected in (("well", None), ("poison", "died"), ("next", "dead")):
             answer = await http.post(ROUTE, json={"model": "base", "prompt": prompt, "stream": stream})
@@ -39,7 +39,7 @@ async def test_an_engine_that_dies_within_a_request_is_told_from_one_that_was_de
             assert answer.status_code == (503 if expected else 200)
 
 
-async def test_an_engine_that_dies_of_loading_an_adapter_has_died_of_the_request() -> None:
+async def test_an_engine_that_dies_loading_an_adapter_counts_as_died() -> None:
     class Choking(Mortal):
         async def load_adapter(self, adapter: AdapterRef) -> None:
             self.die()
@@ -52,7 +52,7 @@ async def test_an_engine_that_dies_of_loading_an_adapter_has_died_of_the_request
             assert (answer.status_code, answer.headers[UNAVAILABLE_HEADER]) == (503, expected)
 
 
-async def test_a_replica_that_drains_waits_for_requests_whose_adapter_is_still_to_come() -> None:
+async def test_draining_waits_for_requests_that_wait_for_their_adapter() -> None:
     asked, loaded = threading.Event(), threading.Event()
 
     class Slow(EchoEngine):

@@ -1,4 +1,4 @@
-"""The books of an engine's adapters, in whatever order requests come and go."""
+"""Adapter residency for any order of requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tandem.serve.replica.residency import MAX_PASSED, Residency, Waiter
+from tandem.serve.replica.residency import MAX_OVERTAKEN, Residency, Waiter
 
 IDS = [f"a{i}@1" for i in range(8)]
 
@@ -16,28 +16,28 @@ def used(books: Residency, *adapters: str) -> None:
     for adapter in adapters:
         assert books.arrive(adapter) is None
         if adapter not in books.loaded:
-            if (victim := books.victim()) is not None:
-                books.went(victim)
-            books.came(adapter)
+            if (victim := books.eviction_candidate()) is not None:
+                books.discard(victim)
+            books.add(adapter)
         books.leave(adapter)
 
 
-def test_memory_outlives_slots_and_the_longest_unused_goes_first() -> None:
+def test_adapters_stay_in_memory_and_the_least_recently_used_is_evicted() -> None:
     books = Residency(slots=2, cached=4)
     used(books, "a", "b", "c", "d", "a")
     assert list(books.loaded) == ["b", "c", "d", "a"]
     assert books.in_slots == ("d", "a")
-    assert books.victim() == "b"
+    assert books.eviction_candidate() == "b"
 
 
-def test_what_is_used_or_pinned_is_never_the_victim() -> None:
+def test_used_and_pinned_adapters_are_never_evicted() -> None:
     books = Residency(slots=2, cached=3)
     used(books, "a", "b", "c")
     books.pin(["a"])
     assert books.arrive("b") is None
-    assert books.victim() == "c"
+    assert books.eviction_candidate() == "c"
     assert books.arrive("c") is None
-    assert books.victim() is None and books.full
+    assert books.eviction_candidate() is None and books.full
 
 
 def test_a_batch_never_needs_more_adapters_than_there_are_slots() -> None:
@@ -51,14 +51,14 @@ def test_a_batch_never_needs_more_adapters_than_there_are_slots() -> None:
     assert books.admit() == [third] and books.users == {"a": 1, "c": 1}
 
 
-def test_pins_leave_room_for_another() -> None:
+def test_pinned_adapters_leave_one_place_free() -> None:
     books = Residency(slots=2, cached=2)
     assert books.pin(["a", "b", "c"]) == ("b", "c")
     assert books.pinned == ("a",)
     assert books.arrive("x") is None and books.arrive("y") is not None
 
 
-def test_one_that_waits_is_passed_by_a_bounded_number_of_others() -> None:
+def test_a_waiting_request_is_overtaken_by_a_bounded_number_of_others() -> None:
     books = Residency(slots=1, cached=1)
     assert books.arrive("hot") is None
     waiter = books.arrive("cold")
@@ -66,7 +66,7 @@ def test_one_that_waits_is_passed_by_a_bounded_number_of_others() -> None:
     passed = 0
     while (later := books.arrive("hot")) is None:
         passed += 1
-    assert passed == MAX_PASSED
+    assert passed == MAX_OVERTAKEN
     for _ in range(passed + 1):
         books.leave("hot")
     assert books.admit() == [waiter]
@@ -106,25 +106,25 @@ class Books(RuleBasedStateMachine):
 
     @precondition(lambda self: self.queue)
     @rule(data=st.data())
-    def give_up(self, data: st.DataObject) -> None:
+    def stop_waiting(self, data: st.DataObject) -> None:
         waiter = data.draw(st.sampled_from(self.queue))
         self.queue.remove(waiter)
-        self.books.give_up(waiter)
+        self.books.stop_waiting(waiter)
         self.admitted()
 
     @precondition(lambda self: set(self.running) - set(self.books.loaded))
     @rule(data=st.data())
     def load(self, data: st.DataObject) -> None:
         adapter = data.draw(st.sampled_from(sorted(set(self.running) - set(self.books.loaded))))
-        victim = self.books.victim()
+        victim = self.books.eviction_candidate()
         if victim is None and self.books.full:
             # Only where pins came after those who run.
             assert len({*self.running, *self.books.pinned}) > self.books.cached
             return
         if victim is not None:
             assert victim not in self.running and victim not in self.books.pinned
-            self.books.went(victim)
-        self.books.came(adapter)
+            self.books.discard(victim)
+        self.books.add(adapter)
 
     @rule(pins=st.lists(st.sampled_from(IDS), max_size=4))
     def pin(self, pins: list[str]) -> None:
@@ -138,7 +138,7 @@ class Books(RuleBasedStateMachine):
         assert set(books.users) == set(self.running) and len(books.users) <= books.slots
         assert set(books.in_slots) >= set(books.loaded) & set(self.running)
         assert len(books.in_slots) <= books.slots
-        assert all(waiter.passed <= MAX_PASSED for waiter in books.waiting)
+        assert all(waiter.overtaken_by <= MAX_OVERTAKEN for waiter in books.waiting)
         assert list(books.waiting) == self.queue
 
     def teardown(self) -> None:

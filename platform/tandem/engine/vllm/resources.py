@@ -1,50 +1,32 @@
-"""Where one replica of a served model runs: what Ray reserves for it, and on how many nodes. Pure."""
+"""Resources of a vLLM replica: CPUs, GPUs and the placement group of its workers, from its parallel degrees. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tandem.config import ServedModelConfig
+from tandem.engine.descriptor import Placement
 from tandem.errors import ConfigError, EngineError
 
 DEGREES = {"tensor": "tensor_parallel_size", "pipeline": "pipeline_parallel_size", "data": "data_parallel_size"}
 RAY = "ray"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """What Ray reserves for one replica."""
-
-    cpus: float
-    gpus: float
-    """Of the replica's own process; with `bundles` the engine's workers hold the GPUs."""
-    bundles: tuple[Mapping[str, float], ...] = ()
-    """A placement group, the replica in its first bundle and one worker in each other; empty: one process's resources."""
-    strategy: str = "PACK"
-
-    def options(self) -> dict[str, Any]:
-        """As `serve.deployment` takes it, besides the actor's own resources."""
-        if not self.bundles:
-            return {}
-        return {"placement_group_bundles": [dict(b) for b in self.bundles], "placement_group_strategy": self.strategy}
-
-
-def place(served: ServedModelConfig, where: str = "models[]") -> Placement:
-    """What a replica needs; ConfigError if its degrees and its GPUs do not fit.
+def placement(config: ServedModelConfig, where: str = "models[]") -> Placement:
+    """Resources of one replica; ConfigError if its degrees and its GPUs do not fit.
 
     The engine's workers are processes of one node. With `distributed_executor_backend: ray` they are actors in a
     placement group: of one node again (STRICT_PACK) unless there is a pipeline, whose stages may lie on several.
     """
-    args = served.engine_args
+    args = config.engine_args
     degrees = {name: _degree(args, key, where) for name, key in DEGREES.items()}
     world = math.prod(degrees.values())
     backend = args.get("distributed_executor_backend")
     product = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one worker"
-    if not served.gpus_per_replica:
+    if not config.gpus_per_replica:
         if backend == RAY:
             raise ConfigError(
                 f"{where}.engine_args.distributed_executor_backend is ray, which vLLM has for GPUs only, and "
@@ -55,21 +37,21 @@ def place(served: ServedModelConfig, where: str = "models[]") -> Placement:
                 f"{where}.engine_args.pipeline_parallel_size is {degrees['pipeline']} and {where}.gpus_per_replica is 0. In "
                 "vLLM's CPU build (0.29) the stages after the first die at the first request. Use tensor_parallel_size."
             )
-        if world > 1 and served.cpus_per_replica < world:
+        if world > 1 and config.cpus_per_replica < world:
             raise ConfigError(
-                f"{where}.cpus_per_replica is {served.cpus_per_replica:g}; {product} is {world} workers, each with a core "
+                f"{where}.cpus_per_replica is {config.cpus_per_replica:g}; {product} is {world} workers, each with a core "
                 f"of its own. Set it to {world} or more."
             )
-        return Placement(cpus=served.cpus_per_replica, gpus=0.0)
-    if served.gpus_per_replica < 1 and world == 1 and backend != RAY:
-        return Placement(cpus=served.cpus_per_replica, gpus=served.gpus_per_replica)
-    if served.gpus_per_replica != world:
+        return Placement(cpus=config.cpus_per_replica, gpus=0.0)
+    if config.gpus_per_replica < 1 and world == 1 and backend != RAY:
+        return Placement(cpus=config.cpus_per_replica, gpus=config.gpus_per_replica)
+    if config.gpus_per_replica != world:
         raise ConfigError(
-            f"{where}.gpus_per_replica is {served.gpus_per_replica:g}; {product} takes {world}. Set it to {world}, or "
+            f"{where}.gpus_per_replica is {config.gpus_per_replica:g}; {product} takes {world}. Set it to {world}, or "
             "change the degrees in engine_args."
         )
     if backend != RAY:
-        return Placement(cpus=served.cpus_per_replica, gpus=served.gpus_per_replica)
+        return Placement(cpus=config.cpus_per_replica, gpus=config.gpus_per_replica)
     if degrees["data"] > 1:
         raise ConfigError(
             f"{where}.engine_args.data_parallel_size is {degrees['data']} with the ray backend. Raise {where}.replicas "
@@ -78,18 +60,21 @@ def place(served: ServedModelConfig, where: str = "models[]") -> Placement:
     workers = tuple({"GPU": 1.0} for _ in range(world))
     strategy = "STRICT_PACK" if degrees["pipeline"] == 1 else "PACK"
     return Placement(
-        cpus=served.cpus_per_replica,
+        cpus=config.cpus_per_replica,
         gpus=0.0,
-        bundles=({"CPU": served.cpus_per_replica}, *workers),
+        bundles=({"CPU": config.cpus_per_replica}, *workers),
         strategy=strategy,
     )
 
 
-def check_nodes(bundles: Sequence[Mapping[str, float]], nodes: Mapping[int, str], tensor: int) -> None:
-    """EngineError if a tensor group would lie on two nodes; `nodes` is the node of each bundle by its place.
+def check_nodes(
+    bundles: Sequence[Mapping[str, float]], nodes: Mapping[int, str], engine_args: Mapping[str, Any]
+) -> None:
+    """EngineError if a tensor group would lie on two nodes; `nodes` maps the index of each bundle to its node.
 
     vLLM gives ranks to bundles node by node, so each node's workers must be whole groups.
     """
+    tensor = engine_args.get(DEGREES["tensor"], 1)
     workers = Counter(nodes[i] for i, bundle in enumerate(bundles) if bundle.get("GPU"))
     torn = {node: count for node, count in workers.items() if count % tensor}
     if torn:
@@ -100,9 +85,9 @@ def check_nodes(bundles: Sequence[Mapping[str, float]], nodes: Mapping[int, str]
         )
 
 
-def workers(args: Mapping[str, Any]) -> int:
+def num_workers(engine_args: Mapping[str, Any]) -> int:
     """Processes that share one replica's model."""
-    return math.prod(int(args.get(key, 1)) for key in DEGREES.values())
+    return math.prod(int(engine_args.get(key, 1)) for key in DEGREES.values())
 
 
 def _degree(args: Mapping[str, Any], key: str, where: str) -> int:

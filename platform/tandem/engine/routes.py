@@ -1,13 +1,11 @@
-"""The routes of an engine's app that clients reach: one list, for the gateway that offers them and for the guard that lets
-nothing else pass. Plain data, cheap to import.
-"""
+"""HTTP routes of engines that clients may reach; the gateway offers them, and the guard of a replica lets no others pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 GENERATE, EMBED, SCORE = "generate", "embed", "score"
-"""What an engine does: writes text, turns text into vectors, judges how well two texts fit."""
+"""Tasks of an engine: write text, turn text into vectors, score pairs of texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +14,9 @@ class EngineRoute:
 
     path: str
     task: str | None = None
-    """What the engine has to do; None: every engine has the route."""
+    """Task that the engine must be able to do; None: every engine has the route."""
     light: bool = False
-    """Whether it is only about tokens: it needs no place in the engine's batch, and so none in a queue."""
+    """Whether it counts or converts tokens only: it needs no place in the engine's batch, and so no admission slot."""
 
 
 ENGINE_ROUTES = (
@@ -36,9 +34,10 @@ ENGINE_ROUTES = (
     EngineRoute("/tokenize", light=True),
     EngineRoute("/detokenize", light=True),
 )
+"""All routes that any engine here has; a descriptor lists those of its engine."""
 
-INSIDE = frozenset({("GET", "/v1/models"), ("GET", "/health"), ("GET", "/metrics")})
-"""What holders of a replica's token may ask its engine besides; the gateway offers none of it."""
+INTERNAL_ROUTES = frozenset({("GET", "/v1/models"), ("GET", "/health"), ("GET", "/metrics")})
+"""Routes of an engine's app for holders of the replica's token; the gateway does not offer them."""
 
-ALLOWED = INSIDE | {("POST", route.path) for route in ENGINE_ROUTES}
-"""All that the guard lets pass to the engine's app, by method and path."""
+ALLOWED = INTERNAL_ROUTES | {("POST", route.path) for route in ENGINE_ROUTES}
+"""Methods and paths that the guard of a replica lets pass to the engine's app."""

@@ -1,4 +1,4 @@
-"""What the gateway reads of a request for its router."""
+"""Routing and scheduling hints of requests."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pydantic_core import from_json
 
 from tandem.config import ServedModelConfig
 from tandem.engine.protocol import AdapterRef
-from tandem.gateway.catalog import Target
-from tandem.gateway.reading import MOST_PIECES, read_ask
+from tandem.gateway.catalog import ResolvedModel
+from tandem.gateway.request_hints import MAX_TEXT_PARTS, read_routing_request
 from tandem.routing.records import ServedModel
-from tandem.routing.request import BOUNDS, MOST_BYTES, Ask, blocks_of
+from tandem.routing.request import MAX_HASHED_BYTES, PREFIX_LENGTHS, RoutingRequest, hash_prefixes
 
 BASE = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base"))
 LONG = "the quick brown fox " * 200
 """4,000 bytes: six beginnings."""
 
 
-def read(body: dict[str, Any], adapter: str | None = None, **headers: str) -> Ask:
+def read(body: dict[str, Any], adapter: str | None = None, **headers: str) -> RoutingRequest:
     ref = AdapterRef(id=adapter, path="/x") if adapter else None
-    return read_ask(
-        Target(base=BASE, adapter=ref), body, {key.replace("_", "-"): text for key, text in headers.items()}
+    return read_routing_request(
+        ResolvedModel(base=BASE, adapter=ref), body, {key.replace("_", "-"): text for key, text in headers.items()}
     )
 
 
@@ -34,9 +34,9 @@ def chat(*texts: Any, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 3], "content": text} for i, text in enumerate(texts)], **more}
 
 
-def shared(one: Ask, other: Ask) -> int:
+def shared(one: RoutingRequest, other: RoutingRequest) -> int:
     """Beginnings that two requests have in common; after the first difference there is none."""
-    same = [a == b for a, b in zip(one.blocks, other.blocks, strict=False)]
+    same = [a == b for a, b in zip(one.prefix_hashes, other.prefix_hashes, strict=False)]
     count = sum(same)
     assert same == [True] * count + [False] * (len(same) - count)
     return count
@@ -67,52 +67,56 @@ def extended(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: "-".join(body))
-def test_a_text_that_goes_on_begins_like_the_shorter_one_in_every_api(body: dict[str, Any]) -> None:
+def test_an_extended_text_shares_the_prefix_hashes_of_the_shorter_in_every_api(body: dict[str, Any]) -> None:
     short, long = read(body), read(extended(body))
-    assert len(short.blocks) == 6 and len(long.blocks) >= 8
+    assert len(short.prefix_hashes) == 6 and len(long.prefix_hashes) >= 8
     assert shared(short, long) >= 5
     assert shared(read(body), read({**body, "temperature": 0.5, "stream": True})) == 6
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: "-".join(body))
-def test_two_adapters_and_the_base_share_nothing(body: dict[str, Any]) -> None:
+def test_prefix_hashes_differ_between_adapters_and_the_base(body: dict[str, Any]) -> None:
     asks = [read(body), read(body, "red@1"), read(body, "red@2")]
-    assert [a.adapter for a in asks] == [None, "red@1", "red@2"] and all(a.base == "base@1" for a in asks)
+    assert [a.adapter for a in asks] == [None, "red@1", "red@2"] and all(a.pool == "base@1" for a in asks)
     assert shared(asks[0], asks[1]) == shared(asks[1], asks[2]) == 0
 
 
-def test_the_next_turn_of_a_conversation_begins_like_the_last() -> None:
+def test_the_next_turn_of_a_conversation_shares_the_prefix_hashes_of_the_last() -> None:
     first, second = read(chat(LONG, "one question")), read(chat(LONG, "one question", "an answer", LONG))
-    assert shared(first, second) == len(first.blocks) == 6
+    assert shared(first, second) == len(first.prefix_hashes) == 6
     assert shared(first, read(chat("Other. " + LONG, "one question"))) == 0
 
 
-def test_who_said_a_text_makes_it_another_text() -> None:
+def test_prefix_hashes_depend_on_the_role_of_a_message() -> None:
     body = chat("x", LONG)
     other = {"messages": [body["messages"][0], {"role": "assistant", "content": LONG}]}
     assert shared(read(body), read(other)) == 0
 
 
-def test_what_is_read_of_a_text_is_bounded() -> None:
+def test_a_bounded_part_of_a_text_is_hashed() -> None:
     ask = read({"prompt": "x" * 10_000_000})
-    assert (len(ask.blocks), ask.size) == (len(BOUNDS), MOST_BYTES)
-    assert shared(ask, read({"prompt": "x" * MOST_BYTES + "y" * 10_000_000})) == len(BOUNDS)
+    assert (len(ask.prefix_hashes), ask.size) == (len(PREFIX_LENGTHS), MAX_HASHED_BYTES)
+    assert shared(ask, read({"prompt": "x" * MAX_HASHED_BYTES + "y" * 10_000_000})) == len(PREFIX_LENGTHS)
     many = read(chat(*["hello there"] * 100_000))
-    assert many.size < MOST_PIECES * 30
+    assert many.size < MAX_TEXT_PARTS * 30
 
 
-def test_a_short_text_has_no_beginnings() -> None:
-    assert read({"prompt": "hello"}).blocks == ()
+def test_a_short_text_has_no_prefix_hashes() -> None:
+    assert read({"prompt": "hello"}).prefix_hashes == ()
     assert read({"prompt": "hello"}).size == 5
 
 
 @given(st.lists(st.binary(max_size=700), max_size=80), st.integers(0, 30))
-def test_how_a_text_is_cut_into_pieces_makes_no_difference(pieces: list[bytes], at: int) -> None:
-    whole = b"".join(pieces)
-    assert blocks_of("s", pieces) == blocks_of("s", [whole]) == blocks_of("s", [whole[:at], whole[at:]])
-    found, size = blocks_of("s", pieces)
-    assert size == min(len(whole), MOST_BYTES) and len(found) == sum(bound <= size for bound in BOUNDS)
-    assert blocks_of("s", [whole + b"more"])[0][: len(found)] == found
+def test_prefix_hashes_do_not_depend_on_the_parts_of_a_text(pieces: list[bytes], at: int) -> None:
+    complete = b"".join(pieces)
+    assert (
+        hash_prefixes("s", pieces)
+        == hash_prefixes("s", [complete])
+        == hash_prefixes("s", [complete[:at], complete[at:]])
+    )
+    found, size = hash_prefixes("s", pieces)
+    assert size == min(len(complete), MAX_HASHED_BYTES) and len(found) == sum(bound <= size for bound in PREFIX_LENGTHS)
+    assert hash_prefixes("s", [complete + b"more"])[0][: len(found)] == found
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,7 @@ FIELDS = ("prompt", "messages", "input", "system", "tools", "user", "metadata", 
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), NONSENSE))
-def test_nonsense_is_read_without_complaint(body: dict[str, Any]) -> None:
+def test_any_json_body_gives_a_routing_request(body: dict[str, Any]) -> None:
     read(body)
 
 
@@ -159,7 +163,7 @@ def test_nonsense_is_read_without_complaint(body: dict[str, Any]) -> None:
     "body",
     ['{"prompt": "\\ud800"}', '{"user": "\\ud800"}', '{"prompt": [1, "x"]}', '{"prompt": [-1]}', '{"prompt": [[]]}'],
 )
-def test_what_only_an_engine_can_refuse_is_left_to_it(body: str) -> None:
+def test_invalid_text_and_token_ids_are_left_to_the_engine(body: str) -> None:
     read(json.loads(body))
 
 

@@ -1,4 +1,4 @@
-"""A replica gets what its workers need, and what cannot be placed is refused before anything starts."""
+"""Resources of vLLM replicas, and errors for degrees that do not fit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tandem.config import ServedModelConfig
+from tandem.engine.vllm.resources import check_nodes, placement
 from tandem.errors import ConfigError, EngineError
-from tandem.serve.placement import check_nodes, place
 
 
 def served(gpus: float = 0.0, cpus: float = 1.0, **args: Any) -> ServedModelConfig:
@@ -16,18 +16,18 @@ def served(gpus: float = 0.0, cpus: float = 1.0, **args: Any) -> ServedModelConf
 
 
 def test_one_worker_takes_what_the_config_says_and_no_placement_group() -> None:
-    found = place(served(gpus=0.5, cpus=2))
+    found = placement(served(gpus=0.5, cpus=2))
     assert (found.cpus, found.gpus, found.options()) == (2, 0.5, {})
 
 
 def test_the_workers_of_one_node_share_the_replicas_own_gpus() -> None:
-    found = place(served(gpus=4, tensor_parallel_size=2, pipeline_parallel_size=2))
+    found = placement(served(gpus=4, tensor_parallel_size=2, pipeline_parallel_size=2))
     assert (found.gpus, found.options()) == (4, {})
 
 
 @pytest.mark.parametrize(("pipeline", "strategy"), [(1, "STRICT_PACK"), (2, "PACK")])
-def test_actors_get_a_bundle_each_and_leave_a_node_only_for_another_stage(pipeline: int, strategy: str) -> None:
-    found = place(
+def test_ray_workers_get_a_bundle_each_and_pack_by_pipeline_stage(pipeline: int, strategy: str) -> None:
+    found = placement(
         served(
             gpus=2 * pipeline,
             tensor_parallel_size=2,
@@ -58,11 +58,11 @@ def test_actors_get_a_bundle_each_and_leave_a_node_only_for_another_stage(pipeli
 )
 def test_degrees_that_do_not_fit_are_refused_with_the_numbers(config: ServedModelConfig, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        place(config, "models[1]")
+        placement(config, "models[1]")
 
 
 def test_a_tensor_group_on_two_nodes_is_refused() -> None:
     bundles = [{"CPU": 1.0}, *({"GPU": 1.0} for _ in range(4))]
-    check_nodes(bundles, {0: "a", 1: "a", 2: "a", 3: "b", 4: "b"}, tensor=2)
+    check_nodes(bundles, {0: "a", 1: "a", 2: "a", 3: "b", 4: "b"}, {"tensor_parallel_size": 2})
     with pytest.raises(EngineError, match="3 on a, 1 on b"):
-        check_nodes(bundles, {0: "a", 1: "a", 2: "a", 3: "a", 4: "b"}, tensor=2)
+        check_nodes(bundles, {0: "a", 1: "a", 2: "a", 3: "a", 4: "b"}, {"tensor_parallel_size": 2})

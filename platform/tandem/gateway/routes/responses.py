@@ -1,7 +1,7 @@
-"""What of `/v1/responses` needs a store: refused, with what to do instead.
+"""Stored responses of `/v1/responses`: refused, with the alternative.
 
-A response would lie in the memory of the one replica that made it: another replica, or the same one after a restart, would
-not know it. So nothing is stored, and a conversation travels with each request.
+vLLM stores a response in the memory of the replica that made it; other replicas, and the same one after a restart, do not have
+it. So nothing is stored, and each request carries its conversation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REFUSED = {
 
 
 def check(body: dict[str, Any]) -> None:
-    """ApiError 400 for a request that needs a store; others say to the engine that it is to store nothing."""
+    """ApiError 400 for a request that needs stored responses; sets `store` to false in all others."""
     for key, reason in REFUSED.items():
         if body.get(key):
             raise ApiError(400, f"`{key}`: {reason}", code="unsupported_parameter", param=key)

@@ -1,15 +1,16 @@
-"""What the engine of a served model loads. Needs no Ray, so that settings can be checked where there is none yet."""
+"""Engine spec of a served model: its files, names, adapter limits, threads and arguments. Needs no Ray."""
 
 from __future__ import annotations
 
+from tandem.engine.engines import find_engine
 from tandem.engine.spec import EngineSpec
 from tandem.routing.records import ServedModel
-from tandem.serve.placement import workers
 
 
 def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:
-    """What the engine of a served model loads; `where` its arguments stand in the app's config."""
+    """The spec of a served model's engine; `where`: the place of its arguments in the config, for messages."""
     config = model.config
+    num_workers = find_engine(config.engine).resources.num_workers(config.engine_args)
     return EngineSpec(
         kind=config.engine,
         id=model.id,
@@ -18,7 +19,7 @@ def engine_spec(model: ServedModel, where: str = "engine_args") -> EngineSpec:
         max_adapters=config.max_adapters,
         max_cached_adapters=config.cached_adapters,
         max_lora_rank=config.max_lora_rank,
-        threads=max(1, int(config.cpus_per_replica / workers(config.engine_args))),
+        threads=max(1, int(config.cpus_per_replica / num_workers)),
         gpus=config.gpus_per_replica,
         args=config.engine_args,
         where=where,

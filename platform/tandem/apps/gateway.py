@@ -1,0 +1,72 @@
+"""Gateway deployment: the Serve ingress that runs the gateway's ASGI app against the app's directory and registry."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from tandem.config import GatewayConfig, RouterConfig
+from tandem.gateway.app import create_app
+from tandem.registry import Registry, RegistryAddress
+from tandem.routing.records import ServedModel, Snapshot
+from tandem.serve.listen import internal_port_on_node, listen_on_node
+from tandem.serve.metrics import RayQueueMetrics, latency_histogram
+from tandem.serve.replica.deployment import check_registry
+from tandem.serve.replica.sigterm import drain_on_sigterm
+
+
+class Gateway:
+    """One gateway replica: wires the app of `tandem.gateway` to Serve."""
+
+    def __init__(
+        self,
+        directory: DeploymentHandle[Any],
+        models: tuple[ServedModel, ...],
+        config: GatewayConfig,
+        registry: RegistryAddress,
+        engines: list[DeploymentHandle[Any]],
+        router: RouterConfig,
+        admin: str | None = None,
+    ) -> None:
+        """`engines` is not called: Serve makes the deployments of these handles a part of the app.
+
+        `admin`: fingerprint of the admin token; None closes the admin routes.
+        """
+        drain_on_sigterm()
+        internal_port_on_node()
+        listen_on_node(ray.util.get_node_ip_address())
+        self._directory = directory
+        self._models = models
+        self._config = config
+        self._registry = registry
+        self._router = router
+        self._admin = admin
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Serve in the replica. RegistryError where the app's registry cannot be used on this node."""
+        check_registry(self._registry, ray.util.get_node_ip_address())
+        return create_app(
+            models=self._models,
+            watch=self._watch,
+            registry=Registry.at(self._registry),
+            config=self._config,
+            record_latency=latency_histogram(),
+            router=self._router,
+            admin=self._admin,
+            metrics=RayQueueMetrics(),
+            report_demand=self._report_demand,
+            name=_replica_id(),
+        )
+
+    async def _watch(self, version: int) -> Snapshot:
+        return cast(Snapshot, await self._directory.watch.remote(version))
+
+    async def _report_demand(self, waiting: dict[str, int]) -> None:
+        await self._directory.demand.remote(_replica_id(), waiting)
+
+
+def _replica_id() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)

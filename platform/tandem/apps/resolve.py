@@ -1,0 +1,113 @@
+"""Resolution of an app's config: every model name becomes a version with its files, once for each deploy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ray
+
+from tandem.config import ServeConfig, ServedModelConfig
+from tandem.engine.engines import find_engine
+from tandem.errors import ConfigError, RegistryError
+from tandem.registry import Registry, RegistryAddress, find_model, is_shared
+from tandem.registry.source import folder_of
+from tandem.routing.policies import find_policy
+from tandem.routing.records import ServedModel
+from tandem.settings import settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedApp:
+    """An app whose models are known by version and files."""
+
+    config: ServeConfig
+    """The config, with each model named by its version: resolving it again gives the same."""
+    models: tuple[ServedModel, ...]
+    registry: RegistryAddress
+    """How replicas open the registry."""
+
+
+def resolve(config: ServeConfig) -> ResolvedApp:
+    """Find the files of each model in the registry, on the hub or on disk; without models, the newest registered one.
+
+    Raises ConfigError or RegistryError with the next step.
+    """
+    find_policy(config.router.policy)
+    check_shared(settings().registry_url)
+    with Registry.open() as registry:
+        models = tuple(resolve_models(config, registry))
+        address = address_of(registry)
+    return ResolvedApp(
+        config=replace(config, models=tuple(model.config for model in models)), models=models, registry=address
+    )
+
+
+def check_shared(registry_url: str) -> None:
+    """RegistryError for an SQLite registry on a cluster of several machines: its file and its locks belong to one."""
+    if is_shared(registry_url) or not ray.is_initialized():
+        return
+    machines = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+    if len(machines) > 1:
+        raise RegistryError(
+            f"This cluster has {len(machines)} nodes ({', '.join(machines[:4])}), and the registry is an SQLite file, which only "
+            "one may use. Set TANDEM_DATABASE_URL to a PostgreSQL database, and prepare that with `tandem db upgrade`."
+        )
+
+
+def address_of(registry: Registry) -> RegistryAddress:
+    """The address by which replicas open the registry; an SQLite one is bound to this node, whatever nodes join later."""
+    single_node = not is_shared(registry.url) and ray.is_initialized()
+    return replace(registry.address, node=ray.util.get_node_ip_address() if single_node else None)
+
+
+def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
+    """The app's models with their files; the newest registered one where the config names none."""
+    configs = config.models
+    if not configs:
+        newest = registry.newest_model()
+        if newest is None:
+            raise RegistryError(
+                "There is no model to serve: none is configured and none is registered. Train one with "
+                "`tandem train submit`, or name a folder in Hugging Face's format."
+            )
+        configs = (ServedModelConfig(model=newest.id, name=newest.name),)
+    models = [_with_tools(_resolve_model(each, registry)) for each in configs]
+    for model in models:
+        if sum(other.name == model.name or other.id == model.id for other in models) > 1:
+            raise ConfigError(
+                f"models: {model.name!r} ({model.id}) is served more than once; raise its `replicas` instead."
+            )
+    return models
+
+
+def _resolve_model(config: ServedModelConfig, registry: Registry) -> ServedModel:
+    if not find_engine(config.engine).needs_files:
+        if (folder := folder_of(config.model)) is not None:
+            name = config.name or folder.name
+            return ServedModel(id=name, name=name, path=str(folder), config=config)
+        if config.name:
+            return ServedModel(id=config.model, name=config.name, path="", config=config)
+    record = find_model(config.model, registry, "models")
+    if isinstance(record, Path):
+        name = config.name or record.name
+        return ServedModel(id=name, name=name, path=str(record), config=config)
+    if record.kind != "model":
+        raise ConfigError(
+            f"models: {record.id} is an adapter. Serve its base, {record.base}: the adapter then answers by its name."
+        )
+    name = config.name or record.name
+    return ServedModel(
+        id=record.id,
+        name=name,
+        path=str(record.path),
+        # Whatever name led to it, one version is one deployment.
+        config=replace(config, model=record.id, name=name),
+        max_length=record.max_length,
+        created=int(record.created_at.timestamp()),
+    )
+
+
+def _with_tools(model: ServedModel) -> ServedModel:
+    supports_tools = find_engine(model.config.engine).supports_tools
+    return replace(model, supports_tools=supports_tools(Path(model.path), model.config.engine_args))
