@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.machine import port_holder
@@ -102,7 +103,7 @@ def deploy_command(
             # A model that is downloaded has a bar of its own.
             app = build_app(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(app, wanted.app, tell=console.print)
+                deploy(app, wanted.app, tell=_tell)
             remember(wanted)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 
@@ -195,7 +196,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
                     proxy_location="HeadOnly" if listen.nodes == "head" else "EveryNode",
                     http_options={"host": listen.host, "port": port},
                 )
-                deploy(app, config.app, tell=console.print)
+                deploy(app, config.app, tell=_tell)
                 remember(config)
             yield url_of(listen.host, port)
         finally:
@@ -215,17 +216,33 @@ def status_command(as_json: Annotated[bool, typer.Option("--json", help="As JSON
         if as_json:
             typer.echo(json.dumps(found, indent=2, default=str))
             return
-        table = Table(box=None, header_style="bold")
-        for column in ("app", "deployment", "state", "replicas", "message"):
-            table.add_column(column)
-        for name, app in found.items():
-            for deployment, details in app["deployments"].items():
-                states = [replica["state"] for replica in details["replicas"]]
-                running = f"{states.count('RUNNING')}/{details.get('target_num_replicas') or len(states)}"
-                table.add_row(name, deployment, details["status"], running, details.get("message", "")[:80])
-            if not app["deployments"]:
-                table.add_row(name, "", app["status"], "", app.get("message", "")[:80])
-        console.print(table if found else "Nothing is served on this cluster.")
+        show_status(found)
+
+
+def show_status(found: Mapping[str, Any]) -> None:
+    """Print apps and their deployments as a table, and below it each message whole."""
+    if not found:
+        console.print("Nothing is served on this cluster.")
+        return
+    from tandem.serve.deploy import reason_in
+
+    table = Table(box=None, header_style="bold")
+    for column in ("app", "deployment", "state", "replicas"):
+        table.add_column(column, overflow="fold")
+    messages = []
+    for name, app in found.items():
+        for deployment, details in app["deployments"].items():
+            states = [replica["state"] for replica in details["replicas"]]
+            running = f"{states.count('RUNNING')}/{details.get('target_num_replicas') or len(states)}"
+            table.add_row(name, deployment, details["status"], running)
+            messages.append((deployment, details.get("message", "")))
+        if not app["deployments"]:
+            table.add_row(name, "", app["status"], "")
+            messages.append((name, app.get("message", "")))
+    console.print(table)
+    for what, message in messages:
+        if message:
+            console.print(f"[bold]{escape(what)}[/]: {escape(reason_in(message))}", soft_wrap=True)
 
 
 @serve_app.command("down")
@@ -299,6 +316,10 @@ def url_of(host: str, port: int) -> str:
     """The base URL, for clients of OpenAI's API, of a listener."""
     host = "127.0.0.1" if host in WILDCARDS else host
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def _tell(text: str) -> None:
+    console.print(escape(text), soft_wrap=True)
 
 
 def _required_cluster() -> Cluster:

@@ -32,6 +32,7 @@ from tandem.serve.progress import Progress
 from tandem.serve.records import HeartbeatReply, ReplicaRecord, ServedModel, State
 from tandem.serve.sigterm import drain_on_sigterm
 from tandem.serve.spec import engine_spec
+from tandem.serve.start_log import StartLog
 from tandem.serve.startup import Startup
 from tandem.settings import export
 
@@ -69,6 +70,7 @@ class EngineReplica:
             await asyncio.to_thread(check_registry, registry, host)
         if model.config.prefill is not None:
             export(environment(host, free_ports(1)[0]), override=True)
+        log = StartLog(model.deployment)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
             engine = await asyncio.to_thread(create_engine, engine_spec(model))
@@ -81,7 +83,10 @@ class EngineReplica:
                 host=host,
                 on_change=lambda: _set(loop, self._changed),
             )
-            await self._host.start()
+            try:
+                await self._host.start()
+            except EngineError as error:
+                raise log.explained(error) from None
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
         self._pins = Pins(model.id, lambda: Registry.at(registry)) if registry and model.config.max_adapters else None
