@@ -25,6 +25,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
+from tandem.engine.tool_use import correct_tool_use
 from tandem.engine.ttft import FirstTokens
 from tandem.engine.vllm_args import make_config, parse_args, parsers_of, slots_of
 from tandem.engine.vllm_logs import quiet_refusals
@@ -71,6 +72,7 @@ class VllmEngine:
             app = build_app(self._args, tasks, self._llm.model_config)
             quiet_refusals()
             await init_app_state(self._llm, app.state, self._args, tasks)
+            correct_tool_use(getattr(app.state, "anthropic_serving_messages", None))
         except (Exception, SystemExit) as error:
             await self.drain(0.0)
             raise EngineError(f"vLLM could not load {self._args.model}: {error}") from error
