@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from tandem.api.messages import drop_null_fields
+from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serve import GatewayConfig, ServedModelConfig
 from tandem.engine.parsers import without_tools
@@ -85,13 +87,12 @@ class OpenAIRoutes:
             check_prompt_logprobs(name, body, target.base.config)
             if route.path == stored.PATH:
                 stored.check(body)
+            drop_nulls(body)
+            check_values(route.path, body, raw)
             by_priority = target.base.config.engine_args.get("scheduling_policy") == "priority"
             wish = take_wish(body, request.headers, arrived, pass_on=by_priority)
             body["model"] = target.engine_name
             drop_transfers(body)
-            if body.get("encoding_format", "") is None:
-                # So litellm says that it has no wish; vLLM wants to hear nothing then.
-                del body["encoding_format"]
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             call = Call(
                 path=route.path,
@@ -148,6 +149,20 @@ def number(request: Request, name: str, default: int, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
         raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
     return int(text)
+
+
+def drop_nulls(body: dict[str, Any]) -> None:
+    """Take out fields that are null, in messages too: to OpenAI's API null is the same as absent, to vLLM's only for some fields."""
+    for key in [key for key, value in body.items() if value is None]:
+        del body[key]
+    drop_null_fields(body.get("messages"))
+
+
+def check_values(path: str, body: dict[str, Any], raw: bytes) -> None:
+    """ApiError 400 for values that an engine would fail on, or tell of in words about its own classes."""
+    problems = value_problems(path, body, raw)
+    if problems:
+        raise ApiError(400, " ".join(map(str, problems)), param=problems[0].field)
 
 
 def drop_transfers(body: dict[str, Any]) -> None:
