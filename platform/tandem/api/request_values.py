@@ -19,7 +19,7 @@ from tandem.api.schema_checks import schema_problem
 from tandem.api.values import INT_MAX, INT_MIN, Problem, is_integer, is_number, kind, shown
 
 RESPONSES = "/v1/responses"
-GENERATE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages"})
+GENERATE_ROUTES = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages")
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """Fields of `structured_outputs` of which exactly one is set."""
 MAX_STOPS = 4

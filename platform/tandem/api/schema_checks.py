@@ -1,7 +1,7 @@
 """JSON schemas that no grammar can be made of, or one that would take all of an engine's memory. Pure.
 
-vLLM's grammar backends (xgrammar, llguidance) fail on the first kind in the middle of an answer, which is a 500, and expand counts
-of items and properties one by one: `minItems: 1000000000` takes about 100 GB in the process that serves every client.
+vLLM's grammar backends (xgrammar, llguidance) fail on the first kind in the middle of an answer, which is a 500. They expand
+counts of items and properties one by one: `minItems: 1000000000` takes about 100 GB in the process that serves every client.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds the error that ended an engine's start in what its processes wrote. Pure.
 
-vLLM loads the model in child processes. The parent learns only that one of them ended: "Engine core initialization failed. See root
-cause above." The exception itself is in the children's output, a traceback whose lines carry the process's name.
+vLLM loads the model in child processes. The parent learns only that one of them ended: "Engine core initialization failed. See
+root cause above." The exception itself is in the children's output, a traceback whose lines carry the process's name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NO_OUTPUT = "vLLM's engine process ended without an error message"
 
 
 def last_error(output: str) -> str | None:
-    """`SafetensorError: incomplete metadata`: the last exception in the output that is not a pointer to another; None: there is none."""
+    """The last exception in the output that does not only point at another, as `ValueError: too long`; None: there is none."""
     lines = [LINE_PREFIX.sub("", line).rstrip() for line in output.splitlines()]
     found: str | None = None
     for number, line in enumerate(lines):

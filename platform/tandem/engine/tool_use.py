@@ -1,7 +1,7 @@
 """Corrects `stop_reason` in vLLM's answers to Anthropic's `/v1/messages`.
 
-Where `tool_choice` names a tool, OpenAI's `finish_reason` is "stop", and vLLM makes "end_turn" of it. In Anthropic's API an answer
-that ends with a tool call has "tool_use", and clients run the tool only then.
+Where `tool_choice` names a tool, OpenAI's `finish_reason` is "stop", and vLLM makes "end_turn" of it. In Anthropic's API an
+answer that ends with a tool call has "tool_use", and clients run the tool only then.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def correct_tool_use(serving: Any) -> None:
 
 
 async def corrected_events(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The events of a stream, `event: NAME\\ndata: JSON\\n\\n` each, with the `stop_reason` of the last one corrected."""
+    """The events of a stream, each a line `event: NAME` and a line `data: JSON`, with the last one's `stop_reason` corrected."""
     used = False
     async for event in events:
         # Names of events are vLLM's; text of the model is inside JSON and cannot begin a line.

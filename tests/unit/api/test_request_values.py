@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tandem.api.messages import drop_null_fields, message_problem
-from tandem.api.request_values import value_problems
+from tandem.api.request_values import CONSTRAINTS, value_problems
 from tandem.api.values import Problem
 
 CHAT, RESPONSES, ANTHROPIC = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -40,16 +40,17 @@ def test_several_wrong_values_are_told_at_once_and_at_most_three() -> None:
         ({"vllm_xargs": {"a": [10**30]}}, f"`vllm_xargs.a.0` is {10**30}; integers here are from -2^63 to 2^64-1."),
         (
             {"structured_outputs": "x"},
-            "`structured_outputs` is text; it must be an object with one of json, regex, choice, grammar, json_object, "
-            "structural_tag.",
+            f"`structured_outputs` is text; it must be an object with one of {', '.join(CONSTRAINTS)}.",
         ),
         (
             {"structured_outputs": {"json": {}, "regex": "a"}},
-            "`structured_outputs` has json and regex; it must have one of json, regex, choice, grammar, json_object, "
-            "structural_tag.",
+            f"`structured_outputs` has json and regex; it must have one of {', '.join(CONSTRAINTS)}.",
         ),
         ({"structured_outputs": {"json": 3}}, "`structured_outputs.json` is 3; it must be a JSON schema."),
-        ({"structured_outputs": {"choice": []}}, "`structured_outputs.choice` is an array; it must be an array of one text or more."),
+        (
+            {"structured_outputs": {"choice": []}},
+            "`structured_outputs.choice` is an array; it must be an array of one text or more.",
+        ),
         ({"structured_outputs": {"grammar": " "}}, "`structured_outputs.grammar` is ' '; it must be text that is not empty."),
     ],
 )  # fmt: skip
@@ -161,7 +162,10 @@ def test_numbers_in_texts_are_not_numbers() -> None:
         ),
         ([{"role": "user", "content": [{}]}], "`messages.0.content.0.type` is missing; it must be text, such as 'text'."),
         ([{"role": "user", "content": [{"type": "text"}]}], "`messages.0.content.0.text` is missing; it must be text."),
-        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "`messages.0.content.0.text` is a number; it must be text."),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": 3}]}],
+            "`messages.0.content.0.text` is a number; it must be text.",
+        ),
         ([{"role": "user", "content": "x", "name": 3}], "`messages.0.name` is a number; it must be text."),
         ([{"role": "tool", "content": "x", "tool_call_id": 3}], "`messages.0.tool_call_id` is a number; it must be text."),
         ([{"role": "assistant", "tool_calls": "x"}], "`messages.0.tool_calls` is text; it must be an array of calls."),

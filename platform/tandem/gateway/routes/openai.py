@@ -152,7 +152,7 @@ def number(request: Request, name: str, default: int, most: int) -> int:
 
 
 def drop_nulls(body: dict[str, Any]) -> None:
-    """Take out fields that are null, in messages too: to OpenAI's API null is the same as absent, to vLLM's only for some fields."""
+    """Take out fields that are null, in messages too: OpenAI's API takes null for absent, vLLM's does only for some fields."""
     for key in [key for key, value in body.items() if value is None]:
         del body[key]
     drop_null_fields(body.get("messages"))
