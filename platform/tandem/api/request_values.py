@@ -167,8 +167,8 @@ def _given_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield ".".join(path), _inside(body, *path)
     tools = body.get("tools")
     for place, tool in enumerate(tools if isinstance(tools, list) else ()):
-        for path in (("function", "parameters"), ("parameters",), ("input_schema",)):
-            yield f"tools.{place}.{'.'.join(path)}", _inside(tool, *path)
+        for field in ("function.parameters", "parameters", "input_schema"):
+            yield f"tools.{place}.{field}", _inside(tool, *field.split("."))
 
 
 def _inside(value: Any, *keys: str) -> Any:

@@ -8,10 +8,7 @@ print(done.answered, done.failed, done.results)
 from __future__ import annotations
 
 import contextlib
-import logging
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,12 +18,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tandem.cli.progress import duration
-from tandem.cli.shell import a_cluster, console, friendly_errors, quiet_driver, uninterrupted
-from tandem.cluster import Cluster, authentication
+from tandem.cli.shell import a_cluster, connected, console, friendly_errors
+from tandem.cluster import authentication
 from tandem.config import BatchConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml
 from tandem.engine.parsers import read_template
-from tandem.errors import ClusterError
 from tandem.settings import export
 
 if TYPE_CHECKING:
@@ -146,41 +142,8 @@ def _driver(config: BatchConfig) -> Iterator[None]:
         yield
         return
     cpus = max(CPUS, int(config.replicas * config.cpus_per_replica) + 2)
-    with a_cluster(num_cpus=cpus) as cluster, connected(cluster):
+    with a_cluster(num_cpus=cpus) as cluster, connected(cluster, other="run the command on one of its nodes"):
         yield
-
-
-class connected:  # noqa: N801 - used as a function
-    """This process as a driver of the cluster, for the length of a block."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-
-    def __enter__(self) -> None:
-        import ray
-
-        if self._cluster.address is None:
-            raise ClusterError(
-                f"The cluster is known only by its dashboard, {self._cluster.dashboard_url}. Run the command on one of its "
-                "nodes, or give RAY_ADDRESS as host:port."
-            )
-        handler = signal.getsignal(signal.SIGTERM)
-        with quiet_driver():
-            ray.init(
-                address=self._cluster.address,
-                namespace="tandem",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        if callable(handler) and threading.current_thread() is threading.main_thread():
-            # Ray has set its own, which ends the process without a word.
-            signal.signal(signal.SIGTERM, handler)
-
-    def __exit__(self, *exc: object) -> None:
-        import ray
-
-        with uninterrupted():
-            ray.shutdown()
 
 
 class _Bar:

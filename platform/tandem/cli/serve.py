@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.machine import port_holder
-from tandem.cli.shell import a_cluster, console, friendly_errors, quiet_driver, stop_quietly, uninterrupted
+from tandem.cli.shell import a_cluster, connected, console, friendly_errors, stop_quietly, uninterrupted
 from tandem.cluster import Cluster, LocalCluster, connect
 from tandem.config import ListenConfig, ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict, to_dict
@@ -87,8 +87,8 @@ def deploy_command(
         if wanted.app not in applications(cluster):
             raise ClusterError(f"{wanted.app} is not served on this cluster. `tandem serve up` starts it.")
         check_listener(serve_details(cluster), wanted.listen)
-        with connected(cluster):
-            from tandem.serve.app import build_app, pinned
+        with serve_quietly(cluster):
+            from tandem.serve.app import build_pinned
             from tandem.serve.deploy import deploy, remember, remembered
 
             if not models and config is None:
@@ -99,9 +99,8 @@ def deploy_command(
                         "models, or give --config."
                     )
                 wanted = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
-            wanted = pinned(wanted)
             # A model that is downloaded has a bar of its own.
-            app = build_app(wanted)
+            app, wanted = build_pinned(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
                 deploy(app, wanted.app, tell=_tell)
             remember(wanted)
@@ -137,29 +136,12 @@ def end_gently(config: ServeConfig) -> None:
 
 
 @contextmanager
-def connected(cluster: Cluster) -> Iterator[None]:
-    """This process connected to a cluster for the length of a block."""
-    import ray
-
-    if cluster.address is None:
-        raise ClusterError(
-            f"The cluster is known only by its dashboard, {cluster.dashboard_url}. Use `serve deploy -a {cluster.dashboard_url} "
-            "serve_apps/openai.yaml`, or give RAY_ADDRESS as host:port."
-        )
+def serve_quietly(cluster: Cluster) -> Iterator[None]:
+    """This process connected to a cluster for the length of a block, and Serve's informational messages not shown."""
+    other = f"use `serve deploy -a {cluster.dashboard_url} serve_apps/openai.yaml`"
     quiet_serve()
-    with quiet_driver():
-        ray.init(
-            address=cluster.address,
-            namespace="tandem",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            ignore_reinit_error=True,
-        )
-    try:
+    with connected(cluster, other=other):
         yield
-    finally:
-        with uninterrupted():
-            ray.shutdown()
 
 
 def quiet_serve() -> None:
@@ -175,7 +157,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
     from ray import serve
 
-    from tandem.serve.app import build_app, pinned
+    from tandem.serve.app import build_pinned
     from tandem.serve.deploy import deploy, remember
 
     details = serve_details(cluster)
@@ -186,10 +168,9 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
         raise ClusterError(
             f"Serve listens on port {taken} on this cluster, for other apps. Use it too: --port {taken}."
         )
-    with connected(cluster):
+    with serve_quietly(cluster):
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
-        config = pinned(config)
-        app = build_app(config)
+        app, config = build_pinned(config)
         try:
             with console.status(f"Starting {config.app}: one engine takes about half a minute"):
                 serve.start(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tandem.cluster import Cluster, LocalCluster, connect, recorded
-from tandem.errors import TandemError
+from tandem.errors import ClusterError, TandemError
 from tandem.private import check_home
 from tandem.settings import export, forget, settings, variable
 
@@ -134,6 +136,37 @@ def quiet_driver() -> Iterator[None]:
         os.close(terminal)
         os.close(nowhere)
         forget(CORE_LEVEL, "fatal")
+
+
+@contextlib.contextmanager
+def connected(cluster: Cluster, *, other: str) -> Iterator[None]:
+    """This process as a driver of a cluster for the length of a block.
+
+    `other`: what works where the cluster's address is not known, for the ClusterError that is raised then.
+    """
+    import ray
+
+    if cluster.address is None:
+        raise ClusterError(
+            f"The cluster is known only by its dashboard, {cluster.dashboard_url}. Give RAY_ADDRESS as host:port, or {other}."
+        )
+    handler = signal.getsignal(signal.SIGTERM)
+    with quiet_driver():
+        ray.init(
+            address=cluster.address,
+            namespace="tandem",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+        )
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        # Ray has set its own, which ends the process without a word.
+        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        with uninterrupted():
+            ray.shutdown()
 
 
 def stop_quietly(cluster: Cluster) -> None:

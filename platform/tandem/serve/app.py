@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tandem.engine.parsers import takes_tools
 from tandem.errors import ConfigError, RegistryError
 from tandem.ids import fingerprint
 from tandem.registry import Registry, RegistryAddress, find_model, is_shared
+from tandem.registry.folders import model_max_length
 from tandem.registry.source import folder_of
 from tandem.serve.directory import Directory
 from tandem.serve.disaggregate import pools
@@ -58,11 +60,23 @@ def build_app(config: ServeConfig, *, check: bool = True) -> serve.Application:
     Resolves every model in the registry and, with `check`, has the engine check its arguments. Raises ConfigError or
     RegistryError with the next step; no replica has started then.
     """
+    return build_pinned(config, check=check)[0]
+
+
+def build_pinned(config: ServeConfig, *, check: bool = True) -> tuple[serve.Application, ServeConfig]:
+    """The same, with the config that each model is named by its version in; without models, with the newest registered one."""
     find_policy(config.router.policy)
     check_shared(settings().registry_url)
     with Registry.open() as opened:
         registry = address_of(opened)
         models = resolve_models(config, opened)
+    pinned = replace(config, models=tuple(model.config for model in models))
+    return _application(pinned, models, registry, check), pinned
+
+
+def _application(
+    config: ServeConfig, models: list[ServedModel], registry: RegistryAddress, check: bool
+) -> serve.Application:
     held = [(pool, f"models[{i}]") for i, model in enumerate(models) for pool in pools(model, f"models[{i}]")]
     placements = [place(pool.config, where) for pool, where in held]
     if check:
@@ -169,17 +183,6 @@ def address_of(registry: Registry) -> RegistryAddress:
     return replace(registry.address, node=ray.util.get_node_ip_address() if alone else None)
 
 
-def pinned(config: ServeConfig) -> ServeConfig:
-    """The same app with each model named by its version; without models, with the newest registered one.
-
-    Raises ConfigError or RegistryError as `build_app` does.
-    """
-    check_shared(settings().registry_url)
-    with Registry.open() as opened:
-        models = resolve_models(config, opened)
-    return replace(config, models=tuple(model.config for model in models))
-
-
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
     """What the app serves: each model found in the registry, on the hub or on the disk; or else the newest registered one."""
     wanted = config.models
@@ -211,7 +214,9 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
     record = find_model(served.model, registry, "models")
     if isinstance(record, Path):
         name = served.name or record.name
-        return ServedModel(id=name, name=name, path=str(record), config=served)
+        return ServedModel(
+            id=name, name=name, path=str(record), config=served, max_length=_length(served, _positions(record))
+        )
     if record.kind != "model":
         raise ConfigError(
             f"models: {record.id} is an adapter. Serve its base, {record.base}: the adapter then answers by its name."
@@ -222,9 +227,22 @@ def _resolve(served: ServedModelConfig, registry: Registry) -> ServedModel:
         path=str(record.path),
         # However it was named, the same version is the same deployment.
         config=replace(served, model=record.id, name=served.name or record.name),
-        max_length=record.max_length,
+        max_length=_length(served, record.max_length),
         created=int(record.created_at.timestamp()),
     )
+
+
+def _length(served: ServedModelConfig, model_length: int | None) -> int | None:
+    """Tokens that a served model takes: `max_model_len` of its engine, else those of the model."""
+    given = served.engine_args.get("max_model_len")
+    return given if isinstance(given, int) and given > 0 else model_length
+
+
+def _positions(folder: Path) -> int | None:
+    # vLLM loads more kinds of weights than the registry takes.
+    with contextlib.suppress(RegistryError):
+        return model_max_length(folder)
+    return None
 
 
 def _with_tools(model: ServedModel) -> ServedModel:

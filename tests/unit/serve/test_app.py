@@ -9,7 +9,8 @@ from fake_hub import FakeHub
 from tandem.config import RouterConfig, ServeConfig, ServedModelConfig, from_dict, to_dict
 from tandem.errors import ConfigError, RegistryError, UnknownModelError
 from tandem.registry import Registry
-from tandem.serve.app import build_app, pinned, resolve_models
+from tandem.serve import app
+from tandem.serve.app import build_app, build_pinned, resolve_models
 from tandem.serve.scaling import engine_version
 
 
@@ -63,9 +64,10 @@ def test_one_version_is_one_deployment_however_it_is_named(registry: Registry, t
     versions = [engine_version(resolve_models(each, registry)[0], "") for each in names]
     assert len(set(versions)) == 1
     # A config that names the versions is the same app, and stays so when another model is registered.
-    kept = pinned(config(ServedModelConfig(model="one", replicas=2), ServedModelConfig(model=str(folder))))
+    both = config(ServedModelConfig(model="one", replicas=2), ServedModelConfig(model=str(folder)))
+    _, kept = build_pinned(both, check=False)
     registry.register_model("two", model(tmp_path / "two", 2))
-    assert [each.model for each in kept.models] == ["one@1", str(folder)] and pinned(kept) == kept
+    assert [each.model for each in kept.models] == ["one@1", str(folder)] and build_pinned(kept, check=False)[1] == kept
     assert from_dict(ServeConfig, to_dict(kept)) == kept
 
 
@@ -133,3 +135,23 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_refused_with_both_facts(regi
     with pytest.raises(ConfigError, match=r"models: no model at .*/a/b/c: it has no config\.json"):
         resolve_models(config(ServedModelConfig(model="a/b/c")), registry)
     assert not hub.requests
+
+
+def test_each_model_is_looked_for_once_in_a_deploy(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register_model("one", model(tmp_path / "one"))
+    asked: list[str] = []
+    find = app.find_model
+    monkeypatch.setattr(app, "find_model", lambda word, *more: asked.append(word) or find(word, *more))
+    build_pinned(config(ServedModelConfig(model="one")), check=False)
+    assert asked == ["one"]
+
+
+def test_a_served_folder_has_the_models_length_or_that_of_its_engine(registry: Registry, tmp_path: Path) -> None:
+    folder = model(tmp_path / "plain")
+    plain = ServedModelConfig(model=str(folder))
+    short = ServedModelConfig(model=str(folder), engine_args={"max_model_len": 32})
+    assert [resolve_models(config(each), registry)[0].max_length for each in (plain, short)] == [64, 32]
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert resolve_models(config(plain), registry)[0].max_length is None
