@@ -120,6 +120,12 @@ class EnvironmentProblem(TandemError):
     """This machine lacks something that Tandem needs."""
 
 
+def sentence(text: str) -> str:
+    """The text with a full stop, unless it ends a sentence already."""
+    text = text.rstrip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'X'?` for the known name nearest to `word`, else the empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

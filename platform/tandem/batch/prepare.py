@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic_core import from_json, to_json
+
 from tandem.api.request_fields import REQUEST_FIELDS
+from tandem.api.request_values import GENERATE_ROUTES, value_problems
 from tandem.batch.input.plan import ChunkSize, WorkUnit, units
 from tandem.batch.input.sources import find_files
 from tandem.batch.input.survey import Survey, survey
@@ -47,7 +50,7 @@ class BatchRun:
 def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None) -> BatchRun:
     """Read the input and compare the run with what is in its output; `tell` hears how many rows have been read.
 
-    Raises ConfigError, DataError or a RegistryError with the next step.
+    Raises ConfigError, DataError, StorageError or a RegistryError with the next step.
     """
     check_request(config.request)
     found, output = find_files(config.input), Output.at(config.output)
@@ -71,15 +74,22 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
     bases = tuple(_base(config, names, each) for each in asked.bases)
     if config.engine_args and not (before and before.finished):
         check_engine_args(*(spec for spec, _ in bases))
+    if before is None:
+        output.make()
     return BatchRun(config=config, output=output, manifest=before or manifest, survey=asked, bases=bases, names=names)
 
 
 def check_request(request: Mapping[str, Any]) -> None:
-    """ConfigError for a field that no request has, whatever its route."""
+    """ConfigError for a field that no request has, whatever its route, and for a value that none can have."""
     known = frozenset[str]().union(*REQUEST_FIELDS.values())
     for field in request:
         if field not in known:
             raise ConfigError(f"request.{field} is not a field of any request.{did_you_mean(field, known)}")
+    # As rows have it: from Python, arrays may be tuples.
+    asked = from_json(to_json(dict(request)))
+    for path in GENERATE_ROUTES:
+        for problem in value_problems(path, asked):
+            raise ConfigError(f"request.{problem.field} {problem.text}.")
 
 
 def _base(config: BatchConfig, names: ModelResolver, base: str) -> tuple[EngineSpec, ServedModelConfig]:

@@ -22,6 +22,7 @@ from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
 from tandem.errors import EngineError, StorageError
 from tandem.serve.replica.adapter_checks import AdapterChecker
+from tandem.serve.replica.start_log import StartLog
 
 TOLD = ("rows", "failed", "prompt_tokens", "tokens", "began", "ended")
 """What is said of each chunk: counts, and when (seconds since 1970) it was begun and published."""
@@ -41,6 +42,7 @@ class Worker:
             )
         self._reaper = Reaper.of_children()
         spec = work.spec
+        log = StartLog(f"batch-{spec.name.replace('/', '~')}")
         self._client = EngineClient(
             create_engine(spec),
             window_rows=work.window_rows,
@@ -48,7 +50,10 @@ class Worker:
             max_cached=spec.max_cached_adapters,
             prepare=AdapterChecker(Path(spec.path) if spec.path else None, spec.max_lora_rank),
         )
-        self._client.start()
+        try:
+            self._client.start()
+        except EngineError as error:
+            raise log.explained(error) from None
 
     def __call__(self, table: Any) -> dict[str, Any]:
         """Answer a table of one or more units (read.COLUMNS), and publish each."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.support.shell import friendly_errors
@@ -18,7 +20,7 @@ from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict, to_dict
 from tandem.errors import ClusterError
 from tandem.sdk.cluster import a_cluster, connected, stop_quietly
-from tandem.sdk.console import console
+from tandem.sdk.console import console, print_message
 from tandem.sdk.serving import (
     CPUS,
     applications,
@@ -101,7 +103,7 @@ def deploy_command(
             # Before the status line: a model that is downloaded has a progress bar of its own.
             planned = prepare(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(planned, on_message=console.print)
+                deploy(planned, on_message=print_message)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
 
 
@@ -130,17 +132,33 @@ def status_command(as_json: Annotated[bool, typer.Option("--json", help="As JSON
         if as_json:
             typer.echo(json.dumps(found, indent=2, default=str))
             return
-        table = Table(box=None, header_style="bold")
-        for column in ("app", "deployment", "state", "replicas", "message"):
-            table.add_column(column)
-        for name, app in found.items():
-            for deployment, details in app["deployments"].items():
-                states = [replica["state"] for replica in details["replicas"]]
-                running = f"{states.count('RUNNING')}/{details.get('target_num_replicas') or len(states)}"
-                table.add_row(name, deployment, details["status"], running, details.get("message", "")[:80])
-            if not app["deployments"]:
-                table.add_row(name, "", app["status"], "", app.get("message", "")[:80])
-        console.print(table if found else "Nothing is served on this cluster.")
+        show_status(found)
+
+
+def show_status(found: Mapping[str, Any]) -> None:
+    """Print apps and their deployments as a table, and below it each message whole."""
+    if not found:
+        console.print("Nothing is served on this cluster.")
+        return
+    from tandem.apps.deploy import reason_in
+
+    table = Table(box=None, header_style="bold")
+    for column in ("app", "deployment", "state", "replicas"):
+        table.add_column(column, overflow="fold")
+    messages = []
+    for name, app in found.items():
+        for deployment, details in app["deployments"].items():
+            states = [replica["state"] for replica in details["replicas"]]
+            running = f"{states.count('RUNNING')}/{details.get('target_num_replicas') or len(states)}"
+            table.add_row(name, deployment, details["status"], running)
+            messages.append((deployment, details.get("message", "")))
+        if not app["deployments"]:
+            table.add_row(name, "", app["status"], "")
+            messages.append((name, app.get("message", "")))
+    console.print(table)
+    for what, message in messages:
+        if message:
+            console.print(f"[bold]{escape(what)}[/]: {escape(reason_in(message))}", soft_wrap=True)
 
 
 @serve_app.command("down")

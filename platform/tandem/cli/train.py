@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tandem.cli.models import ago
 from tandem.cli.support.shell import friendly_errors
@@ -27,6 +28,12 @@ from tandem.sdk.console import console
 from tandem.sdk.progress import duration, log_line
 from tandem.sdk.training import submit
 from tandem.train.reporting.plot import plot_run
+
+LEFT_OUT_FIRST = ("submitted", "model", "tok/s", "loss", "step")
+"""Columns of the table of jobs that go where it is too wide, in this order. Ids stay whole: people copy them."""
+FOLDED = ("model", "submitted")
+FOLDED_CHARS = 9
+"""Least width of a column that folds."""
 
 train_app = typer.Typer(no_args_is_help=True, help="Submit training jobs and watch over them.")
 
@@ -114,7 +121,7 @@ def status_command(
                 "No jobs yet. `python train_apps/pretrain.py --config ...` or `tandem train submit` starts one."
             )
         else:
-            console.print(_table(found))
+            _show(found)
             if job_id:
                 for line in health_lines(found[0], time.time()):
                     console.print(f"  [dim]·[/] {escape(line)}", soft_wrap=True)
@@ -166,30 +173,53 @@ def _client_of(job: RunFolder) -> tuple[JobClient, str] | None:
     return (JobClient(cluster), str(sent[-1]["id"])) if cluster else None
 
 
-def _table(summaries: list[JobSummary]) -> Table:
+def _show(summaries: list[JobSummary]) -> None:
+    """Print the jobs as a table with whole ids; where it is too wide, without the first columns of LEFT_OUT_FIRST."""
+    rows = [_cells(summary) for summary in summaries]
+    columns = list(rows[0])
+    while _least_width(rows, columns) > console.width and len(columns) > 2:
+        columns.remove(next(column for column in LEFT_OUT_FIRST if column in columns))
     table = Table(box=None, header_style="bold")
-    for column in ("job", "state", "step", "loss", "tok/s", "model", "submitted"):
-        # What people copy stays whole at any width; where the table is too wide, the last two columns fold.
-        folds = column in ("model", "submitted")
+    for column in columns:
+        folds = column in FOLDED
         table.add_column(
             column,
             justify="right" if column in ("step", "loss", "tok/s") else "left",
             no_wrap=not folds,
             overflow="fold",
-            min_width=None if folds else len(column),
+            min_width=FOLDED_CHARS if folds else None,
         )
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    console.print(table)
+    left_out = [column for column in rows[0] if column not in columns]
+    if left_out:
+        console.print(f"[dim]Too narrow for {', '.join(left_out)}; --json has all.[/]")
+
+
+def _least_width(rows: list[dict[str, Text]], columns: list[str]) -> int:
+    """Characters that a table needs: columns whole, except those that fold, and a blank on each side."""
+    widths = [
+        FOLDED_CHARS if column in FOLDED else max(len(column), *(row[column].cell_len for row in rows))
+        for column in columns
+    ]
+    return sum(widths) + 2 * len(columns)
+
+
+def _cells(summary: JobSummary) -> dict[str, Text]:
+    """A job's row, by the columns' names."""
+    s = summary
     colour = {JobState.FINISHED: "green", JobState.FAILED: "red", JobState.RUNNING: "cyan", JobState.STOPPED: "yellow"}
-    for s in summaries:
-        table.add_row(
-            s.id,
-            f"[{colour.get(s.state, 'white')}]{s.state}[/]",
-            f"{s.step}/{s.steps}",
-            f"{s.loss:.3f}" if s.loss is not None else "",
-            f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else "",
-            s.model or "",
-            ago(datetime.fromtimestamp(s.submitted_at, UTC), datetime.now(UTC)) if s.submitted_at else "",
-        )
-    return table
+    when = ago(datetime.fromtimestamp(s.submitted_at, UTC), datetime.now(UTC)) if s.submitted_at else ""
+    return {
+        "job": Text(s.id),
+        "state": Text(str(s.state), colour.get(s.state, "white")),
+        "step": Text(f"{s.step}/{s.steps}"),
+        "loss": Text(f"{s.loss:.3f}" if s.loss is not None else ""),
+        "tok/s": Text(f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else ""),
+        "model": Text(s.model or ""),
+        "submitted": Text(when),
+    }
 
 
 @train_app.command("logs")

@@ -15,7 +15,7 @@ from tandem.cluster.machine import port_holder
 from tandem.config import ListenConfig, ServeConfig
 from tandem.errors import ClusterError
 from tandem.sdk.cluster import connected, uninterrupted
-from tandem.sdk.console import console
+from tandem.sdk.console import console, print_message
 from tandem.settings import settings
 
 CPUS = 8
@@ -60,7 +60,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
                     proxy_location="HeadOnly" if listen.nodes == "head" else "EveryNode",
                     http_options={"host": listen.host, "port": port},
                 )
-                deploy(planned, on_message=console.print)
+                deploy(planned, on_message=print_message)
             yield url_of(listen.host, port)
         finally:
             with uninterrupted():

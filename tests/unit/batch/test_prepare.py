@@ -298,3 +298,37 @@ def test_columns_of_a_table_that_are_no_fields_are_not_sent(registry: Registry, 
     run = prepare(config(tmp_path, [{"prompt": "a", "reference_answer": "b", "max_tokens": 2}]))
     assert run.survey.rows == 1 and not list(run.survey.refused)
     assert read_row({"prompt": "a", "reference_answer": "b"}, {}).body == {"prompt": "a"}
+
+
+def test_rows_with_wrong_values_are_refused_before_anything_is_started(registry: Registry, tmp_path: Path) -> None:
+    run = prepare(config(tmp_path, [{"prompt": "a"}, {"prompt": "b", "temperature": "hot"}]))
+    (refused,) = (json.loads(line) for line in run.survey.refused)
+    assert refused["error"]["message"] == "`temperature` is 'hot'; it must be a number from 0 to 2."
+    assert not prepare(config(tmp_path, [{"prompt": "b", "n": 0}], output=str(tmp_path / "other"))).units
+
+
+def test_a_wrong_value_for_all_rows_is_refused(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^request\.temperature is 'hot'; it must be a number from 0 to 2\.$"):
+        prepare(config(tmp_path, ROWS, request={"temperature": "hot"}))
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl/below", "a-file/below", "a-file"])
+def test_an_output_that_cannot_be_made_is_told_with_its_path(registry: Registry, tmp_path: Path, output: str) -> None:
+    (tmp_path / "a-file").touch()
+    with pytest.raises(StorageError, match=r"cannot be made.*(Not a directory|File exists)\. Choose another path"):
+        prepare(config(tmp_path, ROWS, output=str(tmp_path / output)))
+    with pytest.raises(StorageError, match=r"cannot be made.*No such file or directory\. Choose another path"):
+        prepare(config(tmp_path, ROWS, output="/proc/nowhere/out"))
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_a_store_without_credentials_is_told_with_their_names(
+    registry: Registry, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=r"cannot be read: NoCredentialsError.*AWS_ACCESS_KEY_ID") as refused:
+        prepare(config(tmp_path, ROWS, **{where: "s3://tandem-nobody/x.jsonl"}))
+    assert "\n" not in str(refused.value)

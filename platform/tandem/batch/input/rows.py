@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, misspelt_fields, unknown_fields
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.engine.vllm.requests import asks_for_prompt_logprobs
@@ -93,6 +94,8 @@ def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool 
         raise BadRowError("stream is on; the answers of a batch are written when they are whole. Leave it out.")
     for key in ("stream_options", "kv_transfer_params", "ec_transfer_params"):
         asked.pop(key, None)
+    if problems := value_problems(path, asked):
+        raise BadRowError(" ".join(map(str, problems)))
     return RowRequest(path, asked, model, custom_id, plain)
 
 

@@ -18,7 +18,7 @@ from tandem.batch.files import reading
 from tandem.batch.input.plan import Position
 from tandem.data.index import SHARDS_NAME
 from tandem.errors import DataError, did_you_mean
-from tandem.storage import Location, base_name, file_system, is_remote, located
+from tandem.storage import Location, base_name, file_system, is_remote, located, store_errors
 
 TEXT_MEMBERS = ("txt", "text")
 PACKED = (".gz", ".tgz")
@@ -42,9 +42,14 @@ Reader = Callable[[IO[bytes], Position], Iterator[Row]]
 def find_files(source: str) -> list[Location]:
     """The files that `source` names, in the order of their names: itself, those of a folder, or what fits a pattern with *.
 
-    Raises DataError if there are none, or of a sort that nothing here reads.
+    Raises DataError if there are none, or of a sort that nothing here reads, and StorageError where the store refuses.
     """
     place = located(source)
+    with store_errors(place, "read"):
+        return _find_files(source, place)
+
+
+def _find_files(source: str, place: Location) -> list[Location]:
     files = file_system(place)
     text = str(place)
     if files.isdir(text):

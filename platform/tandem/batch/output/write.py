@@ -13,16 +13,18 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
+import os
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tandem.batch.files import read, reading, remove_partial_files, write, writing
 from tandem.batch.input.plan import Chunk, WorkUnit
 from tandem.batch.output.lines import has_failed, row_of
 from tandem.errors import ConfigError, StorageError
-from tandem.storage import Location, file_system, join, located
+from tandem.storage import Location, check_writable, file_system, join, located, store_errors
 
 REFUSED = "refused.jsonl"
 """Rows that no engine is asked about, among the chunks."""
@@ -76,6 +78,18 @@ class Output:
     def owns(self, file: Location) -> bool:
         """Whether a file is one of the run's own, which is no input of it."""
         return file in (self.results, self.errors) or str(file).startswith(f"{self.run}/")
+
+    def make(self) -> None:
+        """Make the place for the run's files. StorageError if nothing can be written there."""
+        if not isinstance(self.run, Path):
+            check_writable(self.run)
+            return
+        with store_errors(self.run, "made, which the output needs"):
+            self.run.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.run, os.W_OK | os.X_OK):
+                raise StorageError(
+                    f"The output's folder {self.run} cannot be written by this user. Choose another --output."
+                )
 
     def begin(self, manifest: dict[str, Any]) -> None:
         """Write the manifest down."""
