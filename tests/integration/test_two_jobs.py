@@ -16,7 +16,7 @@ from tandem.cluster.local import LocalCluster
 from tandem.config import ServedModelConfig, TrainConfig, from_dict
 from tandem.data.build import build_dataset
 from tandem.errors import ClusterError
-from tandem.train.launch import check_room as check_training
+from tandem.train.launch import check_capacity as check_training
 
 NODE = "node:__internal_head__"
 """A resource that Ray's first node always has: it stands for what an operator names."""

@@ -70,8 +70,8 @@ def outcome(tokenizer: Path, job: Path, cpus_per_worker: float) -> str:
     )  # type: ignore[arg-type]  # fmt: skip
     metrics: Any = SimpleNamespace(write=lambda event: None)
     try:
-        end = run_workers(task, Journal(job / "events.jsonl"), metrics)
-        return f"TRAINED {end['step']}"
+        exported = run_workers(task, Journal(job / "events.jsonl"), metrics)
+        return f"TRAINED {exported.step}"
     except LayoutError as error:
         return f"REFUSED {error}"
 

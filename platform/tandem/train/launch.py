@@ -131,7 +131,7 @@ def run_job(job: Path, journal: Journal, stop_request: StopRequest | None = None
     result = registration.finish(exported)
     plot_run(journal.read(), job / "loss.png", title=config.name)
     journal.write(
-        _named(
+        _with_result(
             Finished(
                 plot=str(job / "loss.png"),
                 loss=exported.loss,
@@ -154,10 +154,12 @@ def _finished(before: list[Event], job: Path) -> Finished | None:
 
 def _register_late(done: Finished, registration: ResultRegistration) -> Finished:
     """Register a result that was exported without being registered, such as that of a sweep's trial."""
-    return _named(done, registration.finish(Exported(step=done.steps or 0, loss=done.loss, tokens=done.tokens or 0)))
+    return _with_result(
+        done, registration.finish(Exported(step=done.steps or 0, loss=done.loss, tokens=done.tokens or 0))
+    )
 
 
-def _named(finished: Finished, result: RegisteredResult) -> Finished:
+def _with_result(finished: Finished, result: RegisteredResult) -> Finished:
     return replace(finished, model=result.model, base=result.base, path=result.path, dora=result.dora)
 
 
