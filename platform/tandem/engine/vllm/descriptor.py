@@ -11,6 +11,7 @@ from tandem.engine.vllm import kv_transfer, requests, resources
 from tandem.engine.vllm.environment import engine_environment
 from tandem.engine.vllm.parsers import supports_tools
 from tandem.engine.vllm.validation import validate
+from tandem.engine.vllm.wording import simplify_field
 from tandem.errors import EngineError
 
 
@@ -42,6 +43,7 @@ VLLM = EngineDescriptor(
         adapt=requests.adapt_request,
         keeps_priority=requests.keeps_priority,
         explain_error=requests.explain_error,
+        explain_param=simplify_field,
         arguments=("scheduling_policy",),
     ),
     kv_transfer=KvTransfer(
