@@ -25,6 +25,18 @@ environment.export(
 )
 
 
+SHARED = ("served", "ray_cluster", "cluster", "postgresql_server")
+"""Fixtures that take long to start; the tests of each run in one process, so that it starts once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for `pytest -n 2 --dist loadgroup`: by the costly fixture that they share, else by file."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        group = next((name for name in SHARED if name in fixtures), item.nodeid.split("::")[0])
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A TANDEM_HOME for the whole session, in the environment."""

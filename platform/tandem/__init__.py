@@ -6,20 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.cli.batch import run_batch
-    from tandem.cli.llm import LLM
-    from tandem.cli.session import Session, recipe
+    from tandem.sdk.batch import run_batch
     from tandem.sdk.client import SamplingParams
+    from tandem.sdk.llm import LLM
+    from tandem.sdk.session import Session, recipe
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "Session", "__version__", "recipe", "run_batch"]
 
 _HOMES = {
-    "LLM": "cli.llm",
+    "LLM": "sdk.llm",
     "SamplingParams": "sdk.client",
-    "Session": "cli.session",
-    "recipe": "cli.session",
-    "run_batch": "cli.batch",
+    "Session": "sdk.session",
+    "recipe": "sdk.session",
+    "run_batch": "sdk.batch",
 }
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message states the fact, the numbers and the next step.
+"""Exception tree. Every message states the fact, the numbers and the next step.
 
 TandemError
 ├── ConfigError          a key or value that cannot be
@@ -118,6 +118,12 @@ class PromptError(EngineError):
 
 class EnvironmentProblem(TandemError):
     """This machine lacks something that Tandem needs."""
+
+
+def sentence(text: str) -> str:
+    """The text with a full stop, unless it ends a sentence already."""
+    text = text.rstrip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Names for things: content digests, job ids, and the rules for what a person may call a model. Pure."""
+"""Identifiers: content digests, job ids, and the rules for names. Pure."""
 
 from __future__ import annotations
 

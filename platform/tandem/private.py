@@ -1,4 +1,4 @@
-"""Files that no other user of the machine may change: created with modes 0700 and 0600, verified before each use.
+"""Private files: created with modes 0700 and 0600, and verified before each use.
 
 Whatever is executed, or trusted like code (a cluster's record, HAProxy's configuration, sockets), lies below a folder that
 passes `check_private_folder`. Ray gives mode 0777 to the folders that it creates, so those are children of such a folder
@@ -39,6 +39,13 @@ def make_private_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def ensure_private_folder(path: Path) -> Path:
+    """The folder, created if needed; UnsafePathError or OSError unless it passes `check_private_folder`."""
+    make_private_folder(path)
+    check_private_folder(path)
+    return path
 
 
 def make_shared_folder(path: Path, home: Path) -> None:
@@ -92,11 +99,7 @@ def check_private_folder(path: Path) -> None:
         raise UnsafePathError(f"{path} cannot be examined: {error.strerror}.") from error
     if not stat.S_ISDIR(found.st_mode):
         raise UnsafePathError(f"{path} is not a folder (a symbolic link, or a file). Remove it.")
-    if found.st_uid != os.geteuid():
-        raise UnsafePathError(
-            f"{path} belongs to {user_name(found.st_uid)}, and this process runs as {user_name(os.geteuid())}: its content "
-            "could be another user's program. Remove it, or run as its owner."
-        )
+    _check_owner(path, found, "its content could be another user's program. Remove it, or run as its owner.")
     if found.st_mode & OTHERS_MODE_BITS:
         raise UnsafePathError(
             f"{path} has mode {stat.S_IMODE(found.st_mode):04o}: other users can reach it. Run `chmod 0700 {path}` if nobody "
@@ -122,11 +125,9 @@ def read_private_file(path: Path) -> str:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise UnsafePathError(f"{path} is not a regular file. Remove it.")
-        if found.st_uid != os.geteuid():
-            raise UnsafePathError(
-                f"{path} belongs to {user_name(found.st_uid)}, and this process runs as {user_name(os.geteuid())}: what it says "
-                "is not followed. Remove it, or set TANDEM_HOME to a folder of your own."
-            )
+        _check_owner(
+            path, found, "what it says is not followed. Remove it, or set TANDEM_HOME to a folder of your own."
+        )
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise UnsafePathError(
                 f"{path} has mode {stat.S_IMODE(found.st_mode):04o}: other users can change it. Remove it, or run "
@@ -188,6 +189,14 @@ def _group_name(gid: int) -> str:
         return grp.getgrgid(gid).gr_name
     except KeyError:
         return str(gid)
+
+
+def _check_owner(path: Path, found: os.stat_result, why: str) -> None:
+    """Raise UnsafePathError, with the reason and the next step of `why`, if another user owns what was found at `path`."""
+    if found.st_uid != os.geteuid():
+        raise UnsafePathError(
+            f"{path} belongs to {user_name(found.st_uid)}, and this process runs as {user_name(os.geteuid())}: {why}"
+        )
 
 
 def _check_parents(path: Path, *, owners: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The environment, read in one place; nothing else in the package looks at `os.environ`."""
+"""Settings from environment variables; the only module that reads `os.environ`."""
 
 from __future__ import annotations
 

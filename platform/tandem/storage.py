@@ -1,4 +1,4 @@
-"""Files by URI, and publishing in one atomic step: a reader sees all of a folder or nothing of it."""
+"""Storage by URI, with atomic publishing: a reader sees a whole folder or none of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tandem.errors import StorageError
+from tandem.errors import StorageError, TandemError
 
+CREDENTIALS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"}
+"""Variables with the credentials of a store, by the scheme of its URIs."""
 Location = str | Path
 """A local path, or a URI that fsspec knows, such as s3://bucket/runs."""
 
@@ -59,6 +61,29 @@ def file_system(location: Location) -> Any:
     except ValueError as error:
         raise StorageError(
             f"{location} is in no store that fsspec knows: {error}. Give a path or an s3:// URI."
+        ) from error
+
+
+@contextlib.contextmanager
+def store_errors(location: Location, doing: str) -> Iterator[None]:
+    """Turn what a disk or a store's client raises into a StorageError; `doing`: `read` or `written`."""
+    try:
+        yield
+    except TandemError:
+        raise
+    # A store's client has errors of its own; a local one is the disk's.
+    except Exception as error:
+        if not is_remote(location):
+            if not isinstance(error, OSError):
+                raise
+            reason = error.strerror or str(error)
+            raise StorageError(
+                f"{location} cannot be {doing}: {reason}. Choose another path, or check its owner."
+            ) from error
+        reason = f"{type(error).__name__}: {error}".rstrip(". ")
+        raise StorageError(
+            f"{location} cannot be {doing}: {reason}. Check that the bucket exists and that its credentials "
+            f"({CREDENTIALS.get(urlsplit(str(location)).scheme, 'see its documentation')}) are in the environment of every node."
         ) from error
 
 

@@ -12,7 +12,8 @@ import pytest
 from tandem.settings import child_environment
 
 pytestmark = pytest.mark.gpu
-BENCH = Path(__file__).parents[2] / "bench" / "gpu_train.py"
+ROOT = Path(__file__).parents[2]
+BENCH = ["-m", "bench.training.gpu_train"]
 
 
 @pytest.mark.parametrize("attention", ["flex", "sdpa"])
@@ -35,7 +36,9 @@ def test_a_model_of_one_billion_fits_and_says_which_device_it_is_on(tmp_path: Pa
 def measured(folder: Path, *options: str) -> dict:
     """What the benchmark reports."""
     report = folder / "report.json"
-    command = [sys.executable, str(BENCH), *options, "--json", str(report)]
-    done = subprocess.run(command, env=child_environment({}), capture_output=True, text=True, timeout=550, check=False)
+    command = [sys.executable, *BENCH, *options, "--json", str(report)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=child_environment({}), capture_output=True, text=True, timeout=550, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(report.read_text()))

@@ -21,7 +21,7 @@ from tandem.train.loop import LoopState, train
 from tandem.train.model import count_parameters
 from tandem.train.optimizer import build_optimizer
 from tandem.train.parallel.mesh import Degrees
-from tandem.train.parallel.parallelize import place
+from tandem.train.parallel.parallelize import parallelize
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,7 +90,7 @@ def test_adapters_learn_on_a_base_in_4_bits(
     model = add_adapters(model, config.lora, base_id="b", seed=0)
     before = [p.detach().clone() for p in packed]
     # In bfloat16 one process is laid out by FSDP2 too, which then holds the packed bytes.
-    placed = place(model, Degrees.of(config.parallel).mesh(DEVICE, 1), config, device)
+    placed = parallelize(model, Degrees.of(config.parallel).mesh(DEVICE, 1), config, device)
     optimizer = build_optimizer(placed, config.optimizer, device)
     losses: list[float] = []
     train(

@@ -96,7 +96,7 @@ def main(folder: Path, rank: int, world: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world)
     # Of so small a model, ZeRO 3 would leave all parameters whole.
-    deepspeed.WHOLE_BELOW = 100
+    deepspeed.PERSISTENCE_THRESHOLD = 100
     here = ZeroWorld(folder, rank, world)
     kinds: dict[str, dict[str, Any]] = {
         "plain": {},

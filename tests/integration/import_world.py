@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from resume_world import load_parity
 
-from tandem.checkpoint.export import export, weights_of
+from tandem.checkpoint.export import export, export_tensors
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.train.adapters.lora import add_adapters
 from tandem.train.model import build_model
 from tandem.train.parallel.canonical import canonical
 from tandem.train.parallel.mesh import Degrees
-from tandem.train.parallel.sharded_load import empty_base, fill, let_go
-from tandem.train.parallel.strategy import lay_out
-from tandem.train.stage import OwnForward
+from tandem.train.parallel.sharded_load import build_empty_model, load_weights, to_meta
+from tandem.train.parallel.strategy import parallelize_for_training
+from tandem.train.stage import TransformersForward
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,13 +86,13 @@ def main(folder: Path, rank: int, world: int) -> None:
     parity = load_parity()
     told: dict[str, Any] = {}
     checked: list[str] = []
-    check = OwnForward.check_documents
+    check = TransformersForward.check_documents
 
-    def counted(self: OwnForward, device: torch.device) -> None:
+    def counted(self: TransformersForward, device: torch.device) -> None:
         check(self, device)
         checked.append(name)
 
-    setattr(OwnForward, "check_documents", counted)  # noqa: B010 - mypy takes no assignment to a method
+    setattr(TransformersForward, "check_documents", counted)  # noqa: B010 - mypy takes no assignment to a method
     for name, (kind, parallel) in LAYOUTS.items():
         case = parity.Case(
             model=kind.removesuffix(" untied"), workers=world, parallel=parallel, tied="untied" not in kind,
@@ -101,15 +101,15 @@ def main(folder: Path, rank: int, world: int) -> None:
         plain = parity.new_model(replace(case, model=case.model.removesuffix("+lora")))
         base = folder / "bases" / name
         # Small files: a rank opens several.
-        export(plain, weights_of(plain), base, file_bytes=30_000)
+        export(plain, export_tensors(plain), base, file_bytes=30_000)
         config = parity.config_of(case)
-        empty: Any = empty_base(config, base)
+        empty: Any = build_empty_model(config, base)
         assert empty is not None
         if config.lora:
             empty, plain = (add_adapters(m, config.lora, base_id="b", seed=0) for m in (empty, plain))
-        adapters = let_go(empty)
-        model, _ = lay_out(empty, Degrees.of(config.parallel).mesh("cpu", world), config, CPU)
-        fill(model, base, adapters, CPU)
+        adapters = to_meta(empty)
+        model, _ = parallelize_for_training(empty, Degrees.of(config.parallel).mesh("cpu", world), config, CPU)
+        load_weights(model, base, adapters, CPU)
         expected: dict[str, Any] = dict(plain.named_parameters())
         held = canonical(model.whole, dict(model.whole.named_parameters()))
         rotary: Any = next(b for n, b in model.whole.named_buffers() if "inv_freq" in n)
@@ -117,9 +117,9 @@ def main(folder: Path, rank: int, world: int) -> None:
             "same": all(
                 torch.equal(box, expected[n][tuple(slice(a, a + s) for a, s in zip(at, box.shape, strict=True))])
                 for n, part in held.items()
-                for at, box in part.boxes.items()
+                for at, box in part.chunks.items()
             ),
-            "elements": sum(box.numel() for part in held.values() for box in part.boxes.values()) / model_size(plain),
+            "elements": sum(box.numel() for part in held.values() for box in part.chunks.values()) / model_size(plain),
             "trained": all(
                 p.requires_grad == ("lora_" in n or config.lora is None) for n, p in model.whole.named_parameters()
             ),
@@ -131,7 +131,7 @@ def main(folder: Path, rank: int, world: int) -> None:
             export(model.whole, model.weights(), folder / "again", file_bytes=30_000)
     told["memory"] = memory(parity, folder, world)
     dora = parity.config_of(parity.Case(model="llama+dora", workers=world, parallel={"strategy": "fsdp2"}))
-    told["dora"] = {"reads all": empty_base(dora, folder / "bases" / "fsdp2") is None}
+    told["dora"] = {"reads all": build_empty_model(dora, folder / "bases" / "fsdp2") is None}
     (folder / f"results-{world}-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
@@ -153,18 +153,18 @@ def memory(parity: Any, folder: Path, world: int) -> dict[str, int]:
     size = sum(p.numel() * 4 for p in model.parameters())
     # As bases are published. What is read in the type that it is to have, transformers leaves to the file system's cache.
     model.bfloat16()
-    export(model, weights_of(model), base)
+    export(model, export_tensors(model), base)
     del model
     mesh = Degrees.of(config.parallel).mesh("cpu", world)
     with peak() as slices:
-        empty = empty_base(config, base)
+        empty = build_empty_model(config, base)
         assert empty is not None
-        let_go(empty)
-        filled, _ = lay_out(empty, mesh, config, CPU)
-        fill(filled, base, {}, CPU)
+        to_meta(empty)
+        filled, _ = parallelize_for_training(empty, mesh, config, CPU)
+        load_weights(filled, base, {}, CPU)
     del empty, filled
     with peak() as whole:
-        built, _ = lay_out(build_model(config.model, base, encoder, 0), mesh, config, CPU)
+        built, _ = parallelize_for_training(build_model(config.model, base, encoder, 0), mesh, config, CPU)
     del built
     return {"model": size, "slices": slices[0], "whole": whole[0]}
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from tandem.checkpoint import files, folders
+from tandem.checkpoint.chunks import ChunkedTensor
 from tandem.checkpoint.folders import SavedState
-from tandem.checkpoint.parts import Parts
 from tandem.checkpoint.sharded import Checkpoints
 
 
@@ -27,7 +27,7 @@ class Weights:
         self.held = {name: torch.full((500, 1000), value) for name in ("a", "b")}
 
     def training_state(self, optimizer: Any) -> dict[str, dict[str, Any]]:
-        return {"model": {name: Parts.of(held) for name, held in self.held.items()}, "optimizer": {}}
+        return {"model": {name: ChunkedTensor.of(held) for name, held in self.held.items()}, "optimizer": {}}
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Any) -> None:
         pass
@@ -50,9 +50,9 @@ def after(function: Callable[..., Any], calls: int = 1) -> Callable[..., Any]:
 
 
 POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "the folder is empty": (folders, "prepare", after(folders.prepare)),
-    "a part is written": (files._Digested, "write", after(files._Digested.write, 20)),
-    "all parts are written": (folders, "publish", die),
+    "the folder is empty": (folders, "open_staging", after(folders.open_staging)),
+    "a part is written": (files._DigestingStream, "write", after(files._DigestingStream.write, 20)),
+    "all parts are written": (folders, "commit", die),
     "the state is written": (folders, "_manifest", die),
     "all is written": (Path, "rename", die),
     "it has its name": (Path, "rename", after(Path.rename)),

@@ -36,11 +36,11 @@ from tandem.train.adapters.lora import add_adapters
 from tandem.train.ema import Ema
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.model import build_model
-from tandem.train.objectives.dpo import Dpo, FrozenModel, WithoutAdapters
+from tandem.train.objectives.dpo import AdapterDisabledReference, Dpo, FrozenReference
 from tandem.train.objectives.evaluate import evaluate
 from tandem.train.objectives.objective import NextToken, Objective
 from tandem.train.parallel.mesh import Degrees
-from tandem.train.parallel.strategy import lay_out, lay_out_frozen
+from tandem.train.parallel.strategy import parallelize_for_training, parallelize_frozen
 from tandem.train.precision import LossScaler
 from tandem.train.recompute import recompute_activations
 
@@ -60,7 +60,7 @@ class Run:
             model = add_adapters(model, config.lora, base_id="b@1", seed=seed)
         model = recompute_activations(model, config.recompute)
         self.mesh = self.degrees.mesh("cpu", here.world)
-        self.model, self.optimizer = lay_out(model, self.mesh, config, CPU)
+        self.model, self.optimizer = parallelize_for_training(model, self.mesh, config, CPU)
         self.ema = Ema(self.model, config.ema) if config.ema is not None else None
         self.scaler = LossScaler() if config.precision == "float16" else None
         self.objective = self._objective()
@@ -71,10 +71,10 @@ class Run:
         if self.config.objective == "next_token":
             return NextToken()
         if self.config.lora:
-            return Dpo(self.config.dpo or DpoConfig(), WithoutAdapters())
+            return Dpo(self.config.dpo or DpoConfig(), AdapterDisabledReference())
         # Another seed than the trained model's: at the start, too, some pairs are preferred.
         reference = build_model(self.config.model, None, self.here.encoder, seed=7).requires_grad_(False)
-        frozen = FrozenModel(lay_out_frozen(reference, self.mesh, self.config, CPU))
+        frozen = FrozenReference(parallelize_frozen(reference, self.mesh, self.config, CPU))
         return Dpo(self.config.dpo or DpoConfig(), frozen)
 
     @property

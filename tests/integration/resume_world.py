@@ -16,7 +16,7 @@ from typing import Any
 
 from tandem.storage import Location, join, located
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "parity.py"
+SCRIPT = Path(__file__).parents[2] / "bench" / "training" / "parity.py"
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "fsdp2": {"strategy": "fsdp2"},
@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def load_parity() -> Any:
-    """bench/parity.py, which has the models, the rows and the way to build a case."""
+    """bench/training/parity.py, which has the models, the rows and the way to build a case."""
     spec = importlib.util.spec_from_file_location("tandem_bench_parity", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

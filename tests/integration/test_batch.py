@@ -1,4 +1,4 @@
-"""Batch runs on real Ray: with vLLM where answers are the subject, with the echo engine where deaths are."""
+"""Batch runs on real Ray: with vLLM where answers are the subject, with the echo engine where crashes are."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ray.data import DataContext
 from serve_fixtures import PROMPTS, greedy_tokens, write_adapter, write_model
 from small_folders import small_adapter, small_model
 
-from tandem.batch.input.read import Pieces
+from tandem.batch.input.read import ChunkSource
 from tandem.batch.prepare import prepare
 from tandem.batch.run import READ_CPUS, _context, answer
-from tandem.batch.work import Work
-from tandem.cli.batch import run_batch
+from tandem.batch.work import WorkerContext
 from tandem.cluster.local import LOOPBACK, LocalCluster
 from tandem.config import BatchConfig
 from tandem.errors import EngineError
 from tandem.registry import Registry
+from tandem.sdk.batch import run_batch
 
 ECHO_ROWS = 60
 
@@ -55,7 +55,7 @@ def workers() -> list[psutil.Process]:
 
 
 def echo_command(tmp_path: Path, home: Path) -> list[str]:
-    """60 rows, four of them bad, in pieces of 4; each row takes an echo a third of a second."""
+    """60 rows, four of them bad, in chunks of 4; each row takes an echo a third of a second."""
     home.mkdir(exist_ok=True)
     rows = [json.dumps({"custom_id": f"q{i}", "prompt": f"row {i} " + "word " * 8}) for i in range(ECHO_ROWS)]
     rows[7], rows[31] = "{bad", '{"question": 1}'
@@ -90,13 +90,13 @@ def python(*arguments: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def going(command: list[str], output: Path, home: Path, log: Path, cluster: LocalCluster, pieces: int) -> Any:
-    """The command, once it has published so many pieces more than there were."""
+def going(command: list[str], output: Path, home: Path, log: Path, cluster: LocalCluster, chunks: int) -> Any:
+    """The command, once it has published so many chunks more than there were."""
     before = len(published(output))
     # As in a shell of its own, which knows of the cluster no more than the address.
     alone: dict[str, str | None] = dict.fromkeys(LOOPBACK)
     with started(python(*command), home=home, log=log, RAY_ADDRESS=cluster.address, **alone) as running:
-        running.wait_for(lambda: len(published(output)) >= before + pieces, timeout_s=120)
+        running.wait_for(lambda: len(published(output)) >= before + chunks, timeout_s=120)
         yield running
 
 
@@ -210,11 +210,11 @@ def test_one_task_reads_a_file_and_its_pieces_stay_apart_on_their_way_to_replica
             input=str(tmp_path / "rows.jsonl.gz"), model="echo", output=str(tmp_path / "out"), engine="echo", rows_per_piece=2
         )
     )  # fmt: skip
-    work = Work(
+    work = WorkerContext(
         spec=run.bases[0][0], default=run.names.default, targets={}, request={}, output=run.output, window_rows=4
     )
     with DataContext.current(_context()):
-        source = Pieces(run.survey.files, run.units, work)
+        source = ChunkSource(run.survey.files, run.units, work)
         assert len(source.tasks) == 1
         read = ray.data.read_datasource(source, num_cpus=READ_CPUS, override_num_blocks=1)
         tables = [batch["unit"].tolist() for batch in read.iter_batches(batch_size=None, batch_format="numpy")]

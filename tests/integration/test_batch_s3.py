@@ -12,7 +12,7 @@ from commands import tandem
 from s3fs.core import S3File
 
 from tandem.batch.files import writing
-from tandem.batch.input.plan import Mark
+from tandem.batch.input.plan import Position
 from tandem.batch.input.sources import rows_of
 from tandem.batch.output.write import Output
 from tandem.batch.prepare import prepare
@@ -37,7 +37,7 @@ def test_input_pieces_and_output_may_all_lie_in_a_store(bucket: str, tandem_home
     )
     run = prepare(config)
     assert [str(file) for file in run.survey.files] == [f"{bucket}/in/a.jsonl", f"{bucket}/in/b.jsonl"]
-    assert [(piece.source, piece.first, piece.mark.offset) for piece in run.survey.pieces] == [
+    assert [(chunk.source, chunk.first, chunk.position.offset) for chunk in run.survey.chunks] == [
         (0, 0, 0),
         (1, 1, 0),
         (1, 2, 5),
@@ -63,10 +63,10 @@ def test_a_piece_in_a_store_is_there_once_it_is_whole(bucket: str) -> None:
     output.publish("00000000-0.jsonl", [b'{"row":0,"error":null}'])
     assert output.published() == {"00000000-0.jsonl"}
     assert output.is_published("00000000-0.jsonl") and not output.is_published("00000001-0.jsonl")
-    output.note_death("the engine died")
-    assert output.deaths() == ["the engine died"]
-    output.forget_deaths()
-    assert output.deaths() == []
+    output.record_crash("the engine died")
+    assert output.crashes() == ["the engine died"]
+    output.clear_crashes()
+    assert output.crashes() == []
 
 
 def test_of_a_large_object_is_fetched_what_is_read_of_it(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_of_a_large_object_is_fetched_what_is_read_of_it(bucket: str, monkeypatc
 
     monkeypatch.setattr(S3File, "_fetch_range", counted_fetch)
     monkeypatch.setattr(S3File, "read", counted_ask)
-    row = next(rows_of(f"{bucket}/large.jsonl", Mark(5000 * len(line), 5000)))
+    row = next(rows_of(f"{bucket}/large.jsonl", Position(5000 * len(line), 5000)))
     assert (row.raw, row.where) == (line.strip(), "line 5001")
     assert sum(fetched) <= 3 << 20
     asked.clear()

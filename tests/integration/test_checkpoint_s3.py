@@ -1,4 +1,4 @@
-"""Checkpoints in an object store: a real S3 server (moto), spoken to by s3fs as any other would be."""
+"""Checkpoints in an object store: a real S3 server (moto) through s3fs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from resume_world import load_parity
 from resume_worlds import check, run_worlds
 
 from tandem.checkpoint import folders
+from tandem.checkpoint.chunks import ChunkedTensor
 from tandem.checkpoint.folders import SavedState
-from tandem.checkpoint.parts import Parts
 from tandem.checkpoint.sharded import Checkpoints
 from tandem.errors import StorageError
 from tandem.storage import check_writable, file_system
@@ -40,7 +40,7 @@ class Weights:
         self.w = torch.full((3000, 1000), value)
 
     def training_state(self, optimizer: Any) -> dict[str, dict[str, Any]]:
-        return {"model": {"w": Parts.of(self.w)}, "optimizer": {}}
+        return {"model": {"w": ChunkedTensor.of(self.w)}, "optimizer": {}}
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Any) -> None:
         pass
@@ -58,17 +58,17 @@ def loaded(root: str) -> tuple[int | None, float, list[str]]:
     return found and found.step, float(weights.w[0, 0]), said
 
 
-def test_checkpoints_come_back_and_old_ones_go(root: str):
+def test_checkpoints_are_restored_and_old_ones_removed(root: str):
     checkpoints = Checkpoints(root, keep=2)
     for step in (1, 2, 3):
         save(checkpoints, step)
     checkpoints.wait()
     assert loaded(root) == (3, 3.0, [])
-    assert folders.saved(root) == [f"{root}/step-0000000{step}" for step in (2, 3)]
+    assert folders.list_complete(root) == [f"{root}/step-0000000{step}" for step in (2, 3)]
     assert not file_system(root).exists(f"{root}/step-00000001")
 
 
-def test_a_checkpoint_is_seen_only_when_its_manifest_is_there(root: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_without_a_manifest_is_ignored(root: str, monkeypatch: pytest.MonkeyPatch):
     checkpoints = Checkpoints(root, keep=2, asynchronous=False)
     save(checkpoints, 1)
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_seen_only_when_its_manifest_is_there(root: str, monkeyp
 
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "missing"])
-def test_a_damaged_object_is_named_and_the_one_before_is_taken(root: str, harm: str):
+def test_a_damaged_object_is_reported_and_the_previous_checkpoint_loaded(root: str, harm: str):
     checkpoints = Checkpoints(root, keep=2, asynchronous=False)
     for step in (1, 2):
         save(checkpoints, step)
@@ -103,13 +103,13 @@ def test_a_damaged_object_is_named_and_the_one_before_is_taken(root: str, harm: 
     assert (step, value) == (1, 1.0) and f"{root}/step-00000002 is damaged: __0_0.distcp " in notice
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_work_starts(root: str):
+def test_an_unwritable_bucket_is_refused_before_work_starts(root: str):
     check_writable(root)
     with pytest.raises(StorageError, match="Check that the bucket exists"):
         check_writable("s3://no-such-bucket/run")
 
 
-def test_ranks_write_their_shards_to_it_and_another_layout_goes_on(root: str, tmp_path: Path):
+def test_ranks_write_shards_to_a_store_and_another_layout_resumes(root: str, tmp_path: Path):
     way = ("llama", "fsdp2", 2, "tp2", 2)
     check(load_parity(), run_worlds(tmp_path, (way,), place=root), way)
-    assert len(folders.saved(f"{root}/llama fsdp2 2")) == 1
+    assert len(folders.list_complete(f"{root}/llama fsdp2 2")) == 1

@@ -1,4 +1,4 @@
-"""The submit path as its users run it: scripts and commands, each in a process of its own, on a real cluster."""
+"""Submission of training jobs with scripts and commands, each in its own process, on a real cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def datasets(session_home: Path, tmp_path_factory: pytest.TempPathFactory) -> No
     assert built.returncode == 0, built.stdout
 
 
-def test_the_scripts_train_a_base_and_its_adapter_and_the_commands_tell_of_them(
+def test_the_scripts_train_a_base_and_its_adapter_and_the_commands_list_them(
     cluster: LocalCluster, session_home: Path, datasets: None
 ) -> None:
     base = run(script("pretrain", *TINY, "--set=data.path=cli-text", "--set=name=cli-base"), home=session_home)
@@ -118,7 +118,7 @@ def test_a_wrong_config_is_refused_at_once(session_home: Path, arguments: list[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_job_leaves_nothing_running_and_goes_on_later(
+def test_an_interrupted_job_leaves_nothing_running_and_resumes_later(
     tmp_path: Path, datasets: None, session_home: Path, number: int
 ) -> None:
     home = tmp_path / "home"

@@ -19,7 +19,7 @@ from tandem.cluster.local import LocalCluster
 from tandem.config import DataConfig
 from tandem.data.build import build_dataset
 from tandem.data.index import DatasetIndex, Part
-from tandem.data.order import Walk
+from tandem.data.order import Sampler
 from tandem.data.spec import Source
 from tandem.data.stream import Stream, open_stream
 from tandem.data.tokenize import TextEncoder
@@ -64,7 +64,7 @@ def stream(request: pytest.FixtureRequest, datasets: tuple[Path, Path], ray_clus
 
     opened_stream = opened(*datasets, held_bytes=ALL if request.param == "held" else 0, read_ahead=2)
     yield opened_stream
-    ray.kill(opened_stream.feed)
+    ray.kill(opened_stream.reader)
 
 
 def packed(stream: Stream) -> list[list[Any]]:
@@ -75,8 +75,8 @@ def packed(stream: Stream) -> list[list[Any]]:
 def expected(stream: Stream, count: int) -> Any:
     """The first rows of the order, without Ray."""
     rows = packed(stream)
-    walk = Walk(stream.order, lambda place: len(rows[place.dataset][stream.order.shard(place)]))
-    return np.stack([rows[r.dataset][r.shard][r.row] for r in walk.share(0, 1, count)])
+    sampler = Sampler(stream.order, lambda position: len(rows[position.dataset][stream.order.shard(position)]))
+    return np.stack([rows[r.dataset][r.shard][r.row] for r in sampler.share(0, 1, count)])
 
 
 def epoch(stream: Stream) -> int:
@@ -112,7 +112,7 @@ def test_an_older_cursor_gives_the_same_rows_again(stream: Stream):
         source.take(5 * epoch(stream))
     with closing(stream.rows(0, 1, cursor)) as source:
         np.testing.assert_array_equal(source.take(30), after)
-        assert stream.name(source.places[0]).endswith("(epoch 1)")
+        assert stream.name(source.positions[0]).endswith("(epoch 1)")
 
 
 def test_a_batch_of_another_size_goes_on_where_the_last_one_ended(stream: Stream):
@@ -130,33 +130,33 @@ def test_processes_with_the_same_data_rank_see_the_same_rows_and_nothing_is_pack
         peer.close()
 
 
-def kill(feed: Any) -> None:
-    """SIGKILL to the feed's process."""
+def kill(reader: Any) -> None:
+    """SIGKILL to the reader's process."""
     import ray
     from ray.util.state import list_actors
 
     actors = list_actors(address=ray.get_runtime_context().gcs_address)
-    (found,) = (actor for actor in actors if actor.actor_id == feed._actor_id.hex())
+    (found,) = (actor for actor in actors if actor.actor_id == reader._actor_id.hex())
     os.kill(found.pid, signal.SIGKILL)
 
 
 def test_the_feed_can_die_and_rows_go_on(stream: Stream):
     with closing(stream.rows(0, 1, None)) as source:
         rows = [source.take(8) for _ in range(2)]
-        kill(stream.feed)
+        kill(stream.reader)
         rows += [source.take(8) for _ in range(20)]
     np.testing.assert_array_equal(np.concatenate(rows), expected(stream, 8 * 22))
 
 
 class DyingFeed:
-    """Asks a feed, which dies before those who asked fetch the first blocks that they are given."""
+    """Asks a reader, which dies before those who asked fetch the first blocks that they are given."""
 
-    def __init__(self, feed: Any) -> None:
-        self.feed = feed
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
         self.blocks = self
         self.lost: list[bool] = []
 
-    def remote(self, places: Any, taker: int, takers: int, lost: bool) -> Any:
+    def remote(self, positions: Any, taker: int, takers: int, lost: bool) -> Any:
         import ray
 
         @ray.remote
@@ -164,19 +164,19 @@ class DyingFeed:
             raise ray.exceptions.ObjectLostError("0" * 56, "", "")
 
         self.lost.append(lost)
-        answer = ray.get(self.feed.blocks.remote(places, taker, takers, lost))
+        answer = ray.get(self.reader.blocks.remote(positions, taker, takers, lost))
         if len(self.lost) == 1:
-            kill(self.feed)
+            kill(self.reader)
             # On one machine what a dead owner has packed can be had for a while, by chance: here it is lost.
             answer = [[gone.remote()] for _ in answer]
         return ray.put(answer)
 
 
 def test_blocks_that_are_lost_on_their_way_are_packed_again(stream: Stream):
-    feed = DyingFeed(stream.feed)
-    with closing(replace(stream, feed=feed).rows(0, 1, None)) as source:
+    reader = DyingFeed(stream.reader)
+    with closing(replace(stream, reader=reader).rows(0, 1, None)) as source:
         np.testing.assert_array_equal(source.take(40), expected(stream, 40))
-    assert feed.lost[:2] == [False, True] and not any(feed.lost[2:])
+    assert reader.lost[:2] == [False, True] and not any(reader.lost[2:])
 
 
 def test_rows_of_another_shard_than_was_asked_for_are_not_taken(stream: Stream):
@@ -253,7 +253,7 @@ def test_damaged_shards_are_left_out_and_named_up_to_the_limit(damaged: Path, ra
     told: list[str] = []
     with closing(stream.rows(0, 1, None, tell=told.append)) as source:
         rows = source.take(200)
-        assert {place.shard for place in source.places} == set(range(len(stream.sources[0].paths))) - {1, 2}
+        assert {position.shard for position in source.positions} == set(range(len(stream.sources[0].paths))) - {1, 2}
     assert len(rows) == 200 and len(told) == 2
     assert "number 1 of at most 2" in told[0] and "is damaged" in told[0]
     assert {"000001.tar", "000002.tar"} == {name for name in ("000001.tar", "000002.tar") for t in told if name in t}

@@ -1,4 +1,4 @@
-"""Under DeepSpeed, two processes train what one does: every stage and offload, resumed, evaluated and exported."""
+"""Two processes under DeepSpeed train like one: every stage and offload, resumed, evaluated and exported."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_every_stage_and_offload_trains_and_evaluates_as_one_process_does(world: Path, zero: str):
+def test_every_stage_and_offload_trains_and_evaluates_like_one_process(world: Path, zero: str):
     alone = result(world, 1, "plain")
     # Every step is clipped, to 0.5.
     assert all(step["grad_norm"] > 0.5 for step in alone["steps"])
     alike(result(world, 2, zero), alone, 1e-5)
 
 
-def test_one_worker_can_have_an_engine_too(world: Path):
+def test_one_worker_trains_under_deepspeed(world: Path):
     alike(result(world, 1, "zero 3"), result(world, 1, "plain"), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dpo lora"])
 @pytest.mark.parametrize("zero", STAGES)
-def test_adapters_are_trained_as_in_one_process(world: Path, kind: str, zero: str):
+def test_adapters_train_like_in_one_process(world: Path, kind: str, zero: str):
     alike(result(world, 2, f"{kind} {zero}"), result(world, 1, kind), 1e-5)
 
 
-def test_a_reference_is_sharded_beside_the_engine(world: Path):
+def test_dpo_trains_with_a_sharded_reference(world: Path):
     alike(result(world, 2, "dpo zero 3"), result(world, 1, "dpo"), 1e-5)
 
 
-def test_averages_are_those_of_one_process(world: Path):
+def test_averages_equal_those_of_one_process(world: Path):
     alike(result(world, 2, "ema zero 2"), result(world, 1, "ema"), 1e-5)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputation_changes_no_number(world: Path, mode: str):
+def test_recomputation_changes_no_loss(world: Path, mode: str):
     alike(result(world, 2, f"{mode} zero 3"), result(world, 1, "plain"), 1e-5)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float16", 0.01), ("bfloat16", 0.05)])
 @pytest.mark.parametrize("zero", STAGES)
-def test_lower_precision_comes_close_to_float32(world: Path, precision: str, tolerance: float, zero: str):
+def test_lower_precision_is_close_to_float32(world: Path, precision: str, tolerance: float, zero: str):
     exact = [step["loss"] for step in result(world, 1, "plain")["steps"]]
     found = result(world, 2, f"{precision} {zero}")["steps"]
     assert [step["loss"] for step in found] == pytest.approx(exact, abs=tolerance)
@@ -67,29 +67,29 @@ def test_lower_precision_comes_close_to_float32(world: Path, precision: str, tol
         assert [step["metrics"]["loss_scale"] for step in found] == [2.0**16] * len(found)
 
 
-def test_steps_that_overflow_are_left_out_and_halve_the_scale(world: Path):
+def test_overflowing_steps_are_skipped_and_halve_the_scale(world: Path):
     ranks = [result(world, 2, "overflow", rank)["steps"] for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     assert [step["metrics"]["loss_scale"] for step in ranks[0]] == [2.0**-n * 2.0**127 for n in range(5)]
 
 
 @pytest.mark.parametrize("zero", [*STAGES, "zero 3 offloaded", "lora zero 3"])
-def test_a_resumed_run_goes_on_exactly(world: Path, zero: str):
+def test_a_resumed_run_is_exact(world: Path, zero: str):
     assert result(world, 2, f"{zero} resumed") == result(world, 2, zero)
 
 
 @pytest.mark.parametrize("zero", STAGES)
-def test_another_strategy_goes_on_from_a_checkpoint(world: Path, zero: str):
+def test_another_strategy_resumes_from_a_checkpoint(world: Path, zero: str):
     alone = result(world, 1, "plain")
     for case in (f"{zero} to fsdp2", f"fsdp2 to {zero}"):
         alike(result(world, 2, case), alone, 1e-5)
 
 
-def test_another_stage_goes_on_from_a_checkpoint(world: Path):
+def test_another_stage_resumes_from_a_checkpoint(world: Path):
     alike(result(world, 2, "zero 1 offloaded to zero 3"), result(world, 1, "plain"), 1e-5)
 
 
-def test_offloaded_to_a_disk_nothing_is_lost_or_what_is_missing_is_named(world: Path):
+def test_offload_to_a_disk_is_exact_or_names_the_missing_requirement(world: Path):
     found, resumed = result(world, 2, "disk"), result(world, 2, "disk resumed")
     if "refused" in found:
         assert (

@@ -1,4 +1,4 @@
-"""bench/gpu_train.py runs where there is no GPU, too: small, it shows that all peers train the same."""
+"""bench/training/gpu_train.py runs where there is no GPU, too: small, it shows that all peers train the same."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import pytest
 
 from tandem.settings import child_environment
 
-BENCH = Path(__file__).parents[2] / "bench" / "gpu_train.py"
+ROOT = Path(__file__).parents[2]
+BENCH = ["-m", "bench.training.gpu_train"]
 
 
 def test_every_peer_of_the_gpu_benchmark_learns_the_same(tmp_path: Path):
     report = tmp_path / "report.json"
-    command = [sys.executable, str(BENCH), "--tiny", "--no-compile", "--json", str(report)]
-    done = subprocess.run(command, env=child_environment({}), capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, *BENCH, "--smoke", "--no-compile", "--json", str(report)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=child_environment({}), capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     peers = json.loads(report.read_text())["peers"]
     assert list(peers) == ["plain", "trainer", "tandem"]

@@ -1,4 +1,4 @@
-"""Wherever a save is killed, the newest checkpoint that is seen is whole, and the next run saves as if nothing had been."""
+"""After a save is killed at any point, the newest listed checkpoint is complete, and the next run can save."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "background"])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_save_that_was_killed_is_all_there_or_not_there(killed: Path, point: str, asynchronous: bool):
+def test_a_killed_save_is_complete_or_absent(killed: Path, point: str, asynchronous: bool):
     root = killed / f"{point} {asynchronous}"
     committed = 2 if point == "it has its name" else 1
-    assert [folders.step_of(found) for found in folders.saved(root)] == list(range(1, committed + 1))
+    assert [folders.step_of(found) for found in folders.list_complete(root)] == list(range(1, committed + 1))
     checkpoints, weights = Checkpoints(root, keep=2), Weights(-1.0)
     state, said = checkpoints.load(weights, None)  # type: ignore[arg-type]
     assert state is not None and state.step == committed and not said

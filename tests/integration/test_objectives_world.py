@@ -1,4 +1,4 @@
-"""DPO, averages of the weights and evaluations give on two ranks what they give on one, and do not disturb training."""
+"""DPO, weight averages and evaluations give the same results on two ranks as on one, and do not change training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", ["ema", "dpo", "dpo lora"])
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_two_ranks_report_and_evaluate_as_one_does(world: Path, case: str, strategy: str):
+def test_two_ranks_report_and_evaluate_like_one(world: Path, case: str, strategy: str):
     found, alone = result(world, 2, f"{case} {strategy}"), result(world, 1, f"{case} fsdp2")
     assert len(alone["evaluations"]) == 3 and alone["evaluations"][-1]["loss"] < alone["evaluations"][0]["loss"]
     alike(found, alone, 1e-5)
 
 
-def test_dpo_learns_to_prefer_and_says_so(world: Path):
+def test_dpo_increases_the_reported_margin(world: Path):
     told = result(world, 1, "dpo lora fsdp2")
     # An adapter starts as nothing: no margin, and log 2 for every pair.
     assert told["steps"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -34,7 +34,7 @@ def test_dpo_learns_to_prefer_and_says_so(world: Path):
 
 @pytest.mark.parametrize(("case", "without"), [("ema fsdp2", "undisturbed"), ("dpo lora fsdp2", "undisturbed lora")])
 @pytest.mark.parametrize("size", [1, 2])
-def test_evaluations_and_averages_leave_training_as_it_is(world: Path, case: str, without: str, size: int):
+def test_evaluations_and_averages_do_not_change_training(world: Path, case: str, without: str, size: int):
     assert result(world, size, case)["steps"] == result(world, size, without)["steps"]
 
 
@@ -43,32 +43,32 @@ def test_the_average_is_evaluated_in_place_of_the_weights(world: Path):
         assert abs(told["averaged"] - told["loss"]) > 1e-4
 
 
-def test_perplexity_is_of_tokens_only(world: Path):
+def test_only_token_objectives_have_a_perplexity(world: Path):
     text, pairs = (result(world, 1, case)["evaluations"][-1] for case in ("ema fsdp2", "dpo fsdp2"))
     assert text["perplexity"] == pytest.approx(math.exp(text["loss"])) and "perplexity" not in pairs
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_recomputation_changes_no_number(world: Path, mode: str, size: int):
+def test_recomputation_changes_no_loss(world: Path, mode: str, size: int):
     alike(result(world, size, mode), result(world, size, "ema fsdp2"), 1e-6)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float16", 0.01), ("bfloat16", 0.05)])
 @pytest.mark.parametrize("size", [1, 2])
-def test_lower_precision_comes_close_to_float32(world: Path, precision: str, tolerance: float, size: int):
+def test_lower_precision_is_close_to_float32(world: Path, precision: str, tolerance: float, size: int):
     exact = [step["loss"] for step in result(world, 1, "ema fsdp2")["steps"]]
     found = [step["loss"] for step in result(world, size, precision)["steps"]]
     assert found == pytest.approx(exact, abs=tolerance) and found != pytest.approx(exact, abs=1e-7)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_resumed_run_goes_on_with_its_average_and_its_scale(world: Path, size: int):
+def test_a_resumed_run_restores_its_average_and_its_scale(world: Path, size: int):
     found, undisturbed = result(world, size, "resumed"), result(world, size, "float16")
     alike(found, undisturbed, 1e-6)
 
 
-def test_steps_that_overflow_are_left_out_on_every_rank_alike(world: Path):
+def test_overflowing_steps_are_skipped_on_every_rank(world: Path):
     ranks = [result(world, 2, "overflow", rank) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     scales = [step["metrics"]["loss_scale"] for step in ranks[0]["steps"]]
@@ -76,7 +76,7 @@ def test_steps_that_overflow_are_left_out_on_every_rank_alike(world: Path):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_average_is_what_is_exported(world: Path, size: int):
+def test_the_average_is_exported(world: Path, size: int):
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Every layout trains, evaluates, exports and resumes as one process does: the cells of bench/parity.py."""
+"""Every layout trains, evaluates, exports and resumes as one process does: the cells of bench/training/parity.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run goes on in any other layout, on fewer workers or more, as if it had never been interrupted."""
+"""A run resumes exactly in any other layout, with fewer or more workers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Way, ...]]
         for way in ways
     ],
 )
-def test_a_run_goes_on_in_another_layout(
+def test_a_run_resumes_in_another_layout(
     told: Callable[[tuple[Way, ...]], dict[str, Any]], ways: tuple[Way, ...], way: Way
 ):
     check(parity, told(ways), way)

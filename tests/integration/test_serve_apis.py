@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import anthropic
 import httpx
 import openai
 import pytest
+from documentation import python_blocks
 from pydantic import BaseModel
 from serve_fixtures import MAX_LENGTH, Served
 
@@ -227,7 +227,7 @@ def test_a_message_uses_a_tool(served: Served, stream: bool, choice: Any) -> Non
     else:
         answer = served.anthropic().messages.create(**asked)
     (used,) = [block for block in answer.content if block.type == "tool_use"]
-    assert used.name == "weather"
+    assert used.name == "weather" and answer.stop_reason == "tool_use"
     check_weather(json.dumps(used.input))
 
 
@@ -255,13 +255,31 @@ def test_errors_name_the_field_and_nothing_of_the_server(served: Served) -> None
         return dict(answer.json()["error"])
 
     error = refused("completions", prompt=ASK, max_tokens="x")
-    assert error["message"] == "max_tokens: Input should be a valid integer, unable to parse string as an integer."
+    assert error["message"] == "`max_tokens` is 'x'; it must be a whole number from 0 to 2^64-1."
     assert error["param"] == "max_tokens"
     many = refused("completions", prompt=ASK, n=20_000)["message"]
     assert "at most" in many and "VLLM_" not in many
     for path in ("chat/completions", "messages"):
         said = refused(path, messages=[{"role": "user", "content": ASK}], max_tokens=[], temperature="hot")["message"]
-        assert said.startswith("max_tokens: ") and "temperature: " in said and "'loc'" not in said
+        assert (
+            "`temperature` is 'hot'; it must be a number from 0 to 2." in said and "`max_tokens` is an array;" in said
+        )
+
+
+def test_what_vllm_would_fail_on_is_the_clients_error(served: Served) -> None:
+    recursive = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"$ref": "#"}}}
+    for wrong in ({"structured_outputs": "x"}, {"top_k": 1e30}, {"top_k": 10**30}, {"response_format": recursive}):
+        answer = httpx.post(f"{served.url}/v1/chat/completions", json=GREEDY | wrong, timeout=60)
+        assert answer.status_code == 400 and f"`{next(iter(wrong))}" in answer.json()["error"]["message"], answer.text
+
+
+def test_null_fields_of_responses_are_as_if_absent(served: Served) -> None:
+    nulls = dict.fromkeys(
+        ("background", "service_tier", "tools", "tool_choice", "truncation", "text", "stop", "metadata")
+    )
+    body = {"model": "tiny", "input": ASK, "max_output_tokens": 16, **nulls}
+    answer = httpx.post(f"{served.url}/v1/responses", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_refused_message_leaves_no_traceback_in_the_log(served: Served, cluster: LocalCluster) -> None:
@@ -287,11 +305,11 @@ def test_an_answer_tells_what_the_gateway_added(served: Served) -> None:
     assert re.fullmatch(r"gateway;dur=\d+\.\d{3}, engine;dur=\d+\.\d{3}", answer.headers["server-timing"])
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "my-adapter" in block]
+EXAMPLES = [
+    block for page in ("README.md", "docs/guides/clients.md") for block in python_blocks(page) if "my-adapter" in block
+]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.split(maxsplit=3)[1] for example in EXAMPLES])
-def test_the_readmes_examples_run_as_they_stand(served: Served, example: str) -> None:
-    assert len(EXAMPLES) == 3
-    exec(example.replace("http://127.0.0.1:8000", served.url).replace("my-adapter", "red"), {})
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_python_examples_of_the_documentation_run_as_written(served: Served, number: int) -> None:
+    exec(EXAMPLES[number].replace("http://127.0.0.1:8000", served.url).replace("my-adapter", "red"), {})

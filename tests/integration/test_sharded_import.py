@@ -1,4 +1,4 @@
-"""A base is read by each rank in the slices that it keeps, in every layout; no rank ever holds it whole."""
+"""Each rank loads only its slices of a base model, in every layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_has_its_part_of_the_base(world: Path, layout: str):
+def test_every_rank_loads_its_part_of_the_base(world: Path, layout: str):
     for rank in (0, 1):
         found = result(world, 2, layout, rank)
         assert found.pop("elements") < 0.75
@@ -24,12 +24,12 @@ def test_every_rank_has_its_part_of_the_base(world: Path, layout: str):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_it_takes_a_ranks_share_of_the_memory(world: Path, rank: int):
+def test_sharded_loading_takes_the_memory_of_one_ranks_part(world: Path, rank: int):
     found = result(world, 2, "memory", rank)
     assert found["slices"] < 0.75 * found["model"] < found["model"] < found["whole"]
 
 
-def test_what_was_read_in_slices_is_exported_by_all_ranks(world: Path):
+def test_a_base_loaded_in_slices_is_exported_by_all_ranks(world: Path):
     from safetensors.torch import load_file
 
     def tensors(folder: Path) -> dict[str, object]:
@@ -39,5 +39,5 @@ def test_what_was_read_in_slices_is_exported_by_all_ranks(world: Path):
     assert first.keys() == again.keys() and all((first[name] == again[name]).all() for name in first)
 
 
-def test_dora_reads_all_of_it_since_its_lengths_are_those_of_the_weights(world: Path):
+def test_dora_loads_the_whole_base_for_its_magnitudes(world: Path):
     assert result(world, 2, "dora") == {"reads all": True}

@@ -1,4 +1,4 @@
-"""A sweep as a person starts it: trials beside each other on a real cluster, as ordinary jobs, and the best one registered."""
+"""Sweeps on a real cluster: concurrent trials as ordinary jobs, and registration of the best one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def newest() -> SweepFolder:
 
 
 @pytest.mark.slow
-def test_two_trials_run_as_jobs_and_the_better_one_is_registered_by_the_configs_name(
+def test_two_trials_run_as_jobs_and_the_better_one_is_registered_under_the_configs_name(
     cluster: LocalCluster, session_home: Path, config: Path
 ):
     # The second rate is so small that nothing is learned.
@@ -87,7 +87,7 @@ def test_two_trials_run_as_jobs_and_the_better_one_is_registered_by_the_configs_
     assert (found.path / "events.jsonl").read_text() == events
 
 
-def test_a_key_that_is_no_setting_starts_nothing(cluster: LocalCluster, session_home: Path, config: Path):
+def test_an_unknown_key_starts_nothing(cluster: LocalCluster, session_home: Path, config: Path):
     before = set(session_home.glob("jobs/*"))
     status, said = sweep(config, session_home, "--param", "optimizer.learnin_rate=1e-2,1e-3")
     assert status == 2

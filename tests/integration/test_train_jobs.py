@@ -87,7 +87,7 @@ def base(home: Path, ray_cluster: LocalCluster) -> str:
     return str(found[-1]["model"])
 
 
-def test_pretraining_ends_with_a_registered_model_a_curve_and_its_events(home: Path, base: str):
+def test_pretraining_registers_a_model_and_writes_plot_and_events(home: Path, base: str):
     job = home / "jobs" / "base"
     found = list(events.read(job / "events.jsonl"))
     assert [e["event"] for e in found if e["event"] != "step"] == ["started", "checkpoint", "checkpoint", "finished"]
@@ -96,7 +96,7 @@ def test_pretraining_ends_with_a_registered_model_a_curve_and_its_events(home: P
     assert sorted(losses(home, "base")) == list(range(1, 11))
     assert losses(home, "base")[10] < losses(home, "base")[1] - 0.5
     assert (job / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in folders.saved(job / "checkpoints")] == ["step-00000005", "step-00000010"]
+    assert [p.name for p in folders.list_complete(job / "checkpoints")] == ["step-00000005", "step-00000010"]
     assert not (job / ".ray").exists()
     steps = [e for e in found if e["event"] == "step"]
     assert all(0 < e["mfu"] < 2 and e["memory_bytes"] > 2**26 for e in steps)
@@ -142,7 +142,7 @@ def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: st
         pytest.param("pipeline-lora", {"pipeline": 2}, {"rank": 4}, marks=pytest.mark.slow),
     ],
 )
-def test_a_layout_of_the_config_trains_evaluates_resumes_and_exports(
+def test_each_layout_trains_evaluates_resumes_and_exports(
     home: Path, base: str, run: Callable[..., Driver], name: str, parallel: dict[str, Any], lora: dict[str, Any] | None
 ):
     import torch
@@ -168,9 +168,7 @@ def test_a_layout_of_the_config_trains_evaluates_resumes_and_exports(
 
 
 @pytest.mark.slow
-def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
-    home: Path, base: str, run: Callable[..., Driver]
-):
+def test_dpo_trains_and_evaluates_on_held_out_pairs(home: Path, base: str, run: Callable[..., Driver]):
     driver = run(
         "preferred",
         objective="dpo",
@@ -195,7 +193,7 @@ def test_preferences_train_a_model_that_is_evaluated_on_pairs_it_has_not_seen(
 
 
 @pytest.mark.slow
-def test_deepspeed_trains_what_fsdp2_does(home: Path, base: str, run: Callable[..., Driver]):
+def test_deepspeed_trains_like_fsdp2(home: Path, base: str, run: Callable[..., Driver]):
     driver = run("zero", parallel={"workers": 2, "strategy": "deepspeed"}, deepspeed={"stage": 3})
     status, found = driver.end()
     assert status == 0, "".join(driver.lines[-40:])
@@ -205,7 +203,9 @@ def test_deepspeed_trains_what_fsdp2_does(home: Path, base: str, run: Callable[.
 
 
 @pytest.mark.slow
-def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, base: str, run: Callable[..., Driver]):
+def test_a_job_resumes_from_its_checkpoint_after_its_driver_was_killed(
+    home: Path, base: str, run: Callable[..., Driver]
+):
     first = run("stopped", steps=10, checkpoint={"every_steps": 5})
     first.wait_for(lambda e: e["event"] == "checkpoint")
     first.end_abruptly()
@@ -220,7 +220,7 @@ def test_a_job_whose_driver_was_killed_goes_on_from_its_checkpoint(home: Path, b
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(
+def test_a_damaged_checkpoint_is_reported_and_the_run_resumes_from_the_previous_one(
     home: Path, base: str, tmp_path: Path, run: Callable[..., Driver]
 ):
     kept = {"every_steps": 3, "path": str(tmp_path), "best": "evaluation_loss"}
@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(
     first.wait_for(lambda e: e["event"] == "checkpoint" and e["step"] >= 9)
     first.end_abruptly()
     root = tmp_path / "damaged"
-    before, newest = folders.saved(root)[-2:]
+    before, newest = folders.list_complete(root)[-2:]
     file = next(newest.glob("__*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(
     again.process.wait()
 
 
-def test_a_place_where_nothing_can_be_written_is_refused_before_workers_start(home: Path, run: Callable[..., Driver]):
+def test_an_unwritable_checkpoint_path_is_refused_before_workers_start(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "file").mkdir(parents=True)
     (home / "jobs" / "file" / "checkpoints").write_text("a file where a folder must be")
     status, found = run("file", steps=5).end()
@@ -252,9 +252,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_workers_start(ho
 
 
 @pytest.mark.slow
-def test_a_run_killed_and_resumed_on_another_number_of_workers_sees_the_rows_that_would_have_come(
-    home: Path, run: Callable[..., Driver]
-):
+def test_a_run_resumed_with_other_workers_continues_at_the_next_row(home: Path, run: Callable[..., Driver]):
     # Some epochs of a mixture, so that both datasets begin again at places of their own.
     mixture = [
         {"path": str(home / "data" / "text"), "weight": 2},
@@ -295,7 +293,7 @@ def test_a_run_killed_and_resumed_on_another_number_of_workers_sees_the_rows_tha
 
 
 @pytest.mark.slow
-def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, run: Callable[..., Driver]):
+def test_a_store_that_denies_access_fails_the_job_at_once(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "refused" / "checkpoints").mkdir(parents=True)
     (home / "jobs" / "refused" / "checkpoints" / "step-00000005").write_text("a file where a checkpoint must be")
     driver = run("refused", steps=5, faults={"storage_retry_s": 0})
@@ -306,7 +304,7 @@ def test_a_store_that_refuses_fails_the_job_at_once_with_the_reason(home: Path, 
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_the_driver_is_said(home: Path, run: Callable[..., Driver]):
+def test_a_full_disk_of_the_driver_is_reported(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "full").mkdir(parents=True)
     (home / "jobs" / "full" / "events.jsonl").symlink_to("/dev/full")
     driver = run("full", steps=5)
@@ -325,7 +323,7 @@ def test_a_full_disk_at_the_driver_is_said(home: Path, run: Callable[..., Driver
         ("kinds", {"data": {"path": "preferences", "sequence_length": 48}}, "holds preferences"),
     ],
 )
-def test_what_cannot_work_fails_before_a_worker_starts(
+def test_an_impossible_config_fails_before_a_worker_starts(
     name: str, changes: dict[str, Any], said: str, base: str, run: Callable[..., Driver]
 ):
     status, found = run(name, **changes).end()

@@ -46,7 +46,7 @@ def results(world: Path, size: int, rank: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", ["ddp", "fsdp2", "accumulated", "ddp accumulated"])
-def test_two_workers_lose_what_one_does(world: Path, case: str):
+def test_two_workers_have_the_losses_of_one(world: Path, case: str):
     alone = results(world, 1)["fsdp2"]
     assert alone[-1] < alone[0] - 0.5
     assert results(world, 2)[case] == pytest.approx(alone, abs=1e-5)
@@ -54,7 +54,7 @@ def test_two_workers_lose_what_one_does(world: Path, case: str):
 
 
 @pytest.mark.parametrize("case", ["compiled", "compiled, cut", "compiled, recomputed"])
-def test_compiled_layers_lose_what_others_do(world: Path, case: str):
+def test_compiled_layers_have_the_same_losses(world: Path, case: str):
     assert results(world, 2)[case] == pytest.approx(results(world, 1)["fsdp2"], abs=1e-4)
 
 
@@ -69,7 +69,7 @@ def test_adapters_train_alike_on_one_and_two_workers(world: Path, case: str):
     ("case", "undisturbed"), [("resumed", "fsdp2"), ("resumed ddp", "ddp"), ("resumed lora", "lora fsdp2")]
 )
 @pytest.mark.parametrize("size", [1, 2])
-def test_an_interrupted_run_goes_on_as_if_undisturbed(world: Path, case: str, undisturbed: str, size: int):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(world: Path, case: str, undisturbed: str, size: int):
     found = results(world, size)
     assert found[case]["losses"] == pytest.approx(found[undisturbed], abs=1e-6)
     assert found[case]["saved"] == ["step-00000003", "step-00000006"]
@@ -79,7 +79,7 @@ def test_every_rank_reports_the_same_losses(world: Path):
     assert results(world, 2, 0)["fsdp2"] == results(world, 2, 1)["fsdp2"]
 
 
-def test_a_lora_checkpoint_holds_adapters_only(world: Path):
+def test_a_lora_checkpoint_holds_only_adapters(world: Path):
     from torch.distributed.checkpoint import FileSystemReader
 
     held = FileSystemReader(world / "resume-fsdp2-True-2" / "step-00000006").read_metadata().state_dict_metadata
@@ -88,14 +88,14 @@ def test_a_lora_checkpoint_holds_adapters_only(world: Path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_is_said_on_every_rank_and_the_checkpoint_before_stays_good(world: Path, rank: int):
+def test_a_full_disk_raises_on_every_rank_and_the_previous_checkpoint_stays_intact(world: Path, rank: int):
     found = results(world, 2, rank)["full disk"]
     assert "A checkpoint could not be written" in found["said"] and "MiB free" in found["said"]
     assert found["step"] == 1
 
 
 @pytest.mark.parametrize("case", ["fsdp2-False-1", "fsdp2-False-2", "ddp-False-2"])
-def test_an_export_loads_in_transformers_and_says_what_the_run_learned(world: Path, case: str):
+def test_an_export_loads_in_transformers_with_the_trained_loss(world: Path, case: str):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -30,7 +30,7 @@ from tandem.train.adapters.lora import add_adapters
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.model import build_model
 from tandem.train.parallel.mesh import Degrees
-from tandem.train.parallel.parallelize import place
+from tandem.train.parallel.parallelize import parallelize
 from tandem.train.recompute import recompute_activations
 
 STEPS = 6
@@ -80,7 +80,7 @@ class World:
             model = add_adapters(model, config.lora, base_id="b@1", seed=0)
         model = recompute_activations(model, config.recompute)
         mesh = Degrees.of(config.parallel).mesh("cpu", self.world)
-        model = place(model, mesh, config, torch.device("cpu"))
+        model = parallelize(model, mesh, config, torch.device("cpu"))
         trained = [p for p in model.parameters() if p.requires_grad]
         return model, torch.optim.AdamW(trained, lr=1e-2, betas=config.optimizer.betas)
 
@@ -129,8 +129,8 @@ class World:
         found = sharded.load(newest, parts[0], parts[1])
         losses += self.run(config, parts, LoopState(found.step, found.tokens), root=root)
         target = self.folder / f"export-{strategy}-{lora}-{self.world}"
-        export(parts[0].whole, parts[0].weights(), target, beside=tokenizer_files(self.folder / "tokenizer"))
-        return {"losses": losses, "saved": [p.name for p in folders.saved(root)]}
+        export(parts[0].whole, parts[0].weights(), target, extra_files=tokenizer_files(self.folder / "tokenizer"))
+        return {"losses": losses, "saved": [p.name for p in folders.list_complete(root)]}
 
     def full_disk(self) -> dict[str, Any]:
         """What a save says when files may not grow, and whether the save before is still good."""

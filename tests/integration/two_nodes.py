@@ -23,7 +23,7 @@ from tandem.config import CheckpointConfig, DataConfig, ModelConfig, Parallelism
 from tandem.errors import LayoutError  # noqa: E402
 from tandem.observability.journal import Journal  # noqa: E402
 from tandem.train.supervision.attempts import run_workers  # noqa: E402
-from tandem.train.worker import WorkerTask  # noqa: E402
+from tandem.train.task import WorkerTask  # noqa: E402
 
 
 class Rows:

@@ -19,6 +19,7 @@ from tandem.errors import UnsafePathError
 from tandem.private import (
     check_home,
     check_private_folder,
+    ensure_private_folder,
     make_private_folder,
     make_shared_folder,
     read_private_file,
@@ -265,3 +266,15 @@ def test_a_server_on_loopback_alone_is_told_from_one_on_all_interfaces(host: str
         assert cluster.only_on_loopback(f"127.0.0.1:{port}") is alone
     for other in (f"127.0.0.1:{port}", "10.0.0.1:6379", "ray://127.0.0.1:10001", "auto", "127.0.0.1"):
         assert not cluster.only_on_loopback(other)
+
+
+def test_a_private_folder_is_made_or_refused(tmp_path: Path) -> None:
+    folder = ensure_private_folder(tmp_path / "a" / "b")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and ensure_private_folder(folder) == folder
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UnsafePathError, match="symbolic link"):
+        ensure_private_folder(tmp_path / "link")
+    if os.getuid() == 0:
+        os.chown(folder, 65534, 65534)
+        with pytest.raises(UnsafePathError, match="belongs to .* and this process runs as"):
+            ensure_private_folder(folder)

@@ -22,6 +22,7 @@ from tandem.apps.build import DIRECTORY_NAME, GATEWAY_NAME, application
 from tandem.apps.plan import AppPlan
 from tandem.config import ServeConfig, from_dict, to_dict
 from tandem.errors import EngineError
+from tandem.observability.tracebacks import tandem_error_in
 
 FAILED = "DEPLOY_FAILED"
 POLL_S = 0.2
@@ -37,6 +38,7 @@ TO_SCHEDULE = re.compile(
     re.DOTALL,
 )
 """Serve's messages about replicas that take long to initialise, or wait for resources."""
+FAILED_ATTEMPT = re.compile(r"A replica failed to start with exception\. Retrying(?: (?P<left>\d+) more time\(s\))?\.")
 
 
 def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[str], None] = lambda text: None) -> None:
@@ -112,7 +114,18 @@ def _deployment_message(deployment: str, message: str) -> str | None:
             f"{deployment} waits for room on the cluster: each replica needs {found['needed']}, and {found['free']} are free. "
             "It starts when there is room: stop something else, add a node, or lower `replicas`."
         )
+    if found := FAILED_ATTEMPT.match(message):
+        # With no attempt left the error of the deployment says it.
+        if found["left"] == "0":
+            return None
+        more = f" Attempts left: {found['left']}." if found["left"] else ""
+        return f"{deployment} did not start: {reason_in(message) or 'Ray has not said why.'}{more}"
     return message.splitlines()[0]
+
+
+def reason_in(message: str) -> str:
+    """The reason in a deployment's message: the TandemError that a replica raised, without its traceback; else all of it."""
+    return tandem_error_in(message) or message.strip()
 
 
 def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
@@ -142,11 +155,11 @@ def drain(name: str, timeout_s: float) -> bool:
 
 
 def failure_reason(name: str) -> str:
-    """Serve's messages about an app that is not running."""
+    """The reason why an app is not running."""
     app = serve.status().applications.get(name)
     if app is None:
         return ""
-    messages = [deployment.message for deployment in app.deployments.values() if deployment.message]
+    messages = [reason_in(deployment.message) for deployment in app.deployments.values() if deployment.message]
     return "\n".join(messages) or (app.message if app.status != ApplicationStatus.RUNNING else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tandem.config import ServeConfig, ServedModelConfig
 from tandem.engine.engines import find_engine
 from tandem.errors import ConfigError, RegistryError
 from tandem.registry import Registry, RegistryAddress, find_model, is_shared
+from tandem.registry.folders import model_max_length
 from tandem.registry.source import folder_of
 from tandem.routing.policies import find_policy
 from tandem.routing.records import ServedModel
@@ -91,7 +93,8 @@ def _resolve_model(config: ServedModelConfig, registry: Registry) -> ServedModel
     record = find_model(config.model, registry, "models")
     if isinstance(record, Path):
         name = config.name or record.name
-        return ServedModel(id=name, name=name, path=str(record), config=config)
+        length = _served_length(config, _folder_length(record))
+        return ServedModel(id=name, name=name, path=str(record), config=config, max_length=length)
     if record.kind != "model":
         raise ConfigError(
             f"models: {record.id} is an adapter. Serve its base, {record.base}: the adapter then answers by its name."
@@ -103,9 +106,22 @@ def _resolve_model(config: ServedModelConfig, registry: Registry) -> ServedModel
         path=str(record.path),
         # Whatever name led to it, one version is one deployment.
         config=replace(config, model=record.id, name=name),
-        max_length=record.max_length,
+        max_length=_served_length(config, record.max_length),
         created=int(record.created_at.timestamp()),
     )
+
+
+def _served_length(config: ServedModelConfig, model_length: int | None) -> int | None:
+    """Tokens that a served model takes: `max_model_len` of its engine, else those of the model."""
+    given = config.engine_args.get("max_model_len")
+    return given if isinstance(given, int) and given > 0 else model_length
+
+
+def _folder_length(folder: Path) -> int | None:
+    # vLLM loads more kinds of weights than the registry takes.
+    with contextlib.suppress(RegistryError):
+        return model_max_length(folder)
+    return None
 
 
 def _with_tools(model: ServedModel) -> ServedModel:

@@ -1,1 +1,1 @@
-"""Answers to a file of rows: read by Ray Data, answered by engines that never idle, published piece by piece."""
+"""Batch inference: rows read by Ray Data, answered by engines, and published in chunks."""

@@ -1,8 +1,8 @@
-"""Asks one engine for many answers at once, in a thread of its own under uvloop.
+"""Concurrent requests to one engine, in a thread with its own uvloop event loop.
 
 Requests go through the engine's own OpenAI app, called in this process: no socket, no bytes of HTTP, and everything that the
-app takes and refuses is what the served app takes and refuses. Rows of any number of pieces share one window, so that the
-engine has the next row waiting while the last rows of a piece end.
+app takes and refuses is what the served app takes and refuses. Rows of any number of chunks share one window, so that the
+engine has the next row waiting while the last rows of a chunk end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class EngineDiedError(EngineError):
     """The engine cannot go on; what it was asked is not answered."""
 
 
-class Question(NamedTuple):
+class EngineRequest(NamedTuple):
     """A request for the engine."""
 
     path: str
@@ -41,7 +41,7 @@ class Question(NamedTuple):
     adapter: AdapterRef | None
 
 
-class Answerer:
+class EngineClient:
     """One engine and what it is asked. `answer` may be called by many threads at a time."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Answerer:
         self._thread.start()
         self._ready.result()
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[EngineRequest]) -> list[Answer]:
         """The answers, in the order of the questions.
 
         Raises a group with an EngineDiedError if the engine dies meanwhile, with a StorageError if an adapter's store is away.
@@ -100,12 +100,12 @@ class Answerer:
         finally:
             await self._engine.drain(0.0)
 
-    async def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+    async def _answer(self, questions: Sequence[EngineRequest]) -> list[Answer]:
         async with asyncio.TaskGroup() as group:
             asked = [group.create_task(self._ask(each)) for each in questions]
         return [task.result() for task in asked]
 
-    async def _ask(self, question: Question) -> Answer:
+    async def _ask(self, question: EngineRequest) -> Answer:
         async with self._window:
             try:
                 return await self._tried(question)
@@ -116,7 +116,7 @@ class Answerer:
                     raise EngineDiedError(str(error)) from error
                 return refusal(500, str(error))
 
-    async def _tried(self, question: Question) -> Answer:
+    async def _tried(self, question: EngineRequest) -> Answer:
         for pause_s in self._store_pauses_s:
             try:
                 return await self._held(question)
@@ -125,13 +125,13 @@ class Answerer:
                 await asyncio.sleep(pause_s)
         return await self._held(question)
 
-    async def _held(self, question: Question) -> Answer:
+    async def _held(self, question: EngineRequest) -> Answer:
         if question.adapter is None:
             return await self._post(question)
         async with self._slots.hold(question.adapter, SLOT_WAIT_S):
             return await self._post(question)
 
-    async def _post(self, question: Question) -> Answer:
+    async def _post(self, question: EngineRequest) -> Answer:
         try:
             answer = await post(self._engine.app, question.path, question.body)
         except Exception as error:  # noqa: BLE001 - an app raises again what it has answered with 500

@@ -1,4 +1,4 @@
-"""Whether a cluster could hold a replica, were it empty. Pure: callers pass what each node has.
+"""Capacity check: whether the nodes of a cluster could hold a replica if they were empty. Pure.
 
 How many replicas fit is not asked: those that do not wait, and the others have all rows meanwhile. Readers reserve nothing.
 """

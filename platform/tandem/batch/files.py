@@ -1,4 +1,4 @@
-"""The files of a run, on a disk or in an object store: read as they come, by the MiB, and written whole or not at all."""
+"""Files of a batch run on a disk or in an object store: streamed reads, atomic writes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tandem.errors import StorageError
-from tandem.storage import Location, disk_errors, file_system, write_atomic
+from tandem.storage import Location, disk_errors, file_system, store_errors, write_atomic
 
 BLOCK_BYTES = 1 << 20
 """What is asked of an object store at a time."""
@@ -37,7 +36,7 @@ def write(place: Location, data: bytes) -> None:
     if isinstance(place, Path):
         write_atomic(place, data)
     else:
-        with _store_errors(place):
+        with store_errors(place, "written"):
             file_system(place).pipe_file(place, data)
 
 
@@ -45,7 +44,7 @@ def write(place: Location, data: bytes) -> None:
 def writing(place: Location) -> Iterator[IO[bytes]]:
     """The same for a file that is too large to hold: it is there at the end of the block."""
     if not isinstance(place, Path):
-        with _store_errors(place), _committed(file_system(place).open(place, "wb", autocommit=False)) as file:
+        with store_errors(place, "written"), _committed(file_system(place).open(place, "wb", autocommit=False)) as file:
             yield file
         return
     with disk_errors("writing", place):
@@ -83,7 +82,7 @@ class Lines:
             yield line.rstrip(b"\n")
 
 
-def forget_halves(place: Location) -> None:
+def remove_partial_files(place: Location) -> None:
     """Remove what `writing` was killed in the middle of; a store does not show such."""
     if isinstance(place, Path):
         for half in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
@@ -105,21 +104,10 @@ def _committed(file: Any) -> Iterator[IO[bytes]]:
         raise
 
 
-@contextlib.contextmanager
-def _store_errors(place: Location) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:  # a store's client has errors of its own
-        raise StorageError(
-            f"{place} cannot be written: {type(error).__name__}: {error}. Then run the command again."
-        ) from error
-
-
 def read(place: Location) -> bytes | None:
-    """All of a file; None if there is none."""
-    try:
-        return bytes(file_system(place).cat_file(str(place)))
-    except FileNotFoundError:
-        return None
+    """All of a file; None if there is none. StorageError where the store refuses."""
+    with store_errors(place, "read"):
+        try:
+            return bytes(file_system(place).cat_file(str(place)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None

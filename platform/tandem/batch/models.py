@@ -1,7 +1,7 @@
-"""Who answers a row: the base model and the adapter that a name means, for the whole of a run.
+"""Model resolution of a batch run: the base and adapter of each name, fixed for the whole run.
 
 A name means at the end of a run what it meant at its start, also where the run was killed in between and the name means
-another version by now: what was found is kept with the run (`Names.found`), and so is that nothing was.
+another version by now: what was found is kept with the run (`ModelResolver.found`), and so is that nothing was.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BaseModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ResolvedModel:
     """Who answers: a base, or one of its adapters."""
 
     base: BaseModel
@@ -40,20 +40,20 @@ class Target:
         return self.adapter.id if self.adapter else self.base.id
 
 
-class Names:
+class ModelResolver:
     """The names that rows may use. `find` looks each one up once."""
 
     def __init__(self, config: BatchConfig, registry: Registry, known: Mapping[str, str | None]) -> None:
         """`known`: what names meant when the run began; empty for a new one."""
         self._registry = registry
         self._known = known
-        self._targets: dict[str, Target | str] = {}
+        self._targets: dict[str, ResolvedModel | str] = {}
         self.found: dict[str, str | None] = {}
         """Each name that was asked for, and the id of what it means; None: nothing."""
         self.default = self._default(config)
         """Who answers rows that name nobody."""
 
-    def find(self, name: str | None) -> Target:
+    def find(self, name: str | None) -> ResolvedModel:
         """Who a row's `model` means. Raises UnknownModelError, and other RegistryErrors, with the reason."""
         if name is None:
             return self.default
@@ -69,46 +69,46 @@ class Names:
         return found
 
     @property
-    def targets(self) -> dict[str, Target]:
+    def targets(self) -> dict[str, ResolvedModel]:
         """All that rows have named."""
-        return {name: each for name, each in self._targets.items() if isinstance(each, Target)}
+        return {name: each for name, each in self._targets.items() if isinstance(each, ResolvedModel)}
 
     def adapters_of(self, base: str) -> int:
         """How many adapters of a base the rows ask for, the default among them."""
         asked = {*self.targets.values(), self.default}
         return len({target.adapter.id for target in asked if target.adapter and target.base.id == base})
 
-    def _default(self, config: BatchConfig) -> Target:
+    def _default(self, config: BatchConfig) -> ResolvedModel:
         if (folder := folder_of(config.model)) is not None:
             checked_folder(folder, "model")
             # It has no version that would tell another one apart from it.
             self.found[config.model] = folder_digest(folder)
-            return Target(BaseModel(id=folder.name, name=folder.name, path=str(folder)))
+            return ResolvedModel(BaseModel(id=folder.name, name=folder.name, path=str(folder)))
         try:
             if config.model not in self._known and HubModel.parse(config.model):
                 record = find_model(config.model, self._registry)
                 assert not isinstance(record, Path)
                 self.found[config.model] = record.id
-                return Target(_base(record))
+                return ResolvedModel(_base(record))
             return self._look_up(config.model)
         except UnknownModelError:
             if config.engine != "echo":
                 raise
-            return Target(BaseModel(id=config.model, name=config.model, path=""))
+            return ResolvedModel(BaseModel(id=config.model, name=config.model, path=""))
 
-    def _look_up(self, name: str) -> Target:
+    def _look_up(self, name: str) -> ResolvedModel:
         if name in self._known and self._known[name] is None:
             raise UnknownModelError(f"No model or adapter {name!r} was registered when the run began.")
         record = self._registry.resolve(self._known.get(name) or name)
         self.found[name] = record.id
         if record.kind == "model":
-            return Target(_base(record))
+            return ResolvedModel(_base(record))
         if record.dora:
             raise RegistryError(
                 f"{record.id} is a DoRA adapter, which vLLM does not serve. Merge it into its base: `tandem models merge`."
             )
         base = _base(self._registry.resolve(str(record.base)))
-        return Target(base, AdapterRef(id=record.id, path=record.location, digest=record.digest))
+        return ResolvedModel(base, AdapterRef(id=record.id, path=record.location, digest=record.digest))
 
 
 def _base(record: ModelRecord) -> BaseModel:

@@ -1,4 +1,4 @@
-"""A batch run before it is started: what it asks for is there, and what is in its output is its own.
+"""Preparation of a batch run: checks models, settings, input and output before anything starts.
 
 Needs neither a cluster nor Ray, which reads how it authenticates when it is imported: not before there is a cluster.
 """
@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic_core import from_json, to_json
+
 from tandem.api.request_fields import REQUEST_FIELDS
-from tandem.batch.input.plan import PieceSize, Unit, units
+from tandem.api.request_values import GENERATE_ROUTES, value_problems
+from tandem.batch.input.plan import ChunkSize, WorkUnit, units
 from tandem.batch.input.sources import find_files
 from tandem.batch.input.survey import Survey, survey
-from tandem.batch.models import Names
+from tandem.batch.models import ModelResolver
 from tandem.batch.output.manifest import Manifest
 from tandem.batch.output.write import Output
 from tandem.config import BatchConfig, ServedModelConfig
@@ -36,18 +39,18 @@ class BatchRun:
     survey: Survey
     bases: tuple[tuple[EngineSpec, ServedModelConfig], ...]
     """Of each base what its engines load, and what Ray reserves for them."""
-    names: Names
+    names: ModelResolver
 
     @property
-    def units(self) -> list[Unit]:
-        """All that is published, piece by piece."""
-        return units(self.survey.pieces, self.survey.bases)
+    def units(self) -> list[WorkUnit]:
+        """All that is published, chunk by chunk."""
+        return units(self.survey.chunks, self.survey.bases)
 
 
 def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None) -> BatchRun:
     """Read the input and compare the run with what is in its output; `tell` hears how many rows have been read.
 
-    Raises ConfigError, DataError or a RegistryError with the next step.
+    Raises ConfigError, DataError, StorageError or a RegistryError with the next step.
     """
     check_request(config.request)
     found, output = find_files(config.input), Output.at(config.output)
@@ -62,8 +65,8 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
         raise DataError(
             f"{config.input} holds nothing but the output of this run. Give a file of rows, or another output."
         )
-    names = Names(config, Registry.open(), before.models if before else {})
-    size = PieceSize(config.rows_per_piece) if config.rows_per_piece else None
+    names = ModelResolver(config, Registry.open(), before.models if before else {})
+    size = ChunkSize(config.rows_per_piece) if config.rows_per_piece else None
     asked = survey(files, names, config.request, before.size if before else size, tell, chat=config.chat)
     manifest = Manifest.of(config, asked, names)
     if before is not None:
@@ -71,18 +74,25 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
     bases = tuple(_base(config, names, each) for each in asked.bases)
     if config.engine_args and not (before and before.finished):
         check_engine_args(*(spec for spec, _ in bases))
+    if before is None:
+        output.make()
     return BatchRun(config=config, output=output, manifest=before or manifest, survey=asked, bases=bases, names=names)
 
 
 def check_request(request: Mapping[str, Any]) -> None:
-    """ConfigError for a field that no request has, whatever its route."""
+    """ConfigError for a field that no request has, whatever its route, and for a value that none can have."""
     known = frozenset[str]().union(*REQUEST_FIELDS.values())
     for field in request:
         if field not in known:
             raise ConfigError(f"request.{field} is not a field of any request.{did_you_mean(field, known)}")
+    # As rows have it: from Python, arrays may be tuples.
+    asked = from_json(to_json(dict(request)))
+    for path in GENERATE_ROUTES:
+        for problem in value_problems(path, asked):
+            raise ConfigError(f"request.{problem.field} {problem.text}.")
 
 
-def _base(config: BatchConfig, names: Names, base: str) -> tuple[EngineSpec, ServedModelConfig]:
+def _base(config: BatchConfig, names: ModelResolver, base: str) -> tuple[EngineSpec, ServedModelConfig]:
     model = next(t.base for t in (names.default, *names.targets.values()) if t.base.id == base)
     served = config.served(model.id, adapters=names.adapters_of(base))
     if find_engine(served.engine, "engine").resources.placement(served, "the config").bundles:

@@ -1,4 +1,4 @@
-"""A prepared batch run, on the cluster that this process is connected to: what is left is done by Ray Data, base by base."""
+"""Execution of a prepared batch run by Ray Data on the connected cluster, one base model after another."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
 from tandem.batch.capacity import check_nodes
-from tandem.batch.input.plan import Unit, left, pieces_in_flight
-from tandem.batch.input.read import Pieces
+from tandem.batch.input.plan import WorkUnit, chunks_in_flight, left
+from tandem.batch.input.read import ChunkSource
 from tandem.batch.output.manifest import Manifest
 from tandem.batch.prepare import BatchRun
 from tandem.batch.reasons import explained
-from tandem.batch.work import Work
+from tandem.batch.work import WorkerContext
 from tandem.batch.worker import Worker
 from tandem.config import ServedModelConfig
 from tandem.errors import EngineError, StorageError
@@ -66,7 +66,7 @@ class Summary:
     answering_s: float = 0.0
     """From the first row that an engine was asked to the last that was published, without the starts of engines."""
     files_s: float = 0.0
-    """What making the two files of all pieces took then."""
+    """What making the two files of all chunks took then."""
 
 
 def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: None) -> Summary:
@@ -95,7 +95,7 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
         return whole
     assembling = time.monotonic()
     try:
-        answered, failed = output.assemble(run.survey.pieces, run.units)
+        answered, failed = output.assemble(run.survey.chunks, run.units)
     except (FileNotFoundError, StorageError) as error:
         if (whole := _finished(run)) is not None:
             return whole
@@ -118,13 +118,13 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
     )
 
 
-def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str, Any]]:
+def _answers(run: BatchRun, number: int, todo: list[WorkUnit]) -> Iterator[dict[str, Any]]:
     """Have Ray Data read, answer and publish the units of a base; what the workers tell of each."""
     if not todo:
         return
     config, (spec, served) = run.config, run.bases[number]
-    check_room(served)
-    work = Work(
+    check_capacity(served)
+    work = WorkerContext(
         spec=spec,
         default=run.names.default,
         targets=run.names.targets,
@@ -133,12 +133,12 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
         window_rows=config.window_rows,
         chat=config.chat,
     )
-    run.output.forget_deaths()
-    rows = max(1, sum(unit.piece.rows for unit in todo) // len(todo))
-    flight = pieces_in_flight(config.window_rows, rows, run.survey.size.bytes)
+    run.output.clear_crashes()
+    rows = max(1, sum(unit.chunk.rows for unit in todo) // len(todo))
+    flight = chunks_in_flight(config.window_rows, rows, run.survey.size.bytes)
     size = min(served.replicas, len(todo))
     with DataContext.current(_context()):
-        source = Pieces(run.survey.files, todo, work)
+        source = ChunkSource(run.survey.files, todo, work)
         with warnings.catch_warnings():
             # Ray Data has no other way to say `max_restarts`, and without it a row that kills its engine would do so for ever.
             warnings.simplefilter("ignore")
@@ -154,7 +154,7 @@ def _answers(run: BatchRun, number: int, todo: list[Unit]) -> Iterator[dict[str,
                 for i in range(len(batch["rows"])):
                     yield {key: values[i].item() for key, values in batch.items()}
         except ray.exceptions.RayError as error:
-            raise explained(spec.name, error, run.output.deaths(), config.max_failures) from error
+            raise explained(spec.name, error, run.output.crashes(), config.max_failures) from error
 
 
 def _context() -> DataContext:
@@ -165,7 +165,7 @@ def _context() -> DataContext:
     context.target_max_block_size = 1
     # A model that cannot be loaded is not tried again.
     context.max_consecutive_actor_init_deaths = 0
-    # A thread for each piece in flight that asks the kernel how large the process is.
+    # A thread for each chunk in flight that asks the kernel how large the process is.
     context.memory_usage_poll_interval_s = None
     # It logs with a traceback what it raises too.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -173,9 +173,9 @@ def _context() -> DataContext:
 
 
 def _answered(
-    read: ray.data.Dataset, work: Work, served: ServedModelConfig, flight: int, *, size: int, restarts: int
+    read: ray.data.Dataset, work: WorkerContext, served: ServedModelConfig, flight: int, *, size: int, restarts: int
 ) -> ray.data.Dataset:
-    """The pieces handed to `size` workers, `flight` at a time to each."""
+    """The chunks handed to `size` workers, `flight` at a time to each."""
     return read.map_batches(
         Worker,
         fn_constructor_args=(work,),
@@ -195,7 +195,7 @@ def _answered(
     )
 
 
-def check_room(served: ServedModelConfig) -> None:
+def check_capacity(served: ServedModelConfig) -> None:
     """Refuse replicas that no node of the cluster, empty, could hold one of: Ray would wait for ever."""
     check_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], served)
 
@@ -209,8 +209,8 @@ def _finished(run: BatchRun) -> Summary | None:
     return _summary(replace(run, manifest=manifest), found=run.survey.rows)
 
 
-def _rows_in(run: BatchRun, published: list[Unit]) -> int:
-    return sum(unit.piece.counts[run.survey.bases[unit.base]] for unit in published)
+def _rows_in(run: BatchRun, published: list[WorkUnit]) -> int:
+    return sum(unit.chunk.counts[run.survey.bases[unit.base]] for unit in published)
 
 
 def _summary(run: BatchRun, *, found: int) -> Summary:

@@ -1,4 +1,4 @@
-"""What the readers and the workers of one base have to know, and which request a row is for them."""
+"""Settings that readers and workers of one base share, and the request of a row."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.batch.input.rows import Ask, BadRowError, parse, read_row
+from tandem.batch.input.rows import BadRowError, RowRequest, parse, read_row
 from tandem.batch.input.sources import Row
-from tandem.batch.models import Target
+from tandem.batch.models import ResolvedModel
 from tandem.batch.output.write import Output
 from tandem.engine.spec import EngineSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class WorkerContext:
     """One base's part of a run. Pickles into every reader and worker."""
 
     spec: EngineSpec
-    default: Target
+    default: ResolvedModel
     """Who answers rows that name nobody."""
-    targets: Mapping[str, Target]
+    targets: Mapping[str, ResolvedModel]
     """Who the names in rows mean."""
     request: Mapping[str, Any]
     """Fields for rows that lack them."""
@@ -29,7 +29,7 @@ class Work:
     chat: bool = False
     """Whether prompts of plain rows are messages."""
 
-    def ask(self, raw: bytes) -> tuple[Ask, Target]:
+    def ask(self, raw: bytes) -> tuple[RowRequest, ResolvedModel]:
         """A row's request, and who answers it. Raises BadRowError, KeyError for a name that means nobody."""
         ask = read_row(parse(raw), self.request, chat=self.chat)
         return ask, self.default if ask.model is None else self.targets[ask.model]

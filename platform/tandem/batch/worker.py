@@ -1,6 +1,6 @@
-"""The Ray actor that holds one engine: Ray Data hands it pieces, several at a time, and it publishes each one's answers.
+"""Batch worker: a Ray actor with one engine that answers several chunks at a time and publishes each.
 
-What it hands back to Ray Data is only how many rows it has answered. A piece comes again when the actor died before it could say
+What it hands back to Ray Data is only how many rows it has answered. A chunk comes again when the actor died before it could say
 so: what is published by then is not asked again.
 """
 
@@ -14,23 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from tandem.batch.answer import Answerer, EngineDiedError, Question
-from tandem.batch.input.rows import Ask, BadRowError, check_prompt_logprobs, request_bytes
+from tandem.batch.answer import EngineClient, EngineDiedError, EngineRequest
+from tandem.batch.input.rows import BadRowError, RowRequest, check_prompt_logprobs, request_bytes
 from tandem.batch.output.lines import Line, answered, failed, reason_of
-from tandem.batch.work import Work
+from tandem.batch.work import WorkerContext
 from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
 from tandem.errors import EngineError, StorageError
 from tandem.serve.replica.adapter_checks import AdapterChecker
+from tandem.serve.replica.start_log import StartLog
 
 TOLD = ("rows", "failed", "prompt_tokens", "tokens", "began", "ended")
-"""What is said of each piece: counts, and when (seconds since 1970) it was begun and published."""
+"""What is said of each chunk: counts, and when (seconds since 1970) it was begun and published."""
 
 
 class Worker:
     """One engine. Ray Data calls it in several threads at a time."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkerContext) -> None:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._work = work
         if not work.output.is_begun():
@@ -41,37 +42,41 @@ class Worker:
             )
         self._reaper = Reaper.of_children()
         spec = work.spec
-        self._answerer = Answerer(
+        log = StartLog(f"batch-{spec.name.replace('/', '~')}")
+        self._client = EngineClient(
             create_engine(spec),
             window_rows=work.window_rows,
             max_adapters=spec.max_adapters,
             max_cached=spec.max_cached_adapters,
             prepare=AdapterChecker(Path(spec.path) if spec.path else None, spec.max_lora_rank),
         )
-        self._answerer.start()
+        try:
+            self._client.start()
+        except EngineError as error:
+            raise log.explained(error) from None
 
     def __call__(self, table: Any) -> dict[str, Any]:
         """Answer a table of one or more units (read.COLUMNS), and publish each."""
         told: dict[str, list[Any]] = {key: [] for key in TOLD}
         units = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
         for name, *columns in units:
-            began, piece = time.time(), list(zip(*columns, strict=True))
+            began, chunk = time.time(), list(zip(*columns, strict=True))
             lines: list[Line] = []
             if not self._work.output.is_published(name):
-                lines = self._answer(piece)
+                lines = self._answer(chunk)
                 self._work.output.publish(name, [line.text for line in lines])
             sums = [
                 sum(getattr(line, key) for line in lines) for key in ("failed", "prompt_tokens", "completion_tokens")
             ]
-            for key, value in zip(TOLD, (len(piece), *sums, began, time.time()), strict=True):
+            for key, value in zip(TOLD, (len(chunk), *sums, began, time.time()), strict=True):
                 told[key].append(value)
         return {key: np.asarray(values) for key, values in told.items()}
 
     def _answer(self, rows: list[tuple[int, str, bytes]]) -> list[Line]:
-        """The lines of a piece's rows, in their order."""
+        """The lines of a chunk's rows, in their order."""
         lines: dict[int, Line] = {}
-        asked: list[tuple[int, str, bytes, Ask]] = []
-        questions = []
+        asked: list[tuple[int, str, bytes, RowRequest]] = []
+        requests = []
         for number, where, raw in rows:
             ask, target = self._work.ask(raw)
             try:
@@ -80,9 +85,9 @@ class Worker:
                 lines[number] = failed(number, where, str(error), raw)
                 continue
             asked.append((number, where, raw, ask))
-            questions.append(Question(ask.path, request_bytes(ask, target.engine_name), target.adapter))
+            requests.append(EngineRequest(ask.path, request_bytes(ask, target.engine_name), target.adapter))
         try:
-            answers = self._answerer.answer(questions)
+            answers = self._client.answer(requests)
         except* EngineDiedError as died:
             self._end(str(died.exceptions[0]))
         except* StorageError as away:
@@ -91,17 +96,17 @@ class Worker:
             lines[number] = line_of(number, where, raw, ask, status, body)
         return [lines[number] for number in sorted(lines)]
 
-    def _check(self, ask: Ask) -> None:
+    def _check(self, ask: RowRequest) -> None:
         if self._work.spec.max_adapters and not self._work.spec.gpus:
             check_prompt_logprobs(ask)
 
     def _end(self, reason: str) -> None:
         """End this process, so that Ray starts another and hands it what was not published."""
-        self._work.output.note_death(reason)
+        self._work.output.record_crash(reason)
         os._exit(1)
 
 
-def line_of(number: int, where: str, raw: bytes, ask: Ask, status: int, body: bytes) -> Line:
+def line_of(number: int, where: str, raw: bytes, ask: RowRequest, status: int, body: bytes) -> Line:
     """The line of a row that an engine has said something about."""
     if status != 200:
         return failed(number, where, reason_of(body, ask.path), raw, status=status)

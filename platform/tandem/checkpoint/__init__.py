@@ -1,1 +1,1 @@
-"""What a run needs to go on, saved by all ranks and published in one step; and what others need to use its result."""
+"""Checkpoints: training state saved by all ranks and committed atomically; and export of the result for inference."""

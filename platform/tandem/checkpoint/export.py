@@ -1,6 +1,6 @@
-"""Trained weights as others load them: a Hugging Face folder, or a peft adapter; both safetensors, published whole.
+"""Export of trained weights: a Hugging Face model folder or a peft adapter, in safetensors, published atomically.
 
-Tensors go from the ranks that have their parts straight into files, one at a time: no rank holds the model.
+Tensors are streamed from the ranks that have their parts into files, one at a time: no rank holds the model.
 """
 
 from __future__ import annotations
@@ -17,42 +17,50 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tandem.checkpoint.tensors import FILE_BYTES, Convert, Held, one_file, shared_files, table_of, write
+from tandem.checkpoint.tensors import (
+    MAX_FILE_BYTES,
+    Convert,
+    ExportTensor,
+    index_tensors,
+    single_file,
+    split_into_files,
+    write,
+)
 from tandem.errors import StorageError, TandemError
 from tandem.storage import disk_errors, publish_folder
 
 
 def export(
     model: nn.Module,
-    weights: Sequence[Held],
+    weights: Sequence[ExportTensor],
     target: Path,
     *,
-    beside: Iterable[Path] = (),
-    file_bytes: int = FILE_BYTES,
+    extra_files: Iterable[Path] = (),
+    file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the weights of a transformers or peft `model` to `target`, replacing what is there. Every rank calls it.
 
-    `weights`: what this rank has of them, by the plain model's names. A peft model becomes an adapter folder, any other a folder
-    that AutoModelForCausalLM and vLLM load, with copies of the files `beside` it: its tokenizer's. The model itself may hold a
-    part, or shards. Raises StorageError, on every rank, if the disk is full.
+    `weights`: this rank's part of them, by the plain model's names. A peft model becomes an adapter folder, any other a folder
+    that AutoModelForCausalLM and vLLM load, with copies of the files in `extra_files`, such as the tokenizer's. `model` itself
+    may be split or sharded. Raises StorageError, on every rank, if the disk is full.
     """
     adapter = getattr(model, "peft_config", None) is not None
-    table = table_of(weights)
-    with _published_by_all(target) as staging:
+    table = index_tensors(weights)
+    with _published_by_rank0(target) as staging:
         if adapter:
             convert: Convert = _adapter_names(model)
-            files = one_file(table, convert, "adapter_model.safetensors")
+            files = single_file(table, convert, "adapter_model.safetensors")
         else:
-            shell = _shell(model)
-            convert = _original_names(shell)
-            files = shared_files(table, convert, file_bytes)
+            shell = _meta_model(model)
+            convert = _hub_names(shell)
+            files = split_into_files(table, convert, file_bytes)
         problem: str | None = None
         try:
             with disk_errors("exporting", target):
                 write(staging, files, weights, table, convert)
         except (StorageError, OSError) as error:
             problem = str(error)
-        _agree(problem)
+        _raise_on_all_ranks(problem)
         if _rank() != 0:
             return
         if adapter:
@@ -68,40 +76,40 @@ def export(
                 "weight_map": {name: file.name for file in files for name in file.tensors},
             }
             (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        for path in beside:
+        for path in extra_files:
             shutil.copyfile(path, staging / path.name)
 
 
-def weights_of(model: nn.Module) -> list[Held]:
-    """The weights of a model that is whole here: of a peft model those that are trained, of any other all."""
+def export_tensors(model: nn.Module) -> list[ExportTensor]:
+    """The weights of a model that is complete on this rank: a peft model's trained ones, or all of any other model."""
     adapter = getattr(model, "peft_config", None) is not None
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
     return [
-        Held.of(name, tensor)
+        ExportTensor.of(name, tensor)
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in tied and (tensor.requires_grad or not adapter)
     ]
 
 
-def is_whole(target: Path) -> bool:
-    """Whether `target` holds an exported model or adapter."""
+def is_complete_export(target: Path) -> bool:
+    """Whether `target` holds a complete exported model or adapter."""
     adapter = (target / "adapter_config.json").exists() and (target / "adapter_model.safetensors").exists()
     return adapter or ((target / "config.json").exists() and any(target.glob("*.safetensors")))
 
 
 @contextlib.contextmanager
-def _published_by_all(target: Path) -> Iterator[Path]:
-    """A folder that all ranks write to, and rank 0 publishes when the block ends; what fails there is raised on all of them."""
-    told: list[str | None] = [None, None]
+def _published_by_rank0(target: Path) -> Iterator[Path]:
+    """A folder that all ranks write to in a `with` block, and rank 0 publishes at its end; an error is raised on all ranks."""
+    announced: list[str | None] = [None, None]
     stack = contextlib.ExitStack()
     if _rank() == 0:
         try:
-            told[0] = str(stack.enter_context(publish_folder(target, replace=True)))
+            announced[0] = str(stack.enter_context(publish_folder(target, replace=True)))
         except (TandemError, OSError) as error:
-            told[1] = str(error)
+            announced[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    folder, problem = told
+        dist.broadcast_object_list(announced, src=0)
+    folder, problem = announced
     if folder is None:
         raise StorageError(str(problem))
     try:
@@ -109,10 +117,10 @@ def _published_by_all(target: Path) -> Iterator[Path]:
             yield Path(folder)
     except (TandemError, OSError) as error:
         problem = str(error)
-    _agree(problem)
+    _raise_on_all_ranks(problem)
 
 
-def _agree(problem: str | None) -> None:
+def _raise_on_all_ranks(problem: str | None) -> None:
     problems: list[str | None] = [problem]
     if dist.is_initialized():
         problems = [None] * dist.get_world_size()
@@ -126,8 +134,8 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _shell(model: Any) -> Any:
-    """An empty model of the same class, which knows what its weights are called in files; the trained one may be cut."""
+def _meta_model(model: Any) -> Any:
+    """A model of the same class on the meta device, which knows the file names of all weights; the trained one may be split."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
@@ -136,10 +144,10 @@ def _shell(model: Any) -> Any:
         return type(model)(config)
 
 
-def _original_names(shell: Any) -> Convert:
+def _hub_names(shell: Any) -> Convert:
     from transformers.core_model_loading import revert_weight_conversion
 
-    # transformers stacks a mixture's experts when it loads them; files, and vLLM, have each by itself.
+    # transformers stacks the experts of a mixture when it loads them; files, and vLLM, have them one by one.
     return lambda tensors: dict(revert_weight_conversion(shell, tensors))
 
 
@@ -154,7 +162,7 @@ def _describe_adapter(model: Any, folder: Path) -> None:
     was, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = was
-    # Written by peft from sets, in any order: sorted, so that equal adapters are equal files.
+    # peft writes sets in any order: sorted, equal adapters are equal files.
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(_sorted(json.loads(path.read_text())), indent=2, sort_keys=True))
 

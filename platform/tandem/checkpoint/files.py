@@ -1,6 +1,6 @@
-"""A checkpoint's files by torch.distributed.checkpoint, on a disk or in a store, with a digest of each that is written.
+"""File access of torch.distributed.checkpoint for checkpoints on a disk or in an object store, with a digest of each file.
 
-Every rank digests what it writes, as it writes it; the records travel with the results of the write to rank 0, which commits.
+Every rank computes digests while it writes; the records go to rank 0 with the results of the write, and rank 0 commits.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from tandem.checkpoint.folders import FileRecord, SavedState
 from tandem.storage import Location, base_name, file_system, join
 
 
-class Files(FileSystemBase):
-    """The files of one folder, on a disk or in an fsspec store."""
+class CheckpointFileSystem(FileSystemBase):
+    """Files of one folder, on a disk or in an fsspec store."""
 
     def __init__(self, folder: Location) -> None:
         self._store = file_system(folder)
         self.written: dict[str, FileRecord] = {}
-        """What was written through this object, by name."""
+        """Records of the files that were written through this object, by name."""
 
     @contextlib.contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """A file to read, or one to write and to digest."""
-        # A disk's own files have a number, by which they are synced.
+        """Open a file to read, or to write with a digest."""
+        # A local file needs a file descriptor, for fsync.
         with open(path, mode) if isinstance(path, Path) else self._store.open(path, mode) as stream:
             if "r" in mode:
                 yield stream
                 return
-            digested = _Digested(stream)
+            digested = _DigestingStream(stream)
             yield digested
             self.written[base_name(path)] = digested.record()
 
@@ -73,35 +73,35 @@ class Files(FileSystemBase):
         self._store.rm_file(str(path))
 
 
-class Writer(FileSystemWriter):
-    """Writes one checkpoint, and commits it when all ranks have written. All of it may run in the background."""
+class CheckpointWriter(FileSystemWriter):
+    """Writes one checkpoint, and commits it when all ranks have written. It may run in the background."""
 
     def __init__(
         self,
         root: Location,
         state: SavedState,
         prune: Callable[[], None],
-        committed: Callable[[Location], None] = lambda checkpoint: None,
+        on_commit: Callable[[Location], None] = lambda checkpoint: None,
     ) -> None:
-        """`committed`, with the checkpoint's folder, and then `prune` run on rank 0 after the commit."""
-        # What a store takes it keeps.
+        """`on_commit`, with the checkpoint's folder, and then `prune` run on rank 0 after the commit."""
+        # An object store is durable without a sync.
         super().__init__("unused", sync_files=isinstance(root, Path))
-        self._root, self._state, self._prune, self._committed = root, state, prune, committed
-        self._files = Files(root)
+        self._root, self._state, self._prune, self._on_commit = root, state, prune, on_commit
+        self._files = CheckpointFileSystem(root)
         self.fs: Any = self._files
         self.path: Any = folders.staging_folder(root, state.step)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """See torch's: nothing is there yet."""
+        """See torch's: the folder is made by rank 0 in `prepare_global_plan`."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """See torch's: rank 0 alone is asked, before any rank writes."""
-        folders.prepare(self._root, self._state.step)
+        """See torch's: runs on rank 0 only, before any rank writes."""
+        folders.open_staging(self._root, self._state.step)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """See torch's; the results hold the records of this rank's files, too."""
+        """See torch's; the results include the records of this rank's files."""
         results = super().write_data(plan, planner).wait()
         results += [
             WriteResult(index=MetadataIndex(name), size_in_bytes=record.size, storage_data=record)
@@ -116,23 +116,23 @@ class Writer(FileSystemWriter):
         every = [result for rank in results for result in rank]
         records = {r.index.fqn: r.storage_data for r in every if isinstance(r.storage_data, FileRecord)}
         super().finish(metadata, [[r for r in every if not isinstance(r.storage_data, FileRecord)]])
-        self._committed(folders.publish(self._root, self._state, records | self._files.written))
-        # What is left over is no reason to end a run; a store's client has errors of its own.
+        self._on_commit(folders.commit(self._root, self._state, records | self._files.written))
+        # A failure to remove old checkpoints must not end a run; a store's client has errors of its own.
         with contextlib.suppress(Exception):
             self._prune()
 
 
-class Reader(FileSystemReader):
+class CheckpointReader(FileSystemReader):
     """Reads a checkpoint."""
 
     def __init__(self, checkpoint: Location) -> None:
         super().__init__("unused")
-        self.fs: Any = Files(checkpoint)
+        self.fs: Any = CheckpointFileSystem(checkpoint)
         self.path: Any = checkpoint
 
 
-class _Digested:
-    """A stream that digests what is written to it."""
+class _DigestingStream:
+    """A stream that computes the digest of the data written to it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -141,7 +141,7 @@ class _Digested:
 
     def write(self, data: Any) -> int:
         self._digest.update(data)
-        # Of a memoryview of larger items, the length is not that in bytes.
+        # The length of a memoryview of larger items is not in bytes.
         self._size += memoryview(data).nbytes
         self._stream.write(data)
         return memoryview(data).nbytes

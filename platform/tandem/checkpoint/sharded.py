@@ -1,7 +1,7 @@
-"""Saves and loads training state with torch.distributed.checkpoint: each rank its parts, all of them in one folder.
+"""Sharded checkpoints by torch.distributed.checkpoint: each rank saves and loads its chunks, in one folder.
 
-Only what is trained is saved: a LoRA run's checkpoint holds its adapters, not the base. Names and shapes are those of the plain
-model, so that a run goes on in any other layout.
+Only trained weights are saved: a LoRA run's checkpoint holds its adapters, not the base. Names and shapes are those of the plain
+model, so that a run can resume in any other layout.
 """
 
 from __future__ import annotations
@@ -23,58 +23,58 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.checkpoint.stateful import Stateful
 
 from tandem.checkpoint import folders
-from tandem.checkpoint.files import Reader, Writer
+from tandem.checkpoint.chunks import ChunkedTensor
+from tandem.checkpoint.files import CheckpointReader, CheckpointWriter
 from tandem.checkpoint.folders import SavedState
-from tandem.checkpoint.parts import Parts
 from tandem.errors import CheckpointError, StorageError, TandemError
 from tandem.storage import Location, disk_errors, free_bytes
 
 _NOTHING: Mapping[str, Stateful] = {}
 
 
-class Trained(Protocol):
-    """A model that is trained, as one rank holds it."""
+class TrainableModel(Protocol):
+    """Interface of a model whose training state is saved."""
 
     def training_state(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
         """This rank's part of `model` and `optimizer`, by the plain model's names and shapes; loaded into in place."""
         ...
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
-        """Go on from what was loaded into a `training_state`."""
+        """Restore what was loaded into a `training_state`."""
         ...
 
 
 class Checkpoints:
-    """The checkpoints of one run: written in the background while training goes on, and read back once they are verified.
+    """The checkpoints of one run: written in the background while training continues, and verified before they are loaded.
 
-    Every rank makes one, and calls the same methods at the same steps. What is written in the background is a copy in the CPU's
-    memory; ranks agree on it in a process group of its own, so that nothing crosses what training exchanges.
+    Every rank makes one, and calls the same methods at the same steps. The background thread writes a copy in CPU memory, and
+    communicates in a process group of its own, apart from training.
     """
 
     def __init__(self, root: Location, *, keep: int, best: str | None = None, asynchronous: bool = True) -> None:
-        """`keep`: newest ones that stay; `best`: a metric by which the best one stays, too."""
+        """`keep`: number of newest checkpoints to keep; `best`: a metric by which the best one is kept, too."""
         self.root, self._keep, self._best = root, keep, best
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._stager = _Stager() if asynchronous else None
+        self._stager = _PinnedStager() if asynchronous else None
         self._running: Future[Any] | None = None
 
     def save(
         self,
-        model: Trained,
+        model: TrainableModel,
         optimizer: torch.optim.Optimizer,
         state: SavedState,
         *,
         extra: Mapping[str, Stateful] = _NOTHING,
-        committed: Callable[[Location], None] = lambda checkpoint: None,
+        on_commit: Callable[[Location], None] = lambda checkpoint: None,
     ) -> None:
-        """Begin to write a checkpoint; the one before is whole by then. Not in the background, it is whole on return.
+        """Begin to write a checkpoint, after the one before is complete. Without `asynchronous`, it is complete on return.
 
-        `extra`: what else has a state, by name, such as an average of the weights. `committed` is called on rank 0, with the
-        folder, when it is whole: by whatever writes it, before `wait` returns. Raises StorageError, on every rank, if this
-        checkpoint or the one before could not be written; those that were whole stay so.
+        `extra`: other objects with state by name, such as an average of the weights. `on_commit` is called on rank 0, with the
+        folder, when it is complete: by the thread that writes, before `wait` returns. Raises StorageError, on every rank, if this
+        checkpoint or the one before could not be written; earlier ones stay complete.
         """
         self.wait()
-        writer = Writer(self.root, state, lambda: folders.prune(self.root, self._keep, self._best), committed)
+        writer = CheckpointWriter(self.root, state, lambda: folders.prune(self.root, self._keep, self._best), on_commit)
         content = _content(model, optimizer, extra)
         options: dict[str, Any] = {
             "storage_writer": writer, "process_group": self._group, "no_dist": self._group is None,
@@ -86,44 +86,44 @@ class Checkpoints:
         self._running = begun
 
     def wait(self) -> None:
-        """Return when what is being written is whole. Raises StorageError, on every rank, if it could not be."""
+        """Return when the checkpoint that is being written is complete; StorageError, on every rank, if it failed."""
         running, self._running = self._running, None
         if running is not None:
             _write(self.root, running.result)
 
     def load(
-        self, model: Trained, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
+        self, model: TrainableModel, optimizer: torch.optim.Optimizer, *, extra: Mapping[str, Stateful] = _NOTHING
     ) -> tuple[SavedState | None, list[str]]:
-        """Go on from the newest checkpoint that is as it was written, however the model is sharded now.
+        """Load the newest intact checkpoint, however the model is sharded now.
 
-        Returns its plain part (None: there is none), and what a person should know of newer ones that are damaged. Those are set
-        aside. Raises CheckpointError if it is of another model.
+        Returns its state (None without one), and messages for the user about newer ones that are damaged or incomplete; damaged
+        ones are quarantined. Raises CheckpointError if it belongs to another model.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if self._group is not None else (0, 1)
-        whole, told = self._agreed(
-            lambda: (folders.saved(self.root), folders.unfinished(self.root)) if rank == 0 else None
+        complete, incomplete = self._gather_from_ranks(
+            lambda: (folders.list_complete(self.root), folders.list_incomplete(self.root)) if rank == 0 else None
         )[0]
-        newest = folders.step_of(whole[-1]) if whole else -1
-        said = [
+        newest = folders.step_of(complete[-1]) if complete else -1
+        messages = [
             f"{checkpoint} has no {folders.MANIFEST_NAME}: it was not written to its end, or has lost it. It is not used."
-            for checkpoint in told
+            for checkpoint in incomplete
             if folders.step_of(checkpoint) > newest
         ]
-        for place, checkpoint in reversed(list(enumerate(whole))):
-            parts = self._agreed(lambda at=checkpoint: folders.damage(at, rank, world))
+        for index, checkpoint in reversed(list(enumerate(complete))):
+            parts = self._gather_from_ranks(lambda at=checkpoint: folders.find_damage(at, rank, world))
             if damage := [found for part in parts for found in part]:
-                before = f"step {folders.step_of(whole[place - 1])}" if place else "the start: there is none before"
-                said.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run goes on from {before}.")
-                self._agreed(lambda at=checkpoint: folders.set_aside(at) if rank == 0 else None)
+                before = f"step {folders.step_of(complete[index - 1])}" if index else "the start: there is none before"
+                messages.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run resumes from {before}.")
+                self._gather_from_ranks(lambda at=checkpoint: folders.quarantine(at) if rank == 0 else None)
                 continue
-            return load(checkpoint, model, optimizer, extra=extra, group=self._group), said
-        return None, said
+            return load(checkpoint, model, optimizer, extra=extra, group=self._group), messages
+        return None, messages
 
-    def _agreed(self, ask: Any) -> list[Any]:
-        """What `ask` gives on each rank; a rank's problem is raised on all of them, so that none waits for one that is gone."""
+    def _gather_from_ranks(self, read: Any) -> list[Any]:
+        """The result of `read` on each rank; an error of one rank is raised on all, so that none waits for another."""
         mine: tuple[Any, str | None]
         try:
-            mine = (ask(), None)
+            mine = (read(), None)
         except Exception as error:  # noqa: BLE001 - a store's client has errors of its own
             mine = (None, str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}")
         every: list[Any] = [mine]
@@ -141,15 +141,15 @@ class Checkpoints:
 
 def save(
     root: Location,
-    model: Trained,
+    model: TrainableModel,
     optimizer: torch.optim.Optimizer,
     state: SavedState,
     *,
     keep: int,
     extra: Mapping[str, Stateful] = _NOTHING,
 ) -> Location:
-    """Write one checkpoint below `root` and return its folder, when it is whole. See `Checkpoints.save`."""
-    writer = Writer(root, state, lambda: folders.prune(root, keep))
+    """Write one checkpoint below `root`; returns its folder when it is complete. See `Checkpoints.save`."""
+    writer = CheckpointWriter(root, state, lambda: folders.prune(root, keep))
     content = _content(model, optimizer, extra)
     _write(root, lambda: save_state(content, storage_writer=writer, no_dist=not dist.is_initialized()))
     return folders.step_folder(root, state.step)
@@ -157,51 +157,53 @@ def save(
 
 def load(
     checkpoint: Location,
-    model: Trained,
+    model: TrainableModel,
     optimizer: torch.optim.Optimizer,
     *,
     extra: Mapping[str, Stateful] = _NOTHING,
     group: Any = None,
 ) -> SavedState:
-    """Put a checkpoint into `model`, `optimizer` and `extra`, however they are sharded now. Every rank calls it.
+    """Load a checkpoint into `model`, `optimizer` and `extra`, however they are sharded now. Every rank calls it.
 
-    `group`: the process group to agree in. Raises CheckpointError if it is damaged or of another model.
+    `group`: the process group to communicate in. Raises CheckpointError if it is damaged or belongs to another model.
     """
     state = folders.read_state(checkpoint)
     content = _content(model, optimizer, extra)
     if (dist.get_rank() if dist.is_initialized() else 0) >= state.world:
-        del content["random"]  # a rank that was not there has no random state to go on with
+        del content["random"]  # a rank that did not exist has no saved random state
     try:
-        load_state(content, storage_reader=Reader(checkpoint), process_group=group, no_dist=not dist.is_initialized())
+        load_state(
+            content, storage_reader=CheckpointReader(checkpoint), process_group=group, no_dist=not dist.is_initialized()
+        )
         model.set_training_state(content, optimizer)
         for name, thing in extra.items():
             thing.load_state_dict(content[name])
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded: {_root_cause(error)}. "
-            "Remove it; the run then goes on from the one before, or from the start."
+            "Remove it; the run then resumes from the previous one, or from the start."
         ) from error
     for random in content.get("random", {}).values():
         torch.set_rng_state(random)
     return state
 
 
-def _content(model: Trained, optimizer: torch.optim.Optimizer, extra: Mapping[str, Stateful]) -> dict[str, Any]:
+def _content(model: TrainableModel, optimizer: torch.optim.Optimizer, extra: Mapping[str, Stateful]) -> dict[str, Any]:
     random = {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()}
     others = {name: thing.state_dict() for name, thing in extra.items()}
     return {**model.training_state(optimizer), "random": random, **others}
 
 
 def _write(root: Location, result: Callable[[], Any]) -> None:
-    """Wait for a checkpoint to be whole; StorageError, on every rank, if it could not be written."""
+    """Wait until a checkpoint is complete; StorageError, on every rank, if it could not be written."""
     try:
         result()
     except (CheckpointException, TandemError, OSError, RuntimeError) as error:
         raise StorageError(_explain(error, root)) from error
 
 
-class _Stager(AsyncStager):
-    """Copies what is saved into the CPU's memory, always the same memory: to find it anew takes as long as the copy."""
+class _PinnedStager(AsyncStager):
+    """Copies the saved state into CPU memory, reusing the same buffers: a new allocation takes as long as the copy."""
 
     _synchronize_after_execute = False
 
@@ -216,7 +218,7 @@ class _Stager(AsyncStager):
         return staged
 
     def synchronize_staging(self) -> None:
-        """See torch's: `stage` has waited for every copy."""
+        """See torch's: `stage` waits for every copy."""
         return
 
     def close(self) -> None:
@@ -224,28 +226,28 @@ class _Stager(AsyncStager):
         self._held.clear()
 
     def _copy(self, value: Any, key: tuple[Any, ...]) -> Any:
-        if isinstance(value, Parts):
-            copies = [(tuple(at), self._box(held, (*key, at))) for at, held in value.boxes.items()]
-            return Parts(torch.empty((), dtype=value.dtype), value.shape, copies)
+        if isinstance(value, ChunkedTensor):
+            copies = [(tuple(at), self._copy_tensor(held, (*key, at))) for at, held in value.chunks.items()]
+            return ChunkedTensor(torch.empty((), dtype=value.dtype), value.shape, copies)
         if isinstance(value, Tensor):
-            return self._box(value, key)
+            return self._copy_tensor(value, key)
         if isinstance(value, dict):
             return {name: self._copy(held, (*key, name)) for name, held in value.items()}
         return copy.deepcopy(value)
 
-    def _box(self, box: Tensor, key: tuple[Any, ...]) -> Tensor:
-        box = box.detach()
-        if type(box) not in (Tensor, torch.nn.Parameter):
-            # Of a class of its own, such as an optimizer's 8-bit numbers.
-            return box.to("cpu", copy=True)
+    def _copy_tensor(self, tensor: Tensor, key: tuple[Any, ...]) -> Tensor:
+        tensor = tensor.detach()
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            # A tensor subclass, such as the state of an 8-bit optimizer.
+            return tensor.to("cpu", copy=True)
         held = self._held.get(key)
-        if held is None or held.shape != box.shape or held.dtype != box.dtype:
-            held = self._held[key] = torch.empty(box.shape, dtype=box.dtype, pin_memory=box.is_cuda)
-        return held.copy_(box, non_blocking=True)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = self._held[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return held.copy_(tensor, non_blocking=True)
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """What the first failing rank met, out of torch's wrapping."""
+    """The error of the first failing rank, without torch's wrapper."""
     if isinstance(error, CheckpointException):
         for wrapped in error.failures.values():
             return wrapped[0]
@@ -256,7 +258,7 @@ def _explain(error: BaseException, root: Location) -> str:
     cause = _root_cause(error)
     if isinstance(cause, StorageError):
         return str(cause)
-    room = ""
+    free = ""
     if isinstance(root, Path):
         try:
             with disk_errors("writing a checkpoint", root):
@@ -266,9 +268,9 @@ def _explain(error: BaseException, root: Location) -> str:
             return str(known)
         except OSError:
             pass
-        # torch's writer tells of a full disk as a RuntimeError of its stream, too.
-        room = f" ({free_bytes(root) / 2**20:,.1f} MiB free)"
+        # torch's writer reports a full disk as a RuntimeError of its stream, too.
+        free = f" ({free_bytes(root) / 2**20:,.1f} MiB free)"
     return (
-        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{room}. Checkpoints written before are "
-        "whole. Free some space, or see that the store answers, then run the same command again: it goes on from the newest one."
+        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{free}. Earlier checkpoints are intact. "
+        "Free some space, or check that the store answers, then run the same command again: it resumes from the newest one."
     )

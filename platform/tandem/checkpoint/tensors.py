@@ -1,7 +1,7 @@
-"""Tensors that lie in parts on many ranks, made whole one at a time and written to safetensors files, each by one rank.
+"""Streaming export of distributed tensors to safetensors files: gathered one at a time, each file written by one rank.
 
-No rank ever has more than one whole tensor. A file's header holds the place of each tensor, so that it can be written before
-any of them is there (https://github.com/huggingface/safetensors#format).
+No rank ever has more than one full tensor. The header of a file holds the offsets of its tensors, so that it is written before
+any of them is gathered (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -17,95 +17,96 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FILE_BYTES = 4 * 2**30
-"""Of the tensors in one file, unless a single one is larger."""
-NAMES = {
+MAX_FILE_BYTES = 4 * 2**30
+"""Size of the tensors in one file, at most, unless a single one is larger."""
+SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""From tensors as the model has them to those that a file has: other names, or several of one."""
+"""From tensors of the model to those of a file: other names, or several for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """A tensor that this rank has, or has a part of."""
+class ExportTensor:
+    """A tensor of which this rank has a part, or all."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    whole: Callable[[], Tensor]
-    """Makes it whole. All ranks that have the name call it, in the same order of names."""
+    gather: Callable[[], Tensor]
+    """Gathers it. All ranks that have the name call it, in the same order of names."""
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Held:
-        """A tensor that is whole here."""
-        return cls(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, whole=tensor.detach)
+    def of(cls, name: str, tensor: Tensor) -> ExportTensor:
+        """A tensor that is complete on this rank."""
+        return cls(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, gather=tensor.detach)
 
 
 @dataclass(frozen=True)
-class Table:
-    """What all ranks hold between them."""
+class TensorIndex:
+    """The tensors of all ranks."""
 
-    empty: dict[str, Tensor]
-    """Each tensor by name, in order, without its content."""
+    meta: dict[str, Tensor]
+    """Each tensor by name, in order, on the meta device."""
     holders: dict[str, list[int]]
+    """Ranks that have a part of each tensor."""
 
 
 @dataclass(kw_only=True)
-class File:
-    """A file that one rank writes."""
+class OutputFile:
+    """A file of the export, which rank `owner` writes."""
 
     owner: int
     name: str = ""
     sources: list[str] = field(default_factory=list)
-    """The model's tensors that go into it, in order."""
+    """Names of the model's tensors in it, in order."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """What it holds, in order, without content."""
+    """Tensors of the file, in order, on the meta device."""
 
     @property
     def bytes(self) -> int:
-        """Of its tensors."""
+        """Size of its tensors in bytes."""
         return sum(map(size_of, self.tensors.values()))
 
 
-def table_of(held: Iterable[Held]) -> Table:
-    """What all ranks hold. Every rank calls it."""
+def index_tensors(held: Iterable[ExportTensor]) -> TensorIndex:
+    """The tensors of all ranks. Every rank calls it."""
     mine = [(h.name, h.shape, h.dtype) for h in held]
     every: list[Any] = [mine]
     if dist.is_initialized():
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, mine)
-    table = Table({}, {})
-    for rank, told in enumerate(every):
-        for name, shape, dtype in told:
-            table.empty.setdefault(name, torch.empty(shape, dtype=dtype, device="meta"))
+    table = TensorIndex({}, {})
+    for rank, tensors in enumerate(every):
+        for name, shape, dtype in tensors:
+            table.meta.setdefault(name, torch.empty(shape, dtype=dtype, device="meta"))
             table.holders.setdefault(name, []).append(rank)
     return table
 
 
-def one_file(table: Table, convert: Convert, name: str) -> list[File]:
-    """All tensors in one file, which rank 0 writes."""
-    file = File(owner=0, name=name)
-    for source, empty in table.empty.items():
+def single_file(table: TensorIndex, convert: Convert, name: str) -> list[OutputFile]:
+    """One file with all tensors, written by rank 0."""
+    file = OutputFile(owner=0, name=name)
+    for source, empty in table.meta.items():
         file.sources.append(source)
         file.tensors |= convert({source: empty})
     return [file]
 
 
-def shared_files(table: Table, convert: Convert, file_bytes: int) -> list[File]:
-    """The tensors in files of at most `file_bytes`, each for a rank that has what is in it; named as Hugging Face does."""
-    files: list[File] = []
+def split_into_files(table: TensorIndex, convert: Convert, file_bytes: int) -> list[OutputFile]:
+    """Files of at most `file_bytes`, each written by a rank that has parts of its tensors; named as Hugging Face does."""
+    files: list[OutputFile] = []
     given: dict[int, int] = {}
-    for source, empty in table.empty.items():
+    for source, empty in table.meta.items():
         made = convert({source: empty})
         more = sum(map(size_of, made.values()))
         holders = table.holders[source]
         if not files or files[-1].bytes + more > file_bytes:
             owner = min(holders, key=lambda rank: (given.get(rank, 0), rank))
             given[owner] = given.get(owner, 0) + 1
-            files.append(File(owner=owner))
+            files.append(OutputFile(owner=owner))
         files[-1].sources.append(source)
         files[-1].tensors |= made
     for number, file in enumerate(files, 1):
@@ -113,8 +114,10 @@ def shared_files(table: Table, convert: Convert, file_bytes: int) -> list[File]:
     return files
 
 
-def write(folder: Path, files: Sequence[File], held: Iterable[Held], table: Table, convert: Convert) -> None:
-    """Write this rank's files. Every rank calls it; where it fails, on a full disk, the others still get what they wait for."""
+def write(
+    folder: Path, files: Sequence[OutputFile], held: Iterable[ExportTensor], table: TensorIndex, convert: Convert
+) -> None:
+    """Write this rank's files. Every rank calls it; a rank whose disk is full still takes part in gathering."""
     owner = {source: file for file in files for source in file.sources}
     problem: Exception | None = None
     open_files: dict[str, Any] = {}
@@ -141,17 +144,19 @@ def write(folder: Path, files: Sequence[File], held: Iterable[Held], table: Tabl
         raise problem
 
 
-def stream(held: Iterable[Held], table: Table, owners: Mapping[str, int] | int) -> Iterator[tuple[str, Tensor | None]]:
-    """Each tensor in turn, whole and on the CPU, on the rank that owns it, and None on the others. Every rank goes through it."""
+def stream(
+    held: Iterable[ExportTensor], table: TensorIndex, owners: Mapping[str, int] | int
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Each tensor in turn: gathered on the CPU of the rank that owns it, None on the others. Every rank iterates it."""
     mine = {h.name: h for h in held}
     rank = dist.get_rank() if dist.is_initialized() else 0
-    for name, empty in table.empty.items():
+    for name, empty in table.meta.items():
         owner = owners if isinstance(owners, int) else owners[name]
         holders = table.holders[name]
-        whole = mine[name].whole() if name in mine else None
+        whole = mine[name].gather() if name in mine else None
         if owner not in holders:
             if rank == holders[0]:
-                assert whole is not None, "its first holder has it"
+                assert whole is not None, "the first holder has gathered it"
                 dist.send(whole.contiguous(), dst=owner)
             elif rank == owner:
                 whole = torch.empty_like(empty, device=_device())
@@ -159,18 +164,22 @@ def stream(held: Iterable[Held], table: Table, owners: Mapping[str, int] | int) 
         yield name, whole.detach().cpu() if rank == owner and whole is not None else None
 
 
-def gathered(held: Sequence[Held]) -> dict[str, Tensor]:
-    """All tensors on rank 0, nothing on the others: for models that fit there."""
-    return {name: tensor for name, tensor in stream(held, table_of(held), 0) if tensor is not None}
+def gather_on_rank0(held: Sequence[ExportTensor]) -> dict[str, Tensor]:
+    """All tensors on rank 0 and none on the others, for small models."""
+    return {name: tensor for name, tensor in stream(held, index_tensors(held), 0) if tensor is not None}
 
 
 def header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The first bytes of a file that holds tensors like these."""
+    """The header of a file with tensors of these shapes and types."""
     places: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors.items():
         end = at + size_of(tensor)
-        places[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        places[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(places, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -178,15 +187,15 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes."""
+    """Size in bytes."""
     return math.prod(tensor.shape) * tensor.element_size()
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """The content of a tensor, in the order that files have."""
+    """The content of a tensor in row-major order."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _device() -> torch.device:
-    # NCCL sends from GPU to GPU only.
+    # NCCL communicates between GPUs only.
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

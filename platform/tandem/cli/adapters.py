@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.models import ago, as_values
-from tandem.cli.support.address import find_api_url
-from tandem.cli.support.shell import console, friendly_errors
+from tandem.cli.support.shell import friendly_errors
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord, Registry
+from tandem.sdk.address import find_api_url
+from tandem.sdk.console import console
 
 adapters_app = typer.Typer(
     no_args_is_help=True, help="Register, promote, pin and delete adapters; what is served follows at once."

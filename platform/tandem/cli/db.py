@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from tandem.cli.support.shell import console, friendly_errors
+from tandem.cli.support.shell import friendly_errors
 from tandem.registry import upgrade
+from tandem.sdk.console import console
 from tandem.settings import settings
 
 db_app = typer.Typer(

@@ -1,4 +1,4 @@
-"""`tandem doctor`: what this machine has, what it lacks, and what to do about each.
+"""`tandem doctor`: checks of this machine, each with the next step for a problem.
 
 Changes nothing, but for making the registry where there is none yet.
 """
@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.support import machine
-from tandem.cli.support.shell import console as terminal
+from tandem.cluster import machine
 from tandem.cluster.local import LocalCluster, connect, marked, recorded
 from tandem.errors import TandemError, UnsafePathError
 from tandem.private import check_home
 from tandem.registry import Registry
+from tandem.sdk.console import console as terminal
 from tandem.settings import settings
 from tandem.storage import free_bytes
 

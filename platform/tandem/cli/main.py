@@ -1,4 +1,4 @@
-"""The `tandem` command: one typer app, put together from a file for each family of subcommands."""
+"""The `tandem` command: one typer app with a module for each group of subcommands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tandem models`: what is registered, where it came from, bringing one from the Hugging Face hub, and forgetting it."""
+"""`tandem models`: list, inspect, pull, merge and remove models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.support.shell import console as terminal
 from tandem.cli.support.shell import friendly_errors
 from tandem.engine.vllm.parsers import Parsers, read_parsers
 from tandem.errors import ConfigError, RegistryError
 from tandem.ids import check_name
 from tandem.registry import HubModel, ModelRecord, Registry, local_folder, pull_model
+from tandem.registry.hub.reference import MODEL_FORM
+from tandem.sdk.console import console as terminal
 from tandem.settings import settings
 
 models_app = typer.Typer(no_args_is_help=True, help="List, show, pull, merge and forget models and adapters.")
@@ -72,10 +73,7 @@ def pull_command(
     with friendly_errors():
         ref = HubModel.parse(name)
         if ref is None:
-            raise ConfigError(
-                f"{name!r} names no model of the hub. Its form is org/name, or org/name@ and a branch, a tag or a commit: "
-                "Qwen/Qwen3-0.6B@main."
-            )
+            raise ConfigError(f"{name!r} names no model of the hub. Its form is {MODEL_FORM}.")
         record = pull_model(ref, Registry.open())
         if as_json:
             terminal.print_json(json.dumps(as_values(record)))

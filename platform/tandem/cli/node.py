@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from tandem.cli.support.shell import console, friendly_errors
+from tandem.cli.support.shell import friendly_errors
 from tandem.cluster import node
+from tandem.sdk.console import console
 
 node_app = typer.Typer(no_args_is_help=True, help="Run this machine as a node of a Ray cluster.")
 

@@ -1,4 +1,4 @@
-"""`tandem quickstart`: the whole main job on this machine, from text that every Python has to a served model and its adapter."""
+"""`tandem quickstart`: train, fine-tune, serve and query a small model on text of the Python standard library."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tandem.cli.serve import check_port, wait_for_interrupt
-from tandem.cli.session import Session, recipe
-from tandem.cli.support.shell import console, friendly_errors
+from tandem.cli.serve import wait_for_interrupt
+from tandem.cli.support.shell import friendly_errors
 from tandem.data.index import DatasetIndex
+from tandem.sdk.console import console
+from tandem.sdk.serving import check_port
+from tandem.sdk.session import Session, recipe
 from tandem.settings import settings
 from tandem.storage import require_space
 

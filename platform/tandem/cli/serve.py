@@ -1,36 +1,38 @@
-"""`tandem serve`: bring the app up on a cluster, look at it, take it down."""
+"""`tandem serve`: start, change, inspect and stop an app on a cluster."""
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import signal
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.support.machine import port_holder
-from tandem.cli.support.shell import a_cluster, console, friendly_errors, quiet_driver, stop_quietly, uninterrupted
+from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster, LocalCluster, connect
-from tandem.config import ListenConfig, ServeConfig, ServedModelConfig, load_yaml, located
+from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict, to_dict
 from tandem.errors import ClusterError
-from tandem.settings import settings
+from tandem.sdk.cluster import a_cluster, connected, stop_quietly
+from tandem.sdk.console import console, print_message
+from tandem.sdk.serving import (
+    CPUS,
+    applications,
+    busy,
+    check_listener,
+    check_not_served,
+    listener,
+    serve_details,
+    serving,
+)
 
 serve_app = typer.Typer(no_args_is_help=True, help="Serve models and adapters behind one OpenAI endpoint.")
-
-CPUS = 8
-WILDCARDS = ("0.0.0.0", "::", "*")
-"""Addresses that mean all of a machine's."""
 
 
 @serve_app.command("up")
@@ -101,19 +103,8 @@ def deploy_command(
             # Before the status line: a model that is downloaded has a progress bar of its own.
             planned = prepare(wanted)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
-                deploy(planned, on_message=console.print)
+                deploy(planned, on_message=print_message)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
-
-
-def listener(config: ServeConfig, host: str | None = None, port: int | None = None) -> ListenConfig:
-    """Where an app is to listen: what the command line says, else the config, else the settings.
-
-    ClusterError if the port is taken on this machine.
-    """
-    number = port or config.listen.port or settings().port
-    listen = replace(config.listen, host=host or config.listen.host, port=number)
-    check_port(number, listen.host)
-    return listen
 
 
 def read_config(models: list[str] | None, config: Path | None, overrides: list[str]) -> ServeConfig:
@@ -133,76 +124,6 @@ def end_gently(config: ServeConfig) -> None:
         console.print(f"After {config.drain_timeout_s:g} s some had not; they are cut.")
 
 
-@contextmanager
-def connected(cluster: Cluster) -> Iterator[None]:
-    """This process connected to a cluster for the length of a block."""
-    import ray
-
-    if cluster.address is None:
-        raise ClusterError(
-            f"The cluster is known only by its dashboard, {cluster.dashboard_url}. Use `serve deploy -a {cluster.dashboard_url} "
-            "serve_apps/openai.yaml`, or give RAY_ADDRESS as host:port."
-        )
-    quiet_serve()
-    with quiet_driver():
-        ray.init(
-            address=cluster.address,
-            namespace="tandem",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            ignore_reinit_error=True,
-        )
-    try:
-        yield
-    finally:
-        with uninterrupted():
-            ray.shutdown()
-
-
-def quiet_serve() -> None:
-    """Keep Serve's informational messages out of the terminal."""
-    # Its logger is configured when it is imported: what was set before is lost.
-    from ray import serve  # noqa: F401
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-
-
-@contextmanager
-def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep: bool = False) -> Iterator[str]:
-    """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
-    from ray import serve
-
-    from tandem.apps.build import prepare
-    from tandem.apps.deploy import deploy
-
-    details = serve_details(cluster)
-    check_not_served(details, config)
-    port = listen.port or settings().port
-    taken = (details.get("http_options") or {}).get("port", port)
-    if details.get("applications") and taken != port:
-        raise ClusterError(
-            f"Serve listens on port {taken} on this cluster, for other apps. Use it too: --port {taken}."
-        )
-    with connected(cluster):
-        # Here, not before: whether the registry may be used depends on the cluster's nodes.
-        planned = prepare(config)
-        try:
-            with console.status(f"Starting {config.app}: one engine takes about half a minute"):
-                serve.start(
-                    proxy_location="HeadOnly" if listen.nodes == "head" else "EveryNode",
-                    http_options={"host": listen.host, "port": port},
-                )
-                deploy(planned, on_message=console.print)
-            yield url_of(listen.host, port)
-        finally:
-            with uninterrupted():
-                # A cluster of our own ends as a whole a moment later, and much faster.
-                if not keep and not cluster.owned:
-                    serve.delete(config.app)
-                    if not serve.status().applications:
-                        serve.shutdown()  # its port is free again
-
-
 @serve_app.command("status")
 def status_command(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Show the served apps, their deployments and replicas."""
@@ -211,17 +132,33 @@ def status_command(as_json: Annotated[bool, typer.Option("--json", help="As JSON
         if as_json:
             typer.echo(json.dumps(found, indent=2, default=str))
             return
-        table = Table(box=None, header_style="bold")
-        for column in ("app", "deployment", "state", "replicas", "message"):
-            table.add_column(column)
-        for name, app in found.items():
-            for deployment, details in app["deployments"].items():
-                states = [replica["state"] for replica in details["replicas"]]
-                running = f"{states.count('RUNNING')}/{details.get('target_num_replicas') or len(states)}"
-                table.add_row(name, deployment, details["status"], running, details.get("message", "")[:80])
-            if not app["deployments"]:
-                table.add_row(name, "", app["status"], "", app.get("message", "")[:80])
-        console.print(table if found else "Nothing is served on this cluster.")
+        show_status(found)
+
+
+def show_status(found: Mapping[str, Any]) -> None:
+    """Print apps and their deployments as a table, and below it each message whole."""
+    if not found:
+        console.print("Nothing is served on this cluster.")
+        return
+    from tandem.apps.deploy import reason_in
+
+    table = Table(box=None, header_style="bold")
+    for column in ("app", "deployment", "state", "replicas"):
+        table.add_column(column, overflow="fold")
+    messages = []
+    for name, app in found.items():
+        for deployment, details in app["deployments"].items():
+            states = [replica["state"] for replica in details["replicas"]]
+            running = f"{states.count('RUNNING')}/{details.get('target_num_replicas') or len(states)}"
+            table.add_row(name, deployment, details["status"], running)
+            messages.append((deployment, details.get("message", "")))
+        if not app["deployments"]:
+            table.add_row(name, "", app["status"], "")
+            messages.append((name, app.get("message", "")))
+    console.print(table)
+    for what, message in messages:
+        if message:
+            console.print(f"[bold]{escape(what)}[/]: {escape(reason_in(message))}", soft_wrap=True)
 
 
 @serve_app.command("down")
@@ -239,64 +176,6 @@ def down_command() -> None:
         console.print(f"Stopped {', '.join(names) or 'the cluster; nothing was served'}.")
 
 
-def busy(cluster: Cluster) -> bool:
-    """Whether a job runs on the cluster."""
-    from tandem.jobs.client import JobClient
-
-    return JobClient(cluster).busy()
-
-
-def applications(cluster: Cluster) -> dict[str, Any]:
-    """The apps on a cluster."""
-    return dict(serve_details(cluster).get("applications", {}))
-
-
-def serve_details(cluster: Cluster) -> dict[str, Any]:
-    """What runs on a cluster, as Serve's own REST API tells it."""
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-    return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
-
-
-def check_not_served(details: dict[str, Any], config: ServeConfig) -> None:
-    """Refuse an app that is up, with what changes it; `details` are of `serve_details`."""
-    if config.app in details.get("applications", {}):
-        raise ClusterError(
-            f"{config.app} is served on this cluster already. `tandem serve deploy` changes it, `tandem serve down` ends it; "
-            "its adapters need no restart."
-        )
-
-
-def check_listener(details: dict[str, Any], listen: ListenConfig) -> None:
-    """Refuse another listener than the one that Serve has: it opens its listener when it starts, and keeps it."""
-    running = details.get("http_options") or {}
-    for key in ("host", "port"):
-        wanted, has = getattr(listen, key), running.get(key)
-        if wanted != getattr(ListenConfig(), key) and has is not None and wanted != has:
-            raise ClusterError(
-                f"listen.{key} is {wanted!r}, and Serve listens on {running.get('host')}:{running.get('port')} until it ends. "
-                "Leave it out, or run `tandem serve down` and `tandem serve up`."
-            )
-
-
-def app_url(cluster: Cluster, app: str) -> str | None:
-    """The base URL, for clients of OpenAI's API, of an app that is up on a cluster; None if it is not."""
-    details = serve_details(cluster)
-    if app not in details.get("applications", {}):
-        return None
-    options = details["http_options"]
-    host = options.get("host") or "127.0.0.1"
-    if host in WILDCARDS:
-        host = urlsplit(cluster.dashboard_url).hostname or "127.0.0.1"
-    return url_of(host, options["port"])
-
-
-def url_of(host: str, port: int) -> str:
-    """The base URL, for clients of OpenAI's API, of a listener."""
-    host = "127.0.0.1" if host in WILDCARDS else host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-
-
 def _required_cluster() -> Cluster:
     cluster = connect()
     if cluster is None:
@@ -304,37 +183,6 @@ def _required_cluster() -> Cluster:
             "Nothing is up: no cluster in this home, and RAY_ADDRESS is not set. `tandem serve up` starts one."
         )
     return cluster
-
-
-def check_port(port: int, host: str = "127.0.0.1") -> None:
-    """Refuse a port that is taken, with the process that holds it, and an address that this machine does not have."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-    except socket.gaierror as error:
-        raise ClusterError(
-            f"{host} is no address to listen on ({error.strerror}). Use 127.0.0.1, or 0.0.0.0 for all."
-        ) from error
-    with closing(socket.socket(family)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            return
-        except PermissionError as error:
-            raise ClusterError(
-                f"Port {port} may not be used by this user. Choose one above 1023: --port 8000."
-            ) from error
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise ClusterError(
-                    f"{host} is no address of this machine, so nothing can listen on it. Use 127.0.0.1, or 0.0.0.0 for all."
-                ) from error
-            with closing(socket.socket(family)) as other:
-                other.bind((host, 0))
-                free = other.getsockname()[1]
-            holder = port_holder(port) or "a process that has just ended"
-            raise ClusterError(
-                f"Port {port} is taken by {holder}. Stop that, or choose another: --port {free}."
-            ) from error
 
 
 def wait_for_interrupt() -> int:

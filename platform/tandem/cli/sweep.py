@@ -1,4 +1,4 @@
-"""`tandem train sweep`: try several values for keys of a config, side by side, and register the best model that comes of it."""
+"""`tandem train sweep`: run trials over config values in parallel, and register the best model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.cli.support.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
-from tandem.cli.support.summary import say_finished
+from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster
 from tandem.config import apply_overrides
 from tandem.config.load import read_yaml
 from tandem.config.training.sweep import METRICS, parse_parameter, plan_trials, score
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
-from tandem.jobs.sweep import WATCHING_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep
+from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep
 from tandem.observability import events
+from tandem.sdk.cluster import a_cluster, uninterrupted
+from tandem.sdk.console import INTERRUPTED, console
+from tandem.sdk.summary import say_finished
 
 COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "stopped": "yellow"}
 
@@ -241,4 +243,4 @@ def cpus_for(sweep: SweepFolder, *, share_cores: bool) -> int:
     readers = max(config.data.readers for config in configs)
     cores = os.cpu_count() or 1
     at_once = max(1, int(cores // workers)) if share_cores and workers else sweep.plan().parallel
-    return max(cores, math.ceil(at_once * (workers + readers + WATCHING_CPUS)))
+    return max(cores, math.ceil(at_once * (workers + readers + TRIAL_ACTOR_CPUS)))

@@ -1,4 +1,4 @@
-"""`tandem train`: submit a job and watch it, list jobs, read their logs, stop them; and the submit scripts' main."""
+"""`tandem train`: submit, list, follow and stop jobs; and the main function of the submit scripts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tandem.cli.models import ago
-from tandem.cli.support.progress import JobView, duration, log_line
-from tandem.cli.support.shell import INTERRUPTED, a_cluster, console, friendly_errors, uninterrupted
-from tandem.cli.support.summary import say_finished
+from tandem.cli.support.shell import friendly_errors
 from tandem.cli.sweep import say_sweep, sweep_command
-from tandem.cluster.local import Cluster, connect
+from tandem.cluster.local import connect
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import ConfigError, JobError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState, JobSummary, RunFolder, find_job, job_folders
-from tandem.jobs.prepare import prepare
 from tandem.jobs.sweep import find_sweep, stop_sweep
 from tandem.observability import events
+from tandem.sdk.console import console
+from tandem.sdk.progress import duration, log_line
+from tandem.sdk.training import submit
 from tandem.train.reporting.plot import plot_run
+
+LEFT_OUT_FIRST = ("submitted", "model", "tok/s", "loss", "step")
+"""Columns of the table of jobs that go where it is too wide, in this order. Ids stay whole: people copy them."""
+FOLDED = ("model", "submitted")
+FOLDED_CHARS = 9
+"""Least width of a column that folds."""
 
 train_app = typer.Typer(no_args_is_help=True, help="Submit training jobs and watch over them.")
 
@@ -83,83 +90,6 @@ def submit_script(kind: str) -> None:
     typer.run(main)
 
 
-def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> int:
-    """Submit a job to the cluster at RAY_ADDRESS, or to a local one, and follow it; returns its exit status."""
-    job = prepare(config)
-    console.print(f"Job [bold]{job.id}[/]")
-    if job.finished():
-        say_finished(job)
-        return 0
-    with a_cluster(num_cpus=logical_cpus(config), keep=detach) as cluster:
-        if detach:
-            client = JobClient(cluster)
-            client.submit(job)
-            console.print(
-                f"Submitted. `tandem train status {job.id}` tells how it is, `tandem train logs -f {job.id}` shows it."
-            )
-            return 0
-        return follow(cluster, job, raw=raw)
-
-
-def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: bool = False) -> int:
-    """Submit a prepared job and show it until it is over; returns its exit status.
-
-    Ctrl-C stops a job on a cluster of our own, and lets go of one on any other.
-    """
-    client = JobClient(cluster)
-    submission = client.submit(job)
-    with JobView(console, title or job.config().name, raw=raw) as view:
-        try:
-            view.follow(client.follow_on(job, submission))
-        except BaseException as left:
-            if not isinstance(left, KeyboardInterrupt | SystemExit):
-                raise
-            if not cluster.owned:
-                console.print(
-                    f"\nThe job goes on. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it."
-                )
-                return INTERRUPTED
-            with uninterrupted():
-                client.stop(_newest(job, submission), timeout_s=10)
-                job.mark_stopped()
-            console.print("\nStopped. The same command goes on from the newest checkpoint.")
-            raise
-    submission = _newest(job, submission)
-    status = client.exit_status(submission)
-    if status == 0 and job.finished():
-        say_finished(job)
-    elif status != 0:
-        _say_failed(client, submission, job, view)
-    return status or (0 if job.finished() else 1)
-
-
-def _newest(job: JobFolder, submission: str) -> str:
-    # A lost driver has been submitted again meanwhile.
-    sent = job.submissions()
-    return str(sent[-1]["id"]) if sent else submission
-
-
-def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobView) -> None:
-    if client.state(submission) is JobState.STOPPED:
-        console.print(f"[yellow]{job.id} was stopped.[/] The same command goes on from its newest checkpoint.")
-        return
-    end = view.ended or job.last("failed")
-    reason = (
-        str(end["error"]) if end and "error" in end else "\n".join(view.other_lines[-15:]) or client.message(submission)
-    )
-    console.print(f"[bold red]{job.id} failed:[/] {escape(reason)}", soft_wrap=True)
-    console.print(
-        f"`tandem train logs {job.id}` shows all of its log; the same command tries again from the newest checkpoint."
-    )
-
-
-def logical_cpus(config: TrainConfig) -> int:
-    """CPUs that a local cluster states for a job: its workers, its driver, and the tasks that read its data."""
-    import os
-
-    return max(os.cpu_count() or 1, int(config.parallel.workers * config.parallel.cpus_per_worker) + 6)
-
-
 @train_app.command("status")
 def status_command(
     job_id: Annotated[
@@ -191,7 +121,7 @@ def status_command(
                 "No jobs yet. `python train_apps/pretrain.py --config ...` or `tandem train submit` starts one."
             )
         else:
-            console.print(_table(found))
+            _show(found)
             if job_id:
                 for line in health_lines(found[0], time.time()):
                     console.print(f"  [dim]·[/] {escape(line)}", soft_wrap=True)
@@ -224,7 +154,7 @@ def _plot(job_id: str | None, picture: Path | None, *, asked: bool) -> None:
     path = picture or Path(f"{job.id}.png")
     if path.is_dir():
         path = path / f"{job.id}.png"
-    if not plot_run(job.events(), path, title=job.config().name):
+    if not plot_run(job.typed_events(), path, title=job.config().name):
         raise JobError(f"{job.id} has not reported a step yet; there is nothing to draw.")
     console.print(f"Drawn: {escape(str(path))}", soft_wrap=True)
 
@@ -243,30 +173,53 @@ def _client_of(job: RunFolder) -> tuple[JobClient, str] | None:
     return (JobClient(cluster), str(sent[-1]["id"])) if cluster else None
 
 
-def _table(summaries: list[JobSummary]) -> Table:
+def _show(summaries: list[JobSummary]) -> None:
+    """Print the jobs as a table with whole ids; where it is too wide, without the first columns of LEFT_OUT_FIRST."""
+    rows = [_cells(summary) for summary in summaries]
+    columns = list(rows[0])
+    while _least_width(rows, columns) > console.width and len(columns) > 2:
+        columns.remove(next(column for column in LEFT_OUT_FIRST if column in columns))
     table = Table(box=None, header_style="bold")
-    for column in ("job", "state", "step", "loss", "tok/s", "model", "submitted"):
-        # What people copy stays whole at any width; where the table is too wide, the last two columns fold.
-        folds = column in ("model", "submitted")
+    for column in columns:
+        folds = column in FOLDED
         table.add_column(
             column,
             justify="right" if column in ("step", "loss", "tok/s") else "left",
             no_wrap=not folds,
             overflow="fold",
-            min_width=None if folds else len(column),
+            min_width=FOLDED_CHARS if folds else None,
         )
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    console.print(table)
+    left_out = [column for column in rows[0] if column not in columns]
+    if left_out:
+        console.print(f"[dim]Too narrow for {', '.join(left_out)}; --json has all.[/]")
+
+
+def _least_width(rows: list[dict[str, Text]], columns: list[str]) -> int:
+    """Characters that a table needs: columns whole, except those that fold, and a blank on each side."""
+    widths = [
+        FOLDED_CHARS if column in FOLDED else max(len(column), *(row[column].cell_len for row in rows))
+        for column in columns
+    ]
+    return sum(widths) + 2 * len(columns)
+
+
+def _cells(summary: JobSummary) -> dict[str, Text]:
+    """A job's row, by the columns' names."""
+    s = summary
     colour = {JobState.FINISHED: "green", JobState.FAILED: "red", JobState.RUNNING: "cyan", JobState.STOPPED: "yellow"}
-    for s in summaries:
-        table.add_row(
-            s.id,
-            f"[{colour.get(s.state, 'white')}]{s.state}[/]",
-            f"{s.step}/{s.steps}",
-            f"{s.loss:.3f}" if s.loss is not None else "",
-            f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else "",
-            s.model or "",
-            ago(datetime.fromtimestamp(s.submitted_at, UTC), datetime.now(UTC)) if s.submitted_at else "",
-        )
-    return table
+    when = ago(datetime.fromtimestamp(s.submitted_at, UTC), datetime.now(UTC)) if s.submitted_at else ""
+    return {
+        "job": Text(s.id),
+        "state": Text(str(s.state), colour.get(s.state, "white")),
+        "step": Text(f"{s.step}/{s.steps}"),
+        "loss": Text(f"{s.loss:.3f}" if s.loss is not None else ""),
+        "tok/s": Text(f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else ""),
+        "model": Text(s.model or ""),
+        "submitted": Text(when),
+    }
 
 
 @train_app.command("logs")

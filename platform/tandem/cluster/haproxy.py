@@ -1,4 +1,4 @@
-"""The HAProxy that Ray Serve starts before the gateways: which variables it reads, and what is changed in its configuration.
+"""HAProxy of Ray Serve: the variables that configure it, and edits of the configuration that Ray generates.
 
 Ray writes the configuration anew with each change of gateways and then starts the binary. The binary that it is told of is a
 script, which edits the file and becomes HAProxy.
@@ -28,6 +28,8 @@ s#^\( *errorfile 50[234]\) .*#\1 {unavailable}#
 """
 BAD_REQUEST_EDIT = r"""
 # It answers so where a client has closed its sending side before the answer, which it takes for a client that has left.
+# What its HTTP/1 parser rejects before there is a request (two Content-Length headers, say) gets a page that is built into
+# HAProxy 2.8, which no errorfile replaces.
 s#^\( *\)errorfile 502 .*#&\n\1errorfile 400 {bad_request}#
 """
 EDITS_BEFORE_APPS = """

@@ -1,4 +1,4 @@
-"""The Ray cluster to work on: the one at RAY_ADDRESS, or a local one that is started here and leaves nothing behind.
+"""Ray clusters to work on: the one at RAY_ADDRESS, or a local one that is started here and removed without a trace.
 
 A local cluster is `ray start --head --block` in a process group of its own, on ports that are free, behind a token. Every process
 that descends from it carries a mark in its environment; stopping ends whatever carries the mark, so that nothing of it is

@@ -1,4 +1,4 @@
-"""This machine as a node of a Ray cluster: `ray start` with the environment that serving and token authentication need.
+"""Ray nodes: `ray start` with the environment that serving and token authentication need.
 
 `ray up`, Slurm scripts and people run `tandem node start` where they would run `ray start`; every other option is Ray's own.
 What the node writes lies below one private folder of this machine, `runtime_folder()`.

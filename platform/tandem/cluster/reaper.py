@@ -1,4 +1,4 @@
-"""Reaper: a watcher that ends all processes of an owner when the owner has ended, in whatever way.
+"""Reaper: a watcher process that ends all processes of an owner after the owner has ended.
 
 An owner that is killed with SIGKILL cannot end what it started. So it starts one small process first, which waits on a pipe;
 when the pipe closes, because the owner is gone in whatever way, that process kills every other that carries a mark in its

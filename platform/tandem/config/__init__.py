@@ -14,7 +14,7 @@ from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.batch import BatchConfig
 from tandem.config.training.data import DataConfig, MixturePart
 from tandem.config.training.deepspeed import DeepSpeedConfig
-from tandem.config.training.elastic import check_elastic, sized, sizes
+from tandem.config.training.elastic import check_elastic, with_workers, worker_counts
 from tandem.config.training.faults import FaultsConfig, SpikeConfig
 from tandem.config.training.job import CheckpointConfig, TrainConfig
 from tandem.config.training.metrics import MetricsConfig, MlflowConfig, WandbConfig
@@ -53,7 +53,7 @@ __all__ = [
     "from_dict",
     "load_yaml",
     "located",
-    "sized",
-    "sizes",
+    "with_workers",
+    "worker_counts",
     "to_dict",
 ]

@@ -1,1 +1,1 @@
-"""Corpus -> WebDataset shards -> Ray Data -> packed rows, in an order that a resumed run finds again."""
+"""Data pipeline: corpus, WebDataset shards, Ray Data, packed rows, in an order that a resumed run continues exactly."""

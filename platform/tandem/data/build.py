@@ -1,4 +1,4 @@
-"""Builds a dataset folder: corpus -> tokenizer -> shards -> index.json, published in one step when all of it is there."""
+"""Dataset build: corpus, tokenizer, shards and index, published atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to evaluate on: from shards that are kept out of training, or from another dataset; always the same ones."""
+"""Held-out evaluation rows: from shards excluded from training, or from another dataset; the same rows every time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tandem.data.spec import PackSpec
 from tandem.errors import DataError
 
 SPREAD = 4
-"""Rows are picked evenly from this many times as many, so that they do not all come from one place."""
+"""Rows are picked evenly from this many times as many, so that they do not all come from one position."""
 
 
 def hold_out(index: DatasetIndex, share: float, folder: Path) -> tuple[DatasetIndex, DatasetIndex]:

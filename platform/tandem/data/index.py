@@ -1,4 +1,4 @@
-"""What a dataset folder says of itself: index.json. Read by everyone who needs to know a dataset; imports nothing heavy."""
+"""Dataset index (index.json): shards, digests and statistics of a dataset. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed rows taken apart again, for a person to see: documents, their text, and which of it carries loss."""
+"""Decoding of packed rows for display: documents, their text, and the tokens that carry loss."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Which row comes when: a pure function of the seed, so that a stopped run goes on at the very next row.
+"""Order of rows: a pure function of the seed, so that a resumed run continues at the next row.
 
 Rows have one global order, whatever the number of ranks that share them; rank r of W takes every W-th row. Nor does the order
 know whether rows are kept in memory or read again, or how many tasks read them.
 
 - A dataset's rows: each epoch, its shards are put in an order. The first few are opened; rows are taken from the open shards
-  in turn, of each shard in an order of its own; a shard that has no more gives its place to the next one. An epoch ends when
+  in turn, of each shard in an order of its own; a shard that has no more gives its position to the next one. An epoch ends when
   every shard has, so it holds every row once.
 - A mixture's rows: the number of a row says which dataset gives it, so that any stretch of rows has the datasets' weights; each
   dataset counts epochs of its own.
 
-How many rows a shard packs into is known once it is packed, so a walk asks for counts as it comes to them. Where it stands is
+How many rows a shard packs into is known once it is packed, so a sampler asks for counts as it comes to them. Where it stands is
 a few numbers for each open shard, which is what a checkpoint keeps.
 """
 
@@ -33,16 +33,16 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _CIRCLE = 2**64
 
 
-class Place(NamedTuple):
+class ShardPosition(NamedTuple):
     """Where a shard stands in the order of its dataset."""
 
     dataset: int
     epoch: int
     ordinal: int
-    """Its place in the epoch."""
+    """Its position in the epoch."""
 
 
-class RowPlace(NamedTuple):
+class RowPosition(NamedTuple):
     """Where a row is found."""
 
     dataset: int
@@ -67,20 +67,24 @@ class Order:
     open_shards: int = 8
     """Shards of a dataset whose rows take turns."""
 
-    def shard(self, place: Place) -> int:
+    def shard(self, position: ShardPosition) -> int:
         """The number of the shard that stands there."""
-        number, epoch, ordinal = place
+        number, epoch, ordinal = position
         return int(_cached_order(self.shards[number], (self.seed, number, epoch), self.shuffle)[ordinal])
 
-    def after(self, place: Place) -> Place:
+    def after(self, position: ShardPosition) -> ShardPosition:
         """The next shard of the same dataset."""
-        number, epoch, ordinal = place
-        return Place(number, epoch, ordinal + 1) if ordinal + 1 < self.shards[number] else Place(number, epoch + 1, 0)
+        number, epoch, ordinal = position
+        return (
+            ShardPosition(number, epoch, ordinal + 1)
+            if ordinal + 1 < self.shards[number]
+            else ShardPosition(number, epoch + 1, 0)
+        )
 
-    def row(self, place: Place, shard: int, turn: int, count: int) -> int:
+    def row(self, position: ShardPosition, shard: int, turn: int, count: int) -> int:
         """Which of the shard's `count` rows comes as its `turn`-th one in that epoch."""
         # One more than the shard's number: seeds that differ by zeros at their end are one seed to numpy.
-        seed = (self.seed, place.dataset, place.epoch, 1 + shard)
+        seed = (self.seed, position.dataset, position.epoch, 1 + shard)
         return int(_cached_rows(count, seed, self.shuffle)[turn])
 
     def dataset(self, number: int) -> int:
@@ -109,44 +113,46 @@ def _bounds(weights: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(int(end / ends[-1] * _CIRCLE) for end in ends[:-1])
 
 
-class Walk:
+class Sampler:
     """Goes through the rows of an order, from the first one or from where a `state` stands.
 
-    `count(place)` gives the rows that a shard packs into. Raises DataError when a dataset has none at all.
+    `count(position)` gives the rows that a shard packs into. Raises DataError when a dataset has none at all.
     """
 
-    def __init__(self, order: Order, count: Callable[[Place], int], state: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, order: Order, count: Callable[[ShardPosition], int], state: Mapping[str, Any] | None = None
+    ) -> None:
         self._order = order
         self.taken = 0
         """Rows before the next one."""
-        self._tracks = [_Track(order, number, count) for number in range(len(order.shards))]
+        self._tracks = [_DatasetSampler(order, number, count) for number in range(len(order.shards))]
         if state is not None:
             self.taken = int(state["rows"])
             for track, saved in zip(self._tracks, state["datasets"], strict=True):
                 track.restore(saved)
 
-    def __next__(self) -> RowPlace:
+    def __next__(self) -> RowPosition:
         number = self._order.dataset(self.taken)
         self.taken += 1
         return self._tracks[number].step()
 
-    def share(self, rank: int, world: int, count: int) -> list[RowPlace]:
-        """The `count` rows that are rank `rank`'s of the next `count` x `world`; the walk then stands after all of these."""
+    def share(self, rank: int, world: int, count: int) -> list[RowPosition]:
+        """The `count` rows that are rank `rank`'s of the next `count` x `world`; the sampler then stands after all of these."""
         return [found for n, found in enumerate(next(self) for _ in range(count * world)) if n % world == rank]
 
     def state(self) -> dict[str, Any]:
-        """Where the walk stands, as JSON can hold it."""
+        """Where the sampler stands, as JSON can hold it."""
         return {"rows": self.taken, "datasets": [track.saved() for track in self._tracks]}
 
-    def coming(self, ahead: int) -> list[Place]:
+    def coming(self, ahead: int) -> list[ShardPosition]:
         """The shards that are open, and the next `ahead` of each dataset."""
-        return [place for track in self._tracks for place in track.coming(ahead)]
+        return [position for track in self._tracks for position in track.coming(ahead)]
 
 
-class _Track:
-    """The place in one dataset."""
+class _DatasetSampler:
+    """The position in one dataset."""
 
-    def __init__(self, order: Order, number: int, count: Callable[[Place], int]) -> None:
+    def __init__(self, order: Order, number: int, count: Callable[[ShardPosition], int]) -> None:
         self._order = order
         self._number = number
         self._count = count
@@ -154,10 +160,10 @@ class _Track:
         self._epoch = -1
         self._next = self._shards
         """The first ordinal that has not been opened."""
-        self._open: deque[tuple[Place, int, int]] = deque()
-        """Shards in turn: place, number, and the rows that it has given."""
+        self._open: deque[tuple[ShardPosition, int, int]] = deque()
+        """Shards in turn: position, number, and the rows that it has given."""
 
-    def step(self) -> RowPlace:
+    def step(self) -> RowPosition:
         fruitless = 0
         while True:
             if not self._open:
@@ -169,40 +175,40 @@ class _Track:
                 self._epoch, self._next = self._epoch + 1, 0
                 for _ in range(min(self._order.open_shards, self._shards)):
                     self._open.append(self._opened())
-            place, shard, given = self._open[0]
-            count = self._count(place)
+            position, shard, given = self._open[0]
+            count = self._count(position)
             if given < count:
                 self._open.popleft()
-                self._open.append((place, shard, given + 1))
-                return RowPlace(*place, shard, self._order.row(place, shard, given, count))
+                self._open.append((position, shard, given + 1))
+                return RowPosition(*position, shard, self._order.row(position, shard, given, count))
             fruitless = 0 if given else fruitless + 1
             self._open.popleft()
             if self._next < self._shards:
                 self._open.appendleft(self._opened())
 
-    def _opened(self) -> tuple[Place, int, int]:
-        place = Place(self._number, self._epoch, self._next)
+    def _opened(self) -> tuple[ShardPosition, int, int]:
+        position = ShardPosition(self._number, self._epoch, self._next)
         self._next += 1
-        return place, self._order.shard(place), 0
+        return position, self._order.shard(position), 0
 
-    def coming(self, ahead: int) -> list[Place]:
-        found = [place for place, _, _ in self._open]
-        place = Place(self._number, self._epoch, self._next - 1)
+    def coming(self, ahead: int) -> list[ShardPosition]:
+        found = [position for position, _, _ in self._open]
+        position = ShardPosition(self._number, self._epoch, self._next - 1)
         for _ in range(ahead):
-            place = self._order.after(place)
-            found.append(place)
+            position = self._order.after(position)
+            found.append(position)
         return found
 
     def saved(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
             "next": self._next,
-            "open": [[place.ordinal, given] for place, _, given in self._open],
+            "open": [[position.ordinal, given] for position, _, given in self._open],
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         self._epoch, self._next = int(saved["epoch"]), int(saved["next"])
         self._open.clear()
         for ordinal, given in saved["open"]:
-            place = Place(self._number, self._epoch, int(ordinal))
-            self._open.append((place, self._order.shard(place), int(given)))
+            position = ShardPosition(self._number, self._epoch, int(ordinal))
+            self._open.append((position, self._order.shard(position), int(given)))

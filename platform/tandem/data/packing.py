@@ -1,4 +1,4 @@
-"""Documents of any length into rows of one length, with their boundaries kept. Pure.
+"""Sequence packing: documents of any length into rows of one length, with their boundaries kept. Pure.
 
 A row is three int32 vectors of T: ids; labels, -100 where no loss is taken (padding, prompts, and the first token of a
 document, which nothing before it can tell); positions, which start again at 0 with each document, so that attention that

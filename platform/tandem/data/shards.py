@@ -1,4 +1,4 @@
-"""WebDataset shards: plain tar files that hold KEY.txt or KEY.json, written in order, with the digest of each."""
+"""WebDataset shards: tar files of KEY.txt or KEY.json, written in order, with a digest of each."""
 
 from __future__ import annotations
 

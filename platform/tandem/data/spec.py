@@ -1,4 +1,4 @@
-"""How samples become rows, and a whole shard a block of them: what a reading task runs."""
+"""Packing tasks: from samples to rows, and from a shard to a block of rows."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def pack_shards(shards: list[Source]) -> Iterator[pa.Table]:
             yield block_of(np.empty((0, *shard.spec.row_shape), np.int32), shard.paths[0], str(error))
 
 
-class Packed(NamedTuple):
+class PackedBlock(NamedTuple):
     """What a block holds."""
 
     rows: Rows
@@ -141,8 +141,8 @@ def block_of(rows: npt.NDArray[np.int32], shard: str, error: str = "") -> pa.Tab
     return pa.table({"rows": packed, **about})
 
 
-def rows_of(block: pa.Table) -> Packed:
+def rows_of(block: pa.Table) -> PackedBlock:
     """The rows in a block."""
     sides, length, shard, error = (block[name][0].as_py() for name in ("sides", "length", "shard", "error"))
     found = np.frombuffer(block["rows"][0].as_buffer(), np.int32)
-    return Packed(found.reshape(-1, sides, length), shard, error)
+    return PackedBlock(found.reshape(-1, sides, length), shard, error)

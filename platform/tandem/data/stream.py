@@ -1,7 +1,7 @@
-"""Datasets as a stream of packed rows, in the order of `tandem.data.order`: what a training job opens and its ranks take from.
+"""Stream of packed rows for training ranks, in the order of `tandem.data.order`, with an exact cursor.
 
-Shards are read, tokenised and packed by the run's feed (`tandem.data.feed`), in the cluster, ahead of the ranks; a rank walks
-the order, asks the feed for the shards that it comes to, and keeps some batches ahead of its training step. Ranks that share a
+Shards are read, tokenised and packed by the run's reader (`tandem.data.reader`), in the cluster, ahead of the ranks; a rank walks
+the order, asks the reader for the shards that it comes to, and keeps some batches ahead of its training step. Ranks that share a
 model see the same rows because they are given the same data rank; none of them reads for the others.
 """
 
@@ -19,10 +19,10 @@ import ray
 import ray.exceptions
 
 from tandem.config import DataConfig
-from tandem.data.feed import open_feed
 from tandem.data.index import Part
-from tandem.data.order import Order, Place, RowPlace, Walk
+from tandem.data.order import Order, RowPosition, Sampler, ShardPosition
 from tandem.data.packing import Rows
+from tandem.data.reader import start_reader
 from tandem.data.spec import Source, rows_of
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
@@ -37,7 +37,7 @@ ASKED_AGAIN = 3
 Tell = Callable[[str], None]
 
 
-def rows_behind(cursor: Mapping[str, Any]) -> int:
+def rows_consumed(cursor: Mapping[str, Any]) -> int:
     """Rows of the stream, over all ranks, that lie before a cursor; those that were left out count too."""
     return int(cursor["walk"]["rows"]) if cursor else 0
 
@@ -51,7 +51,7 @@ class Stream:
     sources: tuple[Source, ...]
     identity: str
     """Digest of all that decides which row comes when."""
-    feed: Any
+    reader: Any
 
     def rows(
         self,
@@ -77,7 +77,7 @@ class Stream:
             state = cursor["walk"]
         return StreamRows(self, rank, world, state, process or (rank, world), tell)
 
-    def name(self, row: RowPlace) -> str:
+    def name(self, row: RowPosition) -> str:
         """Where a row comes from, in words."""
         return f"{self.sources[row.dataset].paths[row.shard]} row {row.row} (epoch {row.epoch + 1})"
 
@@ -85,9 +85,9 @@ class Stream:
 @dataclass(frozen=True, slots=True)
 class _Batch:
     rows: Rows
-    places: list[RowPlace]
+    positions: list[RowPosition]
     after: dict[str, Any]
-    """Where the walk stood then."""
+    """Where the sampler stood then."""
 
 
 class StreamRows:
@@ -106,34 +106,34 @@ class StreamRows:
         self._rank = rank
         self._world = world
         self._process = process
-        self._left_out = LeftOut(stream.config.skip_damaged, tell)
+        self._skipped = SkippedShards(stream.config.skip_damaged, tell)
         self._state = dict(state) if state else None
-        self._ahead: _Ahead | None = None
-        self.places: list[RowPlace] = []
+        self._ahead: _Prefetcher | None = None
+        self.positions: list[RowPosition] = []
         """Where the rows that were taken last come from."""
 
     def take(self, count: int) -> Rows:
         """The next `count` rows of this rank; [count, 3, T], or [count, 6, T] of preferences."""
         if self._ahead is None or self._ahead.count != count:
             self.close()
-            self._ahead = _Ahead(self._make_next(count), count, self._stream.config.prefetch_batches)
+            self._ahead = _Prefetcher(self._make_next(count), count, self._stream.config.prefetch_batches)
         batch = self._ahead.next()
-        self._state, self.places = batch.after, batch.places
+        self._state, self.positions = batch.after, batch.positions
         return batch.rows
 
     def skip(self, count: int) -> None:
         """Leave out the next `count` rows of all ranks together; every rank has to."""
         self.close()
-        blocks = Blocks(self._stream, self._process, self._left_out)
-        walk = Walk(self._stream.order, blocks.count, self._state)
+        blocks = BlockFetcher(self._stream, self._process, self._skipped)
+        sampler = Sampler(self._stream.order, blocks.count, self._state)
         for _ in range(count):
-            next(walk)
-            blocks.keep(walk.coming(0))
-        self._state = walk.state()
+            next(sampler)
+            blocks.keep(sampler.coming(0))
+        self._state = sampler.state()
 
     def cursor(self) -> dict[str, Any]:
         """What a checkpoint keeps, to go on after the rows that all ranks have taken so far."""
-        state = self._state or Walk(self._stream.order, lambda place: 0).state()
+        state = self._state or Sampler(self._stream.order, lambda position: 0).state()
         return {"data": self._stream.identity, "walk": state}
 
     def close(self) -> None:
@@ -143,72 +143,72 @@ class StreamRows:
             self._ahead = None
 
     def _make_next(self, count: int) -> Callable[[], _Batch]:
-        blocks = Blocks(self._stream, self._process, self._left_out)
-        walk = Walk(self._stream.order, blocks.count, self._state)
+        blocks = BlockFetcher(self._stream, self._process, self._skipped)
+        sampler = Sampler(self._stream.order, blocks.count, self._state)
 
         def make() -> _Batch:
             # All that are open at once: where a run goes on, these are the ones to read first.
-            blocks.expect(walk.coming(0))
-            places = walk.share(self._rank, self._world, count)
-            rows = np.stack([blocks.rows(Place(*place[:3]))[place.row] for place in places])
-            blocks.keep(walk.coming(0))
-            return _Batch(rows, places, walk.state())
+            blocks.expect(sampler.coming(0))
+            positions = sampler.share(self._rank, self._world, count)
+            rows = np.stack([blocks.rows(ShardPosition(*position[:3]))[position.row] for position in positions])
+            blocks.keep(sampler.coming(0))
+            return _Batch(rows, positions, sampler.state())
 
         return make
 
 
-class Blocks:
+class BlockFetcher:
     """The packed shards that one rank is at."""
 
-    def __init__(self, stream: Stream, process: tuple[int, int], left_out: LeftOut) -> None:
+    def __init__(self, stream: Stream, process: tuple[int, int], skipped: SkippedShards) -> None:
         self._stream = stream
         self._process = process
-        self._left_out = left_out
-        self._found: dict[Place, Rows] = {}
+        self._skipped = skipped
+        self._found: dict[ShardPosition, Rows] = {}
 
-    def count(self, place: Place) -> int:
+    def count(self, position: ShardPosition) -> int:
         """Rows that the shard there packs into."""
-        return len(self.rows(place))
+        return len(self.rows(position))
 
-    def rows(self, place: Place) -> Rows:
+    def rows(self, position: ShardPosition) -> Rows:
         """The rows of the shard there, where they lie in shared memory; of a damaged one that is left out, none."""
-        if place not in self._found:
-            self.expect([place])
-        return self._found[place]
+        if position not in self._found:
+            self.expect([position])
+        return self._found[position]
 
-    def expect(self, places: list[Place]) -> None:
+    def expect(self, positions: list[ShardPosition]) -> None:
         """Fetch several at once."""
-        missing = [place for place in places if place not in self._found]
+        missing = [position for position in positions if position not in self._found]
         if not missing:
             return
-        for place, block in zip(missing, self._fetched(missing), strict=True):
-            packed, shard = rows_of(block), self._stream.order.shard(place)
-            if packed.shard != self._stream.sources[place.dataset].paths[shard]:
+        for position, block in zip(missing, self._fetched(missing), strict=True):
+            packed, shard = rows_of(block), self._stream.order.shard(position)
+            if packed.shard != self._stream.sources[position.dataset].paths[shard]:
                 # Nothing else would notice that the rows are not those that should come.
-                raise RuntimeError(f"The feed gave the rows of {packed.shard} for {place}.")
-            self._found[place] = packed.rows
+                raise RuntimeError(f"The feed gave the rows of {packed.shard} for {position}.")
+            self._found[position] = packed.rows
             if packed.error:
-                self._left_out.add((place.dataset, shard), packed.error)
+                self._skipped.add((position.dataset, shard), packed.error)
 
-    def _fetched(self, places: list[Place]) -> list[Any]:
+    def _fetched(self, positions: list[ShardPosition]) -> list[Any]:
         lost = False
         for left in reversed(range(ASKED_AGAIN + 1)):
-            references = ray.get(self._stream.feed.blocks.remote(places, *self._process, lost))
+            references = ray.get(self._stream.reader.blocks.remote(positions, *self._process, lost))
             try:
                 return ray.get([reference for (reference,) in references])
             except ray.exceptions.ObjectLostError:
-                # The feed, or the node where a block lay, has died since: what it held is packed again.
+                # The reader, or the node where a block lay, has died since: what it held is packed again.
                 lost = True
                 if not left:
                     raise
         raise AssertionError("the last time returns or raises")
 
-    def keep(self, places: list[Place]) -> None:
+    def keep(self, positions: list[ShardPosition]) -> None:
         """Let go of all others."""
-        self._found = {place: rows for place, rows in self._found.items() if place in places}
+        self._found = {position: rows for position, rows in self._found.items() if position in positions}
 
 
-class LeftOut:
+class SkippedShards:
     """The damaged shards that were met."""
 
     def __init__(self, most: int, tell: Tell) -> None:
@@ -227,7 +227,7 @@ class LeftOut:
         self._tell(f"Left out, number {len(self._shards)} of at most {self._most}: {error}")
 
 
-class _Ahead:
+class _Prefetcher:
     """Makes batches in a thread, at most `depth` more than were taken; with no depth, when they are asked for."""
 
     def __init__(self, make: Callable[[], _Batch], count: int, depth: int) -> None:
@@ -251,7 +251,7 @@ class _Ahead:
         return found
 
     def close(self) -> None:
-        """End the thread, unless it waits for the feed: it ends then when that answers."""
+        """End the thread, unless it waits for the reader: it ends then when that answers."""
         self._closed.set()
         if self._thread:
             self._thread.join(timeout=1.0)
@@ -308,8 +308,8 @@ def open_stream(
     )  # fmt: skip
     if held_bytes is None:
         held_bytes = int(HELD_SHARE * ray.cluster_resources().get("object_store_memory", 2**30))
-    feed = open_feed(order, sources, config, held_bytes)
-    stream = Stream(config=config, order=order, sources=sources, identity=identity, feed=feed)
+    reader = start_reader(order, sources, config, held_bytes)
+    stream = Stream(config=config, order=order, sources=sources, identity=identity, reader=reader)
     _check_rows(stream, parts, workers)
     return stream
 
@@ -317,14 +317,14 @@ def open_stream(
 def _check_rows(stream: Stream, parts: tuple[Part, ...], workers: int) -> None:
     """Look at the first shards until each dataset has a row, and all together one for each worker."""
     total = 0
-    left_out = LeftOut(stream.config.skip_damaged, lambda message: None)
+    skipped = SkippedShards(stream.config.skip_damaged, lambda message: None)
     for number, part in enumerate(parts):
-        blocks = Blocks(stream, (-1, 1), left_out)
-        found, place = 0, Place(number, 0, 0)
-        while place.epoch == 0 and (not found or total + found < workers):
-            found += blocks.count(place)
+        blocks = BlockFetcher(stream, (-1, 1), skipped)
+        found, position = 0, ShardPosition(number, 0, 0)
+        while position.epoch == 0 and (not found or total + found < workers):
+            found += blocks.count(position)
             blocks.keep([])
-            place = stream.order.after(place)
+            position = stream.order.after(position)
         if not found:
             raise _nothing_usable(part.folder, part.index.kind, part.index.samples, stream.config)
         total += found

@@ -1,4 +1,4 @@
-"""Text to token ids: trains a byte-level BPE tokenizer, renders chats, and says which tokens carry loss.
+"""Tokenization: BPE training, chat templates, and loss masks.
 
 Uses `tokenizers` and jinja2 directly: a task that only encodes must not wait for transformers to import. A test holds the
 rendering equal to transformers' own.

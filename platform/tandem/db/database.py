@@ -1,4 +1,4 @@
-"""Opens the registry's database, SQLite or PostgreSQL: connection rules, and the schema brought up to date under a lock."""
+"""Database connections (SQLite or PostgreSQL): connection rules, and schema migration under a lock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import StaticPool
 
 from tandem.db.schema import REVISION, IdentityRow
-from tandem.errors import RegistryError, RegistryUnreachableError, StorageError
+from tandem.errors import RegistryError, RegistryUnreachableError, StorageError, sentence
 from tandem.private import make_private_folder
 from tandem.storage import disk_errors
 
@@ -35,6 +35,7 @@ ADVISORY_LOCK = 7_263_001
 """PostgreSQL's advisory lock that migrations hold."""
 POSTGRESQL = "postgresql+psycopg"
 """SQLAlchemy's name of psycopg 3; `postgresql://` and `postgres://` mean it too."""
+BACKENDS = ("sqlite", "postgresql")
 CONNECT_TIMEOUT_S = 5
 """How long PostgreSQL may take to accept a connection."""
 STATEMENT_TIMEOUT_MS = 30_000
@@ -128,6 +129,11 @@ def connect(url: str) -> Engine:
     """An engine with Tandem's connection rules and the schema as it is; RegistryError for a URL that is none."""
     try:
         parsed = parse_url(url)
+        if parsed.get_backend_name() not in BACKENDS:
+            raise RegistryError(
+                f"The registry is kept in SQLite or PostgreSQL, and TANDEM_DATABASE_URL is {parsed.get_backend_name()}://... Set "
+                "it to postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or unset it for an SQLite file in TANDEM_HOME."
+            )
         options: dict[str, Any] = {"pool_pre_ping": True}
         if parsed.get_backend_name() == "sqlite":
             options = {"connect_args": {"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False}}
@@ -157,7 +163,10 @@ def connect(url: str) -> Engine:
             f"The registry's folder cannot be made: {error}. Set TANDEM_HOME to another one."
         ) from error
     except ModuleNotFoundError as error:
-        raise RegistryError(f"{error.name}, the driver of {parsed.drivername}, is not installed.") from error
+        raise RegistryError(
+            f"{error.name}, the driver of {parsed.drivername}, is not installed. `pip install {error.name}` brings it; "
+            "postgresql:// needs psycopg, which is a part of Tandem."
+        ) from error
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _on_sqlite_connect)
         event.listen(engine, "begin", _on_sqlite_begin)
@@ -178,7 +187,7 @@ def database_errors(url: URL) -> Iterator[None]:
             raise StorageError(f"The disk is full while writing the registry {shown(url)}. Free some space.") from error
         kind = RegistryUnreachableError if isinstance(error, PASSING) else RegistryError
         raise kind(
-            f"The registry {shown(url)} refused: {reason}. Check that it can be reached and written "
+            f"The registry {shown(url)} refused: {sentence(reason)} Check that it can be reached and written "
             "(TANDEM_HOME, or TANDEM_DATABASE_URL where that is set)."
         ) from error
 

@@ -1,4 +1,4 @@
-"""The registry's tables. A change here needs a migration in `migrations/versions` and a new `REVISION`."""
+"""Database schema. A change needs a migration in `migrations/versions` and a new `REVISION`."""
 
 from __future__ import annotations
 

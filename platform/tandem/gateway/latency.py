@@ -2,7 +2,7 @@
 
 It is the time from the last byte of the client's request to its last byte on the way to the engine, plus the time from the first
 byte of the engine's answer to its head on the way to the client. Delays of the event loop before it reads a byte are not
-included; `bench/gateway_latency.py` measures the whole from outside.
+included; `bench/serving/gateway_latency.py` measures the whole from outside.
 """
 
 from __future__ import annotations

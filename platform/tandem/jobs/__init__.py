@@ -1,1 +1,1 @@
-"""Training jobs: checked before they start, submitted to Ray, followed to their end."""
+"""Training jobs and sweeps: checked, submitted to Ray, followed, and summarized from their events."""

@@ -1,4 +1,4 @@
-"""Adapters of this home, from wherever they come: a folder, an object store, or a training job; for Python, CLI and gateway."""
+"""Adapter management for SDK, CLI and gateway: register from a folder, object store or job; promote, pin, delete, locate."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Residency = list[dict[str, Any]]
 
 
 class Adapters:
-    """What can be done with adapters. What is served follows at the next request; nothing is restarted."""
+    """Operations on adapters. They apply from the next request on; nothing is restarted."""
 
     def __init__(self, registry: Registry, find_api_url: Callable[[], str] | None = None) -> None:
-        """`find_api_url` tells where the app answers; without it only TANDEM_API_URL does."""
+        """`find_api_url` gives the URL of the app if TANDEM_API_URL is not set."""
         self.registry = registry
         self._find_api_url = find_api_url
 
     def register(self, name: str, source: str | Path, *, base: str | None = None, promote: bool = True) -> ModelRecord:
         """Register the adapter at `source`: a folder in peft's format, a URI such as s3://bucket/adapter, or a job's id.
 
-        A job knows its base. Without `promote` it is a candidate, which answers to its id (`name@version`) only. Raises
-        AdapterError, a RegistryError, with the reason if it cannot be served on `base`.
+        The base of a job's adapter is known. Without `promote` it is a candidate, served under its id (`name@version`) only.
+        Raises AdapterError, a RegistryError, with the reason if it cannot be served on `base`.
         """
         lineage: dict[str, Any] = {"source": str(source)}
         if not is_remote(source) and not Path(source).expanduser().exists():
@@ -40,11 +40,11 @@ class Adapters:
         return self.registry.register_adapter(name, source, base=base, lineage=lineage, promote=promote)
 
     def list(self, all_versions: bool = False, *, after: str | None = None, limit: int | None = None) -> Records:
-        """The promoted version of each name, or all versions; a page has `limit` at most, after the name or id `after`."""
+        """The promoted version of each name, or all versions; at most `limit`, after the name or id `after`."""
         return self.registry.list("adapter", all_versions, after=after, limit=limit)
 
     def marks(self, records: Records) -> dict[str, dict[str, bool]]:
-        """By id, whether a version is what its name means, and whether it is pinned."""
+        """By id, whether a version is promoted, and whether it is pinned."""
         meant, pins = self.registry.promoted(records), set(self.registry.pins())
         return {
             record.id: {
@@ -55,19 +55,19 @@ class Adapters:
         }
 
     def promote(self, version_id: str) -> ModelRecord:
-        """Make `name@version` what `name` means, from the next request on; requests that run end with what they began with."""
+        """Resolve `name` to `name@version` from the next request on; running requests finish with their version."""
         return self.registry.promote(version_id)
 
     def roll_back(self, name: str) -> ModelRecord:
-        """Make `name` mean what was promoted before."""
+        """Promote the version that was promoted before."""
         return self.registry.roll_back(name)
 
     def promotions(self, name: str) -> Promotions:
-        """What `name` has meant, newest first."""
+        """Promotions of `name`, newest first."""
         return self.registry.promotions(name)
 
     def pin(self, name_or_id: str) -> ModelRecord:
-        """Have every replica of its base keep it loaded."""
+        """Keep it loaded on every replica of its base."""
         return self.registry.pin(name_or_id)
 
     def unpin(self, name_or_id: str) -> bool:
@@ -75,11 +75,11 @@ class Adapters:
         return self.registry.unpin(name_or_id)
 
     def delete(self, name_or_id: str) -> Records:
-        """Forget one version or all of a name; files stay, and so do replicas' copies until others need the room."""
+        """Remove one version, or all of a name, from the registry. Files stay, and replicas keep their copies for a while."""
         return self.registry.remove(name_or_id, kind="adapter")
 
     def where(self) -> Residency:
-        """Each replica of the app with the adapters that it holds.
+        """Each replica of the app with its loaded adapters.
 
         ConfigError where TANDEM_ADMIN_TOKEN is not set, EngineError where no app answers or it refuses.
         """
@@ -88,7 +88,7 @@ class Adapters:
         token = settings().admin_token
         if not token:
             raise ConfigError(
-                "TANDEM_ADMIN_TOKEN is not set. Which replica holds what is told only to who sends the token that the app was "
+                "TANDEM_ADMIN_TOKEN is not set. The residency of adapters is shown only with the token that the app was "
                 "started with: set the variable for `tandem serve up`, and here."
             )
         base = settings().api_url or (self._find_api_url and self._find_api_url())
@@ -106,7 +106,7 @@ class Adapters:
 
 
 def _of_job(source: str, base: str | None) -> tuple[Path, str | None, dict[str, Any]]:
-    """Folder, base and lineage of the adapter that a job made."""
+    """Folder, base and lineage of a job's adapter."""
     try:
         job = find_job(source)
     except JobError as error:

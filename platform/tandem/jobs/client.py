@@ -1,4 +1,4 @@
-"""Sends jobs to a Ray cluster by its Jobs API, and follows them: status, logs, stop."""
+"""Client of a cluster's Ray Jobs API: submit, follow logs, read states, stop."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _STATES = {
 }
 
 
-STOP_SPARE_S = 10
-"""Seconds for all that a stopped job does beside saving."""
+STOP_MARGIN_S = 10
+"""Seconds for a stopped job's work beside the last checkpoint."""
 
-RESUBMITTED = 3
-"""Times that whoever follows a job submits it again after its driver was lost."""
+MAX_RESUBMISSIONS = 3
+"""Times that a client that follows a job submits it again after its driver was lost."""
 
 
 class JobClient:
-    """The jobs of one cluster."""
+    """Client of the jobs of one cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
         from ray.job_submission import JobSubmissionClient
@@ -52,26 +52,26 @@ class JobClient:
             raise ClusterError(f"The cluster at {cluster.dashboard_url} takes no jobs: {error}") from error
 
     def submit(self, job: RunFolder) -> str:
-        """Start a prepared job or sweep, or join it if it runs already; returns the id of the submission."""
-        if going_on := self.running(job):
-            return going_on
+        """Submit a prepared job or sweep, unless it runs already; returns the id of the submission."""
+        if running := self.running(job):
+            return running
         submission = f"{job.id}.{len(job.submissions()) + 1}"
         python = sys.executable if self.cluster.local else "python"
         variables = {
             "TANDEM_HOME": str(settings().root),
             "PYTHONUNBUFFERED": "1",
-            # Ray kills what it has stopped after so many seconds; a job needs some to save what it has.
-            "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.leave_s) + STOP_SPARE_S),
+            # Seconds until Ray kills a stopped job, which needs some for a last checkpoint.
+            "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.leave_s) + STOP_MARGIN_S),
         }
         if url := settings().database_url:
             variables["TANDEM_DATABASE_URL"] = url
         if hub_offline():
             variables["HF_HUB_OFFLINE"] = "1"
-        # The driver runs on any node: one that does not see this registry must not make another.
+        # The driver may run on any node: one that does not see this registry must not create another.
         variables["TANDEM_REGISTRY_ID"] = Registry.open().identity
         runtime_env: dict[str, Any] = {"env_vars": variables}
         if not self.cluster.local:
-            # Another machine's cluster may not have Tandem installed, or have another version.
+            # A cluster of other machines may lack Tandem, or have another version.
             runtime_env["py_modules"] = [str(Path(__file__).parents[1])]
         self._ray.submit_job(
             entrypoint=f"exec {shlex.quote(python)} -m {job.module} {shlex.quote(str(job.path))}",
@@ -83,7 +83,7 @@ class JobClient:
         return submission
 
     def state(self, submission: str) -> JobState | None:
-        """What the cluster says of a submission; None if it does not know it."""
+        """State of a submission on the cluster; None if the cluster does not know it."""
         try:
             return _STATES[str(self._ray.get_job_status(submission).value)]
         except RuntimeError:
@@ -99,9 +99,9 @@ class JobClient:
     def follow(self, submission: str, *, poll_s: float = 0.25) -> Iterator[str]:
         """The log's lines from the first, as they are written, until the job is over.
 
-        A connection that breaks is made anew, and no line is given twice.
+        Reconnects if the connection breaks, without repeating lines.
         """
-        given = 0
+        yielded = 0
         while True:
             state = self.state(submission)
             seen = 0
@@ -110,8 +110,8 @@ class JobClient:
                 *lines, part = (part + chunk).split("\n")
                 for line in lines:
                     seen += 1
-                    if seen > given:
-                        given = seen
+                    if seen > yielded:
+                        yielded = seen
                         yield line
             if state is None or state.over:
                 if part:
@@ -119,53 +119,53 @@ class JobClient:
                 return
             time.sleep(poll_s)
 
-    def follow_on(self, job: RunFolder, submission: str) -> Iterator[str]:
-        """`follow`, and if the driver is lost, together with what keeps it going, submit the job again and follow that."""
-        for again in range(RESUBMITTED + 1):
+    def follow_resubmitted(self, job: RunFolder, submission: str) -> Iterator[str]:
+        """`follow`, and if driver and supervisor are lost, submit the job again and follow it."""
+        for again in range(MAX_RESUBMISSIONS + 1):
             yield from self.follow(submission)
-            if again == RESUBMITTED or not self.lost(job, submission):
+            if again == MAX_RESUBMISSIONS or not self.lost(job, submission):
                 return
             submission = self.submit(job)
 
     def lost(self, job: RunFolder, submission: str) -> bool:
-        """Whether a submission that is over was ended from outside: neither by itself nor by whoever may stop it."""
+        """Whether a submission was killed: it neither ended by itself nor was stopped by a user."""
         if self.state(submission) is not JobState.FAILED:
             return False
         sent = job.submissions()
         if sent and sent[-1].get("stopped"):
             return False
-        # What ends by itself says so; what was told to stop, too.
+        # A driver that ends by itself, or on request, has written an event.
         end = job.last("started", "finished", "failed", "stopped")
         code = self._ray.get_job_info(submission).driver_exit_code
         killed = code is None or code < 0 or code == 128 + signal.SIGKILL
         return killed and (end is None or end["event"] == "started" or end["time"] < (sent[-1]["time"] if sent else 0))
 
     def _tail(self, submission: str) -> Iterator[str]:
-        """Pieces of the log until it ends or the connection does.
+        """Chunks of the log until it or the connection ends.
 
-        Ray's own tail is asynchronous; it runs in a thread, because the caller may sit in an event loop (a notebook).
+        Ray's tail is asynchronous; it runs in a thread, because the caller may run in an event loop (a notebook).
         """
-        pieces: queue.Queue[str | None] = queue.Queue()
+        chunks: queue.Queue[str | None] = queue.Queue()
 
         async def pump() -> None:
-            async for piece in self._ray.tail_job_logs(submission):
-                pieces.put(piece)
+            async for chunk in self._ray.tail_job_logs(submission):
+                chunks.put(chunk)
 
-        def run() -> None:
-            with contextlib.suppress(Exception):  # whatever ends the connection, the caller looks at the job's state
+        def run_pump() -> None:
+            with contextlib.suppress(Exception):  # the caller checks the job's state after any error
                 asyncio.run(pump())
-            pieces.put(None)
+            chunks.put(None)
 
-        threading.Thread(target=run, daemon=True, name=f"tail {submission}").start()
-        while (piece := pieces.get()) is not None:
-            yield piece
+        threading.Thread(target=run_pump, daemon=True, name=f"tail {submission}").start()
+        while (chunk := chunks.get()) is not None:
+            yield chunk
 
     def busy(self) -> bool:
-        """Whether any job waits or runs."""
+        """Whether any job is pending or running."""
         return any(not _STATES[str(info.status.value)].over for info in self._ray.list_jobs())
 
     def exit_status(self, submission: str) -> int:
-        """The exit status of a submission that is over: the driver's own, 130 if it was stopped."""
+        """Exit status of a submission that has ended: the driver's, or 130 if it was stopped."""
         state = self.state(submission)
         if state is JobState.FINISHED:
             return 0
@@ -175,18 +175,18 @@ class JobClient:
         return int(info.driver_exit_code or 1)
 
     def message(self, submission: str) -> str:
-        """What Ray says of how a submission ended."""
+        """Ray's message about the end of a submission."""
         return str(self._ray.get_job_info(submission).message or "")
 
     def running(self, job: RunFolder) -> str | None:
-        """The id of a job's newest submission if this cluster has not done with it."""
+        """Id of a job's newest submission, if it has not ended on this cluster."""
         sent = job.submissions()
         if sent and (state := self.state(sent[-1]["id"])) and not state.over:
             return str(sent[-1]["id"])
         return None
 
     def stop(self, submission: str, *, timeout_s: float = 30.0) -> JobState | None:
-        """Stop a submission and wait until it is over."""
+        """Stop a submission, and wait up to `timeout_s` until it has ended."""
         with contextlib.suppress(RuntimeError):
             self._ray.stop_job(submission)
         deadline = time.monotonic() + timeout_s

@@ -1,11 +1,10 @@
-"""The folder of a job, or of a sweep of jobs, in TANDEM_HOME: its events and where it was submitted, and what these add up to."""
+"""Folders of jobs and sweeps in TANDEM_HOME: config, events, submissions, results, and the state that follows from them."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -13,13 +12,15 @@ from typing import Any, ClassVar
 
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import JobError, did_you_mean
+from tandem.jobs.status import fold_events
 from tandem.observability import events
+from tandem.observability.events import Event, Failed, Finished, Step, Stopped
 from tandem.settings import settings
 from tandem.storage import write_atomic
 
 
 class JobState(StrEnum):
-    """Where a job stands."""
+    """State of a job."""
 
     NEW = "new"
     PENDING = "pending"
@@ -30,13 +31,13 @@ class JobState(StrEnum):
 
     @property
     def over(self) -> bool:
-        """Whether it can change no more without a new submission."""
+        """Whether it changes only by a new submission."""
         return self in (JobState.FINISHED, JobState.FAILED, JobState.STOPPED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobSummary:
-    """What a table of jobs shows of one."""
+    """Summary of a job, as tables of jobs show it."""
 
     id: str
     state: JobState
@@ -50,30 +51,30 @@ class JobSummary:
     submitted_at: float | None
     """Seconds since 1970."""
     workers: int | None = None
-    """Of the newest start; the config's until there is one."""
+    """Of the newest start."""
     layout: str | None = None
     checkpoint: int | None = None
     """Step of the newest checkpoint."""
     checkpoint_at: float | None = None
     """When it was written, in seconds since 1970."""
     faults: dict[str, int] = field(default_factory=dict)
-    """Faults so far, by kind: worker, node, hang, controller, driver. What runs or has finished has survived them."""
+    """Faults so far by kind: worker, node, hang, controller, driver. A job that runs or has finished survived them."""
     restarts: int = 0
     repeated_steps: int = 0
-    """Steps that were computed twice for them."""
+    """Steps that restarts computed a second time."""
     skipped_steps: int = 0
-    """Steps that were left out since they were not finite."""
+    """Steps that were not taken, because loss or gradients were not finite."""
     warnings: list[str] = field(default_factory=list)
-    """The newest of what a person should know: slow ranks, rollbacks, notices."""
+    """The newest messages for the user: slow ranks, rollbacks, notices."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """What the folders of a job and of a sweep have in common; all that outlives the cluster is in them."""
+    """Folder of a job or of a sweep. It holds everything that outlives the cluster."""
 
     path: Path
     module: ClassVar[str]
-    """What runs on the cluster, as `python -m MODULE PATH`."""
+    """Module that the cluster runs, as `python -m MODULE PATH`."""
 
     @property
     def id(self) -> str:
@@ -82,19 +83,23 @@ class RunFolder:
 
     @property
     def leave_s(self) -> float:
-        """Seconds that it may take to leave when it is told to stop."""
+        """Seconds that it may take to save and exit when it is told to stop."""
         return 0.0
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far, oldest first."""
+        """The JSON objects of all events so far, oldest first."""
         return list(events.read(self.path / "events.jsonl"))
 
+    def typed_events(self) -> list[Event]:
+        """All events so far, oldest first, of the kinds that this release knows."""
+        return list(events.read_events(self.path / "events.jsonl"))
+
     def last(self, *names: str) -> dict[str, Any] | None:
-        """The newest event of one of these names."""
+        """The JSON object of the newest event of one of these names."""
         return next((e for e in reversed(self.events()) if e["event"] in names), None)
 
     def submissions(self) -> list[dict[str, Any]]:
-        """Each time it was sent to a cluster: {id, dashboard_url, time, stopped?}."""
+        """All submissions to clusters, oldest first: {id, dashboard_url, time, stopped?}."""
         try:
             found = json.loads((self.path / "submissions.json").read_text())
         except FileNotFoundError:
@@ -102,12 +107,12 @@ class RunFolder:
         return [s for s in found if isinstance(s, dict)] if isinstance(found, list) else []
 
     def add_submission(self, submission_id: str, dashboard_url: str) -> None:
-        """Write down that it was sent to a cluster."""
+        """Record a submission to a cluster."""
         entry = {"id": submission_id, "dashboard_url": dashboard_url, "time": time.time()}
         write_atomic(self.path / "submissions.json", json.dumps([*self.submissions(), entry], indent=1))
 
     def mark_stopped(self) -> None:
-        """Write down that the newest submission was stopped by a person."""
+        """Record that a user stopped the newest submission."""
         if known := self.submissions():
             known[-1]["stopped"] = True
             write_atomic(self.path / "submissions.json", json.dumps(known, indent=1))
@@ -126,12 +131,12 @@ class JobFolder(RunFolder):
 
     @property
     def export(self) -> Path:
-        """Where the trained model or adapter lies."""
+        """Folder of the trained model or adapter."""
         return self.path / "export"
 
     @property
     def plot(self) -> Path:
-        """The loss curve."""
+        """Plot of the loss."""
         return self.path / "loss.png"
 
     def config(self) -> TrainConfig:
@@ -139,87 +144,52 @@ class JobFolder(RunFolder):
         return load_yaml(TrainConfig, self.path / "config.yaml")
 
     def finished(self) -> dict[str, Any] | None:
-        """The `finished` event, if the job ended well, its result is still there, and is registered if it should be."""
+        """The JSON object of the `finished` event, if the job succeeded, the export exists and is registered as configured."""
         end = self.last("finished", "failed", "started")
         if end is None or end["event"] != "finished" or not self.export.is_dir():
             return None
         return end if end.get("model") or not self.config().register else None
 
     def summary(self, live: JobState | None = None) -> JobSummary:
-        """The job as its files tell it; `live`, what the cluster says of its newest submission, wins while it runs."""
-        known, sent = self.events(), self.submissions()
-        sent_at = sent[-1]["time"] if sent else None
-        last_step: dict[str, Any] = next((e for e in reversed(known) if e["event"] == "step"), {})
-        end = next((e for e in reversed(known) if e["event"] in ("finished", "failed", "stopped", "started")), None)
+        """The job's summary by its files; `live`, the cluster's state of its newest submission, wins while it runs."""
+        status, sent = fold_events(self.typed_events()), self.submissions()
+        end = status.last_end
         if self.finished():
             state = JobState.FINISHED
         elif live is not None:
             state = live
-        elif (sent and sent[-1].get("stopped")) or (end and end["event"] == "stopped"):
+        elif (sent and sent[-1].get("stopped")) or isinstance(end, Stopped):
             state = JobState.STOPPED
-        elif end and end["event"] == "failed":
+        elif isinstance(end, Failed):
             state = JobState.FAILED
         else:
-            # Nothing says how it ended, and no cluster knows it: it went with its cluster.
+            # Without an end in the journal and on no cluster: it ended with its cluster.
             state = JobState.STOPPED if sent else JobState.NEW
+        step = status.last_step or Step(step=0)
         return JobSummary(
             id=self.id,
             state=state,
-            step=int(last_step.get("step", 0)),
-            steps=int(last_step.get("steps", 0)) or self.config().steps,
-            loss=last_step.get("loss"),
-            tokens_per_s=last_step.get("tokens_per_s"),
-            model=end.get("model") if end and state is JobState.FINISHED else None,
-            error=end.get("error") if end and state is JobState.FAILED else None,
-            submitted_at=sent_at,
-            **health_of(known),
+            step=step.step,
+            steps=step.steps or self.config().steps,
+            loss=step.loss,
+            tokens_per_s=step.tokens_per_s,
+            model=end.model if isinstance(end, Finished) and state is JobState.FINISHED else None,
+            error=end.error if isinstance(end, Failed) and state is JobState.FAILED else None,
+            submitted_at=sent[-1]["time"] if sent else None,
+            workers=status.workers,
+            layout=status.layout,
+            checkpoint=status.checkpoint,
+            checkpoint_at=status.checkpoint_at,
+            faults=dict(status.faults),
+            restarts=status.restarts,
+            repeated_steps=status.repeated_steps,
+            skipped_steps=status.skipped_steps,
+            warnings=list(status.warnings),
         )
 
 
-WARNINGS_SHOWN = 5
-
-
-def health_of(known: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a job's events tell of how it fares: the later fields of a `JobSummary`."""
-    found: dict[str, Any] = {"workers": None, "layout": None, "checkpoint": None, "checkpoint_at": None}
-    faults: Counter[str] = Counter()
-    restarts = repeated = skipped = newest = 0
-    warnings: list[str] = []
-    started = False
-    for event in known:
-        match event["event"]:
-            case "started":
-                found |= {"workers": event.get("workers"), "layout": event.get("layout")}
-                # A driver that came after another one starts as if it were the first.
-                restarts += started
-                repeated += max(0, newest - (event.get("resumed_from") or 0)) if started else 0
-                started = True
-            case "resized":
-                found |= {"workers": event["to"], "layout": event.get("layout")}
-            case "restart":
-                restarts += 1
-                repeated += max(0, newest - (event.get("resumed_from") or 0))
-            case "step":
-                newest = event["step"]
-            case "checkpoint":
-                found |= {"checkpoint": event["step"], "checkpoint_at": event.get("time")}
-            case "fault":
-                faults[str(event["kind"])] += 1
-            case "skipped":
-                skipped += 1
-                warnings.append(str(event["reason"]))
-            case "slow" | "rollback":
-                warnings.append(str(event["reason"]))
-            case "notice":
-                warnings.append(str(event["message"]))
-    return {
-        **found, "faults": dict(faults), "restarts": restarts, "repeated_steps": repeated, "skipped_steps": skipped,
-        "warnings": warnings[-WARNINGS_SHOWN:],
-    }  # fmt: skip
-
-
 def job_folders() -> Iterator[JobFolder]:
-    """Every job of this home, newest first."""
+    """All jobs in TANDEM_HOME, newest first."""
     jobs = settings().jobs_dir
     if jobs.is_dir():
         found = [p for p in jobs.iterdir() if (p / "config.yaml").exists()]
@@ -228,7 +198,7 @@ def job_folders() -> Iterator[JobFolder]:
 
 
 def find_job(job_id: str) -> JobFolder:
-    """The job of that id, or of the only id that starts so; JobError with the nearest id otherwise."""
+    """The job of that id, or of the only id with that prefix; JobError with the nearest id otherwise."""
     known = list(job_folders())
     if job_id == "latest" and known:
         return known[0]

@@ -1,6 +1,6 @@
-"""Checks a training config against what exists, before anything starts, and gives the job its id and folder.
+"""Preparation of a training job: checks the config against data and base model, and makes the job's id and folder.
 
-A job's id is a hash of its config, its data and its base: the same submission is the same job, and goes on where it was.
+The id is a hash of config, data and base: the same submission is the same job, and resumes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import yaml
 
-from tandem.config import DataConfig, TrainConfig, check_elastic, sized, sizes, to_dict
+from tandem.config import DataConfig, TrainConfig, check_elastic, to_dict, with_workers, worker_counts
 from tandem.config.training.layout import ModelShape, check_layout
 from tandem.data.index import check_tokenizers, find_dataset, find_parts, parts_digest
 from tandem.errors import ConfigError
@@ -21,19 +21,19 @@ from tandem.settings import settings
 from tandem.storage import disk_errors, require_space, write_atomic
 
 SPACE_NEEDED = 64 * 2**20
-"""Bytes that must be free before a job starts; what is known to fail later is refused now."""
+"""Bytes that must be free on the disk before a job starts."""
 
-NOT_CONTENT = ("parallel", "checkpoint", "faults", "log_every", "metrics", "register")
-"""Settings that change how a job runs, or who hears of it, but not what it makes."""
+NON_CONTENT_KEYS = ("parallel", "checkpoint", "faults", "log_every", "metrics", "register")
+"""Config keys that change how a job runs or reports, but not its result: they are not part of its id."""
 
-HOW_READ = ("readers", "reader_tasks", "read_ahead", "prefetch_batches", "skip_damaged")
-"""Such settings of `data`."""
+READER_KEYS = ("readers", "reader_tasks", "read_ahead", "prefetch_batches", "skip_damaged")
+"""Such keys of `data`."""
 
 
 def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder:
     """Check `config` and write the folder of its job; the same config gives the same folder.
 
-    `compared`: such of `NOT_CONTENT` (or "data", for `HOW_READ`) as make another job here after all: a sweep that tries several
+    `compared`: keys of `NON_CONTENT_KEYS` (or "data", for `READER_KEYS`) that do make another job: a sweep that tries several
     layouts has to run them all.
     Raises DataError, ConfigError, LayoutError, RegistryError or UnknownModelError with what to change.
     """
@@ -54,18 +54,18 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     if base is None and config.model.tokenizer is None:
         check_tokenizers(parts)
     check_elastic(config)
-    for size in sizes(config):
-        check_layout(base.shape() if base else ModelShape.of(config.model), sized(config, size))
+    for size in worker_counts(config):
+        check_layout(base.shape() if base else ModelShape.of(config.model), with_workers(config, size))
     if reference:
         check_layout(reference.shape(), config)
     measured = None
     evaluation = config.evaluation
     if evaluation is not None and evaluation.data is not None:
-        place, measured = find_dataset(evaluation.data)
-        config.check_kind(measured.kind, str(place))
-        if any(place == part.folder for part in parts):
-            raise ConfigError(f"evaluation.data is {place}, which is trained on. Name another dataset, or unset it.")
-        evaluation = replace(evaluation, data=str(place))
+        folder, measured = find_dataset(evaluation.data)
+        config.check_kind(measured.kind, str(folder))
+        if any(folder == part.folder for part in parts):
+            raise ConfigError(f"evaluation.data is {folder}, which is trained on. Name another dataset, or unset it.")
+        evaluation = replace(evaluation, data=str(folder))
     resolved = replace(
         config,
         data=_found(config.data, [str(part.folder) for part in parts]),
@@ -74,8 +74,8 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
         evaluation=evaluation,
     )
     plain = to_dict(resolved)
-    content = {k: v for k, v in plain.items() if k not in NOT_CONTENT or k in compared}
-    left_out = ("path", "mixture") if "data" in compared else ("path", "mixture", *HOW_READ)
+    content = {k: v for k, v in plain.items() if k not in NON_CONTENT_KEYS or k in compared}
+    left_out = ("path", "mixture") if "data" in compared else ("path", "mixture", *READER_KEYS)
     content["data"] = {k: v for k, v in plain["data"].items() if k not in left_out}
     if content["evaluation"] is not None:
         content["evaluation"] = {**content["evaluation"], "data": measured.digest if measured else None}
@@ -90,7 +90,7 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
 
 
 def _found(data: DataConfig, folders: list[str]) -> DataConfig:
-    """The same data, named by where it lies."""
+    """The data config with absolute folders."""
     if data.path:
         return replace(data, path=folders[0])
     named = zip(data.mixture, folders, strict=True)

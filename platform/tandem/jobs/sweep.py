@@ -1,15 +1,8 @@
-"""Prepares a sweep: each of its trials an ordinary job, checked and with a folder of its own, before anything starts.
+"""Sweeps: preparation of the trials, each an ordinary job with its own folder, and the sweep's folder.
 
-A trial is not registered; the best one is, under the config's name, when all are done. A sweep's id is a hash of its trials, so
-the same command goes on where it was, and trials that are finished are not run again.
-
-| event    | fields of a sweep's events                                                                                |
-|----------|-----------------------------------------------------------------------------------------------------------|
-| sweeping | sweep, trials (how many), parallel (how many at once)                                                     |
-| trial    | trial (from 1), job, state, error, and of its newest report: step, steps, loss, tokens_per_s,             |
-|          | evaluation_loss, and the metric that trials are compared by                                               |
-| swept    | best (from 1), score, job, model (the registered id, or null), scores (a list, null where there is none)  |
-| failed   | error                                                                                                     |
+Trials are not registered; the best one is, under the config's name, at the end. A sweep's id is a hash of its trials, so the same
+command continues it, and finished trials are not run again. Its events are `SweepStarted`, `TrialReported`, `SweepFinished` and
+`Failed` of `tandem.observability.events`.
 """
 
 from __future__ import annotations
@@ -27,27 +20,27 @@ from tandem.errors import ClusterError, ConfigError
 from tandem.ids import job_id
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, RunFolder
-from tandem.jobs.prepare import HOW_READ, NOT_CONTENT, prepare
+from tandem.jobs.prepare import NON_CONTENT_KEYS, READER_KEYS, prepare
 from tandem.settings import settings
 from tandem.storage import write_atomic
 
-WATCHING_CPUS = 0.001
-"""CPUs that Ray reserves for the actor that watches a trial."""
+TRIAL_ACTOR_CPUS = 0.001
+"""CPUs that Ray reserves for the actor that follows a trial."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepPlan:
-    """All that a sweep's driver needs to know, as sweep.json keeps it."""
+    """Input of a sweep's driver, stored in sweep.json."""
 
     name: str
-    """What the best trial is registered as; the config's name."""
+    """Name that the best trial is registered under: the config's."""
     metric: str
     parallel: int
-    """Trials at once, if the cluster has room for so many."""
+    """Trials at a time, at most."""
     register: bool
     """Whether the best trial is registered at all."""
     compared: tuple[str, ...]
-    """What makes other jobs of the trials, though elsewhere it would not (see `prepare`)."""
+    """Keys that distinguish the jobs of the trials although they are not part of an ordinary job's id (see `prepare`)."""
     trials: tuple[Trial, ...]
     jobs: tuple[str, ...]
     """The id of each trial's job."""
@@ -55,12 +48,12 @@ class SweepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SweepFolder(RunFolder):
-    """The folder of one sweep."""
+    """Folder of one sweep."""
 
     module: ClassVar[str] = "tandem.jobs.tune"
 
     def plan(self) -> SweepPlan:
-        """What is tried."""
+        """The sweep's plan."""
         return from_dict(SweepPlan, json.loads((self.path / "sweep.json").read_text()))
 
     def jobs(self) -> list[JobFolder]:
@@ -68,7 +61,7 @@ class SweepFolder(RunFolder):
         return [JobFolder(settings().jobs_dir / name) for name in self.plan().jobs]
 
     def swept(self) -> dict[str, Any] | None:
-        """The event of its end, if it ended well and the best trial's result is still there."""
+        """The JSON object of the `swept` event, if the sweep succeeded and the best trial's result exists."""
         end = self.last("swept", "failed", "sweeping")
         if end is None or end["event"] != "swept":
             return None
@@ -85,8 +78,8 @@ def prepare_sweep(values: Mapping[str, Any], trials: Sequence[Trial], *, metric:
         raise ConfigError(f"--parallel is {parallel}; it must be at least 1.")
     configs = [trial_config(values, trial) for trial in trials]
     keys = {key for trial in trials for key in trial}
-    compared = tuple(sorted({key.split(".")[0] for key in keys} & {*NOT_CONTENT}))
-    if keys & {f"data.{key}" for key in HOW_READ}:
+    compared = tuple(sorted({key.split(".")[0] for key in keys} & {*NON_CONTENT_KEYS}))
+    if keys & {f"data.{key}" for key in READER_KEYS}:
         compared = (*compared, "data")
     jobs: dict[str, Trial] = {}
     for trial, config in zip(trials, configs, strict=True):
@@ -112,16 +105,16 @@ def prepare_sweep(values: Mapping[str, Any], trials: Sequence[Trial], *, metric:
 
 
 def trials_at_once(configs: Sequence[TrainConfig], total: Mapping[str, float], parallel: int) -> int:
-    """How many trials run beside each other: at most `parallel`, and no more than the whole cluster has room for.
+    """Number of concurrent trials: at most `parallel`, and as many as the empty cluster can hold.
 
-    Each needs its workers and a task that reads; with less, trials that hold their workers would wait for one another's readers.
-    Raises ClusterError if there is no room for the largest one alone.
+    Each needs its workers and a task that reads data; with less, trials that hold their workers would wait for each other's
+    readers. Raises ClusterError if the largest trial does not fit alone.
     """
     fits = parallel
     for name in ("CPU", "GPU"):
         need = max(
             c.parallel.workers * (c.parallel.cpus_per_worker if name == "CPU" else c.parallel.gpus_per_worker)
-            + (c.data.readers + WATCHING_CPUS if name == "CPU" else 0.0)
+            + (c.data.readers + TRIAL_ACTOR_CPUS if name == "CPU" else 0.0)
             for c in configs
         )
         there = total.get(name, 0.0)
@@ -136,7 +129,7 @@ def trials_at_once(configs: Sequence[TrainConfig], total: Mapping[str, float], p
 
 
 def sweep_folders() -> Iterator[SweepFolder]:
-    """Every sweep of this home, newest first."""
+    """All sweeps in TANDEM_HOME, newest first."""
     folder = settings().sweeps_dir
     if folder.is_dir():
         found = [path for path in folder.iterdir() if (path / "sweep.json").exists()]
@@ -145,14 +138,14 @@ def sweep_folders() -> Iterator[SweepFolder]:
 
 
 def find_sweep(sweep_id: str) -> SweepFolder | None:
-    """The sweep of that id, or the only one that starts so; None if there is none. `NAME-sweep-` tells it from a job's id."""
+    """The sweep of that id, or the only one with that prefix; None without one. Ids of sweeps contain `-sweep-`."""
     known = list(sweep_folders()) if "-sweep-" in sweep_id else []
     matches = [s for s in known if s.id == sweep_id] or [s for s in known if s.id.startswith(sweep_id)]
     return matches[0] if len(matches) == 1 else None
 
 
 def stop_sweep(client: JobClient, sweep: SweepFolder, *, timeout_s: float = 30.0) -> None:
-    """Stop a sweep's driver and then its trials: a driver that is gone starts no more of them."""
+    """Stop a sweep's driver, which then starts no more trials, and then its trials."""
     if submission := client.running(sweep):
         client.stop(submission, timeout_s=timeout_s)
     sweep.mark_stopped()
@@ -160,10 +153,10 @@ def stop_sweep(client: JobClient, sweep: SweepFolder, *, timeout_s: float = 30.0
 
 
 def stop_trials(client: JobClient, jobs: Sequence[JobFolder], *, timeout_s: float = 30.0) -> None:
-    """Stop those jobs of a sweep that still run: all are told first, then waited for."""
-    going_on = [(job, submission) for job in jobs if (submission := client.running(job))]
-    for _, submission in going_on:
+    """Stop the running jobs of a sweep: request all stops first, then wait for each."""
+    running = [(job, submission) for job in jobs if (submission := client.running(job))]
+    for _, submission in running:
         client.stop(submission, timeout_s=0.0)
-    for job, submission in going_on:
+    for job, submission in running:
         client.stop(submission, timeout_s=timeout_s)
         job.mark_stopped()

@@ -1,1 +1,1 @@
-"""Logs, metrics and events."""
+"""Events and journals of jobs and sweeps."""

@@ -1,46 +1,378 @@
-"""A job's events: one JSON object a line, marked so that they can be picked out of a log that holds other things too.
+"""Events of training jobs and sweeps: one frozen dataclass for each kind, and the codec between them and JSON lines.
 
-| event      | fields                                                                                            |
-|------------|---------------------------------------------------------------------------------------------------|
-| started    | job, kind, workers, nodes, layout, parameters, trainable, steps, resumed_from (step or null)      |
-| step       | step, steps, loss, grad_norm, learning_rate, tokens_per_s, tokens, seconds, metrics (by name),     |
-|            | mfu (0 to 1), memory_bytes (peak of rank 0: of its GPU, or of its process)                        |
-| evaluation | step, rows, averaged (the weights were), loss, and perplexity, or what else the objective reports |
-| checkpoint | step, path                                                                                        |
-| fault      | kind (worker, node, hang, controller, driver), rank (or null), reason, step (the last one told)   |
-| hang       | ranks, reason, stacks (by rank: the Python stack of each that is stuck, and where the others wait) |
-| slow       | rank, node, reason                                                                                |
-| skipped    | step, first, rows, suspects, in_a_row, reason (a step that was not finite)                        |
-| rollback   | from, step (back to this), rows (first, and the one after the last, that are left out), loss, median, reason |
-| resized    | from, to (workers), layout, reason, step                                                          |
-| restart    | reason, resumed_from, workers, repeated (steps), lost_s                                           |
-| stopped    | reason (the job was told to stop, and can go on)                                                  |
-| notice     | message (something that a person should know, and that ends nothing)                              |
-| finished   | model (the registered id, or null), base (of an adapter), path, plot, loss, evaluation (the last, |
-|            | or null), tokens, steps, seconds, dora (true: an adapter to be merged before it is served)        |
-| failed     | error                                                                                             |
-
-A sweep's events are in `tandem.jobs.sweep`.
+An event is one JSON object a line in `events.jsonl`, {"time": ..., "event": NAME, fields...}. In a log the line follows `MARK`,
+so that events can be picked out of other output. When events are read, fields that an older release did not write get their
+defaults, and fields that this release does not know are ignored.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 MARK = "@tandem "
 
+_TYPES: dict[str, type[Event]] = {}
 
-def encode(event: dict[str, Any]) -> str:
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events. `class Step(Event, name="step")` declares the kind that is {"event": "step"} in JSON."""
+
+    name: ClassVar[str]
+    time: float | None = None
+    """Seconds since 1970; stamped when the event is written."""
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        cls.name = name
+        _TYPES[name] = cls
+
+
+def _spread() -> Any:
+    """A field whose items stand in the JSON object beside the other fields."""
+    return field(default_factory=dict, metadata={"spread": True})
+
+
+def _keyed(key: str, default: Any = MISSING) -> Any:
+    """A field whose JSON key is not a Python name."""
+    return field(default=default, metadata={"key": key})
+
+
+# ---- a training run --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event, name="started"):
+    """Workers have built the model, loaded the checkpoint if there is one, and begin to train."""
+
+    job: str = ""
+    kind: str = ""
+    """pretrain, sft or dpo."""
+    workers: int | None = None
+    nodes: int | None = None
+    layout: str | None = None
+    parameters: int = 0
+    trainable: int = 0
+    steps: int = 0
+    resumed_from: int | None = None
+    """Step of the checkpoint; None at the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Event, name="step"):
+    """Report of an optimizer step, every `log_every` steps (see `tandem.train.loop.StepReport`)."""
+
+    step: int
+    steps: int = 0
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    tokens: int | None = None
+    tokens_per_s: float | None = None
+    seconds: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    mfu: float | None = None
+    """Model FLOPs utilization, 0 to 1."""
+    memory_bytes: int | None = None
+    """Peak of rank 0: of its GPU, or of its process."""
+    data_wait: float | None = None
+    """Share of the time since the last report in which rank 0 waited for rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event, name="evaluation"):
+    """Result of an evaluation."""
+
+    step: int
+    rows: int = 0
+    averaged: bool = False
+    """Whether the moving average of the weights was evaluated."""
+    measured: Mapping[str, float] = _spread()
+    """`loss`, and `perplexity` or the objective's other metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event, name="checkpoint"):
+    """A checkpoint is complete."""
+
+    step: int
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultDetected(Event, name="fault"):
+    """An attempt to run the workers, or the driver, ended unexpectedly."""
+
+    kind: str
+    """worker, workers, node, hang, mailbox, controller or driver."""
+    reason: str = ""
+    rank: int | None = None
+    step: int = 0
+    """Last step that was reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangDetected(Event, name="hang"):
+    """Ranks made no progress and were killed."""
+
+    ranks: tuple[int, ...] = ()
+    reason: str = ""
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    """Python stack by rank: of those that hung, and of the others where they waited."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowRank(Event, name="slow"):
+    """A rank needs much longer than the median of the others."""
+
+    rank: int
+    node: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSkipped(Event, name="skipped"):
+    """An optimizer step was not taken, because the loss or a gradient was not finite."""
+
+    step: int
+    first: int = 0
+    """First row of the step, in the order of the stream."""
+    rows: int = 0
+    suspects: tuple[int, ...] = ()
+    """Rows of the ranks whose own loss was not finite."""
+    in_a_row: int = 1
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolledBack(Event, name="rollback"):
+    """The loss jumped; the run goes back to a checkpoint and skips the rows since."""
+
+    from_step: int = _keyed("from")
+    step: int = 0
+    """Step of the checkpoint; 0 is the start."""
+    rows: tuple[int, int] = (0, 0)
+    """Skipped rows: the first, and the one after the last."""
+    loss: float | None = None
+    median: float | None = None
+    """Of the losses before."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resized(Event, name="resized"):
+    """The run continues with another number of workers."""
+
+    from_workers: int | None = _keyed("from", None)
+    to_workers: int | None = _keyed("to", None)
+    layout: str | None = None
+    reason: str = ""
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restarted(Event, name="restart"):
+    """Workers started again after an attempt ended."""
+
+    reason: str = ""
+    resumed_from: int | None = None
+    workers: int | None = None
+    repeated: int = 0
+    """Steps that are computed a second time."""
+    lost_s: float | None = None
+    """Seconds since the last step of the attempt before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopped(Event, name="stopped"):
+    """The job was told to stop; the same command continues it."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice(Event, name="notice"):
+    """A message for the user."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistrationFailed(Event, name="registration_failed"):
+    """The result could not be put into the registry."""
+
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Event, name="finished"):
+    """The job is done and its result is exported."""
+
+    model: str | None = None
+    """Id in the registry; None if it is not registered."""
+    base: str | None = None
+    """Id of the base of an adapter."""
+    path: str | None = None
+    plot: str | None = None
+    loss: float | None = None
+    evaluation: Mapping[str, float] | None = None
+    """Numbers of the last evaluation."""
+    tokens: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    dora: bool = field(default=False, metadata={"omit_default": True})
+    """A DoRA adapter, which has to be merged before it is served."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event, name="failed"):
+    """The job or sweep ended with an error."""
+
+    error: str = ""
+
+
+# ---- from the workers to the driver only -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(Event, name="exported"):
+    """The workers have trained to the last step, and the export is complete."""
+
+    step: int
+    loss: float | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpikeReport:
+    """A loss far above the median of the losses before it."""
+
+    rows: int
+    """Rows of the stream that were taken by then."""
+    loss: float
+    median: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersStopped(Event, name="left"):
+    """The workers stopped before the last step: on command, or because the loss jumped."""
+
+    step: int
+    spike: LossSpikeReport | None = None
+
+
+# ---- a sweep ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepStarted(Event, name="sweeping"):
+    """A sweep begins to run its trials."""
+
+    sweep: str = ""
+    trials: int = 0
+    parallel: int = 1
+    """Trials at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialReported(Event, name="trial"):
+    """State and newest numbers of a trial."""
+
+    trial: int
+    """From 1."""
+    job: str = ""
+    state: str = ""
+    error: str | None = field(default=None, metadata={"omit_default": True})
+    numbers: Mapping[str, float] = _spread()
+    """step, steps, loss, tokens_per_s, evaluation_loss, and the metric that trials are compared by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFinished(Event, name="swept"):
+    """All trials are done."""
+
+    best: int
+    """Number of the best trial, from 1."""
+    score: float | None = None
+    job: str = ""
+    model: str | None = None
+    """Id of the best trial's result in the registry; None if it is not registered."""
+    scores: tuple[float | None, ...] = ()
+
+
+# ---- codec -----------------------------------------------------------------------------------------------------------
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The JSON object of an event; without `time` if it is not stamped yet."""
+    found: dict[str, Any] = {"event": event.name} if event.time is None else {"time": event.time, "event": event.name}
+    for f in fields(event):
+        value = getattr(event, f.name)
+        if f.name == "time" or (f.metadata.get("omit_default") and value == f.default):
+            continue
+        if f.metadata.get("spread"):
+            found |= value
+        else:
+            found[f.metadata.get("key", f.name)] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def from_json(values: Mapping[str, Any]) -> Event | None:
+    """The event in a JSON object; None for a kind that this release does not know, or without a field that it needs."""
+    kind = _TYPES.get(str(values.get("event")))
+    if kind is None:
+        return None
+    left = dict(values)
+    del left["event"]
+    schema = _schema(kind.name)
+    found: dict[str, Any] = {}
+    for name, key, required in schema.fields:
+        if key in left:
+            value = left.pop(key)
+            found[name] = tuple(value) if isinstance(value, list) else value
+        elif required:
+            return None
+    if schema.spread is not None:
+        found[schema.spread] = left
+    return kind(**found)
+
+
+@dataclass(frozen=True)
+class _Schema:
+    """How a kind of event is read."""
+
+    fields: tuple[tuple[str, str, bool], ...]
+    """Name, JSON key, and whether there is no default."""
+    spread: str | None
+
+
+@functools.cache
+def _schema(name: str) -> _Schema:
+    kind = _TYPES[name]
+    plain = [f for f in fields(kind) if not f.metadata.get("spread")]
+    spread = [f.name for f in fields(kind) if f.metadata.get("spread")]
+    return _Schema(
+        tuple(
+            (f.name, f.metadata.get("key", f.name), f.default is MISSING and f.default_factory is MISSING)
+            for f in plain
+        ),
+        spread[0] if spread else None,
+    )
+
+
+def encode(event: Event | Mapping[str, Any]) -> str:
     """The log line of an event, stamped with the time (seconds since 1970) unless it has one."""
-    return MARK + json.dumps({"time": round(time.time(), 3), **event})
+    values = to_json(event) if isinstance(event, Event) else event
+    return MARK + json.dumps({"time": round(time.time(), 3), **values})
 
 
 def decode(line: str) -> dict[str, Any] | None:
-    """The event in a log line, or None if it holds none."""
+    """The JSON object of the event in a log line, or None if the line holds none."""
     _, mark, text = line.partition(MARK)
     if not mark:
         return None
@@ -52,15 +384,20 @@ def decode(line: str) -> dict[str, Any] | None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The events in a file of JSON lines; a half-written last line is left out."""
+    """The JSON objects of the events in a file of JSON lines; a half-written last line is left out."""
     if not path.exists():
         return
     with path.open() as file:
         yield from parse(file)
 
 
+def read_events(path: Path) -> Iterator[Event]:
+    """The events in a file of JSON lines, of the kinds that this release knows."""
+    return (event for event in map(from_json, read(path)) if event is not None)
+
+
 def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The events among JSON lines."""
+    """The JSON objects of the events among JSON lines."""
     for line in lines:
         try:
             event = json.loads(line)

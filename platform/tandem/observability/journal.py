@@ -1,32 +1,36 @@
-"""Where the driver of a job or a sweep writes its events."""
+"""Journal of a job or a sweep: its events, appended to a file and printed to the log."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tandem.observability import events
+from tandem.observability.events import Event, Notice
 from tandem.storage import disk_errors
 
 
 @dataclass
 class Journal:
-    """The job's events: appended to events.jsonl, and printed for whoever follows the log."""
+    """Appends events to `path` (events.jsonl), and prints each for readers of the log. Safe to share between threads."""
 
     path: Path
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def write(self, event: dict[str, Any]) -> None:
-        """Stamp, write and print one event."""
+    def write(self, event: Event) -> None:
+        """Stamp, append and print one event; StorageError if the file cannot be written."""
         line = events.encode(event)
         with self._lock, disk_errors("writing events", self.path):
             print(line, flush=True)
             with self.path.open("a") as file:
                 file.write(line.removeprefix(events.MARK) + "\n")
 
-    def read(self) -> list[dict[str, Any]]:
-        """All events of the job, of earlier runs too."""
+    def notice(self, message: str) -> None:
+        """Write a `Notice`."""
+        self.write(Notice(message=message))
+
+    def read(self) -> list[Event]:
+        """All events so far, those of earlier runs too."""
         # A device has no end to read to.
-        return list(events.read(self.path)) if self.path.is_file() else []
+        return list(events.read_events(self.path)) if self.path.is_file() else []

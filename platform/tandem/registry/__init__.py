@@ -1,4 +1,4 @@
-"""What exists: models and adapters, versioned and promoted, with their lineage."""
+"""Registry of models and adapters: versions, promotions and lineage."""
 
 from tandem.db.database import is_shared, upgrade
 from tandem.registry.base import BaseRef, find_base

@@ -1,4 +1,4 @@
-"""This node's copies of adapters that lie in object stores: by digest, verified when they come, the longest unused going first.
+"""Node-local cache of adapters from object stores: keyed and verified by digest, bounded, least recently used evicted first.
 
 Several processes share the folder. A copy appears by one rename and goes by one, and is not removed within a minute of its last
 use, so an engine that was just told where it is still finds it there.

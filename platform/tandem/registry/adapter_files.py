@@ -1,4 +1,4 @@
-"""Whether a folder holds a LoRA adapter that can be served, and of what base; reads headers only, and never imports torch.
+"""Validation of LoRA adapter folders: format, rank, and layers and shapes of the base. Reads headers only, without torch.
 
 The format is peft's: adapter_config.json, and adapter_model.safetensors with a pair of matrices for each adapted layer
 (https://huggingface.co/docs/peft/developer_guides/checkpoint). What vLLM would take and then answer wrongly with, such as a rank

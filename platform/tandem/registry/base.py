@@ -1,4 +1,4 @@
-"""The model that a training starts from: a registered one, one of the Hugging Face hub, or a folder in its format."""
+"""Base model of a training job: a registered model, one of the Hugging Face hub, or a folder in its format."""
 
 from __future__ import annotations
 

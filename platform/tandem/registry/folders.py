@@ -1,4 +1,4 @@
-"""Checks the folder of a model before it is registered, and reads from it what the registry keeps. Never imports torch."""
+"""Validation of model folders before registration; reads config.json, without torch."""
 
 from __future__ import annotations
 

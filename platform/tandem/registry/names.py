@@ -1,4 +1,4 @@
-"""What a name means: its promotions and their history, and the names near a wrong one. Each reads a few rows, by index."""
+"""Names in the registry: promotions, their history, and the nearest names to an unknown one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the registry holds: one record for each version of a model or an adapter."""
+"""Records of the registry: one for each version of a model or an adapter."""
 
 from __future__ import annotations
 

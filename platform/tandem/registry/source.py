@@ -1,4 +1,4 @@
-"""What a person means by the name of a model: a folder, a model of the Hugging Face hub, or what is registered.
+"""Model references as users write them: a folder, a model of the Hugging Face hub, or a registered name.
 
 `/x`, `./x`, `~/x`     a folder
 `org/name`             a folder of that relative path if there is one, else a model of the hub
@@ -14,7 +14,7 @@ from pathlib import Path
 from tandem.errors import ConfigError, HubError, UnknownModelError, did_you_mean
 from tandem.ids import is_hub_name, split_version
 from tandem.registry.hub import HubModel, pull_model, restore
-from tandem.registry.hub.reference import SCHEME
+from tandem.registry.hub.reference import MODEL_FORM, SCHEME
 from tandem.registry.records import ModelRecord
 from tandem.registry.store import Registry
 
@@ -29,8 +29,10 @@ def find_model(word: str, registry: Registry, key: str = "model") -> Path | Mode
     with `key`, the setting that named it.
     """
     if (folder := folder_of(word)) is not None:
-        return checked_folder(folder, key)
+        return checked_folder(folder, key, "" if word.startswith(EXPLICIT) else f" A model of the hub is {MODEL_FORM}.")
     ref = HubModel.parse(word)
+    if ref is None and word.startswith(SCHEME):
+        raise ConfigError(f"{key}: {word!r} names no model of the hub. Its form is {SCHEME}{MODEL_FORM}.")
     try:
         if ref is not None:
             return pull_model(ref, registry)
@@ -55,12 +57,12 @@ def folder_of(word: str) -> Path | None:
     return None if HubModel.parse(word) or is_hub_name(split_version(word)[0]) else folder.resolve()
 
 
-def checked_folder(folder: Path, key: str) -> Path:
-    """The folder, if it holds a config.json; ConfigError with the nearest name otherwise."""
+def checked_folder(folder: Path, key: str, hint: str = "") -> Path:
+    """The folder, if it holds a config.json; ConfigError with the nearest name, and with `hint`, otherwise."""
     if not (folder / "config.json").is_file():
         beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = did_you_mean(folder.name, [name for name in beside if name != folder.name])
-        raise ConfigError(f"{key}: no model at {folder}: it has no config.json.{near}")
+        raise ConfigError(f"{key}: no model at {folder}: it has no config.json.{near}{hint}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The registry: what exists, where its files are, and what it was made from. Safe from several processes at once.
+"""Registry store: registration, lookup, promotion and deletion of models and adapters. Safe for concurrent processes.
 
 Made for a hundred thousand adapters: what is asked for each request (`resolve`, `revision`) reads a row or two by key, and lists
 come in pages.

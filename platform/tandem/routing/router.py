@@ -1,7 +1,7 @@
 """Router: chooses the replica for a request. Pure: callers pass snapshots, their own requests and the random generator.
 
 A router belongs to one gateway and lives in its event loop. A decision looks at a bounded number of replicas, however many there
-are; bench/router_sim.py measures its cost.
+are; bench/routing/router_sim.py measures its cost.
 """
 
 from __future__ import annotations

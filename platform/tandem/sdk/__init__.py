@@ -1,1 +1,1 @@
-"""Python API: clients of a served app."""
+"""Python API of Tandem, which the commands use as well."""

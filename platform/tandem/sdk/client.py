@@ -1,4 +1,4 @@
-"""Text for many prompts at once, from a served model: the calling form of vLLM's and Nano-vLLM's `LLM`, over HTTP.
+"""Client for many prompts at once over HTTP, with the calling form of vLLM's `LLM`.
 
 `tandem.LLM` adds to `RemoteLLM` that it serves the model itself where nobody does.
 """

@@ -1,1 +1,1 @@
-"""Trains models: a mesh, a loop that knows only torch, and the Ray Train worker and driver around it."""
+"""Training: model, parallelism, loop, checkpointed runs, and the Ray Train worker and driver around them."""

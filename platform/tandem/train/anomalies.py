@@ -1,4 +1,4 @@
-"""What is done about numbers that went wrong: steps that are not finite, and a loss that jumps. Every rank decides alike."""
+"""Numerical anomalies in training: non-finite steps and loss spikes. Every rank detects the same ones."""
 
 from __future__ import annotations
 
@@ -12,65 +12,65 @@ from tandem.errors import JobError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOut:
-    """A step that was not taken."""
+class SkippedStep:
+    """A step that was not taken, because loss or gradients were not finite."""
 
     step: int
     first: int
-    """Its rows are those from here, in the order of the stream."""
+    """First row of the step, in the order of the stream."""
     rows: int
     suspects: tuple[int, ...]
-    """Of these, the ones that a rank saw whose own loss was not finite; none if only gradients were not."""
+    """Rows of the ranks whose own loss was not finite; empty if only gradients were not."""
     in_a_row: int
 
-    def told(self) -> str:
-        """In words."""
+    def describe(self) -> str:
+        """The step and its rows in words."""
         where = f"rows {self.first} to {self.first + self.rows - 1}"
         if self.suspects and len(self.suspects) < self.rows:
             where += f"; the loss went wrong among {_listed(self.suspects)}"
         return f"step {self.step} ({where})"
 
 
-class NonFinite:
-    """Counts steps that were left out, and ends the run after `limit` in a row."""
+class NonFiniteGuard:
+    """Counts skipped steps, and ends the run after `limit` in a row."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._found = limit, list[LeftOut]()
+        self._limit, self._skipped = limit, list[SkippedStep]()
 
-    def taken(self) -> None:
-        """A step was good."""
-        self._found.clear()
+    def record_taken(self) -> None:
+        """A step was taken: the count starts over."""
+        self._skipped.clear()
 
-    def left_out(self, step: int, first: int, rows: int, suspects: Sequence[int]) -> LeftOut:
-        """A step was not; returns what is to be told of it."""
-        found = LeftOut(
-            step=step, first=first, rows=rows, suspects=tuple(sorted(suspects)), in_a_row=len(self._found) + 1
+    def record_skipped(self, step: int, first: int, rows: int, suspects: Sequence[int]) -> SkippedStep:
+        """A step was skipped."""
+        found = SkippedStep(
+            step=step, first=first, rows=rows, suspects=tuple(sorted(suspects)), in_a_row=len(self._skipped) + 1
         )
-        self._found.append(found)
+        self._skipped.append(found)
         return found
 
     def check(self) -> None:
-        """JobError if there were too many."""
-        if len(self._found) < self._limit:
+        """Raise JobError if `limit` steps in a row were skipped."""
+        if len(self._skipped) < self._limit:
             return
-        told = [found.told() for found in self._found]
-        listed = "; ".join(told if len(told) <= 4 else [*told[:2], "...", *told[-1:]])
+        skipped = [step.describe() for step in self._skipped]
+        listed = "; ".join(skipped if len(skipped) <= 4 else [*skipped[:2], "...", *skipped[-1:]])
         raise JobError(
-            f"Loss or gradients were not finite in {len(told)} steps in a row, which were left out: {listed}. Lower "
+            f"Loss or gradients were not finite in {len(skipped)} steps in a row, which were skipped: {listed}. Lower "
             "optimizer.learning_rate, look at these rows with `tandem data inspect`, or raise faults.max_nonfinite "
             f"({self._limit}); then run the job again."
         )
 
 
-class Spikes:
-    """Finds losses that jump."""
+class SpikeDetector:
+    """Detects losses above `factor` times the median of the last `window` reports."""
 
     def __init__(self, config: SpikeConfig) -> None:
         self._config = config
         self._before: deque[float] = deque(maxlen=config.window)
 
-    def jumped(self, loss: float) -> float | None:
-        """The median that this loss is too far above; None if it is not, and then it is among those that the next is held to."""
+    def median_exceeded_by(self, loss: float) -> float | None:
+        """The median that `loss` exceeds by the factor; None if it does not, and then the loss enters the window."""
         if len(self._before) == self._config.window:
             middle = statistics.median(self._before)
             if loss > self._config.factor * middle:
@@ -79,11 +79,11 @@ class Spikes:
         return None
 
 
-class Spiked(Exception):
-    """The loss has jumped, and the run is to go back."""
+class LossSpike(Exception):
+    """The loss jumped, and the run goes back to its newest checkpoint."""
 
     def __init__(self, *, step: int, rows: int, loss: float, median: float) -> None:
-        """`rows`: of the stream, that were taken by then. `median`: of the losses before."""
+        """`rows`: rows of the stream consumed so far. `median`: of the losses before."""
         super().__init__(f"the loss of step {step} is {loss:.4g}, and was {median:.4g} before")
         self.step, self.rows, self.loss, self.median = step, rows, loss, median
 

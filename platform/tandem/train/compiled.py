@@ -1,7 +1,7 @@
-"""Decoder layers compiled by torch.compile: fewer, larger kernels for what is between the matrix products.
+"""Compilation of decoder layers by torch.compile: fewer, larger kernels between the matrix products.
 
-Layer by layer, because all layers are alike and so share one compilation, and because a layer is what FSDP2 shards: its hooks
-stay outside. Recomputation goes inside: the compiler then decides what to keep, and sees the second pass too.
+Layers are compiled one by one: equal layers share one compilation, and FSDP2 shards layers, so its hooks stay outside.
+Recomputation goes inside: the compiler then chooses the activations to keep, and compiles the second pass too.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import nn
 def compile_layers(layers: Iterable[nn.Module]) -> None:
     """Compile each layer's forward and backward, in place; parameters keep their names.
 
-    To be called after `recompute_activations` and after layers are cut, and before they are sharded. The first step of each
-    shape of batch takes longer: it compiles.
+    Call it after `recompute_activations` and after layers are split, and before they are sharded. The first step with each batch
+    shape takes longer: it compiles.
     """
     for layer in layers:
-        # Each shape is compiled for itself: training has one, and a kernel for any shape is slower.
+        # One kernel for each shape: training has one shape, and a kernel for any shape is slower.
         layer.forward = torch.compile(_recomputing(layer), dynamic=False)
 
 
 def _recomputing(layer: Any) -> Callable[..., Any]:
-    """A layer's forward, with the recomputation that transformers would have put around the whole layer."""
+    """The forward of a layer, with the activation checkpointing that transformers would put around the layer."""
     forward: Callable[..., Any] = layer.forward
     if not getattr(layer, "gradient_checkpointing", False):
         return forward

@@ -1,6 +1,6 @@
-"""An exponential moving average of the weights (Polyak and Juditsky 1992): what is evaluated and exported if it is on.
+"""Exponential moving average of the weights (Polyak and Juditsky 1992), used for evaluation and export.
 
-Each rank averages the shards it holds: nothing is gathered and nothing is sent.
+Each rank averages its own shards, without communication.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tandem.train.model import reshard, unwrapped
-from tandem.train.parallel.canonical import canonical, settle
+from tandem.train.parallel.canonical import canonical, sync_tied
 
 
 class Ema:
     """The average of a model's trained parameters, sharded as they are; takes as much memory as they do.
 
-    Over the first steps the decay is (1 + n) / (10 + n), if that is less: the random start is soon forgotten.
+    In update n the decay is at most (1 + n) / (10 + n), so that the random initial weights lose their influence early.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -31,7 +31,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after a step of the optimizer."""
+        """Update the average after an optimizer step."""
         self._updates += 1
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
         average, current = self._pairs(model)
@@ -40,7 +40,7 @@ class Ema:
 
     @contextlib.contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model has the average for weights; afterwards its own again, to the last bit."""
+        """Swap the average into the model for a `with` block; the weights are bit-identical afterwards."""
         self._swap(model)
         try:
             yield
@@ -53,18 +53,18 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same parameters, such as what was loaded into a `state_dict`."""
+        """Restore a state of the same parameters, such as a `state_dict` that was loaded into in place."""
         self._updates = int(state["updates"])
         for name, mine in canonical(self._model, self._average).items():
-            for at, held in mine.boxes.items():
-                loaded = state["average"][name].boxes[at]
+            for at, held in mine.chunks.items():
+                loaded = state["average"][name].chunks[at]
                 if loaded.data_ptr() != held.data_ptr():
                     held.copy_(loaded)
-        settle(self._model, self._average)
+        sync_tied(self._model, self._average)
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
-        # FSDP2 keeps some parameters gathered after a forward pass without a backward one: those would be the old weights.
+        # After a forward pass without a backward pass, FSDP2 keeps some parameters gathered: they would be stale.
         reshard(model)
         for average, current in zip(*self._pairs(model), strict=True):
             held = current.clone()

@@ -1,8 +1,8 @@
-"""Attention that skips what a token may not see: FlexAttention (Dong et al. 2024) with the documents of packed rows as blocks.
+"""FlexAttention (Dong et al. 2024) for packed rows: computes only the blocks within a document.
 
-sdpa has a fast kernel for causal attention, but none for one that also ends at a document's start: with a mask of its own it
-computes all of a row's T x T products. Here blocks of 128 x 128 that no query of theirs may look into are left out, without
-asking the device what is in the rows. Only compiled on a GPU is it fast; elsewhere it is as exact, and slow.
+sdpa has a fast kernel for causal attention, but computes all T x T products of a row under a document mask. FlexAttention skips
+the blocks of 128 x 128 that are fully masked, without a synchronization with the device. It is fast only when compiled for a GPU;
+elsewhere it is as exact, and slow.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tandem.train.stage import Share
+from tandem.train.stage import ShardSequence
 
 ATTENTION = "tandem_flex"
 """Name of the attention function in transformers' table."""
 
 
-def attend_in_blocks(model: Any) -> None:
-    """Make a transformers model attend by FlexAttention; its masks are then those of `document_blocks`."""
+def use_flex_attention(model: Any) -> None:
+    """Switch a transformers model to FlexAttention; its masks are then those of `document_block_mask`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = _attend
     model.config._attn_implementation = ATTENTION
 
 
-def document_blocks(positions_BT: Tensor, share: Share) -> Any:
-    """Who may look at whom, as `tandem.train.stage.document_mask` has it, in a BlockMask; sequences are whole."""
+def document_block_mask(positions_BT: Tensor, shard_sequence: ShardSequence) -> Any:
+    """The mask of `tandem.train.stage.document_mask` as a BlockMask; sequences are not sharded."""
     documents = (positions_BT == 0).cumsum(1)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def document_blocks(positions_BT: Tensor, share: Share) -> Any:
 
 @functools.cache
 def _compiled_maker() -> Callable[..., Any]:
-    # Not compiled it would make the whole T x T mask first.
+    # Without compilation it materializes the T x T mask first.
     return torch.compile(create_block_mask, dynamic=False)
 
 

@@ -1,9 +1,10 @@
-"""The training loop: torch only. Rows come in, reports and saves go out through callbacks; where it runs is not its business."""
+"""Training loop in plain torch: rows come in, reports and saves go out through callbacks. Knows neither Ray nor files."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,26 +14,26 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from tandem.config import TrainConfig
 from tandem.data.packing import RowSource
-from tandem.train.anomalies import LeftOut, NonFinite, Spiked, Spikes
+from tandem.train.anomalies import LossSpike, NonFiniteGuard, SkippedStep, SpikeDetector
 from tandem.train.ema import Ema
 from tandem.train.objectives.objective import NextToken, Objective, Sums, next_token, step_loss
 from tandem.train.optimizer import set_learning_rate
 from tandem.train.parallel.mesh import Degrees
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 from tandem.train.parallel.pipeline import Pipeline
-from tandem.train.precision import LossScaler, computing
+from tandem.train.precision import LossScaler, autocast_context
 from tandem.train.schedule import learning_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """What is known after an optimizer step; the same on every rank."""
+    """Report of an optimizer step; the same on every rank."""
 
     step: int
     loss: float
     """Mean over what the objective counts in the step: tokens with loss (in nats), or pairs."""
     grad_norm: float
-    """Before clipping; not finite in a float16 step that was left out."""
+    """Before clipping; not finite in a float16 step that was skipped."""
     learning_rate: float
     tokens: int
     """Tokens of all rows since training began (padding too), over all ranks."""
@@ -41,42 +42,42 @@ class StepReport:
     seconds: float
     """Since this process began to train."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What else the objective reports, as means over the step; with float16, the loss scale."""
+    """Other metrics of the objective, as means over the step; with float16, the loss scale."""
 
 
 @dataclass
 class LoopState:
-    """What goes on from step to step, beside model and optimizer; saved in every checkpoint."""
+    """Progress of a run, beside model and optimizer; saved in every checkpoint."""
 
     step: int = 0
     tokens: int = 0
     rows: int = 0
-    """Rows of the stream that are behind; what was left out counts too."""
+    """Rows of the stream that were consumed, skipped ones included."""
 
 
-GO_ON, SAVE, LEAVE = 0, 1, 2
-"""What may be wanted of a run after a step."""
+CONTINUE, SAVE, STOP = 0, 1, 2
+"""Requests to the loop after a step."""
 
 
-class Unwatched:
-    """What the loop tells whoever looks after it, and asks; nobody does here."""
+class LoopHooks:
+    """Callbacks of the loop into its supervision; these do nothing."""
 
-    def wish(self) -> int:
-        """What is wanted after this step: GO_ON, SAVE or LEAVE; asked on every rank, the first one's answer counts."""
-        return GO_ON
+    def poll_request(self) -> int:
+        """CONTINUE, SAVE or STOP after this step. Called on every rank; the answer of rank 0 counts."""
+        return CONTINUE
 
-    def at(self, phase: str, step: int) -> None:
-        """The rank begins something: step, evaluate or save."""
+    def on_phase(self, phase: str, step: int) -> None:
+        """The rank begins a phase: step, evaluate or save."""
 
-    def waited(self, seconds: float) -> None:
-        """It has its rows of a step, after so long."""
+    def on_data_wait(self, seconds: float) -> None:
+        """The rank has waited `seconds` for the rows of a step."""
 
-    def left_out(self, found: LeftOut) -> None:
+    def on_skipped_step(self, skipped: SkippedStep) -> None:
         """A step was not taken."""
 
 
 def train(
-    model: Trained,
+    model: ParallelModel,
     optimizer: torch.optim.Optimizer,
     rows: RowSource,
     config: TrainConfig,
@@ -89,7 +90,7 @@ def train(
     ema: Ema | None = None,
     scaler: LossScaler | None = None,
     evaluate: Callable[[int], None] | None = None,
-    watch: Unwatched | None = None,
+    hooks: LoopHooks | None = None,
 ) -> bool:
     """Train from `state` to `config.steps`.
 
@@ -97,94 +98,175 @@ def train(
     `save` every `checkpoint.every_steps` and at the last, on every rank at the same step; so is `evaluate`, if it is given,
     every `evaluation.every_steps` and at the last. `objective`: None is the next token.
 
-    Returns whether it came to the end; it does not if `watch` wants it to leave, and then it has saved. Raises JobError after too
-    many steps that were not finite, Spiked for a loss that jumped if the config says so.
+    Returns False if `hooks` requested a stop before the last step; it has saved then. Raises JobError after too many steps in a
+    row that were not finite, and LossSpike if the loss jumped and `config.faults.spike` is set.
     """
-    watch = watch or Unwatched()
-    nonfinite = NonFinite(config.faults.max_nonfinite)
-    spikes = Spikes(config.faults.spike) if config.faults.spike else None
-    objective = objective or NextToken(model.share)
+    hooks = hooks or LoopHooks()
+    spikes = SpikeDetector(config.faults.spike) if config.faults.spike else None
+    stepper = _Stepper(
+        model, optimizer, config, state, objective or NextToken(model.shard_sequence), ema, scaler, hooks
+    )
+    meter = _Throughput()
     model.train()
-    degrees = model.mesh.degrees
-    data_ranks, ranks, spread = degrees.data_parallel, degrees.token_parallel, dist.is_initialized()
-    share = config.batch_size // data_ranks
-    began = marked = time.perf_counter()
-    since = 0
     while state.step < config.steps:
+        result = stepper.step(rows, device)
+        meter.add(result.tokens)
+        last = state.step == config.steps
+        if state.step % config.log_every == 0 or last:
+            reported = stepper.report(result, meter)
+            report(reported)
+            if spikes is not None and (median := spikes.median_exceeded_by(reported.loss)) is not None:
+                raise LossSpike(step=state.step, rows=state.rows, loss=reported.loss, median=median)
+        with meter.paused():
+            if evaluate and config.evaluation and (last or _due(state.step, config.evaluation.every_steps)):
+                hooks.on_phase("evaluate", state.step)
+                evaluate(state.step)
+            # Read here: a GPU has computed it long ago, and nothing waits for the device.
+            request = int(result.request)
+            if last or request or _due(state.step, config.checkpoint.every_steps):
+                hooks.on_phase("save", state.step)
+                save(state)
+            if request == STOP and not last:
+                return False
+    return True
+
+
+class _Throughput:
+    """Tokens per second of training since the last report, without evaluations and saves."""
+
+    def __init__(self) -> None:
+        self._began = self._marked = time.perf_counter()
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        pausing = time.perf_counter()
+        yield
+        self._marked += time.perf_counter() - pausing
+
+    def read(self) -> tuple[float, float]:
+        """Tokens per second since the last call, and seconds since the start."""
+        now = time.perf_counter()
+        rate = self._tokens / max(1e-9, now - self._marked)
+        self._marked, self._tokens = now, 0
+        return rate, now - self._began
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepResult:
+    """An optimizer step on this rank; tensors stay on the device until a report reads them."""
+
+    total: Tensor
+    """Summed loss of this rank."""
+    sums: Sums
+    targets: Tensor
+    """Counted targets over all ranks."""
+    request: Tensor
+    """Request of rank 0."""
+    grad_norm: float
+    learning_rate: float
+    scale: float
+    tokens: int
+    """Tokens of all ranks, padding too."""
+
+
+@dataclass
+class _Stepper:
+    """Takes optimizer steps, and reports them."""
+
+    model: ParallelModel
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    state: LoopState
+    objective: Objective
+    ema: Ema | None
+    scaler: LossScaler | None
+    hooks: LoopHooks
+
+    def __post_init__(self) -> None:
+        self._nonfinite = NonFiniteGuard(self.config.faults.max_nonfinite)
+        self._degrees = self.model.mesh.degrees
+        self._rows_per_rank = self.config.batch_size // self._degrees.data_parallel
+
+    def step(self, rows: RowSource, device: torch.device) -> _StepResult:
+        """Take the next step over this rank's share of the batch."""
+        config, state, scaler = self.config, self.state, self.scaler
         state.step += 1
         rate = learning_rate(config.optimizer, state.step, config.steps)
-        set_learning_rate(optimizer, rate)
-        watch.at("step", state.step)
-        pausing = time.perf_counter()
-        taken_rows = rows.take(share)
-        watch.waited(time.perf_counter() - pausing)
+        set_learning_rate(self.optimizer, rate)
+        self.hooks.on_phase("step", state.step)
+        began = time.perf_counter()
+        taken_rows = rows.take(self._rows_per_rank)
+        self.hooks.on_data_wait(time.perf_counter() - began)
         batch = torch.from_numpy(taken_rows).to(device=device, dtype=torch.long)
-        targets, wish = objective.count(batch), watch.wish()
-        if spread:
-            # One exchange for both: the first rank says what is wanted.
-            told = torch.stack([targets, torch.full_like(targets, wish if dist.get_rank() == 0 else 0)])
-            dist.all_reduce(told)
-            # Pipeline, context and tensor peers have counted the same rows.
-            targets, wished = told[0] // (dist.get_world_size() // data_ranks), told[1]
-        else:
-            wished = torch.full_like(targets, wish)
+        targets, request = self._agree(self.objective.count(batch), self.hooks.poll_request())
         scale = scaler.scale if scaler else 1.0
-        total, sums = backward(model, batch, targets, config, ranks, objective, scale)
-        norm, taken = model.step(optimizer, config.optimizer.clip_norm, scaler, total)
-        if taken and ema:
-            ema.update(model)
-        if taken:
-            nonfinite.taken()
-        elif scaler is None or scaler.scale <= 1.0:
-            # A float16 step that overflows is nothing to be told of, as long as the scale can be lowered.
-            suspects = _suspects(total, state.rows, share, degrees)
-            watch.left_out(nonfinite.left_out(state.step, state.rows, config.batch_size, suspects))
-            nonfinite.check()
+        total, sums = backward(self.model, batch, targets, config, self._degrees.token_parallel, self.objective, scale)
+        norm, taken = self.model.step(self.optimizer, config.optimizer.clip_norm, scaler, total)
+        self._after(total, taken=taken)
         state.rows += config.batch_size
         # A row of preferences is two rows of tokens.
         tokens = config.batch_size * batch.shape[1] // 3 * batch.shape[2]
         state.tokens += tokens
-        since += tokens
-        last = state.step == config.steps
-        if state.step % config.log_every == 0 or last:
-            sums = {"loss": total, **sums}
-            values = torch.stack([value.float() for value in sums.values()]) / targets.clamp(min=1)
-            if spread:
-                dist.all_reduce(values)
-                # Tensor peers have the same loss.
-                values /= model.mesh.degrees.tp
-            means = dict(zip(sums, values.tolist(), strict=True))
-            now = time.perf_counter()
-            loss = means.pop("loss")
-            report(
-                StepReport(
-                    step=state.step,
-                    loss=loss,
-                    grad_norm=norm,
-                    learning_rate=rate,
-                    tokens=state.tokens,
-                    tokens_per_s=since / max(1e-9, now - marked),
-                    seconds=now - began,
-                    metrics=means | ({"loss_scale": scale} if scaler else {}),
-                )
-            )
-            marked, since = now, 0
-            if spikes is not None and (median := spikes.jumped(loss)) is not None:
-                raise Spiked(step=state.step, rows=state.rows, loss=loss, median=median)
-        pausing = time.perf_counter()
-        if evaluate and config.evaluation and (last or _due(state.step, config.evaluation.every_steps)):
-            watch.at("evaluate", state.step)
-            evaluate(state.step)
-        # Read here: by now a GPU has long known it.
-        order = int(wished)
-        if last or order or _due(state.step, config.checkpoint.every_steps):
-            watch.at("save", state.step)
-            save(state)
-        if order == LEAVE and not last:
-            return False
-        # The next report's speed is that of training, not of the disk.
-        marked += time.perf_counter() - pausing
-    return True
+        return _StepResult(
+            total=total,
+            sums=sums,
+            targets=targets,
+            request=request,
+            grad_norm=norm,
+            learning_rate=rate,
+            scale=scale,
+            tokens=tokens,
+        )
+
+    def _agree(self, targets: Tensor, request: int) -> tuple[Tensor, Tensor]:
+        """Targets of all ranks, and the request of rank 0, in one collective."""
+        if not dist.is_initialized():
+            return targets, torch.full_like(targets, request)
+        both = torch.stack([targets, torch.full_like(targets, request if dist.get_rank() == 0 else 0)])
+        dist.all_reduce(both)
+        # Pipeline, context and tensor peers have counted the same rows.
+        return both[0] // (dist.get_world_size() // self._degrees.data_parallel), both[1]
+
+    def _after(self, total: Tensor, *, taken: bool) -> None:
+        """Update the average after a step; record a step that was skipped, and raise JobError after too many."""
+        if taken:
+            if self.ema:
+                self.ema.update(self.model)
+            self._nonfinite.record_taken()
+        elif self.scaler is None or self.scaler.scale <= 1.0:
+            # A float16 overflow is normal as long as the loss scale can be lowered.
+            state = self.state
+            suspects = _suspects(total, state.rows, self._rows_per_rank, self._degrees)
+            skipped = self._nonfinite.record_skipped(state.step, state.rows, self.config.batch_size, suspects)
+            self.hooks.on_skipped_step(skipped)
+            self._nonfinite.check()
+
+    def report(self, result: _StepResult, throughput: _Throughput) -> StepReport:
+        """Means over the step on all ranks; the same report on every rank."""
+        sums = {"loss": result.total, **result.sums}
+        values = torch.stack([value.float() for value in sums.values()]) / result.targets.clamp(min=1)
+        if dist.is_initialized():
+            dist.all_reduce(values)
+            # Tensor peers have the same loss.
+            values /= self._degrees.tp
+        means = dict(zip(sums, values.tolist(), strict=True))
+        loss = means.pop("loss")
+        # After `tolist`, which waits for the device.
+        tokens_per_s, seconds = throughput.read()
+        return StepReport(
+            step=self.state.step,
+            loss=loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            tokens=self.state.tokens,
+            tokens_per_s=tokens_per_s,
+            seconds=seconds,
+            metrics=means | ({"loss_scale": result.scale} if self.scaler else {}),
+        )
 
 
 def _suspects(total: Tensor, first: int, share: int, degrees: Degrees) -> list[int]:
@@ -203,7 +285,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def backward(
-    model: Trained,
+    model: ParallelModel,
     batch: Tensor,
     targets: Tensor,
     config: TrainConfig,
@@ -213,7 +295,7 @@ def backward(
 ) -> tuple[Tensor, Sums]:
     """Gradients (times `scale`) of one step over this rank's rows, in `config.accumulate` micro-batches.
 
-    Returns the summed loss (a scalar), and the sums of what else the objective reports; of a pipeline, on its last stage.
+    Returns the summed loss (a scalar) and the sums of the objective's other metrics; of a pipeline, on its last stage.
     """
     total = torch.zeros((), dtype=torch.float32, device=batch.device)
     sums: Sums = {}
@@ -222,11 +304,11 @@ def backward(
             _through_pipeline(model.pipeline, batch, targets, ranks, next_token(objective), scale, total)
             model.finish_gradients()
             return total, sums
-        pieces = batch.chunk(config.accumulate)
-        for number, piece in enumerate(pieces, 1):
-            with model.gradients_synced(number == len(pieces)):
-                with computing(model, config.precision, batch.device):
-                    summed, others = objective.loss(model, piece)
+        micro_batches = batch.chunk(config.accumulate)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            with model.gradients_synced(number == len(micro_batches)):
+                with autocast_context(model, config.precision, batch.device):
+                    summed, others = objective.loss(model, micro_batch)
                 model.backward(step_loss(summed, targets, ranks) * scale)
             total += summed.detach()
             for name, value in others.items():

@@ -1,4 +1,4 @@
-"""The model to train: built by its shape or loaded from its base."""
+"""Construction of the model to train: a new one of the configured shape, or a base that is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.adapters.quantize import weights_in
+from tandem.train.adapters.quantize import count_weights
 
 
 def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, seed: int) -> nn.Module:
@@ -21,7 +21,7 @@ def build_model(config: ModelConfig, base: Path | None, encoder: TextEncoder, se
 
     Raises ConfigError if `base` cannot be loaded.
     """
-    # Imported here: what only plans or reads configs need not wait for it.
+    # Imported here: programs that only read configs start without it.
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -59,8 +59,8 @@ def new_model(config: ModelConfig, encoder: TextEncoder) -> nn.Module:
         "bos_token_id": encoder.token_id("bos_token"),
         "eos_token_id": encoder.token_id("eos_token"),
         "pad_token_id": encoder.token_id("pad_token"),
-        # Rows of a tied embedding are then about 1 long: at the usual 0.02 a narrow model's logits are bounded near 4,
-        # and it learned half as fast (a loss of 4.3 instead of 5.9 after 300 steps).
+        # Rows of a tied embedding then have a norm of about 1. At the usual 0.02, logits of a narrow model are bounded near 4,
+        # and it learned half as fast (a loss of 5.9 instead of 4.3 after 300 steps).
         "initializer_range": config.hidden_size**-0.5,
         "use_cache": True,
     }
@@ -88,15 +88,15 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers or peft model inside one that is laid over a mesh."""
+    """The transformers or peft model inside a `ParallelModel`."""
     whole: nn.Module = getattr(model, "whole", model)
     return whole
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of parameters that FSDP2 has gathered; without effect on any other model.
+    """Free the parameters that FSDP2 has gathered; no effect on other models.
 
-    After a forward pass that no backward pass follows, some stay gathered: a later change of the shards would not reach them.
+    After a forward pass without a backward pass, some stay gathered: a later change of the shards would not reach them.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -104,6 +104,6 @@ def reshard(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and those of them that are trained."""
+    """Number of parameters, and of trained parameters."""
     parameters = list(model.parameters())
-    return sum(map(weights_in, parameters)), sum(weights_in(p) for p in parameters if p.requires_grad)
+    return sum(map(count_weights, parameters)), sum(count_weights(p) for p in parameters if p.requires_grad)

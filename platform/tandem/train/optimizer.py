@@ -1,4 +1,4 @@
-"""The optimizer of a model: AdamW over its trained parameters, in groups that decay and groups that do not."""
+"""Optimizer construction: AdamW over the trained parameters, in groups with and without weight decay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     common: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas}
     if config.name == "adamw_8bit":
         return _adamw_8bit(groups, common, device)
-    # Not fused is torch's own choice: `fused=False` would forbid its foreach kernels too.
+    # None leaves the choice to torch: `fused=False` would also disable its foreach kernels.
     return torch.optim.AdamW(groups, **common, fused=config.fused or None)
 
 
@@ -32,7 +32,7 @@ def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     embeddings = set() if config.decay_embeddings else {id(p) for p in _embeddings(model)}
     decaying: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    # A tied parameter has several names; parameters() gives it once.
+    # `parameters()` yields a tied parameter once.
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and id(parameter) not in embeddings
@@ -42,14 +42,14 @@ def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
 
 @torch.no_grad()
 def start_state(optimizer: Optimizer) -> None:
-    """Make what AdamW keeps of each parameter, as its first step would, where no step was taken yet."""
+    """Create AdamW's state of each parameter as its first step would, unless there is one."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             if not state:
                 on_device = group.get("fused") or group.get("capturable")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-                # Those of torchao are held in 8 bits.
+                # torchao creates 8-bit state.
                 empty: Any = getattr(
                     optimizer, "_new_buffer", lambda p, signed: torch.zeros_like(p, requires_grad=False)
                 )
@@ -57,7 +57,7 @@ def start_state(optimizer: Optimizer) -> None:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group the rate; in place where an optimizer keeps it as a tensor, as torchao's do."""
+    """Set the learning rate of every group; in place if the optimizer keeps it as a tensor, as torchao's do."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -70,7 +70,7 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(module, nn.Embedding):
             yield from module.parameters(recurse=False)
         elif isinstance(module, Stage) and module.tied and module.lm_head is not None:
-            # Of a pipeline, the last stage's copy.
+            # The copy of a tied embedding in the last pipeline stage.
             yield from module.lm_head.parameters(recurse=False)
 
 

@@ -1,4 +1,4 @@
-"""What a model computes in. Weights, gradients and optimizer state are float32 whatever is chosen here."""
+"""Mixed precision: compute types, float8 layers and loss scaling. Weights, gradients and optimizer state stay float32."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tandem.errors import ConfigError, EnvironmentProblem
 
-COMPUTED_IN = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
-"""What is not float32; float8 is for matrix products only, the rest of such a model is bfloat16."""
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
+"""Compute type by precision; with float8, operations other than matrix products compute in bfloat16."""
 
 
-def sharding_policy(precision: str) -> MixedPrecisionPolicy:
-    """What `fully_shard` gathers parameters as; gradients are summed in float32."""
-    return MixedPrecisionPolicy(param_dtype=COMPUTED_IN.get(precision), reduce_dtype=torch.float32)
+def mixed_precision_policy(precision: str) -> MixedPrecisionPolicy:
+    """FSDP2's policy: parameters are gathered in the compute type, gradients are reduced in float32."""
+    return MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES.get(precision), reduce_dtype=torch.float32)
 
 
-def computing(model: nn.Module, precision: str, device: torch.device) -> AbstractContextManager[Any]:
+def autocast_context(model: nn.Module, precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The context for a forward pass of `model`: autocast, unless FSDP2 casts the parameters already."""
-    if precision not in COMPUTED_IN or getattr(model, "sharded", False):
+    if precision not in COMPUTE_DTYPES or getattr(model, "sharded", False):
         return contextlib.nullcontext()
-    return torch.autocast(device.type, COMPUTED_IN[precision])
+    return torch.autocast(device.type, COMPUTE_DTYPES[precision])
 
 
 def use_float8(model: nn.Module) -> nn.Module:
     """`model` with its linear layers multiplying in float8, each tensor scaled by its largest value (by torchao).
 
-    The output layer stays as it is. To be called before the model is sharded. Raises EnvironmentProblem if torchao is not
+    The output layer is not converted. Call it before the model is sharded. Raises EnvironmentProblem if torchao is not
     installed, ConfigError if no layer has dimensions that are multiples of 16, which float8 kernels need.
     """
     try:
@@ -57,10 +57,10 @@ def use_float8(model: nn.Module) -> nn.Module:
 
 
 class LossScaler:
-    """Keeps float16 gradients from vanishing: the loss is multiplied, gradients are divided by the same number again.
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018): scales the loss up, and gradients down again.
 
-    A step whose gradients are not finite is left out and halves the scale; 2,000 good ones in a row double it. Every rank
-    decides alike, since it decides by the norm over the whole mesh.
+    A step with non-finite gradients is skipped and halves the scale; 2,000 taken steps in a row double it. Every rank has the
+    same scale, because it depends on the gradient norm over the whole mesh.
     """
 
     GROWTH_STEPS = 2000
@@ -89,9 +89,9 @@ class LossScaler:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"scale": self.scale, "good": self._good}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state of a checkpoint."""
         self.scale, self._good = float(state["scale"]), int(state["good"])

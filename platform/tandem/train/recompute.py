@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass instead of being kept: slower, and far less memory."""
+"""Activation checkpointing: activations are recomputed in the backward pass, which trades time for memory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
 }
-"""What `selective` keeps: the products that take nearly all of a layer's time."""
+"""Operations whose results `selective` keeps: matrix products and attention, which take nearly all of a layer's time."""
 
 
 def recompute_activations(model: nn.Module, mode: str) -> nn.Module:
-    """Let the decoder layers of `model` forget activations: none (keep all), selective (keep products), or full.
+    """Enable activation checkpointing of the decoder layers: none (keep all), selective (keep products), or full.
 
-    Gradients stay what they are. To be called before the model is cut or sharded; returns `model`, changed.
+    Gradients are unchanged. Call it before the model is split or sharded; returns `model`, changed in place.
     Raises ConfigError if the model's class cannot do it.
     """
     if mode == "none":

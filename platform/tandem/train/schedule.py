@@ -1,4 +1,4 @@
-"""The learning rate of each step. Pure."""
+"""Learning-rate schedules: warm-up, then cosine, linear, warmup-stable-decay or constant. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of step `step` (from 1) of `steps`: a linear warm-up, then the schedule down to `final_fraction`."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    # Of wsd, what comes before the decay does not depend on `steps`: a longer run can start from any of it.
+    # With wsd, the rate before the decay does not depend on `steps`: a longer run can resume from any step before it.
     began = config.warmup_steps if config.decay_steps is None else steps - config.decay_steps
     done = min(1.0, max(0.0, (step - began) / max(1, steps - began)))
     match config.schedule:

@@ -1,7 +1,7 @@
-"""A causal LM, or a run of its layers, as one module that training calls.
+"""Pipeline stage: a causal LM, or a range of its layers, with the forward pass that training calls.
 
-One forward for every layout. It goes through a transformers model's own embedding, layers, norm and head, but prepares
-positions and masks itself, since a rank may hold a part of the layers, of each sequence, or of both.
+The same forward serves every layout. It calls the embedding, layers, norm and head of a transformers model, and prepares
+positions and masks itself, because a rank may hold a part of the layers, of each sequence, or of both.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from tandem.errors import LayoutError
 
-Share = Callable[[Tensor], Tensor]
-"""Cuts a rank's part out of a tensor, along its last axis, the sequence."""
-Mask = Callable[[Tensor, Share], Any]
-"""From the positions of whole sequences (B, T) to what a model's attention takes as its mask."""
+ShardSequence = Callable[[Tensor], Tensor]
+"""Selects this rank's part of a tensor along its last axis, the sequence."""
+Mask = Callable[[Tensor, ShardSequence], Any]
+"""From positions of whole sequences (B, T) to the mask that the model's attention takes."""
 
 
 def whole_sequence(tensor: Tensor) -> Tensor:
-    """A rank's part where sequences are not shared."""
+    """The identity: this rank's part without context parallelism."""
     return tensor
 
 
@@ -36,7 +36,7 @@ class Stage(nn.Module):
         *,
         first: bool,
         last: bool,
-        share: Share = whole_sequence,
+        shard_sequence: ShardSequence = whole_sequence,
         mask: Mask | None = None,
     ) -> None:
         super().__init__()
@@ -47,22 +47,22 @@ class Stage(nn.Module):
         self.norm = lm.model.norm if last else None
         self.lm_head = lm.lm_head if last else None
         self.tied = bool(lm.config.tie_word_embeddings)
-        """Whether the head's weight is the embedding's, here or in another stage."""
-        self._share = share
+        """Whether the head's weight is tied to the embedding's, in this stage or another."""
+        self._shard_sequence = shard_sequence
         self._mask = mask or document_mask
 
     def forward(self, x: Tensor, positions_BT: Tensor) -> Tensor:
         """`x`: token ids (B, T) for the first stage, else hidden states; positions are those of whole sequences.
 
-        Returns hidden states, or after the last layer logits, of this rank's part of the sequences.
+        Returns hidden states, or logits after the last layer, of this rank's part of the sequences.
         """
-        here = self._share(positions_BT)
-        hidden = self.embed_tokens(self._share(x)) if self.embed_tokens is not None else x
+        here = self._shard_sequence(positions_BT)
+        hidden = self.embed_tokens(self._shard_sequence(x)) if self.embed_tokens is not None else x
         if isinstance(hidden, AsyncCollectiveTensor):
-            # Still on its way from other ranks: a compiled layer would lose the embedding's gradient (torch 2.13).
+            # Not yet received from other ranks: a compiled layer would lose the embedding's gradient (torch 2.13).
             hidden = hidden.clone()
         rotary = self.rotary_emb(hidden, position_ids=here)
-        mask = self._mask(positions_BT, self._share)
+        mask = self._mask(positions_BT, self._shard_sequence)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_ids=here, position_embeddings=rotary, use_cache=False)
         if self.norm is None or self.lm_head is None:
@@ -71,23 +71,23 @@ class Stage(nn.Module):
         return logits
 
 
-class OwnForward(nn.Module):
-    """A whole causal LM, called by transformers' own forward pass: for models whose layers are not known here."""
+class TransformersForward(nn.Module):
+    """A whole causal LM with transformers' own forward pass, for model families without a `Stage`."""
 
     def __init__(self, lm: Any, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.lm = lm
-        # A plain list: they are the model's already.
+        # A plain list: the modules are registered in the model already.
         self.layers = list(layers)
 
     def forward(self, input_ids: Tensor, positions_BT: Tensor) -> Tensor:
-        """Token ids (B, T) to logits (B, T, V); transformers keeps documents apart by their positions."""
+        """Token ids (B, T) to logits (B, T, V); transformers separates documents by their positions."""
         logits: Tensor = self.lm(input_ids=input_ids, position_ids=positions_BT, use_cache=False).logits
         return logits
 
     @torch.no_grad()
     def check_documents(self, device: torch.device) -> None:
-        """Raise LayoutError unless a document's logits are the same behind another one in a row as alone."""
+        """Raise LayoutError unless a document has the same logits after another document in a row as alone."""
         ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=device)
         positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
         training = self.training
@@ -95,7 +95,7 @@ class OwnForward(nn.Module):
         packed, alone = self(ids, positions)[:, 3:], self(ids[:, 3:], positions[:, 3:])
         self.train(training)
         off = float((packed - alone).abs().max() / alone.abs().max())
-        # Numbers of 16 bits differ by that much in another order of sums.
+        # Rounding of 16-bit sums in another order.
         if not off < (1e-2 if alone.dtype == torch.float32 else 0.1):
             raise LayoutError(
                 f"{type(self.lm).__name__} does not keep the documents of a packed row apart: the logits of one change by "
@@ -103,12 +103,12 @@ class OwnForward(nn.Module):
             )
 
 
-def document_mask(positions_BT: Tensor, share: Share) -> Tensor:
-    """Who may look at whom: earlier tokens of the same document. Bool (B, 1, this rank's queries, all keys).
+def document_mask(positions_BT: Tensor, shard_sequence: ShardSequence) -> Tensor:
+    """Causal mask within documents: bool (B, 1, this rank's queries, all keys).
 
-    Documents are told apart by their positions, which start again from 0.
+    A document begins where positions start again from 0.
     """
     documents = (positions_BT == 0).cumsum(1)
-    same = share(documents)[:, :, None] == documents[:, None, :]
-    earlier = share(positions_BT)[:, :, None] >= positions_BT[:, None, :]
+    same = shard_sequence(documents)[:, :, None] == documents[:, None, :]
+    earlier = shard_sequence(positions_BT)[:, :, None] >= positions_BT[:, None, :]
     return (same & earlier)[:, None]

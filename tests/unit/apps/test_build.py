@@ -154,3 +154,23 @@ def test_a_name_that_is_neither_folder_nor_hub_model_is_refused_with_both_facts(
     with pytest.raises(ConfigError, match=r"models: no model at .*/a/b/c: it has no config\.json"):
         resolve_models(config(ServedModelConfig(model="a/b/c")), registry)
     assert not hub.requests
+
+
+def test_each_model_is_resolved_once_per_deploy(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register_model("one", model(tmp_path / "one"))
+    asked: list[str] = []
+    find = resolve_module.find_model
+    monkeypatch.setattr(resolve_module, "find_model", lambda word, *more: asked.append(word) or find(word, *more))
+    prepare(config(ServedModelConfig(model="one")), check=False)
+    assert asked == ["one"]
+
+
+def test_a_served_folder_has_the_models_length_or_that_of_its_engine(registry: Registry, tmp_path: Path) -> None:
+    folder = model(tmp_path / "plain")
+    plain = ServedModelConfig(model=str(folder))
+    short = ServedModelConfig(model=str(folder), engine_args={"max_model_len": 32})
+    assert [resolve_models(config(each), registry)[0].max_length for each in (plain, short)] == [64, 32]
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert resolve_models(config(plain), registry)[0].max_length is None

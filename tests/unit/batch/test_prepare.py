@@ -54,7 +54,7 @@ ROWS: list[Any] = [
 def test_rows_are_divided_among_the_bases_of_the_models_they_name(registry: Registry, tmp_path: Path) -> None:
     run = prepare(config(tmp_path, ROWS, rows_per_piece=4))
     assert run.survey.bases == ("tiny@1", "other@1")
-    assert [dict(piece.counts) for piece in run.survey.pieces] == [{"tiny@1": 2, "other@1": 1}, {"tiny@1": 2}]
+    assert [dict(chunk.counts) for chunk in run.survey.chunks] == [{"tiny@1": 2, "other@1": 1}, {"tiny@1": 2}]
     assert [unit.name for unit in run.units] == ["00000000-0.jsonl", "00000001-0.jsonl", "00000000-1.jsonl"]
     refused = [json.loads(line) for line in run.survey.refused]
     assert [(line["row"], line["where"].rpartition("/")[2]) for line in refused] == [
@@ -215,15 +215,15 @@ def test_the_same_settings_go_on_whatever_json_makes_of_them(registry: Registry,
 def test_a_run_that_was_begun_goes_on_with_its_pieces(registry: Registry, tmp_path: Path) -> None:
     long = {"prompt": "word " * 200_000}
     wanted = config(tmp_path, [long] * 9)
-    assert [piece.rows for piece in prepare(wanted).survey.pieces] == [5, 4]
-    assert [piece.rows for piece in prepare(replace(wanted, rows_per_piece=7)).survey.pieces] == [7, 2]
+    assert [chunk.rows for chunk in prepare(wanted).survey.chunks] == [5, 4]
+    assert [chunk.rows for chunk in prepare(replace(wanted, rows_per_piece=7)).survey.chunks] == [7, 2]
     # One that divided by rows only, as the first format did.
     first = prepare(wanted)
     plain = {**first.manifest.plain(), "format": 1}
     del plain["bytes_per_piece"]
     first.output.begin(plain)
     again = prepare(wanted)
-    assert [piece.rows for piece in again.survey.pieces] == [9]
+    assert [chunk.rows for chunk in again.survey.chunks] == [9]
     again.output.begin({**again.manifest.plain(), "format": 9})
     with pytest.raises(ConfigError, match=r"another version of Tandem \(format 9, not 2\)"):
         prepare(wanted)
@@ -236,9 +236,9 @@ def test_a_name_means_what_it_meant_when_the_run_began(registry: Registry, tmp_p
     registry.promote("red@2")
     registry.register_adapter("rde", small_adapter(tmp_path / "rde", "4", rank=8), base="tiny")
     again = prepare(wanted)
-    assert again.survey.pieces == first.survey.pieces
+    assert again.survey.chunks == first.survey.chunks
     assert again.names.find("red").engine_name == "red@1"
-    # Somebody who had no name then is refused still: the row may be in a piece that is published.
+    # Somebody who had no name then is refused still: the row may be in a chunk that is published.
     assert len(again.survey.refused) == 2 and "when the run began" in list(again.survey.refused)[1].decode()
     assert prepare(replace(wanted, output=str(tmp_path / "new"))).names.find("red").engine_name == "red@2"
 
@@ -247,7 +247,7 @@ def test_a_pattern_of_files_is_one_input_in_the_order_of_names(registry: Registr
     for name, count in (("b", 3), ("a", 2)):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name}{i}"}}\n' for i in range(count)))
     run = prepare(config(tmp_path, [], input=str(tmp_path / "[ab].jsonl"), rows_per_piece=2))
-    assert [(piece.source, piece.first, piece.rows) for piece in run.survey.pieces] == [(0, 0, 2), (1, 2, 2), (1, 4, 1)]
+    assert [(chunk.source, chunk.first, chunk.rows) for chunk in run.survey.chunks] == [(0, 0, 2), (1, 2, 2), (1, 4, 1)]
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
@@ -298,3 +298,37 @@ def test_columns_of_a_table_that_are_no_fields_are_not_sent(registry: Registry, 
     run = prepare(config(tmp_path, [{"prompt": "a", "reference_answer": "b", "max_tokens": 2}]))
     assert run.survey.rows == 1 and not list(run.survey.refused)
     assert read_row({"prompt": "a", "reference_answer": "b"}, {}).body == {"prompt": "a"}
+
+
+def test_rows_with_wrong_values_are_refused_before_anything_is_started(registry: Registry, tmp_path: Path) -> None:
+    run = prepare(config(tmp_path, [{"prompt": "a"}, {"prompt": "b", "temperature": "hot"}]))
+    (refused,) = (json.loads(line) for line in run.survey.refused)
+    assert refused["error"]["message"] == "`temperature` is 'hot'; it must be a number from 0 to 2."
+    assert not prepare(config(tmp_path, [{"prompt": "b", "n": 0}], output=str(tmp_path / "other"))).units
+
+
+def test_a_wrong_value_for_all_rows_is_refused(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^request\.temperature is 'hot'; it must be a number from 0 to 2\.$"):
+        prepare(config(tmp_path, ROWS, request={"temperature": "hot"}))
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl/below", "a-file/below", "a-file"])
+def test_an_output_that_cannot_be_made_is_told_with_its_path(registry: Registry, tmp_path: Path, output: str) -> None:
+    (tmp_path / "a-file").touch()
+    with pytest.raises(StorageError, match=r"cannot be made.*(Not a directory|File exists)\. Choose another path"):
+        prepare(config(tmp_path, ROWS, output=str(tmp_path / output)))
+    with pytest.raises(StorageError, match=r"cannot be made.*No such file or directory\. Choose another path"):
+        prepare(config(tmp_path, ROWS, output="/proc/nowhere/out"))
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_a_store_without_credentials_is_told_with_their_names(
+    registry: Registry, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=r"cannot be read: NoCredentialsError.*AWS_ACCESS_KEY_ID") as refused:
+        prepare(config(tmp_path, ROWS, **{where: "s3://tandem-nobody/x.jsonl"}))
+    assert "\n" not in str(refused.value)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tandem.batch.run import Progress
-from tandem.cli import batch
+from tandem.sdk import batch
 
 
 def test_speed_and_time_left_are_those_of_the_engines_once_they_are_up(monkeypatch: pytest.MonkeyPatch) -> None:

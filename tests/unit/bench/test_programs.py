@@ -1,28 +1,41 @@
-"""Each benchmark explains its options, and runs. Programs without options, which other benchmarks start, have no help."""
+"""Each benchmark explains its options and runs with --smoke."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[3] / "bench"
-WITH_OPTIONS = sorted(path for path in BENCH.glob("*.py") if "argparse.ArgumentParser(" in path.read_text())
+ROOT = Path(__file__).parents[3]
+AREAS = ("serving", "routing", "training")
+PROGRAMS = sorted(
+    f"bench.{area}.{path.stem}"
+    for area in AREAS
+    for path in (ROOT / "bench" / area).glob("*.py")
+    if "argparse.ArgumentParser(" in path.read_text()
+)
 
 
-@pytest.mark.parametrize("program", WITH_OPTIONS, ids=lambda path: path.stem)
-def test_a_benchmark_prints_its_help(program: Path) -> None:
-    done = subprocess.run([sys.executable, str(program), "--help"], capture_output=True, text=True, timeout=60)
+def run(module: str, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_a_benchmark_prints_its_help_with_the_common_options(module: str) -> None:
+    done = run(module, "--help")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: {program.name}")
+    assert all(option in done.stdout for option in ("--json", "--check", "--smoke"))
 
 
-@pytest.mark.slow
-def test_the_checkpoint_benchmark_runs(tmp_path: Path) -> None:
-    out = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCH / "checkpoint.py"), "--quick", "--rounds", "1", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert out.with_suffix(".md").read_text().startswith("# What a checkpoint costs")
+@pytest.mark.slow  # each starts engines, clusters or process groups: together about 20 minutes
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_a_benchmark_runs_and_writes_its_figures(module: str, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    done = run(module, "--smoke", "--json", str(figures), timeout_s=550)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert json.loads(figures.read_text())
+    assert figures.with_suffix(".md").read_text().startswith("# ")

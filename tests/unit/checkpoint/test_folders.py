@@ -1,4 +1,4 @@
-"""Only whole checkpoints count, the newest ones and the best stay, and no byte may change unseen: on a disk and in a store."""
+"""Only complete checkpoints are listed, the newest and the best are kept, and any changed byte is found."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def state(step: int, **metrics: float) -> SavedState:
 
 
 def save(root: Location, step: int, *, keep: int = 2, best: str | None = None, **metrics: float) -> Location:
-    folder = folders.prepare(root, step)
+    folder = folders.open_staging(root, step)
     content = b"weights of " + str(step).encode()
     file_system(root).pipe_file(str(join(folder, "part")), content)
     record = FileRecord(size=len(content), digest=folders.digest_of(content))
-    made = folders.publish(root, state(step, **metrics), {"part": record})
+    made = folders.commit(root, state(step, **metrics), {"part": record})
     folders.prune(root, keep, best)
     return made
 
 
 def steps(root: Location) -> list[int]:
-    return [folders.step_of(found) for found in folders.saved(root)]
+    return [folders.step_of(found) for found in folders.list_complete(root)]
 
 
 def test_the_newest_are_kept_and_found(root: Location):
@@ -45,9 +45,9 @@ def test_the_newest_are_kept_and_found(root: Location):
     assert folders.read_state(folders.latest(root)) == state(100)
 
 
-def test_what_is_half_written_is_not_seen_and_goes_with_the_next_save(root: Location):
+def test_an_incomplete_checkpoint_is_ignored_and_removed_by_the_next_save(root: Location):
     save(root, 5)
-    folder = folders.prepare(root, 10)
+    folder = folders.open_staging(root, 10)
     file_system(root).pipe_file(str(join(folder, "part")), b"half")
     assert steps(root) == [5]
     save(root, 15)
@@ -59,7 +59,7 @@ def test_what_is_half_written_is_not_seen_and_goes_with_the_next_save(root: Loca
 def test_a_step_saved_again_replaces_itself(root: Location):
     save(root, 5)
     assert base_name(save(root, 5)) == "step-00000005"
-    assert steps(root) == [5] and not folders.damage(folders.latest(root))
+    assert steps(root) == [5] and not folders.find_damage(folders.latest(root))
 
 
 @pytest.mark.parametrize(("metric", "kept"), [("evaluation_loss", 10), ("evaluation_reward_accuracy", 20)])
@@ -78,34 +78,34 @@ def test_checkpoints_without_the_metric_are_never_the_best(root: Location):
     assert steps(root) == [10, 20]
 
 
-def test_a_whole_checkpoint_has_no_damage(root: Location):
-    assert folders.damage(save(root, 5)) == []
+def test_an_intact_checkpoint_has_no_damage(root: Location):
+    assert folders.find_damage(save(root, 5)) == []
 
 
 def test_a_flipped_byte_is_found_and_its_file_named(root: Location):
     checkpoint = save(root, 5)
     file_system(root).pipe_file(str(join(checkpoint, "part")), b"weightz of 5")
-    assert folders.damage(checkpoint) == ["part has other bytes than were written"]
+    assert folders.find_damage(checkpoint) == ["part has other bytes than were written"]
 
 
 def test_a_truncated_file_is_found_with_its_sizes(root: Location):
     checkpoint = save(root, 5)
     file_system(root).pipe_file(str(join(checkpoint, "part")), b"weights")
-    assert folders.damage(checkpoint) == ["part has 7 bytes of 12"]
+    assert folders.find_damage(checkpoint) == ["part has 7 bytes of 12"]
 
 
 @pytest.mark.parametrize("name", ["part", "state.json"])
 def test_a_missing_file_is_found_and_named(root: Location, name: str):
     checkpoint = save(root, 5)
     file_system(root).rm_file(str(join(checkpoint, name)))
-    assert folders.damage(checkpoint) == [f"{name} is missing"]
+    assert folders.find_damage(checkpoint) == [f"{name} is missing"]
 
 
 def test_a_changed_number_in_the_state_is_found(root: Location):
     checkpoint = save(root, 5)
     path = str(join(checkpoint, "state.json"))
     file_system(root).pipe_file(path, file_system(root).cat_file(path).replace(b'"step": 5', b'"step": 7'))
-    assert folders.damage(checkpoint) == ["state.json has other bytes than were written"]
+    assert folders.find_damage(checkpoint) == ["state.json has other bytes than were written"]
 
 
 @pytest.mark.parametrize("change", [lambda held: held[:-20], lambda held: held.replace(b'"size": 12', b'"size": 13')])
@@ -113,37 +113,37 @@ def test_a_damaged_manifest_is_named(root: Location, change):
     checkpoint = save(root, 5)
     path = str(join(checkpoint, "manifest.json"))
     file_system(root).pipe_file(path, change(file_system(root).cat_file(path)))
-    (found,) = folders.damage(checkpoint)
+    (found,) = folders.find_damage(checkpoint)
     assert "manifest.json is damaged" in found
 
 
-def test_ranks_look_at_a_share_of_the_files_each(root: Location):
+def test_each_rank_verifies_a_part_of_the_files(root: Location):
     checkpoint = save(root, 5)
     for name in ("part", "state.json"):
         file_system(root).rm_file(str(join(checkpoint, name)))
-    shares = [folders.damage(checkpoint, share, 3) for share in range(3)]
+    shares = [folders.find_damage(checkpoint, share, 3) for share in range(3)]
     assert sorted(found for share in shares for found in share) == ["part is missing", "state.json is missing"]
     assert max(map(len, shares)) == 1
 
 
-def test_what_is_set_aside_is_not_used_and_goes_when_it_is_older_than_what_is_kept(root: Location):
+def test_a_quarantined_checkpoint_is_not_used_and_is_pruned(root: Location):
     save(root, 5)
-    folders.set_aside(save(root, 10))
-    assert steps(root) == [5] and folders.unfinished(root) == []
+    folders.quarantine(save(root, 10))
+    assert steps(root) == [5] and folders.list_incomplete(root) == []
     save(root, 15)
     # It does not count as one of the two that are kept.
     assert steps(root) == [5, 15]
     assert not file_system(root).exists(str(join(root, "step-00000010", "part")))
 
 
-def test_a_folder_that_lost_its_manifest_is_told(root: Location):
+def test_a_folder_without_a_manifest_is_listed_as_incomplete(root: Location):
     checkpoint = save(root, 5)
     file_system(root).rm_file(str(join(checkpoint, "manifest.json")))
-    assert [folders.step_of(found) for found in folders.unfinished(root)] == [5]
+    assert [folders.step_of(found) for found in folders.list_incomplete(root)] == [5]
     assert steps(root) == []
 
 
-def test_a_file_with_a_checkpoints_name_is_told_and_left(tmp_path: Path):
+def test_a_file_with_the_name_of_a_checkpoint_is_reported_and_kept(tmp_path: Path):
     save(tmp_path, 5)
     (tmp_path / "step-00000010").write_text("mine")
     with pytest.raises(StorageError, match=r"step-00000010 is a file.*Remove it"):
@@ -151,8 +151,8 @@ def test_a_file_with_a_checkpoints_name_is_told_and_left(tmp_path: Path):
     assert steps(tmp_path) == [5] and (tmp_path / "step-00000010").read_text() == "mine"
 
 
-def test_a_damaged_state_is_refused_with_what_to_do(root: Location):
+def test_a_damaged_state_is_refused_with_the_next_step(root: Location):
     folder = save(root, 5)
     file_system(root).pipe_file(str(join(folder, "state.json")), b"{}")
-    with pytest.raises(CheckpointError, match="goes on from the one before"):
+    with pytest.raises(CheckpointError, match="resumes from the previous one"):
         folders.read_state(folder)

@@ -1,4 +1,4 @@
-"""What is saved comes back as it was at that step, also from the background; what is damaged is passed over and told."""
+"""Saved states are restored, also those saved in the background; damaged ones are reported and skipped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tandem.checkpoint import files, folders
+from tandem.checkpoint.chunks import ChunkedTensor
 from tandem.checkpoint.folders import SavedState
-from tandem.checkpoint.parts import Parts
 from tandem.checkpoint.sharded import Checkpoints
 from tandem.errors import CheckpointError, StorageError
 from tandem.storage import Location, file_system, join
@@ -28,7 +28,10 @@ class Weights:
         self.name, self.w = name, torch.full((3, width), value)
 
     def training_state(self, optimizer: Any) -> dict[str, dict[str, Any]]:
-        return {"model": {self.name: Parts.of(self.w)}, "optimizer": {f"{self.name}.step": Parts.of(torch.zeros(()))}}
+        return {
+            "model": {self.name: ChunkedTensor.of(self.w)},
+            "optimizer": {f"{self.name}.step": ChunkedTensor.of(torch.zeros(()))},
+        }
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Any) -> None:
         assert content["model"].keys() == {self.name}
@@ -63,45 +66,43 @@ def loaded(checkpoints: Checkpoints) -> tuple[int | None, float, list[str]]:
     return found and found.step, float(weights.w[0, 0]), said
 
 
-def test_it_comes_back(checkpoints: Checkpoints):
+def test_a_saved_state_is_restored(checkpoints: Checkpoints):
     assert loaded(checkpoints) == (None, -1.0, [])
     for step in (1, 2, 3):
         save(checkpoints, step)
     assert loaded(checkpoints) == (3, 3.0, [])
-    assert [folders.step_of(found) for found in folders.saved(checkpoints.root)] == [2, 3]
-    assert folders.damage(folders.latest(checkpoints.root)) == []
+    assert [folders.step_of(found) for found in folders.list_complete(checkpoints.root)] == [2, 3]
+    assert folders.find_damage(folders.latest(checkpoints.root)) == []
 
 
-def test_training_goes_on_while_it_is_written_and_does_not_change_what_is_saved(
-    root: Location, monkeypatch: pytest.MonkeyPatch
-):
+def test_training_continues_during_a_save_and_does_not_change_it(root: Location, monkeypatch: pytest.MonkeyPatch):
     free, told = threading.Event(), []
-    prepare = folders.prepare
-    monkeypatch.setattr(folders, "prepare", lambda *of: (free.wait(30), prepare(*of))[1])
+    open_staging = folders.open_staging
+    monkeypatch.setattr(folders, "open_staging", lambda *of: (free.wait(30), open_staging(*of))[1])
     checkpoints, weights = Checkpoints(root, keep=2), Weights(1.0)
-    checkpoints.save(weights, None, state(1), committed=told.append)  # type: ignore[arg-type]
+    checkpoints.save(weights, None, state(1), on_commit=told.append)  # type: ignore[arg-type]
     weights.w.fill_(7.0)
     assert folders.latest(root) is None and not told
     free.set()
     # The next save waits for the one before; its copy must not reach that one either.
-    checkpoints.save(weights, None, state(2), committed=told.append)  # type: ignore[arg-type]
+    checkpoints.save(weights, None, state(2), on_commit=told.append)  # type: ignore[arg-type]
     assert told[0] == folders.step_folder(root, 1)
     checkpoints.wait()
     assert told[1:] == [folders.step_folder(root, 2)]
     assert loaded(checkpoints) == (2, 7.0, [])
-    folders.set_aside(folders.latest(root))
+    folders.quarantine(folders.latest(root))
     assert loaded(checkpoints) == (1, 1.0, [])
 
 
-def test_a_commit_is_told_before_waiting_ends(checkpoints: Checkpoints):
+def test_on_commit_is_called_before_wait_returns(checkpoints: Checkpoints):
     told: list[Location] = []
 
     def tell(checkpoint: Location) -> None:
         time.sleep(0.2)
-        assert folders.saved(checkpoints.root) == [checkpoint]
+        assert folders.list_complete(checkpoints.root) == [checkpoint]
         told.append(checkpoint)
 
-    checkpoints.save(Weights(1.0), None, state(1), committed=tell)  # type: ignore[arg-type]
+    checkpoints.save(Weights(1.0), None, state(1), on_commit=tell)  # type: ignore[arg-type]
     checkpoints.wait()
     assert told == [folders.step_folder(checkpoints.root, 1)]
 
@@ -122,7 +123,7 @@ def flip(path: str, store: Any) -> None:
     ],
     ids=["flipped", "truncated", "missing"],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_loaded(
     checkpoints: Checkpoints, name: str, harm, said: str
 ):
     for step in (1, 2):
@@ -132,14 +133,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     step, value, notices = loaded(checkpoints)
     assert (step, value) == (1, 1.0)
     (notice,) = notices
-    assert str(newest) in notice and f"{name} " in notice and said in notice and "goes on from step 1" in notice
+    assert str(newest) in notice and f"{name} " in notice and said in notice and "resumes from step 1" in notice
     # It is told once, and does not take the place of a good one.
     assert loaded(checkpoints) == (1, 1.0, [])
     save(checkpoints, 3)
-    assert [folders.step_of(found) for found in folders.saved(checkpoints.root)] == [1, 3]
+    assert [folders.step_of(found) for found in folders.list_complete(checkpoints.root)] == [1, 3]
 
 
-def test_a_missing_manifest_is_told_and_the_one_before_is_taken(checkpoints: Checkpoints):
+def test_a_missing_manifest_is_reported_and_the_previous_checkpoint_loaded(checkpoints: Checkpoints):
     for step in (1, 2):
         save(checkpoints, step)
     file_system(checkpoints.root).rm_file(str(join(folders.latest(checkpoints.root), "manifest.json")))
@@ -147,14 +148,14 @@ def test_a_missing_manifest_is_told_and_the_one_before_is_taken(checkpoints: Che
     assert step == 1 and "step-00000002 has no manifest.json" in notice
 
 
-def test_if_all_are_damaged_the_run_begins_again_and_says_so(checkpoints: Checkpoints):
+def test_if_all_checkpoints_are_damaged_the_run_starts_over_with_a_message(checkpoints: Checkpoints):
     save(checkpoints, 1)
     file_system(checkpoints.root).rm_file(str(join(folders.latest(checkpoints.root), "__0_0.distcp")))
     step, value, (notice,) = loaded(checkpoints)
-    assert (step, value) == (None, -1.0) and "goes on from the start: there is none before" in notice
+    assert (step, value) == (None, -1.0) and "resumes from the start: there is none before" in notice
 
 
-def test_an_error_in_the_background_is_raised_by_the_next_save_and_what_was_whole_stays(
+def test_an_error_in_the_background_is_raised_by_the_next_save_and_older_checkpoints_stay(
     root: Location, monkeypatch: pytest.MonkeyPatch
 ):
     checkpoints, told = Checkpoints(root, keep=2), []
@@ -163,16 +164,14 @@ def test_an_error_in_the_background_is_raised_by_the_next_save_and_what_was_whol
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.Writer, "write_data", refuse)
-    checkpoints.save(Weights(2.0), None, state(2), committed=told.append)  # type: ignore[arg-type]
+    monkeypatch.setattr(files.CheckpointWriter, "write_data", refuse)
+    checkpoints.save(Weights(2.0), None, state(2), on_commit=told.append)  # type: ignore[arg-type]
     with pytest.raises(StorageError, match="disk is full" if isinstance(root, Path) else "could not be written below"):
         checkpoints.save(Weights(3.0), None, state(3))  # type: ignore[arg-type]
     assert not told and loaded(checkpoints)[:2] == (1, 1.0)
 
 
-def test_a_store_that_does_not_answer_is_told_and_takes_nothing_from_a_checkpoint(
-    root: Location, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_unreachable_store_is_reported_and_quarantines_nothing(root: Location, monkeypatch: pytest.MonkeyPatch):
     checkpoints = Checkpoints(root, keep=2)
     for step in (1, 2):
         save(checkpoints, step)
@@ -196,7 +195,7 @@ def test_a_store_that_does_not_answer_is_told_and_takes_nothing_from_a_checkpoin
     assert loaded(checkpoints) == (2, 2.0, [])
 
 
-def test_what_cannot_be_removed_does_not_end_a_run(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_removal_does_not_end_a_run(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Any) -> None:
         raise ValueError("an error of the store's own")
 

@@ -71,6 +71,8 @@ class OpenAiServer:
         match body["messages"][-1]["content"]:
             case "too long":
                 return refusal(400, "The prompt has 900 tokens; the model takes 512")
+            case "busy and says when":
+                return refusal(503, "No replica is ready. Try again in 5 s.", {"retry-after": "0"})
             case "busy":
                 return refusal(503, "No replica is ready", {"retry-after": "0"})
             case "crash":

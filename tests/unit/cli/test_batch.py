@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import tandem
 from tandem.batch.run import Progress
-from tandem.cli import batch
 from tandem.cli.main import app
 from tandem.errors import ConfigError
+from tandem.sdk import batch
 
 
 def run(*arguments: str) -> tuple[int, str]:

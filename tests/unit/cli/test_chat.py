@@ -89,6 +89,7 @@ def test_no_server_says_what_to_run():
     [
         ("too long", r"answered 400: The prompt has 900 tokens; the model takes 512\.$"),
         ("busy", r"busy \(503\): No replica is ready\. Try again in 0 s"),
+        ("busy and says when", r"busy \(503\): No replica is ready\. Try again in 5 s\.$"),
         ("crash", "answered 500"),
         ("break", "connection broke in the middle"),
         ("fail", "The engine died"),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tandem.cli import doctor as module
 from tandem.cli.doctor import doctor, run_doctor
-from tandem.cli.support import machine
+from tandem.cluster import machine
 from tandem.registry import Registry
 
 

@@ -6,10 +6,10 @@ import socket
 
 import pytest
 
-from tandem.cli.serve import check_listener, check_port, listener, url_of
 from tandem.cluster.local import free_ports
 from tandem.config import ListenConfig, ServeConfig
 from tandem.errors import ClusterError, ConfigError
+from tandem.sdk.serving import check_listener, check_port, listener, url_of
 
 
 def test_the_command_line_counts_before_the_config_and_the_config_before_the_settings(

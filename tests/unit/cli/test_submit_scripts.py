@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.cli.session import recipe
+from tandem.sdk.session import recipe
 from tandem.settings import child_environment
 
 REPOSITORY = Path(__file__).parents[3]

@@ -72,6 +72,24 @@ def test_at_80_columns_the_id_of_a_job_is_whole_and_on_one_line(tandem_home: Pat
     assert all(len(line) <= 80 for line in said.splitlines())
 
 
+@pytest.mark.parametrize(("chars", "columns"), [(48, "80"), (64, "80"), (48, "60")])
+def test_a_long_id_is_whole_at_any_width_and_other_columns_go_first(
+    tandem_home: Path, chars: int, columns: str
+) -> None:
+    job = "a" * (chars - 13) + "-0123456789ab"
+    folder = tandem_home / "jobs" / job
+    folder.mkdir(parents=True)
+    config = TrainConfig(name="a" * (chars - 13), data=DataConfig(path="d"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    end = {"event": "finished", "model": f"{config.name}@12", "loss": 1.0, "steps": 3, "seconds": 9.0}
+    told = [{**STEP, "step": 3, "tokens_per_s": 123_456.0}, end]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
+    said = CliRunner().invoke(app, ["train", "status"], env={"COLUMNS": columns}).output
+    (line,) = (line for line in said.splitlines() if job in line)
+    assert " new " in line and all(len(line) <= int(columns) for line in said.splitlines())
+    assert "Too narrow for" in said and " ".join(said.split()).endswith("--json has all.")
+
+
 def test_the_log_of_a_job_whose_cluster_is_gone_is_its_events_in_words_or_as_json(job: str) -> None:
     said = CliRunner().invoke(app, ["train", "logs", job]).output.splitlines()
     assert said[1].endswith("step 1/3  loss 2.500  900 tok/s") and "{" not in "".join(said[1:])

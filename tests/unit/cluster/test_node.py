@@ -133,13 +133,21 @@ def fake_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(node.haproxy, "write_script", lambda folder: folder / "haproxy-edited")
 
 
+def processes_of(mark: str | None, count: int) -> bool:
+    """Whether a node comes to have `count` processes: a new one is found once it has executed its program."""
+    deadline = time.monotonic() + 10
+    while len(marked(str(mark))) != count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return len(marked(str(mark))) == count
+
+
 def test_a_node_that_runs_is_not_ended_by_another_start_and_stop_leaves_nothing(folder: Path, fake_ray: None) -> None:
     node.start(["--head"])
     first = node._recorded_mark()
-    assert first and len(marked(first)) == 1
+    assert first and processes_of(first, 1)
     with pytest.raises(ClusterError, match=r"A node of this user runs on this machine. `tandem node stop` ends it"):
         node.start(["--head", "fail"])
-    assert node._recorded_mark() == first and len(marked(first)) == 1
+    assert node._recorded_mark() == first and processes_of(first, 1)
     assert node.stop() == 1
     assert not marked(first) and not (folder / "tmp").exists() and node.stop() == 0
 
@@ -153,13 +161,14 @@ def test_a_start_that_fails_leaves_nothing_and_says_what_ray_said(folder: Path, 
 def test_the_watch_of_a_node_ends_what_its_raylet_left_and_not_the_next_node(folder: Path, fake_ray: None) -> None:
     node.start(["--head"])
     first = str(node._recorded_mark())
+    assert processes_of(first, 1)
     for process in marked(first):
         process.kill()
         process.wait(10)
     node.start(["--head"])
     second = str(node._recorded_mark())
     node.watch(first)  # as the watcher of the first, which is late
-    assert node._recorded_mark() == second and (folder / "tmp").exists() and len(marked(second)) == 1
+    assert node._recorded_mark() == second and (folder / "tmp").exists() and processes_of(second, 1)
     node.stop()
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.data.order import Order, Place, RowPlace, Walk
+from tandem.data.order import Order, RowPosition, Sampler, ShardPosition
 from tandem.errors import DataError
 
 
@@ -23,12 +23,12 @@ class Data:
     """Rows of each shard of each dataset."""
     order: Order
 
-    def walk(self, state: dict | None = None) -> Walk:
-        return Walk(self.order, lambda place: self.counts[place.dataset][self.order.shard(place)], state)
+    def sampler(self, state: dict | None = None) -> Sampler:
+        return Sampler(self.order, lambda position: self.counts[position.dataset][self.order.shard(position)], state)
 
-    def first(self, count: int) -> list[RowPlace]:
-        walk = self.walk()
-        return [next(walk) for _ in range(count)]
+    def first(self, count: int) -> list[RowPosition]:
+        sampler = self.sampler()
+        return [next(sampler) for _ in range(count)]
 
 
 def data(*counts: list[int], weights: list[float] | None = None, seed: int = 0, **settings: object) -> Data:
@@ -61,17 +61,17 @@ def test_runs_killed_at_any_step_and_resumed_on_any_number_of_ranks_see_the_batc
     worlds = st.sampled_from([w for w in (1, 2, 3, 4, 6, 12) if batch_size % w == 0])
     # Small datasets: these are several epochs.
     runs = draw.draw(st.lists(st.tuples(worlds, st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=5))
-    batches: list[list[RowPlace]] = []
+    batches: list[list[RowPosition]] = []
     checkpoint: str | None = None
     done = 0
     for world, steps, lost in runs:
-        ranks = [found.walk(checkpoint and json.loads(checkpoint)) for _ in range(world)]
+        ranks = [found.sampler(checkpoint and json.loads(checkpoint)) for _ in range(world)]
         saved = [checkpoint]
         for _ in range(steps):
-            shares = [walk.share(rank, world, batch_size // world) for rank, walk in enumerate(ranks)]
+            shares = [sampler.share(rank, world, batch_size // world) for rank, sampler in enumerate(ranks)]
             batches.append([shares[n % world][n // world] for n in range(batch_size)])
-            states = {json.dumps(walk.state()) for walk in ranks}
-            # Every rank knows the place of all of them.
+            states = {json.dumps(sampler.state()) for sampler in ranks}
+            # Every rank knows the position of all of them.
             assert len(states) == 1
             saved.extend(states)
         # Killed after `steps`, when the newest checkpoint is `lost` steps old.
@@ -109,8 +109,8 @@ def test_each_dataset_of_a_mixture_goes_as_it_would_alone(found: Data):
     for number in range(len(found.counts)):
         mine = [row for row in rows if row.dataset == number]
         heavy = replace(found.order, weights=tuple(1.0 if n == number else 0.0 for n in range(len(found.counts))))
-        walk = Data(found.counts, heavy).walk()
-        assert mine == list(islice((next(walk) for _ in mine), len(mine)))
+        sampler = Data(found.counts, heavy).sampler()
+        assert mine == list(islice((next(sampler) for _ in mine), len(mine)))
 
 
 def test_epochs_seeds_and_datasets_differ_and_repeat():
@@ -124,7 +124,7 @@ def test_epochs_seeds_and_datasets_differ_and_repeat():
     assert ours == first and theirs != first
     # Not only the rows of a shard: the shards themselves come in orders of their own.
     orders = [
-        [data(*counts, *counts, seed=seed).order.shard(Place(number, epoch, ordinal)) for ordinal in range(9)]
+        [data(*counts, *counts, seed=seed).order.shard(ShardPosition(number, epoch, ordinal)) for ordinal in range(9)]
         for seed in (0, 1)
         for number in (0, 1)
         for epoch in (0, 1)
@@ -144,15 +144,20 @@ def test_the_rows_of_a_single_shard_are_shuffled_too():
 
 def test_a_dataset_without_rows_says_so_instead_of_spinning():
     with pytest.raises(DataError, match="No usable row came from any of the 3 shards of dataset 0"):
-        next(data([0, 0, 0]).walk())
+        next(data([0, 0, 0]).sampler())
 
 
 def test_a_walk_tells_which_shards_it_will_come_to():
     found = data([3] * 5, [4] * 3, open_shards=2, weights=[1, 1])
-    walk = found.walk()
-    assert walk.coming(2) == [Place(0, 0, 0), Place(0, 0, 1), Place(1, 0, 0), Place(1, 0, 1)]
+    sampler = found.sampler()
+    assert sampler.coming(2) == [
+        ShardPosition(0, 0, 0),
+        ShardPosition(0, 0, 1),
+        ShardPosition(1, 0, 0),
+        ShardPosition(1, 0, 1),
+    ]
     for _ in range(40):
-        told = set(walk.coming(2))
-        assert next(walk)[:3] in told
-    # The place after an epoch's last one is the next epoch's first.
-    assert found.order.after(Place(1, 4, 2)) == Place(1, 5, 0)
+        told = set(sampler.coming(2))
+        assert next(sampler)[:3] in told
+    # The position after an epoch's last one is the next epoch's first.
+    assert found.order.after(ShardPosition(1, 4, 2)) == ShardPosition(1, 5, 0)

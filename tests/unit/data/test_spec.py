@@ -14,7 +14,7 @@ from tandem.data.build import build_dataset
 from tandem.data.index import DatasetIndex, Kind, Part
 from tandem.data.packing import pack, pack_preferences
 from tandem.data.shards import read_samples
-from tandem.data.spec import Packed, Source, pack_shards, rows_of
+from tandem.data.spec import PackedBlock, Source, pack_shards, rows_of
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 
@@ -40,7 +40,7 @@ def source(folder: Path, kind: Kind, length: int = LENGTH) -> Source:
     return Source.of(part, TextEncoder(str(folder / kind / "tokenizer")), length=length, loss_on_all=False)
 
 
-def packed(*sources: Source, plan: list[tuple[int, int]]) -> list[Packed]:
+def packed(*sources: Source, plan: list[tuple[int, int]]) -> list[PackedBlock]:
     """What a task makes of each shard of a plan."""
     return [rows_of(table) for table in pack_shards([sources[dataset].only(shard) for dataset, shard in plan])]
 

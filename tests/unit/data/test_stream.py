@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tandem.data.stream import _Ahead
+from tandem.data.stream import _Prefetcher
 
 
 @pytest.mark.parametrize("depth", [0, 2])
@@ -22,7 +22,7 @@ def test_whatever_ends_the_making_of_batches_is_raised_where_they_are_taken(dept
             raise error
         return made.pop(0)
 
-    ahead = _Ahead(make, 1, depth)
+    ahead = _Prefetcher(make, 1, depth)
     assert [ahead.next(), ahead.next()] == [1, 2]
     for _ in range(2):
         with pytest.raises(type(error)):
@@ -38,7 +38,7 @@ def test_no_more_batches_are_made_than_may_be_ahead_and_none_after_closing():
         made.append(next(numbers))
         return made[-1]
 
-    ahead = _Ahead(make, 1, 3)
+    ahead = _Prefetcher(make, 1, 3)
     assert [ahead.next() for _ in range(5)] == list(range(5))
     time.sleep(0.3)
     # Three lie ready, and one is held by the thread.

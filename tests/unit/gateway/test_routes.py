@@ -137,7 +137,12 @@ async def gateway(
 async def test_each_route_reaches_the_engine_unchanged(tmp_path: Path, prefix: str) -> None:
     async with gateway(tmp_path, EchoEngine(("base",)), prefix) as gate:
         for route in ENGINE_ROUTES:
-            body = {"model": "base", "prompt": "a", "messages": [], "extra": {"kept": [1, "ü"]}}
+            body = {
+                "model": "base",
+                "prompt": "a",
+                "messages": [{"role": "user", "content": "a"}],
+                "extra": {"kept": [1, "ü"]},
+            }
             answer = await gate.http.post(route.path, json=body)
             assert answer.status_code == 200, (route.path, answer.text)
             if answer.json()["object"] == "echo":
@@ -226,10 +231,33 @@ async def test_kv_transfer_params_of_clients_are_dropped(tmp_path: Path) -> None
         assert sent == {"model": "base", "vllm_xargs": {"kept": 1}, "store": False}
 
 
-async def test_a_null_encoding_format_is_removed(tmp_path: Path) -> None:
+async def test_a_null_field_is_treated_as_absent(tmp_path: Path) -> None:
     async with gateway(tmp_path, EchoEngine(("base",))) as gate:
         sent = await gate.http.post("/v1/embeddings", json={"model": "base", "encoding_format": None, "user": None})
-        assert sent.json()["request"] == {"model": "base", "user": None}
+        assert sent.json()["request"] == {"model": "base"}
+
+
+async def test_a_value_that_an_engine_would_fail_on_is_400_in_the_shape_of_the_api(tmp_path: Path) -> None:
+    async with gateway(tmp_path, None) as gate:  # no engine: it is decided before one is asked
+        schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"$ref": "#"}}}
+        for path, wrong, field in (
+            ("/v1/chat/completions", {"structured_outputs": "x"}, "structured_outputs"),
+            ("/v1/completions", {"top_k": 1e30}, "top_k"),
+            ("/v1/completions", {"vllm_xargs": {"a": 10**30}}, "vllm_xargs.a"),
+            ("/v1/chat/completions", {"response_format": schema}, "response_format.json_schema.schema"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
+            ("/v1/responses", {"stop": ["a"] * 5}, "stop"),
+        ):
+            answer = await gate.http.post(path, json={"model": "base", **wrong})
+            assert answer.status_code == 400, (wrong, answer.text)
+            error = answer.json()["error"]
+            assert (error["type"], error["param"]) == ("invalid_request_error", field)
+            assert error["message"].startswith(f"`{field}` ")
+        answer = await gate.http.post(
+            "/v1/messages", json={"model": "base", "messages": [{"role": "user", "content": 3}]}
+        )
+        assert (answer.status_code, answer.json()["type"]) == (400, "error")
+        assert answer.json()["error"]["message"].startswith("`messages.0.content` is a number;")
 
 
 async def test_a_request_for_stored_responses_is_refused_with_the_alternative(tmp_path: Path) -> None:

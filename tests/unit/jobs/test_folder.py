@@ -1,4 +1,4 @@
-"""A job's state is what its files and the cluster say together."""
+"""The state of a job follows from its files and the cluster's answer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_job_that_started_again_after_it_finished_is_not_finished(tandem_home:
     assert job.finished() is None
 
 
-def test_a_failed_job_tells_why(tandem_home: Path) -> None:
+def test_a_failed_job_has_its_error(tandem_home: Path) -> None:
     job = make_job(tandem_home, "a-1", {"event": "started"}, {"event": "failed", "error": "disk full"})
     job.add_submission("a-1.1", "http://x")
     assert (job.summary().state, job.summary().error) == (JobState.FAILED, "disk full")
@@ -66,14 +66,14 @@ def test_a_job_whose_cluster_is_gone_counts_as_stopped(tandem_home: Path) -> Non
     assert job.summary().state is JobState.STOPPED
 
 
-def test_a_half_written_event_is_left_out(tandem_home: Path) -> None:
+def test_a_half_written_event_is_ignored(tandem_home: Path) -> None:
     job = make_job(tandem_home, "a-1", STEP)
     with (job.path / "events.jsonl").open("a") as file:
         file.write('{"event": "st')
     assert [e["event"] for e in job.events()] == ["step"]
 
 
-def test_a_job_is_found_by_the_start_of_its_id(tandem_home: Path) -> None:
+def test_a_job_is_found_by_a_prefix_of_its_id(tandem_home: Path) -> None:
     make_job(tandem_home, "alpha-11")
     make_job(tandem_home, "alpha-22")
     make_job(tandem_home, "beta-33")
@@ -85,7 +85,7 @@ def test_a_job_is_found_by_the_start_of_its_id(tandem_home: Path) -> None:
         find_job("beta-34")
 
 
-def test_what_a_job_has_survived_is_told_with_what_it_cost(tandem_home: Path) -> None:
+def test_a_summary_counts_faults_restarts_and_repeated_steps(tandem_home: Path) -> None:
     job = make_job(
         tandem_home,
         "a-1",

@@ -1,4 +1,4 @@
-"""A job is refused before it starts, with what to change; the same submission is the same job."""
+"""An impossible job is refused before it starts; the same submission is the same job."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_dataset_that_does_not_exist_is_refused_with_the_nearest_name(dataset:
         prepare(config("text"))
 
 
-def test_a_folder_without_an_index_is_no_dataset(tandem_home: Path, tmp_path: Path) -> None:
+def test_a_folder_without_an_index_is_refused_as_a_dataset(tandem_home: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="is not a dataset"):
         prepare(config(str(tmp_path / "empty")))
@@ -87,9 +87,7 @@ def test_rows_longer_than_a_registered_base_are_refused(dataset: str, tandem_hom
         prepare(config(dataset, model=ModelConfig(base="base")))
 
 
-def test_a_layout_that_the_model_cannot_have_is_refused_before_there_is_a_job(
-    dataset: str, tandem_home: Path, tmp_path: Path
-) -> None:
+def test_an_impossible_layout_is_refused_before_the_job_exists(dataset: str, tandem_home: Path, tmp_path: Path) -> None:
     four = ParallelismConfig(workers=4, tensor=4)
     with pytest.raises(LayoutError, match="must divide the model's 2 key/value heads"):
         prepare(config(dataset, parallel=four))
@@ -159,7 +157,7 @@ def test_a_mixture_is_part_of_the_job_by_its_contents_and_weights(dataset: str, 
     assert prepare(config(dataset, data=mixed(parts[0], MixturePart(path="moved", weight=2)))) != first
 
 
-def test_a_mixture_that_cannot_be_is_refused(dataset: str, tandem_home: Path) -> None:
+def test_an_invalid_mixture_is_refused(dataset: str, tandem_home: Path) -> None:
     texts = MixturePart(path="texts")
     with pytest.raises(DataError, match="names .*/data/texts twice"):
         prepare(config(dataset, data=mixed(texts, MixturePart(path=str(tandem_home / "data" / "texts")))))
@@ -178,7 +176,7 @@ def test_a_mixture_that_cannot_be_is_refused(dataset: str, tandem_home: Path) ->
         )
 
 
-def test_a_reference_is_pinned_and_checked_as_a_base_is(dataset: str, tandem_home: Path) -> None:
+def test_a_reference_is_pinned_and_checked_like_a_base(dataset: str, tandem_home: Path) -> None:
     a_model(tandem_home)
     job = config(preferences(tandem_home, "prefs"), objective="dpo", model=ModelConfig(base="base"))
     assert prepare(replace(job, dpo=DpoConfig(reference="base"))).config().dpo == DpoConfig(reference="base@1")
@@ -186,7 +184,7 @@ def test_a_reference_is_pinned_and_checked_as_a_base_is(dataset: str, tandem_hom
         prepare(replace(job, dpo=DpoConfig(reference="bse")))
 
 
-def test_what_is_evaluated_on_is_part_of_the_job_by_its_contents(dataset: str, tandem_home: Path) -> None:
+def test_the_contents_of_the_evaluation_data_are_part_of_the_job(dataset: str, tandem_home: Path) -> None:
     a_model(tandem_home)
     job = config(
         preferences(tandem_home, "prefs"), objective="dpo", model=ModelConfig(base="base"),
@@ -200,7 +198,7 @@ def test_what_is_evaluated_on_is_part_of_the_job_by_its_contents(dataset: str, t
     assert prepare(replace(job, evaluation=EvaluationConfig(data="moved"))) != first
 
 
-def test_evaluating_on_the_training_data_is_refused_by_any_of_its_names(dataset: str, tandem_home: Path) -> None:
+def test_evaluation_on_training_data_is_refused_under_any_name(dataset: str, tandem_home: Path) -> None:
     with pytest.raises(ConfigError, match="is trained on"):
         prepare(config(dataset, evaluation=EvaluationConfig(data=str(tandem_home / "data" / dataset))))
 

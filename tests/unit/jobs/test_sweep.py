@@ -1,4 +1,4 @@
-"""A sweep's trials are jobs like any other, all of them checked before one starts."""
+"""The trials of a sweep are ordinary jobs, all checked before one starts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def finish(job: JobFolder, model: str | None) -> None:
     (job.path / "events.jsonl").write_text(json.dumps({"event": "finished", "model": model, "loss": 1.0}) + "\n")
 
 
-def test_a_trial_is_the_job_that_its_values_make_but_is_not_registered(values: dict[str, Any]):
+def test_a_trial_is_the_job_of_its_values_but_is_not_registered(values: dict[str, Any]):
     sweep = sweep_of(values, RATES)
     first, second = sweep.jobs()
     assert (first.config().register, second.config().optimizer.learning_rate) == (False, 0.003)
@@ -47,7 +47,7 @@ def test_a_trial_is_the_job_that_its_values_make_but_is_not_registered(values: d
     assert sweep.plan().register
 
 
-def test_a_finished_trial_counts_as_finished_until_it_is_wanted_in_the_registry(values: dict[str, Any]):
+def test_a_finished_trial_is_unfinished_if_it_is_to_be_registered(values: dict[str, Any]):
     job = sweep_of(values, RATES).jobs()[0]
     finish(job, None)
     assert job.finished()
@@ -65,14 +65,14 @@ def test_the_same_sweep_is_the_same_folder_and_another_metric_another(values: di
     assert find_sweep("m") is None, "a job's id starts so too"
 
 
-def test_trials_that_differ_only_in_how_they_run_are_jobs_of_their_own(values: dict[str, Any]):
+def test_trials_that_differ_only_in_layout_are_separate_jobs(values: dict[str, Any]):
     jobs = sweep_of(values, [{"parallel.workers": "1"}, {"parallel.workers": "2"}], metric="tokens_per_s").jobs()
     assert [job.config().parallel.workers for job in jobs] == [1, 2]
     read = sweep_of(values, [{"data.readers": "0.25"}, {"data.readers": "0.5"}]).jobs()
     assert [job.config().data.readers for job in read] == [0.25, 0.5]
 
 
-def test_nothing_is_written_when_one_trial_cannot_be(values: dict[str, Any], tandem_home: Path):
+def test_nothing_is_written_if_one_trial_is_invalid(values: dict[str, Any], tandem_home: Path):
     with pytest.raises(
         ConfigError, match=r"The trial optimizer.learnin_rate=1 cannot be: .*Did you mean 'learning_rate'"
     ):
@@ -85,12 +85,12 @@ def test_nothing_is_written_when_one_trial_cannot_be(values: dict[str, Any], tan
     assert not (tandem_home / "sweeps").exists()
 
 
-def test_values_that_mean_the_same_are_refused(values: dict[str, Any]):
+def test_trials_of_equal_jobs_are_refused(values: dict[str, Any]):
     with pytest.raises(ConfigError, match="are the same job"):
         sweep_of(values, [{"seed": "1"}, {"seed": "0x1"}])
 
 
-def test_a_sweep_is_done_when_its_best_trial_is_there(values: dict[str, Any]):
+def test_a_sweep_is_done_while_its_best_trial_exists(values: dict[str, Any]):
     sweep = sweep_of(values, RATES)
     assert sweep.swept() is None
     end = {"event": "swept", "best": 1, "score": 1.0, "job": sweep.jobs()[0].id}
@@ -104,7 +104,7 @@ def config(**parallel: float) -> TrainConfig:
     return TrainConfig(name="a", data=DataConfig(path="x"), parallel=ParallelismConfig(**parallel), batch_size=24)
 
 
-def test_no_more_trials_run_at_once_than_the_largest_has_room_for():
+def test_concurrent_trials_are_limited_by_the_largest_trial():
     two = [config(workers=1), config(workers=2)]
     assert trials_at_once(two, {"CPU": 4.51}, 8) == 2
     assert trials_at_once(two, {"CPU": 4.5}, 8) == 1
@@ -120,7 +120,7 @@ def test_the_best_is_the_first_of_the_best_scores():
     assert best_of("loss", [None, None]) is None
 
 
-def test_a_trial_reports_numbers_alone():
+def test_a_trial_reports_only_numbers():
     told = {
         "step": {"event": "step", "time": 1.0, "step": 3, "loss": 2.0},
         "evaluation": {"loss": 2.5, "perplexity": 12.0},

@@ -228,3 +228,25 @@ def test_in_a_registry_of_the_first_schema_names_mean_what_they_meant_and_can_be
     assert [(p.id, p.at.year) for p in registry.promotions("red")] == [("red@3", 2026), ("red@1", 2026)]
     assert registry.roll_back("red").id == "red@1"
     assert registry.promotions("gone") == [] and registry.pins() == []
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://me:secret@host/db", "mysql+pymysql://me:secret@host/db", "oracle://me:secret@host/db"]
+)
+def test_a_database_that_holds_no_registry_is_refused_with_those_that_do(url: str) -> None:
+    with pytest.raises(RegistryError, match=r"SQLite or PostgreSQL.*Set it to postgresql://") as refused:
+        connect(url)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_missing_driver_is_told_with_how_to_install_it() -> None:
+    with pytest.raises(RegistryError, match=r"psycopg2.* is not installed\. `pip install psycopg2` brings it"):
+        connect("postgresql+psycopg2://me@host/db")
+
+
+def test_a_reason_that_is_a_question_gets_no_second_mark() -> None:
+    with (
+        pytest.raises(RegistryError, match=r"TCP/IP connections\? Check that it can be reached"),
+        database_errors(make_url("postgresql://host/db")),
+    ):
+        raise OperationalError("SELECT 1", {}, Exception("Is the server accepting TCP/IP connections?"))

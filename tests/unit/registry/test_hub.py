@@ -481,3 +481,16 @@ def small_model_files(tmp_path: Path) -> Path:
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "word", ["org/name@", "a/b/c", "hf://a/b/c", "hf://org/name@", "hf://datasets/a/b", "org/name@x y"]
+)
+def test_a_name_that_is_almost_one_of_the_hub_is_told_the_form(registry: Registry, word: str) -> None:
+    with pytest.raises(ConfigError, match=r"org/name, or org/name@ and a branch, a tag or a commit"):
+        find_model(word, registry)
+
+
+def test_a_path_is_told_nothing_of_the_hub(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no config\.json\.$"):
+        find_model(str(tmp_path / "nothing"), registry)

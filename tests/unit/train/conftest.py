@@ -13,8 +13,8 @@ from tandem.config import DataConfig, ModelConfig, TrainConfig
 from tandem.data.tokenize import TextEncoder, train_tokenizer
 from tandem.train.model import build_model
 from tandem.train.parallel.mesh import Degrees
-from tandem.train.parallel.model import Trained
-from tandem.train.parallel.parallelize import place
+from tandem.train.parallel.model import ParallelModel
+from tandem.train.parallel.parallelize import parallelize
 
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
 
@@ -32,14 +32,14 @@ def model(encoder: TextEncoder) -> torch.nn.Module:
 
 
 @pytest.fixture
-def alone() -> Iterator[Callable[..., Trained]]:
+def alone() -> Iterator[Callable[..., ParallelModel]]:
     """Lays a model over a mesh of this one process; changes to the config may be given."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     config = TrainConfig(name="t", data=DataConfig(path="p", sequence_length=16))
 
-    def placed(model: torch.nn.Module, **changes: object) -> Trained:
+    def placed(model: torch.nn.Module, **changes: object) -> ParallelModel:
         mesh = Degrees().mesh("cpu", 1)
-        return place(model, mesh, replace(config, **changes), torch.device("cpu"))
+        return parallelize(model, mesh, replace(config, **changes), torch.device("cpu"))
 
     yield placed
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The average follows the weights slowly, and can stand in for them."""
+"""The moving average follows the weights, and can be swapped into the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plain(values: list[float], decay: float) -> float:
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])
-def test_it_is_the_decayed_average_of_the_weights(decay: float):
+def test_ema_is_the_decayed_average_of_the_weights(decay: float):
     module = torch.nn.Linear(1, 1, bias=False)
     values = [1.0, 3.0, -2.0, 5.0, 5.0]
     module.weight.data.fill_(values[0])
@@ -36,7 +36,7 @@ def test_it_is_the_decayed_average_of_the_weights(decay: float):
         assert float(module.weight.detach()) == pytest.approx(plain(values, decay))
 
 
-def test_weights_are_swapped_in_and_come_back_bit_for_bit(model: torch.nn.Module):
+def test_swapping_the_average_restores_the_weights_bit_for_bit(model: torch.nn.Module):
     ema = Ema(model, 0.9)
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -51,17 +51,17 @@ def test_weights_are_swapped_in_and_come_back_bit_for_bit(model: torch.nn.Module
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
 
 
-def test_only_what_is_trained_is_averaged(model: torch.nn.Module):
+def test_only_trained_parameters_are_averaged(model: torch.nn.Module):
     adapted = add_adapters(model, LoraConfig(rank=4), base_id="b", seed=0)
     names = set(Ema(adapted, 0.9).state_dict()["average"])
     assert names == {name for name, p in adapted.named_parameters() if p.requires_grad}
 
 
 def averages(ema: Ema) -> dict[str, torch.Tensor]:
-    return {name: held for name, part in ema.state_dict()["average"].items() for held in part.boxes.values()}
+    return {name: held for name, part in ema.state_dict()["average"].items() for held in part.chunks.values()}
 
 
-def test_a_checkpoint_brings_the_average_back(model: torch.nn.Module, tmp_path: Path):
+def test_a_checkpoint_restores_the_average(model: torch.nn.Module, tmp_path: Path):
     ema = Ema(model, 0.9)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,7 +75,7 @@ def test_a_checkpoint_brings_the_average_back(model: torch.nn.Module, tmp_path: 
     assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_a_state_is_copied_and_not_shared(model: torch.nn.Module):
+def test_loading_a_state_copies_it(model: torch.nn.Module):
     ema, other = Ema(model, 0.9), Ema(model, 0.9)
     other.load_state_dict(ema.state_dict())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""FlexAttention lets a token look at the same tokens as the mask does."""
+"""FlexAttention computes the same attention as the document mask."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from tandem.train.flex_attention import attend_in_blocks, document_blocks
+from tandem.train.flex_attention import document_block_mask, use_flex_attention
 from tandem.train.stage import Stage, document_mask, whole_sequence
 
 
-def test_blocks_hold_what_the_mask_of_packed_documents_holds() -> None:
+def test_the_block_mask_equals_the_document_mask() -> None:
     positions = packed_positions()
-    blocks, mask = document_blocks(positions, whole_sequence), document_mask(positions, whole_sequence)
+    blocks, mask = document_block_mask(positions, whole_sequence), document_mask(positions, whole_sequence)
     rows, length = positions.shape
     places = torch.arange(length)
     for row in range(rows):
@@ -20,15 +20,15 @@ def test_blocks_hold_what_the_mask_of_packed_documents_holds() -> None:
         assert torch.equal(said, mask[row, 0])
 
 
-def test_logits_of_packed_rows_are_those_of_the_mask(model: Any) -> None:
+def test_flex_attention_gives_the_logits_of_the_document_mask(model: Any) -> None:
     # On a CPU FlexAttention has no backward pass; tests/gpu compares losses over steps.
     positions = packed_positions()
     ids = torch.arange(positions.numel()).reshape(positions.shape) % 32
     layers = range(len(model.model.layers))
     with torch.no_grad():
         masked = Stage(model, layers, first=True, last=True)(ids, positions)
-        attend_in_blocks(model)
-        in_blocks = Stage(model, layers, first=True, last=True, mask=document_blocks)(ids, positions)
+        use_flex_attention(model)
+        in_blocks = Stage(model, layers, first=True, last=True, mask=document_block_mask)(ids, positions)
     torch.testing.assert_close(in_blocks, masked)
 
 

@@ -1,4 +1,4 @@
-"""What the driver refuses before anything starts, and how it leaves when it is told to stop."""
+"""Checks of the driver before workers start, and its exit after a stop request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tandem.data.tokenize import TextEncoder, train_tokenizer
 from tandem.errors import ClusterError, ConfigError
 from tandem.registry import BaseRef
 from tandem.train import launch
-from tandem.train.launch import check_room, reference_model
+from tandem.train.launch import check_capacity, find_reference_model
 
 
 def config(**parallel: float) -> TrainConfig:
@@ -27,14 +27,14 @@ def test_workers_that_the_whole_cluster_cannot_hold_are_refused_with_the_numbers
     with pytest.raises(
         ClusterError, match=r"3 workers of 1 CPU each, and 0.25 to read the data need 3.25 CPU; .* has 3"
     ):
-        check_room(config(workers=3), {"CPU": 3.0})
+        check_capacity(config(workers=3), {"CPU": 3.0})
     with pytest.raises(ClusterError, match="2 GPU; the whole cluster has 0"):
-        check_room(config(workers=2, gpus_per_worker=1), {"CPU": 8.0})
+        check_capacity(config(workers=2, gpus_per_worker=1), {"CPU": 8.0})
 
 
-def test_workers_that_fit_are_not():
-    check_room(config(workers=3), {"CPU": 4.0})
-    check_room(config(workers=2, gpus_per_worker=1), {"CPU": 8.0, "GPU": 2.0})
+def test_workers_that_fit_are_accepted():
+    check_capacity(config(workers=3), {"CPU": 4.0})
+    check_capacity(config(workers=2, gpus_per_worker=1), {"CPU": 8.0, "GPU": 2.0})
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,16 @@ def reference_of(models: Path, reference: str | None, *, lora: bool = False, obj
         lora=LoraConfig(rank=4) if lora else None,
         dpo=DpoConfig(reference=str(models / reference) if reference else None) if dpo else None,
     )  # fmt: skip
-    return reference_model(job, base, TextEncoder(str(models / "base")))
+    return find_reference_model(job, base, TextEncoder(str(models / "base")))
 
 
-def test_preferences_are_compared_with_the_base_or_the_model_that_is_named(models: Path):
+def test_the_dpo_reference_is_the_base_or_the_named_model(models: Path):
     assert reference_of(models, None) == models / "base"
     assert reference_of(models, "alike") == models / "alike"
     assert reference_of(models, "alike", lora=True) == models / "alike"
 
 
-def test_adapters_are_compared_with_their_base_which_needs_no_second_model(models: Path):
+def test_adapters_need_no_second_model_as_reference(models: Path):
     assert reference_of(models, None, lora=True) is None
     assert reference_of(models, None, objective="next_token") is None
 
@@ -82,7 +82,7 @@ def own_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_driver_that_is_told_to_stop_before_there_are_workers_leaves_with_the_status_of_a_stopped_job(
+def test_a_driver_stopped_before_it_has_workers_exits_as_a_stopped_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_sigterm: None
 ):
     def told_to_stop(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What the loop does with bad numbers, and with what whoever looks after it wants."""
+"""Non-finite steps, loss spikes, and requests of the loop's hooks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tandem.config import CheckpointConfig, DataConfig, FaultsConfig, ModelConfi
 from tandem.data.packing import Rows
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import JobError
-from tandem.train.anomalies import LeftOut, Spiked
-from tandem.train.loop import GO_ON, LEAVE, SAVE, LoopState, StepReport, Unwatched, train
+from tandem.train.anomalies import LossSpike, SkippedStep
+from tandem.train.loop import CONTINUE, SAVE, STOP, LoopHooks, LoopState, StepReport, train
 from tandem.train.model import build_model
 from tandem.train.optimizer import build_optimizer
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 
 SHAPE = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64)
 CONFIG = TrainConfig(
@@ -44,26 +44,26 @@ class Dealt:
         return rows
 
 
-class Watcher(Unwatched):
+class Watcher(LoopHooks):
     """Wants something after the steps that are named."""
 
     def __init__(self, wishes: dict[int, int] | None = None) -> None:
-        self.found: list[LeftOut] = []
+        self.found: list[SkippedStep] = []
         self.wishes, self.step = wishes or {}, 0
 
-    def wish(self) -> int:
+    def poll_request(self) -> int:
         self.step += 1
-        return self.wishes.get(self.step, GO_ON)
+        return self.wishes.get(self.step, CONTINUE)
 
-    def left_out(self, found: LeftOut) -> None:
-        self.found.append(found)
+    def on_skipped_step(self, skipped: SkippedStep) -> None:
+        self.found.append(skipped)
 
 
-Alone = Callable[..., Trained]
+Alone = Callable[..., ParallelModel]
 
 
 def run(
-    encoder: TextEncoder, alone: Alone, dealt: Dealt, *, config: TrainConfig = CONFIG, watcher: Unwatched | None = None
+    encoder: TextEncoder, alone: Alone, dealt: Dealt, *, config: TrainConfig = CONFIG, watcher: LoopHooks | None = None
 ) -> tuple[bool, list[StepReport], list[int], LoopState]:
     built = build_model(SHAPE, None, encoder, seed=0)
     with torch.no_grad():
@@ -79,12 +79,12 @@ def run(
     state = LoopState()
     ended = train(
         model, build_optimizer(model, config.optimizer, torch.device("cpu")), dealt, config, state,
-        report=reports.append, save=lambda now: saved.append(now.step), device=torch.device("cpu"), watch=watcher,
+        report=reports.append, save=lambda now: saved.append(now.step), device=torch.device("cpu"), hooks=watcher,
     )  # fmt: skip
     return ended, reports, saved, state
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_told_with_its_rows(encoder: TextEncoder, alone: Alone):
+def test_a_nonfinite_step_changes_no_weights_and_reports_its_rows(encoder: TextEncoder, alone: Alone):
     watcher = Watcher()
     ended, reports, _, state = run(encoder, alone, Dealt(3, 6), watcher=watcher)
     assert ended and state.rows == 16
@@ -95,7 +95,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told_with_its_rows(enc
     assert reports[-1].loss < reports[0].loss
 
 
-def test_a_loss_that_is_not_finite_is_not_learned_from_though_gradients_are(encoder: TextEncoder, alone: Alone):
+def test_no_step_is_taken_for_a_nonfinite_loss_with_finite_gradients(encoder: TextEncoder, alone: Alone):
     model = alone(build_model(SHAPE, None, encoder, seed=0))
     optimizer = build_optimizer(model, CONFIG.optimizer, torch.device("cpu"))
     for loss, wanted in ((1.0, True), (math.inf, False), (math.nan, False)):
@@ -108,21 +108,21 @@ def test_a_loss_that_is_not_finite_is_not_learned_from_though_gradients_are(enco
         assert same is not wanted
 
 
-def test_too_many_such_steps_in_a_row_end_the_run(encoder: TextEncoder, alone: Alone):
+def test_too_many_nonfinite_steps_in_a_row_end_the_run(encoder: TextEncoder, alone: Alone):
     config = replace(CONFIG, faults=FaultsConfig(max_nonfinite=2))
     with pytest.raises(JobError, match=r"2 steps in a row.*step 4 \(rows 6 to 7.*step 5 \(rows 8 to 9"):
         run(encoder, alone, Dealt(2, 4, 5), config=config)
 
 
-def test_who_looks_after_a_run_may_have_it_save_or_leave(encoder: TextEncoder, alone: Alone):
-    ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({2: SAVE, 5: LEAVE}))
+def test_hooks_can_request_a_save_or_a_stop(encoder: TextEncoder, alone: Alone):
+    ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({2: SAVE, 5: STOP}))
     assert not ended and saved == [2, 5] and reports[-1].step == 5
-    ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({8: LEAVE}))
+    ended, reports, saved, _ = run(encoder, alone, Dealt(), watcher=Watcher({8: STOP}))
     # It was at its end anyway.
     assert ended and saved == [8]
 
 
-def test_a_loss_that_jumps_ends_the_attempt_before_it_is_saved(encoder: TextEncoder, alone: Alone):
+def test_a_loss_spike_ends_the_loop_before_a_save(encoder: TextEncoder, alone: Alone):
     class Jump(Dealt):
         def take(self, count: int) -> Rows:
             rows = super().take(count)
@@ -136,7 +136,7 @@ def test_a_loss_that_jumps_ends_the_attempt_before_it_is_saved(encoder: TextEnco
         optimizer=replace(CONFIG.optimizer, learning_rate=0.01, warmup_steps=0),
         checkpoint=CheckpointConfig(every_steps=6),
     )
-    with pytest.raises(Spiked) as found:
+    with pytest.raises(LossSpike) as found:
         run(encoder, alone, Jump(), config=config)
     assert (found.value.step, found.value.rows) == (6, 12)
     assert found.value.loss > 1.2 * found.value.median

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tandem.checkpoint.export import export, weights_of
+from tandem.checkpoint.export import export, export_tensors
 from tandem.config import LoraConfig, ModelConfig
 from tandem.data.packing import IGNORED, pack
 from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import ConfigError
-from tandem.train.adapters.dora import Magnitude
-from tandem.train.adapters.lora import ADAPTED, add_adapters, targets
+from tandem.train.adapters.dora import DoraMagnitude
+from tandem.train.adapters.lora import DEFAULT_TARGET_MODULES, add_adapters, find_target_modules
 from tandem.train.model import build_model, count_parameters, decoder_layers
 from tandem.train.objectives.objective import NextToken, count_targets, step_loss
 
@@ -38,7 +38,7 @@ def test_the_same_seed_gives_the_same_weights(encoder: TextEncoder, model: torch
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_a_new_model_has_the_shape_asked_for(encoder: TextEncoder, architecture: str):
+def test_a_new_model_has_the_configured_shape(encoder: TextEncoder, architecture: str):
     config = ModelConfig(
         architecture=architecture, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48,
         max_length=64, rope_theta=5000.0,
@@ -51,7 +51,7 @@ def test_a_new_model_has_the_shape_asked_for(encoder: TextEncoder, architecture:
     assert built.get_input_embeddings().weight is built.get_output_embeddings().weight
 
 
-def test_a_document_sees_nothing_of_its_neighbours_in_a_row(model: torch.nn.Module):
+def test_documents_of_a_row_do_not_attend_to_each_other(model: torch.nn.Module):
     first, second = [5, 6, 7, 8], [9, 10, 11, 12, 13]
     both = torch.from_numpy(pack([Encoded(d, [True] * len(d)) for d in (first, second)], 12, 0, split=False)).long()
     alone = torch.from_numpy(pack([Encoded(second, [True] * 5)], 12, 0, split=False)).long()
@@ -80,7 +80,7 @@ def test_gradients_of_micro_batches_and_ranks_add_up_to_the_mean_over_tokens():
     assert math.isfinite(float(step_loss(torch.tensor(0.0), torch.tensor(0), 2)))
 
 
-def test_only_adapters_train(model: torch.nn.Module):
+def test_only_adapters_require_gradients(model: torch.nn.Module):
     total, _ = count_parameters(model)
     adapted = add_adapters(model, LoraConfig(rank=4), base_id="base@1", seed=0)
     with_adapters, trained = count_parameters(adapted)
@@ -90,7 +90,7 @@ def test_only_adapters_train(model: torch.nn.Module):
     assert len(list(decoder_layers(adapted))) == 2
 
 
-def test_a_target_module_that_is_not_there_is_refused_with_the_nearest(model: torch.nn.Module):
+def test_an_unknown_target_module_is_refused_with_the_nearest(model: torch.nn.Module):
     with pytest.raises(ConfigError, match="Did you mean 'q_proj'"):
         add_adapters(model, LoraConfig(target_modules=("q_projj",)), base_id="b", seed=0)
 
@@ -104,10 +104,10 @@ def mixture(encoder: TextEncoder) -> Any:
     return build_model(config, None, encoder, seed=0).eval()
 
 
-def test_a_mixture_is_exported_as_others_load_it(mixture: Any, tmp_path: Path):
+def test_a_mixture_is_exported_with_separate_experts(mixture: Any, tmp_path: Path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    export(mixture, weights_of(mixture), tmp_path / "export")
+    export(mixture, export_tensors(mixture), tmp_path / "export")
     config = AutoConfig.from_pretrained(tmp_path / "export")
     assert config.architectures == ["Qwen3MoeForCausalLM"]
     # What vLLM's class of that name asks its config.
@@ -121,7 +121,7 @@ def test_a_mixture_is_exported_as_others_load_it(mixture: Any, tmp_path: Path):
     assert torch.equal(loaded(input_ids=ids).logits, mixture(input_ids=ids).logits)
 
 
-def test_adapters_of_a_mixture_go_to_its_attention(mixture: Any):
+def test_adapters_of_a_mixture_are_put_on_its_attention(mixture: Any):
     adapted = add_adapters(mixture, LoraConfig(rank=4), base_id="b", seed=0)
     owners = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
     assert owners == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -136,12 +136,14 @@ def test_adapters_for_experts_are_refused(mixture: Any):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dora_gives_what_peft_gives(encoder: TextEncoder, dropout: float):
+def test_dora_matches_peft(encoder: TextEncoder, dropout: float):
     config = LoraConfig(rank=4, dora=True, dropout=dropout)
     ours: Any = add_adapters(build_model(SHAPE, None, encoder, seed=0), config, base_id="b", seed=0)
     theirs: Any = peft.get_peft_model(
         build_model(SHAPE, None, encoder, seed=0),
-        peft.LoraConfig(r=4, lora_alpha=32.0, lora_dropout=dropout, target_modules=list(ADAPTED), use_dora=True),
+        peft.LoraConfig(
+            r=4, lora_alpha=32.0, lora_dropout=dropout, target_modules=list(DEFAULT_TARGET_MODULES), use_dora=True
+        ),
     )
     for name, parameter in ours.named_parameters():
         if "lora_B" in name:
@@ -158,18 +160,18 @@ def test_dora_gives_what_peft_gives(encoder: TextEncoder, dropout: float):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
 
 
-def test_dora_of_a_layer_with_a_bias_moves_its_weight_only():
+def test_dora_of_a_layer_with_a_bias_scales_only_its_weight():
     layer = torch.nn.Linear(6, 5)
     lora_a, lora_b = torch.nn.Linear(6, 2, bias=False), torch.nn.Linear(2, 5, bias=False)
     length = torch.nn.Parameter(torch.rand(5) + 0.5)
     x = torch.randn(3, 6)
-    added = Magnitude(length)(x, lora_A=lora_a, lora_B=lora_b, scaling=0.5, base_layer=layer, base_result=layer(x))
+    added = DoraMagnitude(length)(x, lora_A=lora_a, lora_B=lora_b, scaling=0.5, base_layer=layer, base_result=layer(x))
     weight = layer.weight + 0.5 * lora_b.weight @ lora_a.weight
     weight = length[:, None] * weight / weight.norm(dim=1, keepdim=True)
     torch.testing.assert_close(layer(x) + added, F.linear(x, weight, layer.bias))
 
 
-def test_a_base_that_cannot_be_loaded_is_refused(encoder: TextEncoder, tmp_path: Path):
+def test_an_unloadable_base_is_refused(encoder: TextEncoder, tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         build_model(ModelConfig(base="x"), tmp_path, encoder, seed=0)
@@ -177,11 +179,14 @@ def test_a_base_that_cannot_be_loaded_is_refused(encoder: TextEncoder, tmp_path:
 
 @pytest.mark.parametrize(
     ("family", "adapted"),
-    [("gpt_neox", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]), ("olmo2", list(ADAPTED))],
+    [
+        ("gpt_neox", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]),
+        ("olmo2", list(DEFAULT_TARGET_MODULES)),
+    ],
 )
-def test_a_model_with_other_names_has_all_its_linear_layers_adapted(family: str, adapted: list[str]):
+def test_all_linear_layers_are_adapted_if_none_has_a_known_name(family: str, adapted: list[str]):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **OTHERS))
-    assert targets(model, LoraConfig()) == adapted
+    assert find_target_modules(model, LoraConfig()) == adapted
 
 
 def test_a_model_without_linear_layers_is_refused_an_adapter():
@@ -189,4 +194,4 @@ def test_a_model_without_linear_layers_is_refused_an_adapter():
         AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=16, vocab_size=90)
     )
     with pytest.raises(ConfigError, match="GPT2LMHeadModel has no linear layers"):
-        targets(model, LoraConfig())
+        find_target_modules(model, LoraConfig())

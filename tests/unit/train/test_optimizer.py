@@ -43,19 +43,19 @@ def test_embeddings_can_be_kept_from_decaying_and_a_tied_output_with_them(model:
     assert not {"model.embed_tokens.weight", "lm_head.weight"} & decaying
 
 
-def test_an_output_of_its_own_decays(encoder: TextEncoder):
+def test_an_untied_output_decays(encoder: TextEncoder):
     shape = ModelConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, tie_embeddings=False)
     decaying, free = named(build_model(shape, None, encoder, 0), OptimizerConfig(decay_embeddings=False))
     assert "lm_head.weight" in decaying and "model.embed_tokens.weight" in free
 
 
-def test_a_tied_parameter_is_there_once(model: torch.nn.Module):
+def test_a_tied_parameter_is_in_one_group_once(model: torch.nn.Module):
     optimizer = build_optimizer(model, OptimizerConfig(), CPU)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) == len(list(model.parameters()))
 
 
-def test_only_what_is_trained_is_in_a_group(model: torch.nn.Module):
+def test_only_trained_parameters_are_in_a_group(model: torch.nn.Module):
     adapted = add_adapters(model, LoraConfig(rank=4), base_id="b", seed=0)
     optimizer = build_optimizer(adapted, OptimizerConfig(), CPU)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -90,7 +90,7 @@ def test_8_bit_state_is_refused_without_a_gpu(model: torch.nn.Module):
         build_optimizer(model, OptimizerConfig(name="adamw_8bit"), CPU)
 
 
-def test_the_rate_is_set_in_every_group_and_in_place_where_it_is_a_tensor():
+def test_the_rate_is_set_in_every_group_in_place_if_it_is_a_tensor():
     parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
     rate = torch.tensor(1.0)
     optimizer = torch.optim.AdamW([{"params": parameters[:1], "lr": rate}, {"params": parameters[1:]}], lr=1.0)

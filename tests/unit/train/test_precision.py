@@ -1,4 +1,4 @@
-"""Lower precision comes close to float32, and a step that overflows is left out."""
+"""Lower precision is close to float32, and overflowing steps are skipped."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.train.loop import LoopState, StepReport, train
 from tandem.train.model import build_model
 from tandem.train.optimizer import build_optimizer
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 from tandem.train.precision import LossScaler, use_float8
 
-Alone = Callable[..., Trained]
+Alone = Callable[..., ParallelModel]
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def run(encoder: TextEncoder, alone: Alone, precision: str, scaler: LossScaler |
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.03), ("float16", 0.01)])
-def test_lower_precision_comes_close_to_float32_and_is_not_float32(
+def test_lower_precision_is_close_to_float32_but_differs(
     encoder: TextEncoder, alone: Alone, precision: str, tolerance: float
 ):
     exact = [report.loss for report in run(encoder, alone, "float32")]
@@ -57,14 +57,14 @@ def test_lower_precision_comes_close_to_float32_and_is_not_float32(
     assert found != pytest.approx(exact, abs=1e-7)
 
 
-def test_the_scale_leaves_norms_and_steps_as_they_are(encoder: TextEncoder, alone: Alone):
+def test_loss_scaling_changes_neither_norms_nor_steps(encoder: TextEncoder, alone: Alone):
     plain, scaled = run(encoder, alone, "float32"), run(encoder, alone, "float32", LossScaler(2.0**10))
     assert [r.loss for r in scaled] == pytest.approx([r.loss for r in plain], abs=1e-6)
     assert [r.grad_norm for r in scaled] == pytest.approx([r.grad_norm for r in plain], abs=1e-5)
     assert [r.metrics for r in scaled] == [{"loss_scale": 2.0**10}] * 6 and plain[0].metrics == {}
 
 
-def test_steps_that_overflow_are_left_out_until_the_scale_fits(encoder: TextEncoder, alone: Alone):
+def test_overflowing_steps_are_skipped_until_the_scale_fits(encoder: TextEncoder, alone: Alone):
     reports = run(encoder, alone, "float16", LossScaler(2.0**127))
     skipped = [r for r in reports if not math.isfinite(r.grad_norm)]
     assert skipped and [r.metrics["loss_scale"] for r in reports[:2]] == [2.0**127, 2.0**126]

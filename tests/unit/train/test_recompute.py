@@ -38,7 +38,7 @@ def step(model: Any) -> tuple[float, list[torch.Tensor], Counted]:
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_gradients_are_the_same_and_more_is_computed(model: Any, adapters: bool):
+def test_recomputation_keeps_gradients_and_computes_more(model: Any, adapters: bool):
     found = {}
     for mode in ("none", "selective", "full"):
         changed = copy.deepcopy(model)
@@ -57,7 +57,7 @@ def test_gradients_are_the_same_and_more_is_computed(model: Any, adapters: bool)
     assert counted["selective"].products == counted["none"].products < counted["full"].products
 
 
-def test_a_model_that_cannot_do_it_is_refused(model: Any):
+def test_a_model_without_support_for_recomputation_is_refused(model: Any):
     model.supports_gradient_checkpointing = False
     with pytest.raises(ConfigError, match="Set recompute to 'none'"):
         recompute_activations(model, "full")

@@ -1,4 +1,4 @@
-"""A stage goes through a model's layers as transformers does; the families that training takes are those of which that is so."""
+"""The forward pass of a stage equals transformers' for every supported family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tandem.config.training.layout import FAMILIES, ModelShape
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import LayoutError
 from tandem.train.model import build_model
-from tandem.train.stage import OwnForward, Stage
+from tandem.train.stage import Stage, TransformersForward
 
 SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -24,7 +24,7 @@ MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stage_of_all_layers_gives_what_transformers_gives(family: str):
+def test_a_stage_of_all_layers_matches_transformers(family: str):
     torch.manual_seed(0)
     values = SMALL | (MIXTURE if family in ("mixtral", "qwen3_moe") else {})
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).eval()
@@ -48,11 +48,11 @@ def test_a_model_has_the_same_shape_by_its_config_and_by_its_files(encoder: Text
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "phi3", "olmo2", "gpt_neox"])
-def test_models_of_other_families_keep_documents_apart_by_themselves(family: str):
+def test_other_families_separate_documents_by_position(family: str):
     torch.manual_seed(0)
     small = {**SMALL, "head_dim": 8, "sliding_window": 8, "n_head": 4, "n_embd": 32, "n_layer": 2, "n_positions": 64}
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small))
-    OwnForward(model, []).check_documents(torch.device("cpu"))
+    TransformersForward(model, []).check_documents(torch.device("cpu"))
 
 
 def test_a_model_that_mixes_documents_is_refused():
@@ -61,4 +61,4 @@ def test_a_model_that_mixes_documents_is_refused():
             return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids, 8).float().cumsum(1))
 
     with pytest.raises(LayoutError, match="Mixing does not keep the documents of a packed row apart"):
-        OwnForward(Mixing(), []).check_documents(torch.device("cpu"))
+        TransformersForward(Mixing(), []).check_documents(torch.device("cpu"))

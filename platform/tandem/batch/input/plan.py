@@ -1,6 +1,6 @@
-"""How the rows of an input are divided into numbered pieces, and which of these are left. Pure.
+"""Division of input rows into numbered chunks, and selection of the unfinished ones. Pure.
 
-A row's number is its place in the input: files by name, rows as they stand. A piece is a run of rows of one file, and what is
+A row's number is its place in the input: files by name, rows as they stand. A chunk is a run of rows of one file, and what is
 published in one step. So a run that goes on after a death knows from the names of what is published what is left to be done.
 """
 
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 LEAST_ROWS, MOST_ROWS = 64, 65_536
-"""Of a piece, where nobody has said how many."""
+"""Of a chunk, where nobody has said how many."""
 LEAST_BYTES, MOST_BYTES = 4 << 20, 64 << 20
-"""Of its rows together, then: a piece of long rows has fewer."""
+"""Of its rows together, then: a chunk of long rows has fewer."""
 FLIGHT_BYTES = 1 << 30
-"""Of the pieces that an engine is given at once."""
+"""Of the chunks that an engine is given at once."""
 PIECES = 4096
-"""Pieces that an input is divided into, about."""
+"""Approximate number of chunks of an input."""
 UNITS_A_TASK = 64
 """That one task reads, of a file that can be read from anywhere on."""
 ROW_BYTES = 512
 """Of a row, about: how many there are is not known before they are read."""
 
 
-class Mark(NamedTuple):
+class Position(NamedTuple):
     """Where a row begins in its file."""
 
     offset: int = 0
@@ -35,7 +35,7 @@ class Mark(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Rows that are published together."""
 
     number: int
@@ -44,104 +44,104 @@ class Piece:
     first: int
     """The number of the first row."""
     rows: int
-    mark: Mark
+    position: Position
     """Where that row begins."""
     counts: Mapping[str, int]
     """How many of the rows each base model is asked; the others are refused."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """A piece's rows for one base: what is published under one name."""
+class WorkUnit:
+    """A chunk's rows for one base: what is published under one name."""
 
-    piece: Piece
+    chunk: Chunk
     base: int
     """Its place among the run's bases."""
 
     @property
     def name(self) -> str:
         """Sorts as the rows do."""
-        return f"{self.piece.number:08d}-{self.base}.jsonl"
+        return f"{self.chunk.number:08d}-{self.base}.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class PieceSize:
-    """When a piece is full: at the first of both."""
+class ChunkSize:
+    """When a chunk is full: at the first of both."""
 
     rows: int
     bytes: int | None = None
     """Of its rows together, the last one excepted; None: however many."""
 
 
-class Divider:
-    """Divides rows into pieces as they come."""
+class Chunker:
+    """Divides rows into chunks as they come."""
 
-    def __init__(self, size: PieceSize) -> None:
+    def __init__(self, size: ChunkSize) -> None:
         self._size = size
         self._number = 0
         self._first = 0
         self.rows = 0
         """Rows that have come."""
 
-    def pieces(self, source: int, rows: Iterable[tuple[Mark, int, str | None]]) -> Iterator[Piece]:
-        """The pieces of a file; of each row where it begins, its bytes, and the base that it is for (None: refused)."""
+    def chunks(self, source: int, rows: Iterable[tuple[Position, int, str | None]]) -> Iterator[Chunk]:
+        """The chunks of a file; of each row where it begins, its bytes, and the base that it is for (None: refused)."""
         counts: Counter[str] = Counter()
-        mark, held, held_bytes = Mark(), 0, 0
+        position, held, held_bytes = Position(), 0, 0
         for begins, row_bytes, base in rows:
             if not held:
-                mark = begins
+                position = begins
             held, held_bytes = held + 1, held_bytes + row_bytes
             self.rows += 1
             if base is not None:
                 counts[base] += 1
             if held == self._size.rows or (self._size.bytes is not None and held_bytes >= self._size.bytes):
-                yield self._cut(source, held, mark, counts)
+                yield self._cut(source, held, position, counts)
                 held, held_bytes, counts = 0, 0, Counter()
         if held:
-            yield self._cut(source, held, mark, counts)
+            yield self._cut(source, held, position, counts)
 
-    def _cut(self, source: int, rows: int, mark: Mark, counts: Counter[str]) -> Piece:
-        piece = Piece(self._number, source, self._first, rows, mark, dict(counts))
+    def _cut(self, source: int, rows: int, position: Position, counts: Counter[str]) -> Chunk:
+        chunk = Chunk(self._number, source, self._first, rows, position, dict(counts))
         self._number += 1
         self._first += rows
-        return piece
+        return chunk
 
 
-def piece_size(input_bytes: int) -> PieceSize:
-    """How large a piece is, where nobody has said it."""
-    return PieceSize(
+def chunk_size(input_bytes: int) -> ChunkSize:
+    """How large a chunk is, where nobody has said it."""
+    return ChunkSize(
         max(LEAST_ROWS, min(MOST_ROWS, input_bytes // ROW_BYTES // PIECES)),
         max(LEAST_BYTES, min(MOST_BYTES, input_bytes // PIECES)),
     )
 
 
-def units(pieces: Iterable[Piece], bases: Iterable[str]) -> list[Unit]:
-    """What there is to publish: a unit for each piece and base that has rows in it, base by base."""
-    held = list(pieces)
-    return [Unit(piece, i) for i, base in enumerate(bases) for piece in held if piece.counts.get(base)]
+def units(chunks: Iterable[Chunk], bases: Iterable[str]) -> list[WorkUnit]:
+    """What there is to publish: a unit for each chunk and base that has rows in it, base by base."""
+    held = list(chunks)
+    return [WorkUnit(chunk, i) for i, base in enumerate(bases) for chunk in held if chunk.counts.get(base)]
 
 
-def left(all_units: Iterable[Unit], published: Collection[str]) -> list[Unit]:
+def left(all_units: Iterable[WorkUnit], published: Collection[str]) -> list[WorkUnit]:
     """Those that are not published yet, in their order."""
     return [unit for unit in all_units if unit.name not in published]
 
 
-def read_together(todo: Iterable[Unit], only_forward: Callable[[int], bool]) -> list[list[Unit]]:
+def read_together(todo: Iterable[WorkUnit], only_forward: Callable[[int], bool]) -> list[list[WorkUnit]]:
     """What each task reads: units of one file, all of them where it can be read from its start only (`only_forward`)."""
-    tasks: list[list[Unit]] = []
+    tasks: list[list[WorkUnit]] = []
     for unit in todo:
-        source = unit.piece.source
-        if tasks and tasks[-1][0].piece.source == source and (only_forward(source) or len(tasks[-1]) < UNITS_A_TASK):
+        source = unit.chunk.source
+        if tasks and tasks[-1][0].chunk.source == source and (only_forward(source) or len(tasks[-1]) < UNITS_A_TASK):
             tasks[-1].append(unit)
         else:
             tasks.append([unit])
     return tasks
 
 
-def pieces_in_flight(window_rows: int, rows: int, piece_bytes: int | None = None) -> int:
-    """Pieces of so many rows that an engine is given at once: one more than fill its window, as one of them is always ending.
+def chunks_in_flight(window_rows: int, rows: int, chunk_bytes: int | None = None) -> int:
+    """Number of chunks that an engine is given at once: one more than fill its window, because one is always ending.
 
     Fewer where the rows are so long that these would not fit into its node's memory.
     """
-    most = FLIGHT_BYTES // piece_bytes if piece_bytes else window_rows + 1
+    most = FLIGHT_BYTES // chunk_bytes if chunk_bytes else window_rows + 1
     return max(2, min(-(-window_rows // rows) + 1, most))

@@ -1,4 +1,4 @@
-"""The input as a source of Ray Data: read tasks that each go through a file once, and give a table for each unit that is left.
+"""Ray Data source of a batch run: read tasks that pass through a file once and yield a table for each unfinished chunk.
 
 A table has one row: Ray Data puts tables together and cuts them between rows as it likes, and a unit stays whole.
 """
@@ -16,9 +16,9 @@ import ray
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from tandem.batch.input.plan import Unit, read_together
+from tandem.batch.input.plan import WorkUnit, read_together
 from tandem.batch.input.sources import Row, only_forward, rows_of
-from tandem.batch.work import Work
+from tandem.batch.work import WorkerContext
 from tandem.storage import Location
 
 COLUMNS = pa.schema(
@@ -32,10 +32,10 @@ COLUMNS = pa.schema(
 """The name of the unit; of each of its rows the number, the place for a person, the JSON."""
 
 
-class Pieces(Datasource):
-    """Pieces of an input, each with the rows that one base answers."""
+class ChunkSource(Datasource):
+    """Chunks of an input, each with the rows of one base, as a Ray Data source."""
 
-    def __init__(self, files: Sequence[Location], units: Sequence[Unit], work: Work) -> None:
+    def __init__(self, files: Sequence[Location], units: Sequence[WorkUnit], work: WorkerContext) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._files = files
         self.tasks = read_together(units, lambda source: only_forward(files[source]))
@@ -53,25 +53,25 @@ class Pieces(Datasource):
         """As many as there are, whatever the `parallelism`."""
         return [
             ReadTask(
-                partial(read, self._files[units[0].piece.source], units, self._work),
+                partial(read, self._files[units[0].chunk.source], units, self._work),
                 BlockMetadata(len(units), None, None, None),
             )
             for units in self.tasks
         ]
 
 
-def read(file: Location, units: Sequence[Unit], reference: Any) -> Iterator[Any]:
-    """A table for each unit, in their order; `reference` is that of a Work."""
-    work: Work = ray.get(reference)
+def read(file: Location, units: Sequence[WorkUnit], reference: Any) -> Iterator[Any]:
+    """A table for each unit, in their order; `reference` is that of a WorkerContext."""
+    work: WorkerContext = ray.get(reference)
     rows, at = iter(list[Row]()), -1
     for unit in units:
-        piece = unit.piece
-        if at < 0 or (piece.first != at and not only_forward(file)):
-            rows = rows_of(file, piece.mark)
+        chunk = unit.chunk
+        if at < 0 or (chunk.first != at and not only_forward(file)):
+            rows = rows_of(file, chunk.position)
         else:
-            # Of pieces in between nothing is left to do here.
-            collections.deque(itertools.islice(rows, piece.first - at), maxlen=0)
-        here = enumerate(itertools.islice(rows, piece.rows), piece.first)
+            # Of chunks in between nothing is left to do here.
+            collections.deque(itertools.islice(rows, chunk.first - at), maxlen=0)
+        here = enumerate(itertools.islice(rows, chunk.rows), chunk.first)
         mine = [(number, row) for number, row in here if work.is_for_me(row)]
         columns = [
             [unit.name],
@@ -79,5 +79,5 @@ def read(file: Location, units: Sequence[Unit], reference: Any) -> Iterator[Any]
             [[f"{file} {row.where}" for _, row in mine]],
             [[row.raw for _, row in mine]],
         ]
-        at = piece.first + piece.rows
+        at = chunk.first + chunk.rows
         yield pa.table(columns, schema=COLUMNS)

@@ -1,4 +1,4 @@
-"""What a row of the input asks for. Pure: text in, a request for an engine out, or the reason why there is none.
+"""Parsing of input rows into requests, or into the reason why a row has none. Pure.
 
 A row is OpenAI's batch format ({"custom_id", "method", "url", "body"}), or plain: {"prompt": ...}, {"messages": [...]} or
 {"input": ...}, with whatever fields the request may have beside it, `model` and `custom_id` among them.
@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, misspelt_fields, unknown_fields
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.engine.vllm.requests import asks_for_prompt_logprobs
@@ -34,7 +35,7 @@ class UnknownFieldError(BadRowError):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RowRequest:
     """A request for an engine."""
 
     path: str
@@ -63,7 +64,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool = False) -> Ask:
+def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool = False) -> RowRequest:
     """The request in a row, with `defaults` for fields that it lacks.
 
     With `chat` the `prompt` of a plain row is a user's message. Raises BadRowError with the reason if there is no request in it.
@@ -93,10 +94,12 @@ def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool 
         raise BadRowError("stream is on; the answers of a batch are written when they are whole. Leave it out.")
     for key in ("stream_options", "kv_transfer_params", "ec_transfer_params"):
         asked.pop(key, None)
-    return Ask(path, asked, model, custom_id, plain)
+    if problems := value_problems(path, asked):
+        raise BadRowError(" ".join(map(str, problems)))
+    return RowRequest(path, asked, model, custom_id, plain)
 
 
-def check_prompt_logprobs(ask: Ask) -> None:
+def check_prompt_logprobs(ask: RowRequest) -> None:
     """BadRowError for what ends vLLM's CPU engine where it has adapters (docs/adr/0013)."""
     if asks_for_prompt_logprobs(ask.body):
         raise BadRowError(
@@ -105,7 +108,7 @@ def check_prompt_logprobs(ask: Ask) -> None:
         )
 
 
-def request_bytes(ask: Ask, model: str) -> bytes:
+def request_bytes(ask: RowRequest, model: str) -> bytes:
     """The body that an engine takes."""
     return to_json({**ask.body, "model": model})
 

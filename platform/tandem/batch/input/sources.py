@@ -1,4 +1,4 @@
-"""Rows out of files: JSON lines, Parquet and WebDataset shards, from the start or from a mark on.
+"""Input readers: JSON lines, Parquet and WebDataset shards, from the start or from a position.
 
 A row that cannot be read is a row all the same, with the reason; a file that cannot be read is a DataError.
 """
@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Self, cast
 
 from tandem.batch.files import reading
-from tandem.batch.input.plan import Mark
+from tandem.batch.input.plan import Position
 from tandem.data.index import SHARDS_NAME
 from tandem.errors import DataError, did_you_mean
-from tandem.storage import Location, base_name, file_system, is_remote, located
+from tandem.storage import Location, base_name, file_system, is_remote, located, store_errors
 
 TEXT_MEMBERS = ("txt", "text")
 PACKED = (".gz", ".tgz")
@@ -28,7 +28,7 @@ ROWS_AT_A_TIME = 256
 class Row(NamedTuple):
     """A row as it was found."""
 
-    mark: Mark
+    position: Position
     where: str
     """For a person: line 3, row 3, sample KEY."""
     raw: bytes
@@ -36,15 +36,20 @@ class Row(NamedTuple):
     problem: str | None = None
 
 
-Reader = Callable[[IO[bytes], Mark], Iterator[Row]]
+Reader = Callable[[IO[bytes], Position], Iterator[Row]]
 
 
 def find_files(source: str) -> list[Location]:
     """The files that `source` names, in the order of their names: itself, those of a folder, or what fits a pattern with *.
 
-    Raises DataError if there are none, or of a sort that nothing here reads.
+    Raises DataError if there are none, or of a sort that nothing here reads, and StorageError where the store refuses.
     """
     place = located(source)
+    with store_errors(place, "read"):
+        return _find_files(source, place)
+
+
+def _find_files(source: str, place: Location) -> list[Location]:
     files = file_system(place)
     text = str(place)
     if files.isdir(text):
@@ -66,63 +71,63 @@ def find_files(source: str) -> list[Location]:
     return sorted((located(files.unstrip_protocol(p)) if is_remote(place) else Path(p) for p in found), key=str)
 
 
-def rows_of(file: Location, mark: Mark = Mark()) -> Iterator[Row]:  # noqa: B008 - a tuple
-    """The rows of a file from `mark` on."""
+def rows_of(file: Location, position: Position = Position()) -> Iterator[Row]:  # noqa: B008 - a tuple
+    """The rows of a file from `position` on."""
     import pyarrow as pa
 
     reader = _reader(base_name(str(file)))
     assert reader is not None, "find_files gives only files that have one"
     try:
         with _opened(file) as stream:
-            yield from reader(stream, mark)
+            yield from reader(stream, position)
     except (OSError, EOFError, tarfile.TarError, zlib.error, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {error}.") from error
 
 
 def only_forward(file: Location) -> bool:
-    """Whether reading from a mark on means reading much of what is before it."""
+    """Whether reading from a position on means reading much of what is before it."""
     return str(file).endswith((*PACKED, ".parquet"))
 
 
-def json_lines(file: IO[bytes], mark: Mark) -> Iterator[Row]:
+def json_lines(file: IO[bytes], position: Position) -> Iterator[Row]:
     """An object a line; blank lines are none."""
-    offset, number = mark
+    offset, number = position
     file.seek(offset)
     for line in file:
-        begins = Mark(offset, number)
+        begins = Position(offset, number)
         offset, number = offset + len(line), number + 1
         if text := line.strip():
             yield Row(begins, f"line {number}", text)
 
 
-def parquet(file: IO[bytes], mark: Mark) -> Iterator[Row]:
-    """A row a row; row groups before the mark are not read."""
+def parquet(file: IO[bytes], position: Position) -> Iterator[Row]:
+    """A row a row; row groups before the position are not read."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as table:
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         group, number = 0, 0
-        while group < len(sizes) and number + sizes[group] <= mark.place:
+        while group < len(sizes) and number + sizes[group] <= position.place:
             number += sizes[group]
             group += 1
         if group == len(sizes):
             return
         for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=range(group, len(sizes))):
-            # What is before the mark is not made into Python's values, which takes longer than reading it.
-            before = min(max(0, mark.place - number), batch.num_rows)
+            # What is before the position is not made into Python's values, which takes longer than reading it.
+            before = min(max(0, position.place - number), batch.num_rows)
             number += before
             for record in batch.slice(before).to_pylist():
-                yield _recorded(Mark(0, number), f"row {number + 1}", _without_nulls(record))
+                yield _recorded(Position(0, number), f"row {number + 1}", _without_nulls(record))
                 number += 1
 
 
-def webdataset(file: IO[bytes], mark: Mark) -> Iterator[Row]:
+def webdataset(file: IO[bytes], position: Position) -> Iterator[Row]:
     """A sample a row: members whose names are alike up to the first dot. KEY.json is the row, KEY.txt its prompt.
 
     A row has its key as custom_id unless it has one of its own.
     """
-    file.seek(mark.offset)
-    key, begins, number, fields = None, mark, mark.place, dict[str, bytes]()
+    file.seek(position.offset)
+    key, begins, number, fields = None, position, position.place, dict[str, bytes]()
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
         for member in tar:
             if not member.isfile():
@@ -133,7 +138,7 @@ def webdataset(file: IO[bytes], mark: Mark) -> Iterator[Row]:
                 if key is not None:
                     yield _sample(begins, key, fields)
                     number += 1
-                key, begins, fields = found, Mark(member.offset, number), {}
+                key, begins, fields = found, Position(member.offset, number), {}
             if extension == "json" or extension in TEXT_MEMBERS:
                 fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()
     if key is not None:
@@ -185,30 +190,30 @@ def _opened(file: Location) -> Iterator[IO[bytes]]:
             yield raw
 
 
-def _sample(mark: Mark, key: str, fields: dict[str, bytes]) -> Row:
+def _sample(position: Position, key: str, fields: dict[str, bytes]) -> Row:
     where = f"sample {key}"
     try:
         record: Any = json.loads(fields.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
-        return Row(mark, where, fields["json"], f"It is not valid JSON: {error}.")
+        return Row(position, where, fields["json"], f"It is not valid JSON: {error}.")
     if not isinstance(record, dict):
-        return Row(mark, where, fields["json"], f"It is a {type(record).__name__}; a row is a JSON object.")
+        return Row(position, where, fields["json"], f"It is a {type(record).__name__}; a row is a JSON object.")
     text = next((fields[name] for name in TEXT_MEMBERS if name in fields), None)
     if text is not None and not record.keys() & {"prompt", "messages", "input", "body"}:
         try:
             record["prompt"] = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            return Row(mark, where, b"", f"Its text is not UTF-8 (byte {error.start + 1}).")
+            return Row(position, where, b"", f"Its text is not UTF-8 (byte {error.start + 1}).")
     if not record:
-        return Row(mark, where, b"", "The sample has nothing in a .json or .txt.")
-    return _recorded(mark, where, {"custom_id": key.removeprefix("./"), **record})
+        return Row(position, where, b"", "The sample has nothing in a .json or .txt.")
+    return _recorded(position, where, {"custom_id": key.removeprefix("./"), **record})
 
 
-def _recorded(mark: Mark, where: str, record: dict[str, Any]) -> Row:
+def _recorded(position: Position, where: str, record: dict[str, Any]) -> Row:
     try:
-        return Row(mark, where, json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
+        return Row(position, where, json.dumps(record, ensure_ascii=False, allow_nan=False).encode())
     except (TypeError, ValueError, RecursionError) as error:
-        return Row(mark, where, repr(record).encode(), f"It has a value that JSON has no form for: {error}.")
+        return Row(position, where, repr(record).encode(), f"It has a value that JSON has no form for: {error}.")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Reads an input once, before anything is started: how many rows there are and of whom they ask, in which pieces, and which rows
-nobody can be asked about. Together with what a run wrote down of itself this decides what is left to do.
+"""Survey of the input before a run: row counts, models asked for, chunks, and invalid rows.
+
+With the manifest of an earlier start it decides which chunks are left.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tandem.batch.files import Lines
-from tandem.batch.input.plan import Divider, Mark, Piece, PieceSize, piece_size
-from tandem.batch.input.rows import Ask, BadRowError, UnknownFieldError, parse, read_row
+from tandem.batch.input.plan import Chunk, Chunker, ChunkSize, Position, chunk_size
+from tandem.batch.input.rows import BadRowError, RowRequest, UnknownFieldError, parse, read_row
 from tandem.batch.input.sources import Row, rows_of
-from tandem.batch.models import Names
+from tandem.batch.models import ModelResolver
 from tandem.batch.output.lines import failed
 from tandem.errors import DataError, RegistryError
 from tandem.ids import file_digest
@@ -27,41 +28,41 @@ class Survey:
 
     files: tuple[Location, ...]
     digests: tuple[str, ...]
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
     bases: tuple[str, ...]
     """Ids of the base models that rows are for, in the order of the first row of each."""
     refused: Lines
     """The lines of rows that no engine is asked about."""
     rows: int
-    size: PieceSize
-    """When a piece is full."""
+    size: ChunkSize
+    """When a chunk is full."""
     bare_prompts: frozenset[str] = frozenset()
     """Ids of the bases that plain rows ask with a `prompt`, which no chat template is applied to."""
 
 
 def survey(
     files: Sequence[Location],
-    names: Names,
+    names: ModelResolver,
     request: Mapping[str, Any],
-    size: PieceSize | None = None,
+    size: ChunkSize | None = None,
     tell: Callable[[int], None] = lambda rows: None,
     *,
     chat: bool = False,
 ) -> Survey:
-    """Read all files; `tell` hears how many rows have come. `size` of a piece unset: by the size of the input.
+    """Read all files; `tell` hears how many rows have come. `size` of a chunk unset: by the size of the input.
 
     `chat`: prompts of plain rows are messages.
 
     Raises DataError if there are none, if a file is damaged, or if a row has a field that no request has.
     """
-    size = size or piece_size(sum(_size(file) for file in files))
-    divider = Divider(size)
+    size = size or chunk_size(sum(_size(file) for file in files))
+    divider = Chunker(size)
     bases: dict[str, None] = {}
     bare: set[str] = set()
     refused = Lines()
-    pieces: list[Piece] = []
+    chunks: list[Chunk] = []
 
-    def asked(file: Location) -> Iterator[tuple[Mark, int, str | None]]:
+    def asked(file: Location) -> Iterator[tuple[Position, int, str | None]]:
         for row in rows_of(file):
             try:
                 ask = _ask(row, request, chat)
@@ -75,19 +76,19 @@ def survey(
                 bases[str(base)] = None
                 if ask.is_bare_prompt:
                     bare.add(str(base))
-            yield row.mark, len(row.raw), base
+            yield row.position, len(row.raw), base
 
     for number, file in enumerate(files):
-        for piece in divider.pieces(number, asked(file)):
-            pieces.append(piece)
+        for chunk in divider.chunks(number, asked(file)):
+            chunks.append(chunk)
             tell(divider.rows)
     if not divider.rows:
         raise DataError(f"{', '.join(map(str, files[:3]))} has no rows.")
     digests = tuple(_digest(file) for file in files)
-    return Survey(tuple(files), digests, tuple(pieces), tuple(bases), refused, divider.rows, size, frozenset(bare))
+    return Survey(tuple(files), digests, tuple(chunks), tuple(bases), refused, divider.rows, size, frozenset(bare))
 
 
-def _ask(row: Row, request: Mapping[str, Any], chat: bool) -> Ask:
+def _ask(row: Row, request: Mapping[str, Any], chat: bool) -> RowRequest:
     if row.problem is not None:
         raise BadRowError(row.problem)
     return read_row(parse(row.raw), request, chat=chat)

@@ -1,5 +1,6 @@
-"""The lines of the output. One of `results.jsonl` is OpenAI's batch format with the row's number; one of `errors.jsonl` has the
-reason, and the row as it came, so that it can be corrected and run again.
+"""Output lines: OpenAI's batch format for `results.jsonl`, reasons for `errors.jsonl`.
+
+A line of `errors.jsonl` holds the row as it came, so that it can be corrected and run again.
 """
 
 from __future__ import annotations

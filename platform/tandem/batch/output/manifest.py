@@ -1,4 +1,4 @@
-"""What a run writes down of itself, and whether another start may go on with it: only where it would give the same answers."""
+"""Manifest of a batch run: settings and input by digest; decides whether another start may continue it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from tandem.batch.input.plan import PieceSize
+from tandem.batch.input.plan import ChunkSize
 from tandem.batch.input.survey import Survey
-from tandem.batch.models import Names
+from tandem.batch.models import ModelResolver
 from tandem.batch.output.write import Output
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError
 
 FORMAT = 2
 FORMATS = (1, 2)
-"""Those that can be gone on with: in the first, pieces were divided by rows only."""
+"""Those that can be gone on with: in the first, chunks were divided by rows only."""
 DECIDING = ("model", "engine", "request", "engine_args", "chat")
 """Settings that the answers depend on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A run, as it lies beside its pieces."""
+    """A run, as it lies beside its chunks."""
 
     settings: Mapping[str, Any]
     """Those that the answers depend on."""
@@ -32,7 +32,7 @@ class Manifest:
     rows: int
     rows_per_piece: int
     bytes_per_piece: int | None = None
-    """Where a piece is cut that has fewer rows than that; None: nowhere."""
+    """Where a chunk is cut that has fewer rows than that; None: nowhere."""
     models: Mapping[str, str | None]
     """What each name in a row means, by id; None: nobody."""
     bases: tuple[str, ...]
@@ -43,7 +43,7 @@ class Manifest:
     format: int = field(default=FORMAT)
 
     @classmethod
-    def of(cls, config: BatchConfig, survey: Survey, names: Names) -> Self:
+    def of(cls, config: BatchConfig, survey: Survey, names: ModelResolver) -> Self:
         """What a new run writes down."""
         return cls(
             settings=_deciding(config),
@@ -71,9 +71,9 @@ class Manifest:
         return cls(**{**found, "bases": tuple(found["bases"])})
 
     @property
-    def size(self) -> PieceSize:
-        """When a piece is full."""
-        return PieceSize(self.rows_per_piece, self.bytes_per_piece)
+    def size(self) -> ChunkSize:
+        """When a chunk is full."""
+        return ChunkSize(self.rows_per_piece, self.bytes_per_piece)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""

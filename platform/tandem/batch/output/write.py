@@ -1,10 +1,10 @@
-"""Where a run's answers lie, and how they get there: piece by piece, each in one step, and at the end as two files.
+"""Output of a batch run: chunks published atomically, then assembled into two files.
 
     Y/results.jsonl     answered rows in the input's order        (Y.jsonl, where the output is a file)
     Y/errors.jsonl      the others, each with its reason          (Y.errors.jsonl)
-    Y/run/              manifest.json, and until the end pieces/  (Y.run/)
+    Y/run/              manifest.json, and until the end chunks/  (Y.run/)
 
-A piece that is there is whole, so a run that was killed at any moment goes on with the pieces that are not. The name of a piece
+A chunk that is there is whole, so a run that was killed at any moment goes on with the chunks that are not. The name of a chunk
 says which rows it has: written twice, it is there once.
 """
 
@@ -13,19 +13,21 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
+import os
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tandem.batch.files import forget_halves, read, reading, write, writing
-from tandem.batch.input.plan import Piece, Unit
+from tandem.batch.files import read, reading, remove_partial_files, write, writing
+from tandem.batch.input.plan import Chunk, WorkUnit
 from tandem.batch.output.lines import has_failed, row_of
 from tandem.errors import ConfigError, StorageError
-from tandem.storage import Location, file_system, join, located
+from tandem.storage import Location, check_writable, file_system, join, located, store_errors
 
 REFUSED = "refused.jsonl"
-"""Rows that no engine is asked about, among the pieces."""
+"""Rows that no engine is asked about, among the chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Output:
         return dict(found)
 
     def check_made(self) -> None:
-        """ConfigError if a file of a finished run is not there any more: the pieces that it was made of are not either."""
+        """ConfigError if a file of a finished run is not there any more: the chunks that it was made of are not either."""
         for place in (self.results, self.errors):
             if not file_system(place).exists(str(place)):
                 raise ConfigError(
@@ -76,6 +78,18 @@ class Output:
     def owns(self, file: Location) -> bool:
         """Whether a file is one of the run's own, which is no input of it."""
         return file in (self.results, self.errors) or str(file).startswith(f"{self.run}/")
+
+    def make(self) -> None:
+        """Make the place for the run's files. StorageError if nothing can be written there."""
+        if not isinstance(self.run, Path):
+            check_writable(self.run)
+            return
+        with store_errors(self.run, "made, which the output needs"):
+            self.run.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.run, os.W_OK | os.X_OK):
+                raise StorageError(
+                    f"The output's folder {self.run} cannot be written by this user. Choose another --output."
+                )
 
     def begin(self, manifest: dict[str, Any]) -> None:
         """Write the manifest down."""
@@ -87,7 +101,7 @@ class Output:
         return bool(file_system(place).exists(str(place)))
 
     def publish(self, name: str, lines: Iterable[bytes]) -> None:
-        """Put the answers of a unit (plan.Unit.name) there, all of them."""
+        """Put the answers of a unit (plan.WorkUnit.name) there, all of them."""
         write(join(self.run, "pieces", name), b"".join(line + b"\n" for line in lines))
 
     def refuse(self, lines: Iterable[bytes]) -> None:
@@ -96,7 +110,7 @@ class Output:
             file.writelines(line + b"\n" for line in lines)
 
     def published(self) -> set[str]:
-        """The names of the pieces that are there."""
+        """The names of the chunks that are there."""
         place = join(self.run, "pieces")
         files = file_system(place)
         with contextlib.suppress(FileNotFoundError):
@@ -108,24 +122,24 @@ class Output:
         """Whether they are there."""
         return bool(file_system(self.run).exists(str(join(self.run, "pieces", name))))
 
-    def assemble(self, pieces: Iterable[Piece], units: Iterable[Unit]) -> tuple[int, int]:
-        """Make the two files of the pieces, in the order of rows; how many rows are in each."""
+    def assemble(self, chunks: Iterable[Chunk], units: Iterable[WorkUnit]) -> tuple[int, int]:
+        """Make the two files of the chunks, in the order of rows; how many rows are in each."""
         names: dict[int, list[str]] = {}
         for unit in units:
-            names.setdefault(unit.piece.number, []).append(unit.name)
+            names.setdefault(unit.chunk.number, []).append(unit.name)
         refused = _Ahead(self._lines(REFUSED))
         counts = [0, 0]
         with writing(self.results) as results, writing(self.errors) as errors:
-            for piece in pieces:
-                held = [self._lines(name) for name in names.get(piece.number, ())]
-                for line in heapq.merge(*held, refused.before(piece.first + piece.rows), key=row_of):
+            for chunk in chunks:
+                held = [self._lines(name) for name in names.get(chunk.number, ())]
+                for line in heapq.merge(*held, refused.before(chunk.first + chunk.rows), key=row_of):
                     bad = has_failed(line)
                     counts[bad] += 1
                     (errors if bad else results).write(line + b"\n")
         return counts[0], counts[1]
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Write down that the two files are whole; the pieces are needed no more."""
+        """Write down that the two files are whole; the chunks are needed no more."""
         self.begin(manifest)
         self.clean()
 
@@ -133,14 +147,14 @@ class Output:
         """Remove what a finished run does not need, also where it was killed while it did so."""
         _remove(join(self.run, "pieces"))
         for place in (self.results, self.errors, join(self.run, "manifest.json")):
-            forget_halves(place)
+            remove_partial_files(place)
 
-    def note_death(self, text: str) -> None:
+    def record_crash(self, text: str) -> None:
         """Keep what a worker said before it ended."""
         with contextlib.suppress(Exception):  # it is about to end in any case
             write(join(self.run, "deaths", f"{uuid.uuid4().hex[:8]}.txt"), text.encode())
 
-    def deaths(self) -> list[str]:
+    def crashes(self) -> list[str]:
         """What workers said before they ended."""
         place = join(self.run, "deaths")
         files = file_system(place)
@@ -148,7 +162,7 @@ class Output:
             return [files.cat_file(each).decode() for each in files.ls(str(place), detail=False)]
         return []
 
-    def forget_deaths(self) -> None:
+    def clear_crashes(self) -> None:
         """Those of an earlier start say nothing of this one."""
         _remove(join(self.run, "deaths"))
 

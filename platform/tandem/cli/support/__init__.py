@@ -1,1 +1,1 @@
-"""Shared parts of the commands: console, errors, progress, and the address of an app."""
+"""Shared parts of the commands: error display, signals, and streaming chats."""

@@ -1,4 +1,4 @@
-"""What every command shares: the console, errors as one clear message, signals, and a cluster to work on."""
+"""Error display and signal handling that all commands share."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from rich.console import Console
 from rich.markup import escape
 
-from tandem.cluster.local import Cluster, LocalCluster, connect, recorded
 from tandem.errors import TandemError
 from tandem.private import check_home
-from tandem.settings import export, forget, settings, variable
+from tandem.sdk.console import INTERRUPTED, errors
+from tandem.settings import settings
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
-
-INTERRUPTED = 130
-CORE_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 AGAIN_S = 1.0
 """How soon an interrupt that was lost is raised again."""
 
@@ -84,71 +78,3 @@ def fail(error: TandemError) -> NoReturn:
     """Print what went wrong, and leave with the error's status."""
     errors.print(f"[bold red]Error[/] {escape(str(error))}", soft_wrap=True)
     raise SystemExit(error.exit_code)
-
-
-@contextlib.contextmanager
-def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cluster]:
-    """The cluster of RAY_ADDRESS or of this home; else a local one, stopped at the end of the block.
-
-    With `keep` it stays, unless the block raises.
-    """
-    cluster = connect()
-    if cluster is not None:
-        yield cluster
-        return
-    stale = recorded()
-    started: LocalCluster | None = None
-    try:
-        with console.status("Starting a local Ray cluster"):
-            started = LocalCluster.start(num_cpus=num_cpus, keep=keep)
-        yield started
-    except BaseException:
-        # What was to stay has nothing on it that works.
-        keep = False
-        raise
-    finally:
-        # An interrupt may have come when it was up and not yet handed over: then it is known by its record.
-        up = recorded() if started is None else started
-        if not keep and up is not None and up != stale:
-            stop_quietly(up)
-
-
-@contextlib.contextmanager
-def quiet_driver() -> Iterator[None]:
-    """For `ray.init` in a block: what Ray's C++ core of this process says goes to its log file alone.
-
-    It writes its errors on stderr too, though they tell of what Ray does about them by itself. Processes that are started
-    later keep their own level.
-    """
-    if variable(CORE_LEVEL) is not None:
-        yield
-        return
-    export({CORE_LEVEL: "fatal"})
-    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        # With a level of its own it begins by saying so, on stderr.
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        os.close(nowhere)
-        forget(CORE_LEVEL, "fatal")
-
-
-def stop_quietly(cluster: Cluster) -> None:
-    """Stop a cluster whole, whatever more is pressed meanwhile."""
-    with uninterrupted(), console.status("Stopping"):
-        cluster.stop()
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold off Ctrl-C and SIGTERM for the length of a block, so that a clean-up is done to its end."""
-    held = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in held}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Asks a model over the OpenAI wire, streaming, and turns what the SDK raises into errors that say what to run."""
+"""Streaming chat requests, with errors that name the command to run next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from tandem.errors import ClusterError, ConfigError, EngineError, TandemError, UnknownModelError, did_you_mean
+from tandem.errors import ClusterError, ConfigError, EngineError, TandemError, UnknownModelError, did_you_mean, sentence
 
 if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError
@@ -114,7 +114,9 @@ class Talker:
             case openai.APIStatusError(status_code=429 | 503):
                 wait = error.response.headers.get("retry-after")
                 when = f"in {wait} s" if wait else "in a moment"
-                return EngineError(f"The server is busy ({error.status_code}): {said} Try again {when}.")
+                # The gateway says when; other servers may not.
+                then = "" if "Try again" in said else f" Try again {when}."
+                return EngineError(f"The server is busy ({error.status_code}): {said}{then}")
             case openai.APIStatusError():
                 return EngineError(f"{self.api_url} answered {error.status_code}: {said}")
         return EngineError(f"The answer failed: {said}")
@@ -140,10 +142,5 @@ def _message(error: OpenAIError) -> str:
         inner = body.get("error")
         body = inner if isinstance(inner, dict) else body
         if message := body.get("message") or body.get("detail"):
-            return _sentence(str(message))
-    return _sentence(str(error))
-
-
-def _sentence(text: str) -> str:
-    text = " ".join(text.split())
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+            return sentence(" ".join(str(message).split()))
+    return sentence(" ".join(str(error).split()))

@@ -1,1 +1,1 @@
-"""Config of training jobs and sweeps."""
+"""Config of training jobs and sweeps: frozen dataclasses that check themselves."""

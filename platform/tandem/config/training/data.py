@@ -1,4 +1,4 @@
-"""The data to train on."""
+"""Training data config: datasets, mixtures, packing, and the tasks that read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO cuts, and what it keeps off the device."""
+"""DeepSpeed config: ZeRO stage and offload."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tandem.config import check
 from tandem.errors import ConfigError
 
-PLACES = ("none", "cpu", "nvme")
+OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,26 +15,26 @@ class DeepSpeedConfig:
     """ZeRO (Rajbhandari et al. 2020) with its offload; used by `parallel.strategy: deepspeed`."""
 
     stage: int = 3
-    """What the workers share: 1 the optimizer's state, 2 gradients too, 3 parameters too (as fsdp2 does)."""
+    """Sharded state: 1 optimizer state, 2 also gradients, 3 also parameters (as fsdp2 does)."""
     offload_optimizer: str = "none"
-    """Where the optimizer's state stays, and its step is computed: none (the device), cpu, or, with stage 3, nvme."""
+    """Device of the optimizer state and step: none (the worker's device), cpu, or nvme (with stage 3)."""
     offload_parameters: str = "none"
-    """With stage 3, where parameters stay that are not in use: none (the device), cpu or nvme."""
+    """With stage 3, device of parameters that are not in use: none (the worker's device), cpu or nvme."""
     nvme_path: str | None = None
-    """Folder on each node's fast disk for what is offloaded to nvme."""
+    """Folder on each node's fast disk for offload to nvme."""
 
     def __post_init__(self) -> None:
         check.between("deepspeed.stage", self.stage, 1, 3)
         to_disk = []
         for key in ("offload_optimizer", "offload_parameters"):
-            place = getattr(self, key)
-            check.one_of(f"deepspeed.{key}", place, PLACES)
-            if self.stage < 3 and (place == "nvme" or (place == "cpu" and key == "offload_parameters")):
+            device = getattr(self, key)
+            check.one_of(f"deepspeed.{key}", device, OFFLOAD_DEVICES)
+            if self.stage < 3 and (device == "nvme" or (device == "cpu" and key == "offload_parameters")):
                 raise ConfigError(
-                    f"deepspeed.{key} is {place!r}, which needs stage 3; deepspeed.stage is {self.stage}. Set it to 3, or "
+                    f"deepspeed.{key} is {device!r}, which needs stage 3; deepspeed.stage is {self.stage}. Set it to 3, or "
                     f"{key} to {'cpu' if key == 'offload_optimizer' else 'none'}."
                 )
-            if place == "nvme":
+            if device == "nvme":
                 to_disk.append(key)
         if to_disk and self.nvme_path is None:
             raise ConfigError(

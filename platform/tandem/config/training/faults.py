@@ -1,4 +1,4 @@
-"""What a training run bears, and for how long, before it stops."""
+"""Fault tolerance config: hangs, slow ranks, non-finite steps, loss spikes, lost storage, resizing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tandem.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpikeConfig:
-    """When a loss has jumped: the run goes back to its newest checkpoint, and leaves out the rows that came after it."""
+    """Loss spikes: the run goes back to its newest checkpoint, and skips the rows since."""
 
     factor: float = 2.0
     """A reported loss above this many times the median of the reports before is a spike."""
     window: int = 20
-    """Reports that the median is taken over; until there are as many, nothing is a spike."""
+    """Reports that the median is taken over; nothing is a spike before there are as many."""
     max_rollbacks: int = 3
-    """Times that a run goes back, in all of its life, before it stops."""
+    """Rollbacks in the whole run; one more spike stops it."""
 
     def __post_init__(self) -> None:
         if not self.factor > 1:
@@ -28,26 +28,26 @@ class SpikeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FaultsConfig:
-    """How faults are found, and what is done about them. How often a run starts again is `checkpoint.max_failures`."""
+    """Detection and handling of faults. `checkpoint.max_failures` limits restarts."""
 
     heartbeat_s: float = 2.0
-    """Seconds between a worker's signs of life."""
+    """Seconds between a worker's heartbeats."""
     hang_after_s: float = 60.0
-    """Seconds without one, after which a worker counts as hung: its stack is reported, and the workers start again."""
+    """Seconds without a heartbeat after which a worker counts as hung: its stack is reported, and the workers restart."""
     stuck_after_s: float = 1800.0
-    """Seconds in which no worker gets anything done though all are alive, after which they start again."""
+    """Seconds without progress on any worker, though all send heartbeats, after which the workers restart."""
     slow_factor: float = 1.5
-    """A worker that needs this many times what the middle one of all needs is named as slow."""
+    """A worker that needs this many times the median of the others is reported as slow."""
     max_nonfinite: int = 10
-    """Steps in a row that are left out since their loss or gradients are not finite, at which the run stops."""
+    """Skipped steps in a row, because loss or gradients are not finite, that stop the run."""
     spike: SpikeConfig | None = None
-    """Set: a loss that jumps takes the run back to its newest checkpoint; unset: it goes on."""
+    """Set: a loss spike takes the run back to its newest checkpoint. Unset: it continues."""
     leave_s: float = 60.0
-    """Seconds that a run which is told to stop has for a last checkpoint."""
+    """Seconds for a last checkpoint after a run is told to stop."""
     storage_retry_s: float = 120.0
-    """Seconds over which a checkpoint is tried again if the storage refuses it; then the run stops."""
+    """Seconds over which a refused checkpoint is retried; then the run stops."""
     grow_after_s: float = 10.0
-    """With `parallel.workers: {min, max}`: seconds that there must be room for more workers before the run grows into it."""
+    """With `parallel.workers: {min, max}`: seconds of room for more workers before the run grows."""
 
     def __post_init__(self) -> None:
         for key in ("heartbeat_s", "hang_after_s", "stuck_after_s"):

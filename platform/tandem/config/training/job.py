@@ -1,4 +1,4 @@
-"""A training job: what to train, on what, for how long, across how many workers."""
+"""Training job config: model, data, objective, optimizer, parallelism, checkpoints and faults of one job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tandem.storage import is_remote
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When the state is saved, and how many saves are kept."""
+    """Checkpoints: interval, retention, location."""
 
     every_steps: int = 100
     """Steps between checkpoints; 0 saves only at the end."""
@@ -32,9 +32,9 @@ class CheckpointConfig:
     """Where they lie, each job's in a folder of its own: an absolute path that every node has, or a URI such as
     s3://bucket/runs. Unset: the job's folder."""
     asynchronous: bool = True
-    """Write in the background while training goes on, from a copy in the CPU's memory."""
+    """Write in the background while training continues, from a copy in the CPU's memory."""
     max_failures: int = 3
-    """Times in a row that a run starts again without having come to a new checkpoint."""
+    """Failures in a row without a new checkpoint that a run survives."""
 
     def __post_init__(self) -> None:
         check.at_least("checkpoint.every_steps", self.every_steps, 0)
@@ -52,47 +52,47 @@ class TrainConfig:
     """One training job."""
 
     name: str
-    """What the result is called in the registry, and so by those who ask it."""
+    """Name of the result in the registry, and in requests."""
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig | None = None
-    """Set: only adapters are trained, and an adapter of `model.base` is registered."""
+    """Set: trains an adapter of `model.base` instead of all weights."""
     parallel: ParallelismConfig = field(default_factory=ParallelismConfig)
     deepspeed: DeepSpeedConfig | None = None
-    """How `parallel.strategy: deepspeed` shares the model; unset: ZeRO 3 without offload."""
+    """Options of `parallel.strategy: deepspeed`; unset: ZeRO 3 without offload."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
-    """How hangs, bad numbers and lost storage are found, and how long they are borne."""
+    """Detection and handling of hangs, numerical anomalies and lost storage."""
     steps: int = 100
     """Optimizer steps."""
     batch_size: int = 8
     """Packed rows in one optimizer step, over all workers."""
     accumulate: int = 1
-    """Micro-batches that a worker cuts its share of a batch into."""
+    """Micro-batches that a worker splits its part of a batch into."""
     objective: str = "next_token"
     """next_token (pretraining, and fine-tuning on answers), or dpo (on preferences, from model.base)."""
     dpo: DpoConfig | None = None
-    """How dpo is done; unset: by its defaults."""
+    """Options of dpo; unset: the defaults."""
     evaluation: EvaluationConfig | None = None
-    """Set: the loss on rows that are not trained on is part of the report."""
+    """Set: evaluates on held-out rows."""
     ema: float | None = None
-    """Decay of a moving average of the weights, such as 0.999; set: the average is what is evaluated and exported."""
+    """Decay of a moving average of the weights, such as 0.999; set: evaluates and exports the average."""
     precision: str = "float32"
-    """What is computed in: float32, bfloat16, float16 (with a loss scaler) or float8 (on a GPU). Weights stay float32."""
+    """Compute type: float32, bfloat16, float16 (with a loss scaler) or float8 (on a GPU). Weights stay float32."""
     recompute: str = "none"
-    """Activations computed again in the backward pass, to save memory: none, selective (all but matrix products), full."""
+    """Activations recomputed in the backward pass, to save memory: none, selective (all but matrix products), full."""
     compile: bool = False
     """Compile the model's layers (torch.compile): faster steps on a GPU, after a first one that takes a minute longer."""
     attention: str = "sdpa"
-    """sdpa, or flex: what a token of another document would take is not computed (on a GPU, with compile)."""
+    """sdpa, or flex: skips attention between documents of a row (on a GPU, with compile)."""
     seed: int = 0
     log_every: int = 1
     """Steps between reports of loss and throughput."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """Where those reports go beside the job's journal and TensorBoard."""
+    """Sinks of these reports beside the job's journal and TensorBoard."""
     register: bool = True
-    """Put the result into the registry under `name`; if false it stays in the job's folder, as a sweep's trials do."""
+    """Register the result under `name`; if false it stays in the job's folder, as for a sweep's trials."""
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -1,7 +1,7 @@
-"""Whether a model can be trained in a layout, and the nearest one in which it can. Pure: numbers in, a refusal out.
+"""Layout rules: whether a model can be trained in a parallel layout, and the nearest layout in which it can. Pure.
 
-Every rule that needs the model's shape is here, once: the submission asks before a job exists, the driver before a worker
-starts, and each worker of the model that it has in its hands.
+Every rule that needs the model's shape is here, once: it is checked at submission, by the driver before a worker starts, and by
+each worker with its model.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from tandem.config.training.model import ModelConfig
 from tandem.errors import ConfigError, LayoutError
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
-"""`model_type`s whose layers training can go through by itself, as cutting a model takes; each is compared with transformers' own
-forward in the tests. Of others whole models are trained, by that forward."""
+"""`model_type`s whose layers training calls itself, which splitting a model requires; tests compare each with transformers' own
+forward. Other families are trained unsplit, with that forward."""
 
-PARTS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
-"""Parts of the model that each pipeline rank holds, by schedule."""
+STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
+"""Pipeline stages on each rank, by schedule."""
 
 DEGREES = ("tensor", "pipeline", "expert", "context", "workers")
 
-EFFORT = {"parallel.workers": 1.5, "accumulate": 0.5, "batch_size": 0.5, "data.sequence_length": 0.5}
-"""What it takes to change a setting, where a degree takes 1: other rows are soon had, other machines are not."""
+CHANGE_COST = {"parallel.workers": 1.5, "accumulate": 0.5, "batch_size": 0.5, "data.sequence_length": 0.5}
+"""Cost of a change relative to that of a degree (1): the batch is easily changed, the number of machines is not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """What the rules ask of a model; None is not known, and then nothing is refused for it."""
+    """Shape of a model, as the rules need it; None is unknown, and no rule applies to it."""
 
     family: str | None = None
     """transformers' `model_type`."""
@@ -45,7 +45,7 @@ class ModelShape:
     expert_width: int | None = None
     max_length: int | None = None
     window: int | None = None
-    """How far attention looks back, if less than to the start."""
+    """Sliding window of attention in tokens; None for full attention."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> ModelShape:
@@ -63,7 +63,7 @@ class ModelShape:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> ModelShape:
-        """The shape that a config.json tells, or the same of a transformers config."""
+        """The shape in the values of a config.json or a transformers config."""
 
         def number(*keys: str) -> int | None:
             found = (values.get(key) for key in keys)
@@ -72,7 +72,7 @@ class ModelShape:
         family = values.get("model_type")
         experts = number("num_experts", "num_local_experts") or 0
         mixed = experts == 0 or bool(values.get("mlp_only_layers")) or values.get("decoder_sparse_step", 1) != 1
-        # Qwen's configs have a window that is off; Mistral's and Mixtral's are on.
+        # The window is off by default in Qwen's configs, and on in Mistral's and Mixtral's.
         windowed = values.get("use_sliding_window", family in ("mistral", "mixtral"))
         return cls(
             family=family if isinstance(family, str) else None,
@@ -88,9 +88,9 @@ class ModelShape:
 
 
 def check_layout(shape: ModelShape, config: TrainConfig) -> None:
-    """Refuse what cannot be trained as `config` says.
+    """Raise LayoutError if the model cannot be trained in the layout of `config`.
 
-    Raises LayoutError with the fact, the numbers and the nearest settings that work.
+    The error states the fact, the numbers and the nearest settings that work.
     """
     fact = _problem(shape, config)
     if fact is None:
@@ -101,14 +101,14 @@ def check_layout(shape: ModelShape, config: TrainConfig) -> None:
 
 
 def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
-    """The settings to change, by their dotted keys: as few as can be, and those by as little; empty if nothing is found.
+    """The nearest layout that works, as new values of dotted config keys; empty if there is none.
 
-    Degrees are only lowered; the batch, micro-batches and rows follow them where they must.
+    Degrees are only lowered; batch size, micro-batches and sequence length change as they require.
     """
     parallel = config.parallel
     most = parallel.workers if layers_known(shape, config) else 1
     stages = [n for n in range(1, parallel.pipeline + 1) if n <= most and _stages_fit(shape, config, n)]
-    tensors = [n for n in range(1, parallel.tensor + 1) if n <= most and _uncut(shape, config, n) is None]
+    tensors = [n for n in range(1, parallel.tensor + 1) if n <= most and _tensor_problem(shape, config, n) is None]
     experts = [n for n in range(1, parallel.expert + 1) if n <= most and _experts_fit(shape, n)]
     contexts = [
         n for n in range(1, min(most, parallel.context) + 1) if parallel.context % n == 0 and _contexts_fit(config, n)
@@ -117,18 +117,18 @@ def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
     for tensor, pipeline, expert, context in itertools.product(tensors, stages, experts, contexts):
         group = tensor * pipeline * context
         for workers in {parallel.workers, parallel.data * group}:
-            wanted = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "context": context, "workers": workers}
+            degrees = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "context": context, "workers": workers}
             if workers % (group * parallel.replicate):
                 continue
-            cost, changes = _changed(config, wanted, shape)
+            cost, changes = _changed(config, degrees, shape)
             if cost < best[0] and _works(shape, config, changes):
                 best = (cost, changes)
     return best[1]
 
 
 def layers_known(shape: ModelShape, config: TrainConfig) -> bool:
-    """Whether training can go through the model's layers itself."""
-    return _unknown(shape, config) is None
+    """Whether training calls the model's layers itself."""
+    return _family_problem(shape, config) is None
 
 
 def micro_batches_fit(schedule: str, stages: int, count: int) -> bool:
@@ -143,22 +143,22 @@ def micro_batches_fit(schedule: str, stages: int, count: int) -> bool:
 
 
 def length_unit(config: TrainConfig) -> int:
-    """What the length of a row must be a multiple of."""
+    """The sequence length must be a multiple of this."""
     parallel = config.parallel
-    # A rank takes two pieces of a sequence, of which its tensor peers take even parts.
-    pieces = 2 * parallel.context if parallel.context > 1 else 1
+    # A context-parallel rank takes two chunks of a sequence, which its tensor peers split evenly.
+    chunks = 2 * parallel.context if parallel.context > 1 else 1
     shared = parallel.tensor if parallel.sequence_parallel else 1
-    return math.lcm(pieces, parallel.context * shared)
+    return math.lcm(chunks, parallel.context * shared)
 
 
 def _problem(shape: ModelShape, config: TrainConfig) -> str | None:
-    """The first fact that stands in the way."""
+    """The first rule that the layout violates, as a fact."""
     return next(_problems(shape, config), None)
 
 
 def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
     parallel = config.parallel
-    if unknown := _unknown(shape, config):
+    if unknown := _family_problem(shape, config):
         for key in ("tensor", "pipeline", "expert", "context"):
             if (degree := getattr(parallel, key)) > 1:
                 yield f"parallel.{key} is {degree}, for which training goes through the layers itself, but {unknown}."
@@ -166,14 +166,14 @@ def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
         if shape.experts == 0:
             yield f"parallel.expert is {parallel.expert}, but the model is dense: it has no experts to share."
         yield f"parallel.expert ({parallel.expert}) must divide the model's {shape.experts} experts."
-    if uncut := _uncut(shape, config, parallel.tensor):
-        yield f"parallel.tensor ({parallel.tensor}) {uncut}."
+    if problem := _tensor_problem(shape, config, parallel.tensor):
+        yield f"parallel.tensor ({parallel.tensor}) {problem}."
     if parallel.pipeline > 1:
         if config.objective == "dpo":
             yield f"objective 'dpo' does not work across pipeline stages, and parallel.pipeline is {parallel.pipeline}."
         if config.lora is not None and config.lora.quantize:
             yield f"lora.quantize does not work across pipeline stages, and parallel.pipeline is {parallel.pipeline}."
-        parts = PARTS[parallel.schedule]
+        parts = STAGES_PER_RANK[parallel.schedule]
         if shape.layers and shape.layers % (parallel.pipeline * parts):
             held = f" x {parts} parts a rank ({parallel.schedule})" if parts > 1 else ""
             yield (
@@ -197,8 +197,8 @@ def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
         yield f"data.sequence_length ({length}) must be a multiple of {unit}, for {of}."
 
 
-def _unknown(shape: ModelShape, config: TrainConfig) -> str | None:
-    """Why training cannot go through the model's layers itself."""
+def _family_problem(shape: ModelShape, config: TrainConfig) -> str | None:
+    """The reason that training cannot call the model's layers itself; None if it can."""
     if shape.family is not None and shape.family not in FAMILIES:
         return f"it knows those of {', '.join(FAMILIES)}, and the model is a {shape.family!r}"
     if shape.window is not None and config.data.sequence_length > shape.window:
@@ -209,8 +209,8 @@ def _unknown(shape: ModelShape, config: TrainConfig) -> str | None:
     return None
 
 
-def _uncut(shape: ModelShape, config: TrainConfig, tensor: int) -> str | None:
-    """Why a model cannot be cut into `tensor` parts."""
+def _tensor_problem(shape: ModelShape, config: TrainConfig, tensor: int) -> str | None:
+    """The reason that a model cannot be split into `tensor` parts; None if it can."""
     for name, count in (
         ("key/value heads", shape.kv_heads),
         ("attention heads", shape.heads),
@@ -228,7 +228,7 @@ def _stages_fit(shape: ModelShape, config: TrainConfig, stages: int) -> bool:
     if stages == 1:
         return True
     quantized = config.lora is not None and config.lora.quantize is not None
-    whole = not shape.layers or shape.layers % (stages * PARTS[config.parallel.schedule]) == 0
+    whole = not shape.layers or shape.layers % (stages * STAGES_PER_RANK[config.parallel.schedule]) == 0
     return whole and config.objective != "dpo" and not quantized
 
 
@@ -240,8 +240,8 @@ def _contexts_fit(config: TrainConfig, context: int) -> bool:
     return context == 1 or config.objective != "dpo"
 
 
-def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) -> tuple[float, dict[str, int]]:
-    """How far it is from `config` to the degrees `wanted`, and all that has to change for them."""
+def _changed(config: TrainConfig, degrees: Mapping[str, int], shape: ModelShape) -> tuple[float, dict[str, int]]:
+    """Cost of changing `config` to the degrees `degrees`, and all values that change."""
     parallel = config.parallel
     now = {f"parallel.{key}": getattr(parallel, key) for key in DEGREES}
     now |= {
@@ -249,13 +249,13 @@ def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) 
         "batch_size": config.batch_size,
         "data.sequence_length": config.data.sequence_length,
     }
-    new = {f"parallel.{key}": wanted[key] for key in DEGREES}
-    stages, tensor, context = wanted["pipeline"], wanted["tensor"], wanted["context"]
+    new = {f"parallel.{key}": degrees[key] for key in DEGREES}
+    stages, tensor, context = degrees["pipeline"], degrees["tensor"], degrees["context"]
     new["accumulate"] = config.accumulate
     if stages > 1:
         tried = itertools.chain.from_iterable((config.accumulate + n, config.accumulate - n) for n in itertools.count())
         new["accumulate"] = next(n for n in tried if n > 0 and micro_batches_fit(parallel.schedule, stages, n))
-    share = wanted["workers"] // (stages * tensor * context) * new["accumulate"]
+    share = degrees["workers"] // (stages * tensor * context) * new["accumulate"]
     new["batch_size"] = _nearest_multiple(config.batch_size, share)
     cut = replace(parallel, expert=1, replicate=1, pipeline=1, workers=tensor * context, tensor=tensor, context=context)
     unit = length_unit(replace(config, parallel=cut, batch_size=config.accumulate)) if parallel.strategy != "ddp" else 1
@@ -263,7 +263,7 @@ def _changed(config: TrainConfig, wanted: Mapping[str, int], shape: ModelShape) 
     length = min(_nearest_multiple(config.data.sequence_length, unit), int(limit) // unit * unit)
     new["data.sequence_length"] = length if length >= 8 else -(-8 // unit) * unit
     changes = {key: value for key, value in new.items() if value != now[key]}
-    effort = sum(EFFORT.get(key, 1.0) + abs(math.log2(value / now[key])) / 8 for key, value in changes.items())
+    effort = sum(CHANGE_COST.get(key, 1.0) + abs(math.log2(value / now[key])) / 8 for key, value in changes.items())
     return effort, changes
 
 

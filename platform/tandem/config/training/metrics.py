@@ -1,4 +1,4 @@
-"""Where a job's numbers go beside its own journal. TensorBoard always gets them, in the job's folder."""
+"""Metric sinks of a job: Weights & Biases and MLflow. TensorBoard files are always written, in the job's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model to train: a new one by its shape, or one that exists by its name."""
+"""Model config: a base model by name, or the shape of a new one; and LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is learned beside the next token, and how it is measured."""
+"""Objective config: DPO, and evaluation on held-out rows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class DpoConfig:
     """Direct preference optimization (Rafailov et al. 2023)."""
 
     beta: float = 0.1
-    """How much a departure from the reference counts; the larger, the closer the model stays to it."""
+    """Weight of the divergence from the reference: the larger, the closer the model stays to it."""
     label_smoothing: float = 0.0
-    """Share of preferences taken to be the wrong way round (Mitchell 2023)."""
+    """Assumed share of flipped preferences (Mitchell 2023)."""
     reference: str | None = None
-    """A registered model or a folder to compare with; unset: `model.base`. With lora, that is the model without its adapter."""
+    """Reference: a registered model or a folder; unset: `model.base`. With lora, that is the model without its adapter."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -31,14 +31,14 @@ class DpoConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """The loss on rows that are not trained on, always the same ones."""
+    """Evaluation on held-out rows, always the same ones."""
 
     every_steps: int = 100
     """Steps between evaluations; 0 evaluates only at the end. The last step always does."""
     rows: int = 64
     """Packed rows, at most."""
     data: str | None = None
-    """Another dataset to take them from, of the same kind; unset: a share of the training data is held out."""
+    """Another dataset of the same kind to evaluate on; unset: a share of the training data is held out."""
     held_out: float | None = None
     """Share of the training data's shards that is not trained on, above 0, at most 0.5; unset: 0.05, or none with `data`."""
 

@@ -1,4 +1,4 @@
-"""How weights are updated, and how fast from step to step."""
+"""Optimizer config: AdamW, its learning-rate schedule and gradient clipping."""
 
 from __future__ import annotations
 

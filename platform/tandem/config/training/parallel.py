@@ -1,4 +1,4 @@
-"""How a training job's workers share the model and the data."""
+"""Parallelism config: workers, strategy, degrees and resources."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelismConfig:
-    """How the workers share the work. The degrees multiply to `workers`; what is left over shards the data."""
+    """Parallel layout. The degrees multiply to `workers`; the remaining factor shards parameters and data."""
 
     workers: int = 1
     """Processes, each with one device (or one CPU thread). Written as `{min: 2, max: 4}`, this is the most, and the least is
     `min_workers`."""
     min_workers: int | None = None
-    """Set: the run goes on with fewer workers, down to so many, as nodes go, and with more as they come back."""
+    """Set: the run continues with fewer workers, at least so many, when nodes are lost, and grows when they come back."""
     strategy: str = "fsdp2"
     """fsdp2 (parameters, gradients and optimizer sharded), ddp (replicated) or deepspeed (ZeRO, as `deepspeed` says)."""
     pipeline: int = 1
-    """Stages that the layers are cut into, one after the other."""
+    """Pipeline stages that the layers are split into."""
     replicate: int = 1
     """With fsdp2: groups that each hold all parameters (HSDP); the shards of a group stay near each other."""
     context: int = 1
@@ -35,11 +35,11 @@ class ParallelismConfig:
     tensor: int = 1
     """Ranks that share each matrix multiplication; they stay inside one node."""
     sequence_parallel: bool = True
-    """With tensor > 1: what is between the matrix multiplications is shared too, along the sequence."""
+    """With tensor > 1: norms and residuals are sharded along the sequence."""
     schedule: str = "1f1b"
-    """Order of a pipeline's micro-batches: gpipe, 1f1b, interleaved (two parts of the model a rank) or zero_bubble."""
+    """Pipeline schedule: gpipe, 1f1b, interleaved (two stages a rank) or zero_bubble."""
     offload: bool = False
-    """With fsdp2: parameters, gradients and optimizer state lie in the CPU's memory, where the optimizer steps too."""
+    """With fsdp2: parameters, gradients and optimizer state stay in CPU memory, and the optimizer steps there."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for each worker."""
     gpus_per_worker: float = 0.0
@@ -109,7 +109,7 @@ class ParallelismConfig:
 
     @property
     def group(self) -> int:
-        """Workers that only make sense together: whole model-parallel groups, of each replica one."""
+        """Size of the smallest unit of workers: one model-parallel group of each replica."""
         return self.pipeline * self.replicate * self.context * self.tensor * self.expert
 
     @property
@@ -119,14 +119,14 @@ class ParallelismConfig:
 
     @property
     def layout(self) -> str:
-        """The layout in words: the strategy, and the degrees above 1."""
+        """Description of the layout: the strategy, and the degrees above 1."""
         degrees = {key: getattr(self, key) for key in DEGREES} | {"shard": self.shard}
         if self.strategy == "ddp" or list(degrees.values()) == [1] * len(DEGREES) + [self.shard]:
             return self.strategy
-        told = " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
-        return f"{self.strategy}, {told}" + (f" ({self.schedule})" if self.pipeline > 1 else "")
+        described = " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
+        return f"{self.strategy}, {described}" + (f" ({self.schedule})" if self.pipeline > 1 else "")
 
     @property
     def data(self) -> int:
-        """Ranks, or groups of them, that see different rows."""
+        """Data-parallel degree: groups of ranks that see different rows."""
         return self.replicate * self.shard

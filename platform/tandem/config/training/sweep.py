@@ -1,4 +1,4 @@
-"""What a sweep tries: `--param KEY=...` becomes a list of trials, each a set of values for keys of the config. Pure.
+"""Sweep parameters: `--param KEY=...` options to a list of trials, each with values for config keys. Pure.
 
 optimizer.learning_rate=1e-3,3e-3                each of these; several such lists make a grid
 optimizer.betas=[0.9,0.95],[0.9,0.99]            values are YAML, as for --set
@@ -27,10 +27,10 @@ METRICS = {
     "mfu": "max",
     "memory_bytes": "min",
 }
-"""What trials can be compared by, and which end of it is the better one."""
+"""Metrics that trials are compared by, and their better direction."""
 DISTRIBUTIONS = ("uniform", "loguniform", "randint")
 NOT_SWEPT = ("name", "register", "metrics")
-"""Keys that say what becomes of a result, not what it is."""
+"""Keys that do not change the result of a job."""
 
 Trial = dict[str, str]
 """Values of one trial by key, as YAML text."""
@@ -38,7 +38,7 @@ Trial = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
-    """A key of the config, and what is tried for it: `choices`, or draws from `low` to `high`."""
+    """A config key with its `choices`, or with a distribution from `low` to `high`."""
 
     key: str
     choices: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Parameter:
     high: float = 0.0
 
     def draw(self, chance: random.Random) -> str:
-        """A value at random, short enough to read: four digits."""
+        """A random value with four significant digits."""
         match self.distribution:
             case "uniform":
                 return f"{chance.uniform(self.low, self.high):.4g}"
@@ -60,7 +60,7 @@ class Parameter:
 
 
 def parse_parameter(text: str) -> Parameter:
-    """Read one `KEY=...`; ConfigError with what is wrong in it."""
+    """Parse one `KEY=...`; ConfigError if it is invalid."""
     key, equals, spec = (part.strip() for part in text.partition("="))
     if not equals or not key or not spec:
         raise ConfigError(f"--param {text!r} is not of the form KEY=VALUE,VALUE or KEY=loguniform(LOW,HIGH).")
@@ -91,7 +91,7 @@ def parse_parameter(text: str) -> Parameter:
 
 
 def split_values(spec: str) -> list[str]:
-    """Cut at commas, but not at those within brackets, braces or quotes; ConfigError for an empty value."""
+    """Split at commas outside of brackets, braces and quotes; ConfigError for an empty value."""
     values, depth, quote, start = [], 0, "", 0
     for at, letter in enumerate(spec):
         if quote:
@@ -114,8 +114,8 @@ def split_values(spec: str) -> list[str]:
 def plan_trials(parameters: Sequence[Parameter], trials: int | None, *, seed: int = 0) -> list[Trial]:
     """The trials of a sweep, the same for the same seed and all different.
 
-    Lists make a grid; of one that is larger than `trials`, so many cells are taken at random. Where something is drawn, the grid
-    is gone through as often as `trials` needs. Raises ConfigError where `trials` is missing or more than there is to try.
+    Lists make a grid, of which `trials` cells are sampled if it is larger. With distributions, the grid is repeated as often as
+    `trials` needs. Raises ConfigError if `trials` is missing, or more than the number of combinations.
     """
     if not parameters:
         raise ConfigError("A sweep needs something to try: --param optimizer.learning_rate=1e-3,3e-3.")
@@ -144,7 +144,7 @@ def plan_trials(parameters: Sequence[Parameter], trials: int | None, *, seed: in
     found: dict[tuple[str, ...], Trial] = {}
     for cell in itertools.islice(itertools.cycle(cells), 20 * count):
         trial = {p.key: cell[p.key] if p.choices else p.draw(chance) for p in parameters}
-        # What was drawn before teaches nothing new.
+        # Equal draws are dropped.
         found.setdefault(tuple(trial.values()), trial)
         if len(found) == count:
             return list(found.values())
@@ -154,7 +154,7 @@ def plan_trials(parameters: Sequence[Parameter], trials: int | None, *, seed: in
 
 
 def trial_config(values: Mapping[str, Any], trial: Trial) -> TrainConfig:
-    """The config of one trial: the sweep's, with the trial's values laid over it; ConfigError names the trial."""
+    """The config of one trial: the sweep's with the trial's values; ConfigError names the trial."""
     try:
         return from_dict(TrainConfig, apply_overrides(values, (f"{key}={value}" for key, value in trial.items())))
     except ConfigError as error:
@@ -167,20 +167,20 @@ def described(trial: Trial) -> str:
 
 
 def better(metric: str, score: float, other: float) -> bool:
-    """Whether the first of two scores is the better one."""
+    """Whether `score` is better than `other`."""
     return score < other if METRICS[metric] == "min" else score > other
 
 
 def score(metric: str, events: Iterable[Mapping[str, Any]]) -> float | None:
-    """A trial's value of a metric by its events; None if it never told it, or told no number.
+    """A trial's value of a metric, from the JSON objects of its events; None without a finite value.
 
-    Losses and memory count as they were last; of what swings from step to step, the median counts.
+    The last value of losses and memory; the median of metrics that vary from step to step.
     """
     kind, key = {"evaluation_loss": ("evaluation", "loss"), "perplexity": ("evaluation", "perplexity")}.get(
         metric, ("step", metric)
     )
-    told = [float(e[key]) for e in events if e["event"] == kind and isinstance(e.get(key), int | float)]
-    if not told:
+    values = [float(e[key]) for e in events if e["event"] == kind and isinstance(e.get(key), int | float)]
+    if not values:
         return None
-    value = sorted(told)[len(told) // 2] if METRICS[metric] == "max" else told[-1]
+    value = sorted(values)[len(values) // 2] if METRICS[metric] == "max" else values[-1]
     return value if math.isfinite(value) else None

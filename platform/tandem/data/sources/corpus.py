@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library, text files, files of records. A corpus can be read again and again, always alike.
+"""Corpora: the standard library, text files, and files of records. Reading one twice gives the same samples.
 
 Every bad line is a DataError that names its file and line.
 """
@@ -102,7 +102,9 @@ def _record_files(folder: Path) -> tuple[Path, ...] | None:
         return tuple(saved)
     if (folder / INDEX_NAME).exists():
         folder = folder / SHARDS_NAME
-    files = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir() if p.is_file())
+    files = sorted(
+        p for position in (folder, folder / "data") if position.is_dir() for p in position.iterdir() if p.is_file()
+    )
     found = [(p, reader_of(p)) for p in files]
     kept = tuple(p for p, reader in found if reader is not None)
     sorts = {reader: p for p, reader in found if reader is not None}

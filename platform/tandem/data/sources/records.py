@@ -1,6 +1,6 @@
-"""Records out of files: JSON lines, Parquet, Arrow as Hugging Face's `datasets` saves it, and WebDataset shards.
+"""Record readers: JSON lines, Parquet, Arrow of Hugging Face's `datasets`, and WebDataset shards.
 
-A reader gives (where, record) for each record of a file, in order; `where` names the file and the place, for messages.
+A reader gives (where, record) for each record of a file, in order; `where` names the file and the position, for messages.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def webdataset(path: Path) -> Iterator[Record]:
             for member in tar:
                 if not member.isfile():
                     continue
-                place = PurePosixPath(member.name)
-                stem, _, extension = place.name.partition(".")
-                if (found := str(place.parent / stem)) != key:
+                position = PurePosixPath(member.name)
+                stem, _, extension = position.name.partition(".")
+                if (found := str(position.parent / stem)) != key:
                     yield from _grouped(path, key, fields)
                     key, fields = found, {}
                 if extension == "json" or extension in TEXT_MEMBERS:

@@ -1,4 +1,4 @@
-"""What a dataset is made of: texts, question-answer pairs, chats or preferences; and records of any source as one of these."""
+"""Sample kinds: texts, question-answer pairs, chats and preferences; and conversion of records into them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python standard library as text: its sources, and questions that its docstrings answer. Nothing is imported or run."""
+"""Corpus of the Python standard library: sources, and questions made from docstrings. No code is imported or run."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def _defaults(spec: EngineSpec) -> dict[str, Any]:
             chosen["worker_extension_cls"] = "tandem.engine.vllm.cpu.CpuWorkerExtension"
         if all(spec.args.get(key, 1) == 1 for key in PARALLEL_SIZES):
             # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
-            # take turns spinning for each other: without, a small model is a tenth faster (bench/serve_overhead.py).
+            # take turns spinning for each other: without, a small model is a tenth faster (bench/serving/serve_overhead.py).
             chosen["distributed_executor_backend"] = ONE_PROCESS
     return chosen
 
@@ -185,11 +185,18 @@ def _refused(where: str, error: ValidationError, given: Mapping[str, Any] = Mapp
     """
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
+    said = str(first["msg"]).removeprefix("Value error, ").rstrip(". ")
+    if not path and given:
+        # A check of several settings at once: pydantic's input is then all of them, with vLLM's defaults.
+        named = [key for key in given if re.search(rf"\b{re.escape(key)}\b", said)]
+        if len(named) == 1:
+            return ConfigError(f"{where}.{named[0]}: vLLM refuses {given[named[0]]!r}: {said}.")
+        return ConfigError(f"{where}: vLLM refuses these settings: {said}.")
     if given and path and path[0] not in given:
         # A configuration inside: its own class does not know which argument it is.
         path = [key for key, value in given.items() if isinstance(value, dict) and path[0] in value][:1] + path
     near = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]))
-    return ConfigError(f"{'.'.join([where, *path])}: vLLM refuses {first['input']!r}: {first['msg']}.{near}")
+    return ConfigError(f"{'.'.join([where, *path])}: vLLM refuses {first['input']!r}: {said}.{near}")
 
 
 def main() -> int:

@@ -12,9 +12,9 @@ import os
 import platform
 from pathlib import Path
 
-from tandem.errors import EngineError, UnsafePathError
+from tandem.errors import EngineError, UnsafePathError, sentence
 from tandem.ids import digest
-from tandem.private import check_private_folder, is_shared, make_private_folder, make_shared_folder, replaceable_parent
+from tandem.private import ensure_private_folder, is_shared, make_shared_folder, replaceable_parent
 from tandem.settings import settings, variable
 
 FOLDERS = {
@@ -33,8 +33,14 @@ def compile_cache_environment() -> dict[str, str]:
     unset = {name: folder for name, folder in FOLDERS.items() if variable(name) is None}
     if not unset:
         return {}
-    root = _cache_folder()
-    environment = {name: str(private_folder(root / folder)) for name, folder in unset.items()}
+    try:
+        root = _cache_folder()
+        environment = {name: str(ensure_private_folder(root / folder)) for name, folder in unset.items()}
+    except (OSError, UnsafePathError) as error:
+        raise EngineError(
+            f"Compiled code cannot be kept: {sentence(str(error))} Set TANDEM_HOME, or each of {', '.join(FOLDERS)}, to a folder "
+            "of your own."
+        ) from error
     if "TORCHINDUCTOR_CACHE_DIR" in unset and variable("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS") is None:
         # PyTorch keeps precompiled headers in the temporary folder, wherever its cache is. They save no time here.
         environment["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
@@ -45,30 +51,12 @@ def _cache_folder() -> Path:
     home = settings().root
     shared = home / "cache" / "compile"
     if not is_shared(home) and replaceable_parent(shared.parent) is None:
-        try:
-            make_shared_folder(shared, home)
-        except OSError as error:
-            raise _unusable(shared, error) from error
+        make_shared_folder(shared, home)
         folder = shared / f"{os.geteuid()}-{cpu_kind()}"
         if replaceable_parent(folder) is None:
-            return private_folder(folder)
+            return ensure_private_folder(folder)
     # Resolved: the links on the way are not followed again.
-    return private_folder(settings().cache.expanduser().resolve() / "compile" / cpu_kind())
-
-
-def private_folder(path: Path) -> Path:
-    """The folder, created if needed, which nobody but this user can enter or replace. Raises EngineError."""
-    try:
-        make_private_folder(path)
-        check_private_folder(path)
-    except (OSError, UnsafePathError) as error:
-        raise _unusable(path, error) from error
-    return path
-
-
-def _unusable(path: Path, error: Exception) -> EngineError:
-    advice = f"Set TANDEM_HOME, or each of {', '.join(FOLDERS)}, to a folder of your own."
-    return EngineError(f"Compiled code cannot be kept in {path}: {str(error).rstrip('.')}. {advice}")
+    return ensure_private_folder(settings().cache.expanduser().resolve() / "compile" / cpu_kind())
 
 
 def cpu_kind() -> str:

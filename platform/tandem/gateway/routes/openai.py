@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from tandem.api.messages import drop_null_fields
+from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
@@ -87,6 +89,8 @@ class OpenAIRoutes:
                 raise ApiError(400, str(error), code="unsupported_parameter", param=error.param) from None
             if route.path == responses.PATH:
                 responses.check(body)
+            drop_nulls(body)
+            check_values(route.path, body, raw)
             keep_priority = engine.requests.keeps_priority(config.engine_args)
             hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=keep_priority)
             body["model"] = model.engine_name
@@ -151,6 +155,20 @@ def int_parameter(request: Request, name: str, default: int, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
         raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
     return int(text)
+
+
+def drop_nulls(body: dict[str, Any]) -> None:
+    """Remove null fields, in messages too: OpenAI's API treats null as absent, vLLM's only for some fields."""
+    for key in [key for key, value in body.items() if value is None]:
+        del body[key]
+    drop_null_fields(body.get("messages"))
+
+
+def check_values(path: str, body: dict[str, Any], raw: bytes) -> None:
+    """ApiError 400 for values that make an engine fail, or that it describes in terms of its own classes."""
+    problems = value_problems(path, body, raw)
+    if problems:
+        raise ApiError(400, " ".join(map(str, problems)), param=problems[0].field)
 
 
 def drop_kv_transfer(body: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The files of a dataset of the hub."""
+"""Download of the files of a hub dataset."""
 
 from __future__ import annotations
 

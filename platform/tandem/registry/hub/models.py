@@ -1,4 +1,4 @@
-"""A model of the hub as a record of the registry, and the files of one that is registered."""
+"""Download and registration of hub models."""
 
 from __future__ import annotations
 

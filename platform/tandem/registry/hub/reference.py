@@ -21,6 +21,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
 
 
+MODEL_FORM = "org/name, or org/name@ and a branch, a tag or a commit: Qwen/Qwen3-0.6B@main"
+"""How a model of the hub is named, for messages."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubModel:
     """A model repository at a revision."""

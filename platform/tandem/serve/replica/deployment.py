@@ -31,6 +31,7 @@ from tandem.serve.replica.host import EngineHost
 from tandem.serve.replica.logs import serve_log_kept
 from tandem.serve.replica.sigterm import drain_on_sigterm
 from tandem.serve.replica.stall import StallDetector
+from tandem.serve.replica.start_log import StartLog
 from tandem.serve.replica.startup import StartupTimer
 from tandem.settings import export
 
@@ -68,6 +69,7 @@ class EngineReplica:
             await asyncio.to_thread(check_registry, registry, host)
         if model.config.prefill is not None:
             export(find_engine(model.config.engine).kv_transfer.environment(host, free_ports(1)[0]), override=True)
+        log = StartLog(model.deployment)
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
             engine = await asyncio.to_thread(create_engine, engine_spec(model))
@@ -80,7 +82,10 @@ class EngineReplica:
                 host=host,
                 on_change=lambda: _set(loop, self._changed),
             )
-            await self._host.start()
+            try:
+                await self._host.start()
+            except EngineError as error:
+                raise log.explained(error) from None
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
         self._pins = (

@@ -1,9 +1,9 @@
-"""DoRA (Liu et al. 2024): an adapted weight is a trained length for each of its rows, times the row's direction.
+"""DoRA (Liu et al. 2024): each row of an adapted weight is a trained magnitude times the row's direction.
 
-    W' = m (W + s B A) / ||W + s B A||        row by row; the norm counts as a constant, as in section 4.3 of the paper
+    W' = m (W + s B A) / ||W + s B A||        row by row; the norm is a constant in backward (section 4.3 of the paper)
 
-peft makes and initialises the lengths; its own forward multiplies by an identity matrix that is no DTensor, so that it fails
-under tensor parallelism. This one is the same sum on whole weights and on cut ones: DTensor adds up what a norm lacks.
+peft creates and initializes the magnitudes, but its forward multiplies by an identity matrix that is no DTensor, and so fails
+under tensor parallelism. This forward computes the same on plain weights and on DTensors, which reduce the norms of split rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Magnitude(nn.Module):
-    """The lengths (out) of a weight (out, in). Called by peft's linear layer, as peft's own is."""
+class DoraMagnitude(nn.Module):
+    """The magnitudes (out) of a weight (out, in). peft's linear layer calls it as peft's own module."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -33,16 +33,16 @@ class Magnitude(nn.Module):
         base_result: Tensor | None = None,
         adapter_name: str = "default",
     ) -> Tensor:
-        """What has to be added to the base layer's output (..., out) for inputs `x` (..., in).
+        """The term to add to the base layer's output (..., out) for inputs `x` (..., in).
 
-        `base_result`: that output, unless dropout has changed `x` since.
+        `base_result`: that output; None if dropout has changed `x` since.
         """
-        weight = _whole_precision(base_layer)
+        weight = _dequantized_weight(base_layer)
         with torch.no_grad():
             moved = weight.to(lora_A.weight.dtype) + scaling * (lora_B.weight @ lora_A.weight)
             length = torch.linalg.vector_norm(moved.float(), dim=1)
         scale = self.weight / length.to(self.weight.dtype)
-        if base_result is None:  # dropout: x is not what the base layer saw
+        if base_result is None:  # dropout: the base layer had another input
             base_result = F.linear(x, weight.to(x.dtype))
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias
@@ -50,18 +50,18 @@ class Magnitude(nn.Module):
         return added
 
 
-def use_magnitudes(adapted: nn.Module) -> None:
-    """Put a `Magnitude` in the place of each one that peft has made."""
+def replace_magnitudes(adapted: nn.Module) -> None:
+    """Replace each magnitude module of peft's by a `DoraMagnitude`."""
     for module in adapted.modules():
         vectors: Any = getattr(module, "lora_magnitude_vector", None)
         if isinstance(vectors, nn.ModuleDict):
             made: Any
             for name, made in list(vectors.items()):
-                vectors[name] = Magnitude(made.weight)
+                vectors[name] = DoraMagnitude(made.weight)
 
 
-def _whole_precision(base_layer: Any) -> Tensor:
-    """A layer's weight, out of the 4 bits that it may be held in."""
+def _dequantized_weight(base_layer: Any) -> Tensor:
+    """A layer's weight, dequantized if it is held in 4 bits."""
     if getattr(base_layer.weight, "quant_state", None) is None:
         weight: Tensor = base_layer.weight
         return weight

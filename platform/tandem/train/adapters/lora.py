@@ -1,4 +1,4 @@
-"""LoRA and DoRA by peft: adapters into a model, before it is sharded."""
+"""LoRA and DoRA adapters, added with peft before the model is sharded."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from tandem.config import LoraConfig
 from tandem.errors import ConfigError
-from tandem.train.adapters.dora import use_magnitudes
+from tandem.train.adapters.dora import replace_magnitudes
 
-ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers that get an adapter unless a config names others; of a model that has none of these, all but its head. Experts
-are not among them: they are stacked parameters."""
+DEFAULT_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers that get an adapter by default; in a model without these, all linear layers but the head. Experts get none: they
+are stacked parameters."""
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: int) -> Any:
-    """A peft model around `model` in which only adapters train; the same random weights on every rank.
+    """A peft model around `model` with trained adapters and a frozen base; the same random weights on every rank.
 
-    `base_id` is written into the adapter's config. Raises ConfigError if `target_modules` names no layer of the model.
+    `base_id` goes into the adapter's config. Raises ConfigError if `target_modules` names no layer of the model.
     """
     import peft
     import torch
@@ -31,25 +31,27 @@ def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: in
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
-            target_modules=targets(model, config),
+            target_modules=find_target_modules(model, config),
             use_dora=config.dora,
             task_type="CAUSAL_LM",
         ),
     )
     if config.dora:
-        use_magnitudes(adapted)
+        replace_magnitudes(adapted)
     for held in adapted.peft_config.values():
         held.base_model_name_or_path = base_id
     return adapted
 
 
-def targets(model: nn.Module, config: LoraConfig) -> list[str]:
+def find_target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the linear layers that get an adapter; ConfigError for one that the model lacks, with the nearest."""
     linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
     if config.target_modules is None:
         head = cast(Any, model).get_output_embeddings()
         others = {name.rpartition(".")[2] for name, m in model.named_modules() if m is head}
-        chosen = [name for name in ADAPTED if name in linear] or [name for name in linear if name not in others]
+        chosen = [name for name in DEFAULT_TARGET_MODULES if name in linear] or [
+            name for name in linear if name not in others
+        ]
         if not chosen:
             raise ConfigError(
                 f"lora is set, but {type(model).__name__} has no linear layers that adapters could be put on. Unset lora to "

@@ -1,4 +1,4 @@
-"""Adds an adapter into the weights of its base: a model like any other, that needs no adapter to be served."""
+"""Merging of an adapter into the weights of its base: the result is served as a plain model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tandem.storage import publish_folder
 def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
     """Write the model in `base` with `adapter` added into it to `target`, replacing what is there.
 
-    The sum is made in float32, and kept in what the base's weights are in. Raises ConfigError if they do not belong together.
+    The sum is computed in float32, and stored in the type of the base's weights. Raises ConfigError if they do not match.
     """
     import peft
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,8 +1,7 @@
-"""A base whose linear layers are held in 4 bits (QLoRA, Dettmers et al. 2023): frozen, under adapters that train.
+"""4-bit base models for QLoRA (Dettmers et al. 2023): frozen linear layers in NF4, under trained adapters.
 
-By bitsandbytes: NormalFloat in blocks of 64, whose scales are in 8 bits themselves, about 4.1 bits a weight. What is packed is
-bytes, so FSDP2 shards it as it is and casts nothing; each layer keeps what unpacks them. The output layer and embeddings stay
-whole.
+bitsandbytes packs NormalFloat in blocks of 64 with 8-bit scales, about 4.1 bits a weight. Packed weights are bytes, so FSDP2
+shards them without a cast; each layer keeps its scales. The output layer and embeddings are not quantized.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import torch
 from torch import nn
 
 from tandem.errors import ConfigError, EnvironmentProblem
-from tandem.train.precision import COMPUTED_IN
+from tandem.train.precision import COMPUTE_DTYPES
 
 
 def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
-    """The model in `base`, on `device`, its linear layers packed; they compute in `precision`.
+    """The model in `base` on `device`, with quantized linear layers that compute in `precision`.
 
-    Raises EnvironmentProblem if bitsandbytes is not installed, ConfigError if the model cannot be loaded so.
+    Raises EnvironmentProblem if bitsandbytes is not installed, ConfigError if the model cannot be loaded in 4 bits.
     """
     try:
-        import bitsandbytes  # noqa: F401 - transformers asks for it much later
+        import bitsandbytes  # noqa: F401 - transformers imports it only much later
     except ImportError as error:
         raise EnvironmentProblem(
             "lora.quantize 'nf4' needs bitsandbytes, which is not installed here. `pip install 'tandem[gpu]'` brings it."
@@ -35,7 +34,7 @@ def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=COMPUTED_IN.get(precision, torch.float32),
+        bnb_4bit_compute_dtype=COMPUTE_DTYPES.get(precision, torch.float32),
         bnb_4bit_quant_storage=torch.uint8,
     )
     try:
@@ -47,7 +46,7 @@ def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
     return model
 
 
-def weights_in(parameter: Any) -> int:
-    """How many weights a parameter holds, packed or not."""
+def count_weights(parameter: Any) -> int:
+    """Number of weights in a parameter, packed or not."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else int(parameter.numel())

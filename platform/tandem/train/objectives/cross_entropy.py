@@ -1,8 +1,7 @@
-"""Cross-entropy that never holds the logits in float32: with a vocabulary of 128k they would be the largest thing in memory.
+"""Chunked cross-entropy: never holds all logits in float32, which a vocabulary of 128k makes the largest tensor in memory.
 
-Logits are read a few rows at a time, in float32 for those rows; what is kept for the backward pass is one number a row. Of a
-step's peak that leaves the logits and their gradient, in the type they come in. On a CPU rows that fit the cache make it twice
-as fast as torch's own.
+It converts a few rows of logits at a time to float32, and keeps one number for each row for the backward pass. At its peak a step
+holds the logits and their gradient in their own type. On a CPU, chunks that fit the cache make it twice as fast as torch's.
 """
 
 from __future__ import annotations
@@ -14,40 +13,40 @@ from torch import Tensor
 
 from tandem.data.packing import IGNORED
 
-PIECE = {"cpu": 2**18, "cuda": 2**26}
-"""Logits read at a time: a megabyte for a cache, or enough of them to fill a GPU (256 MiB in float32)."""
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+"""Logits in a chunk: 1 MiB in float32 for a CPU's cache, or enough to occupy a GPU (256 MiB in float32)."""
 
 
-def cross_entropy_in_pieces(logits_NV: Tensor, wanted_N: Tensor) -> Tensor:
-    """Sum over rows of -log softmax(logits)[wanted] (nats, float32 scalar); rows that want IGNORED count nothing."""
-    function: Any = _InPieces
-    total: Tensor = function.apply(logits_NV, wanted_N)
+def chunked_cross_entropy(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Sum over rows of -log softmax(logits)[target] (nats, float32 scalar), without rows whose target is IGNORED."""
+    function: Any = _ChunkedCrossEntropy
+    total: Tensor = function.apply(logits_NV, target_N)
     return total
 
 
-class _InPieces(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
-        counted, places = wanted != IGNORED, wanted.clamp(min=0)
-        sums = torch.cat([piece.float().logsumexp(-1) for piece in logits.split(_rows(logits))])
-        ctx.save_for_backward(logits, places, counted, sums)
-        found = logits.gather(1, places[:, None]).squeeze(1).float()
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        counted, indices = target != IGNORED, target.clamp(min=0)
+        sums = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(_rows_per_chunk(logits))])
+        ctx.save_for_backward(logits, indices, counted, sums)
+        found = logits.gather(1, indices[:, None]).squeeze(1).float()
         return (sums - found).masked_fill(~counted, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, places, counted, sums = ctx.saved_tensors
-        rows = _rows(logits)
+        logits, indices, counted, sums = ctx.saved_tensors
+        rows = _rows_per_chunk(logits)
         result = torch.empty_like(logits)
         scales = counted * gradients[0]
-        parts = (t.split(rows) for t in (result, logits, places, scales, sums))
-        for target, piece, place, scale, total in zip(*parts, strict=True):
-            # softmax, less 1 where the wanted token is
-            slope = torch.sub(piece.float(), total[:, None]).exp_()
-            slope.scatter_add_(1, place[:, None], slope.new_full((len(place), 1), -1))
-            target.copy_(slope.mul_(scale[:, None]))
+        parts = (t.split(rows) for t in (result, logits, indices, scales, sums))
+        for gradient, chunk, index, scale, total in zip(*parts, strict=True):
+            # softmax, minus 1 at the target
+            slope = torch.sub(chunk.float(), total[:, None]).exp_()
+            slope.scatter_add_(1, index[:, None], slope.new_full((len(index), 1), -1))
+            gradient.copy_(slope.mul_(scale[:, None]))
         return result, None
 
 
-def _rows(logits: Tensor) -> int:
-    return max(1, PIECE.get(logits.device.type, PIECE["cuda"]) // logits.shape[1])
+def _rows_per_chunk(logits: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cuda"]) // logits.shape[1])

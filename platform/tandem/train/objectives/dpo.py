@@ -1,7 +1,6 @@
-"""Direct preference optimization (Rafailov et al. 2023): the chosen answer is to gain on the rejected one, measured against a
-reference that stays as it is.
+"""Direct preference optimization (Rafailov et al. 2023) against a frozen reference model.
 
-For a pair with log-probabilities of its answers, p under the model and r under the reference,
+For a pair of answers with log-probabilities p under the model and r under the reference,
     margin = beta x ((p_chosen - r_chosen) - (p_rejected - r_rejected))
     loss   = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin)        s: label smoothing (Mitchell 2023)
 """
@@ -19,45 +18,45 @@ from torch import Tensor, nn
 from tandem.config import DpoConfig
 from tandem.data.packing import IGNORED
 from tandem.train.model import reshard, unwrapped
-from tandem.train.objectives.objective import Sums, following, logits_of
+from tandem.train.objectives.objective import Sums, compute_logits, shift_labels
 
 
 class Reference(Protocol):
-    """Gives the model to compare with."""
+    """Provider of the reference model."""
 
-    def opened(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
-        """Inside, a model that answers as the reference does; `model` is the one that is trained."""
+    def model_for(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """The reference for a `with` block; `model` is the one that is trained."""
         ...
 
 
-class FrozenModel:
-    """A reference that is a model of its own, frozen and then laid over the same mesh as the trained one."""
+class FrozenReference:
+    """A reference that is a separate frozen model, distributed over the same mesh as the trained one."""
 
     def __init__(self, model: nn.Module) -> None:
         assert not any(p.requires_grad for p in model.parameters()), "a reference is frozen before it is sharded"
         self._model = model.eval()
 
     @contextlib.contextmanager
-    def opened(self, model: nn.Module) -> Iterator[nn.Module]:
+    def model_for(self, model: nn.Module) -> Iterator[nn.Module]:
         """The frozen model."""
         yield self._model
-        # What it gathered for its forward pass would stay gathered: there is no backward pass.
+        # Without a backward pass, FSDP2 would keep its parameters gathered.
         reshard(self._model)
 
 
-class WithoutAdapters:
-    """A reference that is the trained model itself, without its adapters: it takes no memory."""
+class AdapterDisabledReference:
+    """A reference that is the trained model with its adapters disabled: it takes no extra memory."""
 
     @contextlib.contextmanager
-    def opened(self, model: nn.Module) -> Iterator[nn.Module]:
-        """`model` with its adapters and its dropout off."""
+    def model_for(self, model: nn.Module) -> Iterator[nn.Module]:
+        """`model` without adapters and dropout."""
         adapted: Any = unwrapped(model)
         training = model.training
         model.eval()
         try:
             with adapted.disable_adapter():
                 yield model
-                # peft marks adapters as frozen here and as trained again on leaving; the marks belong on the shards.
+                # peft freezes the adapters here and unfreezes them on exit: that has to reach the sharded parameters.
                 reshard(model)
         finally:
             model.train(training)
@@ -73,14 +72,14 @@ class Dpo:
         self._reference = reference
 
     def count(self, rows: Tensor) -> Tensor:
-        """Pairs in rows."""
+        """Number of pairs in rows."""
         return torch.tensor(len(answer_lengths(rows[:, 1], rows[:, 2])), device=rows.device)
 
     def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
         """The summed loss, reward margin (beta times the gain on the reference) and accuracy (share of positive margins)."""
-        # Both sides in one forward pass: a sharded model gathers its parameters once.
+        # Both answers in one forward pass: a sharded model gathers its parameters once.
         sides = torch.cat((rows[:, :3], rows[:, 3:]))
-        with torch.no_grad(), self._reference.opened(model) as reference:
+        with torch.no_grad(), self._reference.model_for(model) as reference:
             before = answer_log_probabilities(reference, sides)
         chosen, rejected = (answer_log_probabilities(model, sides) - before).chunk(2)
         margins_P = self._config.beta * (chosen - rejected)
@@ -101,11 +100,11 @@ def answer_log_probabilities(model: nn.Module, rows_B3T: Tensor) -> Tensor:
     float64, because a margin is a small difference of large sums.
     """
     ids, labels, positions = rows_B3T[:, 0], rows_B3T[:, 1], rows_B3T[:, 2]
-    wanted = following(labels).flatten()
-    kept = (wanted != IGNORED).nonzero().squeeze(1)
-    logits_NV = logits_of(model, ids, positions).flatten(0, 1).index_select(0, kept)
-    tokens_N = -F.cross_entropy(logits_NV.float(), wanted[kept], reduction="none")
-    # Unlike a scatter, segments add up in one order on a GPU too. `unsafe` only leaves out checks, which refuse no answers.
+    targets = shift_labels(labels).flatten()
+    kept = (targets != IGNORED).nonzero().squeeze(1)
+    logits_NV = compute_logits(model, ids, positions).flatten(0, 1).index_select(0, kept)
+    tokens_N = -F.cross_entropy(logits_NV.float(), targets[kept], reduction="none")
+    # Deterministic on a GPU, unlike a scatter. `unsafe` skips checks that would refuse a batch without answers.
     return torch.segment_reduce(tokens_N.double(), "sum", lengths=answer_lengths(labels, positions), unsafe=True)
 
 

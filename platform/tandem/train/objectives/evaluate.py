@@ -1,4 +1,4 @@
-"""The loss on rows that are not trained on: always the same rows, and the same result on any number of ranks."""
+"""Evaluation: mean loss over held-out rows, always the same ones, with the same result on any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.distributed.tensor.parallel import loss_parallel
 from tandem.data.packing import IGNORED, Rows
 from tandem.train.model import reshard
 from tandem.train.objectives.objective import Objective, Sums, next_token
-from tandem.train.parallel.model import Trained
-from tandem.train.precision import computing
+from tandem.train.parallel.model import ParallelModel
+from tandem.train.precision import autocast_context
 
 
 def evaluate(
-    model: Trained,
+    model: ParallelModel,
     objective: Objective,
     rows: Rows,
     *,
@@ -27,10 +27,10 @@ def evaluate(
     device: torch.device,
     precision: str = "float32",
 ) -> dict[str, float]:
-    """The mean loss over `rows`, with perplexity where tokens are counted, and the means of what else the objective reports.
+    """The mean `loss` over `rows`, `perplexity` if the objective counts tokens, and the means of its other metrics.
 
-    Every rank calls it with all the rows; each data-parallel rank takes its share of them, `batch_rows` at a time. The model
-    comes back in the mode it was in.
+    Every rank calls it with all rows; each data-parallel rank takes its part, `batch_rows` at a time. Leaves the model in the
+    mode it was in.
     """
     training = model.training
     model.eval()
@@ -42,18 +42,18 @@ def evaluate(
         count = objective.count(torch.from_numpy(rows.astype(np.int64)).to(device))
         for part in shares(rows, rank, degrees.data_parallel, batch_rows):
             batch = torch.from_numpy(part.astype(np.int64)).to(device)
-            with computing(model, precision, device):
+            with autocast_context(model, precision, device):
                 summed, others = _losses(model, objective, batch)
             loss += summed
             for name, value in others.items():
                 sums[name] = sums.get(name, torch.zeros_like(loss)) + value
-        # What FSDP2 gathered would stay gathered, and be stale after the next change of the weights.
+        # Without a backward pass FSDP2 would keep parameters gathered, and stale after the next step.
         reshard(model)
     model.train(training)
     totals = torch.stack([loss, *sums.values()])
     if dist.is_initialized():
         dist.all_reduce(totals)
-        # Tensor peers have the same loss; of a pipeline's stages only the last has one.
+        # Tensor peers have the same loss; in a pipeline only the last stage has one.
         totals /= degrees.tp
     mean, *others_mean = (totals / count.clamp(min=1)).tolist()
     found = {"loss": mean, **dict(zip(sums, others_mean, strict=True))}
@@ -62,7 +62,7 @@ def evaluate(
     return found
 
 
-def _losses(model: Trained, objective: Objective, batch: Tensor) -> tuple[Tensor, Sums]:
+def _losses(model: ParallelModel, objective: Objective, batch: Tensor) -> tuple[Tensor, Sums]:
     if model.pipeline is None:
         return objective.loss(model, batch)
     logits = model.pipeline.logits(batch)
@@ -72,7 +72,7 @@ def _losses(model: Trained, objective: Objective, batch: Tensor) -> tuple[Tensor
 
 
 def shares(rows: Rows, rank: int, ranks: int, batch_rows: int) -> Iterator[Rows]:
-    """A rank's rows in equally many batches on every rank, since sharded ranks run together; rows of padding fill up."""
+    """A rank's rows in batches, equally many on every rank because collectives must match; filled up with padding rows."""
     mine = rows[rank::ranks]
     each = math.ceil(len(rows) / ranks)
     padding = np.repeat(rows[:1], each - len(mine), axis=0)

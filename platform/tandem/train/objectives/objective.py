@@ -1,6 +1,6 @@
-"""What is learned: an objective tells how many things a step is a mean over, and what a micro-batch loses in sum.
+"""Training objectives: the summed loss of a micro-batch, and the number of targets that a step averages over.
 
-One number for a step, whatever the micro-batches and ranks: the sum over all tokens (or pairs), divided by their count.
+The loss of a step is the sum over all tokens (or pairs) divided by their count, independent of micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -14,54 +14,54 @@ from torch.distributed.tensor import DTensor
 
 from tandem.data.packing import IGNORED
 from tandem.errors import LayoutError
-from tandem.train.objectives.cross_entropy import cross_entropy_in_pieces
-from tandem.train.stage import Share, whole_sequence
+from tandem.train.objectives.cross_entropy import chunked_cross_entropy
+from tandem.train.stage import ShardSequence, whole_sequence
 
 Sums = dict[str, Tensor]
-"""Further numbers of a micro-batch, by name: float32 scalars, summed over what the objective counts."""
+"""Other metrics of a micro-batch, by name: float32 scalars, summed over the objective's targets."""
 
 
 class Objective(Protocol):
-    """What the loop and the evaluation ask of pretraining, fine-tuning and DPO alike."""
+    """Interface of an objective for the loop and the evaluation."""
 
     @property
     def unit(self) -> str:
-        """What is counted: tokens or pairs."""
+        """Unit of the targets: tokens or pairs."""
         ...
 
     def count(self, rows: Tensor) -> Tensor:
-        """How many there are in rows [B, 3 or 6, T]: int64 scalar."""
+        """Number of targets in rows [B, 3 or 6, T]: int64 scalar."""
         ...
 
     def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
-        """The summed loss of rows (a scalar to differentiate), and what else to report of them."""
+        """The summed loss of rows (a differentiable scalar), and the sums of other metrics."""
         ...
 
 
 class NextToken:
-    """Cross-entropy of the next token where labels say so: pretraining, and fine-tuning on answers."""
+    """Cross-entropy of the next token at labelled positions: pretraining, and fine-tuning on answers."""
 
     unit = "tokens"
 
-    def __init__(self, share: Share = whole_sequence) -> None:
-        """`share` cuts this rank's part out of a sequence, if ranks share them."""
-        self._share = share
+    def __init__(self, shard_sequence: ShardSequence = whole_sequence) -> None:
+        """`shard_sequence` selects this rank's part of a sequence, under context parallelism."""
+        self._shard_sequence = shard_sequence
 
     def count(self, rows: Tensor) -> Tensor:
-        """Tokens with loss in rows [B, 3, T]."""
+        """Number of labelled tokens in rows [B, 3, T]."""
         return count_targets(rows[:, 1])
 
     def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
         """Summed cross-entropy in nats of rows [B, 3, T]."""
-        return self.of_logits(logits_of(model, rows[:, 0], rows[:, 2]), rows[:, 1]), {}
+        return self.of_logits(compute_logits(model, rows[:, 0], rows[:, 2]), rows[:, 1]), {}
 
     def of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-        """Summed cross-entropy in nats of this rank's logits; the labels are those of whole sequences."""
-        return summed_cross_entropy(logits_BTV, self._share(following(labels_BT)))
+        """Summed cross-entropy in nats of this rank's logits; labels are those of whole sequences."""
+        return summed_cross_entropy(logits_BTV, self._shard_sequence(shift_labels(labels_BT)))
 
 
 def next_token(objective: Objective) -> NextToken:
-    """The objective, if it can be computed from logits alone, as the last stage of a pipeline does; else LayoutError."""
+    """The objective if it is computed from logits alone, as the last pipeline stage does; LayoutError otherwise."""
     if not isinstance(objective, NextToken):
         raise LayoutError(
             f"{type(objective).__name__} does not work across pipeline stages: it asks the model several times. "
@@ -71,40 +71,40 @@ def next_token(objective: Objective) -> NextToken:
 
 
 def count_targets(labels_BT: Tensor) -> Tensor:
-    """Tokens with loss in rows of labels (the first token of a row has none before it), int64 scalar."""
+    """Number of labelled tokens, without the first of each row, which has no predecessor: int64 scalar."""
     return (labels_BT[:, 1:] != IGNORED).sum()
 
 
-def logits_of(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+def compute_logits(model: nn.Module, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """The model's logits [B, T, V] for packed rows."""
-    # No attention mask: transformers then builds one from the positions, which keeps documents apart.
+    # Without an attention mask, transformers builds one from the positions, which separates documents.
     logits: Tensor = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
     return logits
 
 
-def summed_cross_entropy(logits_BTV: Tensor, wanted_BT: Tensor) -> Tensor:
-    """Summed cross-entropy (nats) of logits with the tokens they are to tell; they may be a DTensor cut along the vocabulary."""
-    wanted = wanted_BT.flatten()
+def summed_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Summed cross-entropy (nats) of logits with their targets; the logits may be a DTensor sharded along the vocabulary."""
+    targets = targets_BT.flatten()
     logits_NV = logits_BTV.flatten(0, 1)
     if isinstance(logits_NV, DTensor):
-        # Under `loss_parallel`, which the loop sets for forward and backward.
-        total: Any = F.cross_entropy(logits_NV.float(), wanted, ignore_index=IGNORED, reduction="sum")
+        # Inside `loss_parallel`, which the loop enters for forward and backward.
+        total: Any = F.cross_entropy(logits_NV.float(), targets, ignore_index=IGNORED, reduction="sum")
         return total.to_local() if isinstance(total, DTensor) else total
-    kept = (wanted != IGNORED).nonzero().squeeze(1)
-    if 2 * len(kept) < len(wanted):
-        # Prompts and padding need no softmax: of a fine-tuning row, most tokens.
-        logits_NV, wanted = logits_NV.index_select(0, kept), wanted[kept]
-    return cross_entropy_in_pieces(logits_NV, wanted)
+    kept = (targets != IGNORED).nonzero().squeeze(1)
+    if 2 * len(kept) < len(targets):
+        # Most tokens of a fine-tuning row are prompts and padding, which need no softmax.
+        logits_NV, targets = logits_NV.index_select(0, kept), targets[kept]
+    return chunked_cross_entropy(logits_NV, targets)
 
 
-def following(labels_BT: Tensor) -> Tensor:
-    """For each place, the label of the next one, which is what its logits are to tell; none at the end of a row."""
+def shift_labels(labels_BT: Tensor) -> Tensor:
+    """Labels shifted left by one: at each position the token that its logits predict; IGNORED at the end of a row."""
     return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
 def step_loss(total: Tensor, targets: Tensor, ranks: int) -> Tensor:
-    """What a rank differentiates, so that the mean over ranks is the gradient of the mean over all tokens (or pairs).
+    """The loss that a rank differentiates: the mean of its gradient over ranks is the gradient of the mean over all targets.
 
-    `total`: this micro-batch's summed loss; `targets`: what the objective counts over all ranks and micro-batches of the step.
+    `total`: summed loss of this micro-batch; `targets`: number of targets over all ranks and micro-batches of the step.
     """
     return total * (ranks / targets.clamp(min=1)).to(torch.float32)

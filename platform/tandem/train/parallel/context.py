@@ -1,8 +1,8 @@
-"""Shares each sequence among context-parallel ranks: every rank computes the queries of its part against all keys.
+"""Context parallelism: each rank computes the queries of its part of a sequence against all keys.
 
-Keys and values are gathered before attention and their gradients scattered back after (the way of Llama 3's training, Dubey et
-al. 2024): document masks then work as they are. A rank takes one piece from the front and one from the back of a
-sequence, because with a causal mask late queries have more to do than early ones.
+Keys and values are all-gathered before attention, and their gradients reduced afterwards, as in the training of Llama 3 (Dubey et
+al. 2024), so that any document mask works. A rank takes one chunk from the front and one from the back of a sequence: under a
+causal mask, late queries attend to more keys than early ones.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ ATTENTION = "tandem_context"
 """Name of the attention function in transformers' table."""
 
 
-class SequenceShare:
-    """Cuts a rank's part out of the last axis of a tensor, and puts gathered parts back into order."""
+class SequenceSharder:
+    """Selects a rank's part of the last axis of a tensor, and restores the order of gathered parts."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self._size, self._rank = mesh.size(), mesh.get_local_rank()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """This rank's two pieces of the last axis, which 2 x ranks must divide."""
-        return tensor.index_select(-1, self._places(tensor.shape[-1], self._rank, tensor.device))
+        """This rank's two chunks of the last axis, whose length must be a multiple of 2 x ranks."""
+        return tensor.index_select(-1, self._positions(tensor.shape[-1], self._rank, tensor.device))
 
     def order(self, length: int, device: torch.device) -> Tensor:
-        """Where in the sequence each place of the gathered parts belongs, inverted: `gathered[order]` is in order."""
-        places = torch.cat([self._places(length, rank, device) for rank in range(self._size)])
+        """The permutation that restores the sequence: `gathered[order]` is in sequence order."""
+        places = torch.cat([self._positions(length, rank, device) for rank in range(self._size)])
         return torch.argsort(places)
 
-    def _places(self, length: int, rank: int, device: torch.device) -> Tensor:
-        piece = length // (2 * self._size)
-        front, back = rank * piece, (2 * self._size - 1 - rank) * piece
-        return torch.cat([torch.arange(front, front + piece), torch.arange(back, back + piece)]).to(device)
+    def _positions(self, length: int, rank: int, device: torch.device) -> Tensor:
+        chunk = length // (2 * self._size)
+        front, back = rank * chunk, (2 * self._size - 1 - rank) * chunk
+        return torch.cat([torch.arange(front, front + chunk), torch.arange(back, back + chunk)]).to(device)
 
 
-def share_sequences(model: Any, mesh: DeviceMesh) -> SequenceShare:
-    """Make a transformers model attend across `mesh`; returns the share that its inputs are cut by."""
+def shard_sequences(model: Any, mesh: DeviceMesh) -> SequenceSharder:
+    """Make a transformers model attend across `mesh`; returns the function that shards its inputs."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    share = SequenceShare(mesh)
+    sharder = SequenceSharder(mesh)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-        order = share.order(attention_mask.shape[-1], key.device)
+        order = sharder.order(attention_mask.shape[-1], key.device)
         key, value = (_gathered(t, mesh.get_group()).index_select(2, order) for t in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = attend
     model.config._attn_implementation = ATTENTION
-    return share
+    return sharder
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' parts along the sequence (axis 2), rank by rank; backward sums each part's gradient at its rank."""
+    """All-gather along the sequence (axis 2), rank by rank; backward reduces each part's gradient to its rank."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -69,7 +69,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # gloo has no reduce_scatter for every type; a sum over all, of which the rank keeps its part, is as exact.
+        # An all-reduce, of which the rank keeps its part: gloo does not reduce-scatter every type.
         whole = gradients[0].contiguous()
         dist.all_reduce(whole, group=ctx.group)
         return whole.chunk(ctx.group.size(), dim=2)[ctx.group.rank()].contiguous(), None

@@ -1,7 +1,7 @@
-"""The other strategy: ZeRO 1, 2 and 3 by DeepSpeed, with what is not in use kept in CPU memory or on a disk.
+"""DeepSpeed strategy: ZeRO stages 1, 2 and 3, with offload to CPU memory or to a disk.
 
-DeepSpeed keeps float32 weights; lower precisions are autocast, as with DDP. Its engine does what the loop asks of `Trained`;
-scaling the loss, counting micro-batches and the learning rate stay with the loop. Checkpoints are those of `zero_state`.
+DeepSpeed keeps float32 weights; lower precisions are autocast, as with DDP. The engine implements `ParallelModel`;
+scaling the loss, counting micro-batches and the learning rate stay with the loop. Checkpoints are those of `deepspeed_state`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
-from tandem.checkpoint.tensors import Held
+from tandem.checkpoint.tensors import ExportTensor
 from tandem.config import DeepSpeedConfig, TrainConfig, to_dict
 from tandem.errors import EnvironmentProblem
 from tandem.ids import digest
@@ -27,21 +27,21 @@ from tandem.train.optimizer import build_optimizer
 from tandem.train.parallel.canonical import persistent_buffers
 from tandem.train.parallel.deepspeed_state import ZeroState
 from tandem.train.parallel.mesh import Mesh
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 from tandem.train.precision import LossScaler
 from tandem.train.stage import whole_sequence
 
-WHOLE_BELOW = 100_000
-"""Elements below which ZeRO 3 leaves a parameter whole on every rank; DeepSpeed's own choice."""
+PERSISTENCE_THRESHOLD = 100_000
+"""Elements below which ZeRO 3 keeps a parameter unsharded on every rank; DeepSpeed's default."""
 BUCKET = 50_000_000
-"""Elements exchanged at a time, at most; of float32, 200 MB."""
+"""Elements of a communication bucket, at most; 200 MB in float32."""
 
 
 def check_deepspeed(config: TrainConfig) -> None:
-    """Raise EnvironmentProblem if this machine lacks what the config asks of DeepSpeed; nothing without that strategy."""
+    """Raise EnvironmentProblem if `config` uses DeepSpeed and this machine lacks a requirement of it."""
     if config.parallel.strategy != "deepspeed":
         return
-    # Read by DeepSpeed when it is imported; else it looks for devices itself, and warns of finding none.
+    # Read when DeepSpeed is imported; otherwise it probes for devices, and warns if it finds none.
     export({"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"})
     try:
         import deepspeed.ops.op_builder
@@ -68,124 +68,124 @@ def check_deepspeed(config: TrainConfig) -> None:
         )
 
 
-def with_deepspeed(
+def wrap_in_deepspeed(
     model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device
-) -> tuple[ZeroModel, Optimizer]:
+) -> tuple[DeepSpeedModel, Optimizer]:
     """`model` (a transformers causal LM, under peft or not, the same on every rank) in a DeepSpeed engine, and its optimizer.
 
-    The process group is there already. Raises EnvironmentProblem if this machine lacks what the config asks for, StorageError
-    if it cannot offload to the folder that it names.
+    The process group is initialized. Raises EnvironmentProblem if this machine lacks a requirement, StorageError if the offload
+    folder cannot be written.
     """
     check_deepspeed(config)
     import deepspeed
 
-    # For inference between processes of one machine. It would be compiled here, for a minute, and not used.
+    # An op for inference: DeepSpeed would compile it here, for a minute, and training does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed takes the device of that number; Ray has chosen one already.
+    # DeepSpeed selects the device LOCAL_RANK; Ray has selected one already.
     export({"LOCAL_RANK": str(device.index or 0)}, override=device.index is not None)
     optimizer = build_optimizer(model, config.optimizer, device)
-    folder = disk_folder(config)
+    folder = offload_folder(config)
     if folder is not None:
         with disk_errors("offloading to deepspeed.nvme_path", folder):
             folder.mkdir(parents=True, exist_ok=True)
     options = engine_options(model, config, pin=device.type == "cuda")
     offload = options["zero_optimization"].get("offload_param", {})
     if offload.get("device") == "nvme":
-        # The engine would name the type, and on a CPU DeepSpeed 0.19 then takes bfloat16: what goes to the disk would be rounded.
+        # Not left to the engine: on a CPU DeepSpeed 0.19 would then store bfloat16, and round the parameters on disk.
         deepspeed.zero.Init(
             module=model, config_dict_or_path=options, remote_device="nvme", pin_memory=offload["pin_memory"]
         )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
-    return ZeroModel(engine, optimizer, mesh, folder), optimizer
+    return DeepSpeedModel(engine, optimizer, mesh, folder), optimizer
 
 
 def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[str, Any]:
-    """DeepSpeed's own config for a job. `pin`: what is offloaded to the CPU stays in locked memory, for a GPU to reach."""
+    """DeepSpeed's config for a job. `pin`: offload to pinned CPU memory, which a GPU can access."""
     chosen = config.deepspeed or DeepSpeedConfig()
     sizes = [p.numel() for p in model.parameters()]
     bucket = min(BUCKET, sum(sizes))
     zero: dict[str, Any] = {"stage": chosen.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if chosen.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": WHOLE_BELOW}
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD}
     for key, name in (("offload_optimizer", "offload_optimizer"), ("offload_parameters", "offload_param")):
-        place = getattr(chosen, key)
-        if place != "none":
-            zero[name] = {"device": place, "pin_memory": pin}
-        if place == "nvme":
-            zero[name]["nvme_path"] = str(disk_folder(config))
+        device = getattr(chosen, key)
+        if device != "none":
+            zero[name] = {"device": device, "pin_memory": pin}
+        if device == "nvme":
+            zero[name]["nvme_path"] = str(offload_folder(config))
     if chosen.offload_parameters == "nvme":
         zero["offload_param"]["buffer_size"] = max(sizes)
     return {
         "train_micro_batch_size_per_gpu": config.batch_size // config.parallel.data // config.accumulate,
         "gradient_accumulation_steps": config.accumulate,
-        # The optimizer is torch's, on the CPU too: DeepSpeed's own would have to be compiled.
+        # torch's optimizer, on the CPU too: DeepSpeed's own would have to be compiled.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
 
 
-def disk_folder(config: TrainConfig) -> Path | None:
-    """Where a job's workers keep what is offloaded to a disk: a folder that no other job has; None without."""
+def offload_folder(config: TrainConfig) -> Path | None:
+    """The folder of a job's offload to a disk, which no other job uses; None without such offload."""
     if config.deepspeed is None or config.deepspeed.nvme_path is None:
         return None
     return Path(config.deepspeed.nvme_path).expanduser() / f"{config.name}-{digest(to_dict(config))[:12]}"
 
 
-class ZeroModel(Trained):
+class DeepSpeedModel(ParallelModel):
     """A causal LM in a DeepSpeed engine."""
 
     _engine: Any
 
     def __init__(self, engine: Any, optimizer: Optimizer, mesh: Mesh, folder: Path | None) -> None:
-        """`folder`: where the engine keeps what is offloaded to a disk."""
+        """`folder`: the engine's offload folder on a disk."""
         super().__init__()
         self._folder = folder
         self.mesh = mesh
-        self.share = whole_sequence
+        self.shard_sequence = whole_sequence
         self.pipeline = None
         self.model = engine.module
-        # Not a submodule: the model would be there twice.
+        # Not a submodule: the model would be registered twice.
         object.__setattr__(self, "_engine", engine)
         self._state = ZeroState.of(engine.optimizer, optimizer, self.whole)
 
     @property
     def whole(self) -> nn.Module:
-        """See `Trained`; of ZeRO 3, parameters that are not in use are empty."""
+        """See `ParallelModel`; under ZeRO 3, parameters that are not in use are empty."""
         whole: nn.Module = self.model
         return whole
 
     @property
     def sharded(self) -> bool:
-        """Never: ZeRO's parameters are float32."""
+        """False: ZeRO's parameters are float32, and autocast casts them."""
         return False
 
-    def train(self, mode: bool = True) -> ZeroModel:
+    def train(self, mode: bool = True) -> DeepSpeedModel:
         """See `nn.Module`."""
         super().train(mode)
         self._engine.train(mode)
         return self
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         return self._engine(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
 
     @contextlib.contextmanager
     def gradients_synced(self, sync: bool) -> Iterator[None]:
-        """See `Trained`. ZeRO 2 and 3 keep a rank's part of the gradients only, and so exchange each micro-batch's."""
+        """See `ParallelModel`. ZeRO 2 and 3 keep gradients sharded, so they reduce those of each micro-batch."""
         self._engine.set_gradient_accumulation_boundary(sync)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """See `Trained`."""
-        # The loop's losses are shares of a step already, which DeepSpeed is not to divide by the micro-batches again.
+        """See `ParallelModel`."""
+        # The loop has scaled the loss for the whole step: DeepSpeed must not divide it by the number of micro-batches.
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def finish_gradients(self) -> None:
-        """See `Trained`: nothing is left."""
+        """See `ParallelModel`: the engine has reduced all gradients."""
 
     def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None, loss: Tensor) -> tuple[float, bool]:
-        """See `Trained`. Gradients that are not finite are never taken; DeepSpeed does not ask for the loss."""
+        """See `ParallelModel`. DeepSpeed skips steps with non-finite gradients; it does not check the loss."""
         zero = self._engine.optimizer
         zero.clip_grad = limit
         if scaler:
@@ -193,46 +193,48 @@ class ZeroModel(Trained):
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if scaler:
-            # DeepSpeed would multiply the loss by it, too, which the loop has done.
+            # The loop has scaled the loss: DeepSpeed must not scale it again.
             zero.override_loss_scale(1.0)
             scaler.accept(norm)
         return norm, bool(self._engine.was_step_applied())
 
-    def weights(self) -> list[Held]:
-        """See `Trained`."""
+    def weights(self) -> list[ExportTensor]:
+        """See `ParallelModel`."""
         adapters = hasattr(self.whole, "peft_config")
         tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
         if not adapters:
             tensors |= dict(persistent_buffers(self.whole))
-        return [_held(name, tensor) for name, tensor in tensors.items()]
+        return [_export_tensor(name, tensor) for name, tensor in tensors.items()]
 
     def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """See `Trained`."""
+        """See `ParallelModel`."""
         return self._state.content()
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
-        """See `Trained`."""
-        self._state.put_back(content)
+        """See `ParallelModel`."""
+        self._state.restore(content)
 
     def close(self) -> None:
-        """See `Trained`: what was offloaded to a disk goes away."""
+        """See `ParallelModel`: removes the offload folder."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _held(name: str, tensor: Any) -> Held:
+def _export_tensor(name: str, tensor: Any) -> ExportTensor:
     @torch.no_grad()
-    def whole() -> Tensor:
+    def gather() -> Tensor:
         with _gathered(tensor):
             copied: Tensor = tensor.detach().clone()
         return copied
 
-    return Held(name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, whole=whole)
+    return ExportTensor(
+        name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, gather=gather
+    )
 
 
 @contextlib.contextmanager
 def _gathered(parameter: Tensor) -> Iterator[None]:
-    """Inside, a parameter that ZeRO 3 has cut is whole."""
+    """Gather a parameter that ZeRO 3 has sharded, for a `with` block."""
     if not hasattr(parameter, "ds_id"):
         yield
         return

@@ -1,8 +1,8 @@
-"""What is trained under DeepSpeed, as checkpoints have it: pieces of parameters, by the names and shapes of the plain model.
+"""Training state of a DeepSpeed engine for checkpoints: chunks of parameters, by the names and shapes of the plain model.
 
-A checkpoint is then independent of the ZeRO stage, the offload and the number of workers, and an FSDP2 run can go on from it.
-DeepSpeed has no public way to put back a state that it did not write itself: here are the few parts of its optimizers that do
-it, as they are in the version that the lock pins. DeepSpeed itself is not imported.
+A checkpoint is then independent of the ZeRO stage, the offload and the number of workers, and an FSDP2 run can resume from it.
+DeepSpeed has no public way to restore a state that it did not write itself: this module uses private parts of its optimizers, as
+they are in the version that the lock pins. DeepSpeed itself is not imported.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tandem.checkpoint.pieces import Pieces
+from tandem.checkpoint.flat_chunks import FlatChunks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each weight."""
+"""AdamW's state of each weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Fragment:
     """The elements of one parameter that this rank keeps, in one of its flat buffers."""
 
     name: str
-    """That of the parameter: of one that is tied, the first."""
+    """Name of the parameter; of a tied one, the first name."""
     shape: Sequence[int]
     start: int
-    """First element of the parameter."""
+    """Index of the first element in the parameter."""
     count: int
-    """0: all of it is kept elsewhere."""
+    """Number of elements; 0 if other ranks keep all of the parameter."""
     buffer: int
     """Number of the flat buffer."""
     at: int
-    """First element of the buffer."""
+    """Index of the first element in the buffer."""
 
-    def within(self, buffer: Tensor) -> Tensor:
-        """This run's part of a flat buffer."""
+    def view_of(self, buffer: Tensor) -> Tensor:
+        """View of this fragment in a flat buffer."""
         return buffer.detach().narrow(0, self.at, self.count)
 
 
@@ -52,71 +52,71 @@ class ZeroState(abc.ABC):
         """`zero`: DeepSpeed's optimizer around `optimizer`, which is AdamW."""
         self._zero = zero
         self._optimizer = optimizer
-        self._runs = [self._run(p, name) for name, p in model.named_parameters() if p.requires_grad]
+        self._fragments = [self._fragment(p, name) for name, p in model.named_parameters() if p.requires_grad]
 
     @staticmethod
     def of(zero: Any, optimizer: Optimizer, model: nn.Module) -> ZeroState:
         """The state of a stage 3 engine, or of one of the others."""
         cut = hasattr(zero, "fp32_partitioned_groups_flat")
-        return (_Cut if cut else _Flattened)(zero, optimizer, model)
+        return (_Stage3State if cut else _Stage1And2State)(zero, optimizer, model)
 
     def content(self) -> dict[str, dict[str, Any]]:
-        """`model` and `optimizer`, to save, or to load into."""
+        """`model` and `optimizer`, to save or to load into."""
         model: dict[str, Any] = {}
         optimizer: dict[str, Any] = {}
-        for number in self._numbers():
-            with self._here(number) as (buffer, state):
-                for run in self._of(number):
-                    # A buffer has one count of its steps, and each of its parameters gets a copy to load into.
-                    optimizer[f"{run.name}.step"] = state["step"].detach().clone()
-                    if run.count:
-                        model[run.name] = self._piece(run, buffer)
-                        optimizer |= {f"{run.name}.{key}": self._piece(run, state[key]) for key in MOMENTS}
+        for number in self._buffer_numbers():
+            with self._in_memory(number) as (buffer, state):
+                for fragment in self._fragments_in(number):
+                    # A buffer has one step count, and each of its parameters gets a copy to load into.
+                    optimizer[f"{fragment.name}.step"] = state["step"].detach().clone()
+                    if fragment.count:
+                        model[fragment.name] = self._piece(fragment, buffer)
+                        optimizer |= {f"{fragment.name}.{key}": self._piece(fragment, state[key]) for key in MOMENTS}
         return {"model": model, "optimizer": optimizer}
 
     @torch.no_grad()
-    def put_back(self, content: dict[str, dict[str, Any]]) -> None:
-        """Go on from what was loaded into `content`. Every rank calls it."""
-        for number in self._numbers():
-            with self._here(number, changed=True) as (buffer, state):
-                for run in self._of(number):
-                    state["step"].copy_(content["optimizer"][f"{run.name}.step"])
-                    if run.count:
-                        _fill(run.within(buffer), content["model"][run.name])
+    def restore(self, content: dict[str, dict[str, Any]]) -> None:
+        """Restore the state that was loaded into `content`. Every rank calls it."""
+        for number in self._buffer_numbers():
+            with self._in_memory(number, changed=True) as (buffer, state):
+                for fragment in self._fragments_in(number):
+                    state["step"].copy_(content["optimizer"][f"{fragment.name}.step"])
+                    if fragment.count:
+                        _copy_loaded(fragment.view_of(buffer), content["model"][fragment.name])
                         for key in MOMENTS:
-                            _fill(run.within(state[key]), content["optimizer"][f"{run.name}.{key}"])
+                            _copy_loaded(fragment.view_of(state[key]), content["optimizer"][f"{fragment.name}.{key}"])
                 self._to_parameters(number)
         self._share_parameters()
 
     @abc.abstractmethod
-    def _run(self, parameter: nn.Parameter, name: str) -> Run: ...
+    def _fragment(self, parameter: nn.Parameter, name: str) -> Fragment: ...
 
     @abc.abstractmethod
     def _buffer(self, number: int) -> Tensor:
-        """A flat buffer of weights, which is a key of the optimizer's state."""
+        """A flat buffer of weights, which is a key in the optimizer's state."""
 
     def _swapped(self, number: int) -> bool:
-        """Whether a buffer and its state lie on a disk."""
+        """Whether a buffer and its state are offloaded to a disk."""
         return False
 
     @abc.abstractmethod
     def _to_parameters(self, number: int) -> None:
-        """Give the model's parameters the values of a buffer that was changed."""
+        """Copy a changed buffer into the model's parameters."""
 
     @abc.abstractmethod
     def _share_parameters(self) -> None:
-        """Give the other ranks what each has changed."""
+        """Send each rank's changes to the others."""
 
     @contextlib.contextmanager
-    def _here(self, number: int, *, changed: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """A buffer and its state in memory; with `changed`, what is on a disk is written there again."""
+    def _in_memory(self, number: int, *, changed: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """A buffer and its state in memory for a `with` block; with `changed`, offloaded ones are written back to disk."""
         zero, swapped = self._zero, self._swapped(number)
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(number)
         buffer = self._buffer(number)
         state: dict[str, Tensor] = self._optimizer.state[buffer]
         if not state:
-            # As AdamW makes them in its first step, which has not been taken.
+            # AdamW creates them in its first step, which was not taken yet.
             changed = True
             state |= {key: torch.zeros_like(buffer, requires_grad=False) for key in MOMENTS}
             fused = self._optimizer.defaults.get("fused") or self._optimizer.defaults.get("capturable")
@@ -127,25 +127,25 @@ class ZeroState(abc.ABC):
         elif swapped:
             zero._release_swap_buffers(number)
 
-    def _piece(self, run: Run, buffer: Tensor) -> Pieces:
-        part = run.within(buffer)
-        # The memory that a swapped buffer is read into is used for the next one.
-        return Pieces(part.clone() if self._swapped(run.buffer) else part, run.shape, run.start)
+    def _piece(self, fragment: Fragment, buffer: Tensor) -> FlatChunks:
+        part = fragment.view_of(buffer)
+        # A copy: the memory of a swapped buffer is reused for the next one.
+        return FlatChunks(part.clone() if self._swapped(fragment.buffer) else part, fragment.shape, fragment.start)
 
-    def _numbers(self) -> list[int]:
-        return sorted({run.buffer for run in self._runs})
+    def _buffer_numbers(self) -> list[int]:
+        return sorted({fragment.buffer for fragment in self._fragments})
 
-    def _of(self, number: int) -> Iterator[Run]:
-        return (run for run in self._runs if run.buffer == number)
+    def _fragments_in(self, number: int) -> Iterator[Fragment]:
+        return (fragment for fragment in self._fragments if fragment.buffer == number)
 
 
-class _Flattened(ZeroState):
-    """ZeRO 1 and 2: each group of parameters is one long buffer, of which a rank keeps an even share."""
+class _Stage1And2State(ZeroState):
+    """ZeRO 1 and 2: each group of parameters is one long buffer, of which each rank keeps an equal shard."""
 
-    def _run(self, parameter: nn.Parameter, name: str) -> Run:
+    def _fragment(self, parameter: nn.Parameter, name: str) -> Fragment:
         group = next(n for n, held in enumerate(self._zero.bit16_groups) if any(p is parameter for p in held))
         mapping: Any = getattr(parameter, "_hp_mapping", None)
-        return Run(
+        return Fragment(
             name=name,
             shape=tuple(parameter.shape),
             start=mapping.lp_fragment_address.start if mapping else 0,
@@ -165,15 +165,15 @@ class _Flattened(ZeroState):
         self._zero.update_lp_params()
 
 
-class _Cut(ZeroState):
-    """ZeRO 3: each parameter is cut into even shares, the last one padded; a rank's shares lie one after the other in buffers."""
+class _Stage3State(ZeroState):
+    """ZeRO 3: each parameter is split into equal shards, the last one padded; a rank's shards are concatenated in buffers."""
 
-    def _run(self, parameter: nn.Parameter, name: str) -> Run:
-        zero, held = self._zero, parameter  # of DeepSpeed's making: see `ds_...`
+    def _fragment(self, parameter: nn.Parameter, name: str) -> Fragment:
+        zero, held = self._zero, parameter  # converted by DeepSpeed: has `ds_...` attributes
         buffer, at, share = zero.grad_position[zero.get_param_id(held)]
         start = dist.get_rank() * share
         numel = held.ds_numel  # type: ignore[attr-defined]
-        return Run(
+        return Fragment(
             name=name,
             shape=tuple(held.ds_shape),  # type: ignore[attr-defined]
             start=start,
@@ -193,11 +193,11 @@ class _Cut(ZeroState):
         self._zero._reassign_or_swap_out_partitioned_parameters(number)
 
     def _share_parameters(self) -> None:
-        # Small parameters stay whole on every rank between steps.
+        # Small parameters stay unsharded on every rank between steps.
         self._zero._partition_all_parameters()
         self._zero._post_step(set())
 
 
-def _fill(part: Tensor, loaded: Pieces) -> None:
+def _copy_loaded(part: Tensor, loaded: FlatChunks) -> None:
     if part.data_ptr() != loaded.flat.data_ptr():
         part.copy_(loaded.flat)

@@ -1,8 +1,8 @@
-"""Shares the experts of a mixture among expert-parallel ranks: tokens travel to their experts by all-to-all, and back.
+"""Expert parallelism: the experts of a mixture are distributed over ranks, and tokens reach them by all-to-all.
 
-Works on transformers' stacked experts (`gate_up_proj` (E, 2I, H), `down_proj` (E, H, I)), as Qwen3-MoE and its relatives have
-them. Expert ranks see different rows, so an expert's gradient already holds all of its ranks' tokens. With tensor parallelism
-each expert's inner width is cut as well.
+It works on transformers' stacked experts (`gate_up_proj` (E, 2I, H), `down_proj` (E, H, I)), as in Qwen3-MoE and Mixtral.
+Expert-parallel ranks see different rows, so the gradient of an expert already sums the tokens of all of them. Under tensor
+parallelism the inner width of each expert is split, too.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def split_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
-    """Replace every stack of experts in `model` by this rank's part of it over the mesh's axes ep and tp; returns those."""
+    """Replace every stack of experts in `model` by this rank's part over the mesh axes ep and tp; returns the new modules."""
     made: list[nn.Module] = []
     if mesh.size() == 1:
         return made
     for parent in list(model.modules()):
         experts = getattr(parent, "experts", None)
         if isinstance(experts, nn.Module) and hasattr(experts, "gate_up_proj"):
-            parent.experts = SharedExperts(experts, mesh)
+            parent.experts = ParallelExperts(experts, mesh)
             made.append(parent.experts)
     return made
 
 
-class SharedExperts(nn.Module):
-    """This rank's experts, and the way of every token to the rank that has its experts. ep divides experts, tp their width."""
+class ParallelExperts(nn.Module):
+    """This rank's experts, and the routing of tokens to the ranks of their experts. Axis ep splits experts, tp their width."""
 
     def __init__(self, whole: Any, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -41,20 +41,20 @@ class SharedExperts(nn.Module):
         self._ranks, self._held = ep.size(), self.num_experts // ep.size()
         self.act_fn = whole.act_fn
         width = whole.down_proj.shape[2]
-        # (E, 2, I, H): gate and up apart, so that a cut of I is one of each.
+        # (E, 2, I, H): gate and up on an axis of their own, so that splitting I splits both.
         gate_up = whole.gate_up_proj.detach().unflatten(1, (2, width))
         for name, weight, inner in (("gate_up_proj", gate_up, 2), ("down_proj", whole.down_proj.detach(), 2)):
             mine = weight.chunk(ep.size(), 0)[ep.get_local_rank()].chunk(tp.size(), inner)[tp.get_local_rank()]
             axes = {"ep": Shard(0), "tp": Shard(inner)}
             cut = [axis for axis in axes if mesh[axis].size() > 1]
             over = mesh if len(cut) == 2 else mesh[cut[0]]
-            placed = DTensor.from_local(mine.contiguous(), over, [axes[axis] for axis in cut], run_check=False)
-            self.register_parameter(name, nn.Parameter(placed, requires_grad=getattr(whole, name).requires_grad))
+            sharded = DTensor.from_local(mine.contiguous(), over, [axes[axis] for axis in cut], run_check=False)
+            self.register_parameter(name, nn.Parameter(sharded, requires_grad=getattr(whole, name).requires_grad))
 
     def forward(self, hidden_NH: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The weighted sum of each token's experts: hidden states (N, H), expert numbers and weights (N, K)."""
         if self._tp is not None:
-            # Each tensor rank has a part of every expert: what comes back from it is a part of the gradient.
+            # Each tensor-parallel rank has a part of every expert, and so computes a part of the gradient.
             hidden_NH, weights_NK = _sum_gradient(hidden_NH, self._tp), _sum_gradient(weights_NK, self._tp)
         top = chosen_NK.shape[1]
         by_expert = chosen_NK.flatten().argsort(stable=True)
@@ -69,7 +69,7 @@ class SharedExperts(nn.Module):
             outgoing = counts.view(self._ranks, -1).sum(1).tolist()
             incoming = there.view(self._ranks, -1).sum(1).tolist()
             received = _exchanged(sent, outgoing, incoming, self._ep)
-            # They come sorted by rank and then expert; the experts want them the other way round.
+            # Received tokens are sorted by rank, then by expert; the experts compute on tokens sorted by expert, then by rank.
             expert = torch.arange(self._held, device=there.device).repeat(self._ranks).repeat_interleave(there)
             order = expert.argsort(stable=True)
             computed = self._compute(received[order], there.view(self._ranks, -1).sum(0))
@@ -92,7 +92,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to the ranks that want them; backward the same way back."""
+    """All-to-all of rows; backward sends gradients the same way back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -111,7 +111,7 @@ def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.Pr
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over a group; each member's gradient is the whole one."""
+    """All-reduce in forward; identity in backward."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -125,7 +125,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """The tensor as it is; its gradient is the sum over a group."""
+    """Identity in forward; all-reduce of the gradient in backward."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:

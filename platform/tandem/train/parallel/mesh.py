@@ -1,4 +1,4 @@
-"""How many ranks share what, and the named device mesh that comes of it. Axes go from outer to inner."""
+"""Parallelism degrees and the named device mesh of a run. Axes go from outer to inner: pp, dp, ep, cp, tp."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tandem.errors import LayoutError
 class Degrees:
     """Ranks along each axis of the mesh; the product is the number of workers.
 
-    Experts are shared by ranks that see different rows, so their axis is cut out of dp_shard, as its inner part.
+    Expert-parallel ranks see different rows, so ep is the inner part of dp_shard.
     """
 
     pp: int = 1
     """Pipeline stages."""
     dp_replicate: int = 1
-    """Groups that hold the same parameters and see different rows."""
+    """Replicas of the parameters, which see different rows."""
     dp_shard: int = 1
-    """Ranks that share one copy of the parameters (FSDP2) and see different rows."""
+    """Ranks that shard one copy of the parameters (FSDP2) and see different rows."""
     ep: int = 1
-    """Of those, neighbours that share the experts of a mixture."""
+    """Ranks of dp_shard that share the experts of a mixture."""
     cp: int = 1
     """Ranks that share each sequence."""
     tp: int = 1
@@ -73,7 +73,7 @@ class Degrees:
         if self.world != world_size:
             axes = " x ".join(f"{name}={n}" for name, n in dataclasses.asdict(self).items() if n > 1) or "one rank"
             raise LayoutError(f"{axes} needs {self.world} workers; there are {world_size}.")
-        # dp_shard is made of its outer part and ep.
+        # dp_shard is dp_outer x ep.
         axes_and_sizes: dict[str, int] = {
             "pp": self.pp, "dp_replicate": self.dp_replicate, "dp_outer": self.dp_shard // self.ep, "ep": self.ep,
             "cp": self.cp, "tp": self.tp,
@@ -83,7 +83,7 @@ class Degrees:
         )
 
     def check_nodes(self, nodes: Sequence[str]) -> None:
-        """Refuse tensor groups that are spread over nodes; `nodes` has each rank's. LayoutError says which rank is where."""
+        """Raise LayoutError if a tensor-parallel group spans nodes; `nodes` has the node of each rank."""
         for first in range(0, len(nodes), self.tp):
             group = nodes[first : first + self.tp]
             if len(set(group)) > 1:
@@ -100,12 +100,12 @@ class Degrees:
                 )
 
     def data_rank(self, rank: int) -> int:
-        """Which share of the rows a rank sees; pipeline, context and tensor peers see the same."""
+        """Index of the data-parallel group of a rank: pipeline, context and tensor peers see the same rows."""
         return rank // (self.cp * self.tp) % self.data_parallel
 
 
 class Mesh:
-    """The device mesh, with the axes that are made of others."""
+    """The device mesh, with the axes that combine others."""
 
     def __init__(self, degrees: Degrees, whole: DeviceMesh) -> None:
         self.degrees = degrees
@@ -119,17 +119,17 @@ class Mesh:
 
     @property
     def parameters(self) -> DeviceMesh:
-        """What parameters are sharded over, and, as an outer axis, replicated over."""
+        """The mesh that parameters are sharded over, with an outer axis for replicas if there are any."""
         return self._over("shard", self._shard)
 
     @property
     def experts(self) -> DeviceMesh:
-        """The same for the experts of a mixture, which `ep` has shared out already."""
+        """The same for experts, which ep has distributed already."""
         return self._over("expert_shard", self._expert_shard)
 
     @property
-    def experts_cut(self) -> DeviceMesh:
-        """What the experts of a mixture are cut over: (ep, tp)."""
+    def expert_tensor(self) -> DeviceMesh:
+        """The mesh (ep, tp) that experts are split over."""
         return self.whole["ep", "tp"]
 
     def _over(self, name: str, inner: DeviceMesh) -> DeviceMesh:

@@ -1,357 +1,120 @@
-"""Lays a model over the mesh: experts, tensors, sequences, pipeline stages, and shards, in the one order that is exact.
+"""Composition of parallelism: experts, tensor, sequence and pipeline parallelism, then compilation and sharding.
 
-Adapters and recomputation have to be in before. Sharding comes last: it groups the parameters that finally exist; an adapter that
-was added after it would stay whole on every rank, and drift apart.
+Adapters and recomputation have to be in the model before. Sharding comes last: it groups the parameters that finally exist; an
+adapter that was added after it would stay unsharded, and its copies would drift apart.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch import nn
 
-from tandem.checkpoint.parts import Parts
-from tandem.checkpoint.tensors import Held
 from tandem.config import TrainConfig
-from tandem.config.training.layout import PARTS, ModelShape, check_layout, layers_known
+from tandem.config.training.layout import STAGES_PER_RANK, ModelShape, check_layout, layers_known
 from tandem.errors import LayoutError
 from tandem.train.compiled import compile_layers
-from tandem.train.flex_attention import attend_in_blocks, document_blocks
-from tandem.train.model import decoder_layers, reshard
-from tandem.train.optimizer import start_state
-from tandem.train.parallel.canonical import canonical, persistent_buffers, plain_name, settle, shared_experts
-from tandem.train.parallel.context import share_sequences
-from tandem.train.parallel.expert import SharedExperts, split_experts
+from tandem.train.flex_attention import document_block_mask, use_flex_attention
+from tandem.train.model import decoder_layers
+from tandem.train.parallel.context import shard_sequences
+from tandem.train.parallel.expert import split_experts
+from tandem.train.parallel.fsdp import needs_fsdp, parameter_device, shard_parameters
 from tandem.train.parallel.mesh import Mesh
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.mesh_model import MeshModel
 from tandem.train.parallel.pipeline import Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
-from tandem.train.parallel.sharded_load import is_empty, make_room
+from tandem.train.parallel.sharded_load import allocate_parameters, is_on_meta
 from tandem.train.parallel.tensor import split_tensors
-from tandem.train.precision import COMPUTED_IN, LossScaler, sharding_policy
-from tandem.train.stage import Mask, OwnForward, Share, Stage, document_mask, whole_sequence
+from tandem.train.stage import Mask, ShardSequence, Stage, TransformersForward, document_mask, whole_sequence
+
+Stages = dict[int, Stage | TransformersForward]
+"""The stages that this rank holds, by number; without a pipeline, the whole model as stage 0."""
 
 
-class PlacedModel(Trained):
-    """A causal LM as one rank of the mesh holds it. Without a pipeline it is called as transformers' models are."""
+def parallelize(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> MeshModel:
+    """Distribute `model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place.
 
-    _whole: nn.Module
-    _called: nn.Module
-
-    def __init__(
-        self,
-        whole: nn.Module,
-        stages: Sequence[nn.Module],
-        *,
-        mesh: Mesh,
-        share: Share,
-        pipeline: Pipeline | None,
-        replicated: bool,
-        device: torch.device,
-    ) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.mesh = mesh
-        self.share = share
-        self.pipeline = pipeline
-        self._device = device
-        # Not a submodule: its parameters are the stages', under the names that checkpoints and exports have.
-        object.__setattr__(self, "_whole", whole)
-        called: nn.Module = stages[0]
-        if replicated:
-            group = mesh["dp_replicate"].get_group()
-            called = DistributedDataParallel(
-                called, process_group=group, gradient_as_bucket_view=True, forward_sync_buffers=False
-            )
-        object.__setattr__(self, "_called", called)
-        self._tied = _TiedStages.of(self)
-
-    @property
-    def whole(self) -> nn.Module:
-        """See `Trained`."""
-        return self._whole
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
-        """See `Trained`."""
-        return SimpleNamespace(logits=self._called(input_ids, position_ids))
-
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP2 holds the parameters."""
-        return isinstance(self.stages[0], FSDPModule)
-
-    @contextlib.contextmanager
-    def gradients_synced(self, sync: bool) -> Iterator[None]:
-        """See `Trained`."""
-        if isinstance(self._called, DistributedDataParallel) and not sync:
-            with self._called.no_sync():
-                yield
-            return
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(sync, recurse=False)
-        yield
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Trained`."""
-        loss.backward()
-
-    def step(self, optimizer: Optimizer, limit: float, scaler: LossScaler | None, loss: Tensor) -> tuple[float, bool]:
-        """See `Trained`."""
-        if scaler:
-            scaler.unscale(p.grad for p in self.parameters() if p.grad is not None)
-        norm = self.clip(limit, loss)
-        taken = scaler.accept(norm) if scaler else math.isfinite(norm)
-        if taken:
-            optimizer.step()
-        optimizer.zero_grad()
-        return norm, taken
-
-    def finish_gradients(self) -> None:
-        """See `Trained`."""
-        if self._tied is not None:
-            self._tied.sum_gradients(self._device)
-
-    def training_state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """See `Trained`. It shares the memory of what is trained."""
-        reshard(self)
-        start_state(optimizer)
-        state: dict[str, Parts] = {}
-        for key, held in self._optimizer_state(optimizer).items():
-            state |= {f"{name}.{key}": part for name, part in canonical(self.whole, held).items()}
-        return {"model": canonical(self.whole, self._trained()), "optimizer": dict(state)}
-
-    def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
-        """See `Trained`: what was loaded is there already."""
-        for held in (self._trained(), *self._optimizer_state(optimizer).values()):
-            settle(self.whole, held)
-
-    def _trained(self) -> dict[str, Tensor]:
-        trained = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
-        return {**trained, **dict(persistent_buffers(self.whole))}
-
-    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-        """For each thing that the optimizer keeps of a parameter: that of all parameters, by their names."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.whole.named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                found.setdefault(key, {})[name] = value
-        return found
-
-    def weights(self) -> list[Held]:
-        """See `Trained`."""
-        reshard(self)
-        adapters = hasattr(self.whole, "peft_config")
-        tensors: dict[str, Tensor] = {n: p for n, p in self.whole.named_parameters() if p.requires_grad or not adapters}
-        if not adapters:
-            tensors |= dict(persistent_buffers(self.whole))
-        # A second copy of an embedding is told by the stage that has the first.
-        experts = shared_experts(self.whole)
-        return [_held(name, t, name in experts) for name, t in tensors.items() if plain_name(self.whole, name) == name]
-
-    def clip(self, limit: float, loss: Tensor | None = None) -> float:
-        """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before, over the whole mesh.
-
-        It is not a number if `loss` is not finite on any rank.
-        """
-        counted = [p for p in self.parameters() if p.grad is not None and not (self._tied and self._tied.repeats(p))]
-        ranks = dist.get_world_size() // self.mesh.degrees.pp if dist.is_initialized() else 1
-        squares = torch.zeros((), dtype=torch.float64, device=next(self.parameters()).device)
-        for parameter in counted:
-            # Row by row: float32 is exact enough for a row, and far faster than float64 for a matrix. Nothing waits for the
-            # device. Ranks that hold the same part count it once between them.
-            rows = torch.linalg.vector_norm(_local(parameter.grad), dim=-1).double()
-            squares += rows.square().sum() * (_shards(parameter.grad) / ranks)
-        if loss is not None:
-            # Nothing, unless it is infinite or not a number: then all ranks come to know by the sum that they make anyway.
-            squares += loss.detach().to(squares) * 0
-        if dist.is_initialized():
-            squares = squares.to(self._device)
-            dist.all_reduce(squares)
-        norm = float(squares.sqrt())
-        if limit:
-            scale = min(1.0, limit / (norm + 1e-6))
-            torch._foreach_mul_([_local(p.grad) for p in self.parameters() if p.grad is not None], scale)
-        return norm
-
-
-def place(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> PlacedModel:
-    """Lay `model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place.
-
-    Of an empty model (see `sharded_base`) the weights are to be filled in. Raises LayoutError if it cannot be cut in that way.
+    A model on the meta device (see `sharded_load`) gets memory, and waits for its weights. Raises LayoutError if the model cannot
+    be split as `config` says.
     """
-    parallel = config.parallel
     lm = causal_lm(model)
     shape = ModelShape.read(lm.config.to_dict())
     check_layout(shape, config)
-    share: Share = whole_sequence
-    stages: Mapping[int, Stage | OwnForward]
-    if layers_known(shape, config):
-        share, stages = _cut(lm, mesh, config)
-    elif config.attention == "flex":
-        raise LayoutError(
-            f"attention is 'flex', for which training goes through the layers itself, and those of a {shape.family!r} are not "
-            "known. Set attention to 'sdpa'."
-        )
-    else:
-        stages = {0: OwnForward(lm, decoder_layers(lm))}
-    empty = is_empty(model)
-    if not empty:
+    shard_sequence, stages = _split(lm, shape, mesh, config)
+    on_meta = is_on_meta(model)
+    if not on_meta:
         model.to(device)
-        for stage in stages.values():
-            if isinstance(stage, OwnForward):
-                stage.check_documents(device)
+        _check_documents(stages, device)
     if config.compile:
         compile_layers(layer for stage in stages.values() for layer in stage.layers)
-    # A frozen model (DPO's reference) has no gradients to average: DDP would refuse it.
-    replicated = (
-        parallel.strategy == "ddp" and parallel.workers > 1 and any(p.requires_grad for p in model.parameters())
-    )
-    # A rank that shares a stage with no other may still compute in another type than its weights have, or keep them elsewhere.
-    shared = parallel.workers > parallel.pipeline or config.precision in COMPUTED_IN or parallel.offload
-    if parallel.strategy == "fsdp2" and shared:
+    # Sharding comes after compilation: FSDP2's hooks stay outside of the compiled layers.
+    if needs_fsdp(config):
         for stage in stages.values():
-            _shard(stage, mesh, config)
-    if empty:
+            shard_parameters(stage, mesh, config)
+    if on_meta:
         for stage in stages.values():
-            make_room(stage, torch.device("cpu") if parallel.offload else device)
+            allocate_parameters(stage, parameter_device(config, device))
     pipeline = None
-    if parallel.pipeline > 1:
+    if config.parallel.pipeline > 1:
         pipeline = Pipeline.of(stages, mesh["pp"], config=config, lm_config=lm.config, device=device)
-    return PlacedModel(
+    return MeshModel(
         model,
         list(stages.values()),
         mesh=mesh,
-        share=share,
+        shard_sequence=shard_sequence,
         pipeline=pipeline,
-        replicated=replicated,
+        replicated=_needs_ddp(model, config),
         device=device,
     )
 
 
-def _cut(lm: Any, mesh: Mesh, config: TrainConfig) -> tuple[Share, dict[int, Stage]]:
-    """Take out of a causal LM what other ranks have; how sequences are shared, and the stages that are left, by number."""
+def _split(lm: Any, shape: ModelShape, mesh: Mesh, config: TrainConfig) -> tuple[ShardSequence, Stages]:
+    """How this rank shards sequences, and its stages of the model."""
+    if layers_known(shape, config):
+        return _split_layers(lm, mesh, config)
+    if config.attention == "flex":
+        raise LayoutError(
+            f"attention is 'flex', for which training goes through the layers itself, and those of a {shape.family!r} are not "
+            "known. Set attention to 'sdpa'."
+        )
+    return whole_sequence, {0: TransformersForward(lm, decoder_layers(lm))}
+
+
+def _split_layers(lm: Any, mesh: Mesh, config: TrainConfig) -> tuple[ShardSequence, Stages]:
+    """Split sequences, layers, experts and matrices of a causal LM, in place, in the one order that is exact."""
     degrees, parallel = mesh.degrees, config.parallel
-    share: Share = share_sequences(lm, mesh["cp"]) if degrees.cp > 1 else whole_sequence
+    shard_sequence: ShardSequence = shard_sequences(lm, mesh["cp"]) if degrees.cp > 1 else whole_sequence
     mask: Mask = document_mask
     if config.attention == "flex":
-        attend_in_blocks(lm)
-        mask = document_blocks
-    parts = PARTS[parallel.schedule] if degrees.pp > 1 else 1
+        use_flex_attention(lm)
+        mask = document_block_mask
+    num_stages = degrees.pp * (STAGES_PER_RANK[parallel.schedule] if degrees.pp > 1 else 1)
     numbers = stages_of(mesh["pp"].get_local_rank(), degrees.pp, parallel.schedule) if degrees.pp > 1 else [0]
-    of = degrees.pp * parts
-    layers = [layers_of_stage(number, of, lm.config.num_hidden_layers) for number in numbers]
-    if of > 1:
-        keep_stages(lm, numbers, of, layers)
-    split_experts(lm, mesh.experts_cut)
-    # Only the cross-entropy of the next token is computed on logits that are cut along the vocabulary.
+    layers = [layers_of_stage(number, num_stages, lm.config.num_hidden_layers) for number in numbers]
+    if num_stages > 1:
+        keep_stages(lm, numbers, num_stages, layers)
+    split_experts(lm, mesh.expert_tensor)
     split_tensors(
         lm,
         mesh["tp"],
         sequence_parallel=parallel.sequence_parallel,
+        # Only next-token cross-entropy is computed on logits that are sharded along the vocabulary.
         loss_parallel=config.objective == "next_token",
     )
-    return share, {
-        number: Stage(lm, kept, first=number == 0, last=number == of - 1, share=share, mask=mask)
+    last = num_stages - 1
+    return shard_sequence, {
+        number: Stage(lm, kept, first=number == 0, last=number == last, shard_sequence=shard_sequence, mask=mask)
         for number, kept in zip(numbers, layers, strict=True)
     }
 
 
-def _shard(stage: Stage | OwnForward, mesh: Mesh, config: TrainConfig) -> None:
-    options: dict[str, Any] = {
-        "mp_policy": sharding_policy(config.precision),
-        # Gathering again for every micro-batch of a pipeline would cost more than it saves.
-        "reshard_after_forward": mesh.degrees.pp == 1,
-    }
-    if config.parallel.offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.whole.device_type != "cpu")
-    for layer in stage.layers:
-        for module in layer.modules():
-            if isinstance(module, SharedExperts):
-                fully_shard(module, mesh=mesh.experts, **options)
-                # Its gradient holds the tokens of all expert ranks already.
-                sharded: Any = module
-                sharded.set_gradient_divide_factor(float(mesh.degrees.token_parallel))
-        fully_shard(layer, mesh=mesh.parameters, **options)
-    fully_shard(stage, mesh=mesh.parameters, **options)
+def _check_documents(stages: Stages, device: torch.device) -> None:
+    for stage in stages.values():
+        if isinstance(stage, TransformersForward):
+            stage.check_documents(device)
 
 
-class _TiedStages:
-    """An embedding that the first stage reads with and the last one writes with: two copies that must stay one."""
-
-    def __init__(
-        self, mine: list[nn.Parameter], repeated: nn.Parameter | None, group: dist.ProcessGroup | None
-    ) -> None:
-        self._mine, self._repeated, self._group = mine, repeated, group
-
-    @classmethod
-    def of(cls, model: PlacedModel) -> _TiedStages | None:
-        lm = causal_lm(model.whole)
-        mesh, pipeline = model.mesh, model.pipeline
-        if pipeline is None or not lm.config.tie_word_embeddings:
-            return None
-        group = None
-        if PARTS[pipeline.name] == 1 or pipeline.name == "interleaved":
-            for column in mesh.whole.mesh.reshape(mesh.degrees.pp, -1).T.tolist():
-                made = dist.new_group([column[0], column[-1]])
-                if dist.get_rank() in (column[0], column[-1]):
-                    group = made
-        first = lm.model.embed_tokens.weight if lm.model.embed_tokens is not None else None
-        last = lm.lm_head.weight if lm.lm_head is not None else None
-        return cls([p for p in (first, last) if p is not None], last, group)
-
-    def repeats(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter is the copy that does not count."""
-        return parameter is self._repeated
-
-    def sum_gradients(self, device: torch.device) -> None:
-        """Give both copies the sum of their gradients."""
-        gradients = [_local(p.grad) for p in self._mine if p.grad is not None]
-        if self._group is not None:
-            for gradient in gradients:
-                # It may have been offloaded.
-                there = gradient.to(device)
-                dist.all_reduce(there, group=self._group)
-                gradient.copy_(there)
-        elif len(gradients) == 2:
-            total = gradients[0] + gradients[1]
-            for gradient in gradients:
-                gradient.copy_(total)
-
-
-def _held(name: str, tensor: Tensor, shared_experts: bool) -> Held:
-    shape = tuple(tensor.shape)
-    if shared_experts:
-        shape = (shape[0], shape[1] * shape[2], shape[3])
-
-    @torch.no_grad()
-    def whole() -> Tensor:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-        return full.view(shape)
-
-    return Held(name=name, shape=shape, dtype=tensor.dtype, whole=whole)
-
-
-def _local(tensor: Any) -> Tensor:
-    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return found
-
-
-def _shards(tensor: Any) -> int:
-    """Into how many parts a gradient is cut over the ranks of a stage."""
-    parts = 1
-    if isinstance(tensor, DTensor):
-        for axis, placement in enumerate(tensor.placements):
-            # A tensor that was cut twice along one axis has another class of placement for it.
-            if not placement.is_replicate() and not placement.is_partial():
-                parts *= tensor.device_mesh.size(axis)
-    return parts
+def _needs_ddp(model: nn.Module, config: TrainConfig) -> bool:
+    # A frozen model (DPO's reference) has no gradients to average: DDP refuses it.
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return config.parallel.strategy == "ddp" and config.parallel.workers > 1 and trained

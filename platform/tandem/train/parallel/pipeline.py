@@ -1,4 +1,4 @@
-"""Cuts a causal LM into pipeline stages, and runs micro-batches through them by torch's schedules."""
+"""Pipeline parallelism: splits a causal LM into stages, and runs micro-batches through them with torch's schedules."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from tandem.config import TrainConfig
-from tandem.config.training.layout import PARTS
-from tandem.train.precision import COMPUTED_IN
+from tandem.config.training.layout import STAGES_PER_RANK
+from tandem.train.precision import COMPUTE_DTYPES
 
 TORCH_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "ZBVZeroBubble"}
 
 
 def stages_of(rank: int, ranks: int, schedule: str) -> list[int]:
-    """Numbers of the stages that pipeline rank `rank` holds, by the place that the schedule wants them at."""
+    """Numbers of the stages on pipeline rank `rank`, in the order that the schedule expects."""
     match schedule:
         case "interleaved":
             return [rank, ranks + rank]
-        case "zero_bubble":  # a V: down the ranks and up again, so that the first rank has the head too
+        case "zero_bubble":  # V-shaped: down the ranks and up again, so that the first rank also has the head
             return [rank, 2 * ranks - 1 - rank]
         case _:
             return [rank]
 
 
 def layers_of_stage(stage: int, stages: int, layers: int) -> range:
-    """The layers of one stage, of `stages` that divide them."""
+    """The layers of one stage; `stages` divides `layers`."""
     each = layers // stages
     return range(stage * each, (stage + 1) * each)
 
 
 def keep_stages(lm: Any, stages: Sequence[int], of: int, layers: Sequence[range]) -> None:
-    """Take out of a causal LM, in place, all that is in none of `stages`; what stays keeps the names of the whole model."""
+    """Remove all modules that are in none of `stages` from a causal LM, in place; the others keep their names."""
     inner = lm.model
     inner.layers = nn.ModuleDict({str(n): inner.layers[n] for part in layers for n in part})
     if 0 in stages and of - 1 in stages and lm.lm_head.weight is inner.embed_tokens.weight:
-        # Two stages of one rank: two copies, as if on two ranks.
+        # First and last stage on one rank: two copies of the tied embedding, as on two ranks.
         lm.lm_head.weight = nn.Parameter(inner.embed_tokens.weight.detach().clone())
     if 0 not in stages:
         inner.embed_tokens = None
@@ -52,14 +52,14 @@ def keep_stages(lm: Any, stages: Sequence[int], of: int, layers: Sequence[range]
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The transformers model that peft may have wrapped."""
+    """The transformers model, without peft's wrapper."""
     get: Any = getattr(model, "get_base_model", None)
     return get() if get else model
 
 
 @dataclass(kw_only=True)
 class Pipeline:
-    """The stages that this rank holds, and the schedule that runs them."""
+    """The stages on this rank, and the schedule that runs them."""
 
     name: str
     schedule: Any
@@ -67,7 +67,7 @@ class Pipeline:
     held: dict[int, nn.Module]
     """This rank's stages, by number."""
     between: tuple[int, int]
-    """Shape of what goes from stage to stage, without the rows: this rank's part of a sequence, and the hidden width."""
+    """Shape of the activations between stages without the batch axis: this rank's part of a sequence, and the hidden width."""
     dtype: torch.dtype
     has_first: bool
     has_last: bool
@@ -82,12 +82,12 @@ class Pipeline:
         lm_config: Any,
         device: torch.device,
     ) -> Pipeline:
-        """The stages of a model that this rank holds, by number. A step runs `config.accumulate` micro-batches."""
+        """A pipeline of the stages `held` on this rank, by number. A step runs `config.accumulate` micro-batches."""
         parallel = config.parallel
-        of = mesh.size() * PARTS[parallel.schedule]
+        of = mesh.size() * STAGES_PER_RANK[parallel.schedule]
         rows = config.batch_size // parallel.data // config.accumulate
         length = config.data.sequence_length // parallel.context
-        dtype = COMPUTED_IN.get(config.precision, torch.float32)
+        dtype = COMPUTE_DTYPES.get(config.precision, torch.float32)
         between = length // (parallel.tensor if parallel.sequence_parallel else 1)
         ids = torch.empty(rows, config.data.sequence_length, dtype=torch.long, device="meta")
         hidden = torch.empty(rows, between, lm_config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
@@ -100,10 +100,10 @@ class Pipeline:
             for number, module in held.items()
         ]  # fmt: skip
         made = get_schedule_class(TORCH_NAMES[parallel.schedule])
-        run: Any = stages if PARTS[parallel.schedule] > 1 else stages[0]
+        run: Any = stages if STAGES_PER_RANK[parallel.schedule] > 1 else stages[0]
         return cls(
             name=parallel.schedule,
-            # Gradients are scaled by tokens, not by micro-batches.
+            # The loss is scaled by tokens already, not by micro-batches.
             schedule=made(run, config.accumulate, loss_fn=lambda output, target: output.sum(), scale_grads=False),
             mesh=mesh,
             held=dict(held),
@@ -118,13 +118,13 @@ class Pipeline:
         self.schedule._loss_fn = loss
         arguments = (rows[:, 0],) if self.has_first else ()
         target = rows[:, 1] if self.has_last else None
-        # The logits of all micro-batches, put together, would be the largest thing in memory.
+        # The concatenated logits of all micro-batches would be the largest tensor in memory.
         self.schedule.step(*arguments, target=target, return_outputs=False, positions_BT=rows[:, 2].contiguous())
 
     def logits(self, rows: Tensor) -> Tensor | None:
         """Forward pass of `rows` (B, 3, T) without gradients; the logits on the ranks of the last stage, else None.
 
-        torch's schedules have one too, but not where a rank holds two stages that follow each other.
+        torch's schedules can evaluate, too, but not if a rank holds two consecutive stages.
         """
         ranks, group = self.mesh.size(), self.mesh.get_group()
         owner = {number: rank for rank in range(ranks) for number in stages_of(rank, ranks, self.name)}

@@ -1,6 +1,7 @@
-"""A base model that no rank holds whole: made empty, laid over the mesh, and filled by each rank from its slices of the files.
+"""Sharded loading of a base model: built without weights, distributed, then loaded by each rank from its slices of the files.
 
-Adapters are put in between, by whoever makes them: the empty model has addresses for its weights, but no memory behind them.
+No rank holds the whole model. Adapters are added before it is distributed: until then parameters have virtual memory that was
+never written, and takes no RAM.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tandem.checkpoint.source import Source
+from tandem.checkpoint.safetensors_reader import SafetensorsReader
 from tandem.config import TrainConfig
 from tandem.errors import ConfigError
-from tandem.train.parallel.canonical import canonical, persistent_buffers, settle
-from tandem.train.parallel.model import Trained
-from tandem.train.stage import OwnForward
+from tandem.train.parallel.canonical import canonical, persistent_buffers, sync_tied
+from tandem.train.parallel.model import ParallelModel
+from tandem.train.stage import TransformersForward
 
 
-def empty_base(config: TrainConfig, base: Path) -> nn.Module | None:
-    """The model in `base` without its weights. Before it is laid out, `let_go` of them; afterwards, `fill` them in.
+def build_empty_model(config: TrainConfig, base: Path) -> nn.Module | None:
+    """The model in `base` without its weights. Call `to_meta` before it is distributed, and `load_weights` afterwards.
 
-    None where each rank has to read all of it: with DoRA, 4 bits, DeepSpeed or float8, on one rank, from quantized files, or of a
+    None if each rank has to read all weights: with DoRA, 4 bits, DeepSpeed or float8, on one rank, from quantized files, or for a
     family whose files have other names than its model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -41,25 +42,25 @@ def empty_base(config: TrainConfig, base: Path) -> nn.Module | None:
         return None
     with _without_memory():
         model: Any = AutoModelForCausalLM.from_config(of, dtype=torch.float32)
-    if Source(base).lacks({name: tensor.shape for name, tensor in _in_file(model).items()}):
+    if SafetensorsReader(base).missing({name: tensor.shape for name, tensor in _tensors_in_files(model).items()}):
         return None
     if (base / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(base)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    # What was never written to takes no memory.
+    # Memory that is never written takes no RAM.
     made: nn.Module = model.to_empty(device="cpu").eval()
     _restore(made, buffers)
     return made
 
 
-def let_go(model: nn.Module) -> dict[str, Tensor]:
-    """Put the parameters of an empty model on the meta device, to be laid out; returns those of its adapters, which are real."""
+def to_meta(model: nn.Module) -> dict[str, Tensor]:
+    """Move the parameters of an empty model to the meta device, before it is distributed; returns those of its adapters."""
     adapters = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     gone: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                # What is tied stays so.
+                # Tied parameters stay tied.
                 without = gone.setdefault(
                     parameter, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
                 )
@@ -68,33 +69,33 @@ def let_go(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: Trained, base: Path, adapters: Mapping[str, Tensor], device: torch.device) -> None:
-    """Read this rank's part of the weights of a model that is laid out, and take its part of `adapters`.
+def load_weights(model: ParallelModel, base: Path, adapters: Mapping[str, Tensor], device: torch.device) -> None:
+    """Load this rank's part of the weights of a distributed model from `base`, and its part of `adapters`.
 
-    Raises LayoutError, on every rank, if it is one that does not keep documents apart.
+    Raises LayoutError, on every rank, if the model does not separate the documents of a row.
     """
-    source = Source(base)
-    held_here = _in_file(model.whole)
+    source = SafetensorsReader(base)
+    held_here = _tensors_in_files(model.whole)
     for name, part in canonical(model.whole, held_here).items():
-        for offsets, held in part.boxes.items():
+        for offsets, held in part.chunks.items():
             if name in adapters:
                 where = tuple(slice(at, at + size) for at, size in zip(offsets, held.shape, strict=True))
                 held.copy_(adapters[name][where])
             else:
-                held.copy_(source.read(_in_files(name), offsets, held.shape))
-    settle(model.whole, held_here)
+                held.copy_(source.read(_file_name(name), offsets, held.shape))
+    sync_tied(model.whole, held_here)
     for module in model.modules():
-        if isinstance(module, OwnForward):
+        if isinstance(module, TransformersForward):
             module.check_documents(device)
 
 
-def is_empty(model: nn.Module) -> bool:
-    """Whether a model waits for its weights."""
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether a model has parameters on the meta device."""
     return any(p.is_meta for p in model.parameters())
 
 
-def make_room(stage: nn.Module, device: torch.device) -> None:
-    """Give the parameters of an empty stage, which is sharded by now, memory on `device`; buffers keep what they hold."""
+def allocate_parameters(stage: nn.Module, device: torch.device) -> None:
+    """Allocate the parameters of a sharded stage on `device`, uninitialized; buffers keep their values."""
     buffers = {name: buffer.clone() for name, buffer in stage.named_buffers()}
     stage.to_empty(device=device)
     _restore(stage, buffers)
@@ -105,19 +106,19 @@ def _restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         buffer.copy_(buffers[name])
 
 
-def _in_file(model: nn.Module) -> dict[str, Tensor]:
-    """What a model reads from files."""
+def _tensors_in_files(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model that its files hold."""
     return {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
 
 
-def _in_files(name: str) -> str:
-    """A parameter's name without what peft has put around it."""
+def _file_name(name: str) -> str:
+    """The name of a parameter without peft's wrappers."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 @contextlib.contextmanager
 def _without_memory() -> Iterator[None]:
-    """Inside, modules that are made have parameters without content. Buffers are real: no file holds a rotary embedding."""
+    """Modules built in a `with` block have parameters on the meta device. Buffers are real: no file holds rotary embeddings."""
     register: Any = nn.Module.register_parameter
 
     def without(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

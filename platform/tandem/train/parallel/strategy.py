@@ -1,4 +1,4 @@
-"""A model under the strategy of its config: laid over the mesh by FSDP2 or DDP, or in a DeepSpeed engine."""
+"""Parallel strategy of a config: FSDP2 or DDP over the mesh, or a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from torch.optim import Optimizer
 
 from tandem.config import TrainConfig
 from tandem.train.optimizer import build_optimizer
-from tandem.train.parallel.deepspeed import with_deepspeed
+from tandem.train.parallel.deepspeed import wrap_in_deepspeed
 from tandem.train.parallel.mesh import Mesh
-from tandem.train.parallel.model import Trained
-from tandem.train.parallel.parallelize import place
+from tandem.train.parallel.model import ParallelModel
+from tandem.train.parallel.parallelize import parallelize
 
 
-def lay_out(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> tuple[Trained, Optimizer]:
-    """`model` (a transformers causal LM, under peft or not, the same on every rank) over `mesh`, in place, and its optimizer.
+def parallelize_for_training(
+    model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device
+) -> tuple[ParallelModel, Optimizer]:
+    """Distribute `model` (a transformers causal LM, under peft or not, the same on every rank) in place; with its optimizer.
 
-    Raises LayoutError if the model cannot be cut in that way, EnvironmentProblem if this machine lacks what that takes.
+    Raises LayoutError if the model cannot be split as configured, EnvironmentProblem if this machine lacks a requirement.
     """
     if config.parallel.strategy == "deepspeed":
-        return with_deepspeed(model, mesh, config, device)
-    placed = place(model, mesh, config, device)
-    return placed, build_optimizer(placed, config.optimizer, device)
+        return wrap_in_deepspeed(model, mesh, config, device)
+    parallel_model = parallelize(model, mesh, config, device)
+    return parallel_model, build_optimizer(parallel_model, config.optimizer, device)
 
 
-def lay_out_frozen(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> Trained:
-    """The same for a model that is not trained. Raises LayoutError."""
+def parallelize_frozen(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch.device) -> ParallelModel:
+    """Distribute a frozen model, such as DPO's reference. Raises LayoutError."""
     if config.parallel.strategy == "deepspeed":
-        # An engine wants an optimizer. FSDP2 shards what is frozen as ZeRO 3 would.
+        # A DeepSpeed engine needs an optimizer. FSDP2 shards frozen parameters as ZeRO 3 would.
         config = replace(config, deepspeed=None, parallel=replace(config.parallel, strategy="fsdp2"))
-    return place(model, mesh, config, device)
+    return parallelize(model, mesh, config, device)

@@ -1,8 +1,8 @@
-"""Shares each matrix multiplication of a decoder among tensor-parallel ranks (Shoeybi et al. 2019, Korthikanti et al. 2022).
+"""Tensor parallelism of decoder layers (Shoeybi et al. 2019), with sequence parallelism (Korthikanti et al. 2022).
 
-Weights become DTensors: projections into heads and into the MLP are cut by rows of the weight, the ones out of them by columns.
-With sequence parallelism norms and residuals hold a part of the sequence each; without it they are the same on every rank.
-Adapters are cut with the layer that they adapt, so they have to be in before.
+Weights become DTensors: projections into heads and into the MLP are column-parallel (their output is sharded), projections out of
+them are row-parallel (their input is sharded). With sequence parallelism, norms and residuals are sharded along the sequence;
+without it they are replicated. Adapters are split with the layer that they adapt, so they must be in the model before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -23,58 +22,58 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tandem.train.parallel.expert import SharedExperts
+from tandem.train.parallel.expert import ParallelExperts
 
-INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""Linear layers whose output is cut."""
-OUT_OF = ("o_proj", "down_proj")
-"""Linear layers whose input comes cut."""
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""Linear layers whose output is sharded."""
+ROW_PARALLEL = ("o_proj", "down_proj")
+"""Linear layers whose input is sharded."""
 PER_HEAD = ("q_norm", "k_norm")
-"""Norms over the width of one head, on a rank's own heads."""
+"""Norms over one head, which a rank applies to its own heads."""
 SEQUENCE_DIM = 1
 HEAD_DIM = 2
 
 
-class CutLinear(ParallelStyle):
-    """A linear layer, with whatever adapters peft has put around it, computed on DTensors from its input to its output.
+class TensorParallelLinear(ParallelStyle):
+    """A linear layer, with the adapters that peft has put around it, computed on DTensors.
 
-    `into`: rows of the weight are cut (the input is whole); else columns (the input comes cut). The layouts of what goes in
-    and out are the caller's: DTensor finds out what has to be communicated.
+    `colwise`: the output features are sharded, and the input is replicated; otherwise the input features are sharded. DTensor
+    inserts the communication that the layouts of input and output require.
     """
 
-    def __init__(self, *, into: bool, input_layout: Any, output_layout: Any) -> None:
+    def __init__(self, *, colwise: bool, input_layout: Any, output_layout: Any) -> None:
         super().__init__()
-        self._into, self._input, self._output = into, input_layout, output_layout
+        self._colwise, self._input, self._output = colwise, input_layout, output_layout
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, parameter in list(module.named_parameters()):
-            self._cut(module, name, parameter, device_mesh)
+            self._split(module, name, parameter, device_mesh)
         module.register_forward_pre_hook(self._prepare(device_mesh))
         module.register_forward_hook(self._finish())
         return module
 
-    def _cut(self, module: nn.Module, name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> None:
-        inner = "lora_A" in name  # its output is the rank of the adapter, which nobody cuts
-        outer = "lora_B" in name or "lora_magnitude" in name  # their input is that
+    def _split(self, module: nn.Module, name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> None:
+        inner = "lora_A" in name  # its output is the adapter's rank, which is not split
+        outer = "lora_B" in name or "lora_magnitude" in name  # their input is the adapter's rank
         layout: Any = Replicate()
-        if self._into and not inner:
+        if self._colwise and not inner:
             layout = Shard(0)
-        elif not self._into and not outer and parameter.ndim > 1:
+        elif not self._colwise and not outer and parameter.ndim > 1:
             layout = Shard(1)
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        cut = distribute_tensor(parameter.detach(), mesh, [layout], src_data_rank=None)
-        owner.register_parameter(leaf, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+        sharded = distribute_tensor(parameter.detach(), mesh, [layout], src_data_rank=None)
+        owner.register_parameter(leaf, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
     def _prepare(self, mesh: DeviceMesh) -> Callable[..., Any]:
-        wanted = Replicate() if self._into else Shard(-1)
+        placement = Replicate() if self._colwise else Shard(-1)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = arguments
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, mesh, [self._input], run_check=False)
-            # Where nothing is to be changed, redistribute would still reduce the gradient on its way back.
-            return (x if x.placements == (wanted,) else x.redistribute(placements=[wanted]), *rest)
+            # Without a change of layout, redistribute would still all-reduce the gradient in backward.
+            return (x if x.placements == (placement,) else x.redistribute(placements=[placement]), *rest)
 
         return hook
 
@@ -86,9 +85,9 @@ class CutLinear(ParallelStyle):
 
 
 def split_tensors(model: Any, mesh: DeviceMesh, *, sequence_parallel: bool, loss_parallel: bool) -> None:
-    """Cut the decoder layers, the embedding and the head of a causal LM (or a stage of one) over `mesh`, in place.
+    """Split the decoder layers, the embedding and the head of a causal LM (or of a stage) over `mesh`, in place.
 
-    With `loss_parallel` the head's output stays cut along the vocabulary, as a DTensor.
+    With `loss_parallel` the logits stay sharded along the vocabulary, as a DTensor.
     """
     if mesh.size() == 1:
         return
@@ -108,34 +107,34 @@ def split_tensors(model: Any, mesh: DeviceMesh, *, sequence_parallel: bool, loss
     parallelize_module(model, mesh, plan)
     if tied:
         head.weight = inner.embed_tokens.weight
-    # torch's styles make new parameters, which would all be trained.
+    # torch's styles create new parameters, all with requires_grad.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
 
 
 def _layer_plan(layer: nn.Module, between: Any) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {}
-    cut = isinstance(between, Shard)
+    sequence_parallel = isinstance(between, Shard)
     for name, _ in layer.named_modules():
         leaf = name.rpartition(".")[2]
-        if leaf in INTO:
-            plan[name] = CutLinear(into=True, input_layout=Replicate(), output_layout=Shard(-1))
-        elif leaf in OUT_OF:
-            plan[name] = CutLinear(into=False, input_layout=Shard(-1), output_layout=between)
+        if leaf in COLUMN_PARALLEL:
+            plan[name] = TensorParallelLinear(colwise=True, input_layout=Replicate(), output_layout=Shard(-1))
+        elif leaf in ROW_PARALLEL:
+            plan[name] = TensorParallelLinear(colwise=False, input_layout=Shard(-1), output_layout=between)
         elif leaf in PER_HEAD:
             plan[name] = SequenceParallel(sequence_dim=HEAD_DIM, use_local_output=True)
-        elif cut and leaf in ("input_layernorm", "post_attention_layernorm"):
+        elif sequence_parallel and leaf in ("input_layernorm", "post_attention_layernorm"):
             plan[name] = SequenceParallel(use_local_output=True)
-    experts = any(isinstance(module, SharedExperts) for module in layer.modules())
-    # Heads and experts need whole sequences. They stay DTensors up to the matrices, so that the gradients of all that read them
-    # are added up before they are exchanged: one exchange, not one a matrix.
+    experts = any(isinstance(module, ParallelExperts) for module in layer.modules())
+    # Attention and MLP need whole sequences. Their inputs stay DTensors up to the matrices, so that the gradients of all matrices
+    # are summed before they are communicated: once, not once for each matrix.
     plan["self_attn"] = PrepareModuleInput(
         input_kwarg_layouts={"hidden_states": between}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
     )
     if not experts:
         plan["mlp"] = PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),))
-    elif cut:
-        # Experts give back whole sequences; an MLP's last matrix cuts them itself.
+    elif sequence_parallel:
+        # Experts return whole sequences; the last matrix of an MLP shards its output itself.
         plan["mlp"] = PrepareModuleInputOutput(
             input_layouts=(between,), desired_input_layouts=(Replicate(),), use_local_input=True,
             output_layouts=(Replicate(),), desired_output_layouts=(between,), use_local_output=True,
@@ -143,19 +142,14 @@ def _layer_plan(layer: nn.Module, between: Any) -> dict[str, ParallelStyle]:
     return plan
 
 
-class _Head(CutLinear):
-    """The output embedding: cut by rows, from hidden states laid out as between layers."""
+class _Head(TensorParallelLinear):
+    """The output embedding: column-parallel, from hidden states in the layout between layers."""
 
     def __init__(self, between: Any, *, keep: bool) -> None:
-        super().__init__(into=True, input_layout=between, output_layout=Shard(-1) if keep else Replicate())
+        super().__init__(colwise=True, input_layout=between, output_layout=Shard(-1) if keep else Replicate())
         self._keep = keep
 
     def _finish(self) -> Callable[..., Any]:
         if not self._keep:
             return super()._finish()
         return lambda module, arguments, output: output.redistribute(placements=[Shard(-1)])
-
-
-def is_cut(tensor: torch.Tensor) -> bool:
-    """Whether logits came out cut along the vocabulary."""
-    return isinstance(tensor, DTensor)

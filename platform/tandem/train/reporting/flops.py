@@ -1,12 +1,12 @@
-"""What a token costs to train, what a device can do, and so the share of it that is used (MFU).
+"""Model FLOPs utilization (MFU): operations of a training token, relative to the peak of the devices.
 
-A token costs 6 N + 12 L h s floating-point operations (Chowdhery et al. 2022, PaLM, appendix B): N parameters that take part
-in a matmul for that token, L layers whose attention is h wide (heads x head width), s tokens in a row. Recomputed activations do
-not count, nor does it count that attention looks back only, or not past its document: the same formula as everywhere, so that
-numbers compare. Of a frozen parameter no gradient is made, which leaves 4 of its 6.
+A token costs 6 N + 12 L h s floating-point operations (Chowdhery et al. 2022, PaLM, appendix B): N parameters in
+matmuls for that token, L layers whose attention is h wide (heads x head width), s tokens in a row. Recomputed activations
+do not count, and neither the causal mask nor documents reduce it: the common formula, so that numbers compare. A frozen parameter
+has no gradient, which leaves 4 of its 6.
 
-The device's peak is the maker's for dense bfloat16 matmuls, whatever precision a job trains in. A CPU, and a GPU that the table
-lacks, has no such number: there it is measured by a short matmul in the worker, on as many threads as the worker has.
+The peak of a GPU is its data sheet's for dense bfloat16 matmuls, whatever the precision of the job. For a CPU, and for a GPU that
+is not in the table, the worker measures it with a short matmul on its own threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tandem.train.adapters.quantize import weights_in
+from tandem.train.adapters.quantize import count_weights
 
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
@@ -39,7 +39,7 @@ PEAK_BF16_FLOPS = {
     "A40": 150e12,
     "A10": 125e12,
 }
-"""FLOP/s of a device by words of its name, without sparsity (NVIDIA's data sheets). The most exact name comes first."""
+"""FLOP/s by words of the device name, without sparsity (NVIDIA's data sheets). More specific names come first."""
 
 
 def flops_per_token(
@@ -57,10 +57,10 @@ def flops_per_token(
 
 
 def active_parameters(named_sizes: Iterable[tuple[str, int]], model_config: Any) -> int:
-    """How many of a model's parameters multiply a token: `named_sizes` are its parameters' names and counts.
+    """Number of parameters in a token's matmuls: `named_sizes` are the names and sizes of all parameters.
 
-    `model_config` is a transformers config. Of a mixture's experts a token meets `num_experts_per_tok`; an embedding is
-    looked up, not multiplied with, unless it is the output layer too.
+    `model_config` is a transformers config. A token uses `num_experts_per_tok` of a mixture's experts; an embedding counts only
+    if it is tied to the output layer.
     """
     text = _text_config(model_config)
     tied = bool(getattr(text, "tie_word_embeddings", False))
@@ -76,13 +76,13 @@ def active_parameters(named_sizes: Iterable[tuple[str, int]], model_config: Any)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The dense bfloat16 peak of a GPU by its name (`NVIDIA H100 80GB HBM3`), in FLOP/s; None for one that is not known."""
+    """The dense bfloat16 peak of a GPU by its name (`NVIDIA H100 80GB HBM3`), in FLOP/s; None for an unknown one."""
     words = set(device_name.replace("-", " ").split())
     return next((peak for known, peak in PEAK_BF16_FLOPS.items() if set(known.split()) <= words), None)
 
 
 def measured_flops(device: torch.device, precision: torch.dtype, *, size: int = 512, seconds: float = 0.1) -> float:
-    """FLOP/s of square matmuls on a device: the best of as many as fit in `seconds`, and of three at least."""
+    """FLOP/s of square matmuls on a device: the best of at least three, and of as many as fit in `seconds`."""
     left = torch.rand(size, size, device=device).to(precision)
     best, tried, began = float("inf"), 0, time.perf_counter()
     while tried < 3 or time.perf_counter() - began < seconds:
@@ -97,15 +97,25 @@ def measured_flops(device: torch.device, precision: torch.dtype, *, size: int = 
 
 
 def memory_peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: of a GPU, by PyTorch's allocator on it; else by this process."""
+    """Peak memory so far: reserved by PyTorch's allocator on a GPU; of this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Meter:
-    """Adds memory and MFU to the reports of one worker."""
+class Utilization:
+    """Use of one worker's device."""
+
+    mfu: float
+    """Model FLOPs utilization, 0 to 1."""
+    memory_bytes: int
+    """Peak so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MfuMeter:
+    """Measures the utilization of one worker's device."""
 
     token_flops: float
     device: torch.device
@@ -113,8 +123,10 @@ class Meter:
     """FLOP/s of all workers' devices together."""
 
     @classmethod
-    def of(cls, model: nn.Module, *, device: torch.device, workers: int, sequence_length: int, precision: str) -> Meter:
-        """The meter of a whole model, not sharded yet, that `workers` devices like this one train."""
+    def of(
+        cls, model: nn.Module, *, device: torch.device, workers: int, sequence_length: int, precision: str
+    ) -> MfuMeter:
+        """The meter of a model before it is sharded, trained on `workers` devices like this one."""
         text = _text_config(model.config)
         parameters = list(model.named_parameters())
         heads = text.num_attention_heads
@@ -128,9 +140,9 @@ class Meter:
             )
         return cls(
             token_flops=flops_per_token(
-                active_parameters=active_parameters(((n, weights_in(p)) for n, p in parameters), text),
+                active_parameters=active_parameters(((n, count_weights(p)) for n, p in parameters), text),
                 trained_parameters=active_parameters(
-                    ((n, weights_in(p)) for n, p in parameters if p.requires_grad), text
+                    ((n, count_weights(p)) for n, p in parameters if p.requires_grad), text
                 ),
                 num_layers=text.num_hidden_layers,
                 attention_width=width,
@@ -140,9 +152,10 @@ class Meter:
             peak=peak * workers,
         )
 
-    def read(self, tokens_per_s: float) -> dict[str, float]:
-        """`mfu` (0 to 1) at a throughput of all workers, and `memory_bytes`, the peak so far of this worker."""
-        return {"mfu": self.token_flops * tokens_per_s / self.peak, "memory_bytes": memory_peak_bytes(self.device)}
+    def read(self, tokens_per_s: float) -> Utilization:
+        """The utilization at a throughput of all workers."""
+        mfu = self.token_flops * tokens_per_s / self.peak
+        return Utilization(mfu=mfu, memory_bytes=memory_peak_bytes(self.device))
 
 
 def _text_config(model_config: Any) -> Any:

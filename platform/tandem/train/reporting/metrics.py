@@ -1,8 +1,8 @@
-"""Where a job's numbers go beside its journal: TensorBoard always, Weights & Biases and MLflow where the config names them.
+"""Metric sinks of a training job: TensorBoard always, Weights & Biases and MLflow if the config names them.
 
-The driver writes each event to all of them. Each has a thread of its own, so that a slow server holds up neither training nor the
-others; one that fails is left out from then on, and that is said once. A job that goes on after a stop goes on in the same run
-there, and steps that it repeats are not written again.
+The driver hands `step` and `evaluation` events to every sink. Each sink has its own thread, so that a slow server delays neither
+training nor the other sinks; a sink that fails gets no more events, and one notice says so. A resumed job continues the same run
+in each sink, and repeated steps are not written again.
 """
 
 from __future__ import annotations
@@ -13,32 +13,37 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from tandem.config import MlflowConfig, TrainConfig, WandbConfig, to_dict
 from tandem.errors import ConfigError
+from tandem.observability.events import Evaluated, Event, Step, to_json
 
-TAGS = {"step": "train", "evaluation": "evaluation"}
-"""Events that hold numbers, and what stands before their names: `train/loss`, `evaluation/loss`."""
-NO_NUMBERS = ("event", "time", "step", "steps")
+TAG_PREFIXES = {Step: "train", Evaluated: "evaluation"}
+"""Prefix of the tags of each kind of event that holds metrics: `train/loss`, `evaluation/loss`."""
+NON_METRIC_KEYS = ("event", "time", "step", "steps")
 CLOSE_TIMEOUT_S = 30.0
 
 
+MetricEvent = Step | Evaluated
+
+
 class Sink(Protocol):
-    """A system that keeps numbers by step."""
+    """A system that stores metrics by step."""
 
     name: str
 
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Take the numbers of a `step` or `evaluation` event."""
+    def write(self, event: MetricEvent) -> None:
+        """Store the metrics of an event."""
 
     def close(self) -> None:
-        """Write out what is held, and end the run."""
+        """Flush, and end the run."""
 
 
 def open_sinks(config: TrainConfig, job: Path) -> list[Sink]:
-    """The sinks of a job; none of them has connected yet. ConfigError if one needs a package that is not installed."""
+    """The sinks of a job, not connected yet. ConfigError if one needs a package that is not installed."""
     sinks: list[Sink] = [TensorBoard(job / "tensorboard")]
     if config.metrics.wandb is not None:
         _require("wandb", "wandb", "metrics.wandb")
@@ -49,15 +54,13 @@ def open_sinks(config: TrainConfig, job: Path) -> list[Sink]:
     return sinks
 
 
-def numbers(event: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in an event, by tag; none in an event of another kind."""
-    group = TAGS.get(str(event["event"]))
-    if group is None:
-        return {}
+def metrics_by_tag(event: MetricEvent) -> dict[str, float]:
+    """The metrics in an event, by tag."""
+    prefix = TAG_PREFIXES[type(event)]
     return {
-        f"{group}/{key}": float(value)
-        for key, value in event.items()
-        if key not in NO_NUMBERS and isinstance(value, int | float) and not isinstance(value, bool)
+        f"{prefix}/{key}": float(value)
+        for key, value in to_json(event).items()
+        if key not in NON_METRIC_KEYS and isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
@@ -70,8 +73,8 @@ class TensorBoard:
         self._folder = folder
         self._writer: Any = None
 
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Take an event; it is in the file when this returns."""
+    def write(self, event: MetricEvent) -> None:
+        """Write an event; it is in the file on return."""
         # tensorboardX comes with Ray Train; PyTorch's own writer needs the tensorboard package, and so a web server. Of it
         # the file's format alone: its SummaryWriter hands each number to a thread, and cannot say when one is written.
         from tensorboardX.event_file_writer import EventsWriter
@@ -82,9 +85,9 @@ class TensorBoard:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Its names differ by the second and the host: two starts within a second would share a file.
             self._writer = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers(event).items()]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics_by_tag(event).items()]
         self._writer.write_event(
-            Event(wall_time=event.get("time", time.time()), step=event["step"], summary=Summary(value=values))
+            Event(wall_time=event.time or time.time(), step=event.step, summary=Summary(value=values))
         )
         self._writer.flush()
 
@@ -95,28 +98,28 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run whose id is the job's, so that the job goes on in it."""
+    """A run whose id is the job's, so that a resumed job continues it."""
 
     name = "Weights & Biases"
 
-    def __init__(self, wanted: WandbConfig, config: TrainConfig, job: Path) -> None:
-        self._wanted, self._config, self._job = wanted, config, job
+    def __init__(self, settings: WandbConfig, config: TrainConfig, job: Path) -> None:
+        self._settings, self._config, self._job = settings, config, job
         self._run: Any = None
 
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Take an event."""
+    def write(self, event: MetricEvent) -> None:
+        """Log an event."""
         if self._run is None:
             self._run = self._open()
-        # The step is a number among the others: W&B's own counter refuses to go back, to an evaluation that came late.
-        self._run.log({**numbers(event), "step": event["step"]})
+        # The step is logged as a metric: W&B's own step counter must not decrease, and an evaluation may be logged late.
+        self._run.log({**metrics_by_tag(event), "step": event.step})
 
     def _open(self) -> Any:
         import wandb
 
         run = wandb.init(
-            project=self._wanted.project,
-            entity=self._wanted.entity,
-            mode="offline" if self._wanted.mode == "offline" else "online",
+            project=self._settings.project,
+            entity=self._settings.entity,
+            mode="offline" if self._settings.mode == "offline" else "online",
             id=self._job.name,
             name=self._job.name,
             resume="allow",
@@ -124,44 +127,44 @@ class WeightsAndBiases:
             config=to_dict(self._config),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        for group in TAGS.values():
+        for group in TAG_PREFIXES.values():
             run.define_metric(f"{group}/*", step_metric="step")
         return run
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining data."""
         if self._run is not None:
             self._run.finish()
 
 
 class Mlflow:
-    """A run with the job's id as the tag `tandem.job`, by which a later start finds it again."""
+    """A run with the job's id in the tag `tandem.job`, by which a later start finds it."""
 
     name = "MLflow"
     TAG = "tandem.job"
 
-    def __init__(self, wanted: MlflowConfig, config: TrainConfig, job: Path) -> None:
-        self._wanted, self._config, self._job = wanted, config, job
+    def __init__(self, settings: MlflowConfig, config: TrainConfig, job: Path) -> None:
+        self._settings, self._config, self._job = settings, config, job
         self._client: Any = None
         self._run_id = ""
 
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Take an event; the server has it when this returns."""
+    def write(self, event: MetricEvent) -> None:
+        """Send an event; the server has it on return."""
         from mlflow.entities import Metric
 
         if self._client is None:
             self._open()
-        at = int(1000 * event.get("time", time.time()))
-        metrics = [Metric(tag, value, at, event["step"]) for tag, value in numbers(event).items()]
+        at = int(1000 * (event.time or time.time()))
+        metrics = [Metric(tag, value, at, event.step) for tag, value in metrics_by_tag(event).items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def _open(self) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        client = MlflowClient(tracking_uri=self._wanted.uri)
-        known = client.get_experiment_by_name(self._wanted.experiment)
-        experiment = known.experiment_id if known else client.create_experiment(self._wanted.experiment)
+        client = MlflowClient(tracking_uri=self._settings.uri)
+        known = client.get_experiment_by_name(self._settings.experiment)
+        experiment = known.experiment_id if known else client.create_experiment(self._settings.experiment)
         runs = client.search_runs([experiment], f"tags.`{self.TAG}` = '{self._job.name}'", max_results=1)
         if runs:
             self._run_id = runs[0].info.run_id
@@ -180,27 +183,25 @@ class Mlflow:
 
 
 class Metrics:
-    """Gives a job's events to its sinks, each in a thread of its own; never raises, and never waits but in `close`."""
+    """Hands a job's events to its sinks, each in its own thread. Never raises, and blocks in `close` only."""
 
-    def __init__(
-        self, sinks: Iterable[Sink], *, before: Iterable[Mapping[str, Any]], notice: Callable[[str], None]
-    ) -> None:
-        """`before`: the events of earlier starts, whose steps the sinks have. `notice` is told, once, of a sink that failed."""
+    def __init__(self, sinks: Iterable[Sink], *, before: Iterable[Event], notice: Callable[[str], None]) -> None:
+        """`before`: events of earlier starts, which the sinks have already. `notice` gets one message for a sink that fails."""
         self._notice = notice
         self._newest: dict[str, int] = {}
         for event in before:
             self._is_new(event)
         self._sinks = [_SinkThread(sink, self._notice) for sink in sinks]
 
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Hand on an event, unless it has no numbers or repeats a step."""
-        if event["event"] in TAGS and self._is_new(event):
-            stamped = {"time": time.time(), **event}
+    def write(self, event: Event) -> None:
+        """Hand an event to the sinks, unless it has no metrics or repeats a step."""
+        if isinstance(event, MetricEvent) and self._is_new(event):
+            stamped = event if event.time is not None else replace(event, time=time.time())
             for sink in self._sinks:
                 sink.waiting.put(stamped)
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Let the sinks write what they were given, for at most `timeout_s`."""
+        """Wait until the sinks have written all events, for at most `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         for sink in self._sinks:
             sink.waiting.put(None)
@@ -209,19 +210,18 @@ class Metrics:
             if sink.is_alive():
                 self._notice(f"{sink.sink.name} did not take all numbers within {timeout_s:.0f} s of the end.")
 
-    def _is_new(self, event: Mapping[str, Any]) -> bool:
-        kind = str(event["event"])
-        if kind not in TAGS or event["step"] <= self._newest.get(kind, 0):
+    def _is_new(self, event: Event) -> bool:
+        if not isinstance(event, MetricEvent) or event.step <= self._newest.get(event.name, 0):
             return False
-        self._newest[kind] = event["step"]
+        self._newest[event.name] = event.step
         return True
 
 
 @contextlib.contextmanager
 def metrics_of(
-    config: TrainConfig, job: Path, *, before: Iterable[Mapping[str, Any]], notice: Callable[[str], None]
+    config: TrainConfig, job: Path, *, before: Iterable[Event], notice: Callable[[str], None]
 ) -> Iterator[Metrics]:
-    """The job's metrics for the length of a block; see `Metrics`."""
+    """Open the job's sinks for a `with` block; see `Metrics`."""
     metrics = Metrics(open_sinks(config, job), before=before, notice=notice)
     try:
         yield metrics
@@ -230,12 +230,12 @@ def metrics_of(
 
 
 class _SinkThread(threading.Thread):
-    """Writes to one sink what `waiting` holds, until it holds None."""
+    """Writes events from the queue `waiting` to one sink until None arrives."""
 
     def __init__(self, sink: Sink, notice: Callable[[str], None]) -> None:
         super().__init__(name=f"metrics to {sink.name}", daemon=True)
         self.sink = sink
-        self.waiting: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[MetricEvent | None] = queue.SimpleQueue()
         self._tell = notice
         self.start()
 
@@ -244,9 +244,11 @@ class _SinkThread(threading.Thread):
             while (event := self.waiting.get()) is not None:
                 self.sink.write(event)
             self.sink.close()
-        except Exception as error:  # noqa: BLE001 - whatever a library raises: training goes on
+        except Exception as error:  # noqa: BLE001 - whatever a library raises: training continues
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            self._tell(f"{self.sink.name} gets no more numbers: {reason}. Training goes on; events.jsonl has them all.")
+            self._tell(
+                f"{self.sink.name} gets no more metrics: {reason}. Training continues; events.jsonl has all of them."
+            )
 
 
 def _require(module: str, package: str, key: str) -> None:

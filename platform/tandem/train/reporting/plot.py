@@ -1,31 +1,31 @@
-"""A run as a picture: loss, learning rate and throughput over steps, with evaluations and restarts marked."""
+"""Plot of a training run: loss, learning rate and throughput over steps, with evaluations and restarts marked."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from tandem.observability.events import Evaluated, Event, Restarted, Started, Step
 from tandem.storage import write_atomic
 
 BLUE, GREEN, ORANGE, GREY = "#1f5fa8", "#2e7d4f", "#c8690e", "#888888"
 
 
-def plot_run(events: Iterable[dict[str, Any]], path: Path, *, title: str) -> bool:
+def plot_run(events: Iterable[Event], path: Path, *, title: str) -> bool:
     """Draw loss, learning rate and tokens/s over steps to a PNG; False if there is no step to draw."""
     # No display is needed, and none may be opened.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    told = list(events)
-    # A restart repeats steps: the last report of a step is the one that counts.
-    steps = {event["step"]: event for event in told if event["event"] == "step"}
-    evaluations = {event["step"]: event["loss"] for event in told if event["event"] == "evaluation"}
+    events = list(events)
+    # A restart repeats steps: the last report of a step counts.
+    steps = {event.step: event for event in events if isinstance(event, Step)}
+    evaluations = {event.step: event.measured["loss"] for event in events if isinstance(event, Evaluated)}
     if not steps:
         return False
     at = sorted(steps)
-    loss = [steps[step]["loss"] for step in at]
+    loss = [steps[step].loss or 0.0 for step in at]
     figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
@@ -40,14 +40,14 @@ def plot_run(events: Iterable[dict[str, Any]], path: Path, *, title: str) -> boo
             *zip(*sorted(evaluations.items()), strict=True), "o-", color=ORANGE, markersize=4, label="evaluation"
         )
     above.set_ylabel("loss (nats per token)")
-    middle.plot(at, [steps[step].get("learning_rate") for step in at], color=ORANGE, linewidth=1)
+    middle.plot(at, [steps[step].learning_rate for step in at], color=ORANGE, linewidth=1)
     middle.set_ylabel("learning rate")
     middle.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    below.plot(at, [steps[step]["tokens_per_s"] for step in at], color=GREEN, linewidth=1)
+    below.plot(at, [steps[step].tokens_per_s for step in at], color=GREEN, linewidth=1)
     below.set_ylabel("tokens/s")
     below.set_xlabel("optimizer step")
 
-    for number, step in enumerate(restarts(told)):
+    for number, step in enumerate(restarts(events)):
         for axis in (above, middle, below):
             label = "restart" if number == 0 and axis is above else None
             axis.axvline(step, color=GREY, linestyle="--", linewidth=1, zorder=0, label=label)
@@ -64,13 +64,14 @@ def plot_run(events: Iterable[dict[str, Any]], path: Path, *, title: str) -> boo
     return True
 
 
-def restarts(events: Iterable[dict[str, Any]]) -> list[int]:
-    """The steps from which a run went on: after a worker died, or when it was submitted again."""
-    found, begun = [], False
+def restarts(events: Iterable[Event]) -> list[int]:
+    """The steps from which a run continued, after a fault or when it was submitted again."""
+    found: list[int] = []
+    started = False
     for event in events:
-        if event["event"] == "restart" or (event["event"] == "started" and begun):
-            found.append(int(event.get("resumed_from") or 0))
-        begun = begun or event["event"] == "started"
+        if isinstance(event, Restarted) or (isinstance(event, Started) and started):
+            found.append(event.resumed_from or 0)
+        started = started or isinstance(event, Started)
     return found
 
 

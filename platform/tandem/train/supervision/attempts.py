@@ -1,8 +1,6 @@
-"""Runs a job's workers under Ray Train, again and again until they are done: what goes wrong in between is borne, and told.
+"""Attempts to run a job's workers under Ray Train: one after another, until the restart policy stops or the result is exported.
 
-One attempt is one run of Ray Train with a fixed number of workers and no retries of its own. What follows it is decided here, in
-one place, whether a worker died, a node, Ray Train's controller, or nobody: the driver ends workers that hang, asks them to leave
-when there is room for more or will be less, and counts how often in a row nothing came of it.
+One attempt is one run of Ray Train with a fixed number of workers and without retries. `policy.decide` chooses what follows.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import ray
 import ray.exceptions
@@ -22,193 +19,214 @@ import ray.train.torch
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig, RunConfig
 
-from tandem import errors
 from tandem.checkpoint import folders
-from tandem.config import SpikeConfig, TrainConfig, sized, sizes
-from tandem.data.stream import rows_behind
-from tandem.errors import JobError, JobStopped
+from tandem.config import TrainConfig, with_workers, worker_counts
+from tandem.data.stream import rows_consumed
+from tandem.observability.events import Exported, FaultDetected, Notice, RolledBack
 from tandem.observability.journal import Journal
-from tandem.storage import Location
-from tandem.train.persistence import wait_for_storage
 from tandem.train.reporting.metrics import Metrics
+from tandem.train.storage_retry import wait_for_storage
 from tandem.train.supervision import health
-from tandem.train.supervision.capacity import fitting, nodes_now
-from tandem.train.supervision.health import Sign
-from tandem.train.supervision.history import Asked, Course, Fault, Outcome, last_line
+from tandem.train.supervision.capacity import current_nodes, max_workers
+from tandem.train.supervision.heartbeat import Heartbeat
+from tandem.train.supervision.history import RunHistory
 from tandem.train.supervision.mailbox import open_mailbox
-from tandem.train.supervision.processes import end_workers, lost_nodes
-from tandem.train.supervision.watch import watched
-from tandem.train.worker import WorkerTask, run_worker
+from tandem.train.supervision.outcome import Completed, Fault, Faulted, NoCapacity, Outcome, Refused, last_line
+from tandem.train.supervision.policy import Decision, Resize, Restart, SkipRows, Stop, decide, updated_history
+from tandem.train.supervision.processes import find_lost_nodes, kill_workers
+from tandem.train.supervision.recorder import EventRecorder
+from tandem.train.supervision.stop_request import StopRequest
+from tandem.train.supervision.watch import Supervision, watching
+from tandem.train.task import WorkerTask
+from tandem.train.worker import run_worker
 
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """One intra-op thread a process: oversubscribed threads were 3 to 14 times slower (facts.md)."""
 
-SETTLE_S = 30.0
-"""Seconds at most in which an elastic run waits for the room that its old workers leave, before it goes on with fewer."""
-
-
-def worker_environment(config: TrainConfig) -> dict[str, str]:
-    """Variables of a job's workers."""
-    # Where DeepSpeed is installed transformers imports it, and it would look for devices, and warn of finding none.
-    return {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cuda" if config.parallel.gpus_per_worker else "cpu"}
+CAPACITY_TIMEOUT_S = 30.0
+"""Seconds at most that an elastic run waits for the resources of its old workers, before it continues with fewer."""
 
 
 def run_workers(
     task: WorkerTask,
     journal: Journal,
     metrics: Metrics,
-    asked: Asked | None = None,
+    stop_request: StopRequest | None = None,
     *,
-    exported: Callable[[dict[str, Any]], None] = lambda end: None,
-) -> dict[str, Any]:
-    """Run workers until they are done; returns their last event. `exported`: see `Course`.
+    on_exported: Callable[[Exported], None] = lambda exported: None,
+) -> Exported:
+    """Run the workers until they have exported the result. `on_exported`: see `Supervision`.
 
-    Raises what they cannot go on from, JobError after too many faults without a new checkpoint, JobStopped if `asked` to.
+    Raises errors that another attempt would meet again, JobError after too many faults without a new checkpoint, and JobStopped
+    after `stop_request`.
     """
-    # Not `or`: it is false until it was asked.
-    asked = Asked() if asked is None else asked
-    config, root = task.config, folders.root_of(task.config.checkpoint, task.job)
-    course = Course(journal, metrics, exported)
-    failures, kept, waited = 0, -1, False
-    skip = [(e["rows"][0], e["rows"][1]) for e in journal.read() if e["event"] == "rollback"]
+    # Not `or`: a StopRequest is false until it is set.
+    stop_request = StopRequest() if stop_request is None else stop_request
+    recorder = EventRecorder(journal, metrics)
+    supervision = Supervision(config=task.config, recorder=recorder, stop_request=stop_request, on_exported=on_exported)
+    history = RunHistory.of(task.config, journal.read())
     while True:
-        workers = config.parallel.workers
-        if len(sizes(config)) > 1:
-            workers = _room(config, settle=course.starts > 0)
-        attempt = replace(task, config=sized(config, workers), mailbox=open_mailbox(), skip=tuple(skip))
-        outcome = _attempt(attempt, course, asked, whole=config)
-        if outcome.refusal is not None:
-            kind, message, _ = outcome.refusal
-            raise getattr(errors, kind, JobError)(message)
-        if outcome.end:
-            return outcome.end
-        wait_for_storage(root, journal, config.faults.storage_retry_s)
-        newest = folders.latest(root)
-        step = folders.read_state(newest).step if newest else 0
-        if asked:
-            where = f"It goes on from step {step} with the same command."
-            raise JobStopped(f"The job was told to stop, and left after step {course.step}. {where}")
-        if outcome.left is not None:
-            if not outcome.left.get("waited"):
-                course.reason = str(outcome.left["reason"])
-            elif not waited:
-                journal.write(
-                    {"event": "notice", "message": f"{outcome.left['reason'].capitalize()}; the run waits for it."}
-                )
-            waited = bool(outcome.left.get("waited"))
-            if spike := outcome.left.get("spike"):
-                skip.append(_roll_back(config, spike, outcome.left["step"], newest, journal, again=len(skip)))
-            continue
-        fault = outcome.fault or Fault(kind="workers", reason="training ended without an export")
-        course.reason = fault.reason
-        journal.write(
-            {"event": "fault", "kind": fault.kind, "rank": fault.rank, "reason": fault.reason, "step": course.step}
-        )
-        # A run that gets on may break often; one that does not is not tried for ever.
-        failures = 1 if step > kept else failures + 1
-        kept = step
-        if failures > config.checkpoint.max_failures:
-            raise JobError(
-                f"Training failed {failures} times without a new checkpoint in between, the last time with: {fault.reason} "
-                f"Run the same command again to go on from {f'step {step}' if newest else 'the start'}."
-            )
+        outcome = run_attempt(_next_task(task, history, restarted=recorder.starts > 0), supervision)
+        if isinstance(outcome, Completed):
+            return outcome.exported
+        if not isinstance(outcome, Refused):
+            history = _observe(task, history, supervision)
+        decision = decide(outcome, history)
+        history = updated_history(decision, history)
+        _record(decision, history, recorder)
+        if isinstance(decision, Stop):
+            raise decision.error
 
 
-def _roll_back(
-    config: TrainConfig, spike: dict[str, Any], at: int, newest: Location | None, journal: Journal, *, again: int
-) -> tuple[int, int]:
-    """The rows that are left out from now on, since the loss of step `at` jumped; JobError if that was once too often."""
-    policy = config.faults.spike or SpikeConfig()
-    said = f"the loss jumped to {spike['loss']:.4g} in step {at}, from {spike['median']:.4g}"
-    if again >= policy.max_rollbacks:
-        raise JobError(
-            f"{said[0].upper()}{said[1:]}, and the run has gone back {again} times before. Lower optimizer.learning_rate, or "
-            f"raise faults.spike.max_rollbacks ({policy.max_rollbacks}) or faults.spike.factor ({policy.factor:g})."
-        )
+def _next_task(task: WorkerTask, history: RunHistory, *, restarted: bool) -> WorkerTask:
+    """The task of the next attempt, with the number of workers that the cluster has room for."""
+    config = task.config
+    workers = config.parallel.workers
+    if len(worker_counts(config)) > 1:
+        workers = _wait_for_capacity(config, restarted=restarted)
+    return replace(
+        task, config=with_workers(config, workers), mailbox=open_mailbox(), skipped_rows=history.skipped_rows
+    )
+
+
+def _observe(task: WorkerTask, history: RunHistory, supervision: Supervision) -> RunHistory:
+    """The history with the newest checkpoint and the newest step; waits while the checkpoints cannot be read."""
+    root = folders.checkpoints_root(task.config.checkpoint, task.job)
+    wait_for_storage(root, supervision.recorder.journal, task.config.faults.storage_retry_s)
+    newest = folders.latest(root)
     state = folders.read_state(newest) if newest else None
-    first = rows_behind(state.cursor) if state else 0
-    journal.write(
-        {
-            "event": "rollback", "from": at, "step": state.step if state else 0, "rows": [first, spike["rows"]],
-            "loss": spike["loss"], "median": spike["median"],
-            "reason": f"{said}: rows {first} to {spike['rows'] - 1} are left out",
-        }
-    )  # fmt: skip
-    return first, int(spike["rows"])
+    return replace(
+        history,
+        last_step=supervision.recorder.last_step,
+        checkpoint_step=state.step if state else None,
+        checkpoint_rows=rows_consumed(state.cursor) if state else 0,
+        stop_requested=bool(supervision.stop_request),
+    )
 
 
-def _room(config: TrainConfig, *, settle: bool) -> int:
-    """How many workers an elastic run is to begin with now: the most there is room for, and never fewer than its least."""
-    deadline = time.monotonic() + (SETTLE_S if settle else SETTLE_S / 3)
+def _record(decision: Decision, history: RunHistory, recorder: EventRecorder) -> None:
+    """Write the events of a decision."""
+    match decision:
+        case Restart(fault) | Stop(fault=Fault() as fault):
+            recorder.restart_reason = fault.reason
+            recorder.journal.write(
+                FaultDetected(kind=fault.kind, rank=fault.rank, reason=fault.reason, step=history.last_step)
+            )
+        case SkipRows():
+            recorder.restart_reason = "a loss that jumped"
+            recorder.journal.write(
+                RolledBack(
+                    from_step=decision.at_step,
+                    step=history.checkpoint_step or 0,
+                    rows=decision.rows,
+                    loss=decision.spike.loss,
+                    median=decision.spike.median,
+                    reason=decision.reason,
+                )
+            )
+        case Resize(waiting=False):
+            recorder.restart_reason = decision.reason
+        case Resize(announce=True):
+            recorder.journal.write(Notice(message=f"{decision.reason.capitalize()}; the run waits for it."))
+        case _:
+            pass
+
+
+def _wait_for_capacity(config: TrainConfig, *, restarted: bool) -> int:
+    """Number of workers that an elastic run starts with: the most that there is room for, and at least its minimum.
+
+    After a restart it waits until the resources of the old workers are free: until the number is stable, at most
+    CAPACITY_TIMEOUT_S.
+    """
+    deadline = time.monotonic() + (CAPACITY_TIMEOUT_S if restarted else CAPACITY_TIMEOUT_S / 3)
     seen: list[int] = []
     while True:
-        seen.append(fitting(nodes_now(), config))
-        # What the old workers had comes back piece by piece.
+        seen.append(max_workers(current_nodes(), config))
+        # The resources of the old workers become free one by one.
         steady = len(seen) > 5 and len(set(seen[-5:])) == 1 and seen[-1] > 0
         if seen[-1] == config.parallel.workers or steady or time.monotonic() >= deadline:
-            # With too little room for the least, Ray waits for it, and an autoscaler hears of it.
-            return max(seen[-1], sizes(config)[0])
+            # With too little room for the minimum, Ray waits for it, and an autoscaler sees the demand.
+            return max(seen[-1], worker_counts(config)[0])
         time.sleep(1.0)
 
 
-def _attempt(task: WorkerTask, course: Course, asked: Asked, *, whole: TrainConfig) -> Outcome:
+def run_attempt(task: WorkerTask, supervision: Supervision) -> Outcome:
     """Run Ray Train once."""
-    config, outcome = task.config, Outcome()
+    no_capacity, fault = False, None
     storage = task.job / ".ray"
-    with watched(task, course, asked, outcome, whole) as watch:
-        trainer = ray.train.torch.TorchTrainer(
-            run_worker,
-            train_loop_config={"task": task},
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.parallel.gpus_per_worker else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.parallel.workers,
-                # As few nodes as can be; Ray numbers the ranks of a node in a row, which is how tensor groups are cut.
-                placement_strategy="PACK",
-                use_gpu=config.parallel.gpus_per_worker > 0,
-                resources_per_worker={
-                    "CPU": config.parallel.cpus_per_worker,
-                    **({"GPU": config.parallel.gpus_per_worker} if config.parallel.gpus_per_worker else {}),
-                    **config.parallel.resources_per_worker,
-                },
-            ),
-            run_config=RunConfig(  # type: ignore[arg-type]
-                # Our own checkpoints say where to go on; Ray's record of a run that died must not.
-                name=uuid.uuid4().hex[:8],
-                storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-                worker_runtime_env={"env_vars": worker_environment(config)},
-            ),
-        )
+    with watching(task, supervision) as watcher:
         try:
-            trainer.fit()
+            _trainer(task, str(storage)).fit()
         except ray.train.TrainingFailedError as error:
             if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
-                outcome.left = {"reason": f"there was no room for {config.parallel.workers} workers", "waited": True}
+                no_capacity = True
             else:
-                outcome.fault = watch.hang or _why(error, watch.last_signs())
+                fault = watcher.fault or _fault_of(error, watcher.last_heartbeats())
         except ray.exceptions.RayError as error:
-            # The controller is gone. Ray ends its workers, which must be over before others write checkpoints.
-            outcome.fault = watch.hang or Fault(
+            # The controller is gone, and Ray ends its workers. They must be gone before others write checkpoints.
+            fault = watcher.fault or Fault(
                 kind="controller", reason=f"Ray Train's controller ended: {last_line(str(error))}"
             )
-            end_workers(watch.signs)
+            kill_workers(watcher.heartbeats)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
+    fatal: Refused | None = None
     with contextlib.suppress(ray.exceptions.RayError):
-        outcome.refusal = ray.get(task.mailbox.failed.remote())
-    return outcome
+        fatal = ray.get(task.mailbox.fatal_error.remote())
+    if fatal is not None:
+        return fatal
+    if watcher.exported is not None:
+        return Completed(watcher.exported)
+    if no_capacity:
+        return NoCapacity(task.config.parallel.workers)
+    if watcher.stopped is not None:
+        return watcher.stopped
+    return Faulted(fault or Fault(kind="workers", reason="training ended without an export"))
 
 
-def _why(error: ray.train.TrainingFailedError, signs: Sequence[Sign]) -> Fault:
-    """The fault that is behind what Ray Train says of the workers."""
+def worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Environment variables of a job's workers."""
+    # transformers imports DeepSpeed if it is installed, which would probe for devices and warn if it finds none.
+    return {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cuda" if config.parallel.gpus_per_worker else "cpu"}
+
+
+def _trainer(task: WorkerTask, storage: str) -> ray.train.torch.TorchTrainer:
+    parallel = task.config.parallel
+    return ray.train.torch.TorchTrainer(
+        run_worker,
+        train_loop_config={"task": task},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if parallel.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=parallel.workers,
+            # As few nodes as possible. Ray numbers the ranks of a node consecutively, and tensor groups are consecutive ranks.
+            placement_strategy="PACK",
+            use_gpu=parallel.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": parallel.cpus_per_worker,
+                **({"GPU": parallel.gpus_per_worker} if parallel.gpus_per_worker else {}),
+                **parallel.resources_per_worker,
+            },
+        ),
+        run_config=RunConfig(  # type: ignore[arg-type]
+            # A new name each time: the run resumes from our checkpoints, never from Ray's record of an earlier run.
+            name=uuid.uuid4().hex[:8],
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            worker_runtime_env={"env_vars": worker_environment(task.config)},
+        ),
+    )
+
+
+def _fault_of(error: ray.train.TrainingFailedError, heartbeats: Sequence[Heartbeat]) -> Fault:
+    """The fault behind Ray Train's error."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
     if not failures:
         return Fault(kind="workers", reason=last_line(str(error)))
-    # Its peers tell of a lost connection, before anybody knows of the node.
-    if lost := lost_nodes(sign.node for sign in signs):
-        ranks = [sign.rank for sign in signs if sign.node in lost]
+    # Peers of a lost node report a lost connection before Ray knows that the node is gone.
+    if lost := find_lost_nodes(heartbeat.node for heartbeat in heartbeats):
+        ranks = [heartbeat.rank for heartbeat in heartbeats if heartbeat.node in lost]
         names = ", ".join(node[:8] for node in lost)
         return Fault(kind="node", reason=f"node {names} went, and ranks {ranks} with it", rank=ranks[0])
     died = [rank for rank, e in failures.items() if "Died" in f"{type(e).__name__} {e}"]
-    rank, said = health.blame({rank: last_line(str(e)) for rank, e in failures.items()}, died, signs)
-    return Fault(kind="worker", reason=f"worker {rank}: {said}", rank=rank)
+    rank, reason = health.find_culprit({rank: last_line(str(e)) for rank, e in failures.items()}, died, heartbeats)
+    return Fault(kind="worker", reason=f"worker {rank}: {reason}", rank=rank)

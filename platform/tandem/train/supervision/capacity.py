@@ -1,4 +1,4 @@
-"""How many workers the nodes of a cluster have room for."""
+"""Cluster capacity: how many workers of a run the free resources of the nodes can hold."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tandem.config import TrainConfig, sizes
-from tandem.train.supervision.health import Sign
+from tandem.config import TrainConfig, worker_counts
+from tandem.train.supervision.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """What a node has left."""
+    """Free resources of a node."""
 
     id: str
     cpus: float
     gpus: float = 0.0
-    leaving: bool = False
-    """It will be taken away."""
+    draining: bool = False
+    """The cluster is about to remove it."""
 
 
-def nodes_now() -> list[Node]:
-    """The nodes of the cluster that this process is connected to, and what is free on each."""
-    # Ray says so nowhere else: its public interface knows the cluster as a whole.
+def current_nodes() -> list[Node]:
+    """The nodes of the cluster that this process is connected to, with their free resources."""
+    # Private modules: Ray's public interface knows the resources of the whole cluster only.
     import ray
     from ray._private.state import available_resources_per_node, state
 
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    leaving = set(state.get_draining_nodes() or ())
+    draining = set(state.get_draining_nodes() or ())
     return [
-        Node(id=node, cpus=free.get("CPU", 0.0), gpus=free.get("GPU", 0.0), leaving=node in leaving)
+        Node(id=node, cpus=free.get("CPU", 0.0), gpus=free.get("GPU", 0.0), draining=node in draining)
         for node, free in available_resources_per_node().items()
         if node in alive
     ]
 
 
-def fitting(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] | None = None) -> int:
-    """The most workers that `config` may have and the nodes can hold, beside the reading of data; 0 if too few.
+def max_workers(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] | None = None) -> int:
+    """The largest allowed number of workers that the nodes can hold, beside the tasks that read data; 0 if none fits.
 
-    `ours`: workers of this run that are on a node now, and so do not take anything from it.
+    `ours`: workers of this run by node id; their resources count as free.
     """
     parallel = config.parallel
     there, spare = 0, 0.0
     for node in nodes:
-        if node.leaving:
+        if node.draining:
             continue
         here = (ours or {}).get(node.id, 0)
         cpus = node.cpus + here * parallel.cpus_per_worker
@@ -57,12 +57,12 @@ def fitting(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] 
         spare += cpus - count * parallel.cpus_per_worker
     possible = [
         size
-        for size in sizes(config)
+        for size in worker_counts(config)
         if size <= there and spare + (there - size) * parallel.cpus_per_worker + 1e-6 >= config.data.readers
     ]
     return max(possible, default=0)
 
 
-def placed(signs: Sequence[Sign]) -> Counter[str]:
-    """How many of the workers are on each node."""
-    return Counter(sign.node for sign in signs if sign.phase != "done")
+def workers_by_node(heartbeats: Sequence[Heartbeat]) -> Counter[str]:
+    """Number of running workers by node id."""
+    return Counter(heartbeat.node for heartbeat in heartbeats if heartbeat.phase != "done")

@@ -1,86 +1,42 @@
-"""What the attempts of a job know of each other, and what comes of one (`train.supervision.attempts`)."""
+"""Restart history of a training run: the facts between two attempts that the restart policy decides by."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from tandem.observability.journal import Journal
-from tandem.train.reporting.metrics import Metrics
+from tandem.config import SpikeConfig, TrainConfig
+from tandem.observability.events import Event, RolledBack
 
 
-class Asked:
-    """Whether the job was told to stop; set by a signal's handler, which may do nothing more."""
+@dataclass(frozen=True, kw_only=True)
+class RunHistory:
+    """Input of `tandem.train.supervision.policy.decide`, next to the outcome of the last attempt."""
 
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self.training = False
-        """Whether there are workers that could save what they have."""
-        self.overdue = False
-        """Whether they have had their time."""
+    max_failures: int
+    """Failures in a row without a new checkpoint that a run survives."""
+    spike: SpikeConfig
+    last_step: int = 0
+    """Last step that the workers reported."""
+    checkpoint_step: int | None = None
+    """Step of the newest checkpoint; None without one."""
+    checkpoint_rows: int = 0
+    """Rows of the stream that the newest checkpoint has consumed."""
+    stop_requested: bool = False
+    failures: int = 0
+    """Failures in a row without a new checkpoint in between."""
+    failed_at_step: int = -1
+    """Step of the newest checkpoint at the last failure; -1 before the first."""
+    waiting_for_capacity: bool = False
+    """Whether the last attempt found no room for its workers."""
+    skipped_rows: tuple[tuple[int, int], ...] = ()
+    """Row ranges that are skipped because the loss jumped after them: first row, and the one after the last."""
 
-    def set(self) -> None:
-        """The job was told to stop."""
-        self._event.set()
-
-    def __bool__(self) -> bool:
-        return self._event.is_set()
-
-    def unwind(self) -> None:
-        """End the main thread's wait for workers that do not leave, by the signal that asked."""
-        self.overdue = True
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fault:
-    """Why an attempt broke off."""
-
-    kind: str
-    """worker, node, controller, hang or workers (more than one)."""
-    reason: str
-    rank: int | None = None
-
-
-@dataclass
-class Course:
-    """What the attempts of this driver have in common."""
-
-    journal: Journal
-    metrics: Metrics
-    exported: Callable[[dict[str, Any]], None] = lambda end: None
-    """Called in a thread when what was trained lies whole in the job's folder: workers take seconds more to end."""
-    starts: int = 0
-    workers: int = 0
-    """Of the attempt before."""
-    reason: str = ""
-    """Why it ended."""
-    step: int = 0
-    """The last step that was told of."""
-    broke_at: float = 0.0
-    """When that attempt got its last step done."""
-
-
-@dataclass
-class Outcome:
-    """What came of an attempt."""
-
-    end: dict[str, Any] = field(default_factory=dict)
-    """The workers' last event, if they are done."""
-    left: dict[str, Any] | None = None
-    """Their last event, if they left because they were asked to."""
-    refusal: tuple[str, str, int] | None = None
-    """An error that another attempt would meet again: class, text, exit status."""
-    fault: Fault | None = None
-
-
-def last_line(text: str) -> str:
-    """What an error of Ray's says in the end, without its advice."""
-    # What Ray has to say of any process that ended tells nothing of this one.
-    said = text.partition("Some common causes include")[0]
-    lines = [line.strip() for line in said.strip().splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "no reason given"
+    @classmethod
+    def of(cls, config: TrainConfig, events: Iterable[Event]) -> RunHistory:
+        """The history at the start of a driver, from the events of earlier ones."""
+        return cls(
+            max_failures=config.checkpoint.max_failures,
+            spike=config.faults.spike or SpikeConfig(),
+            skipped_rows=tuple(event.rows for event in events if isinstance(event, RolledBack)),
+        )

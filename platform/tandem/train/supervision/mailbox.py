@@ -1,48 +1,54 @@
-"""Where workers leave events and signs of life for the driver, and find what it wants of them.
+"""Mailbox between workers and driver: an actor that takes events and heartbeats, and hands out commands.
 
-It is a small actor of the driver's, on the driver's node, and outlives any worker.
+It runs on the driver's node and outlives any worker; each attempt has its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tandem.observability.events import Event
+from tandem.train.supervision.commands import Command, StandingCommands
+from tandem.train.supervision.heartbeat import Heartbeat
+from tandem.train.supervision.outcome import Refused
+
 
 class Mailbox:
-    """Events in the order they came, the newest sign of life of each rank, and the fault that ends the run, if there is one."""
+    """Events in the order of arrival, the newest heartbeat of each rank, the standing commands, and the fatal error if any."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._fault: tuple[str, str, int] | None = None
+        self._events: list[Event] = []
+        self._fatal: Refused | None = None
         self._arrived = asyncio.Event()
-        self._signs: dict[int, dict[str, Any]] = {}
-        self._heard: dict[int, float] = {}
-        self._moved: dict[int, float] = {}
-        self._order: dict[str, Any] = {}
+        self._heartbeats: dict[int, Heartbeat] = {}
+        self._heard_at: dict[int, float] = {}
+        self._progressed_at: dict[int, float] = {}
+        self._commands = StandingCommands()
 
-    async def put(self, event: dict[str, Any]) -> None:
-        """Leave an event."""
+    async def put(self, event: Event) -> None:
+        """Append an event."""
         self._events.append(event)
         self._arrived.set()
 
-    async def fail(self, kind: str, message: str, exit_code: int) -> None:
-        """Leave the fault that another try would meet again; the first one counts."""
-        self._fault = self._fault or (kind, message, exit_code)
+    async def report_fatal(self, error: Refused) -> None:
+        """Record an error that another attempt would meet again; the first one counts."""
+        self._fatal = self._fatal or error
 
-    async def failed(self) -> tuple[str, str, int] | None:
-        """That fault: its error's class, text and exit status."""
-        return self._fault
+    async def fatal_error(self) -> Refused | None:
+        """The first error that was reported as fatal."""
+        return self._fatal
 
     async def flush(self) -> None:
-        """Returns once everything that the caller sent before has been taken in."""
+        """Returns after everything that the caller sent before."""
 
-    async def take(self, timeout_s: float) -> list[dict[str, Any]]:
-        """All events not yet taken, at once if there are any, else what comes within `timeout_s`."""
+    async def take(self, timeout_s: float) -> list[Event]:
+        """Remove and return all events; waits up to `timeout_s` if there are none."""
         try:
             await asyncio.wait_for(self._arrived.wait(), timeout_s)
         except TimeoutError:
@@ -51,29 +57,33 @@ class Mailbox:
         self._arrived.clear()
         return taken
 
-    async def beat(self, sign: dict[str, Any]) -> dict[str, Any]:
-        """A rank lives (see `tandem.train.supervision.health.Sign`); returns what the driver wants of the workers."""
-        rank, now = sign["rank"], time.monotonic()
-        before = self._signs.get(rank, {})
-        if (before.get("step"), before.get("phase")) != (sign["step"], sign["phase"]):
-            self._moved[rank] = now
-        self._signs[rank], self._heard[rank] = sign, now
-        return self._order
+    async def heartbeat(self, heartbeat: Heartbeat) -> StandingCommands:
+        """Record a rank's heartbeat; returns the standing commands."""
+        rank, now = heartbeat.rank, time.monotonic()
+        before = self._heartbeats.get(rank)
+        if before is None or (before.step, before.phase) != (heartbeat.step, heartbeat.phase):
+            self._progressed_at[rank] = now
+        self._heartbeats[rank], self._heard_at[rank] = heartbeat, now
+        return self._commands
 
-    async def signs(self) -> list[dict[str, Any]]:
-        """The newest sign of life of each rank, with the seconds since it came and since the rank got anything done."""
+    async def heartbeats(self) -> list[Heartbeat]:
+        """The newest heartbeat of each rank, with the seconds since it arrived and since the rank made progress."""
         now = time.monotonic()
         return [
-            {**sign, "silent_s": now - self._heard[rank], "still_s": now - self._moved[rank]}
-            for rank, sign in sorted(self._signs.items())
+            replace(
+                heartbeat,
+                since_heartbeat_s=now - self._heard_at[rank],
+                since_progress_s=now - self._progressed_at[rank],
+            )
+            for rank, heartbeat in sorted(self._heartbeats.items())
         ]
 
-    async def order(self, order: dict[str, Any]) -> None:
-        """Tell the workers, with their next sign of life, what is wanted of them."""
-        self._order = {**self._order, **order}
+    async def command(self, command: Command) -> None:
+        """Add a command to those that workers get in reply to their heartbeats."""
+        self._commands = self._commands.after(command)
 
 
 def open_mailbox() -> Any:
-    """A mailbox beside the driver; it goes when the driver goes."""
+    """Start a mailbox actor on the driver's node; it ends with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=64, scheduling_strategy=here).remote()

@@ -1,6 +1,6 @@
-"""Workers' processes, wherever they are: a look at the Python stack of one that cannot answer, and the end of one; lost nodes.
+"""Operations on worker processes of any node: dump a Python stack, kill a process, find lost nodes.
 
-All is done by a small Ray task on the worker's node.
+Each runs as a small Ray task on the worker's node.
 """
 
 from __future__ import annotations
@@ -20,96 +20,101 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tandem.train.supervision.health import Sign
+from tandem.train.supervision.heartbeat import Heartbeat
 
-LOOK_TIMEOUT_S = 15.0
-ENDED_TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 30.0
-
-
-def stack_of(sign: Sign) -> str:
-    """What a worker's process does: its state, and its Python stack where py-spy can read it. Never raises."""
-    found = _there(_look, [sign], LOOK_TIMEOUT_S + 15)
-    return found[0] if found else f"node {sign.node[:8]} does not answer"
+INSPECT_TIMEOUT_S = 15.0
+KILL_TIMEOUT_S = 30.0
+PING_TIMEOUT_S = 30.0
 
 
-def end_workers(signs: Iterable[Sign]) -> None:
-    """End workers' processes, stopped ones too, and return when they are gone. What is on a node that is gone, is gone."""
-    _there(_end, list(signs), ENDED_TIMEOUT_S)
+def dump_stack(heartbeat: Heartbeat) -> str:
+    """The state of a worker's process, and its Python stack if py-spy can read it. Never raises."""
+    found = _run_on_nodes(_inspect, [heartbeat], INSPECT_TIMEOUT_S + 15)
+    return found[0] if found else f"node {heartbeat.node[:8]} does not answer"
 
 
-def lost_nodes(nodes: Iterable[str]) -> list[str]:
-    """Those of these nodes that are gone: Ray says so, or they do not answer. Ray takes a while to notice; this waits for it."""
-    asked = {node: _on(node, _answer).remote() for node in set(nodes) - {ray.get_runtime_context().get_node_id()}}
-    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+def kill_workers(heartbeats: Iterable[Heartbeat]) -> None:
+    """Kill worker processes, suspended ones too, and return when they have ended. Processes of lost nodes have ended."""
+    _run_on_nodes(_kill, list(heartbeats), KILL_TIMEOUT_S)
+
+
+def find_lost_nodes(nodes: Iterable[str]) -> list[str]:
+    """The nodes that Ray reports as dead, or that do not answer within PING_TIMEOUT_S: Ray notices a lost node only later."""
+    others = set(nodes) - {ray.get_runtime_context().get_node_id()}
+    pings = {node: _task_on(node, _ping).remote() for node in others}
+    deadline = time.monotonic() + PING_TIMEOUT_S
     while True:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        silent = [node for node, answer in asked.items() if node in alive and not ray.wait([answer], timeout=0)[0]]
+        silent = [node for node, ping in pings.items() if node in alive and not ray.wait([ping], timeout=0)[0]]
         if not silent or time.monotonic() > deadline:
-            return sorted({node for node in asked if node not in alive} | set(silent))
+            return sorted({node for node in pings if node not in alive} | set(silent))
         time.sleep(0.5)
 
 
-def _there(doing: Any, signs: list[Sign], timeout_s: float) -> list[Any]:
+def _run_on_nodes(function: Any, heartbeats: list[Heartbeat], timeout_s: float) -> list[Any]:
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    asked = [_on(sign.node, doing).remote(sign.pid, sign.born) for sign in signs if sign.node in alive]
-    found = []
-    for one in asked:
+    tasks = [
+        _task_on(heartbeat.node, function).remote(heartbeat.pid, heartbeat.process_started_at)
+        for heartbeat in heartbeats
+        if heartbeat.node in alive
+    ]
+    results = []
+    for task in tasks:
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            found.append(ray.get(one, timeout=timeout_s))
-    return found
+            results.append(ray.get(task, timeout=timeout_s))
+    return results
 
 
-def _on(node: str, doing: Any) -> Any:
-    # No CPU: the node may be full of the very workers that are looked at.
-    return ray.remote(doing).options(
+def _task_on(node: str, function: Any) -> Any:
+    # No CPU: the workers may occupy the whole node.
+    return ray.remote(function).options(
         num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
     )
 
 
-def _answer() -> None:
-    """That it is done at all is the answer."""
+def _ping() -> None:
+    """Runs if the node lives."""
 
 
-def _look(pid: int, born: float) -> str:
-    process = _process(pid, born)
+def _inspect(pid: int, process_started_at: float) -> str:
+    process = _find_process(pid, process_started_at)
     if process is None:
         return f"process {pid} is gone"
     state = f"process {pid} is {process.status()}"
     spy = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
     try:
-        # A process that is stopped is not to be stopped, and let go, by us.
-        looked = subprocess.run(
-            [spy, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=LOOK_TIMEOUT_S
+        # --nonblocking: py-spy would otherwise suspend the process, and resume one that was suspended before.
+        dump = subprocess.run(
+            [spy, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=INSPECT_TIMEOUT_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{state}; its stack cannot be read: {error}"
-    if looked.returncode:
-        reason = (looked.stderr.strip().splitlines() or ["py-spy gives no reason"])[-1]
+    if dump.returncode:
+        reason = (dump.stderr.strip().splitlines() or ["py-spy gives no reason"])[-1]
         return f"{state}; its stack cannot be read: {reason}"
-    return f"{state}\n{training_thread(looked.stdout)}"
+    return f"{state}\n{training_thread(dump.stdout)}"
 
 
-def _end(pid: int, born: float) -> None:
-    process = _process(pid, born)
+def _kill(pid: int, process_started_at: float) -> None:
+    process = _find_process(pid, process_started_at)
     if process is not None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
-        # Its parent, Ray's, may take its time to notice: dead is enough.
+        # A zombie counts as ended: its parent, a Ray process, may reap it late.
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(timeout=10)
 
 
-def _process(pid: int, born: float) -> psutil.Process | None:
+def _find_process(pid: int, process_started_at: float) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
-        return process if abs(process.create_time() - born) < 1 else None
+        return process if abs(process.create_time() - process_started_at) < 1 else None
     except psutil.NoSuchProcess:
         return None
 
 
-def training_thread(dumped: str) -> str:
-    """Of py-spy's threads, the one that trains; all of them if none is known to."""
-    threads = dumped.split("\nThread ")
-    ours = [text for text in threads if "tandem/train/worker.py" in text]
-    return f"Thread {ours[0].strip()}" if ours else dumped.strip()
+def training_thread(output: str) -> str:
+    """The thread that trains in the output of py-spy; the whole output if none is recognized."""
+    threads = output.split("\nThread ")
+    training = [text for text in threads if "tandem/train/worker.py" in text]
+    return f"Thread {training[0].strip()}" if training else output.strip()

@@ -1,4 +1,4 @@
-"""Supervision of the workers of one attempt: records their events, ends hung workers, and asks workers to stop."""
+"""Supervision of the workers of one attempt: records their events, kills hung workers, and commands workers to save or stop."""
 
 from __future__ import annotations
 
@@ -6,49 +6,70 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import ray
 import ray.exceptions
 
 from tandem.config import TrainConfig
+from tandem.observability.events import Event, Exported, HangDetected, Notice, SlowRank, WorkersStopped
 from tandem.train.supervision import health
-from tandem.train.supervision.capacity import fitting, nodes_now, placed
-from tandem.train.supervision.health import Sign
-from tandem.train.supervision.history import Asked, Course, Fault, Outcome, last_line
-from tandem.train.supervision.processes import end_workers, stack_of
-from tandem.train.worker import WorkerTask
+from tandem.train.supervision.capacity import current_nodes, max_workers, workers_by_node
+from tandem.train.supervision.commands import Command, DumpStacks, SaveCheckpoint, StopTraining
+from tandem.train.supervision.heartbeat import Heartbeat
+from tandem.train.supervision.outcome import Fault, Refused, StoppedEarly, last_line
+from tandem.train.supervision.processes import dump_stack, kill_workers
+from tandem.train.supervision.recorder import EventRecorder
+from tandem.train.supervision.stop_request import StopRequest
+from tandem.train.task import WorkerTask
 
 log = logging.getLogger(__name__)
 
 
-class Watch(threading.Thread):
-    """Writes events as they come, and looks after the workers, until `stop`, when the mailbox is empty."""
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """Shared by the supervision of all attempts of a run."""
 
-    def __init__(self, task: WorkerTask, course: Course, asked: Asked, outcome: Outcome, whole: TrainConfig) -> None:
-        super().__init__(name="events", daemon=True)
-        self.signs: list[Sign] = []
-        self.hang: Fault | None = None
+    config: TrainConfig
+    """The run's config, of an elastic run with its largest number of workers."""
+    recorder: EventRecorder
+    stop_request: StopRequest
+    on_exported: Callable[[Exported], None]
+    """Called in the watcher's thread when the export is complete: workers take some seconds more to end."""
+
+
+class Watcher(threading.Thread):
+    """Follows the workers of one attempt through its mailbox, until `stop`."""
+
+    def __init__(self, task: WorkerTask, supervision: Supervision) -> None:
+        super().__init__(name="watcher", daemon=True)
+        self.heartbeats: list[Heartbeat] = []
+        self.exported: Exported | None = None
+        self.stopped: StoppedEarly | None = None
+        self.fault: Fault | None = None
+        """A fault that this thread found: a hang, or a mailbox that ended."""
         self.problem: Exception | None = None
-        self._task, self._course, self._asked, self._outcome, self._whole = task, course, asked, outcome, whole
+        """The exception that ended this thread."""
+        self._task, self._supervision = task, supervision
+        self._journal, self._stop_request = supervision.recorder.journal, supervision.stop_request
         self._over = threading.Event()
-        self._looked = 0.0
+        self._checked_at = 0.0
         self._suspected: health.Hang | None = None
-        self._told_slow: set[int] = set()
-        self._leaving: str | None = None
-        self._asked_at: float | None = None
-        self._roomy_since: float | None = None
+        self._reported_slow: set[int] = set()
+        self._stop_reason: str | None = None
+        self._stop_requested_at: float | None = None
+        self._capacity_since: float | None = None
         self._saved_for: set[str] = set()
 
-    def last_signs(self) -> list[Sign]:
-        """The newest sign of each rank, also of those that have left."""
+    def last_heartbeats(self) -> list[Heartbeat]:
+        """The newest heartbeat of each rank, also of those that have ended."""
         with contextlib.suppress(ray.exceptions.RayError):
-            self.signs = [Sign.read(sign) for sign in ray.get(self._task.mailbox.signs.remote())]
-        return self.signs
+            self.heartbeats = ray.get(self._task.mailbox.heartbeats.remote())
+        return self.heartbeats
 
     def stop(self) -> None:
-        """Take what is left, and end."""
+        """Handle the remaining events, and end."""
         self._over.set()
         self.join()
 
@@ -58,163 +79,143 @@ class Watch(threading.Thread):
             while True:
                 last = self._over.is_set()
                 for event in ray.get(self._task.mailbox.take.remote(0.05 if last else 0.5)):
-                    self._take_in(event)
+                    self._handle_event(event)
                 if last:
                     return
-                if time.monotonic() - self._looked >= min(1.0, self._task.config.faults.heartbeat_s):
-                    self._look()
-                    self._looked = time.monotonic()
+                if time.monotonic() - self._checked_at >= min(1.0, self._task.config.faults.heartbeat_s):
+                    self._check_workers()
+                    self._checked_at = time.monotonic()
         except ray.exceptions.RayActorError as error:
-            # The mailbox is gone: nobody would hear the workers, so they start again with another.
-            self.hang = self.hang or Fault(kind="mailbox", reason=f"the mailbox ended: {last_line(str(error))}")
-            end_workers(self.signs)
+            # Without a mailbox nobody hears the workers: they start again with another.
+            self.fault = self.fault or Fault(kind="mailbox", reason=f"the mailbox ended: {last_line(str(error))}")
+            kill_workers(self.heartbeats)
         except Exception as error:  # noqa: BLE001 - raised again by the main thread
             self.problem = error
-            # The workers' next look at the mailbox tells them; what is trained so far stays.
+            # Workers that start again refuse to train; checkpoints stay.
             with contextlib.suppress(Exception):
-                ray.get(self._task.mailbox.fail.remote(type(error).__name__, str(error), 1))
-                end_workers(self.signs)
+                ray.get(self._task.mailbox.report_fatal.remote(Refused(error=type(error).__name__, message=str(error))))
+                kill_workers(self.heartbeats)
 
-    def _take_in(self, event: dict[str, Any]) -> None:
-        course = self._course
-        match event["event"]:
-            case "exported":
-                self._outcome.end.update(event)
-                self._course.exported(event)
-            case "left":
-                self._outcome.left = {
-                    **event,
-                    "reason": self._leaving or ("a loss that jumped" if "spike" in event else "asked to"),
-                }
-            case "started":
-                self._begun(event)
+    def _handle_event(self, event: Event) -> None:
+        match event:
+            case Exported():
+                self.exported = event
+                self._supervision.on_exported(event)
+            case WorkersStopped(spike=None):
+                self.stopped = StoppedEarly(step=event.step, reason=self._stop_reason or "asked to")
+            case WorkersStopped():
+                reason = self._stop_reason or "a loss that jumped"
+                self.stopped = StoppedEarly(step=event.step, reason=reason, spike=event.spike)
             case _:
-                if event["event"] == "step":
-                    course.step, course.broke_at = event["step"], time.monotonic()
-                course.journal.write(event)
-                course.metrics.write(event)
+                self._supervision.recorder.record(event)
 
-    def _begun(self, event: dict[str, Any]) -> None:
-        course = self._course
-        course.starts += 1
-        if course.starts == 1:
-            course.journal.write(event)
-        else:
-            resumed = event["resumed_from"] or 0
-            if event["workers"] != course.workers:
-                course.journal.write(
-                    {
-                        "event": "resized", "from": course.workers, "to": event["workers"], "layout": event["layout"],
-                        "reason": course.reason, "step": resumed,
-                    }
-                )  # fmt: skip
-            course.journal.write(
-                {
-                    "event": "restart", "reason": course.reason, "resumed_from": event["resumed_from"],
-                    "workers": event["workers"], "repeated": max(0, course.step - resumed),
-                    "lost_s": round(time.monotonic() - course.broke_at, 3) if course.broke_at else None,
-                }
-            )  # fmt: skip
-        course.workers = event["workers"]
+    # ---- health ----------------------------------------------------------------------------------------------------
 
-    # ---- looking after the workers ---------------------------------------------------------------------------------
-
-    def _look(self) -> None:
+    def _check_workers(self) -> None:
         faults = self._task.config.faults
-        self.signs = [Sign.read(sign) for sign in ray.get(self._task.mailbox.signs.remote())]
-        if self.hang is not None:
+        self.heartbeats = ray.get(self._task.mailbox.heartbeats.remote())
+        if self.fault is not None:
             return
-        found = health.hang(self.signs, faults)
-        # Looked at twice: it may have been us who slept.
-        if found is not None and self._suspected is not None and set(found.ranks) & set(self._suspected.ranks):
-            self._end_hung(found)
+        hang = health.find_hang(self.heartbeats, faults)
+        # Confirmed by a second check: this process may have been suspended itself.
+        if hang is not None and self._suspected is not None and set(hang.ranks) & set(self._suspected.ranks):
+            self._kill_hung(hang)
             return
-        self._suspected = found
-        for rank, said in health.slow(self.signs, faults.slow_factor).items():
-            if rank not in self._told_slow:
-                self._told_slow.add(rank)
-                node = next(sign.node for sign in self.signs if sign.rank == rank)
-                self._course.journal.write(
-                    {"event": "slow", "rank": rank, "node": node, "reason": f"rank {rank} is slow: {said}"}
-                )
-        self._look_at_orders()
+        self._suspected = hang
+        for rank, reason in health.find_slow_ranks(self.heartbeats, faults.slow_factor).items():
+            if rank not in self._reported_slow:
+                self._reported_slow.add(rank)
+                node = next(heartbeat.node for heartbeat in self.heartbeats if heartbeat.rank == rank)
+                self._journal.write(SlowRank(rank=rank, node=node, reason=f"rank {rank} is slow: {reason}"))
+        self._check_stop_and_resize()
 
-    def _end_hung(self, found: health.Hang) -> None:
-        stuck = [sign for sign in self.signs if sign.rank in found.ranks]
-        mailbox = self._task.mailbox
-        ray.get(mailbox.order.remote({"stacks": True}))
-        stacks = {sign.rank: stack_of(sign) for sign in stuck}
+    def _kill_hung(self, hang: health.Hang) -> None:
+        hung = [heartbeat for heartbeat in self.heartbeats if heartbeat.rank in hang.ranks]
+        self._command(DumpStacks())
+        stacks = {heartbeat.rank: dump_stack(heartbeat) for heartbeat in hung}
         time.sleep(2 * self._task.config.faults.heartbeat_s)
-        # Those that can answer say themselves where they wait.
-        for sign in map(Sign.read, ray.get(mailbox.signs.remote())):
-            if sign.rank not in stacks and sign.stack:
-                stacks[sign.rank] = sign.stack
-        self.hang = Fault(kind="hang", reason=found.why, rank=found.ranks[0])
-        self._course.journal.write(
-            {
-                "event": "hang", "ranks": list(found.ranks), "reason": found.why,
-                "stacks": {str(rank): stack for rank, stack in sorted(stacks.items())},
-            }
-        )  # fmt: skip
-        # Their peers wait for them: one is enough for Ray Train to start all of them again.
-        end_workers(stuck)
+        # The ranks that still send heartbeats add their own stacks.
+        for heartbeat in ray.get(self._task.mailbox.heartbeats.remote()):
+            if heartbeat.rank not in stacks and heartbeat.stack:
+                stacks[heartbeat.rank] = heartbeat.stack
+        self.fault = Fault(kind="hang", reason=hang.reason, rank=hang.ranks[0])
+        self._journal.write(
+            HangDetected(
+                ranks=hang.ranks,
+                reason=hang.reason,
+                stacks={str(rank): stack for rank, stack in sorted(stacks.items())},
+            )
+        )
+        # Their peers wait for them: one dead worker is enough for Ray Train to end the attempt.
+        kill_workers(hung)
 
-    def _look_at_orders(self) -> None:
-        if self._asked:
-            self._asked_at = self._asked_at or time.monotonic()
-            late = time.monotonic() - self._asked_at > self._task.config.faults.leave_s
-            if (late or not self.signs) and not self._asked.overdue:
-                end_workers(self.signs)
-                self._asked.unwind()
+    # ---- commands --------------------------------------------------------------------------------------------------
+
+    def _check_stop_and_resize(self) -> None:
+        if self._stop_request:
+            self._stop_requested_at = self._stop_requested_at or time.monotonic()
+            late = time.monotonic() - self._stop_requested_at > self._task.config.faults.leave_s
+            if (late or not self.heartbeats) and not self._stop_request.overdue:
+                kill_workers(self.heartbeats)
+                self._stop_request.interrupt()
                 return
-        if self._leaving is not None or not self.signs or any(sign.phase == "done" for sign in self.signs):
+        done = any(heartbeat.phase == "done" for heartbeat in self.heartbeats)
+        if self._stop_reason is not None or not self.heartbeats or done:
             return
-        if self._asked:
-            self._leave("the job was told to stop")
+        if self._stop_request:
+            self._stop_workers("the job was told to stop")
             return
-        if wishes := [sign.wish for sign in self.signs if sign.wish]:
-            self._leave(wishes[0])
+        if reasons := [heartbeat.stop_reason for heartbeat in self.heartbeats if heartbeat.stop_reason]:
+            self._stop_workers(reasons[0])
             return
-        try:
-            nodes = nodes_now()
-        except Exception as error:  # noqa: BLE001 - whatever the cluster cannot say now, it says later
-            log.warning("The cluster does not tell its nodes: %s", error)
-            return
-        ours = placed(self.signs)
-        going = {node.id for node in nodes if node.leaving and node.id in ours}
-        if going - self._saved_for:
-            self._saved_for |= going
-            why = f"node {', '.join(node[:8] for node in sorted(going))} will be taken away"
-            if fitting(nodes, self._whole, ours):
-                self._leave(why)
-            else:
-                self._course.journal.write({"event": "notice", "message": f"{why}: a checkpoint is written."})
-                ray.get(self._task.mailbox.order.remote({"save": len(self._saved_for)}))
-            return
-        if self._task.config.parallel.workers == self._whole.parallel.workers:
-            return
-        if fitting(nodes, self._whole, ours) <= self._task.config.parallel.workers:
-            self._roomy_since = None
-            return
-        self._roomy_since = self._roomy_since or time.monotonic()
-        if time.monotonic() - self._roomy_since >= self._whole.faults.grow_after_s:
-            self._leave("there is room for more workers")
+        self._check_capacity()
 
-    def _leave(self, reason: str) -> None:
-        self._leaving = reason
-        ray.get(self._task.mailbox.order.remote({"leave": True}))
+    def _check_capacity(self) -> None:
+        """Save or stop before a node is drained; stop to grow once there has been room for more workers for a while."""
+        whole, current = self._supervision.config, self._task.config
+        try:
+            nodes = current_nodes()
+        except Exception as error:  # noqa: BLE001 - the cluster's state can be read again at the next check
+            log.warning("The cluster's nodes cannot be listed: %s", error)
+            return
+        ours = workers_by_node(self.heartbeats)
+        draining = {node.id for node in nodes if node.draining and node.id in ours}
+        if draining - self._saved_for:
+            self._saved_for |= draining
+            reason = f"node {', '.join(node[:8] for node in sorted(draining))} will be taken away"
+            if max_workers(nodes, whole, ours):
+                self._stop_workers(reason)
+            else:
+                self._journal.write(Notice(message=f"{reason}: a checkpoint is written."))
+                self._command(SaveCheckpoint(len(self._saved_for)))
+            return
+        if current.parallel.workers == whole.parallel.workers:
+            return
+        if max_workers(nodes, whole, ours) <= current.parallel.workers:
+            self._capacity_since = None
+            return
+        self._capacity_since = self._capacity_since or time.monotonic()
+        if time.monotonic() - self._capacity_since >= whole.faults.grow_after_s:
+            self._stop_workers("there is room for more workers")
+
+    def _stop_workers(self, reason: str) -> None:
+        self._stop_reason = reason
+        self._command(StopTraining())
+
+    def _command(self, command: Command) -> None:
+        ray.get(self._task.mailbox.command.remote(command))
 
 
 @contextlib.contextmanager
-def watched(task: WorkerTask, course: Course, asked: Asked, outcome: Outcome, whole: TrainConfig) -> Iterator[Watch]:
-    """Look after an attempt as long as it lasts; raises what broke the watch."""
-    watch = Watch(task, course, asked, outcome, whole)
-    watch.start()
-    asked.training = True
+def watching(task: WorkerTask, supervision: Supervision) -> Iterator[Watcher]:
+    """Supervise an attempt for the length of a `with` block; raises the exception that ended the watcher, if any."""
+    watcher = Watcher(task, supervision)
+    watcher.start()
+    supervision.stop_request.training = True
     try:
-        yield watch
+        yield watcher
     finally:
-        asked.training = False
-        watch.stop()
-    if watch.problem is not None:
-        raise watch.problem
+        supervision.stop_request.training = False
+        watcher.stop()
+    if watcher.problem is not None:
+        raise watcher.problem

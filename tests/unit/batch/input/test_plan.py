@@ -1,4 +1,4 @@
-"""Rows in numbered pieces: every row in one piece, and in the same one whenever the input is read again."""
+"""Rows in numbered chunks: every row in one chunk, and in the same one whenever the input is read again."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.batch.input.plan import (
-    Divider,
-    Mark,
-    Piece,
-    PieceSize,
+    Chunk,
+    Chunker,
+    ChunkSize,
+    Position,
+    chunk_size,
+    chunks_in_flight,
     left,
-    piece_size,
-    pieces_in_flight,
     read_together,
     units,
 )
@@ -21,12 +21,12 @@ ROWS = st.lists(st.sampled_from(["a@1", "b@1", None]), max_size=30)
 FILES = st.lists(ROWS, max_size=4)
 
 
-def divided(files: list[list[str | None]], size: int, most_bytes: int | None = None) -> list[Piece]:
+def divided(files: list[list[str | None]], size: int, most_bytes: int | None = None) -> list[Chunk]:
     """Row number i of a file begins at byte 100 i, and has i bytes."""
-    divider = Divider(PieceSize(size, most_bytes))
-    found: list[Piece] = []
+    divider = Chunker(ChunkSize(size, most_bytes))
+    found: list[Chunk] = []
     for number, bases in enumerate(files):
-        found += divider.pieces(number, ((Mark(100 * i, i), i, base) for i, base in enumerate(bases)))
+        found += divider.chunks(number, ((Position(100 * i, i), i, base) for i, base in enumerate(bases)))
     assert divider.rows == sum(map(len, files))
     return found
 
@@ -35,20 +35,20 @@ def divided(files: list[list[str | None]], size: int, most_bytes: int | None = N
 def test_every_row_is_in_one_piece_and_a_piece_in_one_file(
     files: list[list[str | None]], size: int, most_bytes: int | None
 ) -> None:
-    pieces = divided(files, size, most_bytes)
-    assert [piece.number for piece in pieces] == list(range(len(pieces)))
-    # Numbers run on through all files without a gap, and marks say where the first row of a piece begins.
-    numbers = [number for piece in pieces for number in range(piece.first, piece.first + piece.rows)]
+    chunks = divided(files, size, most_bytes)
+    assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
+    # Numbers run on through all files without a gap, and marks say where the first row of a chunk begins.
+    numbers = [number for chunk in chunks for number in range(chunk.first, chunk.first + chunk.rows)]
     assert numbers == list(range(sum(map(len, files))))
     starts = [sum(map(len, files[:number])) for number in range(len(files))]
-    for piece in pieces:
-        place = piece.first - starts[piece.source]
-        assert piece.mark == Mark(100 * place, place)
-        rows = files[piece.source][place : place + piece.rows]
-        assert len(rows) == piece.rows <= size
-        # Only a piece's last row may be one too many.
-        assert most_bytes is None or sum(range(place, place + piece.rows - 1)) < most_bytes
-        assert dict(piece.counts) == {base: rows.count(base) for base in rows if base is not None}
+    for chunk in chunks:
+        place = chunk.first - starts[chunk.source]
+        assert chunk.position == Position(100 * place, place)
+        rows = files[chunk.source][place : place + chunk.rows]
+        assert len(rows) == chunk.rows <= size
+        # Only a chunk's last row may be one too many.
+        assert most_bytes is None or sum(range(place, place + chunk.rows - 1)) < most_bytes
+        assert dict(chunk.counts) == {base: rows.count(base) for base in rows if base is not None}
 
 
 @given(FILES, st.integers(1, 7), st.data())
@@ -63,12 +63,12 @@ def test_what_is_left_and_what_is_published_are_all_rows_that_somebody_is_asked(
     assert {unit.name for unit in todo} | published == set(names)
     assert not {unit.name for unit in todo} & published
     asked = sum(base is not None for bases in files for base in bases)
-    assert sum(unit.piece.counts[["b@1", "a@1"][unit.base]] for unit in every) == asked
+    assert sum(unit.chunk.counts[["b@1", "a@1"][unit.base]] for unit in every) == asked
 
 
 def test_names_sort_as_rows_do() -> None:
-    pieces = divided([["a@1"] * 25], 2)
-    names = [unit.name for unit in units(pieces, ["a@1"])]
+    chunks = divided([["a@1"] * 25], 2)
+    names = [unit.name for unit in units(chunks, ["a@1"])]
     assert names == sorted(names) and len(names) == 13
 
 
@@ -76,28 +76,28 @@ def test_tasks_read_units_of_one_file_and_all_of_one_that_is_read_from_its_start
     every = units(divided([["a@1"] * 150, ["a@1"] * 150, ["a@1"]], 1), ["a@1"])
     tasks = read_together(every, lambda source: source == 1)
     assert [unit for task in tasks for unit in task] == every
-    assert [(task[0].piece.source, len(task)) for task in tasks] == [(0, 64), (0, 64), (0, 22), (1, 150), (2, 1)]
+    assert [(task[0].chunk.source, len(task)) for task in tasks] == [(0, 64), (0, 64), (0, 22), (1, 150), (2, 1)]
 
 
 def test_small_inputs_have_small_pieces_and_large_ones_not_too_many() -> None:
-    assert piece_size(10_000) == PieceSize(64, 4 << 20)
-    # About 4,096 pieces, whether the rows are short or long.
-    assert piece_size(1 << 36) == PieceSize(1 << 15, 16 << 20)
-    assert piece_size(1 << 50) == PieceSize(65_536, 64 << 20)
+    assert chunk_size(10_000) == ChunkSize(64, 4 << 20)
+    # About 4,096 chunks, whether the rows are short or long.
+    assert chunk_size(1 << 36) == ChunkSize(1 << 15, 16 << 20)
+    assert chunk_size(1 << 50) == ChunkSize(65_536, 64 << 20)
 
 
 def test_a_piece_of_long_rows_is_cut_by_its_bytes() -> None:
-    rows = [(Mark(100_000 * i, i), 100_000, "a@1") for i in range(100)]
-    assert [piece.rows for piece in Divider(piece_size(10_000_000)).pieces(0, rows)] == [42, 42, 16]
+    rows = [(Position(100_000 * i, i), 100_000, "a@1") for i in range(100)]
+    assert [chunk.rows for chunk in Chunker(chunk_size(10_000_000)).chunks(0, rows)] == [42, 42, 16]
 
 
 def test_the_window_is_full_while_a_piece_ends() -> None:
     for window in (1, 64, 2048):
         for rows in (1, 64, 4096):
-            assert (pieces_in_flight(window, rows) - 1) * rows >= window
+            assert (chunks_in_flight(window, rows) - 1) * rows >= window
 
 
 def test_pieces_of_long_rows_are_given_out_only_as_they_fit_into_memory() -> None:
-    assert pieces_in_flight(2048, 10, 4 << 20) == 206
-    assert pieces_in_flight(2048, 1, 4 << 20) == 256
-    assert pieces_in_flight(2048, 6, 64 << 20) == 16
+    assert chunks_in_flight(2048, 10, 4 << 20) == 206
+    assert chunks_in_flight(2048, 1, 4 << 20) == 256
+    assert chunks_in_flight(2048, 6, 64 << 20) == 16

@@ -12,16 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from tandem.batch.input import read, sources
-from tandem.batch.input.plan import Divider, Mark, PieceSize, Unit, units
+from tandem.batch.input.plan import Chunker, ChunkSize, Position, WorkUnit, units
 from tandem.batch.input.sources import Row
-from tandem.batch.models import BaseModel, Target
+from tandem.batch.models import BaseModel, ResolvedModel
 from tandem.batch.output.write import Output
-from tandem.batch.work import Work
+from tandem.batch.work import WorkerContext
 from tandem.engine.spec import EngineSpec
 
 ROWS = 20
 LEFT = [0, 1, 4, 7]
-"""Pieces of two rows that are left to do."""
+"""Chunks of two rows that are unfinished."""
 
 
 def write(path: Path) -> Path:
@@ -36,9 +36,9 @@ def write(path: Path) -> Path:
     return path
 
 
-def left_of(file: Path) -> list[Unit]:
-    pieces = Divider(PieceSize(2)).pieces(0, [(row.mark, len(row.raw), "echo") for row in sources.rows_of(file)])
-    every = units(pieces, ["echo"])
+def left_of(file: Path) -> list[WorkUnit]:
+    chunks = Chunker(ChunkSize(2)).chunks(0, [(row.position, len(row.raw), "echo") for row in sources.rows_of(file)])
+    every = units(chunks, ["echo"])
     return [every[i] for i in LEFT]
 
 
@@ -53,22 +53,22 @@ def test_a_task_goes_through_its_file_once(
     file = write(tmp_path / f"rows{suffix}")
     todo, places = left_of(file), list[int]()
 
-    def rows_of(file: Path, mark: Mark) -> Iterator[Row]:
-        places.append(mark.place)
-        return sources.rows_of(file, mark)
+    def rows_of(file: Path, position: Position) -> Iterator[Row]:
+        places.append(position.place)
+        return sources.rows_of(file, position)
 
     monkeypatch.setattr(read, "rows_of", rows_of)
     monkeypatch.setattr(read.ray, "get", lambda reference: reference)
-    echo = Target(BaseModel(id="echo", name="echo", path=""))
-    work = Work(
+    echo = ResolvedModel(BaseModel(id="echo", name="echo", path=""))
+    work = WorkerContext(
         spec=EngineSpec(kind="echo", id="echo", name="echo", path=""), default=echo, targets={}, request={},
         output=Output.at(str(tmp_path / "out")), window_rows=4,
     )  # fmt: skip
     tables = [table.to_pylist() for table in read.read(file, todo, work)]
     assert places == opened
     assert [table[0]["unit"] for table in tables] == [unit.name for unit in todo]
-    for piece, ((table,)) in zip(LEFT, tables, strict=True):
-        numbers = [2 * piece, 2 * piece + 1]
+    for chunk, ((table,)) in zip(LEFT, tables, strict=True):
+        numbers = [2 * chunk, 2 * chunk + 1]
         assert table["row"] == numbers
         assert [json.loads(raw)["prompt"] for raw in table["raw"]] == [f"say {i}" for i in numbers]
         assert all(where.startswith(str(file)) for where in table["where"])

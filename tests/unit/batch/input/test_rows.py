@@ -53,6 +53,8 @@ def test_what_a_row_says_wins_over_the_runs_defaults() -> None:
         ({"prompt": "a", "stream": True}, "stream is on"),
         ({"prompt": "a", "model": 3}, "model is 3"),
         ({"prompt": "a", "custom_id": [3]}, "custom_id is [3]"),
+        ({"prompt": "a", "temperature": "hot"}, "`temperature` is 'hot'; it must be a number from 0 to 2."),
+        ({"messages": [{"role": "user", "content": 3}]}, "`messages.0.content` is a number; it must be text"),
     ],
 )
 def test_a_bad_row_says_why(row: dict[str, Any], reason: str) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tandem.batch.input.plan import Mark
+from tandem.batch.input.plan import Position
 from tandem.batch.input.sources import find_files, rows_of
 from tandem.data.build import build_dataset
 from tandem.errors import DataError
@@ -59,7 +59,7 @@ def test_a_file_can_be_read_from_any_row_on(tmp_path: Path, suffix: str) -> None
     assert [json.loads(row.raw)["prompt"] for row in rows] == [f"say {i}" for i in range(COUNT)]
     assert len({row.where for row in rows}) == COUNT
     for i, row in enumerate(rows):
-        assert list(rows_of(file, row.mark)) == rows[i:]
+        assert list(rows_of(file, row.position)) == rows[i:]
 
 
 def test_a_column_that_a_row_does_not_use_is_not_in_it(tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_tar_that_is_damaged_past_its_start_is_no_shorter_one(tmp_path: Path, 
             del data[member.offset + 513 :]
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(gzip.compress(data) if suffix == ".tar.gz" else data)
-    mark = next(row.mark for row in rows_of(tmp_path / "whole.tar") if row.mark.place == 2)
-    for start in (Mark(), mark):
+    position = next(row.position for row in rows_of(tmp_path / "whole.tar") if row.position.place == 2)
+    for start in (Position(), position):
         with pytest.raises(DataError, match="cannot be read"):
             list(rows_of(path, start))
 

@@ -1,4 +1,4 @@
-"""What lies in an output: lines, pieces, and the two files that are made of them."""
+"""What lies in an output: lines, chunks, and the two files that are made of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.batch.files import Lines
-from tandem.batch.input.plan import Divider, Mark, PieceSize, units
+from tandem.batch.input.plan import Chunker, ChunkSize, Position, units
 from tandem.batch.input.rows import read_row
 from tandem.batch.output.lines import answered, failed, has_failed, reason_of, row_of
 from tandem.batch.output.write import Output
@@ -95,18 +95,18 @@ def test_the_reason_is_what_the_engine_said(body: bytes, reason: str) -> None:
 def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: Path) -> None:
     output = Output.at(str(tmp_path / "answers"))
     bases = ["a@1", "b@1", "a@1", None, "b@1", "a@1", None]
-    pieces = list(Divider(PieceSize(4)).pieces(0, ((Mark(0, i), 9, base) for i, base in enumerate(bases))))
-    every = units(pieces, ["a@1", "b@1"])
+    chunks = list(Chunker(ChunkSize(4)).chunks(0, ((Position(0, i), 9, base) for i, base in enumerate(bases))))
+    every = units(chunks, ["a@1", "b@1"])
     output.begin({"rows": 7})
     output.refuse([failed(row, "x", "why", b"{}").text for row in (3, 6)])
     for unit in every:
         base = ["a@1", "b@1"][unit.base]
-        rows = [row for row in range(unit.piece.first, unit.piece.first + unit.piece.rows) if bases[row] == base]
+        rows = [row for row in range(unit.chunk.first, unit.chunk.first + unit.chunk.rows) if bases[row] == base]
         # The engine refused row 1.
         lines = [answered(r, None, 200, BODY, plain=False) if r != 1 else failed(r, "x", "no", b"{}") for r in rows]
         output.publish(unit.name, [line.text for line in lines])
     assert output.published() >= {unit.name for unit in every}
-    assert output.assemble(pieces, every) == (4, 3)
+    assert output.assemble(chunks, every) == (4, 3)
     found = [
         [json.loads(line)["row"] for line in Path(str(f)).read_text().splitlines()]
         for f in (output.results, output.errors)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tandem.cli.support.shell import CORE_LEVEL, quiet_driver
+from tandem.sdk.cluster import CORE_LEVEL, quiet_driver
 from tandem.settings import variable
 
 LOSES_ONE = """
 import os, signal, time
-from tandem.cli.support.shell import friendly_errors, uninterrupted
+from tandem.cli.support.shell import friendly_errors
+from tandem.sdk.cluster import uninterrupted
 
 class Finalizer:
     def __del__(self):
@@ -88,7 +89,7 @@ def test_an_interrupt_within_an_extension_module_leaves_with_the_same_status(tmp
 
 QUIET = """
 import logging, sys
-from tandem.cli.serve import quiet_serve
+from tandem.sdk.cluster import quiet_serve
 quiet_serve()
 import ray.serve.api, tandem.apps.deploy
 sys.exit(logging.getLogger("ray.serve").isEnabledFor(logging.INFO))

@@ -1,4 +1,4 @@
-"""A layout that cannot work is refused by the numbers, and the one that is suggested instead works."""
+"""An impossible layout is refused, and the suggested one works."""
 
 from __future__ import annotations
 
@@ -131,17 +131,17 @@ def changed(before: TrainConfig, changes: dict[str, int]) -> TrainConfig:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_with_the_numbers_and_the_nearest_that_works(shape, values, message):
+def test_an_impossible_layout_is_refused_with_the_nearest_that_works(shape, values, message):
     with pytest.raises(LayoutError, match=message):
         check_layout(shape, config(**values))
 
 
-def test_a_batch_follows_the_degrees_if_it_must():
+def test_the_suggested_batch_size_fits_the_suggested_degrees():
     refused = config(parallel={"workers": 4, "tensor": 4}, batch_size=1)
     assert nearest_layout(DENSE, refused) == {"parallel.tensor": 2, "batch_size": 2}
 
 
-def test_a_model_whose_layers_training_does_not_know_is_not_cut():
+def test_an_unknown_family_is_not_split():
     gemma = ModelShape(family="gemma2", layers=4, heads=4, kv_heads=4)
     check_layout(gemma, config(parallel={"workers": 4, "replicate": 2}))
     with pytest.raises(LayoutError, match="pipeline is 2, .* llama, mistral.* is a 'gemma2'.*: parallel.pipeline=1"):
@@ -161,11 +161,11 @@ def test_a_layout_that_works_is_not_refused(parallel):
     check_layout(DENSE, config(parallel=parallel, accumulate=2, batch_size=48))
 
 
-def test_experts_and_tensors_are_shared_at_once():
+def test_expert_and_tensor_parallelism_combine():
     check_layout(MIXTURE, config(parallel={"workers": 8, "expert": 2, "tensor": 4}))
 
 
-def test_what_is_not_known_of_a_model_is_not_refused():
+def test_unknown_shapes_are_not_refused():
     check_layout(
         ModelShape(),
         config(parallel={"workers": 6, "tensor": 3, "pipeline": 2}, accumulate=2, data={"sequence_length": 255}),
@@ -247,7 +247,7 @@ def configs(draw: Any) -> TrainConfig:
 
 @settings(max_examples=150)
 @given(shapes(), configs())
-def test_the_suggestion_is_accepted_whatever_was_refused(shape, asked):
+def test_every_suggested_layout_is_accepted(shape, asked):
     try:
         check_layout(shape, asked)
     except LayoutError as refused:
@@ -256,14 +256,14 @@ def test_the_suggestion_is_accepted_whatever_was_refused(shape, asked):
         check_layout(shape, changed(asked, {key: int(value) for key, value in found.items()}))
 
 
-def test_the_demands_of_a_schedule_are_those_of_torch():
+def test_schedule_rules_agree_with_torch():
     # Torch's own constructors are asked in tests/unit/train/test_pipeline.py.
     assert [n for n in range(1, 10) if micro_batches_fit("interleaved", 2, n)] == [1, 2, 3, 4, 6, 8]
     assert [n for n in range(1, 5) if micro_batches_fit("1f1b", 3, n)] == [3, 4]
     assert all(micro_batches_fit(name, 4, 1) for name in ("gpipe", "zero_bubble"))
 
 
-def test_a_row_divides_for_all_that_share_it():
+def test_the_sequence_length_divides_for_context_and_tensor_ranks():
     assert length_unit(config()) == 1
     assert length_unit(config(parallel={"workers": 6, "context": 2, "tensor": 3})) == 12
     assert length_unit(config(parallel={"workers": 6, "context": 2, "tensor": 3, "sequence_parallel": False})) == 4

@@ -1,4 +1,4 @@
-"""What a person writes for a sweep becomes its trials, or is refused before anything starts."""
+"""Sweep parameters become trials, or are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_fewer_trials_than_cells_are_a_sample_of_the_grid():
 
 
 @given(st.integers(1, 30), st.integers(0, 5))
-def test_draws_stay_within_their_range_and_go_through_the_list_evenly(count: int, seed: int):
+def test_draws_stay_within_their_range_and_cycle_through_lists(count: int, seed: int):
     trials = plan_trials([RATE, DECAY], count, seed=seed)
     assert len(trials) == count
     assert all(1e-3 <= float(t["optimizer.weight_decay"]) <= 1e-1 for t in trials)
@@ -42,14 +42,14 @@ def test_a_logarithmic_draw_is_as_often_below_the_middle_as_above():
     assert 70 < sum(value < 1e-2 for value in drawn) < 130
 
 
-def test_no_trial_is_tried_twice():
+def test_all_trials_are_different():
     whole = parse_parameter("seed=randint(1,3)")
     assert sorted(t["seed"] for t in plan_trials([whole], 3)) == ["1", "2", "3"]
     with pytest.raises(ConfigError, match="only 3 different"):
         plan_trials([whole], 4)
 
 
-def test_values_are_cut_at_commas_outside_of_brackets_and_quotes():
+def test_values_are_split_at_commas_outside_of_brackets_and_quotes():
     assert split_values("[0.9, 0.95],[0.9,0.99]") == ["[0.9, 0.95]", "[0.9,0.99]"]
     assert split_values("cosine, 'a,b'") == ["cosine", "'a,b'"]
 
@@ -70,7 +70,7 @@ def test_values_are_cut_at_commas_outside_of_brackets_and_quotes():
         ("seed=loguniform(0,1)", "starts above 0"),
     ],
 )
-def test_a_parameter_that_cannot_be_is_refused(text: str, said: str):
+def test_an_invalid_parameter_is_refused(text: str, said: str):
     with pytest.raises(ConfigError, match=said):
         parse_parameter(text)
 
@@ -85,7 +85,7 @@ def test_a_parameter_that_cannot_be_is_refused(text: str, said: str):
         ([DECAY], None, "say how many trials"),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused(parameters: list, trials: int | None, said: str):
+def test_an_invalid_plan_is_refused(parameters: list, trials: int | None, said: str):
     with pytest.raises(ConfigError, match=said):
         plan_trials(parameters, trials)
 
@@ -97,14 +97,14 @@ def test_a_trial_is_the_config_with_its_values():
     assert config.batch_size == 8
 
 
-def test_a_key_that_is_no_setting_is_refused_with_the_nearest_and_so_is_a_value_that_fails():
+def test_unknown_keys_and_invalid_values_are_refused():
     with pytest.raises(ConfigError, match="learnin_rate=1.* is not a setting. Did you mean 'learning_rate'"):
         trial_config(CONFIG, {"optimizer.learnin_rate": "1"})
     with pytest.raises(ConfigError, match="The trial accumulate=3 cannot be: .*nearest that works is"):
         trial_config(CONFIG, {"accumulate": "3"})
 
 
-def test_a_score_is_the_last_loss_or_the_usual_speed():
+def test_a_score_is_the_last_loss_or_the_median_speed():
     told = [
         {"event": "step", "loss": 3.0, "tokens_per_s": 10.0},
         {"event": "evaluation", "loss": 2.5, "perplexity": 12.0},

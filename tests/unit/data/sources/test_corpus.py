@@ -226,8 +226,8 @@ def test_every_kind_is_read_from_every_form(tmp_path: Path, form: str, kind: str
 def test_a_record_that_cannot_be_used_is_named_in_every_form(tmp_path: Path, form: str):
     records = [{"prompt": "q", "answer": "a"}] * 4 + [{"prompt": "q", "answer": None}]
     corpus = open_corpus(str(as_file(tmp_path, form, records)))
-    place = {"parquet": "a.parquet row 5", "saved": "data-1.arrow row 2", "webdataset": "0000.tar sample part/00004"}
-    with pytest.raises(DataError, match=f"{place[form]}: 'answer' is empty; it must be a string"):
+    position = {"parquet": "a.parquet row 5", "saved": "data-1.arrow row 2", "webdataset": "0000.tar sample part/00004"}
+    with pytest.raises(DataError, match=f"{position[form]}: 'answer' is empty; it must be a string"):
         list(corpus.samples())
 
 

@@ -1,4 +1,4 @@
-"""An adapter added into its base says what the adapted model says."""
+"""A merged model equals its base with the adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from tandem.checkpoint.export import export, weights_of
+from tandem.checkpoint.export import export, export_tensors
 from tandem.cli.models import models_app
 from tandem.config import LoraConfig
 from tandem.data.build import tokenizer_files
@@ -22,17 +22,17 @@ IDS = torch.arange(5, 25)[None]
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_merged_adapter_is_a_model_that_says_the_same(
+def test_a_merged_model_gives_the_logits_of_base_and_adapter(
     model: Any, encoder: TextEncoder, tandem_home: Path, tmp_path: Path, dora: bool
 ):
-    export(model, weights_of(model), tmp_path / "base", beside=tokenizer_files(Path(encoder.folder)))
+    export(model, export_tensors(model), tmp_path / "base", extra_files=tokenizer_files(Path(encoder.folder)))
     registry = Registry.open()
     registry.register_model("base", tmp_path / "base")
     adapted: Any = add_adapters(model, LoraConfig(rank=4, dora=dora), base_id="base@1", seed=0).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name or "magnitude" in name:
             torch.nn.init.normal_(parameter, mean=1.0 if "magnitude" in name else 0.0, std=0.1)
-    export(adapted, weights_of(adapted), tmp_path / "adapter")
+    export(adapted, export_tensors(adapted), tmp_path / "adapter")
     assert registry.register_adapter("helper", tmp_path / "adapter", base="base").dora is dora
     result = CliRunner().invoke(models_app, ["merge", "helper", "whole"])
     assert result.exit_code == 0, result.output
@@ -43,8 +43,8 @@ def test_a_merged_adapter_is_a_model_that_says_the_same(
     assert TextEncoder(str(record.path)).vocab_size == encoder.vocab_size
 
 
-def test_a_model_cannot_be_merged(model: Any, tandem_home: Path, tmp_path: Path):
-    export(model, weights_of(model), tmp_path / "base")
+def test_merging_a_model_into_a_model_is_refused(model: Any, tandem_home: Path, tmp_path: Path):
+    export(model, export_tensors(model), tmp_path / "base")
     Registry.open().register_model("base", tmp_path / "base")
     result = CliRunner().invoke(models_app, ["merge", "base", "whole"])
     assert result.exit_code == 1 and "base@1 is a model, not an adapter" in result.output

@@ -1,4 +1,4 @@
-"""Cross-entropy in pieces is cross-entropy."""
+"""Chunked cross-entropy equals torch's."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch.nn.functional as F
 
 from tandem.data.packing import IGNORED
 from tandem.train.objectives import cross_entropy
-from tandem.train.objectives.cross_entropy import cross_entropy_in_pieces
+from tandem.train.objectives.cross_entropy import chunked_cross_entropy
 
 
 @pytest.mark.parametrize("piece", [1, 100, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype) -> None:
-    monkeypatch.setitem(cross_entropy.PIECE, "cpu", piece)
+def test_chunked_loss_and_gradient_match_torch(monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", piece)
     torch.manual_seed(0)
     logits = (5 * torch.randn(23, 31)).to(dtype).requires_grad_()
     wanted = torch.randint(31, (23,))
     wanted[::4] = IGNORED
-    found = cross_entropy_in_pieces(logits, wanted)
+    found = chunked_cross_entropy(logits, wanted)
     (slopes,) = torch.autograd.grad(found * 0.7, logits)
     expected = F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
     (expected_slopes,) = torch.autograd.grad(expected * 0.7, logits)
@@ -28,8 +28,8 @@ def test_loss_and_gradient_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, p
     torch.testing.assert_close(slopes, expected_slopes)
 
 
-def test_rows_that_all_want_nothing_lose_nothing() -> None:
+def test_rows_without_targets_have_zero_loss() -> None:
     logits = torch.full((3, 5), torch.inf).requires_grad_()
     for count in (3, 0):
-        loss = cross_entropy_in_pieces(logits[:count], torch.full((count,), IGNORED))
+        loss = chunked_cross_entropy(logits[:count], torch.full((count,), IGNORED))
         assert loss == 0

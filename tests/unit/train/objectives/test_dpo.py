@@ -1,4 +1,4 @@
-"""DPO gives what the paper's formula gives pair by pair, packed or not."""
+"""DPO equals the paper's formula pair by pair, packed or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tandem.config import DpoConfig, LoraConfig
 from tandem.data.packing import pack_preferences
 from tandem.data.tokenize import Encoded
 from tandem.train.adapters.lora import add_adapters
-from tandem.train.objectives.dpo import Dpo, FrozenModel, WithoutAdapters, answer_log_probabilities
+from tandem.train.objectives.dpo import AdapterDisabledReference, Dpo, FrozenReference, answer_log_probabilities
 
 
 def answer(prompt: list[int], reply: list[int]) -> Encoded:
@@ -43,8 +43,8 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
     return other
 
 
-def frozen(model: torch.nn.Module) -> FrozenModel:
-    return FrozenModel(copy.deepcopy(model).requires_grad_(False))
+def frozen(model: torch.nn.Module) -> FrozenReference:
+    return FrozenReference(copy.deepcopy(model).requires_grad_(False))
 
 
 def log_probability(model: torch.nn.Module, document: Encoded) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_loss_gradients_and_metrics_are_those_of_the_paper(model: Any, rows: tor
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_at_the_start_nothing_is_preferred(model: torch.nn.Module, rows: torch.Tensor):
+def test_the_margin_is_zero_before_training(model: torch.nn.Module, rows: torch.Tensor):
     loss, sums = Dpo(DpoConfig(), frozen(model)).loss(model, rows)
     assert float(loss.detach()) == pytest.approx(len(PAIRS) * 0.6931472, abs=1e-6)
     assert float(sums["reward_margin"]) == 0
@@ -99,13 +99,13 @@ def test_at_the_start_nothing_is_preferred(model: torch.nn.Module, rows: torch.T
 def test_a_frozen_reference_is_not_trained(model: torch.nn.Module, rows: torch.Tensor):
     reference = copy.deepcopy(model).train()
     with pytest.raises(AssertionError, match="frozen before it is sharded"):
-        FrozenModel(reference)
-    loss, _ = Dpo(DpoConfig(), FrozenModel(reference.requires_grad_(False))).loss(model, rows)
+        FrozenReference(reference)
+    loss, _ = Dpo(DpoConfig(), FrozenReference(reference.requires_grad_(False))).loss(model, rows)
     loss.backward()
     assert all(p.grad is None for p in reference.parameters()) and not reference.training
 
 
-def test_without_its_adapters_a_model_is_its_own_reference(model: torch.nn.Module, rows: torch.Tensor):
+def test_the_model_with_disabled_adapters_is_the_reference(model: torch.nn.Module, rows: torch.Tensor):
     base = copy.deepcopy(model)
     adapted = add_adapters(model, LoraConfig(rank=4, dropout=0.5), base_id="b", seed=0).train()
     with torch.no_grad():
@@ -117,18 +117,18 @@ def test_without_its_adapters_a_model_is_its_own_reference(model: torch.nn.Modul
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    with torch.no_grad(), WithoutAdapters().opened(adapted) as reference:
+    with torch.no_grad(), AdapterDisabledReference().model_for(adapted) as reference:
         found = answer_log_probabilities(reference, rows[:, :3])
     torch.testing.assert_close(found, answer_log_probabilities(base, rows[:, :3]).detach(), atol=1e-6, rtol=0)
     assert adapted.training and {name for name, p in adapted.named_parameters() if p.requires_grad} == trained
     adapted.eval()
-    loss, _ = Dpo(DpoConfig(), WithoutAdapters()).loss(adapted, rows)
+    loss, _ = Dpo(DpoConfig(), AdapterDisabledReference()).loss(adapted, rows)
     apart, _ = Dpo(DpoConfig(), frozen(base)).loss(adapted, rows)
     assert float(loss.detach()) == pytest.approx(float(apart.detach()), abs=1e-6)
     assert float(loss.detach()) != pytest.approx(len(PAIRS) * 0.6931472, abs=1e-3)
 
 
-def test_rows_of_padding_lose_nothing(model: torch.nn.Module, rows: torch.Tensor):
+def test_padding_rows_have_zero_loss(model: torch.nn.Module, rows: torch.Tensor):
     padding = rows.clone()
     padding[:, 1::3] = -100
     objective = Dpo(DpoConfig(), frozen(model))

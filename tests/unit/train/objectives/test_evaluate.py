@@ -1,4 +1,4 @@
-"""An evaluation is the mean over its rows, in batches of any size, and changes nothing."""
+"""Evaluation is the mean over its rows for any batch size, and changes nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from tandem.config import DpoConfig
 from tandem.data.packing import IGNORED, Rows, pack
 from tandem.data.tokenize import Encoded
-from tandem.train.objectives.dpo import Dpo, FrozenModel
+from tandem.train.objectives.dpo import Dpo, FrozenReference
 from tandem.train.objectives.evaluate import evaluate, shares
 from tandem.train.objectives.objective import NextToken
-from tandem.train.parallel.model import Trained
+from tandem.train.parallel.model import ParallelModel
 
-Alone = Callable[..., Trained]
+Alone = Callable[..., ParallelModel]
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def rows() -> Rows:
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 5])
-def test_it_is_the_mean_over_all_tokens_and_its_exponential(
+def test_evaluation_is_the_mean_over_all_tokens_with_its_perplexity(
     model: torch.nn.Module, alone: Alone, rows: Rows, batch_rows: int
 ):
     tokens = torch.from_numpy(rows.astype(np.int64))
@@ -40,7 +40,7 @@ def test_it_is_the_mean_over_all_tokens_and_its_exponential(
     assert found == {"loss": pytest.approx(expected, abs=1e-5), "perplexity": pytest.approx(math.exp(found["loss"]))}
 
 
-def test_the_model_is_left_as_it_was(model: torch.nn.Module, alone: Alone, rows: Rows):
+def test_evaluation_leaves_the_model_unchanged(model: torch.nn.Module, alone: Alone, rows: Rows):
     placed = alone(model).train()
     before = copy.deepcopy(model.state_dict())
     evaluate(placed, NextToken(), rows, batch_rows=2, device=CPU)
@@ -52,7 +52,7 @@ def test_pairs_have_no_perplexity(model: torch.nn.Module, alone: Alone):
     from tandem.data.packing import pack_preferences
 
     pair = (Encoded([5, 6, 7], [False, True, True]), Encoded([5, 8], [False, True]))
-    objective = Dpo(DpoConfig(), FrozenModel(copy.deepcopy(model).requires_grad_(False)))
+    objective = Dpo(DpoConfig(), FrozenReference(copy.deepcopy(model).requires_grad_(False)))
     found = evaluate(alone(model), objective, pack_preferences([pair], 8, 0), batch_rows=4, device=CPU)
     assert found == {"loss": pytest.approx(math.log(2)), "reward_margin": 0.0, "reward_accuracy": 0.0}
 

@@ -1,4 +1,4 @@
-"""Names and shapes in a checkpoint are the plain model's, whatever a rank holds of it."""
+"""Checkpoints have the names and shapes of the plain model in every layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tandem.train.parallel import canonical as module
-from tandem.train.parallel.canonical import canonical, persistent_buffers, plain_name, settle
+from tandem.train.parallel.canonical import canonical, canonical_name, persistent_buffers, sync_tied
 
 
 class Stage(nn.Module):
@@ -34,26 +34,26 @@ def test_a_tied_embedding_has_one_name_on_every_stage(first: bool, last: bool):
     assert list(canonical(stage, dict(stage.named_parameters()))) == ["model.embed_tokens.weight"]
 
 
-def test_one_that_is_not_tied_has_its_own():
+def test_an_untied_output_keeps_its_name():
     stage = Stage(first=True, last=True, tied=False)
     held = dict(stage.named_parameters())
     assert list(canonical(stage, held)) == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert plain_name(stage, "lm_head.weight") == "lm_head.weight"
+    assert canonical_name(stage, "lm_head.weight") == "lm_head.weight"
 
 
-def test_what_is_loaded_reaches_both_copies_of_a_rank():
+def test_loading_updates_both_copies_of_a_tied_embedding():
     stage = Stage(first=True, last=True)
     held = dict(stage.named_parameters())
     (part,) = canonical(stage, held).values()
-    (box,) = part.boxes.values()
+    (box,) = part.chunks.values()
     box.fill_(5.0)
     assert stage.model.embed_tokens.weight.unique().tolist() == [5.0] != stage.lm_head.weight.unique().tolist()
-    settle(stage, held)
+    sync_tied(stage, held)
     assert stage.lm_head.weight.unique().tolist() == [5.0]
 
 
 @given(st.data())
-def test_a_box_of_shared_experts_is_one_of_gates_and_one_of_ups(data: st.DataObject):
+def test_a_chunk_of_parallel_experts_becomes_a_gate_chunk_and_an_up_chunk(data: st.DataObject):
     experts, width, hidden = (data.draw(st.integers(1, 4)) for _ in range(3))
     whole = torch.arange(float(experts * 2 * width * hidden)).view(experts, 2, width, hidden)
     expected, found = whole.flatten(1, 2), torch.full((experts, 2 * width, hidden), -1.0)
@@ -63,24 +63,24 @@ def test_a_box_of_shared_experts_is_one_of_gates_and_one_of_ups(data: st.DataObj
         for begin, end in ((0, inner), (inner, width)):
             with pytest.MonkeyPatch.context() as patch:
                 local = whole[first:last, :, begin:end]
-                patch.setattr(module, "box_of", lambda t, f=first, b=begin, held=local: ((f, 0, b, 0), held))
-                part = module._stacked(whole)
+                patch.setattr(module, "local_chunk", lambda t, f=first, b=begin, held=local: ((f, 0, b, 0), held))
+                part = module._fused_experts(whole)
             assert part.shape == expected.shape
-            for (e, i, h), box in part.boxes.items():
+            for (e, i, h), box in part.chunks.items():
                 where = (slice(e, e + box.shape[0]), slice(i, i + box.shape[1]), slice(h, h + box.shape[2]))
                 assert (found[where] == -1).all()
                 found[where] = box
     assert torch.equal(found, expected)
 
 
-def test_loading_into_a_part_changes_the_experts_themselves(monkeypatch: pytest.MonkeyPatch):
+def test_loading_into_a_chunk_changes_the_experts(monkeypatch: pytest.MonkeyPatch):
     weight = torch.zeros(2, 2, 3, 4)
-    for box in module._stacked(weight).boxes.values():
+    for box in module._fused_experts(weight).chunks.values():
         box.fill_(1.0)
     assert weight.unique().tolist() == [1.0]
 
 
-def test_buffers_that_a_model_saves_are_there_and_no_others():
+def test_only_persistent_buffers_are_saved():
     model: Any = nn.Sequential(nn.BatchNorm1d(2))
     model.register_buffer("made_anew", torch.ones(1), persistent=False)
     assert {name for name, _ in persistent_buffers(model)} == {

@@ -1,4 +1,4 @@
-"""What a job's config becomes for DeepSpeed, and what is said of a machine that lacks something."""
+"""DeepSpeed's options from a job's config, and missing requirements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from tandem.config import DataConfig, DeepSpeedConfig, ParallelismConfig, TrainConfig
 from tandem.errors import EnvironmentProblem
-from tandem.train.parallel.deepspeed import BUCKET, check_deepspeed, disk_folder, engine_options
+from tandem.train.parallel.deepspeed import BUCKET, check_deepspeed, engine_options, offload_folder
 
 
 def config(**values: Any) -> TrainConfig:
@@ -21,7 +21,7 @@ def config(**values: Any) -> TrainConfig:
     )  # fmt: skip
 
 
-def test_buffers_are_no_larger_than_the_model():
+def test_communication_buckets_are_no_larger_than_the_model():
     small = nn.Linear(10, 10)
     options = engine_options(small, config(stage=3), pin=False)
     assert options["zero_optimization"]["reduce_bucket_size"] == 110
@@ -30,7 +30,7 @@ def test_buffers_are_no_larger_than_the_model():
     assert options["train_micro_batch_size_per_gpu"] == 2 and options["gradient_accumulation_steps"] == 2
 
 
-def test_what_is_offloaded_for_a_gpu_lies_in_locked_memory():
+def test_offload_for_a_gpu_uses_pinned_memory():
     model = nn.Linear(10, 10)
     for pin in (True, False):
         zero = engine_options(model, config(offload_optimizer="cpu", offload_parameters="cpu"), pin=pin)
@@ -38,23 +38,23 @@ def test_what_is_offloaded_for_a_gpu_lies_in_locked_memory():
             assert zero["zero_optimization"][key] == {"device": "cpu", "pin_memory": pin}
 
 
-def test_two_jobs_never_share_a_folder_on_the_disk(tmp_path: Path):
+def test_each_job_has_its_own_offload_folder(tmp_path: Path):
     to_disk = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path)}
     one, other = config(**to_disk), config(**to_disk, offload_parameters="nvme")
-    assert disk_folder(one) != disk_folder(other) and disk_folder(one) == disk_folder(config(**to_disk))
-    assert disk_folder(config()) is None
+    assert offload_folder(one) != offload_folder(other) and offload_folder(one) == offload_folder(config(**to_disk))
+    assert offload_folder(config()) is None
     zero = engine_options(nn.Linear(10, 10), other, pin=False)["zero_optimization"]
-    assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(disk_folder(other))
+    assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(offload_folder(other))
 
 
-def test_a_machine_without_deepspeed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_deepspeed_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'tandem\[deepspeed\]'"):
         check_deepspeed(config())
     check_deepspeed(TrainConfig(name="n", data=DataConfig(path="p")))
 
 
-def test_what_is_missing_to_offload_to_a_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_requirements_of_disk_offload_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     wanted = config(offload_optimizer="nvme", nvme_path=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Degrees multiply to the workers, and say so when they do not."""
+"""Parallelism degrees multiply to the number of workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tandem.errors import LayoutError
 from tandem.train.parallel.mesh import Degrees
 
 
-def test_a_strategy_is_a_place_on_the_mesh():
+def test_ddp_replicates_and_fsdp2_shards_the_data_axis():
     assert Degrees.of(ParallelismConfig(workers=4, strategy="ddp")) == Degrees(dp_replicate=4)
     assert Degrees.of(ParallelismConfig(workers=4, strategy="fsdp2")) == Degrees(dp_shard=4)
 
@@ -28,7 +28,7 @@ def test_degrees_multiply():
     st.fixed_dictionaries({axis: st.integers(1, 3) for axis in ("pp", "dp_replicate", "ep", "cp", "tp")}),
     st.integers(1, 3),
 )
-def test_pipeline_context_and_tensor_peers_see_the_same_rows_and_nobody_else(sizes: dict[str, int], outer: int):
+def test_only_pipeline_context_and_tensor_peers_share_a_data_rank(sizes: dict[str, int], outer: int):
     degrees = Degrees(**sizes, dp_shard=outer * sizes["ep"])
     axes = (sizes["pp"], sizes["dp_replicate"], outer, sizes["ep"], sizes["cp"], sizes["tp"])
     # The places of ranks on the mesh, as `Degrees.mesh` lays it: experts are shared by ranks that see different rows.
@@ -48,11 +48,11 @@ def test_degrees_that_do_not_fit_are_refused_with_the_numbers():
 
 
 @pytest.mark.parametrize("nodes", ["aaaa", "aabb", "bbaa"])
-def test_tensor_groups_that_are_each_on_one_node_are_let_through(nodes: str):
+def test_tensor_groups_within_nodes_are_accepted(nodes: str):
     Degrees(dp_shard=2, tp=2).check_nodes(nodes)
 
 
-def test_a_tensor_group_that_is_spread_over_nodes_is_refused_with_who_is_where():
+def test_a_tensor_group_across_nodes_is_refused_with_the_ranks_of_each_node():
     with pytest.raises(
         LayoutError,
         match=r"tensor \(2\) makes a group of ranks 2 to 3.* 2 nodes: ranks 0, 1, 2 on one; rank 3 on two\."
@@ -63,5 +63,5 @@ def test_a_tensor_group_that_is_spread_over_nodes_is_refused_with_who_is_where()
         Degrees(tp=4).check_nodes(["one", "one", "two", "two"])
 
 
-def test_what_is_no_tensor_group_may_be_spread():
+def test_other_groups_may_span_nodes():
     Degrees(pp=2, dp_shard=2).check_nodes(["one", "two", "three", "four"])

@@ -1,4 +1,4 @@
-"""What is asked of a base before ranks read it in slices, and what an empty model is."""
+"""Empty models for sharded loading, and the conditions for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tandem.config import DataConfig, LoraConfig, ModelConfig, ParallelismConfig, TrainConfig
 from tandem.errors import ConfigError
-from tandem.train.parallel.sharded_load import empty_base, let_go
+from tandem.train.parallel.sharded_load import build_empty_model, to_meta
 
 SMALL = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -40,8 +40,8 @@ def config(base: Path, workers: int = 2, strategy: str = "fsdp2", **values: Any)
 
 
 def test_an_empty_model_has_names_shapes_and_buffers_and_no_weights(base: Path):
-    empty: Any = empty_base(config(base), base)
-    adapters = let_go(empty)
+    empty: Any = build_empty_model(config(base), base)
+    adapters = to_meta(empty)
     plain: Any = AutoModelForCausalLM.from_pretrained(base)
     assert not adapters and all(p.is_meta for p in empty.parameters())
     assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
@@ -58,9 +58,9 @@ def test_an_empty_model_has_names_shapes_and_buffers_and_no_weights(base: Path):
     ],
     ids=["one worker", "replicas", "dora"],
 )
-def test_where_each_rank_needs_all_of_it_it_reads_all_of_it(base: Path, change: dict[str, Any]):
-    assert empty_base(config(base), base) is not None
-    assert empty_base(config(base, **change), base) is None
+def test_no_empty_model_is_built_if_each_rank_needs_all_weights(base: Path, change: dict[str, Any]):
+    assert build_empty_model(config(base), base) is not None
+    assert build_empty_model(config(base, **change), base) is None
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_where_each_rank_needs_all_of_it_it_reads_all_of_it(base: Path, change: 
     [{"quantization_config": {"quant_method": "fp8"}}, {"vocab_size": 91}, {"num_hidden_layers": 3}],
     ids=["quantized files", "another vocabulary", "a layer that no file has"],
 )
-def test_files_that_are_not_the_models_are_left_to_transformers(base: Path, change: dict[str, Any]):
+def test_files_with_other_tensor_names_are_loaded_by_transformers(base: Path, change: dict[str, Any]):
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert empty_base(config(base), base) is None
+    assert build_empty_model(config(base), base) is None
 
 
 def test_a_base_without_a_config_is_refused_with_its_folder(base: Path):
     (base / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"model\.base .* cannot be loaded"):
-        empty_base(config(base), base)
+        build_empty_model(config(base), base)

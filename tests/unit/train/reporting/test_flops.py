@@ -1,4 +1,4 @@
-"""What a token costs, and what a device can do: the numbers themselves."""
+"""FLOPs of a token, and peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from tandem.config import LoraConfig
 from tandem.train.adapters.lora import add_adapters
-from tandem.train.reporting.flops import Meter, active_parameters, flops_per_token, measured_flops, peak_flops
+from tandem.train.reporting.flops import MfuMeter, active_parameters, flops_per_token, measured_flops, peak_flops
 
 SMALL = {
     "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -22,7 +22,7 @@ def sizes(model: torch.nn.Module) -> list[tuple[str, int]]:
     return [(name, parameter.numel()) for name, parameter in model.named_parameters()]
 
 
-def test_a_token_of_palm_540b_costs_what_its_paper_says():
+def test_flops_per_token_of_palm_540b_match_its_paper():
     # 118 layers, 48 heads of 256, rows of 2048: 6 x 540.35e9 + 12 x 118 x 12288 x 2048.
     cost = flops_per_token(
         active_parameters=540_350_000_000,
@@ -42,7 +42,7 @@ def test_a_frozen_parameter_costs_two_thirds():
     assert flops_per_token(**full, trained_parameters=0) == 3600
 
 
-def test_an_embedding_counts_only_where_it_is_the_output_too():
+def test_an_embedding_counts_only_if_it_is_tied_to_the_output():
     tied = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
     untied = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False))
     total = sum(p.numel() for p in tied.parameters())
@@ -51,7 +51,7 @@ def test_an_embedding_counts_only_where_it_is_the_output_too():
     assert active_parameters(sizes(untied), untied.config) == total
 
 
-def test_a_token_meets_only_its_own_experts():
+def test_only_the_selected_experts_of_a_token_count():
     shape = {
         **SMALL,
         "num_experts": 8,
@@ -81,22 +81,22 @@ def test_a_token_meets_only_its_own_experts():
         ("Some GPU 5000", None),
     ],
 )
-def test_a_device_is_known_by_its_whole_name(name: str, peak: float | None):
+def test_peak_flops_are_found_by_the_full_device_name(name: str, peak: float | None):
     assert peak_flops(name) == peak
 
 
-def test_a_cpu_is_measured():
+def test_flops_of_a_cpu_are_measured():
     assert measured_flops(torch.device("cpu"), torch.float32, size=64, seconds=0.01) > 0
 
 
-def test_a_meter_gives_the_share_of_all_workers_devices_and_the_memory():
+def test_the_meter_reports_mfu_of_all_workers_and_memory_in_bytes():
     model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
-    meter = Meter.of(model, device=torch.device("cpu"), workers=2, sequence_length=32, precision="float32")
+    meter = MfuMeter.of(model, device=torch.device("cpu"), workers=2, sequence_length=32, precision="float32")
     total = sum(p.numel() for p in model.parameters())
     assert meter.token_flops == 6 * total + 12 * 3 * 32 * 32  # 4 heads of 8 are 32 wide
     read = meter.read(meter.peak / meter.token_flops / 4)
-    assert read["mfu"] == pytest.approx(0.25)
-    assert 2**26 < read["memory_bytes"] < 2**40, "bytes, not KiB: this process has imported PyTorch"
+    assert read.mfu == pytest.approx(0.25)
+    assert 2**26 < read.memory_bytes < 2**40, "bytes, not KiB: this process has imported PyTorch"
 
 
 def test_an_adapters_frozen_base_costs_four_operations_a_parameter():
@@ -104,11 +104,11 @@ def test_an_adapters_frozen_base_costs_four_operations_a_parameter():
     base = sum(p.numel() for p in model.parameters())
     adapted = add_adapters(model, LoraConfig(rank=2), base_id="base", seed=0)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    meter = Meter.of(adapted, device=torch.device("cpu"), workers=1, sequence_length=32, precision="float32")
+    meter = MfuMeter.of(adapted, device=torch.device("cpu"), workers=1, sequence_length=32, precision="float32")
     assert meter.token_flops == 4 * base + 6 * trained + 12 * 3 * 32 * 32
 
 
-def test_a_config_that_holds_a_language_model_among_others_is_read_through():
+def test_the_text_config_of_a_multimodal_config_is_used():
     inner = SimpleNamespace(tie_word_embeddings=True, num_experts=None)
     outer = SimpleNamespace(get_text_config=lambda: inner)
     assert active_parameters([("model.embed_tokens.weight", 7)], outer) == 7

@@ -1,0 +1,1 @@
+"""Shared by the benchmarks: load generators, tables and bars."""

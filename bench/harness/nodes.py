@@ -1,0 +1,61 @@
+"""Further nodes of a local cluster, to be killed while a benchmark runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+
+NODE_MARK = "TANDEM_BENCH_NODE"
+"""Variable that all processes of an added node have; its value names the node."""
+
+
+class Node:
+    """A further node of a local cluster, on this machine."""
+
+    def __init__(self, cluster: Any, cpus: int, *, resources: Mapping[str, float] | None = None) -> None:
+        self._cluster, self._cpus, self._resources = cluster, cpus, dict(resources or {})
+        self._name = uuid.uuid4().hex
+
+    def start(self) -> None:
+        """Join the cluster."""
+        from tandem.cluster.local import free_ports
+        from tandem.settings import child_environment
+
+        ports = free_ports(2)
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self._cluster.address}", "--block",
+            "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--num-cpus={self._cpus}",
+            f"--dashboard-agent-listen-port={ports[0]}", f"--metrics-export-port={ports[1]}",
+            "--object-store-memory=100000000", f"--resources={json.dumps(self._resources)}",
+        ]  # fmt: skip
+        subprocess.Popen(
+            command,
+            env=child_environment({**self._cluster.environment, NODE_MARK: self._name, "RAY_ADDRESS": None}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """All that runs there."""
+        from tandem.cluster.local import marked
+
+        found = []
+        for process in marked(self._cluster.mark):
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(NODE_MARK) == self._name:
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """End all its processes at once."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()

@@ -1,0 +1,1 @@
+"""Benchmarks of routing: simulated and real replicas."""

@@ -1,0 +1,1 @@
+"""Benchmarks of serving: latency, throughput, overload, faults, adapters and batch inference."""

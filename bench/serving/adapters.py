@@ -1,0 +1,326 @@
+"""What adapters cost the served app: cold starts, promotions, a thousand of them under load, and the way from a training run.
+
+    python -m bench.serving.adapters [--parts cold promotion zipf training] [--rounds N] [--json FILE] [--check]
+
+One app with 2 replicas of a small Llama, 8 adapter slots each, is asked over HTTP as clients ask it. `cold`: the first token of
+an adapter that no replica has seen, against its next one's. `promotion`: each promotion is followed at once by a request, with
+others under way. `zipf`: a thousand adapters, asked with Zipf's frequencies, against the same requests to the base, and to 8
+adapters that stay where they are: what is between the base and those is vLLM's own arithmetic. `training`: a LoRA job runs on the
+app's cluster, and the app is asked for its adapter from the job's last step on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from bench.harness.report import Verdict, ends, judge, lines, show, write
+from bench.serving.adapters_app import RANK, SLOTS, App, register_many, serving, write_adapter
+
+COLD_MS, SHARE, TRAINED_S = 150.0, 0.8, 2.0
+"""The bars."""
+
+
+async def cold(app: App, names: Sequence[str]) -> dict[str, Any]:
+    """First tokens of adapters that nobody has asked for, of the same again, and of those that left the slots meanwhile."""
+    for _ in range(6):
+        await app.first_token_ms("bench")
+    first, again = [], []
+    for name in names:
+        first.append(await app.first_token_ms(name))
+        again.append(await app.first_token_ms(name))
+    held = {
+        adapter for replica in await app.residency() for adapter in (*replica.adapters,) if adapter not in replica.slots
+    }
+    memory = [await app.first_token_ms(name) for name in names if f"{name}@1" in held][: len(names) // 2]
+    return {
+        "cold_ms": spread(first),
+        "warm_ms": spread(again),
+        "memory_ms": spread(memory),
+        "more_ms": spread([one - two for one, two in zip(first, again, strict=True)]),
+    }
+
+
+async def promotion(app: App, folder: Path, times: int) -> dict[str, Any]:
+    """Promote two versions in turn, each time asking at once, while other streams ask for the same name."""
+    for number in (1, 2):
+        app.registry.register_adapter("moving", write_adapter(folder / f"moving-{number}", 100 + number), base="bench")
+    over, failed, wrong, took = asyncio.Event(), [], 0, []
+
+    async def others() -> None:
+        while not over.is_set():
+            failed.extend((await app.drive([["moving"]] * 4, 24))["failed"])
+
+    load = asyncio.create_task(others())
+    for number in range(times):
+        wanted = f"moving@{1 + number % 2}"
+        await asyncio.to_thread(app.registry.promote, wanted)
+        began = time.perf_counter()
+        wrong += await answered_by(app, "moving") != wanted
+        took.append(1000 * (time.perf_counter() - began))
+    over.set()
+    await load
+    return {"promotions": times, "wrong": wrong, "failed": failed, "next_answer_ms": spread(took)}
+
+
+async def answered_by(app: App, model: str) -> str:
+    """The version that answers a short request."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    writer.write(app.request(model, 1))
+    said = b""
+    while b'"model":' not in said or b"[DONE]" not in said:
+        more = await reader.read(65536)
+        if not more:
+            return said.decode(errors="replace")
+        said += more
+    writer.close()
+    return said.split(b'"model":')[1].split(b'"')[1].decode()
+
+
+async def zipf(
+    app: App, names: Sequence[str], rounds: int, streams: int, requests: int, tokens: int
+) -> list[dict[str, Any]]:
+    """Rounds of the same requests to the base and to adapters; round -1 warms up and is not counted."""
+    dice, results = random.Random(0), []
+    weights = [1 / rank for rank in range(1, len(names) + 1)]
+    kinds: dict[str, Callable[[], list[str]]] = {
+        "base": lambda: ["bench"] * requests,
+        "warm": lambda: dice.choices(names[-SLOTS:], k=requests),
+        "zipf": lambda: dice.choices(names, weights, k=requests),
+    }
+    for number in range(-1, rounds):
+        order = [*kinds][number % 3 :] + [*kinds][: number % 3]
+        for kind in order:
+            asked = [kinds[kind]() for _ in range(streams)]
+            before = await loads(app)
+            looks: list[list[Any]] = []
+            watching = asyncio.create_task(watch(app, looks))
+            found = await app.drive(asked, tokens)
+            watching.cancel()
+            found |= {"waiting": round(statistics.mean(sum(r.waiting for r in look) for look in looks[1:] or looks), 2)}
+            found |= {"apart": round(statistics.mean(apart(look) for look in looks[1:] or looks), 2)}
+            found |= {"kind": kind, "round": number, "asked": len({name for each in asked for name in each})}
+            found |= {"first_token_ms": spread(found["first_token_ms"]), "loaded": await loads(app) - before}
+            print(f"round {number} {kind:9} {found['tokens_per_s']:7.0f} tokens/s, {found['loaded']} loads, "
+                  f"{found['waiting']} waiting, {found['apart']} requests more on one replica", flush=True)  # fmt: skip
+            if number >= 0:
+                results.append(found)
+    return results
+
+
+async def watch(app: App, looks: list[list[Any]]) -> None:
+    """Look at the replicas every half second."""
+    while True:
+        looks.append(await app.residency())
+        await asyncio.sleep(0.5)
+
+
+def apart(replicas: Sequence[Any]) -> int:
+    """Requests that the busiest replica has more than the idlest."""
+    return max(r.running + r.waiting for r in replicas) - min(r.running + r.waiting for r in replicas)
+
+
+async def loads(app: App) -> int:
+    """How often the replicas have loaded an adapter since they started; they tell with each beat."""
+    await asyncio.sleep(1.2)
+    return sum(replica.adapter_loads for replica in await app.residency())
+
+
+async def training(app: App, cluster: Any, rounds: int) -> list[dict[str, Any]]:
+    """Jobs of a few steps; seconds from the last one to the first token of what they made, and what they went for."""
+    from tandem.config import TrainConfig, from_dict
+    from tandem.jobs.client import JobClient
+    from tandem.jobs.prepare import prepare
+    from tandem.sdk.datasets import build
+
+    texts = app.home / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"say {n}, it is {n}"}) + "\n" for n in range(400)))
+    build(str(texts), app.home / "data" / "texts", tokenizer=str(app.home.parent / "model"))
+    client, results = JobClient(cluster), []
+    for number in range(rounds):
+        name = f"trained-{number}"
+        job = prepare(
+            from_dict(
+                TrainConfig,
+                {
+                    "name": name, "data": {"path": "texts", "sequence_length": 64}, "model": {"base": "bench"},
+                    "lora": {"rank": RANK}, "steps": 12, "batch_size": 4, "seed": number,
+                },
+            )
+        )  # fmt: skip
+        client.submit(job)
+        while (found := await ask_until(app, name, job)) is None:
+            await asyncio.sleep(0.02)
+        results.append(found)
+        print(f"training {number}: {found['seconds']:.2f} s from the last step to the first token", flush=True)
+        while job.last("finished", "failed") is None:
+            await asyncio.sleep(0.2)
+    return results
+
+
+async def ask_until(app: App, name: str, job: Any) -> dict[str, Any] | None:
+    """The figures of a job once its adapter answered; None if it does not yet."""
+    if (failed := job.last("failed")) is not None:
+        raise RuntimeError(failed["error"])
+    step = job.last("step")
+    if step is None or step["step"] < step["steps"]:
+        return None
+    try:
+        first = await app.first_token_ms(name)
+    except RuntimeError:
+        return None
+    answered = time.time()
+    registered = app.registry.resolve(name).created_at.timestamp()
+    return {
+        "seconds": answered - step["time"],
+        "to_registry_s": registered - step["time"],
+        "from_registry_s": answered - registered,
+        "first_token_ms": first,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile and most."""
+    if not values:
+        return {"median": math.nan, "p95": math.nan, "most": math.nan}
+    ordered = sorted(values)
+    return {
+        "median": round(statistics.median(ordered), 2),
+        "p95": round(ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)], 2),
+        "most": round(ordered[-1], 2),
+    }
+
+
+def main() -> int:
+    """Run it; 1 if a bar is missed and --check is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=8, help="of each stream in a round of zipf")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer in zipf")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="few adapters, one short round: shows that the program runs, measures nothing",
+    )
+    given = parser.parse_args()
+    if given.smoke:
+        given.adapters, given.rounds, given.streams, given.requests, given.tokens = 20, 1, 2, 2, 8
+    results: dict[str, Any] = {
+        "cpus": os.cpu_count(),
+        "when": time.strftime("%Y-%m-%d"),
+        "settings": dict(vars(given), json=None),
+    }
+    with tempfile.TemporaryDirectory(prefix="ta-", dir="/tmp") as place, serving(Path(place)) as (app, cluster):
+        folder = Path(place) / "adapters"
+        results["registering_s"] = register_many(app, folder, given.adapters)
+        names = [f"adapter-{number:04}" for number in range(given.adapters)]
+        todo: dict[str, Callable[[], Any]] = {
+            "cold": lambda: cold(app, names[-40:]),
+            "promotion": lambda: promotion(app, folder, 40),
+            "zipf": lambda: zipf(app, names, given.rounds, given.streams, given.requests, given.tokens),
+            "training": lambda: training(app, cluster, max(1, given.rounds // 2)),
+        }
+        for part in given.parts:
+            results[part] = uvloop.run(todo[part]())
+            for row in PARTS[part](results[part]):
+                print(f"{row[0]}: {row[1]}", flush=True)
+    rows = [row for part in given.parts for row in PARTS[part](results[part])]
+    verdicts = [row.pop() for row in rows]
+    columns = ("what", "measured", "bar")
+    show("Adapters", columns, rows)
+    page = "# Adapters\n\nMade by `python -m bench.serving.adapters --json ...`: 2 replicas, 8 slots each, "
+    page += f"{given.adapters} adapters registered in {results['registering_s']:.0f} s.\n\n{lines(columns, rows)}\n\n"
+    write(given.json, results, page + ends(v for v in verdicts if v) + "\n")
+    return judge((v for v in verdicts if v), check=given.check)
+
+
+def told_cold(found: dict[str, Any]) -> list[list[Any]]:
+    """Rows of `cold`: what, measured, bar, verdict."""
+    more = found["more_ms"]
+    shown = {"of an adapter from disk": "cold_ms", "of one in host memory": "memory_ms", "of one in a slot": "warm_ms"}
+    rows: list[list[Any]] = [
+        [
+            f"first token {what}: median, 95th percentile",
+            f"{found[key]['median']:.1f}, {found[key]['p95']:.1f} ms",
+            "",
+            None,
+        ]
+        for what, key in shown.items()
+    ]
+    said = f"first token of a cold adapter {more['p95']:.0f} ms after a warm one's (95th percentile)"
+    verdict = Verdict(more["p95"] <= COLD_MS, COLD_MS / max(1e-9, more["p95"]), said)
+    measured = f"{more['median']:.1f}, {more['p95']:.1f} ms"
+    return [*rows, ["cold, more than warm: median, 95th percentile", measured, "150 ms", verdict]]
+
+
+def told_promotion(found: dict[str, Any]) -> list[list[Any]]:
+    """Rows of `promotion`."""
+    wrong, failed = found["wrong"], len(found["failed"])
+    said = f"{found['promotions']} promotions under load, {wrong} not seen by the next request, {failed} failed"
+    verdict = Verdict(not wrong and not failed, float(not wrong and not failed), said)
+    return [
+        ["answer after a promotion, median", f"{found['next_answer_ms']['median']:.0f} ms", "", None],
+        ["requests after a promotion by another version; failed", f"{wrong}; {failed}", "0; 0", verdict],
+    ]
+
+
+def told_zipf(found: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of `zipf`: ratios are of each round's own two."""
+    by = {kind: {each["round"]: each for each in found if each["kind"] == kind} for kind in ("base", "warm", "zipf")}
+    ratios = {
+        kind: [rounds[n]["tokens_per_s"] / by["base"][n]["tokens_per_s"] for n in rounds] for kind, rounds in by.items()
+    }
+    share, failed = statistics.median(ratios["zipf"]), sum(len(each["failed"]) for each in found)
+    rows: list[list[Any]] = []
+    shown = {"base": "the base", "warm": "8 adapters that stay in their slots", "zipf": "1,000 adapters"}
+    for kind, rounds in by.items():
+        speed = statistics.median(each["tokens_per_s"] for each in rounds.values())
+        first = statistics.median(each["first_token_ms"]["median"] for each in rounds.values())
+        measured = f"{speed:,.0f}, {first:.0f} ms, {statistics.median(ratios[kind]):.2f}"
+        rows.append([f"{shown[kind]}: tokens/s, first token, share of the base", measured, "", None])
+    rows.append(["loads in all rounds", str(sum(each["loaded"] for each in by["zipf"].values())), "", None])
+    said = f"adapters under Zipf traffic at {share:.2f} of base-only throughput, {failed} failed"
+    verdict = Verdict(share >= SHARE and not failed, 0.0 if failed else share / SHARE, said)
+    measured = f"{share:.2f} ({min(ratios['zipf']):.2f}, {max(ratios['zipf']):.2f})"
+    return [*rows, ["adapters as a share of the base (least, most)", measured, "0.80", verdict]]
+
+
+def told_training(found: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of `training`."""
+    seconds = statistics.median(each["seconds"] for each in found)
+    registry = statistics.median(each["to_registry_s"] for each in found)
+    said = f"{seconds:.2f} s from a run's last step to the first token of its adapter"
+    verdict = Verdict(seconds <= TRAINED_S, TRAINED_S / seconds, said)
+    return [
+        ["last step to the registry", f"{registry:.2f} s", "", None],
+        ["last step to the first token", f"{seconds:.2f} s", "2 s", verdict],
+    ]
+
+
+PARTS: dict[str, Callable[[Any], list[list[Any]]]] = {
+    "cold": told_cold,
+    "promotion": told_promotion,
+    "zipf": told_zipf,
+    "training": told_training,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

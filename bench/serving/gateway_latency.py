@@ -1,0 +1,233 @@
+"""What the gateway adds to a request: by its own account (the header `server-timing`) and seen from outside.
+
+    python -m bench.serving.gateway_latency [--concurrency 64] [--rounds 3] [--json FILE] [--check]
+
+An app with an echo engine is served as `tandem serve up` serves it: HAProxy, gateway, engine. `--concurrency` streams are open at
+any time, each of 32 tokens 50 ms apart, first straight to the engine and then through the app, in turns. Nothing of the
+engine's own work is in the figures: an echo has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
+
+import uvloop
+
+from bench.harness.load import run_queue_s
+from bench.harness.report import Verdict, ends, judge, lines, show, write
+
+BARS_MS = {"p50": 2.0, "p99": 13.0}
+"""At 64 concurrent requests, for what the gateway itself says."""
+TOKENS, GAP_S = 32, 0.05
+TIMING = re.compile(rb"server-timing: gateway;dur=([0-9.]+)", re.IGNORECASE)
+
+
+class Server(NamedTuple):
+    """Where requests go."""
+
+    url: str
+    model: str
+    token: str = ""
+    """Of the replica, when it is asked directly."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was seen, in milliseconds."""
+
+    first: list[float] = field(default_factory=list)
+    """From a request to the first byte of its answer."""
+    added: list[float] = field(default_factory=list)
+    """What the gateway says that it added."""
+    failed: list[str] = field(default_factory=list)
+
+
+class Asker(asyncio.Protocol):
+    """One connection that asks again and again until the time is over."""
+
+    def __init__(self, request: bytes, until: float, tally: Tally) -> None:
+        self._request, self._until, self._tally = request, until, tally
+        self._head = b""
+        self._tail = b""
+        self._sent = 0.0
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin somewhere within an answer's length, so that requests do not come all at once."""
+        self._transport = cast(asyncio.Transport, transport)
+        asyncio.get_running_loop().call_later(random.random() * TOKENS * GAP_S, self._ask)
+
+    def _ask(self) -> None:
+        self._head = self._tail = b""
+        self._sent = time.perf_counter()
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Note the head; the last chunk of an answer is followed by the next request."""
+        if not self._tail:
+            if not self._head:
+                self._tally.first.append(1000 * (time.perf_counter() - self._sent))
+            self._head += data
+            head, ended, self._tail = self._head.partition(b"\r\n\r\n")
+            if not ended:
+                return
+            if not head.startswith(b"HTTP/1.1 200"):
+                self._tally.failed.append(self._head[:300].decode(errors="replace"))
+                self._end()
+                return
+            if found := TIMING.search(head):
+                self._tally.added.append(float(found.group(1)))
+            self._tail = self._tail or b" "
+        else:
+            self._tail = self._tail[-16:] + data
+        if self._tail.endswith(b"0\r\n\r\n"):
+            if time.perf_counter() < self._until:
+                self._ask()
+            else:
+                self._end()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """A connection that ends before its time is a failure."""
+        if not self.done.done():
+            self._tally.failed.append(f"connection lost: {error}")
+            self.done.set_result(None)
+
+    def _end(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+        self._transport.close()
+
+
+async def drive(server: Server, concurrency: int, seconds: float) -> dict[str, Any]:
+    """Ask for `seconds`; percentiles of what was seen."""
+    parts = urlsplit(server.url)
+    body = json.dumps({"model": server.model, "prompt": " ".join(["word"] * TOKENS), "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+    head += f"x-tandem-token: {server.token}\r\n" if server.token else ""
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    tally, loop = Tally(), asyncio.get_running_loop()
+    cpu, waited, began = time.process_time(), run_queue_s(), time.perf_counter()
+    made = [
+        (await loop.create_connection(lambda: Asker(request, began + seconds, tally), parts.hostname, parts.port))[1]
+        for _ in range(concurrency)
+    ]
+    await asyncio.gather(*(asker.done for asker in made))
+    wall = time.perf_counter() - began
+    return {
+        "requests": len(tally.first),
+        "first_ms": percentiles(tally.first),
+        "added_ms": percentiles(tally.added),
+        "generator_cpu": (time.process_time() - cpu) / wall,
+        "generator_waited": (run_queue_s() - waited) / wall,
+        "failed": tally.failed[:3],
+    }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """The median and the 99th percentile; nothing of nothing."""
+    if len(values) < 2:
+        return {}
+    return {"p50": statistics.median(values), "p99": statistics.quantiles(values, n=100)[98]}
+
+
+@contextlib.contextmanager
+def app(port: int) -> Iterator[tuple[Server, Server]]:
+    """An app with one echo engine: the engine itself, and the app's front."""
+    from tandem import settings
+    from tandem.cluster.local import local_cluster
+
+    with tempfile.TemporaryDirectory() as home:
+        settings.export({"TANDEM_HOME": home}, override=True)
+        with local_cluster(num_cpus=4) as cluster:
+            import ray
+            from ray import serve
+
+            from tandem.apps.build import build_app
+            from tandem.config import ServeConfig, ServedModelConfig
+
+            model = ServedModelConfig(model="echo", name="echo", engine="echo", engine_args={"delay_s": GAP_S})
+            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
+            directory = serve.get_deployment_handle("Directory", "tandem")
+            replica = directory.watch.remote(0).result(timeout_s=30).replicas[0]
+            yield Server(replica.url, "echo", replica.token), Server(f"http://127.0.0.1:{port}", "echo")
+            ray.shutdown()
+
+
+def summed(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over the rounds."""
+    found = {}
+    for name in BARS_MS:
+        found[f"gateway, by its header, {name}"] = statistics.median(r["app"]["added_ms"][name] for r in rounds)
+        for way in ("engine", "app"):
+            found[f"first byte, {way}, {name}"] = statistics.median(r[way]["first_ms"][name] for r in rounds)
+        found[f"first byte, app less engine, {name}"] = statistics.median(
+            r["app"]["first_ms"][name] - r["engine"]["first_ms"][name] for r in rounds
+        )
+    return found
+
+
+def main() -> int:
+    """Measure; 1 if a bar is missed and --check is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of one measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write every round's numbers here")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    parser.add_argument(
+        "--smoke", action="store_true", help="one round of 2 s: shows that the program runs, measures nothing"
+    )
+    given = parser.parse_args()
+    if given.smoke:
+        given.rounds, given.seconds = 1, 2.0
+    from tandem.cluster.local import free_ports
+
+    with app(free_ports(1)[0]) as (engine, front):
+        for server in (engine, front):
+            uvloop.run(drive(server, 8, 2.0))
+        ways = (("engine", engine), ("app", front))
+        rounds = [
+            {way: uvloop.run(drive(server, given.concurrency, given.seconds)) for way, server in ways}
+            for _ in range(given.rounds)
+        ]
+    failed = [reason for each in rounds for way in each.values() for reason in way["failed"]]
+    if failed:
+        print(f"{len(failed)} requests failed: {failed[0]}", file=sys.stderr)
+        return 1
+    found = summed(rounds)
+    title = f"Milliseconds, medians of {given.rounds} rounds at {given.concurrency} concurrent streams"
+    columns, cells = ("what", "ms"), [(name, f"{value:.2f}") for name, value in found.items()]
+    show(title, columns, cells)
+    load = max(each["app"]["generator_cpu"] for each in rounds), max(each["app"]["generator_waited"] for each in rounds)
+    print(f"The generator took {load[0]:.0%} of a core and waited {load[1]:.0%} of the time for one.")
+    verdicts = [
+        Verdict(value <= bar, bar / value, f"the gateway adds {value:.2f} ms at {name} (bar {bar:g})")
+        for name, bar in BARS_MS.items()
+        if (value := found[f"gateway, by its header, {name}"])
+    ]
+    page = (
+        f"# What the gateway adds\n\nMade by `python -m bench.serving.gateway_latency --json ...`. {title}.\n\n"
+        f"{lines(columns, cells)}\n\n{ends(verdicts)}\n"
+    )
+    write(given.json, {"concurrency": given.concurrency, "rounds": rounds}, page)
+    return judge(verdicts, check=given.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""What the gateway can carry, with engines that cost next to nothing behind it: requests and chunks for each core it uses.
+
+    python -m bench.serving.serve_scale [--rounds 3] [--json FILE] [--check]
+
+A gateway's cost is the CPU time of its own process (user and system), so it says the same on a machine that shares its cores;
+the proxy in front (HAProxy) is shown beside it. The bar is on how the cost of one request grows with the streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.harness import report
+from bench.harness.machine import machine
+from bench.harness.report import Verdict
+from bench.harness.servers import ECHOES, drive, freeze, members, stack, thawed
+
+STREAMS = (1, 8, 64, 512)
+TOKENS = 32
+"""Of each answer: the echo engine gives the prompt's words back."""
+REQUESTS = 1024
+"""Of each measurement, over all its streams."""
+GROWTH = 1.20
+COLUMNS = (
+    "stack",
+    "answers",
+    "streams",
+    "requests/s",
+    "requests/s a core",
+    "chunks/s a core",
+    "cost of a request",
+    "proxy ms",
+)
+
+
+def main() -> int:
+    """Measure; 1 if the bar is missed and --check is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="one round: shows that the program runs, measures nothing")
+    given = parser.parse_args()
+    if given.smoke:
+        given.rounds = 1
+    results: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as held:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
+        ports = {}
+        for name in ECHOES:
+            ports[name] = held.enter_context(stack(name, folder))
+            freeze(name, True)
+        for number in range(given.rounds):
+            for name in ECHOES if number % 2 else reversed(ECHOES):
+                with thawed(name, ports[name]):
+                    loads = [(streams, whole) for streams in STREAMS for whole in (False, True)]
+                    results += [{"round": number, **measure(name, ports[name], *load)} for load in loads]
+    summary = summarise(results)
+    rows = [cells(row) for row in summary]
+    verdicts = [growth(summary, name, mode) for name in ECHOES for mode in ("streamed", "whole")]
+    verdicts += [Verdict(False, 0.0, f"{r['stack']}: failed {r['failed']}") for r in results if r["failed"]]
+    report.show("The gateway's capacity, medians", COLUMNS, rows, names=2, width=140)
+    made = "# The gateway's capacity\n\nMade by `python -m bench.serving.serve_scale --json ...`."
+    page = f"{made}\n\n{report.lines(COLUMNS, rows)}\n\n{report.ends(verdicts)}\n"
+    report.write(given.json, {"machine": machine(), "summary": summary, "rounds": results}, page)
+    return report.judge(verdicts, check=given.check)
+
+
+def measure(name: str, port: int, streams: int, whole: bool) -> dict[str, Any]:
+    """One load, and the CPU time that gateways and proxy took for it."""
+    gateways = [p for p in members(name) if "Gateway" in " ".join(p.cmdline())]
+    proxies = [p for p in members(name) if p.name() == "haproxy"]
+    before = cpu_s(gateways), cpu_s(proxies)
+    figures = drive(port, streams, TOKENS, whole=whole, requests=max(1, REQUESTS // streams), prompt="word " * TOKENS)
+    spent, proxied = cpu_s(gateways) - before[0], cpu_s(proxies) - before[1]
+    requests = figures["requests"]
+    return {
+        "stack": name,
+        "mode": "whole" if whole else "streamed",
+        "streams": streams,
+        "requests_per_s": requests / figures["seconds"],
+        "requests_per_core_s": requests / spent,
+        "chunks_per_core_s": figures["events"] / spent,
+        "request_ms": 1000 * spent / requests,
+        "proxy_ms": 1000 * proxied / requests,
+        "failed": figures["failed"],
+    }
+
+
+def cpu_s(processes: list[psutil.Process]) -> float:
+    """CPU time of some processes so far, in seconds."""
+    return sum(sum(p.cpu_times()[:2]) for p in processes)
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over the rounds, and each cost as a share of the least of its stack and kind."""
+    rows = []
+    for name in ECHOES:
+        for mode in ("streamed", "whole"):
+            of = [r for r in results if (r["stack"], r["mode"]) == (name, mode)]
+            for streams in STREAMS:
+                at = [r for r in of if r["streams"] == streams]
+                ones = {r["round"]: r["request_ms"] for r in of if r["streams"] == 1}
+                row: dict[str, Any] = {"stack": name, "mode": mode, "streams": streams}
+                for key in ("requests_per_s", "requests_per_core_s", "chunks_per_core_s", "request_ms", "proxy_ms"):
+                    row[key] = round(statistics.median(r[key] for r in at), 3)
+                row["of_one"] = round(statistics.median(r["request_ms"] / ones[r["round"]] for r in at), 3)
+                rows.append(row)
+    return rows
+
+
+def growth(summary: list[dict[str, Any]], name: str, mode: str) -> Verdict:
+    """The most that a request costs, as a share of what it costs alone."""
+    worst = max((r for r in summary if (r["stack"], r["mode"]) == (name, mode)), key=lambda r: r["of_one"])
+    cost = f"a request costs {worst['of_one']:.2f} at {worst['streams']} streams of what it costs at 1"
+    said = f"{ECHOES[name]}, {mode}: {cost} (bar {GROWTH})"
+    return Verdict(worst["of_one"] <= GROWTH, GROWTH / worst["of_one"], said)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text."""
+    return [
+        ECHOES[row["stack"]],
+        row["mode"],
+        str(row["streams"]),
+        f"{row['requests_per_s']:,.0f}",
+        f"{row['requests_per_core_s']:,.0f}",
+        f"{row['chunks_per_core_s']:,.0f}",
+        f"{row['request_ms']:.2f} ms ({row['of_one']:.2f})",
+        f"{row['proxy_ms']:.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

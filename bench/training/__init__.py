@@ -1,0 +1,1 @@
+"""Benchmarks of training: overhead, layouts, data, checkpoints and faults."""

@@ -1,0 +1,330 @@
+"""Rows and tokens a second out of shards, tokenised and packed: Tandem's stream beside webdataset's loader and torch's.
+
+    python -m bench.training.data [--readers 1 2] [--rounds 3] [--smoke] [--json FILE] [--check]
+
+All read the same WebDataset shards (the standard library's sources) with the same tokenizer and the same packing, shuffle, give
+batches of the same shape to one process, and have `readers` processes that read: tasks of Ray Data for Tandem, whose blocks are
+not kept from epoch to epoch here; workers of a DataLoader for the others.
+
+- webdataset: WebDataset(shards, shardshuffle) -> text -> packed rows -> shuffle -> batched, through its own WebLoader
+- dataloader: a torch DataLoader over an IterableDataset that reads tar files and packs them
+- tandem: open_stream(...).rows(0, 1)
+
+A run counts rows after the first ones; a share is the median over rounds of the ratio inside a round, in which the peers follow
+each other in turn. Then a job is trained, a small Llama on one worker, and what its steps have waited for data is added up.
+
+`--check` exits 1, and prints the worst figure last, unless Tandem reaches 1.0 of webdataset's loader with every number of readers
+and a training step waits for data less than 2 % of its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.harness import report
+from bench.harness.report import Verdict
+from bench.harness.servers import ROOT
+
+BAR = 1.0
+WAIT_BAR = 0.02
+PEERS = ("webdataset", "dataloader", "tandem")
+DROPPED = 10
+"""First steps of the training job, which warm up."""
+TRAINED_STEPS = 80
+SHAPE = {
+    "hidden_size": 192,
+    "num_layers": 4,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "intermediate_size": 512,
+    "max_length": 512,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=20_000, help="rows that are counted in a run")
+    parser.add_argument("--first", type=int, default=3_000, help="rows before those")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--smoke", action="store_true", help="one round of few rows: shows that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is missed")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peer:
+        print(json.dumps(count(options)), flush=True)
+        return 0
+    if options.smoke:
+        options.rounds, options.rows, options.first = 1, 1500, 500
+    results = measure(options)
+    report.show(title(results), COLUMNS, cells(results), names=2, width=130)
+    report.write(options.json, results, markdown(results))
+    return report.judge(verdicts(results), check=options.check)
+
+
+# ---- the measurement ------------------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run every peer `rounds` times with each number of readers, in alternation; then train."""
+    from tandem.cluster.local import LocalCluster
+    from tandem.data.build import build_dataset
+    from tandem.settings import export
+
+    load = os.getloadavg()[0]
+    folder = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
+    # DataLoader's workers run at niceness 0 and Ray's at 15: beside other work, that is what would be measured.
+    export({"RAY_worker_niceness": "0"})
+    cluster = None
+    try:
+        index = build_dataset("stdlib", folder / "data", limit=120 if options.smoke else None)
+        cluster = LocalCluster.start(num_cpus=8)
+        rounds: dict[int, list[dict[str, float]]] = {readers: [] for readers in options.readers}
+        for number, readers in itertools.product(range(options.rounds), options.readers):
+            found = {peer: run(peer, readers, folder, options, cluster.address) for peer in PEERS}
+            rounds[readers].append(found)
+            said = "; ".join(f"{peer} {rows:,.0f} rows/s" for peer, rows in found.items())
+            print(f"round {number + 1}, {readers} readers: {said}", flush=True)
+        wait = waited(folder, options, cluster.address)
+    finally:
+        if cluster:
+            cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    return {
+        "rounds": rounds, "wait": wait, "row_tokens": options.length, "batch_rows": options.batch, "counted_rows": options.rows,
+        "shards": len(index.shards), "cores": os.cpu_count(), "load_before": load,
+    }  # fmt: skip
+
+
+def environment(folder: Path, address: str) -> dict[str, str]:
+    """What every peer runs in: one thread a process."""
+    return {
+        **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+        "TANDEM_HOME": str(folder / "home"), "RAY_ADDRESS": address,
+    }  # fmt: skip
+
+
+def run(peer: str, readers: int, folder: Path, options: argparse.Namespace, address: str) -> float:
+    """Rows a second of one run of one peer, in a process of its own."""
+    command = [
+        sys.executable, "-m", "bench.training.data", "--peer", peer, "--readers", str(readers), "--folder", str(folder),
+        "--rows", str(options.rows), "--first", str(options.first),
+        "--batch", str(options.batch), "--length", str(options.length),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=environment(folder, address), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{peer} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["rows_per_s"])
+
+
+def waited(folder: Path, options: argparse.Namespace, address: str) -> dict[str, float]:
+    """Train a job; the share of its steps' time that was spent waiting for data."""
+    job = folder / "job"
+    job.mkdir()
+    config = {
+        "name": "bench", "data": {"path": str(folder / "data"), "sequence_length": options.length}, "model": SHAPE,
+        "parallel": {"workers": 1}, "steps": TRAINED_STEPS, "batch_size": options.batch, "checkpoint": {"every_steps": 0},
+        "register": False,
+    }  # fmt: skip
+    (job / "config.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "tandem.train.launch", str(job)]
+    done = subprocess.run(command, env=environment(folder, address), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the job ended with status {done.returncode}:\n{done.stdout[-3000:]}")
+    lines = map(json.loads, (job / "events.jsonl").read_text().splitlines())
+    steps = [event for event in lines if event["event"] == "step"]
+    took = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(steps)]
+    spent = [step["data_wait"] * seconds for step, seconds in zip(steps[1:], took, strict=True)]
+    total = sum(took[DROPPED:])
+    return {
+        "share": sum(spent[DROPPED:]) / total,
+        "first_step_share": steps[0]["data_wait"],
+        "tokens_per_s": len(took[DROPPED:]) * options.batch * options.length / total,
+    }
+
+
+# ---- the peers ------------------------------------------------------------------------------------------------------
+
+
+def count(options: argparse.Namespace) -> dict[str, float]:
+    """One run of one peer in this process: {rows_per_s}."""
+    (readers,) = options.readers
+    batches = {"webdataset": by_webdataset, "dataloader": by_dataloader, "tandem": by_tandem}[options.peer]
+    with contextlib.closing(batches(options, readers)) as found:
+        taken = 0
+        while taken < options.first:
+            taken += len(next(found))
+        began, taken = time.perf_counter(), 0
+        while taken < options.rows:
+            rows = next(found)
+            assert rows.shape[1:] == (3, options.length), rows.shape
+            taken += len(rows)
+        return {"rows_per_s": taken / (time.perf_counter() - began)}
+
+
+def parts_of(options: argparse.Namespace) -> tuple[Any, list[str], Any]:
+    """The index, the shards and the packing that all peers share."""
+    from tandem.data.index import DatasetIndex
+    from tandem.data.spec import PackSpec
+    from tandem.data.tokenize import TextEncoder
+
+    folder = options.folder / "data"
+    index = DatasetIndex.load(folder)
+    encoder = TextEncoder(str(folder / "tokenizer"))
+    spec = PackSpec(encoder=encoder, kind=index.kind, length=options.length, loss_on_all=False)
+    return index, [str(path) for path in index.shard_paths(folder)], spec
+
+
+def by_webdataset(options: argparse.Namespace, readers: int) -> Generator[Any, None, None]:
+    """The webdataset package's pipeline and loader."""
+    import numpy as np
+    import torch
+    import webdataset
+
+    from tandem.data.sources.samples import Text
+
+    _, shards, spec = parts_of(options)
+
+    def packed(texts: Iterable[bytes]) -> Generator[Any, None, None]:
+        # As many at a time as make it worth calling the tokenizer for a batch.
+        waiting: list[Text] = []
+        for text in texts:
+            waiting.append(Text(text.decode()))
+            if len(waiting) == 32:
+                yield from spec.rows(waiting)
+                waiting = []
+
+    dataset = (
+        webdataset.WebDataset(shards, shardshuffle=len(shards), workersplitter=webdataset.split_by_worker)
+        .map(lambda sample: sample["txt"])
+        .compose(packed)
+        .shuffle(512)
+        .batched(options.batch, collation_fn=lambda rows: torch.from_numpy(np.stack(rows)))
+        .repeat()
+    )
+    loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=readers, prefetch_factor=4)
+    yield from loader
+
+
+def by_dataloader(options: argparse.Namespace, readers: int) -> Generator[Any, None, None]:
+    """A torch DataLoader over tar files."""
+    import random
+
+    import torch.utils.data
+
+    from tandem.data.shards import read_samples
+
+    _, shards, spec = parts_of(options)
+
+    class Shards(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Generator[Any, None, None]:
+            worker = torch.utils.data.get_worker_info()
+            for epoch in itertools.count():
+                order = random.Random(epoch).sample(shards, len(shards))
+                for path in order[worker.id :: worker.num_workers]:
+                    rows = spec.rows(read_samples([Path(path)]))
+                    yield from rows[random.Random(epoch).sample(range(len(rows)), len(rows))]
+
+    yield from torch.utils.data.DataLoader(Shards(), batch_size=options.batch, num_workers=readers, prefetch_factor=4)
+
+
+def by_tandem(options: argparse.Namespace, readers: int) -> Generator[Any, None, None]:
+    """The stream of a training job with one rank."""
+    from tandem import settings
+    from tandem.cluster.local import authentication
+
+    settings.export(authentication())
+    import ray
+
+    from tandem.config import DataConfig
+    from tandem.data.index import Part
+    from tandem.data.stream import open_stream
+
+    index, _, spec = parts_of(options)
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    config = DataConfig(path="x", sequence_length=options.length, reader_tasks=readers, readers=1.0)
+    part = Part(folder=options.folder / "data", index=index)
+    stream = open_stream((part,), spec.encoder, config, workers=1, seed=0, held_bytes=0)
+    try:
+        with contextlib.closing(stream.rows(0, 1, None)) as rows:
+            while True:
+                yield rows.take(options.batch)
+    finally:
+        ray.kill(stream.reader)
+        ray.shutdown()
+
+
+# ---- what comes of it -----------------------------------------------------------------------------------------------
+
+
+def shares(results: dict[str, Any], readers: int, peer: str) -> list[float]:
+    """Of each round, Tandem's rows a second as a share of a peer's."""
+    return [found["tandem"] / found[peer] for found in results["rounds"][readers]]
+
+
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """What is held against a bar."""
+    found = []
+    for readers in results["rounds"]:
+        share = statistics.median(shares(results, readers, "webdataset"))
+        said = f"{readers} readers: Tandem has {share:.2f} of webdataset's rows/s; the bar is {BAR}"
+        found.append(Verdict(share >= BAR, share / BAR, said))
+    wait = results["wait"]["share"]
+    said = f"a training step waits for data {wait:.2%} of its time; the bar is {WAIT_BAR:.0%}"
+    return [*found, Verdict(wait < WAIT_BAR, WAIT_BAR / max(wait, 1e-9), said)]
+
+
+COLUMNS = ("readers", "peer", "rows/s", "tokens/s", "Tandem's share (least-most)")
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table."""
+    rows = []
+    for readers, found in results["rounds"].items():
+        for peer in PEERS:
+            rate = statistics.median(figures[peer] for figures in found)
+            ratios = shares(results, readers, peer)
+            share = (
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if peer != "tandem" else "-"
+            )
+            rows.append([str(readers), peer, f"{rate:,.0f}", f"{rate * results['row_tokens']:,.0f}", share])
+    return rows
+
+
+def title(results: dict[str, Any]) -> str:
+    """What was measured, and on what."""
+    count_of_rounds = len(next(iter(results["rounds"].values())))
+    return (
+        f"{results['cores']} cores (load {results['load_before']:.1f} before), {results['shards']} shards, rows of "
+        f"{results['row_tokens']} tokens in batches of {results['batch_rows']}, {results['counted_rows']:,} rows a run, "
+        f"medians of {count_of_rounds} rounds"
+    )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The result for a page."""
+    table = report.lines(COLUMNS, cells(results))
+    return f"# Data\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""Training a 1B-class Llama on one GPU: tokens/s, MFU and peak memory of Tandem, of plain torch, and of the transformers Trainer.
+
+    python -m bench.training.gpu_train [--rounds N] [--recompute MODE] [--json FILE] [--check]
+
+The model has the shape of Llama-3.2-1B and random weights; rows are synthetic, one document each, so nothing is fetched. All
+compute in bfloat16 with float32 weights and fused AdamW, each layer compiled. `plain` is a hand-written loop on FSDP2 with
+causal flash attention; `trainer` shards nothing, and recomputes all or nothing (with `--recompute selective`, nothing);
+`tandem` is Tandem's `place` and `train` as a worker calls them, with attention that allows many documents a row, which the
+others' does not. Each peer is a process of its own, in alternating rounds; tokens/s is the median over steps after the first
+ones. MFU counts 6 N + 12 L h s operations a token (tandem/train/reporting/flops.py), of the maker's dense bfloat16 peak. A
+peer that runs out of memory is marked so in the table, and the others go on.
+
+`--check` exits 1, and prints the figure that was missed last, unless Tandem reaches 45 % MFU on an H100 or H200, 0.95 of plain's
+tokens/s, and the Trainer's. `--smoke` runs the same code with a small model on whatever is there, a CPU too: it shows that it
+works, no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.harness import report
+from bench.harness.report import Verdict
+
+MFU_BAR, BAR = 0.45, 0.95
+BARRED = ("H100", "H200")
+"""Devices that the MFU's bar is for."""
+DROPPED = 5
+"""First steps, which compile and warm up, left out of the median."""
+RATE, DECAY, BETAS, CLIP = 1e-4, 0.01, (0.9, 0.95), 1.0
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": {
+        "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+        "max_position_embeddings": 131_072, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    },
+    "tiny": {
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+PEERS = ("plain", "trainer", "tandem")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rows", type=int, default=8, help="rows in a step")
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
+    parser.add_argument("--layers", type=int, help="fewer than the model has: a shorter run")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
+    parser.add_argument("--attention", choices=("flex", "sdpa"), help="Tandem's; without it flex, or sdpa on a CPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--smoke", action="store_true", help="a small model, few short steps, one round")
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is missed")
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.steps, options.rows, options.length = 1, DROPPED + 3, 4, 64
+    if options.peer:
+        print(json.dumps(alone(options)))
+        return 0
+    results = measure(options)
+    report.show(title(results), COLUMNS, cells(results))
+    report.write(options.json, results, markdown(results))
+    return report.judge(verdicts(results), check=options.check)
+
+
+# ---- one peer, in a process of its own ------------------------------------------------------------------------------
+
+
+class Run:
+    """What the peers share: the device, the model, the rows, the clock."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from tandem.train.reporting.flops import Meter
+
+        self.options = options
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        shape = dict(SHAPES["tiny" if options.smoke else "Llama-3.2-1B"])
+        if options.layers:
+            shape["num_hidden_layers"] = options.layers
+        torch.manual_seed(0)
+        with self.device:
+            self.model = LlamaForCausalLM(LlamaConfig(**shape))
+        self.meter = Meter.of(
+            self.model, device=self.device, workers=1, sequence_length=options.length, precision="bfloat16"
+        )
+        ids = torch.randint(shape["vocab_size"], (4 * options.rows, options.length), dtype=torch.int32)
+        self.rows = torch.stack([ids, ids, torch.arange(options.length, dtype=torch.int32).expand_as(ids)], 1)
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+
+    def take(self, count: int) -> Any:
+        """The next `count` rows (count, 3, T): four steps' worth, over and over."""
+        import numpy as np
+
+        first = len(self.losses) * self.options.rows
+        return self.rows.numpy()[np.arange(first, first + count) % len(self.rows)]
+
+    def note(self, loss: float) -> None:
+        """A step is over, on the device too: its loss is known."""
+        self.losses.append(loss)
+        self.ends.append(time.perf_counter())
+
+    def figures(self) -> dict[str, Any]:
+        """What is measured of this run."""
+        took = [after - before for before, after in zip(self.ends[DROPPED:], self.ends[DROPPED + 1 :], strict=False)]
+        speed = self.options.rows * self.options.length / statistics.median(took)
+        return {"tokens_per_s": speed, "losses": self.losses, **dataclasses.asdict(self.meter.read(speed))}
+
+
+def alone(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one peer; {"error"} if the device's memory is too small for it."""
+    import torch
+    import torch.distributed as dist
+
+    run = Run(options)
+    if options.peer != "trainer":
+        backend = "nccl" if run.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        {"plain": plain, "trainer": trainer, "tandem": tandem}[options.peer](run)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    on_gpu = run.device.type == "cuda"
+    return {**run.figures(), "device": torch.cuda.get_device_name(run.device) if on_gpu else "CPU"}
+
+
+def plain(run: Run) -> None:
+    """FSDP2 by hand, compiled layer by layer, in the order that torchtitan composes these in."""
+    import functools
+
+    import torch
+    import torch.nn.functional as F
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    options, model = run.options, run.model
+    aten = torch.ops.aten
+    kept = [
+        aten.mm.default, aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_efficient_attention.default,
+    ]  # fmt: skip
+    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
+    mesh = init_device_mesh(run.device.type, (1,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for number, layer in enumerate(model.model.layers):
+        wrapped: Any = layer
+        if options.recompute != "none":
+            wrapped = checkpoint_wrapper(layer, **(selective if options.recompute == "selective" else {}))
+        if options.compile:
+            wrapped = torch.compile(wrapped)
+        model.model.layers[number] = fully_shard(wrapped, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    held = list(model.parameters())
+    groups = [
+        {"params": [p for p in held if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in held if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
+    model.train()
+    for _ in range(options.steps):
+        ids = torch.from_numpy(run.take(options.rows)[:, 0]).to(run.device, torch.long)
+        # No mask: rows are one document, and sdpa takes its causal flash kernel.
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.note(loss.item())
+
+
+def trainer(run: Run) -> None:
+    """The transformers Trainer as its documentation sets it up for speed on one GPU."""
+    import tempfile
+
+    from torch.utils.data import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    options = run.options
+
+    class Rows(Dataset[dict[str, Any]]):
+        def __len__(self) -> int:
+            return options.steps * options.rows
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            ids = run.rows[index % len(run.rows), 0].long()
+            return {"input_ids": ids, "labels": ids}
+
+    class Notes(TrainerCallback):
+        def on_log(self, arguments: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                run.note(logs["loss"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.rows, bf16=True,
+            torch_compile=options.compile, gradient_checkpointing=options.recompute == "full", learning_rate=RATE,
+            weight_decay=DECAY, adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
+            lr_scheduler_type="constant", warmup_steps=0, train_sampling_strategy="sequential", logging_steps=1,
+            save_strategy="no", report_to=[], use_cpu=run.device.type == "cpu", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model=run.model, args=arguments, train_dataset=Rows(), callbacks=[Notes()]).train()
+
+
+def tandem(run: Run) -> None:
+    """Tandem's own code, from the model on."""
+    from tandem.config import DataConfig, OptimizerConfig, ParallelismConfig, TrainConfig
+    from tandem.train.loop import LoopState, train
+    from tandem.train.optimizer import build_optimizer
+    from tandem.train.parallel.mesh import Degrees
+    from tandem.train.parallel.parallelize import parallelize
+    from tandem.train.recompute import recompute_activations
+
+    options, on_gpu = run.options, run.device.type == "cuda"
+    config = TrainConfig(
+        name="gpu-train",
+        data=DataConfig(path="synthetic", sequence_length=options.length),
+        parallel=ParallelismConfig(gpus_per_worker=float(on_gpu)),
+        optimizer=OptimizerConfig(
+            learning_rate=RATE, weight_decay=DECAY, betas=BETAS, clip_norm=CLIP, schedule="constant", warmup_steps=0
+        ),
+        steps=options.steps,
+        batch_size=options.rows,
+        precision="bfloat16",
+        recompute=options.recompute,
+        compile=options.compile,
+        attention=options.attention or ("flex" if on_gpu and options.compile else "sdpa"),
+    )
+    mesh = Degrees.of(config.parallel).mesh(run.device.type, 1)
+    placed = parallelize(recompute_activations(run.model, config.recompute), mesh, config, run.device)
+    train(
+        placed, build_optimizer(placed, config.optimizer, run.device), run, config, LoopState(),
+        report=lambda step: run.note(step.loss), save=lambda state: None, device=run.device,
+    )  # fmt: skip
+
+
+# ---- the measurement ------------------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run every peer `rounds` times, in alternation."""
+    rounds: list[dict[str, Any]] = []
+    for number in range(options.rounds):
+        rounds.append({peer: spawn(peer) for peer in options.peers.split(",")})
+        said = (f"{p} {f.get('error') or format(f['tokens_per_s'], ',.0f') + ' tok/s'}" for p, f in rounds[-1].items())
+        print(f"round {number + 1}: {', '.join(said)}", flush=True)
+    peers: dict[str, Any] = {}
+    for peer in rounds[0]:
+        whole = [r[peer] for r in rounds if "error" not in r[peer]]
+        if len(whole) < len(rounds):
+            peers[peer] = {"error": next(r[peer]["error"] for r in rounds if "error" in r[peer])}
+            continue
+        figures = {k: statistics.median(f[k] for f in whole) for k in ("tokens_per_s", "mfu", "memory_bytes")}
+        peers[peer] = figures | {"losses": whole[-1]["losses"], "device": whole[-1]["device"]}
+        for other in ("plain", "trainer"):
+            both = [(r[peer], r[other]) for r in rounds if other in r and "error" not in r[other]]
+            if both:
+                peers[peer][f"of_{other}"] = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in both]
+    device = next((f["device"] for f in peers.values() if "device" in f), "unknown")
+    asked = {k: getattr(options, k) for k in ("rounds", "steps", "rows", "length", "layers", "recompute", "compile")}
+    return {"device": device, "model": "tiny" if options.smoke else "Llama-3.2-1B", "peers": peers, **asked}
+
+
+def spawn(peer: str) -> dict[str, Any]:
+    """One run of one peer, with the same options."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *sys.argv, "--peer", peer], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{peer} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# ---- what comes of it -----------------------------------------------------------------------------------------------
+
+
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """What is held against a bar."""
+    ours = results["peers"].get("tandem")
+    if ours is None:
+        return []
+    if "error" in ours:
+        return [Verdict(False, 0.0, f"Tandem: {ours['error']}")]
+    found = []
+    if any(name in results["device"] for name in BARRED) and results["model"] != "tiny":
+        said = f"Tandem: {100 * ours['mfu']:.1f} % MFU; the bar is {100 * MFU_BAR:.0f} %"
+        found.append(Verdict(ours["mfu"] >= MFU_BAR, ours["mfu"] / MFU_BAR, said))
+    for other, bar in (("plain", BAR), ("trainer", 1.0)):
+        if f"of_{other}" in ours and other != "tandem":
+            share = statistics.median(ours[f"of_{other}"])
+            said = f"Tandem has {share:.3f} of the tokens/s of {other}; the bar is {bar}"
+            found.append(Verdict(share >= bar, share / bar, said))
+    return found
+
+
+COLUMNS = ("peer", "tokens/s", "MFU", "peak memory", "of plain (least-most)", "loss: first, last")
+
+
+def title(results: dict[str, Any]) -> str:
+    """What was measured, and on what."""
+    layers = f" cut to {results['layers']} layers" if results["layers"] else ""
+    return (
+        f"{results['model']}{layers} on {results['device']}: bfloat16, {results['rows']} x {results['length']} tokens a step, "
+        f"recompute {results['recompute']}, {'compiled' if results['compile'] else 'not compiled'}, "
+        f"{results['steps']} steps, medians of {results['rounds']} rounds"
+    )
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table."""
+    rows = []
+    for peer, f in results["peers"].items():
+        if "error" in f:
+            rows.append([peer, f["error"], "-", "-", "-", "-"])
+            continue
+        shares = f.get("of_plain")
+        share = f"{statistics.median(shares):.3f} ({min(shares):.3f}-{max(shares):.3f})" if shares else "-"
+        rows.append(
+            [
+                peer, f"{f['tokens_per_s']:,.0f}", f"{100 * f['mfu']:.1f} %", f"{f['memory_bytes'] / 2**30:.1f} GiB", share,
+                f"{f['losses'][0]:.3f}, {f['losses'][-1]:.3f}",
+            ]
+        )  # fmt: skip
+    return rows
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The result for a page."""
+    table = report.lines(COLUMNS, cells(results))
+    return f"# Training on one GPU\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

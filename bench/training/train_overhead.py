@@ -1,0 +1,291 @@
+"""What Tandem's training costs over the same layout written by hand: same weights, same rows, in alternation.
+
+    python -m bench.training.train_overhead [--layout NAME ...] [--smoke] [--rounds N] [--json FILE] [--check]
+
+Layouts: ddp and fsdp2 over two processes, fsdp2_tp2 (FSDP2 x tensor parallel, four processes) and pp2 (two pipeline stages,
+1F1B). Peers (bench/training/peers.py): `plain` is that layout in torch alone under torchrun; `trainer` is the transformers
+Trainer, which on a CPU can do DDP only; `loop` is Tandem's loop under torchrun, without Ray; `tandem` is
+`python -m tandem.train.launch` on a Ray cluster that is up already, as a job finds it.
+Each trains --steps steps; steady tokens/s is the median over steps after
+the first ones, start-up the seconds from the command to the end of the first step. A share is the median over rounds of the
+ratio inside a round.
+
+`--check` exits 1, and prints the worst figure last, unless Tandem reaches 0.95 of plain in every layout, is ahead of the
+Trainer where both do the same (ddp), and every peer's losses are plain's within 1e-3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.harness import report
+from bench.harness.report import Verdict
+from bench.harness.servers import ROOT
+
+BAR = 0.95
+LOSS_BAR = 1e-3
+"""Largest difference of a step's loss: sums in another order, over as many steps as are trained."""
+DROPPED = 10
+"""First steps, which warm up, left out of the median."""
+SHAPE = {
+    "hidden_size": 192,
+    "num_layers": 4,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "intermediate_size": 512,
+    "max_length": 512,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One table."""
+
+    processes: int = 2
+    parallel: dict[str, Any] = field(default_factory=dict)
+    accumulate: int = 1
+    peers: tuple[str, ...] = ("plain", "tandem")
+
+
+LAYOUTS = {
+    "ddp": Layout(parallel={"strategy": "ddp"}, peers=("plain", "trainer", "tandem")),
+    "fsdp2": Layout(parallel={"strategy": "fsdp2"}),
+    "fsdp2_tp2": Layout(processes=4, parallel={"strategy": "fsdp2", "tensor": 2}),
+    # As many micro-batches as the hand-written one has.
+    "pp2": Layout(parallel={"pipeline": 2, "schedule": "1f1b"}, accumulate=4),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layout", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS), metavar="NAME")
+    parser.add_argument("--smoke", action="store_true", help="one round of few steps: shows that it runs")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=16, help="rows in a step, over all processes")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--peers", help="instead of each layout's own, with commas: plain,trainer,loop,tandem")
+    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is missed")
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.steps = 1, 20
+    results = measure(options)
+    report.show(title(results), COLUMNS, cells(results), names=2, width=130)
+    report.write(options.json, results, markdown(results))
+    return report.judge(verdicts(results), check=options.check)
+
+
+# ---- the measurement ------------------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run every peer of every layout `rounds` times, in alternation."""
+    peers = {name: tuple((options.peers or ",".join(LAYOUTS[name].peers)).split(",")) for name in options.layout}
+    load = os.getloadavg()[0]
+    folder = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
+    cluster = None
+    try:
+        prepare(folder, options)
+        if any("tandem" in names for names in peers.values()):
+            cluster = start_cluster()
+        layouts = {}
+        for name in options.layout:
+            rounds = []
+            for number in range(options.rounds):
+                rounds.append({p: run(p, name, folder, options, cluster and cluster.address) for p in peers[name]})
+                said = (
+                    f"{p} {f['tokens_per_s']:,.0f} tok/s, start {f['start_s']:.1f} s" for p, f in rounds[-1].items()
+                )
+                print(f"{name}, round {number + 1}: {'; '.join(said)}", flush=True)
+            layouts[name] = summary(rounds) | {"processes": LAYOUTS[name].processes}
+    finally:
+        if cluster:
+            cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    return {
+        "layouts": layouts, "rounds": options.rounds, "steps": options.steps, "batch_rows": options.batch,
+        "row_tokens": options.length, "cores": os.cpu_count(), "load_before": load,
+    }  # fmt: skip
+
+
+def start_cluster() -> Any:
+    """A cluster as jobs find it."""
+    from tandem.cluster.local import LocalCluster
+    from tandem.settings import export
+
+    # torchrun's processes run at niceness 0 and Ray's at 15: beside other work, that is what would be measured.
+    export({"RAY_worker_niceness": "0"})
+    return LocalCluster.start()
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> None:
+    """Data for all: the standard library, packed, in the order in which Tandem deals it; and the model that all start from."""
+    import numpy as np
+
+    from tandem.config import ModelConfig
+    from tandem.data.build import build_dataset
+    from tandem.data.order import Order, Walk
+    from tandem.data.packing import pack
+    from tandem.data.shards import read_samples
+    from tandem.data.tokenize import TextEncoder
+    from tandem.train.model import build_model
+
+    index = build_dataset("stdlib", folder / "data", limit=120)
+    encoder = TextEncoder(str(folder / "data" / "tokenizer"))
+    parts = []
+    for path in index.shard_paths(folder / "data"):
+        texts = [sample.text for sample in read_samples([path])]  # type: ignore[union-attr]
+        parts.append(pack(encoder.texts(texts), options.length, encoder.pad_id, split=True))
+    order = Order(shards=(len(parts),), weights=(1.0,), seed=0)
+    walk = Walk(order, lambda place: len(parts[order.shard(place)]))
+    places = walk.share(0, 1, options.steps * options.batch)
+    np.save(folder / "rows.npy", np.stack([parts[place.shard][place.row] for place in places]))
+    build_model(ModelConfig(**SHAPE), None, encoder, seed=0).save_pretrained(folder / "model")  # type: ignore[operator]
+
+
+def run(peer: str, layout: str, folder: Path, options: argparse.Namespace, address: str | None) -> dict[str, Any]:
+    """One run of one peer: {tokens_per_s, start_s, total_s, losses}."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    config = tandem_config(layout, folder, options)
+    began = time.time()
+    if peer == "tandem":
+        job = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
+        (job / "config.yaml").write_text(json.dumps(config))
+        environment |= {"TANDEM_HOME": str(folder / "home"), "RAY_ADDRESS": address or ""}
+        command = [sys.executable, "-m", "tandem.train.launch", str(job)]
+    else:
+        (folder / "plan.json").write_text(
+            json.dumps({"steps": options.steps, "batch": options.batch, "config": config})
+        )
+        (folder / "said.json").unlink(missing_ok=True)
+        command = [
+            sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={LAYOUTS[layout].processes}", "--master-port=29517",
+            "--module", "bench.training.peers", peer, layout, str(folder),
+        ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    ended = time.time()
+    if done.returncode:
+        last = "\n".join(done.stdout.splitlines()[-30:])
+        raise SystemExit(f"{layout}: {peer} ended with status {done.returncode}:\n{last}")
+    if peer == "tandem":
+        found = [json.loads(line) for line in (job / "events.jsonl").read_text().splitlines()]
+        steps = [event for event in found if event["event"] == "step"]
+        first = next(e["time"] for e in found if e["event"] == "started")
+        ends, losses = [first + event["seconds"] for event in steps], [event["loss"] for event in steps]
+    else:
+        said = json.loads((folder / "said.json").read_text())
+        ends, losses = said["ends"], said["losses"]
+    took = [after - before for before, after in zip(ends[DROPPED:], ends[DROPPED + 1 :], strict=False)]
+    tokens = options.batch * options.length
+    return {
+        "tokens_per_s": tokens / statistics.median(took),
+        "start_s": ends[0] - began,
+        "total_s": ended - began,
+        "losses": losses,
+    }
+
+
+def tandem_config(layout: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The same training as a Tandem job; checkpoints only at the end, as the peers have none before."""
+    chosen = LAYOUTS[layout]
+    return {
+        "name": "bench", "data": {"path": str(folder / "data"), "sequence_length": options.length}, "model": SHAPE,
+        "parallel": {"workers": chosen.processes, **chosen.parallel}, "steps": options.steps, "batch_size": options.batch,
+        "accumulate": chosen.accumulate, "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0},
+        "checkpoint": {"every_steps": 0}, "log_every": 1,
+    }  # fmt: skip
+
+
+# ---- what comes of it -----------------------------------------------------------------------------------------------
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of rounds of {peer: figures}, shares of plain in each round, and how far losses are from plain's."""
+    peers = {}
+    for peer in rounds[0]:
+        found = {k: statistics.median(r[peer][k] for r in rounds) for k in ("tokens_per_s", "start_s", "total_s")}
+        if "plain" in rounds[0]:
+            found["of_plain"] = [r[peer]["tokens_per_s"] / r["plain"]["tokens_per_s"] for r in rounds]
+            found["loss_off"] = max(apart(r[peer]["losses"], r["plain"]["losses"]) for r in rounds)
+        if "trainer" in rounds[0]:
+            found["of_trainer"] = [r[peer]["tokens_per_s"] / r["trainer"]["tokens_per_s"] for r in rounds]
+        found["first_loss"], found["last_loss"] = rounds[-1][peer]["losses"][0], rounds[-1][peer]["losses"][-1]
+        peers[peer] = found
+    return {"peers": peers}
+
+
+def apart(some: list[float], others: list[float]) -> float:
+    """The largest difference of two runs' losses; infinite where one ended early."""
+    return max(abs(a - b) for a, b in zip(some, others, strict=True)) if len(some) == len(others) else float("inf")
+
+
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """What is held against a bar."""
+    found = []
+    for name, layout in results["layouts"].items():
+        for peer, figures in layout["peers"].items():
+            if peer == "tandem" and "of_plain" in figures:
+                share = statistics.median(figures["of_plain"])
+                said = f"{name}: Tandem has {share:.3f} of the hand-written loop's tokens/s; the bar is {BAR}"
+                found.append(Verdict(share >= BAR, share / BAR, said))
+            if peer == "tandem" and "of_trainer" in figures:
+                share = statistics.median(figures["of_trainer"])
+                found.append(
+                    Verdict(share > 1, share, f"{name}: Tandem has {share:.3f} of the Trainer's; the bar is above 1")
+                )
+            if (off := figures.get("loss_off")) is not None and off > LOSS_BAR:
+                said = f"{name}: {peer}'s losses are {off:.1e} from plain's; the bar is {LOSS_BAR:.0e}"
+                found.append(Verdict(False, LOSS_BAR / off, said))
+    return found
+
+
+COLUMNS = ("layout", "peer", "tokens/s", "of plain (least-most)", "loss: first, last", "off", "first step", "whole run")
+
+
+def title(results: dict[str, Any]) -> str:
+    """What was measured, and on what."""
+    return (
+        f"{results['cores']} cores, batches of {results['batch_rows']} x {results['row_tokens']} tokens, "
+        f"{results['steps']} steps, medians of {results['rounds']} rounds"
+    )
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table."""
+    rows = []
+    for name, layout in results["layouts"].items():
+        for peer, f in layout["peers"].items():
+            shares = f.get("of_plain")
+            share = f"{statistics.median(shares):.3f} ({min(shares):.3f}-{max(shares):.3f})" if shares else "-"
+            rows.append(
+                [
+                    f"{name} ({layout['processes']})", peer, f"{f['tokens_per_s']:,.0f}", share,
+                    f"{f['first_loss']:.4f}, {f['last_loss']:.4f}", f"{f['loss_off']:.0e}" if shares else "-",
+                    f"{f['start_s']:.1f} s", f"{f['total_s']:.1f} s",
+                ]
+            )  # fmt: skip
+    return rows
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The result for a page."""
+    table = report.lines(COLUMNS, cells(results))
+    return f"# Training overhead\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

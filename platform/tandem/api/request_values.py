@@ -1,0 +1,190 @@
+"""Checks the values of a request's fields before an engine sees them. Pure; for the gateway and for rows of a batch.
+
+What is checked here is what vLLM answers with 500, with words about its own classes, or only after a row's engine has started.
+Everything else is vLLM's to check. As vLLM does, numbers are also taken as text ("0.5").
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tandem.api.messages import input_problem, message_problem
+from tandem.api.request_fields import REQUEST_FIELDS
+from tandem.api.schema_checks import schema_problem
+from tandem.api.values import INT_MAX, INT_MIN, Problem, is_integer, is_number, kind, shown
+
+RESPONSES = "/v1/responses"
+GENERATE_ROUTES = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages")
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+"""Fields of `structured_outputs` of which exactly one is set."""
+MAX_STOPS = 4
+"""OpenAI's limit, which vLLM keeps."""
+MAX_TOLD = 3
+"""Wrong values that one answer tells of."""
+LONG_NUMBER = re.compile(rb"\d{19}")
+"""Where a body has none, no integer in it is too large for an engine."""
+
+
+class Range(NamedTuple):
+    """The numbers that a field takes."""
+
+    least: float
+    most: float = math.inf
+    whole: bool = False
+    above_least: bool = False
+    """Whether `least` itself is too small."""
+
+    def has(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        if not (is_integer(value) if self.whole else is_number(value)):
+            return False
+        number = value if isinstance(value, int) else float(value)
+        return (self.least < number if self.above_least else self.least <= number) and number <= self.most
+
+    def described(self) -> str:
+        """`a number from 0 to 2`."""
+        low = f"{'above' if self.above_least else 'from'} {self.least:g}"
+        if self.whole:
+            return f"a whole number {low} to 2^64-1"
+        if self.most == math.inf:
+            return f"a number {low}"
+        return f"a number {low} {'and at most' if self.above_least else 'to'} {self.most:g}"
+
+
+WHOLE = Range(0, INT_MAX, whole=True)
+RANGES = {
+    "temperature": Range(0, 2),
+    "top_p": Range(0, 1, above_least=True),
+    "min_p": Range(0, 1),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, above_least=True),
+    "top_k": WHOLE._replace(least=-1),
+    "n": WHOLE._replace(least=1),
+    "max_tokens": WHOLE,
+    "max_completion_tokens": WHOLE,
+    "max_output_tokens": WHOLE,
+    "min_tokens": WHOLE,
+    "top_logprobs": WHOLE._replace(least=-1),
+    "prompt_logprobs": WHOLE._replace(least=-1),
+    "stream_interval": WHOLE._replace(least=1),
+}
+"""Fields that mean the same in every API that has them."""
+
+
+def value_problems(path: str, body: dict[str, Any], raw: bytes | None = None) -> list[Problem]:
+    """The first values, at most MAX_TOLD, that a request to the route `path` cannot have; empty: nothing was found.
+
+    `raw`, the body as it came, makes the search for numbers that are too large cheap.
+    """
+    return list(itertools.islice(_problems(path, body, raw), MAX_TOLD))
+
+
+def _problems(path: str, asked: dict[str, Any], raw: bytes | None) -> Iterator[Problem]:
+    # What a route does not have is not read by anybody there.
+    body = {name: value for name, value in asked.items() if name in REQUEST_FIELDS.get(path, ())}
+    if path in GENERATE_ROUTES:
+        for name, numbers in RANGES.items():
+            value = body.get(name)
+            if value is not None and not numbers.has(value):
+                yield Problem(name, f"is {shown(value)}; it must be {numbers.described()}")
+        for name in ("stop", "stop_sequences"):
+            if body.get(name) is not None:
+                yield from _stop(name, body[name])
+        yield from _structured_outputs(body.get("structured_outputs"))
+        yield from _schemas(body)
+    if "messages" in body and (problem := message_problem(path, body["messages"])):
+        yield problem
+    if path == RESPONSES and "input" in body and (problem := input_problem(body["input"])):
+        yield problem
+    if raw is None or LONG_NUMBER.search(raw):
+        yield from _too_large(asked)
+
+
+def _stop(name: str, value: Any) -> Iterator[Problem]:
+    texts = value if isinstance(value, list) else [value] if name == "stop" else None
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        forms = "text or an array of texts" if name == "stop" else "an array of texts"
+        yield Problem(name, f"is {kind(value)}; it must be {forms}")
+    elif len(texts) > MAX_STOPS:
+        yield Problem(name, f"has {len(texts)} texts; at most {MAX_STOPS} are taken. Leave some out")
+    elif not all(texts):
+        yield Problem(name, "has an empty text, which every answer would end with. Leave it out")
+
+
+def _structured_outputs(value: Any) -> Iterator[Problem]:
+    if value is None:
+        return
+    name = "structured_outputs"
+    if not isinstance(value, dict):
+        yield Problem(name, f"is {kind(value)}; it must be an object with one of {', '.join(CONSTRAINTS)}")
+        return
+    given = [key for key in CONSTRAINTS if value.get(key) is not None]
+    if len(given) != 1:
+        yield Problem(
+            name, f"has {' and '.join(given) or 'no constraint'}; it must have one of {', '.join(CONSTRAINTS)}"
+        )
+        return
+    (key,) = given
+    what = value[key]
+    choice = isinstance(what, list) and what and all(isinstance(each, str) for each in what)
+    fits: dict[str, tuple[bool, str]] = {
+        "json": (isinstance(what, dict | str), "a JSON schema"),
+        "choice": (bool(choice), "an array of one text or more"),
+        "json_object": (what is True, "true, or left out"),
+    }
+    ok, form = fits.get(key, (isinstance(what, str) and bool(what.strip()), "text that is not empty"))
+    if not ok:
+        yield Problem(f"{name}.{key}", f"is {shown(what)}; it must be {form}")
+
+
+def _schemas(body: dict[str, Any]) -> Iterator[Problem]:
+    for name, schema in _given_schemas(body):
+        problem = schema_problem(schema)
+        if problem is not None:
+            yield Problem(".".join((name, *problem.path)), problem.text)
+
+
+def _given_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The JSON schemas that an answer has to follow, and the field of each."""
+    schema = _inside(body, "structured_outputs", "json")
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            schema = None  # vLLM says what is wrong with the text
+    yield "structured_outputs.json", schema
+    for path in (
+        ("response_format", "json_schema", "schema"),
+        ("text", "format", "schema"),
+        ("output_config", "format", "schema"),
+    ):
+        yield ".".join(path), _inside(body, *path)
+    tools = body.get("tools")
+    for place, tool in enumerate(tools if isinstance(tools, list) else ()):
+        for field in ("function.parameters", "parameters", "input_schema"):
+            yield f"tools.{place}.{field}", _inside(tool, *field.split("."))
+
+
+def _inside(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _too_large(body: dict[str, Any]) -> Iterator[Problem]:
+    """Integers that do not fit 64 bits, which vLLM's processes cannot send each other."""
+    todo: list[tuple[str, Any]] = [(str(key), value) for key, value in body.items()]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
+            yield Problem(path, f"is {shown(value)}; integers here are from -2^63 to 2^64-1")
+        elif isinstance(value, dict):
+            todo += [(f"{path}.{key}", each) for key, each in value.items()]
+        elif isinstance(value, list):
+            todo += [(f"{path}.{place}", each) for place, each in enumerate(value)]

@@ -1,0 +1,217 @@
+"""Progress display of a job: a bar with metrics, and one line for each notable event."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
+
+from tandem.observability import events
+
+NOISE_KEPT = 200
+REPORTS_KEPT = 30
+"""Reports that the time to finish is reckoned from: speed changes when another job comes or goes."""
+
+
+class JobView:
+    """Shows one job's log lines. `show` takes them one at a time; `ended` is the event that closed the job, if any."""
+
+    def __init__(self, console: Console, title: str, *, raw: bool = False) -> None:
+        self.console = console
+        self.raw = raw
+        self.ended: dict[str, Any] | None = None
+        self.other_lines: list[str] = []
+        """The newest lines of the log that are not events; shown when a job fails."""
+        self._progress = _Bar(
+            TextColumn(
+                "[bold]{task.description}", table_column=Column(max_width=24, overflow="ellipsis", no_wrap=True)
+            ),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            console=console,
+            disable=raw,
+        )
+        self._title = title
+        self._task: TaskID | None = None
+        self._announced = 0
+        self._pace = Pace()
+
+    def __enter__(self) -> JobView:
+        self._progress.start()
+        self._task = self._progress.add_task(self._title, total=None, left="[dim]starting workers[/]", numbers="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def follow(self, lines: Iterable[str]) -> None:
+        """Show every line until there are no more."""
+        for line in lines:
+            self.show(line)
+
+    def show(self, line: str) -> None:
+        """Show one line of the job's log."""
+        event = events.decode(line)
+        if self.raw:
+            self.console.print(line, markup=False, soft_wrap=True)
+        if event is None:
+            self.other_lines = [*self.other_lines[-NOISE_KEPT:], line]
+            return
+        if event["event"] in ("finished", "failed", "stopped"):
+            self.ended = event
+        if not self.raw:
+            self._show_event(event)
+
+    def _show_event(self, event: dict[str, Any]) -> None:
+        assert self._task is not None
+        match event["event"]:
+            case "started":
+                self._say(str(in_words(event)))
+                self._progress.update(self._task, total=event.get("steps"), completed=event.get("resumed_from") or 0)
+            case "step":
+                numbers = described(event)
+                left = self._pace.left_s(event)
+                self._progress.update(
+                    self._task,
+                    completed=event["step"],
+                    total=event.get("steps"),
+                    numbers=numbers,
+                    left="" if left is None else f"[dim]{duration(left)} left[/]",
+                )
+                # Where there is no terminal a bar shows nothing: say it in words, ten times a run.
+                tenth = 10 * event["step"] // max(1, event.get("steps", 1))
+                if not self.console.is_terminal and tenth > self._announced:
+                    self._announced = tenth
+                    self._say(f"step {event['step']}/{event.get('steps')}  {numbers}")
+            case _:
+                if (text := in_words(event)) is not None:
+                    self._say(text)
+
+    def _say(self, text: str) -> None:
+        # In a file or a pipe a line stays one line, whatever the width that rich assumes for it.
+        self._progress.console.print(f"  [dim]·[/] {text}", soft_wrap=not self.console.is_terminal)
+
+
+class _Bar(Progress):
+    """A bar, and its numbers on a line of their own: both on one do not fit into 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields.get("numbers"):
+                line = Text.from_markup(f"  {task.fields['numbers']}")
+                line.no_wrap, line.overflow = True, "ellipsis"
+                yield line
+
+
+class Pace:
+    """Reckons the time to finish from a job's own clock, which is right also when its log is read late."""
+
+    def __init__(self) -> None:
+        self._reports: deque[tuple[int, float]] = deque(maxlen=REPORTS_KEPT)
+
+    def left_s(self, event: Mapping[str, Any]) -> float | None:
+        """Seconds until the last step, after this `step` event; None as long as there is only one."""
+        now = (int(event["step"]), float(event.get("seconds") or 0.0))
+        if self._reports and now <= self._reports[-1]:
+            # A restart: neither its steps nor its clock go on from here.
+            self._reports.clear()
+        self._reports.append(now)
+        (step, seconds), (then, before) = now, self._reports[0]
+        if step == then or seconds <= before:
+            return None
+        return max(0, int(event.get("steps") or step) - step) * (seconds - before) / (step - then)
+
+
+def in_words(event: Mapping[str, Any]) -> str | None:
+    """An event as one line of rich markup; None for those that only other processes need."""
+    match event["event"]:
+        case "started":
+            resumed = f", resumed at step {event['resumed_from']}" if event.get("resumed_from") else ""
+            trainable = event.get("trainable") or event.get("parameters") or 0
+            return (
+                f"{event.get('parameters', 0):,} parameters, {trainable:,} trained; "
+                f"{event.get('workers')} workers{on_nodes(event)}, {event.get('layout')}{resumed}"
+            )
+        case "step":
+            return f"step {event['step']}/{event.get('steps')}  {described(event)}"
+        case "evaluation":
+            return evaluated(event)
+        case "restart":
+            return f"[yellow]restarted[/]: {escape(str(event.get('reason', '')))}"
+        case "resized":
+            return f"[yellow]{event['from']} -> {event['to']} workers[/]: {escape(str(event.get('reason', '')))}"
+        case "hang" | "slow" | "skipped" | "rollback" | "stopped":
+            return f"[yellow]{escape(str(event.get('reason', '')))}[/]"
+        case "notice":
+            return f"[yellow]{escape(str(event.get('message', '')))}[/]"
+        case "registration_failed":
+            return f"[yellow]not registered[/]: {escape(str(event.get('error', '')))}"
+        case "finished":
+            return f"loss {event['loss']:.3f} after {event['steps']} steps, {event['seconds']:.0f} s"
+    return None
+
+
+def log_line(event: Mapping[str, Any]) -> str:
+    """An event as a line of a log, without colours: its time, and all of what `in_words` says of it or its fields."""
+    match event["event"]:
+        case "checkpoint":
+            text = f"checkpoint of step {event['step']}: {event.get('path')}"
+        case "fault":
+            text = f"fault ({event.get('kind')}): {event.get('reason')}"
+        case "failed":
+            text = f"failed: {event.get('error')}"
+        case name:
+            said = in_words(event)
+            fields = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "time"))
+            text = Text.from_markup(said).plain if said is not None else f"{name}: {fields}"
+    at = datetime.fromtimestamp(float(event.get("time") or 0.0)).astimezone()
+    return f"{at:%Y-%m-%d %H:%M:%S}  {text}"
+
+
+def on_nodes(event: Mapping[str, Any]) -> str:
+    """` on 2 nodes` of a `started` event, empty for one node."""
+    return f" on {event['nodes']} nodes" if event.get("nodes", 1) > 1 else ""
+
+
+def described(event: Mapping[str, Any]) -> str:
+    """A `step` event's numbers in one line of at most 78 columns; what the event lacks is left out."""
+    parts = [f"loss [cyan]{event['loss']:.3f}[/]"]
+    if (norm := event.get("grad_norm")) is not None:
+        parts.append(f"grad norm {norm:.3g}")
+    parts.append(f"{event.get('tokens_per_s') or 0:,.0f} tok/s")
+    if (mfu := event.get("mfu")) is not None:
+        parts.append(f"MFU {100 * mfu:.1f} %")
+    if (memory := event.get("memory_bytes")) is not None:
+        parts.append(f"{memory / 2**30:.2f} GiB")
+    return "  ".join(parts)
+
+
+def evaluated(event: Mapping[str, Any]) -> str:
+    """An `evaluation` event in words."""
+    apart = ("event", "time", "step", "rows", "averaged", "loss")
+    others = "".join(f", {key.replace('_', ' ')} {value:.4g}" for key, value in event.items() if key not in apart)
+    rows = f" ({event['rows']} rows)" if "rows" in event else ""
+    return f"evaluation at step {event['step']}: loss [cyan]{event['loss']:.3f}[/]{escape(others)}{rows}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3:05 min`, `2:07 h` or `3 d 4 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    minutes = whole // 60
+    if minutes < 48 * 60:
+        return f"{minutes // 60}:{minutes % 60:02} h"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

@@ -1,0 +1,160 @@
+"""Serve applications of a cluster: start, inspect and stop one, and check its listener."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from tandem.cluster.local import Cluster
+from tandem.cluster.machine import port_holder
+from tandem.config import ListenConfig, ServeConfig
+from tandem.errors import ClusterError
+from tandem.sdk.cluster import connected, uninterrupted
+from tandem.sdk.console import console, print_message
+from tandem.settings import settings
+
+CPUS = 8
+"""Logical CPUs of a local cluster."""
+WILDCARDS = ("0.0.0.0", "::", "*")
+"""Addresses that mean all of a machine's."""
+
+
+def listener(config: ServeConfig, host: str | None = None, port: int | None = None) -> ListenConfig:
+    """Where an app is to listen: what the command line says, else the config, else the settings.
+
+    ClusterError if the port is taken on this machine.
+    """
+    number = port or config.listen.port or settings().port
+    listen = replace(config.listen, host=host or config.listen.host, port=number)
+    check_port(number, listen.host)
+    return listen
+
+
+@contextmanager
+def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep: bool = False) -> Iterator[str]:
+    """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
+    from ray import serve
+
+    from tandem.apps.build import prepare
+    from tandem.apps.deploy import deploy
+
+    details = serve_details(cluster)
+    check_not_served(details, config)
+    port = listen.port or settings().port
+    taken = (details.get("http_options") or {}).get("port", port)
+    if details.get("applications") and taken != port:
+        raise ClusterError(
+            f"Serve listens on port {taken} on this cluster, for other apps. Use it too: --port {taken}."
+        )
+    with connected(cluster):
+        # Here, not before: whether the registry may be used depends on the cluster's nodes.
+        planned = prepare(config)
+        try:
+            with console.status(f"Starting {config.app}: one engine takes about half a minute"):
+                serve.start(
+                    proxy_location="HeadOnly" if listen.nodes == "head" else "EveryNode",
+                    http_options={"host": listen.host, "port": port},
+                )
+                deploy(planned, on_message=print_message)
+            yield url_of(listen.host, port)
+        finally:
+            with uninterrupted():
+                # A cluster of our own ends as a whole a moment later, and much faster.
+                if not keep and not cluster.owned:
+                    serve.delete(config.app)
+                    if not serve.status().applications:
+                        serve.shutdown()  # its port is free again
+
+
+def busy(cluster: Cluster) -> bool:
+    """Whether a job runs on the cluster."""
+    from tandem.jobs.client import JobClient
+
+    return JobClient(cluster).busy()
+
+
+def applications(cluster: Cluster) -> dict[str, Any]:
+    """The apps on a cluster."""
+    return dict(serve_details(cluster).get("applications", {}))
+
+
+def serve_details(cluster: Cluster) -> dict[str, Any]:
+    """What runs on a cluster, as Serve's own REST API tells it."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
+
+
+def check_not_served(details: dict[str, Any], config: ServeConfig) -> None:
+    """Refuse an app that is up, with what changes it; `details` are of `serve_details`."""
+    if config.app in details.get("applications", {}):
+        raise ClusterError(
+            f"{config.app} is served on this cluster already. `tandem serve deploy` changes it, `tandem serve down` ends it; "
+            "its adapters need no restart."
+        )
+
+
+def check_listener(details: dict[str, Any], listen: ListenConfig) -> None:
+    """Refuse another listener than the one that Serve has: it opens its listener when it starts, and keeps it."""
+    running = details.get("http_options") or {}
+    for key in ("host", "port"):
+        wanted, has = getattr(listen, key), running.get(key)
+        if wanted != getattr(ListenConfig(), key) and has is not None and wanted != has:
+            raise ClusterError(
+                f"listen.{key} is {wanted!r}, and Serve listens on {running.get('host')}:{running.get('port')} until it ends. "
+                "Leave it out, or run `tandem serve down` and `tandem serve up`."
+            )
+
+
+def app_url(cluster: Cluster, app: str) -> str | None:
+    """The base URL, for clients of OpenAI's API, of an app that is up on a cluster; None if it is not."""
+    details = serve_details(cluster)
+    if app not in details.get("applications", {}):
+        return None
+    options = details["http_options"]
+    host = options.get("host") or "127.0.0.1"
+    if host in WILDCARDS:
+        host = urlsplit(cluster.dashboard_url).hostname or "127.0.0.1"
+    return url_of(host, options["port"])
+
+
+def url_of(host: str, port: int) -> str:
+    """The base URL, for clients of OpenAI's API, of a listener."""
+    host = "127.0.0.1" if host in WILDCARDS else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def check_port(port: int, host: str = "127.0.0.1") -> None:
+    """Refuse a port that is taken, with the process that holds it, and an address that this machine does not have."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    except socket.gaierror as error:
+        raise ClusterError(
+            f"{host} is no address to listen on ({error.strerror}). Use 127.0.0.1, or 0.0.0.0 for all."
+        ) from error
+    with closing(socket.socket(family)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            return
+        except PermissionError as error:
+            raise ClusterError(
+                f"Port {port} may not be used by this user. Choose one above 1023: --port 8000."
+            ) from error
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ClusterError(
+                    f"{host} is no address of this machine, so nothing can listen on it. Use 127.0.0.1, or 0.0.0.0 for all."
+                ) from error
+            with closing(socket.socket(family)) as other:
+                other.bind((host, 0))
+                free = other.getsockname()[1]
+            holder = port_holder(port) or "a process that has just ended"
+            raise ClusterError(
+                f"Port {port} is taken by {holder}. Stop that, or choose another: --port {free}."
+            ) from error

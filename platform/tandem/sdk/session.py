@@ -1,0 +1,110 @@
+"""Session: datasets, training and serving from Python, on the cluster at RAY_ADDRESS or a local one.
+
+with tandem.Session() as session:
+    session.dataset("questions.jsonl", "questions", tokenizer="my-text")
+    adapter = session.train("sft.yaml", "steps=200")
+    url = session.serve("my-model")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from importlib.resources import files
+from pathlib import Path
+from typing import Self
+
+import yaml
+
+from tandem.cluster.local import Cluster
+from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict, load_yaml
+from tandem.data.index import DatasetIndex
+from tandem.errors import DataError, JobError
+from tandem.jobs.adapters import Adapters
+from tandem.jobs.prepare import prepare
+from tandem.registry import Registry
+from tandem.sdk.address import find_api_url
+from tandem.sdk.cluster import a_cluster
+from tandem.sdk.console import console
+from tandem.sdk.datasets import build, describe
+from tandem.sdk.serving import CPUS, listener, serving
+from tandem.sdk.summary import say_finished
+from tandem.sdk.training import follow
+from tandem.settings import settings
+
+
+class Session:
+    """One cluster and what is done on it; `close`, or the end of a `with` block, stops all that it started."""
+
+    def __init__(self, *, num_cpus: int = CPUS) -> None:
+        """`num_cpus`: logical CPUs of a local cluster, if one has to be started; that happens when it is first needed."""
+        self._stack = ExitStack()
+        self._cluster: Cluster | None = None
+        self._num_cpus = num_cpus
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving, and the cluster if it is ours."""
+        self._cluster = None
+        self._stack.close()
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster, started now if there is none."""
+        if self._cluster is None:
+            self._cluster = self._stack.enter_context(a_cluster(num_cpus=self._num_cpus))
+        return self._cluster
+
+    def dataset(
+        self, source: str, name: str, *, tokenizer: str | None = None, vocab_size: int = 4096, limit: int | None = None
+    ) -> DatasetIndex:
+        """Build a dataset in TANDEM_HOME/data, unless one of that name is there and whole."""
+        folder = settings().data_dir / name
+        try:
+            index = DatasetIndex.load(folder)
+            console.print(f"  [dim]·[/] {name} is there: {describe(index)}")
+        except DataError:
+            index = build(
+                source, folder, tokenizer=tokenizer, vocab_size=vocab_size, limit=limit, replace=folder.exists()
+            )
+            console.print(f"  [dim]·[/] {name}: {describe(index)}")
+        return index
+
+    def train(self, config: TrainConfig | str | Path, *overrides: str) -> str:
+        """Run a job to its end, unless it is finished already; returns the id of the model or adapter it made.
+
+        One that is not registered has no id: then its folder.
+
+        `config` is a TrainConfig or a YAML file; each of `overrides` is `key=value`. Raises JobError if the job fails.
+        """
+        wanted = config if isinstance(config, TrainConfig) else load_yaml(TrainConfig, Path(config), overrides)
+        job = prepare(wanted)
+        if job.finished():
+            say_finished(job)
+        elif status := follow(self.cluster, job):
+            raise JobError(f"{job.id} ended with status {status}. `tandem doctor` checks this machine.")
+        end = job.finished()
+        if end is None:
+            raise JobError(f"{job.id} has no result in {job.export}.")
+        return str(end["model"] or job.export)
+
+    @property
+    def adapters(self) -> Adapters:
+        """Register, promote, roll back, pin and delete adapters; what is served follows at the next request."""
+        return Adapters(Registry.open(), find_api_url)
+
+    def serve(self, *models: str, port: int | None = None, config: ServeConfig | None = None) -> str:
+        """Serve models until the session ends; returns the base URL for an OpenAI client once they answer."""
+        wanted = config or ServeConfig(models=tuple(ServedModelConfig(model=name) for name in models))
+        return self._stack.enter_context(serving(self.cluster, wanted, listener(wanted, port=port)))
+
+
+def recipe(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
+    """One of the recipes that come with the package, with values changed."""
+    text = files("tandem.sdk").joinpath("recipes", f"{name}.yaml").read_text()
+    return from_dict(TrainConfig, apply_overrides(yaml.safe_load(text), overrides))

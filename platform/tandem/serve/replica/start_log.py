@@ -1,0 +1,64 @@
+"""The output of a replica's process while its engine starts: quoted in the error of a start that failed, and kept.
+
+Ray's own log files end with a local cluster, so a copy is kept in TANDEM_HOME/logs.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tandem.engine.vllm.start_errors import explain_start_error
+from tandem.errors import EngineError, StorageError
+from tandem.private import make_shared_folder
+from tandem.settings import settings
+from tandem.storage import write_atomic
+
+MAX_BYTES = 2**20
+"""The end of each file that is read and kept."""
+
+
+class StartLog:
+    """What this process and its children write from now on."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the file's in TANDEM_HOME/logs."""
+        self._name = name
+        self._files = [(path, path.stat().st_size) for path in _ray_log_files()]
+
+    def explained(self, error: EngineError) -> EngineError:
+        """The same error with the engine's own last error, and with the path of the log."""
+        output = "".join(_read_from(path, start) for path, start in self._files)
+        return EngineError(f"{explain_start_error(str(error), output).rstrip('. ')}. {self._keep(output)}")
+
+    def _keep(self, output: str) -> str:
+        node = socket.gethostname()
+        home = settings().root
+        path = home / "logs" / f"{self._name}.log"
+        try:
+            make_shared_folder(path.parent, home)
+            write_atomic(path, output, mode=0o600)
+        except (OSError, StorageError):
+            if not self._files:
+                return f"Its log is not on the node {node}."
+            path = self._files[0][0]
+        return f"Its log is {path} on the node {node}."
+
+
+def _ray_log_files() -> list[Path]:
+    """The files that Ray gave this process for stderr and stdout; none outside a worker of Ray's."""
+    worker: Any = ray._private.worker.global_worker
+    paths = (Path(path) for path in (worker.get_err_file_path(), worker.get_out_file_path()) if path)
+    return list(dict.fromkeys(path for path in paths if path.is_file()))
+
+
+def _read_from(path: Path, start: int) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(start, path.stat().st_size - MAX_BYTES))
+            return file.read(MAX_BYTES).decode(errors="replace")
+    except OSError:
+        return ""

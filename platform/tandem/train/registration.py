@@ -1,0 +1,97 @@
+"""Registration of a training job's result in the model registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.config import TrainConfig, to_dict
+from tandem.data.index import find_parts, parts_digest
+from tandem.errors import TandemError
+from tandem.ids import digest
+from tandem.observability.events import Evaluated, Exported, RegistrationFailed
+from tandem.observability.journal import Journal
+from tandem.registry import BaseRef, Registry, find_base
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredResult:
+    """The result of a job, as the `finished` event names it."""
+
+    model: str | None = None
+    """Id in the registry; None if the config does not register the result."""
+    base: str | None = None
+    """Id of the base of an adapter."""
+    path: str
+    dora: bool = False
+
+
+def job_base(config: TrainConfig) -> BaseRef | None:
+    """The model that a job starts from; None for a new model."""
+    return find_base(config.model.base) if config.model.base else None
+
+
+def register_result(
+    config: TrainConfig, job: Path, *, loss: float | None, evaluation: Mapping[str, float] | None
+) -> RegisteredResult:
+    """Put the export of a job into the registry under the config's name, with its lineage.
+
+    Registering the same files again gives the same id. Raises RegistryError, or an error of the base that cannot be found.
+    """
+    registry, folder, base = Registry.open(), job / "export", job_base(config)
+    lineage = {
+        "job": job.name,
+        "dataset": parts_digest(find_parts(config.data)),
+        "config": digest(to_dict(config)),
+        "steps": config.steps,
+        "loss": loss,
+        "evaluation": evaluation,
+    }
+    if base is not None and base.record and base.record.commit:
+        lineage["base_commit"] = f"{base.record.lineage['hub']} {base.record.commit}"
+    if base is not None and config.lora is None:
+        lineage["base"] = base.id  # of an adapter it is a column of its own
+    if config.lora is None:
+        record = registry.register_model(config.name, folder, lineage=lineage)
+    else:
+        assert base is not None, "TrainConfig refuses lora without a base"
+        base_id = base.id
+        if not base.record:
+            base_id = registry.register_model(base.path.name, base.path, lineage={"source": "given as a folder"}).id
+        record = registry.register_adapter(config.name, folder, base=base_id, lineage=lineage)
+    return RegisteredResult(model=record.id, base=record.base, path=str(record.path), dora=record.dora)
+
+
+class ResultRegistration:
+    """Registers the result of one run: as soon as it is exported, and once more at the end if that failed.
+
+    A failure is an event in the journal.
+    """
+
+    def __init__(self, config: TrainConfig, job: Path, journal: Journal) -> None:
+        self._config, self._job, self._journal = config, job, journal
+        self._result: RegisteredResult | None = None
+
+    def on_exported(self, exported: Exported) -> None:
+        """Register now, while the workers end: the model can be requested some seconds earlier. Raises nothing."""
+        try:
+            self.finish(exported)
+        except (TandemError, OSError) as error:
+            self._journal.write(RegistrationFailed(error=f"{error} It is tried again when the run has ended."))
+
+    def finish(self, exported: Exported) -> RegisteredResult:
+        """The registered result; registers it unless `on_exported` has."""
+        if not self._config.register:
+            return RegisteredResult(path=str(self._job / "export"))
+        if self._result is None:
+            self._result = register_result(
+                self._config, self._job, loss=exported.loss, evaluation=last_evaluation(self._journal)
+            )
+        return self._result
+
+
+def last_evaluation(journal: Journal) -> Mapping[str, float] | None:
+    """The numbers of a job's last evaluation."""
+    found = (event.measured for event in reversed(journal.read()) if isinstance(event, Evaluated))
+    return next(found, None)

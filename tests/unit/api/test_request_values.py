@@ -1,0 +1,212 @@
+"""Wrong values of a request are found before an engine sees them, and named by their field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tandem.api.messages import drop_null_fields, message_problem
+from tandem.api.request_values import CONSTRAINTS, value_problems
+from tandem.api.values import Problem
+
+CHAT, RESPONSES, ANTHROPIC = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+
+
+def value_problem(path: str, body: dict[str, Any], raw: bytes | None = None) -> Problem | None:
+    return next(iter(value_problems(path, body, raw)), None)
+
+
+def test_several_wrong_values_are_told_at_once_and_at_most_three() -> None:
+    body = {"temperature": "hot", "top_p": 3, "stop": {}, "n": 0}
+    assert [problem.field for problem in value_problems(CHAT, body)] == ["temperature", "top_p", "n"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"temperature": "hot"}, "`temperature` is 'hot'; it must be a number from 0 to 2."),
+        ({"temperature": 1e30}, "`temperature` is 1e+30; it must be a number from 0 to 2."),
+        ({"top_p": 0}, "`top_p` is 0; it must be a number above 0 and at most 1."),
+        ({"repetition_penalty": -1}, "`repetition_penalty` is -1; it must be a number above 0."),
+        ({"top_k": 1e30}, "`top_k` is 1e+30; it must be a whole number from -1 to 2^64-1."),
+        ({"top_k": 1.5}, "`top_k` is 1.5; it must be a whole number from -1 to 2^64-1."),
+        ({"max_tokens": [3]}, "`max_tokens` is an array; it must be a whole number from 0 to 2^64-1."),
+        ({"top_k": 10**5000}, "`top_k` is a number of more than 60 digits; it must be a whole number from -1 to 2^64-1."),
+        ({"stop": ["a"] * 5}, "`stop` has 5 texts; at most 4 are taken. Leave some out."),
+        ({"stop": {}}, "`stop` is an object; it must be text or an array of texts."),
+        ({"stop": ["a", 3]}, "`stop` is an array; it must be text or an array of texts."),
+        ({"stop": ""}, "`stop` has an empty text, which every answer would end with. Leave it out."),
+        ({"vllm_xargs": {"a": [10**30]}}, f"`vllm_xargs.a.0` is {10**30}; integers here are from -2^63 to 2^64-1."),
+        (
+            {"structured_outputs": "x"},
+            f"`structured_outputs` is text; it must be an object with one of {', '.join(CONSTRAINTS)}.",
+        ),
+        (
+            {"structured_outputs": {"json": {}, "regex": "a"}},
+            f"`structured_outputs` has json and regex; it must have one of {', '.join(CONSTRAINTS)}.",
+        ),
+        ({"structured_outputs": {"json": 3}}, "`structured_outputs.json` is 3; it must be a JSON schema."),
+        (
+            {"structured_outputs": {"choice": []}},
+            "`structured_outputs.choice` is an array; it must be an array of one text or more.",
+        ),
+        ({"structured_outputs": {"grammar": " "}}, "`structured_outputs.grammar` is ' '; it must be text that is not empty."),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_its_field_and_what_it_must_be(body: dict[str, Any], said: str) -> None:
+    assert str(value_problem(CHAT, body)) == said
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"structured_outputs": {"json": {"$ref": "#"}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": '{"$ref": "#"}'}}, "structured_outputs.json"),
+        ({"response_format": {"json_schema": {"schema": {"allOf": [{"$ref": "#"}]}}}}, "response_format.json_schema.schema"),
+        ({"text": {"format": {"schema": {"$ref": "#"}}}}, "text.format.schema"),
+        ({"tools": [{"function": {"parameters": {"$ref": "#"}}}]}, "tools.0.function.parameters"),
+        ({"tools": [{"input_schema": {"properties": {"a": {"minItems": 1e9}}}}]}, "tools.0.input_schema.properties.a.minItems"),
+    ],
+)  # fmt: skip
+def test_a_schema_without_an_answer_is_refused_wherever_it_stands(body: dict[str, Any], field: str) -> None:
+    route = RESPONSES if "text" in body else ANTHROPIC if "input_schema" in str(body) else CHAT
+    problem = value_problem(route, body)
+    assert problem is not None and problem.field == field
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {
+            "temperature": "0.5",
+            "max_tokens": "3",
+            "top_k": -1,
+            "n": 2.0,
+            "top_p": 1,
+            "seed": -(2**63),
+            "logprobs": True,
+        },
+        {"stop": ["a"] * 4, "stop_sequences": [], "structured_outputs": {"choice": ["a"]}, "top_k": 2**64 - 1},
+        {"structured_outputs": {"json": "{", "disable_any_whitespace": True}},
+        {"response_format": "x", "text": "x", "tools": "x"},
+    ],
+)
+def test_values_that_vllm_takes_or_explains_itself_pass(body: dict[str, Any]) -> None:
+    assert value_problem(CHAT, body) is None
+
+
+def test_anthropics_stop_sequences_are_four_at_most() -> None:
+    said = "`stop_sequences` has 9 texts; at most 4 are taken. Leave some out."
+    assert str(value_problem(ANTHROPIC, {"stop_sequences": ["a"] * 9})) == said
+
+
+def test_fields_that_a_route_does_not_have_are_not_checked() -> None:
+    assert value_problem(CHAT, {"stop_sequences": 3, "max_output_tokens": "x", "input": 3}) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (3, "`input` is a number; it must be text or an array of items."),
+        ([3], "`input.0` is a number; it must be an object, such as {'role': 'user', 'content': ...}."),
+        ([{"role": "user", "content": 3}], "`input.0.content` is a number; it must be text or an array of parts."),
+        ([{"role": "user", "content": None}], "`input.0.content` is null; it must be text or an array of parts."),
+        (
+            [{"role": "user", "content": [{"type": "input_text", "text": 3}]}],
+            "`input.0.content.0.text` is a number; it must be text.",
+        ),
+    ],
+)
+def test_a_wrong_input_of_responses_is_told_with_the_path_of_its_field(value: Any, said: str) -> None:
+    assert str(value_problem(RESPONSES, {"input": value})) == said
+
+
+def test_items_of_responses_pass() -> None:
+    reasoning = {"type": "reasoning", "id": "r", "summary": [], "content": None}
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    told = {"type": "function_call_output", "call_id": "c", "output": "rain"}
+    said = {
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": "x", "annotations": []}],
+    }
+    items = ["x", [{"role": "user", "content": "x"}, said, reasoning, call, told], []]
+    assert [value_problem(RESPONSES, {"input": item}) for item in items] == [None] * 3
+
+
+def test_routes_that_generate_nothing_have_no_sampling_values() -> None:
+    assert value_problem("/v1/embeddings", {"stop": 3, "temperature": "hot", "input": [[1, 2]]}) is None
+    assert value_problem("/v1/embeddings", {"input": [[10**30]]}, b"[[" + b"1" * 31) is not None
+
+
+def test_numbers_in_texts_are_not_numbers() -> None:
+    text = "1" * 100
+    assert value_problem("/v1/completions", {"prompt": text}, text.encode()) is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("x", "`messages` is text; it must be an array of messages."),
+        ([], "`messages` is empty; it must have at least one message."),
+        ([3], "`messages.0` is a number; it must be an object with role and content."),
+        ([{}], "`messages.0.role` is missing; it must be text, such as 'user' or 'assistant'."),
+        ([{"role": 3}], "`messages.0.role` is a number; it must be text, such as 'user' or 'assistant'."),
+        ([{"role": "user", "content": 3}], "`messages.0.content` is a number; it must be text or an array of parts."),
+        ([{"role": "user", "content": None}], "`messages.0.content` is null; it must be text or an array of parts."),
+        ([{"role": "user", "content": {}}], "`messages.0.content` is an object; it must be text or an array of parts."),
+        (
+            [{"role": "user", "content": [3]}],
+            "`messages.0.content.0` is a number; it must be an object with a type, such as {'type': 'text', 'text': ...}.",
+        ),
+        ([{"role": "user", "content": [{}]}], "`messages.0.content.0.type` is missing; it must be text, such as 'text'."),
+        ([{"role": "user", "content": [{"type": "text"}]}], "`messages.0.content.0.text` is missing; it must be text."),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": 3}]}],
+            "`messages.0.content.0.text` is a number; it must be text.",
+        ),
+        ([{"role": "user", "content": "x", "name": 3}], "`messages.0.name` is a number; it must be text."),
+        ([{"role": "tool", "content": "x", "tool_call_id": 3}], "`messages.0.tool_call_id` is a number; it must be text."),
+        ([{"role": "assistant", "tool_calls": "x"}], "`messages.0.tool_calls` is text; it must be an array of calls."),
+        (
+            [{"role": "assistant", "tool_calls": [{"id": "a"}]}],
+            "`messages.0.tool_calls.0.function` is missing; it must be an object with name and arguments.",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
+            "`messages.0.tool_calls.0.function.arguments` is an object; it must be JSON as text.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_message_is_told_with_the_path_of_its_field(messages: Any, said: str) -> None:
+    assert str(message_problem(CHAT, messages)) == said
+
+
+def test_anthropics_messages_have_three_roles_and_always_content() -> None:
+    assert str(message_problem(ANTHROPIC, [{"role": "tool", "content": "x"}])) == (
+        "`messages.0.role` is 'tool'; it must be one of user, assistant, system."
+    )
+    assert str(message_problem(ANTHROPIC, [{"role": "user"}])).startswith("`messages.0.content` is missing;")
+
+
+def test_a_conversation_with_tools_and_parts_passes() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    talk = [
+        {"role": "system", "content": "x"},
+        {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]},
+        {"role": "tool", "tool_call_id": "c", "content": "rain"},
+    ]
+    assert message_problem(CHAT, talk) is None
+    result = {"type": "tool_result", "tool_use_id": "c", "content": "rain"}
+    thought = {"type": "thinking", "thinking": "hm", "signature": "s"}
+    talk = [{"role": "assistant", "content": [thought]}, {"role": "user", "content": [result]}]
+    assert message_problem(ANTHROPIC, talk) is None
+
+
+def test_null_fields_of_an_answer_that_is_sent_back_are_dropped_except_its_content() -> None:
+    messages = [{"role": "assistant", "content": None, "refusal": None, "tool_calls": None}, 3]
+    drop_null_fields(messages)
+    assert messages == [{"role": "assistant", "content": None}, 3]
