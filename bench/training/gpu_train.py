@@ -88,7 +88,7 @@ class Run:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from tandem.train.reporting.flops import Meter
+        from tandem.train.reporting.flops import MfuMeter
 
         self.options = options
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -100,7 +100,7 @@ class Run:
         torch.manual_seed(0)
         with self.device:
             self.model = LlamaForCausalLM(LlamaConfig(**shape))
-        self.meter = Meter.of(
+        self.meter = MfuMeter.of(
             self.model, device=self.device, workers=1, sequence_length=options.length, precision="bfloat16"
         )
         ids = torch.randint(shape["vocab_size"], (4 * options.rows, options.length), dtype=torch.int32)

@@ -136,7 +136,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
 
     from tandem.config import ModelConfig
     from tandem.data.build import build_dataset
-    from tandem.data.order import Order, Walk
+    from tandem.data.order import Order, Sampler
     from tandem.data.packing import pack
     from tandem.data.shards import read_samples
     from tandem.data.tokenize import TextEncoder
@@ -149,9 +149,9 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         texts = [sample.text for sample in read_samples([path])]  # type: ignore[union-attr]
         parts.append(pack(encoder.texts(texts), options.length, encoder.pad_id, split=True))
     order = Order(shards=(len(parts),), weights=(1.0,), seed=0)
-    walk = Walk(order, lambda place: len(parts[order.shard(place)]))
-    places = walk.share(0, 1, options.steps * options.batch)
-    np.save(folder / "rows.npy", np.stack([parts[place.shard][place.row] for place in places]))
+    sampler = Sampler(order, lambda position: len(parts[order.shard(position)]))
+    places = sampler.share(0, 1, options.steps * options.batch)
+    np.save(folder / "rows.npy", np.stack([parts[position.shard][position.row] for position in places]))
     build_model(ModelConfig(**SHAPE), None, encoder, seed=0).save_pretrained(folder / "model")  # type: ignore[operator]
 
 

@@ -22,7 +22,7 @@ from tandem.checkpoint.export import export
 from tandem.checkpoint.folders import SavedState
 from tandem.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelismConfig, TrainConfig
 from tandem.data.build import tokenizer_files
-from tandem.data.order import Order, Walk
+from tandem.data.order import Order, Sampler
 from tandem.data.packing import Rows
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import StorageError
@@ -41,11 +41,11 @@ class Listed:
 
     def __init__(self, rows: Rows, rank: int, world: int, done: int = 0) -> None:
         self._rows, self._rank, self._world = rows, rank, world
-        self._walk = Walk(Order(shards=(1,), weights=(1.0,), seed=0), lambda place: len(rows))
-        self._walk.share(0, 1, done)
+        self._sampler = Sampler(Order(shards=(1,), weights=(1.0,), seed=0), lambda position: len(rows))
+        self._sampler.share(0, 1, done)
 
     def take(self, count: int) -> Rows:
-        return self._rows[[place.row for place in self._walk.share(self._rank, self._world, count)]]
+        return self._rows[[position.row for position in self._sampler.share(self._rank, self._world, count)]]
 
 
 class World:
