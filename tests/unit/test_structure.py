@@ -10,9 +10,6 @@ PACKAGE = Path(__file__).resolve().parents[2] / "platform" / "tandem"
 MAX_FUNCTION_LINES = 80
 MAX_MODULES = 15
 """Modules of a folder that has no sub-folders; `__init__` is not counted."""
-LONG_FUNCTIONS = {"train/worker.py:_run", "train/loop.py:train"}
-"""Exceptions until these are split; nothing may be added."""
-LARGE_FOLDERS: set[str] = set()
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -29,8 +26,7 @@ def test_no_function_is_longer_than_80_lines() -> None:
             lines = (function.end_lineno or 0) - function.lineno + 1
             if lines > MAX_FUNCTION_LINES:
                 long[f"{path.relative_to(PACKAGE).as_posix()}:{function.name}"] = lines
-    assert {name: lines for name, lines in long.items() if name not in LONG_FUNCTIONS} == {}
-    assert set(long) >= LONG_FUNCTIONS, "an exception is no longer needed: remove it"
+    assert long == {}
 
 
 def test_no_folder_without_sub_folders_has_more_than_15_modules() -> None:
@@ -41,5 +37,4 @@ def test_no_folder_without_sub_folders_has_more_than_15_modules() -> None:
         modules = [each for each in folder.glob("*.py") if each.name != "__init__.py"]
         if len(modules) > MAX_MODULES:
             large[folder.relative_to(PACKAGE).as_posix()] = len(modules)
-    assert {name: count for name, count in large.items() if name not in LARGE_FOLDERS} == {}
-    assert set(large) >= LARGE_FOLDERS, "an exception is no longer needed: remove it"
+    assert large == {}

@@ -37,7 +37,7 @@ TO_SCHEDULE = re.compile(
     r"total resources available: (?P<free>.*?)\. Use",
     re.DOTALL,
 )
-"""Serve's two messages about replicas that take longer than it expects."""
+"""Serve's messages about replicas that take long to initialise, or wait for resources."""
 FAILED_ATTEMPT = re.compile(r"A replica failed to start with exception\. Retrying(?: (?P<left>\d+) more time\(s\))?\.")
 
 
@@ -54,7 +54,7 @@ def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[s
     target = serve.RunTarget(application(planned), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
     while not is_rolled_out(now := _details(name), before):
-        # Of the app alone: a deployment still says what it said of the last change until Serve has looked at this one.
+        # The app's status only: a deployment keeps the status of the last change until Serve has begun with this one.
         if now["status"] == FAILED:
             raise EngineError(f"{name} did not start: {failure_reason(name)}")
         for text in sorted(deployment_messages(now) - reported):
@@ -86,9 +86,9 @@ def _key(app: str) -> bytes:
 
 
 def is_rolled_out(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether an app is what it is to be, but for old replicas that have not ended. Pure: Serve's details of it, now and before.
+    """Whether a change of an app is complete except for old replicas that still drain. Pure: Serve's details, now and before.
 
-    Serve takes a change in hand a moment after it was told: then a deployment that has begun to change is the sign of it.
+    Serve begins with a change a moment after the call; a deployment that is not HEALTHY shows that it has.
     """
     deployments, old = now["deployments"], before["deployments"]
     begun = any(each["status"] != "HEALTHY" for each in deployments.values())
@@ -96,7 +96,7 @@ def is_rolled_out(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 
 def deployment_messages(now: Mapping[str, Any]) -> set[str]:
-    """What Serve says of deployments that are not yet as they should be, each in a line of our words. Pure."""
+    """Messages about deployments that are not HEALTHY, one line each. Pure."""
     waiting = {
         name: each["message"]
         for name, each in now["deployments"].items()
@@ -106,7 +106,7 @@ def deployment_messages(now: Mapping[str, Any]) -> set[str]:
 
 
 def _deployment_message(deployment: str, message: str) -> str | None:
-    # That an engine takes more than half a minute to load is nothing to report.
+    # An engine may take more than half a minute to load.
     if TO_INITIALIZE.search(message):
         return None
     if found := TO_SCHEDULE.search(message):
@@ -137,9 +137,9 @@ def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
 
 
 def drain(name: str, timeout_s: float) -> bool:
-    """Take an app away once its engines have answered what they had begun; False if they had not within `timeout_s`."""
-    # Serve tells no more of the replicas of an app that is to go. Its gateways stay reachable for some time, whether anybody
-    # calls them or not: they are not waited for.
+    """Delete an app and wait until its engines have answered their requests; False if they have not within `timeout_s`."""
+    # Serve reports no replicas of an app that is being deleted. Its gateways stay reachable for some seconds in any case, so
+    # they are not waited for.
     deployments = _details(name)["deployments"].items()
     engines = {
         r["actor_name"] for key, d in deployments if key not in (DIRECTORY_NAME, GATEWAY_NAME) for r in d["replicas"]
@@ -155,7 +155,7 @@ def drain(name: str, timeout_s: float) -> bool:
 
 
 def failure_reason(name: str) -> str:
-    """The reason why an app does not run as it should."""
+    """The reason why an app is not running."""
     app = serve.status().applications.get(name)
     if app is None:
         return ""

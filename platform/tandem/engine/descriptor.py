@@ -70,6 +70,8 @@ class Requests:
     """Whether the engine itself schedules by `priority`, from `engine_args`."""
     explain_error: Callable[[str, str | None], str]
     """An engine's error message for clients; takes the message and the model's name."""
+    explain_param: Callable[[str | None], str | None]
+    """The field of the request that an engine's error names, for clients."""
     arguments: tuple[str, ...] = ()
     """Names in `engine_args` on which these rules depend; gateways get no others."""
 

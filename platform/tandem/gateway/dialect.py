@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from pydantic_core import from_json
 
-from tandem.engine.vllm.wording import ENGINE_STOPPED, simplify_message
-
-BROKEN = ENGINE_STOPPED
+ExplainError = Callable[[str, str | None], str]
+"""Rewrites an engine's error message for clients, given the model's name."""
 
 
 class Dialect(Protocol):
@@ -107,8 +107,8 @@ def dialect_of(path: str) -> Dialect:
     return OPENAI
 
 
-def rewrite_errors(chunk: bytes, dialect: Dialect, request: str) -> bytes:
-    """A chunk of an engine's stream, with errors of the engine rewritten in the API's format.
+def rewrite_errors(chunk: bytes, dialect: Dialect, request: str, explain: ExplainError) -> bytes:
+    """A chunk of an engine's stream, with errors of the engine rewritten in the API's format; `request`: the request's id.
 
     An error event that is split over two chunks passes unchanged.
     """
@@ -116,19 +116,17 @@ def rewrite_errors(chunk: bytes, dialect: Dialect, request: str) -> bytes:
     # Generated text cannot contain the prefix: in JSON its quotes and line ends are escaped.
     if error_prefix is None or error_prefix not in chunk:
         return chunk
-    return b"\n\n".join(_rewrite_event(event, dialect, request) for event in chunk.split(b"\n\n"))
+    return b"\n\n".join(_rewrite_event(event, dialect, request, explain) for event in chunk.split(b"\n\n"))
 
 
-def _rewrite_event(event: bytes, dialect: Dialect, request: str) -> bytes:
+def _rewrite_event(event: bytes, dialect: Dialect, request: str, explain: ExplainError) -> bytes:
     try:
         error = from_json(event.partition(b"data: ")[2])["error"]
         message, code = str(error["message"]), error.get("code")
     except (ValueError, KeyError, TypeError, AttributeError):
         return event
-    # vLLM converts its stream of OpenAI chunks to Anthropic's; an error in it becomes a chunk that it cannot parse.
-    text = f"{BROKEN}." if "validation error for ChatCompletionStreamResponse" in message else simplify_message(message)
     status = code if isinstance(code, int) and code >= 400 else 500
-    return dialect.event(status, text, code=None, request=request, last=b"").removesuffix(b"\n\n")
+    return dialect.event(status, explain(message, None), code=None, request=request, last=b"").removesuffix(b"\n\n")
 
 
 def _dump(value: dict[str, Any]) -> bytes:

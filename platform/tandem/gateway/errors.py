@@ -11,7 +11,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from tandem.engine.engines import ENGINES
-from tandem.engine.vllm.wording import simplify_field
 from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
 from tandem.routing.records import ServedModel
 
@@ -73,17 +72,18 @@ def too_slow(model: str, silent_s: float) -> ApiError:
 
 def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
     """The error in an engine's answer for `model`; a body of any shape."""
+    rules = ENGINES[model.config.engine].requests
     message, param, code = f"The engine answered {status}.", None, None
     try:
         answer = from_json(body)
         error = answer.get("error", answer)
         message = str(error.get("message") or message)
-        param = simplify_field(error.get("param"))
+        param = rules.explain_param(error.get("param"))
         code = error.get("code") if isinstance(error.get("code"), str) else None
     except (ValueError, AttributeError):
         text = body.decode(errors="replace").strip()
         message = text[:2000] or message
-    message = ENGINES[model.config.engine].requests.explain_error(message, model.name)
+    message = rules.explain_error(message, model.name)
     if status == 400 and (
         "context length" in message or "max_model_len" in message or "maximum model length" in message
     ):

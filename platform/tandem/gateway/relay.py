@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.control import Admission
-from tandem.gateway.dialect import BROKEN, rewrite_errors
+from tandem.gateway.dialect import rewrite_errors
 from tandem.gateway.errors import ApiError, from_engine, no_replica, request_id
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import HEADER, RecordLatency, header, ignore_latency
@@ -30,6 +30,8 @@ REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
 """Response headers: ids of the replica that answered and of the gateway that relayed."""
 FORWARDED_HEADERS = ("content-type", "x-request-id", "cache-control", "metadata")
 """Response headers of an engine that a client gets; `metadata` describes raw bytes of embeddings."""
+BROKEN = "The engine stopped in the middle of its answer"
+"""Message of the error event at the end of a broken stream."""
 MAX_BEGUN = 2
 """Replicas that may begin with one request: a request that kills its engine must not reach all of them."""
 MAX_TRIED = 2
@@ -223,11 +225,12 @@ class RelayedResponse(Response):
                 error.headers |= request.warnings
                 await error.response(dialect, id_)(scope, receive, send_once)
                 return
+            explain = request.model.engine.requests.explain_error
             self._is_stream = is_stream = answer.content_type.startswith("text/event-stream")
             await self._send_head(send_once, attempt, answer)
             try:
                 while chunk:
-                    self._last_chunk = rewrite_errors(chunk, dialect, id_) if is_stream else chunk
+                    self._last_chunk = rewrite_errors(chunk, dialect, id_, explain) if is_stream else chunk
                     self.sending_since = time.monotonic()
                     await send({"type": "http.response.body", "body": self._last_chunk, "more_body": True})
                     self.sending_since = math.inf

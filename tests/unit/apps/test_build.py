@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_hub import FakeHub
 
 from tandem.apps import resolve as resolve_module
-from tandem.apps.build import build_app, prepare
+from tandem.apps.build import application, build_app, prepare
 from tandem.apps.resolve import resolve, resolve_models
 from tandem.config import RouterConfig, ServeConfig, ServedModelConfig, from_dict, to_dict
 from tandem.errors import ConfigError, RegistryError, UnknownModelError
-from tandem.registry import Registry
+from tandem.registry import Registry, find_model
 from tandem.serve.scaling import engine_version
 
 
@@ -69,6 +70,22 @@ def test_one_version_is_one_deployment_however_it_is_named(registry: Registry, t
     registry.register_model("two", model(tmp_path / "two", 2))
     assert [each.model for each in kept.models] == ["one@1", str(folder)] and resolve(kept).config == kept
     assert from_dict(ServeConfig, to_dict(kept)) == kept
+
+
+def test_models_are_resolved_once_for_each_deploy(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register_model("one", model(tmp_path / "one"))
+    names: list[str] = []
+
+    def count(word: str, *args: Any) -> Any:
+        names.append(word)
+        return find_model(word, *args)
+
+    monkeypatch.setattr(resolve_module, "find_model", count)
+    planned = prepare(config(ServedModelConfig(model="one")))
+    application(planned)
+    assert names == ["one"] and planned.app.config.models[0].model == "one@1"
 
 
 def test_unknown_names_and_folders_are_refused_with_the_nearest(registry: Registry, tmp_path: Path) -> None:

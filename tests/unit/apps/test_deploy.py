@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.apps.deploy import news, reason_in
+from tandem.apps.deploy import deployment_messages, reason_in
 
 TRACEBACK = """\x1b[36mray::ServeReplica:tandem:engine-m.initialize_and_get_metadata()\x1b[39m (pid=24614, ip=127.0.0.1)
   File "replica.py", line 3521, in initialize_and_get_metadata
@@ -25,7 +25,7 @@ def test_an_error_that_is_not_ours_is_shown_whole() -> None:
 def test_a_failed_attempt_is_told_with_its_reason_and_the_attempts_left() -> None:
     def said(left: str) -> set[str]:
         message = f"A replica failed to start with exception. Retrying{left}. Error:\n{TRACEBACK}"
-        return news({"deployments": {"engine-m": {"status": "UPDATING", "message": message}}})
+        return deployment_messages({"deployments": {"engine-m": {"status": "UPDATING", "message": message}}})
 
     assert said(" 2 more time(s)") == {f"engine-m did not start: {REASON} Attempts left: 2."}
     assert said("") == {f"engine-m did not start: {REASON}"}

@@ -58,6 +58,7 @@ ECHO = EngineDescriptor(
         adapt=adapt_request,
         keeps_priority=lambda engine_args: False,
         explain_error=lambda message, model: message,
+        explain_param=lambda param: param,
     ),
     kv_transfer=KvTransfer(
         engine_args=lambda config: dict(config.engine_args),

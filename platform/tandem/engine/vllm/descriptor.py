@@ -1,6 +1,12 @@
-"""Descriptor of the vLLM engine; imports no vLLM."""
+"""Descriptor of the vLLM engine, with its creation and the validation of its arguments; imports no vLLM."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 
 from tandem import settings
 from tandem.engine.descriptor import EngineDescriptor, KvTransfer, Requests, Resources
@@ -10,8 +16,11 @@ from tandem.engine.spec import EngineSpec
 from tandem.engine.vllm import kv_transfer, requests, resources
 from tandem.engine.vllm.environment import engine_environment
 from tandem.engine.vllm.parsers import supports_tools
-from tandem.engine.vllm.validation import validate
+from tandem.engine.vllm.wording import simplify_field
 from tandem.errors import EngineError
+
+VALIDATION_TIMEOUT_S = 180.0
+"""Seconds that vLLM may take to validate arguments, most of them for imports."""
 
 
 def create(spec: EngineSpec) -> Engine:
@@ -25,6 +34,34 @@ def create(spec: EngineSpec) -> Engine:
             f"vLLM cannot be imported here: {error}. Install it with `pip install tandem[cpu]` or `tandem[gpu]`."
         ) from error
     return VllmEngine(spec)
+
+
+def validate(specs: Sequence[EngineSpec]) -> list[str | None]:
+    """The error in each spec's arguments, None if there is none; EngineError if vLLM cannot be asked.
+
+    In a process of its own, so that this one does not import vLLM.
+    """
+    if not specs:
+        return []
+    values = json.dumps([{name: getattr(spec, name) for name in EngineSpec.__slots__} for spec in specs], default=dict)
+    try:
+        # vLLM leaves files in the temporary folder, and executes some.
+        with tempfile.TemporaryDirectory(prefix="tandem-", ignore_cleanup_errors=True) as temporary:
+            process = subprocess.run(
+                [sys.executable, "-m", "tandem.engine.vllm.arguments"],
+                input=values,
+                capture_output=True,
+                text=True,
+                timeout=VALIDATION_TIMEOUT_S,
+                env=settings.child_environment({**engine_environment(specs[0]), "TMPDIR": temporary}),
+            )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"vLLM did not check engine_args within {VALIDATION_TIMEOUT_S:.0f} s.") from error
+    last_line = process.stdout.strip().rpartition("\n")[2]
+    if process.returncode or not last_line:
+        raise EngineError(f"vLLM could not check engine_args: {process.stderr.strip()[-2000:]}")
+    errors: list[str | None] = json.loads(last_line)
+    return errors
 
 
 VLLM = EngineDescriptor(
@@ -42,6 +79,7 @@ VLLM = EngineDescriptor(
         adapt=requests.adapt_request,
         keeps_priority=requests.keeps_priority,
         explain_error=requests.explain_error,
+        explain_param=simplify_field,
         arguments=("scheduling_policy",),
     ),
     kv_transfer=KvTransfer(

@@ -8,7 +8,10 @@ from typing import Any
 from tandem.config import ServedModelConfig
 from tandem.engine.descriptor import UnsupportedRequestError
 from tandem.engine.vllm.parsers import explain_refusal, tools_unsupported_message
-from tandem.engine.vllm.wording import simplify_message
+from tandem.engine.vllm.wording import ENGINE_STOPPED, simplify_message
+
+UNREADABLE_CHUNK = "validation error for ChatCompletionStreamResponse"
+"""vLLM converts its stream of OpenAI chunks to Anthropic's; an error in it is a chunk that it cannot parse."""
 
 
 def check_request(model: str, body: Mapping[str, Any], config: ServedModelConfig, supports_tools: bool) -> None:
@@ -55,4 +58,6 @@ def keeps_priority(engine_args: Mapping[str, Any]) -> bool:
 
 def explain_error(message: str, model: str | None) -> str:
     """An error of vLLM without pydantic's terms, references to its log and advice to its operator."""
+    if UNREADABLE_CHUNK in message:
+        return f"{ENGINE_STOPPED}."
     return simplify_message(explain_refusal(message, model))

@@ -15,6 +15,7 @@ from tandem.config import ServedModelConfig
 from tandem.engine.vllm import wording
 from tandem.engine.vllm.logs import ANTHROPIC, quiet_refusals
 from tandem.engine.vllm.parsers import explain_refusal
+from tandem.engine.vllm.requests import explain_error
 from tandem.engine.vllm.wording import (
     ADVICE_TO_DEPLOYER,
     MAX_FIELDS,
@@ -94,7 +95,7 @@ def test_an_engine_death_does_not_refer_clients_to_the_log() -> None:
     assert from_engine(500, json.dumps({"error": {"message": raw}}).encode(), MODEL).message == simplify_message(raw)
     chunk = b'data: {"error": ' + json.dumps({"message": raw, "code": 500}).encode() + b"}\n\n"
     chunk = chunk.replace(b'{"error": ', b'{"error":')
-    said = rewrite_errors(chunk, OPENAI, "r")
+    said = rewrite_errors(chunk, OPENAI, "r", explain_error)
     assert b"stack trace" not in said and b"The engine stopped" in said and said.endswith(b"\n\n")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import EngineError
-from tandem.serve import start_log
+from tandem.serve.replica import start_log
 from tandem.serve.replica.start_log import StartLog
 
 ERROR = EngineError(
