@@ -32,7 +32,10 @@ async def test_a_full_queue_is_429_with_retry_after_in_each_apis_format(narrow: 
     world, engine = narrow
     asked = [world.ask(name, 40) for name in ("one", "two", "three")]
     await world.queued(2)
-    for path, extra in ((ROUTE, {"prompt": "x"}), ("/v1/messages", {"messages": [], "max_tokens": 4})):
+    for path, extra in (
+        (ROUTE, {"prompt": "x"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}),
+    ):
         answer = await world.http.post(path, json={"model": "base", **extra})
         assert answer.status_code == 429 and 1 <= int(answer.headers["retry-after"]) <= 60
         assert answer.json()["error"]["type"] == "rate_limit_error"

@@ -74,7 +74,7 @@ async def test_a_prompt_that_killed_a_prefill_replica_reaches_one_more_replica(t
     ("path", "body", "kind"),
     [
         ("/v1/completions", {"prompt": "x", "stream": True}, "server_error"),
-        ("/v1/messages", {"messages": [], "max_tokens": 4}, "timeout_error"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}, "timeout_error"),
     ],
 )
 async def test_an_answer_that_takes_too_long_is_504_and_its_replica_is_no_suspect(
