@@ -14,6 +14,9 @@ from tandem.cluster.local import LocalCluster, authentication
 
 # Ray reads its authentication mode when it is first imported, which a test module may do before a cluster starts.
 environment.export(authentication())
+# pytest-xdist sets these for its processes, and then every terminal of the tests would have 80 columns.
+for name, value in (("COLUMNS", "80"), ("LINES", "24")):
+    environment.forget(name, value)
 # Each test has a home of its own, and would compile the same kernels again: about 15 s for each engine.
 COMPILED = Path.home() / ".cache" / "tandem-tests"
 environment.export(

@@ -52,6 +52,7 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
 
     Raises ConfigError, DataError, StorageError or a RegistryError with the next step.
     """
+    find_engine(config.engine, "engine")
     check_request(config.request)
     found, output = find_files(config.input), Output.at(config.output)
     before = Manifest.read(output)

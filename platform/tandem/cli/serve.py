@@ -18,6 +18,7 @@ from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster, LocalCluster, connect
 from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict, to_dict
+from tandem.engine.engines import find_engine
 from tandem.errors import ClusterError
 from tandem.sdk.cluster import a_cluster, connected, stop_quietly
 from tandem.sdk.console import console, print_message
@@ -112,7 +113,12 @@ def read_config(models: list[str] | None, config: Path | None, overrides: list[s
     wanted = (
         load_yaml(ServeConfig, config, overrides) if config else from_dict(ServeConfig, apply_overrides({}, overrides))
     )
-    return replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models)) if models else wanted
+    if models:
+        wanted = replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models))
+    for number, served in enumerate(wanted.models):
+        # Before a cluster is started.
+        find_engine(served.engine, f"models[{number}].engine")
+    return wanted
 
 
 def end_gently(config: ServeConfig) -> None:

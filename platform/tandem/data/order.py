@@ -4,7 +4,7 @@ Rows have one global order, whatever the number of ranks that share them; rank r
 know whether rows are kept in memory or read again, or how many tasks read them.
 
 - A dataset's rows: each epoch, its shards are put in an order. The first few are opened; rows are taken from the open shards
-  in turn, of each shard in an order of its own; a shard that has no more gives its position to the next one. An epoch ends when
+  in turn, of each shard in an order of its own; a shard that has no more is replaced by the next one. An epoch ends when
   every shard has, so it holds every row once.
 - A mixture's rows: the number of a row says which dataset gives it, so that any stretch of rows has the datasets' weights; each
   dataset counts epochs of its own.

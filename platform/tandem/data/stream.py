@@ -185,7 +185,7 @@ class BlockFetcher:
             packed, shard = rows_of(block), self._stream.order.shard(position)
             if packed.shard != self._stream.sources[position.dataset].paths[shard]:
                 # Nothing else would notice that the rows are not those that should come.
-                raise RuntimeError(f"The feed gave the rows of {packed.shard} for {position}.")
+                raise RuntimeError(f"The reader returned the rows of {packed.shard} for {position}.")
             self._found[position] = packed.rows
             if packed.error:
                 self._skipped.add((position.dataset, shard), packed.error)

@@ -45,7 +45,8 @@ async def with_prefill(
     if config is None or request.path not in ROUTES or len(request.body) < config.min_bytes:
         return request
     prefill = _prefill_request(body, request)
-    if not relay.fleet.has_pool(prefill.routing.pool):
+    # A KV cache serves only replicas of its own version: without a decode replica of it, another version answers, unaided.
+    if not all(relay.fleet.has_pool(pool) for pool in (prefill.routing.pool, request.routing.pool)):
         return request
     # One replica only may begin with it: no prompt reaches more replicas than MAX_BEGUN in all.
     prefill_budget = RetryBudget(begun=MAX_BEGUN - 1)

@@ -30,6 +30,7 @@ from tandem.observability import events
 from tandem.observability.events import Failed, Finished, RegistrationFailed, SweepFinished, SweepStarted, TrialReported
 from tandem.observability.journal import Journal
 from tandem.settings import export as export_variables
+from tandem.train.registration import Origin, register_result
 
 REPORT_EVERY_S = 1.0
 """Seconds between a trial's reports: a step may take milliseconds, and each report costs the driver a round."""
@@ -134,15 +135,12 @@ def register_best(job: JobFolder, journal: Journal) -> str | None:
 
     A failure is an event of the sweep, and is raised.
     """
-    # It imports PyTorch, which nothing before needs.
-    from tandem.train.registration import register_result
-
     trial = Journal(job.path / "events.jsonl")
     done = next(event for event in reversed(trial.read()) if isinstance(event, Finished))
     if done.model is None:
         config = replace(job.config(), register=True)
         try:
-            result = register_result(config, job.path, loss=done.loss, evaluation=done.evaluation)
+            result = register_result(config, job.path, Origin.of(config), loss=done.loss, evaluation=done.evaluation)
         except TandemError as error:
             journal.write(RegistrationFailed(error=str(error)))
             raise

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tandem.cluster.local import authentication
 from tandem.config import BatchConfig
 from tandem.engine.vllm.parsers import read_template
-from tandem.sdk.cluster import a_cluster
+from tandem.sdk.cluster import a_cluster, connected
 from tandem.sdk.console import console
 from tandem.sdk.progress import duration
 from tandem.settings import export
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from tandem.batch.prepare import BatchRun
     from tandem.batch.run import Progress as BatchProgress
     from tandem.batch.run import Summary
-from tandem.sdk.cluster import connected
 
 CPUS = 8
 """Logical CPUs of a local cluster; of more replicas as many as they take."""
@@ -42,7 +41,7 @@ def run_batch(
     request: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Summary:
-    """EngineResponse a file of rows; shows its progress.
+    """Answer a file of rows, with a progress bar.
 
     Runs on the cluster that this process is connected to, else on RAY_ADDRESS's, this home's, or one for as long as it takes.
 
@@ -81,7 +80,7 @@ def run_batch(
 
 
 def without_template(run: BatchRun) -> list[str]:
-    """ModelResolver of the bases that have a chat template and are asked by plain prompts, which go round it."""
+    """Names of bases with a chat template whose rows hold plain prompts, which bypass the template."""
     asked = (spec for spec, _ in run.bases if spec.id in run.survey.bare_prompts and spec.path)
     return [spec.name for spec in asked if read_template(Path(spec.path)) is not None]
 

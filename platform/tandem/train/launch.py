@@ -27,7 +27,7 @@ from tandem.checkpoint.export import is_complete_export
 from tandem.config import TrainConfig, check_elastic, load_yaml, with_workers, worker_counts
 from tandem.config.training.layout import ModelShape, check_layout
 from tandem.data.heldout import hold_out_of_each, rows_of_each
-from tandem.data.index import TOKENIZER_NAME, Part, check_tokenizers, find_dataset, find_parts
+from tandem.data.index import TOKENIZER_NAME, Part, check_tokenizers, find_dataset, find_parts, parts_digest
 from tandem.data.packing import Rows
 from tandem.data.stream import Stream, open_stream
 from tandem.data.tokenize import TextEncoder
@@ -40,7 +40,7 @@ from tandem.settings import export as export_variables
 from tandem.settings import settings
 from tandem.storage import check_writable, disk_errors
 from tandem.train.parallel.deepspeed import check_deepspeed
-from tandem.train.registration import RegisteredResult, ResultRegistration, job_base, last_evaluation
+from tandem.train.registration import Origin, RegisteredResult, ResultRegistration, job_base, last_evaluation
 from tandem.train.reporting.metrics import metrics_of
 from tandem.train.reporting.plot import plot_run
 from tandem.train.storage_retry import wait_for_storage
@@ -125,7 +125,7 @@ def run_job(job: Path, journal: Journal, stop_request: StopRequest | None = None
     if (done := _finished(before, job)) is not None:
         journal.write(_register_late(done, registration) if config.register and not done.model else done)
         return
-    task = _prepare(config, job, journal)
+    task, registration.origin = _prepare(config, job, journal)
     with metrics_of(config, job, before=before, notice=journal.notice) as metrics:
         exported = run_workers(task, journal, metrics, stop_request, on_exported=registration.on_exported)
     result = registration.finish(exported)
@@ -163,8 +163,8 @@ def _with_result(finished: Finished, result: RegisteredResult) -> Finished:
     return replace(finished, model=result.model, base=result.base, path=result.path, dora=result.dora)
 
 
-def _prepare(config: TrainConfig, job: Path, journal: Journal) -> WorkerTask:
-    """Check the config against data, model and cluster, and open the data: the input of the workers."""
+def _prepare(config: TrainConfig, job: Path, journal: Journal) -> tuple[WorkerTask, Origin]:
+    """Check the config against data, model and cluster, and open the data: the workers' input, and the result's parents."""
     check_deepspeed(config)
     parts = find_parts(config.data)
     for part in parts:
@@ -185,7 +185,7 @@ def _prepare(config: TrainConfig, job: Path, journal: Journal) -> WorkerTask:
     # Raises before a worker starts if the data has no row with loss.
     stream = open_stream(split.trained, encoder, config.data, workers=config.parallel.data, seed=config.seed)
     rows = _evaluation_rows(config, stream, split.held_out)
-    return WorkerTask(
+    task = WorkerTask(
         config=config,
         job=job,
         base=base.path if base else None,
@@ -195,6 +195,7 @@ def _prepare(config: TrainConfig, job: Path, journal: Journal) -> WorkerTask:
         stream=stream,
         evaluation=None if rows is None else ray.put(rows),
     )
+    return task, Origin(base, parts_digest(parts))
 
 
 @dataclass(frozen=True)

@@ -27,22 +27,36 @@ class RegisteredResult:
     dora: bool = False
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The parents of a result, as they are when its job starts: files may be replaced while it runs."""
+
+    base: BaseRef | None
+    dataset: str
+    """Digest of the training data."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Origin:
+        """Looked up now. Raises DataError or an error of the base if one of them cannot be found."""
+        return cls(job_base(config), parts_digest(find_parts(config.data)))
+
+
 def job_base(config: TrainConfig) -> BaseRef | None:
     """The model that a job starts from; None for a new model."""
     return find_base(config.model.base) if config.model.base else None
 
 
 def register_result(
-    config: TrainConfig, job: Path, *, loss: float | None, evaluation: Mapping[str, float] | None
+    config: TrainConfig, job: Path, origin: Origin, *, loss: float | None, evaluation: Mapping[str, float] | None
 ) -> RegisteredResult:
     """Put the export of a job into the registry under the config's name, with its lineage.
 
-    Registering the same files again gives the same id. Raises RegistryError, or an error of the base that cannot be found.
+    Registering the same files again gives the same id. Raises RegistryError.
     """
-    registry, folder, base = Registry.open(), job / "export", job_base(config)
+    registry, folder, base = Registry.open(), job / "export", origin.base
     lineage = {
         "job": job.name,
-        "dataset": parts_digest(find_parts(config.data)),
+        "dataset": origin.dataset,
         "config": digest(to_dict(config)),
         "steps": config.steps,
         "loss": loss,
@@ -72,6 +86,8 @@ class ResultRegistration:
     def __init__(self, config: TrainConfig, job: Path, journal: Journal) -> None:
         self._config, self._job, self._journal = config, job, journal
         self._result: RegisteredResult | None = None
+        self.origin: Origin | None = None
+        """Set when the job starts; looked up at the registration of a job that ended before."""
 
     def on_exported(self, exported: Exported) -> None:
         """Register now, while the workers end: the model can be requested some seconds earlier. Raises nothing."""
@@ -86,7 +102,11 @@ class ResultRegistration:
             return RegisteredResult(path=str(self._job / "export"))
         if self._result is None:
             self._result = register_result(
-                self._config, self._job, loss=exported.loss, evaluation=last_evaluation(self._journal)
+                self._config,
+                self._job,
+                self.origin or Origin.of(self._config),
+                loss=exported.loss,
+                evaluation=last_evaluation(self._journal),
             )
         return self._result
 

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from tandem.cli.serve import read_config
 from tandem.cluster.local import free_ports
 from tandem.config import ListenConfig, ServeConfig
 from tandem.errors import ClusterError, ConfigError
@@ -64,3 +65,8 @@ def test_impossible_listeners_are_refused() -> None:
         ListenConfig(nodes="evry")
     with pytest.raises(ConfigError, match=r"listen.port is 0; it must be between 1 and 65535"):
         ListenConfig(port=0)
+
+
+def test_an_unknown_engine_is_refused_when_the_config_is_read() -> None:
+    with pytest.raises(ConfigError, match=r"models\[0\]\.engine is 'vlm'.*Did you mean 'vllm'"):
+        read_config(None, None, ["models=[{model: a, engine: vlm}]"])

@@ -12,7 +12,7 @@ from tandem.errors import RegistryError
 from tandem.observability.events import Evaluated, Exported, RegistrationFailed
 from tandem.observability.journal import Journal
 from tandem.train import registration
-from tandem.train.registration import RegisteredResult, ResultRegistration
+from tandem.train.registration import Origin, RegisteredResult, ResultRegistration
 
 EXPORTED = Exported(step=10, loss=2.0, tokens=640)
 
@@ -22,11 +22,13 @@ class Registry:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: int = 0) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.origins: list[Origin] = []
         self._failures = failures
         monkeypatch.setattr(registration, "register_result", self._register)
 
-    def _register(self, config: TrainConfig, job: Path, **numbers: Any) -> RegisteredResult:
+    def _register(self, config: TrainConfig, job: Path, origin: Origin, **numbers: Any) -> RegisteredResult:
         self.calls.append(numbers)
+        self.origins.append(origin)
         if len(self.calls) <= self._failures:
             raise RegistryError("the registry does not answer.")
         return RegisteredResult(model="a@1", path=str(job / "export"))
@@ -35,7 +37,9 @@ class Registry:
 def registration_of(tmp_path: Path, *, register: bool = True) -> tuple[ResultRegistration, Journal]:
     config = TrainConfig(name="a", data=DataConfig(path="x"), register=register)
     journal = Journal(tmp_path / "events.jsonl")
-    return ResultRegistration(config, tmp_path, journal), journal
+    registration = ResultRegistration(config, tmp_path, journal)
+    registration.origin = Origin(base=None, dataset="digest when the job started")
+    return registration, journal
 
 
 def test_a_result_is_registered_once_with_loss_and_last_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -46,6 +50,7 @@ def test_a_result_is_registered_once_with_loss_and_last_evaluation(tmp_path: Pat
     result.on_exported(EXPORTED)
     assert result.finish(EXPORTED).model == "a@1"
     assert registry.calls == [{"loss": 2.0, "evaluation": {"loss": 2.5}}]
+    assert [origin.dataset for origin in registry.origins] == ["digest when the job started"]
 
 
 def test_a_failure_is_an_event_and_registration_is_tried_again_at_the_end(

@@ -2,10 +2,10 @@
 
     Y/results.jsonl     answered rows in the input's order        (Y.jsonl, where the output is a file)
     Y/errors.jsonl      the others, each with its reason          (Y.errors.jsonl)
-    Y/run/              manifest.json, and until the end chunks/  (Y.run/)
+    Y/run/              manifest.json, and until the end pieces/  (Y.run/)
 
-A chunk that is there is whole, so a run that was killed at any moment goes on with the chunks that are not. The name of a chunk
-says which rows it has: written twice, it is there once.
+A published chunk is whole, so a run that was killed resumes with the others. The name of a chunk's file says which rows it has,
+so that a chunk that is published twice exists once. On disk and in the config a chunk is called a piece, as it always was.
 """
 
 from __future__ import annotations
