@@ -20,7 +20,7 @@ from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict, to_dict
 from tandem.engine.engines import find_engine
 from tandem.errors import ClusterError
-from tandem.sdk.cluster import a_cluster, connected, stop_quietly
+from tandem.sdk.cluster import connected, open_cluster, stop_quietly
 from tandem.sdk.console import console, print_message
 from tandem.sdk.serving import (
     CPUS,
@@ -62,7 +62,7 @@ def up_command(
             check_not_served(serve_details(known), wanted)
         listen = listener(wanted, host, port)
         with (
-            a_cluster(num_cpus=CPUS, keep=detach) as cluster,
+            open_cluster(num_cpus=CPUS, keep=detach) as cluster,
             serving(cluster, wanted, listen, keep=detach) as url,
         ):
             console.print(f"Serving at [bold]{url}[/]." + ("" if detach else " Ctrl-C ends it."))

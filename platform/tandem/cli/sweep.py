@@ -23,9 +23,9 @@ from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep
 from tandem.observability import events
-from tandem.sdk.cluster import a_cluster, uninterrupted
+from tandem.sdk.cluster import open_cluster, uninterrupted
 from tandem.sdk.console import INTERRUPTED, console
-from tandem.sdk.summary import say_finished
+from tandem.sdk.summary import print_result
 
 COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "stopped": "yellow"}
 
@@ -69,7 +69,7 @@ def submit_sweep(sweep: SweepFolder, *, share_cores: bool, detach: bool = False,
     if end := sweep.swept():
         say_swept(sweep, end)
         return 0
-    with a_cluster(num_cpus=cpus_for(sweep, share_cores=share_cores), keep=detach) as cluster:
+    with open_cluster(num_cpus=cpus_for(sweep, share_cores=share_cores), keep=detach) as cluster:
         if detach:
             JobClient(cluster).submit(sweep)
             console.print(f"Submitted. `tandem train status {sweep.id}` tells how it is.")
@@ -221,7 +221,7 @@ def say_swept(sweep: SweepFolder, end: Mapping[str, Any], *, table: bool = True)
         f"\nThe best is trial {end['best']}, with a {plan.metric} of {end['score']:.4g}: {escape(values)}",
         soft_wrap=True,
     )
-    say_finished(sweep.jobs()[end["best"] - 1])
+    print_result(sweep.jobs()[end["best"] - 1])
 
 
 def say_sweep(sweep: SweepFolder, client: JobClient | None) -> None:

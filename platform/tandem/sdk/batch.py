@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tandem.cluster.local import authentication
 from tandem.config import BatchConfig
 from tandem.engine.vllm.parsers import read_template
-from tandem.sdk.cluster import a_cluster, connected
+from tandem.sdk.cluster import connected, open_cluster
 from tandem.sdk.console import console
 from tandem.sdk.progress import duration
 from tandem.settings import export
@@ -106,7 +106,7 @@ def _driver(config: BatchConfig) -> Iterator[None]:
         yield
         return
     cpus = max(CPUS, int(config.replicas * config.cpus_per_replica) + 2)
-    with a_cluster(num_cpus=cpus) as cluster, connected(cluster):
+    with open_cluster(num_cpus=cpus) as cluster, connected(cluster):
         yield
 
 

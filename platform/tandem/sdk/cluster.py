@@ -18,7 +18,7 @@ CORE_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 
 @contextlib.contextmanager
-def a_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cluster]:
+def open_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator[Cluster]:
     """The cluster of RAY_ADDRESS or of this home; else a local one, stopped at the end of the block.
 
     With `keep` it stays, unless the block raises.

@@ -75,7 +75,7 @@ class JobView:
         assert self._task is not None
         match event["event"]:
             case "started":
-                self._say(str(in_words(event)))
+                self._say(str(event_sentence(event)))
                 self._progress.update(self._task, total=event.get("steps"), completed=event.get("resumed_from") or 0)
             case "step":
                 numbers = described(event)
@@ -93,7 +93,7 @@ class JobView:
                     self._announced = tenth
                     self._say(f"step {event['step']}/{event.get('steps')}  {numbers}")
             case _:
-                if (text := in_words(event)) is not None:
+                if (text := event_sentence(event)) is not None:
                     self._say(text)
 
     def _say(self, text: str) -> None:
@@ -132,7 +132,7 @@ class Pace:
         return max(0, int(event.get("steps") or step) - step) * (seconds - before) / (step - then)
 
 
-def in_words(event: Mapping[str, Any]) -> str | None:
+def event_sentence(event: Mapping[str, Any]) -> str | None:
     """An event as one line of rich markup; None for those that only other processes need."""
     match event["event"]:
         case "started":
@@ -162,7 +162,7 @@ def in_words(event: Mapping[str, Any]) -> str | None:
 
 
 def log_line(event: Mapping[str, Any]) -> str:
-    """An event as a line of a log, without colours: its time, and all of what `in_words` says of it or its fields."""
+    """An event as a line of a log, without colours: its time, and all of what `event_sentence` says of it or its fields."""
     match event["event"]:
         case "checkpoint":
             text = f"checkpoint of step {event['step']}: {event.get('path')}"
@@ -171,7 +171,7 @@ def log_line(event: Mapping[str, Any]) -> str:
         case "failed":
             text = f"failed: {event.get('error')}"
         case name:
-            said = in_words(event)
+            said = event_sentence(event)
             fields = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "time"))
             text = Text.from_markup(said).plain if said is not None else f"{name}: {fields}"
     at = datetime.fromtimestamp(float(event.get("time") or 0.0)).astimezone()

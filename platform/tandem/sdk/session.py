@@ -24,11 +24,11 @@ from tandem.jobs.adapters import Adapters
 from tandem.jobs.prepare import prepare
 from tandem.registry import Registry
 from tandem.sdk.address import find_api_url
-from tandem.sdk.cluster import a_cluster
+from tandem.sdk.cluster import open_cluster
 from tandem.sdk.console import console
 from tandem.sdk.datasets import build, describe
 from tandem.sdk.serving import CPUS, listener, serving
-from tandem.sdk.summary import say_finished
+from tandem.sdk.summary import print_result
 from tandem.sdk.training import follow
 from tandem.settings import settings
 
@@ -57,7 +57,7 @@ class Session:
     def cluster(self) -> Cluster:
         """The cluster, started now if there is none."""
         if self._cluster is None:
-            self._cluster = self._stack.enter_context(a_cluster(num_cpus=self._num_cpus))
+            self._cluster = self._stack.enter_context(open_cluster(num_cpus=self._num_cpus))
         return self._cluster
 
     def dataset(
@@ -85,7 +85,7 @@ class Session:
         wanted = config if isinstance(config, TrainConfig) else load_yaml(TrainConfig, Path(config), overrides)
         job = prepare(wanted)
         if job.finished():
-            say_finished(job)
+            print_result(job)
         elif status := follow(self.cluster, job):
             raise JobError(f"{job.id} ended with status {status}. `tandem doctor` checks this machine.")
         end = job.finished()

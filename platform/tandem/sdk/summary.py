@@ -13,21 +13,21 @@ from tandem.sdk.console import console
 from tandem.sdk.progress import duration
 
 
-def say_finished(job: JobFolder) -> None:
+def print_result(job: JobFolder) -> None:
     """Print the summary of a finished job."""
     end = job.finished() or {}
     model = end.get("model")
     console.print(
         f"  [green]✓[/] [bold]{escape(model or 'not registered')}[/] in {escape(str(job.export))}", soft_wrap=True
     )
-    if numbers := in_numbers(end):
+    if numbers := result_figures(end):
         console.print(f"  [dim]·[/] {numbers}")
     rows = [("loss curve", str(job.plot))] if job.plot.exists() else []
     for what, value in (*rows, *commands(end)):
         console.print(f"  [dim]·[/] {what}: [cyan]{escape(value)}[/]", soft_wrap=True)
 
 
-def in_numbers(end: Mapping[str, Any]) -> str:
+def result_figures(end: Mapping[str, Any]) -> str:
     """Loss, evaluation, tokens and time of a `finished` event; what it lacks is left out."""
     parts = []
     if (loss := end.get("loss")) is not None:

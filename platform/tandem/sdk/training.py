@@ -9,10 +9,10 @@ from tandem.config import TrainConfig
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.prepare import prepare
-from tandem.sdk.cluster import a_cluster, uninterrupted
+from tandem.sdk.cluster import open_cluster, uninterrupted
 from tandem.sdk.console import INTERRUPTED, console
 from tandem.sdk.progress import JobView
-from tandem.sdk.summary import say_finished
+from tandem.sdk.summary import print_result
 
 
 def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> int:
@@ -20,9 +20,9 @@ def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> i
     job = prepare(config)
     console.print(f"Job [bold]{job.id}[/]")
     if job.finished():
-        say_finished(job)
+        print_result(job)
         return 0
-    with a_cluster(num_cpus=logical_cpus(config), keep=detach) as cluster:
+    with open_cluster(num_cpus=logical_cpus(config), keep=detach) as cluster:
         if detach:
             client = JobClient(cluster)
             client.submit(job)
@@ -59,7 +59,7 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
     submission = _newest(job, submission)
     status = client.exit_status(submission)
     if status == 0 and job.finished():
-        say_finished(job)
+        print_result(job)
     elif status != 0:
         _say_failed(client, submission, job, view)
     return status or (0 if job.finished() else 1)

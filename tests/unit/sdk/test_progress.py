@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from tandem.observability import events
-from tandem.sdk.progress import JobView, Pace, duration, in_words, log_line
+from tandem.sdk.progress import JobView, Pace, duration, event_sentence, log_line
 
 
 def shown(*lines: str, raw: bool = False) -> tuple[str, JobView]:
@@ -136,5 +136,5 @@ def test_an_event_in_a_log_is_a_line_in_words_with_its_time(event: dict[str, obj
 
 def test_workers_on_several_nodes_are_said() -> None:
     started = {"event": "started", "workers": 4, "layout": "fsdp2", "parameters": 10}
-    assert "4 workers on 2 nodes, fsdp2" in str(in_words({**started, "nodes": 2}))
-    assert "4 workers, fsdp2" in str(in_words({**started, "nodes": 1}))
+    assert "4 workers on 2 nodes, fsdp2" in str(event_sentence({**started, "nodes": 2}))
+    assert "4 workers, fsdp2" in str(event_sentence({**started, "nodes": 1}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.sdk.summary import commands, in_numbers
+from tandem.sdk.summary import commands, result_figures
 
 END = {
     "event": "finished", "model": "helper@3", "base": None, "loss": 2.1414, "tokens": 696_320, "seconds": 248.2,
@@ -11,9 +11,9 @@ END = {
 
 
 def test_numbers_are_said_as_far_as_they_are_known():
-    assert in_numbers(END) == "loss 2.141, evaluation 2.250 (perplexity 9.488), 696,320 tokens, 4:08 min"
-    assert in_numbers({"loss": 1.0, "evaluation": None, "seconds": 3}) == "loss 1.000, 3 s"
-    assert in_numbers({}) == ""
+    assert result_figures(END) == "loss 2.141, evaluation 2.250 (perplexity 9.488), 696,320 tokens, 4:08 min"
+    assert result_figures({"loss": 1.0, "evaluation": None, "seconds": 3}) == "loss 1.000, 3 s"
+    assert result_figures({}) == ""
 
 
 def test_a_model_is_served_by_its_own_name_and_an_adapter_by_its_bases():
