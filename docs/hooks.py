@@ -21,8 +21,8 @@ from mkdocs.structure.files import File, Files
 from tandem import config as configs
 from tandem.cli.main import app
 from tandem.config.training import sweep
+from tandem.engine.routes import ENGINE_ROUTES
 from tandem.gateway.app import create_app
-from tandem.serve.routes import ENGINE_ROUTES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = (
