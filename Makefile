@@ -37,7 +37,7 @@ $(READY): $(LOCKS) pyproject.toml Makefile
 quickstart: setup ## Train a small model on real text, fine-tune an adapter, serve both and ask them (ARGS=--exit ends it)
 	@$(BIN)/tandem quickstart $(ARGS)
 
-# Two processes: starting Ray, vLLM or torch keeps one core busy, and many tests wait. Costly fixtures are shared (tests/conftest.py).
+# Unit tests run beside the integration tests, which share their cluster and engines in one process (tests/conftest.py).
 SIDE_BY_SIDE ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: setup ## The tests that run before every change (under 20 minutes on 2 cores)

@@ -28,15 +28,16 @@ environment.export(
 )
 
 
-SHARED = ("served", "ray_cluster", "cluster", "postgresql_server")
-"""Fixtures that take long to start; the tests of each run in one process, so that it starts once."""
+INTEGRATION = Path(__file__).parent / "integration"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for `pytest -n 2 --dist loadgroup`: by the costly fixture that they share, else by file."""
+    """Group the tests for `pytest -n 2 --dist loadgroup`: unit tests by file, integration tests in one process.
+
+    Integration tests share a Ray cluster, an app and an engine, and each of them may use both cores.
+    """
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        group = next((name for name in SHARED if name in fixtures), item.nodeid.split("::")[0])
+        group = "integration" if item.path.is_relative_to(INTEGRATION) else item.nodeid.split("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 BENCH = ["-m", "bench.training.gpu_train"]
 
 
+@pytest.mark.slow  # a minute: it trains with three peers, two of which are not ours
 def test_every_peer_of_the_gpu_benchmark_learns_the_same(tmp_path: Path):
     report = tmp_path / "report.json"
     command = [sys.executable, *BENCH, "--smoke", "--no-compile", "--json", str(report)]
