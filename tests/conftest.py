@@ -31,6 +31,7 @@ environment.export(
 INTEGRATION = Path(__file__).parent / "integration"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests for `pytest -n 2 --dist loadgroup`: unit tests by file, integration tests in one process.
 

@@ -6,7 +6,7 @@ is a folder or a URI for checkpoints.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -16,7 +16,7 @@ from typing import Any
 
 from tandem.storage import Location, join, located
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "training" / "parity.py"
+ROOT = Path(__file__).parents[2]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "fsdp2": {"strategy": "fsdp2"},
@@ -35,13 +35,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def load_parity() -> Any:
     """bench/training/parity.py, which has the models, the rows and the way to build a case."""
-    spec = importlib.util.spec_from_file_location("tandem_bench_parity", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    if str(ROOT) not in sys.path:  # this file also runs as a program of its own
+        sys.path.append(str(ROOT))
+    return importlib.import_module("bench.training.parity")
 
 
 def run(

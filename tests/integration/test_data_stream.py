@@ -182,7 +182,10 @@ def test_blocks_that_are_lost_on_their_way_are_packed_again(stream: Stream):
 def test_rows_of_another_shard_than_was_asked_for_are_not_taken(stream: Stream):
     # As if blocks had been handed over in another order.
     turned = replace(stream, sources=tuple(replace(s, paths=s.paths[::-1]) for s in stream.sources))
-    with closing(turned.rows(0, 1, None)) as source, pytest.raises(RuntimeError, match="gave the rows of .*tar for"):
+    with (
+        closing(turned.rows(0, 1, None)) as source,
+        pytest.raises(RuntimeError, match="returned the rows of .*tar for"),
+    ):
         source.take(50)
 
 

@@ -11,7 +11,7 @@ import ray
 from drivers import Driver, write_job
 from serve_fixtures import PROMPTS, Served, greedy_tokens
 
-from tandem.batch.run import check_room
+from tandem.batch.run import check_capacity
 from tandem.cluster.local import LocalCluster
 from tandem.config import ServedModelConfig, TrainConfig, from_dict
 from tandem.data.build import build_dataset
@@ -97,5 +97,5 @@ def test_resources_that_the_cluster_never_has_are_refused(ray_cluster: LocalClus
     with pytest.raises(ClusterError, match="need 1 fast_disk; the whole cluster has 0.*resources_per_worker.fast_disk"):
         check_training(config, total)
     with pytest.raises(ClusterError, match="takes 1 fast_disk; the whole cluster has 0. Lower resources_per_replica"):
-        check_room(ServedModelConfig(model="x", resources_per_replica={"fast_disk": 1.0}))
-    check_room(ServedModelConfig(model="x", resources_per_replica={NODE: 0.1}))
+        check_capacity(ServedModelConfig(model="x", resources_per_replica={"fast_disk": 1.0}))
+    check_capacity(ServedModelConfig(model="x", resources_per_replica={NODE: 0.1}))
