@@ -38,7 +38,7 @@ quickstart: setup ## Train a small model on real text, fine-tune an adapter, ser
 	@$(BIN)/tandem quickstart $(ARGS)
 
 # Unit tests run beside the integration tests, which share their cluster and engines in one process (tests/conftest.py).
-SIDE_BY_SIDE ?= -n 2 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 test: setup ## The tests that run before every change (under 20 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)

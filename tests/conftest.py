@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_hub import FakeHub
@@ -28,18 +29,19 @@ environment.export(
 )
 
 
-INTEGRATION = Path(__file__).parent / "integration"
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for `pytest -n 2 --dist loadgroup`: unit tests by file, integration tests in one process.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest -n 2`: integration tests in one process, unit tests by file beside them.
 
     Integration tests share a Ray cluster, an app and an engine, and each of them may use both cores.
     """
-    for item in items:
-        group = "integration" if item.path.is_relative_to(INTEGRATION) else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCost(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "integration" if nodeid.startswith("tests/integration/") else nodeid.split("::")[0]
+
+    return ByCost(config, log)
 
 
 @pytest.fixture(scope="session")
