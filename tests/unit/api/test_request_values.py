@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tandem.api.messages import drop_null_fields, message_problem
+from tandem.api.messages import message_problem
 from tandem.api.request_values import CONSTRAINTS, value_problems
 from tandem.api.values import Problem
 
@@ -206,7 +206,25 @@ def test_a_conversation_with_tools_and_parts_passes() -> None:
     assert message_problem(ANTHROPIC, talk) is None
 
 
-def test_null_fields_of_an_answer_that_is_sent_back_are_dropped_except_its_content() -> None:
-    messages = [{"role": "assistant", "content": None, "refusal": None, "tool_calls": None}, 3]
-    drop_null_fields(messages)
-    assert messages == [{"role": "assistant", "content": None}, 3]
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"image_url": "https://example.com/a.png"},
+        {"audio_url": {"url": "https://example.com/a.wav"}},
+        {"image_embeds": None, "uuid": "a"},
+        {"type": None, "text": "x"},
+        {"refusal": "no"},
+        {"type": "text", "text": None},
+        {"type": "refusal", "refusal": None},
+    ],
+)
+def test_parts_that_vllm_accepts_in_chats_pass_there_only(part: dict[str, Any]) -> None:
+    talk = [{"role": "user", "content": [part]}]
+    assert message_problem(CHAT, talk) is None
+    for path, body in ((RESPONSES, {"input": talk}), (ANTHROPIC, {"messages": talk})):
+        problem = value_problem(path, body)
+        assert problem is not None and ".content.0." in problem.field
+
+
+def test_the_content_of_a_functions_message_may_be_null() -> None:
+    assert message_problem(CHAT, [{"role": "function", "name": "f", "content": None}]) is None

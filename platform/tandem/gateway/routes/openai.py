@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from tandem.api.messages import drop_null_fields
+from tandem.api.nulls import drop_nulls
 from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serving.app import GatewayConfig
@@ -155,13 +155,6 @@ def int_parameter(request: Request, name: str, default: int, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
         raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
     return int(text)
-
-
-def drop_nulls(body: dict[str, Any]) -> None:
-    """Remove null fields, in messages too: OpenAI's API treats null as absent, vLLM's only for some fields."""
-    for key in [key for key, value in body.items() if value is None]:
-        del body[key]
-    drop_null_fields(body.get("messages"))
 
 
 def check_values(path: str, body: dict[str, Any], raw: bytes) -> None:
