@@ -95,7 +95,6 @@ class OpenAIRoutes:
             hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=keep_priority)
             body["model"] = model.engine_name
             drop_kv_transfer(body)
-            engine.requests.adapt(body)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             engine_request = EngineRequest(
                 path=route.path,
