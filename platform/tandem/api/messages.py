@@ -5,14 +5,28 @@ vLLM tells of a wrong message by its classes, one line for each that it might ha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from tandem.api.values import Problem, kind, shown
 
+Dialect = Literal["chat", "responses", "anthropic"]
+"""The form of messages: vLLM's for chat completions, with its extensions, or one of two others."""
 ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 ANTHROPIC_ROLES = ("user", "assistant", "system")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
 """Types of parts whose text is under a key of the same name, or under `text`."""
+NULL_TEXT_PARTS = ("text", "refusal")
+"""Those that vLLM skips in chats if their text is null."""
+UNTYPED_PARTS = frozenset[str](
+    (
+        *NULL_TEXT_PARTS,
+        *("image_url", "image_pil", "image_embeds", "audio_url", "audio_embeds", "input_audio"),
+        *("video_url", "video_embeds", "prompt_embeds", "tool_reference"),
+    )
+)
+"""Keys by which vLLM tells what a part of a chat without `type` is."""
+EMPTY_ROLES = ("assistant", "function")
+"""Roles of chats whose content may be null: a message may be its calls alone."""
 TEXT_FIELDS = ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content")
 
 
@@ -22,8 +36,9 @@ def message_problem(path: str, messages: Any) -> Problem | None:
         return Problem("messages", f"is {kind(messages)}; it must be an array of messages")
     if not messages:
         return Problem("messages", "is empty; it must have at least one message")
+    dialect: Dialect = "anthropic" if path in ANTHROPIC else "chat"
     for place, message in enumerate(messages):
-        problem = _message(f"messages.{place}", message, anthropic=path in ANTHROPIC)
+        problem = _message(f"messages.{place}", message, dialect)
         if problem is not None:
             return problem
     return None
@@ -42,39 +57,31 @@ def input_problem(value: Any) -> Problem | None:
         if "content" in item and item.get("type", "message") == "message":
             if item["content"] is None:
                 return Problem(f"{where}.content", "is null; it must be text or an array of parts")
-            if problem := _content(f"{where}.content", {"role": "user", **item}, anthropic=False):
+            if problem := _content(f"{where}.content", {"role": "user", **item}, "responses"):
                 return problem
     return None
 
 
-def drop_null_fields(messages: Any) -> None:
-    """Take null fields out of messages, as an SDK's answer has them that is sent back; `content` stays."""
-    for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, dict):
-            for key in [key for key, value in message.items() if value is None and key != "content"]:
-                del message[key]
-
-
-def _message(where: str, message: Any, *, anthropic: bool) -> Problem | None:
+def _message(where: str, message: Any, dialect: Dialect) -> Problem | None:
     if not isinstance(message, dict):
         return Problem(where, f"is {kind(message)}; it must be an object with role and content")
     role = message.get("role")
     if not isinstance(role, str):
         found = "is missing" if role is None else f"is {kind(role)}"
         return Problem(f"{where}.role", f"{found}; it must be text, such as 'user' or 'assistant'")
-    if anthropic and role not in ANTHROPIC_ROLES:
+    if dialect == "anthropic" and role not in ANTHROPIC_ROLES:
         return Problem(f"{where}.role", f"is {shown(role)}; it must be one of {', '.join(ANTHROPIC_ROLES)}")
     for field in TEXT_FIELDS:
         if message.get(field) is not None and not isinstance(message[field], str):
             return Problem(f"{where}.{field}", f"is {kind(message[field])}; it must be text")
-    return _content(f"{where}.content", message, anthropic=anthropic) or _tool_calls(f"{where}.tool_calls", message)
+    return _content(f"{where}.content", message, dialect) or _tool_calls(f"{where}.tool_calls", message)
 
 
-def _content(where: str, message: dict[str, Any], *, anthropic: bool) -> Problem | None:
+def _content(where: str, message: dict[str, Any], dialect: Dialect) -> Problem | None:
     content = message.get("content")
     if content is None:
-        # An assistant's message may be its tool calls alone, and a message of vLLM's may have neither.
-        if anthropic or ("content" in message and message["role"] != "assistant"):
+        # vLLM accepts messages of chats without content, but null only in those of EMPTY_ROLES.
+        if dialect == "anthropic" or ("content" in message and message["role"] not in EMPTY_ROLES):
             found = "is null" if "content" in message else "is missing"
             return Problem(where, f"{found}; it must be text or an array of parts")
         return None
@@ -83,26 +90,30 @@ def _content(where: str, message: dict[str, Any], *, anthropic: bool) -> Problem
     if not isinstance(content, list):
         return Problem(where, f"is {kind(content)}; it must be text or an array of parts")
     for place, part in enumerate(content):
-        problem = _part(f"{where}.{place}", part, anthropic=anthropic)
+        problem = _part(f"{where}.{place}", part, dialect)
         if problem is not None:
             return problem
     return None
 
 
-def _part(where: str, part: Any, *, anthropic: bool) -> Problem | None:
-    if isinstance(part, str) and not anthropic:
+def _part(where: str, part: Any, dialect: Dialect) -> Problem | None:
+    if isinstance(part, str) and dialect != "anthropic":
         return None
     if not isinstance(part, dict):
         return Problem(
             where, f"is {kind(part)}; it must be an object with a type, such as {{'type': 'text', 'text': ...}}"
         )
     sort = part.get("type")
+    if sort is None and dialect == "chat" and not UNTYPED_PARTS.isdisjoint(part):
+        return None
     if not isinstance(sort, str):
         found = "is missing" if sort is None else f"is {kind(sort)}"
         return Problem(f"{where}.type", f"{found}; it must be text, such as 'text'")
     if sort in TEXT_PARTS:
         key = sort if sort in part else "text"
         text = part.get(key)
+        if text is None and key in part and dialect == "chat" and sort in NULL_TEXT_PARTS:
+            return None
         if not isinstance(text, str):
             return Problem(f"{where}.{key}", f"is {'missing' if text is None else kind(text)}; it must be text")
     return None

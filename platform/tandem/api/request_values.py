@@ -1,7 +1,8 @@
-"""Checks the values of a request's fields before an engine sees them. Pure; for the gateway and for rows of a batch.
+"""Validation of the values of requests, stricter than vLLM's own, before an engine gets them. Pure.
 
-What is checked here is what vLLM answers with 500, with words about its own classes, or only after a row's engine has started.
-Everything else is vLLM's to check. As vLLM does, numbers are also taken as text ("0.5").
+Gateways validate requests with it, and batch runs validate rows. It refuses what vLLM would answer with status 500 or with a
+message about its own classes: sampling parameters, stop texts, messages, JSON schemas, integers above 64 bits. vLLM validates
+everything else, and the values that pass again. Like vLLM, it takes numbers as text too ("0.5").
 """
 
 from __future__ import annotations
@@ -9,25 +10,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tandem.api.messages import input_problem, message_problem
 from tandem.api.request_fields import REQUEST_FIELDS
-from tandem.api.schema_checks import schema_problem
+from tandem.api.schema_checks import may_have_problem, schema_problem
 from tandem.api.values import INT_MAX, INT_MIN, Problem, is_integer, is_number, kind, shown
 
 RESPONSES = "/v1/responses"
 GENERATE_ROUTES = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages")
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """Fields of `structured_outputs` of which exactly one is set."""
-MAX_STOPS = 4
-"""OpenAI's limit, which vLLM keeps."""
 MAX_TOLD = 3
 """Wrong values that one answer tells of."""
-LONG_NUMBER = re.compile(rb"\d{19}")
-"""Where a body has none, no integer in it is too large for an engine."""
 
 
 class Range(NamedTuple):
@@ -75,12 +71,21 @@ RANGES = {
     "stream_interval": WHOLE._replace(least=1),
 }
 """Fields that mean the same in every API that has them."""
+SENT = (
+    *("allowed_token_ids", "best_of", "bad_words", "dimensions", "length_penalty", "logit_bias", "logprob_token_ids"),
+    *("logprobs", "priority", "repetition_detection", "routed_experts_prompt_start", "seed", "stop_token_ids"),
+    *("thinking_token_budget", "truncate_prompt_tokens", "vllm_xargs", "structured_outputs", "response_format"),
+    *("text", "output_config"),
+)
+"""Other fields whose integers vLLM sends to its processes. It checks token ids of prompts against the vocabulary itself."""
+TOOL_SCHEMAS = ("function.parameters", "parameters", "input_schema")
+"""Places of a tool's schema: chat completions, Responses, Anthropic."""
 
 
 def value_problems(path: str, body: dict[str, Any], raw: bytes | None = None) -> list[Problem]:
     """The first values, at most MAX_TOLD, that a request to the route `path` cannot have; empty: nothing was found.
 
-    `raw`, the body as it came, makes the search for numbers that are too large cheap.
+    `raw`, the body as it came, makes the check of schemas cheap.
     """
     return list(itertools.islice(_problems(path, body, raw), MAX_TOLD))
 
@@ -97,22 +102,25 @@ def _problems(path: str, asked: dict[str, Any], raw: bytes | None) -> Iterator[P
             if body.get(name) is not None:
                 yield from _stop(name, body[name])
         yield from _structured_outputs(body.get("structured_outputs"))
-        yield from _schemas(body)
+        yield from _schemas(body, raw)
     if "messages" in body and (problem := message_problem(path, body["messages"])):
         yield problem
     if path == RESPONSES and "input" in body and (problem := input_problem(body["input"])):
         yield problem
-    if raw is None or LONG_NUMBER.search(raw):
-        yield from _too_large(asked)
+    for name in SENT:
+        if name in body:
+            yield from _too_large(name, body[name])
+    if path in GENERATE_ROUTES:
+        for name, schema in _tool_schemas(body):
+            yield from _too_large(name, schema)
 
 
 def _stop(name: str, value: Any) -> Iterator[Problem]:
+    # vLLM checks their number: its limit is VLLM_MAX_STOP_STRINGS of a model's `env` or of its node.
     texts = value if isinstance(value, list) else [value] if name == "stop" else None
     if texts is None or not all(isinstance(text, str) for text in texts):
         forms = "text or an array of texts" if name == "stop" else "an array of texts"
         yield Problem(name, f"is {kind(value)}; it must be {forms}")
-    elif len(texts) > MAX_STOPS:
-        yield Problem(name, f"has {len(texts)} texts; at most {MAX_STOPS} are taken. Leave some out")
     elif not all(texts):
         yield Problem(name, "has an empty text, which every answer would end with. Leave it out")
 
@@ -143,8 +151,11 @@ def _structured_outputs(value: Any) -> Iterator[Problem]:
         yield Problem(f"{name}.{key}", f"is {shown(what)}; it must be {form}")
 
 
-def _schemas(body: dict[str, Any]) -> Iterator[Problem]:
-    for name, schema in _given_schemas(body):
+def _schemas(body: dict[str, Any], raw: bytes | None) -> Iterator[Problem]:
+    given = [(name, schema) for name, schema in _given_schemas(body) if isinstance(schema, dict | list)]
+    if not given or (raw is not None and not may_have_problem(raw)):
+        return
+    for name, schema in given:
         problem = schema_problem(schema)
         if problem is not None:
             yield Problem(".".join((name, *problem.path)), problem.text)
@@ -165,10 +176,33 @@ def _given_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         ("output_config", "format", "schema"),
     ):
         yield ".".join(path), _inside(body, *path)
+    yield from _tool_schemas(body)
+
+
+def _tool_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The schemas of tools that an answer has to follow: with a tool choice other than `auto`, or where a tool is strict."""
     tools = body.get("tools")
-    for place, tool in enumerate(tools if isinstance(tools, list) else ()):
-        for field in ("function.parameters", "parameters", "input_schema"):
-            yield f"tools.{place}.{field}", _inside(tool, *field.split("."))
+    if not isinstance(tools, list):
+        return
+    choice = body.get("tool_choice") or "auto"
+    kind_of_choice = choice.get("type") if isinstance(choice, dict) else choice
+    named = _inside(choice, "function", "name") or _inside(choice, "name")
+    if kind_of_choice == "none" or (kind_of_choice == "auto" and not any(_strict(tool) is True for tool in tools)):
+        return
+    for place, tool in enumerate(tools):
+        if named is not None and named not in (_inside(tool, "function", "name"), _inside(tool, "name")):
+            continue
+        if kind_of_choice == "auto" and _strict(tool) is False:
+            continue
+        for field in TOOL_SCHEMAS:
+            schema = _inside(tool, *field.split("."))
+            if schema is not None:
+                yield f"tools.{place}.{field}", schema
+
+
+def _strict(tool: Any) -> Any:
+    strict = _inside(tool, "function", "strict")
+    return _inside(tool, "strict") if strict is None else strict
 
 
 def _inside(value: Any, *keys: str) -> Any:
@@ -177,9 +211,11 @@ def _inside(value: Any, *keys: str) -> Any:
     return value
 
 
-def _too_large(body: dict[str, Any]) -> Iterator[Problem]:
-    """Integers that do not fit 64 bits, which vLLM's processes cannot send each other."""
-    todo: list[tuple[str, Any]] = [(str(key), value) for key, value in body.items()]
+def _too_large(name: str, value: Any) -> Iterator[Problem]:
+    """Integers of a field that do not fit 64 bits, which vLLM's processes cannot send each other."""
+    if not _has_large(value):
+        return
+    todo: list[tuple[str, Any]] = [(name, value)]
     while todo:
         path, value = todo.pop()
         if isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
@@ -188,3 +224,19 @@ def _too_large(body: dict[str, Any]) -> Iterator[Problem]:
             todo += [(f"{path}.{key}", each) for key, each in value.items()]
         elif isinstance(value, list):
             todo += [(f"{path}.{place}", each) for place, each in enumerate(value)]
+
+
+def _has_large(value: Any) -> bool:
+    # Without the paths, which take most of the time.
+    todo = [[value]]
+    while todo:
+        for each in todo.pop():
+            if isinstance(each, str):
+                continue
+            if isinstance(each, dict):
+                todo.append(list(each.values()))
+            elif isinstance(each, list):
+                todo.append(each)
+            elif isinstance(each, int) and not INT_MIN <= each <= INT_MAX:
+                return True
+    return False

@@ -12,9 +12,13 @@ from urllib.parse import unquote
 
 MAX_COUNT = 100_000
 """Largest count of items or properties that a schema may ask for."""
-COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
+COUNTS = frozenset(("minItems", "maxItems", "minProperties", "maxProperties"))
 DATA = ("const", "default", "enum", "examples")
 """Keywords whose values are data, not schemas."""
+MARKS = (b"$ref", *(key.encode() for key in sorted(COUNTS)), b"\\u")
+"""A body without these has no schema with a problem; `\\u` may write any of the others in another form."""
+MAX_SEARCHED = 1 << 20
+"""Bytes of a body that is searched for MARKS; in longer ones, which have images, the walk through a schema is cheaper."""
 MAX_DEPTH = 100
 """References inside each other that are followed."""
 
@@ -27,34 +31,61 @@ class SchemaProblem(NamedTuple):
     text: str
 
 
+def may_have_problem(raw: bytes) -> bool:
+    """Whether a body in bytes may have a schema with a problem."""
+    return len(raw) > MAX_SEARCHED or any(mark in raw for mark in MARKS)
+
+
 def schema_problem(schema: Any) -> SchemaProblem | None:
     """The first thing in a schema that an engine cannot answer; None: nothing was found."""
-    finished: set[int] = set()
-    for path, node in _nodes(schema):
-        for key in COUNTS:
-            count = node.get(key)
+    nodes = list(_nodes(schema))
+    for node in nodes:
+        for key in COUNTS.intersection(node):
+            count = node[key]
             if isinstance(count, int | float) and count > MAX_COUNT:
                 return SchemaProblem(
-                    (*path, key), f"is {count}; at most {MAX_COUNT} are taken. Lower it, or leave it out"
+                    (*_path_of(node, schema), key),
+                    f"is {count}; at most {MAX_COUNT} are taken. Lower it, or leave it out",
                 )
+    if not any("$ref" in node for node in nodes):
+        return None  # nothing leads back
+    finished: set[int] = set()
+    for node in nodes:
         if _leads_back(node, schema, (), finished):
             return SchemaProblem(
-                path, "is a schema whose references lead back to itself and describe no value. Put what recurs below "
-                "`properties` or `items`",
-            )  # fmt: skip
+                _path_of(node, schema),
+                "is a schema whose references lead back to itself and describe no value. Put what recurs below `properties` "
+                "or `items`",
+            )
     return None
 
 
-def _nodes(schema: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Every object in a schema with its path."""
+def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a schema."""
+    todo = [schema]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            yield node
+            for key, value in node.items():
+                if type(value) in (dict, list) and key not in DATA:
+                    todo.append(value)
+        elif isinstance(node, list):
+            todo += node
+
+
+def _path_of(wanted: dict[str, Any], schema: Any) -> tuple[str, ...]:
+    """Keys from the schema's root to one of its objects; made for findings only, as they take most of the time."""
     todo: list[tuple[tuple[str, ...], Any]] = [((), schema)]
     while todo:
         path, node = todo.pop()
+        if node is wanted:
+            return path
         if isinstance(node, dict):
-            yield path, node
             todo += [((*path, str(key)), value) for key, value in node.items() if key not in DATA]
         elif isinstance(node, list):
             todo += [((*path, str(place)), value) for place, value in enumerate(node)]
+    return ()
 
 
 def _leads_back(node: Any, root: Any, above: tuple[int, ...], finished: set[int]) -> bool:
@@ -78,15 +109,15 @@ def _leads_back(node: Any, root: Any, above: tuple[int, ...], finished: set[int]
 
 
 def _target(root: Any, reference: str) -> Any:
-    """What a reference into the same schema means; None for any other, and for one to nothing."""
-    if not reference.startswith("#"):
+    """What a JSON pointer into the same schema (`#`, `#/...`) means; None for other references, and for one to nothing."""
+    if reference != "#" and not reference.startswith("#/"):
         return None
     node = root
     for part in unquote(reference[1:]).split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
         if isinstance(node, dict):
             node = node.get(key)
-        elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+        elif isinstance(node, list) and key.isdecimal() and len(key) < 10 and int(key) < len(node):
             node = node[int(key)]
         else:
             return None

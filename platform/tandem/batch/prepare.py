@@ -53,9 +53,12 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
     Raises ConfigError, DataError, StorageError or a RegistryError with the next step.
     """
     find_engine(config.engine, "engine")
-    check_request(config.request)
+    check_fields(config.request)
     found, output = find_files(config.input), Output.at(config.output)
     before = Manifest.read(output)
+    check_values = before is None or before.checks_values
+    if check_values:
+        check_request_values(config.request)
     if before is not None:
         before.check_settings(config)
         if before.finished:
@@ -68,10 +71,19 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
         )
     names = ModelResolver(config, Registry.open(), before.models if before else {})
     size = ChunkSize(config.rows_per_piece) if config.rows_per_piece else None
-    asked = survey(files, names, config.request, before.size if before else size, tell, chat=config.chat)
+    asked = survey(
+        files,
+        names,
+        config.request,
+        before.size if before else size,
+        tell,
+        chat=config.chat,
+        check_values=check_values,
+    )
     manifest = Manifest.of(config, asked, names)
     if before is not None:
         before.check_input(manifest)
+        asked = replace(asked, bases=before.order_bases(asked.bases))
     bases = tuple(_base(config, names, each) for each in asked.bases)
     if config.engine_args and not (before and before.finished):
         check_engine_args(*(spec for spec, _ in bases))
@@ -80,12 +92,16 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
     return BatchRun(config=config, output=output, manifest=before or manifest, survey=asked, bases=bases, names=names)
 
 
-def check_request(request: Mapping[str, Any]) -> None:
-    """ConfigError for a field that no request has, whatever its route, and for a value that none can have."""
+def check_fields(request: Mapping[str, Any]) -> None:
+    """ConfigError for a field that no request has, whatever its route."""
     known = frozenset[str]().union(*REQUEST_FIELDS.values())
     for field in request:
         if field not in known:
             raise ConfigError(f"request.{field} is not a field of any request.{did_you_mean(field, known)}")
+
+
+def check_request_values(request: Mapping[str, Any]) -> None:
+    """ConfigError for a value that no request can have."""
     # As rows have it: from Python, arrays may be tuples.
     asked = from_json(to_json(dict(request)))
     for path in GENERATE_ROUTES:

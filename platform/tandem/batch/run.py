@@ -132,6 +132,7 @@ def _answers(run: BatchRun, number: int, todo: list[WorkUnit]) -> Iterator[dict[
         output=run.output,
         window_rows=config.window_rows,
         chat=config.chat,
+        check_values=run.manifest.checks_values,
     )
     run.output.clear_crashes()
     rows = max(1, sum(unit.chunk.rows for unit in todo) // len(todo))

@@ -28,10 +28,12 @@ class WorkerContext:
     window_rows: int
     chat: bool = False
     """Whether prompts of plain rows are messages."""
+    check_values: bool = True
+    """Whether rows with values that no request can have are refused."""
 
     def ask(self, raw: bytes) -> tuple[RowRequest, ResolvedModel]:
         """A row's request, and who answers it. Raises BadRowError, KeyError for a name that means nobody."""
-        ask = read_row(parse(raw), self.request, chat=self.chat)
+        ask = read_row(parse(raw), self.request, chat=self.chat, check_values=self.check_values)
         return ask, self.default if ask.model is None else self.targets[ask.model]
 
     def is_for_me(self, row: Row) -> bool:

@@ -64,8 +64,6 @@ class Requests:
     check: Callable[[str, Mapping[str, Any], ServedModelConfig, bool], None]
     """UnsupportedRequestError for a body that the engine would refuse or die of; takes the model's name, the body, the model's
     config and whether the model supports tools."""
-    adapt: Callable[[dict[str, Any]], None]
-    """Change a body in place from what SDKs send to what the engine takes."""
     keeps_priority: Callable[[Mapping[str, Any]], bool]
     """Whether the engine itself schedules by `priority`, from `engine_args`."""
     explain_error: Callable[[str, str | None], str]

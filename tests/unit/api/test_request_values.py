@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import random
+import time
 from typing import Any
 
 import pytest
 
-from tandem.api.messages import drop_null_fields, message_problem
+from tandem.api.messages import message_problem
 from tandem.api.request_values import CONSTRAINTS, value_problems
 from tandem.api.values import Problem
 
@@ -33,7 +36,6 @@ def test_several_wrong_values_are_told_at_once_and_at_most_three() -> None:
         ({"top_k": 1.5}, "`top_k` is 1.5; it must be a whole number from -1 to 2^64-1."),
         ({"max_tokens": [3]}, "`max_tokens` is an array; it must be a whole number from 0 to 2^64-1."),
         ({"top_k": 10**5000}, "`top_k` is a number of more than 60 digits; it must be a whole number from -1 to 2^64-1."),
-        ({"stop": ["a"] * 5}, "`stop` has 5 texts; at most 4 are taken. Leave some out."),
         ({"stop": {}}, "`stop` is an object; it must be text or an array of texts."),
         ({"stop": ["a", 3]}, "`stop` is an array; it must be text or an array of texts."),
         ({"stop": ""}, "`stop` has an empty text, which every answer would end with. Leave it out."),
@@ -65,8 +67,14 @@ def test_a_wrong_value_is_told_with_its_field_and_what_it_must_be(body: dict[str
         ({"structured_outputs": {"json": '{"$ref": "#"}'}}, "structured_outputs.json"),
         ({"response_format": {"json_schema": {"schema": {"allOf": [{"$ref": "#"}]}}}}, "response_format.json_schema.schema"),
         ({"text": {"format": {"schema": {"$ref": "#"}}}}, "text.format.schema"),
-        ({"tools": [{"function": {"parameters": {"$ref": "#"}}}]}, "tools.0.function.parameters"),
-        ({"tools": [{"input_schema": {"properties": {"a": {"minItems": 1e9}}}}]}, "tools.0.input_schema.properties.a.minItems"),
+        (
+            {"tools": [{"function": {"parameters": {"$ref": "#"}}}], "tool_choice": "required"},
+            "tools.0.function.parameters",
+        ),
+        (
+            {"tools": [{"input_schema": {"properties": {"a": {"minItems": 1e9}}}}], "tool_choice": {"type": "any"}},
+            "tools.0.input_schema.properties.a.minItems",
+        ),
     ],
 )  # fmt: skip
 def test_a_schema_without_an_answer_is_refused_wherever_it_stands(body: dict[str, Any], field: str) -> None:
@@ -96,9 +104,77 @@ def test_values_that_vllm_takes_or_explains_itself_pass(body: dict[str, Any]) ->
     assert value_problem(CHAT, body) is None
 
 
-def test_anthropics_stop_sequences_are_four_at_most() -> None:
-    said = "`stop_sequences` has 9 texts; at most 4 are taken. Leave some out."
-    assert str(value_problem(ANTHROPIC, {"stop_sequences": ["a"] * 9})) == said
+def test_the_number_of_stop_texts_is_left_to_vllm() -> None:
+    assert value_problem(CHAT, {"stop": ["a"] * 16}) is None
+    assert value_problem(ANTHROPIC, {"stop_sequences": ["a"] * 16}) is None
+
+
+def tools(**changes: Any) -> list[dict[str, Any]]:
+    """Two tools for chats: one with a schema that no grammar can be made of, and a good one."""
+    bad = {"type": "function", "function": {"name": "bad", "parameters": {"$ref": "#"}, **changes}}
+    return [bad, {"type": "function", "function": {"name": "good", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "changes", "refused"),
+    [
+        (None, {}, False),
+        ("none", {"strict": True}, False),
+        ("auto", {}, False),
+        ("auto", {"strict": False}, False),
+        ("auto", {"strict": True}, True),
+        ("required", {}, True),
+        ({"type": "function", "function": {"name": "bad"}}, {}, True),
+        ({"type": "function", "function": {"name": "good"}}, {}, False),
+        ({"type": "allowed_tools"}, {}, True),
+    ],
+)
+def test_tools_are_checked_where_they_constrain_the_answer(choice: Any, changes: dict[str, Any], refused: bool) -> None:
+    large = {"parameters": {"maximum": 2**256 - 1}}
+    for given in (changes, {**changes, **large}):
+        body = {"tools": tools(**given), "tool_choice": choice}
+        assert (value_problem(CHAT, body) is not None) == refused
+
+
+def test_large_integers_pass_where_they_stay_in_vllms_first_process() -> None:
+    for name in ("metadata", "chat_template_kwargs", "mm_processor_kwargs"):
+        assert value_problem(CHAT, {name: {"a": [2**256 - 1]}}) is None
+    for name in ("seed", "logit_bias", "allowed_token_ids", "response_format"):
+        value: Any = 2**256 - 1
+        body = {name: value if name == "seed" else [value] if name == "allowed_token_ids" else {"a": value}}
+        problem = value_problem(CHAT, body)
+        assert problem is not None and problem.field.startswith(name)
+
+
+def test_a_schema_is_not_walked_if_the_body_has_none_of_the_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[Any] = []
+    monkeypatch.setattr("tandem.api.request_values.schema_problem", walked.append)
+    body = {"structured_outputs": {"json": {"type": "object"}}}
+    assert value_problem(CHAT, body, b'{"structured_outputs": {"json": {"type": "object"}}}') is None and not walked
+    for raw in (rb'{"\u0024ref": "#"}', b'{"json": "{\\"minItems\\": 1e9}"}', b'{"$ref": "#"}', b"x" * (2 << 20)):
+        value_problem(CHAT, body, raw)
+    assert len(walked) == 4
+
+
+class Unread(list[Any]):
+    """An array that nobody may read."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("it was read")
+
+
+def test_prompts_of_token_ids_are_not_walked() -> None:
+    assert value_problem("/v1/completions", {"prompt": Unread([1])}) is None
+    assert value_problem("/v1/embeddings", {"input": Unread([1])}) is None
+
+
+def test_a_large_body_is_not_searched() -> None:
+    raw = base64.b64encode(random.Random(0).randbytes(8 << 20))
+    part = {"type": "image_url", "image_url": {"url": raw.decode()}}
+    body = {"messages": [{"role": "user", "content": [part]}], "structured_outputs": {"json": {"type": "object"}}}
+    began = time.process_time()
+    assert value_problem(CHAT, body, raw) is None
+    assert time.process_time() - began < 0.03
 
 
 def test_fields_that_a_route_does_not_have_are_not_checked() -> None:
@@ -137,7 +213,7 @@ def test_items_of_responses_pass() -> None:
 
 def test_routes_that_generate_nothing_have_no_sampling_values() -> None:
     assert value_problem("/v1/embeddings", {"stop": 3, "temperature": "hot", "input": [[1, 2]]}) is None
-    assert value_problem("/v1/embeddings", {"input": [[10**30]]}, b"[[" + b"1" * 31) is not None
+    assert value_problem("/v1/embeddings", {"dimensions": 10**30}) is not None
 
 
 def test_numbers_in_texts_are_not_numbers() -> None:
@@ -206,7 +282,25 @@ def test_a_conversation_with_tools_and_parts_passes() -> None:
     assert message_problem(ANTHROPIC, talk) is None
 
 
-def test_null_fields_of_an_answer_that_is_sent_back_are_dropped_except_its_content() -> None:
-    messages = [{"role": "assistant", "content": None, "refusal": None, "tool_calls": None}, 3]
-    drop_null_fields(messages)
-    assert messages == [{"role": "assistant", "content": None}, 3]
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"image_url": "https://example.com/a.png"},
+        {"audio_url": {"url": "https://example.com/a.wav"}},
+        {"image_embeds": None, "uuid": "a"},
+        {"type": None, "text": "x"},
+        {"refusal": "no"},
+        {"type": "text", "text": None},
+        {"type": "refusal", "refusal": None},
+    ],
+)
+def test_parts_that_vllm_accepts_in_chats_pass_there_only(part: dict[str, Any]) -> None:
+    talk = [{"role": "user", "content": [part]}]
+    assert message_problem(CHAT, talk) is None
+    for path, body in ((RESPONSES, {"input": talk}), (ANTHROPIC, {"messages": talk})):
+        problem = value_problem(path, body)
+        assert problem is not None and ".content.0." in problem.field
+
+
+def test_the_content_of_a_functions_message_may_be_null() -> None:
+    assert message_problem(CHAT, [{"role": "function", "name": "f", "content": None}]) is None

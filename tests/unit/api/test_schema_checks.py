@@ -37,6 +37,8 @@ def test_references_that_lead_back_to_themselves_are_found(schema: dict[str, Any
         {"properties": {"$ref": {"type": "string"}, "maxItems": {"type": "integer"}}},
         {"enum": [{"$ref": "#"}, {"minItems": 10**9}]},
         {"$ref": "#/nowhere"},
+        {"$ref": "#node", "$defs": {"a": {"$anchor": "node", "type": "string"}}},
+        {"anyOf": [{"$ref": "#/anyOf/" + "1" * 5000}]},
         {"$ref": "https://example.com/schema"},
         {"type": "array", "items": {"type": "string"}, "maxItems": 100_000},
         None,

@@ -225,7 +225,7 @@ def test_a_run_that_was_begun_goes_on_with_its_pieces(registry: Registry, tmp_pa
     again = prepare(wanted)
     assert [chunk.rows for chunk in again.survey.chunks] == [9]
     again.output.begin({**again.manifest.plain(), "format": 9})
-    with pytest.raises(ConfigError, match=r"another version of Tandem \(format 9, not 2\)"):
+    with pytest.raises(ConfigError, match=r"another version of Tandem \(format 9, not 3\)"):
         prepare(wanted)
 
 
@@ -305,6 +305,38 @@ def test_rows_with_wrong_values_are_refused_before_anything_is_started(registry:
     (refused,) = (json.loads(line) for line in run.survey.refused)
     assert refused["error"]["message"] == "`temperature` is 'hot'; it must be a number from 0 to 2."
     assert not prepare(config(tmp_path, [{"prompt": "b", "n": 0}], output=str(tmp_path / "other"))).units
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_run_of_an_older_release_is_resumed_without_checks_of_values(
+    registry: Registry, tmp_path: Path, version: int
+) -> None:
+    rows = [{"prompt": "a", "temperature": "hot"}, {"prompt": "b", "model": "other"}, {"prompt": "c"}]
+    wanted = config(tmp_path, rows)
+    first = prepare(wanted)
+    assert first.survey.bases == ("other@1", "tiny@1") and len(first.survey.refused) == 1
+    first.output.begin({**first.manifest.plain(), "format": version})
+    for _ in range(2):
+        again = prepare(wanted)
+        assert again.manifest.format == version and not again.manifest.checks_values
+        assert not len(again.survey.refused) and dict(again.survey.chunks[0].counts) == {"tiny@1": 2, "other@1": 1}
+        # Published units are named by the places of their bases.
+        assert again.survey.bases == ("other@1", "tiny@1") and [spec.name for spec, _ in again.bases] == [
+            "other",
+            "tiny",
+        ]
+        again.output.begin(again.manifest.plain())
+    defaults = {"temperature": "hot"}
+    again.output.begin({**again.manifest.plain(), "settings": {**again.manifest.settings, "request": defaults}})
+    assert prepare(replace(wanted, request=defaults)).survey.rows == 3
+
+
+def test_a_run_whose_base_is_asked_by_no_row_any_more_is_refused(registry: Registry, tmp_path: Path) -> None:
+    wanted = config(tmp_path, ROWS)
+    first = prepare(wanted)
+    first.output.begin({**first.manifest.plain(), "bases": ["gone@1", "tiny@1"]})
+    with pytest.raises(ConfigError, match=r"began with rows for the model gone@1, and no row is for it now"):
+        prepare(wanted)
 
 
 def test_a_wrong_value_for_all_rows_is_refused(registry: Registry, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ async def test_a_value_that_an_engine_would_fail_on_is_400_in_the_shape_of_the_a
             ("/v1/completions", {"vllm_xargs": {"a": 10**30}}, "vllm_xargs.a"),
             ("/v1/chat/completions", {"response_format": schema}, "response_format.json_schema.schema"),
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
-            ("/v1/responses", {"stop": ["a"] * 5}, "stop"),
+            ("/v1/responses", {"stop": ["a", 5]}, "stop"),
         ):
             answer = await gate.http.post(path, json={"model": "base", **wrong})
             assert answer.status_code == 400, (wrong, answer.text)
@@ -258,6 +258,13 @@ async def test_a_value_that_an_engine_would_fail_on_is_400_in_the_shape_of_the_a
         )
         assert (answer.status_code, answer.json()["type"]) == (400, "error")
         assert answer.json()["error"]["message"].startswith("`messages.0.content` is a number;")
+
+
+async def test_the_number_of_stop_texts_is_left_to_the_engine(tmp_path: Path) -> None:
+    # vLLM's limit is VLLM_MAX_STOP_STRINGS of a model's `env`.
+    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+        sent = await gate.http.post("/v1/responses", json={"model": "base", "input": "x", "stop": ["a"] * 16})
+        assert sent.status_code == 200 and sent.json()["request"]["stop"] == ["a"] * 16
 
 
 async def test_a_request_for_stored_responses_is_refused_with_the_alternative(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from tandem.api.nulls import drop_nulls
 from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, misspelt_fields, unknown_fields
 from tandem.engine.routes import ENGINE_ROUTES
@@ -64,10 +65,13 @@ def parse(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool = False) -> RowRequest:
+def read_row(
+    row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool = False, check_values: bool = True
+) -> RowRequest:
     """The request in a row, with `defaults` for fields that it lacks.
 
-    With `chat` the `prompt` of a plain row is a user's message. Raises BadRowError with the reason if there is no request in it.
+    With `chat` the `prompt` of a plain row is a user's message. Null fields count as absent, except without `check_values`, as
+    runs of older releases have it. Raises BadRowError with the reason if there is no request in it.
     """
     custom_id = row.get("custom_id")
     if isinstance(custom_id, int) and not isinstance(custom_id, bool):
@@ -86,6 +90,8 @@ def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool 
     if wrong := misspelt_fields(path, unknown) if plain else unknown:
         raise UnknownFieldError(f"It has an {describe(path, wrong)}. Rename it, or leave it out.")
     body = {key: value for key, value in body.items() if key not in unknown}
+    if check_values:
+        body = {key: value for key, value in body.items() if value is not None}
     asked = {**defaults, **body}
     model = asked.pop("model", None)
     if model is not None and (not isinstance(model, str) or not model):
@@ -94,8 +100,10 @@ def read_row(row: Mapping[str, Any], defaults: Mapping[str, Any], *, chat: bool 
         raise BadRowError("stream is on; the answers of a batch are written when they are whole. Leave it out.")
     for key in ("stream_options", "kv_transfer_params", "ec_transfer_params"):
         asked.pop(key, None)
-    if problems := value_problems(path, asked):
-        raise BadRowError(" ".join(map(str, problems)))
+    if check_values:
+        drop_nulls(asked)
+        if problems := value_problems(path, asked):
+            raise BadRowError(" ".join(map(str, problems)))
     return RowRequest(path, asked, model, custom_id, plain)
 
 

@@ -48,10 +48,11 @@ def survey(
     tell: Callable[[int], None] = lambda rows: None,
     *,
     chat: bool = False,
+    check_values: bool = True,
 ) -> Survey:
     """Read all files; `tell` hears how many rows have come. `size` of a chunk unset: by the size of the input.
 
-    `chat`: prompts of plain rows are messages.
+    `chat`: prompts of plain rows are messages. `check_values`: rows with values that no request can have are refused.
 
     Raises DataError if there are none, if a file is damaged, or if a row has a field that no request has.
     """
@@ -65,7 +66,7 @@ def survey(
     def asked(file: Location) -> Iterator[tuple[Position, int, str | None]]:
         for row in rows_of(file):
             try:
-                ask = _ask(row, request, chat)
+                ask = _ask(row, request, chat, check_values)
                 base: str | None = names.find(ask.model).base.id
             except UnknownFieldError as error:
                 raise DataError(f"{file} {row.where}: {error} Nothing has been started.") from None
@@ -88,10 +89,10 @@ def survey(
     return Survey(tuple(files), digests, tuple(chunks), tuple(bases), refused, divider.rows, size, frozenset(bare))
 
 
-def _ask(row: Row, request: Mapping[str, Any], chat: bool) -> RowRequest:
+def _ask(row: Row, request: Mapping[str, Any], chat: bool, check_values: bool) -> RowRequest:
     if row.problem is not None:
         raise BadRowError(row.problem)
-    return read_row(parse(row.raw), request, chat=chat)
+    return read_row(parse(row.raw), request, chat=chat, check_values=check_values)
 
 
 def _size(file: Location) -> int:

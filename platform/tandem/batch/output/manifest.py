@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -14,9 +14,9 @@ from tandem.batch.output.write import Output
 from tandem.config import BatchConfig
 from tandem.errors import ConfigError
 
-FORMAT = 2
-FORMATS = (1, 2)
-"""Those that can be gone on with: in the first, chunks were divided by rows only."""
+FORMAT = 3
+FORMATS = (1, 2, 3)
+"""Formats of runs that can be resumed. 1: chunks are divided by rows only. 1 and 2: the values of rows are not checked."""
 DECIDING = ("model", "engine", "request", "engine_args", "chat")
 """Settings that the answers depend on."""
 
@@ -66,9 +66,13 @@ class Manifest:
                 f"{output.run} was written by another version of Tandem (format {found.get('format')}, not {FORMAT}). Choose "
                 "another output."
             )
-        found["format"] = FORMAT
         found["input"] = tuple(tuple(each) for each in found["input"])
         return cls(**{**found, "bases": tuple(found["bases"])})
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether rows with wrong values are refused; in runs of older releases they are not, in any of their starts."""
+        return self.format >= 3
 
     @property
     def size(self) -> ChunkSize:
@@ -110,6 +114,15 @@ class Manifest:
                 raise ConfigError(
                     f"The model at {name} is not the one that the run began with: its files have changed. Choose another output."
                 )
+
+    def order_bases(self, found: Iterable[str]) -> tuple[str, ...]:
+        """The bases that rows are for, in the run's order: names of published units have their places in it."""
+        now = tuple(found)
+        if gone := [base for base in self.bases if base not in now]:
+            raise ConfigError(
+                f"The run began with rows for the model {gone[0]}, and no row is for it now. Choose another output."
+            )
+        return (*self.bases, *(base for base in now if base not in self.bases))
 
 
 def _deciding(config: BatchConfig) -> dict[str, Any]:

@@ -35,10 +35,6 @@ def check_request(model: str, body: Mapping[str, Any], config: ServedModelConfig
     """Every request is answered."""
 
 
-def adapt_request(body: dict[str, Any]) -> None:
-    """Every body is taken as it is."""
-
-
 def check_nodes(
     bundles: Sequence[Mapping[str, float]], nodes: Mapping[int, str], engine_args: Mapping[str, Any]
 ) -> None:
@@ -55,7 +51,6 @@ ECHO = EngineDescriptor(
     resources=Resources(placement=placement, num_workers=lambda engine_args: 1, check_nodes=check_nodes),
     requests=Requests(
         check=check_request,
-        adapt=adapt_request,
         keeps_priority=lambda engine_args: False,
         explain_error=lambda message, model: message,
         explain_param=lambda param: param,

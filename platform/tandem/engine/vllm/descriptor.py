@@ -76,7 +76,6 @@ VLLM = EngineDescriptor(
     ),
     requests=Requests(
         check=requests.check_request,
-        adapt=requests.adapt_request,
         keeps_priority=requests.keeps_priority,
         explain_error=requests.explain_error,
         explain_param=simplify_field,

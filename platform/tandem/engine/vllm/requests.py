@@ -1,4 +1,4 @@
-"""Rules of vLLM for requests: what it refuses or dies of, what it takes in another form, its errors in plain words. Pure."""
+"""Rules of vLLM for requests: what it refuses or dies of, its errors in plain words. Pure."""
 
 from __future__ import annotations
 
@@ -43,12 +43,6 @@ def asks_for_prompt_logprobs(body: Mapping[str, Any]) -> bool:
     # 0 asks for the logprob of each token itself, so it is not the same as false.
     logprobs = any(body.get(key) is not None and body.get(key) is not False for key in ("logprobs", "top_logprobs"))
     return body.get("prompt_logprobs") is not None or bool(body.get("echo") and logprobs)
-
-
-def adapt_request(body: dict[str, Any]) -> None:
-    """Remove a null `encoding_format`, which litellm sends for its default and vLLM refuses."""
-    if body.get("encoding_format", "") is None:
-        del body["encoding_format"]
 
 
 def keeps_priority(engine_args: Mapping[str, Any]) -> bool:

@@ -48,7 +48,9 @@ def simplify_field(param: str | None) -> str | None:
 
 
 def _fields(message: str) -> dict[str, str]:
-    """The first error of each of the first MAX_FIELDS + 1 fields; a field of a union has one error for each branch."""
+    """One error of each of the first MAX_FIELDS + 1 fields. A field of a union has one for each branch: the first, or the one
+    about an array's length, whose branch fits the value's type.
+    """
     found: dict[str, str] = {}
     for match in VALIDATION_ITEM.finditer(message):
         try:
@@ -59,7 +61,9 @@ def _fields(message: str) -> dict[str, str]:
             str(part) for part in place if not (INTERNAL_PLACE.search(str(part)) or TYPE_PLACE.fullmatch(str(part)))
         ]
         text = str(text).removeprefix("Value error, ").removeprefix("Assertion failed, ").strip()
-        found.setdefault(".".join(parts), ADVICE_TO_DEPLOYER.sub("", text).rstrip(". "))
+        field, text = ".".join(parts), ADVICE_TO_DEPLOYER.sub("", text).rstrip(". ")
+        if field not in found or (text.startswith("List should have") and found[field].startswith("Input should be")):
+            found[field] = text
         if len(found) > MAX_FIELDS:
             break
     return found

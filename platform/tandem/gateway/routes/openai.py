@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from tandem.api.messages import drop_null_fields
+from tandem.api.nulls import drop_nulls
 from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serving.app import GatewayConfig
@@ -95,7 +95,6 @@ class OpenAIRoutes:
             hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=keep_priority)
             body["model"] = model.engine_name
             drop_kv_transfer(body)
-            engine.requests.adapt(body)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
             engine_request = EngineRequest(
                 path=route.path,
@@ -155,13 +154,6 @@ def int_parameter(request: Request, name: str, default: int, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
         raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
     return int(text)
-
-
-def drop_nulls(body: dict[str, Any]) -> None:
-    """Remove null fields, in messages too: OpenAI's API treats null as absent, vLLM's only for some fields."""
-    for key in [key for key, value in body.items() if value is None]:
-        del body[key]
-    drop_null_fields(body.get("messages"))
 
 
 def check_values(path: str, body: dict[str, Any], raw: bytes) -> None:

@@ -62,6 +62,15 @@ def test_a_bad_row_says_why(row: dict[str, Any], reason: str) -> None:
         read_row(row, {})
 
 
+def test_null_fields_of_a_row_are_treated_as_absent() -> None:
+    said = {"role": "assistant", "content": None, "refusal": None}
+    ask = read_row({"messages": [said], "temperature": None, "user": None}, {"temperature": 0, "seed": None})
+    assert ask.body == {"temperature": 0, "messages": [{"role": "assistant", "content": None}]}
+    row = {"url": "/v1/embeddings", "body": {"input": "a", "encoding_format": None}}
+    assert read_row(row, {}).body == {"input": "a"}
+    assert read_row(row, {}, check_values=False).body == {"input": "a", "encoding_format": None}
+
+
 @pytest.mark.parametrize(
     ("raw", "reason"), [(b"{bad", "not valid JSON"), (b"[1]", "a list"), (b"\xff", "not valid JSON")]
 )

@@ -6,10 +6,11 @@ import ast
 import json
 import logging
 from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from tandem.config import ServedModelConfig
 from tandem.engine.vllm import wording
@@ -37,7 +38,7 @@ class Part(BaseModel):
 
 class Request(BaseModel):
     max_tokens: int = 1
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     messages: list[str | Part] = []
     temperature: float = 1.0
     top_p: float = 1.0
@@ -64,6 +65,11 @@ def test_a_field_of_several_types_is_named_once() -> None:
     said = simplify_message(vllm_says(stop=5, messages=["a", {"type": 3, "text": "it's (so)"}]))
     assert said.startswith("stop: Input should be a valid string; messages.1: ")
     assert "Part" not in said and "loc" not in said
+
+
+def test_too_many_stop_texts_are_told_with_the_limit() -> None:
+    said = simplify_message(vllm_says(stop=["a"] * 5))
+    assert said == "stop: List should have at most 4 items after validation, not 5."
 
 
 def test_more_than_three_fields_are_not_listed() -> None:
