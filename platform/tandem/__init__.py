@@ -25,6 +25,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Load what is public at its first use: importing a part of the package must not import all of it."""
+    if name == "errors":
+        return importlib.import_module("tandem.errors")
     if name in _HOMES:
         return getattr(importlib.import_module(f"tandem.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'tandem' has no attribute {name!r}")

@@ -59,6 +59,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     (folder / "corpus.txt").write_text("".join(words))
     rows = [{"prompt": f"What is line {number}?", "answer": f"It is about {number}."} for number in range(400)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows[:20]))
     return Reader(folder, free_ports(1)[0])
 
 

@@ -46,7 +46,7 @@ def build_command(
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries of a tokenizer that is trained.")] = 4096,
     kind: Annotated[str, typer.Option(help="text, pairs, chats, preferences, or auto.")] = "auto",
-    limit: Annotated[int | None, typer.Option(help="Use at most this many samples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many samples.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
 ) -> None:
     """Turn a source into WebDataset shards with a tokenizer and an index."""
@@ -95,7 +95,7 @@ def inspect_command(
     rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     skip: Annotated[int, typer.Option(min=0, help="Rows to leave out first.")] = 0,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens in a row, as data.sequence_length.")] = 256,
-    loss_on: Annotated[str, typer.Option(help="auto or all, as data.loss_on.")] = "auto",
+    loss_on: Annotated[str, typer.Option(help="auto, all or answers, as data.loss_on.")] = "auto",
     tokenizer: Annotated[
         str | None, typer.Option(help="A tokenizer's folder (a model's), or a dataset's name. None: the dataset's own.")
     ] = None,
@@ -107,7 +107,7 @@ def inspect_command(
         from tandem.data.inspect import inspect_rows
         from tandem.data.tokenize import TextEncoder
 
-        check.one_of("--loss-on", loss_on, ("auto", "all"))
+        check.one_of("--loss-on", loss_on, ("auto", "all", "answers"))
         folder, index = find_dataset(name)
         encoder = TextEncoder(str(find_tokenizer(tokenizer) if tokenizer else folder / TOKENIZER_NAME))
         every = inspect_rows(

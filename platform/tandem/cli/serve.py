@@ -19,7 +19,7 @@ from tandem.cluster.local import Cluster, LocalCluster, connect
 from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
 from tandem.config.load import apply_overrides, from_dict, to_dict
 from tandem.engine.engines import find_engine
-from tandem.errors import ClusterError
+from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.cluster import connected, open_cluster, stop_quietly
 from tandem.sdk.console import console, print_message
 from tandem.sdk.serving import (
@@ -115,6 +115,10 @@ def read_config(models: list[str] | None, config: Path | None, overrides: list[s
     )
     if models:
         wanted = replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models))
+    elif not wanted.models and any(line.replace(" ", "") == "models=[]" for line in overrides):
+        raise ConfigError(
+            "models is empty. Name at least one model, or leave it out to serve the newest registered one."
+        )
     for number, served in enumerate(wanted.models):
         # Before a cluster is started.
         find_engine(served.engine, f"models[{number}].engine")

@@ -19,7 +19,7 @@ import yaml
 from tandem.cluster.local import Cluster
 from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict, load_yaml
 from tandem.data.index import DatasetIndex
-from tandem.errors import DataError, JobError
+from tandem.errors import ConfigError, DataError, JobError, did_you_mean
 from tandem.jobs.adapters import Adapters
 from tandem.jobs.prepare import prepare
 from tandem.registry import Registry
@@ -106,5 +106,8 @@ class Session:
 
 def recipe(name: str, overrides: Iterable[str] = ()) -> TrainConfig:
     """One of the recipes that come with the package, with values changed."""
-    text = files("tandem.sdk").joinpath("recipes", f"{name}.yaml").read_text()
+    known = {file.name.removesuffix(".yaml"): file for file in files("tandem.sdk").joinpath("recipes").iterdir()}
+    if name not in known:
+        raise ConfigError(f"There is no recipe {name!r}; known: {', '.join(sorted(known))}.{did_you_mean(name, known)}")
+    text = known[name].read_text()
     return from_dict(TrainConfig, apply_overrides(yaml.safe_load(text), overrides))

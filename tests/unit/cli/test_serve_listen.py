@@ -67,6 +67,11 @@ def test_impossible_listeners_are_refused() -> None:
         ListenConfig(port=0)
 
 
+def test_an_empty_list_of_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match="models is empty"):
+        read_config(None, None, ["models=[]"])
+
+
 def test_an_unknown_engine_is_refused_when_the_config_is_read() -> None:
     with pytest.raises(ConfigError, match=r"models\[0\]\.engine is 'vlm'.*Did you mean 'vllm'"):
         read_config(None, None, ["models=[{model: a, engine: vlm}]"])

@@ -18,7 +18,7 @@ from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, misspelt_fields, unknown_fields
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.engine.vllm.requests import asks_for_prompt_logprobs
-from tandem.errors import DataError, did_you_mean
+from tandem.errors import DataError, did_you_mean, sentence
 
 PATHS = tuple(route.path for route in ENGINE_ROUTES)
 PLAIN = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/embeddings"}
@@ -88,7 +88,7 @@ def read_row(
     # A plain row may be a table's, with columns that are nobody's fields; they are not sent.
     unknown = unknown_fields(path, body)
     if wrong := misspelt_fields(path, unknown) if plain else unknown:
-        raise UnknownFieldError(f"It has an {describe(path, wrong)}. Rename it, or leave it out.")
+        raise UnknownFieldError(f"{sentence(f'It has an {describe(path, wrong)}')} Rename it, or leave it out.")
     body = {key: value for key, value in body.items() if key not in unknown}
     if check_values:
         body = {key: value for key, value in body.items() if value is not None}

@@ -176,4 +176,9 @@ async def _ask(app: ASGIApp, request: Request, headers: dict[str, str], unanswer
 
 def refusals(found: Sequence[tuple[Request, Answer]]) -> str:
     """Refused requests and their answers, for a log."""
-    return "; ".join(f"{request.path} {answer.status}: {answer.body[:200]!r}" for request, answer in found)
+    # Requests that fail for one reason fail with one answer.
+    paths: dict[str, list[str]] = {}
+    for request, answer in found:
+        text = f"{answer.status}: {answer.body[:200].decode(errors='replace')}"
+        paths.setdefault(text, []).append(request.path)
+    return "; ".join(f"{len(at)} x {', '.join(sorted(set(at)))} {text}" for text, at in paths.items())

@@ -18,6 +18,7 @@ from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
 from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
+from tandem.errors import sentence
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
@@ -120,7 +121,7 @@ class OpenAIRoutes:
             return {}
         warnings = describe(path, unknown)
         if self._config.strict or request.headers.get(STRICT_HEADER, "").lower() in ("1", "true"):
-            raise ApiError(400, f"The request has an {warnings}.", code="unknown_field", param=unknown[0])
+            raise ApiError(400, sentence(f"The request has an {warnings}"), code="unknown_field", param=unknown[0])
         return {WARNING_HEADER: warnings}
 
     async def health(self, request: Request) -> Response:
