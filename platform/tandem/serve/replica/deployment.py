@@ -157,7 +157,7 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Called by Serve to stop the replica: drains it and ends all its processes."""
-        if not hasattr(self, "_beats"):
+        if not hasattr(self, "_heartbeats"):
             return
         self._pinning.cancel()
         self._state = "draining"
