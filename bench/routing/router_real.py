@@ -15,7 +15,6 @@ request (`cached_tokens`).
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -34,6 +33,7 @@ import aiohttp
 from bench.harness import report
 from bench.harness.machine import machine
 from bench.harness.models import write_model
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import stack
 
@@ -51,14 +51,9 @@ COLUMNS = ("policy", "requests/s", "of in turn", "prefix hits", "ms p50", "ms p9
 
 def main() -> int:
     """Measure; 1 if the bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one round of few requests")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--requests", type=int, default=192, help="of each policy in a round")
-    parser.add_argument("--json", type=Path, help="write every round's figures here, and a page beside it")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the bar is missed")
-    parser.add_argument(
-        "--smoke", action="store_true", help="one round of few requests: shows that the program runs, measures nothing"
-    )
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.requests = 1, 16

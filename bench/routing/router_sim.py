@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import report
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.routing import router_trace
 from bench.routing.router_trace import BLOCK, Call, Shape
@@ -69,8 +70,9 @@ NAMES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="50 replicas, 20 seconds: shows that it runs")
+    parser = options_parser(
+        __doc__, smoke="50 replicas, 20 seconds", check=f"exit 1 if the default's p99 is not below {BAR_US:.0f} us"
+    )
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--replicas", type=int, help="instead of the four scenarios: one with so many replicas")
     parser.add_argument("--adapters", type=int, default=100_000)
@@ -81,10 +83,6 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, help="a recorded trace, instead of made-up traffic")
     parser.add_argument("--write-trace", type=Path, help="write the made-up traffic of the first scenario there")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=NUMBER", help="keys of the router's config")
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument(
-        "--check", action="store_true", help=f"exit 1 if the default's p99 is not below {BAR_US:.0f} us"
-    )
     options = parser.parse_args()
     settings = {key: float(value) for key, _, value in (pair.partition("=") for pair in options.set)}
     results: dict[str, Any] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count(), "scenarios": []}

@@ -11,7 +11,6 @@ app's cluster, and the app is asked for its adapter from the job's last step on.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import math
@@ -27,6 +26,7 @@ from typing import Any
 
 import uvloop
 
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict, ends, judge, lines, show, write
 from bench.serving.adapters_app import RANK, SLOTS, App, register_many, serving, write_adapter
 
@@ -206,20 +206,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def main() -> int:
     """Run it; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="few adapters, one short round")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--requests", type=int, default=8, help="of each stream in a round of zipf")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer in zipf")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="few adapters, one short round: shows that the program runs, measures nothing",
-    )
     given = parser.parse_args()
     if given.smoke:
         given.adapters, given.rounds, given.streams, given.requests, given.tokens = 20, 1, 2, 2, 8

@@ -13,7 +13,6 @@ up later than it would be on a machine of its own, and the rate dips meanwhile.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -31,6 +30,7 @@ import aiohttp
 from bench.harness import report
 from bench.harness.machine import machine
 from bench.harness.models import write_model
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ENVIRONMENT, free_port
 
@@ -48,11 +48,8 @@ SCALING = {
 
 def main() -> int:
     """Measure; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="echo engines and a burst of 25 s")
     parser.add_argument("--burst", type=float, default=100.0, help="seconds")
-    parser.add_argument("--json", type=Path, help="write the figures here, a page and the plot beside it")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
-    parser.add_argument("--smoke", action="store_true", help="echo engines and a burst of 25 s")
     given = parser.parse_args()
     burst_s = min(given.burst, 25.0) if given.smoke else given.burst
     began = machine()

@@ -9,7 +9,6 @@ counts. Both have vLLM's executor in one process, one thread, and prompts and le
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,6 +27,7 @@ from typing import Any
 from bench.harness import report
 from bench.harness.machine import machine
 from bench.harness.models import write_model
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ENVIRONMENT
 
@@ -64,12 +64,9 @@ print("DONE " + json.dumps(dataclasses.asdict(done)), flush=True)
 
 def main() -> int:
     """Measure; 1 if the bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one round of fewer rows")
+    parser = options_parser(__doc__, smoke="one round of fewer rows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1536)
-    parser.add_argument("--json", type=Path, help="write every round's numbers here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the bar is missed")
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.rows = 1, 768

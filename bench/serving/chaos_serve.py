@@ -28,13 +28,13 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from bench.harness import report
 from bench.harness.nodes import Node
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.serving.chaos_app import GATEWAYS, REPLICAS, listener, records, serving, title
 from bench.serving.chaos_clients import CLIENTS, PATIENCE_S, Asked, Clients
@@ -278,7 +278,7 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
 
 def main() -> int:
     """Run it; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="each fault once")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--every", type=float, default=15.0, help="seconds between faults")
     parser.add_argument("--seed", type=int, default=0)
@@ -287,9 +287,6 @@ def main() -> int:
     parser.add_argument(
         "--apart", action="store_true", help="each fault when all parts are there again after the one before"
     )
-    parser.add_argument("--smoke", action="store_true", help="each fault once")
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is missed")
     options = parser.parse_args()
     results = measure(options)
     columns, rows = table(results)

@@ -13,7 +13,6 @@ for JSON has a schema of its own, which the engine has to compile.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -30,6 +29,7 @@ import httpx
 from bench.harness import report
 from bench.harness.machine import machine
 from bench.harness.models import write_model
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ENVIRONMENT, MARK, free_port, members
 
@@ -75,14 +75,11 @@ def kinds(number: int) -> dict[str, dict[str, Any]]:
 
 def main() -> int:
     """Measure; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--check", action="store_true")
     parser.add_argument(
         "--warm", action="store_true", help="one home for all rounds: what one compiles, the next finds"
     )
-    parser.add_argument("--smoke", action="store_true", help="one round: shows that the program runs, measures nothing")
     given = parser.parse_args()
     if given.smoke:
         given.rounds = 1

@@ -9,7 +9,6 @@ engine's own work is in the figures: an echo has none.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -21,13 +20,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import uvloop
 
 from bench.harness.load import run_queue_s
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict, ends, judge, lines, show, write
 
 BARS_MS = {"p50": 2.0, "p99": 13.0}
@@ -184,15 +183,10 @@ def summed(rounds: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> int:
     """Measure; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one round of 2 s")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write every round's numbers here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
-    parser.add_argument(
-        "--smoke", action="store_true", help="one round of 2 s: shows that the program runs, measures nothing"
-    )
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.seconds = 1, 2.0

@@ -9,7 +9,6 @@ times what an answer took before. Goodput are the answers that came in time, and
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -28,6 +27,7 @@ import uvloop
 from bench.harness.machine import machine
 from bench.harness.models import write_model
 from bench.harness.open_loop import Client, closed_loop, open_loop
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict, ends, judge, lines, show, write
 
 GOODPUT_BAR = 0.9
@@ -70,13 +70,10 @@ class App(NamedTuple):
 
 def main() -> int:
     """Measure; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one round of 8 s")
     parser.add_argument("--engine", choices=("vllm", "echo"), default="vllm")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="length of one measurement")
-    parser.add_argument("--smoke", action="store_true", help="one round of 8 s")
-    parser.add_argument("--json", type=Path, help="write every round's numbers here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.seconds = 1, 8.0

@@ -8,7 +8,6 @@ from the one that works. Rounds alternate between the stacks, and medians over t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import statistics
@@ -22,6 +21,7 @@ from rich.console import Console
 from bench.harness import report
 from bench.harness.machine import machine
 from bench.harness.models import write_model
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import NAMES, drive, freeze, stack, thawed
 
@@ -35,15 +35,12 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 
 def main() -> int:
     """Run the comparison; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="16 streams only, 3 short rounds")
+    parser = options_parser(__doc__, smoke="16 streams only, 3 short rounds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--stacks", nargs="+", choices=list(NAMES), default=list(NAMES))
-    parser.add_argument("--json", type=Path, help="write every round's numbers here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.streams = 3, [BAR_STREAMS]

@@ -8,7 +8,6 @@ the proxy in front (HAProxy) is shown beside it. The bar is on how the cost of o
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import sys
@@ -20,6 +19,7 @@ import psutil
 
 from bench.harness import report
 from bench.harness.machine import machine
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ECHOES, drive, freeze, members, stack, thawed
 
@@ -43,11 +43,8 @@ COLUMNS = (
 
 def main() -> int:
     """Measure; 1 if the bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--smoke", action="store_true", help="one round: shows that the program runs, measures nothing")
     given = parser.parse_args()
     if given.smoke:
         given.rounds = 1

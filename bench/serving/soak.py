@@ -13,7 +13,6 @@ all clients.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -37,6 +36,7 @@ from safetensors.numpy import save_file
 from bench.harness import report
 from bench.harness.machine import machine
 from bench.harness.models import write_model
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ENVIRONMENT, free_port
 
@@ -181,11 +181,8 @@ class Client:
 
 def main() -> int:
     """Run it; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one minute: too short for the bar of memory")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--smoke", action="store_true", help="one minute: too short for the bar of memory")
-    parser.add_argument("--json", type=Path, help="write the series here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     given = parser.parse_args()
     minutes = 1.0 if given.smoke else given.minutes
     # What is not in the environment by now, no process of the cluster has.

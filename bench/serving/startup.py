@@ -9,7 +9,6 @@ find what an earlier start has compiled; the replica's start before, which found
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,6 +27,7 @@ import httpx
 from bench.harness import report
 from bench.harness.machine import machine
 from bench.harness.models import write_model
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ENVIRONMENT, MARK, ROOT, free_port, members
 
@@ -47,11 +47,8 @@ COLUMNS = ("start", "seconds", "of bare", "process", "imports", "engine", "first
 
 def main() -> int:
     """Measure; 1 if a bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--smoke", action="store_true", help="one round: shows that the program runs, measures nothing")
     given = parser.parse_args()
     if given.smoke:
         given.rounds = 1

@@ -35,6 +35,7 @@ from typing import Any
 
 from bench.harness import report
 from bench.harness.nodes import Node
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 
 LOSS_BAR = 1e-5
@@ -56,13 +57,10 @@ SHAPE = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="two faults only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps between faults")
-    parser.add_argument("--smoke", action="store_true", help="two faults only: shows that it runs")
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is missed")
     options = parser.parse_args()
     if options.smoke:
         options.steps, options.every = 60, 20

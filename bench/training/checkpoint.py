@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import report
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ROOT
 
@@ -51,17 +52,12 @@ QUICK = {
 
 def main() -> int:
     """Run the world and print the table; 1 if the bar is missed and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(
+        __doc__, smoke="a small model", check=f"exit 1 if the stop is above {BAR:.0%}% of a synchronous one"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where checkpoints are written: on the disk to measure")
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument(
-        "--check", action="store_true", help=f"exit 1 if the stop is above {BAR:.0%}% of a synchronous one"
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="a small model: shows that the program runs, measures nothing"
-    )
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:

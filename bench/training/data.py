@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import report
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ROOT
 
@@ -55,16 +56,13 @@ SHAPE = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one round of few rows")
     parser.add_argument("--readers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=20_000, help="rows that are counted in a run")
     parser.add_argument("--first", type=int, default=3_000, help="rows before those")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--smoke", action="store_true", help="one round of few rows: shows that it runs")
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is missed")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -25,10 +25,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from bench.harness import report
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 
 MFU_BAR, BAR = 0.45, 0.95
@@ -52,7 +52,7 @@ PEERS = ("plain", "trainer", "tandem")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="a small model, few short steps, one round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rows", type=int, default=8, help="rows in a step")
@@ -61,10 +61,7 @@ def main() -> int:
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
     parser.add_argument("--attention", choices=("flex", "sdpa"), help="Tandem's; without it flex, or sdpa on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--smoke", action="store_true", help="a small model, few short steps, one round")
     parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is missed")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.smoke:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.harness.options import options_parser
 from bench.harness.servers import ROOT
 
 BAR = 1e-5
@@ -134,17 +135,12 @@ CASES = (
 
 def main() -> int:
     """Run the cases and print the table; 1 if a cell is above the bar and --check is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(
+        __doc__, smoke="one process and two, DDP only", check=f"exit 1 where a difference is above {BAR}"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8], help="sizes of worlds")
     parser.add_argument("--only", nargs="+", default=[], help="cases whose name has one of these texts")
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument("--check", action="store_true", help=f"exit 1 where a difference is above {BAR}")
     parser.add_argument("--world", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="one process and two, DDP only: shows that the program runs, measures nothing",
-    )
     options = parser.parse_args()
     if options.smoke:
         options.workers, options.only = [1, 2], ["1 process", "llama: strategy ddp"]

@@ -31,10 +31,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from bench.harness import report
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 
 TOLERANCE = 0.05
@@ -47,12 +47,11 @@ LAYERS, WIDTH, VOCABULARY, ROWS, LENGTH = 8, 384, 64, 2, 128
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one round of 4 micro-batches: shows that it runs")
+    parser = options_parser(
+        __doc__, smoke="one round of 4 micro-batches", check=f"exit 1 where a bubble is {TOLERANCE} above its formula"
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument("--check", action="store_true", help=f"exit 1 where a bubble is {TOLERANCE} above its formula")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.smoke:

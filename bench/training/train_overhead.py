@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import report
+from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.harness.servers import ROOT
 
@@ -68,16 +69,13 @@ LAYOUTS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, smoke="one round of few steps")
     parser.add_argument("--layout", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS), metavar="NAME")
-    parser.add_argument("--smoke", action="store_true", help="one round of few steps: shows that it runs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16, help="rows in a step, over all processes")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--peers", help="instead of each layout's own, with commas: plain,trainer,loop,tandem")
-    parser.add_argument("--json", type=Path, help="write the figures here, and as a page beside it")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is missed")
     options = parser.parse_args()
     if options.smoke:
         options.rounds, options.steps = 1, 20

@@ -15,7 +15,7 @@ PROGRAMS = sorted(
     f"bench.{area}.{path.stem}"
     for area in AREAS
     for path in (ROOT / "bench" / area).glob("*.py")
-    if "argparse.ArgumentParser(" in path.read_text()
+    if "options_parser(" in path.read_text()
 )
 
 
