@@ -16,8 +16,8 @@ from rich.table import Table
 
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster, LocalCluster, connect
-from tandem.config import ServeConfig, ServedModelConfig, load_yaml, located
-from tandem.config.load import apply_overrides, from_dict, to_dict
+from tandem.config import ServeConfig, ServedModelConfig, located
+from tandem.config.load import apply_overrides, from_dict, read_yaml, to_dict
 from tandem.engine.engines import find_engine
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.cluster import connected, open_cluster, stop_quietly
@@ -110,12 +110,11 @@ def deploy_command(
 
 def read_config(models: list[str] | None, config: Path | None, overrides: list[str]) -> ServeConfig:
     """The app as a command line describes it."""
-    wanted = (
-        load_yaml(ServeConfig, config, overrides) if config else from_dict(ServeConfig, apply_overrides({}, overrides))
-    )
+    values = apply_overrides(read_yaml(config) if config else {}, overrides)
+    wanted = from_dict(ServeConfig, values)
     if models:
         wanted = replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models))
-    elif not wanted.models and any(line.replace(" ", "") == "models=[]" for line in overrides):
+    elif values.get("models") == []:
         raise ConfigError(
             "models is empty. Name at least one model, or leave it out to serve the newest registered one."
         )

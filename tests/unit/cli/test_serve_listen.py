@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -67,9 +68,12 @@ def test_impossible_listeners_are_refused() -> None:
         ListenConfig(port=0)
 
 
-def test_an_empty_list_of_models_is_refused() -> None:
+def test_an_empty_list_of_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="models is empty"):
         read_config(None, None, ["models=[]"])
+    (tmp_path / "app.yaml").write_text("models: []\n")
+    with pytest.raises(ConfigError, match="models is empty"):
+        read_config(None, tmp_path / "app.yaml", [])
 
 
 def test_an_unknown_engine_is_refused_when_the_config_is_read() -> None:
