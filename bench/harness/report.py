@@ -54,6 +54,24 @@ def write(path: Path | None, results: Any, page: str) -> None:
         path.with_suffix(".md").write_text(page)
 
 
+class Rounds(list[Any]):
+    """Results of rounds, each written to `path`, if one was given, as it is appended, so that an interrupted run keeps them.
+
+    Until the run ends, the file holds `{"unfinished": true, "rounds": [...]}`; `write` replaces it with the whole report.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__()
+        self._path = path
+
+    def append(self, found: Any) -> None:
+        """Keep one round's results, in the file too."""
+        super().append(found)
+        if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps({"unfinished": True, "rounds": self}, indent=1) + "\n")
+
+
 def judge(verdicts: Iterable[Verdict], *, check: bool) -> int:
     """Print the verdicts, the one that is furthest below its bar last; the exit status: 1 if one is missed and `check` is set."""
     ordered = sorted(verdicts, key=lambda verdict: (not verdict.met, -verdict.share))

@@ -57,7 +57,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.requests = 1, 16
-    rounds: list[dict[str, Any]] = []
+    rounds = report.Rounds(given.json)
     began = machine()
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))

@@ -85,7 +85,8 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=NUMBER", help="keys of the router's config")
     options = parser.parse_args()
     settings = {key: float(value) for key, _, value in (pair.partition("=") for pair in options.set)}
-    results: dict[str, Any] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count(), "scenarios": []}
+    done = report.Rounds(options.json)
+    results: dict[str, Any] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count(), "scenarios": done}
     for scenario in scenarios(options):
         calls = scenario.calls()
         if options.write_trace:
@@ -95,7 +96,7 @@ def main() -> int:
         for policy in options.policies:
             rows.append(Simulation(scenario, RouterConfig(policy=policy, **settings)).run(calls))
             gc.collect()
-        results["scenarios"].append({"title": scenario.title, "replicas": scenario.replicas, "rows": rows})
+        done.append({"title": scenario.title, "replicas": scenario.replicas, "rows": rows})
         report.show(scenario.title, COLUMNS, [cells(row) for row in rows], width=150)
     results["reading"] = reading()
     report.show("Reading a request for the router, microseconds", READING, read_rows(results), width=80)

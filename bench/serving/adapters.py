@@ -27,7 +27,7 @@ from typing import Any
 import uvloop
 
 from bench.harness.options import options_parser
-from bench.harness.report import Verdict, ends, judge, lines, show, write
+from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
 from bench.serving.adapters_app import RANK, SLOTS, App, register_many, serving, write_adapter
 
 COLD_MS, SHARE, TRAINED_S = 150.0, 0.8, 2.0
@@ -91,10 +91,10 @@ async def answered_by(app: App, model: str) -> str:
 
 
 async def zipf(
-    app: App, names: Sequence[str], rounds: int, streams: int, requests: int, tokens: int
+    app: App, names: Sequence[str], rounds: int, streams: int, requests: int, tokens: int, path: Path | None
 ) -> list[dict[str, Any]]:
     """Rounds of the same requests to the base and to adapters; round -1 warms up and is not counted."""
-    dice, results = random.Random(0), []
+    dice, results = random.Random(0), Rounds(path)
     weights = [1 / rank for rank in range(1, len(names) + 1)]
     kinds: dict[str, Callable[[], list[str]]] = {
         "base": lambda: ["bench"] * requests,
@@ -228,7 +228,7 @@ def main() -> int:
         todo: dict[str, Callable[[], Any]] = {
             "cold": lambda: cold(app, names[-40:]),
             "promotion": lambda: promotion(app, folder, 40),
-            "zipf": lambda: zipf(app, names, given.rounds, given.streams, given.requests, given.tokens),
+            "zipf": lambda: zipf(app, names, given.rounds, given.streams, given.requests, given.tokens, given.json),
             "training": lambda: training(app, cluster, max(1, given.rounds // 2)),
         }
         for part in given.parts:

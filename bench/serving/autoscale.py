@@ -54,7 +54,7 @@ def main() -> int:
     burst_s = min(given.burst, 25.0) if given.smoke else given.burst
     began = machine()
     with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as folder, serving(Path(folder), given.smoke) as port:
-        with Sampler() as sampler:
+        with Sampler(given.json) as sampler:
             load = asyncio.run(drive(port, burst_s, sampler))
     summary = summarise(load, sampler.samples)
     rows, found = [list(row) for row in cells(summary)], verdicts(summary)
@@ -106,8 +106,8 @@ def serving(folder: Path, smoke: bool) -> Iterator[int]:
 class Sampler:
     """Looks at the app four times a second, from a thread of its own, for the length of a `with` block."""
 
-    def __init__(self) -> None:
-        self.samples: list[dict[str, float]] = []
+    def __init__(self, path: Path | None) -> None:
+        self.samples = report.Rounds(path)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 

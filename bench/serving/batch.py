@@ -71,7 +71,7 @@ def main() -> int:
     if given.smoke:
         given.rounds, given.rows = 1, 768
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    rounds: list[dict[str, Any]] = []
+    rounds = report.Rounds(given.json)
     with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as name:
         folder = Path(name)
         write_model(folder / "bench")

@@ -78,6 +78,7 @@ class Chaos:
         """Faults that could not be done: what they were meant for was not there."""
         self._cluster, self._node, self._url = cluster, node, url
         self._plan = kinds
+        self._log = report.Rounds(options.json)
         self._every_s, self._apart = options.every, options.apart
         self._dice = random.Random(options.seed)
         self._gateways: dict[int, str] = {}
@@ -99,6 +100,7 @@ class Chaos:
                 self.left_out.append(kind)
                 continue
             self.faults.append(fault)
+            self._log.append({"fault": kind, "at_s": round(fault.at - began, 1), "replica": fault.replica})
             print(f"{fault.at - began:5.0f} s: {kind} {fault.replica}", file=sys.stderr, flush=True)
         self._watch(until=time.monotonic() + BACK_S, back=True)
         # What clients get after all of it is a part of the account.

@@ -27,7 +27,7 @@ import uvloop
 
 from bench.harness.load import run_queue_s
 from bench.harness.options import options_parser
-from bench.harness.report import Verdict, ends, judge, lines, show, write
+from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
 
 BARS_MS = {"p50": 2.0, "p99": 13.0}
 """At 64 concurrent requests, for what the gateway itself says."""
@@ -196,10 +196,9 @@ def main() -> int:
         for server in (engine, front):
             uvloop.run(drive(server, 8, 2.0))
         ways = (("engine", engine), ("app", front))
-        rounds = [
-            {way: uvloop.run(drive(server, given.concurrency, given.seconds)) for way, server in ways}
-            for _ in range(given.rounds)
-        ]
+        rounds = Rounds(given.json)
+        for _ in range(given.rounds):
+            rounds.append({way: uvloop.run(drive(server, given.concurrency, given.seconds)) for way, server in ways})
     failed = [reason for each in rounds for way in each.values() for reason in way["failed"]]
     if failed:
         print(f"{len(failed)} requests failed: {failed[0]}", file=sys.stderr)

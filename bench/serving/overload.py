@@ -28,7 +28,7 @@ from bench.harness.machine import machine
 from bench.harness.models import write_model
 from bench.harness.open_loop import Client, closed_loop, open_loop
 from bench.harness.options import options_parser
-from bench.harness.report import Verdict, ends, judge, lines, show, write
+from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
 
 GOODPUT_BAR = 0.9
 LEAVE_BAR_S = 1.0
@@ -78,7 +78,7 @@ def main() -> int:
     if given.smoke:
         given.rounds, given.seconds = 1, 8.0
     with app(given.engine) as running:
-        capacity, rounds = uvloop.run(loads(running, given.rounds, given.seconds))
+        capacity, rounds = uvloop.run(loads(running, given.rounds, given.seconds, given.json))
         left = {way: [leave(running, way) for _ in range(given.rounds)] for way in ("stream", "whole", "waiting")}
         idle = uvloop.run(idling(running, given.rounds, given.seconds / 4))
         unread = not_reading(running)
@@ -182,13 +182,15 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-async def loads(running: App, rounds: int, seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+async def loads(
+    running: App, rounds: int, seconds: float, path: Path | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The capacity, and then once and twice as much in turns."""
     client = Client(running.url, "bench", "import os\n\ndef main(path):")
     await closed_loop(client, 8, 3.0)
     capacity = await closed_loop(client, AT_ONCE + AT_ONCE // 4, seconds)
     timeout_s = PATIENCE * capacity["latency_s"]
-    found = []
+    found = Rounds(path)
     for number in range(rounds):
         for factor in (1.0, 2.0):
             row = await open_loop(client, factor * capacity["requests_per_s"], seconds, timeout_s, seed=number)

@@ -44,7 +44,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.streams = 3, [BAR_STREAMS]
-    results: list[dict[str, Any]] = []
+    results = report.Rounds(given.json)
     # Ended from outside it still has to thaw what it froze: a stopped process cannot see that its owner has gone.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as held:

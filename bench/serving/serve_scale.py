@@ -48,7 +48,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.smoke:
         given.rounds = 1
-    results: list[dict[str, Any]] = []
+    results = report.Rounds(given.json)
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
         ports = {}
@@ -59,7 +59,8 @@ def main() -> int:
             for name in ECHOES if number % 2 else reversed(ECHOES):
                 with thawed(name, ports[name]):
                     loads = [(streams, whole) for streams in STREAMS for whole in (False, True)]
-                    results += [{"round": number, **measure(name, ports[name], *load)} for load in loads]
+                    for load in loads:
+                        results.append({"round": number, **measure(name, ports[name], *load)})
     summary = summarise(results)
     rows = [cells(row) for row in summary]
     verdicts = [growth(summary, name, mode) for name in ECHOES for mode in ("streamed", "whole")]

@@ -190,7 +190,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as name:
         os.environ["TANDEM_HOME"] = f"{name}/home"
         with app(Path(name)) as (port, mark):
-            tally, series, seconds = asyncio.run(soak(port, mark, 60 * minutes))
+            tally, series, seconds = asyncio.run(soak(port, mark, 60 * minutes, given.json))
     rows, verdicts = judged(tally, series, seconds, check_growth=not given.smoke)
     columns = ("process", f"after {WARM_SHARE * minutes:g} min, MiB", f"after {minutes:g} min, MiB", "growth")
     report.show(f"{minutes:g} minutes of mixed traffic", columns, rows)
@@ -207,9 +207,9 @@ def main() -> int:
     return report.judge(verdicts, check=given.check)
 
 
-async def soak(port: int, mark: str, seconds: float) -> tuple[Tally, list[dict[str, float]], float]:
+async def soak(port: int, mark: str, seconds: float, path: Path | None) -> tuple[Tally, list[dict[str, float]], float]:
     """Traffic for so long, and memory meanwhile."""
-    tally, series, began = Tally(), list[dict[str, float]](), time.monotonic()
+    tally, series, began = Tally(), report.Rounds(path), time.monotonic()
     end = began + seconds
     limits = httpx.Limits(max_connections=CLIENTS + 4)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http:

@@ -52,7 +52,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.smoke:
         given.rounds = 1
-    results: list[dict[str, Any]] = []
+    results = report.Rounds(given.json)
     with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as name:
         folder = Path(name)
         write_model(folder / "model")

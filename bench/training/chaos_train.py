@@ -187,7 +187,7 @@ class Chaos:
         kinds = [kind for _ in range(-(-len(steps) // len(FAULTS))) for kind in draw.sample(FAULTS, len(FAULTS))]
         self._plan = [(step, kind, draw.random()) for step, kind in zip(steps, kinds, strict=False)]
         self._cluster, self._nodes = cluster, nodes
-        self.done: list[dict[str, Any]] = []
+        self.done = report.Rounds(options.json)
         self._over = threading.Event()
 
     def begin(self, job: Any) -> None:

@@ -62,12 +62,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.rank is not None:
         shape = {**SHAPE, **QUICK} if options.smoke else SHAPE
-        measure(options.rank, options.workers, options.rounds, options.folder, shape)
+        measure(options, shape)
         return 0
     load = os.getloadavg()[0]
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        figures = world(folder, options.workers, options.rounds, options.smoke) | {
+        figures = world(folder, options.workers, options.rounds, options.smoke, options.json) | {
             "load_before": load,
             "cores": os.cpu_count(),
         }
@@ -78,7 +78,7 @@ def main() -> int:
     return report.judge([verdict(figures)], check=options.check)
 
 
-def world(folder: Path, workers: int, rounds: int, smoke: bool) -> dict[str, Any]:
+def world(folder: Path, workers: int, rounds: int, smoke: bool, path: Path | None) -> dict[str, Any]:
     """The figures of rank 0."""
     command = [
         sys.executable,
@@ -92,6 +92,7 @@ def world(folder: Path, workers: int, rounds: int, smoke: bool) -> dict[str, Any
         str(folder),
     ]
     command += ["--smoke"] if smoke else []
+    command += ["--json", str(path)] if path else []
     running = [
         subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
         for rank in range(workers)
@@ -107,7 +108,7 @@ def world(folder: Path, workers: int, rounds: int, smoke: bool) -> dict[str, Any
     return found
 
 
-def measure(rank: int, workers: int, rounds: int, folder: Path, shape: dict[str, Any]) -> None:
+def measure(options: argparse.Namespace, shape: dict[str, Any]) -> None:
     """One rank: trains, saves, and looks at the clock; rank 0 writes the figures."""
     import torch
     import torch.distributed as dist
@@ -116,6 +117,8 @@ def measure(rank: int, workers: int, rounds: int, folder: Path, shape: dict[str,
     from tandem.checkpoint.folders import SavedState
     from tandem.checkpoint.sharded import Checkpoints
 
+    rank, workers, rounds, folder = options.rank, options.workers, options.rounds, options.folder
+    log = report.Rounds(options.json if rank == 0 else None)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
     model, optimizer, step = build(workers, shape)
@@ -156,6 +159,7 @@ def measure(rank: int, workers: int, rounds: int, folder: Path, shape: dict[str,
                 )
         if number:
             plain.append(alone)
+            log.append({"step": alone, **{kind: each[-1] for kind, each in found.items() if each}})
     disk = [raw(folder, rank, size // workers) for _ in range(rounds)]
     if rank == 0:
         figures: dict[str, Any] = {

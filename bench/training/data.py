@@ -94,10 +94,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     try:
         index = build_dataset("stdlib", folder / "data", limit=120 if options.smoke else None)
         cluster = LocalCluster.start(num_cpus=8)
+        every = report.Rounds(options.json)
         rounds: dict[int, list[dict[str, float]]] = {readers: [] for readers in options.readers}
         for number, readers in itertools.product(range(options.rounds), options.readers):
             found = {peer: run(peer, readers, folder, options, cluster.address) for peer in PEERS}
             rounds[readers].append(found)
+            every.append({"readers": readers, **found})
             said = "; ".join(f"{peer} {rows:,.0f} rows/s" for peer, rows in found.items())
             print(f"round {number + 1}, {readers} readers: {said}", flush=True)
         wait = waited(folder, options, cluster.address)

@@ -261,7 +261,7 @@ def tandem(run: Run) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run every peer `rounds` times, in alternation."""
-    rounds: list[dict[str, Any]] = []
+    rounds = report.Rounds(options.json)
     for number in range(options.rounds):
         rounds.append({peer: spawn(peer) for peer in options.peers.split(",")})
         said = (f"{p} {f.get('error') or format(f['tokens_per_s'], ',.0f') + ' tok/s'}" for p, f in rounds[-1].items())

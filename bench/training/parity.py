@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.harness import report
 from bench.harness.options import options_parser
 from bench.harness.servers import ROOT
 
@@ -148,19 +149,17 @@ def main() -> int:
         run_world([CASES[number] for number in json.loads(options.world)])
         return 0
     named = (case for case in CASES if not options.only or any(text in case.name for text in options.only))
-    results = measure(case for case in named if case.workers in options.workers)
+    results = measure((case for case in named if case.workers in options.workers), options.json)
     show(results)
-    if options.json:
-        options.json.write_text(json.dumps({"bar": BAR, "results": results}, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(markdown(results))
+    report.write(options.json, {"bar": BAR, "results": results}, markdown(results))
     worst = max((r[column] for r in results for column in COLUMNS), default=0.0)
     print(f"Largest difference: {worst:.1e}; the bar is {BAR:.0e}: {'met' if worst <= BAR else 'MISSED'}.")
     return int(options.check and not worst <= BAR)
 
 
-def measure(cases: Iterable[Case]) -> list[dict[str, Any]]:
+def measure(cases: Iterable[Case], path: Path | None = None) -> list[dict[str, Any]]:
     """A row of differences for each case; those of one size in one world."""
-    results = []
+    results = report.Rounds(path)
     wanted = list(cases)
     for size in sorted({case.workers for case in wanted}):
         chosen = [CASES.index(case) for case in wanted if case.workers == size]

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bench.harness import report
@@ -57,7 +58,7 @@ def main() -> int:
     if options.smoke:
         options.rounds, options.micro_batches = 1, [4]
     if options.rank is not None:
-        print(json.dumps(measure(options.rounds, options.micro_batches)))
+        print(json.dumps(measure(options.rounds, options.micro_batches, options.json if options.rank == 0 else None)))
         return 0
     load = os.getloadavg()[0]
     results = {"load_before": load, "cores": os.cpu_count(), "ranks": RANKS, "rounds": options.rounds}
@@ -105,7 +106,7 @@ def world() -> list[dict[str, Any]]:
     return found
 
 
-def measure(rounds: int, micro_batches: list[int]) -> list[dict[str, Any]]:
+def measure(rounds: int, micro_batches: list[int], path: Path | None) -> list[dict[str, Any]]:
     """One rank: every cell `rounds` times, in alternation; {schedule, micro_batches, step_s, bubble} of each step."""
     import torch
     import torch.distributed as dist
@@ -118,12 +119,11 @@ def measure(rounds: int, micro_batches: list[int]) -> list[dict[str, Any]]:
     cells = [Cell(schedule, count, mesh) for count in micro_batches for schedule in SCHEDULES]
     for cell in cells:
         cell.step()  # finds out about shapes
-    found = [
-        {"schedule": cell.schedule, "micro_batches": cell.count, **cell.step()}
-        for _ in range(rounds)
-        for cell in cells
-        for _ in range(STEPS)
-    ]
+    found = report.Rounds(path)
+    for _ in range(rounds):
+        for cell in cells:
+            for _ in range(STEPS):
+                found.append({"schedule": cell.schedule, "micro_batches": cell.count, **cell.step()})
     dist.barrier()
     dist.destroy_process_group()
     return found

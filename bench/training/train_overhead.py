@@ -98,11 +98,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         prepare(folder, options)
         if any("tandem" in names for names in peers.values()):
             cluster = start_cluster()
-        layouts = {}
+        layouts, every = {}, report.Rounds(options.json)
         for name in options.layout:
             rounds = []
             for number in range(options.rounds):
                 rounds.append({p: run(p, name, folder, options, cluster and cluster.address) for p in peers[name]})
+                every.append({"layout": name, **rounds[-1]})
                 said = (
                     f"{p} {f['tokens_per_s']:,.0f} tok/s, start {f['start_s']:.1f} s" for p, f in rounds[-1].items()
                 )
