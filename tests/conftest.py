@@ -29,19 +29,27 @@ environment.export(
 )
 
 
+INDEPENDENT = frozenset(
+    f"tests/integration/test_{name}.py"
+    for name in (
+        "adapter_sources", "batch_s3", "checkpoint_s3", "cluster", "deepspeed", "engines", "killed_saves", "objectives_world",
+        "parity", "private_files", "quickstart", "resume_layouts", "serve_config", "sharded_import", "train_world",
+    )
+)  # fmt: skip
+"""Integration tests that start all they need themselves. The others share a Ray cluster, an app and an engine."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 2`: integration tests in one process, unit tests by file beside them.
-
-    Integration tests share a Ray cluster, an app and an engine, and each of them may use both cores.
-    """
+    """For `pytest -n 2`: integration tests that share servers in one process, the others and unit tests by file beside them."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByCost(LoadScopeScheduling):
+    class ByServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "integration" if nodeid.startswith("tests/integration/") else nodeid.split("::")[0]
+            file = nodeid.split("::")[0]
+            return "shared" if file.startswith("tests/integration/") and file not in INDEPENDENT else file
 
-    return ByCost(config, log)
+    return ByServers(config, log)
 
 
 @pytest.fixture(scope="session")

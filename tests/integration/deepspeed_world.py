@@ -1,6 +1,6 @@
 """Processes for test_deepspeed.py: what one process trains, and two under each of DeepSpeed's stages and offloads.
 
-python deepspeed_world.py FOLDER RANK WORLD
+python deepspeed_world.py FOLDER RANK WORLD CASES, where CASES is `quick`, for those that every run of the tests has, or `rest`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ ZERO = {
     "zero 3, parameters offloaded": DeepSpeedConfig(stage=3, offload_parameters="cpu"),
 }
 
+
+QUICK = (
+    *("zero 1", "zero 2", "zero 3", "zero 3 offloaded", "overflow"),
+    *("lora zero 3", "dpo lora zero 2", "dpo zero 3", "ema zero 2", "full zero 3", "float16 zero 2", "bfloat16 zero 3"),
+    *("zero 2 resumed", "zero 3 resumed", "lora zero 3 resumed", "zero 3 to fsdp2", "fsdp2 to zero 3"),
+)
+"""Cases of two processes that every run has: each stage, and each kind of run at one of them."""
 
 WIDE = ModelConfig(hidden_size=512, num_layers=2, num_heads=4, num_kv_heads=4, intermediate_size=2048, max_length=64)
 """DeepSpeed leaves in memory what is below 1 MiB on a rank."""
@@ -91,7 +98,7 @@ class ZeroWorld(World):
         return {key: runs[0].told[key] + runs[1].told[key] for key in runs[0].told}
 
 
-def main(folder: Path, rank: int, world: int) -> None:
+def main(folder: Path, rank: int, world: int, chosen: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world)
@@ -134,10 +141,13 @@ def main(folder: Path, rank: int, world: int) -> None:
         cases["disk resumed"] = lambda: here.wide(disk, resume=True)
         for mode in ("full", "selective"):
             cases[f"{mode} zero 3"] = lambda mode=mode: here.zero("zero 3", recompute=mode)
+    quick = set(cases) - {"wide"} if world == 1 else set(QUICK)
+    assert quick <= set(cases)
+    cases = {name: case for name, case in cases.items() if (name in quick) == (chosen == "quick")}
     results = {name: case() for name, case in cases.items()}
     (folder / f"results-{world}-{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

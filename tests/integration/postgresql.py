@@ -38,10 +38,10 @@ class Server:
         """The URL of a database on it, as users write it."""
         return f"postgresql://{USER}:{self.password}@{self.host}:{self.port}/{database}"
 
-    def create(self, database: str) -> str:
-        """Make an empty database; returns its URL."""
+    def create(self, database: str, *, template: str = "template1") -> str:
+        """Make a database, a copy of `template`, which is empty unless it is one of ours; returns its URL."""
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{database}"')
+            connection.execute(f'CREATE DATABASE "{database}" TEMPLATE "{template}"')
         return self.url(database)
 
     def start(self) -> None:

@@ -16,7 +16,7 @@ from tandem.data.tokenize import TextEncoder, train_tokenizer
 from tandem.settings import child_environment
 
 
-def run_worlds(script: str, folder: Path, sizes: tuple[int, ...] = (1, 2)) -> Path:
+def run_worlds(script: str, folder: Path, sizes: tuple[int, ...] = (1, 2), arguments: tuple[str, ...] = ()) -> Path:
     """Worlds of `sizes` processes of a script in this folder; they write `results-SIZE-RANK.json` into `folder`."""
     texts = [f"Line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs." for n in range(60)]
     train_tokenizer(texts, folder / "tokenizer", vocab_size=300)
@@ -29,7 +29,14 @@ def run_worlds(script: str, folder: Path, sizes: tuple[int, ...] = (1, 2)) -> Pa
         logs = [folder / f"log-{size}-{rank}" for rank in range(size)]
         running = []
         for rank, log in enumerate(logs):
-            command = [sys.executable, str(Path(__file__).with_name(script)), str(folder), str(rank), str(size)]
+            command = [
+                sys.executable,
+                str(Path(__file__).with_name(script)),
+                str(folder),
+                str(rank),
+                str(size),
+                *arguments,
+            ]
             with log.open("w") as said:
                 running.append(
                     subprocess.Popen(

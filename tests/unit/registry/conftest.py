@@ -22,6 +22,13 @@ def sqlite_registry(tmp_path: Path) -> Registry:
     return Registry(f"sqlite:///{tmp_path}/home/tandem.db")
 
 
+@pytest.fixture(scope="session")
+def migrated(postgresql_server: Server) -> str:
+    """The name of a PostgreSQL database with the newest schema, which tests copy: migrations take longer than most tests."""
+    upgrade(postgresql_server.create("migrated"))
+    return "migrated"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
     """An empty registry in an SQLite file, and in a PostgreSQL database, of its own."""
@@ -29,8 +36,7 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registr
         yield Registry(f"sqlite:///{tmp_path}/home/tandem.db")
         return
     server: Server = request.getfixturevalue("postgresql_server")
-    url = server.create(uuid.uuid4().hex)
-    upgrade(url)
+    url = server.create(uuid.uuid4().hex, template=request.getfixturevalue("migrated"))
     with Registry(url) as opened:
         yield opened
 
