@@ -135,7 +135,7 @@ def test_a_run_whose_driver_and_worker_are_killed_has_every_row_once(cluster: Lo
     assert (output / "results.jsonl").stat().st_mtime_ns == done
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a worker is restarted until that is given up
 def test_a_worker_that_cannot_stay_alive_ends_the_run_with_the_reason(cluster: LocalCluster, tmp_path: Path) -> None:
     home = tmp_path / "home"
     command = [*echo_command(tmp_path, home), "--set", "env.TANDEM_TEST=1", "--set", "max_failures=0"]
@@ -322,7 +322,7 @@ def test_answers_are_those_of_hugging_face_whatever_the_format_and_the_adapter(
     assert summary.tokens == sum(body["usage"]["completion_tokens"] for body in bodies)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two starts of vLLM for each victim
 @pytest.mark.parametrize("victim", ["worker", "engine"])
 def test_a_killed_vllm_is_started_again_and_answers_the_same(
     cluster: LocalCluster, tmp_path: Path, victim: str

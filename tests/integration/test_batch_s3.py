@@ -114,7 +114,7 @@ def test_a_file_that_was_not_written_to_its_end_is_not_there(bucket: str) -> Non
     assert store.size(place) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a batch run on a cluster of its own
 def test_workers_read_from_a_store_and_publish_to_it(bucket: str, tmp_path: Path) -> None:
     store = file_system(bucket)
     rows = [json.dumps({"prompt": f"row {i}"}) for i in range(20)]

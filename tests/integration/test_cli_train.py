@@ -116,7 +116,7 @@ def test_a_wrong_config_is_refused_at_once(session_home: Path, arguments: list[s
     assert "Traceback" not in refused.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a cluster of its own for each signal
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_leaves_nothing_running_and_resumes_later(
     tmp_path: Path, datasets: None, session_home: Path, number: int

@@ -173,13 +173,13 @@ def test_speculated_tokens_are_taken(quick: dict[str, Any]) -> None:
     assert metric(quick["ngram"], "vllm:spec_decode_num_draft_tokens_total") > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # four more starts of vLLM, shared with the test beside it
 @pytest.mark.parametrize("name", ["data", "draft"])
 def test_more_layouts_answer_as_hugging_face_does(name: str, rest: dict[str, Any], expected: list[list[int]]) -> None:
     assert tokens(rest[name]) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # four more starts of vLLM, shared with the test beside it
 @pytest.mark.parametrize("name", ROUNDED)
 def test_a_rounded_engine_agrees_with_hugging_face_nearly_everywhere(
     name: str, rest: dict[str, Any], base: Path

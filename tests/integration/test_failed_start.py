@@ -10,7 +10,7 @@ from commands import tandem
 from serve_fixtures import free_port, write_model
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a vLLM engine starts and fails
 def test_serve_up_of_damaged_weights_says_what_vllm_said(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "damaged") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])

@@ -140,7 +140,7 @@ def test_a_killed_worker_restarts_and_sinks_get_each_step_once(
     assert not [e for e in found if e["event"] == "notice"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_a_suspended_rank_is_reported_with_its_stack_and_restarted(
     run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
@@ -163,7 +163,7 @@ def test_a_suspended_rank_is_reported_with_its_stack_and_restarted(
     assert 0 <= computed_twice(found) <= EVERY
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_a_run_survives_the_kill_of_ray_trains_controller(
     run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
@@ -178,7 +178,7 @@ def test_a_run_survives_the_kill_of_ray_trains_controller(
     assert 0 <= computed_twice(found) <= EVERY
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_a_worker_that_gets_sigterm_saves_first_and_loses_no_step(
     run: Callable[..., Driver], ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
@@ -192,7 +192,7 @@ def test_a_worker_that_gets_sigterm_saves_first_and_loses_no_step(
     assert not [e for e in found if e["event"] == "fault"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_a_stopped_job_saves_first_and_resumes_at_the_next_step(
     run: Callable[..., Driver], undisturbed: dict[int, float]
 ):
@@ -210,7 +210,7 @@ def test_a_stopped_job_saves_first_and_resumes_at_the_next_step(
     assert computed_twice(found) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_a_killed_driver_is_restarted_and_resubmitted_if_its_supervisor_is_killed_too(
     home: Path, ray_cluster: LocalCluster, undisturbed: dict[int, float]
 ):
@@ -271,7 +271,7 @@ def wait_until(true: Callable[[], bool]) -> None:
     raise AssertionError("it did not come to that")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_a_run_waits_for_storage_that_is_away(home: Path, run: Callable[..., Driver], undisturbed: dict[int, float]):
     driver = run("storage")
     kept, away = driver.job / "checkpoints", driver.job / "away"
@@ -298,7 +298,7 @@ def small_disk(home: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_a_run_waits_for_a_full_disk_and_loses_no_checkpoint(
     small_disk: Path, run: Callable[..., Driver], undisturbed: dict[int, float]
 ):
@@ -318,7 +318,7 @@ def test_a_run_waits_for_a_full_disk_and_loses_no_checkpoint(
     assert [p.name for p in folders.list_complete(small_disk)] == ["step-00000070", "step-00000080"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_storage_that_stays_away_stops_the_run_without_starting_over(run: Callable[..., Driver]):
     driver = run("no-storage", faults={"storage_retry_s": 1})
     kept = driver.job / "checkpoints"
@@ -334,7 +334,7 @@ def test_storage_that_stays_away_stops_the_run_without_starting_over(run: Callab
     assert folders.list_complete(driver.job / "away")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_nonfinite_steps_are_skipped_and_too_many_in_a_row_end_the_run(
     home: Path, run: Callable[..., Driver], undisturbed: dict[int, float]
 ):
@@ -371,7 +371,7 @@ def test_nonfinite_steps_are_skipped_and_too_many_in_a_row_end_the_run(
     assert re.search(r"not finite in 3 steps in a row.*step 1 \(rows 0 to 3.*step 3 \(rows 8 to 11", left[-1]["error"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 def test_a_loss_spike_rolls_back_and_skips_its_rows(home: Path, run: Callable[..., Driver]):
     text = home / "spiked.txt"
     rows = [f"Line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs.\n\n" for n in range(600)]
@@ -395,7 +395,7 @@ def test_a_loss_spike_rolls_back_and_skips_its_rows(home: Path, run: Callable[..
     assert state.step == 120 and state.cursor["walk"]["rows"] == 4 * 120 + left_out
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training run with faults: half a minute or more
 @pytest.mark.parametrize(
     ("name", "resized", "faults", "repeated"),
     [

@@ -43,7 +43,7 @@ def test_an_app_answers_to_the_name_on_the_hub(served: Served, hub: FakeHub) -> 
         serve.delete("hub")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job and a server of its own
 def test_an_adapter_is_trained_on_it_and_both_are_served_while_only_the_commands_ask_the_hub(
     hub: FakeHub, tandem_home: Path, tmp_path: Path
 ) -> None:

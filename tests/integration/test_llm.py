@@ -47,7 +47,7 @@ def test_an_app_that_is_up_on_this_homes_cluster_is_found(served: Served) -> Non
         tandem.LLM("red").generate("x " * 5000, use_tqdm=False)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a vLLM engine of its own
 def test_a_model_that_nobody_serves_is_served_for_as_long_as_it_takes(tmp_path: Path) -> None:
     home, model = tmp_path / "home", write_model(tmp_path / "tiny")
     home.mkdir()

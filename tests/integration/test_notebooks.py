@@ -16,7 +16,7 @@ FINE_TUNE = ["steps=4", "checkpoint.every_steps=0"]
 PORT = {port}"""
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a notebook trains and serves
 @pytest.mark.timeout(900)
 def test_the_quickstart_notebook_runs(cluster: LocalCluster, session_home: Path) -> None:
     notebook = nbformat.read(REPOSITORY / "notebooks" / "01_quickstart.ipynb", as_version=4)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from serve_fixtures import Served, greedy_tokens
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # two vLLM engines of its own
 
 PROMPT = "the cat sat on the mat and the dog ran over the hill " * 30
 SHORT = "the cat sat on the mat"

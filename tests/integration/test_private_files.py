@@ -79,7 +79,7 @@ def test_another_user_can_do_nothing_to_a_cluster_and_nothing_of_it_remains() ->
     assert found["after"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the attack of the test above, on a vLLM engine
 def test_another_user_can_do_nothing_to_vllm_and_nothing_of_it_remains() -> None:
     # Not below /tmp, which the world replaces.
     folder = Path("/var/tmp") / f"tandem-test-{os.getpid()}"

@@ -30,8 +30,8 @@ def test_a_busy_port_is_refused_before_any_work(tmp_path: Path) -> None:
     "stage",
     [
         "Starting workers",
-        pytest.param("Pretrain", marks=pytest.mark.slow),
-        pytest.param("Serve both", marks=pytest.mark.slow),
+        pytest.param("Pretrain", marks=pytest.mark.slow),  # it waits for the dataset
+        pytest.param("Serve both", marks=pytest.mark.slow),  # it waits for vLLM
     ],
 )
 def test_ctrl_c_leaves_nothing_running(tmp_path: Path, stage: str, quickstart_home: Path) -> None:
@@ -71,7 +71,7 @@ def test_it_trains_serves_and_asks_and_says_what_next(quickstart_home: Path) -> 
     assert len(list(quickstart_home.glob("jobs/*/loss.png"))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the whole quickstart: eight minutes
 @pytest.mark.timeout(1500)
 def test_the_adapter_knows_the_answers_and_the_base_does_not(tmp_path: Path) -> None:
     done = tandem("quickstart", "--exit", "--port", str(free_ports(1)[0]), home=tmp_path, timeout_s=1200)

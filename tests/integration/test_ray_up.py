@@ -21,6 +21,7 @@ from serve_fixtures import write_adapter, write_model
 
 from tandem.cluster.node import GATEWAY_PORTS, HAPROXY_PORTS
 
+# `ray up` over ssh, in network namespaces: five minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PUBLIC_PORT = 8000

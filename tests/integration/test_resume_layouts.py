@@ -72,6 +72,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[Way, ...]]
     ("ways", "way"),
     [
         pytest.param(ways, way, id=name(way), marks=marks)
+        # Worlds of four processes on two cores take minutes.
         for ways, marks in ((SMALL, []), (FOUR, [pytest.mark.slow]), (LARGE, [pytest.mark.slow]))
         for way in ways
     ],

@@ -135,7 +135,7 @@ def test_a_new_version_of_the_model_takes_over_under_load(url: str) -> None:
     assert load.answered["parrot@1"] - before <= 8
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # streams run on while replicas change, one after another
 def test_new_code_replaces_everything_under_load(url: str) -> None:
     old, doors = set(replicas()), gateways()
     with SteadyLoad(url, "parrot") as load:
@@ -148,7 +148,7 @@ def test_new_code_replaces_everything_under_load(url: str) -> None:
     assert not load.failed
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # streams run on while replicas change, one after another
 def test_one_of_two_gateways_and_one_of_two_engines_get_a_sigterm_under_load(url: str) -> None:
     put(replace(CONFIG, gateway=GatewayConfig(replicas=2), models=(replace(PARROT, replicas=2),)))
     wait_for(lambda: len(gateways()) == 2 and len(replicas()) == 2)
@@ -165,7 +165,7 @@ def test_one_of_two_gateways_and_one_of_two_engines_get_a_sigterm_under_load(url
     assert not load.failed
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # streams run on while replicas change, one after another
 def test_settings_with_which_no_replica_starts_leave_what_is_served_as_it_was(url: str) -> None:
     with SteadyLoad(url, "parrot") as load:
         load.wait_for(4)

@@ -52,7 +52,7 @@ def ask(port: int, name: str) -> int:
     return int(answer.json()["usage"]["completion_tokens"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # servers of its own, started and stopped by commands
 def test_serve_run_and_serve_deploy_bring_up_the_app(home: Path, tmp_path: Path) -> None:
     with started([sys.executable, "-c", OWNER], home=home, log=tmp_path / "cluster.log") as owner:
         owner.wait_for(lambda: cluster_record(home).exists())

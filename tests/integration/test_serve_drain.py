@@ -24,7 +24,7 @@ def write(path: Path, **model: object) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # servers of its own, started and stopped by commands
 def test_the_commands_change_what_is_served_and_let_streams_end(tmp_path: Path) -> None:
     home, port = tmp_path / "home", free_port()
     home.mkdir()
@@ -59,7 +59,7 @@ def test_the_commands_change_what_is_served_and_let_streams_end(tmp_path: Path) 
     assert gone(mark) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two starts of vLLM
 def test_a_new_version_of_a_real_model_takes_over_under_load(tmp_path: Path) -> None:
     home, port = tmp_path / "home", free_port()
     home.mkdir()

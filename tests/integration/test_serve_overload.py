@@ -194,7 +194,7 @@ def grown_mb(cluster: LocalCluster, before: dict[str, float]) -> float:
     return max(now - before[name] for name, now in memory_mb(cluster).items() if name in before)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # it waits until memory stands still, up to a minute
 def test_clients_that_do_not_read_their_streams_grow_neither_gateway_nor_proxy(
     echoing: Served, cluster: LocalCluster
 ) -> None:

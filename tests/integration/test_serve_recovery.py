@@ -209,7 +209,7 @@ def test_a_killed_haproxy_is_there_again_and_new_requests_are_answered(sturdy: S
         time.sleep(0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a stopped replica is noticed only after half a minute
 def test_a_stopped_replica_is_taken_out_and_its_requests_go_elsewhere(sturdy: Sturdy) -> None:
     load = begin(sturdy, 8)
     victim = next(record for record in sturdy.records() if record.state == "ready")

@@ -48,7 +48,7 @@ def newest() -> SweepFolder:
     return next(sweep_folders())
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two jobs
 def test_two_trials_run_as_jobs_and_the_better_one_is_registered_under_the_configs_name(
     cluster: LocalCluster, session_home: Path, config: Path
 ):
@@ -95,7 +95,7 @@ def test_an_unknown_key_starts_nothing(cluster: LocalCluster, session_home: Path
     assert set(session_home.glob("jobs/*")) == before
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two jobs
 def test_a_trial_that_fails_does_not_end_the_sweep(
     cluster: LocalCluster, session_home: Path, config: Path, tmp_path: Path
 ):
@@ -116,7 +116,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep(
     assert "The best is trial 2" in said and "half@1" in said
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two jobs
 def test_a_stopped_sweep_leaves_no_trial_running(
     cluster: LocalCluster, session_home: Path, config: Path, tmp_path: Path
 ):

@@ -134,12 +134,13 @@ def test_an_adapter_is_trained_on_answers_and_loads_in_peft(home: Path, base: st
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "jobs" / "base" / "export"), record.path)
 
 
+@pytest.mark.slow  # two jobs for each layout
 @pytest.mark.parametrize(
     ("name", "parallel", "lora"),
     [
-        pytest.param("tensor", {"tensor": 2}, None, marks=pytest.mark.slow),
-        pytest.param("pipeline", {"pipeline": 2, "schedule": "interleaved"}, None, marks=pytest.mark.slow),
-        pytest.param("pipeline-lora", {"pipeline": 2}, {"rank": 4}, marks=pytest.mark.slow),
+        ("tensor", {"tensor": 2}, None),
+        ("pipeline", {"pipeline": 2, "schedule": "interleaved"}, None),
+        ("pipeline-lora", {"pipeline": 2}, {"rank": 4}),
     ],
 )
 def test_each_layout_trains_evaluates_resumes_and_exports(
@@ -167,7 +168,7 @@ def test_each_layout_trains_evaluates_resumes_and_exports(
         assert loaded.config.num_hidden_layers == 4 and torch.isfinite(logits).all()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job of its own
 def test_dpo_trains_and_evaluates_on_held_out_pairs(home: Path, base: str, run: Callable[..., Driver]):
     driver = run(
         "preferred",
@@ -192,7 +193,7 @@ def test_dpo_trains_and_evaluates_on_held_out_pairs(home: Path, base: str, run: 
     assert (record.kind, record.lineage["evaluation"]) == ("model", found[-1]["evaluation"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job of its own, with DeepSpeed
 def test_deepspeed_trains_like_fsdp2(home: Path, base: str, run: Callable[..., Driver]):
     driver = run("zero", parallel={"workers": 2, "strategy": "deepspeed"}, deepspeed={"stage": 3})
     status, found = driver.end()
@@ -202,7 +203,7 @@ def test_deepspeed_trains_like_fsdp2(home: Path, base: str, run: Callable[..., D
     assert (Path(found[-1]["path"]) / "model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job, twice
 def test_a_job_resumes_from_its_checkpoint_after_its_driver_was_killed(
     home: Path, base: str, run: Callable[..., Driver]
 ):
@@ -219,7 +220,7 @@ def test_a_job_resumes_from_its_checkpoint_after_its_driver_was_killed(
     assert len(told) >= 5 and told == pytest.approx({step: undisturbed[step] for step in told}, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job, twice
 def test_a_damaged_checkpoint_is_reported_and_the_run_resumes_from_the_previous_one(
     home: Path, base: str, tmp_path: Path, run: Callable[..., Driver]
 ):
@@ -251,7 +252,7 @@ def test_an_unwritable_checkpoint_path_is_refused_before_workers_start(home: Pat
     assert [e["event"] for e in found] == ["failed"] and "checkpoints is a file" in found[-1]["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job three times
 def test_a_run_resumed_with_other_workers_continues_at_the_next_row(home: Path, run: Callable[..., Driver]):
     # Some epochs of a mixture, so that both datasets begin again at places of their own.
     mixture = [
@@ -292,7 +293,7 @@ def test_a_run_resumed_with_other_workers_continues_at_the_next_row(home: Path, 
     assert ends[0]["walk"]["rows"] == 90 * 4 and ends[0]["walk"]["datasets"][1]["epoch"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job that fails
 def test_a_store_that_denies_access_fails_the_job_at_once(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "refused" / "checkpoints").mkdir(parents=True)
     (home / "jobs" / "refused" / "checkpoints" / "step-00000005").write_text("a file where a checkpoint must be")
@@ -303,7 +304,7 @@ def test_a_store_that_denies_access_fails_the_job_at_once(home: Path, run: Calla
     assert sum(e["event"] == "started" for e in found) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job that fails
 def test_a_full_disk_of_the_driver_is_reported(home: Path, run: Callable[..., Driver]):
     (home / "jobs" / "full").mkdir(parents=True)
     (home / "jobs" / "full" / "events.jsonl").symlink_to("/dev/full")

@@ -60,7 +60,7 @@ class Client(threading.Thread):
         self.join(60)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a job of 30 steps beside the app
 def test_the_app_answers_throughout_a_training_run_on_the_same_cluster(
     served: Served, cluster: LocalCluster, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from tandem.data.tokenize import train_tokenizer
 from tandem.settings import child_environment
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a cluster of two hosts in network namespaces
 def test_a_tensor_group_is_on_one_node_or_refused(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer"
     train_tokenizer(["some words to learn from"] * 5, tokenizer, vocab_size=280)
