@@ -62,6 +62,10 @@ class UnsafePathError(StorageError):
     """A file or folder that another user of the machine owns or can change, where only this user's may be trusted."""
 
 
+class AuthError(TandemError):
+    """An API key that cannot be made, changed or found."""
+
+
 class RegistryError(TandemError):
     """The registry refused a record."""
 

@@ -9,7 +9,7 @@ from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, String, Uniqu
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-REVISION = "0003"
+REVISION = "0004"
 """The newest migration: a database that is at it needs nothing done."""
 
 # A name has at most 96 characters (ids.NAME_PATTERN); an id adds "@" and a version.
@@ -130,3 +130,41 @@ class PinRow(Base):
     name: Mapped[str] = mapped_column(
         _name(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_pins_name"), index=True
     )
+
+
+class ApiKeyRow(Base):
+    """An API key. Rows stay when a key has ended: usage and the audit log name it."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (Index("ix_api_keys_revision", "revision"), Index("ix_api_keys_name", "name"))
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    """SHA-256 of the secret, in hexadecimal digits."""
+    hint: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str] = mapped_column(String(96))
+    tenant: Mapped[str] = mapped_column(String(63))
+    role: Mapped[str] = mapped_column(String(16))
+    models: Mapped[list[str]] = mapped_column(JSON)
+    limits: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revision: Mapped[int]
+    """The registry's revision at its last change."""
+
+
+class AuditRow(Base):
+    """One entry of the audit log (`tandem.db.audit`)."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = (Index("ix_audit_log_at", "at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    by: Mapped[str] = mapped_column(String(120))
+    action: Mapped[str] = mapped_column(String(64))
+    target: Mapped[str] = mapped_column(String(120))
+    address: Mapped[str | None] = mapped_column(String(64))
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSON)

@@ -1,0 +1,276 @@
+"""API keys in the database: creation, rotation, revocation, and the changes that gateways poll for.
+
+A key is 256 random bits, shown once. The database has its SHA-256 alone: so many random bits need no salt and no slow hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+from sqlalchemy import Engine, func, select, update
+from sqlalchemy.orm import Session
+
+from tandem.auth.principal import Limits, Principal, Role
+from tandem.db.audit import Change, record_change
+from tandem.db.database import database_errors
+from tandem.db.schema import ApiKeyRow, ClockRow
+from tandem.errors import AuthError, did_you_mean
+
+PREFIX = "tdm-"
+SECRET_BYTES = 32
+DEFAULT_TENANT = "default"
+TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+LONGEST_SECRET = 128
+"""Longest text that is hashed, in characters: ours have 47."""
+
+Keys = list["ApiKey"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiKey:
+    """One key, without its secret."""
+
+    id: str
+    """What it is called in lists, logs and commands: `key_` and 12 hexadecimal digits."""
+    name: str
+    hint: str
+    """The first characters of the secret, by which its owner knows it."""
+    tenant: str
+    role: Role
+    models: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    digest: str = field(repr=False)
+    revision: int = 0
+    """The registry's revision at its last change."""
+
+    def state(self, now: datetime) -> str:
+        """`active`, `expired` or `revoked`."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if self.expires_at is not None and self.expires_at <= now else "active"
+
+    @property
+    def principal(self) -> Principal:
+        """Whom a request with this key comes from."""
+        return Principal(key_id=self.id, tenant=self.tenant, role=self.role, models=self.models, limits=self.limits)
+
+    def to_json(self) -> dict[str, Any]:
+        """The key for lists: neither its secret nor its digest."""
+        return {
+            "id": self.id,
+            "object": "api_key",
+            "name": self.name,
+            "hint": self.hint,
+            "tenant": self.tenant,
+            "role": str(self.role),
+            "models": list(self.models),
+            "limits": self.limits.to_json(),
+            "created_at": self.created_at.isoformat(),
+            "expires_at": self.expires_at.isoformat() if self.expires_at else None,
+            "revoked_at": self.revoked_at.isoformat() if self.revoked_at else None,
+            "state": self.state(datetime.now(UTC)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewKey:
+    """A key that was just made, with its secret: nobody can be shown that again."""
+
+    key: ApiKey
+    secret: str = field(repr=False)
+
+
+def digest(secret: str) -> str:
+    """What the database keeps of a secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class KeyStore:
+    """The keys of a database. Every change is in the audit log, and raises the registry's revision."""
+
+    def __init__(self, engine: Engine) -> None:
+        """`engine`: an open database (`tandem.db.database.open_database`, or a registry's)."""
+        self._engine = engine
+
+    def create(
+        self,
+        name: str,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        role: Role = Role.USER,
+        models: Sequence[str] = (),
+        limits: Limits | None = None,
+        expires_in: timedelta | None = None,
+        by: str,
+    ) -> NewKey:
+        """Make a key; `by` says who did, for the audit log. AuthError for values that no key can have."""
+        if not TENANT_PATTERN.fullmatch(tenant):
+            raise AuthError(
+                f"The tenant {tenant[:80]!r} is not valid. Use up to 63 of a-z, 0-9, - and _, beginning with a letter or digit."
+            )
+        if not name.isprintable() or not 1 <= len(name) <= 96:
+            raise AuthError("A key's name has 1 to 96 printable characters.")
+        if expires_in is not None and expires_in <= timedelta(0):
+            raise AuthError("A key must expire in the future.")
+        with self._writing() as (session, revision):
+            new = self._add(
+                session,
+                revision,
+                name=name,
+                tenant=tenant,
+                role=role,
+                models=list(models),
+                limits=(limits or Limits()).to_json(),
+                expires_at=None if expires_in is None else datetime.now(UTC) + expires_in,
+            )
+            record_change(session, Change(by=by, action="keys.create", target=new.key.id, after=new.key.to_json()))
+        return new
+
+    def list(self, *, tenant: str | None = None, every: bool = False) -> Keys:
+        """The keys, oldest first: those that are active, or all; `tenant`: of one tenant only."""
+        query = select(ApiKeyRow).order_by(ApiKeyRow.created_at, ApiKeyRow.id)
+        if tenant is not None:
+            query = query.where(ApiKeyRow.tenant == tenant)
+        with self._reading() as session:
+            keys = [_key(row) for row in session.scalars(query)]
+        now = datetime.now(UTC)
+        return [key for key in keys if every or key.state(now) == "active"]
+
+    def get(self, id_or_name: str) -> ApiKey:
+        """One key, by its id, or by its name if one active key has it; AuthError otherwise."""
+        with self._reading() as session:
+            return _key(_find(session, id_or_name))
+
+    def revoke(self, id_or_name: str, *, by: str) -> ApiKey:
+        """End a key; gateways refuse it within seconds. A key that has ended stays as it is."""
+        with self._writing() as (session, revision):
+            row = _find(session, id_or_name)
+            before = _key(row)
+            if row.revoked_at is None:
+                row.revoked_at, row.revision = datetime.now(UTC), revision
+                after = _key(row)
+                record_change(
+                    session,
+                    Change(by=by, action="keys.revoke", target=row.id, before=before.to_json(), after=after.to_json()),
+                )
+            return _key(row)
+
+    def rotate(self, id_or_name: str, *, overlap: timedelta, by: str) -> NewKey:
+        """A new key with the same rights; the old one is accepted for `overlap` more. AuthError if the old one has ended."""
+        now = datetime.now(UTC)
+        with self._writing() as (session, revision):
+            row = _find(session, id_or_name)
+            before = _key(row)
+            if before.state(now) != "active":
+                raise AuthError(f"{row.id} is {before.state(now)}; make a new key: `tandem keys create {row.name}`.")
+            until = now + max(overlap, timedelta(0))
+            lifetime = None if row.expires_at is None else now + (row.expires_at - row.created_at)
+            row.expires_at = until if row.expires_at is None else min(until, row.expires_at)
+            row.revision = revision
+            new = self._add(
+                session,
+                revision,
+                name=row.name,
+                tenant=row.tenant,
+                role=Role(row.role),
+                models=list(row.models),
+                limits=dict(row.limits),
+                expires_at=lifetime,
+            )
+            record_change(
+                session,
+                Change(by=by, action="keys.rotate", target=row.id, before=before.to_json(), after=new.key.to_json()),
+            )
+        return new
+
+    def count_active(self) -> int:
+        """How many keys are accepted now."""
+        now = datetime.now(UTC)
+        query = select(func.count()).select_from(ApiKeyRow).where(ApiKeyRow.revoked_at.is_(None))
+        query = query.where(ApiKeyRow.expires_at.is_(None) | (ApiKeyRow.expires_at > now))
+        with self._reading() as session:
+            return session.execute(query).scalar_one()
+
+    def changes(self, since: int) -> tuple[int, Keys]:
+        """The registry's revision, and the keys that have changed after the revision `since`."""
+        with self._reading() as session:
+            revision = session.execute(select(ClockRow.revision)).scalar_one()
+            if revision == since:
+                return revision, []
+            rows = session.scalars(select(ApiKeyRow).where(ApiKeyRow.revision > since))
+            return revision, [_key(row) for row in rows]
+
+    def _add(self, session: Session, revision: int, *, role: Role, **values: Any) -> NewKey:
+        secret = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+        row = ApiKeyRow(
+            id=f"key_{secrets.token_hex(6)}",
+            digest=digest(secret),
+            hint=secret[: len(PREFIX) + 4],
+            role=str(role),
+            created_at=datetime.now(UTC),
+            revision=revision,
+            **values,
+        )
+        session.add(row)
+        session.flush()
+        return NewKey(key=_key(row), secret=secret)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Session]:
+        with database_errors(self._engine.url), Session(self._engine) as session:
+            yield session
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[Session, int]]:
+        """A transaction that starts by raising the registry's revision, which holds the write lock."""
+        with database_errors(self._engine.url), Session(self._engine, expire_on_commit=False) as session:
+            with session.begin():
+                session.execute(update(ClockRow).values(revision=ClockRow.revision + 1))
+                yield session, session.execute(select(ClockRow.revision)).scalar_one()
+
+
+def _find(session: Session, id_or_name: str) -> ApiKeyRow:
+    row = session.get(ApiKeyRow, id_or_name)
+    if row is not None:
+        return row
+    now = datetime.now(UTC)
+    named = [
+        each
+        for each in session.scalars(select(ApiKeyRow).where(ApiKeyRow.name == id_or_name))
+        if _key(each).state(now) == "active"
+    ]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        ids = ", ".join(each.id for each in named)
+        raise AuthError(f"{len(named)} active keys are called {id_or_name!r}: {ids}. Give the id.")
+    known = [*session.scalars(select(ApiKeyRow.id)), *session.scalars(select(ApiKeyRow.name))]
+    near = did_you_mean(id_or_name, known)
+    raise AuthError(f"There is no active key {id_or_name[:80]!r}.{near} `tandem keys ls --all` lists them.")
+
+
+def _key(row: ApiKeyRow) -> ApiKey:
+    return ApiKey(
+        id=row.id,
+        name=row.name,
+        hint=row.hint,
+        tenant=row.tenant,
+        role=Role(row.role),
+        models=tuple(cast(list[str], row.models)),
+        limits=Limits.from_json(row.limits),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        digest=row.digest,
+        revision=row.revision,
+    )

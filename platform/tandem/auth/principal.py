@@ -1,0 +1,82 @@
+"""The principal of a request: tenant, role, allowed models and limits that its API key gives it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Self
+
+from tandem.errors import ConfigError, did_you_mean
+
+
+class Role(StrEnum):
+    """What a key may do. Each role may also do what those after it may."""
+
+    ADMIN = "admin"
+    """Manage keys and adapters, of every tenant."""
+    TRAINER = "trainer"
+    """Submit training jobs and register their results."""
+    USER = "user"
+    """Use models."""
+
+    def includes(self, other: Role) -> bool:
+        """Whether this role may do what `other` may."""
+        order = list(Role)
+        return order.index(self) <= order.index(other)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Limits of a key or a tenant; None: unlimited."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and answers together."""
+    concurrent_requests: int | None = None
+    tokens_per_day: int | None = None
+    """Tokens of prompts and answers together, from midnight to midnight UTC."""
+    highest_priority: int | None = None
+    """The most urgent `priority` that a request may have (vLLM's convention: lower numbers first); others are lowered to it."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{each.name} is {value!r}; it must be a whole number.")
+            if value < 0 and each.name != "highest_priority":
+                raise ConfigError(f"{each.name} is {value}; it must be at least 0.")
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The limits in a JSON object; ConfigError for unknown keys."""
+        known = [each.name for each in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise ConfigError(f"There is no limit {key!r}.{did_you_mean(key, known)} Limits: {', '.join(known)}.")
+        return cls(**value)
+
+    def to_json(self) -> dict[str, int]:
+        """The limits that are set."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Principal:
+    """Whom a request comes from."""
+
+    key_id: str
+    tenant: str
+    role: Role
+    models: tuple[str, ...] = ()
+    """Names of models and adapters that it may use; empty: all that its tenant sees."""
+    limits: Limits = field(default_factory=Limits)
+
+    def may_use(self, *names: str) -> bool:
+        """Whether a model with these names (its alias, its id) is allowed."""
+        return not self.models or any(name in self.models for name in names)
+
+
+ANONYMOUS = Principal(key_id="", tenant="", role=Role.USER)
+"""The principal of every request to an app without keys, which listens on loopback only."""
