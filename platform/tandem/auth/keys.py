@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -98,9 +98,9 @@ def digest(secret: str) -> str:
 class KeyStore:
     """The keys of a database. Every change is in the audit log, and raises the registry's revision."""
 
-    def __init__(self, engine: Engine) -> None:
-        """`engine`: an open database (`tandem.db.database.open_database`, or a registry's)."""
-        self._engine = engine
+    def __init__(self, database: Callable[[], Engine]) -> None:
+        """`database` returns the open database, such as a registry's; it is called anew for each query."""
+        self._database = database
 
     def create(
         self,
@@ -227,13 +227,15 @@ class KeyStore:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Session]:
-        with database_errors(self._engine.url), Session(self._engine) as session:
+        engine = self._database()
+        with database_errors(engine.url), Session(engine) as session:
             yield session
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[Session, int]]:
         """A transaction that starts by raising the registry's revision, which holds the write lock."""
-        with database_errors(self._engine.url), Session(self._engine, expire_on_commit=False) as session:
+        engine = self._database()
+        with database_errors(engine.url), Session(engine, expire_on_commit=False) as session:
             with session.begin():
                 session.execute(update(ClockRow).values(revision=ClockRow.revision + 1))
                 yield session, session.execute(select(ClockRow.revision)).scalar_one()

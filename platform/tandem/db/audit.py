@@ -1,4 +1,4 @@
-"""Audit log: who changed what, from where, before and after. An entry is part of the transaction of its change, and never altered."""
+"""Audit log: who changed what, from where, before and after. An entry is made in the transaction of its change, and stays."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class Registry:
         return self._identity
 
     @property
-    def _engine(self) -> Engine:
+    def database(self) -> Engine:
+        """The open database. RegistryError if it cannot be opened, or holds another registry than the one expected."""
         with self._opening:
             if self._opened is None:
                 engine = open_database(self.url, create=False)
@@ -343,7 +344,7 @@ class Registry:
 
     def revision(self) -> int:
         """A number that grows with each change: poll it to know when a copy is stale. One small query."""
-        with database_errors(self._engine.url), self._engine.connect() as connection:
+        with database_errors(self.database.url), self.database.connect() as connection:
             return connection.execute(select(ClockRow.revision)).scalar_one()
 
     def _register(
@@ -406,7 +407,7 @@ class Registry:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Session]:
-        with database_errors(self._engine.url), Session(self._engine) as session:
+        with database_errors(self.database.url), Session(self.database) as session:
             yield session
 
     @contextlib.contextmanager
@@ -416,7 +417,7 @@ class Registry:
         It then holds the write lock on SQLite and the row's lock elsewhere, so what it reads next is the latest, and
         stays so until it commits.
         """
-        with database_errors(self._engine.url), Session(self._engine, expire_on_commit=False) as session:
+        with database_errors(self.database.url), Session(self.database, expire_on_commit=False) as session:
             with session.begin():
                 session.execute(update(ClockRow).values(revision=ClockRow.revision + 1))
                 yield session, session.execute(select(ClockRow.revision)).scalar_one()

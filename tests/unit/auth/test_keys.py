@@ -33,7 +33,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def keys(engine: Engine) -> KeyStore:
-    return KeyStore(engine)
+    return KeyStore(lambda: engine)
 
 
 def audited(engine: Engine) -> list[AuditRow]:

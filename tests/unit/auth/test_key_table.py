@@ -1,0 +1,96 @@
+"""A gateway's copy of the keys: every change is seen, and none of it asks the database while a request waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from tandem.auth import KeyStore
+from tandem.auth.key_table import KeyTable
+from tandem.db.database import open_database
+from tandem.errors import RegistryUnreachableError
+
+DATABASE_AWAY = "the database is away"
+
+
+class Database:
+    """An SQLite database that can be taken away."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.away = False
+
+    def __call__(self) -> Engine:
+        if self.away:
+            raise RegistryUnreachableError(DATABASE_AWAY)
+        return self.engine
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return Database(open_database(f"sqlite:///{tmp_path}/tandem.db"))
+
+
+@pytest.fixture
+def store(database: Database) -> KeyStore:
+    return KeyStore(database)
+
+
+@pytest.fixture
+async def table(store: KeyStore) -> AsyncIterator[KeyTable]:
+    table = KeyTable(store)
+    await table.start()
+    yield table
+    await table.stop()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+async def test_new_and_revoked_keys_are_seen_within_five_seconds(store: KeyStore, table: KeyTable) -> None:
+    assert table.loaded and not table.has_keys
+    new = store.create("laptop", tenant="lab", by="ann")
+    await until(lambda: table.authenticate(new.secret) is not None)
+    found = table.authenticate(new.secret)
+    assert found is not None and found.tenant == "lab" and found.key_id == new.key.id
+    assert table.authenticate(new.secret + "x") is None and table.authenticate("") is None
+    store.revoke(new.key.id, by="ann")
+    await until(lambda: table.authenticate(new.secret) is None)
+    # There were keys: an app does not become open to everybody when the last one has ended.
+    assert table.has_keys
+
+
+async def test_a_key_expires_without_a_change_in_the_database(store: KeyStore) -> None:
+    now = datetime.now(UTC)
+    table = KeyTable(store, lambda: now)
+    new = store.create("brief", expires_in=timedelta(minutes=5), by="ann")
+    await table.start()
+    try:
+        assert table.authenticate(new.secret) is not None
+        now += timedelta(minutes=6)
+        assert table.authenticate(new.secret) is None
+    finally:
+        await table.stop()
+
+
+async def test_known_keys_stay_valid_while_the_database_is_away(
+    database: Database, store: KeyStore, table: KeyTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = store.create("laptop", by="ann")
+    await until(lambda: table.authenticate(new.secret) is not None)
+    database.away = True
+    await until(lambda: DATABASE_AWAY in caplog.text)
+    assert table.authenticate(new.secret) is not None
+    database.away = False
+    store.revoke("laptop", by="ann")
+    await until(lambda: table.authenticate(new.secret) is None)
