@@ -7,10 +7,14 @@ from collections.abc import AsyncIterator, Iterable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
+from tandem.auth import KeyStore
+from tandem.auth.key_table import KeyTable
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
+from tandem.gateway.authentication import Authentication
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, WatchReplicas
@@ -35,6 +39,7 @@ def create_app(
     record_latency: RecordLatency = ignore_latency,
     router: RouterConfig | None = None,
     admin: str | None = None,
+    require_keys: bool = False,
     metrics: QueueMetrics | None = None,
     report_demand: ReportDemand | None = None,
     name: str = "gateway",
@@ -44,7 +49,8 @@ def create_app(
     `watch` returns snapshots of the replicas, `router` configures the choice among them. `record_latency` gets the milliseconds
     added to each request, `metrics` the queue lengths, `report_demand` the waiting requests of models that scale.
     `name`: the gateway's id in response headers. `app.state.admission` holds the queues.
-    `admin`: fingerprint of the admin token; None closes the admin routes.
+    `admin`: fingerprint of TANDEM_ADMIN_TOKEN, which is accepted as an admin's key. `require_keys`: whether every request needs
+    an API key even before the first one is made.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
@@ -53,10 +59,12 @@ def create_app(
     report = DemandReport(catalog.models, admission.waiting, report_demand) if report_demand else None
     upstream = Upstream(config)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
+    keys = KeyTable(KeyStore(lambda: registry.database))
     fleet.on_lost = ReplicaProbe(upstream, fleet).start
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await keys.start()
         relay.start()
         await fleet.start()
         if report is not None:
@@ -68,6 +76,7 @@ def create_app(
                 await report.stop()
             await fleet.stop()
             await relay.stop()
+            await keys.stop()
             catalog.close()
 
     app = Starlette(
@@ -75,6 +84,7 @@ def create_app(
             *OpenAIRoutes(catalog, fleet, relay, config).routes(),
             *AdminRoutes(Adapters(registry), fleet, admin, config.retry_after_s).routes(),
         ],
+        middleware=[Middleware(Authentication, keys=keys, required=require_keys, admin=admin)],
         lifespan=lifespan,
         exception_handlers={
             ApiError: answer_api_error,

@@ -1,0 +1,98 @@
+"""Authentication: every request but those for health gets its principal from its API key, before its body is read.
+
+Pure ASGI, around the whole app, so that a route that somebody adds is closed too.
+"""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tandem.auth.credentials import secret_of
+from tandem.auth.key_table import KeyTable
+from tandem.auth.principal import ANONYMOUS, Principal, Role
+from tandem.gateway.dialect import dialect_of
+from tandem.gateway.errors import ApiError, request_id
+from tandem.ids import fingerprint
+
+PUBLIC = frozenset({"/health", "/health/live", "/health/ready"})
+"""Paths that are answered without a key."""
+ADMIN = "/admin"
+PRINCIPAL = "tandem.principal"
+"""Key of a scope under which a request's principal is."""
+OPERATOR = Principal(key_id="admin-token", tenant="", role=Role.ADMIN)
+"""Who sends TANDEM_ADMIN_TOKEN."""
+
+
+class Authentication:
+    """The app, behind a check of keys."""
+
+    def __init__(self, app: ASGIApp, keys: KeyTable, *, required: bool, admin: str | None) -> None:
+        """`required`: whether keys are needed before the first one is made; `admin`: fingerprint of TANDEM_ADMIN_TOKEN."""
+        self._app = app
+        self._keys = keys
+        self._required = required
+        self._admin = admin
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its principal; 401 without a valid key, 403 where its role does not suffice."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        if path not in PUBLIC:
+            try:
+                scope[PRINCIPAL] = self._principal(scope, path)
+            except ApiError as error:
+                await error.response(dialect_of(path), request_id(scope))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _principal(self, scope: Scope, path: str) -> Principal:
+        secret = secret_of(scope["headers"])
+        administrative = path == ADMIN or path.startswith(f"{ADMIN}/")
+        if secret and self._admin is not None and hmac.compare_digest(fingerprint(secret) or "", self._admin):
+            return OPERATOR
+        if not self._required and not self._keys.has_keys:
+            if administrative:
+                raise _closed() if self._admin is None else _refused(secret, "the admin token")
+            return ANONYMOUS
+        principal = self._keys.authenticate(secret or "")
+        if principal is None:
+            if not self._keys.loaded:
+                message = "API keys could not be read from the database yet. Try again in 5 s."
+                raise ApiError(503, message, code="keys_unavailable", headers={"Retry-After": "5"})
+            raise _refused(secret, "a valid API key")
+        if administrative and not principal.role.includes(Role.ADMIN):
+            raise ApiError(
+                403,
+                f"The key {principal.key_id} has the role {principal.role}; {path} needs the role admin.",
+                code="insufficient_permissions",
+            )
+        return principal
+
+
+def principal_of(scope: Scope) -> Principal:
+    """The principal of a request that has passed `Authentication`."""
+    found = scope.get(PRINCIPAL, ANONYMOUS)
+    assert isinstance(found, Principal)
+    return found
+
+
+def _refused(secret: str | None, what: str) -> ApiError:
+    told = "The request has no API key" if secret is None else f"What the request was sent with is not {what}"
+    return ApiError(
+        401,
+        f"{told}. Send one as `Authorization: Bearer ...` or `x-api-key`; `tandem keys create NAME` makes one.",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _closed() -> ApiError:
+    return ApiError(
+        403,
+        "The admin routes are closed: there is no API key yet, and the app was started without TANDEM_ADMIN_TOKEN. Make a key "
+        "with `tandem keys create NAME --role admin`.",
+    )
