@@ -13,6 +13,7 @@ from tandem.cli.chat import chat_command
 from tandem.cli.data import data_app
 from tandem.cli.db import db_app
 from tandem.cli.doctor import doctor_command
+from tandem.cli.keys import keys_app
 from tandem.cli.models import models_app
 from tandem.cli.node import node_app
 from tandem.cli.quickstart import quickstart_command
@@ -51,6 +52,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(models_app, name="models")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(serve_app, name="serve")
+app.add_typer(keys_app, name="keys")
 app.add_typer(batch_app, name="batch")
 app.add_typer(node_app, name="node")
 app.add_typer(db_app, name="db")
