@@ -13,6 +13,7 @@ import httpx
 import pytest
 import uvicorn
 from small_folders import small_adapter, small_model
+from starlette.applications import Starlette
 
 from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo.engine import EchoEngine
@@ -31,6 +32,7 @@ class World:
     http: httpx.AsyncClient
     registry: Registry
     folder: Path
+    app: Starlette = field(default_factory=Starlette)
     engines: list[EchoEngine] = field(default_factory=list)
     hosts: list[EngineHost] = field(default_factory=list)
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
@@ -76,6 +78,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
     config = GatewayConfig(max_body_bytes=4096, connect_timeout_s=1.0, retry_after_s=7)
     app = create_app(models=[served], watch=result.watch, registry=registry, config=config, admin=fingerprint("secret"))
+    result.app = app
     sock = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]

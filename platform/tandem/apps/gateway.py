@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import ServedModel, Snapshot
-from tandem.serve.listen import internal_port_on_node, listen_on_node
+from tandem.serve.listen import internal_port_on_node, is_loopback, listen_on_node
 from tandem.serve.metrics import RayQueueMetrics, latency_histogram
 from tandem.serve.replica.deployment import check_registry
 from tandem.serve.replica.sigterm import drain_on_sigterm
@@ -33,7 +34,7 @@ class Gateway:
     ) -> None:
         """`engines` is not called: Serve makes the deployments of these handles a part of the app.
 
-        `admin`: fingerprint of the admin token; None closes the admin routes.
+        `admin`: fingerprint of TANDEM_ADMIN_TOKEN, which is accepted as an admin's key.
         """
         drain_on_sigterm()
         internal_port_on_node()
@@ -56,6 +57,7 @@ class Gateway:
             record_latency=latency_histogram(),
             router=self._router,
             admin=self._admin,
+            require_keys=not is_loopback(_public_host()),
             metrics=RayQueueMetrics(),
             report_demand=self._report_demand,
             name=_replica_id(),
@@ -66,6 +68,13 @@ class Gateway:
 
     async def _report_demand(self, waiting: dict[str, int]) -> None:
         await self._directory.demand.remote(_replica_id(), waiting)
+
+
+def _public_host() -> str:
+    """The address of Serve's public listener."""
+    client = _get_global_client()
+    assert client is not None
+    return str(client.http_config.host or "")
 
 
 def _replica_id() -> str:

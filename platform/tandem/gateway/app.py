@@ -82,7 +82,7 @@ def create_app(
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config).routes(),
-            *AdminRoutes(Adapters(registry), fleet, admin, config.retry_after_s).routes(),
+            *AdminRoutes(Adapters(registry), fleet, config.retry_after_s).routes(),
         ],
         middleware=[Middleware(Authentication, keys=keys, required=require_keys, admin=admin)],
         lifespan=lifespan,

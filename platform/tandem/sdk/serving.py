@@ -10,12 +10,15 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from tandem.auth import KeyStore
 from tandem.cluster.local import Cluster
 from tandem.cluster.machine import port_holder
 from tandem.config import ListenConfig, ServeConfig
 from tandem.errors import ClusterError
+from tandem.registry import Registry
 from tandem.sdk.cluster import connected, uninterrupted
 from tandem.sdk.console import console, print_message
+from tandem.serve.listen import is_loopback
 from tandem.settings import settings
 
 CPUS = 8
@@ -27,12 +30,30 @@ WILDCARDS = ("0.0.0.0", "::", "*")
 def listener(config: ServeConfig, host: str | None = None, port: int | None = None) -> ListenConfig:
     """Where an app is to listen: what the command line says, else the config, else the settings.
 
-    ClusterError if the port is taken on this machine.
+    ClusterError if the port is taken on this machine, or if other machines could reach an app that has no API key.
     """
     number = port or config.listen.port or settings().port
     listen = replace(config.listen, host=host or config.listen.host, port=number)
+    check_keys(listen)
     check_port(number, listen.host)
     return listen
+
+
+def check_keys(listen: ListenConfig) -> None:
+    """Refuse a listener that other machines reach while there is no API key: it would answer nobody."""
+    if is_loopback(listen.host):
+        return
+    if not key_store().count_active():
+        raise ClusterError(
+            f"The app would listen on {listen.host}, where other machines reach it, and there is no API key yet. Make one with "
+            "`tandem keys create NAME`, or listen on 127.0.0.1."
+        )
+
+
+def key_store() -> KeyStore:
+    """The API keys of the registry that the settings name."""
+    registry = Registry.open()
+    return KeyStore(lambda: registry.database)
 
 
 @contextmanager

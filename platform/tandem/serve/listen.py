@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import ipaddress
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -28,6 +29,16 @@ ALL = "[::]:"
 """Start of an address that means all interfaces."""
 Started = tuple[asyncio.Task[None], uvicorn.Server]
 StartServer = Callable[..., Awaitable[Started]]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of the same machine reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def listen_on_node(node_address: str) -> None:

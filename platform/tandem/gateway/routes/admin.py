@@ -1,13 +1,12 @@
 """Admin routes: register, list, promote, roll back, pin and delete adapters; adapters resident at each replica.
 
-Closed unless the app was started with TANDEM_ADMIN_TOKEN; clients' API keys are not accepted here.
+`Authentication` lets keys with the role admin through, and TANDEM_ADMIN_TOKEN.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -26,12 +25,10 @@ from tandem.errors import (
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.routes.openai import int_parameter, parse_body, read_body
-from tandem.ids import fingerprint
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
 
 T = TypeVar("T")
-Handler = Callable[[Request], Awaitable[Response]]
 
 MAX_BODY_BYTES = 64 * 1024
 PAGE = 1000
@@ -41,26 +38,24 @@ KEYS = {"name": str, "source": str, "base": str, "promote": bool}
 class AdminRoutes:
     """The route handlers."""
 
-    def __init__(self, adapters: Adapters, fleet: Fleet, token: str | None, retry_after_s: int = 5) -> None:
-        """`token`: fingerprint of the admin token; None closes the routes."""
+    def __init__(self, adapters: Adapters, fleet: Fleet, retry_after_s: int = 5) -> None:
         self._retry_after_s = retry_after_s
         self._adapters = adapters
         self._fleet = fleet
-        self._token = token
 
     def routes(self) -> list[BaseRoute]:
         """The routes for Starlette."""
         one = "/admin/adapters/{name}"
         return [
-            Route("/admin/adapters", self._guarded(self.list_adapters), methods=["GET"]),
-            Route("/admin/adapters", self._guarded(self.register), methods=["POST"]),
-            Route("/admin/residency", self._guarded(self.residency), methods=["GET"]),
-            Route(one, self._guarded(self.show), methods=["GET"]),
-            Route(one, self._guarded(self.delete), methods=["DELETE"]),
-            Route(f"{one}/promote", self._guarded(self.promote), methods=["POST"]),
-            Route(f"{one}/roll-back", self._guarded(self.roll_back), methods=["POST"]),
-            Route(f"{one}/pin", self._guarded(self.pin), methods=["POST"]),
-            Route(f"{one}/unpin", self._guarded(self.unpin), methods=["POST"]),
+            Route("/admin/adapters", self.list_adapters, methods=["GET"]),
+            Route("/admin/adapters", self.register, methods=["POST"]),
+            Route("/admin/residency", self.residency, methods=["GET"]),
+            Route(one, self.show, methods=["GET"]),
+            Route(one, self.delete, methods=["DELETE"]),
+            Route(f"{one}/promote", self.promote, methods=["POST"]),
+            Route(f"{one}/roll-back", self.roll_back, methods=["POST"]),
+            Route(f"{one}/pin", self.pin, methods=["POST"]),
+            Route(f"{one}/unpin", self.unpin, methods=["POST"]),
         ]
 
     async def list_adapters(self, request: Request) -> Response:
@@ -148,26 +143,6 @@ class AdminRoutes:
             raise ApiError(400, str(error)) from None
         except StorageError as error:
             raise ApiError(503, str(error)) from None
-
-    def _guarded(self, handler: Handler) -> Handler:
-        async def guarded(request: Request) -> Response:
-            if self._token is None:
-                raise ApiError(
-                    403,
-                    "The admin routes are closed: the app was started without TANDEM_ADMIN_TOKEN. Set it to a secret of your own "
-                    "where you start the app, and send it as `Authorization: Bearer ...`.",
-                )
-            scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            known = hmac.compare_digest(fingerprint(given) or "", self._token)
-            if scheme.lower() != "bearer" or not known:
-                raise ApiError(
-                    401,
-                    "This is not the admin token of this app. Send TANDEM_ADMIN_TOKEN as `Authorization: Bearer ...`.",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-            return await handler(request)
-
-        return guarded
 
 
 def to_json(record: ModelRecord) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Who may ask what: no route but health answers without a key once there is one, and only admins reach /admin."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from datetime import timedelta
+
+import pytest
+from gateway_world import BODY, World, echo, world
+from starlette.routing import Route
+
+from tandem.auth import KeyStore, NewKey, Role
+from tandem.gateway.authentication import PUBLIC
+
+__all__ = ["world"]
+SEEN_S = 5.0
+"""Within which a gateway has to know of a new, rotated or revoked key."""
+
+
+@pytest.fixture
+def store(world: World) -> KeyStore:
+    return KeyStore(lambda: world.registry.database)
+
+
+async def status(world: World, headers: dict[str, str] | None = None, path: str = "/v1/completions") -> int:
+    if path == "/v1/completions":
+        return (await world.http.post(path, json=BODY, headers=headers)).status_code
+    return (await world.http.get(path, headers=headers)).status_code
+
+
+async def until(world: World, secret: str, expected: int) -> None:
+    """Return once the gateway answers a key with a status."""
+    deadline = time.monotonic() + SEEN_S
+    while await status(world, {"x-api-key": secret}) != expected:
+        assert time.monotonic() < deadline, f"no {expected} within {SEEN_S} s"
+        await asyncio.sleep(0.1)
+
+
+@pytest.fixture
+async def key(world: World, store: KeyStore) -> NewKey:
+    """The first key of an app with one engine; the app knows it."""
+    await world.add_engine(echo())
+    assert await status(world) == 200  # without a key, as long as there is none
+    new = store.create("laptop", tenant="lab", by="ann")
+    await until(world, "tdm-wrong", 401)
+    return new
+
+
+async def test_a_key_is_accepted_in_each_of_the_forms_that_clients_send(world: World, key: NewKey) -> None:
+    basic = base64.b64encode(f"ann:{key.secret}".encode()).decode()
+    for headers in (
+        {"Authorization": f"Bearer {key.secret}"},
+        {"x-api-key": key.secret},
+        {"Authorization": f"Basic {basic}"},
+    ):
+        assert await status(world, headers) == 200, headers
+
+
+async def test_without_a_valid_key_requests_are_refused_in_the_shape_of_their_api(world: World, key: NewKey) -> None:
+    for headers in ({}, {"x-api-key": "tdm-wrong"}, {"Authorization": f"Bearer {key.secret}x"}):
+        answer = await world.http.post("/v1/completions", json=BODY, headers=headers)
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        error = answer.json()["error"]
+        assert error["type"] == "authentication_error" and error["code"] == "invalid_api_key"
+        assert key.secret not in answer.text and "tdm-wrong" not in answer.text
+        answer = await world.http.post("/v1/messages", json={}, headers=headers)
+        assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+        assert answer.headers["request-id"]
+
+
+async def test_a_refused_request_is_answered_before_its_body_is_read(world: World, key: NewKey) -> None:
+    url = world.http.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    # Of a body of a gigabyte two bytes come.
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000\r\n\r\n{ ")
+    async with asyncio.timeout(5):
+        assert b" 401 " in await reader.readline()
+    writer.close()
+
+
+async def test_a_revoked_key_is_refused_within_seconds(world: World, store: KeyStore, key: NewKey) -> None:
+    store.revoke(key.key.id, by="ann")
+    await until(world, key.secret, 401)
+    # It was the only one: the app does not become open to everybody.
+    assert await status(world) == 401
+
+
+async def test_a_rotated_key_and_its_successor_are_both_accepted(world: World, store: KeyStore, key: NewKey) -> None:
+    new = store.rotate(key.key.id, overlap=timedelta(hours=1), by="ann")
+    await until(world, new.secret, 200)
+    assert await status(world, {"x-api-key": key.secret}) == 200
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_only_admins_reach_admin_routes(world: World, store: KeyStore, key: NewKey, role: Role) -> None:
+    new = store.create("other", role=role, by="ann")
+    await until(world, new.secret, 200)
+    answer = await world.http.get("/admin/adapters", headers={"x-api-key": new.secret})
+    if role is Role.ADMIN:
+        assert answer.status_code == 200
+    else:
+        assert answer.status_code == 403 and "needs the role admin" in answer.json()["error"]["message"]
+
+
+async def test_no_route_but_health_is_open_without_a_key(world: World, key: NewKey) -> None:
+    paths = {(route.path, method) for route in world.app.routes if isinstance(route, Route) for method in route.methods}
+    assert len(paths) > 20
+    for path, method in sorted(paths):
+        answer = await world.http.request(method, path.replace("{name:path}", "base").replace("{name}", "base"))
+        assert (answer.status_code == 401) == (path not in PUBLIC), (method, path, answer.status_code)
+    for path in (
+        "/",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/v1/nothing",
+        "/admin",
+        "/health/../v1/models",
+        "//health",
+    ):
+        assert (await world.http.get(path)).status_code == 401, path
