@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.auth.principal import ANONYMOUS, Principal
 from tandem.engine.descriptor import EngineDescriptor
 from tandem.engine.engines import ENGINES
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import RegistryUnreachableError, UnknownModelError, UnknownVersionError, did_you_mean
 from tandem.gateway.errors import ApiError, no_registry, unknown_model
+from tandem.ids import split_version
 from tandem.registry import ModelRecord, Registry
 from tandem.routing.records import ServedModel, prefill_pool
 
@@ -105,11 +107,14 @@ class Catalog:
         self._found: dict[str, ModelRecord] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
-    async def resolve(self, name: str) -> ResolvedModel:
+    async def resolve(self, name: str, principal: Principal = ANONYMOUS) -> ResolvedModel:
         """The model of a name or id.
 
-        ApiError 404 with the nearest name, 400 for one that cannot be served, 503 where the registry does not answer.
+        ApiError 404 with the nearest name, also where `principal` may not use it; 400 for one that cannot be served, 503 where
+        the registry does not answer.
         """
+        if not may_use(principal, name):
+            raise await self._unknown(name, principal)
         served = self._served.get(name)
         if served is not None:
             return ResolvedModel(base=served, pinned=name != served.name)
@@ -124,7 +129,7 @@ class Catalog:
         except UnknownVersionError as error:
             raise unknown_model(str(error)) from None
         except UnknownModelError:
-            raise await self._unknown(name) from None
+            raise await self._unknown(name, principal) from None
         base = self._by_id.get(record.base or record.id)
         if base is None:
             here = ", ".join(self._by_id)
@@ -155,25 +160,28 @@ class Catalog:
             )
         return ResolvedModel(base=base, adapter=AdapterRef.of(record), pinned=True)
 
-    async def page(self, after: str | None = None, limit: int = PAGE) -> ModelPage:
-        """Names that requests may use: the served models, then at most `limit` adapters by name, after the name `after`."""
+    async def page(self, after: str | None = None, limit: int = PAGE, principal: Principal = ANONYMOUS) -> ModelPage:
+        """Names that a principal may use: the served models, then at most `limit` adapters by name, after the name `after`.
+
+        A page of a principal who may not use all has fewer.
+        """
         cards = [
             ModelCard(name=m.name, id=m.id, base=m, adapter=False, created=m.created)
             for m in self.models
-            if after is None
+            if after is None and may_use(principal, m.name)
         ]
         # One more than `limit` shows whether there is a next page.
         records = await self._ask(self._adapters, after, limit + 1)
         shown = records[:limit]
-        cards += [self._card(record) for record in shown if self._is_served(record)]
+        cards += [self._card(r) for r in shown if self._is_served(r) and may_use(principal, r.name)]
         return ModelPage(cards=cards, next=shown[-1].name if len(records) > limit else None)
 
-    async def card(self, name: str) -> ModelCard:
-        """The model or adapter of one name or id; ApiError 404 if there is none."""
+    async def card(self, name: str, principal: Principal = ANONYMOUS) -> ModelCard:
+        """The model or adapter of one name or id; ApiError 404 if there is none, or none that `principal` may use."""
         base = self._served.get(name)
-        if base is not None:
+        if base is not None and may_use(principal, name):
             return ModelCard(name=name, id=base.id, base=base, adapter=False, created=base.created)
-        target = await self.resolve(name)
+        target = await self.resolve(name, principal)
         record: ModelRecord = await self._ask(self._find, name)
         created = int(record.created_at.timestamp())
         return ModelCard(name=name, id=record.id, base=target.base, adapter=record.kind == "adapter", created=created)
@@ -209,10 +217,16 @@ class Catalog:
             name=record.name, id=record.id, base=self._by_id[record.base or ""], adapter=True, created=created
         )
 
-    async def _unknown(self, name: str) -> ApiError:
-        known = [card.name for card in (await self.page(limit=10)).cards]
-        near = did_you_mean(name, [*known, *await self._ask(self._registry.near, name)])
-        return unknown_model(f"The model {name!r} does not exist.{near} Served here: {', '.join(known[:10])}.")
+    async def _unknown(self, name: str, principal: Principal) -> ApiError:
+        known = [card.name for card in (await self.page(limit=10, principal=principal)).cards]
+        similar = [each for each in await self._ask(self._registry.near, name) if may_use(principal, each)]
+        near = did_you_mean(name, [*known, *similar])
+        here = (
+            f"This key may use {', '.join(principal.models)}."
+            if principal.models
+            else f"Served here: {', '.join(known[:10])}."
+        )
+        return unknown_model(f"The model {name[:LONGEST_NAME]!r} does not exist.{near} {here}")
 
     async def _ask(self, work: Callable[..., Any], *args: Any) -> Any:
         # SQLite answers in 0.1 ms, but a disk or a network may not, and must not stop the streams.
@@ -223,3 +237,8 @@ class Catalog:
             # The registry's address and error are not for clients.
             reason = "The registry of adapters does not answer; models that are served here answer to their own names"
             raise no_registry(reason, self._retry_after_s) from error
+
+
+def may_use(principal: Principal, name: str) -> bool:
+    """Whether a principal may use a model or adapter, given by its name or the id of a version."""
+    return principal.may_use(name, split_version(name)[0])

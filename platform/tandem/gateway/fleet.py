@@ -71,6 +71,11 @@ class Fleet:
         self._listeners.append(listener)
 
     @property
+    def synced(self) -> bool:
+        """Whether the directory has answered at all."""
+        return self._synced.is_set()
+
+    @property
     def replicas(self) -> tuple[ReplicaRecord, ...]:
         """All known replicas."""
         return self._snapshot.replicas

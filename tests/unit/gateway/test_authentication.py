@@ -121,3 +121,36 @@ async def test_no_route_but_health_is_open_without_a_key(world: World, key: NewK
         "//health",
     ):
         assert (await world.http.get(path)).status_code == 401, path
+
+
+async def test_a_key_reaches_the_models_that_it_names_and_sees_no_others(
+    world: World, store: KeyStore, key: NewKey
+) -> None:
+    for name in ("red", "blue"):
+        world.adapter(name)
+    new = store.create("narrow", models=["red"], by="ann")
+    await until(world, new.secret, 404)  # known, and not allowed to use `base`
+    headers = {"x-api-key": new.secret}
+    for model, expected in (
+        ("red", 200),
+        ("red@1", 200),
+        ("base", 404),
+        ("base@1", 404),
+        ("blue", 404),
+        ("nothing", 404),
+    ):
+        answer = await world.http.post("/v1/completions", json=BODY | {"model": model}, headers=headers)
+        assert answer.status_code == expected, model
+        if expected == 404:
+            assert answer.json()["error"]["code"] == "model_not_found" and "blue" not in answer.text.replace(
+                "'blue'", ""
+            )
+        assert (await status(world, headers, f"/v1/models/{model}")) == expected
+    listed = (await world.http.get("/v1/models", headers=headers)).json()["data"]
+    assert [card["id"] for card in listed] == ["red"]
+
+
+async def test_health_says_no_more_than_the_status_without_a_key(world: World, key: NewKey) -> None:
+    for path in PUBLIC:
+        answer = await world.http.get(path)
+        assert answer.status_code == 200 and answer.json()["status"] == "ok", path

@@ -19,6 +19,7 @@ from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
 from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
 from tandem.errors import sentence
+from tandem.gateway.authentication import principal_of
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
@@ -55,18 +56,21 @@ class OpenAIRoutes:
             *(Route(route.path, self._handler(route), methods=["POST"]) for route in ENGINE_ROUTES),
             *responses.routes(),
             Route("/health", self.health),
+            Route("/health/live", self.live),
+            Route("/health/ready", self.ready),
         ]
 
     async def list_models(self, request: Request) -> Response:
         """The models, and at most `limit` adapters (1 to 1000) by name, after the name `after`."""
         limit = int_parameter(request, "limit", PAGE, PAGE)
-        page = await self._catalog.page(request.query_params.get("after"), limit)
+        page = await self._catalog.page(request.query_params.get("after"), limit, principal_of(request.scope))
         data = [card.to_json() for card in page.cards]
         return JSONResponse({"object": "list", "data": data, "has_more": page.next is not None, "last_id": page.next})
 
     async def get_model(self, request: Request) -> Response:
         """One model, by name or id."""
-        return JSONResponse((await self._catalog.card(request.path_params["name"])).to_json())
+        card = await self._catalog.card(request.path_params["name"], principal_of(request.scope))
+        return JSONResponse(card.to_json())
 
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
         dialect = dialect_of(route.path)
@@ -81,7 +85,7 @@ class OpenAIRoutes:
                 found = "missing or empty" if not name else f"of type {type(name).__name__}"
                 raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
             warnings = self._check_fields(route.path, body, request)
-            model = await self._catalog.resolve(name)
+            model = await self._catalog.resolve(name, principal_of(request.scope))
             engine, config = model.engine, model.base.config
             check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
             try:
@@ -131,6 +135,15 @@ class OpenAIRoutes:
         headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
         status = {"status": "ok" if whole else "unavailable", "ready_replicas": ready}
         return JSONResponse(status, status_code=200 if whole else 503, headers=headers)
+
+    async def live(self, request: Request) -> Response:
+        """200: this gateway answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 once this gateway has heard of the replicas from the directory, otherwise 503."""
+        ready = self._fleet.synced
+        return JSONResponse({"status": "ok" if ready else "unavailable"}, status_code=200 if ready else 503)
 
 
 def check_route(name: str, route: EngineRoute, engine: EngineDescriptor, tasks: tuple[str, ...]) -> None:
