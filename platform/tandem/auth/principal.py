@@ -15,7 +15,7 @@ class Role(StrEnum):
     ADMIN = "admin"
     """Manage keys and adapters, of every tenant."""
     TRAINER = "trainer"
-    """Submit training jobs and register their results."""
+    """Use models; routes for training jobs will need it."""
     USER = "user"
     """Use models."""
 

@@ -15,7 +15,9 @@ __all__ = ["world"]
 ADR = Path(__file__).resolve().parents[3] / "docs" / "adr" / "0025-package-structure.md"
 ROW = re.compile(r"^\| (\d+) \| `([\w.]+)` \|[^|]*\|([^|]*)\|$", re.MULTILINE)
 MAX_MODULES = 18
-BACKGROUND = {"_follow", "refresh", "_cut_stalled_clients", "watch"}
+AUTHENTICATION = {"gateway.authentication", "auth.credentials", "auth.key_table", "auth.keys", "auth.principal"}
+"""They stand before the path (docs/adr/0027): they decide whether a request begins."""
+BACKGROUND = {"_follow", "refresh", "_cut_stalled_clients", "watch", "_poll"}
 """Functions of tasks that run beside requests; what these call is not part of a request's path."""
 
 
@@ -63,7 +65,7 @@ async def test_a_request_for_an_adapter_passes_the_listed_modules_only(world: Wo
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
     path, beside = listed()
-    assert set(entered) <= {*path, *beside}
+    assert set(entered) <= {*path, *beside, *AUTHENTICATION}
     # What runs in this thread, in the order in which it was first entered.
     assert [name for name in entered if name in path] == [name for name in path if name in entered]
     assert {
