@@ -81,7 +81,7 @@ class KeyTable:
             async with asyncio.timeout(ANSWER_S):
                 revision, changed = await loop.run_in_executor(self._thread, self._store.changes, self._revision)
         except (TimeoutError, TandemError) as error:
-            log.warning("API keys could not be read: %s. Known keys stay valid.", error or "no answer in time")
+            log.warning("API keys could not be read: %s. Known keys stay valid.", str(error) or "no answer in time")
             return
         self._keys.update({key.digest: key for key in changed})
         self._revision = revision

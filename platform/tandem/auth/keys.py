@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
@@ -268,7 +268,7 @@ def _key(row: ApiKeyRow) -> ApiKey:
         hint=row.hint,
         tenant=row.tenant,
         role=Role(row.role),
-        models=tuple(cast(list[str], row.models)),
+        models=tuple(row.models),
         limits=Limits.from_json(row.limits),
         created_at=row.created_at,
         expires_at=row.expires_at,
