@@ -71,7 +71,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         name="base",
         path="",
         max_length=64,
-        config=ServedModelConfig(model="base", max_lora_rank=16, hold_s=0.0),
+        config=ServedModelConfig(model="base", engine="vllm", max_lora_rank=16, hold_s=0.0),
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
     config = GatewayConfig(max_body_bytes=4096, connect_timeout_s=1.0, retry_after_s=7)

@@ -134,7 +134,9 @@ async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **m
     async def watch(version: int) -> Snapshot:
         return await watched[0].watch(version)
 
-    served = ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base", **model))
+    served = ServedModel(
+        id="base", name="base", path="", config=ServedModelConfig(**{"model": "base", "engine": "vllm", **model})
+    )
     app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"), config=gateway)
     sock = socket.create_server(("127.0.0.1", 0))
     http = httpx.AsyncClient(

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.config import BatchConfig
+from tandem.config import AUTO_ENGINE, BatchConfig
+from tandem.engine.engines import find_engine, select_engine
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import RegistryError, UnknownModelError
 from tandem.ids import folder_digest
@@ -47,6 +48,7 @@ class ModelResolver:
         """`known`: what names meant when the run began; empty for a new one."""
         self._registry = registry
         self._known = known
+        self._engine = config.engine
         self._targets: dict[str, ResolvedModel | str] = {}
         self.found: dict[str, str | None] = {}
         """Each name that was asked for, and the id of what it means; None: nothing."""
@@ -92,7 +94,7 @@ class ModelResolver:
                 return ResolvedModel(_base(record))
             return self._look_up(config.model)
         except UnknownModelError:
-            if config.engine != "echo":
+            if config.engine == AUTO_ENGINE or find_engine(config.engine, "engine").needs_files:
                 raise
             return ResolvedModel(BaseModel(id=config.model, name=config.model, path=""))
 
@@ -103,11 +105,12 @@ class ModelResolver:
         self.found[name] = record.id
         if record.kind == "model":
             return ResolvedModel(_base(record))
-        if record.dora:
-            raise RegistryError(
-                f"{record.id} is a DoRA adapter, which vLLM does not serve. Merge it into its base: `tandem models merge`."
-            )
         base = _base(self._registry.resolve(str(record.base)))
+        if record.dora and not (engine := select_engine(self._engine, Path(base.path), "engine")).dora:
+            raise RegistryError(
+                f"{record.id} is a DoRA adapter, which the engine {engine.name} does not serve. Merge it into its base: "
+                f"`tandem models merge {record.id} NEW_NAME`."
+            )
         return ResolvedModel(base, AdapterRef(id=record.id, path=record.location, digest=record.digest))
 
 

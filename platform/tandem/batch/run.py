@@ -126,6 +126,7 @@ def _answers(run: BatchRun, number: int, todo: list[WorkUnit]) -> Iterator[dict[
     check_capacity(served)
     work = WorkerContext(
         spec=spec,
+        served=served,
         default=run.names.default,
         targets=run.names.targets,
         request=config.request,

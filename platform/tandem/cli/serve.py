@@ -18,7 +18,7 @@ from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster, LocalCluster, connect
 from tandem.config import ServeConfig, ServedModelConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml, to_dict
-from tandem.engine.engines import find_engine
+from tandem.engine.engines import check_engine_name
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.cluster import connected, open_cluster, stop_quietly
 from tandem.sdk.console import console, print_message
@@ -120,7 +120,7 @@ def read_config(models: list[str] | None, config: Path | None, overrides: list[s
         )
     for number, served in enumerate(wanted.models):
         # Before a cluster is started.
-        find_engine(served.engine, f"models[{number}].engine")
+        check_engine_name(served.engine, f"models[{number}].engine")
     return wanted
 
 

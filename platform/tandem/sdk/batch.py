@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tandem.cluster.local import authentication
 from tandem.config import BatchConfig
-from tandem.engine.vllm.parsers import read_template
+from tandem.engine.engines import find_engine
 from tandem.sdk.cluster import connected, open_cluster
 from tandem.sdk.console import console
 from tandem.sdk.progress import duration
@@ -82,7 +82,9 @@ def run_batch(
 def without_template(run: BatchRun) -> list[str]:
     """Names of bases with a chat template whose rows hold plain prompts, which bypass the template."""
     asked = (spec for spec, _ in run.bases if spec.id in run.survey.bare_prompts and spec.path)
-    return [spec.name for spec in asked if read_template(Path(spec.path)) is not None]
+    return [
+        spec.name for spec in asked if find_engine(spec.kind).model_features(Path(spec.path), spec.args).chat_template
+    ]
 
 
 def _run(config: BatchConfig, run: BatchRun) -> Summary:

@@ -41,7 +41,7 @@ def test_the_factory_picks_engines_by_kind_and_checks_their_arguments() -> None:
     assert isinstance(create_engine(spec), EchoEngine)
     with pytest.raises(ConfigError, match="Did you mean 'delay_s'"):
         create_engine(EngineSpec(kind="echo", id="m@1", name="m", path="", args={"delay": 0.1}))
-    with pytest.raises(ConfigError, match="must be one of vllm, echo. Did you mean 'vllm'"):
+    with pytest.raises(ConfigError, match="must be one of auto, vllm, echo. Did you mean 'vllm'"):
         create_engine(EngineSpec(kind="vlm", id="m@1", name="m", path=""))
 
 

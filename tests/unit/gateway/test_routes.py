@@ -103,7 +103,7 @@ async def gateway(
                 id="base",
                 name="base",
                 path="",
-                config=ServedModelConfig(model="base", max_adapters=max_adapters, hold_s=0.0),
+                config=ServedModelConfig(model="base", engine="vllm", max_adapters=max_adapters, hold_s=0.0),
                 supports_tools=tools,
             )
         ],

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from tandem.batch.input.plan import ChunkSize
 from tandem.batch.input.survey import Survey
 from tandem.batch.models import ModelResolver
 from tandem.batch.output.write import Output
-from tandem.config import BatchConfig
+from tandem.config import AUTO_ENGINE, BatchConfig
 from tandem.errors import ConfigError
 
 FORMAT = 3
@@ -82,6 +82,10 @@ class Manifest:
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self)
+
+    def with_engine(self, config: BatchConfig) -> BatchConfig:
+        """The config with the run's own engine where it names none: runs of older releases were recorded with `vllm`."""
+        return replace(config, engine=self.settings["engine"]) if config.engine == AUTO_ENGINE else config
 
     def check_settings(self, config: BatchConfig) -> None:
         """ConfigError if the answers would be others than those that are there."""

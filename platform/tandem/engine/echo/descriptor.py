@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.config import ServedModelConfig
-from tandem.engine.descriptor import EngineDescriptor, KvTransfer, Placement, Requests, Resources
+from tandem.engine.descriptor import EngineDescriptor, KvTransfer, ModelFeatures, Placement, Requests, Resources
 from tandem.engine.protocol import Engine
 from tandem.engine.routes import EMBED, ENGINE_ROUTES, GENERATE, SCORE
 from tandem.engine.spec import EngineSpec
@@ -45,9 +45,11 @@ ECHO = EngineDescriptor(
     name="echo",
     routes=ENGINE_ROUTES,
     tasks=(GENERATE, EMBED, SCORE),
+    serves=lambda model_config: False,
     create=create,
     validate=validate,
-    supports_tools=lambda folder, engine_args: True,
+    model_features=lambda folder, engine_args: ModelFeatures(tools=True, chat_template=False),
+    explain_start_error=lambda message, output: message,
     resources=Resources(placement=placement, num_workers=lambda engine_args: 1, check_nodes=check_nodes),
     requests=Requests(
         check=check_request,
