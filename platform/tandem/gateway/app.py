@@ -38,6 +38,7 @@ def create_app(
     metrics: QueueMetrics | None = None,
     report_demand: ReportDemand | None = None,
     name: str = "gateway",
+    server_adds_request_id: bool = False,
 ) -> Starlette:
     """The gateway's app for `models`.
 
@@ -45,6 +46,7 @@ def create_app(
     added to each request, `metrics` the queue lengths, `report_demand` the waiting requests of models that scale.
     `name`: the gateway's id in response headers. `app.state.admission` holds the queues.
     `admin`: fingerprint of the admin token; None closes the admin routes.
+    `server_adds_request_id`: whether the server that runs the app adds `x-request-id` to every response, as Ray Serve does.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
@@ -85,4 +87,5 @@ def create_app(
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
     app.state.admission = admission
+    app.state.server_adds_request_id = server_adds_request_id
     return app
