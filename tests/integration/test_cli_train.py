@@ -106,7 +106,7 @@ def test_a_job_that_fails_gives_its_exit_status_and_its_reason(
         (["--set=optimizer.learnin_rate=1"], "Did you mean 'learning_rate'"),
         (["--set=batch_size=three"], "batch_size is 'three' (str); it must be a whole number"),
         (["--set=parallel.workers=3", "--set=batch_size=4"], "The nearest that works is 3"),
-        (["--set=data.path=cli-txt"], "No dataset at"),
+        (["--set=data.path=cli-txt"], "No dataset 'cli-txt': there is neither"),
     ],
 )
 def test_a_wrong_config_is_refused_at_once(session_home: Path, arguments: list[str], said: str) -> None:

@@ -319,7 +319,7 @@ def test_a_full_disk_of_the_driver_is_reported(home: Path, run: Callable[..., Dr
     [
         ("many", {"parallel": {"workers": 64}, "batch_size": 64}, "64 workers of 1 CPU each"),
         ("nobase", {"model": {"base": "bse"}, "lora": {"rank": 4}}, "bse"),
-        ("nodata", {"data": {"path": "missing"}}, "No dataset at"),
+        ("nodata", {"data": {"path": "missing"}}, "No dataset 'missing': there is neither"),
         ("short", {"data": {"path": "pairs", "sequence_length": 8}}, "no usable row"),
         ("kinds", {"data": {"path": "preferences", "sequence_length": 48}}, "holds preferences"),
     ],
