@@ -196,6 +196,11 @@ class Registry:
         with self._reading() as session:
             return _record(names.find(session, name_or_id))
 
+    def versions(self, name_or_id: str) -> Records:
+        """One version (by id), or all of a name, oldest first. Raises UnknownModelError with the nearest name."""
+        with self._reading() as session:
+            return [_record(row) for row in names.find_versions(session, name_or_id)]
+
     def promote(self, version_id: str) -> ModelRecord:
         """Make `name@version` what its name means, from the next request on."""
         name, version = split_version(version_id)
@@ -317,16 +322,13 @@ class Registry:
         A name whose promoted version goes means the one promoted before. RegistryError, and nothing changes, if an adapter still
         needs one of them, or if they are not of the `kind` given.
         """
-        name, version = split_version(name_or_id)
+        name = split_version(name_or_id)[0]
         with self._writing() as (session, _):
-            if version is None and (numbers := names.versions_of(session, name)):
-                wanted = [versioned(name, number) for number in reversed(numbers)]
-            else:
-                wanted = [names.find(session, name_or_id).id]
-            rows = [session.get_one(ModelRow, each) for each in wanted]
+            rows = names.find_versions(session, name_or_id)
+            ids = [row.id for row in rows]
             if kind is not None and rows[0].kind != kind:
                 raise RegistryError(f"{rows[0].id} is {_a(rows[0].kind)}, not {_a(kind)}, so it stays.")
-            needing = select(ModelRow.id).where(ModelRow.base.in_(wanted))
+            needing = select(ModelRow.id).where(ModelRow.base.in_(ids))
             needed_by = session.scalars(needing.order_by(ModelRow.base, ModelRow.name).limit(names.SHOWN + 1)).all()
             if needed_by:
                 count = session.scalar(select(func.count()).select_from(needing.subquery()))
@@ -335,7 +337,7 @@ class Registry:
                 )
             removed = [_record(row) for row in rows]
             names.forget(session, name, [row.version for row in rows])
-            gone = [*wanted, *([name] if len(wanted) == len(names.versions_of(session, name)) else [])]
+            gone = [*ids, *([name] if len(ids) == len(names.versions_of(session, name)) else [])]
             session.execute(delete(PinRow).where(PinRow.target.in_(gone)))
             for row in rows:
                 session.delete(row)

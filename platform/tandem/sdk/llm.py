@@ -11,8 +11,12 @@ import weakref
 from pathlib import Path
 from typing import Any, Self
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, did_you_mean
 from tandem.sdk.client import RemoteLLM
+
+OWN_CUTOFF = 0.8
+"""Similarity, 0 to 1, from which a name is taken for a misspelt one: vLLM has `max_model_len` and others of its own."""
+OWN_ARGUMENTS = ("model", "base_url", "api_key", "max_concurrency", "replicas", "gpus_per_replica")
 
 
 class LLM(RemoteLLM):
@@ -37,6 +41,7 @@ class LLM(RemoteLLM):
 
         Raises UnknownModelError with the nearest name if nobody serves or knows the model.
         """
+        _check_arguments(engine_args)
         self._stop: weakref.finalize[Any, Any] | None = None
         name = model
         if base_url is None:
@@ -98,9 +103,22 @@ class LLM(RemoteLLM):
         session = Session()
         try:
             url = session.serve(config=ServeConfig(models=(served,)), port=free_ports(1)[0])
+        except ConfigError as error:
+            session.close()
+            # Here they are keyword arguments, not keys of a file.
+            raise ConfigError(
+                f"tandem.LLM: {str(error).replace('models[0].engine_args.', '').replace('models[0].', '')}"
+            ) from error
         except BaseException:
             session.close()
             raise
         # Also at the program's end, for those who never close it.
         self._stop = weakref.finalize(self, session.close)
         return url, name
+
+
+def _check_arguments(engine_args: dict[str, Any]) -> None:
+    """ConfigError for a misspelt argument of LLM itself, which would otherwise be taken for one of the engine's."""
+    for name in engine_args:
+        if hint := did_you_mean(name, OWN_ARGUMENTS, cutoff=OWN_CUTOFF):
+            raise ConfigError(f"tandem.LLM has no argument {name!r}.{hint} Other arguments are those of vLLM's engine.")
