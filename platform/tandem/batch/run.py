@@ -14,7 +14,6 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
-from tandem.batch.capacity import check_nodes
 from tandem.batch.input.plan import WorkUnit, chunks_in_flight, left
 from tandem.batch.input.read import ChunkSource
 from tandem.batch.output.manifest import Manifest
@@ -22,6 +21,7 @@ from tandem.batch.prepare import BatchRun
 from tandem.batch.reasons import explained
 from tandem.batch.work import WorkerContext
 from tandem.batch.worker import Worker
+from tandem.cluster.capacity import check_nodes
 from tandem.config import ServedModelConfig
 from tandem.errors import EngineError, StorageError
 

@@ -20,7 +20,7 @@ from tandem.config import ServeConfig, ServedModelConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml, to_dict
 from tandem.engine.engines import check_engine_name
 from tandem.errors import ClusterError, ConfigError
-from tandem.sdk.cluster import connected, open_cluster, stop_quietly
+from tandem.sdk.cluster import check_gpus, connected, open_cluster, stop_quietly
 from tandem.sdk.console import console, print_message
 from tandem.sdk.serving import (
     CPUS,
@@ -29,7 +29,9 @@ from tandem.sdk.serving import (
     check_listener,
     check_not_served,
     listener,
+    listener_url,
     serve_details,
+    served_models,
     serving,
 )
 
@@ -60,6 +62,7 @@ def up_command(
         wanted = read_config(models, config, overrides)
         if (known := connect()) is not None:
             check_not_served(serve_details(known), wanted)
+        check_gpus(sum(each.gpus_per_replica for each in wanted.models), "The app", "models[].gpus_per_replica")
         listen = listener(wanted, host, port)
         with (
             open_cluster(num_cpus=CPUS, keep=detach) as cluster,
@@ -91,7 +94,7 @@ def deploy_command(
         check_listener(serve_details(cluster), wanted.listen)
         with connected(cluster):
             from tandem.apps.build import prepare
-            from tandem.apps.deploy import deploy, saved_config
+            from tandem.apps.deploy import check_capacity, deploy, saved_config
 
             if not models and config is None:
                 running = saved_config(wanted.app)
@@ -103,6 +106,8 @@ def deploy_command(
                 wanted = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
             # Before the status line: a model that is downloaded has a progress bar of its own.
             planned = prepare(wanted)
+            if cluster.local:
+                check_capacity(planned)
             with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
                 deploy(planned, on_message=print_message)
         console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
@@ -137,11 +142,24 @@ def end_gently(config: ServeConfig) -> None:
 def status_command(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Show the served apps, their deployments and replicas."""
     with friendly_errors():
-        found = applications(_required_cluster())
+        cluster = _required_cluster()
+        details = serve_details(cluster)
+        apps = details.get("applications", {})
+        addresses = {
+            name: {"url": listener_url(details, cluster), "models": served_models(details, name)} for name in apps
+        }
         if as_json:
-            typer.echo(json.dumps(found, indent=2, default=str))
+            typer.echo(
+                json.dumps({name: {**app, **addresses[name]} for name, app in apps.items()}, indent=2, default=str)
+            )
             return
-        show_status(found)
+        show_status(apps)
+        for name, address in addresses.items():
+            models = ", ".join(address["models"]) or "none yet"
+            console.print(
+                f"[bold]{escape(name)}[/]: {address['url']}, models: {escape(models)}, and the adapters of these",
+                soft_wrap=True,
+            )
 
 
 def show_status(found: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tandem.cluster.local import authentication
 from tandem.config import BatchConfig
 from tandem.engine.engines import find_engine
-from tandem.sdk.cluster import connected, open_cluster
+from tandem.sdk.cluster import check_gpus, connected, open_cluster
 from tandem.sdk.console import console
 from tandem.sdk.progress import duration
 from tandem.settings import export
@@ -107,6 +107,7 @@ def _driver(config: BatchConfig) -> Iterator[None]:
     if ray is not None and ray.is_initialized():
         yield
         return
+    check_gpus(config.gpus_per_replica, "A replica", "gpus_per_replica")
     cpus = max(CPUS, int(config.replicas * config.cpus_per_replica) + 2)
     with open_cluster(num_cpus=cpus) as cluster, connected(cluster):
         yield

@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.markup import escape
 
 from tandem.cluster.local import Cluster
-from tandem.config import TrainConfig
+from tandem.config import TrainConfig, worker_counts
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.prepare import prepare
-from tandem.sdk.cluster import open_cluster, uninterrupted
+from tandem.sdk.cluster import check_gpus, open_cluster, uninterrupted
 from tandem.sdk.console import INTERRUPTED, console
 from tandem.sdk.progress import JobView
 from tandem.sdk.summary import print_result
@@ -22,6 +22,8 @@ def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> i
     if job.finished():
         print_result(job)
         return 0
+    workers = worker_counts(config)[0]
+    check_gpus(workers * config.parallel.gpus_per_worker, "The job", "parallel.gpus_per_worker or parallel.workers")
     with open_cluster(num_cpus=logical_cpus(config), keep=detach) as cluster:
         if detach:
             client = JobClient(cluster)
@@ -59,7 +61,7 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
     submission = _newest(job, submission)
     status = client.exit_status(submission)
     if status == 0 and job.finished():
-        print_result(job)
+        print_result(job, cluster)
     elif status != 0:
         _say_failed(client, submission, job, view)
     return status or (0 if job.finished() else 1)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tandem.sdk.summary import commands, result_figures
+import json
+from pathlib import Path
+
+import pytest
+
+from tandem.jobs.folder import JobFolder
+from tandem.sdk import summary
+from tandem.sdk.summary import RunningApp, commands, result_figures, unserved_reason
 
 END = {
     "event": "finished", "model": "helper@3", "base": None, "loss": 2.1414, "tokens": 696_320, "seconds": 248.2,
@@ -26,3 +33,29 @@ def test_a_dora_adapter_is_merged_first():
     told = dict(commands({**END, "base": "base@2", "dora": True}))
     assert told["merge it"] == "tandem models merge helper helper-merged"
     assert told["serve it"] == "tandem serve up helper-merged"
+
+
+def test_an_app_that_is_up_is_changed_and_not_started_again():
+    app = RunningApp(url="http://127.0.0.1:8000/v1", models=("other", "helper"), answers=False)
+    assert commands(END, app)[0] == ("serve it", "tandem serve deploy other helper")
+    assert commands({**END, "base": "base@2"}, app)[0] == ("serve it", "tandem serve deploy other helper base@2")
+    (only,) = commands(END, RunningApp(url=app.url, models=("helper",), answers=True))
+    assert only == ("http://127.0.0.1:8000/v1 answers for it already; ask it", "tandem chat --model helper")
+
+
+def test_a_shape_that_the_engine_cannot_serve_on_cpus_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job = JobFolder(tmp_path)
+    job.export.mkdir()
+
+    def write(head_dim: int) -> None:
+        config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4 * head_dim, "num_attention_heads": 4}
+        (job.export / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(summary, "gpus", list)
+    write(16)
+    assert "attention heads have 16 dimensions" in str(unserved_reason(job, END))
+    write(32)
+    assert unserved_reason(job, END) is None
+    write(16)
+    monkeypatch.setattr(summary, "gpus", lambda: ["a GPU"])
+    assert unserved_reason(job, END) is None
