@@ -13,7 +13,7 @@ from tandem.apps.plan import AppPlan, EngineDeployment, plan
 from tandem.apps.resolve import resolve
 from tandem.config import ServeConfig
 from tandem.engine.create import check_engine_args
-from tandem.engine.engines import find_engine
+from tandem.engine.engines import find_engine, unsupported_shape
 from tandem.errors import ConfigError
 from tandem.ids import fingerprint
 from tandem.serve.directory import Directory
@@ -49,7 +49,7 @@ def prepare(config: ServeConfig, *, check: bool = True) -> AppPlan:
         if model.config.prefill is not None:
             find_engine(model.config.engine).kv_transfer.check(model.config, f"models[{i}]")
     for each in planned.engines:
-        if reason := find_engine(each.spec.kind).unsupported_shape(Path(each.spec.path), each.spec.gpus):
+        if reason := unsupported_shape(find_engine(each.spec.kind), Path(each.spec.path), each.spec.gpus):
             raise ConfigError(f"{each.key}: {each.model.name} cannot be served. {reason}")
     if check:
         check_engine_args(*(each.spec for each in planned.engines if each.model.config.engine_args))

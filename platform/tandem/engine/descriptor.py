@@ -115,8 +115,8 @@ class EngineDescriptor:
     """The engine, not started; imports its libraries. ConfigError for arguments that it does not take."""
     validate: Callable[[Sequence[EngineSpec]], list[str | None]]
     """The error in each spec's arguments, None if there is none; imports no heavy library into this process."""
-    unsupported_shape: Callable[[Path, float], str | None]
-    """The reason why the engine cannot serve the model in a folder on a number of GPUs; None: no reason is known."""
+    unsupported_shape: Callable[[Mapping[str, Any], float], str | None]
+    """The reason why the engine cannot serve a model, from its config.json, on a number of GPUs; None: no reason is known."""
     model_features: Callable[[Path, Mapping[str, Any]], ModelFeatures]
     """Features of a served model, from its folder and its `engine_args`."""
     explain_start_error: Callable[[str, str], str]

@@ -8,7 +8,7 @@ from tandem.config import AUTO_ENGINE
 from tandem.engine.descriptor import EngineDescriptor
 from tandem.engine.echo.descriptor import ECHO
 from tandem.engine.vllm.descriptor import VLLM
-from tandem.errors import ConfigError, did_you_mean
+from tandem.errors import ConfigError, RegistryError, did_you_mean
 from tandem.registry.folders import model_config
 
 ENGINES: dict[str, EngineDescriptor] = {engine.name: engine for engine in (VLLM, ECHO)}
@@ -45,3 +45,11 @@ def check_engine_name(name: str, key: str = "models[].engine") -> None:
     """ConfigError with the nearest name if `name` is neither `auto` nor an engine."""
     if name != AUTO_ENGINE:
         find_engine(name, key)
+
+
+def unsupported_shape(engine: EngineDescriptor, folder: Path, gpus: float) -> str | None:
+    """The reason why an engine cannot serve the model in a folder on a number of GPUs; None: no reason is known."""
+    try:
+        return engine.unsupported_shape(model_config(folder), gpus) if engine.needs_files else None
+    except RegistryError:
+        return None

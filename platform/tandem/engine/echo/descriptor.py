@@ -50,7 +50,7 @@ ECHO = EngineDescriptor(
     serves=lambda model_config: False,
     create=create,
     validate=validate,
-    unsupported_shape=lambda folder, gpus: None,
+    unsupported_shape=lambda model_config, gpus: None,
     model_features=lambda folder, engine_args: ModelFeatures(tools=True, chat_template=False),
     explain_start_error=lambda message, output: message,
     resources=Resources(placement=placement, num_workers=lambda engine_args: 1, check_nodes=check_nodes),

@@ -17,7 +17,6 @@ from tandem.engine.routes import EMBED, ENGINE_ROUTES, GENERATE, SCORE
 from tandem.engine.spec import EngineSpec
 from tandem.engine.vllm import kv_transfer, requests, resources
 from tandem.engine.vllm.environment import engine_environment
-from tandem.engine.vllm.model_check import unsupported_shape
 from tandem.engine.vllm.parsers import served_parsers, supports_tools
 from tandem.engine.vllm.start_errors import explain_start_error
 from tandem.engine.vllm.wording import simplify_field
@@ -90,7 +89,7 @@ VLLM = EngineDescriptor(
     serves=serves,
     create=create,
     validate=validate,
-    unsupported_shape=unsupported_shape,
+    unsupported_shape=resources.unsupported_shape,
     model_features=model_features,
     explain_start_error=explain_start_error,
     resources=Resources(
