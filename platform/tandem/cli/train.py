@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -234,16 +234,21 @@ def logs_command(
         found = _client_of(job)
         if found is None or found[0].state(found[1]) is None:
             # Its cluster is gone and took the log along; the events are in the folder.
-            for event in job.events():
-                typer.echo(json.dumps(event) if as_json else log_line(event))
+            for values in job.events():
+                _print_event(values, as_json)
             return
         client, submission = found
         for line in client.follow(submission) if follow_it else client.log_lines(submission):
-            event_of_line = events.decode(line)
-            if event_of_line is not None:
-                typer.echo(json.dumps(event_of_line) if as_json else log_line(event_of_line))
+            if (values_of_line := events.decode(line)) is not None:
+                _print_event(values_of_line, as_json)
             elif not as_json:
                 typer.echo(line)
+
+
+def _print_event(values: dict[str, Any], as_json: bool) -> None:
+    """Print an event in words; as JSON if that is asked for, or if this release does not know its kind."""
+    event = None if as_json else events.from_json(values)
+    typer.echo(json.dumps(values) if event is None else log_line(event))
 
 
 @train_app.command("stop")

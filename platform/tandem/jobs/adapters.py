@@ -128,6 +128,6 @@ def _of_job(source: str, base: str | None) -> tuple[Path, str | None, dict[str, 
         raise RegistryError(f"The job {job.id} made a model, not an adapter.")
     return (
         job.export,
-        base or end.get("base") or config.model.base,
-        {"job": job.id, "steps": config.steps, "loss": end.get("loss")},
+        base or end.base or config.model.base,
+        {"job": job.id, "steps": config.steps, "loss": end.loss},
     )

@@ -383,6 +383,12 @@ def decode(line: str) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and "event" in event else None
 
 
+def decode_event(line: str) -> Event | None:
+    """The event in a log line; None if the line holds none, or one of a kind that this release does not know."""
+    values = decode(line)
+    return None if values is None else from_json(values)
+
+
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of the events in a file of JSON lines; a half-written last line is left out."""
     if not path.exists():

@@ -91,7 +91,7 @@ class Session:
         end = job.finished()
         if end is None:
             raise JobError(f"{job.id} has no result in {job.export}.")
-        return str(end["model"] or job.export)
+        return str(end.model or job.export)
 
     @property
     def adapters(self) -> Adapters:

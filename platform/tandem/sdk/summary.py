@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
 from rich.markup import escape
@@ -13,10 +11,11 @@ from rich.markup import escape
 from tandem.cluster.local import Cluster, connect
 from tandem.cluster.machine import gpus
 from tandem.config import AUTO_ENGINE, ServeConfig
-from tandem.engine.engines import select_engine
+from tandem.engine.engines import select_engine, unsupported_shape
 from tandem.errors import TandemError
 from tandem.ids import split_version
 from tandem.jobs.folder import JobFolder
+from tandem.observability.events import Finished
 from tandem.registry import find_base
 from tandem.sdk.console import console
 from tandem.sdk.progress import duration
@@ -38,8 +37,8 @@ class RunningApp:
 
 def print_result(job: JobFolder, cluster: Cluster | None = None) -> None:
     """Print the summary of a finished job; `cluster`: where an app may be up, else the one of this home or RAY_ADDRESS."""
-    end = job.finished() or {}
-    model = end.get("model")
+    end = job.finished() or Finished()
+    model = end.model
     console.print(
         f"  [green]✓[/] [bold]{escape(model or 'not registered')}[/] in {escape(str(job.export))}", soft_wrap=True
     )
@@ -50,16 +49,16 @@ def print_result(job: JobFolder, cluster: Cluster | None = None) -> None:
         hints = []
         console.print(f"  [dim]·[/] [yellow]vLLM cannot serve it on this machine.[/] {escape(reason)}", soft_wrap=True)
     else:
-        hints = commands(end, _running_app(str(end["model"]), cluster) if model else None)
+        hints = commands(end, _running_app(model, cluster) if model else None)
     for what, value in (*rows, *hints):
         console.print(f"  [dim]·[/] {what}: [cyan]{escape(value)}[/]", soft_wrap=True)
 
 
-def unserved_reason(job: JobFolder, end: Mapping[str, Any]) -> str | None:
+def unserved_reason(job: JobFolder, end: Finished) -> str | None:
     """The reason why the engine of a job's result cannot serve it on this machine; None: no reason is known."""
     try:
-        folder = find_base(str(end["base"])).path if end.get("base") else job.export
-        return select_engine(AUTO_ENGINE, folder).unsupported_shape(folder, float(len(gpus())))
+        folder = find_base(end.base).path if end.base else job.export
+        return unsupported_shape(select_engine(AUTO_ENGINE, folder), folder, float(len(gpus())))
     except TandemError:
         return None
 
@@ -86,31 +85,30 @@ def _answers(url: str, model: str) -> bool:
         return False
 
 
-def result_figures(end: Mapping[str, Any]) -> str:
-    """Loss, evaluation, tokens and time of a `finished` event; what it lacks is left out."""
+def result_figures(end: Finished) -> str:
+    """Loss, evaluation, tokens and time of a finished job, as far as the event has them."""
     parts = []
-    if (loss := end.get("loss")) is not None:
-        parts.append(f"loss {loss:.3f}")
-    if evaluation := end.get("evaluation"):
+    if end.loss is not None:
+        parts.append(f"loss {end.loss:.3f}")
+    if evaluation := end.evaluation:
         perplexity = f" (perplexity {evaluation['perplexity']:.4g})" if "perplexity" in evaluation else ""
         parts.append(f"evaluation {evaluation['loss']:.3f}{perplexity}")
-    if tokens := end.get("tokens"):
-        parts.append(f"{tokens:,} tokens")
-    if (seconds := end.get("seconds")) is not None:
-        parts.append(duration(seconds))
+    if end.tokens:
+        parts.append(f"{end.tokens:,} tokens")
+    if end.seconds is not None:
+        parts.append(duration(end.seconds))
     return ", ".join(parts)
 
 
-def commands(end: Mapping[str, Any], app: RunningApp | None = None) -> list[tuple[str, str]]:
-    """The commands that serve and query the model of a `finished` event; none for one that is not registered.
+def commands(end: Finished, app: RunningApp | None = None) -> list[tuple[str, str]]:
+    """The commands that serve and query a finished job's model; none for one that is not registered.
 
     `app`: the app that is up. One that answers for the model already needs no change; another one is changed, not started.
     """
-    model, base = end.get("model"), end.get("base")
-    if not model:
+    if not end.model:
         return []
-    name = split_version(str(model))[0]
-    if end.get("dora"):
+    name = split_version(end.model)[0]
+    if end.dora:
         merged = f"{name}-merged"
         return [
             ("merge it", f"tandem models merge {name} {merged}"),
@@ -119,7 +117,7 @@ def commands(end: Mapping[str, Any], app: RunningApp | None = None) -> list[tupl
         ]
     if app is not None and app.answers:
         return [(f"{app.url} answers for it already; ask it", f"tandem chat --model {name}")]
-    return [("serve it", _serve_command(str(base or name), app)), ("ask it", f"tandem chat --model {name}")]
+    return [("serve it", _serve_command(end.base or name, app)), ("ask it", f"tandem chat --model {name}")]
 
 
 def _serve_command(model: str, app: RunningApp | None) -> str:

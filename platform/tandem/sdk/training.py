@@ -9,6 +9,7 @@ from tandem.config import TrainConfig, worker_counts
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.prepare import prepare
+from tandem.observability.events import Failed
 from tandem.sdk.cluster import check_gpus, open_cluster, uninterrupted
 from tandem.sdk.console import INTERRUPTED, console
 from tandem.sdk.progress import JobView
@@ -77,10 +78,8 @@ def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobVie
     if client.state(submission) is JobState.STOPPED:
         console.print(f"[yellow]{job.id} was stopped.[/] The same command goes on from its newest checkpoint.")
         return
-    end = view.ended or job.last("failed")
-    reason = (
-        str(end["error"]) if end and "error" in end else "\n".join(view.other_lines[-15:]) or client.message(submission)
-    )
+    end = view.ended or job.last(Failed)
+    reason = end.error if isinstance(end, Failed) else "\n".join(view.other_lines[-15:]) or client.message(submission)
     console.print(f"[bold red]{job.id} failed:[/] {escape(reason)}", soft_wrap=True)
     console.print(
         f"`tandem train logs {job.id}` shows all of its log; the same command tries again from the newest checkpoint."

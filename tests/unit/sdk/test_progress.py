@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -52,7 +53,7 @@ def test_a_restart_is_said_with_its_reason() -> None:
 def test_the_closing_event_is_kept_and_other_lines_are_remembered() -> None:
     _, view = shown(STARTED, "Traceback: x", events.encode({"event": "failed", "error": "disk full"}))
     assert view.ended is not None
-    assert view.ended["error"] == "disk full"
+    assert view.ended == events.Failed(error="disk full", time=view.ended.time)
     assert view.other_lines == ["Traceback: x"]
 
 
@@ -95,11 +96,15 @@ def test_an_evaluation_and_a_notice_get_a_line() -> None:
 
 def test_the_time_to_finish_follows_the_jobs_own_clock() -> None:
     pace = Pace()
-    assert pace.left_s({"step": 10, "steps": 100, "seconds": 5.0}) is None
-    assert pace.left_s({"step": 20, "steps": 100, "seconds": 25.0}) == pytest.approx(160)
-    assert pace.left_s({"step": 15, "steps": 100, "seconds": 1.0}) is None, "after a restart there is no pace yet"
-    assert pace.left_s({"step": 16, "steps": 100, "seconds": 2.0}) == pytest.approx(84)
-    assert pace.left_s({"step": 100, "steps": 100, "seconds": 90.0}) == 0
+
+    def remaining_s(step: int, seconds: float) -> float | None:
+        return pace.remaining_s(events.Step(step=step, steps=100, seconds=seconds))
+
+    assert remaining_s(10, 5.0) is None
+    assert remaining_s(20, 25.0) == pytest.approx(160)
+    assert remaining_s(15, 1.0) is None, "after a restart there is no pace yet"
+    assert remaining_s(16, 2.0) == pytest.approx(84)
+    assert remaining_s(100, 90.0) == 0
 
 
 @pytest.mark.parametrize(
@@ -126,15 +131,23 @@ def test_a_line_in_a_file_is_not_broken_at_80_columns() -> None:
         ({"event": "failed", "error": "no [space] left"}, "failed: no [space] left"),
         ({"event": "notice", "message": "a [notice]"}, "a [notice]"),
         ({"event": "left", "step": 7}, "left: step 7"),
+        ({"event": "finished", "loss": 1.5, "steps": 7, "seconds": 3.0}, "loss 1.500 after 7 steps, 3 s"),
     ],
 )
 def test_an_event_in_a_log_is_a_line_in_words_with_its_time(event: dict[str, object], said: str) -> None:
-    line = log_line({**event, "time": 0.0})
+    typed = events.from_json({**event, "time": 0.0})
+    assert typed is not None
+    line = log_line(typed)
     assert re.match(r"19(70|69)-\d\d-\d\d \d\d:\d\d:\d\d  ", line)
     assert line[21:].startswith(said)
 
 
 def test_workers_on_several_nodes_are_said() -> None:
-    started = {"event": "started", "workers": 4, "layout": "fsdp2", "parameters": 10}
-    assert "4 workers on 2 nodes, fsdp2" in str(event_sentence({**started, "nodes": 2}))
-    assert "4 workers, fsdp2" in str(event_sentence({**started, "nodes": 1}))
+    started = events.Started(workers=4, layout="fsdp2", parameters=10, nodes=2)
+    assert "4 workers on 2 nodes, fsdp2" in str(event_sentence(started))
+    assert "4 workers, fsdp2" in str(event_sentence(replace(started, nodes=1)))
+
+
+def test_an_event_of_a_kind_that_this_release_does_not_know_is_not_shown_as_output() -> None:
+    text, view = shown(STARTED, events.encode({"event": "moved", "to": "mars"}))
+    assert "mars" not in text and view.other_lines == []
