@@ -15,7 +15,7 @@ from commands import REPOSITORY, cluster_mark, cluster_record, gone, run, starte
 from tandem.cluster.local import LocalCluster
 
 TINY = [
-    "--set=steps=4", "--set=batch_size=4", "--set=model.hidden_size=32", "--set=model.num_layers=2", "--set=model.num_heads=2",
+    "--set=steps=4", "--set=batch_size=4", "--set=model.hidden_size=32", "--set=model.num_layers=2", "--set=model.num_heads=1",
     "--set=model.num_kv_heads=1", "--set=model.intermediate_size=64", "--set=data.sequence_length=64", "--set=log_every=1",
 ]  # fmt: skip
 

@@ -28,7 +28,7 @@ def config(session_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     build_dataset(str(folder / "texts.jsonl"), session_home / "data" / "sweep-text", vocab_size=300)
     path = folder / "config.yaml"
-    shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 64}
+    shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "intermediate_size": 64}
     path.write_text(
         yaml.safe_dump(
             {

@@ -23,17 +23,8 @@ from tandem.config.training.sweep import METRICS, parse_parameter, plan_trials
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, prepare_sweep, score, stop_sweep
-from tandem.observability.events import (
-    Evaluated,
-    Failed,
-    Step,
-    SweepFinished,
-    SweepStarted,
-    TrialReported,
-    decode,
-    from_json,
-    to_json,
-)
+from tandem.observability.codec import decode, from_json, to_json
+from tandem.observability.events import Evaluated, Failed, Step, SweepFinished, SweepStarted, TrialReported
 from tandem.sdk.cluster import open_cluster, uninterrupted
 from tandem.sdk.console import INTERRUPTED, console
 from tandem.sdk.summary import print_result
@@ -61,7 +52,7 @@ def sweep_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random: the same seed gives the same trials.")] = 0,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the sweep goes on.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the sweep continues.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Print the log as it is instead of a table.")] = False,
 ) -> None:
     """Try values for keys of a config, each as a job of its own; the best model is registered under the config's name."""
@@ -105,18 +96,18 @@ def follow_sweep(cluster: Cluster, sweep: SweepFolder, *, raw: bool = False) -> 
             if not isinstance(left, KeyboardInterrupt | SystemExit):
                 raise
             if not cluster.owned:
-                console.print(f"\nThe sweep goes on. `tandem train stop {sweep.id}` ends it.")
+                console.print(f"\nThe sweep continues. `tandem train stop {sweep.id}` ends it.")
                 return INTERRUPTED
             with uninterrupted():
                 stop_sweep(client, sweep, timeout_s=10)
-            console.print("\nStopped. The same command goes on with the trials that are not finished.")
+            console.print("\nStopped. The same command resumes with the trials that are not finished.")
             raise
     status = client.exit_status(submission)
     if status == 0 and (end := sweep.swept()):
         say_swept(sweep, end, table=raw or not console.is_terminal)
     elif client.state(submission) is JobState.STOPPED:
         console.print(
-            f"[yellow]{sweep.id} was stopped.[/] The same command goes on with the trials that are not finished."
+            f"[yellow]{sweep.id} was stopped.[/] The same command resumes with the trials that are not finished."
         )
     elif status != 0:
         failed = sweep.last(Failed)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import JobError, did_you_mean
 from tandem.jobs.status import fold_events
-from tandem.observability import events
+from tandem.observability import codec
 from tandem.observability.events import Event, Failed, Finished, Started, Step, Stopped
 from tandem.settings import settings
 from tandem.storage import write_atomic
@@ -90,11 +90,11 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """The JSON objects of all events so far, oldest first."""
-        return list(events.read(self.path / "events.jsonl"))
+        return list(codec.read(self.path / "events.jsonl"))
 
     def typed_events(self) -> list[Event]:
         """All events so far, oldest first, of the kinds that this release knows."""
-        return list(events.read_events(self.path / "events.jsonl"))
+        return list(codec.read_events(self.path / "events.jsonl"))
 
     def last(self, *kinds: type[E]) -> E | None:
         """The newest event of one of these kinds."""

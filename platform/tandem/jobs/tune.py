@@ -26,6 +26,7 @@ from tandem.errors import ClusterError, JobError, TandemError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, score, stop_trials, trials_at_once
+from tandem.observability.codec import decode_event, to_json
 from tandem.observability.events import (
     Evaluated,
     Event,
@@ -37,8 +38,6 @@ from tandem.observability.events import (
     SweepFinished,
     SweepStarted,
     TrialReported,
-    decode_event,
-    to_json,
 )
 from tandem.observability.journal import Journal
 from tandem.settings import export as export_variables

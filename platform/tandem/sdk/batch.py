@@ -73,7 +73,7 @@ def run_batch(
     try:
         summary = _run(config, run)
     except (KeyboardInterrupt, SystemExit):
-        console.print("\nStopped. The same command goes on where it was.")
+        console.print("\nStopped. The same command resumes where it stopped.")
         raise
     _say(summary)
     return summary

@@ -71,7 +71,8 @@ class LLM(RemoteLLM):
     ) -> tuple[str, str]:
         """The URL of a server that knows the model, and the model's name there."""
         # Imported here: a client of a server elsewhere needs neither Ray nor a registry.
-        from tandem.cluster.local import connect, free_ports
+        from tandem.cluster.local import connect
+        from tandem.cluster.ports import free_ports
         from tandem.config import ServeConfig, ServedModelConfig
         from tandem.registry import Registry, called, find_model
         from tandem.sdk.serving import app_url
@@ -86,13 +87,13 @@ class LLM(RemoteLLM):
                     "End it with `tandem serve down`, or leave them out."
                 )
             return url, called(model, registry)
-        found = find_model(model, registry)
-        if isinstance(found, Path):
-            served_as, name, base = found.name, found.name, str(found)
+        source = find_model(model, registry)
+        if isinstance(source, Path):
+            served_as, name, base = source.name, source.name, str(source)
         else:
             # An adapter answers with its base. What was named by an id is called by it.
-            served_as, base = None, str(found.base) if found.kind == "adapter" else found.id
-            name = model if model in (found.name, found.id) else found.id
+            served_as, base = None, str(source.base) if source.kind == "adapter" else source.id
+            name = model if model in (source.name, source.id) else source.id
         served = ServedModelConfig(
             model=base,
             name=served_as,

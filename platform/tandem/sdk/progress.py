@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
+from tandem.observability.codec import decode, from_json, to_json
 from tandem.observability.events import (
     CheckpointSaved,
     Evaluated,
@@ -30,9 +31,6 @@ from tandem.observability.events import (
     Step,
     StepSkipped,
     Stopped,
-    decode,
-    from_json,
-    to_json,
 )
 
 NOISE_KEPT = 200

@@ -51,13 +51,13 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
                 raise
             if not cluster.owned:
                 console.print(
-                    f"\nThe job goes on. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it."
+                    f"\nThe job continues. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it."
                 )
                 return INTERRUPTED
             with uninterrupted():
                 client.stop(_newest(job, submission), timeout_s=10)
                 job.mark_stopped()
-            console.print("\nStopped. The same command goes on from the newest checkpoint.")
+            console.print("\nStopped. The same command resumes from the newest checkpoint.")
             raise
     submission = _newest(job, submission)
     status = client.exit_status(submission)
@@ -76,7 +76,7 @@ def _newest(job: JobFolder, submission: str) -> str:
 
 def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobView) -> None:
     if client.state(submission) is JobState.STOPPED:
-        console.print(f"[yellow]{job.id} was stopped.[/] The same command goes on from its newest checkpoint.")
+        console.print(f"[yellow]{job.id} was stopped.[/] The same command resumes from its newest checkpoint.")
         return
     end = view.ended or job.last(Failed)
     reason = end.error if isinstance(end, Failed) else "\n".join(view.other_lines[-15:]) or client.message(submission)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tandem.cli.sweep import SweepView, trials_table
 from tandem.jobs.sweep import SweepPlan
-from tandem.observability import events
+from tandem.observability import codec, events
 
 PLAN = SweepPlan(
     name="m",
@@ -22,7 +22,7 @@ PLAN = SweepPlan(
 
 
 def trial(number: int, state: str, **numbers: float) -> str:
-    return events.encode({"event": "trial", "trial": number, "job": f"m-{number}", "state": state, **numbers})
+    return codec.encode({"event": "trial", "trial": number, "job": f"m-{number}", "state": state, **numbers})
 
 
 def shown(*lines: str, terminal: bool = False, raw: bool = False) -> tuple[str, SweepView]:
@@ -35,7 +35,7 @@ def shown(*lines: str, terminal: bool = False, raw: bool = False) -> tuple[str, 
 
 def test_a_line_is_said_when_a_trial_begins_or_ends_and_not_at_each_report():
     text, view = shown(
-        events.encode({"event": "sweeping", "trials": 2, "parallel": 1}),
+        codec.encode({"event": "sweeping", "trials": 2, "parallel": 1}),
         trial(1, "pending"),
         trial(1, "running", loss=3.0),
         trial(1, "running", loss=2.0),

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from tandem.cluster.local import free_ports
+from tandem.cluster.ports import free_ports
 from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
 from tandem.engine.engines import find_engine
