@@ -30,7 +30,7 @@ STORE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
 
 class EngineDiedError(EngineError):
-    """The engine cannot go on; what it was asked is not answered."""
+    """The engine died; its requests have no answers."""
 
 
 class EngineRequest(NamedTuple):

@@ -51,7 +51,7 @@ class Manifest:
             rows=survey.rows,
             rows_per_piece=survey.size.rows,
             bytes_per_piece=survey.size.bytes,
-            models=names.found,
+            models=names.resolved,
             bases=survey.bases,
         )
 
@@ -95,12 +95,12 @@ class Manifest:
             if before != now:
                 raise ConfigError(
                     f"The run in {config.output} has {key} = {before!r}, and this one {now!r}. Give it that again to "
-                    "go on, or choose another output."
+                    "resume, or choose another output."
                 )
         if config.rows_per_piece not in (None, self.rows_per_piece):
             raise ConfigError(
                 f"The run in {config.output} has rows_per_piece = {self.rows_per_piece}, and this one {config.rows_per_piece}. "
-                "Leave it out to go on, or choose another output."
+                "Leave it out to resume, or choose another output."
             )
 
     def check_input(self, now: Manifest) -> None:
