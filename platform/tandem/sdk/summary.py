@@ -47,7 +47,7 @@ def print_result(job: JobFolder, cluster: Cluster | None = None) -> None:
     rows = [("loss curve", str(job.plot))] if job.plot.exists() else []
     if reason := unserved_reason(job, end):
         hints = []
-        console.print(f"  [dim]·[/] [yellow]vLLM cannot serve it on this machine.[/] {escape(reason)}", soft_wrap=True)
+        console.print(f"  [dim]·[/] [yellow]It cannot be served on this machine.[/] {escape(reason)}", soft_wrap=True)
     else:
         hints = commands(end, _running_app(model, cluster) if model else None)
     for what, value in (*rows, *hints):
@@ -68,7 +68,7 @@ def _running_app(model: str, cluster: Cluster | None) -> RunningApp | None:
     try:
         cluster = cluster or connect()
         details = serve_details(cluster) if cluster is not None else {}
-    except (TandemError, ConnectionError, RuntimeError):
+    except (TandemError, OSError, RuntimeError):
         return None
     app = ServeConfig().app
     if app not in details.get("applications", {}):
