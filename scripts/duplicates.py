@@ -1,4 +1,4 @@
-"""Fails if two places outside the tests share ten or more lines; comments and docstrings do not count.
+"""Fails if two files outside the tests share ten or more successive lines; comments and docstrings do not count.
 
 The comparison is pylint's (`duplicate-code`), called directly: pylint itself infers the types of the whole tree first,
 which takes minutes and changes nothing here.
