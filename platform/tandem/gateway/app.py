@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.routing import Mount
 
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.gateway.admission.control import Admission, QueueMetrics
@@ -17,7 +18,7 @@ from tandem.gateway.fleet import Fleet, WatchReplicas
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
-from tandem.gateway.routes.admin import AdminRoutes
+from tandem.gateway.routes.admin import PREFIX, AdminRoutes
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
@@ -75,7 +76,7 @@ def create_app(
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config).routes(),
-            *AdminRoutes(Adapters(registry), fleet, admin, config.retry_after_s).routes(),
+            Mount(PREFIX, AdminRoutes(Adapters(registry), fleet, admin, config.retry_after_s).app()),
         ],
         lifespan=lifespan,
         exception_handlers={

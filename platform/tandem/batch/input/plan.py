@@ -32,6 +32,8 @@ class Position(NamedTuple):
     """Bytes before it, of the file unpacked; 0 in a file that is read by rows."""
     place: int = 0
     """Lines, rows or samples before it."""
+    inside: int = 0
+    """Rows before it in the same sample of a tar file, which has several if it has a .jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
