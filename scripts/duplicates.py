@@ -1,4 +1,4 @@
-"""Fails if two files outside the tests share ten or more successive lines; comments and docstrings do not count.
+"""Fails if two files outside the tests share ten or more successive lines; comments, docstrings and imports do not count.
 
 The comparison is pylint's (`duplicate-code`), called directly: pylint itself infers the types of the whole tree first,
 which takes minutes and changes nothing here.
@@ -21,7 +21,7 @@ MIN_LINES = 10
 def duplicates(folders: list[Path]) -> list[str]:
     """A description of each run of `MIN_LINES` or more lines that stands in several places below `folders`."""
     # Symilar reports what has more lines than its limit.
-    comparison = Symilar(min_lines=MIN_LINES - 1, ignore_comments=True, ignore_docstrings=True)
+    comparison = Symilar(min_lines=MIN_LINES - 1, ignore_comments=True, ignore_docstrings=True, ignore_imports=True)
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         with path.open(encoding="utf-8") as file:
             comparison.append_stream(str(path), file)
