@@ -46,11 +46,12 @@ test: setup ## The tests that run before every change (under 20 minutes on 2 cor
 test-all: setup ## All tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-check: setup docs ## Lint, types, imports, documentation
+check: setup docs ## Lint, types, imports, duplicated code, documentation
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python scripts/duplicates.py
 
 docs: setup ## Build the documentation site into site/; a broken link or a missing reference fails
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +180,18 @@ def gateway_routes() -> set[tuple[str, tuple[str, ...]]]:
     """Paths and methods of the gateway's app."""
     gateway = create_app(models=(), watch=None, registry=None)  # type: ignore[arg-type] # only its list of routes is read
     return {
-        (route.path, tuple(sorted((route.methods or {"GET"}) - {"HEAD"})))
-        for route in gateway.routes
-        if hasattr(route, "methods")
+        (prefix + route.path, tuple(sorted((route.methods or {"GET"}) - {"HEAD"})))
+        for prefix, route in routes_below(gateway.routes)
     }
+
+
+def routes_below(routes: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The routes, and those of mounted apps with the path that they are mounted at."""
+    for route in routes:
+        if hasattr(route, "methods"):
+            yield prefix, route
+        else:
+            yield from routes_below(getattr(route, "routes", ()), prefix + getattr(route, "path", ""))
 
 
 def adr_page() -> str:

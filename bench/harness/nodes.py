@@ -25,7 +25,7 @@ class Node:
 
     def start(self) -> None:
         """Join the cluster."""
-        from tandem.cluster.local import free_ports
+        from tandem.cluster.ports import free_ports
         from tandem.settings import child_environment
 
         ports = free_ports(2)
@@ -45,7 +45,7 @@ class Node:
 
     def processes(self) -> list[psutil.Process]:
         """All that runs there."""
-        from tandem.cluster.local import marked
+        from tandem.cluster.marks import marked
 
         found = []
         for process in marked(self._cluster.mark):

@@ -437,7 +437,7 @@ class Simulation:
 
 def reading() -> list[dict[str, Any]]:
     """How long it takes to see how the text of a request begins; the router is not asked here."""
-    served = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base"))
+    served = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))
     target = ResolvedModel(base=served, adapter=AdapterRef(id="red@1", path="/red"))
     turn = "what a person may say in a turn of a conversation "
     bodies: dict[str, dict[str, Any]] = {

@@ -29,6 +29,7 @@ import uvloop
 from bench.harness.options import options_parser
 from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
 from bench.serving.adapters_app import RANK, SLOTS, App, register_many, serving, write_adapter
+from tandem.observability.events import Failed, Finished, Step
 
 COLD_MS, SHARE, TRAINED_S = 150.0, 0.8, 2.0
 """The bars."""
@@ -166,17 +167,17 @@ async def training(app: App, cluster: Any, rounds: int) -> list[dict[str, Any]]:
             await asyncio.sleep(0.02)
         results.append(found)
         print(f"training {number}: {found['seconds']:.2f} s from the last step to the first token", flush=True)
-        while job.last("finished", "failed") is None:
+        while job.last(Finished, Failed) is None:
             await asyncio.sleep(0.2)
     return results
 
 
 async def ask_until(app: App, name: str, job: Any) -> dict[str, Any] | None:
     """The figures of a job once its adapter answered; None if it does not yet."""
-    if (failed := job.last("failed")) is not None:
-        raise RuntimeError(failed["error"])
-    step = job.last("step")
-    if step is None or step["step"] < step["steps"]:
+    if (failed := job.last(Failed)) is not None:
+        raise RuntimeError(failed.error)
+    step = job.last(Step)
+    if step is None or step.step < step.steps:
         return None
     try:
         first = await app.first_token_ms(name)

@@ -76,7 +76,8 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
 
     with tempfile.TemporaryDirectory(prefix="tc-", dir="/tmp") as place:
         settings.export({"TANDEM_HOME": place, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, override=True)
-        from tandem.cluster.local import free_ports, local_cluster
+        from tandem.cluster.local import local_cluster
+        from tandem.cluster.ports import free_ports
 
         model: dict[str, Any] = {
             "model": "echo", "name": "tiny", "engine": "echo", "engine_args": {"delay_s": 0.05, "max_length": 512},

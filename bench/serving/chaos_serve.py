@@ -179,7 +179,7 @@ class Chaos:
         process.kill()
 
     def _cluster_processes(self) -> list[psutil.Process]:
-        from tandem.cluster.local import marked
+        from tandem.cluster.marks import marked
 
         # A haproxy that gave its listeners to the next one is none of the app's parts any more.
         found = sorted(marked(self._cluster.mark), key=lambda p: p.create_time())

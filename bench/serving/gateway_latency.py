@@ -190,7 +190,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.seconds = 1, 2.0
-    from tandem.cluster.local import free_ports
+    from tandem.cluster.ports import free_ports
 
     with app(free_ports(1)[0]) as (engine, front):
         for server in (engine, front):

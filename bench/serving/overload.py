@@ -128,7 +128,9 @@ def hindered(idle: dict[str, Any]) -> Verdict:
 def app(engine: str) -> Iterator[App]:
     """One replica, served as `tandem serve up` serves it."""
     from tandem import settings
-    from tandem.cluster.local import free_ports, local_cluster, marked
+    from tandem.cluster.local import local_cluster
+    from tandem.cluster.marks import marked
+    from tandem.cluster.ports import free_ports
 
     with tempfile.TemporaryDirectory() as home:
         settings.export({"TANDEM_HOME": home}, override=True)

@@ -245,7 +245,7 @@ def judged(
 
 def memory(mark: str) -> dict[str, float]:
     """MiB of each part: resident under its name, its proportional share under its name with `_pss`."""
-    from tandem.cluster.local import marked
+    from tandem.cluster.marks import marked
 
     sizes = {f"{part}{kind}": 0.0 for part in PARTS for kind in ("", "_pss")}
     for process in marked(mark):

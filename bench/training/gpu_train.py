@@ -228,10 +228,10 @@ def tandem(run: Run) -> None:
     """Tandem's own code, from the model on."""
     from tandem.config import DataConfig, OptimizerConfig, ParallelismConfig, TrainConfig
     from tandem.train.loop import LoopState, train
+    from tandem.train.model.recompute import recompute_activations
     from tandem.train.optimizer import build_optimizer
     from tandem.train.parallel.mesh import Degrees
     from tandem.train.parallel.parallelize import parallelize
-    from tandem.train.recompute import recompute_activations
 
     options, on_gpu = run.options, run.device.type == "cuda"
     config = TrainConfig(

@@ -368,12 +368,12 @@ def build(case: Case, config: Any, seed: int = 0) -> tuple[Any, Any, Any]:
     import torch
 
     from tandem.config import DpoConfig
+    from tandem.train.model.recompute import recompute_activations
     from tandem.train.objectives.dpo import Dpo, FrozenReference
     from tandem.train.objectives.objective import NextToken
     from tandem.train.parallel import deepspeed
     from tandem.train.parallel.mesh import Degrees
     from tandem.train.parallel.strategy import parallelize_for_training, parallelize_frozen
-    from tandem.train.recompute import recompute_activations
 
     cpu = torch.device("cpu")
     mesh = Degrees.of(config.parallel).mesh("cpu", case.workers)

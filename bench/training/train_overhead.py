@@ -139,7 +139,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     from tandem.data.packing import pack
     from tandem.data.shards import read_samples
     from tandem.data.tokenize import TextEncoder
-    from tandem.train.model import build_model
+    from tandem.train.model.build import build_model
 
     index = build_dataset("stdlib", folder / "data", limit=120)
     encoder = TextEncoder(str(folder / "data" / "tokenizer"))

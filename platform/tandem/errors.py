@@ -130,7 +130,7 @@ def sentence(text: str) -> str:
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'X'?` for the known name nearest to `word`, else the empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """` Did you mean 'X'?` for the known name nearest to `word`, at least `cutoff` (0 to 1) alike, else the empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""

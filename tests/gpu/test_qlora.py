@@ -18,7 +18,7 @@ from tandem.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, 
 from tandem.train.adapters.lora import add_adapters
 from tandem.train.adapters.quantize import load_nf4
 from tandem.train.loop import LoopState, train
-from tandem.train.model import count_parameters
+from tandem.train.model.build import count_parameters
 from tandem.train.optimizer import build_optimizer
 from tandem.train.parallel.mesh import Degrees
 from tandem.train.parallel.parallelize import parallelize

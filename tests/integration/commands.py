@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tandem.cluster.local import MARK, marked
+from tandem.cluster.marks import MARK, marked
 from tandem.settings import child_environment
 
 REPOSITORY = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ from objectives_world import Run, World
 from tandem.checkpoint.export import export
 from tandem.config import DeepSpeedConfig, ModelConfig
 from tandem.errors import EnvironmentProblem
+from tandem.train.model.precision import LossScaler
 from tandem.train.parallel import deepspeed
-from tandem.train.precision import LossScaler
 
 ZERO = {
     "zero 1": DeepSpeedConfig(stage=1),

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tandem.observability import events
+from tandem.observability import codec
 from tandem.settings import child_environment
 
 MODEL = {
@@ -35,7 +35,7 @@ def write_job(home: Path, name: str, **changes: Any) -> Path:
 
 def losses(job: Path) -> dict[int, float]:
     """The loss of each step; of a repeated step, the last."""
-    return {e["step"]: e["loss"] for e in events.read(job / "events.jsonl") if e["event"] == "step"}
+    return {e["step"]: e["loss"] for e in codec.read(job / "events.jsonl") if e["event"] == "step"}
 
 
 class Driver:
@@ -55,7 +55,7 @@ class Driver:
         assert self.process.stdout
         for line in self.process.stdout:
             self.lines.append(line)
-            if event := events.decode(line):
+            if event := codec.decode(line):
                 yield event
 
     def wait_for(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -8,12 +8,16 @@ import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 from small_folders import small_adapter, small_model
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from tandem.config import GatewayConfig, ServedModelConfig
 from tandem.engine.echo.engine import EchoEngine
@@ -25,6 +29,24 @@ from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.host import EngineHost
 
 BODY = {"model": "base", "prompt": "one two three"}
+
+
+class Reflecting(EchoEngine):
+    """Has every route and task; routes other than the echo engine's answer with the request's own body."""
+
+    def __init__(
+        self, names: tuple[str, ...], *, tasks: tuple[str, ...] = ("generate", "embed", "score"), **options: Any
+    ) -> None:
+        super().__init__(names, tasks=tasks, **options)
+
+    def _routes(self) -> list[BaseRoute]:
+        return [*super()._routes(), Route("/{path:path}", self._reflect, methods=["POST"])]
+
+    async def _reflect(self, request: Request) -> Response:
+        body = await request.json()
+        if not self._knows(str(body.get("model"))):
+            return JSONResponse({"error": {"message": "no such model"}}, status_code=404)
+        return JSONResponse({"object": "echo", "route": request.url.path, "request": body})
 
 
 @dataclass
@@ -73,7 +95,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         name="base",
         path="",
         max_length=64,
-        config=ServedModelConfig(model="base", max_lora_rank=16, hold_s=0.0),
+        config=ServedModelConfig(model="base", engine="vllm", max_lora_rank=16, hold_s=0.0),
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
     config = GatewayConfig(max_body_bytes=4096, connect_timeout_s=1.0, retry_after_s=7)

@@ -25,12 +25,12 @@ from tandem.checkpoint.export import export, export_tensors
 from tandem.config import ModelConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.train.adapters.lora import add_adapters
-from tandem.train.model import build_model
+from tandem.train.model.build import build_model
+from tandem.train.model.stage import TransformersForward
 from tandem.train.parallel.canonical import canonical
 from tandem.train.parallel.mesh import Degrees
 from tandem.train.parallel.sharded_load import build_empty_model, load_weights, to_meta
 from tandem.train.parallel.strategy import parallelize_for_training
-from tandem.train.stage import TransformersForward
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -35,14 +35,14 @@ from tandem.data.tokenize import TextEncoder
 from tandem.train.adapters.lora import add_adapters
 from tandem.train.ema import Ema
 from tandem.train.loop import LoopState, StepReport, train
-from tandem.train.model import build_model
+from tandem.train.model.build import build_model
+from tandem.train.model.precision import LossScaler
+from tandem.train.model.recompute import recompute_activations
 from tandem.train.objectives.dpo import AdapterDisabledReference, Dpo, FrozenReference
 from tandem.train.objectives.evaluate import evaluate
 from tandem.train.objectives.objective import NextToken, Objective
 from tandem.train.parallel.mesh import Degrees
 from tandem.train.parallel.strategy import parallelize_for_training, parallelize_frozen
-from tandem.train.precision import LossScaler
-from tandem.train.recompute import recompute_activations
 
 STEPS = 5
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from gateway_world import Reflecting
 from starlette.applications import Starlette
 from starlette.responses import Response
 
@@ -27,7 +28,7 @@ from tandem.serve.replica.host import EngineHost
 ROUTE = "/v1/completions"
 
 
-class Listening(EchoEngine):
+class Listening(Reflecting):
     """An echo that knows in which order it was asked."""
 
     def __init__(self, **options: Any) -> None:
@@ -60,7 +61,7 @@ class Mortal(Listening):
         async for event in super()._stream(head, tokens, usage, chat=chat):
             yield event
 
-    async def _other(self, request: Any) -> Any:
+    async def _reflect(self, request: Any) -> Any:
         self.asked.append("other")
         if len(self.asked) >= self._light_calls:
             self.die()
@@ -134,7 +135,9 @@ async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **m
     async def watch(version: int) -> Snapshot:
         return await watched[0].watch(version)
 
-    served = ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base", **model))
+    served = ServedModel(
+        id="base", name="base", path="", config=ServedModelConfig(**{"model": "base", "engine": "vllm", **model})
+    )
     app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"), config=gateway)
     sock = socket.create_server(("127.0.0.1", 0))
     http = httpx.AsyncClient(

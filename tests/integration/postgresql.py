@@ -17,7 +17,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tandem.cluster.local import free_ports
+from tandem.cluster.ports import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 USER = "tandem"

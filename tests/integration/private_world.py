@@ -26,7 +26,8 @@ import grpc
 import httpx
 import psutil
 
-from tandem.cluster.local import MARK, free_ports, marked
+from tandem.cluster.marks import MARK, marked
+from tandem.cluster.ports import free_ports
 from tandem.settings import child_environment
 
 CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x00020000, 0x1000, 0x4000, 1 << 18

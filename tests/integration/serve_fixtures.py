@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from tandem.cluster.local import free_ports
+from tandem.cluster.ports import free_ports
 
 MAX_LENGTH = 2048
 ADMIN_TOKEN = "operator"

@@ -145,7 +145,7 @@ def test_a_worker_that_cannot_stay_alive_ends_the_run_with_the_reason(cluster: L
         assert running.process.wait(90) == 1
     said = running.text()
     assert "A replica of parrot died once; max_failures is 0. At last: it was killed" in said
-    assert "the same command goes on" in said and "Traceback" not in said and "Deprecat" not in said
+    assert "the same command resumes" in said and "Traceback" not in said and "Deprecat" not in said
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_run_with_the_engines_words(

@@ -15,7 +15,7 @@ from commands import REPOSITORY, cluster_mark, cluster_record, gone, run, starte
 from tandem.cluster.local import LocalCluster
 
 TINY = [
-    "--set=steps=4", "--set=batch_size=4", "--set=model.hidden_size=32", "--set=model.num_layers=2", "--set=model.num_heads=2",
+    "--set=steps=4", "--set=batch_size=4", "--set=model.hidden_size=32", "--set=model.num_layers=2", "--set=model.num_heads=1",
     "--set=model.num_kv_heads=1", "--set=model.intermediate_size=64", "--set=data.sequence_length=64", "--set=log_every=1",
 ]  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_a_job_that_fails_gives_its_exit_status_and_its_reason(
         (["--set=optimizer.learnin_rate=1"], "Did you mean 'learning_rate'"),
         (["--set=batch_size=three"], "batch_size is 'three' (str); it must be a whole number"),
         (["--set=parallel.workers=3", "--set=batch_size=4"], "The nearest that works is 3"),
-        (["--set=data.path=cli-txt"], "No dataset at"),
+        (["--set=data.path=cli-txt"], "No dataset 'cli-txt': there is neither"),
     ],
 )
 def test_a_wrong_config_is_refused_at_once(session_home: Path, arguments: list[str], said: str) -> None:

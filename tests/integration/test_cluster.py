@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from commands import cluster_mark, cluster_record, gone
 
-from tandem.cluster.local import marked
+from tandem.cluster.marks import marked
 from tandem.settings import child_environment
 
 OWNER = """

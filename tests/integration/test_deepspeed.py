@@ -14,7 +14,7 @@ from objectives_world import SHAPE
 from worlds import alike, result, run_worlds
 
 from tandem.data.tokenize import TextEncoder
-from tandem.train.model import build_model
+from tandem.train.model.build import build_model
 from tandem.train.objectives.objective import NextToken
 
 STAGES = ("zero 1", "zero 2", "zero 3")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from documentation import PAGES, REPOSITORY, Block, blocks
 
-from tandem.cluster.local import free_ports
+from tandem.cluster.ports import free_ports
 from tandem.settings import child_environment
 
 TIMEOUT_S = 900

@@ -26,7 +26,7 @@ from tandem.data.build import build_dataset
 from tandem.data.tokenize import TextEncoder
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
-from tandem.observability import events
+from tandem.observability import codec
 from tandem.settings import child_environment
 
 STEPS, EVERY = 80, 10
@@ -92,7 +92,7 @@ def as_undisturbed(driver: Driver, undisturbed: dict[int, float]) -> list[dict[s
     found = losses(driver.job)
     assert sorted(found) == list(range(1, STEPS + 1))
     assert found == pytest.approx(undisturbed, abs=1e-5)
-    return list(events.read(driver.job / "events.jsonl"))
+    return list(codec.read(driver.job / "events.jsonl"))
 
 
 def past_a_checkpoint(driver: Driver) -> None:
@@ -353,7 +353,7 @@ def test_nonfinite_steps_are_skipped_and_too_many_in_a_row_end_the_run(
     driver = run("not-finite", model={"base": str(base)}, steps=20, faults={"max_nonfinite": 20})
     status, _ = driver.end()
     assert status == 0, "".join(driver.lines[-60:])
-    found = list(events.read(driver.job / "events.jsonl"))
+    found = list(codec.read(driver.job / "events.jsonl"))
     skipped = [e for e in found if e["event"] == "skipped"]
     assert 0 < len(skipped) < 20
     assert all(e["rows"] == 4 and e["first"] == 4 * (e["step"] - 1) and e["suspects"] for e in skipped)
@@ -386,7 +386,7 @@ def test_a_loss_spike_rolls_back_and_skips_its_rows(home: Path, run: Callable[..
     )
     status, _ = driver.end()
     assert status == 0, "".join(driver.lines[-60:])
-    found = list(events.read(driver.job / "events.jsonl"))
+    found = list(codec.read(driver.job / "events.jsonl"))
     back = [e for e in found if e["event"] == "rollback"]
     assert back and all(e["step"] % EVERY == 0 and e["step"] < e["from"] for e in back)
     assert all(e["loss"] > 1.5 * e["median"] for e in back)
@@ -417,7 +417,7 @@ def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_back(
         timeout=400,
     )
     said = result.stdout + result.stderr[-3000:]
-    found = list(events.read(home / "jobs" / name / "events.jsonl"))
+    found = list(codec.read(home / "jobs" / name / "events.jsonl"))
     assert found[-1]["event"] == "finished", said
     assert [(e["from"], e["to"]) for e in found if e["event"] == "resized"] == resized, said
     assert [e["kind"] for e in found if e["event"] == "fault"] == faults, said

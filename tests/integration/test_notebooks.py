@@ -9,7 +9,8 @@ import pytest
 from commands import REPOSITORY
 from nbclient import NotebookClient
 
-from tandem.cluster.local import LocalCluster, free_ports
+from tandem.cluster.local import LocalCluster
+from tandem.cluster.ports import free_ports
 
 SHORT = """PRETRAIN = ["steps=4", "checkpoint.every_steps=0"]
 FINE_TUNE = ["steps=4", "checkpoint.every_steps=0"]

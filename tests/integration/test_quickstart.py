@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import cluster_mark, cluster_record, gone, started, tandem
 
-from tandem.cluster.local import free_ports
+from tandem.cluster.ports import free_ports
 
 
 def test_a_busy_port_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -313,3 +313,18 @@ EXAMPLES = [
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_python_examples_of_the_documentation_run_as_written(served: Served, number: int) -> None:
     exec(EXAMPLES[number].replace("http://127.0.0.1:8000", served.url).replace("my-adapter", "red"), {})
+
+
+def test_a_response_has_its_request_id_once_under_each_sdks_header(served: Served) -> None:
+    for path, body in (
+        ("messages", {"model": "tiny", "messages": TALK, "max_tokens": 2}),
+        ("chat/completions", {"model": "tiny", "messages": TALK, "max_tokens": 2}),
+        ("messages", {"model": "tiny", "messages": TALK}),
+        ("chat/completions", {"model": "nobody", "messages": TALK}),
+    ):
+        answer = httpx.post(f"{served.url}/v1/{path}", json=body, timeout=60)
+        ids = sorted((name, value) for name, value in answer.headers.multi_items() if name.endswith("request-id"))
+        assert [name for name, _ in ids] == ["request-id", "x-request-id"], (path, answer.status_code, ids)
+        assert ids[0][1] == ids[1][1]
+    with pytest.raises(openai.BadRequestError, match="`messages` is missing or null"):
+        served.client().post("/chat/completions", body={"model": "tiny", "messages": None}, cast_to=object)

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from serve_fixtures import Served
 
-from tandem.cluster.local import LocalCluster, marked
+from tandem.cluster.local import LocalCluster
+from tandem.cluster.marks import marked
 
 CONNECTIONS = 512
 READERS, ANSWER_MB = 12, 48

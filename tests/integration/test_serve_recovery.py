@@ -16,7 +16,7 @@ import psutil
 import pytest
 from serve_fixtures import Served, process_of
 
-from tandem.cluster.local import marked
+from tandem.cluster.marks import marked
 
 WORDS = 40
 DELAY_S = 0.1

@@ -16,6 +16,7 @@ from tandem.data.build import build_dataset
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobState
 from tandem.jobs.sweep import SweepFolder, sweep_folders
+from tandem.observability.events import Finished, Step
 from tandem.registry import Registry
 
 
@@ -27,7 +28,7 @@ def config(session_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     build_dataset(str(folder / "texts.jsonl"), session_home / "data" / "sweep-text", vocab_size=300)
     path = folder / "config.yaml"
-    shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 64}
+    shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "intermediate_size": 64}
     path.write_text(
         yaml.safe_dump(
             {
@@ -62,9 +63,9 @@ def test_two_trials_run_as_jobs_and_the_better_one_is_registered_under_the_confi
     found = newest()
     good, bad = found.jobs()
     assert good.finished() and bad.finished()
-    losses = [job.last("step")["loss"] for job in (good, bad)]
+    losses = [job.last(Step).loss for job in (good, bad)]
     assert losses[0] < losses[1] - 0.3
-    assert bad.last("finished")["model"] is None, "a trial that did not win is not registered"
+    assert bad.last(Finished).model is None, "a trial that did not win is not registered"
     registry = Registry.open()
     assert [r.id for r in registry.list(all_versions=True) if r.name.startswith("swept")] == ["swept@1"]
     record = registry.resolve("swept")
@@ -127,7 +128,7 @@ def test_a_stopped_sweep_leaves_no_trial_running(
     client = JobClient(cluster)
     with started(command, home=session_home, log=tmp_path / "log", PYTHONUNBUFFERED="1") as running:
         running.wait_for(
-            lambda: any(job.last("step") for job in newest().jobs()) if newest().id.startswith("long") else False
+            lambda: any(job.last(Step) for job in newest().jobs()) if newest().id.startswith("long") else False
         )
         assert running.interrupt(signal.SIGINT) == 130, "the cluster is not the command's own: it lets go"
     found = newest()

@@ -15,7 +15,7 @@ from drivers import MODEL, Driver
 from tandem.checkpoint import folders
 from tandem.cluster.local import LocalCluster
 from tandem.data.build import build_dataset
-from tandem.observability import events
+from tandem.observability import codec
 from tandem.registry import Registry
 
 
@@ -67,7 +67,7 @@ def run(home: Path, ray_cluster: LocalCluster) -> Iterator[Callable[..., Driver]
 
 def losses(home: Path, name: str) -> dict[int, float]:
     """The loss of each step of a job; of a repeated step, the last."""
-    return {e["step"]: e["loss"] for e in events.read(home / "jobs" / name / "events.jsonl") if e["event"] == "step"}
+    return {e["step"]: e["loss"] for e in codec.read(home / "jobs" / name / "events.jsonl") if e["event"] == "step"}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def base(home: Path, ray_cluster: LocalCluster) -> str:
 
 def test_pretraining_registers_a_model_and_writes_plot_and_events(home: Path, base: str):
     job = home / "jobs" / "base"
-    found = list(events.read(job / "events.jsonl"))
+    found = list(codec.read(job / "events.jsonl"))
     assert [e["event"] for e in found if e["event"] != "step"] == ["started", "checkpoint", "checkpoint", "finished"]
     assert found[0]["workers"] == 2 and found[0]["parameters"] == found[0]["trainable"] > 0
     assert found[0]["resumed_from"] is None
@@ -319,7 +319,7 @@ def test_a_full_disk_of_the_driver_is_reported(home: Path, run: Callable[..., Dr
     [
         ("many", {"parallel": {"workers": 64}, "batch_size": 64}, "64 workers of 1 CPU each"),
         ("nobase", {"model": {"base": "bse"}, "lora": {"rank": 4}}, "bse"),
-        ("nodata", {"data": {"path": "missing"}}, "No dataset at"),
+        ("nodata", {"data": {"path": "missing"}}, "No dataset 'missing': there is neither"),
         ("short", {"data": {"path": "pairs", "sequence_length": 8}}, "no usable row"),
         ("kinds", {"data": {"path": "preferences", "sequence_length": 48}}, "holds preferences"),
     ],

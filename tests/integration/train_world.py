@@ -28,10 +28,10 @@ from tandem.data.tokenize import TextEncoder
 from tandem.errors import StorageError
 from tandem.train.adapters.lora import add_adapters
 from tandem.train.loop import LoopState, StepReport, train
-from tandem.train.model import build_model
+from tandem.train.model.build import build_model
+from tandem.train.model.recompute import recompute_activations
 from tandem.train.parallel.mesh import Degrees
 from tandem.train.parallel.parallelize import parallelize
-from tandem.train.recompute import recompute_activations
 
 STEPS = 6
 

@@ -26,6 +26,24 @@ MAX_TOLD = 3
 """Wrong values that one answer tells of."""
 
 
+REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "/v1/chat/completions": (("messages",),),
+    "/v1/completions": (("prompt", "prompt_embeds"),),
+    RESPONSES: (("input",),),
+    "/v1/messages": (("messages",), ("max_tokens",)),
+    "/v1/messages/count_tokens": (("messages",),),
+    "/v1/embeddings": (("input", "messages"),),
+    "/v1/score": (("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2")),
+    "/score": (("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2")),
+    "/v1/rerank": (("query",), ("documents",)),
+    "/v2/rerank": (("query",), ("documents",)),
+    "/rerank": (("query",), ("documents",)),
+    "/tokenize": (("prompt", "messages"),),
+    "/detokenize": (("tokens",),),
+}
+"""Fields that a request must have: one of each group."""
+
+
 class Range(NamedTuple):
     """The numbers that a field takes."""
 
@@ -88,6 +106,16 @@ def value_problems(path: str, body: dict[str, Any], raw: bytes | None = None) ->
     `raw`, the body as it came, makes the check of schemas cheap.
     """
     return list(itertools.islice(_problems(path, body, raw), MAX_TOLD))
+
+
+def missing_fields(path: str, body: dict[str, Any]) -> list[Problem]:
+    """Required fields that a request to the route `path` lacks or has as null."""
+    problems = []
+    for group in REQUIRED.get(path, ()):
+        if all(body.get(name) is None for name in group):
+            alternatives = f" (or {', '.join(group[1:])})" if group[1:] else ""
+            problems.append(Problem(group[0], f"is missing or null; a request to {path} must have it{alternatives}"))
+    return problems
 
 
 def _problems(path: str, asked: dict[str, Any], raw: bytes | None) -> Iterator[Problem]:

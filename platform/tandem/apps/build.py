@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 from ray import serve
@@ -12,7 +13,8 @@ from tandem.apps.plan import AppPlan, EngineDeployment, plan
 from tandem.apps.resolve import resolve
 from tandem.config import ServeConfig
 from tandem.engine.create import check_engine_args
-from tandem.engine.engines import find_engine
+from tandem.engine.engines import find_engine, unsupported_shape
+from tandem.errors import ConfigError
 from tandem.ids import fingerprint
 from tandem.serve.directory import Directory
 from tandem.serve.replica.deployment import EngineReplica
@@ -46,6 +48,9 @@ def prepare(config: ServeConfig, *, check: bool = True) -> AppPlan:
     for i, model in enumerate(planned.app.models):
         if model.config.prefill is not None:
             find_engine(model.config.engine).kv_transfer.check(model.config, f"models[{i}]")
+    for each in planned.engines:
+        if reason := unsupported_shape(find_engine(each.spec.kind), Path(each.spec.path), each.spec.gpus):
+            raise ConfigError(f"{each.key}: {each.model.name} cannot be served. {reason}")
     if check:
         check_engine_args(*(each.spec for each in planned.engines if each.model.config.engine_args))
     return planned

@@ -20,6 +20,7 @@ from ray.serve.schema import ApplicationStatus
 
 from tandem.apps.build import DIRECTORY_NAME, GATEWAY_NAME, application
 from tandem.apps.plan import AppPlan
+from tandem.cluster.capacity import check_nodes
 from tandem.config import ServeConfig, from_dict, to_dict
 from tandem.errors import EngineError
 from tandem.observability.tracebacks import tandem_error_in
@@ -62,6 +63,15 @@ def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[s
             on_message(text)
         time.sleep(POLL_S)
     _save_config(planned.app.config)
+
+
+def check_capacity(planned: AppPlan) -> None:
+    """ClusterError if no node of a cluster that cannot grow could hold a replica: Serve would wait without a limit."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for each in planned.engines:
+        # The workers of a placement group may be on several nodes.
+        if not each.placement.bundles:
+            check_nodes(nodes, each.model.config, f"A replica of {each.model.name}")
 
 
 def _save_config(config: ServeConfig) -> None:

@@ -61,6 +61,7 @@ class Gateway:
             metrics=RayQueueMetrics(),
             report_demand=self._report_demand,
             name=_replica_id(),
+            server_adds_request_id=True,
         )
 
     async def _watch(self, version: int) -> Snapshot:

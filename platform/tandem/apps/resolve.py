@@ -8,8 +8,8 @@ from pathlib import Path
 
 import ray
 
-from tandem.config import ServeConfig, ServedModelConfig
-from tandem.engine.engines import find_engine
+from tandem.config import AUTO_ENGINE, ServeConfig, ServedModelConfig
+from tandem.engine.engines import find_engine, select_engine
 from tandem.errors import ConfigError, RegistryError
 from tandem.registry import Registry, RegistryAddress, find_model, is_shared
 from tandem.registry.folders import model_max_length
@@ -24,8 +24,10 @@ class ResolvedApp:
     """An app whose models are known by version and files."""
 
     config: ServeConfig
-    """The config, with each model named by its version: resolving it again gives the same."""
+    """The config, with each model named by its version: resolving it again gives the same. `engine: auto` stays, so that
+    another model may have another engine."""
     models: tuple[ServedModel, ...]
+    """With the engine that serves each."""
     registry: RegistryAddress
     """How replicas open the registry."""
 
@@ -40,9 +42,9 @@ def resolve(config: ServeConfig) -> ResolvedApp:
     with Registry.open() as registry:
         models = tuple(resolve_models(config, registry))
         address = address_of(registry)
-    return ResolvedApp(
-        config=replace(config, models=tuple(model.config for model in models)), models=models, registry=address
-    )
+    engines = [each.engine for each in config.models] or [AUTO_ENGINE]
+    named = [replace(model.config, engine=engine) for model, engine in zip(models, engines, strict=True)]
+    return ResolvedApp(config=replace(config, models=tuple(named)), models=models, registry=address)
 
 
 def check_shared(registry_url: str) -> None:
@@ -64,7 +66,7 @@ def address_of(registry: Registry) -> RegistryAddress:
 
 
 def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]:
-    """The app's models with their files; the newest registered one where the config names none."""
+    """The app's models with their files and engines; the newest registered one where the config names none."""
     configs = config.models
     if not configs:
         newest = registry.newest_model()
@@ -74,7 +76,7 @@ def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]
                 "`tandem train submit`, or name a folder in Hugging Face's format."
             )
         configs = (ServedModelConfig(model=newest.id, name=newest.name),)
-    models = [_with_tools(_resolve_model(each, registry)) for each in configs]
+    models = [_with_engine(_resolve_model(each, registry), f"models[{i}].engine") for i, each in enumerate(configs)]
     for model in models:
         if sum(other.name == model.name or other.id == model.id for other in models) > 1:
             raise ConfigError(
@@ -84,7 +86,7 @@ def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]
 
 
 def _resolve_model(config: ServedModelConfig, registry: Registry) -> ServedModel:
-    if not find_engine(config.engine).needs_files:
+    if config.engine != AUTO_ENGINE and not find_engine(config.engine).needs_files:
         if (folder := folder_of(config.model)) is not None:
             name = config.name or folder.name
             return ServedModel(id=name, name=name, path=str(folder), config=config)
@@ -124,6 +126,7 @@ def _folder_length(folder: Path) -> int | None:
     return None
 
 
-def _with_tools(model: ServedModel) -> ServedModel:
-    supports_tools = find_engine(model.config.engine).supports_tools
-    return replace(model, supports_tools=supports_tools(Path(model.path), model.config.engine_args))
+def _with_engine(model: ServedModel, key: str) -> ServedModel:
+    engine = select_engine(model.config.engine, Path(model.path), key)
+    features = engine.model_features(Path(model.path), model.config.engine_args)
+    return replace(model, config=replace(model.config, engine=engine.name), supports_tools=features.tools)

@@ -5,23 +5,22 @@ A key is 256 random bits, shown once. The database has its SHA-256 alone: so man
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from tandem.auth.principal import Limits, Principal, Role
 from tandem.db.audit import Change, record_change
-from tandem.db.database import database_errors
 from tandem.db.schema import ApiKeyRow, ClockRow
 from tandem.errors import AuthError, did_you_mean
+from tandem.registry.connection import RegistryConnection
 
 PREFIX = "tdm-"
 SECRET_BYTES = 32
@@ -95,12 +94,8 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-class KeyStore:
-    """The keys of a database. Every change is in the audit log, and raises the registry's revision."""
-
-    def __init__(self, database: Callable[[], Engine]) -> None:
-        """`database` returns the open database, such as a registry's; it is called anew for each query."""
-        self._database = database
+class KeyStore(RegistryConnection):
+    """The keys in a registry's database. Every change is in the audit log, and raises the registry's revision."""
 
     def create(
         self,
@@ -224,21 +219,6 @@ class KeyStore:
         session.add(row)
         session.flush()
         return NewKey(key=_key(row), secret=secret)
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[Session]:
-        engine = self._database()
-        with database_errors(engine.url), Session(engine) as session:
-            yield session
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[tuple[Session, int]]:
-        """A transaction that starts by raising the registry's revision, which holds the write lock."""
-        engine = self._database()
-        with database_errors(engine.url), Session(engine, expire_on_commit=False) as session:
-            with session.begin():
-                session.execute(update(ClockRow).values(revision=ClockRow.revision + 1))
-                yield session, session.execute(select(ClockRow.revision)).scalar_one()
 
 
 def _find(session: Session, id_or_name: str) -> ApiKeyRow:

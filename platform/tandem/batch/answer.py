@@ -1,4 +1,4 @@
-"""Concurrent requests to one engine, in a thread with its own uvloop event loop.
+"""Concurrent requests to one engine in an engine thread.
 
 Requests go through the engine's own OpenAI app, called in this process: no socket, no bytes of HTTP, and everything that the
 app takes and refuses is what the served app takes and refuses. Rows of any number of chunks share one window, so that the
@@ -10,27 +10,27 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import gc
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import uvloop
 from pydantic_core import to_json
 
 from tandem.engine.asgi import Answer, post
 from tandem.engine.protocol import AdapterRef, Engine
+from tandem.engine.thread import EngineThread
 from tandem.errors import AdapterError, EngineError, StorageError
 from tandem.serve.replica.adapters import AdapterSlots
 
 SLOT_WAIT_S = 7 * 24 * 3600.0
 """Nobody waits impatiently for a row: those of many adapters take turns."""
+STOP_TIMEOUT_S = 30.0
+"""Seconds that the engine may take to stop."""
 STORE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Before an adapter's store is asked again that did not answer."""
 
 
 class EngineDiedError(EngineError):
-    """The engine cannot go on; what it was asked is not answered."""
+    """The engine died; its requests have no answers."""
 
 
 class EngineRequest(NamedTuple):
@@ -59,46 +59,29 @@ class EngineClient:
         self._engine = engine
         self._window = asyncio.Semaphore(window_rows)
         self._slots = AdapterSlots(engine, max_adapters, cached=max_cached, prepare=prepare)
-        self._ready: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._run, name="tandem-engine", daemon=True)
-        self._ended = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._thread = EngineThread(engine, self._wait_until_stopped)
 
     def start(self) -> None:
         """Load the model; raises EngineError with the reason if that cannot work."""
-        self._thread.start()
-        self._ready.result()
+        self._thread.start().result()
 
     def answer(self, questions: Sequence[EngineRequest]) -> list[Answer]:
         """The answers, in the order of the questions.
 
         Raises a group with an EngineDiedError if the engine dies meanwhile, with a StorageError if an adapter's store is away.
         """
-        return asyncio.run_coroutine_threadsafe(self._answer(questions), self._ready.result()).result()
+        return self._thread.submit(self._answer(questions)).result()
 
     def close(self) -> None:
         """Stop the engine."""
-        loop = self._ready.result()
-        with contextlib.suppress(RuntimeError):  # it has ended already
-            loop.call_soon_threadsafe(self._ended.set)
-        self._thread.join(30.0)
+        self._thread.call(self._stopped.set)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self._thread.ended.result(STOP_TIMEOUT_S)
 
-    def _run(self) -> None:
-        try:
-            uvloop.run(self._main())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the start
-            if not self._ready.done():
-                self._ready.set_exception(error)
-
-    async def _main(self) -> None:
-        await self._engine.start()
-        # What is loaded by now stays: a full collection over torch, Ray and vLLM stops every row for half a second.
-        gc.collect()
-        gc.freeze()
-        self._ready.set_result(asyncio.get_running_loop())
-        try:
-            await self._ended.wait()
-        finally:
-            await self._engine.drain(0.0)
+    async def _wait_until_stopped(self, ready: Callable[[], None]) -> None:
+        ready()
+        await self._stopped.wait()
 
     async def _answer(self, questions: Sequence[EngineRequest]) -> list[Answer]:
         async with asyncio.TaskGroup() as group:

@@ -1,7 +1,7 @@
 """Model resolution of a batch run: the base and adapter of each name, fixed for the whole run.
 
 A name means at the end of a run what it meant at its start, also where the run was killed in between and the name means
-another version by now: what was found is kept with the run (`ModelResolver.found`), and so is that nothing was.
+another version by now: what each name resolved to is kept with the run (`ModelResolver.resolved`), and so is that nothing was.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.config import BatchConfig
+from tandem.config import AUTO_ENGINE, BatchConfig
+from tandem.engine.engines import find_engine, select_engine
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import RegistryError, UnknownModelError
 from tandem.ids import folder_digest
@@ -47,8 +48,9 @@ class ModelResolver:
         """`known`: what names meant when the run began; empty for a new one."""
         self._registry = registry
         self._known = known
+        self._engine = config.engine
         self._targets: dict[str, ResolvedModel | str] = {}
-        self.found: dict[str, str | None] = {}
+        self.resolved: dict[str, str | None] = {}
         """Each name that was asked for, and the id of what it means; None: nothing."""
         self.default = self._default(config)
         """Who answers rows that name nobody."""
@@ -57,16 +59,16 @@ class ModelResolver:
         """Who a row's `model` means. Raises UnknownModelError, and other RegistryErrors, with the reason."""
         if name is None:
             return self.default
-        found = self._targets.get(name)
-        if found is None:
+        target = self._targets.get(name)
+        if target is None:
             try:
-                found = self.default if name == self.default.engine_name else self._look_up(name)
+                target = self.default if name == self.default.engine_name else self._look_up(name)
             except RegistryError as error:
-                found, self.found[name] = str(error), None
-            self._targets[name] = found
-        if isinstance(found, str):
-            raise UnknownModelError(found)
-        return found
+                target, self.resolved[name] = str(error), None
+            self._targets[name] = target
+        if isinstance(target, str):
+            raise UnknownModelError(target)
+        return target
 
     @property
     def targets(self) -> dict[str, ResolvedModel]:
@@ -82,17 +84,17 @@ class ModelResolver:
         if (folder := folder_of(config.model)) is not None:
             checked_folder(folder, "model")
             # It has no version that would tell another one apart from it.
-            self.found[config.model] = folder_digest(folder)
+            self.resolved[config.model] = folder_digest(folder)
             return ResolvedModel(BaseModel(id=folder.name, name=folder.name, path=str(folder)))
         try:
             if config.model not in self._known and HubModel.parse(config.model):
                 record = find_model(config.model, self._registry)
                 assert not isinstance(record, Path)
-                self.found[config.model] = record.id
+                self.resolved[config.model] = record.id
                 return ResolvedModel(_base(record))
             return self._look_up(config.model)
         except UnknownModelError:
-            if config.engine != "echo":
+            if config.engine == AUTO_ENGINE or find_engine(config.engine, "engine").needs_files:
                 raise
             return ResolvedModel(BaseModel(id=config.model, name=config.model, path=""))
 
@@ -100,14 +102,15 @@ class ModelResolver:
         if name in self._known and self._known[name] is None:
             raise UnknownModelError(f"No model or adapter {name!r} was registered when the run began.")
         record = self._registry.resolve(self._known.get(name) or name)
-        self.found[name] = record.id
+        self.resolved[name] = record.id
         if record.kind == "model":
             return ResolvedModel(_base(record))
-        if record.dora:
-            raise RegistryError(
-                f"{record.id} is a DoRA adapter, which vLLM does not serve. Merge it into its base: `tandem models merge`."
-            )
         base = _base(self._registry.resolve(str(record.base)))
+        if record.dora and not (engine := select_engine(self._engine, Path(base.path), "engine")).dora:
+            raise RegistryError(
+                f"{record.id} is a DoRA adapter, which the engine {engine.name} does not serve. Merge it into its base: "
+                f"`tandem models merge {record.id} NEW_NAME`."
+            )
         return ResolvedModel(base, AdapterRef(id=record.id, path=record.location, digest=record.digest))
 
 

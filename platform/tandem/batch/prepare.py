@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -21,7 +22,7 @@ from tandem.batch.output.manifest import Manifest
 from tandem.batch.output.write import Output
 from tandem.config import BatchConfig, ServedModelConfig
 from tandem.engine.create import check_engine_args
-from tandem.engine.engines import find_engine
+from tandem.engine.engines import check_engine_name, select_engine
 from tandem.engine.spec import EngineSpec
 from tandem.errors import ConfigError, DataError, did_you_mean
 from tandem.registry import Registry
@@ -52,7 +53,7 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
 
     Raises ConfigError, DataError, StorageError or a RegistryError with the next step.
     """
-    find_engine(config.engine, "engine")
+    check_engine_name(config.engine, "engine")
     check_fields(config.request)
     found, output = find_files(config.input), Output.at(config.output)
     before = Manifest.read(output)
@@ -60,6 +61,7 @@ def prepare(config: BatchConfig, tell: Callable[[int], None] = lambda rows: None
     if check_values:
         check_request_values(config.request)
     if before is not None:
+        config = before.with_engine(config)
         before.check_settings(config)
         if before.finished:
             output.check_made()
@@ -111,8 +113,9 @@ def check_request_values(request: Mapping[str, Any]) -> None:
 
 def _base(config: BatchConfig, names: ModelResolver, base: str) -> tuple[EngineSpec, ServedModelConfig]:
     model = next(t.base for t in (names.default, *names.targets.values()) if t.base.id == base)
-    served = config.served(model.id, adapters=names.adapters_of(base))
-    if find_engine(served.engine, "engine").resources.placement(served, "the config").bundles:
+    engine = select_engine(config.engine, Path(model.path), "engine")
+    served = replace(config.served(model.id, adapters=names.adapters_of(base)), engine=engine.name)
+    if engine.resources.placement(served, "the config").bundles:
         raise ConfigError(
             "engine_args.distributed_executor_backend is ray, and a batch's replicas are processes of one node. Leave it out."
         )

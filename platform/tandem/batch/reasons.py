@@ -9,24 +9,24 @@ import ray.exceptions
 from tandem.errors import EngineError
 from tandem.observability.tracebacks import tandem_error_in
 
-GOES_ON = "What is published stays; the same command goes on."
+RESUMES = "What is published stays; the same command resumes."
 
 
 def explained(name: str, error: Exception, crashes: Sequence[str], max_failures: int) -> EngineError:
-    """Why engines of the model `name` do not go on; `crashes` is what workers said before they ended."""
+    """The reason why engines of the model `name` failed; `crashes`: last messages of workers that died."""
     if isinstance(error, ray.exceptions.RayActorError) and "creation task" not in str(error):
         why = (
             crashes[-1] if crashes else "it was killed, by the kernel for want of memory perhaps, or its node is gone."
         )
         times = f"{max_failures + 1} times" if max_failures else "once"
         return EngineError(
-            f"A replica of {name} died {times}; max_failures is {max_failures}. At last: {why} {GOES_ON}"
+            f"A replica of {name} died {times}; max_failures is {max_failures}. At last: {why} {RESUMES}"
         )
     reason = (
         tandem_error_in(str(error)) or tandem_error_in(str(getattr(error, "cause", None) or "")) or _last_line(error)
     )
     # A model that cannot be loaded will not be loaded by the same command either.
-    after = f" {GOES_ON}" if isinstance(error, ray.exceptions.RayTaskError) else ""
+    after = f" {RESUMES}" if isinstance(error, ray.exceptions.RayTaskError) else ""
     return EngineError(f"{name} cannot answer: {reason}{after}")
 
 

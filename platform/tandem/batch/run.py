@@ -14,7 +14,6 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext
 
-from tandem.batch.capacity import check_nodes
 from tandem.batch.input.plan import WorkUnit, chunks_in_flight, left
 from tandem.batch.input.read import ChunkSource
 from tandem.batch.output.manifest import Manifest
@@ -22,6 +21,7 @@ from tandem.batch.prepare import BatchRun
 from tandem.batch.reasons import explained
 from tandem.batch.work import WorkerContext
 from tandem.batch.worker import Worker
+from tandem.cluster.capacity import check_nodes
 from tandem.config import ServedModelConfig
 from tandem.errors import EngineError, StorageError
 
@@ -78,10 +78,10 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
     output.refuse(run.survey.refused)
     published = output.published()
     todo = left(run.units, published)
-    found = _rows_in(run, [unit for unit in run.units if unit.name in published])
+    earlier = _rows_in(run, [unit for unit in run.units if unit.name in published])
     failed = len(run.survey.refused)
-    done, tokens, prompt_tokens, answering_s = found + failed, 0, 0, 0.0
-    tell(Progress(rows=rows, done=done, failed=failed, found=found))
+    done, tokens, prompt_tokens, answering_s = earlier + failed, 0, 0, 0.0
+    tell(Progress(rows=rows, done=done, failed=failed, found=earlier))
     for number in range(len(run.bases)):
         before_s, first, last = answering_s, float("inf"), 0.0
         for told in _answers(run, number, [unit for unit in todo if unit.base == number]):
@@ -89,7 +89,7 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
             tokens, prompt_tokens = tokens + told["tokens"], prompt_tokens + told["prompt_tokens"]
             first, last = min(first, told["began"]), max(last, told["ended"])
             answering_s = before_s + last - first
-            tell(Progress(rows=rows, done=done, failed=failed, found=found, tokens=tokens, answering_s=answering_s))
+            tell(Progress(rows=rows, done=done, failed=failed, found=earlier, tokens=tokens, answering_s=answering_s))
     if (whole := _finished(run)) is not None:
         # Another command was at it too, and was done first.
         return whole
@@ -100,7 +100,7 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
         if (whole := _finished(run)) is not None:
             return whole
         raise StorageError(
-            f"The two files cannot be made of {output.run}: {error}. The same command goes on."
+            f"The two files cannot be made of {output.run}: {error}. The same command resumes."
         ) from error
     if answered + failed != rows:
         raise EngineError(
@@ -109,7 +109,7 @@ def answer(run: BatchRun, tell: Callable[[Progress], None] = lambda progress: No
     finished = replace(run.manifest, finished=True, answered=answered, failed=failed)
     output.finish(finished.plain())
     return replace(
-        _summary(replace(run, manifest=finished), found=found),
+        _summary(replace(run, manifest=finished), found=earlier),
         tokens=tokens,
         prompt_tokens=prompt_tokens,
         seconds=time.monotonic() - began,
@@ -126,6 +126,7 @@ def _answers(run: BatchRun, number: int, todo: list[WorkUnit]) -> Iterator[dict[
     check_capacity(served)
     work = WorkerContext(
         spec=spec,
+        served=served,
         default=run.names.default,
         targets=run.names.targets,
         request=config.request,

@@ -10,6 +10,7 @@ from tandem.batch.input.rows import BadRowError, RowRequest, parse, read_row
 from tandem.batch.input.sources import Row
 from tandem.batch.models import ResolvedModel
 from tandem.batch.output.write import Output
+from tandem.config import ServedModelConfig
 from tandem.engine.spec import EngineSpec
 
 
@@ -18,6 +19,8 @@ class WorkerContext:
     """One base's part of a run. Pickles into every reader and worker."""
 
     spec: EngineSpec
+    served: ServedModelConfig
+    """The same in the form of a served model's config, for the engine's rules for requests."""
     default: ResolvedModel
     """Who answers rows that name nobody."""
     targets: Mapping[str, ResolvedModel]

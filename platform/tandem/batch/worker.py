@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from tandem.batch.answer import EngineClient, EngineDiedError, EngineRequest
-from tandem.batch.input.rows import BadRowError, RowRequest, check_prompt_logprobs, request_bytes
+from tandem.batch.input.rows import RowRequest, request_bytes
 from tandem.batch.output.lines import Line, answered, failed, reason_of
 from tandem.batch.work import WorkerContext
 from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
+from tandem.engine.descriptor import Requests, UnsupportedRequestError
+from tandem.engine.engines import find_engine
 from tandem.errors import EngineError, StorageError
 from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.start_log import StartLog
@@ -41,8 +43,10 @@ class Worker:
                 "that all nodes share, or s3://..."
             )
         self._reaper = Reaper.of_children()
-        spec = work.spec
-        log = StartLog(f"batch-{spec.name.replace('/', '~')}")
+        spec, engine = work.spec, find_engine(work.spec.kind)
+        self._rules = engine.requests
+        self._tools = engine.model_features(Path(spec.path), spec.args).tools
+        log = StartLog(f"batch-{spec.name.replace('/', '~')}", engine)
         self._client = EngineClient(
             create_engine(spec),
             window_rows=work.window_rows,
@@ -80,8 +84,8 @@ class Worker:
         for number, where, raw in rows:
             ask, target = self._work.ask(raw)
             try:
-                self._check(ask)
-            except BadRowError as error:
+                self._rules.check(target.engine_name, ask.body, self._work.served, self._tools)
+            except UnsupportedRequestError as error:
                 lines[number] = failed(number, where, str(error), raw)
                 continue
             asked.append((number, where, raw, ask))
@@ -93,12 +97,8 @@ class Worker:
         except* StorageError as away:
             raise away.exceptions[0] from None
         for (number, where, raw, ask), (status, body) in zip(asked, answers, strict=True):
-            lines[number] = line_of(number, where, raw, ask, status, body)
+            lines[number] = line_of(number, where, raw, ask, status, body, self._rules)
         return [lines[number] for number in sorted(lines)]
-
-    def _check(self, ask: RowRequest) -> None:
-        if self._work.spec.max_adapters and not self._work.spec.gpus:
-            check_prompt_logprobs(ask)
 
     def _end(self, reason: str) -> None:
         """End this process, so that Ray starts another and hands it what was not published."""
@@ -106,10 +106,10 @@ class Worker:
         os._exit(1)
 
 
-def line_of(number: int, where: str, raw: bytes, ask: RowRequest, status: int, body: bytes) -> Line:
-    """The line of a row that an engine has said something about."""
+def line_of(number: int, where: str, raw: bytes, ask: RowRequest, status: int, body: bytes, rules: Requests) -> Line:
+    """The line of a row that an engine has answered or refused; `rules` explain its errors."""
     if status != 200:
-        return failed(number, where, reason_of(body, ask.path), raw, status=status)
+        return failed(number, where, reason_of(body, ask.path, rules.explain_error), raw, status=status)
     try:
         return answered(number, ask.custom_id, status, body, plain=ask.plain)
     except ValueError as error:

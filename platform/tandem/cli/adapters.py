@@ -135,9 +135,11 @@ def delete_command(
 ) -> None:
     """Forget one version, or all of a name. Files stay; a name whose promoted version goes means the one before."""
     with friendly_errors():
+        adapters = _adapters()
+        versions = ", ".join(record.id for record in adapters.versions(name))
         if not yes:
-            typer.confirm(f"Forget {name if '@' in name else f'every version of {name}'}?", abort=True)
-        removed = _adapters().delete(name)
+            typer.confirm(f"Forget {versions}?", abort=True)
+        removed = adapters.delete(name)
         if as_json:
             console.print_json(json.dumps([as_values(record) for record in removed]))
         else:

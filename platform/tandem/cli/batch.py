@@ -37,13 +37,13 @@ def run_command(
         list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: -s request.max_tokens=64")
     ] = [],  # noqa: B006  (typer copies it)
 ) -> None:
-    """Answer every row once. A run that was stopped, by whatever, goes on when the same command is given again.
+    """Answer every row once. The same command resumes a run that was stopped for any reason.
 
     Leaves with 3 if rows have no answer.
     """
     with friendly_errors(), located(config, overrides):
         values = apply_overrides(read_yaml(config) if config else {}, overrides)
         given = {"input": input_, "model": model, "output": output, "chat": chat}
-        wanted = from_dict(BatchConfig, values | {key: value for key, value in given.items() if value is not None})
-        if run_batch(wanted).failed:
+        run_config = from_dict(BatchConfig, values | {key: value for key, value in given.items() if value is not None})
+        if run_batch(run_config).failed:
             raise SystemExit(ROWS_FAILED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from tandem.data.inspect import InspectedRow, Side
 
 data_app = typer.Typer(no_args_is_help=True, help="Build datasets to train on, and look into them.")
+SKIPPED_SHOWN = 5
+"""Names of files that a build has not read, in its message."""
 BOUNDARY = "\u2551"
 """Between two documents of a row."""
 
@@ -54,6 +57,10 @@ def build_command(
         target = settings().data_dir / check_name(name, "dataset name")
         if target.exists() and not replace:
             raise ConfigError(f"{target} exists already. Choose another name, or add --replace.")
+        from tandem.data.sources.corpus import KINDS, folder_files
+
+        check.one_of("--kind", kind, KINDS)
+        files = folder_files(source)
         index = build(
             source,
             target,
@@ -65,6 +72,13 @@ def build_command(
             replace=replace,
         )
         console.print(f"[green]✓[/] [bold]{name}[/]: {describe(index)}, {target}")
+        if files is not None and files.skipped:
+            shown = ", ".join(str(p.relative_to(Path(source).expanduser())) for p in files.skipped[:SKIPPED_SHOWN])
+            more = ", ..." if len(files.skipped) > SKIPPED_SHOWN else ""
+            console.print(
+                f"  [dim]·[/] {len(files.read):,} files read, {len(files.skipped):,} not: {escape(shown)}{more}",
+                soft_wrap=True,
+            )
 
 
 @data_app.command("pull")

@@ -24,7 +24,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cluster import machine
-from tandem.cluster.local import LocalCluster, connect, marked, recorded
+from tandem.cluster.local import LocalCluster, connect, recorded
+from tandem.cluster.marks import marked
 from tandem.errors import TandemError, UnsafePathError
 from tandem.private import check_home
 from tandem.registry import Registry

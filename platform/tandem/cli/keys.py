@@ -13,13 +13,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.auth import ApiKey, Limits, NewKey, Role
+from tandem.auth import ApiKey, KeyStore, Limits, NewKey, Role
 from tandem.auth.key_table import POLL_S
 from tandem.auth.keys import DEFAULT_TENANT
 from tandem.cli.support.shell import friendly_errors
 from tandem.errors import ConfigError
 from tandem.sdk.console import console
-from tandem.sdk.serving import key_store
 
 keys_app = typer.Typer(
     no_args_is_help=True,
@@ -48,7 +47,7 @@ def create_command(
 ) -> None:
     """Make a key, and print it: nobody can be shown it again."""
     with friendly_errors():
-        new = key_store().create(
+        new = KeyStore.open().create(
             name,
             tenant=tenant,
             role=role,
@@ -68,7 +67,7 @@ def list_command(
 ) -> None:
     """List keys, without their secrets."""
     with friendly_errors():
-        keys = key_store().list(tenant=tenant, every=every)
+        keys = KeyStore.open().list(tenant=tenant, every=every)
         if as_json:
             console.print_json(json.dumps([key.to_json() for key in keys]))
         elif keys:
@@ -85,7 +84,7 @@ def rotate_command(
 ) -> None:
     """Replace a key by a new one with the same rights, and print that."""
     with friendly_errors():
-        store = key_store()
+        store = KeyStore.open()
         old = store.get(key)
         new = store.rotate(old.id, overlap=duration(overlap), by=_who())
         _print_new(new, as_json)
@@ -97,7 +96,7 @@ def rotate_command(
 def revoke_command(key: Key, as_json: Json = False) -> None:
     """End a key: every gateway refuses it within 5 seconds."""
     with friendly_errors():
-        revoked = key_store().revoke(key, by=_who())
+        revoked = KeyStore.open().revoke(key, by=_who())
         if as_json:
             console.print_json(json.dumps(revoked.to_json()))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.support.shell import friendly_errors
-from tandem.engine.vllm.parsers import Parsers, read_parsers
+from tandem.config import AUTO_ENGINE
+from tandem.engine.engines import select_engine
 from tandem.errors import ConfigError, RegistryError
 from tandem.ids import check_name
 from tandem.registry import HubModel, ModelRecord, Registry, local_folder, pull_model
@@ -55,11 +57,10 @@ def show_command(name: Name, as_json: Json = False) -> None:
         record = registry.resolve(name)
         adapters = [other.id for other in registry.list("adapter", base=record.id, limit=ADAPTERS_SHOWN)]
         if as_json:
-            parsers = _parsers(registry, record).described()
-            found = {key.replace(" ", "_"): value for key, value in parsers.items()}
-            terminal.print_json(json.dumps({**as_values(record), "adapters": adapters, **found}))
+            derived = {key.replace(" ", "_"): value for key, value in _engine_settings(registry, record).items()}
+            terminal.print_json(json.dumps({**as_values(record), "adapters": adapters, **derived}))
         else:
-            details(record, adapters, _parsers(registry, record), terminal)
+            details(record, adapters, _engine_settings(registry, record), terminal)
 
 
 @models_app.command("pull")
@@ -155,7 +156,7 @@ def listing(records: list[ModelRecord], now: datetime) -> Table:
     return table
 
 
-def details(record: ModelRecord, adapters: list[str], parsers: Parsers, console: Console) -> None:
+def details(record: ModelRecord, adapters: list[str], engine_settings: Mapping[str, str], console: Console) -> None:
     """Print everything that is known of a record."""
     there = "" if record.uri or record.path.is_dir() else "  [red](gone)[/]"
     rows = {
@@ -166,7 +167,7 @@ def details(record: ModelRecord, adapters: list[str], parsers: Parsers, console:
         "created": f"{record.created_at:%Y-%m-%d %H:%M:%S} UTC",
         "digest": record.digest,
         "adapters": ", ".join(adapters) or None,
-        **parsers.described(),
+        **engine_settings,
     }
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(style="dim", no_wrap=True)
@@ -183,9 +184,16 @@ def details(record: ModelRecord, adapters: list[str], parsers: Parsers, console:
     console.print(table)
 
 
-def _parsers(registry: Registry, record: ModelRecord) -> Parsers:
-    """What vLLM is told to use for the model, or for an adapter's base, where `engine_args` does not say otherwise."""
-    return read_parsers((registry.resolve(record.base) if record.base else record).path)
+def _engine_settings(registry: Registry, record: ModelRecord) -> dict[str, str]:
+    """The engine of a model, or of an adapter's base, and what it derives from the files without `engine_args`; empty if no
+    engine serves it.
+    """
+    folder = (registry.resolve(record.base) if record.base else record).path
+    try:
+        engine = select_engine(AUTO_ENGINE, folder)
+    except (ConfigError, RegistryError):
+        return {}
+    return {"engine": engine.name, **engine.model_features(folder, {}).described}
 
 
 def as_values(record: ModelRecord) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster, LocalCluster, connect
 from tandem.config import ServeConfig, ServedModelConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml, to_dict
-from tandem.engine.engines import find_engine
+from tandem.engine.engines import check_engine_name
 from tandem.errors import ClusterError, ConfigError
-from tandem.sdk.cluster import connected, open_cluster, stop_quietly
+from tandem.sdk.cluster import check_gpus, connected, open_cluster, stop_quietly
 from tandem.sdk.console import console, print_message
 from tandem.sdk.serving import (
     CPUS,
@@ -29,7 +29,9 @@ from tandem.sdk.serving import (
     check_listener,
     check_not_served,
     listener,
+    listener_url,
     serve_details,
+    served_models,
     serving,
 )
 
@@ -57,17 +59,18 @@ def up_command(
 ) -> None:
     """Serve models until Ctrl-C; after a SIGTERM, until what has begun is answered."""
     with friendly_errors(), located(config, overrides):
-        wanted = read_config(models, config, overrides)
+        app_config = read_config(models, config, overrides)
         if (known := connect()) is not None:
-            check_not_served(serve_details(known), wanted)
-        listen = listener(wanted, host, port)
+            check_not_served(serve_details(known), app_config)
+        check_gpus(sum(each.gpus_per_replica for each in app_config.models), "The app", "models[].gpus_per_replica")
+        listen = listener(app_config, host, port)
         with (
             open_cluster(num_cpus=CPUS, keep=detach) as cluster,
-            serving(cluster, wanted, listen, keep=detach) as url,
+            serving(cluster, app_config, listen, keep=detach) as url,
         ):
             console.print(f"Serving at [bold]{url}[/]." + ("" if detach else " Ctrl-C ends it."))
             if not detach and wait_for_interrupt() == signal.SIGTERM:
-                end_gently(wanted)
+                end_gently(app_config)
 
 
 @serve_app.command("deploy")
@@ -84,44 +87,46 @@ def deploy_command(
     With neither models nor a config, --set changes values of the app that runs, and all else stays.
     """
     with friendly_errors(), located(config, overrides):
-        wanted = read_config(models, config, overrides)
+        app_config = read_config(models, config, overrides)
         cluster = _required_cluster()
-        if wanted.app not in applications(cluster):
-            raise ClusterError(f"{wanted.app} is not served on this cluster. `tandem serve up` starts it.")
-        check_listener(serve_details(cluster), wanted.listen)
+        if app_config.app not in applications(cluster):
+            raise ClusterError(f"{app_config.app} is not served on this cluster. `tandem serve up` starts it.")
+        check_listener(serve_details(cluster), app_config.listen)
         with connected(cluster):
             from tandem.apps.build import prepare
-            from tandem.apps.deploy import deploy, saved_config
+            from tandem.apps.deploy import check_capacity, deploy, saved_config
 
             if not models and config is None:
-                running = saved_config(wanted.app)
+                running = saved_config(app_config.app)
                 if running is None:
                     raise ClusterError(
-                        f"How {wanted.app} was started is not known: not by `tandem serve`, or by an older one. Name its "
+                        f"How {app_config.app} was started is not known: not by `tandem serve`, or by an older one. Name its "
                         "models, or give --config."
                     )
-                wanted = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
+                app_config = from_dict(ServeConfig, apply_overrides(to_dict(running), overrides))
             # Before the status line: a model that is downloaded has a progress bar of its own.
-            planned = prepare(wanted)
-            with console.status(f"Changing {wanted.app}: what runs answers until what is new does"):
+            planned = prepare(app_config)
+            if cluster.local:
+                check_capacity(planned)
+            with console.status(f"Changing {app_config.app}: what runs answers until what is new does"):
                 deploy(planned, on_message=print_message)
-        console.print(f"{wanted.app} is changed. What had begun before ends on the replicas that it began on.")
+        console.print(f"{app_config.app} is changed. What had begun before ends on the replicas that it began on.")
 
 
 def read_config(models: list[str] | None, config: Path | None, overrides: list[str]) -> ServeConfig:
     """The app as a command line describes it."""
     values = apply_overrides(read_yaml(config) if config else {}, overrides)
-    wanted = from_dict(ServeConfig, values)
+    app_config = from_dict(ServeConfig, values)
     if models:
-        wanted = replace(wanted, models=tuple(ServedModelConfig(model=name) for name in models))
+        app_config = replace(app_config, models=tuple(ServedModelConfig(model=name) for name in models))
     elif values.get("models") == []:
         raise ConfigError(
             "models is empty. Name at least one model, or leave it out to serve the newest registered one."
         )
-    for number, served in enumerate(wanted.models):
+    for number, served in enumerate(app_config.models):
         # Before a cluster is started.
-        find_engine(served.engine, f"models[{number}].engine")
-    return wanted
+        check_engine_name(served.engine, f"models[{number}].engine")
+    return app_config
 
 
 def end_gently(config: ServeConfig) -> None:
@@ -137,16 +142,29 @@ def end_gently(config: ServeConfig) -> None:
 def status_command(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Show the served apps, their deployments and replicas."""
     with friendly_errors():
-        found = applications(_required_cluster())
+        cluster = _required_cluster()
+        details = serve_details(cluster)
+        apps = details.get("applications", {})
+        addresses = {
+            name: {"url": listener_url(details, cluster), "models": served_models(details, name)} for name in apps
+        }
         if as_json:
-            typer.echo(json.dumps(found, indent=2, default=str))
+            typer.echo(
+                json.dumps({name: {**app, **addresses[name]} for name, app in apps.items()}, indent=2, default=str)
+            )
             return
-        show_status(found)
+        show_status(apps)
+        for name, address in addresses.items():
+            models = ", ".join(address["models"]) or "none yet"
+            console.print(
+                f"[bold]{escape(name)}[/]: {address['url']}, models: {escape(models)}, and the adapters of these",
+                soft_wrap=True,
+            )
 
 
-def show_status(found: Mapping[str, Any]) -> None:
+def show_status(apps: Mapping[str, Any]) -> None:
     """Print apps and their deployments as a table, and below it each message whole."""
-    if not found:
+    if not apps:
         console.print("Nothing is served on this cluster.")
         return
     from tandem.apps.deploy import reason_in
@@ -155,7 +173,7 @@ def show_status(found: Mapping[str, Any]) -> None:
     for column in ("app", "deployment", "state", "replicas"):
         table.add_column(column, overflow="fold")
     messages = []
-    for name, app in found.items():
+    for name, app in apps.items():
         for deployment, details in app["deployments"].items():
             states = [replica["state"] for replica in details["replicas"]]
             running = f"{states.count('RUNNING')}/{details.get('target_num_replicas') or len(states)}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,15 +19,18 @@ from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster
 from tandem.config import apply_overrides
 from tandem.config.load import read_yaml
-from tandem.config.training.sweep import METRICS, parse_parameter, plan_trials, score
+from tandem.config.training.sweep import METRICS, parse_parameter, plan_trials
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
-from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, prepare_sweep, stop_sweep
-from tandem.observability import events
+from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, prepare_sweep, score, stop_sweep
+from tandem.observability.codec import decode, from_json, to_json
+from tandem.observability.events import Evaluated, Failed, Step, SweepFinished, SweepStarted, TrialReported
 from tandem.sdk.cluster import open_cluster, uninterrupted
 from tandem.sdk.console import INTERRUPTED, console
 from tandem.sdk.summary import print_result
 
+OTHER_LINES_KEPT = 200
+"""Newest lines of the log that are not events, which are shown when a sweep fails."""
 COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "stopped": "yellow"}
 
 
@@ -48,7 +52,7 @@ def sweep_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random: the same seed gives the same trials.")] = 0,
     overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the sweep goes on.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the sweep continues.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Print the log as it is instead of a table.")] = False,
 ) -> None:
     """Try values for keys of a config, each as a job of its own; the best model is registered under the config's name."""
@@ -92,22 +96,22 @@ def follow_sweep(cluster: Cluster, sweep: SweepFolder, *, raw: bool = False) -> 
             if not isinstance(left, KeyboardInterrupt | SystemExit):
                 raise
             if not cluster.owned:
-                console.print(f"\nThe sweep goes on. `tandem train stop {sweep.id}` ends it.")
+                console.print(f"\nThe sweep continues. `tandem train stop {sweep.id}` ends it.")
                 return INTERRUPTED
             with uninterrupted():
                 stop_sweep(client, sweep, timeout_s=10)
-            console.print("\nStopped. The same command goes on with the trials that are not finished.")
+            console.print("\nStopped. The same command resumes with the trials that are not finished.")
             raise
     status = client.exit_status(submission)
     if status == 0 and (end := sweep.swept()):
         say_swept(sweep, end, table=raw or not console.is_terminal)
     elif client.state(submission) is JobState.STOPPED:
         console.print(
-            f"[yellow]{sweep.id} was stopped.[/] The same command goes on with the trials that are not finished."
+            f"[yellow]{sweep.id} was stopped.[/] The same command resumes with the trials that are not finished."
         )
     elif status != 0:
-        failed = sweep.last("failed") or {}
-        reason = failed.get("error") or "\n".join(view.other_lines[-15:]) or client.message(submission)
+        failed = sweep.last(Failed)
+        reason = (failed.error if failed else "") or "\n".join(view.other_lines[-15:]) or client.message(submission)
         console.print(f"[bold red]{sweep.id} failed:[/] {escape(str(reason))}", soft_wrap=True)
     return status or (0 if sweep.swept() else 1)
 
@@ -119,7 +123,7 @@ class SweepView:
         self.console, self.plan, self.raw = output, plan, raw
         self.other_lines: list[str] = []
         """The newest lines of the log that are not events."""
-        self._news: dict[int, dict[str, Any]] = {}
+        self._reports: dict[int, TrialReported] = {}
         self._live = Live(console=output, auto_refresh=False) if output.is_terminal and not raw else None
 
     def __enter__(self) -> SweepView:
@@ -133,33 +137,37 @@ class SweepView:
 
     def show(self, line: str) -> None:
         """Show one line of the sweep's log."""
-        event = events.decode(line)
         if self.raw:
             self.console.print(line, markup=False, soft_wrap=True)
-        elif event is None:
-            self.other_lines = [*self.other_lines[-200:], line]
-        elif event["event"] == "sweeping":
-            self.console.print(f"  [dim]·[/] {event['parallel']} of {event['trials']} at once")
-        elif event["event"] == "trial":
-            self._take(event)
-        elif event["event"] == "swept" and self._live is not None:
-            self._live.update(trials_table(self.plan, self._news, best=event["best"]), refresh=True)
+            return
+        values = decode(line)
+        if values is None:
+            self.other_lines = [*self.other_lines[-OTHER_LINES_KEPT:], line]
+            return
+        match from_json(values):
+            case SweepStarted(parallel=parallel, trials=trials):
+                self.console.print(f"  [dim]·[/] {parallel} of {trials} at once")
+            case TrialReported() as event:
+                self._take(event)
+            case SweepFinished(best=best) if self._live is not None:
+                self._live.update(trials_table(self.plan, self._reports, best=best), refresh=True)
 
-    def _take(self, event: dict[str, Any]) -> None:
-        number, before = int(event["trial"]), self._news.get(int(event["trial"]), {})
-        self._news[number] = {**before, **event}
+    def _take(self, event: TrialReported) -> None:
+        before = self._reports.get(event.trial)
+        known = before.numbers if before else {}
+        self._reports[event.trial] = replace(event, numbers={**known, **event.numbers})
         if self._live is not None:
-            self._live.update(trials_table(self.plan, self._news), refresh=True)
-        elif event["state"] != before.get("state") and event["state"] != JobState.PENDING:
-            loss = f", loss {event['loss']:.3f}" if "loss" in event else ""
-            trial = " ".join(f"{k}={v}" for k, v in self.plan.trials[number - 1].items())
-            why = f": {escape(str(event['error']))}" if "error" in event else ""
+            self._live.update(trials_table(self.plan, self._reports), refresh=True)
+        elif (before is None or event.state != before.state) and event.state != JobState.PENDING:
+            loss = f", loss {event.numbers['loss']:.3f}" if "loss" in event.numbers else ""
+            trial = " ".join(f"{k}={v}" for k, v in self.plan.trials[event.trial - 1].items())
+            why = f": {escape(event.error)}" if event.error is not None else ""
             self.console.print(
-                f"  [dim]·[/] trial {number} ({escape(trial)}) {event['state']}{loss}{why}", soft_wrap=True
+                f"  [dim]·[/] trial {event.trial} ({escape(trial)}) {event.state}{loss}{why}", soft_wrap=True
             )
 
 
-def trials_table(plan: SweepPlan, news: Mapping[int, Mapping[str, Any]], *, best: int | None = None) -> Table:
+def trials_table(plan: SweepPlan, reports: Mapping[int, TrialReported], *, best: int | None = None) -> Table:
     """A row for each trial: its values, and what is known of it by its number (from 1)."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("trial", justify="right")
@@ -173,55 +181,57 @@ def trials_table(plan: SweepPlan, news: Mapping[int, Mapping[str, Any]], *, best
     for title, _ in shown:
         table.add_column(title, justify="right")
     for number, trial in enumerate(plan.trials, 1):
-        told = news.get(number, {})
-        state = str(told.get("state", "waiting"))
+        report = reports.get(number)
+        state, numbers = (report.state, report.numbers) if report else ("waiting", {})
         table.add_row(
             f"[green]★[/] {number}" if number == best else str(number),
             *(escape(value) for value in trial.values()),
             f"[{COLOURS.get(state, 'white')}]{state}[/]",
-            *(_cell(key, told) for _, key in shown),
+            *(_cell(key, numbers) for _, key in shown),
         )
     return table
 
 
-def _cell(key: str, told: Mapping[str, Any]) -> str:
-    value = told.get(key)
+def _cell(key: str, numbers: Mapping[str, float]) -> str:
+    value = numbers.get(key)
     if not isinstance(value, int | float) or not math.isfinite(value):
         return ""
     if key == "step":
-        return f"{value:.0f}/{told['steps']:.0f}" if "steps" in told else f"{value:.0f}"
+        return f"{value:.0f}/{numbers['steps']:.0f}" if "steps" in numbers else f"{value:.0f}"
     return f"{value:,.0f}" if key in ("tokens_per_s", "memory_bytes") else f"{value:.4f}"
 
 
-def as_told(jobs: Iterable[JobFolder], metric: str, client: JobClient | None = None) -> dict[int, dict[str, Any]]:
-    """What is known of each trial by its job's folder, and by the cluster if there is one."""
-    found = {}
+def trial_reports(jobs: Iterable[JobFolder], metric: str, client: JobClient | None = None) -> dict[int, TrialReported]:
+    """State and numbers of each trial by its job's folder, and by the cluster if there is one."""
+    reports = {}
     for number, job in enumerate(jobs, 1):
         sent = job.submissions()
         summary = job.summary(client.state(str(sent[-1]["id"])) if client and sent else None)
-        step = job.last("step") or {}
-        evaluation = job.last("evaluation") or {}
-        value = score(metric, job.events())
-        found[number] = {
-            **step,
-            "evaluation_loss": evaluation.get("loss"),
-            "state": "waiting" if summary.state is JobState.NEW else str(summary.state),
-            metric: value,
+        step, evaluation = job.last(Step), job.last(Evaluated)
+        numbers = {
+            **(to_json(step) if step else {}),
+            "evaluation_loss": evaluation.measured.get("loss") if evaluation else None,
+            metric: score(metric, job.typed_events()),
         }
-    return found
+        reports[number] = TrialReported(
+            trial=number,
+            state="waiting" if summary.state is JobState.NEW else str(summary.state),
+            numbers={key: value for key, value in numbers.items() if isinstance(value, int | float)},
+        )
+    return reports
 
 
-def say_swept(sweep: SweepFolder, end: Mapping[str, Any], *, table: bool = True) -> None:
+def say_swept(sweep: SweepFolder, end: SweepFinished, *, table: bool = True) -> None:
     """Print the trials of a sweep that is done, and its best one."""
     plan = sweep.plan()
     if table:
-        console.print(trials_table(plan, as_told(sweep.jobs(), plan.metric), best=end["best"]))
-    values = " ".join(f"--set {key}={value}" for key, value in plan.trials[end["best"] - 1].items())
+        console.print(trials_table(plan, trial_reports(sweep.jobs(), plan.metric), best=end.best))
+    values = " ".join(f"--set {key}={value}" for key, value in plan.trials[end.best - 1].items())
     console.print(
-        f"\nThe best is trial {end['best']}, with a {plan.metric} of {end['score']:.4g}: {escape(values)}",
+        f"\nThe best is trial {end.best}, with a {plan.metric} of {end.score or math.nan:.4g}: {escape(values)}",
         soft_wrap=True,
     )
-    print_result(sweep.jobs()[end["best"] - 1])
+    print_result(sweep.jobs()[end.best - 1])
 
 
 def say_sweep(sweep: SweepFolder, client: JobClient | None) -> None:
@@ -230,7 +240,7 @@ def say_sweep(sweep: SweepFolder, client: JobClient | None) -> None:
         say_swept(sweep, end)
         return
     plan = sweep.plan()
-    console.print(trials_table(plan, as_told(sweep.jobs(), plan.metric, client)))
+    console.print(trials_table(plan, trial_reports(sweep.jobs(), plan.metric, client)))
 
 
 def cpus_for(sweep: SweepFolder, *, share_cores: bool) -> int:

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.markup import escape
@@ -23,14 +23,14 @@ from tandem.errors import ConfigError, JobError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState, JobSummary, RunFolder, find_job, job_folders
 from tandem.jobs.sweep import find_sweep, stop_sweep
-from tandem.observability import events
+from tandem.observability import codec
 from tandem.sdk.console import console
 from tandem.sdk.progress import duration, log_line
 from tandem.sdk.training import submit
 from tandem.train.reporting.plot import plot_run
 
-LEFT_OUT_FIRST = ("submitted", "model", "tok/s", "loss", "step")
-"""Columns of the table of jobs that go where it is too wide, in this order. Ids stay whole: people copy them."""
+DROPPED_FIRST = ("submitted", "model", "tok/s", "loss", "step")
+"""Columns of the table of jobs that are dropped where it is too wide, in this order. Ids stay whole: people copy them."""
 FOLDED = ("model", "submitted")
 FOLDED_CHARS = 9
 """Least width of a column that folds."""
@@ -43,7 +43,7 @@ ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The job as Y
 SetOption = Annotated[
     list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: -s steps=500")
 ]
-DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the job goes on.")]
+DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the job continues.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Print the log as it is instead of a progress bar.")]
 
 
@@ -109,24 +109,24 @@ def status_command(
             _plot(job_id, picture, asked=plot)
             return
         if job_id and not as_json and (sweep := find_sweep(job_id)):
-            found_on = _client_of(sweep)
-            say_sweep(sweep, found_on[0] if found_on else None)
+            submission = _submission_of(sweep)
+            say_sweep(sweep, submission.client if submission else None)
             return
         jobs = [find_job(job_id)] if job_id else list(job_folders())
-        found = [job.summary(live_state(job)) for job in jobs]
+        summaries = [job.summary(live_state(job)) for job in jobs]
         if as_json:
-            typer.echo(json.dumps([asdict(s) for s in found] if job_id is None else asdict(found[0]), indent=2))
-        elif not found:
+            typer.echo(json.dumps([asdict(s) for s in summaries] if job_id is None else asdict(summaries[0]), indent=2))
+        elif not summaries:
             console.print(
                 "No jobs yet. `python train_apps/pretrain.py --config ...` or `tandem train submit` starts one."
             )
         else:
-            _show(found)
+            _show(summaries)
             if job_id:
-                for line in health_lines(found[0], time.time()):
+                for line in health_lines(summaries[0], time.time()):
                     console.print(f"  [dim]·[/] {escape(line)}", soft_wrap=True)
-            if job_id and found[0].error:
-                console.print(f"[red]{escape(found[0].error)}[/]")
+            if job_id and summaries[0].error:
+                console.print(f"[red]{escape(summaries[0].error)}[/]")
 
 
 def health_lines(s: JobSummary, now: float) -> list[str]:
@@ -141,7 +141,7 @@ def health_lines(s: JobSummary, now: float) -> list[str]:
         told = ", ".join(f"{count} x {kind}" for kind, count in sorted(s.faults.items())) or "none"
         lines.append(f"faults: {told}; {s.restarts} restarts, {s.repeated_steps} steps computed twice")
     if s.skipped_steps:
-        lines.append(f"{s.skipped_steps} steps left out, since they were not finite")
+        lines.append(f"{s.skipped_steps} steps skipped, because loss or gradients were not finite")
     return [*lines, *s.warnings]
 
 
@@ -161,24 +161,31 @@ def _plot(job_id: str | None, picture: Path | None, *, asked: bool) -> None:
 
 def live_state(job: JobFolder) -> JobState | None:
     """What the cluster that runs a job says of it; None if there is none, or it knows nothing of it."""
-    found = _client_of(job)
-    return found[0].state(found[1]) if found else None
+    submission = _submission_of(job)
+    return submission.client.state(submission.id) if submission else None
 
 
-def _client_of(job: RunFolder) -> tuple[JobClient, str] | None:
+class Submission(NamedTuple):
+    """The newest submission of a job or sweep, on the cluster that is up."""
+
+    client: JobClient
+    id: str
+
+
+def _submission_of(job: RunFolder) -> Submission | None:
     sent = job.submissions()
     if not sent:
         return None
     cluster = connect()
-    return (JobClient(cluster), str(sent[-1]["id"])) if cluster else None
+    return Submission(JobClient(cluster), str(sent[-1]["id"])) if cluster else None
 
 
 def _show(summaries: list[JobSummary]) -> None:
-    """Print the jobs as a table with whole ids; where it is too wide, without the first columns of LEFT_OUT_FIRST."""
+    """Print the jobs as a table with whole ids; where it is too wide, without the first columns of DROPPED_FIRST."""
     rows = [_cells(summary) for summary in summaries]
     columns = list(rows[0])
     while _least_width(rows, columns) > console.width and len(columns) > 2:
-        columns.remove(next(column for column in LEFT_OUT_FIRST if column in columns))
+        columns.remove(next(column for column in DROPPED_FIRST if column in columns))
     table = Table(box=None, header_style="bold")
     for column in columns:
         folds = column in FOLDED
@@ -192,9 +199,9 @@ def _show(summaries: list[JobSummary]) -> None:
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     console.print(table)
-    left_out = [column for column in rows[0] if column not in columns]
-    if left_out:
-        console.print(f"[dim]Too narrow for {', '.join(left_out)}; --json has all.[/]")
+    dropped = [column for column in rows[0] if column not in columns]
+    if dropped:
+        console.print(f"[dim]Too narrow for {', '.join(dropped)}; --json has all.[/]")
 
 
 def _least_width(rows: list[dict[str, Text]], columns: list[str]) -> int:
@@ -231,38 +238,43 @@ def logs_command(
     """Print a job's log: its events in words, and whatever else it wrote."""
     with friendly_errors():
         job: RunFolder = find_sweep(job_id) or find_job(job_id)
-        found = _client_of(job)
-        if found is None or found[0].state(found[1]) is None:
+        submission = _submission_of(job)
+        if submission is None or submission.client.state(submission.id) is None:
             # Its cluster is gone and took the log along; the events are in the folder.
-            for event in job.events():
-                typer.echo(json.dumps(event) if as_json else log_line(event))
+            for values in job.events():
+                _print_event(values, as_json)
             return
-        client, submission = found
-        for line in client.follow(submission) if follow_it else client.log_lines(submission):
-            event_of_line = events.decode(line)
-            if event_of_line is not None:
-                typer.echo(json.dumps(event_of_line) if as_json else log_line(event_of_line))
+        client = submission.client
+        for line in client.follow(submission.id) if follow_it else client.log_lines(submission.id):
+            if (values_of_line := codec.decode(line)) is not None:
+                _print_event(values_of_line, as_json)
             elif not as_json:
                 typer.echo(line)
 
 
+def _print_event(values: dict[str, Any], as_json: bool) -> None:
+    """Print an event in words; as JSON if that is asked for, or if this release does not know its kind."""
+    event = None if as_json else codec.from_json(values)
+    typer.echo(json.dumps(values) if event is None else log_line(event))
+
+
 @train_app.command("stop")
 def stop_command(job_id: Annotated[str, typer.Argument(help="A job's id, or the start of one.")]) -> None:
-    """Stop a job; submitting it again goes on from its newest checkpoint."""
+    """Stop a job; submitting it again resumes from its newest checkpoint."""
     with friendly_errors():
         if sweep := find_sweep(job_id):
-            on = _client_of(sweep)
-            if on is None or not on[0].running(sweep):
+            submission = _submission_of(sweep)
+            if submission is None or not submission.client.running(sweep):
                 raise JobError(f"{sweep.id} is not running.")
-            stop_sweep(on[0], sweep)
+            stop_sweep(submission.client, sweep)
             console.print(f"Stopped {sweep.id} and its trials.")
             return
         job = find_job(job_id)
-        found = _client_of(job)
-        state = found[0].state(found[1]) if found else None
-        if found is None or state is None or state.over:
+        submission = _submission_of(job)
+        state = submission.client.state(submission.id) if submission else None
+        if submission is None or state is None or state.over:
             raise JobError(f"{job.id} is not running; it is {job.summary(state).state}.")
         # Marked first: whoever follows it is not to submit it again.
         job.mark_stopped()
-        found[0].stop(found[1], timeout_s=job.leave_s + 30)
-        console.print(f"Stopped {job.id}. The same command goes on from its newest checkpoint.")
+        submission.client.stop(submission.id, timeout_s=job.leave_s + 30)
+        console.print(f"Stopped {job.id}. The same command resumes from its newest checkpoint.")

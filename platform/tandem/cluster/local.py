@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -31,7 +29,9 @@ import psutil
 
 from tandem import settings as environment
 from tandem.cluster import haproxy
-from tandem.cluster.reaper import KEEP_MARKS, Reaper, remove_shared_memory, shared_memory
+from tandem.cluster.marks import MARK, end_marked, marked
+from tandem.cluster.ports import free_block, free_ports
+from tandem.cluster.reaper import KEEP_MARKS, Reaper
 from tandem.errors import ClusterError, UnsafePathError
 from tandem.private import (
     check_home,
@@ -43,13 +43,6 @@ from tandem.private import (
 )
 from tandem.storage import write_atomic
 
-MARK = "TANDEM_CLUSTER_MARK"
-PORTS = range(20000, 30000)
-"""Where a local cluster's ports are looked for; those above are of gateways on nodes (`node.GATEWAY_PORTS`)."""
-GATEWAY_PORTS = range(12000, 20000)
-"""Where the ports of its gateways are."""
-BLOCK = 100
-"""How many it has for these."""
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Has Ray take 127.0.0.1 for the node's address. It would replace a loopback address by that of the network interface, and
 listen on all interfaces."""
@@ -358,88 +351,9 @@ def dashboard_answers(url: str, token_path: str | None) -> bool:
         return False
 
 
-def free_ports(count: int) -> list[int]:
-    """`count` different TCP ports that are free on loopback now.
-
-    They are below those that the kernel gives to connections that are made: one of these may take a free port there any moment.
-    """
-    found: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        with socket.socket() as probe:
-            # As a server would ask: connections that have just ended are in nobody's way.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise ClusterError(
-        f"Fewer than {count} TCP ports from {PORTS.start} to {PORTS.stop - 1} are free on this machine. See `ss -ltn`."
-    )
-
-
-def free_block() -> range:
-    """`BLOCK` TCP ports of `GATEWAY_PORTS` in a row that are all free on loopback now."""
-    starts = GATEWAY_PORTS[::BLOCK]
-    for start in random.SystemRandom().sample(starts, len(starts)):
-        with contextlib.ExitStack() as held:
-            try:
-                for port in range(start, start + BLOCK):
-                    probe = held.enter_context(socket.socket())
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return range(start, start + BLOCK)
-    raise ClusterError(
-        f"No {BLOCK} TCP ports in a row from {GATEWAY_PORTS.start} to {GATEWAY_PORTS.stop - 1} are free on this machine. "
-        "See `ss -ltn`."
-    )
-
-
 def object_store_bytes() -> int:
     """A tenth of the memory, at most 2 GiB and half of /dev/shm: batches of tokens are small."""
     limit = min(2 * 2**30, psutil.virtual_memory().total // 10)
     with contextlib.suppress(OSError):
         limit = min(limit, shutil.disk_usage("/dev/shm").free // 2)
     return max(limit, 100 * 2**20)
-
-
-def end_marked(mark: str, grace_s: float = 4.0) -> None:
-    """End every process whose environment carries `mark`: SIGTERM first, SIGKILL after `grace_s`.
-
-    Also removes the shared memory that libraries created in them after the first of these processes started.
-    """
-    deadline = time.monotonic() + grace_s
-    asked: set[int] = set()
-    shared: set[str] = set()
-    started_s = time.time()
-    while processes := marked(mark):
-        force = time.monotonic() > deadline
-        for process in processes:
-            shared |= shared_memory(process.pid)
-            with contextlib.suppress(psutil.NoSuchProcess):
-                started_s = min(started_s, process.create_time())
-            if force or process.pid not in asked:
-                asked.add(process.pid)
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGKILL if force else signal.SIGTERM)
-        psutil.wait_procs(processes, timeout=0.3)
-        if time.monotonic() > deadline + grace_s:
-            break
-    if shared:
-        remove_shared_memory(shared, started_s)
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """Living processes, other than this one, whose environment carries `mark`."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-    return found

@@ -22,7 +22,8 @@ import psutil
 
 from tandem import settings as environment
 from tandem.cluster import haproxy
-from tandem.cluster.local import MARK, authentication, end_marked, marked
+from tandem.cluster.local import authentication
+from tandem.cluster.marks import MARK, end_marked, marked
 from tandem.cluster.reaper import KEEP_MARKS
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
 from tandem.private import check_private_folder, make_private_folder, read_private_file, remove_private_folder

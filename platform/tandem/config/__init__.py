@@ -12,6 +12,7 @@ from tandem.config.serving.app import (
 )
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.batch import BatchConfig
+from tandem.config.serving.replica import AUTO_ENGINE
 from tandem.config.training.data import DataConfig, MixturePart
 from tandem.config.training.deepspeed import DeepSpeedConfig
 from tandem.config.training.elastic import check_elastic, with_workers, worker_counts
@@ -24,6 +25,7 @@ from tandem.config.training.optimizer import OptimizerConfig
 from tandem.config.training.parallel import ParallelismConfig
 
 __all__ = [
+    "AUTO_ENGINE",
     "AutoscalingConfig",
     "BatchConfig",
     "CheckpointConfig",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tandem.data.index import DatasetIndex, Part
 from tandem.data.packing import Rows
 from tandem.data.shards import read_samples
 from tandem.data.spec import PackSpec
+from tandem.data.tar import READ_ERRORS
 from tandem.errors import DataError
 
 SPREAD = 4
@@ -56,7 +56,7 @@ def evaluation_rows(folder: Path, index: DatasetIndex, spec: PackSpec, count: in
     for path in index.shard_paths(folder):
         try:
             packed.append(spec.rows(read_samples([path])))
-        except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+        except (*READ_ERRORS, ValueError, KeyError) as error:
             raise DataError(f"{path} cannot be read: {error}. Build the dataset again: `tandem data build`.") from error
         if sum(map(len, packed)) >= SPREAD * count:
             break

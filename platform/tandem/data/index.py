@@ -124,12 +124,15 @@ def check_tokenizers(parts: tuple[Part, ...]) -> None:
 
 def find_dataset(path: str) -> tuple[Path, DatasetIndex]:
     """The folder and index of a dataset, by path or by its name below TANDEM_HOME/data; DataError with the nearest name."""
-    home = settings().data_dir
-    folder = home / path if "/" not in path and (home / path).is_dir() else Path(path).expanduser().resolve()
+    home, by_name = settings().data_dir, "/" not in path
+    folder = home / path if by_name and (home / path).is_dir() else Path(path).expanduser().resolve()
+    if folder.is_file():
+        raise DataError(f"{path} is a file, not a dataset. Make a dataset of it: `tandem data build {path} NAME`.")
     if not folder.is_dir():
-        known = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
+        known = sorted(p.name for p in home.iterdir() if (p / INDEX_NAME).is_file()) if home.is_dir() else []
+        where = f"{path!r}: there is neither {home / path} nor the folder {folder}" if by_name else f"at {folder}"
         raise DataError(
-            f"No dataset at {folder}.{did_you_mean(Path(path).name, known)} "
+            f"No dataset {where}.{did_you_mean(Path(path).name, known)} "
             f"Make one: `tandem data build SOURCE NAME` (known here: {', '.join(known) or 'none'})."
         )
     return folder, DatasetIndex.load(folder)

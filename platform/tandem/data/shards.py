@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tandem.data.index import ShardInfo
 from tandem.data.sources.samples import Chat, Message, Pair, Preference, Sample, Text, size
+from tandem.data.tar import members
 from tandem.ids import file_digest
 from tandem.storage import disk_errors
 
 TARGET_SHARDS = 64
 LARGEST_SHARD = 8 * 2**20
+FIXED: dict[str, Any] = {"encoder": False, "mtime": 0, "user": "", "group": "", "mode": 0o644}
+"""Of each member's header: the bytes of a shard depend on its samples alone."""
 
 
 def shard_size(total: int, samples: int, kind: str) -> int:
@@ -57,16 +58,16 @@ def write_shards(
 
 
 def _write_shard(samples: list[Sample], path: Path, first: int) -> ShardInfo:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    # Imports torch: only who writes shards needs it.
+    from webdataset import TarWriter
+
+    with path.open("wb") as file, TarWriter(file, **FIXED) as tar:
         for key, sample in enumerate(samples, first):
             if isinstance(sample, Text):
-                name, data = f"{key:08d}.txt", sample.text.encode("utf-8", "replace")
+                extension, text = "txt", sample.text
             else:
-                text = json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
-                name, data = f"{key:08d}.json", text.encode("utf-8", "replace")
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+                extension, text = "json", json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
+            tar.write({"__key__": f"{key:08d}", extension: text.encode("utf-8", "replace")})
     return ShardInfo(
         name=path.name,
         samples=len(samples),
@@ -85,11 +86,8 @@ def read_samples(paths: Iterable[Path]) -> Iterator[Sample]:
 
 def samples_in(file: IO[bytes]) -> Iterator[Sample]:
     """The samples in one such shard."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            opened = tar.extractfile(member)
-            data = opened.read() if opened else b""
-            yield decode_json(data) if member.name.endswith(".json") else Text(data.decode())
+    for member in members(file):
+        yield decode_json(member.data) if member.name.endswith(".json") else Text(member.data.decode())
 
 
 def decode_json(data: bytes) -> Pair | Chat | Preference:

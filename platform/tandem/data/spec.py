@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from tandem.data.index import Kind, Part
 from tandem.data.packing import Rows, pack, pack_preferences
 from tandem.data.shards import samples_in
 from tandem.data.sources.samples import Chat, Pair, Preference, Sample, Text
+from tandem.data.tar import READ_ERRORS
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 
@@ -98,7 +98,7 @@ class Source:
                     f"{path} is damaged: its bytes are not those that index.json has the digest of. {again}"
                 )
             return self.spec.rows(samples_in(io.BytesIO(data)))
-        except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+        except (*READ_ERRORS, ValueError, KeyError) as error:
             raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}. {again}") from error
 
 

@@ -21,6 +21,7 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tandem.config import check
 from tandem.errors import DataError
 from tandem.ids import digest
 from tandem.storage import disk_errors
@@ -55,7 +56,12 @@ class Encoded:
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int, max_length: int = 1_000_000) -> None:
-    """Train a byte-level BPE on `texts` and write it to `folder` in Hugging Face's format, with a chat template."""
+    """Train a byte-level BPE on `texts` and write it to `folder` in Hugging Face's format, with a chat template.
+
+    ConfigError for a `vocab_size` below the number of bytes and special tokens.
+    """
+    special, alphabet = [PAD, BOS, EOS, *ROLES], pre_tokenizers.ByteLevel.alphabet()
+    check.at_least("vocab_size", vocab_size, len(special) + len(alphabet))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,8 +69,8 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int, max_
         texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[PAD, BOS, EOS, *ROLES],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=special,
+            initial_alphabet=alphabet,
             show_progress=False,
         ),
     )

@@ -58,6 +58,18 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFeatures:
+    """Features of a served model that its engine derives from the model's files."""
+
+    tools: bool
+    """Whether requests may have tools."""
+    chat_template: bool
+    """Whether the engine applies a chat template to messages."""
+    described: Mapping[str, str] = field(default_factory=dict)
+    """Settings that the engine derives, each with the reason, for terminal output."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Requests:
     """Rules of an engine for the requests that it takes, used by gateways."""
 
@@ -96,12 +108,19 @@ class EngineDescriptor:
     """Routes of the engine's app for clients."""
     tasks: tuple[str, ...]
     """Tasks that the engine may have; each replica reports those of its model."""
+    serves: Callable[[Mapping[str, Any]], bool]
+    """Whether `engine: auto` may select the engine for a model, from the model's config.json; False for every model: the engine
+    is used by name only."""
     create: Callable[[EngineSpec], Engine]
     """The engine, not started; imports its libraries. ConfigError for arguments that it does not take."""
     validate: Callable[[Sequence[EngineSpec]], list[str | None]]
     """The error in each spec's arguments, None if there is none; imports no heavy library into this process."""
-    supports_tools: Callable[[Path, Mapping[str, Any]], bool]
-    """Whether a model takes tools, from its folder and its `engine_args`."""
+    unsupported_shape: Callable[[Mapping[str, Any], float], str | None]
+    """The reason why the engine cannot serve a model, from its config.json, on a number of GPUs; None: no reason is known."""
+    model_features: Callable[[Path, Mapping[str, Any]], ModelFeatures]
+    """Features of a served model, from its folder and its `engine_args`."""
+    explain_start_error: Callable[[str, str], str]
+    """The message of a failed start with its cause; takes the message and what the engine's processes wrote."""
     resources: Resources
     requests: Requests
     kv_transfer: KvTransfer

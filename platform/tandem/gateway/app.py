@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import Mount
 
 from tandem.auth import KeyStore
 from tandem.auth.key_table import KeyTable
@@ -21,7 +22,7 @@ from tandem.gateway.fleet import Fleet, WatchReplicas
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
-from tandem.gateway.routes.admin import AdminRoutes
+from tandem.gateway.routes.admin import PREFIX, AdminRoutes
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
@@ -43,6 +44,7 @@ def create_app(
     metrics: QueueMetrics | None = None,
     report_demand: ReportDemand | None = None,
     name: str = "gateway",
+    server_adds_request_id: bool = False,
 ) -> Starlette:
     """The gateway's app for `models`.
 
@@ -51,6 +53,7 @@ def create_app(
     `name`: the gateway's id in response headers. `app.state.admission` holds the queues.
     `admin`: fingerprint of TANDEM_ADMIN_TOKEN, which is accepted as an admin's key. `require_keys`: whether every request needs
     an API key even before the first one is made.
+    `server_adds_request_id`: whether the server that runs the app adds `x-request-id` to every response, as Ray Serve does.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
@@ -59,7 +62,7 @@ def create_app(
     report = DemandReport(catalog.models, admission.waiting, report_demand) if report_demand else None
     upstream = Upstream(config)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
-    keys = KeyTable(KeyStore(lambda: registry.database))
+    keys = KeyTable(KeyStore.at(registry.address))
     fleet.on_lost = ReplicaProbe(upstream, fleet).start
 
     @contextlib.asynccontextmanager
@@ -79,10 +82,11 @@ def create_app(
             await keys.stop()
             catalog.close()
 
+    administration = AdminRoutes(Adapters(registry), fleet, config.retry_after_s).app()
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config).routes(),
-            *AdminRoutes(Adapters(registry), fleet, config.retry_after_s).routes(),
+            Mount(PREFIX, administration),
         ],
         middleware=[Middleware(Authentication, keys=keys, required=require_keys, admin=admin)],
         lifespan=lifespan,
@@ -95,4 +99,6 @@ def create_app(
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
     app.state.admission = admission
+    for each in (app, administration):
+        each.state.server_adds_request_id = server_adds_request_id
     return app

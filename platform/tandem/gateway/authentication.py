@@ -13,7 +13,7 @@ from tandem.auth.credentials import secret_of
 from tandem.auth.key_table import KeyTable
 from tandem.auth.principal import ANONYMOUS, Principal, Role
 from tandem.gateway.dialect import dialect_of
-from tandem.gateway.errors import ApiError, request_id
+from tandem.gateway.errors import ApiError
 from tandem.ids import fingerprint
 
 PUBLIC = frozenset({"/health", "/health/live", "/health/ready"})
@@ -45,7 +45,7 @@ class Authentication:
             try:
                 scope[PRINCIPAL] = self._principal(scope, path)
             except ApiError as error:
-                await error.response(dialect_of(path), request_id(scope))(scope, receive, send)
+                await error.response(dialect_of(path), scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

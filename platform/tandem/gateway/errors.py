@@ -11,8 +11,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from tandem.engine.engines import ENGINES
-from tandem.gateway.dialect import OPENAI, Dialect, dialect_of
+from tandem.gateway.dialect import Dialect, dialect_of
 from tandem.routing.records import ServedModel
+
+REQUEST_ID = "tandem.request_id"
+"""Key of an ASGI scope: the request's id."""
 
 
 class ApiError(Exception):
@@ -34,12 +37,11 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
-    def response(self, dialect: Dialect = OPENAI, request: str = "") -> Response:
-        """The HTTP response; `request` is the request's id."""
-        body = dialect.error(self.status, self.message, code=self.code, param=self.param, request=request)
-        # OpenAI's and Anthropic's SDKs read different headers.
-        ids = {"x-request-id": request, "request-id": request} if request else {}
-        return JSONResponse(body, status_code=dialect.status(self.status), headers={**self.headers, **ids})
+    def response(self, dialect: Dialect, scope: Scope) -> Response:
+        """The HTTP response to the request of an ASGI scope."""
+        body = dialect.error(self.status, self.message, code=self.code, param=self.param, request=request_id(scope))
+        headers = {**self.headers, **id_headers(scope)}
+        return JSONResponse(body, status_code=dialect.status(self.status), headers=headers)
 
 
 def unknown_model(message: str) -> ApiError:
@@ -94,11 +96,22 @@ def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
 
 
 def request_id(scope: Scope) -> str:
-    """The id that the client or a proxy gave to a request, or a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            return str(value.decode("latin-1"))
-    return f"req_{uuid.uuid4().hex}"
+    """The id of a request: that which the client or a proxy gave it, or a new one, which stays the same for the request."""
+    if REQUEST_ID not in scope:
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
+        scope[REQUEST_ID] = given[0] if given else f"req_{uuid.uuid4().hex}"
+    return str(scope[REQUEST_ID])
+
+
+def id_headers(scope: Scope) -> dict[str, str]:
+    """Response headers with the request's id: `request-id` for Anthropic's SDK, `x-request-id` for OpenAI's.
+
+    The latter is left to the server in front of the app where `app.state.server_adds_request_id` is set.
+    """
+    headers = {"request-id": request_id(scope)}
+    if not getattr(scope["app"].state, "server_adds_request_id", False):
+        headers["x-request-id"] = headers["request-id"]
+    return headers
 
 
 def route_path(request: Request) -> str:
@@ -110,7 +123,7 @@ async def answer_api_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for ApiError."""
     if not isinstance(error, ApiError):
         raise error
-    return error.response(dialect_of(route_path(request)), request_id(request.scope))
+    return error.response(dialect_of(route_path(request)), request.scope)
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:

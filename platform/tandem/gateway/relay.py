@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -21,14 +21,14 @@ from starlette.types import Message, Receive, Scope, Send
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.dialect import rewrite_errors
-from tandem.gateway.errors import ApiError, from_engine, no_replica, request_id
+from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica, request_id
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import HEADER, RecordLatency, header, ignore_latency
 from tandem.gateway.upstream import Attempt, EngineRequest, Upstream
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
 """Response headers: ids of the replica that answered and of the gateway that relayed."""
-FORWARDED_HEADERS = ("content-type", "x-request-id", "cache-control", "metadata")
+FORWARDED_HEADERS = ("content-type", "cache-control", "metadata")
 """Response headers of an engine that a client gets; `metadata` describes raw bytes of embeddings."""
 BROKEN = "The engine stopped in the middle of its answer"
 """Message of the error event at the end of a broken stream."""
@@ -223,11 +223,11 @@ class RelayedResponse(Response):
             if answer.status >= 400:
                 error = from_engine(answer.status, await answer.read(), request.model.base)
                 error.headers |= request.warnings
-                await error.response(dialect, id_)(scope, receive, send_once)
+                await error.response(dialect, scope)(scope, receive, send_once)
                 return
             explain = request.model.engine.requests.explain_error
             self._is_stream = is_stream = answer.content_type.startswith("text/event-stream")
-            await self._send_head(send_once, attempt, answer)
+            await self._send_head(send_once, attempt, answer, id_headers(scope))
             try:
                 while chunk:
                     self._last_chunk = rewrite_errors(chunk, dialect, id_, explain) if is_stream else chunk
@@ -246,7 +246,9 @@ class RelayedResponse(Response):
                 self._slot.complete = answer.status == 200
             await send_once({"type": "http.response.body", "body": b""})
 
-    async def _send_head(self, send: Send, attempt: Attempt, answer: aiohttp.ClientResponse) -> None:
+    async def _send_head(
+        self, send: Send, attempt: Attempt, answer: aiohttp.ClientResponse, ids: Mapping[str, str]
+    ) -> None:
         gateway_ms, engine_ms = self._request.stopwatch.split_ms()
         headers = [(n.encode(), answer.headers[n].encode("latin-1")) for n in FORWARDED_HEADERS if n in answer.headers]
         headers += [
@@ -255,6 +257,7 @@ class RelayedResponse(Response):
             (GATEWAY, self._relay.name),
         ]
         headers += [(name.encode(), value.encode()) for name, value in self._request.warnings.items()]
+        headers += [(name.encode(), value.encode("latin-1")) for name, value in ids.items()]
         if answer.content_length is not None:
             headers.append((b"content-length", str(answer.content_length).encode()))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})

@@ -54,6 +54,13 @@ class Adapters:
             for record in records
         }
 
+    def versions(self, name_or_id: str) -> Records:
+        """One version (by id), or all of a name, oldest first. RegistryError if there is none, or if it is a model."""
+        records = self.registry.versions(name_or_id)
+        if records[0].kind != "adapter":
+            raise RegistryError(f"{records[0].id} is a model, not an adapter. `tandem models rm` removes models.")
+        return records
+
     def promote(self, version_id: str) -> ModelRecord:
         """Resolve `name` to `name@version` from the next request on; running requests finish with their version."""
         return self.registry.promote(version_id)
@@ -121,6 +128,6 @@ def _of_job(source: str, base: str | None) -> tuple[Path, str | None, dict[str, 
         raise RegistryError(f"The job {job.id} made a model, not an adapter.")
     return (
         job.export,
-        base or end.get("base") or config.model.base,
-        {"job": job.id, "steps": config.steps, "loss": end.get("loss")},
+        base or end.base or config.model.base,
+        {"job": job.id, "steps": config.steps, "loss": end.loss},
     )

@@ -19,6 +19,7 @@ from typing import Any
 from tandem.cluster.local import Cluster
 from tandem.errors import ClusterError, JobError
 from tandem.jobs.folder import JobState, RunFolder
+from tandem.observability.events import Event, Failed, Finished, Started, Stopped
 from tandem.registry import Registry
 from tandem.settings import hub_offline, settings
 
@@ -135,10 +136,12 @@ class JobClient:
         if sent and sent[-1].get("stopped"):
             return False
         # A driver that ends by itself, or on request, has written an event.
-        end = job.last("started", "finished", "failed", "stopped")
+        end: Event | None = job.last(Started, Finished, Failed, Stopped)
         code = self._ray.get_job_info(submission).driver_exit_code
         killed = code is None or code < 0 or code == 128 + signal.SIGKILL
-        return killed and (end is None or end["event"] == "started" or end["time"] < (sent[-1]["time"] if sent else 0))
+        return killed and (
+            end is None or isinstance(end, Started) or (end.time or 0.0) < (sent[-1]["time"] if sent else 0)
+        )
 
     def _tail(self, submission: str) -> Iterator[str]:
         """Chunks of the log until it or the connection ends.

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from tandem.config import TrainConfig, load_yaml
 from tandem.errors import JobError, did_you_mean
 from tandem.jobs.status import fold_events
-from tandem.observability import events
-from tandem.observability.events import Event, Failed, Finished, Step, Stopped
+from tandem.observability import codec
+from tandem.observability.events import Event, Failed, Finished, Started, Step, Stopped
 from tandem.settings import settings
 from tandem.storage import write_atomic
+
+E = TypeVar("E", bound=Event)
 
 
 class JobState(StrEnum):
@@ -88,15 +90,15 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """The JSON objects of all events so far, oldest first."""
-        return list(events.read(self.path / "events.jsonl"))
+        return list(codec.read(self.path / "events.jsonl"))
 
     def typed_events(self) -> list[Event]:
         """All events so far, oldest first, of the kinds that this release knows."""
-        return list(events.read_events(self.path / "events.jsonl"))
+        return list(codec.read_events(self.path / "events.jsonl"))
 
-    def last(self, *names: str) -> dict[str, Any] | None:
-        """The JSON object of the newest event of one of these names."""
-        return next((e for e in reversed(self.events()) if e["event"] in names), None)
+    def last(self, *kinds: type[E]) -> E | None:
+        """The newest event of one of these kinds."""
+        return next((event for event in reversed(self.typed_events()) if isinstance(event, kinds)), None)
 
     def submissions(self) -> list[dict[str, Any]]:
         """All submissions to clusters, oldest first: {id, dashboard_url, time, stopped?}."""
@@ -143,12 +145,12 @@ class JobFolder(RunFolder):
         """The job's config, with data and base resolved."""
         return load_yaml(TrainConfig, self.path / "config.yaml")
 
-    def finished(self) -> dict[str, Any] | None:
-        """The JSON object of the `finished` event, if the job succeeded, the export exists and is registered as configured."""
-        end = self.last("finished", "failed", "started")
-        if end is None or end["event"] != "finished" or not self.export.is_dir():
+    def finished(self) -> Finished | None:
+        """The event of the job's end, if it succeeded, the export exists and is registered as configured."""
+        end: Event | None = self.last(Finished, Failed, Started)
+        if not isinstance(end, Finished) or not self.export.is_dir():
             return None
-        return end if end.get("model") or not self.config().register else None
+        return end if end.model or not self.config().register else None
 
     def summary(self, live: JobState | None = None) -> JobSummary:
         """The job's summary by its files; `live`, the cluster's state of its newest submission, wins while it runs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from tandem.ids import job_id
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, RunFolder
 from tandem.jobs.prepare import NON_CONTENT_KEYS, READER_KEYS, prepare
+from tandem.observability.events import Evaluated, Event, Failed, Step, SweepFinished, SweepStarted
 from tandem.settings import settings
 from tandem.storage import write_atomic
 
@@ -60,12 +61,12 @@ class SweepFolder(RunFolder):
         """The trials' jobs, in their order."""
         return [JobFolder(settings().jobs_dir / name) for name in self.plan().jobs]
 
-    def swept(self) -> dict[str, Any] | None:
-        """The JSON object of the `swept` event, if the sweep succeeded and the best trial's result exists."""
-        end = self.last("swept", "failed", "sweeping")
-        if end is None or end["event"] != "swept":
+    def swept(self) -> SweepFinished | None:
+        """The event of the sweep's end, if it succeeded and the best trial's result exists."""
+        end: Event | None = self.last(SweepFinished, Failed, SweepStarted)
+        if not isinstance(end, SweepFinished):
             return None
-        return end if JobFolder(settings().jobs_dir / end["job"]).finished() else None
+        return end if JobFolder(settings().jobs_dir / end.job).finished() else None
 
 
 def prepare_sweep(values: Mapping[str, Any], trials: Sequence[Trial], *, metric: str, parallel: int) -> SweepFolder:
@@ -102,6 +103,23 @@ def prepare_sweep(values: Mapping[str, Any], trials: Sequence[Trial], *, metric:
     sweep = SweepFolder(settings().sweeps_dir / job_id(f"{name}-sweep", [sorted(jobs), metric]))
     write_atomic(sweep.path / "sweep.json", json.dumps(asdict(plan), indent=1))
     return sweep
+
+
+def score(metric: str, events: Iterable[Event]) -> float | None:
+    """A trial's value of a metric, from its events; None without a finite value.
+
+    The last value of losses and memory; the median of metrics that vary from step to step.
+    """
+    if metric in ("evaluation_loss", "perplexity"):
+        key = metric.removeprefix("evaluation_")
+        found: list[Any] = [event.measured.get(key) for event in events if isinstance(event, Evaluated)]
+    else:
+        found = [getattr(event, metric, None) for event in events if isinstance(event, Step)]
+    values = [float(value) for value in found if isinstance(value, int | float)]
+    if not values:
+        return None
+    value = sorted(values)[len(values) // 2] if METRICS[metric] == "max" else values[-1]
+    return value if math.isfinite(value) else None
 
 
 def trials_at_once(configs: Sequence[TrainConfig], total: Mapping[str, float], parallel: int) -> int:

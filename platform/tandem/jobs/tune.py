@@ -21,13 +21,24 @@ import ray
 from ray import tune
 
 from tandem.cluster.local import Cluster, connect, running
-from tandem.config.training.sweep import better, score
+from tandem.config.training.sweep import better
 from tandem.errors import ClusterError, JobError, TandemError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
-from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, stop_trials, trials_at_once
-from tandem.observability import events
-from tandem.observability.events import Failed, Finished, RegistrationFailed, SweepFinished, SweepStarted, TrialReported
+from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, score, stop_trials, trials_at_once
+from tandem.observability.codec import decode_event, to_json
+from tandem.observability.events import (
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    RegistrationFailed,
+    Started,
+    Step,
+    SweepFinished,
+    SweepStarted,
+    TrialReported,
+)
 from tandem.observability.journal import Journal
 from tandem.settings import export as export_variables
 from tandem.train.registration import Origin, register_result
@@ -85,7 +96,7 @@ def run_sweep(sweep: SweepFolder, journal: Journal) -> None:
     finally:
         stop_trials(JobClient(cluster), jobs, timeout_s=0.0)
         shutil.rmtree(storage, ignore_errors=True)
-    scores = [score(plan.metric, job.events()) if job.finished() else None for job in jobs]
+    scores = [score(plan.metric, job.typed_events()) if job.finished() else None for job in jobs]
     best = best_of(plan.metric, scores)
     if best is None:
         failed = [job for job in jobs if not job.finished()]
@@ -126,8 +137,8 @@ def best_of(metric: str, scores: list[float | None]) -> int | None:
 
 def failure_reason(job: JobFolder) -> str:
     """The error of a failed job, or the command that shows its log."""
-    end = job.last("failed", "started")
-    return str(end["error"]) if end and "error" in end else f"`tandem train logs {job.id}` tells why."
+    end: Event | None = job.last(Failed, Started)
+    return end.error if isinstance(end, Failed) else f"`tandem train logs {job.id}` tells why."
 
 
 def register_best(job: JobFolder, journal: Journal) -> str | None:
@@ -152,28 +163,33 @@ def register_best(job: JobFolder, journal: Journal) -> str | None:
 def run_trial(params: Mapping[str, Any]) -> None:
     """Run one trial, in an actor of Tune's: submit or join its job, and report until it ends. JobError if it fails."""
     job = JobFolder(Path(params["jobs"][params["trial"]]))
-    newest: dict[str, dict[str, Any]] = {}
+    newest: dict[type[Event], Event] = {}
     if not job.finished():
         client = JobClient(Cluster(**params["cluster"]))
         submission = client.submit(job)
         reported = -REPORT_EVERY_S
         for line in client.follow_resubmitted(job, submission):
-            event = events.decode(line)
+            event = decode_event(line)
             if event is None:
                 continue
-            newest[event["event"]] = event
-            if event["event"] == "step" and time.monotonic() - reported >= REPORT_EVERY_S:
+            newest[type(event)] = event
+            if isinstance(event, Step) and time.monotonic() - reported >= REPORT_EVERY_S:
                 reported = time.monotonic()
                 tune.report(reportable(newest))
         if not job.finished():
-            raise JobError(str(newest.get("failed", {}).get("error") or client.message(submission)))
-    tune.report(reportable({event["event"]: event for event in job.events()}))
+            failed = newest.get(Failed)
+            raise JobError((failed.error if isinstance(failed, Failed) else "") or client.message(submission))
+    tune.report(reportable({type(event): event for event in job.typed_events()}))
 
 
-def reportable(newest: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of a job's newest `step` and `evaluation` events, by kind in `newest`."""
-    step, evaluation = newest.get("step", {}), newest.get("evaluation", {})
-    numbers = {**step, "evaluation_loss": evaluation.get("loss"), "perplexity": evaluation.get("perplexity")}
+def reportable(newest: Mapping[type[Event], Event]) -> dict[str, float]:
+    """The metrics of a job's newest Step and Evaluated, which `newest` holds by kind."""
+    numbers = to_json(newest[Step]) if Step in newest else {}
+    if isinstance(evaluation := newest.get(Evaluated), Evaluated):
+        numbers |= {
+            "evaluation_loss": evaluation.measured.get("loss"),
+            "perplexity": evaluation.measured.get("perplexity"),
+        }
     # Tune reports a `time` of its own.
     return {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "time"}
 

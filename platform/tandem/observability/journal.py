@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tandem.observability import events
+from tandem.observability import codec
 from tandem.observability.events import Event, Notice
 from tandem.storage import disk_errors
 
@@ -20,11 +20,11 @@ class Journal:
 
     def write(self, event: Event) -> None:
         """Stamp, append and print one event; StorageError if the file cannot be written."""
-        line = events.encode(event)
+        line = codec.encode(event)
         with self._lock, disk_errors("writing events", self.path):
             print(line, flush=True)
             with self.path.open("a") as file:
-                file.write(line.removeprefix(events.MARK) + "\n")
+                file.write(line.removeprefix(codec.MARK) + "\n")
 
     def notice(self, message: str) -> None:
         """Write a `Notice`."""
@@ -33,4 +33,4 @@ class Journal:
     def read(self) -> list[Event]:
         """All events so far, those of earlier runs too."""
         # A device has no end to read to.
-        return list(events.read_events(self.path)) if self.path.is_file() else []
+        return list(codec.read_events(self.path)) if self.path.is_file() else []

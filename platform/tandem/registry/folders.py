@@ -13,7 +13,7 @@ from tandem.registry.adapter_files import CONFIG
 
 def model_max_length(folder: Path) -> int | None:
     """The positions of the model in `folder`; RegistryError if it is not a model in Hugging Face's format."""
-    config = _read(folder)
+    config = model_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise RegistryError(
             f"{folder} holds no *.safetensors file, so it is not a model that can be served. "
@@ -29,12 +29,13 @@ def model_max_length(folder: Path) -> int | None:
 
 def model_shape(folder: Path) -> ModelShape:
     """The shape of the model in `folder`, by its config.json; RegistryError if that cannot be read."""
-    return ModelShape.read(_read(folder))
+    return ModelShape.read(model_config(folder))
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def model_config(folder: Path) -> dict[str, Any]:
+    """The config.json of the model in `folder`; RegistryError if it cannot be read."""
     if not folder.is_dir():
-        raise RegistryError(f"There is no folder {folder}, so no model to register.")
+        raise RegistryError(f"There is no folder {folder}, so there is no model.")
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text())

@@ -37,11 +37,26 @@ def find(session: Session, name_or_id: str) -> ModelRow:
                 f"`tandem adapters promote {versioned(name, others[0])}`."
             )
     names = near(session, name)
-    known_ones = f" Registered: {some(names)}." if names else " Nothing is registered yet; train a model first."
+    known_ones = (
+        f" Registered: {some(names)}."
+        if names
+        else (
+            " Nothing is registered yet: train a model (`tandem train submit`), pull one (`tandem models pull ORG/NAME`), or "
+            "name a folder in Hugging Face's format (./FOLDER)."
+        )
+    )
     pull = f" `tandem models pull {name}` brings it from the Hugging Face hub." if is_hub_name(name) else ""
     raise UnknownModelError(
         f"No model or adapter {name_or_id!r} is registered.{did_you_mean(name, names)}{pull}{known_ones}"
     )
+
+
+def find_versions(session: Session, name_or_id: str) -> list[ModelRow]:
+    """The row of `name@version`, or those of all versions of a name, oldest first; UnknownModelError if there is none."""
+    name, version = split_version(name_or_id)
+    if version is None and (numbers := versions_of(session, name)):
+        return [session.get_one(ModelRow, versioned(name, number)) for number in reversed(numbers)]
+    return [find(session, name_or_id)]
 
 
 def versions_of(session: Session, name: str, limit: int | None = None) -> list[int]:

@@ -60,8 +60,9 @@ def folder_of(word: str) -> Path | None:
 def checked_folder(folder: Path, key: str, hint: str = "") -> Path:
     """The folder, if it holds a config.json; ConfigError with the nearest name, and with `hint`, otherwise."""
     if not (folder / "config.json").is_file():
-        beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = did_you_mean(folder.name, [name for name in beside if name != folder.name])
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        models = [p.name for p in beside if p != folder and (p / "config.json").is_file()]
+        near = did_you_mean(folder.name, models)
         raise ConfigError(f"{key}: no model at {folder}: it has no config.json.{near}{hint}")
     return folder
 

@@ -6,27 +6,22 @@ come in pages.
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
-from sqlalchemy import Engine, delete, func, select, tuple_, update
-from sqlalchemy.orm import Session
+from sqlalchemy import delete, func, select, tuple_
 
-from tandem.db.database import database_errors, open_database, shown
-from tandem.db.schema import ClockRow, IdentityRow, ModelRow, NameRow, PinRow
+from tandem.db.schema import ModelRow, NameRow, PinRow
 from tandem.errors import RegistryError
 from tandem.ids import canonical_json, check_name, folder_digest, is_hub_name, split_version, versioned
-from tandem.private import check_home
 from tandem.registry import names
 from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
+from tandem.registry.connection import RegistryConnection
 from tandem.registry.folders import model_max_length
-from tandem.registry.records import Kind, ModelRecord, Promotion, RegistryAddress
+from tandem.registry.records import Kind, ModelRecord, Promotion
 from tandem.settings import settings
 from tandem.storage import Location, is_remote, local_path
 
@@ -36,81 +31,8 @@ Promotions = list[Promotion]
 Names = list[str]
 
 
-class Registry:
+class Registry(RegistryConnection):
     """Models and adapters by name. Versions count from 1; a version never changes, and its id is never reused."""
-
-    def __init__(self, url: str, *, identity: str | None = None) -> None:
-        """The registry in the database at an SQLAlchemy URL.
-
-        Without `identity` it is opened now: an SQLite database is made or migrated if need be, a PostgreSQL one is not (`tandem
-        db upgrade`). With `identity` it is opened at its first use, nothing is ever made, and the registry that is there must be
-        that one. RegistryError if it cannot be opened, or is another one.
-        """
-        self.url = url
-        self._opening = threading.Lock()
-        self._opened: Engine | None = None
-        self._identity = identity
-        if identity is None:
-            self._opened = open_database(url)
-            self._identity = _identity_of(self._opened)
-
-    @property
-    def identity(self) -> str:
-        """What tells this registry from every other one."""
-        assert self._identity is not None
-        return self._identity
-
-    @property
-    def database(self) -> Engine:
-        """The open database. RegistryError if it cannot be opened, or holds another registry than the one expected."""
-        with self._opening:
-            if self._opened is None:
-                engine = open_database(self.url, create=False)
-                if (found := _identity_of(engine)) != self._identity:
-                    engine.dispose()
-                    raise RegistryError(
-                        f"The registry {shown(engine.url)} on {socket.gethostname()} is another ({found[:8]}) than the one "
-                        f"expected ({self.identity[:8]}). All nodes must use the same one: set TANDEM_DATABASE_URL to a "
-                        "PostgreSQL database."
-                    )
-                self._opened = engine
-            return self._opened
-
-    @classmethod
-    def open(cls) -> Registry:
-        """The registry that the settings name; the one with the identity TANDEM_REGISTRY_ID where that is set.
-
-        Creates TANDEM_HOME unless an identity is set; UnsafePathError if every user can write there.
-        """
-        known = settings()
-        if known.registry_id is None:
-            check_home(known.root)
-        return cls(known.registry_url, identity=known.registry_id)
-
-    @property
-    def address(self) -> RegistryAddress:
-        """What a process on another node opens this registry by."""
-        return RegistryAddress(url=self.url, identity=self.identity)
-
-    @classmethod
-    def at(cls, address: RegistryAddress) -> Registry:
-        """The registry of an address, on any node; opened, and compared with the address, at its first use."""
-        return cls(address.url, identity=address.identity)
-
-    def __reduce__(self) -> tuple[Callable[[RegistryAddress], Registry], tuple[RegistryAddress]]:
-        """Pickles as its address, so that it can be handed to a Ray actor."""
-        return Registry.at, (self.address,)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connections; the next call opens new ones."""
-        if self._opened is not None:
-            self._opened.dispose()
 
     def register_model(
         self, name: str, path: str | Path, *, lineage: Mapping[str, Any] | None = None, promote: bool = True
@@ -196,6 +118,11 @@ class Registry:
         """
         with self._reading() as session:
             return _record(names.find(session, name_or_id))
+
+    def versions(self, name_or_id: str) -> Records:
+        """One version (by id), or all of a name, oldest first. Raises UnknownModelError with the nearest name."""
+        with self._reading() as session:
+            return [_record(row) for row in names.find_versions(session, name_or_id)]
 
     def promote(self, version_id: str) -> ModelRecord:
         """Make `name@version` what its name means, from the next request on."""
@@ -318,16 +245,13 @@ class Registry:
         A name whose promoted version goes means the one promoted before. RegistryError, and nothing changes, if an adapter still
         needs one of them, or if they are not of the `kind` given.
         """
-        name, version = split_version(name_or_id)
+        name = split_version(name_or_id)[0]
         with self._writing() as (session, _):
-            if version is None and (numbers := names.versions_of(session, name)):
-                wanted = [versioned(name, number) for number in reversed(numbers)]
-            else:
-                wanted = [names.find(session, name_or_id).id]
-            rows = [session.get_one(ModelRow, each) for each in wanted]
+            rows = names.find_versions(session, name_or_id)
+            ids = [row.id for row in rows]
             if kind is not None and rows[0].kind != kind:
                 raise RegistryError(f"{rows[0].id} is {_a(rows[0].kind)}, not {_a(kind)}, so it stays.")
-            needing = select(ModelRow.id).where(ModelRow.base.in_(wanted))
+            needing = select(ModelRow.id).where(ModelRow.base.in_(ids))
             needed_by = session.scalars(needing.order_by(ModelRow.base, ModelRow.name).limit(names.SHOWN + 1)).all()
             if needed_by:
                 count = session.scalar(select(func.count()).select_from(needing.subquery()))
@@ -336,16 +260,11 @@ class Registry:
                 )
             removed = [_record(row) for row in rows]
             names.forget(session, name, [row.version for row in rows])
-            gone = [*wanted, *([name] if len(wanted) == len(names.versions_of(session, name)) else [])]
+            gone = [*ids, *([name] if len(ids) == len(names.versions_of(session, name)) else [])]
             session.execute(delete(PinRow).where(PinRow.target.in_(gone)))
             for row in rows:
                 session.delete(row)
             return removed
-
-    def revision(self) -> int:
-        """A number that grows with each change: poll it to know when a copy is stale. One small query."""
-        with database_errors(self.database.url), self.database.connect() as connection:
-            return connection.execute(select(ClockRow.revision)).scalar_one()
 
     def _register(
         self,
@@ -404,28 +323,6 @@ class Registry:
             if promoting:
                 names.promote(session, row)
             return _record(row)
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[Session]:
-        with database_errors(self.database.url), Session(self.database) as session:
-            yield session
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[tuple[Session, int]]:
-        """A transaction that starts by bumping the clock.
-
-        It then holds the write lock on SQLite and the row's lock elsewhere, so what it reads next is the latest, and
-        stays so until it commits.
-        """
-        with database_errors(self.database.url), Session(self.database, expire_on_commit=False) as session:
-            with session.begin():
-                session.execute(update(ClockRow).values(revision=ClockRow.revision + 1))
-                yield session, session.execute(select(ClockRow.revision)).scalar_one()
-
-
-def _identity_of(engine: Engine) -> str:
-    with database_errors(engine.url), Session(engine) as session:
-        return session.execute(select(IdentityRow.id)).scalar_one()
 
 
 def local_folder(record: ModelRecord) -> Path:

@@ -61,6 +61,12 @@ class ServedModel:
         return f"{'prefill' if self.is_prefill else 'engine'}-{self.name.replace('/', '~')}"
 
 
+def model_of_deployment(deployment: str) -> str | None:
+    """The name of the model that a deployment (`ServedModel.deployment`) serves; None for prefill replicas and other parts."""
+    prefix, _, name = deployment.partition("-")
+    return name.replace("~", "/") if prefix == "engine" and name else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaRecord:
     """State of one engine replica, as of its last heartbeat."""

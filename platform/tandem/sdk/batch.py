@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tandem.cluster.local import authentication
 from tandem.config import BatchConfig
-from tandem.engine.vllm.parsers import read_template
-from tandem.sdk.cluster import connected, open_cluster
+from tandem.engine.engines import find_engine
+from tandem.sdk.cluster import check_gpus, connected, open_cluster
 from tandem.sdk.console import console
 from tandem.sdk.progress import duration
 from tandem.settings import export
@@ -73,7 +73,7 @@ def run_batch(
     try:
         summary = _run(config, run)
     except (KeyboardInterrupt, SystemExit):
-        console.print("\nStopped. The same command goes on where it was.")
+        console.print("\nStopped. The same command resumes where it stopped.")
         raise
     _say(summary)
     return summary
@@ -82,7 +82,9 @@ def run_batch(
 def without_template(run: BatchRun) -> list[str]:
     """Names of bases with a chat template whose rows hold plain prompts, which bypass the template."""
     asked = (spec for spec, _ in run.bases if spec.id in run.survey.bare_prompts and spec.path)
-    return [spec.name for spec in asked if read_template(Path(spec.path)) is not None]
+    return [
+        spec.name for spec in asked if find_engine(spec.kind).model_features(Path(spec.path), spec.args).chat_template
+    ]
 
 
 def _run(config: BatchConfig, run: BatchRun) -> Summary:
@@ -105,6 +107,7 @@ def _driver(config: BatchConfig) -> Iterator[None]:
     if ray is not None and ray.is_initialized():
         yield
         return
+    check_gpus(config.gpus_per_replica, "A replica", "gpus_per_replica")
     cpus = max(CPUS, int(config.replicas * config.cpus_per_replica) + 2)
     with open_cluster(num_cpus=cpus) as cluster, connected(cluster):
         yield

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 
 from tandem.cluster.local import Cluster, LocalCluster, connect, recorded
+from tandem.cluster.machine import gpus
 from tandem.errors import ClusterError
 from tandem.sdk.console import console
 from tandem.settings import export, forget, variable
@@ -42,6 +43,21 @@ def open_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator
         up = recorded() if started is None else started
         if not keep and up is not None and up != stale:
             stop_quietly(up)
+
+
+def check_gpus(needed: float, what: str, setting: str) -> None:
+    """ClusterError if `what` (`the job`) needs more GPUs than this machine has and no cluster is up, before one is started.
+
+    On a cluster that is up, the job or app checks the cluster's resources itself.
+    """
+    if not needed or connect() is not None:
+        return
+    here = len(gpus())
+    if needed > here:
+        raise ClusterError(
+            f"{what} needs {needed:g} GPUs, and this machine has {here}. Lower {setting}, or set RAY_ADDRESS to a "
+            "cluster with GPUs."
+        )
 
 
 @contextlib.contextmanager

@@ -11,8 +11,12 @@ import weakref
 from pathlib import Path
 from typing import Any, Self
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, did_you_mean
 from tandem.sdk.client import RemoteLLM
+
+OWN_CUTOFF = 0.8
+"""Similarity, 0 to 1, from which a name is taken for a misspelt one: vLLM has `max_model_len` and others of its own."""
+OWN_ARGUMENTS = ("model", "base_url", "api_key", "max_concurrency", "replicas", "gpus_per_replica")
 
 
 class LLM(RemoteLLM):
@@ -37,6 +41,7 @@ class LLM(RemoteLLM):
 
         Raises UnknownModelError with the nearest name if nobody serves or knows the model.
         """
+        _check_arguments(engine_args)
         self._stop: weakref.finalize[Any, Any] | None = None
         name = model
         if base_url is None:
@@ -66,7 +71,8 @@ class LLM(RemoteLLM):
     ) -> tuple[str, str]:
         """The URL of a server that knows the model, and the model's name there."""
         # Imported here: a client of a server elsewhere needs neither Ray nor a registry.
-        from tandem.cluster.local import connect, free_ports
+        from tandem.cluster.local import connect
+        from tandem.cluster.ports import free_ports
         from tandem.config import ServeConfig, ServedModelConfig
         from tandem.registry import Registry, called, find_model
         from tandem.sdk.serving import app_url
@@ -81,13 +87,13 @@ class LLM(RemoteLLM):
                     "End it with `tandem serve down`, or leave them out."
                 )
             return url, called(model, registry)
-        found = find_model(model, registry)
-        if isinstance(found, Path):
-            served_as, name, base = found.name, found.name, str(found)
+        source = find_model(model, registry)
+        if isinstance(source, Path):
+            served_as, name, base = source.name, source.name, str(source)
         else:
             # An adapter answers with its base. What was named by an id is called by it.
-            served_as, base = None, str(found.base) if found.kind == "adapter" else found.id
-            name = model if model in (found.name, found.id) else found.id
+            served_as, base = None, str(source.base) if source.kind == "adapter" else source.id
+            name = model if model in (source.name, source.id) else source.id
         served = ServedModelConfig(
             model=base,
             name=served_as,
@@ -98,9 +104,22 @@ class LLM(RemoteLLM):
         session = Session()
         try:
             url = session.serve(config=ServeConfig(models=(served,)), port=free_ports(1)[0])
+        except ConfigError as error:
+            session.close()
+            # Here they are keyword arguments, not keys of a file.
+            raise ConfigError(
+                f"tandem.LLM: {str(error).replace('models[0].engine_args.', '').replace('models[0].', '')}"
+            ) from error
         except BaseException:
             session.close()
             raise
         # Also at the program's end, for those who never close it.
         self._stop = weakref.finalize(self, session.close)
         return url, name
+
+
+def _check_arguments(engine_args: dict[str, Any]) -> None:
+    """ConfigError for a misspelt argument of LLM itself, which would otherwise be taken for one of the engine's."""
+    for name in engine_args:
+        if hint := did_you_mean(name, OWN_ARGUMENTS, cutoff=OWN_CUTOFF):
+            raise ConfigError(f"tandem.LLM has no argument {name!r}.{hint} Other arguments are those of vLLM's engine.")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -13,7 +12,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from tandem.observability import events
+from tandem.observability.codec import decode, from_json, to_json
+from tandem.observability.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Failed,
+    FaultDetected,
+    Finished,
+    HangDetected,
+    Notice,
+    RegistrationFailed,
+    Resized,
+    Restarted,
+    RolledBack,
+    SlowRank,
+    Started,
+    Step,
+    StepSkipped,
+    Stopped,
+)
 
 NOISE_KEPT = 200
 REPORTS_KEPT = 30
@@ -26,7 +44,7 @@ class JobView:
     def __init__(self, console: Console, title: str, *, raw: bool = False) -> None:
         self.console = console
         self.raw = raw
-        self.ended: dict[str, Any] | None = None
+        self.ended: Finished | Failed | Stopped | None = None
         self.other_lines: list[str] = []
         """The newest lines of the log that are not events; shown when a job fails."""
         self._progress = _Bar(
@@ -60,38 +78,39 @@ class JobView:
 
     def show(self, line: str) -> None:
         """Show one line of the job's log."""
-        event = events.decode(line)
+        values = decode(line)
         if self.raw:
             self.console.print(line, markup=False, soft_wrap=True)
-        if event is None:
+        if values is None:
             self.other_lines = [*self.other_lines[-NOISE_KEPT:], line]
             return
-        if event["event"] in ("finished", "failed", "stopped"):
+        event = from_json(values)
+        if isinstance(event, Finished | Failed | Stopped):
             self.ended = event
-        if not self.raw:
+        if event is not None and not self.raw:
             self._show_event(event)
 
-    def _show_event(self, event: dict[str, Any]) -> None:
+    def _show_event(self, event: Event) -> None:
         assert self._task is not None
-        match event["event"]:
-            case "started":
+        match event:
+            case Started():
                 self._say(str(event_sentence(event)))
-                self._progress.update(self._task, total=event.get("steps"), completed=event.get("resumed_from") or 0)
-            case "step":
+                self._progress.update(self._task, total=event.steps or None, completed=event.resumed_from or 0)
+            case Step():
                 numbers = described(event)
-                left = self._pace.left_s(event)
+                remaining_s = self._pace.remaining_s(event)
                 self._progress.update(
                     self._task,
-                    completed=event["step"],
-                    total=event.get("steps"),
+                    completed=event.step,
+                    total=event.steps or None,
                     numbers=numbers,
-                    left="" if left is None else f"[dim]{duration(left)} left[/]",
+                    left="" if remaining_s is None else f"[dim]{duration(remaining_s)} left[/]",
                 )
                 # Where there is no terminal a bar shows nothing: say it in words, ten times a run.
-                tenth = 10 * event["step"] // max(1, event.get("steps", 1))
+                tenth = 10 * event.step // max(1, event.steps)
                 if not self.console.is_terminal and tenth > self._announced:
                     self._announced = tenth
-                    self._say(f"step {event['step']}/{event.get('steps')}  {numbers}")
+                    self._say(f"step {event.step}/{event.steps}  {numbers}")
             case _:
                 if (text := event_sentence(event)) is not None:
                     self._say(text)
@@ -119,9 +138,9 @@ class Pace:
     def __init__(self) -> None:
         self._reports: deque[tuple[int, float]] = deque(maxlen=REPORTS_KEPT)
 
-    def left_s(self, event: Mapping[str, Any]) -> float | None:
-        """Seconds until the last step, after this `step` event; None as long as there is only one."""
-        now = (int(event["step"]), float(event.get("seconds") or 0.0))
+    def remaining_s(self, event: Step) -> float | None:
+        """Seconds until the last step, after this event; None as long as there is only one."""
+        now = (event.step, event.seconds or 0.0)
         if self._reports and now <= self._reports[-1]:
             # A restart: neither its steps nor its clock go on from here.
             self._reports.clear()
@@ -129,79 +148,84 @@ class Pace:
         (step, seconds), (then, before) = now, self._reports[0]
         if step == then or seconds <= before:
             return None
-        return max(0, int(event.get("steps") or step) - step) * (seconds - before) / (step - then)
+        return max(0, (event.steps or step) - step) * (seconds - before) / (step - then)
 
 
-def event_sentence(event: Mapping[str, Any]) -> str | None:
+def event_sentence(event: Event) -> str | None:
     """An event as one line of rich markup; None for those that only other processes need."""
-    match event["event"]:
-        case "started":
-            resumed = f", resumed at step {event['resumed_from']}" if event.get("resumed_from") else ""
-            trainable = event.get("trainable") or event.get("parameters") or 0
+    match event:
+        case Started():
+            resumed = f", resumed at step {event.resumed_from}" if event.resumed_from else ""
             return (
-                f"{event.get('parameters', 0):,} parameters, {trainable:,} trained; "
-                f"{event.get('workers')} workers{on_nodes(event)}, {event.get('layout')}{resumed}"
+                f"{event.parameters:,} parameters, {event.trainable or event.parameters:,} trained; "
+                f"{event.workers} workers{on_nodes(event)}, {event.layout}{resumed}"
             )
-        case "step":
-            return f"step {event['step']}/{event.get('steps')}  {described(event)}"
-        case "evaluation":
+        case Step():
+            return f"step {event.step}/{event.steps}  {described(event)}"
+        case Evaluated():
             return evaluated(event)
-        case "restart":
-            return f"[yellow]restarted[/]: {escape(str(event.get('reason', '')))}"
-        case "resized":
-            return f"[yellow]{event['from']} -> {event['to']} workers[/]: {escape(str(event.get('reason', '')))}"
-        case "hang" | "slow" | "skipped" | "rollback" | "stopped":
-            return f"[yellow]{escape(str(event.get('reason', '')))}[/]"
-        case "notice":
-            return f"[yellow]{escape(str(event.get('message', '')))}[/]"
-        case "registration_failed":
-            return f"[yellow]not registered[/]: {escape(str(event.get('error', '')))}"
-        case "finished":
-            return f"loss {event['loss']:.3f} after {event['steps']} steps, {event['seconds']:.0f} s"
+        case Restarted():
+            return f"[yellow]restarted[/]: {escape(event.reason)}"
+        case Resized():
+            return f"[yellow]{event.from_workers} -> {event.to_workers} workers[/]: {escape(event.reason)}"
+        case HangDetected() | SlowRank() | StepSkipped() | RolledBack() | Stopped():
+            return f"[yellow]{escape(event.reason)}[/]"
+        case Notice():
+            return f"[yellow]{escape(event.message)}[/]"
+        case RegistrationFailed():
+            return f"[yellow]not registered[/]: {escape(event.error)}"
+        case Finished():
+            return f"loss {_number(event.loss)} after {event.steps} steps, {event.seconds or 0.0:.0f} s"
     return None
 
 
-def log_line(event: Mapping[str, Any]) -> str:
+def log_line(event: Event) -> str:
     """An event as a line of a log, without colours: its time, and all of what `event_sentence` says of it or its fields."""
-    match event["event"]:
-        case "checkpoint":
-            text = f"checkpoint of step {event['step']}: {event.get('path')}"
-        case "fault":
-            text = f"fault ({event.get('kind')}): {event.get('reason')}"
-        case "failed":
-            text = f"failed: {event.get('error')}"
-        case name:
+    match event:
+        case CheckpointSaved():
+            text = f"checkpoint of step {event.step}: {event.path}"
+        case FaultDetected():
+            text = f"fault ({event.kind}): {event.reason}"
+        case Failed():
+            text = f"failed: {event.error}"
+        case _:
             said = event_sentence(event)
-            fields = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "time"))
-            text = Text.from_markup(said).plain if said is not None else f"{name}: {fields}"
-    at = datetime.fromtimestamp(float(event.get("time") or 0.0)).astimezone()
+            fields = ", ".join(
+                f"{key} {value}" for key, value in to_json(event).items() if key not in ("event", "time")
+            )
+            text = Text.from_markup(said).plain if said is not None else f"{event.name}: {fields}"
+    at = datetime.fromtimestamp(event.time or 0.0).astimezone()
     return f"{at:%Y-%m-%d %H:%M:%S}  {text}"
 
 
-def on_nodes(event: Mapping[str, Any]) -> str:
-    """` on 2 nodes` of a `started` event, empty for one node."""
-    return f" on {event['nodes']} nodes" if event.get("nodes", 1) > 1 else ""
+def on_nodes(event: Started) -> str:
+    """` on 2 nodes`; empty for one node."""
+    return f" on {event.nodes} nodes" if (event.nodes or 1) > 1 else ""
 
 
-def described(event: Mapping[str, Any]) -> str:
-    """A `step` event's numbers in one line of at most 78 columns; what the event lacks is left out."""
-    parts = [f"loss [cyan]{event['loss']:.3f}[/]"]
-    if (norm := event.get("grad_norm")) is not None:
-        parts.append(f"grad norm {norm:.3g}")
-    parts.append(f"{event.get('tokens_per_s') or 0:,.0f} tok/s")
-    if (mfu := event.get("mfu")) is not None:
-        parts.append(f"MFU {100 * mfu:.1f} %")
-    if (memory := event.get("memory_bytes")) is not None:
-        parts.append(f"{memory / 2**30:.2f} GiB")
+def described(event: Step) -> str:
+    """The numbers of a step in one line of at most 78 columns, without those that the event lacks."""
+    parts = [f"loss [cyan]{_number(event.loss)}[/]"]
+    if event.grad_norm is not None:
+        parts.append(f"grad norm {event.grad_norm:.3g}")
+    parts.append(f"{event.tokens_per_s or 0:,.0f} tok/s")
+    if event.mfu is not None:
+        parts.append(f"MFU {100 * event.mfu:.1f} %")
+    if event.memory_bytes is not None:
+        parts.append(f"{event.memory_bytes / 2**30:.2f} GiB")
     return "  ".join(parts)
 
 
-def evaluated(event: Mapping[str, Any]) -> str:
-    """An `evaluation` event in words."""
-    apart = ("event", "time", "step", "rows", "averaged", "loss")
-    others = "".join(f", {key.replace('_', ' ')} {value:.4g}" for key, value in event.items() if key not in apart)
-    rows = f" ({event['rows']} rows)" if "rows" in event else ""
-    return f"evaluation at step {event['step']}: loss [cyan]{event['loss']:.3f}[/]{escape(others)}{rows}"
+def evaluated(event: Evaluated) -> str:
+    """An evaluation in words."""
+    others = {key: value for key, value in event.measured.items() if key != "loss"}
+    listed = "".join(f", {key.replace('_', ' ')} {value:.4g}" for key, value in others.items())
+    rows = f" ({event.rows} rows)" if event.rows else ""
+    return f"evaluation at step {event.step}: loss [cyan]{_number(event.measured.get('loss'))}[/]{escape(listed)}{rows}"
+
+
+def _number(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.3f}"
 
 
 def duration(seconds: float) -> str:

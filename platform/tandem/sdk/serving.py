@@ -15,7 +15,7 @@ from tandem.cluster.local import Cluster
 from tandem.cluster.machine import port_holder
 from tandem.config import ListenConfig, ServeConfig
 from tandem.errors import ClusterError
-from tandem.registry import Registry
+from tandem.routing.records import model_of_deployment
 from tandem.sdk.cluster import connected, uninterrupted
 from tandem.sdk.console import console, print_message
 from tandem.serve.listen import is_loopback
@@ -43,17 +43,11 @@ def check_keys(listen: ListenConfig) -> None:
     """Refuse a listener that other machines reach while there is no API key: it would answer nobody."""
     if is_loopback(listen.host):
         return
-    if not key_store().count_active():
+    if not KeyStore.open().count_active():
         raise ClusterError(
             f"The app would listen on {listen.host}, where other machines reach it, and there is no API key yet. Make one with "
             "`tandem keys create NAME`, or listen on 127.0.0.1."
         )
-
-
-def key_store() -> KeyStore:
-    """The API keys of the registry that the settings name."""
-    registry = Registry.open()
-    return KeyStore(lambda: registry.database)
 
 
 @contextmanager
@@ -62,7 +56,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     from ray import serve
 
     from tandem.apps.build import prepare
-    from tandem.apps.deploy import deploy
+    from tandem.apps.deploy import check_capacity, deploy
 
     details = serve_details(cluster)
     check_not_served(details, config)
@@ -75,6 +69,8 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     with connected(cluster):
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
         planned = prepare(config)
+        if cluster.local:
+            check_capacity(planned)
         try:
             with console.status(f"Starting {config.app}: one engine takes about half a minute"):
                 serve.start(
@@ -114,9 +110,11 @@ def serve_details(cluster: Cluster) -> dict[str, Any]:
 def check_not_served(details: dict[str, Any], config: ServeConfig) -> None:
     """Refuse an app that is up, with what changes it; `details` are of `serve_details`."""
     if config.app in details.get("applications", {}):
+        models = ", ".join(served_models(details, config.app)) or "no model yet"
         raise ClusterError(
-            f"{config.app} is served on this cluster already. `tandem serve deploy` changes it, `tandem serve down` ends it; "
-            "its adapters need no restart."
+            f"{config.app} is served on this cluster already, at {listener_url(details)}, with {models}. "
+            "`tandem serve deploy MODEL` changes its models, `tandem serve deploy --set KEY=VALUE` its settings, and "
+            "`tandem serve down` ends it. New adapters of its models need none of these."
         )
 
 
@@ -132,16 +130,30 @@ def check_listener(details: dict[str, Any], listen: ListenConfig) -> None:
             )
 
 
+def served_models(details: dict[str, Any], app: str) -> list[str]:
+    """The names of an app's models, by its deployments."""
+    deployments = details.get("applications", {}).get(app, {}).get("deployments", {})
+    return [name for name in map(model_of_deployment, deployments) if name is not None]
+
+
 def app_url(cluster: Cluster, app: str) -> str | None:
     """The base URL, for clients of OpenAI's API, of an app that is up on a cluster; None if it is not."""
     details = serve_details(cluster)
     if app not in details.get("applications", {}):
         return None
-    options = details["http_options"]
+    return listener_url(details, cluster)
+
+
+def listener_url(details: dict[str, Any], cluster: Cluster | None = None) -> str:
+    """The base URL, for clients of OpenAI's API, of the listener in `serve_details`.
+
+    A listener on all addresses is named by the host of `cluster`'s dashboard, or by this machine's loopback address.
+    """
+    options = details.get("http_options") or {}
     host = options.get("host") or "127.0.0.1"
-    if host in WILDCARDS:
+    if host in WILDCARDS and cluster is not None:
         host = urlsplit(cluster.dashboard_url).hostname or "127.0.0.1"
-    return url_of(host, options["port"])
+    return url_of(host, options.get("port") or settings().port)
 
 
 def url_of(host: str, port: int) -> str:

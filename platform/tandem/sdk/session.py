@@ -82,8 +82,8 @@ class Session:
 
         `config` is a TrainConfig or a YAML file; each of `overrides` is `key=value`. Raises JobError if the job fails.
         """
-        wanted = config if isinstance(config, TrainConfig) else load_yaml(TrainConfig, Path(config), overrides)
-        job = prepare(wanted)
+        job_config = config if isinstance(config, TrainConfig) else load_yaml(TrainConfig, Path(config), overrides)
+        job = prepare(job_config)
         if job.finished():
             print_result(job)
         elif status := follow(self.cluster, job):
@@ -91,7 +91,7 @@ class Session:
         end = job.finished()
         if end is None:
             raise JobError(f"{job.id} has no result in {job.export}.")
-        return str(end["model"] or job.export)
+        return str(end.model or job.export)
 
     @property
     def adapters(self) -> Adapters:
@@ -100,8 +100,8 @@ class Session:
 
     def serve(self, *models: str, port: int | None = None, config: ServeConfig | None = None) -> str:
         """Serve models until the session ends; returns the base URL for an OpenAI client once they answer."""
-        wanted = config or ServeConfig(models=tuple(ServedModelConfig(model=name) for name in models))
-        return self._stack.enter_context(serving(self.cluster, wanted, listener(wanted, port=port)))
+        app_config = config or ServeConfig(models=tuple(ServedModelConfig(model=name) for name in models))
+        return self._stack.enter_context(serving(self.cluster, app_config, listener(app_config, port=port)))
 
 
 def recipe(name: str, overrides: Iterable[str] = ()) -> TrainConfig:

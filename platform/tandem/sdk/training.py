@@ -5,11 +5,12 @@ from __future__ import annotations
 from rich.markup import escape
 
 from tandem.cluster.local import Cluster
-from tandem.config import TrainConfig
+from tandem.config import TrainConfig, worker_counts
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
 from tandem.jobs.prepare import prepare
-from tandem.sdk.cluster import open_cluster, uninterrupted
+from tandem.observability.events import Failed
+from tandem.sdk.cluster import check_gpus, open_cluster, uninterrupted
 from tandem.sdk.console import INTERRUPTED, console
 from tandem.sdk.progress import JobView
 from tandem.sdk.summary import print_result
@@ -22,6 +23,8 @@ def submit(config: TrainConfig, *, detach: bool = False, raw: bool = False) -> i
     if job.finished():
         print_result(job)
         return 0
+    workers = worker_counts(config)[0]
+    check_gpus(workers * config.parallel.gpus_per_worker, "The job", "parallel.gpus_per_worker or parallel.workers")
     with open_cluster(num_cpus=logical_cpus(config), keep=detach) as cluster:
         if detach:
             client = JobClient(cluster)
@@ -48,18 +51,18 @@ def follow(cluster: Cluster, job: JobFolder, *, title: str | None = None, raw: b
                 raise
             if not cluster.owned:
                 console.print(
-                    f"\nThe job goes on. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it."
+                    f"\nThe job continues. `tandem train logs -f {job.id}` shows it, `tandem train stop {job.id}` ends it."
                 )
                 return INTERRUPTED
             with uninterrupted():
                 client.stop(_newest(job, submission), timeout_s=10)
                 job.mark_stopped()
-            console.print("\nStopped. The same command goes on from the newest checkpoint.")
+            console.print("\nStopped. The same command resumes from the newest checkpoint.")
             raise
     submission = _newest(job, submission)
     status = client.exit_status(submission)
     if status == 0 and job.finished():
-        print_result(job)
+        print_result(job, cluster)
     elif status != 0:
         _say_failed(client, submission, job, view)
     return status or (0 if job.finished() else 1)
@@ -73,12 +76,10 @@ def _newest(job: JobFolder, submission: str) -> str:
 
 def _say_failed(client: JobClient, submission: str, job: JobFolder, view: JobView) -> None:
     if client.state(submission) is JobState.STOPPED:
-        console.print(f"[yellow]{job.id} was stopped.[/] The same command goes on from its newest checkpoint.")
+        console.print(f"[yellow]{job.id} was stopped.[/] The same command resumes from its newest checkpoint.")
         return
-    end = view.ended or job.last("failed")
-    reason = (
-        str(end["error"]) if end and "error" in end else "\n".join(view.other_lines[-15:]) or client.message(submission)
-    )
+    end = view.ended or job.last(Failed)
+    reason = end.error if isinstance(end, Failed) else "\n".join(view.other_lines[-15:]) or client.message(submission)
     console.print(f"[bold red]{job.id} failed:[/] {escape(reason)}", soft_wrap=True)
     console.print(
         f"`tandem train logs {job.id}` shows all of its log; the same command tries again from the newest checkpoint."

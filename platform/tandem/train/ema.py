@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tandem.train.model import reshard, unwrapped
+from tandem.train.model.build import reshard, unwrapped
 from tandem.train.parallel.canonical import canonical, sync_tied
 
 

@@ -32,7 +32,7 @@ from tandem.data.packing import Rows
 from tandem.data.stream import Stream, open_stream
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ClusterError, ConfigError, JobStopped, TandemError
-from tandem.observability import events
+from tandem.observability import codec
 from tandem.observability.events import Event, Exported, Failed, Finished, Started, Stopped
 from tandem.observability.journal import Journal
 from tandem.registry import BaseRef, find_base
@@ -312,7 +312,7 @@ def _failed(journal: Journal, message: str, exit_code: int) -> int:
         journal.write(event)
     except (TandemError, OSError):
         # The log still gets the event if the journal cannot be written.
-        print(events.encode(event), flush=True)
+        print(codec.encode(event), flush=True)
     return exit_code
 
 

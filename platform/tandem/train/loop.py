@@ -16,12 +16,12 @@ from tandem.config import TrainConfig
 from tandem.data.packing import RowSource
 from tandem.train.anomalies import LossSpike, NonFiniteGuard, SkippedStep, SpikeDetector
 from tandem.train.ema import Ema
+from tandem.train.model.precision import LossScaler, autocast_context
 from tandem.train.objectives.objective import NextToken, Objective, Sums, next_token, step_loss
 from tandem.train.optimizer import set_learning_rate
 from tandem.train.parallel.mesh import Degrees
 from tandem.train.parallel.model import ParallelModel
 from tandem.train.parallel.pipeline import Pipeline
-from tandem.train.precision import LossScaler, autocast_context
 from tandem.train.schedule import learning_rate
 
 

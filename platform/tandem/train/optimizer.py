@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from tandem.config import OptimizerConfig
 from tandem.errors import ConfigError, EnvironmentProblem
-from tandem.train.stage import Stage
+from tandem.train.model.stage import Stage
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:

@@ -40,7 +40,9 @@ from tandem.train.anomalies import LossSpike, SkippedStep
 from tandem.train.checkpointing import RetryingCheckpoints
 from tandem.train.ema import Ema
 from tandem.train.loop import LoopHooks, LoopState, StepReport, train
-from tandem.train.model import build_model, count_parameters
+from tandem.train.model.build import build_model, count_parameters
+from tandem.train.model.precision import LossScaler, use_float8
+from tandem.train.model.recompute import recompute_activations
 from tandem.train.objectives.dpo import AdapterDisabledReference, Dpo, FrozenReference
 from tandem.train.objectives.evaluate import evaluate
 from tandem.train.objectives.objective import NextToken, Objective
@@ -48,8 +50,6 @@ from tandem.train.parallel.mesh import Degrees
 from tandem.train.parallel.model import ParallelModel
 from tandem.train.parallel.sharded_load import build_empty_model, load_weights, to_meta
 from tandem.train.parallel.strategy import parallelize_for_training, parallelize_frozen
-from tandem.train.precision import LossScaler, use_float8
-from tandem.train.recompute import recompute_activations
 from tandem.train.reporting.flops import MfuMeter
 from tandem.train.task import WorkerTask
 

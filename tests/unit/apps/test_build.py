@@ -174,3 +174,23 @@ def test_a_served_folder_has_the_models_length_or_that_of_its_engine(registry: R
     assert [resolve_models(config(each), registry)[0].max_length for each in (plain, short)] == [64, 32]
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert resolve_models(config(plain), registry)[0].max_length is None
+
+
+def test_the_engine_follows_from_the_model_and_the_config_still_says_auto(registry: Registry, tmp_path: Path) -> None:
+    folder = model(tmp_path / "plain")
+    app = resolve(config(ServedModelConfig(model=str(folder)), ServedModelConfig(model="x", name="x", engine="echo")))
+    assert [each.config.engine for each in app.models] == ["vllm", "echo"]
+    assert [each.engine for each in app.config.models] == ["auto", "echo"]
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LLaDAModelLM"]}))
+    with pytest.raises(ConfigError, match=r"models\[0\]\.engine is auto, and no engine serves .*LLaDAModelLM"):
+        resolve(config(ServedModelConfig(model=str(folder))))
+
+
+def test_a_shape_without_kernels_for_cpus_is_refused_before_anything_starts(registry: Registry, tmp_path: Path) -> None:
+    folder = model(tmp_path / "narrow")
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 64, "num_attention_heads": 4}))
+    with pytest.raises(
+        ConfigError, match=r"models\[0\]: narrow cannot be served\. Its attention heads have 16 dimensions"
+    ):
+        prepare(config(ServedModelConfig(model=str(folder))), check=False)
+    prepare(config(ServedModelConfig(model=str(folder), gpus_per_replica=1.0)), check=False)

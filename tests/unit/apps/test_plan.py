@@ -23,7 +23,7 @@ def app(*configs: ServedModelConfig) -> ResolvedApp:
 
 
 def test_each_model_is_one_deployment_with_its_spec_and_resources() -> None:
-    one = ServedModelConfig(model="one", cpus_per_replica=2.0, engine_args={"max_num_seqs": 4})
+    one = ServedModelConfig(model="one", engine="vllm", cpus_per_replica=2.0, engine_args={"max_num_seqs": 4})
     two = ServedModelConfig(model="two", engine="echo", gpus_per_replica=1.0)
     first, second = plan(app(one, two)).engines
     assert (first.spec.kind, first.spec.id, first.spec.threads) == ("vllm", "one@1", 2)
@@ -33,7 +33,9 @@ def test_each_model_is_one_deployment_with_its_spec_and_resources() -> None:
 
 def test_prefill_makes_a_second_deployment_with_its_own_resources() -> None:
     prefill = PrefillConfig(replicas=3, cpus_per_replica=4.0, engine_args={"max_num_seqs": 2})
-    model = ServedModelConfig(model="one", prefill=prefill, autoscaling=AutoscalingConfig(max_replicas=4))
+    model = ServedModelConfig(
+        model="one", engine="vllm", prefill=prefill, autoscaling=AutoscalingConfig(max_replicas=4)
+    )
     generating, prefilling = plan(app(model)).engines
     assert (generating.model.pool, prefilling.model.pool) == ("one@1", "one@1#prefill")
     assert generating.model.config.autoscaling and not prefilling.model.config.autoscaling
@@ -46,6 +48,6 @@ def test_prefill_makes_a_second_deployment_with_its_own_resources() -> None:
 
 
 def test_resources_that_do_not_fit_are_refused_with_the_models_place_in_the_config() -> None:
-    wrong = ServedModelConfig(model="two", gpus_per_replica=1.0, engine_args={"tensor_parallel_size": 2})
+    wrong = ServedModelConfig(model="two", engine="vllm", gpus_per_replica=1.0, engine_args={"tensor_parallel_size": 2})
     with pytest.raises(ConfigError, match=r"models\[1\]\.gpus_per_replica is 1; tensor 2 takes 2"):
-        plan(app(ServedModelConfig(model="one"), wrong))
+        plan(app(ServedModelConfig(model="one", engine="vllm"), wrong))

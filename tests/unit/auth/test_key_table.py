@@ -9,41 +9,32 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
 
-from tandem.auth import KeyStore
+from tandem.auth import ApiKey, KeyStore
 from tandem.auth.key_table import KeyTable
-from tandem.db.database import open_database
 from tandem.errors import RegistryUnreachableError
 
 DATABASE_AWAY = "the database is away"
 
 
-class Database:
-    """An SQLite database that can be taken away."""
+class Store(KeyStore):
+    """Keys in a database that can be taken away."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.away = False
+    away = False
 
-    def __call__(self) -> Engine:
+    def changes(self, since: int) -> tuple[int, list[ApiKey]]:
         if self.away:
             raise RegistryUnreachableError(DATABASE_AWAY)
-        return self.engine
+        return super().changes(since)
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Database:
-    return Database(open_database(f"sqlite:///{tmp_path}/tandem.db"))
+def store(tmp_path: Path) -> Store:
+    return Store(f"sqlite:///{tmp_path}/tandem.db")
 
 
 @pytest.fixture
-def store(database: Database) -> KeyStore:
-    return KeyStore(database)
-
-
-@pytest.fixture
-async def table(store: KeyStore) -> AsyncIterator[KeyTable]:
+async def table(store: Store) -> AsyncIterator[KeyTable]:
     table = KeyTable(store)
     await table.start()
     yield table
@@ -57,7 +48,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         await asyncio.sleep(0.05)
 
 
-async def test_new_and_revoked_keys_are_seen_within_five_seconds(store: KeyStore, table: KeyTable) -> None:
+async def test_new_and_revoked_keys_are_seen_within_five_seconds(store: Store, table: KeyTable) -> None:
     assert table.loaded and not table.has_keys
     new = store.create("laptop", tenant="lab", by="ann")
     await until(lambda: table.authenticate(new.secret) is not None)
@@ -70,7 +61,7 @@ async def test_new_and_revoked_keys_are_seen_within_five_seconds(store: KeyStore
     assert table.has_keys
 
 
-async def test_a_key_expires_without_a_change_in_the_database(store: KeyStore) -> None:
+async def test_a_key_expires_without_a_change_in_the_database(store: Store) -> None:
     now = datetime.now(UTC)
     table = KeyTable(store, lambda: now)
     new = store.create("brief", expires_in=timedelta(minutes=5), by="ann")
@@ -84,13 +75,13 @@ async def test_a_key_expires_without_a_change_in_the_database(store: KeyStore) -
 
 
 async def test_known_keys_stay_valid_while_the_database_is_away(
-    database: Database, store: KeyStore, table: KeyTable, caplog: pytest.LogCaptureFixture
+    store: Store, table: KeyTable, caplog: pytest.LogCaptureFixture
 ) -> None:
     new = store.create("laptop", by="ann")
     await until(lambda: table.authenticate(new.secret) is not None)
-    database.away = True
+    store.away = True
     await until(lambda: DATABASE_AWAY in caplog.text)
     assert table.authenticate(new.secret) is not None
-    database.away = False
+    store.away = False
     store.revoke("laptop", by="ann")
     await until(lambda: table.authenticate(new.secret) is None)

@@ -33,7 +33,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def keys(engine: Engine) -> KeyStore:
-    return KeyStore(lambda: engine)
+    return KeyStore(engine.url.render_as_string(hide_password=False))
 
 
 def audited(engine: Engine) -> list[AuditRow]:

@@ -148,7 +148,7 @@ def test_a_piece_that_is_gone_is_said_and_answered_again(
 ) -> None:
     wanted = config(tmp_path, ["{bad"])
     run = prepare(wanted)
-    with pytest.raises(StorageError, match=r"cannot be made of .*refused.jsonl.* The same command goes on"):
+    with pytest.raises(StorageError, match=r"cannot be made of .*refused.jsonl.* The same command resumes"):
         answer(run, lambda progress: (tmp_path / "out" / "run" / "pieces" / "refused.jsonl").unlink())
     assert answer(prepare(wanted)).failed == 1
 

@@ -33,5 +33,5 @@ To change retry attempts, backoff, or which errors are retried, configure what i
 def test_a_run_ends_with_the_words_of_whoever_failed_and_how_it_goes_on(text: str, reason: str) -> None:
     error = ray.exceptions.RayTaskError("submit", text, ValueError("UDF failed"))
     assert str(explained("tiny", error, [], 3)) == (
-        f"tiny cannot answer: {reason} What is published stays; the same command goes on."
+        f"tiny cannot answer: {reason} What is published stays; the same command resumes."
     )

@@ -13,6 +13,7 @@ from tandem.batch.output.write import Output
 from tandem.batch.work import WorkerContext
 from tandem.batch.worker import Worker
 from tandem.cluster.reaper import Reaper
+from tandem.config import ServedModelConfig
 from tandem.engine.spec import EngineSpec
 from tandem.errors import EngineError, StorageError
 
@@ -23,6 +24,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WorkerContext:
     monkeypatch.setattr(Reaper, "of_children", lambda: None)
     return WorkerContext(
         spec=EngineSpec(kind="echo", id="echo", name="echo", path=""),
+        served=ServedModelConfig(model="echo", engine="echo"),
         default=ResolvedModel(BaseModel(id="echo", name="echo", path="")),
         targets={},
         request={},

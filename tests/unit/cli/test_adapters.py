@@ -63,7 +63,11 @@ def test_every_column_of_the_list_has_a_header(registry: Registry) -> None:
 
 
 def test_delete_asks_and_forgets_adapters_only(registry: Registry) -> None:
-    assert run("delete", "red@2", input="n\n")[0] == 1 and registry.resolve("red@2")
+    status, out, _ = run("delete", "red", input="n\n")
+    assert status == 1 and "Forget red@1, red@2?" in out and registry.resolve("red@2")
+    # What does not exist is not asked about.
+    status, out, err = run("delete", "rad", input="y\n")
+    assert status == 1 and "Forget" not in out and "Did you mean 'red'" in err
     assert "Forgot red@2" in run("delete", "red@2", "--yes")[1]
     status, _, err = run("delete", "base", "--yes")
     assert status == 1 and "base@1 is a model, not an adapter" in err

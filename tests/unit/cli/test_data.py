@@ -104,16 +104,33 @@ def test_what_carries_loss_is_green_and_the_rest_is_dim(home: Path):
     ("arguments", "said"),
     [
         (("inspect", "chat"), "Did you mean 'chats'"),
+        (("inspect", "chat"), "No dataset 'chat': there is neither"),
+        (("inspect", "{folder}/chats.jsonl"), "is a file, not a dataset. Make a dataset of it: `tandem data build"),
+        (("build", "{folder}/chats.jsonl", "x", "--vocab-size", "10"), "vocab_size is 10; it must be at least 2"),
+        (
+            ("build", "{folder}/chats.jsonl", "x", "--kind", "pair"),
+            "--kind is 'pair'; it must be one of auto, text, pairs",
+        ),
         (("inspect", "chats", "--loss-on", "none"), "--loss-on"),
         (("inspect", "chats", "--tokenizer", "nowhere"), "No tokenizer at nowhere"),
         (("build", "nowhere.parquet", "x"), "No corpus at nowhere.parquet"),
     ],
 )
-def test_what_cannot_be_done_is_said(home: Path, arguments: tuple[str, ...], said: str):
-    status, _, err = run(*arguments)
+def test_what_cannot_be_done_is_said(home: Path, tmp_path: Path, arguments: tuple[str, ...], said: str):
+    status, _, err = run(*(each.format(folder=tmp_path) for each in arguments))
     assert status != 0 and said in " ".join(err.split())
 
 
 def test_rows_past_the_end_are_said_to_be_none(home: Path):
     status, out, _ = run("inspect", "chats", "--skip", "500")
     assert status == 0 and "no row after the first 500" in out
+
+
+def test_a_build_names_the_files_of_a_folder_that_it_has_not_read(home: Path, tmp_path: Path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text((tmp_path / "chats.jsonl").read_text())
+    (folder / "README.md").write_text("about the chats")
+    status, out, err = run("build", str(folder), "mixed", "--vocab-size", "300")
+    assert status == 0, err
+    assert "1 files read, 1 not: README.md" in out

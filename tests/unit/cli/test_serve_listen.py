@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tandem.cli.serve import read_config
-from tandem.cluster.local import free_ports
+from tandem.cluster.ports import free_ports
 from tandem.config import ListenConfig, ServeConfig
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.serving import check_listener, check_port, listener, url_of

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tandem.cli.sweep import SweepView, trials_table
 from tandem.jobs.sweep import SweepPlan
-from tandem.observability import events
+from tandem.observability import codec, events
 
 PLAN = SweepPlan(
     name="m",
@@ -22,7 +22,7 @@ PLAN = SweepPlan(
 
 
 def trial(number: int, state: str, **numbers: float) -> str:
-    return events.encode({"event": "trial", "trial": number, "job": f"m-{number}", "state": state, **numbers})
+    return codec.encode({"event": "trial", "trial": number, "job": f"m-{number}", "state": state, **numbers})
 
 
 def shown(*lines: str, terminal: bool = False, raw: bool = False) -> tuple[str, SweepView]:
@@ -35,7 +35,7 @@ def shown(*lines: str, terminal: bool = False, raw: bool = False) -> tuple[str, 
 
 def test_a_line_is_said_when_a_trial_begins_or_ends_and_not_at_each_report():
     text, view = shown(
-        events.encode({"event": "sweeping", "trials": 2, "parallel": 1}),
+        codec.encode({"event": "sweeping", "trials": 2, "parallel": 1}),
         trial(1, "pending"),
         trial(1, "running", loss=3.0),
         trial(1, "running", loss=2.0),
@@ -54,8 +54,9 @@ def test_a_line_is_said_when_a_trial_begins_or_ends_and_not_at_each_report():
 
 def test_the_table_has_a_row_for_each_trial_and_marks_the_best():
     out = io.StringIO()
-    news = {1: {"state": "finished", "step": 5.0, "steps": 10.0, "loss": 1.23456, "tokens_per_s": 9876.5, "mfu": 0.25}}
-    Console(file=out, width=80).print(trials_table(PLAN, news, best=1))
+    numbers = {"step": 5.0, "steps": 10.0, "loss": 1.23456, "tokens_per_s": 9876.5, "mfu": 0.25}
+    reports = {1: events.TrialReported(trial=1, state="finished", numbers=numbers)}
+    Console(file=out, width=80).print(trials_table(PLAN, reports, best=1))
     head, first, second = (line.split() for line in out.getvalue().splitlines())
     assert head == ["trial", "learning_rate", "seed", "state", "step", "loss", "tok/s", "mfu"]
     assert first == ["★", "1", "1e-3", "1", "finished", "5/10", "1.2346", "9,876", "0.2500"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tandem.cluster import node
-from tandem.cluster.local import free_ports, marked
+from tandem.cluster.marks import marked
+from tandem.cluster.ports import free_ports
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tandem.cluster.local import MARK, end_marked
+from tandem.cluster.marks import MARK, end_marked
 from tandem.settings import child_environment
 
 REPLICA = """

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 import webdataset
 
-from tandem.data import shards
 from tandem.data.build import build_dataset
 from tandem.data.index import DatasetIndex
 from tandem.errors import DataError, StorageError
@@ -59,6 +57,23 @@ def test_the_same_corpus_gives_the_same_digest_and_another_another(tmp_path: Pat
     assert build_dataset(pairs, tmp_path / "c", vocab_size=300, limit=50).digest != first.digest
 
 
+def test_the_bytes_of_a_shard_are_those_of_every_version_before(tmp_path: Path):
+    from tandem.data.shards import write_shards
+    from tandem.data.sources.samples import Chat, Message, Pair, Preference, Text
+
+    samples = [
+        Text("naïve 1"),
+        Pair("q", "a"),
+        Chat((Message("user", "hé"), Message("assistant", "b"))),
+        Preference("p", "c", "r"),
+        Text("x" * 30000),
+    ]
+    (shard,) = write_shards(samples, tmp_path, shard_bytes=10_000)
+    # As `tarfile` wrote it before `webdataset` did: datasets of then keep their digest, and their runs go on.
+    assert (shard.bytes, shard.sha256[:16]) == (40960, "c1905e15790b68a9")
+    assert file_digest(tmp_path / shard.name) == shard.sha256
+
+
 def test_a_corpus_with_nothing_in_it_is_refused_and_leaves_nothing(tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n\n')
     with pytest.raises(DataError, match="no usable row"):
@@ -75,8 +90,9 @@ def test_a_bad_line_leaves_nothing(tmp_path: Path):
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch):
     # /dev/full refuses every write with ENOSPC, for root too.
-    real = tarfile.open
-    monkeypatch.setattr(shards.tarfile, "open", lambda path, *a, **k: real("/dev/full", *a, **k))
+    real = Path.open
+    full = Path("/dev/full")
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: real(full if path.suffix == ".tar" else path, *a, **k))
     with pytest.raises(StorageError, match="disk is full while writing shards") as caught:
         build_dataset(pairs, tmp_path / "data", vocab_size=300)
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC

@@ -36,12 +36,17 @@ async def test_the_echo_engine_refuses_unknown_models_and_long_prompts() -> None
         assert answer.status_code == 400 and "4 tokens; the model takes 3" in answer.text
 
 
+async def test_a_route_that_the_echo_engine_lacks_is_404() -> None:
+    async with client(EchoEngine()) as http:
+        assert (await http.post("/v1/embeddings", json={"model": "echo", "input": "a"})).status_code == 404
+
+
 def test_the_factory_picks_engines_by_kind_and_checks_their_arguments() -> None:
     spec = EngineSpec(kind="echo", id="m@1", name="m", path="", args={"delay_s": 0.1})
     assert isinstance(create_engine(spec), EchoEngine)
     with pytest.raises(ConfigError, match="Did you mean 'delay_s'"):
         create_engine(EngineSpec(kind="echo", id="m@1", name="m", path="", args={"delay": 0.1}))
-    with pytest.raises(ConfigError, match="must be one of vllm, echo. Did you mean 'vllm'"):
+    with pytest.raises(ConfigError, match="must be one of auto, vllm, echo. Did you mean 'vllm'"):
         create_engine(EngineSpec(kind="vlm", id="m@1", name="m", path=""))
 
 

@@ -21,7 +21,7 @@ SEEN_S = 5.0
 
 @pytest.fixture
 def store(world: World) -> KeyStore:
-    return KeyStore(lambda: world.registry.database)
+    return KeyStore.at(world.registry.address)
 
 
 async def status(world: World, headers: dict[str, str] | None = None, path: str = "/v1/completions") -> int:

@@ -30,7 +30,7 @@ from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.routing.request import RoutingRequest
 
-NEW = ServedModel(id="base@2", name="base", path="", config=ServedModelConfig(model="base"))
+NEW = ServedModel(id="base@2", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))
 FIRST = ReplicaRecord(id="first", pool="base@1", deployment="engine-base", url="http://a", token="t")
 SECOND = replace(FIRST, id="second", pool="base@2")
 ASK = RoutingRequest(pool="base@2")
@@ -125,7 +125,7 @@ async def test_only_requests_that_name_a_version_or_an_adapter_are_pinned(tmp_pa
         model = await catalog.resolve(name)
         assert model.pinned == pinned and read_routing_request(model, {"prompt": "a"}, {}).pinned == pinned
     folder = ServedModel(
-        id="plain", name="plain", path="/models/plain", config=ServedModelConfig(model="/models/plain")
+        id="plain", name="plain", path="/models/plain", config=ServedModelConfig(model="/models/plain", engine="vllm")
     )
     assert not (await Catalog([folder], Registry(f"sqlite:///{tmp_path}/tandem.db")).resolve("plain")).pinned
 
@@ -165,7 +165,9 @@ async def test_a_new_gateway_waits_for_a_complete_snapshot_or_one_replica_of_eac
     await fleet.stop()
 
 
-SLEEPER = replace(NEW, config=ServedModelConfig(model="base", autoscaling=AutoscalingConfig(min_replicas=0)))
+SLEEPER = replace(
+    NEW, config=ServedModelConfig(model="base", engine="vllm", autoscaling=AutoscalingConfig(min_replicas=0))
+)
 
 
 async def test_demand_of_scaling_models_is_reported_at_once_repeated_and_ended(

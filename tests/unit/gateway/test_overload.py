@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway_world import Reflecting
 from overload_world import ROUTE, Listening, World, overload_world
 
 from tandem.config import GatewayConfig
-from tandem.engine.echo.engine import EchoEngine
 from tandem.routing.records import ReplicaRecord
 
 GAP_S = 0.02
@@ -216,7 +216,7 @@ async def test_priority_is_passed_only_to_engines_that_schedule_by_it_and_timeou
     tmp_path: Path, policy: str
 ) -> None:
     async with overload_world(tmp_path, engine_args={"scheduling_policy": policy}) as world:
-        await world.add(EchoEngine(("base",)))
+        await world.add(Reflecting(("base",)))
         body = {"model": "base", "input": "x", "timeout": 5, "priority": 3}
         echoed = (await world.http.post("/v1/embeddings", json=body)).json()["request"]
         assert "timeout" not in echoed and echoed.get("priority") == (3 if policy == "priority" else None)

@@ -21,7 +21,10 @@ from tandem.routing.records import ServedModel
 
 PATH, BODY = "/v1/completions", {"model": "base@2", "prompt": "a long prompt"}
 SERVED = ServedModel(
-    id="base@2", name="base", path="/models/base", config=ServedModelConfig(model="base@2", prefill=PrefillConfig())
+    id="base@2",
+    name="base",
+    path="/models/base",
+    config=ServedModelConfig(model="base@2", engine="vllm", prefill=PrefillConfig()),
 )
 TRANSFER = {"remote_host": "10.0.0.7"}
 

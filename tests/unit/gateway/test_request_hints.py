@@ -17,7 +17,7 @@ from tandem.gateway.request_hints import MAX_TEXT_PARTS, read_routing_request
 from tandem.routing.records import ServedModel
 from tandem.routing.request import MAX_HASHED_BYTES, PREFIX_LENGTHS, RoutingRequest, hash_prefixes
 
-BASE = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base"))
+BASE = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))
 LONG = "the quick brown fox " * 200
 """4,000 bytes: six beginnings."""
 

@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from gateway_world import Reflecting
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -33,6 +34,24 @@ from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.serve.replica.host import EngineHost
 
 CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+
+MESSAGES = [{"role": "user", "content": "a"}]
+FULL: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/responses": {"input": "a"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 5},
+    "/v1/messages/count_tokens": {"messages": MESSAGES},
+    "/v1/embeddings": {"input": "a"},
+    "/v1/score": {"text_1": "a", "text_2": "b"},
+    "/score": {"queries": "a", "documents": ["b"]},
+    "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/v2/rerank": {"query": "a", "documents": ["b"]},
+    "/rerank": {"query": "a", "documents": ["b"]},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+}
+"""The required fields of each route."""
 
 
 class Scripted(EchoEngine):
@@ -84,6 +103,7 @@ async def gateway(
     max_adapters: int = 8,
     strict: bool = False,
     tools: bool = True,
+    server_adds_request_id: bool = False,
 ) -> AsyncIterator[Gate]:
     """A gateway before one engine, or before none, that serves the model `base`."""
     host = EngineHost(engine, max_adapters=0) if engine else None
@@ -103,7 +123,7 @@ async def gateway(
                 id="base",
                 name="base",
                 path="",
-                config=ServedModelConfig(model="base", max_adapters=max_adapters, hold_s=0.0),
+                config=ServedModelConfig(model="base", engine="vllm", max_adapters=max_adapters, hold_s=0.0),
                 supports_tools=tools,
             )
         ],
@@ -111,6 +131,7 @@ async def gateway(
         registry=Registry(f"sqlite:///{folder}/tandem.db"),
         config=GatewayConfig(max_body_bytes=4096, retry_after_s=7, strict=strict),
         record_latency=lambda route, ms: added.append((route, ms)),
+        server_adds_request_id=server_adds_request_id,
     )
     if prefix:
         inner = app
@@ -135,14 +156,9 @@ async def gateway(
 
 @pytest.mark.parametrize("prefix", ["", "/below"])
 async def test_each_route_reaches_the_engine_unchanged(tmp_path: Path, prefix: str) -> None:
-    async with gateway(tmp_path, EchoEngine(("base",)), prefix) as gate:
+    async with gateway(tmp_path, Reflecting(("base",)), prefix) as gate:
         for route in ENGINE_ROUTES:
-            body = {
-                "model": "base",
-                "prompt": "a",
-                "messages": [{"role": "user", "content": "a"}],
-                "extra": {"kept": [1, "ü"]},
-            }
+            body = {"model": "base", **FULL[route.path], "extra": {"kept": [1, "ü"]}}
             answer = await gate.http.post(route.path, json=body)
             assert answer.status_code == 200, (route.path, answer.text)
             if answer.json()["object"] == "echo":
@@ -195,7 +211,7 @@ def test_the_gateway_offers_no_internal_route(tmp_path: Path) -> None:
 async def test_a_route_that_a_model_lacks_is_a_400_that_names_those_it_has(
     tmp_path: Path, tasks: tuple[str, ...], route: str, said: str
 ) -> None:
-    async with gateway(tmp_path, EchoEngine(("base",), tasks=tasks)) as gate:
+    async with gateway(tmp_path, Reflecting(("base",), tasks=tasks)) as gate:
         answer = await gate.http.post(route, json={"model": "base"})
         message = answer.json()["error"]["message"]
         assert answer.status_code == 400 and said in message
@@ -218,23 +234,24 @@ async def test_logprobs_of_a_prompt_are_refused_where_they_would_end_the_engine(
     tmp_path: Path, asked: dict[str, Any], served: bool
 ) -> None:
     for max_adapters, ends in ((8, not served), (0, False)):
-        async with gateway(tmp_path, EchoEngine(("base",)), max_adapters=max_adapters) as gate:
+        async with gateway(tmp_path, Reflecting(("base",)), max_adapters=max_adapters) as gate:
             answer = await gate.http.post("/v1/completions", json={"model": "base", "prompt": "x", **asked})
             assert answer.status_code == (400 if ends else 200), answer.text
 
 
 async def test_kv_transfer_params_of_clients_are_dropped(tmp_path: Path) -> None:
     where = {"kv_transfer_params": {"remote_host": "10.0.0.1"}, "ec_transfer_params": {"a": 1}}
-    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
-        asked = {"model": "base", **where, "vllm_xargs": {**where, "kept": 1}}
+    async with gateway(tmp_path, Reflecting(("base",))) as gate:
+        asked = {"model": "base", "input": "x", **where, "vllm_xargs": {**where, "kept": 1}}
         sent = (await gate.http.post("/v1/responses", json=asked)).json()["request"]
-        assert sent == {"model": "base", "vllm_xargs": {"kept": 1}, "store": False}
+        assert sent == {"model": "base", "input": "x", "vllm_xargs": {"kept": 1}, "store": False}
 
 
 async def test_a_null_field_is_treated_as_absent(tmp_path: Path) -> None:
-    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
-        sent = await gate.http.post("/v1/embeddings", json={"model": "base", "encoding_format": None, "user": None})
-        assert sent.json()["request"] == {"model": "base"}
+    async with gateway(tmp_path, Reflecting(("base",))) as gate:
+        asked = {"model": "base", "input": "x", "encoding_format": None, "user": None}
+        sent = await gate.http.post("/v1/embeddings", json=asked)
+        assert sent.json()["request"] == {"model": "base", "input": "x"}
 
 
 async def test_a_value_that_an_engine_would_fail_on_is_400_in_the_shape_of_the_api(tmp_path: Path) -> None:
@@ -260,15 +277,47 @@ async def test_a_value_that_an_engine_would_fail_on_is_400_in_the_shape_of_the_a
         assert answer.json()["error"]["message"].startswith("`messages.0.content` is a number;")
 
 
+@pytest.mark.parametrize(("path", "fields"), [(path, field) for path, full in FULL.items() for field in full.items()])
+async def test_a_required_field_that_is_missing_or_null_is_400(
+    tmp_path: Path, path: str, fields: tuple[str, Any]
+) -> None:
+    field, _ = fields
+    async with gateway(tmp_path, None) as gate:  # no engine: it is decided before one is asked
+        rest = {key: value for key, value in FULL[path].items() if key != field}
+        for body in ({"model": "base", **rest}, {"model": "base", **rest, field: None}):
+            answer = await gate.http.post(path, json=body)
+            assert answer.status_code == 400, (body, answer.text)
+            assert f"is missing or null; a request to {path} must have it" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("in_front", [False, True])
+async def test_a_response_has_its_id_once_under_each_sdks_header(tmp_path: Path, in_front: bool) -> None:
+    async with gateway(tmp_path, Reflecting(("base",)), server_adds_request_id=in_front) as gate:
+        for path, body in (
+            ("/v1/messages", {"model": "base", **FULL["/v1/messages"]}),
+            ("/v1/completions", {"model": "base", "prompt": "a"}),
+            ("/v1/messages", {"model": "base"}),
+            ("/v1/completions", {"model": "nobody"}),
+        ):
+            answer = await gate.http.post(path, json=body, headers={"x-request-id": "mine"})
+            ids = [(name, value) for name, value in answer.headers.multi_items() if name.endswith("request-id")]
+            expected = [("request-id", "mine")] if in_front else [("request-id", "mine"), ("x-request-id", "mine")]
+            assert sorted(ids) == expected, (path, answer.status_code)
+        message = await gate.anthropic().messages.create(
+            model="base", max_tokens=5, messages=[{"role": "user", "content": "a"}]
+        )
+        assert message._request_id and message._request_id.startswith("req_")
+
+
 async def test_the_number_of_stop_texts_is_left_to_the_engine(tmp_path: Path) -> None:
     # vLLM's limit is VLLM_MAX_STOP_STRINGS of a model's `env`.
-    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+    async with gateway(tmp_path, Reflecting(("base",))) as gate:
         sent = await gate.http.post("/v1/responses", json={"model": "base", "input": "x", "stop": ["a"] * 16})
         assert sent.status_code == 200 and sent.json()["request"]["stop"] == ["a"] * 16
 
 
 async def test_a_request_for_stored_responses_is_refused_with_the_alternative(tmp_path: Path) -> None:
-    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+    async with gateway(tmp_path, Reflecting(("base",))) as gate:
         client = gate.openai()
         for asked in ({"store": True}, {"background": True}, {"previous_response_id": "resp_1"}, {"conversation": "c"}):
             with pytest.raises(openai.BadRequestError) as refused:
@@ -413,7 +462,8 @@ async def test_text_that_looks_like_an_error_passes_untouched(tmp_path: Path) ->
     text = b'data: {"choices":[{"index":0,"text":"data: {\\"error\\": 1}\\nevent: error\\n"}]}\n\n'
     async with gateway(tmp_path, Scripted(text)) as gate:
         for route in ("/v1/completions", "/v1/messages"):
-            assert (await gate.http.post(route, json={"model": "base", "stream": True})).content == text
+            body = {"model": "base", "stream": True, **FULL[route]}
+            assert (await gate.http.post(route, json=body)).content == text
 
 
 async def test_the_added_latency_is_in_a_header_and_recorded(tmp_path: Path) -> None:
@@ -429,7 +479,7 @@ async def test_the_added_latency_is_in_a_header_and_recorded(tmp_path: Path) -> 
 
 
 async def test_an_unknown_field_is_answered_with_a_warning(tmp_path: Path) -> None:
-    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+    async with gateway(tmp_path, Reflecting(("base",))) as gate:
         answer = await gate.http.post("/v1/chat/completions", json={**CHAT, "temperatur": 1, "max_tokns": 2})
         assert answer.status_code == 200
         said = answer.headers["x-tandem-warning"]
@@ -441,11 +491,11 @@ async def test_an_unknown_field_is_answered_with_a_warning(tmp_path: Path) -> No
 
 
 async def test_an_unknown_field_is_an_error_where_that_is_strict(tmp_path: Path) -> None:
-    async with gateway(tmp_path, EchoEngine(("base",)), strict=True) as gate:
+    async with gateway(tmp_path, Reflecting(("base",)), strict=True) as gate:
         answer = await gate.http.post("/v1/messages", json={**CHAT, "temperatur": 1})
         assert answer.status_code == 400 and "temperature" in answer.json()["error"]["message"]
         assert (await gate.http.post("/v1/messages", json=CHAT)).status_code == 200
-    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+    async with gateway(tmp_path, Reflecting(("base",))) as gate:
         asked = {"json": {**CHAT, "temperatur": 1}, "headers": {"x-tandem-strict": "true"}}
         error = (await gate.http.post("/v1/chat/completions", **asked)).json()["error"]
         assert (error["param"], error["code"]) == ("temperatur", "unknown_field")
@@ -453,7 +503,7 @@ async def test_an_unknown_field_is_an_error_where_that_is_strict(tmp_path: Path)
 
 async def test_a_compressed_body_is_415_in_the_apis_shape(tmp_path: Path) -> None:
     body = gzip.compress(json.dumps(CHAT).encode())
-    async with gateway(tmp_path, EchoEngine(("base",))) as gate:
+    async with gateway(tmp_path, Reflecting(("base",))) as gate:
         for path in ("/v1/chat/completions", "/v1/messages"):
             answer = await gate.http.post(path, content=body, headers={"content-encoding": "gzip"})
             assert answer.status_code == 415 and "gzip" in answer.json()["error"]["message"]
@@ -463,11 +513,12 @@ async def test_a_compressed_body_is_415_in_the_apis_shape(tmp_path: Path) -> Non
 
 async def test_tools_at_a_model_without_them_are_refused_plainly(tmp_path: Path) -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "weather"}}]}
-    async with gateway(tmp_path, EchoEngine(("base",)), tools=False) as gate:
+    async with gateway(tmp_path, Reflecting(("base",)), tools=False) as gate:
         for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages"):
-            answer = await gate.http.post(path, json={**CHAT, **tools})
+            asked = {**CHAT, **tools, "input": "hello"}
+            answer = await gate.http.post(path, json=asked)
             assert answer.status_code == 400 and "'base' takes no tools" in answer.json()["error"]["message"]
-            assert (await gate.http.post(path, json={**CHAT, **tools, "tool_choice": "none"})).status_code == 200
+            assert (await gate.http.post(path, json={**asked, "tool_choice": "none"})).status_code == 200
     body = {
         "error": {"message": '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'}
     }

@@ -51,7 +51,7 @@ async def gateway(folder: Path, router: RouterConfig | None) -> AsyncIterator[tu
         return Snapshot(version=1, replicas=tuple(replace(r) for r in records))
 
     app = create_app(
-        models=[ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base"))],
+        models=[ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))],
         watch=watch,
         registry=Registry(f"sqlite:///{folder}/tandem.db"),
         router=router,

@@ -110,7 +110,7 @@ async def watch(version):
     await asyncio.sleep(0.5 if version else 0)
     return Snapshot(version=1, replicas=(ReplicaRecord(id="r", pool="base", url=url, token=token),))
 
-served = ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base"))
+served = ServedModel(id="base", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))
 app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"))
 sock = socket.create_server(("127.0.0.1", 0))
 print(sock.getsockname()[1], flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from tandem.data.build import build_dataset
 from tandem.errors import ClusterError, ConfigError
 from tandem.jobs.folder import JobFolder
 from tandem.jobs.prepare import prepare
-from tandem.jobs.sweep import SweepFolder, find_sweep, prepare_sweep, trials_at_once
+from tandem.jobs.sweep import SweepFolder, find_sweep, prepare_sweep, score, trials_at_once
 from tandem.jobs.tune import best_of, reportable
+from tandem.observability.events import Evaluated, Step, SweepFinished
 
 RATES = [{"optimizer.learning_rate": "1e-3"}, {"optimizer.learning_rate": "3e-3"}]
 
@@ -97,7 +99,22 @@ def test_a_sweep_is_done_while_its_best_trial_exists(values: dict[str, Any]):
     (sweep.path / "events.jsonl").write_text(json.dumps(end) + "\n")
     assert sweep.swept() is None
     finish(sweep.jobs()[0], None)
-    assert sweep.swept() == end
+    assert sweep.swept() == SweepFinished(best=1, score=1.0, job=sweep.jobs()[0].id)
+
+
+def test_a_score_is_the_last_loss_or_the_median_speed():
+    events = [
+        Step(step=1, loss=3.0, tokens_per_s=10.0),
+        Evaluated(step=1, measured={"loss": 2.5, "perplexity": 12.0}),
+        Step(step=2, loss=2.0, tokens_per_s=900.0),
+        Step(step=3, loss=2.1, tokens_per_s=800.0),
+    ]
+    assert score("loss", events) == 2.1
+    assert score("evaluation_loss", events) == 2.5
+    assert score("perplexity", events) == 12.0
+    assert score("tokens_per_s", events) == 800.0
+    assert score("mfu", events) is None
+    assert score("loss", [Step(step=1, loss=math.nan)]) is None
 
 
 def config(**parallel: float) -> TrainConfig:
@@ -121,9 +138,10 @@ def test_the_best_is_the_first_of_the_best_scores():
 
 
 def test_a_trial_reports_only_numbers():
-    told = {
-        "step": {"event": "step", "time": 1.0, "step": 3, "loss": 2.0},
-        "evaluation": {"loss": 2.5, "perplexity": 12.0},
+    newest = {
+        Step: Step(time=1.0, step=3, loss=2.0),
+        Evaluated: Evaluated(step=3, measured={"loss": 2.5, "perplexity": 12.0}),
     }
-    assert reportable(told) == {"step": 3, "loss": 2.0, "evaluation_loss": 2.5, "perplexity": 12.0}
+    numbers = reportable(newest)
+    assert numbers == {"step": 3, "steps": 0, "loss": 2.0, "evaluation_loss": 2.5, "perplexity": 12.0}
     assert reportable({}) == {}

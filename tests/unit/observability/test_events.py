@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.observability import events
+from tandem.observability import codec, events
+from tandem.observability.codec import from_json, read_events, to_json
 from tandem.observability.events import (
     Evaluated,
     Event,
@@ -21,9 +22,6 @@ from tandem.observability.events import (
     Step,
     SweepFinished,
     TrialReported,
-    from_json,
-    read_events,
-    to_json,
 )
 from tandem.observability.journal import Journal
 
@@ -34,37 +32,37 @@ fields = st.dictionaries(st.text().filter(lambda key: key != "event"), values, m
 @given(st.text(), fields)
 def test_a_log_line_preserves_the_event(kind, rest):
     event = {"event": kind, **rest}
-    line = events.encode(event)
+    line = codec.encode(event)
     assert len(line.splitlines()) == 1
-    decoded = events.decode(line)
+    decoded = codec.decode(line)
     assert decoded is not None
     assert event.items() <= decoded.items()
 
 
 def test_an_event_is_stamped_unless_it_has_a_time():
-    assert abs(events.decode(events.encode({"event": "step"}))["time"] - time.time()) < 60
-    assert events.decode(events.encode({"event": "step", "time": 5.0}))["time"] == 5.0
+    assert abs(codec.decode(codec.encode({"event": "step"}))["time"] - time.time()) < 60
+    assert codec.decode(codec.encode({"event": "step", "time": 5.0}))["time"] == 5.0
 
 
 def test_an_event_is_found_after_the_prefix_of_a_log_line():
-    line = "\x1b[36m(TrainWorker pid=12)\x1b[0m " + events.encode({"event": "step", "step": 3})
-    assert events.decode(line)["step"] == 3
+    line = "\x1b[36m(TrainWorker pid=12)\x1b[0m " + codec.encode({"event": "step", "step": 3})
+    assert codec.decode(line)["step"] == 3
 
 
 @pytest.mark.parametrize("line", ["", "hello", "@tandem", "@tandem {", "@tandem [1]", '@tandem {"no": 1}', "@tandem 5"])
 def test_other_log_lines_are_ignored(line):
-    assert events.decode(line) is None
+    assert codec.decode(line) is None
 
 
 def test_a_half_written_last_line_is_ignored(tmp_path):
     path = tmp_path / "events.jsonl"
     first, second = {"event": "started", "job": "é"}, {"event": "step", "step": 1}
     path.write_text(f"{json.dumps(first)}\n\nnot json\n[1]\n{json.dumps(second)}\n" + json.dumps(second)[:9])
-    assert list(events.read(path)) == [first, second]
+    assert list(codec.read(path)) == [first, second]
 
 
 def test_a_missing_file_has_no_events(tmp_path):
-    assert list(events.read(tmp_path / "none")) == []
+    assert list(codec.read(tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +112,7 @@ def test_a_journal_stamps_events_and_reads_them_back(tmp_path: Path, capsys: pyt
     assert isinstance(step, Step) and (step.step, step.loss) == (1, 2.0)
     assert step.time is not None and abs(step.time - time.time()) < 60
     assert list(read_events(journal.path)) == [step, notice]
-    printed = [events.decode(line) for line in capsys.readouterr().out.splitlines()]
+    printed = [codec.decode(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in printed if line] == ["step", "notice"]
 
 

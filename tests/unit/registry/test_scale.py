@@ -49,9 +49,9 @@ def plans(registry):
             rows = cursor.connection.cursor().execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()
             found.extend(row[3] for row in rows)
 
-    event.listen(registry.database, "before_cursor_execute", explain)
+    event.listen(registry._engine, "before_cursor_execute", explain)
     yield found
-    event.remove(registry.database, "before_cursor_execute", explain)
+    event.remove(registry._engine, "before_cursor_execute", explain)
 
 
 def unknown(registry: Registry, name: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ray.serve._private.http_util import start_asgi_http_server
 from ray.serve.config import HTTPOptions
 
-from tandem.cluster.local import free_ports
+from tandem.cluster.ports import free_ports
 from tandem.serve.listen import start_on
 
 NODE = "127.0.0.9"

@@ -17,7 +17,9 @@ from tandem.serve.scaling import (
     version_of,
 )
 
-MODEL = ServedModel(id="base@1", name="base", path="/models/base", config=ServedModelConfig(model="base"))
+MODEL = ServedModel(
+    id="base@1", name="base", path="/models/base", config=ServedModelConfig(model="base", engine="vllm")
+)
 
 
 def changed(**values: object) -> ServedModel:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tandem.config import DataConfig, ModelConfig, TrainConfig
 from tandem.data.tokenize import TextEncoder, train_tokenizer
-from tandem.train.model import build_model
+from tandem.train.model.build import build_model
 from tandem.train.parallel.mesh import Degrees
 from tandem.train.parallel.model import ParallelModel
 from tandem.train.parallel.parallelize import parallelize

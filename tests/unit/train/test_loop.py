@@ -16,7 +16,7 @@ from tandem.data.tokenize import TextEncoder
 from tandem.errors import JobError
 from tandem.train.anomalies import LossSpike, SkippedStep
 from tandem.train.loop import CONTINUE, SAVE, STOP, LoopHooks, LoopState, StepReport, train
-from tandem.train.model import build_model
+from tandem.train.model.build import build_model
 from tandem.train.optimizer import build_optimizer
 from tandem.train.parallel.model import ParallelModel
 

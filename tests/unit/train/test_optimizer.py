@@ -9,7 +9,7 @@ from tandem.config import LoraConfig, ModelConfig, OptimizerConfig
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import ConfigError
 from tandem.train.adapters.lora import add_adapters
-from tandem.train.model import build_model
+from tandem.train.model.build import build_model
 from tandem.train.optimizer import build_optimizer, decay_groups, set_learning_rate
 
 CPU = torch.device("cpu")

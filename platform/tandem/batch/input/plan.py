@@ -1,7 +1,7 @@
 """Division of input rows into numbered chunks, and selection of the unfinished ones. Pure.
 
 A row's number is its place in the input: files by name, rows as they stand. A chunk is a run of rows of one file, and what is
-published in one step. So a run that goes on after a death knows from the names of what is published what is left to be done.
+published in one step. So a resumed run knows from the names of published units which ones remain.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Position(NamedTuple):
     """Bytes before it, of the file unpacked; 0 in a file that is read by rows."""
     place: int = 0
     """Lines, rows or samples before it."""
+    inside: int = 0
+    """Rows before it in the same sample of a tar file, which has several if it has a .jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +88,19 @@ class Chunker:
     def chunks(self, source: int, rows: Iterable[tuple[Position, int, str | None]]) -> Iterator[Chunk]:
         """The chunks of a file; of each row where it begins, its bytes, and the base that it is for (None: refused)."""
         counts: Counter[str] = Counter()
-        position, held, held_bytes = Position(), 0, 0
+        position, chunk_rows, chunk_bytes = Position(), 0, 0
         for begins, row_bytes, base in rows:
-            if not held:
+            if not chunk_rows:
                 position = begins
-            held, held_bytes = held + 1, held_bytes + row_bytes
+            chunk_rows, chunk_bytes = chunk_rows + 1, chunk_bytes + row_bytes
             self.rows += 1
             if base is not None:
                 counts[base] += 1
-            if held == self._size.rows or (self._size.bytes is not None and held_bytes >= self._size.bytes):
-                yield self._cut(source, held, position, counts)
-                held, held_bytes, counts = 0, 0, Counter()
-        if held:
-            yield self._cut(source, held, position, counts)
+            if chunk_rows == self._size.rows or (self._size.bytes is not None and chunk_bytes >= self._size.bytes):
+                yield self._cut(source, chunk_rows, position, counts)
+                chunk_rows, chunk_bytes, counts = 0, 0, Counter()
+        if chunk_rows:
+            yield self._cut(source, chunk_rows, position, counts)
 
     def _cut(self, source: int, rows: int, position: Position, counts: Counter[str]) -> Chunk:
         chunk = Chunk(self._number, source, self._first, rows, position, dict(counts))
@@ -117,8 +119,8 @@ def chunk_size(input_bytes: int) -> ChunkSize:
 
 def units(chunks: Iterable[Chunk], bases: Iterable[str]) -> list[WorkUnit]:
     """What there is to publish: a unit for each chunk and base that has rows in it, base by base."""
-    held = list(chunks)
-    return [WorkUnit(chunk, i) for i, base in enumerate(bases) for chunk in held if chunk.counts.get(base)]
+    every = list(chunks)
+    return [WorkUnit(chunk, i) for i, base in enumerate(bases) for chunk in every if chunk.counts.get(base)]
 
 
 def left(all_units: Iterable[WorkUnit], published: Collection[str]) -> list[WorkUnit]:

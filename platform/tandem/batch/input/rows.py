@@ -17,7 +17,6 @@ from tandem.api.nulls import drop_nulls
 from tandem.api.request_values import value_problems
 from tandem.api.unknown_fields import describe, misspelt_fields, unknown_fields
 from tandem.engine.routes import ENGINE_ROUTES
-from tandem.engine.vllm.requests import asks_for_prompt_logprobs
 from tandem.errors import DataError, did_you_mean, sentence
 
 PATHS = tuple(route.path for route in ENGINE_ROUTES)
@@ -90,9 +89,11 @@ def read_row(
     if wrong := misspelt_fields(path, unknown) if plain else unknown:
         raise UnknownFieldError(f"{sentence(f'It has an {describe(path, wrong)}')} Rename it, or leave it out.")
     body = {key: value for key, value in body.items() if key not in unknown}
-    if check_values:
-        body = {key: value for key, value in body.items() if value is not None}
     asked = {**defaults, **body}
+    if check_values:
+        # A null field is an absent one, so that the run's default applies.
+        asked |= {key: defaults[key] for key in defaults.keys() & body.keys() if body[key] is None}
+        drop_nulls(asked)
     model = asked.pop("model", None)
     if model is not None and (not isinstance(model, str) or not model):
         raise BadRowError(f"model is {model!r}; it must be the name of a model or adapter.")
@@ -100,20 +101,9 @@ def read_row(
         raise BadRowError("stream is on; the answers of a batch are written when they are whole. Leave it out.")
     for key in ("stream_options", "kv_transfer_params", "ec_transfer_params"):
         asked.pop(key, None)
-    if check_values:
-        drop_nulls(asked)
-        if problems := value_problems(path, asked):
-            raise BadRowError(" ".join(map(str, problems)))
+    if check_values and (problems := value_problems(path, asked)):
+        raise BadRowError(" ".join(map(str, problems)))
     return RowRequest(path, asked, model, custom_id, plain)
-
-
-def check_prompt_logprobs(ask: RowRequest) -> None:
-    """BadRowError for what ends vLLM's CPU engine where it has adapters (docs/adr/0013)."""
-    if asks_for_prompt_logprobs(ask.body):
-        raise BadRowError(
-            "It asks for the logprobs of a prompt, which vLLM does not have on CPUs beside adapters. Ask in a run of its own "
-            "without adapters, or on a GPU."
-        )
 
 
 def request_bytes(ask: RowRequest, model: str) -> bytes:

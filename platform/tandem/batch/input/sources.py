@@ -8,20 +8,29 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, Self, cast
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
 
 from tandem.batch.files import reading
 from tandem.batch.input.plan import Position
 from tandem.data.index import SHARDS_NAME
-from tandem.errors import DataError, did_you_mean
+from tandem.data.tar import (
+    READ_ERRORS,
+    SUFFIXES,
+    TEXT_EXTENSIONS,
+    MemberError,
+    TarSample,
+    decoded,
+    foreign_samples,
+    unpacked,
+)
+from tandem.errors import DataError, did_you_mean, sentence
 from tandem.storage import Location, base_name, file_system, is_remote, located, store_errors
 
-TEXT_MEMBERS = ("txt", "text")
-PACKED = (".gz", ".tgz")
+PACKED = (".gz", ".tgz", ".zst")
+NOT_ASKED = ("cls", "npy")
+"""Extensions of members that no request has a field for."""
 ROWS_AT_A_TIME = 256
 
 
@@ -80,7 +89,7 @@ def rows_of(file: Location, position: Position = Position()) -> Iterator[Row]:  
     try:
         with _opened(file) as stream:
             yield from reader(stream, position)
-    except (OSError, EOFError, tarfile.TarError, zlib.error, pa.ArrowException) as error:
+    except (*READ_ERRORS, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {error}.") from error
 
 
@@ -91,7 +100,7 @@ def only_forward(file: Location) -> bool:
 
 def json_lines(file: IO[bytes], position: Position) -> Iterator[Row]:
     """An object a line; blank lines are none."""
-    offset, number = position
+    offset, number, _ = position
     file.seek(offset)
     for line in file:
         begins = Position(offset, number)
@@ -122,46 +131,24 @@ def parquet(file: IO[bytes], position: Position) -> Iterator[Row]:
 
 
 def webdataset(file: IO[bytes], position: Position) -> Iterator[Row]:
-    """A sample a row: members whose names are alike up to the first dot. KEY.json is the row, KEY.txt its prompt.
+    """A sample a row: KEY.json is the row, KEY.txt its prompt; or a row a line of KEY.jsonl.
 
-    A row has its key as custom_id unless it has one of its own.
+    A row has its key as custom_id unless it has one of its own. Labels and arrays (.cls, .npy) are no part of a request.
     """
-    file.seek(position.offset)
-    key, begins, number, fields = None, position, position.place, dict[str, bytes]()
-    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
-        for member in tar:
-            if not member.isfile():
+    place, inside = position.place, position.inside
+    for sample in foreign_samples(file, position.offset):
+        for row in _of_sample(Position(sample.offset, place - inside), sample):
+            if row.position.inside < inside:
                 continue
-            place = PurePosixPath(member.name)
-            stem, _, extension = place.name.partition(".")
-            if (found := str(place.parent / stem)) != key:
-                if key is not None:
-                    yield _sample(begins, key, fields)
-                    number += 1
-                key, begins, fields = found, Position(member.offset, number), {}
-            if extension == "json" or extension in TEXT_MEMBERS:
-                fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()
-    if key is not None:
-        yield _sample(begins, key, fields)
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header. One that is damaged or cut off would else be taken for the end of the file."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
-                raise  # so an archive ends
-            raise tarfile.ReadError(f"a header in it is damaged, or its end is missing ({error})") from None
+            yield row
+            place += 1
+        inside = 0
 
 
 READERS: dict[tuple[str, ...], Reader] = {
     (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"): json_lines,
     (".parquet",): parquet,
-    (".tar", ".tar.gz", ".tgz"): webdataset,
+    SUFFIXES: webdataset,
 }
 
 
@@ -183,30 +170,42 @@ def _near(place: Location) -> str:
 @contextlib.contextmanager
 def _opened(file: Location) -> Iterator[IO[bytes]]:
     with reading(file) as raw:
-        if str(file).endswith(PACKED):
-            with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
-                yield cast(IO[bytes], unpacked)
+        if str(file).endswith(SUFFIXES):
+            yield unpacked(raw)
+        elif str(file).endswith(PACKED):
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
         else:
             yield raw
 
 
-def _sample(position: Position, key: str, fields: dict[str, bytes]) -> Row:
-    where = f"sample {key}"
+def _of_sample(position: Position, sample: TarSample) -> Iterator[Row]:
+    fields = {name: data for name, data in sample.fields.items() if name.removesuffix(".gz") not in NOT_ASKED}
+    where, key = f"sample {sample.key}", sample.key.removeprefix("./")
     try:
-        record: Any = json.loads(fields.get("json", b"{}"))
-    except (ValueError, RecursionError) as error:
-        return Row(position, where, fields["json"], f"It is not valid JSON: {error}.")
+        values = decoded(fields)
+    except MemberError as error:
+        yield Row(position, where, fields[error.extension], sentence(f"I{str(error)[1:]}"))
+        return
+    lines = values.pop("jsonl", [])
+    for number, line in enumerate(lines):
+        begins = Position(position.offset, position.place + number, number)
+        yield Row(begins, f"{where} line {number + 1}", line)
+    if values or not lines:
+        begins = Position(position.offset, position.place + len(lines), len(lines))
+        yield _sample(begins, where, key, values)
+
+
+def _sample(position: Position, where: str, key: str, values: dict[str, Any]) -> Row:
+    record = values.get("json", {})
     if not isinstance(record, dict):
-        return Row(position, where, fields["json"], f"It is a {type(record).__name__}; a row is a JSON object.")
-    text = next((fields[name] for name in TEXT_MEMBERS if name in fields), None)
+        raw = json.dumps(record).encode()
+        return Row(position, where, raw, f"It is a {type(record).__name__}; a row is a JSON object.")
+    text = next((values[name] for name in TEXT_EXTENSIONS if name in values), None)
     if text is not None and not record.keys() & {"prompt", "messages", "input", "body"}:
-        try:
-            record["prompt"] = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return Row(position, where, b"", f"Its text is not UTF-8 (byte {error.start + 1}).")
+        record["prompt"] = text
     if not record:
-        return Row(position, where, b"", "The sample has nothing in a .json or .txt.")
-    return _recorded(position, where, {"custom_id": key.removeprefix("./"), **record})
+        return Row(position, where, b"", "The sample has nothing in a .json, .jsonl or .txt.")
+    return _recorded(position, where, {"custom_id": key, **record})
 
 
 def _recorded(position: Position, where: str, record: dict[str, Any]) -> Row:

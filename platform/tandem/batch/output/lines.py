@@ -5,12 +5,10 @@ A line of `errors.jsonl` holds the row as it came, so that it can be corrected a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pydantic_core import from_json, to_json
-
-from tandem.engine.vllm.parsers import explain_refusal
-from tandem.engine.vllm.wording import simplify_message
 
 NO_ROUTE = {"detail": "Not Found"}
 """What an app says of a path that it does not have."""
@@ -53,14 +51,14 @@ def failed(row: int, where: str, reason: str, raw: bytes, *, custom_id: str | No
     return Line(to_json({**head, "error": {"code": status, "message": reason}, "input": given}), True)
 
 
-def reason_of(body: bytes, path: str) -> str:
-    """What an engine's refusal of a request for `path` says."""
+def reason_of(body: bytes, path: str, explain: Callable[[str, str | None], str]) -> str:
+    """The reason in an engine's refusal of a request for `path`; `explain` rewrites its messages for clients."""
     try:
         said = from_json(body)
         if said == NO_ROUTE:
             return f"Its model does not answer {path}. Ask one that does: some write text, others embed or score it."
         error = said.get("error", said)
-        return simplify_message(explain_refusal(str(error.get("message") or error)))
+        return explain(str(error.get("message") or error), None)
     except (ValueError, AttributeError):
         return body.decode(errors="replace")[:500]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from tandem.batch.input.plan import ChunkSize
 from tandem.batch.input.survey import Survey
 from tandem.batch.models import ModelResolver
 from tandem.batch.output.write import Output
-from tandem.config import BatchConfig
+from tandem.config import AUTO_ENGINE, BatchConfig
 from tandem.errors import ConfigError
 
 FORMAT = 3
@@ -51,7 +51,7 @@ class Manifest:
             rows=survey.rows,
             rows_per_piece=survey.size.rows,
             bytes_per_piece=survey.size.bytes,
-            models=names.found,
+            models=names.resolved,
             bases=survey.bases,
         )
 
@@ -83,6 +83,10 @@ class Manifest:
         """As JSON holds it."""
         return asdict(self)
 
+    def with_engine(self, config: BatchConfig) -> BatchConfig:
+        """The config with the run's own engine where it names none: runs of older releases were recorded with `vllm`."""
+        return replace(config, engine=self.settings["engine"]) if config.engine == AUTO_ENGINE else config
+
     def check_settings(self, config: BatchConfig) -> None:
         """ConfigError if the answers would be others than those that are there."""
         for key, now in _deciding(config).items():
@@ -91,12 +95,12 @@ class Manifest:
             if before != now:
                 raise ConfigError(
                     f"The run in {config.output} has {key} = {before!r}, and this one {now!r}. Give it that again to "
-                    "go on, or choose another output."
+                    "resume, or choose another output."
                 )
         if config.rows_per_piece not in (None, self.rows_per_piece):
             raise ConfigError(
                 f"The run in {config.output} has rows_per_piece = {self.rows_per_piece}, and this one {config.rows_per_piece}. "
-                "Leave it out to go on, or choose another output."
+                "Leave it out to resume, or choose another output."
             )
 
     def check_input(self, now: Manifest) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+AUTO_ENGINE = "auto"
+"""Value of `engine` that leaves the choice to the model's architecture."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaConfig:
     """Settings of served replicas and of batch runs; `ServedModelConfig` validates them."""
 
-    engine: str = "vllm"
-    """vllm, or echo (answers with the prompt; for tests)."""
+    engine: str = AUTO_ENGINE
+    """auto (the engine that serves the model's architecture), vllm, or echo (answers with the prompt; for tests)."""
     replicas: int = 1
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,18 +169,3 @@ def described(trial: Trial) -> str:
 def better(metric: str, score: float, other: float) -> bool:
     """Whether `score` is better than `other`."""
     return score < other if METRICS[metric] == "min" else score > other
-
-
-def score(metric: str, events: Iterable[Mapping[str, Any]]) -> float | None:
-    """A trial's value of a metric, from the JSON objects of its events; None without a finite value.
-
-    The last value of losses and memory; the median of metrics that vary from step to step.
-    """
-    kind, key = {"evaluation_loss": ("evaluation", "loss"), "perplexity": ("evaluation", "perplexity")}.get(
-        metric, ("step", metric)
-    )
-    values = [float(e[key]) for e in events if e["event"] == kind and isinstance(e.get(key), int | float)]
-    if not values:
-        return None
-    value = sorted(values)[len(values) // 2] if METRICS[metric] == "max" else values[-1]
-    return value if math.isfinite(value) else None

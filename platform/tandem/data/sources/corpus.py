@@ -5,11 +5,12 @@ Every bad line is a DataError that names its file and line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, get_args
 
+from tandem.config import check
 from tandem.data.index import INDEX_NAME, SHARDS_NAME, Kind
 from tandem.data.sources import stdlib
 from tandem.data.sources.records import READERS, arrow, reader_of, saved_dataset
@@ -20,6 +21,7 @@ from tandem.registry.hub.reference import DATASETS
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = tuple(suffix for group in READERS for suffix in group)
+KINDS = ("auto", *get_args(Kind))
 BUILT_IN = ("stdlib", "stdlib-docstrings", "stdlib-preferences")
 
 
@@ -39,13 +41,14 @@ class Corpus(Protocol):
 def open_corpus(source: str, kind: str = "auto") -> Corpus:
     """The corpus that `source` names: one of BUILT_IN, a file or a folder of files.
 
-    Files are text (TEXT_SUFFIXES) or hold records (`records.READERS`); a folder holds one sort, or is a dataset that Hugging
-    Face's `datasets` saved. `hf://datasets/org/name` is one of its hub, whose files are downloaded if need be.
+    Files are text (TEXT_SUFFIXES) or hold records (`records.READERS`). A folder holds data files of one sort, or is a dataset
+    that Hugging Face's `datasets` saved. `hf://datasets/org/name` is one of its hub, whose files are downloaded if need be.
     Raises DataError if there is none, or if it is not of the `kind` asked for (auto, text, pairs, chats or preferences).
     """
+    check.one_of("kind", kind, KINDS)
     corpus = _open(source)
     if kind not in ("auto", corpus.kind):
-        raise DataError(f"{source} holds {corpus.kind}, not {kind}.")
+        raise DataError(f"{source} holds {corpus.kind}, and kind is {kind}. Leave kind out, or give another source.")
     return corpus
 
 
@@ -78,8 +81,12 @@ def _open(source: str) -> Corpus:
 
 
 def _readable(folder: Path) -> list[str]:
-    """Names in a folder of what can be a source."""
-    return [p.name for p in folder.iterdir() if p.is_dir() or p.suffix in TEXT_SUFFIXES or reader_of(p) is not None]
+    """Names in a folder of files that can be a source, and of folders that hold some."""
+
+    def readable(path: Path) -> bool:
+        return path.is_file() and (path.suffix in TEXT_SUFFIXES or reader_of(path) is not None)
+
+    return [p.name for p in folder.iterdir() if readable(p) or (p.is_dir() and any(map(readable, p.iterdir())))]
 
 
 def pull_files(source: str) -> DatasetFiles:
@@ -113,7 +120,45 @@ def _record_files(folder: Path) -> tuple[Path, ...] | None:
             f"{folder} holds files of {len(sorts)} sorts ({', '.join(p.name for p in sorts.values())}). Give one of them, or "
             "a folder of one sort."
         )
+    texts = [p for p in files if p.suffix == TEXT_SUFFIXES[0]]
+    if kept and texts:
+        raise DataError(
+            f"{folder} holds {_count(kept)} of records ({_some(kept)}) and {_count(texts)} of text ({_some(texts)}), and a "
+            "dataset is made of one sort. Give one of the files, or move each sort into a folder of its own."
+        )
     return kept or None
+
+
+def _count(files: Sequence[Path]) -> str:
+    return f"{len(files)} file{'s' if len(files) != 1 else ''}"
+
+
+def _some(files: Sequence[Path]) -> str:
+    return ", ".join(p.name for p in files[:3]) + (", ..." if len(files) > 3 else "")
+
+
+class FolderFiles(NamedTuple):
+    """The files of a source that is a folder."""
+
+    read: tuple[Path, ...]
+    skipped: tuple[Path, ...]
+    """Files of other sorts, such as a README beside records; hidden ones are not among them."""
+
+
+def folder_files(source: str) -> FolderFiles | None:
+    """Which files of a folder are read; None for another source, and for a folder that `tandem` or `datasets` has written."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or (folder / INDEX_NAME).exists() or saved_dataset(folder) is not None:
+        return None
+    read = _record_files(folder) or text_files(folder)
+    names = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    every = sorted(folder / name for name in names if not any(part.startswith(".") for part in name.parts))
+    return FolderFiles(read, tuple(p for p in every if p not in set(read)))
+
+
+def text_files(folder: Path) -> tuple[Path, ...]:
+    """The text files below a folder, in the order of their paths."""
+    return tuple(sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file()))
 
 
 @dataclass(frozen=True)
@@ -177,8 +222,7 @@ class TextFolder:
 
     def samples(self) -> Iterator[Sample]:
         """Files in the order of their paths."""
-        found = sorted(p for p in self.path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-        yield from TextFiles(tuple(found)).samples()
+        yield from TextFiles(text_files(self.path)).samples()
 
 
 @dataclass(frozen=True)

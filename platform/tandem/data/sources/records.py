@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import gzip
 import json
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, cast
 
 from tandem.data.sources.samples import KEYS
+from tandem.data.tar import (
+    READ_ERRORS,
+    SUFFIXES,
+    TEXT_EXTENSIONS,
+    MemberError,
+    TarSample,
+    decoded,
+    foreign_samples,
+    unpacked,
+)
 from tandem.errors import DataError
 
 Record = tuple[str, dict[str, Any]]
-TEXT_MEMBERS = ("txt", "text", "md")
 ROWS_AT_A_TIME = 1024
+FIELD_EXTENSIONS = ("cls", "npy")
+"""Members of a sample that become fields of its record under their extension."""
 
 
 def reader_of(path: Path) -> Callable[[Path], Iterator[Record]] | None:
@@ -70,33 +80,23 @@ def arrow(path: Path) -> Iterator[Record]:
 
 
 def webdataset(path: Path) -> Iterator[Record]:
-    """The samples of a WebDataset shard: members whose names are alike up to the first dot.
+    """The samples of a WebDataset shard, compressed or not, as other tools write them too.
 
-    KEY.json is a record, KEY.txt a text.
+    KEY.json is a record, KEY.jsonl one a line, KEY.txt a text; KEY.cls (an int) and KEY.npy (an array) are fields of it.
     """
     try:
-        with tarfile.open(path, "r:*") as tar:
-            key, fields = "", dict[str, bytes]()
-            for member in tar:
-                if not member.isfile():
-                    continue
-                position = PurePosixPath(member.name)
-                stem, _, extension = position.name.partition(".")
-                if (found := str(position.parent / stem)) != key:
-                    yield from _grouped(path, key, fields)
-                    key, fields = found, {}
-                if extension == "json" or extension in TEXT_MEMBERS:
-                    fields[extension] = cast(IO[bytes], tar.extractfile(member)).read()
-            yield from _grouped(path, key, fields)
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as a tar file: {error}.") from error
+        with path.open("rb") as file:
+            for sample in foreign_samples(unpacked(file)):
+                yield from _of_sample(f"{path} sample {sample.key}", sample)
+    except READ_ERRORS as error:
+        raise DataError(f"{path} cannot be read as a tar file: {error}. Copy or download it again.") from error
 
 
 READERS: dict[tuple[str, ...], Callable[[Path], Iterator[Record]]] = {
     (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"): json_lines,
     (".parquet",): parquet,
     (".arrow",): arrow,
-    (".tar", ".tar.gz", ".tgz"): webdataset,
+    SUFFIXES: webdataset,
 }
 
 
@@ -154,14 +154,21 @@ def _numbered(path: Path, batches: Iterator[Any]) -> Iterator[Record]:
             yield f"{path} row {number}", record
 
 
-def _grouped(path: Path, key: str, fields: dict[str, bytes]) -> Iterator[Record]:
-    where = f"{path} sample {key}"
-    record = _object(fields["json"], where) if "json" in fields else {}
-    text = next((fields[name] for name in TEXT_MEMBERS if name in fields), None)
+def _of_sample(where: str, sample: TarSample) -> Iterator[Record]:
+    try:
+        values = decoded(sample.fields)
+    except MemberError as error:
+        raise DataError(f"{where} cannot be used: {error}. Correct it, or leave it out of the shard.") from error
+    for number, line in enumerate(values.pop("jsonl", ()), 1):
+        yield f"{where} line {number}", _object(line, f"{where} line {number}")
+    record = values.pop("json", {})
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is a {type(record).__name__}; it must be a JSON object.")
+    text = next((values[name] for name in TEXT_EXTENSIONS if name in values), None)
     if text is not None and not KEYS & record.keys():
-        try:
-            record["text"] = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where} is not UTF-8 (byte {error.start + 1}).") from error
+        record["text"] = text
+    for name in FIELD_EXTENSIONS:
+        if name in values:
+            record.setdefault(name, values[name])
     if record:
         yield where, record

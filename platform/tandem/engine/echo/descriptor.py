@@ -1,4 +1,4 @@
-"""Descriptor of the echo engine: every route and task, no model files, no checks beyond its own arguments."""
+"""Descriptor of the echo engine: completions and chats, no model files, no checks beyond its own arguments."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.config import ServedModelConfig
-from tandem.engine.descriptor import EngineDescriptor, KvTransfer, Placement, Requests, Resources
+from tandem.engine.descriptor import EngineDescriptor, KvTransfer, ModelFeatures, Placement, Requests, Resources
 from tandem.engine.protocol import Engine
-from tandem.engine.routes import EMBED, ENGINE_ROUTES, GENERATE, SCORE
+from tandem.engine.routes import ENGINE_ROUTES, GENERATE
 from tandem.engine.spec import EngineSpec
+
+ROUTES = ("/v1/completions", "/v1/chat/completions")
 
 
 def create(spec: EngineSpec) -> Engine:
@@ -43,11 +45,14 @@ def check_nodes(
 
 ECHO = EngineDescriptor(
     name="echo",
-    routes=ENGINE_ROUTES,
-    tasks=(GENERATE, EMBED, SCORE),
+    routes=tuple(route for route in ENGINE_ROUTES if route.path in ROUTES),
+    tasks=(GENERATE,),
+    serves=lambda model_config: False,
     create=create,
     validate=validate,
-    supports_tools=lambda folder, engine_args: True,
+    unsupported_shape=lambda model_config, gpus: None,
+    model_features=lambda folder, engine_args: ModelFeatures(tools=True, chat_template=False),
+    explain_start_error=lambda message, output: message,
     resources=Resources(placement=placement, num_workers=lambda engine_args: 1, check_nodes=check_nodes),
     requests=Requests(
         check=check_request,

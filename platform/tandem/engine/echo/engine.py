@@ -14,7 +14,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from tandem.engine.protocol import AdapterRef, EngineStats
@@ -22,14 +22,12 @@ from tandem.engine.spec import EngineSpec
 from tandem.engine.ttft import TtftWindow
 from tandem.errors import ConfigError, EngineError, did_you_mean
 
-TASKS = ("generate", "embed", "score")
+TASKS = ("generate",)
 
 
 class EchoEngine:
     """Answers completions and chats with the prompt's words, one for each token, `delay_s` apart; with `ignore_eos` it repeats
     them up to `max_tokens`.
-
-    Every other route returns the request's own body.
     """
 
     def __init__(
@@ -60,15 +58,7 @@ class EchoEngine:
         """Requests whose client disconnected before the end."""
         self.loads: list[str] = []
         """Ids of the adapters that were loaded, in order."""
-        self._app = Starlette(
-            routes=[
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/models", self._list),
-                Route("/health", lambda request: PlainTextResponse("")),
-                Route("/{path:path}", self._other, methods=["POST"]),
-            ]
-        )
+        self._app = Starlette(routes=self._routes())
 
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> EchoEngine:
@@ -129,12 +119,13 @@ class EchoEngine:
         names = [*self._names, *self._adapters]
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
 
-    async def _other(self, request: Request) -> Response:
-        body = await request.json()
-        model = str(body.get("model"))
-        if not self._knows(model):
-            return _unknown(model)
-        return JSONResponse({"object": "echo", "model": model, "route": request.url.path, "request": body})
+    def _routes(self) -> list[BaseRoute]:
+        return [
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/models", self._list),
+            Route("/health", lambda request: PlainTextResponse("")),
+        ]
 
     def _knows(self, model: str) -> bool:
         return model in self._names or model in self._adapters

@@ -6,19 +6,24 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from tandem import settings
-from tandem.engine.descriptor import EngineDescriptor, KvTransfer, Requests, Resources
+from tandem.engine.descriptor import EngineDescriptor, KvTransfer, ModelFeatures, Requests, Resources
 from tandem.engine.protocol import Engine
 from tandem.engine.routes import EMBED, ENGINE_ROUTES, GENERATE, SCORE
 from tandem.engine.spec import EngineSpec
 from tandem.engine.vllm import kv_transfer, requests, resources
 from tandem.engine.vllm.environment import engine_environment
-from tandem.engine.vllm.parsers import supports_tools
+from tandem.engine.vllm.parsers import served_parsers, supports_tools
+from tandem.engine.vllm.start_errors import explain_start_error
 from tandem.engine.vllm.wording import simplify_field
 from tandem.errors import EngineError
 
+MASKED_DIFFUSION = frozenset({"LLaDAModelLM", "LLaDAMoEModelLM", "LLaDA2MoeModelLM", "DreamModel", "SDARForCausalLM"})
+"""Architectures of language models that fill masked tokens instead of writing the next one, which vLLM 0.29 does not have."""
 VALIDATION_TIMEOUT_S = 180.0
 """Seconds that vLLM may take to validate arguments, most of them for imports."""
 
@@ -64,13 +69,29 @@ def validate(specs: Sequence[EngineSpec]) -> list[str | None]:
     return errors
 
 
+def serves(model_config: Mapping[str, Any]) -> bool:
+    """Every architecture but masked-diffusion models; an unknown one is refused by vLLM itself when it starts."""
+    return not MASKED_DIFFUSION.intersection(model_config.get("architectures") or ())
+
+
+def model_features(folder: Path, engine_args: Mapping[str, Any]) -> ModelFeatures:
+    """Tools, chat template and parsers, as `engine_args` and the model's files give them."""
+    parsers = served_parsers(folder, engine_args)
+    return ModelFeatures(
+        tools=supports_tools(folder, engine_args), chat_template=parsers.chat, described=parsers.described()
+    )
+
+
 VLLM = EngineDescriptor(
     name="vllm",
     routes=ENGINE_ROUTES,
     tasks=(GENERATE, EMBED, SCORE),
+    serves=serves,
     create=create,
     validate=validate,
-    supports_tools=supports_tools,
+    unsupported_shape=resources.unsupported_shape,
+    model_features=model_features,
+    explain_start_error=explain_start_error,
     resources=Resources(
         placement=resources.placement, num_workers=resources.num_workers, check_nodes=resources.check_nodes
     ),

@@ -21,8 +21,8 @@ def check_request(model: str, body: Mapping[str, Any], config: ServedModelConfig
         raise UnsupportedRequestError(tools_unsupported_message(model), "tools")
     if config.max_adapters and not config.gpus_per_replica and asks_for_prompt_logprobs(body):
         raise UnsupportedRequestError(
-            f"The model {model!r} is served on CPUs with adapters, where vLLM has no logprobs of a prompt (`prompt_logprobs`, or "
-            "`echo` with `logprobs`). Serve it with max_adapters: 0, or on a GPU.",
+            f"The model {model!r} runs on CPUs with adapters, where vLLM has no logprobs of a prompt (`prompt_logprobs`, or "
+            "`echo` with `logprobs`). Use it with max_adapters: 0, or on a GPU.",
             "prompt_logprobs" if "prompt_logprobs" in body else "echo",
         )
 

@@ -1,4 +1,4 @@
-"""Resources of a vLLM replica: CPUs, GPUs and the placement group of its workers, from its parallel degrees. Pure."""
+"""Resources of a vLLM replica: CPUs, GPUs, the placement group of its workers, and the models that a CPU can serve. Pure."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tandem.errors import ConfigError, EngineError
 
 DEGREES = {"tensor": "tensor_parallel_size", "pipeline": "pipeline_parallel_size", "data": "data_parallel_size"}
 RAY = "ray"
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Widths of an attention head that vLLM's CPU backend has kernels for (0.29, `v1/attention/backends/cpu_attn.py`)."""
 
 
 def placement(config: ServedModelConfig, where: str = "models[]") -> Placement:
@@ -83,6 +85,27 @@ def check_nodes(
             f"A tensor group of {tensor} must lie inside one node, and Ray placed the workers {spread}. Free {tensor} GPUs "
             "of one node for each stage, or lower tensor_parallel_size."
         )
+
+
+def unsupported_shape(model_config: Mapping[str, Any], gpus: float) -> str | None:
+    """The reason why vLLM cannot serve a model with this config.json on these GPUs; None: no reason is known."""
+    if gpus:
+        return None
+    # Multimodal configs keep the language model's numbers one level down.
+    inner = model_config.get("text_config")
+    text = inner if isinstance(inner, dict) else model_config
+    width, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    size = text.get("head_dim") or (
+        width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+    )
+    # Latent attention has heads of other widths.
+    if not isinstance(size, int) or "kv_lora_rank" in text or size in CPU_HEAD_SIZES:
+        return None
+    return (
+        f"Its attention heads have {size} dimensions (head_dim), and vLLM's CPU backend has kernels for "
+        f"{', '.join(map(str, CPU_HEAD_SIZES))} only. Train a model with another model.hidden_size / model.num_heads, or serve "
+        "it on a GPU."
+    )
 
 
 def num_workers(engine_args: Mapping[str, Any]) -> int:

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from fastapi import FastAPI, Query
 
+from tandem.api.adapters import (
+    Adapter,
+    AdapterDetails,
+    AdapterList,
+    AdapterPromotion,
+    AdapterRegistration,
+    AdapterResidency,
+    DeletedAdapters,
+    ListedAdapter,
+    PinnedAdapter,
+    ReplicaAdapters,
+    UnpinnedAdapter,
+)
 from tandem.errors import (
     ConfigError,
     JobError,
@@ -20,19 +31,17 @@ from tandem.errors import (
     RegistryUnreachableError,
     StorageError,
     UnknownModelError,
-    did_you_mean,
 )
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.fleet import Fleet
-from tandem.gateway.routes.openai import int_parameter, parse_body, read_body
+from tandem.gateway.routes.management import management_app
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
 
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 64 * 1024
+PREFIX = "/admin"
 PAGE = 1000
-KEYS = {"name": str, "source": str, "base": str, "promote": bool}
 
 
 class AdminRoutes:
@@ -43,91 +52,87 @@ class AdminRoutes:
         self._adapters = adapters
         self._fleet = fleet
 
-    def routes(self) -> list[BaseRoute]:
-        """The routes for Starlette."""
-        one = "/admin/adapters/{name}"
-        return [
-            Route("/admin/adapters", self.list_adapters, methods=["GET"]),
-            Route("/admin/adapters", self.register, methods=["POST"]),
-            Route("/admin/residency", self.residency, methods=["GET"]),
-            Route(one, self.show, methods=["GET"]),
-            Route(one, self.delete, methods=["DELETE"]),
-            Route(f"{one}/promote", self.promote, methods=["POST"]),
-            Route(f"{one}/roll-back", self.roll_back, methods=["POST"]),
-            Route(f"{one}/pin", self.pin, methods=["POST"]),
-            Route(f"{one}/unpin", self.unpin, methods=["POST"]),
-        ]
+    def app(self) -> FastAPI:
+        """The app to mount at PREFIX."""
+        app = management_app(PREFIX, "Tandem admin")
+        one = "/adapters/{name}"
+        app.get("/adapters")(self.list_adapters)
+        app.post("/adapters", status_code=201)(self.register)
+        app.get("/residency")(self.residency)
+        app.get(one)(self.show)
+        app.delete(one)(self.delete)
+        app.post(f"{one}/promote")(self.promote)
+        app.post(f"{one}/roll-back")(self.roll_back)
+        app.post(f"{one}/pin")(self.pin)
+        app.post(f"{one}/unpin")(self.unpin)
+        return app
 
-    async def list_adapters(self, request: Request) -> Response:
+    async def list_adapters(
+        self,
+        all: bool = False,  # noqa: A002 - the parameter in the query
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
+    ) -> AdapterList:
         """Adapters by name, the promoted version of each or (`all=true`) all; `limit` of them after `after`."""
-        limit = int_parameter(request, "limit", 100, PAGE)
-        every = request.query_params.get("all") == "true"
-        found = await self._do(self._adapters.list, every, after=request.query_params.get("after"), limit=limit + 1)
+        found = await self._do(self._adapters.list, all, after=after, limit=limit + 1)
         shown = found[:limit]
-        last = (shown[-1].id if every else shown[-1].name) if len(found) > limit else None
+        last = (shown[-1].id if all else shown[-1].name) if len(found) > limit else None
         marks = await self._do(self._adapters.marks, shown)
-        data = [to_json(record) | marks[record.id] for record in shown]
-        return JSONResponse({"object": "list", "data": data, "has_more": last is not None, "last_id": last})
+        data = [ListedAdapter(**(_fields(record) | marks[record.id])) for record in shown]
+        return AdapterList(data=data, has_more=last is not None, last_id=last)
 
-    async def register(self, request: Request) -> Response:
-        """{"name", "source", "base", "promote"}: see Adapters.register."""
-        body = parse_body(await read_body(request, MAX_BODY_BYTES))
-        for key, value in body.items():
-            if key not in KEYS:
-                raise ApiError(400, f"{key!r} is not known here.{did_you_mean(key, KEYS)}", param=key)
-            if not isinstance(value, KEYS[key]):
-                raise ApiError(400, f"`{key}` is {value!r}; it must be of type {KEYS[key].__name__}.", param=key)
-        for key in ("name", "source"):
-            if not body.get(key):
-                raise ApiError(400, f"`{key}` is missing: what the adapter is called, and where it is.", param=key)
-        name, source = body.pop("name"), body.pop("source")
-        return JSONResponse(to_json(await self._do(self._adapters.register, name, source, **body)), status_code=201)
+    async def register(self, registration: AdapterRegistration) -> Adapter:
+        """Register an adapter, see Adapters.register."""
+        asked = registration.model_dump()
+        name, source = asked.pop("name"), asked.pop("source")
+        return Adapter(**_fields(await self._do(self._adapters.register, name, source, **asked)))
 
-    async def show(self, request: Request) -> Response:
+    async def show(self, name: str) -> AdapterDetails:
         """One adapter, the history of its name, and the replicas that hold it."""
-        record = await self._do(self._adapters.registry.resolve, request.path_params["name"])
+        record = await self._do(self._adapters.registry.resolve, name)
         history = await self._do(self._adapters.promotions, record.name)
-        promotions = [{"id": p.id, "at": p.at.isoformat(), "taken_back": p.taken_back} for p in history]
-        held = [entry["replica"] for entry in self._replicas() if record.id in entry["in_memory"]]
-        return JSONResponse(to_json(record) | {"promotions": promotions, "replicas": held})
+        return AdapterDetails(
+            **_fields(record),
+            promotions=[AdapterPromotion(id=p.id, at=p.at.isoformat(), taken_back=p.taken_back) for p in history],
+            replicas=[entry.replica for entry in self._replicas() if record.id in entry.in_memory],
+        )
 
-    async def promote(self, request: Request) -> Response:
+    async def promote(self, name: str) -> Adapter:
         """Make a version (`name@version` in the path) the one that its name resolves to."""
-        return JSONResponse(to_json(await self._do(self._adapters.promote, request.path_params["name"])))
+        return Adapter(**_fields(await self._do(self._adapters.promote, name)))
 
-    async def roll_back(self, request: Request) -> Response:
+    async def roll_back(self, name: str) -> Adapter:
         """Resolve a name to the version promoted before."""
-        return JSONResponse(to_json(await self._do(self._adapters.roll_back, request.path_params["name"])))
+        return Adapter(**_fields(await self._do(self._adapters.roll_back, name)))
 
-    async def pin(self, request: Request) -> Response:
+    async def pin(self, name: str) -> PinnedAdapter:
         """Keep an adapter loaded on every replica of its base."""
-        return JSONResponse(to_json(await self._do(self._adapters.pin, request.path_params["name"])) | {"pinned": True})
+        return PinnedAdapter(**_fields(await self._do(self._adapters.pin, name)))
 
-    async def unpin(self, request: Request) -> Response:
+    async def unpin(self, name: str) -> UnpinnedAdapter:
         """Undo `pin`."""
-        name = request.path_params["name"]
-        return JSONResponse({"id": name, "pinned": False, "was_pinned": await self._do(self._adapters.unpin, name)})
+        return UnpinnedAdapter(id=name, was_pinned=await self._do(self._adapters.unpin, name))
 
-    async def delete(self, request: Request) -> Response:
+    async def delete(self, name: str) -> DeletedAdapters:
         """Delete a version, or all versions of a name."""
-        gone = await self._do(self._adapters.delete, request.path_params["name"])
-        return JSONResponse({"deleted": [record.id for record in gone]})
+        gone = await self._do(self._adapters.delete, name)
+        return DeletedAdapters(deleted=[record.id for record in gone])
 
-    async def residency(self, request: Request) -> Response:
+    async def residency(self) -> AdapterResidency:
         """Each replica with the adapters in its slots and its memory, and the pinned ones that it could not load."""
-        return JSONResponse({"object": "list", "data": self._replicas()})
+        return AdapterResidency(data=self._replicas())
 
-    def _replicas(self) -> list[dict[str, Any]]:
+    def _replicas(self) -> list[ReplicaAdapters]:
         return [
-            {
-                "replica": replica.id,
-                "base": replica.pool,
-                "state": replica.state,
-                "in_slots": list(replica.slots),
-                "in_memory": list(replica.adapters),
-                "loads": replica.adapter_loads,
-                "not_kept": dict(replica.pin_problems),
-            }
+            ReplicaAdapters(
+                replica=replica.id,
+                base=replica.pool,
+                state=replica.state,
+                in_slots=list(replica.slots),
+                in_memory=list(replica.adapters),
+                loads=replica.adapter_loads,
+                not_kept=dict(replica.pin_problems),
+            )
             for replica in self._fleet.replicas
         ]
 
@@ -145,11 +150,10 @@ class AdminRoutes:
             raise ApiError(503, str(error)) from None
 
 
-def to_json(record: ModelRecord) -> dict[str, Any]:
-    """An adapter as JSON."""
+def _fields(record: ModelRecord) -> dict[str, Any]:
+    """The fields of an `Adapter`."""
     return {
         "id": record.id,
-        "object": "adapter",
         "name": record.name,
         "version": record.version,
         "base": record.base,

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tandem.api.nulls import drop_nulls
-from tandem.api.request_values import value_problems
+from tandem.api.request_values import missing_fields, value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
@@ -171,8 +171,8 @@ def int_parameter(request: Request, name: str, default: int, most: int) -> int:
 
 
 def check_values(path: str, body: dict[str, Any], raw: bytes) -> None:
-    """ApiError 400 for values that make an engine fail, or that it describes in terms of its own classes."""
-    problems = value_problems(path, body, raw)
+    """ApiError 400 for missing fields, and for values that an engine fails on or describes in terms of its own classes."""
+    problems = value_problems(path, body, raw) or missing_fields(path, body)
     if problems:
         raise ApiError(400, " ".join(map(str, problems)), param=problems[0].field)
 

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from tandem.cluster.local import free_ports
+from tandem.cluster.ports import free_ports
 from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
 from tandem.engine.engines import find_engine
@@ -69,7 +69,7 @@ class EngineReplica:
             await asyncio.to_thread(check_registry, registry, host)
         if model.config.prefill is not None:
             export(find_engine(model.config.engine).kv_transfer.environment(host, free_ports(1)[0]), override=True)
-        log = StartLog(model.deployment)
+        log = StartLog(model.deployment, find_engine(model.config.engine))
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
             engine = await asyncio.to_thread(create_engine, engine_spec(model))

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from tandem.engine.vllm.start_errors import explain_start_error
+from tandem.engine.descriptor import EngineDescriptor
 from tandem.errors import EngineError, StorageError
 from tandem.private import make_shared_folder
 from tandem.settings import settings
@@ -24,15 +24,17 @@ MAX_BYTES = 2**20
 class StartLog:
     """What this process and its children write from now on."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, engine: EngineDescriptor) -> None:
         """`name` is the file's in TANDEM_HOME/logs."""
         self._name = name
+        self._engine = engine
         self._files = [(path, path.stat().st_size) for path in _ray_log_files()]
 
     def explained(self, error: EngineError) -> EngineError:
         """The same error with the engine's own last error, and with the path of the log."""
         output = "".join(_read_from(path, start) for path, start in self._files)
-        return EngineError(f"{explain_start_error(str(error), output).rstrip('. ')}. {self._keep(output)}")
+        message = self._engine.explain_start_error(str(error), output)
+        return EngineError(f"{message.rstrip('. ')}. {self._keep(output)}")
 
     def _keep(self, output: str) -> str:
         node = socket.gethostname()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tandem.errors import ConfigError, EnvironmentProblem
-from tandem.train.precision import COMPUTE_DTYPES
+from tandem.train.model.precision import COMPUTE_DTYPES
 
 
 def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:

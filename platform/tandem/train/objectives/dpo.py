@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tandem.config import DpoConfig
 from tandem.data.packing import IGNORED
-from tandem.train.model import reshard, unwrapped
+from tandem.train.model.build import reshard, unwrapped
 from tandem.train.objectives.objective import Sums, compute_logits, shift_labels
 
 

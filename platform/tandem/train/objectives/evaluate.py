@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from tandem.data.packing import IGNORED, Rows
-from tandem.train.model import reshard
+from tandem.train.model.build import reshard
+from tandem.train.model.precision import autocast_context
 from tandem.train.objectives.objective import Objective, Sums, next_token
 from tandem.train.parallel.model import ParallelModel
-from tandem.train.precision import autocast_context
 
 
 def evaluate(

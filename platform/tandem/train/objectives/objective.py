@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from tandem.data.packing import IGNORED
 from tandem.errors import LayoutError
+from tandem.train.model.stage import ShardSequence, whole_sequence
 from tandem.train.objectives.cross_entropy import chunked_cross_entropy
-from tandem.train.stage import ShardSequence, whole_sequence
 
 Sums = dict[str, Tensor]
 """Other metrics of a micro-batch, by name: float32 scalars, summed over the objective's targets."""

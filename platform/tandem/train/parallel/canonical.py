@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tandem.checkpoint.chunks import ChunkedTensor, local_chunk
-from tandem.train.model import unwrapped
+from tandem.train.model.build import unwrapped
 from tandem.train.parallel.expert import ParallelExperts
 from tandem.train.parallel.pipeline import causal_lm
 

@@ -23,13 +23,13 @@ from tandem.errors import EnvironmentProblem
 from tandem.ids import digest
 from tandem.settings import export
 from tandem.storage import disk_errors
+from tandem.train.model.precision import LossScaler
+from tandem.train.model.stage import whole_sequence
 from tandem.train.optimizer import build_optimizer
 from tandem.train.parallel.canonical import persistent_buffers
 from tandem.train.parallel.deepspeed_state import ZeroState
 from tandem.train.parallel.mesh import Mesh
 from tandem.train.parallel.model import ParallelModel
-from tandem.train.precision import LossScaler
-from tandem.train.stage import whole_sequence
 
 PERSISTENCE_THRESHOLD = 100_000
 """Elements below which ZeRO 3 keeps a parameter unsharded on every rank; DeepSpeed's default."""

@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
 from tandem.config import TrainConfig
+from tandem.train.model.precision import COMPUTE_DTYPES, mixed_precision_policy
+from tandem.train.model.stage import Stage, TransformersForward
 from tandem.train.parallel.expert import ParallelExperts
 from tandem.train.parallel.mesh import Mesh
-from tandem.train.precision import COMPUTE_DTYPES, mixed_precision_policy
-from tandem.train.stage import Stage, TransformersForward
 
 
 def needs_fsdp(config: TrainConfig) -> bool:

@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from tandem.checkpoint.chunks import ChunkedTensor
 from tandem.checkpoint.tensors import ExportTensor
 from tandem.config.training.layout import STAGES_PER_RANK
-from tandem.train.model import reshard
+from tandem.train.model.build import reshard
+from tandem.train.model.precision import LossScaler
+from tandem.train.model.stage import ShardSequence
 from tandem.train.optimizer import start_state
 from tandem.train.parallel.canonical import (
     canonical,
@@ -31,8 +33,6 @@ from tandem.train.parallel.fsdp import is_sharded, set_gradient_sync
 from tandem.train.parallel.mesh import Mesh
 from tandem.train.parallel.model import ParallelModel
 from tandem.train.parallel.pipeline import Pipeline, causal_lm
-from tandem.train.precision import LossScaler
-from tandem.train.stage import ShardSequence
 
 
 class MeshModel(ParallelModel):

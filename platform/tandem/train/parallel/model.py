@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tandem.checkpoint.tensors import ExportTensor
+from tandem.train.model.precision import LossScaler
+from tandem.train.model.stage import ShardSequence
 from tandem.train.parallel.mesh import Mesh
-from tandem.train.precision import LossScaler
-from tandem.train.stage import ShardSequence
 
 if TYPE_CHECKING:
     from tandem.train.parallel.pipeline import Pipeline

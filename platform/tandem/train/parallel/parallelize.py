@@ -14,9 +14,10 @@ from torch import nn
 from tandem.config import TrainConfig
 from tandem.config.training.layout import STAGES_PER_RANK, ModelShape, check_layout, layers_known
 from tandem.errors import LayoutError
-from tandem.train.compiled import compile_layers
-from tandem.train.flex_attention import document_block_mask, use_flex_attention
-from tandem.train.model import decoder_layers
+from tandem.train.model.build import decoder_layers
+from tandem.train.model.compiled import compile_layers
+from tandem.train.model.flex_attention import document_block_mask, use_flex_attention
+from tandem.train.model.stage import Mask, ShardSequence, Stage, TransformersForward, document_mask, whole_sequence
 from tandem.train.parallel.context import shard_sequences
 from tandem.train.parallel.expert import split_experts
 from tandem.train.parallel.fsdp import needs_fsdp, parameter_device, shard_parameters
@@ -25,7 +26,6 @@ from tandem.train.parallel.mesh_model import MeshModel
 from tandem.train.parallel.pipeline import Pipeline, causal_lm, keep_stages, layers_of_stage, stages_of
 from tandem.train.parallel.sharded_load import allocate_parameters, is_on_meta
 from tandem.train.parallel.tensor import split_tensors
-from tandem.train.stage import Mask, ShardSequence, Stage, TransformersForward, document_mask, whole_sequence
 
 Stages = dict[int, Stage | TransformersForward]
 """The stages that this rank holds, by number; without a pipeline, the whole model as stage 0."""

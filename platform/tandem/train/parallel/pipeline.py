@@ -15,7 +15,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from tandem.config import TrainConfig
 from tandem.config.training.layout import STAGES_PER_RANK
-from tandem.train.precision import COMPUTE_DTYPES
+from tandem.train.model.precision import COMPUTE_DTYPES
 
 TORCH_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "ZBVZeroBubble"}
 

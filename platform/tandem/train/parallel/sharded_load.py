@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tandem.checkpoint.safetensors_reader import SafetensorsReader
 from tandem.config import TrainConfig
 from tandem.errors import ConfigError
+from tandem.train.model.stage import TransformersForward
 from tandem.train.parallel.canonical import canonical, persistent_buffers, sync_tied
 from tandem.train.parallel.model import ParallelModel
-from tandem.train.stage import TransformersForward
 
 
 def build_empty_model(config: TrainConfig, base: Path) -> nn.Module | None:

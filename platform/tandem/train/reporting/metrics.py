@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from tandem.config import MlflowConfig, TrainConfig, WandbConfig, to_dict
 from tandem.errors import ConfigError
-from tandem.observability.events import Evaluated, Event, Step, to_json
+from tandem.observability.codec import to_json
+from tandem.observability.events import Evaluated, Event, Step
 
 TAG_PREFIXES = {Step: "train", Evaluated: "evaluation"}
 """Prefix of the tags of each kind of event that holds metrics: `train/loss`, `evaluation/loss`."""

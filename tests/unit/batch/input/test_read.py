@@ -17,6 +17,7 @@ from tandem.batch.input.sources import Row
 from tandem.batch.models import BaseModel, ResolvedModel
 from tandem.batch.output.write import Output
 from tandem.batch.work import WorkerContext
+from tandem.config import ServedModelConfig
 from tandem.engine.spec import EngineSpec
 
 ROWS = 20
@@ -61,7 +62,8 @@ def test_a_task_goes_through_its_file_once(
     monkeypatch.setattr(read.ray, "get", lambda reference: reference)
     echo = ResolvedModel(BaseModel(id="echo", name="echo", path=""))
     work = WorkerContext(
-        spec=EngineSpec(kind="echo", id="echo", name="echo", path=""), default=echo, targets={}, request={},
+        spec=EngineSpec(kind="echo", id="echo", name="echo", path=""),
+        served=ServedModelConfig(model="echo", engine="echo"), default=echo, targets={}, request={},
         output=Output.at(str(tmp_path / "out")), window_rows=4,
     )  # fmt: skip
     tables = [table.to_pylist() for table in read.read(file, todo, work)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tandem.batch.input.rows import BadRowError, check_prompt_logprobs, parse, read_row, request_bytes
+from tandem.batch.input.rows import BadRowError, parse, read_row, request_bytes
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,6 @@ def test_null_fields_of_a_row_are_treated_as_absent() -> None:
 def test_what_is_no_object_is_a_bad_row(raw: bytes, reason: str) -> None:
     with pytest.raises(BadRowError, match=reason):
         parse(raw)
-
-
-@pytest.mark.parametrize("fields", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 0}])
-def test_what_would_end_an_engine_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(BadRowError, match="logprobs of a prompt"):
-        check_prompt_logprobs(read_row({"prompt": "a", **fields}, {}))
-    check_prompt_logprobs(read_row({"prompt": "a", "logprobs": 2}, {}))
 
 
 def test_a_number_may_name_a_row() -> None:

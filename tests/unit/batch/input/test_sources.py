@@ -89,9 +89,10 @@ def test_a_row_that_cannot_be_read_is_a_row_with_a_problem(tmp_path: Path) -> No
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     problems = [row.problem for row in rows_of(path)]
-    assert [problem and problem.split()[0:2] for problem in problems] == [
-        ["It", "is"], ["Its", "text"], ["The", "sample"], ["It", "is"], None, ["It", "is"],
+    assert [problem and " ".join(problem.split()[:4]) for problem in problems] == [
+        "Its .json is not", "Its .txt is not", "The sample has nothing", "It is a list;", None, "Its .json cannot be",
     ]  # fmt: skip
+    assert problems[0] is not None and "valid JSON" in problems[0] and problems[0].endswith(".")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

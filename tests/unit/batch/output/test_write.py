@@ -17,6 +17,7 @@ from tandem.batch.input.rows import read_row
 from tandem.batch.output.lines import answered, failed, has_failed, reason_of, row_of
 from tandem.batch.output.write import Output
 from tandem.batch.worker import line_of
+from tandem.engine.echo.descriptor import ECHO
 from tandem.errors import ConfigError
 
 BODY = b'{"id":"cmpl-1","choices":[{"text":"hey"}],"usage":{"prompt_tokens":3,"completion_tokens":4}}'
@@ -48,7 +49,7 @@ def test_a_line_tells_its_row_and_whether_it_failed_whatever_is_in_it(row: int, 
 @pytest.mark.parametrize("body", [b"\x00\x01", b"[1]", b"3", b'{"data": [NaN]}'])
 def test_an_answer_that_a_line_cannot_hold_is_that_rows_error(body: bytes) -> None:
     raw = b'{"input":"x","encoding_format":"bytes"}'
-    line = line_of(3, "x.jsonl line 4", raw, read_row(json.loads(raw), {}), 200, body)
+    line = line_of(3, "x.jsonl line 4", raw, read_row(json.loads(raw), {}), 200, body, ECHO.requests)
     assert has_failed(line.text)
     assert re.search(f"{len(body)} bytes, is no JSON object", json.loads(line.text)["error"]["message"])
 
@@ -89,7 +90,7 @@ def test_a_row_that_has_no_name_is_called_by_its_number() -> None:
     ],
 )
 def test_the_reason_is_what_the_engine_said(body: bytes, reason: str) -> None:
-    assert reason_of(body, "/v1/embeddings") == reason
+    assert reason_of(body, "/v1/embeddings", lambda message, model: message) == reason
 
 
 def test_the_two_files_have_every_row_in_order_and_are_there_at_once(tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.config.training.sweep import better, parse_parameter, plan_trials, score, split_values, trial_config
+from tandem.config.training.sweep import better, parse_parameter, plan_trials, split_values, trial_config
 from tandem.errors import ConfigError
 
 RATE = parse_parameter("optimizer.learning_rate=1e-3,3e-3")
@@ -102,21 +100,6 @@ def test_unknown_keys_and_invalid_values_are_refused():
         trial_config(CONFIG, {"optimizer.learnin_rate": "1"})
     with pytest.raises(ConfigError, match="The trial accumulate=3 cannot be: .*nearest that works is"):
         trial_config(CONFIG, {"accumulate": "3"})
-
-
-def test_a_score_is_the_last_loss_or_the_median_speed():
-    told = [
-        {"event": "step", "loss": 3.0, "tokens_per_s": 10.0},
-        {"event": "evaluation", "loss": 2.5, "perplexity": 12.0},
-        {"event": "step", "loss": 2.0, "tokens_per_s": 900.0},
-        {"event": "step", "loss": 2.1, "tokens_per_s": 800.0},
-    ]
-    assert score("loss", told) == 2.1
-    assert score("evaluation_loss", told) == 2.5
-    assert score("perplexity", told) == 12.0
-    assert score("tokens_per_s", told) == 800.0
-    assert score("mfu", told) is None
-    assert score("loss", [{"event": "step", "loss": math.nan}]) is None
 
 
 def test_less_loss_and_more_speed_are_better():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tandem.data.sources import stdlib
-from tandem.data.sources.corpus import cut, open_corpus
+from tandem.data.sources.corpus import cut, folder_files, open_corpus
 from tandem.data.sources.samples import Chat, Message, Pair, Preference, Sample, Text, sample_of, size
 from tandem.errors import DataError
 
@@ -121,7 +121,7 @@ def test_the_standard_library_prefers_an_answer_to_that_of_another_question():
 
 
 def test_a_kind_that_the_file_does_not_hold_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="holds text, not pairs"):
+    with pytest.raises(DataError, match="holds text, and kind is pairs"):
         open_corpus(write(tmp_path / "a.txt", "words"), "pairs")
 
 
@@ -294,3 +294,37 @@ def test_a_chat_in_which_the_assistant_says_nothing_is_left_out(tmp_path: Path):
     asked = {"messages": [{"role": "user", "content": "q"}]}
     path = write(tmp_path / "c.jsonl", "".join(json.dumps(r) + "\n" for r in (asked, *RECORDS["chats"])))
     assert len(list(open_corpus(path).samples())) == 5
+
+
+def test_a_folder_of_text_and_records_is_refused_with_the_files_of_each(tmp_path: Path):
+    as_file(tmp_path, "jsonl", RECORDS["text"])
+    write(tmp_path / "notes.txt", "a text")
+    with pytest.raises(DataError, match=r"1 file of records \(a.jsonl\) and 1 file of text \(notes.txt\)"):
+        open_corpus(str(tmp_path))
+
+
+def test_the_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path):
+    as_file(tmp_path, "jsonl", RECORDS["text"])
+    write(tmp_path / "README.md", "about the records")
+    write(tmp_path / ".hidden", "")
+    files = folder_files(str(tmp_path))
+    assert files is not None
+    assert [[path.name for path in each] for each in files] == [["a.jsonl"], ["README.md"]]
+    assert folder_files(str(tmp_path / "a.jsonl")) is None
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "b.txt", "a text")
+    write(tmp_path / "texts" / "c.pdf", "no text")
+    files = folder_files(str(tmp_path / "texts"))
+    assert files is not None
+    assert [[path.name for path in each] for each in files] == [["b.txt"], ["c.pdf"]]
+
+
+def test_only_what_can_be_read_is_suggested_for_a_missing_corpus(tmp_path: Path):
+    (tmp_path / "corpora").mkdir()
+    write(tmp_path / "corpus.pdf", "no text")
+    with pytest.raises(DataError) as refused:
+        open_corpus(str(tmp_path / "corpus.txt"))
+    assert "Did you mean" not in str(refused.value)
+    write(tmp_path / "corpora" / "a.txt", "a text")
+    with pytest.raises(DataError, match="Did you mean 'corpora'"):
+        open_corpus(str(tmp_path / "corpora.txt"))

@@ -28,7 +28,7 @@ from tandem.gateway.dialect import OPENAI, rewrite_errors
 from tandem.gateway.errors import from_engine
 from tandem.routing.records import ServedModel
 
-MODEL = ServedModel(id="m@1", name="m", path="", config=ServedModelConfig(model="m"), max_length=2048)
+MODEL = ServedModel(id="m@1", name="m", path="", config=ServedModelConfig(model="m", engine="vllm"), max_length=2048)
 
 
 class Part(BaseModel):

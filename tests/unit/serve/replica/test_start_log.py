@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.engine.vllm.descriptor import VLLM
 from tandem.errors import EngineError
 from tandem.serve.replica import start_log
 from tandem.serve.replica.start_log import StartLog
@@ -23,7 +24,7 @@ def test_the_error_has_what_was_written_since_and_the_path_of_a_copy(
     written = tmp_path / "worker.err"
     written.write_text("ValueError: of another start\n")
     monkeypatch.setattr(start_log, "_ray_log_files", lambda: [written])
-    log = StartLog("engine-m")
+    log = StartLog("engine-m", VLLM)
     with written.open("a") as file:
         file.write("(EngineCore pid=3) ValueError: max seq len 2048 needs more cache\n")
     said = str(log.explained(ERROR))
@@ -42,4 +43,4 @@ def test_where_no_copy_can_be_kept_the_log_of_ray_is_named(tmp_path: Path, monke
     written = tmp_path / "worker.err"
     written.touch()
     monkeypatch.setattr(start_log, "_ray_log_files", lambda: [written])
-    assert f"Its log is {written} on the node" in str(StartLog("engine-m").explained(ERROR))
+    assert f"Its log is {written} on the node" in str(StartLog("engine-m", VLLM).explained(ERROR))

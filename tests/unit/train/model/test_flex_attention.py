@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tandem.train.flex_attention import document_block_mask, use_flex_attention
-from tandem.train.stage import Stage, document_mask, whole_sequence
+from tandem.train.model.flex_attention import document_block_mask, use_flex_attention
+from tandem.train.model.stage import Stage, document_mask, whole_sequence
 
 
 def test_the_block_mask_equals_the_document_mask() -> None:

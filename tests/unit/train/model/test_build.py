@@ -20,7 +20,7 @@ from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.errors import ConfigError
 from tandem.train.adapters.dora import DoraMagnitude
 from tandem.train.adapters.lora import DEFAULT_TARGET_MODULES, add_adapters, find_target_modules
-from tandem.train.model import build_model, count_parameters, decoder_layers
+from tandem.train.model.build import build_model, count_parameters, decoder_layers
 from tandem.train.objectives.objective import NextToken, count_targets, step_loss
 
 OTHERS: dict[str, Any] = {

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tandem.config import LoraConfig
 from tandem.errors import ConfigError
 from tandem.train.adapters.lora import add_adapters
-from tandem.train.recompute import recompute_activations
+from tandem.train.model.recompute import recompute_activations
 
 
 class Counted(TorchDispatchMode):

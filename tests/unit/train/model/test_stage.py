@@ -13,8 +13,8 @@ from tandem.config import ModelConfig
 from tandem.config.training.layout import FAMILIES, ModelShape
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import LayoutError
-from tandem.train.model import build_model
-from tandem.train.stage import Stage, TransformersForward
+from tandem.train.model.build import build_model
+from tandem.train.model.stage import Stage, TransformersForward
 
 SMALL: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

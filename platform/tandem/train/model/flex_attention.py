@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tandem.train.stage import ShardSequence
+from tandem.train.model.stage import ShardSequence
 
 ATTENTION = "tandem_flex"
 """Name of the attention function in transformers' table."""
@@ -30,7 +30,7 @@ def use_flex_attention(model: Any) -> None:
 
 
 def document_block_mask(positions_BT: Tensor, shard_sequence: ShardSequence) -> Any:
-    """The mask of `tandem.train.stage.document_mask` as a BlockMask; sequences are not sharded."""
+    """The mask of `tandem.train.model.stage.document_mask` as a BlockMask; sequences are not sharded."""
     documents = (positions_BT == 0).cumsum(1)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a cluster could hold a replica of a batch run."""
+"""Whether a cluster could hold a replica ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tandem.batch.capacity import check_nodes
+from tandem.cluster.capacity import check_nodes
 from tandem.config.serving.replica import ReplicaConfig
 from tandem.errors import ClusterError
 

@@ -12,10 +12,10 @@ from tandem.config import DataConfig, ModelConfig, TrainConfig
 from tandem.data.packing import Rows, pack
 from tandem.data.tokenize import Encoded, TextEncoder
 from tandem.train.loop import LoopState, StepReport, train
-from tandem.train.model import build_model
+from tandem.train.model.build import build_model
+from tandem.train.model.precision import LossScaler, use_float8
 from tandem.train.optimizer import build_optimizer
 from tandem.train.parallel.model import ParallelModel
-from tandem.train.precision import LossScaler, use_float8
 
 Alone = Callable[..., ParallelModel]
 

@@ -1,0 +1,110 @@
+"""FastAPI app of JSON management routes, with bounded JSON bodies and the gateway's error shape.
+
+FastAPI takes a body of any size, so a route class reads it first. `Authentication` has checked the caller before. Requests to
+models do not pass here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tandem.api.adapters import ErrorAnswer
+from tandem.errors import did_you_mean, sentence
+from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
+from tandem.gateway.routes.openai import parse_body, read_body
+
+MAX_BODY_BYTES = 64 * 1024
+SHOWN = 200
+"""Characters of a wrong value that an error shows."""
+TYPES = {"string_type": "str", "bool_type": "bool", "int_type": "int"}
+"""Expected type by pydantic's kind of error."""
+
+
+def management_app(prefix: str, title: str) -> FastAPI:
+    """An app to mount at `prefix`.
+
+    Its `openapi()` is the document of the routes; it is not served.
+    """
+    app = FastAPI(
+        title=title,
+        servers=[{"url": prefix}],
+        openapi_url=None,
+        redirect_slashes=False,
+        # In place of FastAPI's 422 with a shape of its own.
+        responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+        exception_handlers={
+            ApiError: answer_api_error,
+            RequestValidationError: answer_invalid,
+            HTTPException: answer_http_error,
+            Exception: answer_unexpected,
+        },
+    )
+    app.router.route_class = BoundedRoute
+    return app
+
+
+class BoundedRoute(APIRoute):
+    """A route whose body has at most `MAX_BODY_BYTES`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, after the body has been read."""
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            if self.body_field is not None:
+                request = JsonRequest(request, await read_body(request, MAX_BODY_BYTES))
+            return await handler(request)
+
+        return bounded
+
+
+class JsonRequest(Request):
+    """A request whose body has been read. It is JSON whatever its Content-Type says, as everywhere in the gateway."""
+
+    def __init__(self, request: Request, body: bytes) -> None:
+        headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
+        super().__init__({**request.scope, "headers": [*headers, (b"content-type", b"application/json")]})
+        self._value = parse_body(body)
+        self._raw = body
+
+    async def body(self) -> bytes:
+        """The body."""
+        return self._raw
+
+    async def json(self) -> dict[str, Any]:
+        """The object in it."""
+        return self._value
+
+
+async def answer_invalid(request: Request, error: Exception) -> Response:
+    """Handler for values that do not fit a route's model: 400 for the first of them, in the gateway's shape."""
+    assert isinstance(error, RequestValidationError)
+    route = request.scope.get("route")
+    model = getattr(getattr(route, "body_field", None), "field_info", None)
+    return await answer_api_error(request, invalid(error.errors()[0], getattr(model, "annotation", None)))
+
+
+def invalid(problem: dict[str, Any], model: Any) -> ApiError:
+    """The answer to one of pydantic's problems; `model` is the class of the body."""
+    fields = getattr(model, "model_fields", {})
+    param = ".".join(str(part) for part in problem["loc"][1:])
+    kind, value = problem["type"], repr(problem.get("input"))[:SHOWN]
+    if kind == "extra_forbidden":
+        message = f"{param!r} is not known here.{did_you_mean(param, fields)}"
+    elif kind in ("missing", "string_too_short"):
+        meaning = getattr(fields.get(param), "description", None)
+        message = f"`{param}` is missing: {meaning}" if meaning else f"`{param}` is missing"
+    elif kind in TYPES:
+        message = f"`{param}` is {value}; it must be of type {TYPES[kind]}"
+    else:
+        said = str(problem["msg"])
+        message = f"`{param}` is {value}: {said[:1].lower()}{said[1:]}"
+    return ApiError(400, sentence(message), param=param)

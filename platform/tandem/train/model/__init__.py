@@ -1,0 +1,1 @@
+"""Model to train: construction, forward pass of a stage, attention, precision, recomputation, compilation."""
