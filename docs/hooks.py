@@ -23,6 +23,7 @@ from tandem.cli.main import app
 from tandem.config.training import sweep
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.gateway.app import create_app
+from tandem.registry import Registry, RegistryAddress
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = (
@@ -178,7 +179,9 @@ def http_page() -> str:
 
 def gateway_routes() -> set[tuple[str, tuple[str, ...]]]:
     """Paths and methods of the gateway's app."""
-    gateway = create_app(models=(), watch=None, registry=None)  # type: ignore[arg-type] # only its list of routes is read
+    # Only its list of routes is read: the registry is never opened.
+    registry = Registry.at(RegistryAddress(url="sqlite://", identity=""))
+    gateway = create_app(models=(), watch=None, registry=registry)  # type: ignore[arg-type]
     return {
         (prefix + route.path, tuple(sorted((route.methods or {"GET"}) - {"HEAD"})))
         for prefix, route in routes_below(gateway.routes)

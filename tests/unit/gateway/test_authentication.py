@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 from gateway_world import BODY, World, echo, world
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from tandem.auth import KeyStore, NewKey, Role
 from tandem.gateway.authentication import PUBLIC
@@ -105,8 +105,10 @@ async def test_only_admins_reach_admin_routes(world: World, store: KeyStore, key
 
 
 async def test_no_route_but_health_is_open_without_a_key(world: World, key: NewKey) -> None:
-    paths = {(route.path, method) for route in world.app.routes if isinstance(route, Route) for method in route.methods}
-    assert len(paths) > 20
+    below = [(mount.path, route) for mount in world.app.routes if isinstance(mount, Mount) for route in mount.routes]
+    routes = [*(("", route) for route in world.app.routes), *below]
+    paths = {(prefix + r.path, method) for prefix, r in routes if isinstance(r, Route) for method in r.methods or ()}
+    assert len(paths) > 25 and ("/admin/adapters", "POST") in paths
     for path, method in sorted(paths):
         answer = await world.http.request(method, path.replace("{name:path}", "base").replace("{name}", "base"))
         assert (answer.status_code == 401) == (path not in PUBLIC), (method, path, answer.status_code)
