@@ -211,8 +211,9 @@ def test_one_task_reads_a_file_and_its_pieces_stay_apart_on_their_way_to_replica
         )
     )  # fmt: skip
     work = WorkerContext(
-        spec=run.bases[0][0], default=run.names.default, targets={}, request={}, output=run.output, window_rows=4
-    )
+        spec=run.bases[0][0], served=run.bases[0][1], default=run.names.default, targets={}, request={},
+        output=run.output, window_rows=4,
+    )  # fmt: skip
     with DataContext.current(_context()):
         source = ChunkSource(run.survey.files, run.units, work)
         assert len(source.tasks) == 1
