@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from tandem.settings import LONGEST_DRAIN_S, variable
+from tandem.settings import LONGEST_DRAIN_S, settings, variable
 
 EDITS = r"""
 # Through this socket HAProxy can be told anything, and hands over its listeners: it is for its owner alone.
@@ -23,6 +23,18 @@ s#^\( *stats socket .*\) mode 666#\1 mode 600#
 /option splice-/d
 # It can send a request again only where it had all of it before it began.
 s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
+# Clients that never end the head of a request (and of its body what fits into the buffer), or keep idle connections, give theirs
+# up; Ray sets no such limit. The rest of a body has the gateway's deadline.
+/^defaults/,/^frontend/ s#^\( *\).*timeout client .*#&\n\1timeout http-request {request_s}s\n\1timeout http-keep-alive {idle_s}s#
+# No address takes all connections: those above its share are closed as they come.
+/^frontend http_frontend/,/^ *bind/ {{
+/^ *bind/ a\
+    stick-table type ip size 100k expire 10m store conn_cur\
+    tcp-request connection track-sc0 src\
+    tcp-request connection reject if {{ sc0_conn_cur gt {share} }}
+}}
+# The list of apps and their prefixes is for nobody without a key.
+s#^\( *http-request return status\) .* if routes$#\1 404 if routes#
 # Where no gateway answers Ray has it say 500, in plain text.
 s#^\( *errorfile 50[234]\) .*#\1 {unavailable}#
 """
@@ -66,6 +78,10 @@ BAD_REQUEST = {
     }
 }
 RETRY_AFTER_S = 2
+HEAD_TIMEOUT_S = 10
+"""Seconds that a client may take for the head of a request."""
+IDLE_TIMEOUT_S = 300
+"""Seconds that a connection may be kept between requests; longer than the pools of the usual clients keep theirs."""
 SCRIPT_NAME = "haproxy-edited"
 
 
@@ -127,7 +143,14 @@ def write_script(folder: Path) -> Path:
     )
     unavailable, edits, before = folder / "no-gateway.http", folder / "haproxy.sed", folder / "haproxy-before-apps.sed"
     unavailable.write_bytes("\r\n".join((*head, "", body)).encode())
-    edits.write_text(EDITS.format(unavailable=unavailable))
+    edits.write_text(
+        EDITS.format(
+            unavailable=unavailable,
+            request_s=HEAD_TIMEOUT_S,
+            idle_s=IDLE_TIMEOUT_S,
+            share=settings().connections_per_address,
+        )
+    )
     write_bad_request(folder, edits)
     before.write_text(EDITS_BEFORE_APPS)
     script = folder / SCRIPT_NAME

@@ -39,6 +39,18 @@ def test_statistics_and_metrics_are_on_loopback_and_the_public_listener_is_where
     } | {port: host for host, port in binds if port == "grpc_frontend"}
 
 
+def test_connections_of_an_address_and_the_time_of_a_request_are_limited(edited: str) -> None:
+    assert re.findall(r"^ *timeout http-request (\d+)s$", edited, re.MULTILINE) == ["10"]
+    listener = edited.split("frontend http_frontend")[1].split("http-request", 1)[0]
+    assert "tcp-request connection reject if { sc0_conn_cur gt 1024 }" in listener
+    # Of the public listener alone.
+    assert edited.count("stick-table") == 1
+
+
+def test_the_list_of_apps_is_not_told(edited: str) -> None:
+    assert re.findall(r"^ *http-request return status (\S+) if routes$", edited, re.MULTILINE) == ["404"]
+
+
 def test_the_script_is_for_its_owner_alone_and_sockets_have_short_paths(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     folder.mkdir()
