@@ -98,14 +98,16 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         config=ServedModelConfig(model="base", engine="vllm", max_lora_rank=16, hold_s=0.0),
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
-    config = GatewayConfig(max_body_bytes=4096, connect_timeout_s=1.0, retry_after_s=7)
+    config = GatewayConfig(max_body_bytes=4096, upload_timeout_s=2.0, connect_timeout_s=1.0, retry_after_s=7)
     app = create_app(models=[served], watch=result.watch, registry=registry, config=config, admin=fingerprint("secret"))
     result.app = app
     sock = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve(sockets=[sock]))
-    result.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    # Also for tests that write their bodies themselves.
+    result.http = httpx.AsyncClient(base_url=url, timeout=20, headers={"content-type": "application/json"})
     while not server.started:
         await asyncio.sleep(0.01)
     yield result

@@ -63,12 +63,13 @@ class KeyTable:
         self._polling = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
-        """Stop polling."""
+        """Stop polling, and close the connection to the database."""
         if self._polling is not None:
             self._polling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._polling
         self._thread.shutdown(wait=False)
+        self._store.close()
 
     async def _poll(self) -> None:
         while True:

@@ -357,8 +357,12 @@ def test_an_output_that_cannot_be_made_is_told_with_its_path(registry: Registry,
 def test_a_store_without_credentials_is_told_with_their_names(
     registry: Registry, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+    from s3fs import S3FileSystem
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
+    # Another test's, which has credentials.
+    S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     with pytest.raises(StorageError, match=r"cannot be read: NoCredentialsError.*AWS_ACCESS_KEY_ID") as refused:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.auth import KeyStore
 from tandem.cli.serve import read_config
 from tandem.cluster.ports import free_ports
 from tandem.config import ListenConfig, ServeConfig
@@ -15,14 +16,28 @@ from tandem.sdk.serving import check_listener, check_port, listener, url_of
 
 
 def test_the_command_line_counts_before_the_config_and_the_config_before_the_settings(
-    monkeypatch: pytest.MonkeyPatch,
+    tandem_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    KeyStore.open().create("first", by="ann")
     first, second, third = free_ports(3)
     monkeypatch.setenv("TANDEM_PORT", str(third))
     assert listener(ServeConfig()) == ListenConfig(port=third)
     config = ServeConfig(listen=ListenConfig(host="0.0.0.0", port=second, nodes="head"))
     assert listener(config) == config.listen
     assert listener(config, "127.0.0.1", first) == ListenConfig(host="127.0.0.1", port=first, nodes="head")
+
+
+def test_an_app_that_other_machines_reach_needs_a_key(tandem_home: Path) -> None:
+    (port,) = free_ports(1)
+    config = ServeConfig(listen=ListenConfig(host="0.0.0.0", port=port))
+    with pytest.raises(ClusterError, match=r"listen on 0\.0\.0\.0.*`tandem keys create NAME`"):
+        listener(config)
+    key = KeyStore.open().create("first", by="ann").key
+    assert listener(config).host == "0.0.0.0"
+    KeyStore.open().revoke(key.id, by="ann")
+    with pytest.raises(ClusterError, match="there is no API key yet"):
+        listener(config)
+    assert listener(config, "127.0.0.1").host == "127.0.0.1"
 
 
 def test_a_port_that_is_taken_is_refused() -> None:

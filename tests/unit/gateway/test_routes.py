@@ -145,7 +145,7 @@ async def gateway(
     await asyncio.sleep(0.05)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}{prefix}"
     try:
-        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=20, headers={"content-type": "application/json"}) as http:
             yield Gate(url=url, http=http, added=added)
     finally:
         server.should_exit = True
@@ -194,7 +194,7 @@ def test_the_gateway_offers_no_internal_route(tmp_path: Path) -> None:
         (method, route.path) for route in app.routes if isinstance(route, Route) for method in route.methods or ()
     }
     assert {("POST", route.path) for route in ENGINE_ROUTES} <= offered & ALLOWED
-    own = {"/health", "/v1/models", "/v1/models/{name:path}"}
+    own = {"/health", "/health/live", "/health/ready", "/v1/models", "/v1/models/{name:path}"}
     assert {path for _, path in offered - ALLOWED if not path.startswith(("/v1/responses/", "/admin/"))} == own
     assert ("GET", "/metrics") not in offered
 

@@ -80,6 +80,9 @@ async def test_a_client_that_does_not_read_head_or_end_is_disconnected(tmp_path:
             assert world.queue.running == 0, (prompt, stream, untaken)
 
 
+HEADERS = [(b"content-type", b"application/json")]
+
+
 async def asked_but(world: World, untaken: Callable[[Message], bool], **body: Any) -> None:
     """A request of a client that takes all of its answer but this."""
     asked = [{"type": "http.request", "body": to_json({"model": "base", **body})}]
@@ -92,7 +95,7 @@ async def asked_but(world: World, untaken: Callable[[Message], bool], **body: An
             await asyncio.Event().wait()
 
     await world.app(
-        {"type": "http", "method": "POST", "path": ROUTE, "query_string": b"", "headers": []}, receive, send
+        {"type": "http", "method": "POST", "path": ROUTE, "query_string": b"", "headers": HEADERS}, receive, send
     )
 
 

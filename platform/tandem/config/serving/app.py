@@ -108,14 +108,16 @@ class GatewayConfig:
     """Seconds that a client may read nothing of its answer, once all buffers on the way are full, before it is disconnected."""
     retry_after_s: int = 5
     """Retry-After of a 503, in seconds, and of a 429 while the queue's throughput is not known."""
-    max_body_bytes: int = 16 * 2**20
+    max_body_bytes: int = 2 * 2**20
     """Largest request body, in bytes; a larger one gets 413."""
+    upload_timeout_s: float = 60.0
+    """Seconds that a client may take to send a request's body; then it gets 408."""
     strict: bool = False
     """Whether a request with an unknown field gets 400; otherwise it is answered with a warning in `x-tandem-warning`."""
 
     def __post_init__(self) -> None:
         check.at_least("gateway.replicas", self.replicas, 1)
-        for key in ("connect_timeout_s", "request_timeout_s"):
+        for key in ("connect_timeout_s", "request_timeout_s", "upload_timeout_s"):
             check.between(f"gateway.{key}", getattr(self, key), 0.1, MAX_TIMEOUT_S)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
         check.at_least("gateway.retry_after_s", self.retry_after_s, 1)

@@ -19,9 +19,10 @@ from starlette.responses import Response
 from tandem.api.adapters import ErrorAnswer
 from tandem.errors import did_you_mean, sentence
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
-from tandem.gateway.routes.openai import parse_body, read_body
+from tandem.gateway.request_body import parse_body, read_body
 
 MAX_BODY_BYTES = 64 * 1024
+UPLOAD_TIMEOUT_S = 30.0
 SHOWN = 200
 """Characters of a wrong value that an error shows."""
 TYPES = {"string_type": "str", "bool_type": "bool", "int_type": "int"}
@@ -60,18 +61,17 @@ class BoundedRoute(APIRoute):
 
         async def bounded(request: Request) -> Response:
             if self.body_field is not None:
-                request = JsonRequest(request, await read_body(request, MAX_BODY_BYTES))
+                request = JsonRequest(request, await read_body(request, MAX_BODY_BYTES, UPLOAD_TIMEOUT_S))
             return await handler(request)
 
         return bounded
 
 
 class JsonRequest(Request):
-    """A request whose body has been read. It is JSON whatever its Content-Type says, as everywhere in the gateway."""
+    """A request whose body has been read."""
 
     def __init__(self, request: Request, body: bytes) -> None:
-        headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
-        super().__init__({**request.scope, "headers": [*headers, (b"content-type", b"application/json")]})
+        super().__init__(request.scope)
         self._value = parse_body(body)
         self._raw = body
 

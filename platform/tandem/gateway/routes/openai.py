@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -27,6 +27,7 @@ from tandem.gateway.fleet import Fleet
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import with_prefill
 from tandem.gateway.relay import Relay, RelayedResponse
+from tandem.gateway.request_body import parse_body, read_body
 from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
 from tandem.gateway.routes import responses
 from tandem.gateway.upstream import EngineRequest
@@ -77,7 +78,7 @@ class OpenAIRoutes:
 
         async def handle(request: Request) -> Response:
             """Resolve the model, check the request and relay it."""
-            raw = await read_body(request, self._config.max_body_bytes)
+            raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s)
             stopwatch, arrived = Stopwatch(), time.monotonic()
             body = parse_body(raw)
             name = body.get("model")
@@ -183,40 +184,3 @@ def drop_kv_transfer(body: dict[str, Any]) -> None:
     for holder in (body, inner if isinstance(inner, dict) else {}):
         for key in ("kv_transfer_params", "ec_transfer_params"):
             holder.pop(key, None)
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; ApiError 413 as soon as it exceeds `limit` bytes, 415 if it is compressed."""
-    encoding = request.headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity"):
-        raise ApiError(
-            415,
-            f"The request body is compressed (Content-Encoding: {encoding[:40]!a}); only plain bodies are taken.",
-            code="unsupported_encoding",
-            headers={"Accept-Encoding": "identity"},
-        )
-    declared = request.headers.get("content-length", "")
-    parts, size = [], int(declared) if declared.isdigit() else 0
-    if size <= limit:
-        size = 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                break
-    if size > limit:
-        raise ApiError(
-            413, f"The request body has {size if declared else f'more than {limit}'} bytes; at most {limit} are taken."
-        )
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def parse_body(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; ApiError 400 for anything else."""
-    try:
-        value = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, f"The request body is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, f"The request body must be a JSON object; it is of type {type(value).__name__}.")
-    return value

@@ -1,0 +1,72 @@
+"""Bodies of requests: read within limits of size and time, as JSON objects."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+
+from tandem.api.bounded_json import InvalidJsonError, TooManyValuesError, parse_object
+from tandem.gateway.errors import ApiError
+
+SHOWN = 40
+"""Characters of a header that an error shows."""
+
+
+async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
+    """The request's body.
+
+    ApiError 415 unless it is plain JSON, 413 as soon as it exceeds `limit` bytes, 408 if it is not whole within `timeout_s`.
+    """
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"The request body is compressed (Content-Encoding: {encoding[:SHOWN]!a}); only plain bodies are taken.",
+            code="unsupported_encoding",
+            headers={"Accept-Encoding": "identity"},
+        )
+    # A web page can make a browser send anything to this machine, but of other types of content only.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(
+            415,
+            f"The request has Content-Type: {kind[:SHOWN]!a}; send application/json." if kind else
+            "The request has no Content-Type; send application/json.",
+            code="unsupported_content_type",
+        )  # fmt: skip
+    declared = request.headers.get("content-length", "")
+    parts, size = [], int(declared) if declared.isdigit() else 0
+    if size <= limit:
+        size = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for part in request.stream():
+                    parts.append(part)
+                    size += len(part)
+                    if size > limit:
+                        break
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"The request body was not whole after {timeout_s:g} s (gateway.upload_timeout_s).",
+                code="upload_timeout",
+            ) from None
+    if size > limit:
+        raise ApiError(
+            413,
+            f"The request body has {size if declared else f'more than {limit}'} bytes; at most {limit} are taken "
+            "(gateway.max_body_bytes).",
+        )
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body; ApiError 400 for anything else, 413 for more values than a request needs."""
+    try:
+        return parse_object(body)
+    except TooManyValuesError as error:
+        raise ApiError(413, str(error)) from None
+    except InvalidJsonError as error:
+        raise ApiError(400, str(error)) from None
