@@ -1,8 +1,8 @@
 """Correction of vLLM's CPU build inside its workers, which import this as their `worker_extension_cls`.
 
 Speculative decoding repeats each request's temperature, top-k and top-p for its speculated tokens. The function of vLLM 0.32 for
-CPUs writes them into a copy and returns memory that was never written (vllm-project/vllm issue 55005): sampled requests got a random
-temperature, and those with top-k ended the engine.
+CPUs writes them into a copy and returns memory that was never written (vllm-project/vllm issue 55005): sampled requests got a
+random temperature, and those with top-k ended the engine.
 """
 
 from __future__ import annotations
