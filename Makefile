@@ -1,11 +1,18 @@
-# Tandem's commands. `make quickstart` and `make test` set up all they need on a machine with Python 3.11, make, gcc and pip.
+# Tandem's commands. `make quickstart` and `make test` set up all they need on a machine with Python 3.11, 3.12 or 3.13, make, gcc
+# and pip.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of these that runs. Python 3.11 comes first because every test runs on it.
+SUPPORTED := import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or
+FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(SUPPORTED) sys.exit(1)' 2>/dev/null && command -v $$p && break; done
+PYTHON ?= $(or $(shell $(FIND_PYTHON)),python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The CPU build of torch is on an index of its own. It is named in the one command that installs torch, and not retried,
-# because pip would ask it for every other package too.
+# because pip would ask it for every other package too. Any build of that version which is in the environment already stays: where
+# the index is not reached, `pip install torch==2.13.0` there, before `make setup`, brings the CUDA build, which works too (5 GB).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_HERE = ls -d $(VENV)/lib/python*/site-packages/torch-$$(sed 's/^torch==//; s/+.*//' requirements/torch-cpu.lock)*.dist-info >/dev/null 2>&1
+NO_TORCH = No CPU build of torch for $(PYTHON) is at $(TORCH_INDEX), nor where pip is told to look. Set TORCH_INDEX to a mirror, or PYTHON to another version of Python (CONTRIBUTING.md, Versions of Python).
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # cpu, for this machine and its tests; gpu, for nodes with NVIDIA GPUs. An environment keeps what it was made with.
 LOCK ?= $(if $(wildcard $(VENV)/.ready-gpu),gpu,cpu)
@@ -24,11 +31,11 @@ help: ## Show this list
 setup: $(READY) ## Make .venv and install the locked environment (LOCK=gpu on nodes with NVIDIA GPUs)
 
 $(READY): $(LOCKS) pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("Python 3.11 is needed (the lock file is for it); $(PYTHON) is %d.%d. Set PYTHON=/path/to/python3.11" % v)'
+	@$(PYTHON) -c '$(SUPPORTED) sys.exit("Python 3.11, 3.12 or 3.13 is needed (the lock files are for them); $(PYTHON) is %d.%d. Set PYTHON=/path/to/python3.12" % v)'
 	@ls $(VENV)/.ready-* 2>/dev/null | grep -qv -- '-$(LOCK)$$' && rm -rf $(VENV) || true # of the other kind
 	@echo "Installing the locked $(LOCK) environment into $(VENV) (cpu: about 2 minutes, 4.3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@test $(LOCK) != cpu || $(PIP) install --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r requirements/torch-cpu.lock 2>.pip.log || { cat .pip.log; exit 1; }
+	@test $(LOCK) != cpu || $(TORCH_HERE) || $(PIP) install --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r requirements/torch-cpu.lock 2>.pip.log || { cat .pip.log; echo "$(NO_TORCH)"; exit 1; }
 	@PIP_CONSTRAINT=$(CURDIR)/requirements/build.txt $(PIP) install --no-deps --require-hashes -r requirements/$(LOCK).lock 2>.pip.log || { cat .pip.log; exit 1; }
 	@$(PIP) install --no-deps --no-build-isolation -e . 2>.pip.log || { cat .pip.log; exit 1; }
 	@rm -f .pip.log $(VENV)/.ready-*

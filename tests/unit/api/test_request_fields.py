@@ -13,7 +13,7 @@ from typing import Any
 
 OURS = {"model", "priority", "timeout", "prompt_cache_key", "user", "safety_identifier"}
 """Fields that the gateway itself reads."""
-HEADER = '''"""The top-level fields of requests, by route, so that the gateway knows them without importing vLLM or any SDK.
+HEADER = '''"""Top-level fields of requests by route, for the gateway, which imports neither vLLM nor an SDK.
 
 Made by tests/unit/api/test_request_fields.py from vLLM's request models and the typed requests of OpenAI's and Anthropic's SDKs.
 """

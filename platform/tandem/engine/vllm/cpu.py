@@ -1,28 +1,19 @@
 """Correction of vLLM's CPU build inside its workers, which import this as their `worker_extension_cls`.
 
-Speculative decoding repeats each request's temperature, top-k and top-p for its speculated tokens. vLLM 0.29's function for CPUs
-writes them into a copy and returns memory that was never written (vllm-project/vllm issue 55005): sampled requests got a random
-temperature, and those with top-k ended the engine.
+Speculative decoding repeats each request's temperature, top-k and top-p for its speculated tokens. The function of vLLM 0.32 for
+CPUs writes them into a copy and returns memory that was never written (vllm-project/vllm issue 55005): sampled requests got a
+random temperature, and those with top-k ended the engine.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import vllm.utils.cpu_triton_utils
 from torch import Tensor
+from vllm.triton_utils.dispatcher import register_kernels
 
 
 class CpuWorkerExtension:
     """Empty: vLLM imports this module before it makes the worker, and the import applies the correction."""
-
-
-class _Launched:
-    """Called as a Triton kernel is: `kernel[grid](...)`."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return expand
 
 
 def expand(output_T: Tensor, values_B: Tensor, ends_B: Tensor, old: float, new: float, MAX_NUM_TOKENS: int = 0) -> None:
@@ -32,4 +23,4 @@ def expand(output_T: Tensor, values_B: Tensor, ends_B: Tensor, old: float, new: 
     output_T.copy_(replaced_B.repeat_interleave(counts_B))
 
 
-vllm.utils.cpu_triton_utils.expand_kernel = _Launched()
+register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})

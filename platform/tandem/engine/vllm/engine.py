@@ -28,7 +28,6 @@ from tandem.engine.spec import EngineSpec
 from tandem.engine.ttft import TtftWindow
 from tandem.engine.vllm.arguments import make_config, parse_args, parsers_of, slots_of
 from tandem.engine.vllm.logs import quiet_refusals
-from tandem.engine.vllm.tool_use import correct_tool_use
 from tandem.engine.vllm.warm_up import WarmUpFeatures, refusals, warm_up
 from tandem.errors import EngineError
 from tandem.registry.adapter_files import layer_kinds
@@ -72,7 +71,6 @@ class VllmEngine:
             app = build_app(self._args, tasks, self._llm.model_config)
             quiet_refusals()
             await init_app_state(self._llm, app.state, self._args, tasks)
-            correct_tool_use(getattr(app.state, "anthropic_serving_messages", None))
         except (Exception, SystemExit) as error:
             await self.drain(0.0)
             raise EngineError(f"vLLM could not load {self._args.model}: {error}") from error

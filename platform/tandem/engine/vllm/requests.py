@@ -37,7 +37,7 @@ def asks_for_tools(body: Mapping[str, Any]) -> bool:
 def asks_for_prompt_logprobs(body: Mapping[str, Any]) -> bool:
     """Whether a request wants the logprobs of its prompt.
 
-    On a CPU, with adapters on, such a request ends the engine: vLLM 0.29 multiplies the adapters of the tokens to be sampled
+    On a CPU, with adapters on, such a request ends the engine: vLLM 0.32 multiplies the adapters of the tokens to be sampled
     with the rows of the whole prompt; where more than one request runs, these have different sizes (docs/adr/0013).
     """
     # 0 asks for the logprob of each token itself, so it is not the same as false.

@@ -37,7 +37,7 @@ def placement(config: ServedModelConfig, where: str = "models[]") -> Placement:
         if degrees["pipeline"] > 1:
             raise ConfigError(
                 f"{where}.engine_args.pipeline_parallel_size is {degrees['pipeline']} and {where}.gpus_per_replica is 0. In "
-                "vLLM's CPU build (0.29) the stages after the first die at the first request. Use tensor_parallel_size."
+                "vLLM's CPU build (0.32) the stages after the first die at the first request. Use tensor_parallel_size."
             )
         if world > 1 and config.cpus_per_replica < world:
             raise ConfigError(
