@@ -44,14 +44,14 @@ $(READY): $(LOCKS) pyproject.toml Makefile
 quickstart: setup ## Train a small model on real text, fine-tune an adapter, serve both and ask them (ARGS=--exit ends it)
 	@$(BIN)/tandem quickstart $(ARGS)
 
-# Unit tests run beside the integration tests, which share their cluster and engines in one process (tests/conftest.py).
+# Integration tests that share a cluster and engines run in one process, all others beside them (tests/conftest.py).
 SIDE_BY_SIDE ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 test: setup ## The tests that run before every change (under 20 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: setup ## All tests but those that need a GPU
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 check: setup docs ## Lint, types, imports, duplicated code, documentation
 	@$(BIN)/ruff check .

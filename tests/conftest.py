@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from postgresql import Server, postgresql
 from tandem import settings as environment
 from tandem.cluster.local import LocalCluster, authentication
 
+STARTED = time.monotonic()
+SHOWN_S = 5.0
+"""Files below are added up in the page of `--times`."""
 # Ray reads its authentication mode when it is first imported, which a test module may do before a cluster starts.
 environment.export(authentication())
 # pytest-xdist sets these for its processes, and then every terminal of the tests would have 80 columns.
@@ -27,6 +33,36 @@ environment.export(
         "VLLM_CACHE_ROOT": str(COMPILED / "vllm"),
     }
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--times FILE`: where the time went, by test file, as a page."""
+    parser.addoption("--times", type=Path, help="write the seconds of each test file to this page")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Write that page."""
+    path: Path | None = config.getoption("times")
+    if path is None:
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.split("::")[0]] += report.duration
+    counts = ", ".join(
+        f"{len(terminalreporter.stats[kind])} {kind}"
+        for kind in ("passed", "failed", "skipped", "error")
+        if terminalreporter.stats.get(kind)
+    )
+    minutes = f"{(time.monotonic() - STARTED) / 60:.0f} minutes"
+    rows = [f"| `{file}` | {spent:.0f} |" for file, spent in seconds.most_common() if spent >= SHOWN_S]
+    rest = sum(spent for spent in seconds.values() if spent < SHOWN_S)
+    path.write_text(
+        f'# Test times\n\nMade by `make test-all ARGS="--times {path}"` on {os.cpu_count()} cores: {counts} in {minutes}. '
+        "Set-up counts for the file whose test needed it first; files run side by side where they share no servers.\n\n"
+        f"| file | seconds |\n|---|---:|\n" + "\n".join([*rows, f"| all others | {rest:.0f} |"]) + "\n"
+    )
 
 
 INDEPENDENT = frozenset(
