@@ -18,6 +18,10 @@ REQUEST_ID = "tandem.request_id"
 """Key of an ASGI scope: the request's id."""
 
 
+LONGEST_MESSAGE, LONGEST_PARAM = 1000, 200
+"""Characters of an answer's message and of the name of a field: some engines repeat a request's values in their errors."""
+
+
 class ApiError(Exception):
     """An answer with a status of 400 or above."""
 
@@ -32,9 +36,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = shortened(message, LONGEST_MESSAGE)
         self.code = code
-        self.param = param
+        self.param = None if param is None else shortened(param, LONGEST_PARAM)
         self.headers = dict(headers or {})
 
     def response(self, dialect: Dialect, scope: Scope) -> Response:
@@ -42,6 +46,14 @@ class ApiError(Exception):
         body = dialect.error(self.status, self.message, code=self.code, param=self.param, request=request_id(scope))
         headers = {**self.headers, **id_headers(scope)}
         return JSONResponse(body, status_code=dialect.status(self.status), headers=headers)
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text of at most `limit` characters; what is left of a longer one ends in how much of it is not shown."""
+    if len(text) <= limit:
+        return text
+    note = f"... ({len(text):,} characters)"
+    return text[: limit - len(note)] + note
 
 
 def unknown_model(message: str) -> ApiError:

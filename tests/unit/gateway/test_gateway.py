@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
@@ -305,3 +306,31 @@ def test_the_gateway_imports_neither_torch_nor_vllm_nor_transformers_nor_ray() -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_no_error_is_longer_than_a_thousand_characters_whatever_the_request_holds(world: World) -> None:
+    class Repeating(EchoEngine):
+        """Its errors repeat what they got, as vLLM's do for some values."""
+
+        @property
+        def app(self) -> Any:
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                body = json.dumps({"error": {"message": "x" * 100_000, "param": "p" * 5000}}).encode()
+                head = [(b"content-type", b"application/json")]
+                await send({"type": "http.response.start", "status": 400, "headers": head})
+                await send({"type": "http.response.body", "body": body})
+
+            return app
+
+    await world.add_engine(Repeating(("base@1", "base")))
+    for path, body in (
+        ("/v1/completions", BODY),
+        ("/v1/completions", BODY | {"stop": {"a": "s" * 3000}}),
+        ("/v1/completions", BODY | {"s" * 3000: 1}),
+        ("/v1/completions", BODY | {"model": "m" * 3000}),
+        ("/v1/messages", BODY | {"messages": [{"role": "user", "content": "c" * 3000}]}),
+        ("/v1/completions", {**BODY, "stop": ["s"] * 400}),
+    ):
+        answer = await world.http.post(path, json=body)
+        assert 400 <= answer.status_code < 500 and len(answer.content) < 1500, (path, answer.status_code, answer.text)
+        assert "ssss" not in answer.json()["error"]["message"].replace("s" * 40, "") and "cccc" not in answer.text
