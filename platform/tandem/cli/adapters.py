@@ -150,7 +150,7 @@ def delete_command(
 def where_command(
     name: Annotated[str | None, typer.Argument(help="Only replicas that hold this id.")] = None, as_json: Json = False
 ) -> None:
-    """Show which replica of the served app holds which adapters; asks the gateway, with TANDEM_ADMIN_TOKEN."""
+    """Show which replica of the served app holds which adapters; asks the gateway, with an admin's key in TANDEM_API_KEY."""
     with friendly_errors():
         adapters = _adapters()
         wanted = adapters.registry.resolve(name).id if name else None

@@ -88,17 +88,18 @@ class Adapters:
     def where(self) -> Residency:
         """Each replica of the app with its loaded adapters.
 
-        ConfigError where TANDEM_ADMIN_TOKEN is not set, EngineError where no app answers or it refuses.
+        ConfigError where neither TANDEM_API_KEY nor TANDEM_ADMIN_TOKEN is set, EngineError where no app answers or it refuses.
         """
         import httpx
 
-        token = settings().admin_token
+        known = settings()
+        token = known.admin_token or (known.api_key if "api_key" in known.model_fields_set else None)
         if not token:
             raise ConfigError(
-                "TANDEM_ADMIN_TOKEN is not set. The residency of adapters is shown only with the token that the app was "
-                "started with: set the variable for `tandem serve up`, and here."
+                "The residency of adapters is shown to admins only. Set TANDEM_API_KEY to a key with that role (`tandem keys "
+                "create NAME --role admin`), or TANDEM_ADMIN_TOKEN to what the app was started with."
             )
-        base = settings().api_url or (self._find_api_url and self._find_api_url())
+        base = known.api_url or (self._find_api_url and self._find_api_url())
         if not base:
             raise ConfigError("TANDEM_API_URL is not set: it says where the app answers.")
         url = base.rstrip("/").removesuffix("/v1") + "/admin/residency"

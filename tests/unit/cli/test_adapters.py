@@ -99,7 +99,7 @@ def test_where_without_the_admin_token_says_that_it_is_missing(
 ) -> None:
     monkeypatch.delenv("TANDEM_ADMIN_TOKEN", raising=False)
     status, _, err = run("where")
-    assert status == 2 and "TANDEM_ADMIN_TOKEN is not set" in err
+    assert status == 2 and "Set TANDEM_API_KEY to a key with that role" in err
 
 
 def test_where_says_what_to_set_if_no_gateway_answers(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
