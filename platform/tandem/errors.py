@@ -17,6 +17,7 @@ TandemError
 ├── ClusterError         no Ray cluster, or one that refused
 ├── JobError             a job that failed or does not exist
 │   └── JobStopped          a job that was told to stop, and can go on
+├── AuthError            an API key that cannot be made, changed or found
 ├── EngineError          an engine that cannot start or go on
 │   └── PromptError         one prompt of many that was not answered
 └── EnvironmentProblem   a machine that lacks something

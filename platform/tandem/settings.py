@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     """The gateway's port."""
     admin_token: str | None = None
     """An admin's key that needs no database: set where the app is started, it opens the gateway's /admin routes."""
-    connections_per_address: int = Field(default=1024, ge=1)
+    connections_per_address: int = Field(default=2048, ge=1)
     """Connections of one client address at a node's listener; all clients behind a proxy or a tunnel have one address."""
     runtime_dir: Path | None = None
     """A short, private folder on this machine for the sockets and files of a cluster's node; unset: /tmp/tandem-UID."""

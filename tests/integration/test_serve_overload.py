@@ -126,9 +126,7 @@ def ask_and_wait(served: Served, body: dict[str, Any], wait_s: float = 0.5) -> s
     parts = httpx.URL(f"{served.url}/v1/completions")
     sock = socket.create_connection((parts.host, parts.port or 80))
     raw = json.dumps(body).encode()
-    head = (
-        f"POST {parts.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-    )
+    head = f"POST {parts.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
     sock.sendall(head.encode() + raw)
     time.sleep(wait_s)
     return sock
@@ -236,7 +234,7 @@ def test_idle_connections_hinder_no_answer_and_cost_little_memory(echoing: Serve
 def idle_ones_can_still_ask(echoing: Served, cluster: LocalCluster) -> bool:
     """Whether connections answer again that were idle while others asked; asserts what they cost meanwhile."""
     parts = httpx.URL(f"{echoing.url}/v1/models")
-    ask = f"GET {parts.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    ask = f"GET {parts.path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     before = memory_mb(cluster)
     with contextlib.ExitStack() as held:
         idle = [

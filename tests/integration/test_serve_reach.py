@@ -149,7 +149,8 @@ def test_a_client_that_closes_its_sending_side_gets_an_error_in_the_apis_shape(s
     # HAProxy cannot tell it from a client that has left, for which no engine shall go on.
     url = urlsplit(served.url)
     body = json.dumps({"model": "tiny", "prompt": "the cat", "max_tokens": 400, "ignore_eos": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head += "\r\n\r\n"
     with socket.create_connection((str(url.hostname), url.port or 80), timeout=60) as connection:
         connection.sendall(head.encode() + body)
         connection.shutdown(socket.SHUT_WR)

@@ -57,7 +57,8 @@ class Gateway:
             record_latency=latency_histogram(),
             router=self._router,
             admin=self._admin,
-            require_keys=not is_loopback(_public_host()),
+            # The gateway listens on its node's address too.
+            require_keys=not (is_loopback(_public_host()) and is_loopback(ray.util.get_node_ip_address())),
             metrics=RayQueueMetrics(),
             report_demand=self._report_demand,
             name=_replica_id(),

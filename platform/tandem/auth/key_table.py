@@ -1,6 +1,6 @@
 """A process's copy of all keys, by the hash of their secrets, kept current in the background.
 
-A request is authenticated from memory alone: the database is polled, by its revision, once a second. While it does not answer,
+A request is authenticated from memory alone: changes are read from the database once a second. While it does not answer,
 known keys stay valid; a key that was revoked meanwhile is refused once it answers again.
 """
 
@@ -11,19 +11,23 @@ import contextlib
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
-from tandem.auth.keys import LONGEST_SECRET, ApiKey, KeyStore, digest
+from tandem.auth.keys import LONGEST_SECRET, ChangedKey, Cursor, KeyStore, digest
 from tandem.auth.principal import Principal
-from tandem.errors import TandemError
 
 POLL_S = 1.0
 """Seconds between two looks at the database: a change is seen by every gateway within twice that."""
-ANSWER_S = 4.0
-"""Seconds that one look may take."""
+PAGE_S = 3.0
+"""Seconds that one page of keys may take."""
+START_S = 10.0
+"""Seconds that a new gateway waits for all keys before it takes requests, which it answers with 503 until it has them."""
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -33,34 +37,33 @@ class KeyTable:
     def __init__(self, store: KeyStore, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._store = store
         self._now = now
-        self._keys: dict[str, ApiKey] = {}
+        self._keys: dict[str, ChangedKey] = {}
+        self._cursor = Cursor()
         self._revision = -1
         # Compared with where there is no key, so that an unknown secret takes as long as a known one.
         self._nobody = digest(secrets.token_urlsafe(32))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
         self._polling: asyncio.Task[None] | None = None
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the database has been read at all."""
-        return self._revision >= 0
-
-    @property
-    def has_keys(self) -> bool:
+        self.loaded = False
+        """Whether all keys of the database have been read once."""
+        self.has_keys = False
         """Whether any key was ever made, ended ones too: from then on an app answers nobody without a key."""
-        return bool(self._keys)
 
     def authenticate(self, secret: str) -> Principal | None:
         """Whom a secret belongs to; None for one that is unknown, expired or revoked."""
         given = digest(secret[:LONGEST_SECRET])
         key = self._keys.get(given)
         same = hmac.compare_digest(given, self._nobody if key is None else key.digest)
-        return key.principal if key is not None and same and key.state(self._now()) == "active" else None
+        if key is None or not same or (key.expires_at is not None and key.expires_at <= self._now()):
+            return None
+        return key.principal
 
     async def start(self) -> None:
-        """Read all keys, and begin to poll for changes. A database that does not answer yet is polled on."""
-        await self._refresh()
+        """Begin to follow the database; returns when all keys were read, or after `START_S`, and then reads on."""
         self._polling = asyncio.create_task(self._poll())
+        began = time.monotonic()
+        while not self.loaded and time.monotonic() - began < START_S:
+            await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
         """Stop polling, and close the connection to the database."""
@@ -73,16 +76,43 @@ class KeyTable:
 
     async def _poll(self) -> None:
         while True:
+            try:
+                await self._refresh()
+            except Exception as error:  # noqa: BLE001 - the next look may succeed, and revocations depend on it
+                log.warning(
+                    "API keys could not be read: %s. Known keys stay valid.", str(error) or type(error).__name__
+                )
             await asyncio.sleep(POLL_S)
-            await self._refresh()
 
     async def _refresh(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                revision, changed = await loop.run_in_executor(self._thread, self._store.changes, self._revision)
-        except (TimeoutError, TandemError) as error:
-            log.warning("API keys could not be read: %s. Known keys stay valid.", str(error) or "no answer in time")
+        """Read what has changed, page by page; all of it where the database is older than what was read (a backup)."""
+        keys, cursor = self._keys, self._cursor
+        revision = await self._ask(self._store.revision)
+        if revision < cursor.revision:
+            log.warning(
+                "The database of API keys is at revision %d, after %d: all keys are read again.",
+                revision,
+                cursor.revision,
+            )
+            keys, cursor = {}, Cursor()
+        elif revision == self._revision:
             return
-        self._keys.update({key.digest: key for key in changed})
-        self._revision = revision
+        while True:
+            cursor, changed = await self._ask(self._store.changes, cursor)
+            if not changed:
+                break
+            keys.update((key.digest, key) for key in changed)
+        self._keys, self._cursor, self._revision = keys, cursor, revision
+        self.has_keys = self.has_keys or bool(keys)
+        self.loaded = True
+
+    async def _ask(self, work: Callable[..., T], *args: Any) -> T:
+        try:
+            async with asyncio.timeout(PAGE_S):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        except TimeoutError:
+            # Its thread may hang for as long as the network does: the next look has a thread and a connection of its own.
+            self._thread.shutdown(wait=False)
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
+            self._store.close()
+            raise TimeoutError(f"the database did not answer within {PAGE_S:g} s") from None

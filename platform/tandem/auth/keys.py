@@ -6,26 +6,30 @@ A key is 256 random bits, shown once. The database has its SHA-256 alone: so man
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from tandem.auth.principal import Limits, Principal, Role
 from tandem.db.audit import Change, record_change
-from tandem.db.schema import ApiKeyRow, ClockRow
-from tandem.errors import AuthError, did_you_mean
+from tandem.db.schema import ApiKeyRow
+from tandem.errors import AuthError, ConfigError, did_you_mean
 from tandem.registry.connection import RegistryConnection
 
 PREFIX = "tdm-"
 SECRET_BYTES = 32
 DEFAULT_TENANT = "default"
 TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+PAGE = 5000
+"""Keys that gateways read at once."""
+log = logging.getLogger(__name__)
 LONGEST_SECRET = 128
 """Longest text that is hashed, in characters: ours have 47."""
 
@@ -89,6 +93,25 @@ class NewKey:
     secret: str = field(repr=False)
 
 
+class Cursor(NamedTuple):
+    """A place in the order of changes."""
+
+    revision: int = -1
+    id: str = ""
+
+
+class ChangedKey(NamedTuple):
+    """What a gateway keeps of a key."""
+
+    digest: str
+    principal: Principal | None
+    """Whom it belongs to; None: it is not accepted."""
+    expires_at: datetime | None
+
+
+ChangedKeys = list[ChangedKey]
+
+
 def digest(secret: str) -> str:
     """What the database keeps of a secret."""
     return hashlib.sha256(secret.encode()).hexdigest()
@@ -126,7 +149,7 @@ class KeyStore(RegistryConnection):
                 role=role,
                 models=list(models),
                 limits=(limits or Limits()).to_json(),
-                expires_at=None if expires_in is None else datetime.now(UTC) + expires_in,
+                expires_in=expires_in,
             )
             record_change(session, Change(by=by, action="keys.create", target=new.key.id, after=new.key.to_json()))
         return new
@@ -169,7 +192,7 @@ class KeyStore(RegistryConnection):
             if before.state(now) != "active":
                 raise AuthError(f"{row.id} is {before.state(now)}; make a new key: `tandem keys create {row.name}`.")
             until = now + max(overlap, timedelta(0))
-            lifetime = None if row.expires_at is None else now + (row.expires_at - row.created_at)
+            lifetime = None if row.lifetime_s is None else timedelta(seconds=row.lifetime_s)
             row.expires_at = until if row.expires_at is None else min(until, row.expires_at)
             row.revision = revision
             new = self._add(
@@ -180,7 +203,7 @@ class KeyStore(RegistryConnection):
                 role=Role(row.role),
                 models=list(row.models),
                 limits=dict(row.limits),
-                expires_at=lifetime,
+                expires_in=lifetime,
             )
             record_change(
                 session,
@@ -196,29 +219,60 @@ class KeyStore(RegistryConnection):
         with self._reading() as session:
             return session.execute(query).scalar_one()
 
-    def changes(self, since: int) -> tuple[int, Keys]:
-        """The registry's revision, and the keys that have changed after the revision `since`."""
-        with self._reading() as session:
-            revision = session.execute(select(ClockRow.revision)).scalar_one()
-            if revision == since:
-                return revision, []
-            rows = session.scalars(select(ApiKeyRow).where(ApiKeyRow.revision > since))
-            return revision, [_key(row) for row in rows]
+    def changes(self, after: Cursor) -> tuple[Cursor, ChangedKeys]:
+        """A page of the keys that have changed since `after`, in the order of their changes, and where the next page begins.
 
-    def _add(self, session: Session, revision: int, *, role: Role, **values: Any) -> NewKey:
+        An empty page: there are no more. Writers raise the registry's revision one at a time, so none is missed.
+        """
+        row = ApiKeyRow
+        columns = (
+            row.revision,
+            row.id,
+            row.digest,
+            row.tenant,
+            row.role,
+            row.models,
+            row.limits,
+            row.expires_at,
+            row.revoked_at,
+        )
+        query = select(*columns).where(tuple_(row.revision, row.id) > tuple_(after.revision, after.id))
+        with self._reading() as session:
+            rows = session.execute(query.order_by(row.revision, row.id).limit(PAGE)).all()
+        changed = [ChangedKey(each.digest, _accepted(each), each.expires_at) for each in rows]
+        return Cursor(rows[-1].revision, rows[-1].id) if rows else after, changed
+
+    def _add(
+        self, session: Session, revision: int, *, role: Role, expires_in: timedelta | None, **values: Any
+    ) -> NewKey:
+        now = datetime.now(UTC)
         secret = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
         row = ApiKeyRow(
             id=f"key_{secrets.token_hex(6)}",
             digest=digest(secret),
             hint=secret[: len(PREFIX) + 4],
             role=str(role),
-            created_at=datetime.now(UTC),
+            created_at=now,
+            expires_at=None if expires_in is None else now + expires_in,
+            lifetime_s=None if expires_in is None else int(expires_in.total_seconds()),
             revision=revision,
             **values,
         )
         session.add(row)
         session.flush()
         return NewKey(key=_key(row), secret=secret)
+
+
+def _accepted(row: Any) -> Principal | None:
+    """The principal of a row; None for a revoked key, and for one that this version of Tandem cannot read."""
+    if row.revoked_at is not None:
+        return None
+    try:
+        limits = Limits.from_json(row.limits)
+        return Principal(key_id=row.id, tenant=row.tenant, role=Role(row.role), models=tuple(row.models), limits=limits)
+    except (ConfigError, ValueError, TypeError) as error:
+        log.warning("The API key %s is refused, because it cannot be read: %s", row.id, error)
+        return None
 
 
 def _find(session: Session, id_or_name: str) -> ApiKeyRow:

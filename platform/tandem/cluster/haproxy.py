@@ -25,15 +25,20 @@ s#^\( *stats socket .*\) mode 666#\1 mode 600#
 s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
 # Clients that never end the head of a request (and of its body what fits into the buffer), or keep idle connections, give theirs
 # up; Ray sets no such limit. The rest of a body has the gateway's deadline.
-/^defaults/,/^frontend/ s#^\( *\).*timeout client .*#&\n\1timeout http-request {request_s}s\n\1timeout http-keep-alive {idle_s}s#
-# No address takes all connections: those above its share are closed as they come.
+/^defaults/,/^frontend/ {{
+/timeout client / a\
+    option http-ignore-probes\
+    timeout http-request {request_s}s\
+    timeout http-keep-alive {idle_s}s
+}}
+# No address takes all connections: those above its share are closed as they come. An IPv6 address holds an IPv4 one, too.
 /^frontend http_frontend/,/^ *bind/ {{
 /^ *bind/ a\
-    stick-table type ip size 100k expire 10m store conn_cur\
+    stick-table type ipv6 size 100k expire 10m store conn_cur\
     tcp-request connection track-sc0 src\
     tcp-request connection reject if {{ sc0_conn_cur gt {share} }}
 }}
-# The list of apps and their prefixes is for nobody without a key.
+# The list of apps and their prefixes is not told to clients.
 s#^\( *http-request return status\) .* if routes$#\1 404 if routes#
 # Where no gateway answers Ray has it say 500, in plain text.
 s#^\( *errorfile 50[234]\) .*#\1 {unavailable}#

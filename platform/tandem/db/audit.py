@@ -19,10 +19,10 @@ class Change:
     by: str
     """A key's id, or `user@host` of a command."""
     action: str
-    """`keys.create`, `adapters.promote`, `credential.refused`, ..."""
+    """`keys.create`, `keys.rotate` or `keys.revoke`."""
     target: str
     address: str | None = None
-    """Where the request came from; None for commands."""
+    """Where the change came from; None for commands."""
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
 

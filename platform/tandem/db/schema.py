@@ -149,6 +149,8 @@ class ApiKeyRow(Base):
     limits: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    lifetime_s: Mapped[int | None]
+    """For how long it was made; its successor is made for as long. Rotation brings `expires_at` forward."""
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revision: Mapped[int]
     """The registry's revision at its last change."""

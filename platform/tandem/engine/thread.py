@@ -43,7 +43,7 @@ class EngineThread:
     @property
     def is_running(self) -> bool:
         """Whether the engine has started and requests may come."""
-        return self._ready.done() and not self._ended.done()
+        return self._ready.done() and self._ready.exception() is None and not self._ended.done()
 
     @property
     def ended(self) -> concurrent.futures.Future[None]:
@@ -51,14 +51,14 @@ class EngineThread:
         return self._ended
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run a coroutine in the loop; EngineError before the engine starts, RuntimeError after the loop has closed."""
+        """Run a coroutine in the loop; EngineError before the thread starts, RuntimeError after the loop has closed."""
         if self._loop is None:
             coroutine.close()
             raise EngineError("The engine has not been started.")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def call(self, function: Callable[..., object], *args: Any) -> None:
-        """Call a function in the loop; nothing happens before the engine starts and after it has stopped."""
+        """Call a function in the loop; nothing happens before the thread starts and after it has ended."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has closed
                 self._loop.call_soon_threadsafe(function, *args)
@@ -70,15 +70,17 @@ class EngineThread:
             if not self._ready.done():
                 self._ready.set_exception(error)
         finally:
+            if not self._ready.done():
+                self._ready.set_exception(EngineError("The engine ended before it took requests."))
             self._ended.set_result(None)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        await self._engine.start()
-        # Objects loaded by now stay: a full collection over torch, Ray and vLLM paused every stream for half a second.
-        gc.collect()
-        gc.freeze()
         try:
+            await self._engine.start()
+            # Objects loaded by now stay: a full collection over torch, Ray and vLLM paused every stream for half a second.
+            gc.collect()
+            gc.freeze()
             await self._work(lambda: self._ready.set_result(None))
         finally:
             await self._engine.drain(0.0)

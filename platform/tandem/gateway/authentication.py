@@ -6,6 +6,7 @@ Pure ASGI, around the whole app, so that a route that somebody adds is closed to
 from __future__ import annotations
 
 import hmac
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -13,12 +14,15 @@ from tandem.auth.credentials import secret_of
 from tandem.auth.key_table import KeyTable
 from tandem.auth.principal import ANONYMOUS, Principal, Role
 from tandem.gateway.dialect import dialect_of
-from tandem.gateway.errors import ApiError
+from tandem.gateway.errors import ApiError, path_below
 from tandem.ids import fingerprint
+from tandem.serve.listen import is_loopback
 
 PUBLIC = frozenset({"/health", "/health/live", "/health/ready"})
 """Paths that are answered without a key."""
 ADMIN = "/admin"
+PROXIED = {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
+"""Headers that proxies add."""
 PRINCIPAL = "tandem.principal"
 """Key of a scope under which a request's principal is."""
 OPERATOR = Principal(key_id="admin-token", tenant="", role=Role.ADMIN)
@@ -37,16 +41,17 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its principal; 401 without a valid key, 403 where its role does not suffice."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
             return
-        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
-        if path not in PUBLIC:
+        if scope["type"] == "http":
+            path = path_below(scope)
             try:
                 scope[PRINCIPAL] = self._principal(scope, path)
             except ApiError as error:
-                await error.response(dialect_of(path), scope)(scope, receive, send)
-                return
+                if path not in PUBLIC:
+                    await error.response(dialect_of(path), scope)(scope, receive, send)
+                    return
         await self._app(scope, receive, send)
 
     def _principal(self, scope: Scope, path: str) -> Principal:
@@ -54,30 +59,57 @@ class Authentication:
         administrative = path == ADMIN or path.startswith(f"{ADMIN}/")
         if secret and self._admin is not None and hmac.compare_digest(fingerprint(secret) or "", self._admin):
             return OPERATOR
+        # Before that nobody knows whether there are keys.
+        if not self._keys.loaded:
+            message = "API keys could not be read from the database yet. Try again in 5 s."
+            raise ApiError(503, message, code="keys_unavailable", headers={"Retry-After": "5"})
         if not self._required and not self._keys.has_keys:
             if administrative:
                 raise _closed() if self._admin is None else _refused(secret, "the admin token")
+            check_local(scope)
             return ANONYMOUS
         principal = self._keys.authenticate(secret or "")
         if principal is None:
-            if not self._keys.loaded:
-                message = "API keys could not be read from the database yet. Try again in 5 s."
-                raise ApiError(503, message, code="keys_unavailable", headers={"Retry-After": "5"})
             raise _refused(secret, "a valid API key")
-        if administrative and not principal.role.includes(Role.ADMIN):
-            raise ApiError(
-                403,
-                f"The key {principal.key_id} has the role {principal.role}; {path} needs the role admin.",
-                code="insufficient_permissions",
-            )
+        if administrative:
+            check_admin(principal)
         return principal
 
 
 def principal_of(scope: Scope) -> Principal:
     """The principal of a request that has passed `Authentication`."""
-    found = scope.get(PRINCIPAL, ANONYMOUS)
+    found = scope[PRINCIPAL]
     assert isinstance(found, Principal)
     return found
+
+
+def check_admin(principal: Principal) -> None:
+    """ApiError 403 for other roles than admin."""
+    if not principal.role.includes(Role.ADMIN):
+        raise ApiError(
+            403,
+            f"The key {principal.key_id} has the role {principal.role}; admin routes need the role admin.",
+            code="insufficient_permissions",
+        )
+
+
+def check_local(scope: Scope) -> None:
+    """ApiError 403 unless a request without a key names this machine as its host, and no proxy as its way.
+
+    A web page whose name was made to mean 127.0.0.1 could else use the app from a browser on this machine, and a proxy on this
+    machine would open it to others.
+    """
+    headers = dict(scope["headers"])
+    # Browsers send the name that they were told.
+    host = urlsplit(f"//{headers.get(b'host', b'localhost').decode('latin-1')}").hostname or ""
+    if is_loopback(host) and not PROXIED & set(headers):
+        return
+    raise ApiError(
+        403,
+        "This app has no API key yet, so it answers requests to localhost only, and none that a proxy passes on. Make a key with "
+        "`tandem keys create NAME`.",
+        code="key_required",
+    )
 
 
 def _refused(secret: str | None, what: str) -> ApiError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.auth.principal import ANONYMOUS, Principal
+from tandem.auth.principal import Principal
 from tandem.engine.descriptor import EngineDescriptor
 from tandem.engine.engines import ENGINES
 from tandem.engine.protocol import AdapterRef
@@ -107,23 +108,23 @@ class Catalog:
         self._found: dict[str, ModelRecord] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
-    async def resolve(self, name: str, principal: Principal = ANONYMOUS) -> ResolvedModel:
+    async def resolve(self, name: str, principal: Principal) -> ResolvedModel:
         """The model of a name or id.
 
         ApiError 404 with the nearest name, also where `principal` may not use it; 400 for one that cannot be served, 503 where
         the registry does not answer.
         """
-        if not may_use(principal, name):
-            raise await self._unknown(name, principal)
-        served = self._served.get(name)
-        if served is not None:
-            return ResolvedModel(base=served, pinned=name != served.name)
         if len(name) > LONGEST_NAME:
             raise ApiError(
                 400, f"`model` has {len(name)} characters; names here have {LONGEST_NAME} at most.", param="model"
             )
         if not name.isprintable():
             raise ApiError(400, "`model` has a character that no name has, such as a control character.", param="model")
+        if not may_use(principal, name):
+            raise await self._unknown(name, principal)
+        served = self._served.get(name)
+        if served is not None:
+            return ResolvedModel(base=served, pinned=name != served.name)
         try:
             record = await self._ask(self._find, name)
         except UnknownVersionError as error:
@@ -132,7 +133,7 @@ class Catalog:
             raise await self._unknown(name, principal) from None
         base = self._by_id.get(record.base or record.id)
         if base is None:
-            here = ", ".join(self._by_id)
+            here = ", ".join(each for each in self._by_id if may_use(principal, each)) or "others"
             what = (
                 f"the adapter {record.id} needs {record.base}"
                 if record.kind == "adapter"
@@ -160,23 +161,33 @@ class Catalog:
             )
         return ResolvedModel(base=base, adapter=AdapterRef.of(record), pinned=True)
 
-    async def page(self, after: str | None = None, limit: int = PAGE, principal: Principal = ANONYMOUS) -> ModelPage:
+    async def page(self, principal: Principal, after: str | None = None, limit: int = PAGE) -> ModelPage:
         """Names that a principal may use: the served models, then at most `limit` adapters by name, after the name `after`.
 
-        A page of a principal who may not use all has fewer.
+        For a principal with a list of models: those of the list, by name.
         """
         cards = [
             ModelCard(name=m.name, id=m.id, base=m, adapter=False, created=m.created)
             for m in self.models
-            if after is None and may_use(principal, m.name)
+            if after is None
         ]
+        if principal.models:
+            return await self._named_page(after, limit, principal)
         # One more than `limit` shows whether there is a next page.
         records = await self._ask(self._adapters, after, limit + 1)
         shown = records[:limit]
-        cards += [self._card(r) for r in shown if self._is_served(r) and may_use(principal, r.name)]
+        cards += [self._card(r) for r in shown if self._is_served(r)]
         return ModelPage(cards=cards, next=shown[-1].name if len(records) > limit else None)
 
-    async def card(self, name: str, principal: Principal = ANONYMOUS) -> ModelCard:
+    async def _named_page(self, after: str | None, limit: int, principal: Principal) -> ModelPage:
+        names = [name for name in sorted(set(principal.models)) if after is None or name > after]
+        cards = []
+        for name in names[:limit]:
+            with contextlib.suppress(ApiError):  # not served, or not registered any more
+                cards.append(await self.card(name, principal))
+        return ModelPage(cards=cards, next=names[limit - 1] if len(names) > limit else None)
+
+    async def card(self, name: str, principal: Principal) -> ModelCard:
         """The model or adapter of one name or id; ApiError 404 if there is none, or none that `principal` may use."""
         base = self._served.get(name)
         if base is not None and may_use(principal, name):
@@ -218,15 +229,13 @@ class Catalog:
         )
 
     async def _unknown(self, name: str, principal: Principal) -> ApiError:
-        known = [card.name for card in (await self.page(limit=10, principal=principal)).cards]
-        similar = [each for each in await self._ask(self._registry.near, name) if may_use(principal, each)]
-        near = did_you_mean(name, [*known, *similar])
-        here = (
-            f"This key may use {', '.join(principal.models)}."
-            if principal.models
-            else f"Served here: {', '.join(known[:10])}."
-        )
-        return unknown_model(f"The model {name[:LONGEST_NAME]!r} does not exist.{near} {here}")
+        if principal.models:
+            known, here = [*principal.models], f"This key may use {', '.join(principal.models[:10])}."
+        else:
+            known = [card.name for card in (await self.page(principal, limit=10)).cards]
+            here = f"Served here: {', '.join(known[:10])}."
+            known += await self._ask(self._registry.near, name)
+        return unknown_model(f"The model {name!r} does not exist.{did_you_mean(name, known)} {here}")
 
     async def _ask(self, work: Callable[..., Any], *args: Any) -> Any:
         # SQLite answers in 0.1 ms, but a disk or a network may not, and must not stop the streams.

@@ -126,16 +126,20 @@ def id_headers(scope: Scope) -> dict[str, str]:
     return headers
 
 
-def route_path(request: Request) -> str:
-    """The path below the app, wherever Serve has mounted it."""
-    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
+def path_below(scope: Scope) -> str:
+    """The path below the app, wherever Serve has mounted it; as Starlette's router reads it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    if not root or not path.startswith(root):
+        return path
+    rest = path[len(root) :]
+    return rest if not rest or rest.startswith("/") else path
 
 
 async def answer_api_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for ApiError."""
     if not isinstance(error, ApiError):
         raise error
-    return error.response(dialect_of(route_path(request)), request.scope)
+    return error.response(dialect_of(path_below(request.scope)), request.scope)
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:

@@ -27,7 +27,7 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
             code="unsupported_encoding",
             headers={"Accept-Encoding": "identity"},
         )
-    # A web page can make a browser send anything to this machine, but of other types of content only.
+    # Of other types a web page can make a browser send anything to this machine, unasked.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise ApiError(
@@ -37,7 +37,7 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
             code="unsupported_content_type",
         )  # fmt: skip
     declared = request.headers.get("content-length", "")
-    parts, size = [], int(declared) if declared.isdigit() else 0
+    parts, size = [], int(declared) if declared.isascii() and declared.isdecimal() else 0
     if size <= limit:
         size = 0
         try:

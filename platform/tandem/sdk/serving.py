@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,25 +34,25 @@ def listener(config: ServeConfig, host: str | None = None, port: int | None = No
     """
     number = port or config.listen.port or settings().port
     listen = replace(config.listen, host=host or config.listen.host, port=number)
-    check_keys(listen)
+    check_keys([listen.host])
     check_port(number, listen.host)
     return listen
 
 
-def check_keys(listen: ListenConfig) -> None:
-    """Refuse a listener that other machines reach while there is no API key: it would answer nobody."""
-    if is_loopback(listen.host):
-        return
-    if not KeyStore.open().count_active():
+def check_keys(addresses: Iterable[str]) -> None:
+    """Refuse to listen where other machines reach an app that has no API key: it would answer nobody."""
+    exposed = sorted({each for each in addresses if not is_loopback(each)})
+    if exposed and not settings().admin_token and not KeyStore.open().count_active():
         raise ClusterError(
-            f"The app would listen on {listen.host}, where other machines reach it, and there is no API key yet. Make one with "
-            "`tandem keys create NAME`, or listen on 127.0.0.1."
+            f"The app would listen on {', '.join(exposed[:5])}, where other machines reach it, and there is no API key yet. Make "
+            "one with `tandem keys create NAME`."
         )
 
 
 @contextmanager
 def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep: bool = False) -> Iterator[str]:
     """The app on `cluster` for the length of a block (longer with `keep`); yields its URL once every model answers."""
+    import ray
     from ray import serve
 
     from tandem.apps.build import prepare
@@ -67,6 +67,8 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
             f"Serve listens on port {taken} on this cluster, for other apps. Use it too: --port {taken}."
         )
     with connected(cluster):
+        # Gateways listen on their nodes' addresses, too.
+        check_keys(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
         planned = prepare(config)
         if cluster.local:

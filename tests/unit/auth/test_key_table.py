@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
-from tandem.auth import ApiKey, KeyStore
+from tandem.auth import KeyStore, key_table, keys
 from tandem.auth.key_table import KeyTable
 from tandem.errors import RegistryUnreachableError
 
@@ -22,10 +24,10 @@ class Store(KeyStore):
 
     away = False
 
-    def changes(self, since: int) -> tuple[int, list[ApiKey]]:
+    def revision(self) -> int:
         if self.away:
             raise RegistryUnreachableError(DATABASE_AWAY)
-        return super().changes(since)
+        return super().revision()
 
 
 @pytest.fixture
@@ -85,3 +87,60 @@ async def test_known_keys_stay_valid_while_the_database_is_away(
     store.away = False
     store.revoke("laptop", by="ann")
     await until(lambda: table.authenticate(new.secret) is None)
+
+
+async def test_a_table_that_could_not_be_read_yet_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_table, "START_S", 0.2)
+    store = Store(f"sqlite:///{tmp_path}/tandem.db")
+    new = store.create("laptop", by="ann")
+    store.away = True
+    table = KeyTable(store)
+    await table.start()
+    try:
+        assert not table.loaded and table.authenticate(new.secret) is None
+        store.away = False
+        await until(lambda: table.loaded)
+        assert table.authenticate(new.secret) is not None
+    finally:
+        await table.stop()
+
+
+@pytest.mark.parametrize("column", ["role = 'owner'", "limits = '{\"unheard_of\": 1}'", "limits = '3'"])
+async def test_a_row_that_this_version_cannot_read_is_refused_and_stops_no_other_change(
+    store: Store, table: KeyTable, column: str
+) -> None:
+    strange, usual = store.create("strange", by="ann"), store.create("usual", by="ann")
+    with store._engine.begin() as connection:
+        connection.execute(text(f"UPDATE api_keys SET {column} WHERE id = '{strange.key.id}'"))
+    await until(lambda: table.authenticate(usual.secret) is not None)
+    assert table.authenticate(strange.secret) is None
+    store.revoke(usual.key.id, by="ann")
+    await until(lambda: table.authenticate(usual.secret) is None)
+
+
+async def test_keys_come_in_pages(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "PAGE", 2)
+    made = [store.create(f"key-{number}", by="ann") for number in range(5)]
+    table = KeyTable(store)
+    await table.start()
+    try:
+        assert all(table.authenticate(each.secret) for each in made)
+    finally:
+        await table.stop()
+
+
+async def test_after_a_restored_backup_only_its_keys_are_accepted(
+    store: Store, table: KeyTable, tmp_path: Path
+) -> None:
+    kept = store.create("kept", by="ann")
+    backup = sqlite3.connect(tmp_path / "backup.db")
+    with sqlite3.connect(tmp_path / "tandem.db") as source:
+        source.backup(backup)
+    lost = store.create("lost", by="ann")
+    await until(lambda: table.authenticate(lost.secret) is not None)
+    with sqlite3.connect(tmp_path / "tandem.db") as target:
+        backup.backup(target)
+    await until(lambda: table.authenticate(lost.secret) is None)
+    assert table.authenticate(kept.secret) is not None

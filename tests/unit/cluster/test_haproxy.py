@@ -42,7 +42,7 @@ def test_statistics_and_metrics_are_on_loopback_and_the_public_listener_is_where
 def test_connections_of_an_address_and_the_time_of_a_request_are_limited(edited: str) -> None:
     assert re.findall(r"^ *timeout http-request (\d+)s$", edited, re.MULTILINE) == ["10"]
     listener = edited.split("frontend http_frontend")[1].split("http-request", 1)[0]
-    assert "tcp-request connection reject if { sc0_conn_cur gt 1024 }" in listener
+    assert "tcp-request connection reject if { sc0_conn_cur gt 2048 }" in listener
     # Of the public listener alone.
     assert edited.count("stick-table") == 1
 

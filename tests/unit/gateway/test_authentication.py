@@ -12,7 +12,7 @@ from gateway_world import BODY, World, echo, world
 from starlette.routing import Mount, Route
 
 from tandem.auth import KeyStore, NewKey, Role
-from tandem.gateway.authentication import PUBLIC
+from tandem.gateway.authentication import PUBLIC, Authentication
 
 __all__ = ["world"]
 SEEN_S = 5.0
@@ -74,7 +74,7 @@ async def test_a_refused_request_is_answered_before_its_body_is_read(world: Worl
     url = world.http.base_url
     reader, writer = await asyncio.open_connection(url.host, url.port)
     # Of a body of a gigabyte two bytes come.
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000\r\n\r\n{ ")
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000000\r\n\r\n{ ")
     async with asyncio.timeout(5):
         assert b" 401 " in await reader.readline()
     writer.close()
@@ -152,7 +152,88 @@ async def test_a_key_reaches_the_models_that_it_names_and_sees_no_others(
     assert [card["id"] for card in listed] == ["red"]
 
 
+async def test_lists_tell_a_narrow_key_no_other_names_in_any_of_their_pages(
+    world: World, store: KeyStore, key: NewKey
+) -> None:
+    for name in ("alpha", "beta", "zeta"):
+        world.adapter(name)
+    new = store.create("narrow", models=["zeta", "gone", "base"], by="ann")
+    headers = {"x-api-key": new.secret}
+    deadline = time.monotonic() + SEEN_S
+    while (answer := await world.http.get("/v1/models?limit=1", headers=headers)).status_code != 200:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    seen, pages = [], 0
+    while True:
+        page, pages = answer.json(), pages + 1
+        assert "alpha" not in answer.text and "beta" not in answer.text
+        seen += [card["id"] for card in page["data"]]
+        if not page["has_more"]:
+            break
+        answer = await world.http.get(f"/v1/models?limit=1&after={page['last_id']}", headers=headers)
+    assert seen == ["base", "zeta"] and pages == 3
+
+
+async def test_a_long_name_is_refused_before_it_is_looked_up(world: World, store: KeyStore, key: NewKey) -> None:
+    new = store.create("narrow", models=["base"], by="ann")
+    await until(world, new.secret, 200)
+    answer = await world.http.post(
+        "/v1/completions", json=BODY | {"model": "m" * 3000}, headers={"x-api-key": new.secret}
+    )
+    assert answer.status_code == 400 and "characters" in answer.json()["error"]["message"]
+
+
+async def test_without_keys_only_requests_to_this_machine_are_answered(world: World) -> None:
+    await world.add_engine(echo())
+    for headers, expected in (
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "rebound.example"}, 403),
+        ({"host": "127.0.0.1.example"}, 403),
+        ({"x-forwarded-for": "10.0.0.1"}, 403),
+    ):
+        assert await status(world, headers) == expected, headers
+
+
+async def test_a_gateway_that_has_not_read_the_keys_answers_503(world: World) -> None:
+    await world.add_engine(echo())
+    world.app.state.keys.loaded = False
+    answer = await world.http.post("/v1/completions", json=BODY)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "keys_unavailable"
+    assert (await world.http.get("/health/live")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/%61dmin/adapters", "//admin/adapters", "/admin/", "/Admin/adapters", "/v1/../admin/adapters"]
+)
+async def test_no_spelling_of_a_path_opens_the_admin_routes(
+    world: World, store: KeyStore, key: NewKey, path: str
+) -> None:
+    await until(world, key.secret, 200)
+    reader, writer = await asyncio.open_connection(world.http.base_url.host, world.http.base_url.port)
+    writer.write(
+        f"GET {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {key.secret}\r\nconnection: close\r\n\r\n".encode()
+    )
+    answer = await reader.read()
+    assert answer.split()[1] in (b"403", b"404"), answer
+    writer.close()
+
+
+async def test_a_websocket_is_closed() -> None:
+    sent: list[object] = []
+
+    async def send(message: object) -> None:
+        sent.append(message)
+
+    guarded = Authentication(None, None, required=True, admin=None)  # type: ignore[arg-type] # neither is reached
+    await guarded({"type": "websocket", "path": "/ws", "headers": []}, None, send)  # type: ignore[arg-type]
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
 async def test_health_says_no_more_than_the_status_without_a_key(world: World, key: NewKey) -> None:
     for path in PUBLIC:
         answer = await world.http.get(path)
-        assert answer.status_code == 200 and answer.json()["status"] == "ok", path
+        assert answer.status_code == 200 and answer.json() == {"status": "ok"}, path
+    await until(world, key.secret, 200)
+    answer = await world.http.get("/health", headers={"x-api-key": key.secret})
+    assert answer.json() == {"status": "ok", "ready_replicas": {"base": 1}}

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from pydantic_core import from_json
 
+from tandem.auth.principal import ANONYMOUS
 from tandem.config import AutoscalingConfig, GatewayConfig, ServedModelConfig
 from tandem.gateway.admission import control as admission
 from tandem.gateway.admission import demand
@@ -122,12 +123,12 @@ async def test_draining_replicas_of_the_other_version_are_not_used() -> None:
 async def test_only_requests_that_name_a_version_or_an_adapter_are_pinned(tmp_path: Path) -> None:
     catalog = Catalog([NEW], Registry(f"sqlite:///{tmp_path}/tandem.db"))
     for name, pinned in (("base", False), ("base@2", True)):
-        model = await catalog.resolve(name)
+        model = await catalog.resolve(name, ANONYMOUS)
         assert model.pinned == pinned and read_routing_request(model, {"prompt": "a"}, {}).pinned == pinned
     folder = ServedModel(
         id="plain", name="plain", path="/models/plain", config=ServedModelConfig(model="/models/plain", engine="vllm")
     )
-    assert not (await Catalog([folder], Registry(f"sqlite:///{tmp_path}/tandem.db")).resolve("plain")).pinned
+    assert not (await Catalog([folder], Registry(f"sqlite:///{tmp_path}/tandem.db")).resolve("plain", ANONYMOUS)).pinned
 
 
 def test_the_body_names_the_version_of_the_chosen_replica() -> None:
@@ -211,7 +212,7 @@ async def test_health_is_ok_without_replicas_only_for_models_that_scale_to_zero(
         transport = httpx.ASGITransport(app=app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://g") as http,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
         ):
             health = await http.get("/health")
             assert (health.status_code, health.json()["ready_replicas"]) == (status, {"base": 0})

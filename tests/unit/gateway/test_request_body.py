@@ -15,7 +15,7 @@ async def send(world: World, head: str, body: bytes, *, pause_s: float = 0.0) ->
     """The first line of the answer to a request that is written byte for byte."""
     url = world.http.base_url
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n".encode() + body)
+    writer.write(f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{head}\r\n\r\n".encode() + body)
     await asyncio.sleep(pause_s)
     async with asyncio.timeout(20):
         line = await reader.readline()

@@ -164,7 +164,7 @@ def large_request() -> bytes:
         b"x" * 4096,
         ANSWER_MB * 256,
     )
-    return b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
+    return b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
         ROUTE.encode(),
         len(body),
         body,

@@ -23,7 +23,7 @@ from tandem.engine.vllm.wording import simplify_field
 from tandem.errors import EngineError
 
 MASKED_DIFFUSION = frozenset({"LLaDAModelLM", "LLaDAMoEModelLM", "LLaDA2MoeModelLM", "DreamModel", "SDARForCausalLM"})
-"""Architectures of language models that fill masked tokens instead of writing the next one, which vLLM 0.29 does not have."""
+"""Architectures of language models that fill masked tokens instead of writing the next one, which vLLM 0.32 does not have."""
 VALIDATION_TIMEOUT_S = 180.0
 """Seconds that vLLM may take to validate arguments, most of them for imports."""
 

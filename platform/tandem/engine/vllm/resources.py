@@ -14,7 +14,7 @@ from tandem.errors import ConfigError, EngineError
 DEGREES = {"tensor": "tensor_parallel_size", "pipeline": "pipeline_parallel_size", "data": "data_parallel_size"}
 RAY = "ray"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Widths of an attention head that vLLM's CPU backend has kernels for (0.29, `v1/attention/backends/cpu_attn.py`)."""
+"""Widths of an attention head that vLLM's CPU backend has kernels for (0.32, `v1/attention/backends/cpu_attn.py`)."""
 
 
 def placement(config: ServedModelConfig, where: str = "models[]") -> Placement:

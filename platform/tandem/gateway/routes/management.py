@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from tandem.api.adapters import ErrorAnswer
 from tandem.errors import did_you_mean, sentence
+from tandem.gateway.authentication import check_admin, principal_of
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.request_body import parse_body, read_body
 
@@ -53,13 +54,14 @@ def management_app(prefix: str, title: str) -> FastAPI:
 
 
 class BoundedRoute(APIRoute):
-    """A route whose body has at most `MAX_BODY_BYTES`."""
+    """A route for admins, whose body has at most `MAX_BODY_BYTES`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, after the body has been read."""
         handler = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
+            check_admin(principal_of(request.scope))
             if self.body_field is not None:
                 request = JsonRequest(request, await read_body(request, MAX_BODY_BYTES, UPLOAD_TIMEOUT_S))
             return await handler(request)

@@ -19,7 +19,7 @@ from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
 from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
 from tandem.errors import sentence
-from tandem.gateway.authentication import principal_of
+from tandem.gateway.authentication import PRINCIPAL, principal_of
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
@@ -64,7 +64,7 @@ class OpenAIRoutes:
     async def list_models(self, request: Request) -> Response:
         """The models, and at most `limit` adapters (1 to 1000) by name, after the name `after`."""
         limit = int_parameter(request, "limit", PAGE, PAGE)
-        page = await self._catalog.page(request.query_params.get("after"), limit, principal_of(request.scope))
+        page = await self._catalog.page(principal_of(request.scope), request.query_params.get("after"), limit)
         data = [card.to_json() for card in page.cards]
         return JSONResponse({"object": "list", "data": data, "has_more": page.next is not None, "last_id": page.next})
 
@@ -130,11 +130,16 @@ class OpenAIRoutes:
         return {WARNING_HEADER: warnings}
 
     async def health(self, request: Request) -> Response:
-        """200 if every model has a ready replica or may scale to zero, otherwise 503; with the numbers of ready replicas."""
+        """200 if every model has a ready replica or may scale to zero, otherwise 503.
+
+        With a key it also tells the numbers of ready replicas.
+        """
         ready = {model.name: len(self._fleet.ready(model.id, suspects=True)) for model in self._catalog.models}
         whole = all(ready[model.name] or model.scales_to_zero for model in self._catalog.models)
         headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
-        status = {"status": "ok" if whole else "unavailable", "ready_replicas": ready}
+        status: dict[str, Any] = {"status": "ok" if whole else "unavailable"}
+        if PRINCIPAL in request.scope:
+            status["ready_replicas"] = ready
         return JSONResponse(status, status_code=200 if whole else 503, headers=headers)
 
     async def live(self, request: Request) -> Response:

@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("limits", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.Column("expires_at", sa.DateTime()),
+        sa.Column("lifetime_s", sa.Integer()),
         sa.Column("revoked_at", sa.DateTime()),
         sa.Column("revision", sa.Integer(), nullable=False),
     )
