@@ -126,7 +126,8 @@ def ask_and_wait(served: Served, body: dict[str, Any], wait_s: float = 0.5) -> s
     parts = httpx.URL(f"{served.url}/v1/completions")
     sock = socket.create_connection((parts.host, parts.port or 80))
     raw = json.dumps(body).encode()
-    head = f"POST {parts.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    head = f"POST {parts.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(raw)}\r\n\r\n"
     sock.sendall(head.encode() + raw)
     time.sleep(wait_s)
     return sock
