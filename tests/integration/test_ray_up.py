@@ -125,11 +125,12 @@ def ray_processes(host: Host) -> list[str]:
     return [line for line in shown if re.match(r"\S*(ray::|raylet|gcs_server|haproxy|VLLM)", line)]
 
 
-def ask(host: Host, model: str) -> tuple[dict[str, str], str]:
+def ask(host: Host, model: str, key: str) -> tuple[dict[str, str], str]:
     """Headers and text of a greedy answer, asked on a host of its own public listener."""
     body = json.dumps({"model": model, "prompt": "the cat", "max_tokens": 8, "temperature": 0})
     shown = host.run(
-        f"curl -sS -i -m 60 http://127.0.0.1:{PUBLIC_PORT}/v1/completions -H 'content-type: application/json' -d '{body}'"
+        f"curl -sS -i -m 60 http://127.0.0.1:{PUBLIC_PORT}/v1/completions -H 'content-type: application/json' "
+        f"-H 'x-api-key: {key}' -d '{body}'"
     ).stdout
     head, _, content = shown.replace("\r\n", "\n").partition("\n\n")
     assert head.startswith("HTTP/1.1 200"), shown
@@ -157,18 +158,22 @@ def test_one_app_answers_on_both_hosts_and_knows_what_is_registered_on_either(de
     (shared / "app.yaml").write_text(APP)
     register = f"from tandem.registry import Registry; Registry.open().register_model('tiny', '{base}')"
     head.run(f'python -c "{register}" && tandem adapters register red {red} --base tiny')
+    # The gateways listen on the hosts' addresses.
+    refused = head.run(f"tandem serve up -c {shared}/app.yaml --detach", check=False, timeout_s=120)
+    assert refused.returncode != 0 and "there is no API key yet" in " ".join(refused.stdout.split())
+    key = json.loads(head.run("tandem keys create first --json").stdout)["secret"]
     shown = head.run(f"tandem serve up -c {shared}/app.yaml --detach", timeout_s=300).stdout
     assert "taken more than" not in shown and "Serving at" in shown
     head.run(f"tandem serve deploy -c {shared}/app.yaml", timeout_s=120)
 
     # HAProxy of each host reaches the gateways of both, so each adds capacity.
-    answers = {host.name: [ask(host, "red") for _ in range(6)] for host in (head, worker)}
+    answers = {host.name: [ask(host, "red", key) for _ in range(6)] for host in (head, worker)}
     for seen in answers.values():
         assert len({headers["x-tandem-gateway"] for headers, _ in seen}) == 2
     assert len({text for seen in answers.values() for _, text in seen}) == 1
 
     worker.run(f"tandem adapters register blue {blue} --base tiny")
-    assert ask(head, "blue")[1] == ask(worker, "blue")[1] != ask(head, "red")[1]
+    assert ask(head, "blue", key)[1] == ask(worker, "blue", key)[1] != ask(head, "red", key)[1]
 
     for host in (head, worker):
         listening = host.listeners()

@@ -101,7 +101,7 @@ async def test_only_admins_reach_admin_routes(world: World, store: KeyStore, key
     if role is Role.ADMIN:
         assert answer.status_code == 200
     else:
-        assert answer.status_code == 403 and "needs the role admin" in answer.json()["error"]["message"]
+        assert answer.status_code == 403 and "need the role admin" in answer.json()["error"]["message"]
 
 
 async def test_no_route_but_health_is_open_without_a_key(world: World, key: NewKey) -> None:
