@@ -133,6 +133,7 @@ def test_free_disk_is_held_against_what_is_needed(monkeypatch, free, state):
 
 def test_a_gpu_that_torch_cannot_use_is_a_note(monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: ["NVIDIA H100, 81559 MiB, driver 570.1"])
+    monkeypatch.setattr(machine, "installed", lambda name: "2.13.0+cpu")
     found = finding("GPU")
     assert found.state == "note"
     assert "tandem[gpu]" in found.fix
