@@ -15,7 +15,14 @@ __all__ = ["world"]
 ADR = Path(__file__).resolve().parents[3] / "docs" / "adr" / "0025-package-structure.md"
 ROW = re.compile(r"^\| (\d+) \| `([\w.]+)` \|[^|]*\|([^|]*)\|$", re.MULTILINE)
 MAX_MODULES = 18
-AUTHENTICATION = {"gateway.authentication", "auth.credentials", "auth.key_table", "auth.keys", "auth.principal"}
+AUTHENTICATION = {
+    "gateway.authentication",
+    "auth.credentials",
+    "auth.key_table",
+    "auth.keys",
+    "auth.principal",
+    "serve.listen",
+}
 """They stand before the path (docs/adr/0027): they decide whether a request begins."""
 BACKGROUND = {"_follow", "refresh", "_cut_stalled_clients", "watch", "_poll"}
 """Functions of tasks that run beside requests; what these call is not part of a request's path."""

@@ -25,7 +25,7 @@ from tandem.engine.vllm.wording import (
     simplify_message,
 )
 from tandem.gateway.dialect import OPENAI, rewrite_errors
-from tandem.gateway.errors import from_engine
+from tandem.gateway.errors import LONGEST_MESSAGE, LONGEST_PARAM, from_engine
 from tandem.routing.records import ServedModel
 
 MODEL = ServedModel(id="m@1", name="m", path="", config=ServedModelConfig(model="m", engine="vllm"), max_length=2048)
@@ -121,7 +121,8 @@ def test_only_the_start_of_a_long_message_is_read() -> None:
 def test_blanks_in_client_input_are_cut_off() -> None:
     body = json.dumps({"error": {"message": f"bad role {' ' * 2**20}!", "param": "p" * 2**20}}).encode()
     error = from_engine(400, body, MODEL)
-    assert len(error.message) <= len(str(error.param)) == MAX_MESSAGE_CHARS + len(" ...")
+    assert len(error.message) <= LONGEST_MESSAGE and len(str(error.param)) <= LONGEST_PARAM
+    assert len(explain_error(f"bad role {' ' * 2**20}!", None)) <= MAX_MESSAGE_CHARS + len(" ...")
 
 
 def test_the_advice_pattern_does_not_begin_with_an_unbounded_repeat() -> None:
