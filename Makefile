@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The CPU build of torch is on an index of its own. It is named in the one command that installs torch, and not retried,
 # because pip would ask it for every other package too. Any build of that version which is in the environment already stays: where
-# the index is not reached, `pip install torch==2.13.0` there, before `make setup`, brings the CUDA build, which works too (5 GB).
+# the index is not reached, `pip install torch==2.13.0` there, before `make setup`, brings the CUDA build, which works too (3 GB more).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_HERE = ls -d $(VENV)/lib/python*/site-packages/torch-$$(sed 's/^torch==//; s/+.*//' requirements/torch-cpu.lock)*.dist-info >/dev/null 2>&1
 NO_TORCH = No CPU build of torch for $(PYTHON) is at $(TORCH_INDEX), nor where pip is told to look. Set TORCH_INDEX to a mirror, or PYTHON to another version of Python (CONTRIBUTING.md, Versions of Python).
@@ -33,7 +33,7 @@ setup: $(READY) ## Make .venv and install the locked environment (LOCK=gpu on no
 $(READY): $(LOCKS) pyproject.toml Makefile
 	@$(PYTHON) -c '$(SUPPORTED) sys.exit("Python 3.11, 3.12 or 3.13 is needed (the lock files are for them); $(PYTHON) is %d.%d. Set PYTHON=/path/to/python3.12" % v)'
 	@ls $(VENV)/.ready-* 2>/dev/null | grep -qv -- '-$(LOCK)$$' && rm -rf $(VENV) || true # of the other kind
-	@echo "Installing the locked $(LOCK) environment into $(VENV) (cpu: about 2 minutes, 4.3 GB)"
+	@echo "Installing the locked $(LOCK) environment into $(VENV) (cpu: about 2 minutes, 5 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test $(LOCK) != cpu || $(TORCH_HERE) || $(PIP) install --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r requirements/torch-cpu.lock 2>.pip.log || { cat .pip.log; echo "$(NO_TORCH)"; exit 1; }
 	@PIP_CONSTRAINT=$(CURDIR)/requirements/build.txt $(PIP) install --no-deps --require-hashes -r requirements/$(LOCK).lock 2>.pip.log || { cat .pip.log; exit 1; }
