@@ -273,7 +273,7 @@ def test_errors_name_the_field_and_nothing_of_the_server(served: Served) -> None
 
 def test_what_vllm_would_fail_on_is_the_clients_error(served: Served) -> None:
     recursive = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"$ref": "#"}}}
-    for wrong in ({"structured_outputs": "x"}, {"top_k": 1e30}, {"top_k": 10**30}, {"response_format": recursive}):
+    for wrong in ({"structured_outputs": "x"}, {"top_k": 1e30}, {"response_format": recursive}):
         answer = httpx.post(f"{served.url}/v1/chat/completions", json=GREEDY | wrong, timeout=60)
         assert answer.status_code == 400 and f"`{next(iter(wrong))}" in answer.json()["error"]["message"], answer.text
 
