@@ -28,6 +28,7 @@ from tandem.batch.prepare import prepare
 from tandem.batch.run import READ_CPUS, _context, answer
 from tandem.batch.work import WorkerContext
 from tandem.cluster.local import LOOPBACK, LocalCluster
+from tandem.cluster.marks import marked
 from tandem.config import BatchConfig
 from tandem.errors import EngineError
 from tandem.registry import Registry
@@ -44,12 +45,12 @@ def published(output: Path) -> set[str]:
     return {p.name for p in (output / "run" / "pieces").glob("[!.]*-*.jsonl")}
 
 
-def workers() -> list[psutil.Process]:
-    """Processes that hold an engine of a batch run."""
+def workers(cluster: LocalCluster) -> list[psutil.Process]:
+    """Processes of a cluster that hold an engine of a batch run; other tests' runs may be on this machine too."""
     found = []
-    for process in psutil.process_iter():
+    for process in marked(cluster.mark):
         with contextlib.suppress(psutil.Error):
-            if "MapBatches(Worker)" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+            if "MapBatches(Worker)" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
@@ -117,7 +118,7 @@ def test_a_run_whose_driver_and_worker_are_killed_has_every_row_once(cluster: Lo
         assert f"of {ECHO_ROWS} rows are there already" in running.text()
         # What the killed driver had started is gone; this one's worker goes now.
         deadline = time.monotonic() + 30
-        while len(found := workers()) > 1 and time.monotonic() < deadline:
+        while len(found := workers(cluster)) > 1 and time.monotonic() < deadline:
             time.sleep(0.2)
         (worker,) = found
         worker.send_signal(signal.SIGKILL)
@@ -140,7 +141,7 @@ def test_a_worker_that_cannot_stay_alive_ends_the_run_with_the_reason(cluster: L
     home = tmp_path / "home"
     command = [*echo_command(tmp_path, home), "--set", "env.TANDEM_TEST=1", "--set", "max_failures=0"]
     with going(command, tmp_path / "out", home, tmp_path / "log", cluster, 1) as running:
-        for worker in workers():
+        for worker in workers(cluster):
             worker.kill()
         assert running.process.wait(90) == 1
     said = running.text()
@@ -338,7 +339,7 @@ def test_a_killed_vllm_is_started_again_and_answers_the_same(
     with going(command, output, home, tmp_path / "first.log", cluster, 2) as running:
         killed(running)
     with going(command, output, home, tmp_path / "second.log", cluster, 2) as running:
-        (worker,) = workers()
+        (worker,) = workers(cluster)
         if victim == "worker":
             worker.kill()
         else:

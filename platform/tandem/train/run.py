@@ -65,7 +65,7 @@ class RankContext:
     emit: Callable[[Event], None]
     """Sends an event to the driver; does nothing on ranks other than 0."""
     flush: Callable[[], None]
-    """Returns when the driver has all events."""
+    """Returns when the driver has recorded all events."""
     hooks: RunHooks
     evaluation_rows: Callable[[], Rows] | None
     """Loads the rows to evaluate on; None without evaluation."""

@@ -66,7 +66,7 @@ def _rank_context(
 
     def flush() -> None:
         if rank == 0:
-            ray.get(task.mailbox.flush.remote())
+            ray.get(task.mailbox.recorded.remote())
 
     return RankContext(
         rank=rank,

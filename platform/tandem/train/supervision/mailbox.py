@@ -24,6 +24,13 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._received = 0
+        """Number of events that arrived."""
+        self._recorded = 0
+        """Number of events that the driver has recorded."""
+        self._taken = 0
+        """Number of events that the driver has taken."""
+        self._progress = asyncio.Condition()
         self._fatal: Refused | None = None
         self._arrived = asyncio.Event()
         self._heartbeats: dict[int, Heartbeat] = {}
@@ -34,6 +41,7 @@ class Mailbox:
     async def put(self, event: Event) -> None:
         """Append an event."""
         self._events.append(event)
+        self._received += 1
         self._arrived.set()
 
     async def report_fatal(self, error: Refused) -> None:
@@ -45,15 +53,30 @@ class Mailbox:
         return self._fatal
 
     async def flush(self) -> None:
-        """Returns after everything that the caller sent before."""
+        """Returns after everything that the caller sent before has arrived."""
+
+    async def recorded(self) -> None:
+        """Returns once the driver has recorded everything that the caller sent before.
+
+        A checkpoint is written after that: where the driver is killed, a run that resumes from the checkpoint does not report
+        the steps before it again.
+        """
+        last = self._received
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._recorded >= last)
 
     async def take(self, timeout_s: float) -> list[Event]:
-        """Remove and return all events; waits up to `timeout_s` if there are none."""
+        """Remove and return all events; waits up to `timeout_s` if there are none. Those taken before count as recorded."""
+        if self._recorded < self._taken:
+            self._recorded = self._taken
+            async with self._progress:
+                self._progress.notify_all()
         try:
             await asyncio.wait_for(self._arrived.wait(), timeout_s)
         except TimeoutError:
             return []
         taken, self._events = self._events, []
+        self._taken += len(taken)
         self._arrived.clear()
         return taken
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from tandem.observability.events import Notice, Step
@@ -49,3 +50,18 @@ async def test_the_first_fatal_error_counts():
     for message in ("first", "second"):
         await mailbox.report_fatal(Refused(error="DataError", message=message))
     assert await mailbox.fatal_error() == Refused(error="DataError", message="first")
+
+
+async def test_events_count_as_recorded_when_the_driver_asks_for_the_next():
+    mailbox = Mailbox()
+    await asyncio.wait_for(mailbox.recorded(), 1)  # nothing to wait for
+    await mailbox.put(Step(step=1))
+    recorded = asyncio.create_task(mailbox.recorded())
+    await asyncio.sleep(0)
+    await mailbox.put(Step(step=2))
+    assert len(await mailbox.take(1)) == 2
+    await asyncio.sleep(0.01)
+    assert not recorded.done()  # taken, but the driver may be killed before it writes them
+    await mailbox.put(Step(step=3))
+    assert await mailbox.take(1) == [Step(step=3)]
+    await asyncio.wait_for(recorded, 1)
