@@ -34,7 +34,7 @@ class Reader:
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env=self.environment(),
+            env=self.environment(block.page),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -43,10 +43,11 @@ class Reader:
         )
         assert done.returncode == 0, f"{block.page}:\n{text}\n{done.stdout[-6000:]}"
 
-    def environment(self) -> dict[str, str]:
-        """Of the commands: this environment's programs first, a home of its own."""
+    def environment(self, page: str) -> dict[str, str]:
+        """Of the commands: this environment's programs first; README, which makes what guides make too, has a home of its own."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        home = {"TANDEM_HOME": str(self.folder / "home"), "TANDEM_PORT": str(self.port)}
+        folder = self.folder / ("home-readme" if page == "README.md" else "home")
+        home = {"TANDEM_HOME": str(folder), "TANDEM_PORT": str(self.port)}
         return child_environment({"PATH": path, "RAY_ADDRESS": None, "COLUMNS": "160", **home})
 
 
