@@ -27,6 +27,7 @@ from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.host import EngineHost
+from tandem.usage import UsageCounts, UsageLabels
 
 BODY = {"model": "base", "prompt": "one two three"}
 
@@ -58,6 +59,8 @@ class World:
     engines: list[EchoEngine] = field(default_factory=list)
     hosts: list[EngineHost] = field(default_factory=list)
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
+    usage: list[tuple[UsageLabels, UsageCounts]] = field(default_factory=list)
+    """Of requests that have ended, as their replicas counted them."""
     version: int = 1
 
     async def watch(self, version: int) -> Snapshot:
@@ -72,7 +75,12 @@ class World:
 
     async def add_engine(self, engine: EchoEngine, checks: bool = False) -> None:
         prepare = {"prepare": AdapterChecker(self.folder / "model", 16)} if checks else {}
-        host = EngineHost(engine, max_adapters=2, **prepare)  # type: ignore[arg-type]
+        host = EngineHost(
+            engine,
+            max_adapters=2,
+            record_usage=lambda labels, counts: self.usage.append((labels, counts)),
+            **prepare,  # type: ignore[arg-type]
+        )
         await host.start()
         name = f"r{len(self.hosts)}"
         self.engines.append(engine)
@@ -99,7 +107,14 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
     config = GatewayConfig(max_body_bytes=4096, upload_timeout_s=2.0, connect_timeout_s=1.0, retry_after_s=7)
-    app = create_app(models=[served], watch=result.watch, registry=registry, config=config, admin=fingerprint("secret"))
+    app = create_app(
+        models=[served],
+        watch=result.watch,
+        registry=registry,
+        config=config,
+        admin=fingerprint("secret"),
+        access_log=tmp_path / "logs" / "access.jsonl",
+    )
     result.app = app
     sock = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))

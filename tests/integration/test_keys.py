@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anthropic
@@ -17,6 +19,7 @@ from commands import tandem
 
 from tandem.apps.build import build_app
 from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
+from tandem.usage import UsageStore
 
 APP = "guarded"
 SEEN_S = 5.0
@@ -117,3 +120,43 @@ def test_the_sdks_authenticate_and_raise_their_own_errors(url: str, home: Path) 
         anthropic.Anthropic(base_url=url, api_key="tdm-wrong", max_retries=0).messages.create(
             model="echo", max_tokens=4, messages=[{"role": "user", "content": "a"}]
         )
+
+
+def test_limits_and_usage_are_exact_over_two_gateways_with_one_killed(url: str, home: Path) -> None:
+    limited = make(home, "create", "limited", "--limit", "requests_per_minute=30", "--limit", "tokens_per_day=100000")
+    free = make(home, "create", "free")
+    for key in (limited, free):
+        within(SEEN_S, lambda secret=key["secret"]: ask(url, secret)[0] == 200)
+    within(60, lambda: len(gateways()) == 2)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: ask(url, limited["secret"]), range(40)))
+    # One request was spent above, or more until both gateways knew the key.
+    admitted = [gateway for status, gateway in answers if status == 200]
+    assert {status for status, _ in answers} == {200, 429} and len(admitted) <= 29
+    assert len(set(admitted)) == 2
+    os.kill(min(gateways()), signal.SIGKILL)
+    statuses = set()
+    for _ in range(20):
+        with contextlib.suppress(httpx.TransportError):
+            statuses.add(ask(url, limited["secret"])[0])
+    # 502 and 503: HAProxy's, until it has noticed.
+    assert 429 in statuses and 200 not in statuses
+    begin = spent(home, free["id"])
+    done = 0
+    deadline = time.monotonic() + 90
+    while done < 100:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(httpx.TransportError):
+            done += ask(url, free["secret"])[0] == 200
+    within(20, lambda: spent(home, free["id"])[0] - begin[0] >= done)
+    requests, prompt, completion = (now - then for now, then in zip(spent(home, free["id"]), begin, strict=True))
+    assert (requests, prompt, completion) == (done, 3 * done, 3 * done)
+    requests, prompt, completion = spent(home, limited["id"])
+    assert 30 >= requests >= len(admitted) and (prompt, completion) == (3 * requests, 3 * requests)
+
+
+def spent(home: Path, key: str) -> tuple[int, int, int]:
+    """Requests, prompt tokens and generated tokens of a key."""
+    with UsageStore(f"sqlite:///{home}/tandem.db") as store:
+        rows = [row for row in store.sums(("key_id",)) if row["key_id"] == key]
+    return tuple(sum(row[name] for row in rows) for name in ("requests", "prompt_tokens", "completion_tokens"))  # type: ignore[return-value]

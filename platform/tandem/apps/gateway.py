@@ -11,12 +11,15 @@ from ray.serve.handle import DeploymentHandle
 
 from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
+from tandem.limits import Verdict
+from tandem.limits.ledger import Operation
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import ServedModel, Snapshot
 from tandem.serve.listen import internal_port_on_node, is_loopback, listen_on_node
 from tandem.serve.metrics import RayQueueMetrics, latency_histogram
 from tandem.serve.replica.deployment import check_registry
 from tandem.serve.replica.sigterm import drain_on_sigterm
+from tandem.settings import settings
 
 
 class Gateway:
@@ -61,12 +64,19 @@ class Gateway:
             require_keys=not (is_loopback(_public_host()) and is_loopback(ray.util.get_node_ip_address())),
             metrics=RayQueueMetrics(),
             report_demand=self._report_demand,
+            apply_limits=self._apply_limits if self._config.replicas > 1 else None,
+            access_log=settings().root / "logs" / f"access-{_replica_id()}.jsonl" if self._config.access_log else None,
             name=_replica_id(),
             server_adds_request_id=True,
         )
 
     async def _watch(self, version: int) -> Snapshot:
         return cast(Snapshot, await self._directory.watch.remote(version))
+
+    async def _apply_limits(
+        self, gateway: str, operations: tuple[Operation, ...], totals: dict[str, int] | None
+    ) -> tuple[str, list[Verdict]]:
+        return cast(tuple[str, list[Verdict]], await self._directory.apply_limits.remote(gateway, operations, totals))
 
     async def _report_demand(self, waiting: dict[str, int]) -> None:
         await self._directory.demand.remote(_replica_id(), waiting)

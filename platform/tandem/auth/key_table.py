@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from tandem.auth.keys import LONGEST_SECRET, ChangedKey, Cursor, KeyStore, digest
-from tandem.auth.principal import Principal
+from tandem.auth.principal import UNLIMITED, Limits, Principal
 
 POLL_S = 1.0
 """Seconds between two looks at the database: a change is seen by every gateway within twice that."""
@@ -38,6 +38,7 @@ class KeyTable:
         self._store = store
         self._now = now
         self._keys: dict[str, ChangedKey] = {}
+        self._tenants: dict[str, Limits] = {}
         self._cursor = Cursor()
         self._revision = -1
         # Compared with where there is no key, so that an unknown secret takes as long as a known one.
@@ -48,6 +49,8 @@ class KeyTable:
         """Whether all keys of the database have been read once."""
         self.has_keys = False
         """Whether any key was ever made, ended ones too: from then on an app answers nobody without a key."""
+        self.has_budgets = False
+        """Whether any key or tenant has a limit of tokens in a day."""
 
     def authenticate(self, secret: str) -> Principal | None:
         """Whom a secret belongs to; None for one that is unknown, expired or revoked."""
@@ -57,6 +60,10 @@ class KeyTable:
         if key is None or not same or (key.expires_at is not None and key.expires_at <= self._now()):
             return None
         return key.principal
+
+    def tenant_limits(self, tenant: str) -> Limits:
+        """The limits of a tenant."""
+        return self._tenants.get(tenant, UNLIMITED)
 
     async def start(self) -> None:
         """Begin to follow the database; returns when all keys were read, or after `START_S`, and then reads on."""
@@ -102,8 +109,11 @@ class KeyTable:
             if not changed:
                 break
             keys.update((key.digest, key) for key in changed)
+        self._tenants = await self._ask(self._store.tenants)
         self._keys, self._cursor, self._revision = keys, cursor, revision
         self.has_keys = self.has_keys or bool(keys)
+        limits = [key.principal.limits for key in keys.values() if key.principal is not None]
+        self.has_budgets = any(each.tokens_per_day is not None for each in (*limits, *self._tenants.values()))
         self.loaded = True
 
     async def _ask(self, work: Callable[..., T], *args: Any) -> T:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from tandem.auth.principal import Limits, Principal, Role
 from tandem.db.audit import Change, record_change
-from tandem.db.schema import ApiKeyRow
+from tandem.db.schema import ApiKeyRow, TenantRow
 from tandem.errors import AuthError, ConfigError, did_you_mean
 from tandem.registry.connection import RegistryConnection
 
@@ -132,10 +132,7 @@ class KeyStore(RegistryConnection):
         by: str,
     ) -> NewKey:
         """Make a key; `by` says who did, for the audit log. AuthError for values that no key can have."""
-        if not TENANT_PATTERN.fullmatch(tenant):
-            raise AuthError(
-                f"The tenant {tenant[:80]!r} is not valid. Use up to 63 of a-z, 0-9, - and _, beginning with a letter or digit."
-            )
+        check_tenant(tenant)
         if not name.isprintable() or not 1 <= len(name) <= 96:
             raise AuthError("A key's name has 1 to 96 printable characters.")
         if expires_in is not None and expires_in <= timedelta(0):
@@ -219,6 +216,28 @@ class KeyStore(RegistryConnection):
         with self._reading() as session:
             return session.execute(query).scalar_one()
 
+    def tenants(self) -> dict[str, Limits]:
+        """The limits of all tenants that have any."""
+        with self._reading() as session:
+            rows = session.scalars(select(TenantRow)).all()
+        return {row.name: Limits.from_json(row.limits) for row in rows}
+
+    def limit_tenant(self, tenant: str, limits: Limits, *, by: str) -> None:
+        """Replace the limits of a tenant, which all its keys share; gateways follow within seconds. AuthError for a name that no
+        tenant can have.
+        """
+        check_tenant(tenant)
+        with self._writing() as (session, _):
+            row = session.get(TenantRow, tenant)
+            before = None if row is None else dict(row.limits)
+            if row is None:
+                session.add(TenantRow(name=tenant, limits=limits.to_json()))
+            else:
+                row.limits = limits.to_json()
+            record_change(
+                session, Change(by=by, action="tenants.limit", target=tenant, before=before, after=limits.to_json())
+            )
+
     def changes(self, after: Cursor) -> tuple[Cursor, ChangedKeys]:
         """A page of the keys that have changed since `after`, in the order of their changes, and where the next page begins.
 
@@ -261,6 +280,14 @@ class KeyStore(RegistryConnection):
         session.add(row)
         session.flush()
         return NewKey(key=_key(row), secret=secret)
+
+
+def check_tenant(tenant: str) -> None:
+    """AuthError for a name that no tenant can have."""
+    if not TENANT_PATTERN.fullmatch(tenant):
+        raise AuthError(
+            f"The tenant {tenant[:80]!r} is not valid. Use up to 63 of a-z, 0-9, - and _, beginning with a letter or digit."
+        )
 
 
 def _accepted(row: Any) -> Principal | None:

@@ -38,6 +38,12 @@ class Limits:
     highest_priority: int | None = None
     """The most urgent `priority` that a request may have (vLLM's convention: lower numbers first); others are lowered to it."""
 
+    @property
+    def counts_anything(self) -> bool:
+        """Whether requests or tokens have to be counted."""
+        counted = (self.requests_per_minute, self.tokens_per_minute, self.concurrent_requests, self.tokens_per_day)
+        return any(limit is not None for limit in counted)
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
@@ -60,6 +66,9 @@ class Limits:
     def to_json(self) -> dict[str, int]:
         """The limits that are set."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+UNLIMITED = Limits()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-REVISION = "0004"
+REVISION = "0005"
 """The newest migration: a database that is at it needs nothing done."""
 
 # A name has at most 96 characters (ids.NAME_PATTERN); an id adds "@" and a version.
@@ -69,6 +69,8 @@ class NameRow(Base):
     promoted: Mapped[str | None] = mapped_column(_name(ID_LENGTH))
     """Id of the version that the bare name means: the newest of its promotions that was not taken back. It is kept here so that
     resolving and listing read one row a name."""
+    tenant: Mapped[str | None] = mapped_column(String(63))
+    """The tenant that it belongs to; None: it is shared by all."""
 
 
 class ModelRow(Base):
@@ -170,3 +172,45 @@ class AuditRow(Base):
     address: Mapped[str | None] = mapped_column(String(64))
     before: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     after: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+
+
+class TenantRow(Base):
+    """Limits of a tenant; tenants without a row have none."""
+
+    __tablename__ = "tenants"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    limits: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class UsageRow(Base):
+    """Requests and tokens of one hour, by key, model, adapter and route (`tandem.usage`)."""
+
+    __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_tenant_hour", "tenant", "hour"),)
+
+    hour: Mapped[datetime] = mapped_column(UtcDateTime, primary_key=True)
+    """The beginning of the hour in which the requests ended."""
+    key_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """Empty: requests without a key."""
+    tenant: Mapped[str] = mapped_column(String(63), primary_key=True)
+    model: Mapped[str] = mapped_column(_name(ID_LENGTH), primary_key=True)
+    """Id of the base model."""
+    adapter: Mapped[str] = mapped_column(_name(ID_LENGTH), primary_key=True)
+    """Id of the adapter; empty: the base model itself answered."""
+    route: Mapped[str] = mapped_column(String(64), primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+    estimated_requests: Mapped[int] = mapped_column(BigInteger)
+    """Requests whose engine was killed: their tokens are those that had reached the gateway."""
+
+
+class UsageWriterRow(Base):
+    """The last batch that a process has written to `usage`: a batch that is written again changes nothing."""
+
+    __tablename__ = "usage_writers"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    sequence: Mapped[int]
+    at: Mapped[datetime] = mapped_column(UtcDateTime)

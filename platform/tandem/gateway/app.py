@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,6 +15,9 @@ from starlette.routing import Mount
 from tandem.auth import KeyStore
 from tandem.auth.key_table import KeyTable
 from tandem.config.serving.app import GatewayConfig, RouterConfig
+from tandem.gateway.accounting.access_log import AccessLog, LogAccess
+from tandem.gateway.accounting.account import Accounting
+from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
 from tandem.gateway.authentication import Authentication
@@ -29,6 +34,7 @@ from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
+from tandem.usage import UsageStore, UsageWriter
 
 
 def create_app(
@@ -43,6 +49,8 @@ def create_app(
     require_keys: bool = False,
     metrics: QueueMetrics | None = None,
     report_demand: ReportDemand | None = None,
+    apply_limits: ApplyLimits | None = None,
+    access_log: Path | None = None,
     name: str = "gateway",
     server_adds_request_id: bool = False,
 ) -> Starlette:
@@ -50,7 +58,9 @@ def create_app(
 
     `watch` returns snapshots of the replicas, `router` configures the choice among them. `record_latency` gets the milliseconds
     added to each request, `metrics` the queue lengths, `report_demand` the waiting requests of models that scale.
-    `name`: the gateway's id in response headers. `app.state.admission` holds the queues.
+    `apply_limits` reaches the ledger of limits that all gateways of the app share; None: this one has a ledger of its own.
+    `access_log`: the file of the access log; None: there is none. `name`: the gateway's id in response headers.
+    `app.state.admission` holds the queues.
     `admin`: fingerprint of TANDEM_ADMIN_TOKEN, which is accepted as an admin's key. `require_keys`: whether every request needs
     an API key even before the first one is made.
     `server_adds_request_id`: whether the server that runs the app adds `x-request-id` to every response, as Ray Serve does.
@@ -63,11 +73,22 @@ def create_app(
     upstream = Upstream(config)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     keys = KeyTable(KeyStore.at(registry.address))
+    usage = UsageStore.at(registry.address)
+
+    def totals() -> dict[str, int]:
+        return usage.tokens_today(datetime.now(UTC)) if keys.has_budgets else {}
+
+    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=totals)
+    accounting = Accounting(limiter, UsageWriter(UsageStore.at(registry.address)), keys.tenant_limits)
+    lines = AccessLog(access_log) if access_log else None
     fleet.on_lost = ReplicaProbe(upstream, fleet).start
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        if lines is not None:
+            lines.start()
         await keys.start()
+        await accounting.start()
         relay.start()
         await fleet.start()
         if report is not None:
@@ -79,16 +100,23 @@ def create_app(
                 await report.stop()
             await fleet.stop()
             await relay.stop()
+            await accounting.stop()
+            usage.close()
             await keys.stop()
+            if lines is not None:
+                await lines.stop()
             catalog.close()
 
     administration = AdminRoutes(Adapters(registry), fleet, config.retry_after_s).app()
     app = Starlette(
         routes=[
-            *OpenAIRoutes(catalog, fleet, relay, config).routes(),
+            *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
             Mount(PREFIX, administration),
         ],
-        middleware=[Middleware(Authentication, keys=keys, required=require_keys, admin=admin)],
+        middleware=[
+            *([Middleware(LogAccess, access_log=lines)] if lines else []),
+            Middleware(Authentication, keys=keys, required=require_keys, admin=admin),
+        ],
         lifespan=lifespan,
         exception_handlers={
             ApiError: answer_api_error,

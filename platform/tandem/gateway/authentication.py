@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tandem.auth.credentials import secret_of
 from tandem.auth.key_table import KeyTable
 from tandem.auth.principal import ANONYMOUS, Principal, Role
+from tandem.gateway.accounting.access_log import note
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, path_below
 from tandem.ids import fingerprint
@@ -47,7 +48,8 @@ class Authentication:
         if scope["type"] == "http":
             path = path_below(scope)
             try:
-                scope[PRINCIPAL] = self._principal(scope, path)
+                principal = scope[PRINCIPAL] = self._principal(scope, path)
+                note(scope, key_id=principal.key_id or None, tenant=principal.tenant or None)
             except ApiError as error:
                 if path not in PUBLIC:
                     await error.response(dialect_of(path), scope)(scope, receive, send)

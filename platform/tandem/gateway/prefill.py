@@ -86,6 +86,8 @@ def _prefill_request(body: dict[str, Any], request: EngineRequest) -> EngineRequ
         body=to_json(values),
         model=model,
         routing=replace(request.routing, pool=model.pool),
+        # The decode replica counts the prompt's tokens.
+        labels=None,
         stopwatch=Stopwatch(),
     )
 

@@ -19,6 +19,8 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from tandem.config.serving.app import GatewayConfig
+from tandem.gateway.accounting.access_log import note
+from tandem.gateway.accounting.account import RequestAccount
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.dialect import rewrite_errors
 from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica, request_id
@@ -89,26 +91,26 @@ class Relay:
         name: str = "",
     ) -> None:
         """`name`: the gateway's id in response headers."""
+        self.upstream = upstream
         self.fleet = fleet
         self.admission = admission
         self.record_latency = record_latency
         self.name = name.encode()
         self.active: set[RelayedResponse] = set()
         """Responses that are being sent."""
-        self._upstream = upstream
         self._config = config
         self._watchdog: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Open the connection pool and begin to watch for stalled clients."""
-        self._upstream.start()
+        self.upstream.start()
         self._watchdog = asyncio.create_task(self._cut_stalled_clients())
 
     async def stop(self) -> None:
         """Close all connections."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        await self._upstream.stop()
+        await self.upstream.stop()
 
     async def first_answer(
         self, request: EngineRequest, budget: RetryBudget, resources: contextlib.AsyncExitStack, requeue: Requeue
@@ -131,7 +133,7 @@ class Relay:
             budget.tried.append(replica.id)
             async with contextlib.AsyncExitStack() as counted:
                 counted.enter_context(self.fleet.counting(request.routing, replica))
-                attempt = await self._upstream.send(request, replica)
+                attempt = await self.upstream.send(request, replica)
                 if attempt.response is not None:
                     if attempt.response.status == 200:
                         self.fleet.answered(request.routing, replica)
@@ -153,12 +155,15 @@ class Relay:
 class RelayedResponse(Response):
     """A response that relays a request to a replica when Starlette sends it."""
 
-    def __init__(self, relay: Relay, request: EngineRequest, prepare: Prepare | None = None) -> None:
+    def __init__(
+        self, relay: Relay, request: EngineRequest, account: RequestAccount, prepare: Prepare | None = None
+    ) -> None:
         self.background = None
         self.sending_since = math.inf
         """Monotonic time since which the client has not taken a message; infinity: nothing is being sent."""
         self._relay = relay
         self._request = request
+        self._account = account
         self._prepare = prepare
         self._slot = relay.admission.slot(request.model.base, request.hints, light=request.light)
         self._copying: asyncio.Task[None] | None = None
@@ -166,6 +171,8 @@ class RelayedResponse(Response):
         self._is_stream: bool | None = None
         """Whether the answer is a stream of events; None: its head has not been sent."""
         self._last_chunk = b""
+        self._attempt: Attempt | None = None
+        """The attempt whose answer is copied."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Copy until the engine is done, the client has disconnected, or the deadline has passed."""
@@ -191,6 +198,8 @@ class RelayedResponse(Response):
             self._relay.active.discard(self)
             disconnect.cancel()
             await _cancelled(copying)
+            self._account.close()
+            self._note(scope)
 
     def cut(self) -> None:
         """End the response: the client takes nothing of it."""
@@ -201,6 +210,7 @@ class RelayedResponse(Response):
     async def _first_answer(self, resources: contextlib.AsyncExitStack) -> Attempt:
         """Admit the request and send it; `resources` also keeps its admission slot."""
         request, budget, stopwatch = self._request, RetryBudget(), self._request.stopwatch
+        await self._account.acquire()
         resources.callback(self._slot.release)
         # Time in a queue is not counted as the gateway's own.
         stopwatch.received += await self._slot.acquire()
@@ -218,8 +228,10 @@ class RelayedResponse(Response):
         send_once = self._timed(send)
         async with contextlib.AsyncExitStack() as resources:
             attempt = await self._first_answer(resources)
+            self._attempt = attempt
             answer, chunk = attempt.response, attempt.first_chunk
             assert answer is not None
+            self._account.read_head(answer.headers)
             if answer.status >= 400:
                 error = from_engine(answer.status, await answer.read(), request.model.base)
                 error.headers |= request.warnings
@@ -230,12 +242,15 @@ class RelayedResponse(Response):
             await self._send_head(send_once, attempt, answer, id_headers(scope))
             try:
                 while chunk:
-                    self._last_chunk = rewrite_errors(chunk, dialect, id_, explain) if is_stream else chunk
+                    if is_stream:
+                        chunk = rewrite_errors(self._account.read_chunk(chunk), dialect, id_, explain)
+                    self._last_chunk = chunk
                     self.sending_since = time.monotonic()
                     await send({"type": "http.response.body", "body": self._last_chunk, "more_body": True})
                     self.sending_since = math.inf
                     chunk = await answer.content.readany()
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                await self._charge_lost_engine(attempt)
                 # Too late for a status. A stream can still end with an error event; other answers must look cut off.
                 if not is_stream:
                     raise
@@ -256,12 +271,30 @@ class RelayedResponse(Response):
             (REPLICA, attempt.replica.id.encode()),
             (GATEWAY, self._relay.name),
         ]
-        headers += [(name.encode(), value.encode()) for name, value in self._request.warnings.items()]
+        added = {**self._request.warnings, **self._account.headers}
+        headers += [(name.encode(), value.encode()) for name, value in added.items()]
         headers += [(name.encode(), value.encode("latin-1")) for name, value in ids.items()]
         if answer.content_length is not None:
             headers.append((b"content-length", str(answer.content_length).encode()))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         self._relay.record_latency(self._request.path, gateway_ms)
+
+    async def _charge_lost_engine(self, attempt: Attempt) -> None:
+        """Charge what has arrived of a broken answer, unless its replica lives: that counts what its engine has generated."""
+        if await self._relay.upstream.alive_status(attempt.replica) is None:
+            self._account.engine_lost(len(self._request.body))
+
+    def _note(self, scope: Scope) -> None:
+        """Add what is known of the request to its line in the access log."""
+        labels, counts, attempt = self._account.labels, self._account.counts, self._attempt
+        note(
+            scope,
+            model=labels.model,
+            adapter=labels.adapter or None,
+            replica=None if attempt is None else attempt.replica.id,
+            prompt_tokens=None if counts is None else counts.prompt,
+            completion_tokens=None if counts is None else counts.completion,
+        )
 
     async def _send_deadline_error(self, scope: Scope, send: Send) -> None:
         error = self._slot.deadline_error()

@@ -6,6 +6,7 @@ and the engine reports the error. A bounded part of a body is read, however larg
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from array import array
@@ -36,12 +37,17 @@ MAX_PRIORITY = 2**63 - 1
 
 
 def take_scheduling_hints(
-    body: dict[str, Any], headers: Mapping[str, str], arrived: float, *, keep_priority: bool = False
+    body: dict[str, Any],
+    headers: Mapping[str, str],
+    arrived: float,
+    *,
+    keep_priority: bool = False,
+    highest_priority: int | None = None,
 ) -> SchedulingHints:
     """Priority and deadlines of a request, from `priority` and `timeout`, which are removed from the body, and its SDK's headers.
 
-    `arrived`: the monotonic clock now. `keep_priority` leaves `priority` in the body for the engine. ApiError 400 for values out
-    of range.
+    `arrived`: the monotonic clock now. `keep_priority` leaves `priority` in the body for the engine. `highest_priority`: the most
+    urgent priority that the request's key may use; a more urgent one is lowered to it. ApiError 400 for values out of range.
     """
     priority = body.pop("priority", None)
     if priority is None:
@@ -50,6 +56,8 @@ def take_scheduling_hints(
         raise ApiError(
             400, f"`priority` is {priority!r}; it must be a whole number, lower is sooner.", param="priority"
         )
+    if highest_priority is not None:
+        priority = max(priority, highest_priority)
     if keep_priority:
         body["priority"] = priority
     timeout_s = body.pop("timeout", None)
@@ -87,10 +95,23 @@ def _client_timeout_s(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def read_routing_request(model: ResolvedModel, body: Mapping[str, Any], headers: Mapping[str, str]) -> RoutingRequest:
-    """The request for the router, from a body in any API's format."""
+def salt_cache(body: dict[str, Any], tenant: str) -> None:
+    """Let the engine share a prefix cache among requests of one tenant only: from the time of a first token, a client could else
+    learn which prompts others have sent. A client's own `cache_salt` divides the tenant's cache further.
+    """
+    if tenant:
+        own = body.get("cache_salt")
+        text = f"{tenant}\0{own if isinstance(own, str) else ''}"
+        body["cache_salt"] = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def read_routing_request(
+    model: ResolvedModel, body: Mapping[str, Any], headers: Mapping[str, str], tenant: str = ""
+) -> RoutingRequest:
+    """The request for the router, from a body in any API's format; prefixes and sessions of each `tenant` are its own."""
+    answered_by = model.adapter.id if model.adapter else model.base.id
     prefix_hashes, size = hash_prefixes(
-        model.adapter.id if model.adapter else model.base.id, itertools.islice(_text_parts(body), MAX_TEXT_PARTS)
+        f"{tenant}\0{answered_by}" if tenant else answered_by, itertools.islice(_text_parts(body), MAX_TEXT_PARTS)
     )
     session = _session(body, headers)
     return RoutingRequest(
@@ -98,7 +119,7 @@ def read_routing_request(model: ResolvedModel, body: Mapping[str, Any], headers:
         adapter=model.adapter.id if model.adapter else None,
         prefix_hashes=prefix_hashes,
         size=size,
-        session=None if session is None else hash_key(session),
+        session=None if session is None else hash_key(f"{tenant}\0{session}" if tenant else session),
         pinned=model.pinned,
     )
 

@@ -27,6 +27,8 @@ from tandem.gateway.errors import too_slow
 from tandem.gateway.latency import Stopwatch
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 from tandem.routing.request import RoutingRequest
+from tandem.usage.records import UsageLabels
+from tandem.usage.wire import LABELS_HEADER
 
 if TYPE_CHECKING:
     from aiohttp.client_reqrep import ClientRequest
@@ -57,6 +59,8 @@ class EngineRequest:
     """Whether the engine answers without generating, so that the request needs no admission slot."""
     warnings: Mapping[str, str] = field(default_factory=dict)
     """Headers of the answer that tell the client about its request."""
+    labels: UsageLabels | None = None
+    """What the engine's tokens are charged to; None: to nobody."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the last byte of the client's request arrived."""
 
@@ -165,6 +169,7 @@ class Upstream:
             "content-type": "application/json",
             **request.headers,
             **(adapter_headers(adapter) if adapter else {}),
+            **({LABELS_HEADER: request.labels.to_header()} if request.labels else {}),
             TOKEN_HEADER: replica.token,
         }
         return self._opened().post(

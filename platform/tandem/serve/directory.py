@@ -9,10 +9,13 @@ import asyncio
 import contextlib
 import functools
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tandem.limits import LimitLedger, Verdict
+from tandem.limits.ledger import Operation
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, Snapshot
 from tandem.serve.listen import internal_port_on_node
@@ -107,6 +110,8 @@ class Directory:
         `registry`: its revision is read for all replicas, which get it in the reply to their heartbeats.
         """
         self._table = ReplicaTable()
+        self._limits = LimitLedger()
+        self._limits_id = uuid.uuid4().hex
         self._demand = WaitingCounts()
         self._began = time.monotonic()
         self._change = asyncio.Event()
@@ -148,6 +153,17 @@ class Directory:
             # No request waits any more, so no replica need start.
             if not self._demand.total(deployment, now):
                 task.cancel()
+
+    async def apply_limits(
+        self, gateway: str, operations: tuple[Operation, ...], totals: dict[str, int] | None
+    ) -> tuple[str, list[Verdict]]:
+        """Apply a gateway's operations to the ledger of limits, and today's tokens if they are given; returns the ledger's id and
+        the verdicts.
+        """
+        now = time.time()
+        if totals is not None:
+            self._limits.observe_day(totals, now)
+        return self._limits_id, self._limits.apply(gateway, operations, now)
 
     def _wake_ended(self, deployment: str, task: asyncio.Task[None]) -> None:
         del self._waking[deployment]

@@ -16,6 +16,7 @@ ADR = Path(__file__).resolve().parents[3] / "docs" / "adr" / "0025-package-struc
 ROW = re.compile(r"^\| (\d+) \| `([\w.]+)` \|[^|]*\|([^|]*)\|$", re.MULTILINE)
 MAX_MODULES = 18
 AUTHENTICATION = {
+    "gateway.accounting.access_log",
     "gateway.authentication",
     "auth.credentials",
     "auth.key_table",

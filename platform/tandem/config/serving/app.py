@@ -112,6 +112,8 @@ class GatewayConfig:
     """Largest request body, in bytes; a larger one gets 413."""
     upload_timeout_s: float = 60.0
     """Seconds that a client may take to send a request's body; then it gets 408."""
+    access_log: bool = True
+    """Whether each gateway writes a line of JSON for each request to TANDEM_HOME/logs/access-ID.jsonl, without its content."""
     strict: bool = False
     """Whether a request with an unknown field gets 400; otherwise it is answered with a warning in `x-tandem-warning`."""
 

@@ -20,12 +20,15 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.utils import enable_scoring_api
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tandem.engine.protocol import AdapterRef, EngineStats
 from tandem.engine.spec import EngineSpec
 from tandem.engine.ttft import TtftWindow
+from tandem.engine.usage import TokenCounts, current_tokens
 from tandem.engine.vllm.arguments import make_config, parse_args, parsers_of, slots_of
 from tandem.engine.vllm.logs import quiet_refusals
 from tandem.engine.vllm.warm_up import WarmUpFeatures, refusals, warm_up
@@ -64,6 +67,8 @@ class VllmEngine:
                 stat_loggers=None if self._spec.offline else [lambda config, index=0: self._scheduler_stats],
                 disable_log_stats=self._args.disable_log_stats,
             )
+            if not self._spec.offline:
+                _count_tokens(self._llm)
             tasks = await self._llm.get_supported_tasks()
             # vLLM has no task of this name: it mounts the routes by this rule of its own.
             scores = ("score",) if enable_scoring_api(tasks, self._llm.model_config) else ()
@@ -202,6 +207,29 @@ class VllmEngine:
         if self._models is None or self._llm is None:
             raise EngineError("The engine has not been started.")
         return self._models, self._llm
+
+
+def _count_tokens(llm: AsyncLLM) -> None:
+    """Let vLLM's output processor add the counters of each sequence to the request that it is a part of (`engine.usage`).
+
+    An aborted request that is no stream yields no output, so what `generate` yields would not tell its tokens.
+    """
+    processor = llm.output_processor
+    add_request = processor.add_request
+
+    def add_counted(request: EngineCoreRequest, prompt: str | None, parent: Any = None, *args: Any) -> None:
+        add_request(request, prompt, parent, *args)
+        tokens = current_tokens()
+        if tokens is not None:
+            state = processor.request_states[request.request_id]
+            tokens.add(parent.request_id if parent else request.request_id, lambda: _counts_of(state))
+
+    processor.add_request = add_counted
+
+
+def _counts_of(state: RequestState) -> TokenCounts:
+    prompt = 0 if state.is_prefilling else state.prompt_len
+    return TokenCounts(prompt, state.detokenizer.num_output_tokens() if state.detokenizer else 0)
 
 
 def write_empty_adapter(folder: Path, kind: str) -> None:

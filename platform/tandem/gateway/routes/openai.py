@@ -17,8 +17,9 @@ from tandem.api.request_values import missing_fields, value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
-from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
+from tandem.engine.routes import ENGINE_ROUTES, GENERATE, EngineRoute
 from tandem.errors import sentence
+from tandem.gateway.accounting.account import Accounting, expected_tokens
 from tandem.gateway.authentication import PRINCIPAL, principal_of
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
@@ -28,9 +29,10 @@ from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import with_prefill
 from tandem.gateway.relay import Relay, RelayedResponse
 from tandem.gateway.request_body import parse_body, read_body
-from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
+from tandem.gateway.request_hints import read_routing_request, salt_cache, take_scheduling_hints
 from tandem.gateway.routes import responses
 from tandem.gateway.upstream import EngineRequest
+from tandem.usage import UsageLabels
 
 HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
 """Request headers passed to the engine; a client's API key is not among them."""
@@ -43,7 +45,10 @@ WARNING_HEADER = "x-tandem-warning"
 class OpenAIRoutes:
     """The route handlers."""
 
-    def __init__(self, catalog: Catalog, fleet: Fleet, relay: Relay, config: GatewayConfig) -> None:
+    def __init__(
+        self, catalog: Catalog, fleet: Fleet, relay: Relay, config: GatewayConfig, accounting: Accounting
+    ) -> None:
+        self._accounting = accounting
         self._catalog = catalog
         self._fleet = fleet
         self._relay = relay
@@ -86,7 +91,8 @@ class OpenAIRoutes:
                 found = "missing or empty" if not name else f"of type {type(name).__name__}"
                 raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
             warnings = self._check_fields(route.path, body, request)
-            model = await self._catalog.resolve(name, principal_of(request.scope))
+            principal = principal_of(request.scope)
+            model = await self._catalog.resolve(name, principal)
             engine, config = model.engine, model.base.config
             check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
             try:
@@ -98,24 +104,35 @@ class OpenAIRoutes:
             drop_nulls(body)
             check_values(route.path, body, raw)
             keep_priority = engine.requests.keeps_priority(config.engine_args)
-            hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=keep_priority)
+            highest = principal.limits.highest_priority
+            hints = take_scheduling_hints(
+                body, request.headers, arrived, keep_priority=keep_priority, highest_priority=highest
+            )
             body["model"] = model.engine_name
+            if route.task is not None and not route.light:
+                salt_cache(body, principal.tenant)
             drop_kv_transfer(body)
             headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
+            adapter = model.adapter.id if model.adapter else ""
+            labels = UsageLabels(principal.key_id, principal.tenant, model.base.id, adapter, route.path)
+            generates = route.task == GENERATE and not route.light
+            tokens = expected_tokens(body, len(raw), model.base.max_length, generates=generates)
             engine_request = EngineRequest(
                 path=route.path,
                 body=to_json(body),
+                labels=labels,
                 model=model,
                 headers=headers,
                 dialect=dialect,
-                routing=read_routing_request(model, body, request.headers),
+                routing=read_routing_request(model, body, request.headers, principal.tenant),
                 hints=hints,
                 light=route.light,
                 stopwatch=stopwatch,
                 warnings=warnings,
             )
             prepare = functools.partial(with_prefill, self._relay, body) if config.prefill else None
-            return RelayedResponse(self._relay, engine_request, prepare)
+            account = self._accounting.open(principal, labels, tokens)
+            return RelayedResponse(self._relay, engine_request, account, prepare)
 
         return handle
 

@@ -34,6 +34,7 @@ from tandem.serve.replica.stall import StallDetector
 from tandem.serve.replica.start_log import StartLog
 from tandem.serve.replica.startup import StartupTimer
 from tandem.settings import export
+from tandem.usage import UsageStore, UsageWriter
 
 STOP_S = 15.0
 """Seconds that an idle engine may take to stop."""
@@ -69,6 +70,7 @@ class EngineReplica:
             await asyncio.to_thread(check_registry, registry, host)
         if model.config.prefill is not None:
             export(find_engine(model.config.engine).kv_transfer.environment(host, free_ports(1)[0]), override=True)
+        self._usage = UsageWriter(UsageStore.at(registry)) if registry is not None else None
         log = StartLog(model.deployment, find_engine(model.config.engine))
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
@@ -81,11 +83,14 @@ class EngineReplica:
                 prepare=AdapterChecker(Path(model.path) if model.path else None, model.config.max_lora_rank),
                 host=host,
                 on_change=lambda: _set(loop, self._changed),
+                record_usage=self._usage.add if self._usage else None,
             )
             try:
                 await self._host.start()
             except EngineError as error:
                 raise log.explained(error) from None
+        if self._usage is not None:
+            self._usage.start()
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
         self._pins = (
@@ -167,6 +172,8 @@ class EngineReplica:
         # Heartbeats continue meanwhile: gateways would cut the streams of a silent replica.
         await self._host.drain(0.0 if self._is_stuck() else self._drain_timeout_s)
         self._heartbeats.cancel()
+        if self._usage is not None:
+            await self._usage.stop()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
         self._reaper.close()

@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from tandem.engine.protocol import AdapterRef, Engine
 from tandem.engine.routes import ALLOWED
+from tandem.engine.usage import counting_tokens
 from tandem.errors import AdapterError, EngineError, StorageError
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
 from tandem.serve.replica.adapters import AdapterSlots, SlotsBusyError
+from tandem.serve.replica.answer import GuardedAnswer, RecordUsage, usage_labels
 
 REFUSED = "adapter_refused"
 """Code of the error for an adapter whose files cannot be served."""
@@ -24,9 +26,16 @@ class Guard:
     """ASGI middleware around an engine. Plain ASGI, so that a disconnect reaches the engine and bytes pass untouched."""
 
     def __init__(
-        self, engine: Engine, slots: AdapterSlots, token: str, on_death: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        slots: AdapterSlots,
+        token: str,
+        on_death: Callable[[], None] = lambda: None,
+        record_usage: RecordUsage | None = None,
     ) -> None:
+        """`record_usage` gets the labels and token counts of each request that has labels, once it has ended."""
         self._engine = engine
+        self._record_usage = record_usage
         self._slots = slots
         self._token = token.encode()
         self._on_death = on_death
@@ -87,29 +96,14 @@ class Guard:
                 await self._refuse_dead(send, "died")
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head: Message | None = None
-        swapped = False
-
-        async def send_unless_dead(message: Message) -> None:
-            nonlocal head, swapped
-            if swapped:
-                return
-            if message["type"] == "http.response.start":
-                head = message
-                return
-            if head is not None:
-                # With a dead engine vLLM answers 500, or 200 and an error as the first event of a stream. Nothing was generated,
-                # so another replica may try; one only, since this request may have killed the engine.
-                failed = head["status"] >= 500 or _streams(head)
-                if failed and not self._engine.stats().healthy:
-                    swapped = True
-                    await self._refuse_dead(send, "died")
-                    return
-                started, head = head, None
-                await send(started)
-            await send(message)
-
-        await self._engine.app(scope, receive, send_unless_dead)
+        with counting_tokens() as tokens:
+            labels = usage_labels(scope)
+            answer = GuardedAnswer(send, self._engine, tokens, labels, lambda: self._refuse_dead(send, "died"))
+            try:
+                await self._engine.app(scope, receive, answer.send)
+            finally:
+                if self._record_usage is not None and answer.is_charged:
+                    self._record_usage(*answer.usage)
 
     async def _refuse_dead(self, send: Send, when: str) -> None:
         self._on_death()
@@ -135,10 +129,6 @@ class Guard:
             await _refuse(send, 500, str(error))
         else:
             await _json(send, 200, {"done": done, "adapters": list(self._slots.resident)})
-
-
-def _streams(head: Message) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in head["headers"])
 
 
 async def _body(receive: Receive) -> bytes:

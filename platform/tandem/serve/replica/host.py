@@ -16,6 +16,7 @@ import uvicorn
 from tandem.engine.protocol import AdapterRef, Engine, EngineStats
 from tandem.engine.thread import EngineThread
 from tandem.serve.replica.adapters import AdapterSlots
+from tandem.serve.replica.answer import RecordUsage
 from tandem.serve.replica.guard import Guard
 
 STOP_TIMEOUT_S = 10.0
@@ -36,15 +37,18 @@ class EngineHost:
         prepare: Callable[[AdapterRef], AdapterRef] = lambda adapter: adapter,
         host: str = "127.0.0.1",
         on_change: Callable[[], None] = lambda: None,
+        record_usage: RecordUsage | None = None,
     ) -> None:
-        """`on_change` is called from the engine's thread when adapters or health change; for the others see AdapterSlots."""
+        """`on_change` is called from the engine's thread when adapters or health change, and `record_usage` when a request has
+        ended (see Guard); for the others see AdapterSlots.
+        """
         self.token = secrets.token_hex(32)
         self.url = ""
         """`http://host:port`, once started."""
         self._engine = engine
         self._host = host
         self._slots = AdapterSlots(engine, max_adapters, on_change, cached=max_cached, prepare=prepare)
-        self._guard = Guard(engine, self._slots, self.token, on_change)
+        self._guard = Guard(engine, self._slots, self.token, on_change, record_usage)
         self._thread = EngineThread(engine, self._serve)
         self._server: _Server | None = None
 

@@ -1,0 +1,1 @@
+"""Accounting of requests: limits of keys and tenants, usage, and the access log."""

@@ -1,0 +1,167 @@
+"""Account of one request: its place within the limits of its key and tenant, and the tokens that it has used."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from tandem.auth.principal import Limits, Principal
+from tandem.engine.usage import TokenCounts
+from tandem.gateway.accounting.limiter import Limiter
+from tandem.gateway.errors import ApiError
+from tandem.limits import Refusal, Reservation, Subject
+from tandem.limits.ledger import Quota
+from tandem.usage import UsageCounts, UsageLabels, UsageWriter
+from tandem.usage.wire import COUNTS_HEADER, counts_from_header, split_comment
+
+BYTES_PER_TOKEN = 4
+"""Bytes of a request for each token that is reserved for its prompt."""
+ANSWER_TOKENS = 256
+"""Tokens that are reserved for an answer without a limit of its own."""
+LENGTH_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+WORDS = {
+    "requests_per_minute": "requests in a minute",
+    "tokens_per_minute": "tokens in a minute",
+    "concurrent_requests": "requests at once",
+    "tokens_per_day": "tokens in a day (UTC)",
+}
+
+TenantLimits = Callable[[str], Limits]
+"""The limits of a tenant."""
+
+
+class Accounting:
+    """What all requests at one gateway share."""
+
+    def __init__(self, limiter: Limiter, usage: UsageWriter, tenant_limits: TenantLimits) -> None:
+        self.limiter = limiter
+        self.usage = usage
+        self._tenant_limits = tenant_limits
+
+    async def start(self) -> None:
+        """Start the limiter and the writer."""
+        self.usage.start()
+        await self.limiter.start()
+
+    async def stop(self) -> None:
+        """Write all usage."""
+        await self.limiter.stop()
+        await self.usage.stop()
+
+    def subjects(self, principal: Principal) -> tuple[Subject, ...]:
+        """The key and the tenant of a request, as far as they have limits."""
+        pairs = (
+            (f"key:{principal.key_id}", principal.limits),
+            (f"tenant:{principal.tenant}", self._tenant_limits(principal.tenant)),
+        )
+        return tuple(Subject(id_, limits) for id_, limits in pairs if limits.counts_anything)
+
+    def open(self, principal: Principal, labels: UsageLabels, tokens: int) -> RequestAccount:
+        """The account of one request, which is expected to use `tokens` at most."""
+        return RequestAccount(self, self.subjects(principal), labels, tokens)
+
+
+class RequestAccount:
+    """One request: `acquire`, then the parts of its answer, then `close`."""
+
+    def __init__(self, accounting: Accounting, subjects: tuple[Subject, ...], labels: UsageLabels, tokens: int) -> None:
+        self.labels = labels
+        self.headers: dict[str, str] = {}
+        """Response headers with the state of the limits; empty: there are none."""
+        self.counts: TokenCounts | None = None
+        """What the engine has told about the request."""
+        self._accounting = accounting
+        self._subjects = subjects
+        self._tokens = tokens
+        self._reserved: str | None = None
+        self._events = 0
+
+    async def acquire(self) -> None:
+        """Reserve the request's tokens; ApiError 429 where a limit is met."""
+        if not self._subjects:
+            return
+        reservation = Reservation(uuid.uuid4().hex, self._subjects, self._tokens)
+        verdict = await self._accounting.limiter.admit(reservation)
+        self.headers = quota_headers(verdict.requests, verdict.tokens, anthropic="/messages" in self.labels.route)
+        if verdict.refusal is not None:
+            raise self._refused(verdict.refusal)
+        self._reserved = reservation.id
+
+    def read_head(self, headers: Mapping[str, str]) -> None:
+        """Read the counts in the head of an answer."""
+        self.counts = counts_from_header(headers.get(COUNTS_HEADER))
+
+    def read_chunk(self, chunk: bytes) -> bytes:
+        """A chunk of a stream as the client gets it, without the counts."""
+        chunk, counts = split_comment(chunk)
+        if counts is not None:
+            self.counts = counts
+        self._events += chunk.count(b"\n\n")
+        return chunk
+
+    def engine_lost(self, prompt_bytes: int) -> None:
+        """The engine was killed before it told its counts: the request is charged what has arrived."""
+        if self.counts is None:
+            self.counts = TokenCounts(prompt_bytes // BYTES_PER_TOKEN, self._events)
+            self._accounting.usage.add(self.labels, UsageCounts(1, *self.counts, 1))
+
+    def close(self) -> None:
+        """The request has ended."""
+        if self._reserved is not None:
+            self._accounting.limiter.settle(self._reserved, None if self.counts is None else sum(self.counts))
+            self._reserved = None
+
+    def _refused(self, refusal: Refusal) -> ApiError:
+        kind, _, name = refusal.subject.partition(":")
+        text = f"The {kind} {name} may have {refusal.most} {WORDS[refusal.limit]} and has {refusal.used}"
+        headers = dict(self.headers)
+        if "tokens" in refusal.limit:
+            text += f"; this request reserves {self._tokens} (its prompt and max_tokens)"
+        if refusal.retry_s == math.inf:
+            headers["x-should-retry"] = "false"
+            advice = "Ask for less." if refusal.most else "Ask whoever manages keys for more."
+        else:
+            seconds = max(1, math.ceil(refusal.retry_s))
+            headers["Retry-After"] = str(seconds)
+            if refusal.limit == "tokens_per_day":
+                headers["x-should-retry"] = "false"
+            advice = f"Try again in {seconds} s."
+        code = "insufficient_quota" if refusal.limit == "tokens_per_day" else "rate_limit_exceeded"
+        return ApiError(429, f"{text}. {advice}", code=code, headers=headers)
+
+
+def expected_tokens(body: Mapping[str, Any], size: int, max_length: int | None, *, generates: bool) -> int:
+    """Tokens to reserve for a request of `size` bytes: its prompt by its size, its answers by their limit."""
+    prompt = size // BYTES_PER_TOKEN if max_length is None else min(size // BYTES_PER_TOKEN, max_length)
+    if not generates:
+        return prompt
+    length = next((int(body[key]) for key in LENGTH_FIELDS if isinstance(body.get(key), int)), ANSWER_TOKENS)
+    if max_length is not None:
+        length = min(length, max_length)
+    return prompt + max(0, length) * _answers(body)
+
+
+def _answers(body: Mapping[str, Any]) -> int:
+    prompts = body.get("prompt")
+    several = len(prompts) if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else 1
+    wanted = [int(body[key]) for key in ("n", "best_of") if isinstance(body.get(key), int)]
+    return several * max([1, *wanted])
+
+
+def quota_headers(requests: Quota | None, tokens: Quota | None, *, anthropic: bool) -> dict[str, str]:
+    """Headers with the state of limits that OpenAI's SDK reads, or Anthropic's."""
+    headers: dict[str, str] = {}
+    for kind, quota in (("requests", requests), ("tokens", tokens)):
+        if quota is None:
+            continue
+        if anthropic:
+            reset = datetime.now(UTC) + timedelta(seconds=math.ceil(quota.reset_s))
+            values = {"limit": quota.limit, "remaining": quota.remaining, "reset": f"{reset:%Y-%m-%dT%H:%M:%SZ}"}
+            headers |= {f"anthropic-ratelimit-{kind}-{name}": str(value) for name, value in values.items()}
+        else:
+            values = {"limit": quota.limit, "remaining": quota.remaining, "reset": f"{quota.reset_s:.3f}s"}
+            headers |= {f"x-ratelimit-{name}-{kind}": str(value) for name, value in values.items()}
+    return headers

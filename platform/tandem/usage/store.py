@@ -1,0 +1,119 @@
+"""Usage in the database: exact addition of batches, and sums by any of the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from tandem.db.database import database_errors
+from tandem.db.schema import UsageRow, UsageWriterRow
+from tandem.errors import ConfigError, did_you_mean
+from tandem.registry.connection import RegistryConnection
+from tandem.usage.records import UsageCounts, UsageKey
+
+GROUPS = ("hour", "day", "tenant", "key_id", "model", "adapter", "route")
+"""Columns that sums can be grouped by."""
+COUNTS = UsageCounts._fields
+FORGET_WRITERS_AFTER = timedelta(days=7)
+"""A process that has written nothing for so long does not repeat a batch any more."""
+
+
+class UsageStore(RegistryConnection):
+    """Usage in a registry's database. Does not change the registry's revision."""
+
+    def add(self, writer: str, sequence: int, batch: Mapping[UsageKey, UsageCounts]) -> bool:
+        """Add the counts of a batch; False for one that was added before.
+
+        `sequence` grows by one with each batch of a writer: where the answer of the database was lost, the same batch with the
+        same number can be sent again.
+        """
+        with database_errors(self._engine.url), Session(self._engine) as session, session.begin():
+            if not self._claim(session, writer, sequence):
+                return False
+            insert: Any = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
+            # In one order: two writers that add to the same rows cannot wait for each other.
+            rows = [
+                {"hour": key.hour, **key.labels._asdict(), **counts._asdict()} for key, counts in sorted(batch.items())
+            ]
+            for row in rows:
+                statement = insert(UsageRow).values(**row)
+                added = {name: getattr(UsageRow, name) + statement.excluded[name] for name in COUNTS}
+                session.execute(
+                    statement.on_conflict_do_update(index_elements=list(UsageRow.__table__.primary_key), set_=added)
+                )
+            return True
+
+    def _claim(self, session: Session, writer: str, sequence: int) -> bool:
+        """Take the number of a batch; False if it was taken before."""
+        now = datetime.now(UTC)
+        if sequence == 1:
+            session.execute(delete(UsageWriterRow).where(UsageWriterRow.at < now - FORGET_WRITERS_AFTER))
+        moved = session.execute(
+            update(UsageWriterRow)
+            .where(UsageWriterRow.id == writer, UsageWriterRow.sequence < sequence)
+            .values(sequence=sequence, at=now)
+        )
+        if moved.rowcount:  # type: ignore[attr-defined]
+            return True
+        if session.get(UsageWriterRow, writer) is not None:
+            return False
+        session.add(UsageWriterRow(id=writer, sequence=sequence, at=now))
+        session.flush()
+        return True
+
+    def sums(
+        self,
+        by: Sequence[str],
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        tenant: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> list[dict[str, Any]]:
+        """Sums of the counts from `since` (included) to `until`, one for each combination of the columns `by`, in their order.
+
+        ConfigError for a column that there is not.
+        """
+        for name in by:
+            if name not in GROUPS:
+                raise ConfigError(
+                    f"There is no column {name[:80]!r}.{did_you_mean(name, GROUPS)} Group by {', '.join(GROUPS)}."
+                )
+        columns: list[Any] = [_day().label("day") if name == "day" else getattr(UsageRow, name) for name in by]
+        query = select(*columns, *(func.sum(getattr(UsageRow, name)).label(name) for name in COUNTS))
+        if since is not None:
+            query = query.where(UsageRow.hour >= since)
+        if until is not None:
+            query = query.where(UsageRow.hour < until)
+        if tenant is not None:
+            query = query.where(UsageRow.tenant == tenant)
+        query = query.group_by(*columns).order_by(*columns).limit(limit).offset(offset)
+        with self._reading() as session:
+            rows = [row._asdict() for row in session.execute(query)]
+        for row in rows:
+            row.update((name, int(row[name] or 0)) for name in COUNTS)
+            if isinstance(row.get("hour"), datetime):
+                row["hour"] = row["hour"].isoformat()
+            if "day" in row:
+                row["day"] = str(row["day"])[:10]
+        return rows
+
+    def tokens_today(self, now: datetime) -> dict[str, int]:
+        """Tokens of prompts and answers since midnight UTC, by `key:ID` and `tenant:NAME`."""
+        midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        totals: dict[str, int] = {}
+        for row in self.sums(("key_id", "tenant"), since=midnight):
+            tokens = row["prompt_tokens"] + row["completion_tokens"]
+            for subject in (f"key:{row['key_id']}", f"tenant:{row['tenant']}"):
+                totals[subject] = totals.get(subject, 0) + tokens
+        return totals
+
+
+def _day() -> Any:
+    return func.date(UsageRow.hour)

@@ -1,0 +1,39 @@
+"""Headers and stream comment that carry a request's labels to a replica, and its token counts back to the gateway. Pure."""
+
+from __future__ import annotations
+
+from tandem.engine.usage import TokenCounts
+
+LABELS_HEADER = "x-tandem-usage-labels"
+"""Request header, with `UsageLabels`: the replica charges the request to them."""
+COUNTS_HEADER = "x-tandem-usage"
+"""Response header of answers that are not streams: tokens of the prompt and of the answer."""
+COMMENT_END = b" tandem-usage\n\n"
+"""End of the comment, in the format of server-sent events, after the last event of a stream."""
+
+
+def counts_to_header(counts: TokenCounts) -> bytes:
+    """The value of COUNTS_HEADER."""
+    return b"%d %d" % counts
+
+
+def counts_from_header(value: str | None) -> TokenCounts | None:
+    """The counts in a header; None for anything else."""
+    numbers = (value or "").split(" ")
+    if len(numbers) == 2 and all(each.isascii() and each.isdecimal() for each in numbers):
+        return TokenCounts(int(numbers[0]), int(numbers[1]))
+    return None
+
+
+def counts_to_comment(counts: TokenCounts) -> bytes:
+    """The comment that ends a stream."""
+    return b": " + counts_to_header(counts) + COMMENT_END
+
+
+def split_comment(chunk: bytes) -> tuple[bytes, TokenCounts | None]:
+    """The last chunk of a stream without its comment, and the counts in that; chunks without a comment stay as they are."""
+    if not chunk.endswith(COMMENT_END):
+        return chunk, None
+    begin = chunk.rfind(b": ", 0, len(chunk) - len(COMMENT_END))
+    counts = counts_from_header(chunk[begin + 2 : -len(COMMENT_END)].decode("latin-1"))
+    return (chunk, None) if begin < 0 or counts is None else (chunk[:begin], counts)

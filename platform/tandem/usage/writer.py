@@ -1,0 +1,98 @@
+"""Writer of usage: adds up records in memory and writes them to the database in batches, off the event loop.
+
+A batch that could not be written is kept and written again under its own number, so that nothing is lost or counted twice. Memory
+is bounded by the number of different labels in an hour.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from tandem.usage.records import UsageCounts, UsageKey, UsageLabels
+from tandem.usage.store import UsageStore
+
+FLUSH_S = 2.0
+"""Seconds between two batches."""
+WRITE_S = 10.0
+"""Seconds that the database may take for a batch before it is tried again."""
+LAST_WRITE_S = 15.0
+"""Seconds that a process which ends waits for the database."""
+
+log = logging.getLogger(__name__)
+
+
+class UsageWriter:
+    """The usage of one process. `add` may be called from any thread, the rest from one event loop."""
+
+    def __init__(self, store: UsageStore) -> None:
+        self._store = store
+        self._id = uuid.uuid4().hex
+        self._sequence = 0
+        self._records: dict[UsageKey, UsageCounts] = {}
+        self._unwritten: dict[UsageKey, UsageCounts] = {}
+        """The batch with the number `_sequence`, until the database has it."""
+        self._adding = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
+        self._writing: asyncio.Task[None] | None = None
+
+    def add(self, labels: UsageLabels, counts: UsageCounts) -> None:
+        """Count requests that have ended now."""
+        key = UsageKey.at(labels, time.time())
+        with self._adding:
+            known = self._records.get(key)
+            self._records[key] = counts if known is None else known.plus(counts)
+
+    def start(self) -> None:
+        """Begin to write; needs a running event loop."""
+        self._writing = asyncio.create_task(self._write())
+
+    async def stop(self) -> None:
+        """Write what is left. Logs what could not be written."""
+        if self._writing is not None:
+            self._writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._writing
+        deadline = time.monotonic() + LAST_WRITE_S
+        while self._unwritten or self._records:
+            try:
+                await self.flush()
+            except Exception as error:  # noqa: BLE001 - tried until the deadline
+                if time.monotonic() > deadline:
+                    left = [*self._unwritten.items(), *self._records.items()]
+                    log.error("Usage could not be written and is lost: %s. The records: %s", error, left)
+                    break
+                await asyncio.sleep(0.5)
+        self._thread.shutdown(wait=False)
+        self._store.close()
+
+    async def flush(self) -> None:
+        """Write everything that was added before."""
+        while self._unwritten or self._records:
+            if not self._unwritten:
+                with self._adding:
+                    self._unwritten, self._records = self._records, {}
+                self._sequence += 1
+            async with asyncio.timeout(WRITE_S):
+                await asyncio.get_running_loop().run_in_executor(
+                    self._thread, self._store.add, self._id, self._sequence, self._unwritten
+                )
+            self._unwritten = {}
+
+    async def _write(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            try:
+                await self.flush()
+            except Exception as error:  # noqa: BLE001 - the next attempt may succeed
+                log.warning("Usage could not be written: %s. It is kept.", str(error) or type(error).__name__)
+                if isinstance(error, TimeoutError):
+                    # Its thread may hang for as long as the network does.
+                    self._thread.shutdown(wait=False)
+                    self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
+                    self._store.close()

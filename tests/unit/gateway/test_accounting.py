@@ -1,0 +1,209 @@
+"""Limits, usage and the access log at a gateway in front of echo engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from gateway_world import BODY, Reflecting, World, echo, world
+
+from tandem.auth import KeyStore, Limits, NewKey
+from tandem.routing.records import ReplicaRecord
+from tandem.usage import UsageCounts, UsageKey, UsageLabels, UsageStore
+
+__all__ = ["world"]
+
+
+async def until(condition: Any, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+async def with_key(world: World, limits: Limits | None = None, tenant: str = "lab") -> NewKey:
+    """A key that the gateway knows; requests of `world.http` have it from then on."""
+    new = KeyStore.at(world.registry.address).create("ann", tenant=tenant, limits=limits, by="test")
+    deadline = time.monotonic() + 5
+    while (await world.http.get("/v1/models")).status_code != 401:  # as before the first key
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    world.http.headers["authorization"] = f"Bearer {new.secret}"
+    return new
+
+
+async def limit_tenant(world: World, tenant: str, limits: Limits) -> None:
+    KeyStore.at(world.registry.address).limit_tenant(tenant, limits, by="test")
+    await until(lambda: world.app.state.keys.tenant_limits(tenant) == limits)
+
+
+async def test_a_request_is_charged_to_its_key_tenant_model_adapter_and_route(world: World):
+    await world.add_engine(echo())
+    world.adapter("red")
+    new = await with_key(world)
+    red = {"model": "red", "messages": [{"role": "user", "content": "one two"}]}
+    assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
+    assert (await world.http.post("/v1/chat/completions", json=red)).status_code == 200
+    assert world.usage == [
+        (UsageLabels(new.key.id, "lab", "base@1", "", "/v1/completions"), UsageCounts(1, 3, 3)),
+        (UsageLabels(new.key.id, "lab", "base@1", "red@1", "/v1/chat/completions"), UsageCounts(1, 2, 2)),
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": True}}])
+async def test_a_stream_is_counted_and_its_client_sees_nothing_of_that(world: World, options: dict[str, Any]):
+    await world.add_engine(echo())
+    answer = await world.http.post("/v1/completions", json={**BODY, "stream": True, **options})
+    assert world.usage[0][1] == UsageCounts(1, 3, 3)
+    assert answer.text.endswith("data: [DONE]\n\n") and "tandem" not in answer.text
+    assert ('"usage"' in answer.text) == bool(options)
+    whole = await world.http.post("/v1/completions", json=BODY)
+    assert "x-tandem-usage" not in whole.headers
+
+
+async def test_a_stream_that_its_client_leaves_is_charged_what_was_generated(world: World):
+    await world.add_engine(echo(delay_s=0.02))
+    body = {**BODY, "stream": True, "ignore_eos": True, "max_tokens": 1000}
+    async with world.http.stream("POST", "/v1/completions", json=body) as answer:
+        events = aiter(answer.aiter_bytes())
+        for _ in range(5):
+            await anext(events)
+    await until(lambda: world.usage)
+    counts = world.usage[0][1]
+    assert counts.requests == 1 and counts.prompt_tokens == 3 and 5 <= counts.completion_tokens < 900
+
+
+async def test_an_answer_that_its_client_does_not_wait_for_is_charged_too(world: World):
+    await world.add_engine(echo(delay_s=0.02))
+    with pytest.raises(httpx.ReadTimeout):
+        await world.http.post("/v1/completions", json={**BODY, "ignore_eos": True, "max_tokens": 1000}, timeout=0.5)
+    await until(lambda: world.usage)
+    assert 3 <= world.usage[0][1].completion_tokens < 900
+
+
+async def test_a_refused_request_is_charged_nothing(world: World):
+    await world.add_engine(echo(max_length=3))
+    long = {**BODY, "prompt": "one two three four"}
+    assert (await world.http.post("/v1/completions", json=long)).status_code == 400
+    assert (await world.http.post("/v1/completions", json={**BODY, "model": "nobody"})).status_code == 404
+    assert world.usage == []
+
+
+@asynccontextmanager
+async def breaking_replica(world: World) -> AsyncIterator[None]:
+    """A replica that is killed after two events of its first answer."""
+    server: asyncio.Server
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        for _ in range(2):
+            writer.write(b'13\r\ndata: {"choices":\n\n\r\n')
+            await writer.drain()
+        await asyncio.sleep(0.1)
+        server.close()
+        writer.transport.abort()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    world.records["r9"] = ReplicaRecord(id="r9", pool="base@1", url=f"http://{host}:{port}", token="t")
+    world.version += 1
+    await asyncio.sleep(0.1)
+    yield
+    server.close()
+
+
+async def test_a_request_whose_replica_is_killed_is_charged_what_arrived_as_an_estimate(world: World):
+    async with breaking_replica(world):
+        answer = await world.http.post("/v1/completions", json={**BODY, "stream": True})
+        assert "stopped in the middle" in answer.text
+    store = UsageStore.at(world.registry.address)
+    await until(lambda: store.sums(("model",)))
+    (row,) = store.sums(("model",))
+    assert (row["requests"], row["estimated_requests"], row["completion_tokens"]) == (1, 1, 2)
+    assert row["prompt_tokens"] > 0
+
+
+async def test_requests_over_a_keys_limit_are_429_with_the_headers_that_sdks_read(world: World):
+    await world.add_engine(Reflecting(("base@1", "base")))
+    await with_key(world, Limits(requests_per_minute=2, tokens_per_minute=5000))
+    first = await world.http.post("/v1/completions", json=BODY)
+    assert first.headers["x-ratelimit-limit-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    assert first.headers["x-ratelimit-reset-requests"].endswith("s")
+    assert int(first.headers["x-ratelimit-remaining-tokens"]) < 5000
+    messages = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+    second = await world.http.post("/v1/messages", json=messages)
+    assert second.headers["anthropic-ratelimit-requests-remaining"] == "0"
+    assert second.headers["anthropic-ratelimit-requests-reset"].endswith("Z")
+    third = await world.http.post("/v1/completions", json=BODY)
+    assert third.status_code == 429 and 50 <= int(third.headers["retry-after"]) <= 61
+    error = third.json()["error"]
+    assert error["code"] == "rate_limit_exceeded" and "2 requests in a minute" in error["message"]
+    assert len(world.usage) == 2
+
+
+async def test_tokens_that_were_reserved_and_not_used_are_free_again(world: World):
+    await world.add_engine(echo())
+    await with_key(world, Limits(tokens_per_minute=100))
+    for _ in range(4):  # each reserves 60 and more, and uses 6
+        answer = await world.http.post("/v1/completions", json={**BODY, "max_tokens": 40})
+        assert answer.status_code == 200
+    assert int(answer.headers["x-ratelimit-remaining-tokens"]) <= 100 - 3 * 6 - 40
+    too_many = await world.http.post("/v1/completions", json={**BODY, "max_tokens": 60, "n": 2})
+    assert too_many.status_code == 429 and too_many.headers["x-should-retry"] == "false"
+
+
+async def test_a_tenants_limit_is_shared_by_its_keys_and_counts_requests_at_once(world: World):
+    await world.add_engine(echo(delay_s=0.05))
+    await with_key(world)
+    await limit_tenant(world, "lab", Limits(concurrent_requests=1))
+    running = asyncio.create_task(world.http.post("/v1/completions", json={**BODY, "prompt": "one " * 20}))
+    await until(lambda: world.engines[0].stats().running)
+    refused = await world.http.post("/v1/completions", json=BODY)
+    assert refused.status_code == 429 and "tenant lab" in refused.json()["error"]["message"]
+    assert (await running).status_code == 200
+    assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_a_budget_of_a_day_counts_what_other_processes_have_written(world: World):
+    await world.add_engine(echo())
+    new = await with_key(world, Limits(tokens_per_day=200))
+    assert (await world.http.post("/v1/completions", json={**BODY, "max_tokens": 4})).status_code == 200
+    store = UsageStore.at(world.registry.address)
+    labels = UsageLabels(new.key.id, "lab", "base@1", "", "/v1/completions")
+    store.add("another", 1, {UsageKey.at(labels, time.time()): UsageCounts(1, 100, 95)})
+    deadline = time.monotonic() + 15
+    while (answer := await world.http.post("/v1/completions", json={**BODY, "max_tokens": 4})).status_code != 429:
+        assert time.monotonic() < deadline and answer.status_code == 200
+        await asyncio.sleep(0.5)
+    error = answer.json()["error"]
+    assert error["code"] == "insufficient_quota" and "200 tokens in a day" in error["message"]
+    assert answer.headers["x-should-retry"] == "false"
+
+
+async def test_each_request_has_a_line_in_the_access_log_and_nothing_of_its_content(world: World):
+    await world.add_engine(echo())
+    new = await with_key(world)
+    secret = {"model": "base", "prompt": "zebra zebra", "stream": True}
+    await world.http.post("/v1/completions", json=secret, headers={"x-request-id": "mine"})
+    await world.http.post("/v1/completions", json=secret, headers={"authorization": "Bearer tdm-wrong"})
+    await world.http.get("/health/live")
+    log = world.folder / "logs" / "access.jsonl"
+    await until(lambda: log.exists() and log.read_text().count("/v1/completions") == 2)
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert "zebra" not in log.read_text() and "tdm-" not in log.read_text() and "health" not in log.read_text()
+    answered, refused = [
+        line for line in map(json.loads, log.read_text().splitlines()) if "completions" in line["path"]
+    ]
+    assert (answered["request_id"], answered["key_id"], answered["tenant"]) == ("mine", new.key.id, "lab")
+    assert (answered["status"], answered["model"], answered["replica"]) == (200, "base@1", "r0")
+    assert (answered["prompt_tokens"], answered["completion_tokens"]) == (2, 2)
+    assert 0 < answered["head_s"] <= answered["total_s"]
+    assert refused["status"] == 401 and "key_id" not in refused

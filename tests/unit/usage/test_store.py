@@ -1,0 +1,110 @@
+"""Usage in the database: batches are added exactly once, and sums are those of the records."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from postgresql import Server
+
+from tandem.db.database import open_database
+from tandem.errors import ConfigError, RegistryUnreachableError
+from tandem.usage import UsageCounts, UsageKey, UsageLabels, UsageStore, UsageWriter
+
+CHAT = UsageLabels("key_1", "lab", "base@1", "red@1", "/v1/chat/completions")
+NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[UsageStore]:
+    url = f"sqlite:///{tmp_path}/tandem.db"
+    if request.param == "postgresql":
+        server: Server = request.getfixturevalue("postgresql_server")
+        url = server.create(uuid.uuid4().hex)
+    open_database(url, create=True).dispose()
+    with UsageStore(url) as opened:
+        yield opened
+
+
+def test_batches_add_up_and_a_repeated_batch_changes_nothing(store: UsageStore):
+    batch = {UsageKey(NOON, CHAT): UsageCounts(2, 30, 7)}
+    assert store.add("one", 1, batch) is True
+    assert store.add("one", 1, batch) is False
+    assert store.add("one", 2, batch) is True
+    assert store.add("two", 1, {UsageKey(NOON, CHAT): UsageCounts(1, 1, 1, 1)}) is True
+    (row,) = store.sums(("key_id", "adapter"))
+    assert row == {
+        "key_id": "key_1", "adapter": "red@1",
+        "requests": 5, "prompt_tokens": 61, "completion_tokens": 15, "estimated_requests": 1,
+    }  # fmt: skip
+
+
+def test_a_batch_changes_no_revision_of_the_registry(store: UsageStore):
+    before = store.revision()
+    store.add("one", 1, {UsageKey(NOON, CHAT): UsageCounts(1)})
+    assert store.revision() == before
+
+
+def test_sums_are_grouped_and_bounded_in_time(store: UsageStore):
+    other = CHAT._replace(tenant="shop", key_id="key_2")
+    batch = {
+        UsageKey(NOON, CHAT): UsageCounts(1, 10, 1),
+        UsageKey(NOON + timedelta(hours=1), CHAT): UsageCounts(1, 20, 2),
+        UsageKey(NOON + timedelta(days=1), other): UsageCounts(1, 40, 4),
+    }
+    store.add("one", 1, batch)
+    assert [(r["day"], r["prompt_tokens"]) for r in store.sums(("day",))] == [("2026-05-04", 30), ("2026-05-05", 40)]
+    assert [r["prompt_tokens"] for r in store.sums((), since=NOON + timedelta(hours=1))] == [60]
+    assert [r["prompt_tokens"] for r in store.sums((), until=NOON + timedelta(hours=1))] == [10]
+    assert [r["hour"] for r in store.sums(("hour",), tenant="shop")] == ["2026-05-05T12:00:00+00:00"]
+    assert store.sums((), since=NOON + timedelta(days=9))[0]["requests"] == 0
+    with pytest.raises(ConfigError, match=r"no column 'modle'\. Did you mean 'model'\?"):
+        store.sums(("modle",))
+
+
+def test_tokens_of_today_are_those_since_midnight_by_key_and_tenant(store: UsageStore):
+    other = CHAT._replace(key_id="key_2")
+    batch = {
+        UsageKey(NOON.replace(hour=0), CHAT): UsageCounts(1, 10, 1),
+        UsageKey(NOON, other): UsageCounts(1, 20, 2),
+        UsageKey(NOON - timedelta(days=1), CHAT): UsageCounts(1, 500, 500),
+    }
+    store.add("one", 1, batch)
+    assert store.tokens_today(NOON) == {"key:key_1": 11, "key:key_2": 22, "tenant:lab": 33}
+
+
+class Unreliable(UsageStore):
+    """A database whose answer is lost twice: once after it has written the batch, once before."""
+
+    losses = 2
+
+    def add(self, writer: str, sequence: int, batch: object) -> bool:
+        self.losses -= 1
+        if self.losses == 1:
+            super().add(writer, sequence, batch)  # type: ignore[arg-type]
+        if self.losses >= 0:
+            raise RegistryUnreachableError("no connection")
+        return super().add(writer, sequence, batch)  # type: ignore[arg-type]
+
+
+async def test_a_writer_loses_and_repeats_nothing_where_the_database_fails(store: UsageStore):
+    writer = UsageWriter(Unreliable(store.url))
+    writer.add(CHAT, UsageCounts(1, 5, 5))
+    for _ in range(2):
+        with pytest.raises(RegistryUnreachableError):
+            await writer.flush()
+        writer.add(CHAT, UsageCounts(1, 1, 1))
+    await writer.stop()
+    assert store.sums(())[0] == {
+        "requests": 3, "prompt_tokens": 7, "completion_tokens": 7, "estimated_requests": 0
+    }  # fmt: skip
+
+
+def test_labels_survive_a_header_and_nothing_else_does():
+    odd = UsageLabels("key_1", "täñt", 'a"b,\\', "", "/v1")
+    assert UsageLabels.from_header(odd.to_header().encode("ascii")) == odd
+    for wrong in (b"", b"{}", b"[1]", b"\xff", b'["a","b","c","d","e","f"]'):
+        assert UsageLabels.from_header(wrong) is None
