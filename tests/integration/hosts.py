@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,7 @@ class Host:
 def hosts(count: int, folder: Path, shared: Sequence[Path]) -> Iterator[list[Host]]:
     """`count` hosts for the length of a block; `shared` folders, and this repository, are the same on all of them."""
     _require()
+    _remove_leftovers()
     mark = f"{os.getpid() % 10000}"
     bridge = f"br{mark}"
     names = [f"t{mark}n{number}" for number in range(1, count + 1)]
@@ -152,12 +154,7 @@ def hosts(count: int, folder: Path, shared: Sequence[Path]) -> Iterator[list[Hos
         yield found
     finally:
         for name in names:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
-            for pid in pids.split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
-            subprocess.run(["ip", "link", "del", f"v{name}"], check=False, stderr=subprocess.DEVNULL)
+            _remove(name)
         for process in started:
             process.wait(10)
         subprocess.run(["ip", "link", "del", bridge], check=False, stderr=subprocess.DEVNULL)
@@ -180,6 +177,28 @@ def _require() -> None:
     )
     if probe.returncode:
         pytest.skip(f"this machine gives no namespaces: {probe.stderr.strip()}")
+
+
+def _remove_leftovers() -> None:
+    """Remove the hosts of a test process that was killed: two bridges with the same addresses would answer for each other."""
+    shown = subprocess.run(
+        ["ip", "-o", "addr", "show", "to", f"{SUBNET}.1"], capture_output=True, text=True, check=True
+    ).stdout
+    for bridge in re.findall(r"^\d+: (br\d+) ", shown, re.MULTILINE):
+        namespaces = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+        for name in re.findall(rf"^(t{bridge[2:]}n\d+)\b", namespaces, re.MULTILINE):
+            _remove(name)
+        subprocess.run(["ip", "link", "del", bridge], check=False, stderr=subprocess.DEVNULL)
+
+
+def _remove(name: str) -> None:
+    """End a host's processes, and remove its namespace and its link."""
+    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+    for pid in pids.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+    subprocess.run(["ip", "link", "del", f"v{name}"], check=False, stderr=subprocess.DEVNULL)
 
 
 def _wait(host: Host, log: Path) -> None:
