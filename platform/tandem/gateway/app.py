@@ -22,7 +22,9 @@ from tandem.gateway.fleet import Fleet, WatchReplicas
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
-from tandem.gateway.routes.admin import PREFIX, AdminRoutes
+from tandem.gateway.routes.admin import AdminRoutes
+from tandem.gateway.routes.keys import KeyRoutes
+from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
@@ -45,6 +47,7 @@ def create_app(
     report_demand: ReportDemand | None = None,
     name: str = "gateway",
     server_adds_request_id: bool = False,
+    proxy_secret: str | None = None,
 ) -> Starlette:
     """The gateway's app for `models`.
 
@@ -54,6 +57,7 @@ def create_app(
     `admin`: fingerprint of TANDEM_ADMIN_TOKEN, which is accepted as an admin's key. `require_keys`: whether every request needs
     an API key even before the first one is made.
     `server_adds_request_id`: whether the server that runs the app adds `x-request-id` to every response, as Ray Serve does.
+    `proxy_secret`: by which requests of this node's HAProxy are known; it tells their clients' addresses.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
@@ -63,6 +67,7 @@ def create_app(
     upstream = Upstream(config)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     keys = KeyTable(KeyStore.at(registry.address))
+    key_routes = KeyRoutes(KeyStore.at(registry.address), registry, catalog.names, config.retry_after_s)
     fleet.on_lost = ReplicaProbe(upstream, fleet).start
 
     @contextlib.asynccontextmanager
@@ -80,15 +85,20 @@ def create_app(
             await fleet.stop()
             await relay.stop()
             await keys.stop()
+            key_routes.close()
             catalog.close()
 
-    administration = AdminRoutes(Adapters(registry), fleet, config.retry_after_s).app()
+    administration = management_app(PREFIX, "Tandem admin")
+    AdminRoutes(Adapters(registry), fleet, config.retry_after_s).add_to(administration)
+    key_routes.add_to(administration)
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config).routes(),
             Mount(PREFIX, administration),
         ],
-        middleware=[Middleware(Authentication, keys=keys, required=require_keys, admin=admin)],
+        middleware=[
+            Middleware(Authentication, keys=keys, required=require_keys, admin=admin, proxy_secret=proxy_secret)
+        ],
         lifespan=lifespan,
         exception_handlers={
             ApiError: answer_api_error,

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tandem.auth.credentials import secret_of
 from tandem.auth.key_table import KeyTable
 from tandem.auth.principal import ANONYMOUS, Principal, Role
+from tandem.gateway.client_address import PROXY_SECRET
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, path_below
 from tandem.ids import fingerprint
@@ -32,12 +33,18 @@ OPERATOR = Principal(key_id="admin-token", tenant="", role=Role.ADMIN)
 class Authentication:
     """The app, behind a check of keys."""
 
-    def __init__(self, app: ASGIApp, keys: KeyTable, *, required: bool, admin: str | None) -> None:
-        """`required`: whether keys are needed before the first one is made; `admin`: fingerprint of TANDEM_ADMIN_TOKEN."""
+    def __init__(
+        self, app: ASGIApp, keys: KeyTable, *, required: bool, admin: str | None, proxy_secret: str | None = None
+    ) -> None:
+        """`required`: whether keys are needed before the first one is made; `admin`: fingerprint of TANDEM_ADMIN_TOKEN.
+
+        `proxy_secret`: by which requests of this node's HAProxy are known, for `client_address`.
+        """
         self._app = app
         self._keys = keys
         self._required = required
         self._admin = admin
+        self._proxy_secret = proxy_secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its principal; 401 without a valid key, 403 where its role does not suffice."""
@@ -46,6 +53,7 @@ class Authentication:
             return
         if scope["type"] == "http":
             path = path_below(scope)
+            scope[PROXY_SECRET] = self._proxy_secret
             try:
                 scope[PRINCIPAL] = self._principal(scope, path)
             except ApiError as error:

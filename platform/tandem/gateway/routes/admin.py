@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -24,23 +23,13 @@ from tandem.api.adapters import (
     ReplicaAdapters,
     UnpinnedAdapter,
 )
-from tandem.errors import (
-    ConfigError,
-    JobError,
-    RegistryError,
-    RegistryUnreachableError,
-    StorageError,
-    UnknownModelError,
-)
-from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.fleet import Fleet
-from tandem.gateway.routes.management import management_app
+from tandem.gateway.routes.management import run_blocking
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
 
 T = TypeVar("T")
 
-PREFIX = "/admin"
 PAGE = 1000
 
 
@@ -52,9 +41,8 @@ class AdminRoutes:
         self._adapters = adapters
         self._fleet = fleet
 
-    def app(self) -> FastAPI:
-        """The app to mount at PREFIX."""
-        app = management_app(PREFIX, "Tandem admin")
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes to the app of management routes."""
         one = "/adapters/{name}"
         app.get("/adapters")(self.list_adapters)
         app.post("/adapters", status_code=201)(self.register)
@@ -65,7 +53,6 @@ class AdminRoutes:
         app.post(f"{one}/roll-back")(self.roll_back)
         app.post(f"{one}/pin")(self.pin)
         app.post(f"{one}/unpin")(self.unpin)
-        return app
 
     async def list_adapters(
         self,
@@ -137,17 +124,7 @@ class AdminRoutes:
         ]
 
     async def _do(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Blocking work in a thread; its errors as ApiErrors."""
-        try:
-            return await asyncio.to_thread(work, *args, **options)
-        except UnknownModelError as error:
-            raise ApiError(404, str(error), code="model_not_found", param="name") from None
-        except RegistryUnreachableError as error:
-            raise no_registry(str(error), self._retry_after_s) from None
-        except (RegistryError, ConfigError, JobError) as error:
-            raise ApiError(400, str(error)) from None
-        except StorageError as error:
-            raise ApiError(503, str(error)) from None
+        return await run_blocking(work, *args, retry_after_s=self._retry_after_s, **options)
 
 
 def _fields(record: ModelRecord) -> dict[str, Any]:
