@@ -206,8 +206,9 @@ class KeyStore(RegistryConnection):
             before = _key(row)
             if row.revoked_at is None:
                 row.revoked_at, row.revision = datetime.now(UTC), revision
-                changed = {"before": before.to_json(), "after": _key(row).to_json()}
-                record_change(session, Change(by=by, action="keys.revoke", target=row.id, address=address, **changed))
+                old, ended = before.to_json(), _key(row).to_json()
+                change = Change(by=by, action="keys.revoke", target=row.id, address=address, before=old, after=ended)
+                record_change(session, change)
             return _key(row)
 
     def rotate(self, id_or_name: str, *, overlap: timedelta, by: str, address: str | None = None) -> NewKey:
@@ -232,8 +233,9 @@ class KeyStore(RegistryConnection):
                 limits=dict(row.limits),
                 expires_in=lifetime,
             )
-            changed = {"before": before.to_json(), "after": new.key.to_json()}
-            record_change(session, Change(by=by, action="keys.rotate", target=row.id, address=address, **changed))
+            old, made = before.to_json(), new.key.to_json()
+            change = Change(by=by, action="keys.rotate", target=row.id, address=address, before=old, after=made)
+            record_change(session, change)
         return new
 
     def count_active(self) -> int:

@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator, Iterable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.routing import Mount
+from starlette.routing import BaseRoute, Mount
 
 from tandem.auth import KeyStore
+from tandem.auth.audit_log import AuditLog
 from tandem.auth.key_table import KeyTable
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
+from tandem.gateway.audit_writer import AuditWriter
 from tandem.gateway.authentication import Authentication
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
@@ -23,6 +25,7 @@ from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
 from tandem.gateway.routes.admin import AdminRoutes
+from tandem.gateway.routes.audit import AuditRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
@@ -67,12 +70,14 @@ def create_app(
     upstream = Upstream(config)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     keys = KeyTable(KeyStore.at(registry.address))
+    audit = AuditWriter(AuditLog.at(registry.address))
     key_routes = KeyRoutes(KeyStore.at(registry.address), registry, catalog.names, config.retry_after_s)
     fleet.on_lost = ReplicaProbe(upstream, fleet).start
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await keys.start()
+        audit.start()
         relay.start()
         await fleet.start()
         if report is not None:
@@ -86,19 +91,22 @@ def create_app(
             await relay.stop()
             await keys.stop()
             key_routes.close()
+            await audit.stop()
             catalog.close()
 
     administration = management_app(PREFIX, "Tandem admin")
-    AdminRoutes(Adapters(registry), fleet, config.retry_after_s).add_to(administration)
+    AdminRoutes(Adapters(registry), fleet, audit, config.retry_after_s).add_to(administration)
     key_routes.add_to(administration)
+    AuditRoutes(audit, config.retry_after_s).add_to(administration)
+    guard = Middleware(
+        Authentication, keys=keys, required=require_keys, admin=admin, report=audit.refuse, proxy_secret=proxy_secret
+    )
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config).routes(),
             Mount(PREFIX, administration),
         ],
-        middleware=[
-            Middleware(Authentication, keys=keys, required=require_keys, admin=admin, proxy_secret=proxy_secret)
-        ],
+        middleware=[guard],
         lifespan=lifespan,
         exception_handlers={
             ApiError: answer_api_error,
@@ -108,7 +116,14 @@ def create_app(
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
-    app.state.admission, app.state.keys = admission, keys
+    app.state.admission, app.state.keys, app.state.audit = admission, keys, audit
+    audit.words = words_of([*app.routes, *administration.routes])
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id
     return app
+
+
+def words_of(routes: Iterable[BaseRoute]) -> frozenset[str]:
+    """The fixed parts of routes' paths, such as `v1` and `completions`."""
+    parts = {part for route in routes for part in str(getattr(route, "path", "")).split("/")}
+    return frozenset(part for part in parts if part and "{" not in part)
