@@ -17,7 +17,8 @@ TandemError
 ├── ClusterError         no Ray cluster, or one that refused
 ├── JobError             a job that failed or does not exist
 │   └── JobStopped          a job that was told to stop, and can go on
-├── AuthError            an API key that cannot be made, changed or found
+├── AuthError            an API key that cannot be made or changed
+│   └── UnknownKeyError     no API key of that id or name
 ├── EngineError          an engine that cannot start or go on
 │   └── PromptError         one prompt of many that was not answered
 └── EnvironmentProblem   a machine that lacks something
@@ -64,7 +65,11 @@ class UnsafePathError(StorageError):
 
 
 class AuthError(TandemError):
-    """An API key that cannot be made, changed or found."""
+    """An API key that cannot be made or changed."""
+
+
+class UnknownKeyError(AuthError):
+    """No API key has that id, and no active one that name."""
 
 
 class RegistryError(TandemError):

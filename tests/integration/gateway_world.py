@@ -117,7 +117,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     )
     result.app = app
     sock = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error", proxy_headers=False))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve(sockets=[sock]))
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
+from tandem.cluster.haproxy import proxy_secret
 from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
 from tandem.limits import Verdict
@@ -68,6 +69,7 @@ class Gateway:
             access_log=settings().root / "logs" / f"access-{_replica_id()}.jsonl" if self._config.access_log else None,
             name=_replica_id(),
             server_adds_request_id=True,
+            proxy_secret=proxy_secret(),
         )
 
     async def _watch(self, version: int) -> Snapshot:

@@ -14,24 +14,28 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import ColumnElement, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
 from tandem.auth.principal import Limits, Principal, Role
 from tandem.db.audit import Change, record_change
-from tandem.db.schema import ApiKeyRow, TenantRow
-from tandem.errors import AuthError, ConfigError, did_you_mean
+from tandem.db.schema import ApiKeyRow, TenantRow, UtcDateTime
+from tandem.errors import AuthError, ConfigError, UnknownKeyError, did_you_mean
 from tandem.registry.connection import RegistryConnection
 
 PREFIX = "tdm-"
 SECRET_BYTES = 32
 DEFAULT_TENANT = "default"
 TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+LONGEST_LIFE = timedelta(days=100 * 365)
+"""Longest time for which a key can be made, and an old one be accepted after a rotation."""
 PAGE = 5000
 """Keys that gateways read at once."""
 log = logging.getLogger(__name__)
 LONGEST_SECRET = 128
 """Longest text that is hashed, in characters: ours have 47."""
+LONGEST_MODEL, MOST_MODELS = 256, 1000
+"""Longest name in a key's list of models, in characters, and most names."""
 
 Keys = list["ApiKey"]
 
@@ -130,13 +134,18 @@ class KeyStore(RegistryConnection):
         limits: Limits | None = None,
         expires_in: timedelta | None = None,
         by: str,
+        address: str | None = None,
     ) -> NewKey:
-        """Make a key; `by` says who did, for the audit log. AuthError for values that no key can have."""
+        """Make a key. AuthError for values that no key can have.
+
+        `by` and `address` tell the audit log who makes it, and from where.
+        """
         check_tenant(tenant)
         if not name.isprintable() or not 1 <= len(name) <= 96:
             raise AuthError("A key's name has 1 to 96 printable characters.")
-        if expires_in is not None and expires_in <= timedelta(0):
-            raise AuthError("A key must expire in the future.")
+        if expires_in is not None and not timedelta(0) < expires_in <= LONGEST_LIFE:
+            raise AuthError(f"A key expires after 1 second to {LONGEST_LIFE.days // 365} years, or never.")
+        _check_models(models)
         with self._writing() as (session, revision):
             new = self._add(
                 session,
@@ -148,7 +157,8 @@ class KeyStore(RegistryConnection):
                 limits=(limits or Limits()).to_json(),
                 expires_in=expires_in,
             )
-            record_change(session, Change(by=by, action="keys.create", target=new.key.id, after=new.key.to_json()))
+            change = Change(by=by, action="keys.create", target=new.key.id, address=address, after=new.key.to_json())
+            record_change(session, change)
         return new
 
     def list(self, *, tenant: str | None = None, every: bool = False) -> Keys:
@@ -161,26 +171,44 @@ class KeyStore(RegistryConnection):
         now = datetime.now(UTC)
         return [key for key in keys if every or key.state(now) == "active"]
 
+    def page(
+        self, *, tenant: str | None = None, every: bool = False, after: str | None = None, limit: int = 100
+    ) -> Keys:
+        """At most `limit` keys, oldest first, after the key with the id `after`; `tenant` and `every` as in `list`."""
+        row = ApiKeyRow
+        query = select(row).order_by(row.created_at, row.id).limit(limit)
+        if tenant is not None:
+            query = query.where(row.tenant == tenant)
+        if not every:
+            query = query.where(_is_active())
+        with self._reading() as session:
+            if after is not None:
+                last = session.get(row, after)
+                if last is None:
+                    raise UnknownKeyError(f"There is no key {after[:80]!r}; `after` is the id of a page's last key.")
+                query = query.where(
+                    tuple_(row.created_at, row.id) > tuple_(literal(last.created_at, UtcDateTime), last.id)
+                )
+            return [_key(each) for each in session.scalars(query)]
+
     def get(self, id_or_name: str) -> ApiKey:
         """One key, by its id, or by its name if one active key has it; AuthError otherwise."""
         with self._reading() as session:
             return _key(_find(session, id_or_name))
 
-    def revoke(self, id_or_name: str, *, by: str) -> ApiKey:
+    def revoke(self, id_or_name: str, *, by: str, address: str | None = None) -> ApiKey:
         """End a key; gateways refuse it within seconds. A key that has ended stays as it is."""
         with self._writing() as (session, revision):
             row = _find(session, id_or_name)
             before = _key(row)
             if row.revoked_at is None:
                 row.revoked_at, row.revision = datetime.now(UTC), revision
-                after = _key(row)
-                record_change(
-                    session,
-                    Change(by=by, action="keys.revoke", target=row.id, before=before.to_json(), after=after.to_json()),
-                )
+                old, ended = before.to_json(), _key(row).to_json()
+                change = Change(by=by, action="keys.revoke", target=row.id, address=address, before=old, after=ended)
+                record_change(session, change)
             return _key(row)
 
-    def rotate(self, id_or_name: str, *, overlap: timedelta, by: str) -> NewKey:
+    def rotate(self, id_or_name: str, *, overlap: timedelta, by: str, address: str | None = None) -> NewKey:
         """A new key with the same rights; the old one is accepted for `overlap` more. AuthError if the old one has ended."""
         now = datetime.now(UTC)
         with self._writing() as (session, revision):
@@ -188,7 +216,7 @@ class KeyStore(RegistryConnection):
             before = _key(row)
             if before.state(now) != "active":
                 raise AuthError(f"{row.id} is {before.state(now)}; make a new key: `tandem keys create {row.name}`.")
-            until = now + max(overlap, timedelta(0))
+            until = now + min(max(overlap, timedelta(0)), LONGEST_LIFE)
             lifetime = None if row.lifetime_s is None else timedelta(seconds=row.lifetime_s)
             row.expires_at = until if row.expires_at is None else min(until, row.expires_at)
             row.revision = revision
@@ -202,17 +230,14 @@ class KeyStore(RegistryConnection):
                 limits=dict(row.limits),
                 expires_in=lifetime,
             )
-            record_change(
-                session,
-                Change(by=by, action="keys.rotate", target=row.id, before=before.to_json(), after=new.key.to_json()),
-            )
+            old, made = before.to_json(), new.key.to_json()
+            change = Change(by=by, action="keys.rotate", target=row.id, address=address, before=old, after=made)
+            record_change(session, change)
         return new
 
     def count_active(self) -> int:
         """How many keys are accepted now."""
-        now = datetime.now(UTC)
-        query = select(func.count()).select_from(ApiKeyRow).where(ApiKeyRow.revoked_at.is_(None))
-        query = query.where(ApiKeyRow.expires_at.is_(None) | (ApiKeyRow.expires_at > now))
+        query = select(func.count()).select_from(ApiKeyRow).where(_is_active())
         with self._reading() as session:
             return session.execute(query).scalar_one()
 
@@ -290,6 +315,21 @@ def check_tenant(tenant: str) -> None:
         )
 
 
+def _check_models(models: Sequence[str]) -> None:
+    """AuthError for a list of models that has too many names, or one that no model can have."""
+    if len(models) > MOST_MODELS:
+        raise AuthError(f"The list of models has {len(models)} names; a key has at most {MOST_MODELS}.")
+    for place, name in enumerate(models):
+        if not name.isprintable() or not 1 <= len(name) <= LONGEST_MODEL:
+            raise AuthError(f"models[{place}] must have 1 to {LONGEST_MODEL} printable characters; it has {len(name)}.")
+
+
+def _is_active() -> ColumnElement[bool]:
+    """The condition that a row's key is accepted now."""
+    row = ApiKeyRow
+    return row.revoked_at.is_(None) & (row.expires_at.is_(None) | (row.expires_at > datetime.now(UTC)))
+
+
 def _accepted(row: Any) -> Principal | None:
     """The principal of a row; None for a revoked key, and for one that this version of Tandem cannot read."""
     if row.revoked_at is not None:
@@ -319,7 +359,7 @@ def _find(session: Session, id_or_name: str) -> ApiKeyRow:
         raise AuthError(f"{len(named)} active keys are called {id_or_name!r}: {ids}. Give the id.")
     known = [*session.scalars(select(ApiKeyRow.id)), *session.scalars(select(ApiKeyRow.name))]
     near = did_you_mean(id_or_name, known)
-    raise AuthError(f"There is no active key {id_or_name[:80]!r}.{near} `tandem keys ls --all` lists them.")
+    raise UnknownKeyError(f"There is no active key {id_or_name[:80]!r}.{near} `tandem keys ls --all` lists them.")
 
 
 def _key(row: ApiKeyRow) -> ApiKey:

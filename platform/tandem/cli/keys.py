@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import re
-import socket
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.auth import ApiKey, KeyStore, Limits, NewKey, Role
+from tandem.auth import ApiKey, Limits, NewKey, Role
 from tandem.auth.key_table import POLL_S
 from tandem.auth.keys import DEFAULT_TENANT
 from tandem.cli.support.shell import friendly_errors
 from tandem.errors import ConfigError
 from tandem.sdk.console import console
+from tandem.sdk.keys import Keys, duration
 
 keys_app = typer.Typer(
     no_args_is_help=True,
     help="API keys of the served app. From the first key on, every request needs one; a change holds within 5 seconds.",
 )
 
-UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Key = Annotated[str, typer.Argument(help="The id of a key, or its name if one active key has it.")]
 
@@ -47,14 +45,13 @@ def create_command(
 ) -> None:
     """Make a key, and print it: nobody can be shown it again."""
     with friendly_errors():
-        new = KeyStore.open().create(
+        new = Keys.open().create(
             name,
             tenant=tenant,
             role=role,
             models=models or (),
             limits=_limits(limit or []),
-            expires_in=None if expires_in is None else duration(expires_in),
-            by=_who(),
+            expires_in=expires_in,
         )
         _print_new(new, as_json)
 
@@ -67,7 +64,7 @@ def list_command(
 ) -> None:
     """List keys, without their secrets."""
     with friendly_errors():
-        keys = KeyStore.open().list(tenant=tenant, every=every)
+        keys = Keys.open().list(tenant=tenant, every=every)
         if as_json:
             console.print_json(json.dumps([key.to_json() for key in keys]))
         elif keys:
@@ -84,9 +81,9 @@ def rotate_command(
 ) -> None:
     """Replace a key by a new one with the same rights, and print that."""
     with friendly_errors():
-        store = KeyStore.open()
-        old = store.get(key)
-        new = store.rotate(old.id, overlap=duration(overlap), by=_who())
+        keys = Keys.open()
+        old = keys.get(key)
+        new = keys.rotate(old.id, overlap=duration(overlap))
         _print_new(new, as_json)
         if not as_json:
             console.print(f"[dim]{old.id} is accepted for {overlap} more.[/]")
@@ -96,19 +93,11 @@ def rotate_command(
 def revoke_command(key: Key, as_json: Json = False) -> None:
     """End a key: every gateway refuses it within 5 seconds."""
     with friendly_errors():
-        revoked = KeyStore.open().revoke(key, by=_who())
+        revoked = Keys.open().revoke(key)
         if as_json:
             console.print_json(json.dumps(revoked.to_json()))
         else:
             console.print(f"{revoked.id} ({escape(revoked.name)}) is revoked.")
-
-
-def duration(text: str) -> timedelta:
-    """A time such as 90s, 15m, 12h or 30d; ConfigError for anything else."""
-    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if found is None:
-        raise ConfigError(f"{text!r} is no duration. Give a whole number and a unit: 90s, 15m, 12h or 30d.")
-    return timedelta(seconds=int(found[1]) * UNITS_S[found[2]])
 
 
 def _limits(pairs: list[str]) -> Limits:
@@ -119,10 +108,6 @@ def _limits(pairs: list[str]) -> Limits:
             raise ConfigError(f"--limit {pair!r} is not LIMIT=NUMBER, such as requests_per_minute=60.")
         values[key] = int(number)
     return Limits.from_json(values)
-
-
-def _who() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def _print_new(new: NewKey, as_json: bool) -> None:

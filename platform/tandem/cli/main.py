@@ -8,6 +8,7 @@ import typer
 
 import tandem
 from tandem.cli.adapters import adapters_app
+from tandem.cli.audit import audit_command
 from tandem.cli.batch import batch_app
 from tandem.cli.chat import chat_command
 from tandem.cli.data import data_app
@@ -47,6 +48,7 @@ def main(
 app.command("quickstart")(quickstart_command)
 app.command("doctor")(doctor_command)
 app.command("chat")(chat_command)
+app.command("audit")(audit_command)
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(models_app, name="models")

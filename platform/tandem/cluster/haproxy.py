@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 
 from tandem.settings import LONGEST_DRAIN_S, settings, variable
+from tandem.storage import write_atomic
 
 EDITS = r"""
 # Through this socket HAProxy can be told anything, and hands over its listeners: it is for its owner alone.
@@ -36,7 +38,8 @@ s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
 /^ *bind/ a\
     stick-table type ipv6 size 100k expire 10m store conn_cur\
     tcp-request connection track-sc0 src\
-    tcp-request connection reject if {{ sc0_conn_cur gt {share} }}
+    tcp-request connection reject if {{ sc0_conn_cur gt {share} }}\
+    http-request set-header {client_header} "{secret} %[src]"
 }}
 # The list of apps and their prefixes is not told to clients.
 s#^\( *http-request return status\) .* if routes$#\1 404 if routes#
@@ -88,6 +91,9 @@ HEAD_TIMEOUT_S = 10
 IDLE_TIMEOUT_S = 300
 """Seconds that a connection may be kept between requests; longer than the pools of the usual clients keep theirs."""
 SCRIPT_NAME = "haproxy-edited"
+SECRET_NAME = "proxy-secret"
+CLIENT_HEADER = "x-tandem-client"
+"""Header in which HAProxy tells gateways its client's address, after the secret by which those of its node know it."""
 
 
 def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict[str, str]:
@@ -148,13 +154,19 @@ def write_script(folder: Path) -> Path:
     )
     unavailable, edits, before = folder / "no-gateway.http", folder / "haproxy.sed", folder / "haproxy-before-apps.sed"
     unavailable.write_bytes("\r\n".join((*head, "", body)).encode())
-    edits.write_text(
+    secret = secrets.token_hex(16)
+    write_atomic(folder / SECRET_NAME, secret, mode=0o600)
+    write_atomic(
+        edits,
         EDITS.format(
+            client_header=CLIENT_HEADER,
+            secret=secret,
             unavailable=unavailable,
             request_s=HEAD_TIMEOUT_S,
             idle_s=IDLE_TIMEOUT_S,
             share=settings().connections_per_address,
-        )
+        ),
+        mode=0o600,
     )
     write_bad_request(folder, edits)
     before.write_text(EDITS_BEFORE_APPS)
@@ -162,6 +174,17 @@ def write_script(folder: Path) -> Path:
     script.write_text(SCRIPT.format(edits=edits, edits_before_apps=before, binary=haproxy_binary()))
     script.chmod(0o700)
     return script
+
+
+def proxy_secret() -> str | None:
+    """The secret that this node's HAProxy sends to gateways; None in processes that no node with Tandem's HAProxy started."""
+    script = Path(variable("RAY_SERVE_HAPROXY_BINARY_PATH") or "")
+    if script.name != SCRIPT_NAME:
+        return None
+    try:
+        return (script.parent / SECRET_NAME).read_text()
+    except OSError:
+        return None
 
 
 def haproxy_binary() -> str:

@@ -1,4 +1,4 @@
-"""Audit log: who changed what, from where, before and after. An entry is made in the transaction of its change, and stays."""
+"""Audit log: who changed what, from where, before and after, and refused credentials. Entries are added and stay as they are."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ class Change:
     """One entry."""
 
     by: str
-    """A key's id, or `user@host` of a command."""
+    """A key's id, or `user@host` of a command; empty: an unknown client."""
     action: str
-    """`keys.create`, `keys.rotate` or `keys.revoke`."""
+    """Such as `keys.create`, `adapters.promote` or `credentials.refused`."""
     target: str
     address: str | None = None
     """Where the change came from; None for commands."""
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
+    at: datetime | None = None
+    """When it happened, if not now."""
 
 
 def record_change(session: Session, change: Change) -> None:
     """Add an entry to the transaction of a session."""
     session.add(
         AuditRow(
-            at=datetime.now(UTC),
+            at=change.at or datetime.now(UTC),
             by=change.by[:120],
-            action=change.action,
+            action=change.action[:64],
             target=change.target[:120],
-            address=change.address,
+            address=None if change.address is None else change.address[:64],
             before=None if change.before is None else dict(change.before),
             after=None if change.after is None else dict(change.after),
         )

@@ -10,9 +10,10 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.routing import Mount
+from starlette.routing import BaseRoute, Mount
 
 from tandem.auth import KeyStore
+from tandem.auth.audit_log import AuditLog
 from tandem.auth.key_table import KeyTable
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
@@ -20,6 +21,7 @@ from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
+from tandem.gateway.audit_writer import AuditWriter
 from tandem.gateway.authentication import Authentication
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
@@ -27,7 +29,10 @@ from tandem.gateway.fleet import Fleet, WatchReplicas
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
-from tandem.gateway.routes.admin import PREFIX, AdminRoutes
+from tandem.gateway.routes.admin import AdminRoutes
+from tandem.gateway.routes.audit import AuditRoutes
+from tandem.gateway.routes.keys import KeyRoutes
+from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
@@ -53,6 +58,7 @@ def create_app(
     access_log: Path | None = None,
     name: str = "gateway",
     server_adds_request_id: bool = False,
+    proxy_secret: str | None = None,
 ) -> Starlette:
     """The gateway's app for `models`.
 
@@ -64,6 +70,7 @@ def create_app(
     `admin`: fingerprint of TANDEM_ADMIN_TOKEN, which is accepted as an admin's key. `require_keys`: whether every request needs
     an API key even before the first one is made.
     `server_adds_request_id`: whether the server that runs the app adds `x-request-id` to every response, as Ray Serve does.
+    `proxy_secret`: by which requests of this node's HAProxy are known; it tells their clients' addresses.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
@@ -81,6 +88,8 @@ def create_app(
     limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=totals)
     accounting = Accounting(limiter, UsageWriter(UsageStore.at(registry.address)), keys.tenant_limits)
     lines = AccessLog(access_log) if access_log else None
+    audit = AuditWriter(AuditLog.at(registry.address))
+    key_routes = KeyRoutes(KeyStore.at(registry.address), registry, catalog.names, config.retry_after_s)
     fleet.on_lost = ReplicaProbe(upstream, fleet).start
 
     @contextlib.asynccontextmanager
@@ -89,6 +98,7 @@ def create_app(
             lines.start()
         await keys.start()
         await accounting.start()
+        audit.start()
         relay.start()
         await fleet.start()
         if report is not None:
@@ -105,18 +115,23 @@ def create_app(
             await keys.stop()
             if lines is not None:
                 await lines.stop()
+            key_routes.close()
+            await audit.stop()
             catalog.close()
 
-    administration = AdminRoutes(Adapters(registry), fleet, config.retry_after_s).app()
+    administration = management_app(PREFIX, "Tandem admin")
+    AdminRoutes(Adapters(registry), fleet, audit, config.retry_after_s).add_to(administration)
+    key_routes.add_to(administration)
+    AuditRoutes(audit, config.retry_after_s).add_to(administration)
+    guard = Middleware(
+        Authentication, keys=keys, required=require_keys, admin=admin, report=audit.refuse, proxy_secret=proxy_secret
+    )
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
             Mount(PREFIX, administration),
         ],
-        middleware=[
-            *([Middleware(LogAccess, access_log=lines)] if lines else []),
-            Middleware(Authentication, keys=keys, required=require_keys, admin=admin),
-        ],
+        middleware=[*([Middleware(LogAccess, access_log=lines)] if lines else []), guard],
         lifespan=lifespan,
         exception_handlers={
             ApiError: answer_api_error,
@@ -126,7 +141,14 @@ def create_app(
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
-    app.state.admission, app.state.keys = admission, keys
+    app.state.admission, app.state.keys, app.state.audit = admission, keys, audit
+    audit.words = words_of([*app.routes, *administration.routes])
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id
     return app
+
+
+def words_of(routes: Iterable[BaseRoute]) -> frozenset[str]:
+    """The fixed parts of routes' paths, such as `v1` and `completions`."""
+    parts = {part for route in routes for part in str(getattr(route, "path", "")).split("/")}
+    return frozenset(part for part in parts if part and "{" not in part)

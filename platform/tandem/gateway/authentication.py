@@ -6,6 +6,7 @@ Pure ASGI, around the whole app, so that a route that somebody adds is closed to
 from __future__ import annotations
 
 import hmac
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,6 +15,7 @@ from tandem.auth.credentials import secret_of
 from tandem.auth.key_table import KeyTable
 from tandem.auth.principal import ANONYMOUS, Principal, Role
 from tandem.gateway.accounting.access_log import note
+from tandem.gateway.client_address import PROXY_SECRET
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, path_below
 from tandem.ids import fingerprint
@@ -30,15 +32,44 @@ OPERATOR = Principal(key_id="admin-token", tenant="", role=Role.ADMIN)
 """Who sends TANDEM_ADMIN_TOKEN."""
 
 
+class RefusedError(ApiError):
+    """401 or 403 because of a request's credential, which the audit log counts."""
+
+    by = ""
+    """The id of a key that is valid and may not do this."""
+
+
+class ReportRefusal(Protocol):
+    """Called for each request that is refused because of its credential."""
+
+    def __call__(self, scope: Scope, error: ApiError, *, by: str, secret: str | None) -> None:
+        """`by`: the id of a valid key; `secret`: what the request was sent with."""
+        ...
+
+
 class Authentication:
     """The app, behind a check of keys."""
 
-    def __init__(self, app: ASGIApp, keys: KeyTable, *, required: bool, admin: str | None) -> None:
-        """`required`: whether keys are needed before the first one is made; `admin`: fingerprint of TANDEM_ADMIN_TOKEN."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: KeyTable,
+        *,
+        required: bool,
+        admin: str | None,
+        report: ReportRefusal | None = None,
+        proxy_secret: str | None = None,
+    ) -> None:
+        """`required`: whether keys are needed before the first one is made; `admin`: fingerprint of TANDEM_ADMIN_TOKEN.
+
+        `proxy_secret`: by which requests of this node's HAProxy are known, for `client_address`.
+        """
         self._app = app
         self._keys = keys
         self._required = required
         self._admin = admin
+        self._report = report
+        self._proxy_secret = proxy_secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its principal; 401 without a valid key, 403 where its role does not suffice."""
@@ -47,17 +78,21 @@ class Authentication:
             return
         if scope["type"] == "http":
             path = path_below(scope)
+            scope[PROXY_SECRET] = self._proxy_secret
+            secret = secret_of(scope["headers"])
             try:
-                principal = scope[PRINCIPAL] = self._principal(scope, path)
+                principal = scope[PRINCIPAL] = self._principal(scope, path, secret)
                 note(scope, key_id=principal.key_id or None, tenant=principal.tenant or None)
             except ApiError as error:
+                # Health checks without a key are nobody's attempt; a wrong key is one there, too.
+                if self._report and isinstance(error, RefusedError) and (secret is not None or path not in PUBLIC):
+                    self._report(scope, error, by=error.by, secret=secret)
                 if path not in PUBLIC:
                     await error.response(dialect_of(path), scope)(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 
-    def _principal(self, scope: Scope, path: str) -> Principal:
-        secret = secret_of(scope["headers"])
+    def _principal(self, scope: Scope, path: str, secret: str | None) -> Principal:
         administrative = path == ADMIN or path.startswith(f"{ADMIN}/")
         if secret and self._admin is not None and hmac.compare_digest(fingerprint(secret) or "", self._admin):
             return OPERATOR
@@ -88,11 +123,13 @@ def principal_of(scope: Scope) -> Principal:
 def check_admin(principal: Principal) -> None:
     """ApiError 403 for other roles than admin."""
     if not principal.role.includes(Role.ADMIN):
-        raise ApiError(
+        error = RefusedError(
             403,
             f"The key {principal.key_id} has the role {principal.role}; admin routes need the role admin.",
             code="insufficient_permissions",
         )
+        error.by = principal.key_id
+        raise error
 
 
 def check_local(scope: Scope) -> None:
@@ -106,7 +143,7 @@ def check_local(scope: Scope) -> None:
     host = urlsplit(f"//{headers.get(b'host', b'localhost').decode('latin-1')}").hostname or ""
     if is_loopback(host) and not PROXIED & set(headers):
         return
-    raise ApiError(
+    raise RefusedError(
         403,
         "This app has no API key yet, so it answers requests to localhost only, and none that a proxy passes on. Make a key with "
         "`tandem keys create NAME`.",
@@ -116,7 +153,7 @@ def check_local(scope: Scope) -> None:
 
 def _refused(secret: str | None, what: str) -> ApiError:
     told = "The request has no API key" if secret is None else f"What the request was sent with is not {what}"
-    return ApiError(
+    return RefusedError(
         401,
         f"{told}. Send one as `Authorization: Bearer ...` or `x-api-key`; `tandem keys create NAME` makes one.",
         code="invalid_api_key",
@@ -125,8 +162,9 @@ def _refused(secret: str | None, what: str) -> ApiError:
 
 
 def _closed() -> ApiError:
-    return ApiError(
+    return RefusedError(
         403,
         "The admin routes are closed: there is no API key yet, and the app was started without TANDEM_ADMIN_TOKEN. Make a key "
         "with `tandem keys create NAME --role admin`.",
+        code="key_required",
     )

@@ -108,6 +108,11 @@ class Catalog:
         self._found: dict[str, ModelRecord] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names and ids that the served models answer to."""
+        return tuple(self._served)
+
     async def resolve(self, name: str, principal: Principal) -> ResolvedModel:
         """The model of a name or id.
 
@@ -120,20 +125,24 @@ class Catalog:
             )
         if not name.isprintable():
             raise ApiError(400, "`model` has a character that no name has, such as a control character.", param="model")
-        if not may_use(principal, name):
-            raise await self._unknown(name, principal)
         served = self._served.get(name)
         if served is not None:
+            if not may_use(principal, served.name, served.id):
+                raise await self._unknown(name, principal)
             return ResolvedModel(base=served, pinned=name != served.name)
         try:
             record = await self._ask(self._find, name)
-        except UnknownVersionError as error:
-            raise unknown_model(str(error)) from None
-        except UnknownModelError:
+        except UnknownModelError as error:
+            # Which versions there are is for those who may use one.
+            if isinstance(error, UnknownVersionError) and may_use(principal, name):
+                raise unknown_model(str(error)) from None
             raise await self._unknown(name, principal) from None
         base = self._by_id.get(record.base or record.id)
+        alias = [base.name] if base is not None and record.kind == "model" else []
+        if not may_use(principal, name, record.id, *alias):
+            raise await self._unknown(name, principal)
         if base is None:
-            here = ", ".join(each for each in self._by_id if may_use(principal, each)) or "others"
+            here = ", ".join(m.id for m in self.models if may_use(principal, m.name, m.id)) or "others"
             what = (
                 f"the adapter {record.id} needs {record.base}"
                 if record.kind == "adapter"
@@ -189,10 +198,10 @@ class Catalog:
 
     async def card(self, name: str, principal: Principal) -> ModelCard:
         """The model or adapter of one name or id; ApiError 404 if there is none, or none that `principal` may use."""
-        base = self._served.get(name)
-        if base is not None and may_use(principal, name):
-            return ModelCard(name=name, id=base.id, base=base, adapter=False, created=base.created)
         target = await self.resolve(name, principal)
+        if name in self._served:
+            base = target.base
+            return ModelCard(name=name, id=base.id, base=base, adapter=False, created=base.created)
         record: ModelRecord = await self._ask(self._find, name)
         created = int(record.created_at.timestamp())
         return ModelCard(name=name, id=record.id, base=target.base, adapter=record.kind == "adapter", created=created)
@@ -248,6 +257,9 @@ class Catalog:
             raise no_registry(reason, self._retry_after_s) from error
 
 
-def may_use(principal: Principal, name: str) -> bool:
-    """Whether a principal may use a model or adapter, given by its name or the id of a version."""
-    return principal.may_use(name, split_version(name)[0])
+def may_use(principal: Principal, *names: str) -> bool:
+    """Whether a principal may use a model or adapter, given by all its names: an alias, a registered name, the id of a version.
+
+    A list with a name covers all its versions, a list with an id that version alone, however a request names it.
+    """
+    return principal.may_use(*names, *(split_version(name)[0] for name in names))

@@ -232,6 +232,14 @@ class Registry(RegistryConnection):
         with self._reading() as session:
             return names.near(session, name)
 
+    def summary(self, name: str) -> dict[str, Any]:
+        """What is known of a name, for the audit log: the number of its versions, the one it means, and what is pinned of it."""
+        with self._reading() as session:
+            known = session.get(NameRow, name)
+            count = session.scalar(select(func.count()).select_from(ModelRow).where(ModelRow.name == name))
+            pins = session.scalars(select(PinRow.target).where(PinRow.name == name).order_by(PinRow.target))
+            return {"versions": count, "promoted": known.promoted if known else None, "pinned": list(pins)}
+
     def newest_model(self) -> ModelRecord | None:
         """The model (not adapter) that was registered last."""
         query = select(ModelRow).where(ModelRow.kind == "model").order_by(ModelRow.revision.desc()).limit(1)

@@ -27,6 +27,7 @@ from tandem.sdk.address import find_api_url
 from tandem.sdk.cluster import open_cluster
 from tandem.sdk.console import console
 from tandem.sdk.datasets import build, describe
+from tandem.sdk.keys import Keys
 from tandem.sdk.serving import CPUS, listener, serving
 from tandem.sdk.summary import print_result
 from tandem.sdk.training import follow
@@ -97,6 +98,11 @@ class Session:
     def adapters(self) -> Adapters:
         """Register, promote, roll back, pin and delete adapters; what is served follows at the next request."""
         return Adapters(Registry.open(), find_api_url)
+
+    @property
+    def keys(self) -> Keys:
+        """Create, list, rotate and revoke API keys of the app; neither needs an app or a cluster that is up."""
+        return Keys.open()
 
     def serve(self, *models: str, port: int | None = None, config: ServeConfig | None = None) -> str:
         """Serve models until the session ends; returns the base URL for an OpenAI client once they answer."""

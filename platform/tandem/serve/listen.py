@@ -56,7 +56,7 @@ async def start_on(node_address: str, start: StartServer, app: Any, http_options
     """
     local = http_options.model_copy(update={"host": LOOPBACK})
     if node_address == LOOPBACK:
-        return await start(app, local, **options)
+        return _without_proxy_headers(await start(app, local, **options))
     family = socket.AF_INET6 if ":" in node_address else socket.AF_INET
     second = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -66,7 +66,7 @@ async def start_on(node_address: str, start: StartServer, app: Any, http_options
         second.close()
         raise RuntimeError(f"Port {http_options.port} is taken on {node_address}.") from error
     try:
-        task, server = await start(app, local, **options)
+        task, server = _without_proxy_headers(await start(app, local, **options))
     except BaseException:
         second.close()
         raise
@@ -79,6 +79,15 @@ async def start_on(node_address: str, start: StartServer, app: Any, http_options
 
     server.startup = startup_with_second  # type: ignore[method-assign]
     return task, server
+
+
+def _without_proxy_headers(started: Started) -> Started:
+    """Have a server that has not run yet report the peers of its connections.
+
+    uvicorn believes X-Forwarded-For of any peer on loopback, and HAProxy passes on what its clients write there.
+    """
+    started[1].config.proxy_headers = False
+    return started
 
 
 def internal_port_on_node() -> None:

@@ -125,7 +125,7 @@ def test_who_polls_sees_each_change_once(keys: KeyStore) -> None:
         ("x", {"tenant": "l" * 64}, "is not valid"),
         ("", {}, "1 to 96 printable"),
         ("a\nb", {}, "1 to 96 printable"),
-        ("x", {"expires_in": timedelta(0)}, "expire in the future"),
+        ("x", {"expires_in": timedelta(0)}, "expires after 1 second"),
     ],
 )
 def test_values_that_no_key_can_have_are_refused(keys: KeyStore, name: str, options: dict, said: str) -> None:

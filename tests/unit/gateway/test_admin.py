@@ -100,6 +100,10 @@ def test_the_openapi_document_has_every_route_with_its_models_and_errors(tmp_pat
         *((method, one) for method in ("get", "delete")),
         *(("post", f"{one}/{verb}") for verb in ("promote", "roll-back", "pin", "unpin")),
         ("get", "/residency"),
+        ("get", "/audit"),
+        *((method, "/keys") for method in ("get", "post")),
+        ("get", "/keys/{id}"),
+        *(("post", f"/keys/{{id}}/{verb}") for verb in ("rotate", "revoke")),
     }
     for operation in operations.values():
         assert {"4XX", "5XX"} < set(operation["responses"]) and "422" not in operation["responses"]

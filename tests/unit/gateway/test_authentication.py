@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import time
 from datetime import timedelta
 
@@ -11,8 +12,12 @@ import pytest
 from gateway_world import BODY, World, echo, world
 from starlette.routing import Mount, Route
 
-from tandem.auth import KeyStore, NewKey, Role
+from tandem.auth import KeyStore, NewKey, Principal, Role
+from tandem.config import ServedModelConfig
 from tandem.gateway.authentication import PUBLIC, Authentication
+from tandem.gateway.catalog import Catalog
+from tandem.gateway.errors import ApiError
+from tandem.routing.records import ServedModel
 
 __all__ = ["world"]
 SEEN_S = 5.0
@@ -110,7 +115,7 @@ async def test_no_route_but_health_is_open_without_a_key(world: World, key: NewK
     paths = {(prefix + r.path, method) for prefix, r in routes if isinstance(r, Route) for method in r.methods or ()}
     assert len(paths) > 25 and ("/admin/adapters", "POST") in paths
     for path, method in sorted(paths):
-        answer = await world.http.request(method, path.replace("{name:path}", "base").replace("{name}", "base"))
+        answer = await world.http.request(method, re.sub(r"{[^}]*}", "base", path))
         assert (answer.status_code == 401) == (path not in PUBLIC), (method, path, answer.status_code)
     for path in (
         "/",
@@ -150,6 +155,43 @@ async def test_a_key_reaches_the_models_that_it_names_and_sees_no_others(
         assert (await status(world, headers, f"/v1/models/{model}")) == expected
     listed = (await world.http.get("/v1/models", headers=headers)).json()["data"]
     assert [card["id"] for card in listed] == ["red"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "reached"),
+    [
+        (["chat"], {"chat", "base", "base@1"}),
+        (["base"], {"chat", "base", "base@1"}),
+        (["base@1"], {"chat", "base", "base@1"}),
+        (["red"], {"red", "red@1", "red@2"}),
+        (["red@2"], {"red", "red@2"}),
+        (["red@1"], {"red@1"}),
+        (["base@2"], set()),
+    ],
+)
+async def test_a_list_means_a_model_or_version_by_whichever_of_its_names_a_request_has(
+    world: World, allowed: list[str], reached: set[str]
+) -> None:
+    for rank in (4, 8):
+        world.adapter("red", rank=rank)
+    model = ServedModel(
+        id="base@1", name="chat", path="", max_length=64, config=ServedModelConfig(model="base", engine="vllm")
+    )
+    catalog = Catalog([model], world.registry)
+    principal = Principal(key_id="k", tenant="t", role=Role.USER, models=tuple(allowed))
+    found = set()
+    for name in ("chat", "base", "base@1", "red", "red@1", "red@2"):
+        try:
+            await catalog.resolve(name, principal)
+            assert (await catalog.card(name, principal)).name == name
+            found.add(name)
+        except ApiError as error:
+            assert error.status == 404 and error.code == "model_not_found"
+    assert found == reached
+    with pytest.raises(ApiError) as refused:
+        await catalog.resolve("red@9", principal)
+    assert ("it has" in refused.value.message) == (allowed == ["red"])
+    catalog.close()
 
 
 async def test_lists_tell_a_narrow_key_no_other_names_in_any_of_their_pages(

@@ -18,6 +18,7 @@ MAX_MODULES = 18
 AUTHENTICATION = {
     "gateway.accounting.access_log",
     "gateway.authentication",
+    "gateway.client_address",
     "auth.credentials",
     "auth.key_table",
     "auth.keys",

@@ -20,7 +20,8 @@ NODE = "127.0.0.9"
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": scope["server"][0].encode()})
+    told = scope["client" if scope["path"] == "/peer" else "server"]
+    await send({"type": "http.response.body", "body": told[0].encode()})
 
 
 async def started(node: str, port: int, host: str = "0.0.0.0") -> Any:
@@ -60,6 +61,18 @@ async def test_on_a_node_that_is_known_by_loopback_there_is_one_socket() -> None
     task, server = await started("127.0.0.1", port)
     try:
         assert [each.getsockname() for one in server.servers for each in one.sockets] == [("127.0.0.1", port)]
+    finally:
+        await stopped(task, server)
+
+
+@pytest.mark.parametrize("node", ["127.0.0.1", NODE])
+async def test_the_servers_peer_is_that_of_the_connection_whatever_headers_say(node: str) -> None:
+    (port,) = free_ports(1)
+    task, server = await started(node, port)
+    try:
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(f"http://127.0.0.1:{port}/peer", headers={"X-Forwarded-For": "203.0.113.9"})
+        assert answer.text == "127.0.0.1"
     finally:
         await stopped(task, server)
 

@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tandem.gateway.client_address import client_address
 from tandem.gateway.errors import path_below, request_id
 from tandem.private import make_private_folder
 
@@ -106,13 +107,11 @@ class LogAccess:
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 0
-        client = scope.get("client")
         entry: dict[str, Any] = {
             "time": round(time.time(), 3),
             "request_id": "",
             "method": scope["method"],
             "path": path[:200],
-            "client": client[0] if client else None,
         }
         scope[ENTRY] = entry
 
@@ -127,6 +126,7 @@ class LogAccess:
             await self._app(scope, receive, send_and_note)
         finally:
             entry["request_id"] = request_id(scope)[:200]
+            entry["client"] = client_address(scope)
             # 499, as in nginx: the client has left before an answer.
             entry["status"] = status or 499
             entry["total_s"] = round(time.perf_counter() - began, 4)

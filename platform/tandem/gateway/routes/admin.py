@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Query, Request
 
 from tandem.api.adapters import (
     Adapter,
@@ -24,37 +24,32 @@ from tandem.api.adapters import (
     ReplicaAdapters,
     UnpinnedAdapter,
 )
-from tandem.errors import (
-    ConfigError,
-    JobError,
-    RegistryError,
-    RegistryUnreachableError,
-    StorageError,
-    UnknownModelError,
-)
-from tandem.gateway.errors import ApiError, no_registry
+from tandem.gateway.audit_writer import AuditWriter
 from tandem.gateway.fleet import Fleet
-from tandem.gateway.routes.management import management_app
+from tandem.gateway.routes.audit import Audited, without_credentials
+from tandem.gateway.routes.management import run_blocking
+from tandem.ids import split_version
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
 
 T = TypeVar("T")
 
-PREFIX = "/admin"
 PAGE = 1000
+LOGGED = 100
+"""Deleted versions that the audit log names."""
 
 
 class AdminRoutes:
     """The route handlers."""
 
-    def __init__(self, adapters: Adapters, fleet: Fleet, retry_after_s: int = 5) -> None:
+    def __init__(self, adapters: Adapters, fleet: Fleet, audit: AuditWriter, retry_after_s: int = 5) -> None:
         self._retry_after_s = retry_after_s
         self._adapters = adapters
+        self._audited = Audited(audit, lambda name: adapters.registry.summary(split_version(name)[0]))
         self._fleet = fleet
 
-    def app(self) -> FastAPI:
-        """The app to mount at PREFIX."""
-        app = management_app(PREFIX, "Tandem admin")
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes to the app of management routes."""
         one = "/adapters/{name}"
         app.get("/adapters")(self.list_adapters)
         app.post("/adapters", status_code=201)(self.register)
@@ -65,7 +60,6 @@ class AdminRoutes:
         app.post(f"{one}/roll-back")(self.roll_back)
         app.post(f"{one}/pin")(self.pin)
         app.post(f"{one}/unpin")(self.unpin)
-        return app
 
     async def list_adapters(
         self,
@@ -81,11 +75,12 @@ class AdminRoutes:
         data = [ListedAdapter(**(_fields(record) | marks[record.id])) for record in shown]
         return AdapterList(data=data, has_more=last is not None, last_id=last)
 
-    async def register(self, registration: AdapterRegistration) -> Adapter:
+    async def register(self, registration: AdapterRegistration, request: Request) -> Adapter:
         """Register an adapter, see Adapters.register."""
         asked = registration.model_dump()
         name, source = asked.pop("name"), asked.pop("source")
-        return Adapter(**_fields(await self._do(self._adapters.register, name, source, **asked)))
+        work = functools.partial(self._adapters.register, name, source, **asked)
+        return Adapter(**_fields(await self._change(request, "register", name, work, _registered)))
 
     async def show(self, name: str) -> AdapterDetails:
         """One adapter, the history of its name, and the replicas that hold it."""
@@ -97,25 +92,30 @@ class AdminRoutes:
             replicas=[entry.replica for entry in self._replicas() if record.id in entry.in_memory],
         )
 
-    async def promote(self, name: str) -> Adapter:
+    async def promote(self, name: str, request: Request) -> Adapter:
         """Make a version (`name@version` in the path) the one that its name resolves to."""
-        return Adapter(**_fields(await self._do(self._adapters.promote, name)))
+        work = functools.partial(self._adapters.promote, name)
+        return Adapter(**_fields(await self._change(request, "promote", name, work)))
 
-    async def roll_back(self, name: str) -> Adapter:
+    async def roll_back(self, name: str, request: Request) -> Adapter:
         """Resolve a name to the version promoted before."""
-        return Adapter(**_fields(await self._do(self._adapters.roll_back, name)))
+        work = functools.partial(self._adapters.roll_back, name)
+        return Adapter(**_fields(await self._change(request, "roll_back", name, work)))
 
-    async def pin(self, name: str) -> PinnedAdapter:
+    async def pin(self, name: str, request: Request) -> PinnedAdapter:
         """Keep an adapter loaded on every replica of its base."""
-        return PinnedAdapter(**_fields(await self._do(self._adapters.pin, name)))
+        work = functools.partial(self._adapters.pin, name)
+        return PinnedAdapter(**_fields(await self._change(request, "pin", name, work)))
 
-    async def unpin(self, name: str) -> UnpinnedAdapter:
+    async def unpin(self, name: str, request: Request) -> UnpinnedAdapter:
         """Undo `pin`."""
-        return UnpinnedAdapter(id=name, was_pinned=await self._do(self._adapters.unpin, name))
+        work = functools.partial(self._adapters.unpin, name)
+        return UnpinnedAdapter(id=name, was_pinned=await self._change(request, "unpin", name, work))
 
-    async def delete(self, name: str) -> DeletedAdapters:
+    async def delete(self, name: str, request: Request) -> DeletedAdapters:
         """Delete a version, or all versions of a name."""
-        gone = await self._do(self._adapters.delete, name)
+        work = functools.partial(self._adapters.delete, name)
+        gone = await self._change(request, "delete", name, work, _deleted)
         return DeletedAdapters(deleted=[record.id for record in gone])
 
     async def residency(self) -> AdapterResidency:
@@ -136,18 +136,30 @@ class AdminRoutes:
             for replica in self._fleet.replicas
         ]
 
+    async def _change(
+        self,
+        request: Request,
+        verb: str,
+        name: str,
+        work: Callable[[], T],
+        more: Callable[[T], dict[str, Any]] = lambda result: {},
+    ) -> T:
+        """A change of an adapter, with its entry in the audit log."""
+        return await self._do(self._audited, request, f"adapters.{verb}", name, work, more)
+
     async def _do(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Blocking work in a thread; its errors as ApiErrors."""
-        try:
-            return await asyncio.to_thread(work, *args, **options)
-        except UnknownModelError as error:
-            raise ApiError(404, str(error), code="model_not_found", param="name") from None
-        except RegistryUnreachableError as error:
-            raise no_registry(str(error), self._retry_after_s) from None
-        except (RegistryError, ConfigError, JobError) as error:
-            raise ApiError(400, str(error)) from None
-        except StorageError as error:
-            raise ApiError(503, str(error)) from None
+        return await run_blocking(work, *args, retry_after_s=self._retry_after_s, **options)
+
+
+def _registered(record: ModelRecord) -> dict[str, Any]:
+    """What the audit log keeps of a version that was registered."""
+    source = without_credentials(record.location)
+    return {"id": record.id, "base": record.base, "source": source, "digest": record.digest}
+
+
+def _deleted(records: list[ModelRecord]) -> dict[str, Any]:
+    """The same of versions that were deleted."""
+    return {"deleted": [record.id for record in records[:LOGGED]], "deleted_count": len(records)}
 
 
 def _fields(record: ModelRecord) -> dict[str, Any]:

@@ -6,8 +6,11 @@ models do not pass here.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from collections.abc import Callable, Coroutine
-from typing import Any
+from concurrent.futures import Executor
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -17,11 +20,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tandem.api.adapters import ErrorAnswer
-from tandem.errors import did_you_mean, sentence
+from tandem.errors import (
+    AuthError,
+    ConfigError,
+    JobError,
+    RegistryError,
+    RegistryUnreachableError,
+    StorageError,
+    UnknownKeyError,
+    UnknownModelError,
+    did_you_mean,
+    sentence,
+)
 from tandem.gateway.authentication import check_admin, principal_of
-from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
+from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected, no_registry
 from tandem.gateway.request_body import parse_body, read_body
 
+T = TypeVar("T")
+
+PREFIX = "/admin"
 MAX_BODY_BYTES = 64 * 1024
 UPLOAD_TIMEOUT_S = 30.0
 SHOWN = 200
@@ -62,11 +79,34 @@ class BoundedRoute(APIRoute):
 
         async def bounded(request: Request) -> Response:
             check_admin(principal_of(request.scope))
-            if self.body_field is not None:
+            if self.body_field is not None and (self.body_field.field_info.is_required() or _has_body(request)):
                 request = JsonRequest(request, await read_body(request, MAX_BODY_BYTES, UPLOAD_TIMEOUT_S))
             return await handler(request)
 
         return bounded
+
+
+def _has_body(request: Request) -> bool:
+    return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+
+
+async def run_blocking(
+    work: Callable[..., T], *args: Any, retry_after_s: int, threads: Executor | None = None, **options: Any
+) -> T:
+    """Blocking work in a thread of `threads`, or of asyncio's own; its errors as ApiErrors."""
+    call = functools.partial(work, *args, **options)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+    except UnknownModelError as error:
+        raise ApiError(404, str(error), code="model_not_found", param="name") from None
+    except UnknownKeyError as error:
+        raise ApiError(404, str(error), code="key_not_found", param="id") from None
+    except RegistryUnreachableError as error:
+        raise no_registry(str(error), retry_after_s) from None
+    except (RegistryError, ConfigError, JobError, AuthError) as error:
+        raise ApiError(400, str(error)) from None
+    except StorageError as error:
+        raise ApiError(503, str(error)) from None
 
 
 class JsonRequest(Request):

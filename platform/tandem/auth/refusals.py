@@ -1,0 +1,113 @@
+"""Refused credentials between two writes of the audit log: equal ones are counted, within limits of memory and rows. Pure.
+
+Of a flood the log has `BURST` rows, then one more every `ROW_EVERY_S`, and one row a minute with the number of all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from tandem.db.audit import Change
+
+ACTION = "credentials.refused"
+OTHERS = "others"
+"""Target of the row that counts those without a row of their own."""
+MOST_KINDS = 1000
+"""Different refusals that are told apart between two writes; further ones are only counted."""
+BURST = 1000
+"""Rows that may be written at once, by one gateway."""
+ROW_EVERY_S = 10.0
+"""Seconds after which one more row may be written: 8,640 a day."""
+OTHERS_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """One refused request; equal ones are counted together."""
+
+    status: int
+    code: str
+    address: str | None
+    by: str = ""
+    """The id of a key that is valid and may not do this; empty: the credential is not valid."""
+    target: str = ""
+    """Method and route."""
+
+
+@dataclass(slots=True)
+class _Count:
+    first: datetime
+    last: datetime
+    number: int = 0
+    hint: str | None = None
+
+
+class Refusals:
+    """Refusals since the last `take`."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Refusal, _Count] = {}
+        self._others: _Count | None = None
+        self._rows = float(BURST)
+        self._refilled: datetime | None = None
+        self._others_at: datetime | None = None
+
+    def add(self, refusal: Refusal, now: datetime, hint: str | None = None) -> None:
+        """Count one. `hint`: the first characters of what was sent, kept of the first of its kind."""
+        count = self._counts.get(refusal)
+        if count is None:
+            if len(self._counts) >= MOST_KINDS:
+                self._add_others(now, now, 1)
+                return
+            count = self._counts[refusal] = _Count(first=now, last=now, hint=hint)
+        count.number += 1
+        count.last = now
+
+    def take(self, now: datetime, *, final: bool = False) -> list[Change]:
+        """The rows to write; `final`: with the count of the others, however recently one was written."""
+        if self._refilled is not None:
+            elapsed = max(0.0, (now - self._refilled).total_seconds())
+            self._rows = min(float(BURST), self._rows + elapsed / ROW_EVERY_S)
+        self._refilled = now
+        # Valid keys first: these have owners. Of the rest the most frequent.
+        ordered = sorted(self._counts.items(), key=lambda each: (not each[0].by, -each[1].number))
+        self._counts = {}
+        rows = []
+        for refusal, count in ordered:
+            if self._rows >= 1:
+                self._rows -= 1
+                rows.append(_row(refusal, count))
+            else:
+                self._add_others(count.first, count.last, count.number)
+        due = final or self._others_at is None or now - self._others_at >= timedelta(seconds=OTHERS_EVERY_S)
+        if self._others is not None and due:
+            rows.append(_row(Refusal(status=0, code="", address=None, target=OTHERS), self._others))
+            self._others, self._others_at = None, now
+        return rows
+
+    def put_back(self, number: int, now: datetime) -> None:
+        """Count rows that could not be written among the others."""
+        self._add_others(now, now, number)
+
+    def _add_others(self, first: datetime, last: datetime, number: int) -> None:
+        if self._others is None:
+            self._others = _Count(first=first, last=last)
+        self._others.number += number
+        self._others.first, self._others.last = min(self._others.first, first), max(self._others.last, last)
+
+
+def _row(refusal: Refusal, count: _Count) -> Change:
+    told = {"count": count.number, "last_at": count.last.isoformat()}
+    if refusal.status:
+        told |= {"status": refusal.status, "code": refusal.code}
+    if count.hint is not None:
+        told["hint"] = count.hint
+    return Change(
+        by=refusal.by,
+        action=ACTION,
+        target=refusal.target,
+        address=refusal.address,
+        after=told,
+        at=count.first,
+    )

@@ -1,0 +1,97 @@
+"""Admin route of the audit log, and the entries that other admin routes write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from fastapi import FastAPI, Query, Request
+
+from tandem.api.audit import AuditEntry, AuditPage
+from tandem.db.audit import Change
+from tandem.gateway.audit_writer import AuditWriter
+from tandem.gateway.authentication import principal_of
+from tandem.gateway.client_address import client_address
+from tandem.gateway.routes.management import run_blocking
+
+T = TypeVar("T")
+
+PAGE = 1000
+
+
+class AuditRoutes:
+    """The route handler."""
+
+    def __init__(self, audit: AuditWriter, retry_after_s: int = 5) -> None:
+        self._audit = audit
+        self._retry_after_s = retry_after_s
+
+    def add_to(self, app: FastAPI) -> None:
+        """Add the route to the app of management routes."""
+        app.get("/audit")(self.entries)
+
+    async def entries(
+        self,
+        after: Annotated[int | None, Query(ge=1, le=2**62)] = None,
+        limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
+        since: datetime | None = None,
+        action: Annotated[str | None, Query(max_length=64)] = None,
+        by: Annotated[str | None, Query(max_length=120)] = None,
+    ) -> AuditPage:
+        """Entries, newest first: `limit` of them that are older than the entry `after`.
+
+        `since`: not older than a time (ISO 8601; without a zone: UTC). `action`: of an action such as `keys.create`, or of a
+        group such as `keys`. `by`: of one key.
+        """
+        if since is not None and since.tzinfo is None:
+            since = since.replace(tzinfo=UTC)
+        found = await run_blocking(
+            self._audit.log.page,
+            after=after,
+            limit=limit + 1,
+            since=since,
+            action=action,
+            by=by,
+            retry_after_s=self._retry_after_s,
+        )
+        shown = found[:limit]
+        last = shown[-1].id if len(found) > limit else None
+        data = [AuditEntry.model_validate(entry.to_json()) for entry in shown]
+        return AuditPage(data=data, has_more=last is not None, last_id=last)
+
+
+class Audited:
+    """Blocking changes of adapters, each with its entry: the state of the name before and after."""
+
+    def __init__(self, audit: AuditWriter, state: Callable[[str], dict[str, Any]]) -> None:
+        """`state`: what is known of a name now."""
+        self._audit = audit
+        self._state = state
+
+    def __call__(
+        self, request: Request, action: str, name: str, work: Callable[[], T], more: Callable[[T], dict[str, Any]]
+    ) -> T:
+        """Do `work` on `name` and write its entry; nothing is written if it raises. `more`: what else the entry tells."""
+        before = self._state(name)
+        result = work()
+        self._audit.record(
+            Change(
+                by=principal_of(request.scope).key_id,
+                action=action,
+                target=name,
+                address=client_address(request.scope),
+                before=before,
+                after=self._state(name) | more(result),
+            )
+        )
+        return result
+
+
+def without_credentials(source: str) -> str:
+    """A folder or URI without what may be a secret: the user's part, the query and the fragment."""
+    if "://" not in source:
+        return source
+    parts = urlsplit(source)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
