@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray import serve
@@ -12,7 +12,8 @@ from ray.serve.handle import DeploymentHandle
 from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
 from tandem.registry import Registry, RegistryAddress
-from tandem.routing.records import ServedModel, Snapshot
+from tandem.routing.records import ServedModel
+from tandem.serve.directory_link import DirectoryWatcher
 from tandem.serve.listen import internal_port_on_node, is_loopback, listen_on_node
 from tandem.serve.metrics import RayQueueMetrics, latency_histogram
 from tandem.serve.replica.deployment import check_registry
@@ -51,7 +52,7 @@ class Gateway:
         check_registry(self._registry, ray.util.get_node_ip_address())
         return create_app(
             models=self._models,
-            watch=self._watch,
+            watch=DirectoryWatcher(self._directory.address.remote),
             registry=Registry.at(self._registry),
             config=self._config,
             record_latency=latency_histogram(),
@@ -64,9 +65,6 @@ class Gateway:
             name=_replica_id(),
             server_adds_request_id=True,
         )
-
-    async def _watch(self, version: int) -> Snapshot:
-        return cast(Snapshot, await self._directory.watch.remote(version))
 
     async def _report_demand(self, waiting: dict[str, int]) -> None:
         await self._directory.demand.remote(_replica_id(), waiting)

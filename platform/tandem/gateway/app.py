@@ -48,7 +48,7 @@ def create_app(
 ) -> Starlette:
     """The gateway's app for `models`.
 
-    `watch` returns snapshots of the replicas, `router` configures the choice among them. `record_latency` gets the milliseconds
+    `watch` returns the directory's next update, `router` configures the choice among them. `record_latency` gets the milliseconds
     added to each request, `metrics` the queue lengths, `report_demand` the waiting requests of models that scale.
     `name`: the gateway's id in response headers. `app.state.admission` holds the queues.
     `admin`: fingerprint of TANDEM_ADMIN_TOKEN, which is accepted as an admin's key. `require_keys`: whether every request needs
@@ -63,7 +63,8 @@ def create_app(
     upstream = Upstream(config)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     keys = KeyTable(KeyStore.at(registry.address))
-    fleet.on_lost = ReplicaProbe(upstream, fleet).start
+    probe = ReplicaProbe(upstream, fleet)
+    fleet.on_lost, fleet.probe = probe.start, probe.is_ready
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
