@@ -69,6 +69,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await keys.start()
+        catalog.start()
         relay.start()
         await fleet.start()
         if report is not None:
@@ -81,7 +82,7 @@ def create_app(
             await fleet.stop()
             await relay.stop()
             await keys.stop()
-            catalog.close()
+            await catalog.stop()
 
     administration = AdminRoutes(Adapters(registry), fleet, config.retry_after_s).app()
     app = Starlette(
@@ -99,7 +100,8 @@ def create_app(
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
-    app.state.admission, app.state.keys = admission, keys
+    app.state.admission, app.state.keys, app.state.fleet, app.state.upstream = admission, keys, fleet, upstream
+    app.state.catalog = catalog
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id
     return app

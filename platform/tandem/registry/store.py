@@ -21,7 +21,7 @@ from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
 from tandem.registry.connection import RegistryConnection
 from tandem.registry.folders import model_max_length
-from tandem.registry.records import Kind, ModelRecord, Promotion
+from tandem.registry.records import AdapterSummary, Kind, ModelRecord, Promotion
 from tandem.settings import settings
 from tandem.storage import Location, is_remote, local_path
 
@@ -29,6 +29,7 @@ from tandem.storage import Location, is_remote, local_path
 Records = list[ModelRecord]
 Promotions = list[Promotion]
 Names = list[str]
+Summaries = list[AdapterSummary]
 
 
 class Registry(RegistryConnection):
@@ -111,13 +112,13 @@ class Registry(RegistryConnection):
             promoting=promote,
         )
 
-    def resolve(self, name_or_id: str) -> ModelRecord:
+    def resolve(self, name_or_id: str, *, suggest: bool = True) -> ModelRecord:
         """The record of `name@version`, or of the version that a name means: the one promoted last.
 
-        Raises UnknownModelError with the nearest name.
+        Raises UnknownModelError with the nearest name; without `suggest` that search, which takes longest, is left out.
         """
         with self._reading() as session:
-            return _record(names.find(session, name_or_id))
+            return _record(names.find(session, name_or_id, suggest=suggest))
 
     def versions(self, name_or_id: str) -> Records:
         """One version (by id), or all of a name, oldest first. Raises UnknownModelError with the nearest name."""
@@ -226,6 +227,21 @@ class Registry(RegistryConnection):
                 query = query.where(table.name > name)
         with self._reading() as session:
             return [_record(row) for row in session.scalars(query)]
+
+    def summaries(self, base: str, *, after: str, limit: int) -> Summaries:
+        """The promoted adapters of a base by name, `limit` of them after the name `after`: what lists show, and no more."""
+        query = (
+            select(ModelRow.name, ModelRow.id, ModelRow.created_at, ModelRow.lineage["dora"].as_boolean())
+            .join(NameRow, (NameRow.name == ModelRow.name) & (NameRow.promoted == ModelRow.id))
+            .where(ModelRow.base == base, ModelRow.name > after)
+            .order_by(ModelRow.name)
+            .limit(limit)
+        )
+        with self._reading() as session:
+            return [
+                AdapterSummary(name, id_, base, int(created.timestamp()), bool(dora))
+                for name, id_, created, dora in session.execute(query)
+            ]
 
     def near(self, name: str) -> Names:
         """Registered names around where `name` would stand in the alphabet; at most 200."""

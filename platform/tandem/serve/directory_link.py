@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import cast
 
+from tandem.cluster.keepalive import keep_alive
 from tandem.routing.changes import ReplicaChange, Update, difference, normalised
 from tandem.routing.records import HeartbeatReply, ReplicaRecord
 from tandem.serve import directory_protocol as protocol
@@ -42,7 +43,7 @@ class Connection(asyncio.Protocol):
         """asyncio's call at the start."""
         self._transport = cast(asyncio.Transport, transport)
         self.open = True
-        protocol.keep_alive(transport)
+        keep_alive(transport, unreachable_s=protocol.UNREACHABLE_S)
 
     def data_received(self, data: bytes) -> None:
         """asyncio's call for received bytes."""

@@ -8,8 +8,6 @@ and gateways send `PING` and get a `Push` at each change, at least every second.
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,8 +26,8 @@ LONGEST_REPORT = 4 * 2**20
 LONGEST_PUSH = 256 * 2**20
 """Bytes of a frame to a gateway: a snapshot of some hundred thousand replicas."""
 LEAVE, PING = b'"leave"', b'"ping"'
-USER_TIMEOUT_MS = 5000
-"""Milliseconds in which the other side's machine must acknowledge what was sent."""
+UNREACHABLE_S = 6
+"""Seconds after which a connection whose other side's machine acknowledges nothing has ended."""
 
 
 class ProtocolError(TandemError):
@@ -144,14 +142,3 @@ class FrameReader:
             start = end
             yield content
         del self._buffer[:start]
-
-
-def keep_alive(transport: asyncio.BaseTransport) -> None:
-    """Have the kernel end a connection whose other side is out of reach."""
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)

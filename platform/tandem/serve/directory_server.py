@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import cast
 
+from tandem.cluster.keepalive import keep_alive
 from tandem.engine.protocol import AdapterRef
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, base_of_pool
 from tandem.serve import directory_protocol as protocol
@@ -191,7 +192,7 @@ class _Peer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        protocol.keep_alive(transport)
+        keep_alive(transport, unreachable_s=protocol.UNREACHABLE_S)
         self._deadline = asyncio.get_running_loop().call_later(HELLO_S, self.close)
         self._server.joined(self)
 
