@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,7 @@ class Catalog:
         self._list_reads = RegistryReads(registry.impatient(), name="registry-lists")
         taking_adapters = [model.id for model in self.models if model.config.max_adapters > 0]
         self._adapters = AdapterList(self._list_reads, taking_adapters, self._reads.revision, self._served)
+        self._hints = ThreadPoolExecutor(1, thread_name_prefix="similar-names")
         self._reads.on_poll = self._adapters.changed
 
     def start(self) -> None:
@@ -135,6 +137,7 @@ class Catalog:
         """Stop, and end the connections to the registry."""
         await self._reads.stop()
         await self._list_reads.stop()
+        self._hints.shutdown(wait=False)
 
     async def resolve(self, name: str, principal: Principal) -> ResolvedModel:
         """The model of a name or id.
@@ -262,7 +265,7 @@ class Catalog:
             here = f"Served here: {', '.join(known[:10])}."
             known += self._adapters.near(name)
         # Comparing long names takes longer than the streams may be kept waiting.
-        hint = await asyncio.to_thread(did_you_mean, name, known)
+        hint = await asyncio.get_running_loop().run_in_executor(self._hints, did_you_mean, name, known)
         return unknown_model(f"The model {name!r} does not exist.{hint} {here}")
 
     def _no_registry(self) -> ApiError:

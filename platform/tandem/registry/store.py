@@ -16,9 +16,10 @@ from sqlalchemy import delete, func, select, tuple_
 from tandem.db.schema import ModelRow, NameRow, PinRow
 from tandem.errors import RegistryError
 from tandem.ids import canonical_json, check_name, folder_digest, is_hub_name, split_version, versioned
-from tandem.registry import names
+from tandem.registry import conditions, names
 from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
+from tandem.registry.conditions import ALWAYS, Condition
 from tandem.registry.connection import RegistryConnection
 from tandem.registry.folders import model_max_length
 from tandem.registry.records import AdapterSummary, Kind, ModelRecord, Promotion
@@ -125,24 +126,39 @@ class Registry(RegistryConnection):
         with self._reading() as session:
             return [_record(row) for row in names.find_versions(session, name_or_id)]
 
-    def promote(self, version_id: str) -> ModelRecord:
-        """Make `name@version` what its name means, from the next request on."""
+    def promote(self, version_id: str, condition: Condition = ALWAYS) -> ModelRecord:
+        """Make `name@version` what its name means, from the next request on.
+
+        ChangedMeanwhileError, and nothing changes, if the name does not mean what the condition expects.
+        """
         name, version = split_version(version_id)
         if version is None:
             raise RegistryError(f"Say which version of {name} to promote, such as {versioned(name, 1)}.")
         with self._writing() as (session, _):
+            if earlier := conditions.result_of_earlier(session, condition):
+                return _record(names.find(session, earlier))
             row = names.find(session, version_id)
+            conditions.check(session, condition, name)
             record = _record(row)
-            if not names.promote(session, row):
+            conditions.remember(session, condition, record.id)
+            if not names.promote(session, row) and condition.once is None:
                 session.rollback()
             return record
 
-    def roll_back(self, name: str) -> ModelRecord:
-        """Make a name mean the version that was promoted before; called again, the one before that."""
+    def roll_back(self, name: str, condition: Condition = ALWAYS) -> ModelRecord:
+        """Make a name mean the version that was promoted before; called again, the one before that.
+
+        Conditions as in `promote`.
+        """
         if split_version(name)[1] is not None:
             raise RegistryError(f"A name is rolled back, not a version: `{split_version(name)[0]}`, or promote {name}.")
         with self._writing() as (session, _):
-            return _record(names.roll_back(session, name))
+            if earlier := conditions.result_of_earlier(session, condition):
+                return _record(names.find(session, earlier))
+            conditions.check(session, condition, name)
+            record = _record(names.roll_back(session, name))
+            conditions.remember(session, condition, record.id)
+            return record
 
     def promoted(self, among: Iterable[ModelRecord]) -> set[str]:
         """The ids of those that their names mean now."""

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Query, Request, Response
 
 from tandem.api.adapters import (
     Adapter,
@@ -25,6 +25,7 @@ from tandem.api.adapters import (
     UnpinnedAdapter,
 )
 from tandem.errors import (
+    ChangedMeanwhileError,
     ConfigError,
     JobError,
     RegistryError,
@@ -34,6 +35,7 @@ from tandem.errors import (
 )
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.fleet import Fleet
+from tandem.gateway.routes.conditions import condition_of
 from tandem.gateway.routes.management import management_app
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
@@ -87,23 +89,29 @@ class AdminRoutes:
         name, source = asked.pop("name"), asked.pop("source")
         return Adapter(**_fields(await self._do(self._adapters.register, name, source, **asked)))
 
-    async def show(self, name: str) -> AdapterDetails:
-        """One adapter, the history of its name, and the replicas that hold it."""
+    async def show(self, name: str, response: Response) -> AdapterDetails:
+        """One adapter, the history of its name, and the replicas that hold it; `ETag` is what the name means, for `If-Match`."""
         record = await self._do(self._adapters.registry.resolve, name)
         history = await self._do(self._adapters.promotions, record.name)
+        meant = next((p.id for p in history if not p.taken_back), None)
+        if meant is not None:
+            response.headers["ETag"] = f'"{meant}"'
         return AdapterDetails(
             **_fields(record),
             promotions=[AdapterPromotion(id=p.id, at=p.at.isoformat(), taken_back=p.taken_back) for p in history],
             replicas=[entry.replica for entry in self._replicas() if record.id in entry.in_memory],
         )
 
-    async def promote(self, name: str) -> Adapter:
-        """Make a version (`name@version` in the path) the one that its name resolves to."""
-        return Adapter(**_fields(await self._do(self._adapters.promote, name)))
+    async def promote(self, name: str, request: Request) -> Adapter:
+        """Make a version (`name@version` in the path) the one that its name resolves to.
 
-    async def roll_back(self, name: str) -> Adapter:
-        """Resolve a name to the version promoted before."""
-        return Adapter(**_fields(await self._do(self._adapters.roll_back, name)))
+        `If-Match`: id that the name must mean until then, else 412. `Idempotency-Key`: sent again, it changes nothing.
+        """
+        return Adapter(**_fields(await self._do(self._adapters.promote, name, condition_of(request))))
+
+    async def roll_back(self, name: str, request: Request) -> Adapter:
+        """Resolve a name to the version promoted before; `If-Match` and `Idempotency-Key` as for a promotion."""
+        return Adapter(**_fields(await self._do(self._adapters.roll_back, name, condition_of(request))))
 
     async def pin(self, name: str) -> PinnedAdapter:
         """Keep an adapter loaded on every replica of its base."""
@@ -144,6 +152,8 @@ class AdminRoutes:
             raise ApiError(404, str(error), code="model_not_found", param="name") from None
         except RegistryUnreachableError as error:
             raise no_registry(str(error), self._retry_after_s) from None
+        except ChangedMeanwhileError as error:
+            raise ApiError(412, str(error), code="precondition_failed", param="If-Match") from None
         except (RegistryError, ConfigError, JobError) as error:
             raise ApiError(400, str(error)) from None
         except StorageError as error:
