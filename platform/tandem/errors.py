@@ -88,6 +88,10 @@ class UnknownVersionError(UnknownModelError):
     """The name is registered, but has no such version, or none that is promoted."""
 
 
+class ChangedMeanwhileError(RegistryError):
+    """A name means another version than the one that a change expects."""
+
+
 class AdapterError(RegistryError):
     """An adapter whose files cannot be served: the fault is in them, not in what was asked to serve them."""
 

@@ -15,7 +15,8 @@ from tandem.gateway.app import create_app
 from tandem.limits import Verdict
 from tandem.limits.ledger import Operation
 from tandem.registry import Registry, RegistryAddress
-from tandem.routing.records import ServedModel, Snapshot
+from tandem.routing.records import ServedModel
+from tandem.serve.directory_link import DirectoryWatcher
 from tandem.serve.listen import internal_port_on_node, is_loopback, listen_on_node
 from tandem.serve.metrics import RayQueueMetrics, latency_histogram
 from tandem.serve.replica.deployment import check_registry
@@ -55,7 +56,7 @@ class Gateway:
         check_registry(self._registry, ray.util.get_node_ip_address())
         return create_app(
             models=self._models,
-            watch=self._watch,
+            watch=DirectoryWatcher(self._directory.address.remote),
             registry=Registry.at(self._registry),
             config=self._config,
             record_latency=latency_histogram(),
@@ -71,9 +72,6 @@ class Gateway:
             server_adds_request_id=True,
             proxy_secret=proxy_secret(),
         )
-
-    async def _watch(self, version: int) -> Snapshot:
-        return cast(Snapshot, await self._directory.watch.remote(version))
 
     async def _apply_limits(
         self, gateway: str, operations: tuple[Operation, ...], totals: dict[str, int] | None

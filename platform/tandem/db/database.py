@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import re
 import socket
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,6 @@ from tandem.errors import RegistryError, RegistryUnreachableError, StorageError,
 from tandem.private import make_private_folder
 from tandem.storage import disk_errors
 
-BUSY_TIMEOUT_MS = 30_000
-"""How long a writer waits for another before SQLite calls the database locked."""
 PASSING = (OperationalError, InterfaceError, PoolTimeoutError)
 """What drivers and SQLAlchemy's pool raise where the database is at fault, rather than what was asked of it."""
 ADVISORY_LOCK = 7_263_001
@@ -36,15 +36,29 @@ ADVISORY_LOCK = 7_263_001
 POSTGRESQL = "postgresql+psycopg"
 """SQLAlchemy's name of psycopg 3; `postgresql://` and `postgres://` mean it too."""
 BACKENDS = ("sqlite", "postgresql")
-CONNECT_TIMEOUT_S = 5
-"""How long PostgreSQL may take to accept a connection."""
-STATEMENT_TIMEOUT_MS = 30_000
-"""How long PostgreSQL may take for one statement; as long as SQLite waits for a lock."""
-POOL_TIMEOUT_S = 5.0
-"""How long a thread waits for one of a process's connections."""
 
 
-def open_database(url: str, *, create: bool | None = None) -> Engine:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeouts:
+    """Time that a database has to answer."""
+
+    connect_s: int
+    """To accept a connection, in seconds; PostgreSQL's client library takes 2 at least."""
+    statement_ms: int
+    """For one statement on PostgreSQL, and for a lock on SQLite, in milliseconds."""
+    pool_s: float
+    """For one of a process's connections to become free, in seconds."""
+
+
+PATIENT = Timeouts(connect_s=5, statement_ms=30_000, pool_s=5.0)
+"""For commands, jobs and writers."""
+IMPATIENT = Timeouts(connect_s=2, statement_ms=2_000, pool_s=1.0)
+"""For reads that a client's request waits for."""
+_OPENED: weakref.WeakKeyDictionary[Engine, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+"""The driver's connections of each PostgreSQL engine."""
+
+
+def open_database(url: str, *, create: bool | None = None, timeouts: Timeouts = PATIENT) -> Engine:
     """An engine whose schema is up to date.
 
     `create` makes the tables, or migrates them, where that is needed; several processes may do so at once. False never does, and
@@ -57,7 +71,7 @@ def open_database(url: str, *, create: bool | None = None) -> Engine:
     file = _file(parsed)
     if not create and file and not file.exists():
         raise RegistryError(_missing(parsed))
-    engine = connect(url)
+    engine = connect(url, timeouts)
     with database_errors(engine.url):
         found = _revision(engine)
         if found == REVISION:
@@ -125,7 +139,7 @@ def is_shared(url: str) -> bool:
     return parse_url(url).get_backend_name() != "sqlite"
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, timeouts: Timeouts = PATIENT) -> Engine:
     """An engine with Tandem's connection rules and the schema as it is; RegistryError for a URL that is none."""
     try:
         parsed = parse_url(url)
@@ -136,23 +150,23 @@ def connect(url: str) -> Engine:
             )
         options: dict[str, Any] = {"pool_pre_ping": True}
         if parsed.get_backend_name() == "sqlite":
-            options = {"connect_args": {"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False}}
+            options = {"connect_args": {"timeout": timeouts.statement_ms / 1000, "check_same_thread": False}}
             if file := _file(parsed):
                 with disk_errors("creating the registry", file):
                     make_private_folder(file.parent)
             else:
                 options["poolclass"] = StaticPool  # one connection: each new one would be another empty database
         elif parsed.drivername == POSTGRESQL:
-            options |= {"pool_size": 2, "max_overflow": 3, "pool_timeout": POOL_TIMEOUT_S, "pool_recycle": 1800}
+            options |= {"pool_size": 2, "max_overflow": 3, "pool_timeout": timeouts.pool_s, "pool_recycle": 1800}
             # What the URL says (sslmode, connect_timeout, options, ...) goes before these.
             options["connect_args"] = {
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
+                "connect_timeout": timeouts.connect_s,
+                "options": f"-c statement_timeout={timeouts.statement_ms}",
                 "application_name": "tandem",
                 "keepalives_idle": 30,
                 "keepalives_interval": 10,
                 "keepalives_count": 3,
-                "tcp_user_timeout": STATEMENT_TIMEOUT_MS,
+                "tcp_user_timeout": timeouts.statement_ms,
                 **parsed.query,
             }
         engine = create_engine(parsed, **options)
@@ -167,10 +181,26 @@ def connect(url: str) -> Engine:
             f"{error.name}, the driver of {parsed.drivername}, is not installed. `pip install {error.name}` brings it; "
             "postgresql:// needs psycopg, which is a part of Tandem."
         ) from error
+    if engine.dialect.name == "postgresql":
+        opened = _OPENED[engine] = weakref.WeakSet()
+        event.listen(engine, "connect", lambda connection, _: opened.add(connection))
     if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _on_sqlite_connect)
+        event.listen(engine, "connect", lambda connection, _: _on_sqlite_connect(connection, timeouts))
         event.listen(engine, "begin", _on_sqlite_begin)
     return engine
+
+
+def break_connections(engine: Engine) -> None:
+    """End an engine's connections to PostgreSQL, and with an error what threads are doing on them; the next use opens new ones.
+
+    A server that is stopped, or that a network hides, answers neither a statement nor its time-out.
+    """
+    for connection in list(_OPENED.get(engine, ())):
+        with contextlib.suppress(Exception):  # closed meanwhile, in one of several ways
+            # A copy of the descriptor: the connection itself belongs to the thread that waits for it.
+            with socket.socket(fileno=os.dup(connection.fileno())) as copy:
+                copy.shutdown(socket.SHUT_RDWR)
+    engine.dispose()
 
 
 @contextlib.contextmanager
@@ -192,11 +222,11 @@ def database_errors(url: URL) -> Iterator[None]:
         ) from error
 
 
-def _on_sqlite_connect(connection: Any, _record: Any) -> None:
+def _on_sqlite_connect(connection: Any, timeouts: Timeouts) -> None:
     # No implicit transactions: the driver's own would leave DDL outside them.
     connection.isolation_level = None
     cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+    cursor.execute(f"PRAGMA busy_timeout={timeouts.statement_ms}")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
 

@@ -9,7 +9,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, S
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-REVISION = "0005"
+REVISION = "0006"
 """The newest migration: a database that is at it needs nothing done."""
 
 # A name has at most 96 characters (ids.NAME_PATTERN); an id adds "@" and a version.
@@ -132,6 +132,19 @@ class PinRow(Base):
     name: Mapped[str] = mapped_column(
         _name(NAME_LENGTH), ForeignKey("registry_names.name", name="fk_registry_pins_name"), index=True
     )
+
+
+class IdempotencyRow(Base):
+    """A change that was made under an idempotency key, so that the same request sent again changes nothing."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("ix_idempotency_keys_at", "at"),)
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """SHA-256 of the caller, the change and the key that the caller gave."""
+    result: Mapped[str] = mapped_column(_name(ID_LENGTH))
+    """Id of the version that the change resulted in."""
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 class ApiKeyRow(Base):

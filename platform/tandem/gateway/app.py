@@ -62,7 +62,7 @@ def create_app(
 ) -> Starlette:
     """The gateway's app for `models`.
 
-    `watch` returns snapshots of the replicas, `router` configures the choice among them. `record_latency` gets the milliseconds
+    `watch` returns the directory's next update, `router` configures the choice among them. `record_latency` gets the milliseconds
     added to each request, `metrics` the queue lengths, `report_demand` the waiting requests of models that scale.
     `apply_limits` reaches the ledger of limits that all gateways of the app share; None: this one has a ledger of its own.
     `access_log`: the file of the access log; None: there is none. `name`: the gateway's id in response headers.
@@ -90,7 +90,8 @@ def create_app(
     lines = AccessLog(access_log) if access_log else None
     audit = AuditWriter(AuditLog.at(registry.address))
     key_routes = KeyRoutes(KeyStore.at(registry.address), registry, catalog.names, config.retry_after_s)
-    fleet.on_lost = ReplicaProbe(upstream, fleet).start
+    probe = ReplicaProbe(upstream, fleet)
+    fleet.on_lost, fleet.probe = probe.start, probe.is_ready
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -99,6 +100,7 @@ def create_app(
         await keys.start()
         await accounting.start()
         audit.start()
+        catalog.start()
         relay.start()
         await fleet.start()
         if report is not None:
@@ -117,7 +119,7 @@ def create_app(
                 await lines.stop()
             key_routes.close()
             await audit.stop()
-            catalog.close()
+            await catalog.stop()
 
     administration = management_app(PREFIX, "Tandem admin")
     AdminRoutes(Adapters(registry), fleet, audit, config.retry_after_s).add_to(administration)
@@ -141,7 +143,8 @@ def create_app(
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
-    app.state.admission, app.state.keys, app.state.audit = admission, keys, audit
+    app.state.admission, app.state.keys, app.state.fleet, app.state.upstream = admission, keys, fleet, upstream
+    app.state.catalog, app.state.audit = catalog, audit
     audit.words = words_of([*app.routes, *administration.routes])
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from tandem.engine.descriptor import EngineDescriptor
 from tandem.engine.engines import ENGINES
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import RegistryUnreachableError, UnknownModelError, UnknownVersionError, did_you_mean
+from tandem.gateway.adapter_list import AdapterList
 from tandem.gateway.errors import ApiError, no_registry, unknown_model
+from tandem.gateway.registry_reads import RegistryReads
 from tandem.ids import split_version
 from tandem.registry import ModelRecord, Registry
 from tandem.routing.records import ServedModel, prefill_pool
@@ -25,8 +28,10 @@ LONGEST_NAME = 256
 """Longest name that is looked up, in characters: a search for names similar to megabytes would block every stream."""
 ANSWER_S = 5.0
 """Seconds that the registry has to answer."""
+STALE_S = 3600.0
+"""Seconds for which a name means what it meant, while the registry does not answer."""
 REMEMBERED = 10_000
-"""Names whose records are cached between changes of the registry."""
+"""Names whose records are cached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +59,17 @@ class ResolvedModel:
     def engine_name(self) -> str:
         """Its `model` in requests to the engine."""
         return self.adapter.id if self.adapter else self.base.id
+
+
+@dataclass(slots=True)
+class KnownRecord:
+    """A record that was read from the registry."""
+
+    record: ModelRecord
+    revision: int | None
+    """The registry's revision before it was read; None: not known."""
+    confirmed_at: float
+    """Monotonic time at which the name last meant this, by the registry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +108,8 @@ class Catalog:
     """Served models by all their names, and their adapters in the registry.
 
     Each request for an adapter reads the registry's revision, so new adapters and promotions apply at once; records are read
-    again only when the revision has changed. Registry access runs in a thread of its own.
+    again only when the revision has changed. While the registry does not answer, a name means what it meant when it last did,
+    for `STALE_S` at most.
     """
 
     def __init__(self, models: Iterable[ServedModel], registry: Registry, retry_after_s: int = 5) -> None:
@@ -103,10 +120,24 @@ class Catalog:
         for model in self.models:
             self._served[model.id] = self._served[model.name] = model
         self._by_id = {model.id: model for model in self.models}
-        self._registry = registry
-        self._revision: int | None = None
-        self._found: dict[str, ModelRecord] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
+        self._known: dict[str, KnownRecord] = {}
+        self._reads = RegistryReads(registry.impatient(), name="registry")
+        # Lists take longer than all else, and must not delay it.
+        self._list_reads = RegistryReads(registry.impatient(), name="registry-lists")
+        taking_adapters = [model.id for model in self.models if model.config.max_adapters > 0]
+        self._adapters = AdapterList(self._list_reads, taking_adapters, self._reads.revision, self._served)
+        self._hints = ThreadPoolExecutor(1, thread_name_prefix="similar-names")
+        self._reads.on_poll = self._adapters.changed
+
+    def start(self) -> None:
+        """Begin to follow the registry in the background."""
+        self._reads.start()
+
+    async def stop(self) -> None:
+        """Stop, and end the connections to the registry."""
+        await self._reads.stop()
+        await self._list_reads.stop()
+        self._hints.shutdown(wait=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -131,7 +162,7 @@ class Catalog:
                 raise await self._unknown(name, principal)
             return ResolvedModel(base=served, pinned=name != served.name)
         try:
-            record = await self._ask(self._find, name)
+            record = await self._record(name)
         except UnknownModelError as error:
             # Which versions there are is for those who may use one.
             if isinstance(error, UnknownVersionError) and may_use(principal, name):
@@ -182,11 +213,15 @@ class Catalog:
         ]
         if principal.models:
             return await self._named_page(after, limit, principal)
-        # One more than `limit` shows whether there is a next page.
-        records = await self._ask(self._adapters, after, limit + 1)
-        shown = records[:limit]
-        cards += [self._card(r) for r in shown if self._is_served(r)]
-        return ModelPage(cards=cards, next=shown[-1].name if len(records) > limit else None)
+        try:
+            found, more = await self._adapters.page(after, limit)
+        except RegistryUnreachableError as error:
+            raise self._no_registry() from error
+        cards += [
+            ModelCard(name=each.name, id=each.id, base=self._by_id[each.base], adapter=True, created=each.created)
+            for each in found
+        ]
+        return ModelPage(cards=cards, next=found[-1].name if more else None)
 
     async def _named_page(self, after: str | None, limit: int, principal: Principal) -> ModelPage:
         names = [name for name in sorted(set(principal.models)) if after is None or name > after]
@@ -202,40 +237,34 @@ class Catalog:
         if name in self._served:
             base = target.base
             return ModelCard(name=name, id=base.id, base=base, adapter=False, created=base.created)
-        record: ModelRecord = await self._ask(self._find, name)
+        record = await self._record(name)
         created = int(record.created_at.timestamp())
         return ModelCard(name=name, id=record.id, base=target.base, adapter=record.kind == "adapter", created=created)
 
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False)
-
-    def _find(self, name: str) -> ModelRecord:
-        revision = self._registry.revision()
-        if revision != self._revision:
-            self._found.clear()
-            self._revision = revision
-        record = self._found.get(name)
-        if record is None:
-            record = self._registry.resolve(name)
-            if len(self._found) >= REMEMBERED:
-                self._found.clear()
-            self._found[name] = record
+    async def _record(self, name: str) -> ModelRecord:
+        """The record of a name; UnknownModelError if there is none, ApiError 503 if the registry does not answer."""
+        revision = await self._reads.revision()
+        now = time.monotonic()
+        known = self._known.get(name)
+        if known is not None:
+            if revision == known.revision:
+                known.confirmed_at = now
+                return known.record
+            if revision is None and now - known.confirmed_at < STALE_S:
+                return known.record
+        try:
+            record = await self._reads.read(lambda registry: registry.resolve(name, suggest=False), ANSWER_S)
+        except RegistryUnreachableError as error:
+            if known is not None and now - known.confirmed_at < STALE_S:
+                return known.record
+            raise self._no_registry() from error
+        except UnknownModelError:
+            self._known.pop(name, None)
+            raise
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        self._known[name] = KnownRecord(record, revision, now)
         return record
-
-    def _adapters(self, after: str | None, limit: int) -> list[ModelRecord]:
-        pages = [self._registry.list("adapter", base=m.id, after=after, limit=limit) for m in self.models]
-        return sorted((record for page in pages for record in page), key=lambda record: record.name)[:limit]
-
-    def _is_served(self, record: ModelRecord) -> bool:
-        base = self._by_id[record.base or ""]
-        return base.config.max_adapters > 0 and not record.dora and record.name not in self._served
-
-    def _card(self, record: ModelRecord) -> ModelCard:
-        created = int(record.created_at.timestamp())
-        return ModelCard(
-            name=record.name, id=record.id, base=self._by_id[record.base or ""], adapter=True, created=created
-        )
 
     async def _unknown(self, name: str, principal: Principal) -> ApiError:
         if principal.models:
@@ -243,18 +272,15 @@ class Catalog:
         else:
             known = [card.name for card in (await self.page(principal, limit=10)).cards]
             here = f"Served here: {', '.join(known[:10])}."
-            known += await self._ask(self._registry.near, name)
-        return unknown_model(f"The model {name!r} does not exist.{did_you_mean(name, known)} {here}")
+            known += self._adapters.near(name)
+        # Comparing long names takes longer than the streams may be kept waiting.
+        hint = await asyncio.get_running_loop().run_in_executor(self._hints, did_you_mean, name, known)
+        return unknown_model(f"The model {name!r} does not exist.{hint} {here}")
 
-    async def _ask(self, work: Callable[..., Any], *args: Any) -> Any:
-        # SQLite answers in 0.1 ms, but a disk or a network may not, and must not stop the streams.
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-        except (TimeoutError, RegistryUnreachableError) as error:
-            # The registry's address and error are not for clients.
-            reason = "The registry of adapters does not answer; models that are served here answer to their own names"
-            raise no_registry(reason, self._retry_after_s) from error
+    def _no_registry(self) -> ApiError:
+        # The registry's address and error are not for clients.
+        reason = "The registry of adapters does not answer; models that are served here answer to their own names"
+        return no_registry(reason, self._retry_after_s)
 
 
 def may_use(principal: Principal, *names: str) -> bool:

@@ -1,28 +1,35 @@
-"""Replicas as one gateway knows them: the directory's snapshot, its own observations (suspects, probes), and its router."""
+"""Replicas as one gateway knows them: the directory's updates, its own observations (suspects, probes), and its router."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
+from tandem.gateway.suspects import Suspects
+from tandem.routing.changes import Update
+from tandem.routing.fleet_view import FleetView
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.routing.request import RoutingRequest
 from tandem.routing.router import Router
 
-WatchReplicas = Callable[[int], Awaitable[Snapshot]]
-"""Returns the directory's snapshot: at once if its version differs from the given one, else at a change or after a second."""
-
-SUSPECT_FOR_S = 3.0
-"""Seconds for which a replica that refused a connection gets no requests, unless it answers one before."""
+WatchReplicas = Callable[[int], Awaitable[Update]]
+"""Returns the directory's next update for a version: a snapshot or the changes since, at once if there are any, else at a change
+or after a second. Version 0 asks for a snapshot."""
+Listener = Callable[[Collection[str] | None], None]
+"""Called with the pools and deployments whose replicas changed; None: it may be any."""
 
 MIN_UPDATE_INTERVAL_S = 0.05
-"""Shortest time between two snapshots, in seconds."""
-
+"""Shortest time between two updates, in seconds."""
+NOTIFY_S = 1.0
+"""Seconds after which listeners are called, and lost replicas reported, without a change."""
 FIRST_SNAPSHOT_TIMEOUT_S = 5.0
 """Seconds that a new gateway waits for the first snapshot before it takes requests."""
+STALE_AFTER_S = 15.0
+"""Seconds without an update after which a gateway's copy of the directory is stale. Replacing a directory takes less."""
 
 
 class Fleet:
@@ -41,16 +48,25 @@ class Fleet:
         models = tuple(models)
         self._deployments = {model.id: model.deployment for model in models}
         self._always_on = {model.id for model in models if not model.scales_to_zero}
-        self._snapshot = Snapshot()
+        self._view = FleetView()
+        self._ready: dict[str, dict[str, ReplicaRecord]] = {}
+        """Ready replicas by pool."""
+        self._pools: dict[str, dict[str, ReplicaRecord]] = {}
+        """All replicas by pool."""
+        self._deployed: dict[str, dict[str, int]] = {}
+        """Numbers of replicas, ready or not, by deployment and pool."""
         self.tasks: dict[str, tuple[str, ...]] = {}
         """Tasks that the engines of each pool have reported."""
         self._synced = asyncio.Event()
-        self._suspects: dict[str, float] = {}
-        self._unheard: set[str] = set()
-        self._confirmed: set[str] = set()
+        self._suspects = Suspects()
+        self._probing: set[asyncio.Task[None]] = set()
+        self._updated_at = -math.inf
+        self._notified_at = -math.inf
         self.on_lost: Callable[[ReplicaRecord], None] = lambda replica: None
-        """Called for each lost replica, again with every snapshot in which it is lost."""
-        self._listeners: list[Callable[[], None]] = []
+        """Called for each lost replica, at once and then every second while it is lost."""
+        self.probe: Callable[[ReplicaRecord], Awaitable[bool]] | None = None
+        """Whether a replica is ready to take requests; asked before an ejected one gets any."""
+        self._listeners: list[Listener] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -61,41 +77,46 @@ class Fleet:
 
     async def stop(self) -> None:
         """Stop following."""
+        for task in self._probing:
+            task.cancel()
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def add_listener(self, listener: Callable[[], None]) -> None:
+    def add_listener(self, listener: Listener) -> None:
         """Register a function that is called at every change of the replicas, at least about once a second."""
         self._listeners.append(listener)
 
     @property
     def synced(self) -> bool:
-        """Whether the directory has answered at all."""
+        """Whether the directory has told all replicas, or one of each model, at least once."""
         return self._synced.is_set()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the directory has told all replicas, and was heard from within `STALE_AFTER_S`."""
+        return self.synced and time.monotonic() - self._updated_at < STALE_AFTER_S
 
     @property
     def replicas(self) -> tuple[ReplicaRecord, ...]:
         """All known replicas."""
-        return self._snapshot.replicas
+        return tuple(self._view.records.values())
 
     def ready(self, pool: str, *, suspects: bool) -> list[ReplicaRecord]:
         """Ready replicas of a pool without suspects; with `suspects`, those too if there are no others.
 
         During a rolling change replicas of the model's other version count where the pool has none.
         """
-        now = time.monotonic()
-        ready = [r for r in self._snapshot.replicas if r.state == "ready"]
-        found = [r for r in ready if r.pool == pool]
-        if not found and (deployment := self._deployments.get(pool)):
-            found = [r for r in ready if r.deployment == deployment]
-        trusted = [r for r in found if self._suspects.get(r.id, 0.0) <= now]
+        found = list(self._ready.get(pool, {}).values())
+        if not found and pool in self._deployments:
+            found = [record for other in self._other_pools(pool) for record in self._ready.get(other, {}).values()]
+        trusted = [r for r in found if r.id not in self._suspects.ejected]
         return found if suspects and not trusted else trusted
 
     def has_pool(self, pool: str) -> bool:
         """Whether a replica of exactly this pool is ready."""
-        return any(r.pool == pool and r.state == "ready" for r in self._snapshot.replicas)
+        return bool(self._ready.get(pool))
 
     def requests_outside(self, pool: str, replicas: Collection[ReplicaRecord]) -> int:
         """This gateway's requests in flight at replicas of a model other than these."""
@@ -113,16 +134,12 @@ class Fleet:
         return found
 
     def _other_pools(self, pool: str) -> list[str]:
-        deployment = self._deployments[pool]
-        found = {r.pool for r in self._snapshot.replicas if r.deployment == deployment and r.pool != pool}
-        return sorted(found)
+        return sorted(each for each in self._deployed.get(self._deployments[pool], ()) if each != pool)
 
     def _choose_in_pool(self, request: RoutingRequest, exclude: Collection[str]) -> ReplicaRecord | None:
         # A suspect is better than no replica: it may have recovered.
-        if self._suspects:
-            now = time.monotonic()
-            self._suspects = {key: until for key, until in self._suspects.items() if until > now}
-            found = self._router.choose(request, {*exclude, *self._suspects})
+        if self._suspects.ejected:
+            found = self._router.choose(request, {*exclude, *self._suspects.ejected})
             if found is not None:
                 return found
         return self._router.choose(request, exclude)
@@ -138,73 +155,115 @@ class Fleet:
             self._router.request_ended(request, replica.id)
 
     def suspect(self, replica: ReplicaRecord) -> None:
-        """Give a replica no requests for `SUSPECT_FOR_S`."""
-        self._suspects[replica.id] = time.monotonic() + SUSPECT_FOR_S
-        asyncio.get_running_loop().call_later(SUSPECT_FOR_S + MIN_UPDATE_INTERVAL_S, self._notify)
-        self._notify()
+        """A replica failed a request: it gets none for some seconds, for longer each time, until a probe finds it ready."""
+        self._eject(replica, self._suspects.suspect(replica.id))
 
     def answered(self, request: RoutingRequest, replica: ReplicaRecord) -> None:
         """A replica has answered a request: it holds the request's adapter, and is no suspect."""
         self._router.adapter_loaded(_for_pool_of(request, replica), replica.id)
-        if self._suspects.pop(replica.id, None) is not None:
-            self._notify()
+        if self._suspects.answered(replica.id):
+            self._notify(_keys(replica))
 
     def confirm(self, replica: ReplicaRecord, *, ready: bool) -> None:
-        """Set whether a silent replica has answered a probe that it is ready; takes effect with the next snapshot."""
-        if ready:
-            self._confirmed.add(replica.id)
+        """Set whether a silent replica has answered a probe that it is ready; takes effect with the next update."""
+        self._view.confirm(replica.id, ready=ready)
+
+    def _eject(self, replica: ReplicaRecord, seconds: float | None) -> None:
+        if seconds is not None:
+            task = asyncio.get_running_loop().create_task(self._readmit(replica, seconds))
+            self._probing.add(task)
+            task.add_done_callback(self._probing.discard)
+            self._notify(_keys(replica))
+
+    async def _readmit(self, replica: ReplicaRecord, ejection_s: float) -> None:
+        """Probe an ejected replica when its ejection ends."""
+        await asyncio.sleep(ejection_s)
+        if replica.id not in self._suspects.ejected:
+            return
+        if self.probe is None or await self.probe(replica):
+            if self._suspects.readmit(replica.id):
+                self._notify(_keys(replica))
         else:
-            self._confirmed.discard(replica.id)
+            self._eject(replica, self._suspects.probe_failed(replica.id))
 
-    def _notify(self) -> None:
+    def _notify(self, keys: Collection[str] | None = None) -> None:
+        if keys is None:
+            self._notified_at = time.monotonic()
         for listener in self._listeners:
-            listener()
+            listener(keys)
 
-    def apply_snapshot(self, snapshot: Snapshot) -> None:
-        """Apply a directory's snapshot."""
-        known = self._snapshot
-        self._snapshot = with_confirmed(with_unheard(snapshot, known), self._confirmed)
-        here = {replica.id for replica in self._snapshot.replicas}
-        # A restarted directory has become complete without a heartbeat from these.
-        gone = [replica for replica in known.replicas if replica.id in self._unheard and replica.id not in here]
-        self._unheard = here - {replica.id for replica in snapshot.replicas}
-        self._router.update(self._snapshot)
-        self.tasks = {r.pool: r.tasks for r in reversed(self._snapshot.replicas) if r.tasks}
-        lost = [*gone, *(replica for replica in snapshot.replicas if replica.lost)]
-        self._confirmed &= {replica.id for replica in lost}
-        for replica in lost:
+    def apply(self, update: Update) -> None:
+        """Apply an update of the directory. VersionMismatchError, and no effect, if it needs another version."""
+        was_lost = set(self._view.lost)
+        change = self._view.apply(update)
+        self._updated_at = time.monotonic()
+        keys = {key for record in change.changed for key in self._index(record)}
+        for record in change.removed:
+            keys |= self._unindex(record)
+        self._suspects.forget(record.id for record in change.removed)
+        self._router.apply(change.changed, change.removed)
+        due = self._updated_at - self._notified_at >= NOTIFY_S
+        again = due or isinstance(update, Snapshot)
+        for replica in change.gone:
             self.on_lost(replica)
-        self._notify()
-        if self._snapshot.complete or all(map(self.has_pool, self._always_on)):
+        for key in self._view.lost if again else self._view.lost - was_lost:
+            self.on_lost(self._view.told[key])
+        if due or keys:
+            self._notify(None if due else keys)
+        if self._view.complete or all(map(self.has_pool, self._always_on)):
             self._synced.set()
 
+    def _index(self, record: ReplicaRecord) -> set[str]:
+        """Note a record; its pool and deployment if others than the router depend on what has changed."""
+        pool = self._pools.setdefault(record.pool, {})
+        known = pool.get(record.id)
+        pool[record.id] = record
+        if known is None:
+            counts = self._deployed.setdefault(record.deployment, {})
+            counts[record.pool] = counts.get(record.pool, 0) + 1
+        ready = self._ready.setdefault(record.pool, {})
+        if record.state == "ready":
+            ready[record.id] = record
+        else:
+            ready.pop(record.id, None)
+        if record.tasks and (known is None or known.tasks != record.tasks):
+            self.tasks[record.pool] = record.tasks
+        if known is not None and (known.state, known.max_running) == (record.state, record.max_running):
+            return set()
+        return _keys(record)
+
+    def _unindex(self, record: ReplicaRecord) -> set[str]:
+        """Forget a record; its pool and deployment."""
+        self._ready.get(record.pool, {}).pop(record.id, None)
+        pool = self._pools.get(record.pool, {})
+        if pool.pop(record.id, None) is not None:
+            counts = self._deployed[record.deployment]
+            counts[record.pool] -= 1
+            if not counts[record.pool]:
+                del counts[record.pool]
+        if not pool:
+            self.tasks.pop(record.pool, None)
+            self._pools.pop(record.pool, None)
+        return _keys(record)
+
     async def _follow(self) -> None:
+        version = 0
         while True:
             try:
-                self.apply_snapshot(await self._watch_replicas(self._snapshot.version))
+                self.apply(await self._watch_replicas(version))
+                version = self._view.version
                 # Bursts of changes are applied together: adapters of a large fleet change all the time.
                 await asyncio.sleep(MIN_UPDATE_INTERVAL_S)
             except asyncio.CancelledError:
                 raise
-            except Exception:  # noqa: BLE001 - whatever Ray raises
+            except Exception:  # noqa: BLE001 - whatever Ray or the network raises
                 # The directory is being replaced: the known replicas stay, failed connections show which are gone.
+                version = 0
                 await asyncio.sleep(0.5)
 
 
-def with_unheard(snapshot: Snapshot, known: Snapshot) -> Snapshot:
-    """The snapshot, with known replicas added that an incomplete directory has not heard from yet. Pure."""
-    if snapshot.complete:
-        return snapshot
-    heard = {replica.id for replica in snapshot.replicas}
-    return replace(snapshot, replicas=(*snapshot.replicas, *(r for r in known.replicas if r.id not in heard)))
-
-
-def with_confirmed(snapshot: Snapshot, known: Collection[str]) -> Snapshot:
-    """The snapshot, with silent replicas in `known` marked ready. Pure."""
-    if not known:
-        return snapshot
-    ready = (replace(r, state="ready") if r.state == "silent" and r.id in known else r for r in snapshot.replicas)
-    return replace(snapshot, replicas=tuple(ready))
+def _keys(record: ReplicaRecord) -> set[str]:
+    return {record.pool, record.deployment}
 
 
 def _for_pool_of(request: RoutingRequest, replica: ReplicaRecord) -> RoutingRequest:

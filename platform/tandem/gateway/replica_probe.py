@@ -31,6 +31,10 @@ class ReplicaProbe:
             task = self._running[replica.id] = asyncio.create_task(self._check(replica))
             task.add_done_callback(lambda _: self._running.pop(replica.id))
 
+    async def is_ready(self, replica: ReplicaRecord) -> bool:
+        """Whether a replica answers that it takes requests."""
+        return await self._upstream.alive_status(replica) == 200
+
     async def _check(self, replica: ReplicaRecord) -> None:
         status = await self._upstream.alive_status(replica)
         self._fleet.confirm(replica, ready=status == 200)

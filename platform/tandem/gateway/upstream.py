@@ -19,6 +19,7 @@ import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from pydantic_core import from_json, to_json
 
+from tandem.cluster.keepalive import keep_alive
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.catalog import ResolvedModel
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_S = 30.0
 """Seconds for which an idle connection to a replica is kept."""
+UNREACHABLE_S = 15
+"""Seconds after which a connection to a replica whose machine acknowledges nothing has ended, streams on it too."""
 ALIVE_TIMEOUT_S = 3.0
 """Seconds that a replica has to answer whether it is alive."""
 
@@ -202,7 +205,7 @@ class TimedBody(aiohttp.BytesPayload):
 
 
 class EngineConnector(aiohttp.TCPConnector):
-    """aiohttp's connection pool, with a way to break all connections to one replica."""
+    """aiohttp's connection pool, with keepalive, and with a way to break all connections to one replica."""
 
     def __init__(self) -> None:
         super().__init__(limit=0, keepalive_timeout=KEEP_ALIVE_S)
@@ -211,7 +214,8 @@ class EngineConnector(aiohttp.TCPConnector):
     async def connect(self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout) -> Connection:
         """A connection for a request, new or from the pool."""
         connection = await super().connect(req, traces, timeout)
-        if connection.transport is not None:
+        if connection.transport is not None and connection.transport not in self._open:
+            keep_alive(connection.transport, unreachable_s=UNREACHABLE_S)
             self._open.add(connection.transport)
         return connection
 

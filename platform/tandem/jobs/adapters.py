@@ -9,6 +9,7 @@ from typing import Any
 from tandem.errors import ConfigError, EngineError, JobError, RegistryError
 from tandem.jobs.folder import find_job
 from tandem.registry import ModelRecord, Promotion, Registry
+from tandem.registry.conditions import ALWAYS, Condition
 from tandem.settings import settings
 from tandem.storage import is_remote
 
@@ -61,13 +62,16 @@ class Adapters:
             raise RegistryError(f"{records[0].id} is a model, not an adapter. `tandem models rm` removes models.")
         return records
 
-    def promote(self, version_id: str) -> ModelRecord:
-        """Resolve `name` to `name@version` from the next request on; running requests finish with their version."""
-        return self.registry.promote(version_id)
+    def promote(self, version_id: str, condition: Condition = ALWAYS) -> ModelRecord:
+        """Resolve `name` to `name@version` from the next request on; running requests finish with their version.
 
-    def roll_back(self, name: str) -> ModelRecord:
-        """Promote the version that was promoted before."""
-        return self.registry.roll_back(name)
+        ChangedMeanwhileError if `condition` does not hold.
+        """
+        return self.registry.promote(version_id, condition)
+
+    def roll_back(self, name: str, condition: Condition = ALWAYS) -> ModelRecord:
+        """Promote the version that was promoted before; conditions as in `promote`."""
+        return self.registry.roll_back(name, condition)
 
     def promotions(self, name: str) -> Promotions:
         """Promotions of `name`, newest first."""

@@ -11,7 +11,7 @@ from typing import Self
 from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
-from tandem.db.database import database_errors, open_database, shown
+from tandem.db.database import IMPATIENT, PATIENT, Timeouts, break_connections, database_errors, open_database, shown
 from tandem.db.schema import ClockRow, IdentityRow
 from tandem.errors import RegistryError
 from tandem.private import check_home
@@ -22,7 +22,7 @@ from tandem.settings import settings
 class RegistryConnection:
     """The database of one registry, opened at its first use or at once."""
 
-    def __init__(self, url: str, *, identity: str | None = None) -> None:
+    def __init__(self, url: str, *, identity: str | None = None, timeouts: Timeouts = PATIENT) -> None:
         """The registry in the database at an SQLAlchemy URL.
 
         Without `identity` it is opened now: an SQLite database is made or migrated if need be, a PostgreSQL one is not (`tandem
@@ -30,11 +30,12 @@ class RegistryConnection:
         that one. RegistryError if it cannot be opened, or is another one.
         """
         self.url = url
+        self._timeouts = timeouts
         self._opening = threading.Lock()
         self._opened: Engine | None = None
         self._identity = identity
         if identity is None:
-            self._opened = open_database(url)
+            self._opened = open_database(url, timeouts=timeouts)
             self._identity = _identity_of(self._opened)
 
     @property
@@ -47,7 +48,7 @@ class RegistryConnection:
     def _engine(self) -> Engine:
         with self._opening:
             if self._opened is None:
-                engine = open_database(self.url, create=False)
+                engine = open_database(self.url, create=False, timeouts=self._timeouts)
                 if (found := _identity_of(engine)) != self._identity:
                     engine.dispose()
                     raise RegistryError(
@@ -75,9 +76,13 @@ class RegistryConnection:
         return RegistryAddress(url=self.url, identity=self.identity)
 
     @classmethod
-    def at(cls, address: RegistryAddress) -> Self:
+    def at(cls, address: RegistryAddress, timeouts: Timeouts = PATIENT) -> Self:
         """The registry of an address, on any node; opened, and compared with the address, at its first use."""
-        return cls(address.url, identity=address.identity)
+        return cls(address.url, identity=address.identity, timeouts=timeouts)
+
+    def impatient(self) -> Self:
+        """The same registry on connections of its own, with short time-outs: for reads that requests wait for."""
+        return self.at(self.address, IMPATIENT)
 
     def __reduce__(self) -> tuple[Callable[[RegistryAddress], Self], tuple[RegistryAddress]]:
         """Pickles as its address, so that it can be handed to a Ray actor."""
@@ -93,6 +98,11 @@ class RegistryConnection:
         """Close the connections; the next call opens new ones."""
         if self._opened is not None:
             self._opened.dispose()
+
+    def abort(self) -> None:
+        """End the connections at once, with an error for threads that wait on them; the next call opens new ones."""
+        if self._opened is not None:
+            break_connections(self._opened)
 
     def revision(self) -> int:
         """A number that grows with each change: poll it to know when a copy is stale. One small query."""

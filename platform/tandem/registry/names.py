@@ -17,8 +17,8 @@ NEAR = 100
 SHOWN = 10
 
 
-def find(session: Session, name_or_id: str) -> ModelRow:
-    """The row that `name@version` or a bare name means; UnknownModelError if there is none."""
+def find(session: Session, name_or_id: str, *, suggest: bool = True) -> ModelRow:
+    """The row that `name@version` or a bare name means; UnknownModelError if there is none (`suggest`: with near names)."""
     name, version = split_version(name_or_id)
     if version is not None:
         row = session.get(ModelRow, versioned(name, version))
@@ -36,6 +36,8 @@ def find(session: Session, name_or_id: str) -> ModelRow:
                 f"No version of {name} is promoted; it has {some(others)}. Ask for {versioned(name, others[0])}, or promote one: "
                 f"`tandem adapters promote {versioned(name, others[0])}`."
             )
+    if not suggest:
+        raise UnknownModelError(f"No model or adapter {name_or_id!r} is registered.")
     names = near(session, name)
     known_ones = (
         f" Registered: {some(names)}."

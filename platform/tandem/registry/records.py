@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tandem.ids import versioned
 
@@ -69,6 +69,18 @@ class ModelRecord:
     def id(self) -> str:
         """`name@version`: what engines know it by, so that no version is ever taken for another."""
         return versioned(self.name, self.version)
+
+
+class AdapterSummary(NamedTuple):
+    """What lists show of an adapter: a small object, since a gateway holds one for each."""
+
+    name: str
+    id: str
+    base: str
+    """Id of its base model."""
+    created: int
+    """Seconds since 1970."""
+    dora: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

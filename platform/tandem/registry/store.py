@@ -16,12 +16,13 @@ from sqlalchemy import delete, func, select, tuple_
 from tandem.db.schema import ModelRow, NameRow, PinRow
 from tandem.errors import RegistryError
 from tandem.ids import canonical_json, check_name, folder_digest, is_hub_name, split_version, versioned
-from tandem.registry import names
+from tandem.registry import conditions, names
 from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
+from tandem.registry.conditions import ALWAYS, Condition
 from tandem.registry.connection import RegistryConnection
 from tandem.registry.folders import model_max_length
-from tandem.registry.records import Kind, ModelRecord, Promotion
+from tandem.registry.records import AdapterSummary, Kind, ModelRecord, Promotion
 from tandem.settings import settings
 from tandem.storage import Location, is_remote, local_path
 
@@ -29,6 +30,7 @@ from tandem.storage import Location, is_remote, local_path
 Records = list[ModelRecord]
 Promotions = list[Promotion]
 Names = list[str]
+Summaries = list[AdapterSummary]
 
 
 class Registry(RegistryConnection):
@@ -111,37 +113,52 @@ class Registry(RegistryConnection):
             promoting=promote,
         )
 
-    def resolve(self, name_or_id: str) -> ModelRecord:
+    def resolve(self, name_or_id: str, *, suggest: bool = True) -> ModelRecord:
         """The record of `name@version`, or of the version that a name means: the one promoted last.
 
-        Raises UnknownModelError with the nearest name.
+        Raises UnknownModelError with the nearest name; without `suggest` that search, which takes longest, is left out.
         """
         with self._reading() as session:
-            return _record(names.find(session, name_or_id))
+            return _record(names.find(session, name_or_id, suggest=suggest))
 
     def versions(self, name_or_id: str) -> Records:
         """One version (by id), or all of a name, oldest first. Raises UnknownModelError with the nearest name."""
         with self._reading() as session:
             return [_record(row) for row in names.find_versions(session, name_or_id)]
 
-    def promote(self, version_id: str) -> ModelRecord:
-        """Make `name@version` what its name means, from the next request on."""
+    def promote(self, version_id: str, condition: Condition = ALWAYS) -> ModelRecord:
+        """Make `name@version` what its name means, from the next request on.
+
+        ChangedMeanwhileError, and nothing changes, if the name does not mean what the condition expects.
+        """
         name, version = split_version(version_id)
         if version is None:
             raise RegistryError(f"Say which version of {name} to promote, such as {versioned(name, 1)}.")
         with self._writing() as (session, _):
+            if earlier := conditions.result_of_earlier(session, condition):
+                return _record(names.find(session, earlier))
             row = names.find(session, version_id)
+            conditions.check(session, condition, name)
             record = _record(row)
-            if not names.promote(session, row):
+            conditions.remember(session, condition, record.id)
+            if not names.promote(session, row) and condition.once is None:
                 session.rollback()
             return record
 
-    def roll_back(self, name: str) -> ModelRecord:
-        """Make a name mean the version that was promoted before; called again, the one before that."""
+    def roll_back(self, name: str, condition: Condition = ALWAYS) -> ModelRecord:
+        """Make a name mean the version that was promoted before; called again, the one before that.
+
+        Conditions as in `promote`.
+        """
         if split_version(name)[1] is not None:
             raise RegistryError(f"A name is rolled back, not a version: `{split_version(name)[0]}`, or promote {name}.")
         with self._writing() as (session, _):
-            return _record(names.roll_back(session, name))
+            if earlier := conditions.result_of_earlier(session, condition):
+                return _record(names.find(session, earlier))
+            conditions.check(session, condition, name)
+            record = _record(names.roll_back(session, name))
+            conditions.remember(session, condition, record.id)
+            return record
 
     def promoted(self, among: Iterable[ModelRecord]) -> set[str]:
         """The ids of those that their names mean now."""
@@ -226,6 +243,21 @@ class Registry(RegistryConnection):
                 query = query.where(table.name > name)
         with self._reading() as session:
             return [_record(row) for row in session.scalars(query)]
+
+    def summaries(self, base: str, *, after: str, limit: int) -> Summaries:
+        """The promoted adapters of a base by name, `limit` of them after the name `after`: what lists show, and no more."""
+        query = (
+            select(ModelRow.name, ModelRow.id, ModelRow.created_at, ModelRow.lineage["dora"].as_boolean())
+            .join(NameRow, (NameRow.name == ModelRow.name) & (NameRow.promoted == ModelRow.id))
+            .where(ModelRow.base == base, ModelRow.name > after)
+            .order_by(ModelRow.name)
+            .limit(limit)
+        )
+        with self._reading() as session:
+            return [
+                AdapterSummary(name, id_, base, int(created.timestamp()), bool(dora))
+                for name, id_, created, dora in session.execute(query)
+            ]
 
     def near(self, name: str) -> Names:
         """Registered names around where `name` would stand in the alphabet; at most 200."""

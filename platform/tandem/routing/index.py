@@ -148,6 +148,23 @@ class ReplicaIndex:
         if added or removed:
             self.ring.set(self._ready)
 
+    def apply(self, changed: Iterable[ReplicaRecord], removed: Iterable[str]) -> None:
+        """Apply changes of some replicas of the pool; the others stay as they are."""
+        moved = False
+        for record in changed:
+            if record.state == "ready":
+                moved |= record.id not in self._position
+                self._put(record)
+            elif record.id in self._position:
+                moved = True
+                self._drop(record.id)
+        for replica in removed:
+            if replica in self._position:
+                moved = True
+                self._drop(replica)
+        if moved:
+            self.ring.set(self._ready)
+
     def request_started(self, replica: str, adapter: str | None) -> None:
         """This gateway sends a request to a replica."""
         self._own_requests[replica] += 1

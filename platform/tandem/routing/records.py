@@ -117,8 +117,10 @@ class HeartbeatReply:
 
     waiting: int
     """Requests waiting at the gateways for a replica of its deployment."""
-    registry_revision: int | None = None
-    """The registry's count of changes; None: not known yet."""
+    pins: tuple[AdapterRef, ...] | None = None
+    """Adapters that are pinned on its base; None: the directory has not read them from the registry yet."""
+    resend: bool = False
+    """Whether the directory does not know the replica, and needs its whole record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +128,9 @@ class Snapshot:
     """All replicas at one moment."""
 
     version: int = 0
-    """Increases when a replica joins, leaves, or changes its state or adapters; not for load alone."""
+    """Increases with every change of a replica."""
+    epoch: int = 0
+    """Identifies the directory's process: versions of different ones are not comparable."""
     complete: bool = True
     """False while the directory has just started: there may be replicas that it has not heard from yet."""
     replicas: tuple[ReplicaRecord, ...] = ()
@@ -135,6 +139,11 @@ class Snapshot:
 def prefill_pool(model_id: str) -> str:
     """Id of the pool of a model's prefill replicas; a model id has no `#`."""
     return f"{model_id}#prefill"
+
+
+def base_of_pool(pool: str) -> str:
+    """The id of the model whose replicas a pool has."""
+    return pool.removesuffix("#prefill")
 
 
 def adapter_headers(adapter: AdapterRef) -> dict[str, str]:

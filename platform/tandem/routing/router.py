@@ -7,7 +7,7 @@ are; bench/routing/router_sim.py measures its cost.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from tandem.config.serving.app import RouterConfig
 from tandem.routing.affinity import PrefixHistory, SessionHistory
@@ -42,6 +42,19 @@ class Router:
             if index is None:
                 index = self._indexes[pool_id] = ReplicaIndex(self._rng)
             index.update(records)
+
+    def apply(self, changed: Iterable[ReplicaRecord], removed: Iterable[ReplicaRecord]) -> None:
+        """Apply changes of some replicas; the others stay as they are."""
+        by_pool: dict[str, tuple[list[ReplicaRecord], list[str]]] = {}
+        for record in changed:
+            by_pool.setdefault(record.pool, ([], []))[0].append(record)
+        for record in removed:
+            by_pool.setdefault(record.pool, ([], []))[1].append(record.id)
+        for pool_id, (records, gone) in by_pool.items():
+            index = self._indexes.get(pool_id)
+            if index is None:
+                index = self._indexes[pool_id] = ReplicaIndex(self._rng)
+            index.apply(records, gone)
 
     def choose(self, request: RoutingRequest, exclude: Collection[str] = ()) -> ReplicaRecord | None:
         """The replica for a request; None if no replica of its pool is ready outside `exclude`."""

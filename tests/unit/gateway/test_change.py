@@ -24,7 +24,7 @@ from tandem.gateway.app import create_app
 from tandem.gateway.catalog import Catalog, ResolvedModel
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, no_replica
-from tandem.gateway.fleet import Fleet, with_unheard
+from tandem.gateway.fleet import Fleet
 from tandem.gateway.request_hints import read_routing_request
 from tandem.gateway.upstream import EngineRequest
 from tandem.registry import Registry
@@ -143,14 +143,6 @@ def test_the_body_names_the_version_of_the_chosen_replica() -> None:
     )
     assert request.body_for("base@2") is request.body
     assert from_json(request.body_for("base@1")) == {"model": "base@1", "prompt": "a"}
-
-
-def test_an_incomplete_snapshot_removes_no_known_replica() -> None:
-    known = Snapshot(version=5, replicas=(FIRST, SECOND))
-    gone = replace(SECOND, state="draining")
-    started = with_unheard(Snapshot(version=9, replicas=(gone,), complete=False), known)
-    assert started.replicas == (gone, FIRST) and started.version == 9
-    assert with_unheard(Snapshot(version=10, replicas=(gone,)), started).replicas == (gone,)
 
 
 async def test_a_new_gateway_waits_for_a_complete_snapshot_or_one_replica_of_each_model() -> None:

@@ -256,7 +256,7 @@ async def test_an_operator_registers_promotes_rolls_back_pins_and_deletes(world:
     assert [(p["id"], p["taken_back"]) for p in shown["promotions"]] == [("red@2", True), ("red@1", False)]
     assert shown["replicas"] == ["r0"]
     (replica,) = (await world.http.get("/admin/residency", headers=ADMIN)).json()["data"]
-    assert replica["in_slots"] == ["red@2", "red@1"] and set(replica["in_memory"]) == {"red@1", "red@2"}
+    assert set(replica["in_slots"]) == {"red@1", "red@2"} == set(replica["in_memory"]) == {"red@1", "red@2"}
     assert await admin("DELETE", "/red@1") == (200, {"deleted": ["red@1"]})
     assert await admin("DELETE", "/red") == (200, {"deleted": ["red@2"]})
     assert (await admin("DELETE", "/red"))[0] == 404

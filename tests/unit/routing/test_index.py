@@ -10,9 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.routing.affinity import MAX_HOLDERS, PrefixHistory, SessionHistory
+from tandem.routing.fleet_view import FleetView
 from tandem.routing.hash_ring import HashRing
 from tandem.routing.index import LoadBuckets, ReplicaIndex
-from tandem.routing.records import ReplicaRecord
+from tandem.routing.records import ReplicaRecord, Snapshot
+
+ADAPTERS = st.lists(st.sampled_from(["red@1", "blue@1"]), unique=True).map(tuple)
+RECORDS = st.builds(
+    ReplicaRecord,
+    id=st.sampled_from("abcde"),
+    pool=st.just("base@1"),
+    url=st.just(""),
+    token=st.just(""),
+    state=st.sampled_from(["ready", "draining"]),
+    running=st.integers(0, 3),
+    adapters=ADAPTERS,
+)
 
 
 def replica(name: str, running: int = 0, waiting: int = 0, kv_usage: float = 0.0, *adapters: str) -> ReplicaRecord:
@@ -178,3 +191,18 @@ def test_longest_matches_lists_the_longest_first_and_each_replica_once() -> None
     prefixes.record([1, 2], "c")
     assert list(prefixes.longest_matches([1, 2, 3, 4], 9).items()) == [("b", 3), ("c", 2), ("a", 1)]
     assert list(prefixes.longest_matches([1, 2, 3, 4], 2)) == ["b", "c"]
+
+
+@given(st.lists(st.lists(RECORDS, max_size=5, unique_by=lambda record: record.id), max_size=6))
+def test_applied_changes_leave_the_index_as_a_whole_update_does(states: list[list[ReplicaRecord]]) -> None:
+    whole, changed, view = ReplicaIndex(random.Random(1)), ReplicaIndex(random.Random(1)), FleetView()
+    for version, records in enumerate(states, 1):
+        whole.update(records)
+        change = view.apply(Snapshot(version=version, replicas=tuple(records)))
+        changed.apply(change.changed, [record.id for record in change.removed])
+        assert sorted(whole.ready) == sorted(changed.ready)
+        for replica in whole.ready:
+            assert whole.load_buckets.get(replica) == changed.load_buckets.get(replica)
+            assert set(whole.record(replica).adapters) == set(changed.record(replica).adapters)
+        for adapter in ("red@1", "blue@1"):
+            assert sorted(whole.holders(adapter, 9)) == sorted(changed.holders(adapter, 9))

@@ -1,98 +1,207 @@
+"""The directory deployment with replicas and gateways on real connections."""
+
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
+from small_folders import small_adapter, small_model
 
-from tandem.routing.records import ReplicaRecord
-from tandem.serve.directory import (
-    DEMAND_TTL_S,
-    LOST_TTL_S,
-    SILENT_AFTER_S,
-    WARM_UP_S,
-    Directory,
-    ReplicaTable,
-    WaitingCounts,
-)
+from tandem.registry import Registry
+from tandem.routing.changes import Changes
+from tandem.routing.fleet_view import FleetView
+from tandem.routing.records import HeartbeatReply, ReplicaRecord, Snapshot
+from tandem.serve import directory_link, directory_protocol
+from tandem.serve.directory import WARM_UP_S, Directory
+from tandem.serve.directory_link import DirectoryWatcher, ReplicaReporter, connect
+from tandem.serve.directory_protocol import DirectoryAddress, FrameReader, Hello, ProtocolError, frame
+from tandem.serve.directory_state import SILENT_AFTER_S
 
-A = ReplicaRecord(id="a", pool="base@1", url="http://a", token="t")
-
-
-def test_load_alone_does_not_change_the_snapshot_version() -> None:
-    ledger = ReplicaTable(version=1)
-    assert ledger.update(A, 0.0)
-    assert not ledger.update(replace(A, running=5, waiting=2, kv_usage=0.5), 1.0)
-    assert ledger.snapshot().replicas[0].running == 5
-    assert ledger.update(replace(A, adapters=("red@1",)), 2.0)
-    assert ledger.update(replace(A, state="draining"), 3.0)
-    assert ledger.version == 4
+A = ReplicaRecord(id="a", pool="base@1", deployment="engine-a", url="http://a", token="t")
 
 
-def checked_at(ledger: ReplicaTable, *moments: float) -> list[str]:
-    """The states after a look at each second, as gateways have it looked, from one moment to the other."""
-    for moment in range(int(moments[0]), int(moments[1]) + 1):
-        ledger.mark_silent(float(moment))
-    return [replica.state for replica in ledger.snapshot().replicas]
+@dataclass
+class World:
+    """One directory at a time, its replicas and its gateways."""
+
+    directory: Directory
+    reporters: list[ReplicaReporter] = field(default_factory=list)
+    watchers: list[DirectoryWatcher] = field(default_factory=list)
+
+    async def locate(self) -> DirectoryAddress:
+        return await self.directory.address()
+
+    async def replica(
+        self, record: ReplicaRecord, on_reply: Callable[[HeartbeatReply], None] = lambda reply: None
+    ) -> tuple[ReplicaReporter, dict[str, ReplicaRecord]]:
+        """A replica that reports; its record, as "now", may be replaced."""
+        state = {"now": record}
+        reporter = ReplicaReporter(self.locate, lambda: state["now"], on_reply)
+        self.reporters.append(reporter)
+        await reporter.start(5.0)
+        return reporter, state
+
+    def gateway(self) -> tuple[DirectoryWatcher, FleetView]:
+        watcher = DirectoryWatcher(self.locate)
+        self.watchers.append(watcher)
+        return watcher, FleetView()
+
+    async def restart(self) -> None:
+        await self.directory.close()
+        self.directory = Directory(lambda deployment: None, host="127.0.0.1")
 
 
-def test_time_in_which_the_directory_was_unreachable_is_not_the_replicas_silence() -> None:
-    ledger = ReplicaTable()
-    ledger.update(A, 1.0)
-    assert checked_at(ledger, 0, 3) == ["ready"]
-    # For 30 s neither a replica nor a gateway gets through to it.
-    assert checked_at(ledger, 33, 33 + SILENT_AFTER_S - 2) == ["ready"]
-    assert checked_at(ledger, 33 + SILENT_AFTER_S - 2, 33 + SILENT_AFTER_S) == ["silent"]
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    made = World(Directory(lambda deployment: None, host="127.0.0.1"))
+    yield made
+    for reporter in made.reporters:
+        if reporter._task is not None:
+            reporter._task.cancel()
+    for watcher in made.watchers:
+        watcher.close()
+    await made.directory.close()
 
 
-def test_a_silent_replica_is_marked_then_removed_and_returns_with_a_heartbeat() -> None:
-    ledger = ReplicaTable()
-    ledger.update(A, 0.0)
-    assert checked_at(ledger, 0, SILENT_AFTER_S) == ["ready"]
-    assert ledger.mark_silent(SILENT_AFTER_S + 1)
-    assert [r.state for r in ledger.snapshot().replicas] == ["silent"]
-    assert not ledger.mark_silent(SILENT_AFTER_S + 2)
-    assert ledger.update(A, SILENT_AFTER_S + 3)
-    assert ledger.snapshot().replicas == (A,)
-    assert checked_at(ledger, SILENT_AFTER_S + 3, SILENT_AFTER_S + 3 + LOST_TTL_S) == ["silent"]
-    assert ledger.mark_silent(SILENT_AFTER_S + 4 + LOST_TTL_S)
-    assert ledger.snapshot().replicas == ()
-    assert ledger.update(A, SILENT_AFTER_S + 5 + LOST_TTL_S)
+async def until(watcher: DirectoryWatcher, view: FleetView, done: Callable[[], bool]) -> list[object]:
+    """Apply updates until `done`; the kinds of the updates."""
+    kinds: list[object] = []
+    async with asyncio.timeout(20):
+        while not done():
+            with contextlib.suppress(OSError, TimeoutError):
+                update = await watcher(view.version)
+                view.apply(update)
+                kinds.append(type(update))
+            await asyncio.sleep(0.01)
+    return kinds
 
 
-def test_a_restarted_directory_does_not_repeat_versions() -> None:
-    first = ReplicaTable()
-    first.update(A, 0.0)
-    assert ReplicaTable().version > first.version
+async def test_gateways_are_sent_a_snapshot_first_and_then_only_changes(world: World) -> None:
+    reporter, state = await world.replica(A)
+    await world.replica(replace(A, id="b", adapters=tuple(f"adapter-{n}@1" for n in range(1000))))
+    watcher, view = world.gateway()
+    kinds = await until(watcher, view, lambda: view.records.keys() == {"a", "b"})
+    assert kinds[0] is Snapshot
+    before = watcher.received_bytes
+    state["now"] = replace(A, running=3, adapters=("red@1",), slots=("red@1",), adapter_loads=1)
+    reporter.changed()
+    kinds = await until(watcher, view, lambda: view.records["a"].adapters == ("red@1",))
+    assert view.records["a"] == state["now"] and set(kinds) == {Changes}
+    # The thousand adapters of the other replica were not sent again.
+    assert watcher.received_bytes - before < 2000
 
 
-def test_the_repr_of_a_record_hides_the_token() -> None:
-    assert "token" not in repr(A)
+async def test_a_replica_that_leaves_is_removed_and_its_state_changes_arrive(world: World) -> None:
+    reporter, state = await world.replica(A)
+    watcher, view = world.gateway()
+    await until(watcher, view, lambda: "a" in view.records)
+    state["now"] = replace(A, state="draining")
+    reporter.report()
+    await until(watcher, view, lambda: view.records["a"].state == "draining")
+    await reporter.leave()
+    await until(watcher, view, lambda: not view.records)
 
 
-async def test_watch_returns_at_a_change() -> None:
-    directory = Directory()
-    known = await directory.watch(0)
-    waiting = asyncio.create_task(directory.watch(known.version))
-    await asyncio.sleep(0.05)
-    assert not waiting.done()
-    await directory.heartbeat(A)
-    assert (await asyncio.wait_for(waiting, 0.5)).replicas == (A,)
-    await directory.leave("a")
-    assert (await directory.watch(known.version)).replicas == ()
+async def test_after_a_restart_replicas_and_gateways_find_the_new_directory_and_forget_nobody(world: World) -> None:
+    _, state = await world.replica(A)
+    watcher, view = world.gateway()
+    await until(watcher, view, lambda: "a" in view.records)
+    epoch = view.epoch
+    await world.restart()
+    state["now"] = replace(A, adapters=("red@1",))
+    kinds = await until(watcher, view, lambda: view.epoch != epoch and view.told.get("a") == state["now"])
+    assert Snapshot in kinds and view.records == {"a": state["now"]}
 
 
-def test_waiting_counts_are_summed_over_gateways_and_expire() -> None:
-    demand = WaitingCounts()
-    demand.update("g1", {"engine-a": 2, "engine-b": 0}, 0.0)
-    demand.update("g2", {"engine-a": 3}, 2.0)
-    assert demand.total("engine-a", 2.0) == 5 and demand.total("engine-b", 2.0) == 0
-    assert demand.total("engine-a", DEMAND_TTL_S + 1) == 3
-    demand.update("g2", {}, DEMAND_TTL_S + 1)
-    assert demand.total("engine-a", DEMAND_TTL_S + 1) == 0 and set(demand.reports) == {"g2"}
+async def test_a_gateway_that_asks_for_version_0_gets_a_snapshot_again(world: World) -> None:
+    await world.replica(A)
+    watcher, view = world.gateway()
+    await until(watcher, view, lambda: "a" in view.records)
+    assert isinstance(await watcher(view.version), Changes)
+    assert isinstance(await watcher(0), Snapshot)
 
 
-async def test_demand_wakes_a_model_without_replicas_once_and_is_in_heartbeat_replies() -> None:
+async def test_a_replica_that_the_directory_has_forgotten_is_asked_for_its_record(world: World) -> None:
+    reporter, _ = await world.replica(A)
+    watcher, view = world.gateway()
+    await until(watcher, view, lambda: "a" in view.records)
+    assert world.directory._state.remove("a")
+    await until(watcher, view, lambda: "a" not in view.records)
+    await until(watcher, view, lambda: "a" in view.records)
+    assert reporter.reply.resend is False
+
+
+async def test_a_replica_without_heartbeats_becomes_silent_while_a_gateway_is_connected(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reporter, _ = await world.replica(A)
+    watcher, view = world.gateway()
+    await until(watcher, view, lambda: "a" in view.records)
+    assert reporter._task is not None
+    reporter._task.cancel()
+    world.directory._state.heard_at["a"] -= SILENT_AFTER_S
+    await until(watcher, view, lambda: view.lost == {"a"})
+    assert view.records["a"].state == "silent"
+
+
+async def test_a_connection_without_the_token_is_closed_and_learns_nothing(world: World) -> None:
+    await world.replica(A)
+    good = await world.directory.address()
+
+    async def locate() -> DirectoryAddress:
+        return replace(good, token="guessed")
+
+    connection = await connect(locate, lambda token: Hello(token=token, gateway=True), 1_000_000)
+    with pytest.raises(ConnectionError):
+        await connection.read(5.0)
+    assert "guessed" not in repr(await locate())
+
+
+async def test_a_frame_that_is_no_report_ends_its_connection_only(world: World) -> None:
+    _, state = await world.replica(A)
+    connection = await connect(world.locate, lambda token: Hello(token=token), 1_000_000)
+    connection.send(b'{"id": 5}')
+    with pytest.raises(ConnectionError):
+        await connection.read(5.0)
+    watcher, view = world.gateway()
+    await until(watcher, view, lambda: view.records == {"a": state["now"]})
+
+
+def test_frames_are_found_in_whatever_pieces_they_arrive_and_long_ones_refused() -> None:
+    sent = frame(b"one") + frame(b"") + frame(b"three")
+    for size in (1, 2, 5, len(sent)):
+        reader, found = FrameReader(limit=5), []
+        for start in range(0, len(sent), size):
+            found += list(reader.feed(sent[start : start + size]))
+        assert found == [b"one", b"", b"three"]
+    with pytest.raises(ProtocolError, match=r"6 bytes; 5 are allowed"):
+        list(FrameReader(limit=5).feed(frame(b"longer")))
+
+
+async def test_a_gateway_connects_again_when_the_directory_says_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_link, "SILENT_S", 0.1)
+    taken = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = taken.sockets[0].getsockname()[1]
+
+    async def locate() -> DirectoryAddress:
+        return DirectoryAddress(host="127.0.0.1", port=port, token="t")
+
+    watcher = DirectoryWatcher(locate)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await watcher(0)
+        assert watcher._connection is None
+    taken.close()
+
+
+async def test_demand_wakes_a_model_without_replicas_once_and_is_in_heartbeat_replies(world: World) -> None:
     woken: list[str] = []
     up = asyncio.Event()
 
@@ -100,17 +209,22 @@ async def test_demand_wakes_a_model_without_replicas_once_and_is_in_heartbeat_re
         woken.append(deployment)
         await up.wait()
 
-    directory = Directory(wake)
+    world.directory = Directory(wake, host="127.0.0.1")
     for _ in range(3):
-        await directory.demand("g1", {"engine-a": 4})
+        await world.directory.demand("g1", {"engine-a": 4})
         await asyncio.sleep(0.01)
     assert woken == ["engine-a"]
     up.set()
     await asyncio.sleep(0.01)
-    assert (await directory.heartbeat(replace(A, deployment="engine-a"))).waiting == 4
-    await directory.demand("g1", {"engine-a": 4})
+    reporter, _ = await world.replica(A)
+    assert reporter.reply.waiting == 4
+    await world.directory.demand("g1", {"engine-a": 4})
     await asyncio.sleep(0.01)
     assert woken == ["engine-a"]
+    async with asyncio.timeout(20):
+        while reporter.reply.waiting:
+            await world.directory.demand("g1", {})
+            await asyncio.sleep(0.05)
 
 
 async def test_a_wake_up_is_cancelled_when_no_request_waits() -> None:
@@ -131,8 +245,69 @@ async def test_a_wake_up_is_cancelled_when_no_request_waits() -> None:
     assert ended == ["engine-a"]
 
 
-async def test_snapshots_of_a_new_directory_are_marked_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = Directory()
-    assert not (await directory.watch(0)).complete
-    monkeypatch.setattr(directory, "_began", directory._began - WARM_UP_S)
-    assert (await directory.watch(0)).complete
+async def test_updates_of_a_new_directory_are_marked_incomplete(world: World) -> None:
+    watcher, view = world.gateway()
+    view.apply(await watcher(0))
+    assert not view.complete and not (await world.directory.watch(0)).complete
+    world.directory._began -= WARM_UP_S
+    await until(watcher, view, lambda: view.complete)
+    assert (await world.directory.watch(0)).complete
+
+
+async def test_tools_read_all_replicas_and_wait_for_a_change(world: World) -> None:
+    known = await world.directory.watch(0)
+    assert known.replicas == ()
+    waiting = asyncio.create_task(world.directory.watch(known.version))
+    await world.replica(A)
+    assert (await asyncio.wait_for(waiting, 5)).replicas == (A,)
+
+
+async def test_replicas_are_told_of_pinned_adapters_and_ask_no_database(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
+    registry.register_model("base", small_model(tmp_path / "base"))
+    registry.register_adapter("red", small_adapter(tmp_path / "red"), base="base")
+    world = World(Directory(lambda deployment: None, registry=registry.address, host="127.0.0.1"))
+    told: list[list[str] | None] = []
+
+    def on_reply(reply: HeartbeatReply) -> None:
+        told.append(None if reply.pins is None else [pin.id for pin in reply.pins])
+
+    _, prefill = replace(A, id="p"), await world.replica(replace(A, id="p", pool="base@1#prefill"), on_reply)
+    assert prefill
+    registry.pin("red")
+    async with asyncio.timeout(20):
+        while not told or told[-1] != ["red@1"]:
+            await asyncio.sleep(0.05)
+    registry.unpin("red")
+    async with asyncio.timeout(20):
+        while told[-1] != []:
+            await asyncio.sleep(0.05)
+    # An answer is sent when it differs: not one each second.
+    assert len(told) <= 4
+    for reporter in world.reporters:
+        await reporter.leave()
+    await world.directory.close()
+
+
+async def test_a_gateway_that_does_not_read_gets_what_it_missed_at_once(world: World) -> None:
+    reporter, state = await world.replica(A)
+    slow = await connect(world.locate, lambda token: Hello(token=token, gateway=True), 10**9)
+    assert slow._transport is not None
+    slow._transport.pause_reading()
+    # More than the buffers of both sockets hold.
+    names = tuple(f"{'adapter' * 20}-{n}@1" for n in range(20_000))
+    began, turn = time.monotonic(), 0
+    while time.monotonic() - began < 20 and not any(peer.paused for peer in world.directory._server._peers):
+        turn += 1
+        state["now"] = replace(A, adapters=names[turn % 2 :: 2])
+        reporter.report()
+        await asyncio.sleep(0.12)
+    assert any(peer.paused for peer in world.directory._server._peers)
+    state["now"] = replace(A, running=1)
+    reporter.report()
+    slow._transport.resume_reading()
+    view = FleetView()
+    async with asyncio.timeout(30):
+        while view.records.get("a") != state["now"]:
+            view.apply(directory_protocol.decode_update(await slow.read()))
+    slow.close()

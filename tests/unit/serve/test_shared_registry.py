@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from small_folders import small_adapter, small_model
 
 from tandem.apps.resolve import address_of, check_shared
 from tandem.config import GatewayConfig
 from tandem.errors import RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
-from tandem.routing.records import ReplicaRecord, Snapshot
-from tandem.serve.directory import Directory
-from tandem.serve.pinned_adapters import PinnedAdapters
+from tandem.routing.records import Snapshot
 from tandem.serve.replica.deployment import check_registry
 
 
@@ -71,36 +67,6 @@ def test_an_sqlite_registry_is_used_on_the_node_that_built_the_app_only(
         RegistryError, match=r"for the node 10\.0\.0\.1, and this replica is on 10\.0\.0\.2.*PostgreSQL"
     ):
         check_registry(address, "10.0.0.2")
-
-
-async def test_replicas_read_pinned_adapters_only_after_a_change_of_the_revision(tmp_path: Path) -> None:
-    registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
-    registry.register_model("base", small_model(tmp_path / "base"))
-    registry.register_adapter("red", small_adapter(tmp_path / "red"), base="base")
-    directory = Directory(wake=lambda deployment: None, registry=registry.address)
-    record = ReplicaRecord(
-        id="r", pool="base@1", deployment="engine", url="http://127.0.0.1:1", token="t", state="ready", running=0, waiting=0,
-        max_running=1, kv_usage=0.0, adapters=(), slots=(), adapter_loads=0, pin_problems=(), started_at=0.0, startup_s=(),
-        tasks=(),
-    )  # fmt: skip
-
-    async def told() -> int:
-        for _ in range(200):
-            if (revision := (await directory.heartbeat(record)).registry_revision) == registry.revision():
-                return revision
-            await asyncio.sleep(0.05)
-        raise AssertionError("the directory does not follow the registry")
-
-    opened: list[Registry] = []
-    pins = PinnedAdapters("base@1", lambda: opened.append(registry) or registry)
-    first = await told()
-    assert pins.is_behind(first) and pins.read(first) is None
-    assert not pins.is_behind(await told())
-    registry.pin("red")
-    second = await told()
-    assert pins.is_behind(second)
-    assert [ref.id for ref in pins.read(second) or []] == ["red@1"]
-    assert not pins.is_behind(second) and len(opened) == 2
 
 
 def test_a_gateway_starts_while_the_database_is_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from tandem.config.serving.app import GatewayConfig
@@ -79,11 +79,17 @@ class Admission:
         """The admission slot of one request. A `light` request waits only while no replica is ready, and is not counted."""
         return AdmissionSlot(self, model, hints, light)
 
-    def refresh(self) -> None:
-        """Apply the fleet's current state to the limits; start the requests that may start."""
+    def refresh(self, changed: Collection[str] | None = None) -> None:
+        """Apply the fleet's current state to the limits; start the requests that may start.
+
+        `changed`: pools and deployments whose replicas changed; None: any.
+        """
         now = time.monotonic()
         for name, queue in self._queues.items():
-            queue.set_limit(self._limit(self._models[name]), now)
+            model = self._models[name]
+            if changed is not None and model.id not in changed and model.deployment not in changed:
+                continue
+            queue.set_limit(self._limit(model), now)
             self.serve(queue)
             self.metrics.load(name, queue.running, len(queue))
 

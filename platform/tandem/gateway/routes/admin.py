@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query, Request, Response
 
 from tandem.api.adapters import (
     Adapter,
@@ -27,6 +27,7 @@ from tandem.api.adapters import (
 from tandem.gateway.audit_writer import AuditWriter
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.routes.audit import Audited, without_credentials
+from tandem.gateway.routes.conditions import condition_of
 from tandem.gateway.routes.management import run_blocking
 from tandem.ids import split_version
 from tandem.jobs.adapters import Adapters
@@ -82,10 +83,13 @@ class AdminRoutes:
         work = functools.partial(self._adapters.register, name, source, **asked)
         return Adapter(**_fields(await self._change(request, "register", name, work, _registered)))
 
-    async def show(self, name: str) -> AdapterDetails:
-        """One adapter, the history of its name, and the replicas that hold it."""
+    async def show(self, name: str, response: Response) -> AdapterDetails:
+        """One adapter, the history of its name, and the replicas that hold it; `ETag` is what the name means, for `If-Match`."""
         record = await self._do(self._adapters.registry.resolve, name)
         history = await self._do(self._adapters.promotions, record.name)
+        meant = next((p.id for p in history if not p.taken_back), None)
+        if meant is not None:
+            response.headers["ETag"] = f'"{meant}"'
         return AdapterDetails(
             **_fields(record),
             promotions=[AdapterPromotion(id=p.id, at=p.at.isoformat(), taken_back=p.taken_back) for p in history],
@@ -93,13 +97,16 @@ class AdminRoutes:
         )
 
     async def promote(self, name: str, request: Request) -> Adapter:
-        """Make a version (`name@version` in the path) the one that its name resolves to."""
-        work = functools.partial(self._adapters.promote, name)
+        """Make a version (`name@version` in the path) the one that its name resolves to.
+
+        `If-Match`: id that the name must mean until then, else 412. `Idempotency-Key`: sent again, it changes nothing.
+        """
+        work = functools.partial(self._adapters.promote, name, condition_of(request))
         return Adapter(**_fields(await self._change(request, "promote", name, work)))
 
     async def roll_back(self, name: str, request: Request) -> Adapter:
-        """Resolve a name to the version promoted before."""
-        work = functools.partial(self._adapters.roll_back, name)
+        """Resolve a name to the version promoted before; `If-Match` and `Idempotency-Key` as for a promotion."""
+        work = functools.partial(self._adapters.roll_back, name, condition_of(request))
         return Adapter(**_fields(await self._change(request, "roll_back", name, work)))
 
     async def pin(self, name: str, request: Request) -> PinnedAdapter:

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from tandem.api.adapters import ErrorAnswer
 from tandem.errors import (
     AuthError,
+    ChangedMeanwhileError,
     ConfigError,
     JobError,
     RegistryError,
@@ -103,6 +104,8 @@ async def run_blocking(
         raise ApiError(404, str(error), code="key_not_found", param="id") from None
     except RegistryUnreachableError as error:
         raise no_registry(str(error), retry_after_s) from None
+    except ChangedMeanwhileError as error:
+        raise ApiError(412, str(error), code="precondition_failed", param="If-Match") from None
     except (RegistryError, ConfigError, JobError, AuthError) as error:
         raise ApiError(400, str(error)) from None
     except StorageError as error:

@@ -164,8 +164,8 @@ class OpenAIRoutes:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 once this gateway has heard of the replicas from the directory, otherwise 503."""
-        ready = self._fleet.synced
+        """200 while this gateway knows the replicas from the directory; 503 before, and once its copy is stale."""
+        ready = self._fleet.fresh
         return JSONResponse({"status": "ok" if ready else "unavailable"}, status_code=200 if ready else 503)
 
 

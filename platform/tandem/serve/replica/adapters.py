@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 
 from tandem.engine.protocol import AdapterRef, Engine
 from tandem.errors import AdapterError, EngineError, TandemError
+from tandem.serve.replica.adapter_fetches import AdapterFetches
 from tandem.serve.replica.residency import Residency, Waiter
 
 REFUSAL_TTL_S = 10.0
@@ -42,7 +43,7 @@ class AdapterSlots:
         self._engine = engine
         self._residency = Residency(capacity, max(capacity, cached or capacity))
         self._on_change = on_change
-        self._prepare = prepare
+        self._fetches = AdapterFetches(prepare)
         self._admissions: dict[Waiter, asyncio.Future[None]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._engine_lock = asyncio.Lock()
@@ -183,7 +184,7 @@ class AdapterSlots:
             task.exception()  # retrieved: asyncio reports exceptions of abandoned tasks otherwise
 
     async def _make_resident(self, adapter: AdapterRef) -> None:
-        ready = await asyncio.to_thread(self._prepare, adapter)
+        ready = await self._fetches.fetch(adapter)
         async with self._engine_lock:
             if (victim := self._residency.eviction_candidate()) is not None:
                 await self._evict(victim)

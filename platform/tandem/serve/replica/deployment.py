@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from tandem.cluster.ports import free_ports
 from tandem.cluster.reaper import Reaper
 from tandem.engine.create import create_engine
 from tandem.engine.engines import find_engine
+from tandem.engine.protocol import AdapterRef
 from tandem.errors import EngineError, RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, ServedModel, State
-from tandem.serve.directory import HEARTBEAT_S
+from tandem.serve.directory_link import ReplicaReporter
 from tandem.serve.engine_spec import engine_spec
 from tandem.serve.listen import internal_port_on_node
-from tandem.serve.pinned_adapters import PinnedAdapters
 from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.host import EngineHost
 from tandem.serve.replica.logs import serve_log_kept
@@ -38,6 +38,8 @@ from tandem.usage import UsageStore, UsageWriter
 
 STOP_S = 15.0
 """Seconds that an idle engine may take to stop."""
+KNOWN_WITHIN_S = 2.0
+"""Seconds that a new replica waits until the directory knows it."""
 GRACE_BEFORE_DRAIN_S = 0.5
 """Seconds in which a stopping replica still takes requests of gateways that do not know it yet."""
 
@@ -53,13 +55,12 @@ class EngineReplica:
         self._started_at, startup = time.time(), StartupTimer()
         startup.done("process")
         self._model = model
-        self._directory = directory
         self._drain_timeout_s = drain_timeout_s
-        self._reply = HeartbeatReply(waiting=0)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
-        self._changed = asyncio.Event()
         self._stall = StallDetector(model.config.stuck_after_s)
+        self._reporter = ReplicaReporter(directory.address.remote, self.record, self._directory_answered)
+        self._pins: tuple[AdapterRef, ...] | None = None
         self._reaper = Reaper.of_children()
         drain_on_sigterm()
         internal_port_on_node()
@@ -82,7 +83,7 @@ class EngineReplica:
                 max_cached=model.config.cached_adapters,
                 prepare=AdapterChecker(Path(model.path) if model.path else None, model.config.max_lora_rank),
                 host=host,
-                on_change=lambda: _set(loop, self._changed),
+                on_change=lambda: _call_in(loop, self._reporter.changed),
                 record_usage=self._usage.add if self._usage else None,
             )
             try:
@@ -93,25 +94,18 @@ class EngineReplica:
             self._usage.start()
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
-        self._pins = (
-            PinnedAdapters(model.id, lambda: Registry.at(registry)) if registry and model.config.max_adapters else None
-        )
         # Serve stops an old replica when this constructor returns: gateways must know this one by then.
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._send_heartbeat(), 2.0)
-        self._heartbeats = asyncio.create_task(self._send_heartbeats())
-        # A task of its own: a registry that hangs must not stop the heartbeats.
-        self._pinning = asyncio.create_task(self._follow_pins())
+        await self._reporter.start(KNOWN_WITHIN_S)
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
-        if self._heartbeats.done():
+        if not self._reporter.running:
             raise EngineError(f"This replica of {self._model.id} sends no heartbeats any more.")
         if not self._host.alive:
-            self._changed.set()
+            self._reporter.changed()
             raise EngineError(f"The engine of {self._model.id} has died.")
         if self._is_stuck():
-            self._changed.set()
+            self._reporter.changed()
             idle_s = self._stall.idle_s(time.monotonic())
             raise EngineError(
                 f"The engine of {self._model.id} has work and has ended no step for {idle_s:.0f} s (stuck_after_s is "
@@ -131,7 +125,7 @@ class EngineReplica:
             "kv_usage": stats.kv_usage,
             "ttft_s": stats.ttft_s,
             "max_running": stats.max_running,
-            "held": self._reply.waiting,
+            "held": self._reporter.reply.waiting,
         }
 
     def woken(self) -> None:
@@ -162,45 +156,24 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Called by Serve to stop the replica: drains it and ends all its processes."""
-        if not hasattr(self, "_heartbeats"):
+        if not hasattr(self, "_startup"):
             return
-        self._pinning.cancel()
         self._state = "draining"
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._send_heartbeat(), 2.0)
+        self._reporter.report()
         await asyncio.sleep(GRACE_BEFORE_DRAIN_S)
         # Heartbeats continue meanwhile: gateways would cut the streams of a silent replica.
         await self._host.drain(0.0 if self._is_stuck() else self._drain_timeout_s)
-        self._heartbeats.cancel()
         if self._usage is not None:
             await self._usage.stop()
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(_answer(self._directory.leave.remote(self._id)), 2.0)
+        await self._reporter.leave()
         self._reaper.close()
 
-    async def _send_heartbeats(self) -> None:
-        while True:
-            self._changed.clear()
-            # A directory that is being replaced does not answer; the next heartbeat reaches the new one.
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._send_heartbeat(), 5 * HEARTBEAT_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
-
-    async def _follow_pins(self) -> None:
-        while self._pins is not None:
-            revision = self._reply.registry_revision
-            # While the registry does not answer, the pinned adapters stay.
-            with contextlib.suppress(Exception):
-                if revision is None or not self._pins.is_behind(revision):
-                    pass
-                elif (wanted := await asyncio.to_thread(self._pins.read, revision)) is not None:
-                    self._host.set_pinned(wanted)
-            # All replicas learn of a change at once; a random pause spreads their queries.
-            await asyncio.sleep(HEARTBEAT_S * random.uniform(0.5, 1.5))
-
-    async def _send_heartbeat(self) -> None:
-        self._reply = await self._directory.heartbeat.remote(self.record())
+    def _directory_answered(self, reply: HeartbeatReply) -> None:
+        # While the directory has not read the registry, the pinned adapters stay.
+        pins = reply.pins
+        if pins is not None and pins != (self._pins or ()) and self._model.config.max_adapters:
+            self._pins = pins
+            self._host.set_pinned(pins)
 
 
 def check_registry(address: RegistryAddress, node: str) -> None:
@@ -217,13 +190,9 @@ def check_registry(address: RegistryAddress, node: str) -> None:
         registry.revision()
 
 
-async def _answer(response: Any) -> Any:
-    return await response
-
-
-def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(event.set)
+        loop.call_soon_threadsafe(function)
 
 
 def _check_placement(model: ServedModel) -> None:

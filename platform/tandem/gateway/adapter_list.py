@@ -1,0 +1,122 @@
+"""List of the adapters of served models, in memory: pages cost no query, however many adapters there are.
+
+It is read again after a change of the registry, in a thread of its own, never more than a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable
+
+from tandem.errors import RegistryUnreachableError
+from tandem.gateway.registry_reads import RegistryReads
+from tandem.registry.records import AdapterSummary
+
+PAGE = 2000
+"""Adapters of one query."""
+PAGE_S = 5.0
+"""Seconds that one query may take."""
+WAIT_S = 1.0
+"""Seconds that a list waits for adapters that were registered just before; then it shows those that were known."""
+PAUSE_FACTOR = 10
+"""Pause after a reading, in multiples of the time that it took."""
+NO_PAUSE_BELOW_S = 0.05
+"""Readings that take less need no pause."""
+NEAR = 100
+"""Names on either side of a wrong one, by the alphabet, among which the nearest is sought."""
+
+
+class AdapterList:
+    """The promoted adapters of some bases that can be served, by name."""
+
+    def __init__(
+        self,
+        reads: RegistryReads,
+        bases: Iterable[str],
+        revision: Callable[[], Awaitable[int | None]],
+        hidden: Collection[str],
+    ) -> None:
+        """`revision` reads the registry's revision; `hidden`: names that mean something else here."""
+        self._reads = reads
+        self._bases = tuple(bases)
+        self._current_revision = revision
+        self._hidden = frozenset(hidden)
+        self._names: list[str] = []
+        self._adapters: list[AdapterSummary] = []
+        self._revision: int | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        self._not_before = 0.0
+
+    async def page(self, after: str | None, limit: int) -> tuple[list[AdapterSummary], bool]:
+        """At most `limit` adapters after the name `after`, and whether there are more.
+
+        RegistryUnreachableError if the registry does not answer and has never been read.
+        """
+        await self._catch_up()
+        start = 0 if after is None else bisect.bisect_right(self._names, after)
+        return self._adapters[start : start + limit], start + limit < len(self._adapters)
+
+    def near(self, name: str) -> list[str]:
+        """Names around where `name` would stand."""
+        at = bisect.bisect_left(self._names, name)
+        return self._names[max(0, at - NEAR) : at + NEAR]
+
+    def changed(self, revision: int) -> None:
+        """The registry is at `revision`: read it again in the background, if this list is in use."""
+        if self._revision not in (None, revision):
+            self._refresh()
+
+    async def _catch_up(self) -> None:
+        revision = await self._current_revision()
+        # The first reading that is waited for may have begun before the change that is asked for; the second has not.
+        for _ in range(2):
+            loaded = self._revision is not None
+            if loaded and revision in (None, self._revision):
+                return
+            task = self._refresh()
+            if task is None:
+                return
+            done, _pending = await asyncio.wait([task], timeout=WAIT_S if loaded else None)
+            if not loaded and done:
+                task.result()
+
+    def _refresh(self) -> asyncio.Task[None] | None:
+        """The reading under way, or a new one; None: it is too early for one."""
+        if self._refreshing is not None:
+            return self._refreshing
+        if self._revision is not None and time.monotonic() < self._not_before:
+            return None
+        task = self._refreshing = asyncio.create_task(self._read())
+        task.add_done_callback(self._read_ended)
+        return task
+
+    def _read_ended(self, task: asyncio.Task[None]) -> None:
+        self._refreshing = None
+        if not task.cancelled():
+            task.exception()  # retrieved: those who wait for it raise it
+
+    async def _read(self) -> None:
+        began = time.monotonic()
+        # Read before the adapters: a change in between is read the next time.
+        revision = await self._current_revision()
+        if revision is None:
+            raise RegistryUnreachableError("The registry does not answer.")
+        found: list[AdapterSummary] = []
+        for base in self._bases:
+            after = ""
+            while True:
+                page = await self._reads.read(_page_of(base, after), PAGE_S)
+                found += (each for each in page if not each.dora and each.name not in self._hidden)
+                if len(page) < PAGE:
+                    break
+                after = page[-1].name
+        found.sort()
+        self._adapters, self._names, self._revision = found, [each.name for each in found], revision
+        took_s = time.monotonic() - began
+        self._not_before = time.monotonic() + (PAUSE_FACTOR * took_s if took_s > NO_PAUSE_BELOW_S else 0.0)
+
+
+def _page_of(base: str, after: str) -> Callable[..., list[AdapterSummary]]:
+    return lambda registry: registry.summaries(base, after=after, limit=PAGE)

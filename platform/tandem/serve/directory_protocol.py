@@ -1,0 +1,144 @@
+"""Protocol between the directory, replicas and gateways: frames of JSON over TCP connections of its own.
+
+Heartbeats of a thousand replicas are more calls a second than a Serve handle takes, and cost a fraction of it here. A frame is
+its length as four bytes, big-endian, and a JSON object. The client's first frame is a `Hello`, with a token that it got through
+Ray; then replicas send a `ReplicaChange` (empty: a heartbeat) or `LEAVE` and get a `HeartbeatReply` whenever that differs,
+and gateways send `PING` and get a `Push` at each change, at least every second.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
+
+from tandem.errors import TandemError
+from tandem.routing.changes import Changes, ReplicaChange, Update
+from tandem.routing.records import HeartbeatReply, Snapshot
+
+LENGTH = struct.Struct(">I")
+LONGEST_HELLO = 4096
+"""Bytes of a frame before its sender has shown the token."""
+LONGEST_REPORT = 4 * 2**20
+"""Bytes of a frame to the directory: a record with some ten thousand adapters."""
+LONGEST_PUSH = 256 * 2**20
+"""Bytes of a frame to a gateway: a snapshot of some hundred thousand replicas."""
+LEAVE, PING = b'"leave"', b'"ping"'
+UNREACHABLE_S = 6
+"""Seconds after which a connection whose other side's machine acknowledges nothing has ended."""
+
+
+class ProtocolError(TandemError):
+    """The other side sent a frame that it must not send."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DirectoryAddress:
+    """Where a directory listens, and the secret that its clients show."""
+
+    host: str
+    port: int
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """First frame of a connection."""
+
+    token: str = field(repr=False)
+    gateway: bool = False
+    """Whether the client is a gateway; else it is a replica."""
+    epoch: int = 0
+    version: int = 0
+    """Of a gateway: what it knows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Push:
+    """An update for a gateway."""
+
+    snapshot: Snapshot | None = None
+    changes: Changes | None = None
+
+
+_HELLO = TypeAdapter(Hello)
+_CHANGE = TypeAdapter(ReplicaChange)
+_REPLY = TypeAdapter(HeartbeatReply)
+_PUSH = TypeAdapter(Push)
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """The frame's content."""
+    return _HELLO.dump_json(hello, exclude_defaults=True)
+
+
+def decode_hello(content: bytes) -> Hello:
+    """The hello; ValueError if it is none."""
+    return _HELLO.validate_json(content)
+
+
+def encode_change(change: ReplicaChange) -> bytes:
+    """The frame's content."""
+    return _CHANGE.dump_json(change, exclude_defaults=True)
+
+
+def decode_change(content: bytes) -> ReplicaChange:
+    """The change; ValueError if it is none."""
+    return _CHANGE.validate_json(content)
+
+
+def encode_reply(reply: HeartbeatReply) -> bytes:
+    """The frame's content."""
+    return _REPLY.dump_json(reply, exclude_defaults=True)
+
+
+def decode_reply(content: bytes) -> HeartbeatReply:
+    """The reply; ValueError if it is none."""
+    return _REPLY.validate_json(content)
+
+
+def encode_update(update: Update) -> bytes:
+    """The frame's content."""
+    push = Push(snapshot=update) if isinstance(update, Snapshot) else Push(changes=update)
+    return _PUSH.dump_json(push, exclude_defaults=True)
+
+
+def decode_update(content: bytes) -> Update:
+    """The update; ValueError if it is none."""
+    push = _PUSH.validate_json(content)
+    update = push.snapshot or push.changes
+    if update is None:
+        raise ValueError("The directory sent neither a snapshot nor changes.")
+    return update
+
+
+def frame(content: bytes) -> bytes:
+    """A frame."""
+    return LENGTH.pack(len(content)) + content
+
+
+@dataclass(slots=True)
+class FrameReader:
+    """Splits received bytes into frames."""
+
+    limit: int
+    """Longest frame in bytes."""
+    _buffer: bytearray = field(default_factory=bytearray)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The contents of the frames that are whole now; ProtocolError for one that is too long."""
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(self._buffer, start)
+            if length > self.limit:
+                raise ProtocolError(f"A frame has {length} bytes; {self.limit} are allowed here.")
+            end = start + LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            content = bytes(self._buffer[start + LENGTH.size : end])
+            start = end
+            yield content
+        del self._buffer[:start]

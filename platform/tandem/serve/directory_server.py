@@ -1,0 +1,250 @@
+"""TCP server of the directory: takes reports of replicas, and pushes changes to gateways.
+
+Pushes are coalesced: a change reaches gateways within `PUSH_INTERVAL_S`, together with all others of that time. Gateways at the
+same version share one encoded message. One that does not read gets no more until it does, and then all that it has missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from typing import cast
+
+from tandem.cluster.keepalive import keep_alive
+from tandem.engine.protocol import AdapterRef
+from tandem.routing.records import HeartbeatReply, ReplicaRecord, base_of_pool
+from tandem.serve import directory_protocol as protocol
+from tandem.serve.directory_state import HEARTBEAT_S, DirectoryState, UnknownReplicaError, WaitingCounts
+
+PUSH_INTERVAL_S = 0.1
+"""Shortest time between two messages to a gateway, in seconds."""
+HELLO_S = 5.0
+"""Seconds in which a connection has to show the token."""
+BACKLOG = 2048
+
+log = logging.getLogger(__name__)
+
+
+class DirectoryServer:
+    """Connections of replicas and gateways to one directory; used in one event loop."""
+
+    def __init__(self, state: DirectoryState, demand: WaitingCounts, complete: Callable[[], bool]) -> None:
+        """`complete`: whether the directory has been there for long enough to know all replicas."""
+        self.state = state
+        self._demand = demand
+        self._complete = complete
+        self._token = secrets.token_urlsafe(32)
+        self._server: asyncio.Server | None = None
+        self._peers: set[_Peer] = set()
+        self._pins: dict[str, tuple[AdapterRef, ...]] = {}
+        self._push: asyncio.TimerHandle | None = None
+        self._pushed_at = 0.0
+        self._ticking: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    async def start(self, host: str) -> protocol.DirectoryAddress:
+        """Listen on a free port of `host`, an address of this node."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Peer(self), host, 0, backlog=BACKLOG)
+        self._ticking = asyncio.create_task(self._tick())
+        port = self._server.sockets[0].getsockname()[1]
+        return protocol.DirectoryAddress(host=host, port=port, token=self._token)
+
+    async def stop(self) -> None:
+        """Close all connections."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticking
+        if self._server is not None:
+            self._server.close()
+        for peer in list(self._peers):
+            peer.close()
+
+    def set_pins(self, pins: dict[str, tuple[AdapterRef, ...]]) -> None:
+        """Replace the pinned adapters, by base; replicas of bases whose pins changed are told."""
+        if pins != self._pins:
+            self._pins = pins
+            self._answer_replicas()
+
+    def bases(self) -> set[str]:
+        """Bases of the replicas that are known."""
+        return {base_of_pool(record.pool) for record in self.state.records.values()}
+
+    async def changed(self, timeout_s: float) -> None:
+        """Wait for the next change of a replica, for at most `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def publish(self) -> None:
+        """Push what has changed to the gateways, now or as soon as `PUSH_INTERVAL_S` have passed since the last time."""
+        if self._push is None:
+            loop = asyncio.get_running_loop()
+            wait_s = max(0.0, self._pushed_at + PUSH_INTERVAL_S - loop.time())
+            self._push = loop.call_later(wait_s, self._push_all)
+
+    def has_token(self, hello: protocol.Hello) -> bool:
+        """Whether a client has shown the directory's token."""
+        return hmac.compare_digest(hello.token.encode(), self._token.encode())
+
+    def joined(self, peer: _Peer) -> None:
+        """A connection was made."""
+        self._peers.add(peer)
+
+    def left(self, peer: _Peer) -> None:
+        """A connection has ended. Its replica is not removed: it may come back, or else falls silent."""
+        self._peers.discard(peer)
+
+    def received(self, peer: _Peer, content: bytes) -> None:
+        """A frame of a replica or gateway that has shown the token. ValueError if it cannot be read."""
+        now = time.monotonic()
+        if peer.gateway:
+            if self.state.mark_silent(now):
+                self.publish()
+            return
+        if content == protocol.LEAVE:
+            if peer.replica is not None and self.state.remove(peer.replica):
+                self.publish()
+            peer.close()
+            return
+        change = protocol.decode_change(content)
+        try:
+            changed = self.state.report(change, now)
+        except UnknownReplicaError:
+            peer.answer(HeartbeatReply(waiting=0, resend=True))
+            return
+        if peer.replica is None:
+            peer.replica = change.id
+        if changed:
+            self.publish()
+        if peer.reply is None or peer.reply.resend:
+            peer.answer(self._reply(self.state.records[change.id], now))
+
+    def welcome_gateway(self, peer: _Peer) -> None:
+        """A gateway has connected: it gets what it does not know."""
+        self.state.mark_silent(time.monotonic())
+        self._send([peer])
+
+    def _reply(self, record: ReplicaRecord, now: float) -> HeartbeatReply:
+        waiting = self._demand.total(record.deployment, now)
+        return HeartbeatReply(waiting=waiting, pins=self._pins.get(base_of_pool(record.pool)))
+
+    def _answer_replicas(self) -> None:
+        now = time.monotonic()
+        for peer in list(self._peers):
+            record = self.state.records.get(peer.replica) if peer.replica is not None else None
+            if record is not None:
+                peer.answer(self._reply(record, now))
+
+    def _push_all(self) -> None:
+        self._push = None
+        self._pushed_at = asyncio.get_running_loop().time()
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._send([peer for peer in self._peers if peer.gateway and not peer.paused])
+
+    def _send(self, gateways: Iterable[_Peer]) -> None:
+        encoded: dict[tuple[int, int], bytes] = {}
+        complete = self._complete()
+        for peer in gateways:
+            known = (peer.epoch, peer.version)
+            if known not in encoded:
+                update = self.state.changes_since(*known, complete=complete)
+                encoded[known] = protocol.frame(protocol.encode_update(update))
+            peer.send(encoded[known])
+            peer.epoch, peer.version = self.state.epoch, self.state.version
+
+    async def _tick(self) -> None:
+        """Speak to every gateway at least each second, and tell replicas what waits for them."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                self._answer_replicas()
+                if self._push is None:
+                    self._push_all()
+            except Exception:
+                log.exception("The directory could not send what has changed; it tries again in %g s.", HEARTBEAT_S)
+
+
+class _Peer(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, server: DirectoryServer) -> None:
+        self._server = server
+        self._frames = protocol.FrameReader(protocol.LONGEST_HELLO)
+        self._transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._known = False
+        self.gateway = False
+        self.paused = False
+        """Whether the client does not read what was sent to it."""
+        self.epoch = self.version = 0
+        """Of a gateway: what was sent to it."""
+        self.replica: str | None = None
+        """Of a replica: its id."""
+        self.reply: HeartbeatReply | None = None
+        """Of a replica: the last answer."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        keep_alive(transport, unreachable_s=protocol.UNREACHABLE_S)
+        self._deadline = asyncio.get_running_loop().call_later(HELLO_S, self.close)
+        self._server.joined(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._server.left(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for content in self._frames.feed(data):
+                if self._known:
+                    self._server.received(self, content)
+                elif not self._greeted(protocol.decode_hello(content)):
+                    return
+        except (ValueError, protocol.ProtocolError) as error:
+            # What it says may hold tokens: only the kind of the error is logged.
+            log.warning("The directory closed a connection that sent what it cannot read (%s).", type(error).__name__)
+            self.close()
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self._server.publish()
+
+    def answer(self, reply: HeartbeatReply) -> None:
+        """Send a replica its answer, unless it is the last one again."""
+        if reply != self.reply:
+            self.reply = reply
+            self.send(protocol.frame(protocol.encode_reply(reply)))
+
+    def send(self, data: bytes) -> None:
+        """Write a frame."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """End the connection, after what was written."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _greeted(self, hello: protocol.Hello) -> bool:
+        if not self._server.has_token(hello):
+            self.close()
+            return False
+        self._known, self.gateway = True, hello.gateway
+        self._frames.limit = protocol.LONGEST_REPORT
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if hello.gateway:
+            self.epoch, self.version = hello.epoch, hello.version
+            self._server.welcome_gateway(self)
+        return True
