@@ -191,7 +191,7 @@ async def test_a_list_means_a_model_or_version_by_whichever_of_its_names_a_reque
     with pytest.raises(ApiError) as refused:
         await catalog.resolve("red@9", principal)
     assert ("it has" in refused.value.message) == (allowed == ["red"])
-    catalog.close()
+    await catalog.stop()
 
 
 async def test_lists_tell_a_narrow_key_no_other_names_in_any_of_their_pages(
