@@ -144,7 +144,7 @@ async def test_a_replica_without_heartbeats_becomes_silent_while_a_gateway_is_co
     await until(watcher, view, lambda: "a" in view.records)
     assert reporter._task is not None
     reporter._task.cancel()
-    world.directory._state.heard_at["a"] -= SILENT_AFTER_S
+    world.directory._state._replicas["a"].heard_at -= SILENT_AFTER_S
     await until(watcher, view, lambda: view.lost == {"a"})
     assert view.records["a"].state == "silent"
 
