@@ -108,7 +108,7 @@ class Directory:
         """Apply a gateway's numbers of waiting requests by deployment; starts a replica of deployments that have none."""
         now = time.monotonic()
         self._demand.update(gateway, waiting, now)
-        ready = {record.deployment for record in self._state.records.values() if record.state == "ready"}
+        ready = self._state.ready_deployments()
         for deployment, count in waiting.items():
             if count > 0 and deployment not in ready and deployment not in self._waking:
                 task = self._waking[deployment] = asyncio.create_task(self._wake_up(deployment))

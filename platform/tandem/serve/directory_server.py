@@ -17,7 +17,7 @@ from typing import cast
 
 from tandem.cluster.keepalive import keep_alive
 from tandem.engine.protocol import AdapterRef
-from tandem.routing.records import HeartbeatReply, ReplicaRecord, base_of_pool
+from tandem.routing.records import HeartbeatReply, base_of_pool
 from tandem.serve import directory_protocol as protocol
 from tandem.serve.directory_state import HEARTBEAT_S, DirectoryState, UnknownReplicaError, WaitingCounts
 
@@ -42,6 +42,8 @@ class DirectoryServer:
         self._server: asyncio.Server | None = None
         self._peers: set[_Peer] = set()
         self._pins: dict[str, tuple[AdapterRef, ...]] = {}
+        self._replies: dict[tuple[str, str], HeartbeatReply] = {}
+        """The last answer for each pool and deployment."""
         self._push: asyncio.TimerHandle | None = None
         self._pushed_at = 0.0
         self._ticking: asyncio.Task[None] | None = None
@@ -70,11 +72,11 @@ class DirectoryServer:
         """Replace the pinned adapters, by base; replicas of bases whose pins changed are told."""
         if pins != self._pins:
             self._pins = pins
-            self._answer_replicas()
+            self._answer_replicas(list(self._peers))
 
     def bases(self) -> set[str]:
         """Bases of the replicas that are known."""
-        return {base_of_pool(record.pool) for record in self.state.records.values()}
+        return {base_of_pool(pool) for pool in self.state.pools()}
 
     async def changed(self, timeout_s: float) -> None:
         """Wait for the next change of a replica, for at most `timeout_s`."""
@@ -123,23 +125,31 @@ class DirectoryServer:
         if changed:
             self.publish()
         if peer.reply is None or peer.reply.resend:
-            peer.answer(self._reply(self.state.records[change.id], now))
+            self._answer_replicas([peer])
 
     def welcome_gateway(self, peer: _Peer) -> None:
         """A gateway has connected: it gets what it does not know."""
         self.state.mark_silent(time.monotonic())
         self._send([peer])
 
-    def _reply(self, record: ReplicaRecord, now: float) -> HeartbeatReply:
-        waiting = self._demand.total(record.deployment, now)
-        return HeartbeatReply(waiting=waiting, pins=self._pins.get(base_of_pool(record.pool)))
-
-    def _answer_replicas(self) -> None:
+    def _answer_replicas(self, peers: Iterable[_Peer]) -> None:
+        """Tell replicas what differs from their last answer."""
         now = time.monotonic()
-        for peer in list(self._peers):
-            record = self.state.records.get(peer.replica) if peer.replica is not None else None
-            if record is not None:
-                peer.answer(self._reply(record, now))
+        replies: dict[tuple[str, str], HeartbeatReply] = {}
+        for peer in peers:
+            place = self.state.place_of(peer.replica) if peer.replica is not None else None
+            if place is None:
+                continue
+            reply = replies.get(place)
+            if reply is None:
+                pool, deployment = place
+                waiting = self._demand.total(deployment, now)
+                reply = HeartbeatReply(waiting=waiting, pins=self._pins.get(base_of_pool(pool)))
+                # The same object as last time, if it says the same: comparing it then costs nothing.
+                known = self._replies.get(place)
+                reply = replies[place] = reply if known != reply else known
+                self._replies[place] = reply
+            peer.answer(reply)
 
     def _push_all(self) -> None:
         self._push = None
@@ -164,7 +174,7 @@ class DirectoryServer:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
-                self._answer_replicas()
+                self._answer_replicas(list(self._peers))
                 if self._push is None:
                     self._push_all()
             except Exception:
@@ -222,7 +232,7 @@ class _Peer(asyncio.Protocol):
 
     def answer(self, reply: HeartbeatReply) -> None:
         """Send a replica its answer, unless it is the last one again."""
-        if reply != self.reply:
+        if reply is not self.reply and reply != self.reply:
             self.reply = reply
             self.send(protocol.frame(protocol.encode_reply(reply)))
 

@@ -5,14 +5,15 @@ Callers pass the clock, in seconds.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from tandem.errors import TandemError
-from tandem.routing.changes import Changes, ReplicaChange, Update, applied, difference, merged, normalised
-from tandem.routing.records import ReplicaRecord, Snapshot
+from tandem.routing.changes import Changes, Load, ReplicaChange, Update, difference, merged, normalised
+from tandem.routing.records import ReplicaRecord, Snapshot, State
 
 HEARTBEAT_S = 1.0
 """Seconds between two heartbeats of a replica, and between two messages to a gateway to which nothing else is sent."""
@@ -24,12 +25,66 @@ LOST_TTL_S = 60.0
 """Seconds for which a lost replica stays listed, so that every gateway ends its requests there."""
 DEMAND_TTL_S = 3 * HEARTBEAT_S
 """Seconds after which a gateway's numbers of waiting requests expire."""
+LOOK_S = HEARTBEAT_S / 2
+"""Shortest time between two looks for silent replicas, in seconds."""
 LOGGED_CHANGES = 16_384
 """Changes that are kept for gateways: ten seconds of a thousand replicas. A gateway further behind gets a snapshot."""
 
 
 class UnknownReplicaError(TandemError):
     """A report of changes came from a replica whose record is not known: it has to send the whole record."""
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One replica. What changes with every request is kept apart from its record, which would take longest to replace."""
+
+    described: ReplicaRecord
+    """Its record when it last sent a whole one."""
+    load: Load
+    adapters: set[str]
+    slots: set[str]
+    adapter_loads: int
+    heard_at: float
+    silent: bool = False
+
+    @classmethod
+    def of(cls, record: ReplicaRecord, now: float) -> _Replica:
+        load = Load(record.running, record.waiting, record.kv_usage)
+        return cls(record, load, set(record.adapters), set(record.slots), record.adapter_loads, now)
+
+    def apply(self, change: ReplicaChange) -> None:
+        if change.load is not None:
+            self.load = change.load
+        if change.adapters:
+            self.adapters.difference_update(change.adapters.removed)
+            self.adapters.update(change.adapters.added)
+        if change.slots:
+            self.slots.difference_update(change.slots.removed)
+            self.slots.update(change.slots.added)
+        if change.adapter_loads is not None:
+            self.adapter_loads = change.adapter_loads
+
+    def reported(self) -> ReplicaRecord:
+        """Its record, by what it has reported."""
+        running, waiting, kv_usage = self.load
+        return replace(
+            self.described,
+            running=running,
+            waiting=waiting,
+            kv_usage=kv_usage,
+            adapters=tuple(sorted(self.adapters)),
+            slots=tuple(sorted(self.slots)),
+            adapter_loads=self.adapter_loads,
+        )
+
+    def record(self) -> ReplicaRecord:
+        """Its record, for gateways."""
+        return replace(self.reported(), state="silent") if self.silent else self.reported()
+
+    @property
+    def state(self) -> State:
+        return "silent" if self.silent else self.described.state
 
 
 @dataclass(slots=True)
@@ -40,43 +95,64 @@ class DirectoryState:
     """Identifies this process's directory. Taken from the clock; the protocol needs no order of epochs."""
     version: int = 1
     """Number of changes so far, and one; 0 is the version of a gateway that knows nothing."""
-    records: dict[str, ReplicaRecord] = field(default_factory=dict)
-    heard_at: dict[str, float] = field(default_factory=dict)
-    checked_at: float | None = None
+    contact_at: float | None = None
     """Time of the last `mark_silent`."""
-    _told: dict[str, ReplicaRecord] = field(default_factory=dict)
-    """Records as the replicas reported them: a silent one returns in the state that it was in."""
+    _looked_at: float = -math.inf
+    _replicas: dict[str, _Replica] = field(default_factory=dict)
     _log: deque[tuple[int, ReplicaChange | str]] = field(default_factory=lambda: deque(maxlen=LOGGED_CHANGES))
     """Version after each of the last changes, with the change or the id of a removed replica."""
 
+    @property
+    def records(self) -> dict[str, ReplicaRecord]:
+        """Every replica's record by id; made anew at each call."""
+        return {key: replica.record() for key, replica in self._replicas.items()}
+
+    def place_of(self, replica_id: str) -> tuple[str, str] | None:
+        """Pool and deployment of a replica; None: it is not known."""
+        replica = self._replicas.get(replica_id)
+        return None if replica is None else (replica.described.pool, replica.described.deployment)
+
+    def pools(self) -> set[str]:
+        """Pools of all replicas."""
+        return {replica.described.pool for replica in self._replicas.values()}
+
+    def ready_deployments(self) -> set[str]:
+        """Deployments with a ready replica."""
+        return {replica.described.deployment for replica in self._replicas.values() if replica.state == "ready"}
+
     def report(self, change: ReplicaChange, now: float) -> bool:
         """Apply a replica's report; returns whether anything changed. UnknownReplicaError where the whole record is needed."""
-        known = self._told.get(change.id)
+        known = self._replicas.get(change.id)
+        if known is None:
+            if change.record is None:
+                raise UnknownReplicaError(
+                    f"The directory does not know the replica {change.id}. It sends its whole record."
+                )
+            record = normalised(change.record)
+            self._replicas[record.id] = _Replica.of(record, now)
+            self._append(ReplicaChange(id=record.id, record=record))
+            return True
         if change.record is not None:
             record = normalised(change.record)
-            change = ReplicaChange(id=record.id, record=record) if known is None else difference(known, record)
-        elif known is None:
-            raise UnknownReplicaError(
-                f"The directory does not know the replica {change.id}. It sends its whole record."
-            )
-        else:
-            record = known if change.empty else applied(known, change)
-        self.heard_at[change.id] = now
-        shown = self.records.get(change.id)
-        self._told[change.id] = record
-        if shown is not None and shown.state == "silent" != record.state:
-            change = ReplicaChange(id=record.id, record=record)
+            change = difference(known.reported(), record)
+            if change.record is not None:
+                silent, known = known.silent, _Replica.of(record, now)
+                known.silent = silent
+                self._replicas[record.id] = known
+        known.heard_at = now
+        if change.record is None and not change.empty:
+            known.apply(change)
+        if known.silent:
+            known.silent = False
+            change = ReplicaChange(id=change.id, record=known.reported())
         if change.empty:
             return False
-        self.records[record.id] = record
         self._append(change)
         return True
 
     def remove(self, replica_id: str) -> bool:
         """Remove a replica; returns whether it was known."""
-        self.heard_at.pop(replica_id, None)
-        self._told.pop(replica_id, None)
-        if self.records.pop(replica_id, None) is None:
+        if self._replicas.pop(replica_id, None) is None:
             return False
         self._append(replica_id)
         return True
@@ -87,18 +163,21 @@ class DirectoryState:
         Called whenever a gateway is heard from. Time in which none could reach the directory does not count as the replicas'
         silence.
         """
-        before, unreachable_s = self.version, 0.0 if self.checked_at is None else now - self.checked_at
-        self.checked_at = now
+        unreachable_s = 0.0 if self.contact_at is None else now - self.contact_at
+        self.contact_at = now
         if unreachable_s > UNREACHABLE_S:
-            self.heard_at = {replica_id: min(now, heard + unreachable_s) for replica_id, heard in self.heard_at.items()}
-        limit = now - SILENT_AFTER_S
-        for replica_id in [replica_id for replica_id, heard in self.heard_at.items() if heard < limit]:
-            record = self.records[replica_id]
-            if now - self.heard_at[replica_id] > LOST_TTL_S:
+            for replica in self._replicas.values():
+                replica.heard_at = min(now, replica.heard_at + unreachable_s)
+        if now - self._looked_at < LOOK_S:
+            return False
+        self._looked_at, before, limit = now, self.version, now - SILENT_AFTER_S
+        for replica_id in [key for key, replica in self._replicas.items() if replica.heard_at < limit]:
+            replica = self._replicas[replica_id]
+            if now - replica.heard_at > LOST_TTL_S:
                 self.remove(replica_id)
-            elif record.state != "silent":
-                silent = self.records[replica_id] = replace(record, state="silent")
-                self._append(ReplicaChange(id=replica_id, record=silent))
+            elif not replica.silent:
+                replica.silent = True
+                self._append(ReplicaChange(id=replica_id, record=replica.record()))
         return self.version != before
 
     def snapshot(self, *, complete: bool = True) -> Snapshot:

@@ -58,16 +58,32 @@ async def test_without_the_database_unknown_adapters_and_lists_are_503_and_base_
 
 
 async def test_without_the_database_known_adapters_and_lists_are_served_from_memory(
-    world: World, caplog: pytest.LogCaptureFixture
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.add_engine(echo())
     world.adapter("red")
     assert (await world.http.post("/v1/completions", json=RED)).json()["model"] == "red@1"
     assert [card["id"] for card in (await world.http.get("/v1/models")).json()["data"]] == ["base", "red"]
     moved = take_away(world)
-    for _ in range(3):
-        assert (await world.http.post("/v1/completions", json=RED)).json()["model"] == "red@1"
-        assert [card["id"] for card in (await world.http.get("/v1/models")).json()["data"]] == ["base", "red"]
+    reads = world.app.state.catalog._reads
+    async with asyncio.timeout(20):
+        while not reads.away:
+            await asyncio.sleep(0.05)
+    asked = 0
+
+    async def count(*args: object) -> None:
+        nonlocal asked
+        asked += 1
+        raise AssertionError("a request for what is known waits for a registry that is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reads, "read", count)
+        reads._polling.cancel()
+        for _ in range(3):
+            assert (await world.http.post("/v1/completions", json=RED)).json()["model"] == "red@1"
+            assert [card["id"] for card in (await world.http.get("/v1/models")).json()["data"]] == ["base", "red"]
+    assert asked == 0
+    reads.start()
     assert sum("Known adapters are served from memory" in record.message for record in caplog.records) == 1
     (world.folder / "tandem.db").rmdir()
     moved.rename(world.folder / "tandem.db")

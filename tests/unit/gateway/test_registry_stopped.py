@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import uuid
 from collections.abc import Iterator
 
@@ -79,14 +80,15 @@ async def test_no_thread_is_left_waiting_for_a_stopped_server(database: str, pos
                 await asyncio.sleep(0.1)
         assert await reads.revision() is None
         await asyncio.sleep(4.0)
+        async with asyncio.timeout(20):
+            while _threads("left-waiting") > 1:
+                await asyncio.sleep(0.1)
         await reads.stop()
-        async with asyncio.timeout(30):
-            while any(thread.name.startswith("left-waiting") for thread in _threads()):
+        async with asyncio.timeout(20):
+            while _threads("left-waiting"):
                 await asyncio.sleep(0.1)
     assert first == 0
 
 
-def _threads() -> list[object]:
-    import threading
-
-    return list(threading.enumerate())
+def _threads(name: str) -> int:
+    return sum(thread.name.startswith(name) for thread in threading.enumerate())

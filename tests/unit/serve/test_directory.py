@@ -144,7 +144,7 @@ async def test_a_replica_without_heartbeats_becomes_silent_while_a_gateway_is_co
     await until(watcher, view, lambda: "a" in view.records)
     assert reporter._task is not None
     reporter._task.cancel()
-    world.directory._state.heard_at["a"] -= SILENT_AFTER_S
+    world.directory._state._replicas["a"].heard_at -= SILENT_AFTER_S
     await until(watcher, view, lambda: view.lost == {"a"})
     assert view.records["a"].state == "silent"
 
@@ -302,7 +302,14 @@ async def test_a_gateway_that_does_not_read_gets_what_it_missed_at_once(world: W
         state["now"] = replace(A, adapters=names[turn % 2 :: 2])
         reporter.report()
         await asyncio.sleep(0.12)
-    assert any(peer.paused for peer in world.directory._server._peers)
+    (peer,) = (peer for peer in world.directory._server._peers if peer.paused)
+    assert peer._transport is not None
+    waiting = peer._transport.get_write_buffer_size()
+    state["now"] = replace(A, adapters=names)
+    reporter.report()
+    await asyncio.sleep(1.5)
+    # Nothing is added to what waits for it, neither changes nor the message of each second.
+    assert peer.paused and peer._transport.get_write_buffer_size() == waiting
     state["now"] = replace(A, running=1)
     reporter.report()
     slow._transport.resume_reading()
