@@ -12,6 +12,7 @@ from tandem.config.serving.app import (
 )
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.batch import BatchConfig
+from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import AUTO_ENGINE
 from tandem.config.training.data import DataConfig, MixturePart
 from tandem.config.training.deepspeed import DeepSpeedConfig
@@ -41,6 +42,7 @@ __all__ = [
     "MixturePart",
     "MlflowConfig",
     "ModelConfig",
+    "OidcConfig",
     "OptimizerConfig",
     "ParallelismConfig",
     "PrefillConfig",

@@ -34,15 +34,20 @@ def listener(config: ServeConfig, host: str | None = None, port: int | None = No
     """
     number = port or config.listen.port or settings().port
     listen = replace(config.listen, host=host or config.listen.host, port=number)
-    check_keys([listen.host])
+    check_keys([listen.host], config)
     check_port(number, listen.host)
     return listen
 
 
-def check_keys(addresses: Iterable[str]) -> None:
-    """Refuse to listen where other machines reach an app that has no API key: it would answer nobody."""
+def check_keys(addresses: Iterable[str], config: ServeConfig) -> None:
+    """Refuse to listen where other machines reach an app that has neither an API key nor a provider of tokens.
+
+    It would answer nobody.
+    """
     exposed = sorted({each for each in addresses if not is_loopback(each)})
-    if exposed and not settings().admin_token and not KeyStore.open().count_active():
+    if config.gateway.oidc is not None or settings().admin_token:
+        return
+    if exposed and not KeyStore.open().count_active():
         raise ClusterError(
             f"The app would listen on {', '.join(exposed[:5])}, where other machines reach it, and there is no API key yet. Make "
             "one with `tandem keys create NAME`."
@@ -68,7 +73,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
         )
     with connected(cluster):
         # Gateways listen on their nodes' addresses, too.
-        check_keys(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+        check_keys((node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]), config)
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
         planned = prepare(config)
         if cluster.local:

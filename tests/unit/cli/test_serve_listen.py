@@ -10,7 +10,7 @@ import pytest
 from tandem.auth import KeyStore
 from tandem.cli.serve import read_config
 from tandem.cluster.ports import free_ports
-from tandem.config import ListenConfig, ServeConfig
+from tandem.config import GatewayConfig, ListenConfig, OidcConfig, ServeConfig
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.serving import check_listener, check_port, listener, url_of
 
@@ -38,6 +38,13 @@ def test_an_app_that_other_machines_reach_needs_a_key(tandem_home: Path) -> None
     with pytest.raises(ClusterError, match="there is no API key yet"):
         listener(config)
     assert listener(config, "127.0.0.1").host == "127.0.0.1"
+
+
+def test_an_app_with_a_provider_of_tokens_needs_no_key(tandem_home: Path) -> None:
+    (port,) = free_ports(1)
+    oidc = OidcConfig(issuer="https://login.example.com", audience="tandem")
+    config = ServeConfig(listen=ListenConfig(host="0.0.0.0", port=port), gateway=GatewayConfig(oidc=oidc))
+    assert listener(config).host == "0.0.0.0"
 
 
 def test_a_port_that_is_taken_is_refused() -> None:

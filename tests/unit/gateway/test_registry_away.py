@@ -45,7 +45,7 @@ async def test_a_hanging_database_delays_a_request_by_its_timeout_at_most(
     await world.add_engine(echo())
     world.adapter("red")
     # Nobody polls the database for keys meanwhile: a connection of its own would keep the lock away.
-    await world.app.state.keys.stop()
+    await world.app.state.identity.keys.stop()
     world.registry.close()
     holder = sqlite3.connect(world.folder / "tandem.db", isolation_level=None)
     holder.execute("PRAGMA journal_mode=DELETE")
