@@ -90,10 +90,12 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with _started(lines, identity, accounting, relay, fleet, report):
-            yield
-        for each in (usage, key_routes, catalog):
-            each.close()
+        try:
+            async with _started(lines, identity, accounting, relay, fleet, report):
+                yield
+        finally:
+            for each in (usage, key_routes, catalog):
+                each.close()
 
     guard = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(

@@ -202,6 +202,11 @@ def test_what_cannot_be_read_is_refused(token: str) -> None:
     refused(token)
 
 
+def test_a_long_header_is_refused_before_it_is_read() -> None:
+    token = jwt.encode(claims(), RSA, algorithm="RS256", headers={"kid": "rsa", "more": "x" * 3000})
+    assert "too long" in refused(token)
+
+
 def test_while_keys_are_being_fetched_an_unknown_key_is_no_refusal() -> None:
     with pytest.raises(KeysUnavailableError):
         Tokens(CONFIG, Keys(jwk(EC, "ec"), fetching=True)).authenticate(signed())

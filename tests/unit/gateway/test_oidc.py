@@ -59,7 +59,7 @@ class SmallProvider:
 
     async def _certs(self, request: web.Request) -> web.Response:
         self.asked["certs"] += 1
-        if self.status == 302:
+        if self.status == 302 and request.path != "/elsewhere":
             raise web.HTTPFound("/elsewhere")
         if self.body is not None:
             return web.Response(body=self.body)
@@ -67,7 +67,7 @@ class SmallProvider:
         for kid, key in self.keys.items():
             kind = jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
             keys.append({**kind.to_jwk(key.public_key(), as_dict=True), "kid": kid, "use": "sig"})
-        return web.json_response({"keys": keys}, status=self.status)
+        return web.json_response({"keys": keys}, status=200 if self.status == 302 else self.status)
 
     def token(self, kid: str = "first", key: Any = None, **changes: Any) -> str:
         key = key or self.keys[kid]

@@ -9,6 +9,7 @@ from tandem.config import check
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import ReplicaConfig
+from tandem.config.serving.tls import TlsConfig
 from tandem.errors import ConfigError
 from tandem.settings import LONGEST_DRAIN_S
 
@@ -139,6 +140,8 @@ class ListenConfig:
     """Unset: TANDEM_PORT, or 8000."""
     nodes: str = "every"
     """`every` node that runs a part of an app, or the `head` alone."""
+    tls: TlsConfig | None = None
+    """Set: the listener speaks TLS alone. Unset: TANDEM_TLS_CERTIFICATE and TANDEM_TLS_KEY, or no TLS."""
 
     def __post_init__(self) -> None:
         check.one_of("listen.nodes", self.nodes, ("every", "head"))
