@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     """The gateway's port."""
     admin_token: str | None = None
     """An admin's key that needs no database: set where the app is started, it opens the gateway's /admin routes."""
+    tls_certificate: Path | None = None
+    """Certificate of the public listener, as `listen.tls` in the serve config; on clusters of `tandem node start` it is set where
+    each node is started."""
+    tls_key: Path | None = None
+    """The certificate's private key."""
     connections_per_address: int = Field(default=2048, ge=1)
     """Connections of one client address at a node's listener; all clients behind a proxy or a tunnel have one address."""
     runtime_dir: Path | None = None

@@ -96,6 +96,13 @@ class World:
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with running(tmp_path) as result:
+        yield result
+
+
+@contextlib.asynccontextmanager
+async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[World]:
+    """A world whose gateway has these settings beside the usual ones."""
     registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
     registry.register_model("base", small_model(tmp_path / "model", config={"max_position_embeddings": 64}))
     served = ServedModel(
@@ -106,7 +113,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         config=ServedModelConfig(model="base", engine="vllm", max_lora_rank=16, hold_s=0.0),
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
-    config = GatewayConfig(max_body_bytes=4096, upload_timeout_s=2.0, connect_timeout_s=1.0, retry_after_s=7)
+    config = GatewayConfig(
+        max_body_bytes=4096, upload_timeout_s=2.0, connect_timeout_s=1.0, retry_after_s=7, **settings
+    )
     app = create_app(
         models=[served],
         watch=result.watch,

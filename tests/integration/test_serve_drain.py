@@ -34,7 +34,7 @@ def test_the_commands_change_what_is_served_and_let_streams_end(tmp_path: Path) 
         up.wait_for("Ctrl-C ends it", timeout_s=120)
         mark = cluster_mark(home)
         again = tandem("serve", "up", "-c", str(config), "--port", str(port), home=home)
-        assert again.returncode and "`tandem serve deploy` changes it" in again.stdout
+        assert again.returncode and "`tandem serve deploy MODEL`" in again.stdout
         # No address is given: it is that of this home's app.
         said = tandem("chat", "hello", home=home, TANDEM_API_URL=None, TANDEM_PORT=None)
         assert said.returncode == 0 and "hello" in said.stdout, said.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import ray
@@ -9,7 +10,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from tandem.cluster.haproxy import proxy_secret
+from tandem.cluster.haproxy import has_tls, proxy_secret
 from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
 from tandem.limits import Verdict
@@ -22,6 +23,8 @@ from tandem.serve.metrics import RayQueueMetrics, latency_histogram
 from tandem.serve.replica.deployment import check_registry
 from tandem.serve.replica.sigterm import drain_on_sigterm
 from tandem.settings import settings
+
+log = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -54,6 +57,8 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Serve in the replica. RegistryError where the app's registry cannot be used on this node."""
         check_registry(self._registry, ray.util.get_node_ip_address())
+        if not is_loopback(_public_host()) and not has_tls():
+            log.warning("The app listens on %s without TLS: API keys travel in clear. Set listen.tls.", _public_host())
         return create_app(
             models=self._models,
             watch=DirectoryWatcher(self._directory.address.remote),

@@ -6,8 +6,8 @@ import base64
 import binascii
 from collections.abc import Iterable
 
-LONGEST_HEADER = 4096
-"""Longest value of a header that is read, in bytes; a JWT fits."""
+LONGEST_HEADER = 16_384
+"""Longest value of a header that is read, in bytes; a JWT with a list of groups fits."""
 
 Headers = Iterable[tuple[bytes, bytes]]
 

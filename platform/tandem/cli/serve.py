@@ -16,7 +16,7 @@ from rich.table import Table
 
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.local import Cluster, LocalCluster, connect
-from tandem.config import ServeConfig, ServedModelConfig, located
+from tandem.config import ServeConfig, ServedModelConfig, TlsConfig, located
 from tandem.config.load import apply_overrides, from_dict, read_yaml, to_dict
 from tandem.engine.engines import check_engine_name
 from tandem.errors import ClusterError, ConfigError
@@ -53,6 +53,11 @@ def up_command(
         int | None,
         typer.Option(min=1, max=65535, help="Port to listen on; listen.port of the config, TANDEM_PORT or 8000."),
     ] = None,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(help="Certificate for TLS (PEM); listen.tls of the config, or TANDEM_TLS_CERTIFICATE."),
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM), readable by you alone.")] = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return when it is up; `tandem serve down` ends it.")
     ] = False,
@@ -61,9 +66,9 @@ def up_command(
     with friendly_errors(), located(config, overrides):
         app_config = read_config(models, config, overrides)
         if (known := connect()) is not None:
-            check_not_served(serve_details(known), app_config)
+            check_not_served(serve_details(known), app_config, known)
         check_gpus(sum(each.gpus_per_replica for each in app_config.models), "The app", "models[].gpus_per_replica")
-        listen = listener(app_config, host, port)
+        listen = listener(app_config, host, port, tls_files(tls_certificate, tls_key))
         with (
             open_cluster(num_cpus=CPUS, keep=detach) as cluster,
             serving(cluster, app_config, listen, keep=detach) as url,
@@ -91,7 +96,7 @@ def deploy_command(
         cluster = _required_cluster()
         if app_config.app not in applications(cluster):
             raise ClusterError(f"{app_config.app} is not served on this cluster. `tandem serve up` starts it.")
-        check_listener(serve_details(cluster), app_config.listen)
+        check_listener(serve_details(cluster), app_config.listen, cluster)
         with connected(cluster):
             from tandem.apps.build import prepare
             from tandem.apps.deploy import check_capacity, deploy, saved_config
@@ -127,6 +132,15 @@ def read_config(models: list[str] | None, config: Path | None, overrides: list[s
         # Before a cluster is started.
         check_engine_name(served.engine, f"models[{number}].engine")
     return app_config
+
+
+def tls_files(certificate: Path | None, key: Path | None) -> TlsConfig | None:
+    """The files that a command line names; ConfigError for one without the other."""
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ConfigError("--tls-certificate and --tls-key belong together; only one of them is given.")
+    return TlsConfig(certificate=str(certificate), key=str(key))
 
 
 def end_gently(config: ServeConfig) -> None:

@@ -11,6 +11,7 @@ import os
 import secrets
 from pathlib import Path
 
+from tandem.cluster import tls
 from tandem.settings import LONGEST_DRAIN_S, settings, variable
 from tandem.storage import write_atomic
 
@@ -66,7 +67,7 @@ for argument in "$@"; do
       ;;
   esac
 done
-exec "{binary}" "$@"
+{tls}exec "{binary}" "$@"
 """
 NO_GATEWAY = {
     "error": {
@@ -105,11 +106,16 @@ def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict
     longest `drain_timeout_s`: every change of gateways reloads it, and a reload must not cut a stream that is still written.
     `gateways`: ports for these. Each cluster on a machine has to have its own: HAProxy asks whoever listens on the port of a
     gateway that has just died.
+    ConfigError if TANDEM_TLS_CERTIFICATE and TANDEM_TLS_KEY name files that cannot be used.
     """
+    script = write_script(folder)
+    if (files := tls.from_settings()) is not None:
+        tls.check_files(files)
+        tls.install(folder, files)
     # Short: Ray adds a folder named with 56 characters, and HAProxy a process id to the socket's name (107 bytes in all).
     haproxy = folder / "h"
     return {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_script(folder)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         # Threads beyond the cores only take turns with the engine's.
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -170,21 +176,34 @@ def write_script(folder: Path) -> Path:
     )
     write_bad_request(folder, edits)
     before.write_text(EDITS_BEFORE_APPS)
-    script = folder / SCRIPT_NAME
-    script.write_text(SCRIPT.format(edits=edits, edits_before_apps=before, binary=haproxy_binary()))
+    script, binary = folder / SCRIPT_NAME, haproxy_binary()
+    part = tls.script_part(folder, binary)
+    script.write_text(SCRIPT.format(edits=edits, edits_before_apps=before, binary=binary, tls=part))
     script.chmod(0o700)
     return script
 
 
+def node_folder() -> Path | None:
+    """The folder of this node's HAProxy; None in processes that no node with Tandem's HAProxy started."""
+    script = Path(variable("RAY_SERVE_HAPROXY_BINARY_PATH") or "")
+    return script.parent if script.name == SCRIPT_NAME else None
+
+
 def proxy_secret() -> str | None:
     """The secret that this node's HAProxy sends to gateways; None in processes that no node with Tandem's HAProxy started."""
-    script = Path(variable("RAY_SERVE_HAPROXY_BINARY_PATH") or "")
-    if script.name != SCRIPT_NAME:
+    folder = node_folder()
+    if folder is None:
         return None
     try:
-        return (script.parent / SECRET_NAME).read_text()
+        return (folder / SECRET_NAME).read_text()
     except OSError:
         return None
+
+
+def has_tls() -> bool:
+    """Whether this node's public listener has TLS."""
+    folder = node_folder()
+    return folder is not None and tls.installed(folder) is not None
 
 
 def haproxy_binary() -> str:

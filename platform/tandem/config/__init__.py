@@ -12,7 +12,9 @@ from tandem.config.serving.app import (
 )
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.batch import BatchConfig
+from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import AUTO_ENGINE
+from tandem.config.serving.tls import TlsConfig
 from tandem.config.training.data import DataConfig, MixturePart
 from tandem.config.training.deepspeed import DeepSpeedConfig
 from tandem.config.training.elastic import check_elastic, with_workers, worker_counts
@@ -41,6 +43,7 @@ __all__ = [
     "MixturePart",
     "MlflowConfig",
     "ModelConfig",
+    "OidcConfig",
     "OptimizerConfig",
     "ParallelismConfig",
     "PrefillConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "ServeConfig",
     "ServedModelConfig",
     "SpikeConfig",
+    "TlsConfig",
     "TrainConfig",
     "WandbConfig",
     "apply_overrides",

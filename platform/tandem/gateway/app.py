@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,19 +14,16 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Mount
 
 from tandem.auth import KeyStore
-from tandem.auth.audit_log import AuditLog
-from tandem.auth.key_table import KeyTable
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
 from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
-from tandem.gateway.audit_writer import AuditWriter
-from tandem.gateway.authentication import Authentication
 from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
 from tandem.gateway.fleet import Fleet, WatchReplicas
+from tandem.gateway.identity import Identity
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
@@ -79,55 +77,28 @@ def create_app(
     report = DemandReport(catalog.models, admission.waiting, report_demand) if report_demand else None
     upstream = Upstream(config)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
-    keys = KeyTable(KeyStore.at(registry.address))
+    identity = Identity(registry.address, config.oidc)
     usage = UsageStore.at(registry.address)
-
-    def totals() -> dict[str, int]:
-        return usage.tokens_today(datetime.now(UTC)) if keys.has_budgets else {}
-
-    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=totals)
-    accounting = Accounting(limiter, UsageWriter(UsageStore.at(registry.address)), keys.tenant_limits)
+    accounting = _accounting(identity, usage, config, name, apply_limits)
     lines = AccessLog(access_log) if access_log else None
-    audit = AuditWriter(AuditLog.at(registry.address))
-    key_routes = KeyRoutes(KeyStore.at(registry.address), registry, catalog.names, config.retry_after_s)
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
+    key_routes = KeyRoutes(KeyStore.at(registry.address), registry, catalog.names, config.retry_after_s)
+    administration = management_app(PREFIX, "Tandem admin")
+    AdminRoutes(Adapters(registry), fleet, identity.audit, config.retry_after_s).add_to(administration)
+    key_routes.add_to(administration)
+    AuditRoutes(identity.audit, config.retry_after_s).add_to(administration)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        if lines is not None:
-            lines.start()
-        await keys.start()
-        await accounting.start()
-        audit.start()
-        catalog.start()
-        relay.start()
-        await fleet.start()
-        if report is not None:
-            report.start()
         try:
-            yield
+            async with _started(lines, identity, accounting, catalog, relay, fleet, report):
+                yield
         finally:
-            if report is not None:
-                await report.stop()
-            await fleet.stop()
-            await relay.stop()
-            await accounting.stop()
-            usage.close()
-            await keys.stop()
-            if lines is not None:
-                await lines.stop()
-            key_routes.close()
-            await audit.stop()
-            await catalog.stop()
+            for each in (usage, key_routes):
+                each.close()
 
-    administration = management_app(PREFIX, "Tandem admin")
-    AdminRoutes(Adapters(registry), fleet, audit, config.retry_after_s).add_to(administration)
-    key_routes.add_to(administration)
-    AuditRoutes(audit, config.retry_after_s).add_to(administration)
-    guard = Middleware(
-        Authentication, keys=keys, required=require_keys, admin=admin, report=audit.refuse, proxy_secret=proxy_secret
-    )
+    guard = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
@@ -143,12 +114,53 @@ def create_app(
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
-    app.state.admission, app.state.keys, app.state.fleet, app.state.upstream = admission, keys, fleet, upstream
-    app.state.catalog, app.state.audit = catalog, audit
-    audit.words = words_of([*app.routes, *administration.routes])
+    app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
+    app.state.identity, app.state.catalog = identity, catalog
+    identity.audit.words = words_of([*app.routes, *administration.routes])
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id
     return app
+
+
+def _accounting(
+    identity: Identity, usage: UsageStore, config: GatewayConfig, name: str, apply_limits: ApplyLimits | None
+) -> Accounting:
+    """Limits and usage of a gateway; `usage` is read when limits by the day are first needed."""
+
+    def totals() -> dict[str, int]:
+        return usage.tokens_today(datetime.now(UTC)) if identity.keys.has_budgets else {}
+
+    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=totals)
+    return Accounting(limiter, UsageWriter(UsageStore.at(usage.address)), identity.keys.tenant_limits)
+
+
+class Part(Protocol):
+    """A part of the app that runs in the background."""
+
+    def start(self) -> Awaitable[None] | None:
+        """Begin."""
+        ...
+
+    def stop(self) -> Awaitable[None] | None:
+        """End."""
+        ...
+
+
+@contextlib.asynccontextmanager
+async def _started(*parts: Part | None) -> AsyncIterator[None]:
+    """Start the parts in their order, and stop them in the opposite one."""
+    async with contextlib.AsyncExitStack() as stack:
+        for part in parts:
+            if part is not None:
+                stack.push_async_callback(_call, part.stop)
+                await _call(part.start)
+        yield
+
+
+async def _call(step: Callable[[], Awaitable[None] | None]) -> None:
+    result = step()
+    if result is not None:
+        await result
 
 
 def words_of(routes: Iterable[BaseRoute]) -> frozenset[str]:

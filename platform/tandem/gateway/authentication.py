@@ -1,4 +1,4 @@
-"""Authentication: every request but those for health gets its principal from its API key, before its body is read.
+"""Authentication: every request but those for health gets its principal from its API key or token, before its body is read.
 
 Pure ASGI, around the whole app, so that a route that somebody adds is closed too.
 """
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tandem.auth.credentials import secret_of
 from tandem.auth.key_table import KeyTable
+from tandem.auth.oidc import KeysUnavailableError, TokenError, Tokens, is_token
 from tandem.auth.principal import ANONYMOUS, Principal, Role
 from tandem.gateway.accounting.access_log import note
 from tandem.gateway.client_address import PROXY_SECRET
@@ -55,6 +56,7 @@ class Authentication:
         app: ASGIApp,
         keys: KeyTable,
         *,
+        tokens: Tokens | None = None,
         required: bool,
         admin: str | None,
         report: ReportRefusal | None = None,
@@ -62,10 +64,12 @@ class Authentication:
     ) -> None:
         """`required`: whether keys are needed before the first one is made; `admin`: fingerprint of TANDEM_ADMIN_TOKEN.
 
+        `tokens`: those of an OIDC provider, which are accepted beside keys. `report`: called for each refused credential.
         `proxy_secret`: by which requests of this node's HAProxy are known, for `client_address`.
         """
         self._app = app
         self._keys = keys
+        self._tokens = tokens
         self._required = required
         self._admin = admin
         self._report = report
@@ -96,6 +100,11 @@ class Authentication:
         administrative = path == ADMIN or path.startswith(f"{ADMIN}/")
         if secret and self._admin is not None and hmac.compare_digest(fingerprint(secret) or "", self._admin):
             return OPERATOR
+        if self._tokens is not None and secret and is_token(secret):
+            principal = token_principal(self._tokens, secret)
+            if administrative:
+                check_admin(principal)
+            return principal
         # Before that nobody knows whether there are keys.
         if not self._keys.loaded:
             message = "API keys could not be read from the database yet. Try again in 5 s."
@@ -105,12 +114,30 @@ class Authentication:
                 raise _closed() if self._admin is None else _refused(secret, "the admin token")
             check_local(scope)
             return ANONYMOUS
-        principal = self._keys.authenticate(secret or "")
-        if principal is None:
+        known = self._keys.authenticate(secret or "")
+        if known is None:
             raise _refused(secret, "a valid API key")
         if administrative:
-            check_admin(principal)
-        return principal
+            check_admin(known)
+        return known
+
+
+def token_principal(tokens: Tokens, token: str) -> Principal:
+    """Whom a token names; ApiError 401 if it is not accepted, 503 while the provider's keys are being fetched."""
+    try:
+        return tokens.authenticate(token)
+    except TokenError as error:
+        raise RefusedError(
+            401,
+            f"The token is not accepted: {error}.",
+            code="invalid_token",
+            headers={"WWW-Authenticate": 'Bearer error="invalid_token"'},
+        ) from None
+    except KeysUnavailableError:
+        message = (
+            "The token's signature cannot be checked yet: the provider's keys are being fetched. Try again in 2 s."
+        )
+        raise ApiError(503, message, code="keys_unavailable", headers={"Retry-After": "2"}) from None
 
 
 def principal_of(scope: Scope) -> Principal:

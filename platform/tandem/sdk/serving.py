@@ -13,11 +13,13 @@ from urllib.parse import urlsplit
 from tandem.auth import KeyStore
 from tandem.cluster.local import Cluster
 from tandem.cluster.machine import port_holder
-from tandem.config import ListenConfig, ServeConfig
+from tandem.cluster.tls import absolute
+from tandem.config import ListenConfig, ServeConfig, TlsConfig
 from tandem.errors import ClusterError
 from tandem.routing.records import model_of_deployment
 from tandem.sdk.cluster import connected, uninterrupted
 from tandem.sdk.console import console, print_message
+from tandem.sdk.listener_tls import apply_tls, running_tls, url_host, wanted_tls, warn_of_clear_keys
 from tandem.serve.listen import is_loopback
 from tandem.settings import settings
 
@@ -27,22 +29,31 @@ WILDCARDS = ("0.0.0.0", "::", "*")
 """Addresses that mean all of a machine's."""
 
 
-def listener(config: ServeConfig, host: str | None = None, port: int | None = None) -> ListenConfig:
+def listener(
+    config: ServeConfig, host: str | None = None, port: int | None = None, tls: TlsConfig | None = None
+) -> ListenConfig:
     """Where an app is to listen: what the command line says, else the config, else the settings.
 
-    ClusterError if the port is taken on this machine, or if other machines could reach an app that has no API key.
+    ConfigError if the files for TLS cannot be used, ClusterError if the port is taken on this machine, or if other machines could
+    reach an app that has no API key.
     """
     number = port or config.listen.port or settings().port
-    listen = replace(config.listen, host=host or config.listen.host, port=number)
-    check_keys([listen.host])
+    files = wanted_tls(tls or config.listen.tls)
+    listen = replace(config.listen, host=host or config.listen.host, port=number, tls=files)
+    check_keys([listen.host], config)
     check_port(number, listen.host)
     return listen
 
 
-def check_keys(addresses: Iterable[str]) -> None:
-    """Refuse to listen where other machines reach an app that has no API key: it would answer nobody."""
+def check_keys(addresses: Iterable[str], config: ServeConfig) -> None:
+    """Refuse to listen where other machines reach an app that has neither an API key nor a provider of tokens.
+
+    It would answer nobody.
+    """
     exposed = sorted({each for each in addresses if not is_loopback(each)})
-    if exposed and not settings().admin_token and not KeyStore.open().count_active():
+    if config.gateway.oidc is not None or settings().admin_token:
+        return
+    if exposed and not KeyStore.open().count_active():
         raise ClusterError(
             f"The app would listen on {', '.join(exposed[:5])}, where other machines reach it, and there is no API key yet. Make "
             "one with `tandem keys create NAME`."
@@ -59,7 +70,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
     from tandem.apps.deploy import check_capacity, deploy
 
     details = serve_details(cluster)
-    check_not_served(details, config)
+    check_not_served(details, config, cluster)
     port = listen.port or settings().port
     taken = (details.get("http_options") or {}).get("port", port)
     if details.get("applications") and taken != port:
@@ -68,7 +79,9 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
         )
     with connected(cluster):
         # Gateways listen on their nodes' addresses, too.
-        check_keys(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+        check_keys((node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]), config)
+        apply_tls(cluster, listen.tls, serving=bool(details.get("applications")))
+        warn_of_clear_keys(listen.host, listen.tls)
         # Here, not before: whether the registry may be used depends on the cluster's nodes.
         planned = prepare(config)
         if cluster.local:
@@ -80,7 +93,7 @@ def serving(cluster: Cluster, config: ServeConfig, listen: ListenConfig, *, keep
                     http_options={"host": listen.host, "port": port},
                 )
                 deploy(planned, on_message=print_message)
-            yield url_of(listen.host, port)
+            yield url_of(listen.host, port, listen.tls)
         finally:
             with uninterrupted():
                 # A cluster of our own ends as a whole a moment later, and much faster.
@@ -109,19 +122,24 @@ def serve_details(cluster: Cluster) -> dict[str, Any]:
     return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
 
 
-def check_not_served(details: dict[str, Any], config: ServeConfig) -> None:
+def check_not_served(details: dict[str, Any], config: ServeConfig, cluster: Cluster | None = None) -> None:
     """Refuse an app that is up, with what changes it; `details` are of `serve_details`."""
     if config.app in details.get("applications", {}):
         models = ", ".join(served_models(details, config.app)) or "no model yet"
         raise ClusterError(
-            f"{config.app} is served on this cluster already, at {listener_url(details)}, with {models}. "
+            f"{config.app} is served on this cluster already, at {listener_url(details, cluster)}, with {models}. "
             "`tandem serve deploy MODEL` changes its models, `tandem serve deploy --set KEY=VALUE` its settings, and "
             "`tandem serve down` ends it. New adapters of its models need none of these."
         )
 
 
-def check_listener(details: dict[str, Any], listen: ListenConfig) -> None:
+def check_listener(details: dict[str, Any], listen: ListenConfig, cluster: Cluster | None = None) -> None:
     """Refuse another listener than the one that Serve has: it opens its listener when it starts, and keeps it."""
+    if listen.tls is not None and cluster is not None and absolute(listen.tls) != running_tls(cluster):
+        raise ClusterError(
+            "listen.tls is not what Serve listens with until it ends. Leave it out, or run `tandem serve down` and `tandem serve "
+            "up`. Renewed files at the same paths are taken up without that."
+        )
     running = details.get("http_options") or {}
     for key in ("host", "port"):
         wanted, has = getattr(listen, key), running.get(key)
@@ -155,13 +173,15 @@ def listener_url(details: dict[str, Any], cluster: Cluster | None = None) -> str
     host = options.get("host") or "127.0.0.1"
     if host in WILDCARDS and cluster is not None:
         host = urlsplit(cluster.dashboard_url).hostname or "127.0.0.1"
-    return url_of(host, options.get("port") or settings().port)
+    return url_of(host, options.get("port") or settings().port, running_tls(cluster))
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, tls: TlsConfig | None = None) -> str:
     """The base URL, for clients of OpenAI's API, of a listener."""
     host = "127.0.0.1" if host in WILDCARDS else host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    if tls is not None:
+        host = url_host(host, tls)
+    return f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def check_port(port: int, host: str = "127.0.0.1") -> None:

@@ -40,7 +40,7 @@ async def with_key(world: World, limits: Limits | None = None, tenant: str = "la
 
 async def limit_tenant(world: World, tenant: str, limits: Limits) -> None:
     KeyStore.at(world.registry.address).limit_tenant(tenant, limits, by="test")
-    await until(lambda: world.app.state.keys.tenant_limits(tenant) == limits)
+    await until(lambda: world.app.state.identity.keys.tenant_limits(tenant) == limits)
 
 
 async def test_a_request_is_charged_to_its_key_tenant_model_adapter_and_route(world: World):

@@ -27,7 +27,7 @@ def log(world: World, action: str | None = None) -> list[AuditEntry]:
 
 
 async def flushed(world: World) -> list[AuditEntry]:
-    await world.app.state.audit.flush(final=True)
+    await world.app.state.identity.audit.flush(final=True)
     return log(world, "credentials")
 
 
@@ -141,7 +141,7 @@ async def test_refusals_are_written_in_the_background_and_at_shutdown(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await closed(world)
-    before, writer = len(log(world, "credentials")), world.app.state.audit
+    before, writer = len(log(world, "credentials")), world.app.state.identity.audit
     monkeypatch.setattr(audit_writer, "FLUSH_S", 0.05)
     writer._task.cancel()
     writer.start()
@@ -161,7 +161,7 @@ async def test_while_the_database_is_away_changes_wait_within_bounds_and_follow(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_writer, "MOST_WAITING", 3)
-    writer, away = world.app.state.audit, True
+    writer, away = world.app.state.identity.audit, True
     append = writer.log.append
 
     def fail(changes: list[Change]) -> None:

@@ -239,7 +239,7 @@ async def test_without_keys_only_requests_to_this_machine_are_answered(world: Wo
 
 async def test_a_gateway_that_has_not_read_the_keys_answers_503(world: World) -> None:
     await world.add_engine(echo())
-    world.app.state.keys.loaded = False
+    world.app.state.identity.keys.loaded = False
     answer = await world.http.post("/v1/completions", json=BODY)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "keys_unavailable"
     assert (await world.http.get("/health/live")).status_code == 200

@@ -227,7 +227,7 @@ async def test_without_an_admin_token_admin_routes_answer_403_with_the_setting(t
 
     app = create_app(models=[], watch=watch, registry=Registry(f"sqlite:///{tmp_path}/tandem.db"))
     transport = httpx.ASGITransport(app)
-    app.state.keys.loaded = True
+    app.state.identity.keys.loaded = True
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
         answer = await http.get("/admin/adapters", headers={"Authorization": "Bearer "})
         assert answer.status_code == 403 and "TANDEM_ADMIN_TOKEN" in answer.text

@@ -115,7 +115,7 @@ async def test_a_hanging_database_delays_a_request_by_its_timeout_at_most(
     await world.add_engine(echo())
     world.adapter("red")
     # Nobody polls the database meanwhile: a connection of its own would keep the lock away.
-    await world.app.state.keys.stop()
+    await world.app.state.identity.keys.stop()
     reads = world.app.state.catalog._reads
     reads._polling.cancel()
     reads._registry.close()

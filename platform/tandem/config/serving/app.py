@@ -7,7 +7,9 @@ from typing import Any
 
 from tandem.config import check
 from tandem.config.serving.autoscaling import AutoscalingConfig
+from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import ReplicaConfig
+from tandem.config.serving.tls import TlsConfig
 from tandem.errors import ConfigError
 from tandem.settings import LONGEST_DRAIN_S
 
@@ -116,6 +118,8 @@ class GatewayConfig:
     """Whether each gateway writes a line of JSON for each request to TANDEM_HOME/logs/access-ID.jsonl, without its content."""
     strict: bool = False
     """Whether a request with an unknown field gets 400; otherwise it is answered with a warning in `x-tandem-warning`."""
+    oidc: OidcConfig | None = None
+    """Set: tokens of an OIDC provider are accepted beside API keys, and every request needs one or the other."""
 
     def __post_init__(self) -> None:
         check.at_least("gateway.replicas", self.replicas, 1)
@@ -136,6 +140,8 @@ class ListenConfig:
     """Unset: TANDEM_PORT, or 8000."""
     nodes: str = "every"
     """`every` node that runs a part of an app, or the `head` alone."""
+    tls: TlsConfig | None = None
+    """Set: the listener speaks TLS alone. Unset: TANDEM_TLS_CERTIFICATE and TANDEM_TLS_KEY, or no TLS."""
 
     def __post_init__(self) -> None:
         check.one_of("listen.nodes", self.nodes, ("every", "head"))
