@@ -98,7 +98,7 @@ def create_app(
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
-    app.state.admission, app.state.keys = admission, keys
+    app.state.admission, app.state.keys, app.state.relay = admission, keys, relay
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id
     return app

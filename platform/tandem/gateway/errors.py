@@ -84,6 +84,27 @@ def too_slow(model: str, silent_s: float) -> ApiError:
     )
 
 
+def unreadable(model: str) -> ApiError:
+    """502 for an answer of an engine that is no HTTP that can be read; neither the gateway nor an SDK retries it."""
+    return ApiError(
+        502,
+        f"The answer of {model} could not be read: it breaks the HTTP protocol, or a header in it is too long.",
+        code="engine_protocol_error",
+        headers={"x-should-retry": "false"},
+    )
+
+
+def quarantined(lost: int, seconds: float) -> ApiError:
+    """422 for a request on which engines died; an SDK does not retry it."""
+    return ApiError(
+        422,
+        f"{lost} replicas were lost while they had this request, so it is sent to no other one for {seconds:g} s "
+        "(gateway.quarantine_s). Change the request, and tell the operator.",
+        code="request_quarantined",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
     """The error in an engine's answer for `model`; a body of any shape."""
     rules = ENGINES[model.config.engine].requests

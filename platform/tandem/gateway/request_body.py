@@ -9,15 +9,17 @@ from starlette.requests import Request
 
 from tandem.api.bounded_json import InvalidJsonError, TooManyValuesError, parse_object
 from tandem.gateway.errors import ApiError
+from tandem.gateway.held_bytes import HeldBody
 
 SHOWN = 40
 """Characters of a header that an error shows."""
 
 
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """The request's body.
+async def read_body(request: Request, limit: int, timeout_s: float, held: HeldBody | None = None) -> bytes:
+    """The request's body, counted in `held`.
 
-    ApiError 415 unless it is plain JSON, 413 as soon as it exceeds `limit` bytes, 408 if it is not whole within `timeout_s`.
+    ApiError 415 unless it is plain JSON, 413 as soon as it exceeds `limit` bytes, 408 if it is not whole within `timeout_s`, 503
+    if the gateway may hold no more bytes.
     """
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
@@ -39,6 +41,8 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     declared = request.headers.get("content-length", "")
     parts, size = [], int(declared) if declared.isascii() and declared.isdecimal() else 0
     if size <= limit:
+        if held is not None:
+            held.grow_to(size)
         size = 0
         try:
             async with asyncio.timeout(timeout_s):
@@ -47,6 +51,8 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
                     size += len(part)
                     if size > limit:
                         break
+                    if held is not None:
+                        held.grow_to(size)
         except TimeoutError:
             raise ApiError(
                 408,

@@ -36,12 +36,18 @@ MAX_PRIORITY = 2**63 - 1
 
 
 def take_scheduling_hints(
-    body: dict[str, Any], headers: Mapping[str, str], arrived: float, *, keep_priority: bool = False
+    body: dict[str, Any],
+    headers: Mapping[str, str],
+    arrived: float,
+    *,
+    keep_priority: bool = False,
+    sequences: int = 1,
+    tenant: str = "",
 ) -> SchedulingHints:
     """Priority and deadlines of a request, from `priority` and `timeout`, which are removed from the body, and its SDK's headers.
 
-    `arrived`: the monotonic clock now. `keep_priority` leaves `priority` in the body for the engine. ApiError 400 for values out
-    of range.
+    `arrived`: the monotonic clock now. `keep_priority` leaves `priority` in the body for the engine. `sequences`: those that the
+    request starts. ApiError 400 for values out of range.
     """
     priority = body.pop("priority", None)
     if priority is None:
@@ -72,7 +78,13 @@ def take_scheduling_hints(
     length = next((body[key] for key in MAX_TOKENS_FIELDS if isinstance(body.get(key), int)), 0)
     # One kind for each power of two of the answer's length.
     return SchedulingHints(
-        arrived=arrived, priority=priority, start_by=start_by, finish_by=finish_by, kind=min(64, length.bit_length())
+        arrived=arrived,
+        priority=priority,
+        start_by=start_by,
+        finish_by=finish_by,
+        kind=min(64, length.bit_length()),
+        sequences=sequences,
+        tenant=tenant,
     )
 
 

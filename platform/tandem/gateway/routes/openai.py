@@ -24,10 +24,13 @@ from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError
 from tandem.gateway.fleet import Fleet
+from tandem.gateway.held_bytes import HeldBody
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import with_prefill
+from tandem.gateway.quarantine import body_digest
 from tandem.gateway.relay import Relay, RelayedResponse
 from tandem.gateway.request_body import parse_body, read_body
+from tandem.gateway.request_caps import check_caps
 from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
 from tandem.gateway.routes import responses
 from tandem.gateway.upstream import EngineRequest
@@ -74,50 +77,65 @@ class OpenAIRoutes:
         return JSONResponse(card.to_json())
 
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
-        dialect = dialect_of(route.path)
-
         async def handle(request: Request) -> Response:
-            """Resolve the model, check the request and relay it."""
-            raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s)
-            stopwatch, arrived = Stopwatch(), time.monotonic()
-            body = parse_body(raw)
-            name = body.get("model")
-            if not isinstance(name, str) or not name:
-                found = "missing or empty" if not name else f"of type {type(name).__name__}"
-                raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
-            warnings = self._check_fields(route.path, body, request)
-            model = await self._catalog.resolve(name, principal_of(request.scope))
-            engine, config = model.engine, model.base.config
-            check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
+            """Read the body within the gateway's byte budget, and relay the request."""
+            held = self._relay.held.body()
             try:
-                engine.requests.check(name, body, config, model.base.supports_tools)
-            except UnsupportedRequestError as error:
-                raise ApiError(400, str(error), code="unsupported_parameter", param=error.param) from None
-            if route.path == responses.PATH:
-                responses.check(body)
-            drop_nulls(body)
-            check_values(route.path, body, raw)
-            keep_priority = engine.requests.keeps_priority(config.engine_args)
-            hints = take_scheduling_hints(body, request.headers, arrived, keep_priority=keep_priority)
-            body["model"] = model.engine_name
-            drop_kv_transfer(body)
-            headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
-            engine_request = EngineRequest(
-                path=route.path,
-                body=to_json(body),
-                model=model,
-                headers=headers,
-                dialect=dialect,
-                routing=read_routing_request(model, body, request.headers),
-                hints=hints,
-                light=route.light,
-                stopwatch=stopwatch,
-                warnings=warnings,
-            )
-            prepare = functools.partial(with_prefill, self._relay, body) if config.prefill else None
-            return RelayedResponse(self._relay, engine_request, prepare)
+                raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s, held)
+                return await self._relayed(route, request, raw, held)
+            except BaseException:
+                held.release()
+                raise
 
         return handle
+
+    async def _relayed(self, route: EngineRoute, request: Request, raw: bytes, held: HeldBody) -> Response:
+        """Resolve the model, check the request and relay it."""
+        stopwatch, arrived = Stopwatch(), time.monotonic()
+        body = parse_body(raw)
+        name = body.get("model")
+        if not isinstance(name, str) or not name:
+            found = "missing or empty" if not name else f"of type {type(name).__name__}"
+            raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
+        warnings = self._check_fields(route.path, body, request)
+        principal = principal_of(request.scope)
+        model = await self._catalog.resolve(name, principal)
+        engine, config = model.engine, model.base.config
+        check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
+        try:
+            engine.requests.check(name, body, config, model.base.supports_tools)
+        except UnsupportedRequestError as error:
+            raise ApiError(400, str(error), code="unsupported_parameter", param=error.param) from None
+        if route.path == responses.PATH:
+            responses.check(body)
+        drop_nulls(body)
+        check_values(route.path, body, raw)
+        hints = take_scheduling_hints(
+            body,
+            request.headers,
+            arrived,
+            keep_priority=engine.requests.keeps_priority(config.engine_args),
+            sequences=check_caps(route, body, self._config.caps, len(raw)),
+            tenant=principal.tenant,
+        )
+        body["model"] = model.engine_name
+        drop_kv_transfer(body)
+        sent = to_json(body)
+        engine_request = EngineRequest(
+            path=route.path,
+            body=sent,
+            digest=body_digest(route.path, sent),
+            model=model,
+            headers={key: request.headers[key] for key in HEADERS_IN if key in request.headers},
+            dialect=dialect_of(route.path),
+            routing=read_routing_request(model, body, request.headers),
+            hints=hints,
+            light=route.light,
+            stopwatch=stopwatch,
+            warnings=warnings,
+        )
+        prepare = functools.partial(with_prefill, self._relay, body) if config.prefill else None
+        return RelayedResponse(self._relay, engine_request, prepare, held)
 
     def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
         """A warning header for unknown fields of a request to `path`; in strict mode ApiError 400 instead."""
