@@ -98,7 +98,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         config=ServedModelConfig(model="base", engine="vllm", max_lora_rank=16, hold_s=0.0),
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
-    config = GatewayConfig(max_body_bytes=4096, upload_timeout_s=2.0, connect_timeout_s=1.0, retry_after_s=7)
+    config = GatewayConfig(
+        max_body_bytes=4096, upload_timeout_s=2.0, connect_timeout_s=1.0, retry_after_s=7, adapter_sources=("/",)
+    )
     app = create_app(models=[served], watch=result.watch, registry=registry, config=config, admin=fingerprint("secret"))
     result.app = app
     sock = socket.create_server(("127.0.0.1", 0))

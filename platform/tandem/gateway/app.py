@@ -82,7 +82,7 @@ def create_app(
             await keys.stop()
             catalog.close()
 
-    administration = AdminRoutes(Adapters(registry), fleet, config.retry_after_s).app()
+    administration = AdminRoutes(Adapters(registry), fleet, config).app()
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config).routes(),

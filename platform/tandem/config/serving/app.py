@@ -16,6 +16,21 @@ MAX_TIMEOUT_S = 86_400.0
 """Largest timeout, in seconds, of a request or in the gateway's config."""
 
 
+GUARDED_FIELDS = (
+    *(
+        "chat_template",
+        "chat_template_kwargs",
+        "prompt_embeds",
+        "image_embeds",
+        "audio_embeds",
+        "video_embeds",
+        "mm_payload",
+    ),
+    *("mm_processor_kwargs", "media_io_kwargs"),
+)
+"""Fields of requests that are refused unless `gateway.allow` has them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillConfig:
     """Prefill replicas: they read prompts for the model's other replicas, which only generate."""
@@ -121,9 +136,26 @@ class GatewayConfig:
     strict: bool = False
     """Whether a request with an unknown field gets 400; otherwise it is answered with a warning in `x-tandem-warning`."""
     caps: RequestCaps = field(default_factory=RequestCaps)
+    allow: tuple[str, ...] = ()
+    """Guarded fields that requests may have, although an engine runs their templates or reads their tensors: chat_template,
+    chat_template_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, mm_payload, mm_processor_kwargs,
+    media_io_kwargs."""
+    media_hosts: tuple[str, ...] = ()
+    """Hosts, `name` or `name:port`, from which engines may fetch images, audio, video and files of requests; data: URLs are
+    always taken."""
+    adapter_sources: tuple[str, ...] = ()
+    """Folders and URIs, such as s3://bucket/adapters, below which `POST /admin/adapters` takes adapters; it also takes jobs and
+    folders below TANDEM_HOME."""
 
     def __post_init__(self) -> None:
         check.at_least("gateway.replicas", self.replicas, 1)
+        for name in self.allow:
+            check.one_of("gateway.allow", name, GUARDED_FIELDS)
+        for host in self.media_hosts:
+            if "/" in host or host != host.lower():
+                raise ConfigError(
+                    f"gateway.media_hosts has {host!r}; give a host in lower case, such as images.example.com."
+                )
         for key in ("connect_timeout_s", "request_timeout_s", "upload_timeout_s"):
             check.between(f"gateway.{key}", getattr(self, key), 0.1, MAX_TIMEOUT_S)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)

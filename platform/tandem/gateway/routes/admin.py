@@ -24,6 +24,7 @@ from tandem.api.adapters import (
     ReplicaAdapters,
     UnpinnedAdapter,
 )
+from tandem.config.serving.app import GatewayConfig
 from tandem.errors import (
     ConfigError,
     JobError,
@@ -32,11 +33,13 @@ from tandem.errors import (
     StorageError,
     UnknownModelError,
 )
+from tandem.gateway.adapter_sources import check_source
 from tandem.gateway.errors import ApiError, no_registry
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.routes.management import management_app
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
+from tandem.settings import settings
 
 T = TypeVar("T")
 
@@ -47,8 +50,9 @@ PAGE = 1000
 class AdminRoutes:
     """The route handlers."""
 
-    def __init__(self, adapters: Adapters, fleet: Fleet, retry_after_s: int = 5) -> None:
-        self._retry_after_s = retry_after_s
+    def __init__(self, adapters: Adapters, fleet: Fleet, config: GatewayConfig) -> None:
+        self._retry_after_s = config.retry_after_s
+        self._sources = config.adapter_sources
         self._adapters = adapters
         self._fleet = fleet
 
@@ -85,6 +89,7 @@ class AdminRoutes:
         """Register an adapter, see Adapters.register."""
         asked = registration.model_dump()
         name, source = asked.pop("name"), asked.pop("source")
+        await self._do(check_source, source, self._sources, settings().root)
         return Adapter(**_fields(await self._do(self._adapters.register, name, source, **asked)))
 
     async def show(self, name: str) -> AdapterDetails:

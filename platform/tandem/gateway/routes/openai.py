@@ -31,6 +31,7 @@ from tandem.gateway.quarantine import body_digest
 from tandem.gateway.relay import Relay, RelayedResponse
 from tandem.gateway.request_body import parse_body, read_body
 from tandem.gateway.request_caps import check_caps
+from tandem.gateway.request_content import check_content
 from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
 from tandem.gateway.routes import responses
 from tandem.gateway.upstream import EngineRequest
@@ -110,6 +111,7 @@ class OpenAIRoutes:
             responses.check(body)
         drop_nulls(body)
         check_values(route.path, body, raw)
+        check_content(body, raw, self._config.allow, self._config.media_hosts)
         hints = take_scheduling_hints(
             body,
             request.headers,
