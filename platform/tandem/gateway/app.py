@@ -22,6 +22,7 @@ from tandem.gateway.fleet import Fleet, WatchReplicas
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
+from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import PREFIX, AdminRoutes
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.upstream import Upstream
@@ -88,7 +89,10 @@ def create_app(
             *OpenAIRoutes(catalog, fleet, relay, config).routes(),
             Mount(PREFIX, administration),
         ],
-        middleware=[Middleware(Authentication, keys=keys, required=require_keys, admin=admin)],
+        middleware=[
+            *browser_middleware(config.cors_origins),
+            Middleware(Authentication, keys=keys, required=require_keys, admin=admin),
+        ],
         lifespan=lifespan,
         exception_handlers={
             ApiError: answer_api_error,

@@ -147,7 +147,17 @@ class GatewayConfig:
     """Folders and URIs, such as s3://bucket/adapters, below which `POST /admin/adapters` takes adapters; it also takes jobs and
     folders below TANDEM_HOME."""
 
+    cors_origins: tuple[str, ...] = ()
+    """Origins, such as https://chat.example.com, whose web pages browsers let call the app (CORS); a page still needs a key."""
+
     def __post_init__(self) -> None:
+        for origin in self.cors_origins:
+            scheme, _, host = origin.partition("://")
+            if scheme not in ("http", "https") or not host or "/" in host or "*" in host:
+                raise ConfigError(
+                    f"gateway.cors_origins has {origin!r}; give a scheme and a host, such as https://chat.example.com. "
+                    "All origins at once would let any web page use an app without keys."
+                )
         check.at_least("gateway.replicas", self.replicas, 1)
         for name in self.allow:
             check.one_of("gateway.allow", name, GUARDED_FIELDS)

@@ -22,7 +22,7 @@ from tandem.errors import sentence
 from tandem.gateway.authentication import PRINCIPAL, principal_of
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
-from tandem.gateway.errors import ApiError
+from tandem.gateway.errors import ApiError, request_id
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.held_bytes import HeldBody
 from tandem.gateway.latency import Stopwatch
@@ -36,8 +36,8 @@ from tandem.gateway.request_hints import read_routing_request, take_scheduling_h
 from tandem.gateway.routes import responses
 from tandem.gateway.upstream import EngineRequest
 
-HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
-"""Request headers passed to the engine; a client's API key is not among them."""
+HEADERS_IN = ("traceparent", "tracestate")
+"""Request headers passed to the engine beside a given id of the request; a client's API key is not among them."""
 STRICT_HEADER = "x-tandem-strict"
 """`true`: unknown fields of this request are an error, whatever `gateway.strict` says."""
 WARNING_HEADER = "x-tandem-warning"
@@ -128,7 +128,7 @@ class OpenAIRoutes:
             body=sent,
             digest=body_digest(route.path, sent),
             model=model,
-            headers={key: request.headers[key] for key in HEADERS_IN if key in request.headers},
+            headers=engine_headers(request),
             dialect=dialect_of(route.path),
             routing=read_routing_request(model, body, request.headers),
             hints=hints,
@@ -188,11 +188,17 @@ def check_route(name: str, route: EngineRoute, engine: EngineDescriptor, tasks: 
         )
 
 
+def engine_headers(request: Request) -> dict[str, str]:
+    """The headers that go along to the engine."""
+    headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
+    return headers | ({"x-request-id": request_id(request.scope)} if "x-request-id" in request.headers else {})
+
+
 def int_parameter(request: Request, name: str, default: int, most: int) -> int:
     """A count in the query string, from 1 to `most`; ApiError 400 for anything else."""
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
-        raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
+        raise ApiError(400, f"`{name}` is {text[:20]!r}; it must be a number from 1 to {most}.", param=name)
     return int(text)
 
 
