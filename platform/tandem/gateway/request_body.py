@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
 
-from tandem.api.bounded_json import InvalidJsonError, TooManyValuesError, parse_object
+from tandem.api.bounded_json import InvalidJsonError, TooManyValuesError, parse_object, size_steps
 from tandem.gateway.errors import ApiError
 from tandem.gateway.held_bytes import HeldBody
+from tandem.gateway.large_bodies import LargeBodies
 
 SHOWN = 40
 """Characters of a header that an error shows."""
@@ -70,8 +73,21 @@ async def read_body(request: Request, limit: int, timeout_s: float, held: HeldBo
 
 def parse_body(body: bytes) -> dict[str, Any]:
     """The JSON object in a body; ApiError 400 for anything else, 413 for more values than a request needs."""
-    try:
+    with _as_api_errors():
         return parse_object(body)
+
+
+async def parse_in_turns(body: bytes, turns: LargeBodies) -> dict[str, Any]:
+    """The same, in turns with other large bodies."""
+    with _as_api_errors():
+        await turns.run_steps(len(body), size_steps(body))
+        return await turns.run(len(body), parse_object, body, checked=True)
+
+
+@contextlib.contextmanager
+def _as_api_errors() -> Iterator[None]:
+    try:
+        yield
     except TooManyValuesError as error:
         raise ApiError(413, str(error)) from None
     except InvalidJsonError as error:

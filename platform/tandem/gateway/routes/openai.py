@@ -25,11 +25,12 @@ from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, request_id
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.held_bytes import HeldBody
+from tandem.gateway.large_bodies import LargeBodies
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import with_prefill
 from tandem.gateway.quarantine import body_digest
 from tandem.gateway.relay import Relay, RelayedResponse
-from tandem.gateway.request_body import parse_body, read_body
+from tandem.gateway.request_body import parse_in_turns, read_body
 from tandem.gateway.request_caps import check_caps
 from tandem.gateway.request_content import check_content
 from tandem.gateway.request_hints import read_routing_request, take_scheduling_hints
@@ -52,6 +53,7 @@ class OpenAIRoutes:
         self._fleet = fleet
         self._relay = relay
         self._config = config
+        self._turns = LargeBodies()
 
     def routes(self) -> list[BaseRoute]:
         """The routes for Starlette."""
@@ -93,7 +95,8 @@ class OpenAIRoutes:
     async def _relayed(self, route: EngineRoute, request: Request, raw: bytes, held: HeldBody) -> Response:
         """Resolve the model, check the request and relay it."""
         stopwatch, arrived = Stopwatch(), time.monotonic()
-        body = parse_body(raw)
+        size, turns = len(raw), self._turns
+        body = await parse_in_turns(raw, turns)
         name = body.get("model")
         if not isinstance(name, str) or not name:
             found = "missing or empty" if not name else f"of type {type(name).__name__}"
@@ -110,23 +113,23 @@ class OpenAIRoutes:
         if route.path == responses.PATH:
             responses.check(body)
         drop_nulls(body)
-        check_values(route.path, body, raw)
-        check_content(body, raw, self._config.allow, self._config.media_hosts)
+        await turns.run(size, check_values, route.path, body, raw)
+        await turns.run(size, check_content, body, raw, self._config.allow, self._config.media_hosts)
         hints = take_scheduling_hints(
             body,
             request.headers,
             arrived,
             keep_priority=engine.requests.keeps_priority(config.engine_args),
-            sequences=check_caps(route, body, self._config.caps, len(raw)),
+            sequences=await turns.run(size, check_caps, route, body, self._config.caps, size),
             tenant=principal.tenant,
         )
         body["model"] = model.engine_name
         drop_kv_transfer(body)
-        sent = to_json(body)
+        sent = await turns.run(size, to_json, body)
         engine_request = EngineRequest(
             path=route.path,
             body=sent,
-            digest=body_digest(route.path, sent),
+            digest=await turns.run(size, body_digest, route.path, sent),
             model=model,
             headers=engine_headers(request),
             dialect=dialect_of(route.path),
