@@ -111,8 +111,8 @@ DEEP = b'{"model":"bench","prompt":' + b"[" * 900_000 + b"]" * 900_000 + b"}"
 LARGE = completion(prompt="x" * (2 * MIB - 200), max_tokens=1)
 GZIP = gzip.compress(b"0" * (64 * MIB))
 SMUGGLED = (
-    b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 3\r\n"
-    b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n"
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 3\r\n"
+    b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
 )
 UNREAD = completion(prompt="x" * 4096, stream=True, ignore_eos=True, max_tokens=8192)
 
@@ -153,7 +153,7 @@ ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     "deep JSON": repeated(lambda a: a.post(DEEP), 4),
     "2 MiB prompts": repeated(lambda a: a.post(LARGE), 16),
     "unfinished heads": repeated(
-        lambda a: a.hold(b"GET /health HTTP/1.1\r\nhost: a\r\n", trickle(itertools.count())), CONNECTIONS
+        lambda a: a.hold(b"GET /health HTTP/1.1\r\nhost: localhost\r\n", trickle(itertools.count())), CONNECTIONS
     ),
     "unfinished bodies": repeated(lambda a: a.hold(request(LARGE)[: 2 * MIB - 5000], b"x"), CONNECTIONS),
     "n of 16384": repeated(lambda a: a.post(completion(n=16_384, max_tokens=300))),
@@ -166,8 +166,8 @@ ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     "text/plain": repeated(lambda a: a.post(completion(), content_type="text/plain")),
     "gzip bombs": repeated(lambda a: a.post(GZIP, content_encoding="gzip")),
     "two lengths, chunks": repeated(lambda a: a.send(SMUGGLED, read_s=2.0)),
-    "large heads": repeated(lambda a: a.send(b"GET / HTTP/1.1\r\nx: " + b"a" * 70_000 + b"\r\n\r\n")),
-    "lists of models": repeated(lambda a: a.send(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")),
+    "large heads": repeated(lambda a: a.send(b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 70_000 + b"\r\n\r\n")),
+    "lists of models": repeated(lambda a: a.send(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")),
     "media of inner hosts": repeated(
         lambda a: a.post(
             json.dumps(
