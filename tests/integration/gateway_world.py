@@ -114,7 +114,11 @@ async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[World]:
     )
     result = World(http=httpx.AsyncClient(), registry=registry, folder=tmp_path)
     config = GatewayConfig(
-        max_body_bytes=4096, upload_timeout_s=2.0, connect_timeout_s=1.0, retry_after_s=7, **settings
+        max_body_bytes=4096,
+        upload_timeout_s=2.0,
+        connect_timeout_s=1.0,
+        retry_after_s=7,
+        **{"adapter_sources": ("/",), **settings},
     )
     app = create_app(
         models=[served],

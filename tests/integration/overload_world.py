@@ -21,6 +21,7 @@ from tandem.engine.echo.engine import EchoEngine
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.admission.queue import Queue
 from tandem.gateway.app import create_app
+from tandem.ids import fingerprint
 from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot, prefill_pool
 from tandem.serve.replica.host import EngineHost
@@ -128,8 +129,10 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **model: Any) -> AsyncIterator[World]:
-    """A gateway for the model `base`, with these keys in its config."""
+async def overload_world(
+    folder: Path, gateway: GatewayConfig | None = None, *, admin: str | None = None, **model: Any
+) -> AsyncIterator[World]:
+    """A gateway for the model `base`, with these keys in its config; `admin`: TANDEM_ADMIN_TOKEN."""
     watched: list[World] = []
 
     async def watch(version: int) -> Snapshot:
@@ -138,7 +141,13 @@ async def overload_world(folder: Path, gateway: GatewayConfig | None = None, **m
     served = ServedModel(
         id="base", name="base", path="", config=ServedModelConfig(**{"model": "base", "engine": "vllm", **model})
     )
-    app = create_app(models=[served], watch=watch, registry=Registry(f"sqlite:///{folder}/tandem.db"), config=gateway)
+    app = create_app(
+        models=[served],
+        watch=watch,
+        registry=Registry(f"sqlite:///{folder}/tandem.db"),
+        config=gateway,
+        admin=fingerprint(admin),
+    )
     sock = socket.create_server(("127.0.0.1", 0))
     http = httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20, limits=httpx.Limits(max_connections=None)

@@ -182,7 +182,7 @@ def served(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Served:
     from ray import serve
 
     from tandem.apps.build import build_app
-    from tandem.config import ServeConfig, ServedModelConfig
+    from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
 
     folder = tmp_path_factory.mktemp("served")
     base = write_model(folder / "tiny")
@@ -195,7 +195,8 @@ def served(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Served:
         registry.register_adapter(name, adapters[name], base="tiny")
     # No engine_args: tools and schemas must work without.
     tiny = ServedModelConfig(model="tiny", max_adapters=2, max_lora_rank=8, cpus_per_replica=1, hold_s=10.0)
-    config = ServeConfig(models=(tiny,), app=result.app)
+    sources = GatewayConfig(adapter_sources=(str(tmp_path_factory.getbasetemp()),))
+    config = ServeConfig(models=(tiny,), app=result.app, gateway=sources)
     with pytest.MonkeyPatch.context() as patch:
         # The app has a registry of its own, so that other tests' models are not in its lists.
         patch.setenv("TANDEM_HOME", str(result.home))

@@ -6,6 +6,7 @@ A parser takes 40 ns for a number, 200 ns for an object and 400 ns for a key, an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic_core import from_json
@@ -16,6 +17,8 @@ BUDGET = 280_000
 """The most that a body may cost: a prompt of 131,072 token ids and as much again, or 25,000 texts."""
 LONG_NUMBER = 20
 """Digits of a number that is refused: such numbers take ten times as long, and no field has them."""
+PIECE = 64 * 1024
+"""Bytes that are counted in one step."""
 DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 
 
@@ -27,9 +30,10 @@ class TooManyValuesError(InvalidJsonError):
     """A body with more values than a request needs."""
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body."""
-    check_size(body)
+def parse_object(body: bytes, *, checked: bool = False) -> dict[str, Any]:
+    """The JSON object in a body; `checked`: it has passed `check_size`."""
+    if not checked:
+        check_size(body)
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -42,26 +46,61 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 def check_size(body: bytes) -> None:
     """Raise TooManyValuesError for a body that costs more than `BUDGET`, InvalidJsonError for one with endless numbers."""
-    if cost(body, body.count(b'"') // 2) <= BUDGET and not _has_long_number(body):
+    for _ in size_steps(body):
+        pass
+
+
+def size_steps(body: bytes) -> Iterator[None]:
+    """`check_size` in steps of about a millisecond at most, of which others may run between; raises what it raises."""
+    found = 0.0
+    for start in range(0, len(body), PIECE):
+        # As if nothing were text: nearly every body is within the budget even so.
+        piece = body[max(0, start - LONG_NUMBER) : start + PIECE]
+        found += cost(piece, piece.count(b'"') / 2)
+        if found > BUDGET or _has_long_number(piece):
+            break
+        yield
+    else:
         return
-    # Text may have any number of brackets, commas and digits.
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    texts = plain.count(b'"') // 2
-    if cost(b"", texts) > BUDGET:
-        raise TooManyValuesError(
-            f"The request body has {texts:,} texts and keys; at most {BUDGET // TEXT:,} are taken."
-        )
-    structure = b"".join(plain.split(b'"')[::2])
-    if (found := cost(structure, texts)) > BUDGET:
-        raise TooManyValuesError(
-            f"The request body has more objects, lists and values than a request needs: {structure.count(b',') + 1:,} values, "
-            f"{texts:,} texts and {_containers(structure):,} objects and lists, {found / BUDGET:.1f} times what is taken."
-        )
-    if _has_long_number(structure):
-        raise InvalidJsonError(f"The request body has a number of {LONG_NUMBER} or more digits.")
+    yield from _structure_steps(body)
 
 
-def cost(text: bytes, texts: int) -> int:
+def _structure_steps(body: bytes) -> Iterator[None]:
+    """The same without what is in texts, which may have any number of brackets, commas and digits."""
+    in_text, found, texts, tail = False, 0.0, 0.0, b""
+    for piece in _pieces(body):
+        plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in piece else piece
+        parts = plain.split(b'"')
+        texts += (len(parts) - 1) / 2
+        structure = b"".join(parts[1::2] if in_text else parts[::2])
+        in_text ^= len(parts) % 2 == 0
+        found += cost(structure, 0.0)
+        if found + TEXT * texts > BUDGET:
+            raise TooManyValuesError(
+                "The request body has more objects, lists, values and texts than a request needs: at most "
+                f"{BUDGET // TEXT:,} texts and keys, {BUDGET // CONTAINER:,} objects and lists, or {BUDGET // ITEM:,} other "
+                "values are taken."
+            )
+        if _has_long_number(tail + structure):
+            raise InvalidJsonError(f"The request body has a number of {LONG_NUMBER} or more digits.")
+        tail = structure[-LONG_NUMBER:]
+        yield
+
+
+def _pieces(body: bytes) -> Iterator[bytes]:
+    """A body in pieces that split no escaped character."""
+    start = 0
+    while start < len(body):
+        end = start + PIECE
+        piece = body[start:end]
+        backslashes = len(piece) - len(piece.rstrip(b"\\"))
+        if backslashes % 2:
+            piece = body[start : end + 1]
+        start += len(piece) or 1
+        yield piece
+
+
+def cost(text: bytes, texts: float) -> float:
     """What it costs to parse `text` with so many texts in it."""
     return ITEM * text.count(b",") + CONTAINER * _containers(text) + TEXT * texts
 

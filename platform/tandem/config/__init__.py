@@ -12,6 +12,7 @@ from tandem.config.serving.app import (
 )
 from tandem.config.serving.autoscaling import AutoscalingConfig
 from tandem.config.serving.batch import BatchConfig
+from tandem.config.serving.caps import RequestCaps
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import AUTO_ENGINE
 from tandem.config.serving.tls import TlsConfig
@@ -47,6 +48,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelismConfig",
     "PrefillConfig",
+    "RequestCaps",
     "RouterConfig",
     "ServeConfig",
     "ServedModelConfig",

@@ -16,7 +16,7 @@ class EngineRoute:
     task: str | None = None
     """Task that the engine must be able to do; None: every engine has the route."""
     light: bool = False
-    """Whether it counts or converts tokens only: it needs no place in the engine's batch, and so no admission slot."""
+    """Whether it counts or converts tokens only: it needs no place in the engine's batch, and has a queue of its own."""
 
 
 ENGINE_ROUTES = (

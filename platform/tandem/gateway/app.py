@@ -27,6 +27,7 @@ from tandem.gateway.identity import Identity
 from tandem.gateway.latency import RecordLatency, ignore_latency
 from tandem.gateway.relay import Relay
 from tandem.gateway.replica_probe import ReplicaProbe
+from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
 from tandem.gateway.routes.keys import KeyRoutes
@@ -85,7 +86,7 @@ def create_app(
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
     key_routes = KeyRoutes(KeyStore.at(registry.address), registry, catalog.names, config.retry_after_s)
     administration = management_app(PREFIX, "Tandem admin")
-    AdminRoutes(Adapters(registry), fleet, identity.audit, config.retry_after_s).add_to(administration)
+    AdminRoutes(Adapters(registry), fleet, identity.audit, config).add_to(administration)
     key_routes.add_to(administration)
     AuditRoutes(identity.audit, config.retry_after_s).add_to(administration)
 
@@ -104,7 +105,11 @@ def create_app(
             *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
             Mount(PREFIX, administration),
         ],
-        middleware=[*([Middleware(LogAccess, access_log=lines)] if lines else []), guard],
+        middleware=[
+            *([Middleware(LogAccess, access_log=lines)] if lines else []),
+            *browser_middleware(config.cors_origins),
+            guard,
+        ],
         lifespan=lifespan,
         exception_handlers={
             ApiError: answer_api_error,
@@ -115,7 +120,7 @@ def create_app(
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False
     app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
-    app.state.identity, app.state.catalog = identity, catalog
+    app.state.identity, app.state.catalog, app.state.relay = identity, catalog, relay
     identity.audit.words = words_of([*app.routes, *administration.routes])
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id

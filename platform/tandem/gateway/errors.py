@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping
 
@@ -18,6 +19,8 @@ REQUEST_ID = "tandem.request_id"
 """Key of an ASGI scope: the request's id."""
 
 
+VISIBLE = re.compile(r"[!-~]{1,128}")
+"""Ids of requests that are taken from clients."""
 LONGEST_MESSAGE, LONGEST_PARAM = 1000, 200
 """Characters of an answer's message and of the name of a field: some engines repeat a request's values in their errors."""
 
@@ -44,7 +47,8 @@ class ApiError(Exception):
     def response(self, dialect: Dialect, scope: Scope) -> Response:
         """The HTTP response to the request of an ASGI scope."""
         body = dialect.error(self.status, self.message, code=self.code, param=self.param, request=request_id(scope))
-        headers = {**self.headers, **id_headers(scope)}
+        # An error is of one moment and one client.
+        headers = {"Cache-Control": "no-store", **self.headers, **id_headers(scope)}
         return JSONResponse(body, status_code=dialect.status(self.status), headers=headers)
 
 
@@ -84,6 +88,27 @@ def too_slow(model: str, silent_s: float) -> ApiError:
     )
 
 
+def unreadable(model: str) -> ApiError:
+    """502 for an answer of an engine that is no HTTP that can be read; neither the gateway nor an SDK retries it."""
+    return ApiError(
+        502,
+        f"The answer of {model} could not be read: it breaks the HTTP protocol, or a header in it is too long.",
+        code="engine_protocol_error",
+        headers={"x-should-retry": "false"},
+    )
+
+
+def quarantined(lost: int, seconds: float) -> ApiError:
+    """422 for a request on which engines died; an SDK does not retry it."""
+    return ApiError(
+        422,
+        f"{lost} replicas were lost while they had this request, so it is sent to no other one for {seconds:g} s "
+        "(gateway.quarantine_s). Change the request, and tell the operator.",
+        code="request_quarantined",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
     """The error in an engine's answer for `model`; a body of any shape."""
     rules = ENGINES[model.config.engine].requests
@@ -108,10 +133,14 @@ def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
 
 
 def request_id(scope: Scope) -> str:
-    """The id of a request: that which the client or a proxy gave it, or a new one, which stays the same for the request."""
+    """The id of a request: that which the client or a proxy gave it, or a new one, which stays the same for the request.
+
+    A given one that is not VISIBLE is not taken: it goes into logs.
+    """
     if REQUEST_ID not in scope:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
-        scope[REQUEST_ID] = given[0] if given else f"req_{uuid.uuid4().hex}"
+        fits = bool(given) and VISIBLE.fullmatch(given[0]) is not None
+        scope[REQUEST_ID] = given[0] if fits else f"req_{uuid.uuid4().hex}"
     return str(scope[REQUEST_ID])
 
 

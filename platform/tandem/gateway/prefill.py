@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from pydantic_core import from_json, to_json
 
 from tandem.gateway.errors import ApiError
@@ -57,7 +58,7 @@ async def with_prefill(
             if attempt.response is not None and attempt.response.status == 200:
                 answer = from_json(attempt.first_chunk + await attempt.response.read())
                 transfer = answer.get("kv_transfer_params")
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        except (aiohttp.ClientError, HttpProcessingError, OSError, TimeoutError):
             prefill_budget.begun += 1
         except (ApiError, ValueError):
             # A request that the engine refuses is refused by the decode replica too, with a message for the client.

@@ -12,9 +12,10 @@ import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -23,10 +24,13 @@ from tandem.gateway.accounting.access_log import note
 from tandem.gateway.accounting.account import RequestAccount
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.dialect import rewrite_errors
-from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica, request_id
+from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica, quarantined, request_id
 from tandem.gateway.fleet import Fleet
+from tandem.gateway.held_bytes import HeldBody, HeldBytes
 from tandem.gateway.latency import HEADER, RecordLatency, header, ignore_latency
+from tandem.gateway.quarantine import Quarantine
 from tandem.gateway.upstream import Attempt, EngineRequest, Upstream
+from tandem.routing.records import ReplicaRecord
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
 """Response headers: ids of the replica that answered and of the gateway that relayed."""
@@ -96,10 +100,15 @@ class Relay:
         self.admission = admission
         self.record_latency = record_latency
         self.name = name.encode()
+        self.held = HeldBytes(config.max_held_bytes, config.retry_after_s)
+        """Bodies of requests whose engine has not answered yet."""
+        self.quarantine = Quarantine(config.quarantine_s)
+        """Bodies with which replicas were lost."""
         self.active: set[RelayedResponse] = set()
         """Responses that are being sent."""
         self._config = config
         self._watchdog: asyncio.Task[None] | None = None
+        self._probes: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Open the connection pool and begin to watch for stalled clients."""
@@ -110,6 +119,8 @@ class Relay:
         """Close all connections."""
         if self._watchdog is not None:
             self._watchdog.cancel()
+        for probe in self._probes:
+            probe.cancel()
         await self.upstream.stop()
 
     async def first_answer(
@@ -141,8 +152,20 @@ class Relay:
                     resources.push_async_exit(attempt.connection)
                     return attempt
             budget.record(attempt)
+            if attempt.may_have_begun:
+                self.quarantine.replica_lost(request.digest, replica.id)
             if attempt.suspect:
                 self.fleet.suspect(replica)
+
+    def note_failure(self, digest: bytes, replica: ReplicaRecord) -> None:
+        """An answer failed in its middle: if that was the end of its replica, the body is remembered."""
+        task = asyncio.create_task(self._note_if_lost(digest, replica))
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
+    async def _note_if_lost(self, digest: bytes, replica: ReplicaRecord) -> None:
+        if await self.upstream.alive_status(replica) != 200:
+            self.quarantine.replica_lost(digest, replica.id)
 
     async def _cut_stalled_clients(self) -> None:
         while True:
@@ -156,8 +179,14 @@ class RelayedResponse(Response):
     """A response that relays a request to a replica when Starlette sends it."""
 
     def __init__(
-        self, relay: Relay, request: EngineRequest, account: RequestAccount, prepare: Prepare | None = None
+        self,
+        relay: Relay,
+        request: EngineRequest,
+        account: RequestAccount,
+        prepare: Prepare | None = None,
+        held: HeldBody | None = None,
     ) -> None:
+        """`held`: the body's share of the gateway's byte budget, released once an engine has answered."""
         self.background = None
         self.sending_since = math.inf
         """Monotonic time since which the client has not taken a message; infinity: nothing is being sent."""
@@ -165,6 +194,7 @@ class RelayedResponse(Response):
         self._request = request
         self._account = account
         self._prepare = prepare
+        self._held = held
         self._slot = relay.admission.slot(request.model.base, request.hints, light=request.light)
         self._copying: asyncio.Task[None] | None = None
         self._stalled = False
@@ -200,6 +230,7 @@ class RelayedResponse(Response):
             await _cancelled(copying)
             self._account.close()
             self._note(scope)
+            self._drop_body()
 
     def cut(self) -> None:
         """End the response: the client takes nothing of it."""
@@ -207,9 +238,17 @@ class RelayedResponse(Response):
             self._stalled = True
             self._copying.cancel()
 
+    def _drop_body(self) -> None:
+        self._request, self._prepare = replace(self._request, body=b""), None
+        if self._held is not None:
+            self._held.release()
+
     async def _first_answer(self, resources: contextlib.AsyncExitStack) -> Attempt:
         """Admit the request and send it; `resources` also keeps its admission slot."""
-        request, budget, stopwatch = self._request, RetryBudget(), self._request.stopwatch
+        request, stopwatch, quarantine = self._request, self._request.stopwatch, self._relay.quarantine
+        budget = RetryBudget(begun=quarantine.lost_replicas(request.digest))
+        if budget.exhausted:
+            raise quarantined(budget.begun, quarantine.seconds)
         await self._account.acquire()
         resources.callback(self._slot.release)
         # Time in a queue is not counted as the gateway's own.
@@ -223,35 +262,42 @@ class RelayedResponse(Response):
         return await self._relay.first_answer(request, budget, resources, requeue)
 
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, dialect, id_ = self._request, self._request.dialect, request_id(scope)
+        dialect, id_ = self._request.dialect, request_id(scope)
         # An ASGI server holds each message back until the client has taken those before it, the last ones too.
         send_once = self._timed(send)
         async with contextlib.AsyncExitStack() as resources:
             attempt = await self._first_answer(resources)
             self._attempt = attempt
+            # It is not sent again once an engine has answered.
+            self._drop_body()
             answer, chunk = attempt.response, attempt.first_chunk
             assert answer is not None
             self._account.read_head(answer.headers)
             if answer.status >= 400:
-                error = from_engine(answer.status, await answer.read(), request.model.base)
-                error.headers |= request.warnings
+                error = from_engine(answer.status, await answer.read(), self._request.model.base)
+                error.headers |= self._request.warnings
                 await error.response(dialect, scope)(scope, receive, send_once)
                 return
-            explain = request.model.engine.requests.explain_error
+            explain = self._request.model.engine.requests.explain_error
             self._is_stream = is_stream = answer.content_type.startswith("text/event-stream")
             await self._send_head(send_once, attempt, answer, id_headers(scope))
+            failed = False
             try:
                 while chunk:
                     if is_stream:
-                        chunk = rewrite_errors(self._account.read_chunk(chunk), dialect, id_, explain)
-                    self._last_chunk = chunk
+                        chunk = self._account.read_chunk(chunk)
+                    self._last_chunk = rewrite_errors(chunk, dialect, id_, explain) if is_stream else chunk
+                    failed = failed or self._last_chunk is not chunk
                     self.sending_since = time.monotonic()
                     await send({"type": "http.response.body", "body": self._last_chunk, "more_body": True})
                     self.sending_since = math.inf
                     chunk = await answer.content.readany()
-            except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError) as error:
                 await self._charge_lost_engine(attempt)
+                failed = isinstance(error, aiohttp.ClientError) and not isinstance(error, TimeoutError)
                 # Too late for a status. A stream can still end with an error event; other answers must look cut off.
+                if failed:
+                    self._relay.note_failure(self._request.digest, attempt.replica)
                 if not is_stream:
                     raise
                 await self._send_error_event(
@@ -259,6 +305,10 @@ class RelayedResponse(Response):
                 )
             else:
                 self._slot.complete = answer.status == 200
+                if failed:
+                    self._relay.note_failure(self._request.digest, attempt.replica)
+                else:
+                    self._relay.quarantine.answered(self._request.digest)
             await send_once({"type": "http.response.body", "body": b""})
 
     async def _send_head(
@@ -282,7 +332,7 @@ class RelayedResponse(Response):
     async def _charge_lost_engine(self, attempt: Attempt) -> None:
         """Charge what has arrived of a broken answer, unless its replica lives: that counts what its engine has generated."""
         if await self._relay.upstream.alive_status(attempt.replica) is None:
-            self._account.engine_lost(len(self._request.body))
+            self._account.engine_lost()
 
     def _note(self, scope: Scope) -> None:
         """Add what is known of the request to its line in the access log."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
 
-from tandem.api.bounded_json import InvalidJsonError, TooManyValuesError, parse_object
+from tandem.api.bounded_json import InvalidJsonError, TooManyValuesError, parse_object, size_steps
 from tandem.gateway.errors import ApiError
+from tandem.gateway.held_bytes import HeldBody
+from tandem.gateway.large_bodies import LargeBodies
 
 SHOWN = 40
 """Characters of a header that an error shows."""
 
 
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """The request's body.
+async def read_body(request: Request, limit: int, timeout_s: float, held: HeldBody | None = None) -> bytes:
+    """The request's body, counted in `held`.
 
-    ApiError 415 unless it is plain JSON, 413 as soon as it exceeds `limit` bytes, 408 if it is not whole within `timeout_s`.
+    ApiError 415 unless it is plain JSON, 413 as soon as it exceeds `limit` bytes, 408 if it is not whole within `timeout_s`, 503
+    if the gateway may hold no more bytes.
     """
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
@@ -39,6 +44,8 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     declared = request.headers.get("content-length", "")
     parts, size = [], int(declared) if declared.isascii() and declared.isdecimal() else 0
     if size <= limit:
+        if held is not None:
+            held.grow_to(size)
         size = 0
         try:
             async with asyncio.timeout(timeout_s):
@@ -47,6 +54,8 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
                     size += len(part)
                     if size > limit:
                         break
+                    if held is not None:
+                        held.grow_to(size)
         except TimeoutError:
             raise ApiError(
                 408,
@@ -64,8 +73,21 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
 
 def parse_body(body: bytes) -> dict[str, Any]:
     """The JSON object in a body; ApiError 400 for anything else, 413 for more values than a request needs."""
-    try:
+    with _as_api_errors():
         return parse_object(body)
+
+
+async def parse_in_turns(body: bytes, turns: LargeBodies) -> dict[str, Any]:
+    """The same, in turns with other large bodies."""
+    with _as_api_errors():
+        await turns.run_steps(len(body), size_steps(body))
+        return await turns.run(len(body), parse_object, body, checked=True)
+
+
+@contextlib.contextmanager
+def _as_api_errors() -> Iterator[None]:
+    try:
+        yield
     except TooManyValuesError as error:
         raise ApiError(413, str(error)) from None
     except InvalidJsonError as error:

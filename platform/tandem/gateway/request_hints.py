@@ -43,11 +43,14 @@ def take_scheduling_hints(
     *,
     keep_priority: bool = False,
     highest_priority: int | None = None,
+    sequences: int = 1,
+    tenant: str = "",
 ) -> SchedulingHints:
     """Priority and deadlines of a request, from `priority` and `timeout`, which are removed from the body, and its SDK's headers.
 
     `arrived`: the monotonic clock now. `keep_priority` leaves `priority` in the body for the engine. `highest_priority`: the most
-    urgent priority that the request's key may use; a more urgent one is lowered to it. ApiError 400 for values out of range.
+    urgent priority that the request's key may use; a more urgent one is lowered to it. `sequences`: the number that the request
+    starts. ApiError 400 for values out of range.
     """
     priority = body.pop("priority", None)
     if priority is None:
@@ -80,7 +83,13 @@ def take_scheduling_hints(
     length = next((body[key] for key in MAX_TOKENS_FIELDS if isinstance(body.get(key), int)), 0)
     # One kind for each power of two of the answer's length.
     return SchedulingHints(
-        arrived=arrived, priority=priority, start_by=start_by, finish_by=finish_by, kind=min(64, length.bit_length())
+        arrived=arrived,
+        priority=priority,
+        start_by=start_by,
+        finish_by=finish_by,
+        kind=min(64, length.bit_length()),
+        sequences=sequences,
+        tenant=tenant,
     )
 
 

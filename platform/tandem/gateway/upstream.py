@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_exceptions import HttpProcessingError
 from pydantic_core import from_json, to_json
 
 from tandem.cluster.keepalive import keep_alive
@@ -24,7 +25,7 @@ from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.catalog import ResolvedModel
 from tandem.gateway.dialect import Dialect
-from tandem.gateway.errors import too_slow
+from tandem.gateway.errors import too_slow, unreadable
 from tandem.gateway.latency import Stopwatch
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 from tandem.routing.request import RoutingRequest
@@ -40,6 +41,10 @@ KEEP_ALIVE_S = 30.0
 """Seconds for which an idle connection to a replica is kept."""
 UNREACHABLE_S = 15
 """Seconds after which a connection to a replica whose machine acknowledges nothing has ended, streams on it too."""
+MAX_HEADER_BYTES = 1 << 20
+"""Longest header of an engine's answer: `metadata` of embeddings describes each input by about 110 bytes."""
+NOT_COMPLETED = "Response payload is not completed"
+"""Start of aiohttp's message for a body during which the connection was lost."""
 ALIVE_TIMEOUT_S = 3.0
 """Seconds that a replica has to answer whether it is alive."""
 
@@ -59,13 +64,15 @@ class EngineRequest:
     hints: SchedulingHints
     """The properties of the request that admission uses."""
     light: bool = False
-    """Whether the engine answers without generating, so that the request needs no admission slot."""
+    """Whether the engine answers without generating, so that the request waits in the queue for such requests."""
     warnings: Mapping[str, str] = field(default_factory=dict)
     """Headers of the answer that tell the client about its request."""
     labels: UsageLabels | None = None
     """What the engine's tokens are charged to; None: to nobody."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the last byte of the client's request arrived."""
+    digest: bytes = b""
+    """`quarantine.body_digest` of the client's request; empty: it is not known to the quarantine."""
 
     def body_for(self, pool: str) -> bytes:
         """The body for a replica of `pool`: during a rolling change that may be another version of the model."""
@@ -109,6 +116,8 @@ class Upstream:
             timeout=self._timeout(self._config.request_timeout_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
         )
 
     async def stop(self) -> None:
@@ -121,7 +130,8 @@ class Upstream:
 
         An engine sends the head of a stream long before its first token, and may die in between: only the first byte of the
         body counts as an answer. Raises ApiError 504 if the replica sends nothing for longer than `gateway.request_timeout_s`
-        and the request's own deadline.
+        and the request's own deadline, and 502 for an answer that is no HTTP: the replica is there, and another one would
+        answer the same.
         """
         attempt = Attempt(replica)
         silent_s = max(self._config.request_timeout_s, request.hints.left_s(time.monotonic()))
@@ -138,7 +148,10 @@ class Upstream:
             # The replica may be well and the answer long: stuck engines are detected by other means (docs/adr/0019).
             await attempt.connection.aclose()
             raise too_slow(request.model.base.name, silent_s) from None
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
+            if is_protocol_error(error):
+                await attempt.connection.aclose()
+                raise unreadable(request.model.base.name) from error
             attempt.failure = f"A replica of {request.model.base.name} did not answer ({type(error).__name__})"
             attempt.suspect = True
             attempt.may_have_begun = not isinstance(
@@ -230,6 +243,13 @@ class EngineConnector(aiohttp.TCPConnector):
         for transport in found:
             transport.abort()
         return len(found)
+
+
+def is_protocol_error(error: BaseException) -> bool:
+    """Whether an answer could not be read although the connection to its replica was not lost."""
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return not str(error).startswith(NOT_COMPLETED)
+    return isinstance(error, aiohttp.ClientResponseError | HttpProcessingError)
 
 
 async def _note_unavailable(attempt: Attempt, response: aiohttp.ClientResponse, model: str) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socketserver
 import stat
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+from real_haproxy import haproxy, raw_answer
 
-from tandem.cluster.haproxy import serving_environment, write_script
+from tandem.cluster.haproxy import BUFFER_BYTES, serving_environment, write_script
 
 
 @pytest.fixture
@@ -86,3 +92,77 @@ def test_a_haproxy_of_the_users_own_is_used(tmp_path: Path, monkeypatch: pytest.
     own.chmod(0o700)
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(own))
     assert f'exec "{own}"' in write_script(tmp_path).read_text()
+
+
+def test_pages_of_its_own_are_in_the_apis_shape(edited: str, tmp_path: Path) -> None:
+    files = dict(re.findall(r"^ *errorfile (\d+) (\S+)$", edited, re.MULTILINE))
+    assert {"400", "404", "408", "502", "503", "504"} == set(files)
+    for status, file in files.items():
+        head, _, body = Path(file).read_bytes().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 5" if status > "5" else f"HTTP/1.1 {status} ".encode())
+        assert f"Content-Length: {len(body)}".encode() in head and b"application/json" in head
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+    assert "Ping http" not in edited
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, list[bytes]]]:
+    """The port of a real HAProxy, and the heads of the requests that reach the server behind it."""
+    heads: list[bytes] = []
+
+    class Answer(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while head := b"".join(iter(self.rfile.readline, b"\r\n")):
+                if b"/health/" not in head:
+                    heads.append(head)
+                length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+                self.rfile.read(int(length[1]) if length else 0)
+                self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, allow_reuse_address = True, True
+
+    with Server(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with haproxy(tmp_path_factory.mktemp("h"), server.server_address[1]) as port:
+            while b" 200 " not in raw_answer(port, GET + b"\r\n"):
+                time.sleep(0.1)
+            yield port, heads
+        server.shutdown()
+
+
+GET = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+POST = b"POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+REFUSED = {
+    "two lengths": POST + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}x",
+    "an unknown coding": POST + b"transfer-encoding: xchunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n",
+    "a header above a buffer": GET + b"x: " + b"a" * BUFFER_BYTES + b"\r\n\r\n",
+    "a URL above a buffer": b"GET /" + b"a" * BUFFER_BYTES + b" HTTP/1.1\r\nhost: a\r\n\r\n",
+    "more than 100 headers": GET + b"".join(b"x%d: a\r\n" % number for number in range(110)) + b"\r\n",
+    "a space in a name": POST + b"content-length : 5\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("sent", REFUSED.values(), ids=REFUSED.keys())
+def test_heads_that_are_too_large_or_ambiguous_reach_no_gateway(running: tuple[int, list[bytes]], sent: bytes) -> None:
+    port, heads = running
+    heads.clear()
+    answer = raw_answer(port, sent)
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1 and not heads
+
+
+def test_of_a_length_and_chunks_one_reaches_the_gateway(running: tuple[int, list[bytes]]) -> None:
+    port, heads = running
+    heads.clear()
+    hidden = b"GET /hidden HTTP/1.1\r\nhost: a\r\n\r\n"
+    raw_answer(port, POST + b"content-length: 40\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + hidden)
+    assert not [head for head in heads if b"/hidden" in head]
+    assert not [head for head in heads if b"content-length: 40" in head.lower()]
+
+
+def test_a_body_that_does_not_come_is_408_as_json(running: tuple[int, list[bytes]]) -> None:
+    port, heads = running
+    heads.clear()
+    answer = raw_answer(port, POST + b"content-length: 10\r\n\r\n{")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ") and json.loads(body)["error"]["code"] == "upload_timeout" and not heads

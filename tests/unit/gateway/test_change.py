@@ -100,7 +100,7 @@ async def test_a_request_that_no_replica_took_within_hold_s_fails_and_frees_its_
         assert gate.queue(brief).running == 0 and gate.queue(brief).throughput.answer_time_s(3) == 0.0
 
 
-async def test_a_light_request_bypasses_the_queue_on_a_retry_too() -> None:
+async def test_a_light_request_waits_for_no_generation_on_a_retry_either() -> None:
     async with following(replace(FIRST, max_running=1)) as fleet:
         gate = Admission([replace(NEW, config=replace(NEW.config, requests_per_replica=1))], fleet, GatewayConfig())
         gate.refresh()

@@ -7,6 +7,7 @@ from typing import Any
 
 from tandem.config import check
 from tandem.config.serving.autoscaling import AutoscalingConfig
+from tandem.config.serving.caps import RequestCaps
 from tandem.config.serving.oidc import OidcConfig
 from tandem.config.serving.replica import ReplicaConfig
 from tandem.config.serving.tls import TlsConfig
@@ -15,6 +16,21 @@ from tandem.settings import LONGEST_DRAIN_S
 
 MAX_TIMEOUT_S = 86_400.0
 """Largest timeout, in seconds, of a request or in the gateway's config."""
+
+
+GUARDED_FIELDS = (
+    *(
+        "chat_template",
+        "chat_template_kwargs",
+        "prompt_embeds",
+        "image_embeds",
+        "audio_embeds",
+        "video_embeds",
+        "mm_payload",
+    ),
+    *("mm_processor_kwargs", "media_io_kwargs"),
+)
+"""Fields of requests that are refused unless `gateway.allow` has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +66,7 @@ class ServedModelConfig(ReplicaConfig):
     """Replicas, in percent, that a rolling change may start before old ones stop. 0 where the cluster has no free resources: old
     replicas then stop first, and a model with one replica is unavailable while the new one starts."""
     requests_per_replica: int | None = None
-    """Requests in flight at one replica; more wait at the gateways, by priority. Unset: 1.25 times the number that its engine
+    """Sequences in flight at one replica (prompts x n); more wait at the gateways, by priority. Unset: 1.25 times what its engine
     generates at once (vLLM's `max_num_seqs`); the quarter waits inside the engine."""
     max_queued: int = 1000
     """Requests that may wait at all gateways together; others get 429 with Retry-After."""
@@ -112,20 +128,54 @@ class GatewayConfig:
     """Retry-After of a 503, in seconds, and of a 429 while the queue's throughput is not known."""
     max_body_bytes: int = 2 * 2**20
     """Largest request body, in bytes; a larger one gets 413."""
+    max_held_bytes: int = 256 * 2**20
+    """Bytes of bodies that one gateway holds: those it reads, those that wait, and those whose engine has not answered yet; with
+    more a request gets 503 with Retry-After. At least `max_body_bytes`."""
     upload_timeout_s: float = 60.0
     """Seconds that a client may take to send a request's body; then it gets 408."""
+    quarantine_s: float = 300.0
+    """Seconds for which a gateway refuses a request (422) with which two replicas were lost; 0: it does not."""
     access_log: bool = True
     """Whether each gateway writes a line of JSON for each request to TANDEM_HOME/logs/access-ID.jsonl, without its content."""
     strict: bool = False
     """Whether a request with an unknown field gets 400; otherwise it is answered with a warning in `x-tandem-warning`."""
+    caps: RequestCaps = field(default_factory=RequestCaps)
+    allow: tuple[str, ...] = ()
+    """Guarded fields that requests may have, although an engine runs their templates or reads their tensors: chat_template,
+    chat_template_kwargs, prompt_embeds, image_embeds, audio_embeds, video_embeds, mm_payload, mm_processor_kwargs,
+    media_io_kwargs."""
+    media_hosts: tuple[str, ...] = ()
+    """Hosts, `name` or `name:port`, from which engines may fetch images, audio, video and files of requests; data: URLs are
+    always taken."""
+    adapter_sources: tuple[str, ...] = ()
+    """Folders and URIs, such as s3://bucket/adapters, below which `POST /admin/adapters` takes adapters; it also takes jobs and
+    folders below TANDEM_HOME."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins, such as https://chat.example.com, whose web pages browsers let call the app (CORS); a page still needs a key."""
     oidc: OidcConfig | None = None
     """Set: tokens of an OIDC provider are accepted beside API keys, and every request needs one or the other."""
 
     def __post_init__(self) -> None:
+        for origin in self.cors_origins:
+            scheme, _, host = origin.partition("://")
+            if scheme not in ("http", "https") or not host or "/" in host or "*" in host:
+                raise ConfigError(
+                    f"gateway.cors_origins has {origin!r}; give a scheme and a host, such as https://chat.example.com. "
+                    "All origins at once would let any web page use an app without keys."
+                )
         check.at_least("gateway.replicas", self.replicas, 1)
+        for name in self.allow:
+            check.one_of("gateway.allow", name, GUARDED_FIELDS)
+        for host in self.media_hosts:
+            if "/" in host or host != host.lower():
+                raise ConfigError(
+                    f"gateway.media_hosts has {host!r}; give a host in lower case, such as images.example.com."
+                )
         for key in ("connect_timeout_s", "request_timeout_s", "upload_timeout_s"):
             check.between(f"gateway.{key}", getattr(self, key), 0.1, MAX_TIMEOUT_S)
         check.at_least("gateway.max_body_bytes", self.max_body_bytes, 1024)
+        check.at_least("gateway.max_held_bytes", self.max_held_bytes, self.max_body_bytes)
+        check.at_least("gateway.quarantine_s", self.quarantine_s, 0.0)
         check.at_least("gateway.retry_after_s", self.retry_after_s, 1)
         check.at_least("gateway.client_stall_s", self.client_stall_s, 0.1)
 

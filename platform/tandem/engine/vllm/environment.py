@@ -13,6 +13,8 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        # A host in gateway.media_hosts may not send the engine on to another one.
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         # A forked child would inherit the replica's mark in a form that the kernel does not show (cluster/reaper.py).
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }

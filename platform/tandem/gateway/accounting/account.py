@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from tandem.api.fan_out import fan_out, prompts
 from tandem.auth.principal import Limits, Principal
+from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.engine.usage import TokenCounts
 from tandem.gateway.accounting.limiter import Limiter
 from tandem.gateway.errors import ApiError
@@ -59,15 +61,17 @@ class Accounting:
         )
         return tuple(Subject(id_, limits) for id_, limits in pairs if limits.counts_anything)
 
-    def open(self, principal: Principal, labels: UsageLabels, tokens: int) -> RequestAccount:
-        """The account of one request, which is expected to use `tokens` at most."""
-        return RequestAccount(self, self.subjects(principal), labels, tokens)
+    def open(self, principal: Principal, labels: UsageLabels, expected: TokenCounts) -> RequestAccount:
+        """The account of one request, which is `expected` to use so many tokens at most."""
+        return RequestAccount(self, self.subjects(principal), labels, expected)
 
 
 class RequestAccount:
     """One request: `acquire`, then the parts of its answer, then `close`."""
 
-    def __init__(self, accounting: Accounting, subjects: tuple[Subject, ...], labels: UsageLabels, tokens: int) -> None:
+    def __init__(
+        self, accounting: Accounting, subjects: tuple[Subject, ...], labels: UsageLabels, expected: TokenCounts
+    ) -> None:
         self.labels = labels
         self.headers: dict[str, str] = {}
         """Response headers with the state of the limits; empty: there are none."""
@@ -75,7 +79,7 @@ class RequestAccount:
         """What the engine has told about the request."""
         self._accounting = accounting
         self._subjects = subjects
-        self._tokens = tokens
+        self._expected = expected
         self._reserved: str | None = None
         self._events = 0
 
@@ -83,7 +87,7 @@ class RequestAccount:
         """Reserve the request's tokens; ApiError 429 where a limit is met."""
         if not self._subjects:
             return
-        reservation = Reservation(uuid.uuid4().hex, self._subjects, self._tokens)
+        reservation = Reservation(uuid.uuid4().hex, self._subjects, sum(self._expected))
         verdict = await self._accounting.limiter.admit(reservation)
         self.headers = quota_headers(verdict.requests, verdict.tokens, anthropic="/messages" in self.labels.route)
         if verdict.refusal is not None:
@@ -102,10 +106,10 @@ class RequestAccount:
         self._events += chunk.count(b"\n\n")
         return chunk
 
-    def engine_lost(self, prompt_bytes: int) -> None:
+    def engine_lost(self) -> None:
         """The engine was killed before it told its counts: the request is charged what has arrived."""
         if self.counts is None:
-            self.counts = TokenCounts(prompt_bytes // BYTES_PER_TOKEN, self._events)
+            self.counts = TokenCounts(self._expected.prompt, self._events)
             self._accounting.usage.add(self.labels, UsageCounts(1, *self.counts, 1))
 
     def close(self) -> None:
@@ -119,7 +123,7 @@ class RequestAccount:
         text = f"The {kind} {name} may have {refusal.most} {WORDS[refusal.limit]} and has {refusal.used}"
         headers = dict(self.headers)
         if "tokens" in refusal.limit:
-            text += f"; this request reserves {self._tokens} (its prompt and max_tokens)"
+            text += f"; this request reserves {sum(self._expected)} (its prompt and max_tokens)"
         if refusal.retry_s == math.inf:
             headers["x-should-retry"] = "false"
             advice = "Ask for less." if refusal.most else "Ask whoever manages keys for more."
@@ -133,22 +137,15 @@ class RequestAccount:
         return ApiError(429, f"{text}. {advice}", code=code, headers=headers)
 
 
-def expected_tokens(body: Mapping[str, Any], size: int, max_length: int | None, *, generates: bool) -> int:
+def expected_tokens(route: EngineRoute, body: Mapping[str, Any], size: int, max_length: int | None) -> TokenCounts:
     """Tokens to reserve for a request of `size` bytes: its prompt by its size, its answers by their limit."""
-    prompt = size // BYTES_PER_TOKEN if max_length is None else min(size // BYTES_PER_TOKEN, max_length)
-    if not generates:
-        return prompt
+    prompt = size // BYTES_PER_TOKEN
     length = next((int(body[key]) for key in LENGTH_FIELDS if isinstance(body.get(key), int)), ANSWER_TOKENS)
     if max_length is not None:
-        length = min(length, max_length)
-    return prompt + max(0, length) * _answers(body)
-
-
-def _answers(body: Mapping[str, Any]) -> int:
-    prompts = body.get("prompt")
-    several = len(prompts) if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else 1
-    wanted = [int(body[key]) for key in ("n", "best_of") if isinstance(body.get(key), int)]
-    return several * max([1, *wanted])
+        prompt, length = min(prompt, max_length * prompts(route.path, body)), min(length, max_length)
+    if route.task != GENERATE or route.light:
+        return TokenCounts(prompt, 0)
+    return TokenCounts(prompt, max(0, length) * fan_out(route.path, body))
 
 
 def quota_headers(requests: Quota | None, tokens: Quota | None, *, anthropic: bool) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Admission control: one bounded queue for each model; rejects with 429, 503 or 504 the requests that exceed it.
+"""Admission control: two bounded queues for each model; rejects with 429, 503 or 504 the requests that exceed them.
+
+One is for requests that generate or encode, whose slots are places in the engines' batches; the other for requests that only
+count or convert tokens (`EngineRoute.light`), whose slots are bytes of text that an engine's tokenizer works on at once.
 
 One for each gateway app. `queue` decides; this module adds the clock, the number of ready replicas and the waiting tasks. Where
 nothing waits, a request passes in some microseconds. Several gateways have equal shares of each limit.
@@ -21,6 +24,8 @@ from tandem.routing.records import ReplicaRecord, ServedModel
 PREFETCH_SHARE = 0.25
 """Requests queued inside an engine, as a share of its batch size, so that it never waits for the next request."""
 MIN_PREFETCH = 4
+LIGHT_PER_REPLICA = 16
+"""Slots of light requests at each replica, of 64 KiB of text each (`request_caps.LIGHT_UNIT`): an engine has one tokenizer."""
 SWEEP_S = 0.1
 """Seconds between two checks for waiting requests whose time is over."""
 MAX_RETRY_AFTER_S = 60
@@ -61,23 +66,20 @@ class Admission:
         self._config = config
         self.metrics = metrics or NoQueueMetrics()
         self._models = {model.id: model for model in models}
-        self._queues = {
-            model.id: Queue(
-                max_waiting=math.ceil(model.config.max_queued / config.replicas), hold_s=model.config.hold_s
-            )
-            for model in self._models.values()
-        }
+        self._queues, self._light = (
+            {model.id: self._new_queue(model) for model in self._models.values()} for _ in range(2)
+        )
         self._wakeups: dict[Ticket, asyncio.Future[Outcome]] = {}
         self._sweeping: asyncio.TimerHandle | None = None
         fleet.add_listener(self.refresh)
 
     def waiting(self) -> dict[str, int]:
         """Numbers of waiting requests, by model id."""
-        return {name: len(queue) for name, queue in self._queues.items()}
+        return {name: len(queue) + len(self._light[name]) for name, queue in self._queues.items()}
 
     def slot(self, model: ServedModel, hints: SchedulingHints, *, light: bool = False) -> AdmissionSlot:
-        """The admission slot of one request. A `light` request waits only while no replica is ready, and is not counted."""
-        return AdmissionSlot(self, model, hints, light)
+        """The admission slot of one request; a `light` request counts in the queue for such."""
+        return AdmissionSlot(self, model, hints, self.queue(model, light=light))
 
     def refresh(self, changed: Collection[str] | None = None) -> None:
         """Apply the fleet's current state to the limits; start the requests that may start.
@@ -86,16 +88,18 @@ class Admission:
         """
         now = time.monotonic()
         for name, queue in self._queues.items():
-            model = self._models[name]
+            model, light = self._models[name], self._light[name]
             if changed is not None and model.id not in changed and model.deployment not in changed:
                 continue
             queue.set_limit(self._limit(model), now)
+            light.set_limit(self._light_limit(model), now)
             self.serve(queue)
-            self.metrics.load(name, queue.running, len(queue))
+            self.serve(light)
+            self.metrics.load(name, queue.running, len(queue) + len(light))
 
-    def queue(self, model: ServedModel) -> Queue:
-        """The queue of a model."""
-        return self._queues[model.id]
+    def queue(self, model: ServedModel, *, light: bool = False) -> Queue:
+        """The queue of a model, or that of its light requests."""
+        return (self._light if light else self._queues)[model.id]
 
     async def sleep(self, queue: Queue, ticket: Ticket) -> Outcome:
         """Wait until a queued request may start or is refused; if cancelled, it leaves the queue."""
@@ -107,7 +111,7 @@ class Admission:
             return await wakeup
         except asyncio.CancelledError:
             if wakeup.done() and not wakeup.cancelled() and wakeup.result() is Outcome.START:
-                self.start_cancelled(queue)
+                self.start_cancelled(queue, ticket)
             queue.leave(ticket)
             raise
         finally:
@@ -119,16 +123,16 @@ class Admission:
         if wakeup is not None and not wakeup.done():
             wakeup.set_result(outcome)
         elif outcome is Outcome.START:
-            queue.start_cancelled()
+            queue.start_cancelled(ticket)
 
     def ended(self, queue: Queue, ticket: Ticket, *, complete: bool) -> None:
         """A started request has ended; the next may start."""
         queue.ended(ticket, time.monotonic(), complete=complete)
         self.serve(queue)
 
-    def start_cancelled(self, queue: Queue) -> None:
+    def start_cancelled(self, queue: Queue, ticket: Ticket) -> None:
         """A started request was taken by no replica; the next may start."""
-        queue.start_cancelled()
+        queue.start_cancelled(ticket)
         self.serve(queue)
 
     def serve(self, queue: Queue) -> None:
@@ -137,17 +141,17 @@ class Admission:
             for ticket, outcome in queue.pop_startable(time.monotonic()):
                 self.notify(queue, ticket, outcome)
 
-    def refusal(self, model: ServedModel, hints: SchedulingHints, outcome: Outcome) -> ApiError:
+    def refusal(self, model: ServedModel, queue: Queue, hints: SchedulingHints, outcome: Outcome) -> ApiError:
         """The error for a request that was not started."""
         self.metrics.refused(model.id, outcome.value)
-        queue, name = self._queues[model.id], model.name
+        name = model.name
         if outcome is Outcome.UNSERVED:
             waited = f" within {queue.hold_s:g} s" if queue.hold_s else ""
             return no_replica(f"No replica of {name} is ready{waited}", self._config.retry_after_s)
         if outcome is Outcome.EXPIRED:
             waited_s = time.monotonic() - hints.arrived
             return expired(f"The request waited {waited_s:.1f} s for {name} and was not started")
-        estimated_wait_s = queue.estimated_wait_s(hints.priority) or self._config.retry_after_s
+        estimated_wait_s = queue.estimated_wait_s(hints) or self._config.retry_after_s
         retry_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(estimated_wait_s)))
         load = f"{name} has {queue.running} requests in flight and {len(queue)} waiting"
         reason, code = {
@@ -155,7 +159,10 @@ class Admission:
                 f"{load}, and more than {queue.max_waiting} may not wait (models[].max_queued).",
                 "queue_full",
             ),
-            Outcome.DISPLACED: (f"{load}: this one had to give its place to one of a better priority.", "displaced"),
+            Outcome.DISPLACED: (
+                f"{load}: this one had to give its place to one of a better priority, or of a tenant with fewer.",
+                "displaced",
+            ),
             Outcome.DEADLINE_UNREACHABLE: (
                 f"{load}: one more would wait about {estimated_wait_s:.1f} s, longer than this one has time for.",
                 "deadline_unreachable",
@@ -167,14 +174,21 @@ class Admission:
     def _sweep(self) -> None:
         self._sweeping = None
         now = time.monotonic()
-        for queue in self._queues.values():
+        for queue in (*self._queues.values(), *self._light.values()):
             for ticket, outcome in queue.pop_overdue(now):
                 self.notify(queue, ticket, outcome)
         if self._wakeups:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
+    def _new_queue(self, model: ServedModel) -> Queue:
+        return Queue(max_waiting=math.ceil(model.config.max_queued / self._config.replicas), hold_s=model.config.hold_s)
+
+    def _light_limit(self, model: ServedModel) -> int:
+        ready = self._fleet.ready(model.id, suspects=not model.config.hold_s)
+        return math.ceil(len(ready) * LIGHT_PER_REPLICA / self._config.replicas)
+
     def _limit(self, model: ServedModel) -> int | None:
-        """Requests that may be in flight from this gateway for a model; None: no limit."""
+        """Sequences that may be in flight from this gateway for a model; None: no limit."""
         ready = self._fleet.ready(model.id, suspects=not model.config.hold_s)
         if not ready:
             return 0
@@ -189,14 +203,13 @@ class Admission:
 class AdmissionSlot:
     """Admission of one request: waiting in the queue, then in flight until `release`."""
 
-    def __init__(self, admission: Admission, model: ServedModel, hints: SchedulingHints, light: bool) -> None:
+    def __init__(self, admission: Admission, model: ServedModel, hints: SchedulingHints, queue: Queue) -> None:
         self.complete = False
         """Set when the whole answer has been sent."""
         self._admission = admission
         self._model = model
-        self._queue = admission.queue(model)
+        self._queue = queue
         self._ticket = Ticket(hints)
-        self._light = light
         self._began = False
         self._held = False
         self._refused_at: float | None = None
@@ -204,8 +217,6 @@ class AdmissionSlot:
 
     async def acquire(self) -> float:
         """Wait until the request may start; returns the seconds waited. Raises ApiError 429, 503 or 504 if it is refused."""
-        if self._passes_queue:
-            return 0.0
         outcome, displaced = self._queue.enter(self._ticket, time.monotonic())
         if displaced is not None:
             self._admission.notify(self._queue, displaced, Outcome.DISPLACED)
@@ -215,7 +226,7 @@ class AdmissionSlot:
         """Wait again after no replica took the request; raises `error` once `hold_s` has passed since the first time."""
         if self._held:
             self._held = False
-            self._admission.start_cancelled(self._queue)
+            self._admission.start_cancelled(self._queue, self._ticket)
         now = time.monotonic()
         if self._refused_at is None:
             self._refused_at = now
@@ -223,8 +234,6 @@ class AdmissionSlot:
             raise error
         still_s, self._backoff_s = self._backoff_s, min(MAX_BACKOFF_S, 2 * self._backoff_s)
         await asyncio.sleep(still_s)
-        if self._passes_queue:
-            return still_s
         return still_s + await self._follow(self._queue.reenter(self._ticket, time.monotonic()))
 
     def release(self) -> None:
@@ -238,11 +247,7 @@ class AdmissionSlot:
         if self._began:
             self._admission.metrics.refused(self._model.id, "late")
             return expired(f"The answer of {self._model.name} was not whole in time")
-        return self._admission.refusal(self._model, self._ticket.hints, Outcome.EXPIRED)
-
-    @property
-    def _passes_queue(self) -> bool:
-        return self._light and self._queue.limit != 0
+        return self._admission.refusal(self._model, self._queue, self._ticket.hints, Outcome.EXPIRED)
 
     async def _follow(self, outcome: Outcome) -> float:
         waited_s = 0.0
@@ -251,7 +256,7 @@ class AdmissionSlot:
             outcome = await self._admission.sleep(self._queue, self._ticket)
             waited_s = time.monotonic() - began
         if outcome is not Outcome.START:
-            raise self._admission.refusal(self._model, self._ticket.hints, outcome)
+            raise self._admission.refusal(self._model, self._queue, self._ticket.hints, outcome)
         self._began = self._held = True
         return waited_s
 

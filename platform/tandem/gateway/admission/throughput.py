@@ -28,7 +28,7 @@ class ThroughputEstimator:
 
     @property
     def rate(self) -> float | None:
-        """Requests that end per second at the limit of requests in flight; None: not known."""
+        """Sequences that end per second at the limit of sequences in flight; None: not known."""
         return self._ended / self._seconds if self._seen >= MIN_SAMPLES and self._seconds > 0.0 else None
 
     def answer_time_s(self, kind: int) -> float:
@@ -36,7 +36,7 @@ class ThroughputEstimator:
         return self._takes_s.get(kind, 0.0)
 
     def scale(self, factor: float) -> None:
-        """The limit of requests in flight has changed by this factor."""
+        """The limit of sequences in flight has changed by this factor."""
         self._ended *= factor
 
     def waiting_began(self, now: float) -> None:
@@ -48,8 +48,8 @@ class ThroughputEstimator:
         """The queue is empty."""
         self._since = None
 
-    def ended(self, now: float, kind: int, took_s: float, *, complete: bool) -> None:
-        """A request has ended. Of an incomplete answer it is known only that it would have taken longer."""
+    def ended(self, now: float, kind: int, took_s: float, *, complete: bool, sequences: int = 1) -> None:
+        """A request of so many sequences has ended. An incomplete answer is known only to take longer."""
         known = self._takes_s.get(kind)
         if known is None:
             self._takes_s[kind] = took_s
@@ -62,7 +62,7 @@ class ThroughputEstimator:
         if self._since is not None:
             passed = now - self._since
             kept = math.exp(-passed / MEMORY_S)
-            self._ended = self._ended * kept + 1.0
+            self._ended = self._ended * kept + sequences
             self._seconds = self._seconds * kept + passed
             self._seen += 1
             self._since = now

@@ -24,6 +24,8 @@ from tandem.api.adapters import (
     ReplicaAdapters,
     UnpinnedAdapter,
 )
+from tandem.config.serving.app import GatewayConfig
+from tandem.gateway.adapter_sources import check_source
 from tandem.gateway.audit_writer import AuditWriter
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.routes.audit import Audited, without_credentials
@@ -32,6 +34,7 @@ from tandem.gateway.routes.management import run_blocking
 from tandem.ids import split_version
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
+from tandem.settings import settings
 
 T = TypeVar("T")
 
@@ -43,8 +46,9 @@ LOGGED = 100
 class AdminRoutes:
     """The route handlers."""
 
-    def __init__(self, adapters: Adapters, fleet: Fleet, audit: AuditWriter, retry_after_s: int = 5) -> None:
-        self._retry_after_s = retry_after_s
+    def __init__(self, adapters: Adapters, fleet: Fleet, audit: AuditWriter, config: GatewayConfig) -> None:
+        self._retry_after_s = config.retry_after_s
+        self._sources = config.adapter_sources
         self._adapters = adapters
         self._audited = Audited(audit, lambda name: adapters.registry.summary(split_version(name)[0]))
         self._fleet = fleet
@@ -80,6 +84,7 @@ class AdminRoutes:
         """Register an adapter, see Adapters.register."""
         asked = registration.model_dump()
         name, source = asked.pop("name"), asked.pop("source")
+        await self._do(check_source, source, self._sources, settings().root)
         work = functools.partial(self._adapters.register, name, source, **asked)
         return Adapter(**_fields(await self._change(request, "register", name, work, _registered)))
 

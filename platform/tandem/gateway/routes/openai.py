@@ -17,25 +17,30 @@ from tandem.api.request_values import missing_fields, value_problems
 from tandem.api.unknown_fields import describe, unknown_fields
 from tandem.config.serving.app import GatewayConfig
 from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
-from tandem.engine.routes import ENGINE_ROUTES, GENERATE, EngineRoute
+from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
 from tandem.errors import sentence
 from tandem.gateway.accounting.account import Accounting, expected_tokens
 from tandem.gateway.authentication import PRINCIPAL, principal_of
 from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
-from tandem.gateway.errors import ApiError
+from tandem.gateway.errors import ApiError, request_id
 from tandem.gateway.fleet import Fleet
+from tandem.gateway.held_bytes import HeldBody
+from tandem.gateway.large_bodies import LargeBodies
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.prefill import with_prefill
+from tandem.gateway.quarantine import body_digest
 from tandem.gateway.relay import Relay, RelayedResponse
-from tandem.gateway.request_body import parse_body, read_body
+from tandem.gateway.request_body import parse_in_turns, read_body
+from tandem.gateway.request_caps import check_caps
+from tandem.gateway.request_content import check_content
 from tandem.gateway.request_hints import read_routing_request, salt_cache, take_scheduling_hints
 from tandem.gateway.routes import responses
 from tandem.gateway.upstream import EngineRequest
 from tandem.usage import UsageLabels
 
-HEADERS_IN = ("x-request-id", "traceparent", "tracestate")
-"""Request headers passed to the engine; a client's API key is not among them."""
+HEADERS_IN = ("traceparent", "tracestate")
+"""Request headers passed to the engine beside a given id of the request; a client's API key is not among them."""
 STRICT_HEADER = "x-tandem-strict"
 """`true`: unknown fields of this request are an error, whatever `gateway.strict` says."""
 WARNING_HEADER = "x-tandem-warning"
@@ -53,6 +58,7 @@ class OpenAIRoutes:
         self._fleet = fleet
         self._relay = relay
         self._config = config
+        self._turns = LargeBodies()
 
     def routes(self) -> list[BaseRoute]:
         """The routes for Starlette."""
@@ -79,62 +85,74 @@ class OpenAIRoutes:
         return JSONResponse(card.to_json())
 
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
-        dialect = dialect_of(route.path)
-
         async def handle(request: Request) -> Response:
-            """Resolve the model, check the request and relay it."""
-            raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s)
-            stopwatch, arrived = Stopwatch(), time.monotonic()
-            body = parse_body(raw)
-            name = body.get("model")
-            if not isinstance(name, str) or not name:
-                found = "missing or empty" if not name else f"of type {type(name).__name__}"
-                raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
-            warnings = self._check_fields(route.path, body, request)
-            principal = principal_of(request.scope)
-            model = await self._catalog.resolve(name, principal)
-            engine, config = model.engine, model.base.config
-            check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
+            """Read the body within the gateway's byte budget, and relay the request."""
+            held = self._relay.held.body()
             try:
-                engine.requests.check(name, body, config, model.base.supports_tools)
-            except UnsupportedRequestError as error:
-                raise ApiError(400, str(error), code="unsupported_parameter", param=error.param) from None
-            if route.path == responses.PATH:
-                responses.check(body)
-            drop_nulls(body)
-            check_values(route.path, body, raw)
-            keep_priority = engine.requests.keeps_priority(config.engine_args)
-            highest = principal.limits.highest_priority
-            hints = take_scheduling_hints(
-                body, request.headers, arrived, keep_priority=keep_priority, highest_priority=highest
-            )
-            body["model"] = model.engine_name
-            if route.task is not None and not route.light:
-                salt_cache(body, principal.tenant)
-            drop_kv_transfer(body)
-            headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
-            adapter = model.adapter.id if model.adapter else ""
-            labels = UsageLabels(principal.key_id, principal.tenant, model.base.id, adapter, route.path)
-            generates = route.task == GENERATE and not route.light
-            tokens = expected_tokens(body, len(raw), model.base.max_length, generates=generates)
-            engine_request = EngineRequest(
-                path=route.path,
-                body=to_json(body),
-                labels=labels,
-                model=model,
-                headers=headers,
-                dialect=dialect,
-                routing=read_routing_request(model, body, request.headers, principal.tenant),
-                hints=hints,
-                light=route.light,
-                stopwatch=stopwatch,
-                warnings=warnings,
-            )
-            prepare = functools.partial(with_prefill, self._relay, body) if config.prefill else None
-            account = self._accounting.open(principal, labels, tokens)
-            return RelayedResponse(self._relay, engine_request, account, prepare)
+                raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s, held)
+                return await self._relayed(route, request, raw, held)
+            except BaseException:
+                held.release()
+                raise
 
         return handle
+
+    async def _relayed(self, route: EngineRoute, request: Request, raw: bytes, held: HeldBody) -> Response:
+        """Resolve the model, check the request and relay it."""
+        stopwatch, arrived = Stopwatch(), time.monotonic()
+        size, turns = len(raw), self._turns
+        body = await parse_in_turns(raw, turns)
+        name = body.get("model")
+        if not isinstance(name, str) or not name:
+            found = "missing or empty" if not name else f"of type {type(name).__name__}"
+            raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
+        warnings = self._check_fields(route.path, body, request)
+        principal = principal_of(request.scope)
+        model = await self._catalog.resolve(name, principal)
+        engine, config = model.engine, model.base.config
+        check_route(name, route, engine, self._fleet.tasks.get(model.base.id, ()))
+        try:
+            engine.requests.check(name, body, config, model.base.supports_tools)
+        except UnsupportedRequestError as error:
+            raise ApiError(400, str(error), code="unsupported_parameter", param=error.param) from None
+        if route.path == responses.PATH:
+            responses.check(body)
+        drop_nulls(body)
+        await turns.run(size, check_values, route.path, body, raw)
+        await turns.run(size, check_content, body, raw, self._config.allow, self._config.media_hosts)
+        hints = take_scheduling_hints(
+            body,
+            request.headers,
+            arrived,
+            keep_priority=engine.requests.keeps_priority(config.engine_args),
+            sequences=await turns.run(size, check_caps, route, body, self._config.caps, size),
+            highest_priority=principal.limits.highest_priority,
+            tenant=principal.tenant,
+        )
+        body["model"] = model.engine_name
+        if route.task is not None and not route.light:
+            salt_cache(body, principal.tenant)
+        drop_kv_transfer(body)
+        adapter = model.adapter.id if model.adapter else ""
+        labels = UsageLabels(principal.key_id, principal.tenant, model.base.id, adapter, route.path)
+        account = self._accounting.open(principal, labels, expected_tokens(route, body, size, model.base.max_length))
+        sent = await turns.run(size, to_json, body)
+        engine_request = EngineRequest(
+            path=route.path,
+            body=sent,
+            labels=labels,
+            digest=await turns.run(size, body_digest, route.path, sent),
+            model=model,
+            headers=engine_headers(request),
+            dialect=dialect_of(route.path),
+            routing=read_routing_request(model, body, request.headers, principal.tenant),
+            hints=hints,
+            light=route.light,
+            stopwatch=stopwatch,
+            warnings=warnings,
+        )
+        prepare = functools.partial(with_prefill, self._relay, body) if config.prefill else None
+        return RelayedResponse(self._relay, engine_request, account, prepare, held)
 
     def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
         """A warning header for unknown fields of a request to `path`; in strict mode ApiError 400 instead."""
@@ -185,11 +203,17 @@ def check_route(name: str, route: EngineRoute, engine: EngineDescriptor, tasks: 
         )
 
 
+def engine_headers(request: Request) -> dict[str, str]:
+    """The headers that go along to the engine."""
+    headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
+    return headers | ({"x-request-id": request_id(request.scope)} if "x-request-id" in request.headers else {})
+
+
 def int_parameter(request: Request, name: str, default: int, most: int) -> int:
     """A count in the query string, from 1 to `most`; ApiError 400 for anything else."""
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
-        raise ApiError(400, f"`{name}` is {text!r}; it must be a number from 1 to {most}.", param=name)
+        raise ApiError(400, f"`{name}` is {text[:20]!r}; it must be a number from 1 to {most}.", param=name)
     return int(text)
 
 

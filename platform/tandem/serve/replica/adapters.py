@@ -67,6 +67,10 @@ class AdapterSlots:
         """Requests that wait for a slot."""
         return len(self._residency.waiting)
 
+    def is_ready(self, adapter: AdapterRef) -> bool:
+        """Whether `hold` begins at once: the adapter is loaded, and nobody has to leave before."""
+        return adapter.id in self._residency.loaded and self._residency.admits(adapter.id)
+
     @contextlib.asynccontextmanager
     async def hold(self, adapter: AdapterRef, wait_s: float = 30.0) -> AsyncIterator[None]:
         """Keep `adapter` loaded for the length of a request.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import json
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tandem.engine.protocol import AdapterRef, Engine
 from tandem.engine.routes import ALLOWED
@@ -83,8 +86,11 @@ class Guard:
             await self._pass(scope, receive, send)
             return
         try:
-            async with self._slots.hold(adapter):
-                await self._pass(scope, receive, send)
+            if self._slots.is_ready(adapter):
+                async with self._slots.hold(adapter):
+                    await self._pass(scope, receive, send)
+            else:
+                await self._wait_and_pass(scope, ReadAhead(receive), send, adapter)
         except (SlotsBusyError, StorageError) as error:
             await _refuse(send, 503, str(error), unavailable="adapters")
         except AdapterError as error:
@@ -94,6 +100,21 @@ class Guard:
                 await _refuse(send, 500, str(error))
             else:
                 await self._refuse_dead(send, "died")
+
+    async def _wait_and_pass(self, scope: Scope, receive: ReadAhead, send: Send, adapter: AdapterRef) -> None:
+        """Wait for the adapter, for no longer than the client does: one that leaves takes no slot."""
+        async with contextlib.AsyncExitStack() as held:
+            waiting = asyncio.ensure_future(held.enter_async_context(self._slots.hold(adapter)))
+            leaving = asyncio.ensure_future(receive.disconnected())
+            try:
+                await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await _ended(leaving)
+                if not waiting.done():
+                    await _ended(waiting)
+            if not waiting.cancelled():
+                waiting.result()
+                await self._pass(scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         with counting_tokens() as tokens:
@@ -129,6 +150,31 @@ class Guard:
             await _refuse(send, 500, str(error))
         else:
             await _json(send, 200, {"done": done, "adapters": list(self._slots.resident)})
+
+
+class ReadAhead:
+    """An ASGI `receive` whose messages may be read before the app asks for them, to see a disconnect."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._messages: deque[Message] = deque()
+
+    async def disconnected(self) -> None:
+        """Wait until the client has left; what it sends meanwhile is kept for the app."""
+        while not self._messages or self._messages[-1]["type"] != "http.disconnect":
+            self._messages.append(await self._receive())
+
+    async def __call__(self) -> Message:
+        """The next message; a disconnect again and again."""
+        if not self._messages:
+            return await self._receive()
+        return self._messages[0] if self._messages[0]["type"] == "http.disconnect" else self._messages.popleft()
+
+
+async def _ended(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    with contextlib.suppress(BaseException):
+        await task
 
 
 async def _body(receive: Receive) -> bytes:

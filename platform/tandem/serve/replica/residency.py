@@ -42,15 +42,18 @@ class Residency:
 
     def arrive(self, adapter: str) -> Waiter | None:
         """A request arrives: None if it is admitted at once and counts as a user, else its entry in the queue."""
-        first = self.waiting[0] if self.waiting else None
-        if self._fits(adapter) and (first is None or first.overtaken_by < MAX_OVERTAKEN):
-            if first is not None:
-                first.overtaken_by += 1
+        if self.admits(adapter):
+            if self.waiting:
+                self.waiting[0].overtaken_by += 1
             self.users[adapter] += 1
             return None
         waiter = Waiter(adapter)
         self.waiting.append(waiter)
         return waiter
+
+    def admits(self, adapter: str) -> bool:
+        """Whether a request that arrives now is admitted at once."""
+        return self._fits(adapter) and (not self.waiting or self.waiting[0].overtaken_by < MAX_OVERTAKEN)
 
     def admit(self) -> list[Waiter]:
         """Remove and return the requests that are admitted now and count as users; call it when a request has left."""

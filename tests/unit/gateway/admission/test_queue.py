@@ -140,7 +140,7 @@ def test_a_request_that_would_wait_past_its_deadline_is_refused_on_arrival() -> 
             q.ended(running, second + half, complete=False)
             (running,) = started(q, second + half)
     assert len(q) == 60
-    estimated_wait_s = q.estimated_wait_s(0)
+    estimated_wait_s = q.estimated_wait_s(ask().hints)
     assert estimated_wait_s is not None and 28 < estimated_wait_s < 33
     assert enter(q, ask(21.0, finish_by=21.0 + 20), 21.0) is Outcome.DEADLINE_UNREACHABLE
     assert enter(q, ask(21.0, start_by=21.0 + 20), 21.0) is Outcome.DEADLINE_UNREACHABLE
@@ -175,7 +175,7 @@ def test_hold_s_does_not_apply_to_requests_waiting_for_capacity() -> None:
     refused = ask()
     enter(q, refused), enter(q, ask()), enter(q, ask())
     q.set_limit(1, 999.0)
-    q.start_cancelled()
+    q.start_cancelled(refused)
     assert q.reenter(refused, 1000.0) is Outcome.WAIT
     assert q.pop_overdue(1000.0) == []
 
@@ -188,7 +188,7 @@ def test_a_requeued_request_waits_before_those_that_arrived_later() -> None:
     q = queue()
     first, second = ask(), ask()
     enter(q, first), enter(q, second)
-    q.start_cancelled()
+    q.start_cancelled(first)
     q.set_limit(0, 1.0)
     assert q.reenter(first, 1.0) is Outcome.WAIT
     q.set_limit(1, 2.0)
@@ -202,7 +202,7 @@ def test_hold_s_counts_from_the_moment_when_no_replica_is_ready() -> None:
     q.set_limit(0, 100.0)
     q.set_limit(0, 101.0)
     assert q.pop_overdue(129.9) == []
-    q.start_cancelled()
+    q.start_cancelled(running)
     assert q.reenter(running, 110.0) is Outcome.WAIT
     assert q.pop_overdue(130.0) == [(running, Outcome.UNSERVED), (waiting, Outcome.UNSERVED)]
     late = ask(131.0)
@@ -283,7 +283,7 @@ def test_any_sequence_keeps_the_limit_and_loses_no_request(steps: list[tuple[str
             q.ended(running.pop(number % len(running)), now, complete=True)
         elif what == "r" and running:
             ticket = running.pop(number % len(running))
-            q.start_cancelled()
+            q.start_cancelled(ticket)
             outcome = q.reenter(ticket, now)
             assert outcome in (Outcome.START, Outcome.WAIT, Outcome.EXPIRED, Outcome.UNSERVED)
             assert outcome is not Outcome.EXPIRED or now >= ticket.hints.start_by

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
@@ -74,3 +74,55 @@ async def test_draining_waits_for_requests_that_wait_for_their_adapter() -> None
         loaded.set()
         assert (await asking).text.endswith("data: [DONE]\n\n")
         await draining
+
+
+OTHER = AdapterRef(id="blue@1", path="/blue")
+
+
+async def test_a_client_that_leaves_while_it_waits_for_a_slot_leaves_the_queue() -> None:
+    engine = EchoEngine(delay_s=0.05)
+    async with replica(engine) as (host, http):
+        long = {"model": ADAPTER.id, "prompt": "word " * 100, "stream": True}
+        holding = asyncio.create_task(http.post(ROUTE, json=long, headers=adapter_headers(ADAPTER)))
+        await until(lambda: engine.stats().running == 1)
+        body = {"model": OTHER.id, "prompt": "x" * 200_000}
+        leaving = [asyncio.create_task(http.post(ROUTE, json=body, headers=adapter_headers(OTHER))) for _ in range(3)]
+        await until(lambda: host.waiting == 3)
+        for each in leaving:
+            each.cancel()
+        # A slot would come free after 5 s only, and a waiting request give up after 30.
+        await until(lambda: host.waiting == 0)
+        assert not holding.done() and (await holding).status_code == 200 and engine.loads == [ADAPTER.id]
+        # What was read while a request waited reaches the engine.
+        kept = await http.post(ROUTE, json={"model": OTHER.id, "prompt": "kept"}, headers=adapter_headers(OTHER))
+        assert kept.json()["choices"][0]["text"] == "kept"
+
+
+async def test_a_client_that_leaves_while_its_adapter_loads_holds_no_slot() -> None:
+    loaded = threading.Event()
+
+    class Slow(EchoEngine):
+        async def load_adapter(self, adapter: AdapterRef) -> None:
+            await asyncio.to_thread(loaded.wait, 10)
+            await super().load_adapter(adapter)
+
+    engine = Slow()
+    async with replica(engine) as (host, http):
+        body = {"model": ADAPTER.id, "prompt": "x"}
+        leaving = asyncio.create_task(http.post(ROUTE, json=body, headers=adapter_headers(ADAPTER)))
+        await until(lambda: host._guard.in_flight == 1)
+        leaving.cancel()
+        await until(lambda: host._guard.in_flight == 0)
+        loaded.set()
+        # The slot is free for another adapter.
+        answer = await http.post(ROUTE, json=body | {"model": OTHER.id}, headers=adapter_headers(OTHER))
+        assert answer.status_code == 200 and engine.stats().steps == 1
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Wait for something that must come within 4 s."""
+    for _ in range(400):
+        if happened():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come")

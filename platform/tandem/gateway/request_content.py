@@ -1,0 +1,104 @@
+"""Content of requests that is refused unless the config allows it: templates, tensors, media that an engine would fetch. Pure.
+
+A chat template and its arguments are programs that run in the engine's process for every request; tensors are read by its
+deserialiser; a URL makes the engine a client inside the operator's network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from tandem.config.serving.app import GUARDED_FIELDS
+from tandem.gateway.errors import ApiError
+
+EMBEDS = ("prompt_embeds", "image_embeds", "audio_embeds", "video_embeds")
+"""Guarded fields that are parts of a message, too."""
+CONTENT = (
+    *("messages", "input", "system", "instructions", "tools", "prompt", "query", "queries", "documents", "items"),
+    *("text_1", "text_2", "data_1", "data_2"),
+)
+"""Fields in which media are looked for."""
+URL_KEYS = frozenset({"image_url", "audio_url", "video_url", "file_url", "server_url"})
+"""Keys of a URL, or of an object with one under `url`."""
+MARKS = (b"url", b"_embeds", b"\\u")
+"""A body without these has no media that is fetched and no tensor; `\\u` may write any of the others in another form."""
+PLAIN_URL = re.compile(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)
+"""URLs that every reader splits in the same way: no user, no backslash, no space, ASCII only."""
+PORTS = {"http": "80", "https": "443"}
+
+
+def check_content(body: Mapping[str, Any], raw: bytes, allowed: Collection[str], media_hosts: Collection[str]) -> None:
+    """ApiError 400 for a guarded field that is not in `allowed`, and for a URL whose host is not in `media_hosts`.
+
+    `raw`: the body as it came, which makes the search for URLs cheap. `data:` URLs pass.
+    """
+    for name in GUARDED_FIELDS:
+        if body.get(name) and name not in allowed:
+            raise _guarded(name, name)
+    if any(mark in raw for mark in MARKS):
+        for name in CONTENT:
+            if isinstance(body.get(name), list | dict):
+                _check(name, body[name], allowed, media_hosts)
+
+
+def _check(name: str, content: Any, allowed: Collection[str], media_hosts: Collection[str]) -> None:
+    todo: list[tuple[str, Any]] = [(name, content)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, dict):
+            for key, each in value.items():
+                url = _url(key, each)
+                if url is not None and not is_allowed(url, media_hosts):
+                    raise _media(f"{path}.{key}")
+                if isinstance(each, dict | list):
+                    todo.append((f"{path}.{key}", each))
+            for key in _tensors(value):
+                if key not in allowed:
+                    raise _guarded(key, f"{path}.{key}")
+        else:
+            todo += [(f"{path}.{place}", each) for place, each in enumerate(value) if type(each) in (dict, list)]
+
+
+def is_allowed(url: str, hosts: Collection[str]) -> bool:
+    """Whether an engine may read a URL: its data is in it, or its host, with its port unless that is the scheme's, is listed."""
+    if url[:5].lower() == "data:":
+        return True
+    parts = PLAIN_URL.fullmatch(url)
+    if parts is None:
+        return False
+    scheme, host, port = parts[1].lower(), parts[2].lower(), parts[3]
+    return (host if port in (None, PORTS[scheme]) else f"{host}:{port}") in hosts
+
+
+def _url(key: str, value: Any) -> str | None:
+    """The URL of media in a field of a part: OpenAI's and vLLM's `image_url`, Anthropic's `source`."""
+    if key in URL_KEYS and isinstance(value, str):
+        return value
+    if (key in URL_KEYS or key == "source") and isinstance(value, dict) and isinstance(value.get("url"), str):
+        return str(value["url"])
+    return None
+
+
+def _tensors(part: Mapping[str, Any]) -> Iterator[str]:
+    """Fields of a message's part that hold a tensor."""
+    return (key for key in EMBEDS if part.get(key) or part.get("type") == key)
+
+
+def _guarded(name: str, param: str) -> ApiError:
+    return ApiError(
+        400,
+        f"`{param}` is not taken here. Its operator can allow it: gateway.allow: [{name}].",
+        code="unsupported_parameter",
+        param=param,
+    )
+
+
+def _media(param: str) -> ApiError:
+    return ApiError(
+        400,
+        f"`{param}` is no data: URL and of no host in gateway.media_hosts. Send the data itself: data:image/png;base64,...",
+        code="media_not_allowed",
+        param=param,
+    )
