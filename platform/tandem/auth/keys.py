@@ -247,7 +247,7 @@ class KeyStore(RegistryConnection):
             rows = session.scalars(select(TenantRow)).all()
         return {row.name: Limits.from_json(row.limits) for row in rows}
 
-    def limit_tenant(self, tenant: str, limits: Limits, *, by: str) -> None:
+    def limit_tenant(self, tenant: str, limits: Limits, *, by: str, address: str | None = None) -> None:
         """Replace the limits of a tenant, which all its keys share; gateways follow within seconds. AuthError for a name that no
         tenant can have.
         """
@@ -260,7 +260,15 @@ class KeyStore(RegistryConnection):
             else:
                 row.limits = limits.to_json()
             record_change(
-                session, Change(by=by, action="tenants.limit", target=tenant, before=before, after=limits.to_json())
+                session,
+                Change(
+                    by=by,
+                    address=address,
+                    action="tenants.limit",
+                    target=tenant,
+                    before=before,
+                    after=limits.to_json(),
+                ),
             )
 
     def changes(self, after: Cursor) -> tuple[Cursor, ChangedKeys]:

@@ -50,7 +50,7 @@ def create_command(
             tenant=tenant,
             role=role,
             models=models or (),
-            limits=_limits(limit or []),
+            limits=parse_limits(limit or []),
             expires_in=expires_in,
         )
         _print_new(new, as_json)
@@ -100,7 +100,8 @@ def revoke_command(key: Key, as_json: Json = False) -> None:
             console.print(f"{revoked.id} ({escape(revoked.name)}) is revoked.")
 
 
-def _limits(pairs: list[str]) -> Limits:
+def parse_limits(pairs: list[str]) -> Limits:
+    """Limits from LIMIT=NUMBER; ConfigError for anything else."""
     values: dict[str, int] = {}
     for pair in pairs:
         key, _, number = pair.partition("=")

@@ -19,7 +19,9 @@ from tandem.cli.models import models_app
 from tandem.cli.node import node_app
 from tandem.cli.quickstart import quickstart_command
 from tandem.cli.serve import serve_app
+from tandem.cli.tenants import tenants_app
 from tandem.cli.train import train_app
+from tandem.cli.usage import usage_command
 
 app = typer.Typer(
     name="tandem",
@@ -49,12 +51,14 @@ app.command("quickstart")(quickstart_command)
 app.command("doctor")(doctor_command)
 app.command("chat")(chat_command)
 app.command("audit")(audit_command)
+app.command("usage")(usage_command)
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(models_app, name="models")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(serve_app, name="serve")
 app.add_typer(keys_app, name="keys")
+app.add_typer(tenants_app, name="tenants")
 app.add_typer(batch_app, name="batch")
 app.add_typer(node_app, name="node")
 app.add_typer(db_app, name="db")

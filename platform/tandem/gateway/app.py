@@ -33,6 +33,7 @@ from tandem.gateway.routes.audit import AuditRoutes
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
+from tandem.gateway.routes.usage import UsageRoutes
 from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
@@ -89,6 +90,7 @@ def create_app(
     AdminRoutes(Adapters(registry), fleet, identity.audit, config).add_to(administration)
     key_routes.add_to(administration)
     AuditRoutes(identity.audit, config.retry_after_s).add_to(administration)
+    UsageRoutes(usage, KeyStore.at(registry.address), config.retry_after_s).add_to(administration)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

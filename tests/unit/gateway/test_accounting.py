@@ -207,3 +207,25 @@ async def test_each_request_has_a_line_in_the_access_log_and_nothing_of_its_cont
     assert (answered["prompt_tokens"], answered["completion_tokens"]) == (2, 2)
     assert 0 < answered["head_s"] <= answered["total_s"]
     assert refused["status"] == 401 and "key_id" not in refused
+
+
+async def test_an_admin_reads_usage_and_limits_tenants_over_http(world: World):
+    admin = {"authorization": "Bearer secret"}
+    assert (await world.http.get("/admin/usage", headers={"authorization": "Bearer x"})).status_code in (401, 403)
+    labels = UsageLabels("key_1", "lab", "base@1", "", "/v1/completions")
+    store = UsageStore.at(world.registry.address)
+    store.add("w", 1, {UsageKey.at(labels, time.time()): UsageCounts(2, 10, 20)})
+    page = (await world.http.get("/admin/usage", params={"by": "tenant"}, headers=admin)).json()
+    assert page["data"] == [
+        {"tenant": "lab", "requests": 2, "prompt_tokens": 10, "completion_tokens": 20, "estimated_requests": 0}
+    ]
+    text = await world.http.get("/admin/usage", params={"by": "key_id", "format": "csv"}, headers=admin)
+    assert text.headers["content-type"].startswith("text/csv") and "key_1,2,10,20,0" in text.text
+    wrong = await world.http.get("/admin/usage", params={"by": "modle"}, headers=admin)
+    assert wrong.status_code == 400 and "Did you mean 'model'" in wrong.json()["error"]["message"]
+    limits = {"requests_per_minute": 9}
+    changed = await world.http.put("/admin/tenants/lab/limits", json=limits, headers=admin)
+    assert changed.status_code == 200 and changed.json()["limits"]["requests_per_minute"] == 9
+    await until(lambda: world.app.state.identity.keys.tenant_limits("lab") == Limits(requests_per_minute=9))
+    listed = (await world.http.get("/admin/tenants", headers=admin)).json()["data"]
+    assert [each["tenant"] for each in listed] == ["lab"]

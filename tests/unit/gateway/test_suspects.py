@@ -113,7 +113,7 @@ async def test_listeners_hear_of_changed_pools_and_of_everything_once_a_second(
     busy = ReplicaChange(id="a", load=Load(3, 0, 0.5))
     fleet.apply(Changes(epoch=0, since=1, version=2, changed=(busy,)))
     # A load alone changes nobody's limits.
-    assert heard == [] and fleet.replicas[0].running == 3
+    assert heard == [] and {replica.id: replica.running for replica in fleet.replicas}["a"] == 3
     gone = ReplicaChange(id="o", record=replace(OTHER, state="draining"))
     fleet.apply(Changes(epoch=0, since=2, version=3, changed=(gone,)))
     assert heard == [{"other@1", "engine-other"}] and not fleet.has_pool("other@1")
