@@ -87,7 +87,7 @@ class OpenAIRoutes:
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             """Read the body within the gateway's byte budget, and relay the request."""
-            held = self._relay.held.body()
+            held = self._relay.held.body(principal_of(request.scope).tenant)
             try:
                 raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s, held)
                 return await self._relayed(route, request, raw, held)
