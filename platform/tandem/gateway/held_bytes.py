@@ -1,59 +1,136 @@
 """Byte budget of a gateway: bodies of requests that are being read, wait, or may have to be sent again.
 
-A body counts from its first byte (or from its Content-Length) until an engine has answered with its first byte; then no retry
-needs it any more. Counted are bytes as they came; what a parser makes of them is bounded by `api.bounded_json` and gone before
-the request waits.
+A body counts as it comes, until an engine has answered with its first byte; then no retry needs it any more. Counted are bytes as
+they came; what a parser makes of them is bounded by `api.bounded_json` and gone before the request waits.
+
+One tenant holds half of the budget at most. Where a body does not fit, uploads that have stalled make room: a client that sends
+most of a body and then nothing would else keep others out for as long as an upload may take.
 """
 
 from __future__ import annotations
 
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
 from tandem.gateway.errors import ApiError
+
+TENANT_SHARE = 0.5
+"""Share of the budget that one tenant may hold; requests without a tenant may have all of it."""
+STALLED_S = 1.0
+"""Seconds without a byte after which an upload makes room for others."""
 
 
 class HeldBytes:
     """The bytes that one gateway holds."""
 
-    def __init__(self, limit: int, retry_after_s: int) -> None:
+    def __init__(self, limit: int, retry_after_s: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`limit`: the most that may be held (`gateway.max_held_bytes`)."""
         self.limit = limit
         self.held = 0
         self._retry_after_s = retry_after_s
+        self._clock = clock
+        self._of_tenant: Counter[str] = Counter()
+        self._uploads: OrderedDict[HeldBody, float] = OrderedDict()
+        """Bodies that are not whole, by the time of their last byte."""
 
-    def body(self) -> HeldBody:
+    def body(self, tenant: str = "") -> HeldBody:
         """The share of one more body, of which nothing has been read."""
-        return HeldBody(self)
+        return HeldBody(self, tenant)
+
+    def take(self, body: HeldBody, more: int) -> None:
+        """Count more bytes of a body; ApiError 503 if they do not fit, and no stalled upload makes room."""
+        now = self._clock()
+        while not self._fits(body.tenant, more):
+            stalled = self._stalled(body, now)
+            if stalled is None:
+                raise self.full(more)
+            stalled.evict()
+        self.held += more
+        self._of_tenant[body.tenant] += more
+        if body in self._uploads:
+            self._uploads[body] = now
+            self._uploads.move_to_end(body)
+
+    def give_back(self, body: HeldBody, size: int) -> None:
+        """A body is not held any more."""
+        self.held -= size
+        self._of_tenant[body.tenant] -= size
+        if self._of_tenant[body.tenant] <= 0:
+            del self._of_tenant[body.tenant]
+        self._uploads.pop(body, None)
+
+    def upload_began(self, body: HeldBody) -> None:
+        """A body is being read."""
+        self._uploads[body] = self._clock()
+
+    def upload_ended(self, body: HeldBody) -> None:
+        """A body is whole."""
+        self._uploads.pop(body, None)
 
     def full(self, wanted: int) -> ApiError:
         """503 for a body that does not fit: the gateway's state is the cause, not the client's rate."""
         return ApiError(
             503,
             f"The gateway holds {self.held:,} bytes of other requests, and {wanted:,} more would exceed {self.limit:,} "
-            f"(gateway.max_held_bytes). Try again in {self._retry_after_s} s.",
+            f"(gateway.max_held_bytes), or half of that for one tenant. Try again in {self._retry_after_s} s.",
             code="gateway_full",
             headers={"Retry-After": str(self._retry_after_s)},
         )
+
+    def _fits(self, tenant: str, more: int) -> bool:
+        if self.held + more > self.limit:
+            return False
+        return not tenant or self._of_tenant[tenant] + more <= TENANT_SHARE * self.limit
+
+    def _stalled(self, body: HeldBody, now: float) -> HeldBody | None:
+        """The upload that has stalled for longest, of the same tenant if that holds its share."""
+        share_is_full = self.held < self.limit and bool(body.tenant)
+        for each, at in self._uploads.items():
+            if now - at < STALLED_S:
+                return None
+            if each is not body and (not share_is_full or each.tenant == body.tenant):
+                return each
+        return None
 
 
 class HeldBody:
     """What one body takes of the budget."""
 
-    __slots__ = ("_bytes", "_of")
+    __slots__ = ("_bytes", "_of", "_on_evict", "evicted", "tenant")
 
-    def __init__(self, of: HeldBytes) -> None:
+    def __init__(self, of: HeldBytes, tenant: str) -> None:
+        self.tenant = tenant
+        self.evicted = False
+        """Whether its upload had stalled and made room for others."""
         self._of = of
         self._bytes = 0
+        self._on_evict: Callable[[], None] = lambda: None
+
+    def begin(self, on_evict: Callable[[], None]) -> None:
+        """The body is being read from now on; `on_evict` ends that."""
+        self._on_evict = on_evict
+        self._of.upload_began(self)
+
+    def end(self) -> None:
+        """The body is whole."""
+        self._of.upload_ended(self)
 
     def grow_to(self, size: int) -> None:
-        """The body has, or will have, so many bytes; ApiError 503 if they do not fit."""
-        more = size - self._bytes
-        if more <= 0:
-            return
-        if self._of.held + more > self._of.limit:
-            raise self._of.full(more)
-        self._of.held += more
-        self._bytes = size
+        """The body has so many bytes; ApiError 503 if they do not fit."""
+        if self.evicted:
+            raise self._of.full(size)
+        if size > self._bytes:
+            self._of.take(self, size - self._bytes)
+            self._bytes = size
+
+    def evict(self) -> None:
+        """Make room."""
+        self.evicted = True
+        self.release()
+        self._on_evict()
 
     def release(self) -> None:
         """The body is not held any more. May be called again."""
-        self._of.held -= self._bytes
+        self._of.give_back(self, self._bytes)
         self._bytes = 0

@@ -44,11 +44,11 @@ async def read_body(request: Request, limit: int, timeout_s: float, held: HeldBo
     declared = request.headers.get("content-length", "")
     parts, size = [], int(declared) if declared.isascii() and declared.isdecimal() else 0
     if size <= limit:
-        if held is not None:
-            held.grow_to(size)
         size = 0
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as deadline:
+                if held is not None:
+                    held.begin(lambda: deadline.reschedule(asyncio.get_running_loop().time()))
                 async for part in request.stream():
                     parts.append(part)
                     size += len(part)
@@ -57,11 +57,15 @@ async def read_body(request: Request, limit: int, timeout_s: float, held: HeldBo
                     if held is not None:
                         held.grow_to(size)
         except TimeoutError:
+            if held is not None:
+                held.grow_to(size)  # raises where the upload made room for others
             raise ApiError(
                 408,
                 f"The request body was not whole after {timeout_s:g} s (gateway.upload_timeout_s).",
                 code="upload_timeout",
             ) from None
+        if held is not None:
+            held.end()
     if size > limit:
         raise ApiError(
             413,

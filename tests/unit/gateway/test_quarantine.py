@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from overload_world import ROUTE, Listening, Mortal, World, overload_world
 
+from tandem.auth import KeyStore
 from tandem.config import GatewayConfig
 from tandem.gateway import quarantine as module
 from tandem.gateway.quarantine import Quarantine, body_digest
+from tandem.registry import Registry
 
 
 class Clock:
@@ -128,3 +130,18 @@ async def test_a_request_that_an_engine_refuses_is_not_remembered(tmp_path: Path
         for _ in range(3):
             refused = await world.http.post(ROUTE, json={"model": "base", "prompt": "x " * 20_000})
             assert refused.status_code == 400
+
+
+async def test_a_body_that_killed_two_engines_is_refused_for_other_tenants_too(tmp_path: Path) -> None:
+    async with overload_world(tmp_path, hold_s=10.0) as world:
+        engines = await mortals(world, 4)
+        store = KeyStore.at(Registry(f"sqlite:///{tmp_path}/tandem.db").address)
+        keys = [store.create(name, tenant=name, by="ann").secret for name in ("lab", "shop")]
+        headers = [{"x-api-key": secret} for secret in keys]
+        for each in headers:
+            while (await world.http.get("/v1/models", headers=each)).status_code != 200:
+                await asyncio.sleep(0.05)
+        while (await world.http.get("/v1/models")).status_code != 401:
+            await asyncio.sleep(0.05)
+        assert [(await world.ask("poison", 1, headers=each)).status_code for each in headers] == [503, 422]
+        assert sorted(len(engine.asked) for engine in engines) == [0, 0, 1, 1]

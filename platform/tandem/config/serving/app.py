@@ -130,7 +130,7 @@ class GatewayConfig:
     """Largest request body, in bytes; a larger one gets 413."""
     max_held_bytes: int = 256 * 2**20
     """Bytes of bodies that one gateway holds: those it reads, those that wait, and those whose engine has not answered yet; with
-    more a request gets 503 with Retry-After. At least `max_body_bytes`."""
+    more a request gets 503 with Retry-After. At least `max_body_bytes`. One tenant holds half of it at most."""
     upload_timeout_s: float = 60.0
     """Seconds that a client may take to send a request's body; then it gets 408."""
     quarantine_s: float = 300.0

@@ -87,7 +87,7 @@ class OpenAIRoutes:
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             """Read the body within the gateway's byte budget, and relay the request."""
-            held = self._relay.held.body()
+            held = self._relay.held.body(principal_of(request.scope).tenant)
             try:
                 raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s, held)
                 return await self._relayed(route, request, raw, held)
@@ -136,12 +136,11 @@ class OpenAIRoutes:
         adapter = model.adapter.id if model.adapter else ""
         labels = UsageLabels(principal.key_id, principal.tenant, model.base.id, adapter, route.path)
         account = self._accounting.open(principal, labels, expected_tokens(route, body, size, model.base.max_length))
-        sent = await turns.run(size, to_json, body)
         engine_request = EngineRequest(
             path=route.path,
-            body=sent,
+            body=await turns.run(size, to_json, body),
             labels=labels,
-            digest=await turns.run(size, body_digest, route.path, sent),
+            digest=await turns.run(size, body_digest, f"{route.path} {model.engine_name}", raw),
             model=model,
             headers=engine_headers(request),
             dialect=dialect_of(route.path),
