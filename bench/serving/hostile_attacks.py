@@ -166,8 +166,12 @@ ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     "text/plain": repeated(lambda a: a.post(completion(), content_type="text/plain")),
     "gzip bombs": repeated(lambda a: a.post(GZIP, content_encoding="gzip")),
     "two lengths, chunks": repeated(lambda a: a.send(SMUGGLED, read_s=2.0)),
-    "large heads": repeated(lambda a: a.send(b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 70_000 + b"\r\n\r\n")),
-    "lists of models": repeated(lambda a: a.send(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")),
+    "large heads": repeated(
+        lambda a: a.send(b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 70_000 + b"\r\n\r\n")
+    ),
+    "lists of models": repeated(
+        lambda a: a.send(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    ),
     "media of inner hosts": repeated(
         lambda a: a.post(
             json.dumps(
