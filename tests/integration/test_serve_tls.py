@@ -47,7 +47,7 @@ def key(home: Path) -> str:
 def url(home: Path, folder: Path, pair: TlsConfig, key: str) -> Iterator[str]:
     config = folder / "app.yaml"
     config.write_text(
-        "models: [{model: echo, name: echo, engine: echo, cpus_per_replica: 0.1, max_adapters: 0, engine_args: {token_s: 0.1}}]\n"
+        "models: [{model: echo, name: echo, engine: echo, cpus_per_replica: 0.1, max_adapters: 0, engine_args: {delay_s: 0.1}}]\n"
     )
     (port,) = free_ports(1)
     done = tandem(
@@ -107,7 +107,7 @@ def test_a_renewed_certificate_is_served_while_a_stream_goes_on(
 ) -> None:
     old = folder / "old.crt"
     old.write_bytes(Path(pair.certificate).read_bytes())
-    body = {"model": "echo", "prompt": "one two three", "max_tokens": 150, "stream": True}
+    body = {"model": "echo", "prompt": "word " * 150, "max_tokens": 150, "stream": True}
     with httpx.Client(verify=str(old), base_url=url, timeout=120, headers={"x-api-key": key}) as http:
         with http.stream("POST", "/completions", json=body) as answer:
             assert answer.status_code == 200

@@ -17,7 +17,7 @@ from tandem.auth import KeyStore, Limits, Role
 from tandem.auth.keys import Cursor, digest
 from tandem.db.database import open_database
 from tandem.db.schema import AuditRow
-from tandem.errors import AuthError, ConfigError
+from tandem.errors import AuthError, ConfigError, UnknownKeyError
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -146,3 +146,17 @@ def test_limits_are_read_strictly() -> None:
 def test_roles_include_those_below_them() -> None:
     assert Role.ADMIN.includes(Role.TRAINER) and Role.TRAINER.includes(Role.USER)
     assert not Role.USER.includes(Role.TRAINER) and not Role.TRAINER.includes(Role.ADMIN)
+
+
+def test_pages_put_together_are_the_whole_list_and_start_after_a_key(keys: KeyStore) -> None:
+    made = [keys.create(f"key {number}", tenant=f"t{number % 2}", by="ann@host").key.id for number in range(7)]
+    keys.revoke(made[3], by="ann@host")
+    found: list[str] = []
+    while page := keys.page(after=found[-1] if found else None, limit=2):
+        assert len(page) <= 2
+        found += [key.id for key in page]
+    assert found == [each for each in made if each != made[3]]
+    assert [key.id for key in keys.page(every=True, after=made[1], limit=3)] == made[2:5]
+    assert [key.id for key in keys.page(tenant="t1")] == [made[1], made[5]]
+    with pytest.raises(UnknownKeyError, match="There is no key 'key_none'"):
+        keys.page(after="key_none")
