@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from gateway_world import world as world
 from starlette.routing import Mount
 
 from tandem.gateway.app import create_app
+from tandem.gateway.routes import management
+from tandem.gateway.routes.admin import REGISTRATIONS
 from tandem.gateway.routes.management import MAX_BODY_BYTES
 from tandem.registry import Registry
 
@@ -110,3 +114,36 @@ def test_the_openapi_document_has_every_route_with_its_models_and_errors(tmp_pat
     register = operations["post", "/adapters"]
     assert "201" in register["responses"]
     assert register["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/AdapterRegistration")
+
+
+async def test_registrations_that_hang_end_with_504_and_leave_other_changes_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.adapter("red")
+    world.adapter("red", rank=4)
+    released, begun = threading.Event(), []
+
+    def hang(*args: object, **options: object) -> None:
+        begun.append(1)
+        released.wait(60)
+
+    monkeypatch.setattr("tandem.jobs.adapters.Adapters.register", hang)
+    body = {"name": "blue", "source": "/nowhere", "base": "base"}
+    try:
+        asked = [
+            asyncio.create_task(world.http.post("/admin/adapters", json=body, headers=ADMIN, timeout=60))
+            for _ in range(REGISTRATIONS + 40)
+        ]
+        async with asyncio.timeout(20):
+            while len(begun) < REGISTRATIONS:
+                await asyncio.sleep(0.01)
+        assert (await world.http.post("/admin/adapters/red@1/promote", headers=ADMIN)).json()["id"] == "red@1"
+        monkeypatch.setattr(management, "WORK_TIMEOUT_S", 0.1)
+        answer = await world.http.post("/admin/adapters", json=body, headers=ADMIN)
+        assert answer.status_code == 504 and "Look at its result" in answer.json()["error"]["message"]
+        assert len(begun) == REGISTRATIONS
+    finally:
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        released.set()

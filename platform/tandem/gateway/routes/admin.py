@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
@@ -39,6 +40,8 @@ from tandem.settings import settings
 T = TypeVar("T")
 
 PAGE = 1000
+REGISTRATIONS = 4
+"""Registrations at a time: stores that hang must not take the threads that other changes need."""
 LOGGED = 100
 """Deleted versions that the audit log names."""
 
@@ -52,6 +55,7 @@ class AdminRoutes:
         self._adapters = adapters
         self._audited = Audited(audit, lambda name: adapters.registry.summary(split_version(name)[0]))
         self._fleet = fleet
+        self._registering = ThreadPoolExecutor(REGISTRATIONS, thread_name_prefix="register")
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to the app of management routes."""
@@ -157,7 +161,8 @@ class AdminRoutes:
         more: Callable[[T], dict[str, Any]] = lambda result: {},
     ) -> T:
         """A change of an adapter, with its entry in the audit log."""
-        return await self._do(self._audited, request, f"adapters.{verb}", name, work, more)
+        threads = self._registering if verb == "register" else None
+        return await self._do(self._audited, request, f"adapters.{verb}", name, work, more, threads=threads)
 
     async def _do(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
         return await run_blocking(work, *args, retry_after_s=self._retry_after_s, **options)

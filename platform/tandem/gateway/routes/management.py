@@ -42,6 +42,8 @@ T = TypeVar("T")
 PREFIX = "/admin"
 MAX_BODY_BYTES = 64 * 1024
 UPLOAD_TIMEOUT_S = 30.0
+WORK_TIMEOUT_S = 120.0
+"""Seconds that a change may take: registering fetches an adapter from its store."""
 SHOWN = 200
 """Characters of a wrong value that an error shows."""
 TYPES = {"string_type": "str", "bool_type": "bool", "int_type": "int"}
@@ -94,10 +96,21 @@ def _has_body(request: Request) -> bool:
 async def run_blocking(
     work: Callable[..., T], *args: Any, retry_after_s: int, threads: Executor | None = None, **options: Any
 ) -> T:
-    """Blocking work in a thread of `threads`, or of asyncio's own; its errors as ApiErrors."""
+    """Blocking work in a thread of `threads`, or of asyncio's own; its errors as ApiErrors.
+
+    504 after `WORK_TIMEOUT_S`: work that has begun goes on, and work that waits for a thread is given up.
+    """
     call = functools.partial(work, *args, **options)
     try:
-        return await asyncio.get_running_loop().run_in_executor(threads, call)
+        async with asyncio.timeout(WORK_TIMEOUT_S):
+            return await asyncio.get_running_loop().run_in_executor(threads, call)
+    except TimeoutError:
+        raise ApiError(
+            504,
+            f"This did not end within {WORK_TIMEOUT_S:g} s, and goes on if it had begun. Look at its result before the request "
+            "is sent again.",
+            code="timeout",
+        ) from None
     except UnknownModelError as error:
         raise ApiError(404, str(error), code="model_not_found", param="name") from None
     except UnknownKeyError as error:
