@@ -19,6 +19,9 @@ class AdapterRegistration(BaseModel):
     base: str | None = Field(
         None, description="the registered model that it adapts; the base of a job's adapter is known"
     )
+    tenant: str | None = Field(
+        None, min_length=1, max_length=63, description="whom a new name belongs to; the tenant of the base, or all"
+    )
     promote: bool = Field(True, description="whether the name resolves to this version from the next request on")
 
 
@@ -31,6 +34,8 @@ class Adapter(BaseModel):
     version: int
     base: str | None
     rank: int | None
+    tenant: str | None
+    """Whom the name belongs to; null: it is shared."""
     source: str
     digest: str
     lineage: dict[str, Any]

@@ -110,6 +110,7 @@ def _resolve_model(config: ServedModelConfig, registry: Registry) -> ServedModel
         config=replace(config, model=record.id, name=name),
         max_length=_served_length(config, record.max_length),
         created=int(record.created_at.timestamp()),
+        tenant=record.tenant,
     )
 
 

@@ -82,6 +82,10 @@ class Principal:
     """Names of models and adapters that it may use; empty: all that its tenant sees."""
     limits: Limits = field(default_factory=Limits)
 
+    def sees(self, tenant: str | None) -> bool:
+        """Whether names of a tenant exist for it: its own, and shared ones (None); all of them for admins and without keys."""
+        return tenant is None or tenant == self.tenant or not self.tenant or self.role is Role.ADMIN
+
     def may_use(self, *names: str) -> bool:
         """Whether a model with these names (its alias, its id) is allowed."""
         return not self.models or any(name in self.models for name in names)

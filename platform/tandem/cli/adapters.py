@@ -38,11 +38,14 @@ def register_command(
     promote: Annotated[
         bool, typer.Option("--promote/--no-promote", help="Whether NAME means this version at once.")
     ] = True,
+    tenant: Annotated[
+        str | None, typer.Option(help="Whom a new name belongs to. Without: the tenant of the base, or all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Register an adapter as the next version of a name."""
     with friendly_errors():
-        record = _adapters().register(name, source, base=base, promote=promote)
+        record = _adapters().register(name, source, base=base, promote=promote, tenant=tenant)
         if _printed(record, as_json):
             return
         console.print(f"[bold]{escape(record.id)}[/] adapts {escape(record.base or '')}, rank {record.rank}.")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tandem.auth.keys import check_tenant
 from tandem.cli.support.shell import friendly_errors
 from tandem.config import AUTO_ENGINE
 from tandem.engine.engines import select_engine
@@ -20,6 +21,7 @@ from tandem.ids import check_name
 from tandem.registry import HubModel, ModelRecord, Registry, local_folder, pull_model
 from tandem.registry.hub.reference import MODEL_FORM
 from tandem.sdk.console import console as terminal
+from tandem.sdk.keys import operator
 from tandem.settings import settings
 
 models_app = typer.Typer(no_args_is_help=True, help="List, show, pull, merge and forget models and adapters.")
@@ -108,6 +110,23 @@ def remove_command(
             terminal.print(
                 f"Forgot [bold]{escape(each.id)}[/]; its files stay at {escape(each.location)}", soft_wrap=True
             )
+
+
+@models_app.command("assign")
+def assign_command(
+    name: Annotated[str, typer.Argument(help="The name of a model or adapter; all its versions follow.")],
+    tenant: Annotated[str | None, typer.Option(help="Whom it shall belong to; for others it does not exist.")] = None,
+    shared: Annotated[bool, typer.Option("--shared", help="Let all tenants use it.")] = False,
+) -> None:
+    """Let a model or adapter belong to one tenant, or to all."""
+    with friendly_errors():
+        if (tenant is None) != shared:
+            raise ConfigError("Give either --tenant NAME or --shared.")
+        if tenant is not None:
+            check_tenant(tenant)
+        Registry.open().assign(name, tenant, by=operator())
+        owner = f"belongs to the tenant {tenant}" if tenant else "is shared by all tenants"
+        terminal.print(f"{escape(name)} {owner}. An app that serves it as a base follows at its next deployment.")
 
 
 @models_app.command("merge")

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
 
 REVISION = "0006"
@@ -101,6 +101,7 @@ class ModelRow(Base):
     max_length: Mapped[int | None]
     lineage: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    name_row: Mapped[NameRow] = relationship(lazy="joined", innerjoin=True, viewonly=True)
     revision: Mapped[int] = mapped_column(unique=True)
     """The clock when it was registered: the order of registration, whatever the machines' clocks say."""
 

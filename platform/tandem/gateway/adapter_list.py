@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 
@@ -26,6 +27,10 @@ NO_PAUSE_BELOW_S = 0.05
 """Readings that take less need no pause."""
 NEAR = 100
 """Names on either side of a wrong one, by the alphabet, among which the nearest is sought."""
+
+
+Sees = Callable[[str | None], bool]
+"""Whether names of a tenant exist for whoever asks."""
 
 
 class AdapterList:
@@ -49,19 +54,21 @@ class AdapterList:
         self._refreshing: asyncio.Task[None] | None = None
         self._not_before = 0.0
 
-    async def page(self, after: str | None, limit: int) -> tuple[list[AdapterSummary], bool]:
-        """At most `limit` adapters after the name `after`, and whether there are more.
+    async def page(self, after: str | None, limit: int, sees: Sees) -> tuple[list[AdapterSummary], bool]:
+        """At most `limit` adapters of the tenants that `sees` admits, after the name `after`, and whether there are more.
 
         RegistryUnreachableError if the registry does not answer and has never been read.
         """
         await self._catch_up()
         start = 0 if after is None else bisect.bisect_right(self._names, after)
-        return self._adapters[start : start + limit], start + limit < len(self._adapters)
+        visible = (each for each in itertools.islice(self._adapters, start, None) if sees(each.tenant))
+        found = list(itertools.islice(visible, limit + 1))
+        return found[:limit], len(found) > limit
 
-    def near(self, name: str) -> list[str]:
-        """Names around where `name` would stand."""
+    def near(self, name: str, sees: Sees) -> list[str]:
+        """Names around where `name` would stand, of the tenants that `sees` admits."""
         at = bisect.bisect_left(self._names, name)
-        return self._names[max(0, at - NEAR) : at + NEAR]
+        return [each.name for each in self._adapters[max(0, at - NEAR) : at + NEAR] if sees(each.tenant)]
 
     def changed(self, revision: int) -> None:
         """The registry is at `revision`: read it again in the background, if this list is in use."""

@@ -85,12 +85,16 @@ def create_app(
     lines = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
-    key_routes = KeyRoutes(KeyStore.at(registry.address), registry, catalog.names, config.retry_after_s)
+    keys = KeyStore.at(registry.address)
+    key_routes = KeyRoutes(keys, registry, catalog.names, config.retry_after_s)
     administration = management_app(PREFIX, "Tandem admin")
-    AdminRoutes(Adapters(registry), fleet, identity.audit, config).add_to(administration)
-    key_routes.add_to(administration)
-    AuditRoutes(identity.audit, config.retry_after_s).add_to(administration)
-    UsageRoutes(usage, KeyStore.at(registry.address), config.retry_after_s).add_to(administration)
+    for routes in (
+        AdminRoutes(Adapters(registry), fleet, identity.audit, config),
+        AuditRoutes(identity.audit, config.retry_after_s),
+        UsageRoutes(usage, keys, config.retry_after_s),
+        key_routes,
+    ):
+        routes.add_to(administration)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

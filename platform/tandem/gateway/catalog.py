@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.auth.principal import Principal
+from tandem.auth.principal import Principal, Role
 from tandem.engine.descriptor import EngineDescriptor
 from tandem.engine.engines import ENGINES
 from tandem.engine.protocol import AdapterRef
@@ -158,22 +158,25 @@ class Catalog:
             raise ApiError(400, "`model` has a character that no name has, such as a control character.", param="model")
         served = self._served.get(name)
         if served is not None:
-            if not may_use(principal, served.name, served.id):
+            if not (principal.sees(served.tenant) and may_use(principal, served.name, served.id)):
                 raise await self._unknown(name, principal)
             return ResolvedModel(base=served, pinned=name != served.name)
         try:
             record = await self._record(name)
         except UnknownModelError as error:
             # Which versions there are is for those who may use one.
-            if isinstance(error, UnknownVersionError) and may_use(principal, name):
+            if isinstance(error, UnknownVersionError) and await self._may_hear_of_versions(name, principal):
                 raise unknown_model(str(error)) from None
             raise await self._unknown(name, principal) from None
         base = self._by_id.get(record.base or record.id)
+        if not (principal.sees(record.tenant) and (base is None or principal.sees(base.tenant))):
+            raise await self._unknown(name, principal)
         alias = [base.name] if base is not None and record.kind == "model" else []
         if not may_use(principal, name, record.id, *alias):
             raise await self._unknown(name, principal)
         if base is None:
-            here = ", ".join(m.id for m in self.models if may_use(principal, m.name, m.id)) or "others"
+            usable = [m.id for m in self.models if principal.sees(m.tenant) and may_use(principal, m.name, m.id)]
+            here = ", ".join(usable) or "others"
             what = (
                 f"the adapter {record.id} needs {record.base}"
                 if record.kind == "adapter"
@@ -209,12 +212,12 @@ class Catalog:
         cards = [
             ModelCard(name=m.name, id=m.id, base=m, adapter=False, created=m.created)
             for m in self.models
-            if after is None
+            if after is None and principal.sees(m.tenant)
         ]
         if principal.models:
             return await self._named_page(after, limit, principal)
         try:
-            found, more = await self._adapters.page(after, limit)
+            found, more = await self._adapters.page(after, limit, principal.sees)
         except RegistryUnreachableError as error:
             raise self._no_registry() from error
         cards += [
@@ -266,13 +269,21 @@ class Catalog:
         self._known[name] = KnownRecord(record, revision, now)
         return record
 
+    async def _may_hear_of_versions(self, name: str, principal: Principal) -> bool:
+        """Whether an unknown version is of a name that exists for a principal."""
+        bare = split_version(name)[0]
+        try:
+            return may_use(principal, name) and principal.sees((await self._record(bare)).tenant)
+        except UnknownModelError:  # none of its versions is promoted
+            return principal.role is Role.ADMIN or not principal.tenant
+
     async def _unknown(self, name: str, principal: Principal) -> ApiError:
         if principal.models:
             known, here = [*principal.models], f"This key may use {', '.join(principal.models[:10])}."
         else:
             known = [card.name for card in (await self.page(principal, limit=10)).cards]
             here = f"Served here: {', '.join(known[:10])}."
-            known += self._adapters.near(name)
+            known += self._adapters.near(name, principal.sees)
         # Comparing long names takes longer than the streams may be kept waiting.
         hint = await asyncio.get_running_loop().run_in_executor(self._hints, did_you_mean, name, known)
         return unknown_model(f"The model {name!r} does not exist.{hint} {here}")

@@ -27,9 +27,18 @@ class Adapters:
         self.registry = registry
         self._find_api_url = find_api_url
 
-    def register(self, name: str, source: str | Path, *, base: str | None = None, promote: bool = True) -> ModelRecord:
+    def register(
+        self,
+        name: str,
+        source: str | Path,
+        *,
+        base: str | None = None,
+        promote: bool = True,
+        tenant: str | None = None,
+    ) -> ModelRecord:
         """Register the adapter at `source`: a folder in peft's format, a URI such as s3://bucket/adapter, or a job's id.
 
+        `tenant`: whom a new name belongs to; None: the tenant of its base, or all.
         The base of a job's adapter is known. Without `promote` it is a candidate, served under its id (`name@version`) only.
         Raises AdapterError, a RegistryError, with the reason if it cannot be served on `base`.
         """
@@ -38,7 +47,7 @@ class Adapters:
             source, base, lineage = _of_job(str(source), base)
         if base is None:
             raise RegistryError(f"{source} does not say which registered model it adapts. Name it: base, or --base.")
-        return self.registry.register_adapter(name, source, base=base, lineage=lineage, promote=promote)
+        return self.registry.register_adapter(name, source, base=base, lineage=lineage, promote=promote, tenant=tenant)
 
     def list(self, all_versions: bool = False, *, after: str | None = None, limit: int | None = None) -> Records:
         """The promoted version of each name, or all versions; at most `limit`, after the name or id `after`."""

@@ -45,6 +45,8 @@ class ModelRecord:
     """For a LoRA adapter: its rank."""
     max_length: int | None = None
     """For a model: the positions that it was made for."""
+    tenant: str | None = None
+    """The tenant that its name belongs to; None: it is shared by all."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """Where it came from: job, dataset digest, config digest, steps, final loss."""
     created_at: datetime
@@ -81,6 +83,7 @@ class AdapterSummary(NamedTuple):
     created: int
     """Seconds since 1970."""
     dora: bool
+    tenant: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from sqlalchemy import delete, func, select, tuple_
 
+from tandem.db.audit import Change, record_change
 from tandem.db.schema import ModelRow, NameRow, PinRow
 from tandem.errors import RegistryError
 from tandem.ids import canonical_json, check_name, folder_digest, is_hub_name, split_version, versioned
@@ -37,11 +38,18 @@ class Registry(RegistryConnection):
     """Models and adapters by name. Versions count from 1; a version never changes, and its id is never reused."""
 
     def register_model(
-        self, name: str, path: str | Path, *, lineage: Mapping[str, Any] | None = None, promote: bool = True
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        lineage: Mapping[str, Any] | None = None,
+        promote: bool = True,
+        tenant: str | None = None,
     ) -> ModelRecord:
         """Register a folder with config.json and safetensors.
 
-        The same content as the name's newest version gives that version's record; other content the next version.
+        The same content as the name's newest version gives that version's record; other content the next version. `tenant`: whom
+        a new name belongs to; None: it is shared. RegistryError where the name belongs to another one.
         """
         folder = local_path(path)
         check_name(name, "model name")
@@ -49,7 +57,14 @@ class Registry(RegistryConnection):
         # Reading the files takes long for a large model, so it comes before the transaction.
         content = folder_digest(folder)
         return self._register(
-            name, "model", str(folder), content, lineage or {}, max_length=max_length, promoting=promote
+            name,
+            "model",
+            str(folder),
+            content,
+            lineage or {},
+            max_length=max_length,
+            promoting=promote,
+            tenant=tenant,
         )
 
     def register_hub_model(
@@ -82,12 +97,14 @@ class Registry(RegistryConnection):
         base: str,
         lineage: Mapping[str, Any] | None = None,
         promote: bool = True,
+        tenant: str | None = None,
     ) -> ModelRecord:
         """Register a LoRA adapter in peft's format, from a folder or a URI, for `base` (a name or an id of a model).
 
         The name then means this version; without `promote` it is a candidate, called by its id only. The same content and base
-        as the name's newest version gives that version's record. Raises AdapterError, a RegistryError, with the reason if the
-        files cannot be served on that base.
+        as the name's newest version gives that version's record. `tenant`: whom a new name belongs to; None: the base's tenant.
+        Raises AdapterError, a RegistryError, with the reason if the files cannot be served on that base, and RegistryError where
+        the name belongs to another tenant.
         """
         check_name(name, "adapter name")
         adapted = self.resolve(base)
@@ -111,6 +128,7 @@ class Registry(RegistryConnection):
             base=adapted.id,
             rank=files.rank,
             promoting=promote,
+            tenant=tenant or adapted.tenant,
         )
 
     def resolve(self, name_or_id: str, *, suggest: bool = True) -> ModelRecord:
@@ -171,6 +189,21 @@ class Registry(RegistryConnection):
         with self._reading() as session:
             rows = names.history(session, name)
             return [Promotion(name=r.name, version=r.version, at=r.at, taken_back=r.taken_back) for r in rows]
+
+    def assign(self, name: str, tenant: str | None, *, by: str) -> None:
+        """Let a name, with all its versions, belong to a tenant, or (None) to all; `by` says who did, for the audit log.
+
+        UnknownModelError with the nearest name. Apps that serve a model itself follow at their next deployment, all others at
+        the next request.
+        """
+        with self._writing() as (session, _):
+            names.find_versions(session, name)
+            known = session.get_one(NameRow, split_version(name)[0])
+            before, known.tenant = known.tenant, tenant
+            change = Change(
+                by=by, action="models.assign", target=name, before={"tenant": before}, after={"tenant": tenant}
+            )
+            record_change(session, change)
 
     def pin(self, name_or_id: str) -> ModelRecord:
         """Have each replica of its base keep an adapter loaded: a version, or whichever one a name means."""
@@ -247,7 +280,13 @@ class Registry(RegistryConnection):
     def summaries(self, base: str, *, after: str, limit: int) -> Summaries:
         """The promoted adapters of a base by name, `limit` of them after the name `after`: what lists show, and no more."""
         query = (
-            select(ModelRow.name, ModelRow.id, ModelRow.created_at, ModelRow.lineage["dora"].as_boolean())
+            select(
+                ModelRow.name,
+                ModelRow.id,
+                ModelRow.created_at,
+                ModelRow.lineage["dora"].as_boolean(),
+                NameRow.tenant,
+            )
             .join(NameRow, (NameRow.name == ModelRow.name) & (NameRow.promoted == ModelRow.id))
             .where(ModelRow.base == base, ModelRow.name > after)
             .order_by(ModelRow.name)
@@ -255,8 +294,8 @@ class Registry(RegistryConnection):
         )
         with self._reading() as session:
             return [
-                AdapterSummary(name, id_, base, int(created.timestamp()), bool(dora))
-                for name, id_, created, dora in session.execute(query)
+                AdapterSummary(name, id_, base, int(created.timestamp()), bool(dora), tenant)
+                for name, id_, created, dora, tenant in session.execute(query)
             ]
 
     def near(self, name: str) -> Names:
@@ -318,6 +357,7 @@ class Registry(RegistryConnection):
         rank: int | None = None,
         max_length: int | None = None,
         promoting: bool,
+        tenant: str | None = None,
     ) -> ModelRecord:
         try:
             canonical_json(lineage)
@@ -329,6 +369,10 @@ class Registry(RegistryConnection):
             )
             if newest is not None and newest.kind != kind:
                 raise RegistryError(f"{name} is registered as {_a(newest.kind)}, so it cannot be {_a(kind)} too.")
+            known = session.get(NameRow, name)
+            if known is not None and tenant is not None and known.tenant != tenant:
+                owner = f"belongs to the tenant {known.tenant}" if known.tenant else "is shared by all tenants"
+                raise RegistryError(f"The name {name} {owner}. Choose another name for a version of {tenant}.")
             # A version whose folder is gone is no version to hand out again.
             if newest is not None and (newest.digest, newest.base) == (content, base) and _is_there(newest.path):
                 same = _record(newest)
@@ -337,9 +381,8 @@ class Registry(RegistryConnection):
                 return same
             if base is not None and session.get(ModelRow, base) is None:
                 raise RegistryError(f"{base} was removed while {name} was being registered.")
-            known = session.get(NameRow, name)
             if known is None:
-                known = NameRow(name=name, kind=kind, last_version=0)
+                known = NameRow(name=name, kind=kind, last_version=0, tenant=tenant)
                 session.add(known)
             known.kind = kind
             known.last_version += 1
@@ -384,6 +427,7 @@ def _record(row: ModelRow) -> ModelRecord:
         base=row.base,
         rank=row.rank,
         max_length=row.max_length,
+        tenant=row.name_row.tenant,
         lineage=row.lineage,
         created_at=row.created_at,
     )

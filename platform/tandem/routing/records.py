@@ -42,6 +42,8 @@ class ServedModel:
     """Seconds since 1970."""
     supports_tools: bool = True
     """Whether the model takes tools."""
+    tenant: str | None = None
+    """The tenant that it belongs to; None: it is shared by all."""
     is_prefill: bool = False
     """Whether these are prefill replicas, which read prompts for the others."""
 

@@ -187,6 +187,7 @@ def _fields(record: ModelRecord) -> dict[str, Any]:
         "version": record.version,
         "base": record.base,
         "rank": record.rank,
+        "tenant": record.tenant,
         "source": record.location,
         "digest": record.digest,
         "lineage": record.lineage,
