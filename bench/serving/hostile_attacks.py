@@ -108,7 +108,7 @@ def word(length: int = 30) -> str:
 EMPTY_OBJECTS = b'{"model":"bench","prompt":[' + b"{}," * (2 * MIB // 3 - 20) + b"{}]}"
 """A body of 2 MiB that takes a parser a second and 60 MB."""
 DEEP = b'{"model":"bench","prompt":' + b"[" * 900_000 + b"]" * 900_000 + b"}"
-LARGE = completion(prompt="x" * (2 * MIB - 200), max_tokens=1)
+LARGE = completion(user="x" * (2 * MIB - 200), max_tokens=1)
 GZIP = gzip.compress(b"0" * (64 * MIB))
 SMUGGLED = (
     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 3\r\n"
@@ -151,7 +151,7 @@ def trickle(number: Iterator[int]) -> bytes:
 ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     "empty objects": repeated(lambda a: a.post(EMPTY_OBJECTS), 4),
     "deep JSON": repeated(lambda a: a.post(DEEP), 4),
-    "2 MiB prompts": repeated(lambda a: a.post(LARGE), 16),
+    "2 MiB bodies": repeated(lambda a: a.post(LARGE), 16),
     "unfinished heads": repeated(
         lambda a: a.hold(b"GET /health HTTP/1.1\r\nhost: localhost\r\n", trickle(itertools.count())), CONNECTIONS
     ),

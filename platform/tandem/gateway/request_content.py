@@ -24,6 +24,8 @@ URL_KEYS = frozenset({"image_url", "audio_url", "video_url", "file_url", "server
 """Keys of a URL, or of an object with one under `url`."""
 MARKS = (b"url", b"_embeds", b"\\u")
 """A body without these has no media that is fetched and no tensor; `\\u` may write any of the others in another form."""
+MAX_SEARCHED = 64 * 1024
+"""Bytes of a body that is searched for MARKS; of longer ones, which are long texts mostly, the walk is cheaper."""
 PLAIN_URL = re.compile(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)
 """URLs that every reader splits in the same way: no user, no backslash, no space, ASCII only."""
 PORTS = {"http": "80", "https": "443"}
@@ -37,7 +39,7 @@ def check_content(body: Mapping[str, Any], raw: bytes, allowed: Collection[str],
     for name in GUARDED_FIELDS:
         if body.get(name) and name not in allowed:
             raise _guarded(name, name)
-    if any(mark in raw for mark in MARKS):
+    if len(raw) > MAX_SEARCHED or any(mark in raw for mark in MARKS):
         for name in CONTENT:
             if isinstance(body.get(name), list | dict):
                 _check(name, body[name], allowed, media_hosts)

@@ -41,6 +41,8 @@ KEEP_ALIVE_S = 30.0
 """Seconds for which an idle connection to a replica is kept."""
 UNREACHABLE_S = 15
 """Seconds after which a connection to a replica whose machine acknowledges nothing has ended, streams on it too."""
+PIECE_BYTES = 64 * 1024
+"""Bytes of a body that are written at once."""
 MAX_HEADER_BYTES = 1 << 20
 """Longest header of an engine's answer: `metadata` of embeddings describes each input by about 110 bytes."""
 NOT_COMPLETED = "Response payload is not completed"
@@ -205,7 +207,7 @@ class Upstream:
 
 
 class TimedBody(aiohttp.BytesPayload):
-    """A request body that records when it was written to the connection."""
+    """A request body that is written piece by piece, and records when the last one was."""
 
     def __init__(self, body: bytes, stopwatch: Stopwatch) -> None:
         super().__init__(body, content_type="application/json")
@@ -213,7 +215,13 @@ class TimedBody(aiohttp.BytesPayload):
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
         """Called by aiohttp once it has a connection."""
-        await super().write_with_length(writer, content_length)
+        if len(self._value) <= PIECE_BYTES:
+            await super().write_with_length(writer, content_length)
+        else:
+            # At once, what the connection does not take would be copied, and nothing else run meanwhile.
+            body = self._value if content_length is None else self._value[:content_length]
+            for start in range(0, len(body), PIECE_BYTES):
+                await writer.write(body[start : start + PIECE_BYTES])
         self._stopwatch.sent = time.perf_counter()
 
 

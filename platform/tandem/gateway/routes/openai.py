@@ -140,7 +140,7 @@ class OpenAIRoutes:
             path=route.path,
             body=await turns.run(size, to_json, body),
             labels=labels,
-            digest=await turns.run(size, body_digest, f"{route.path} {model.engine_name}", raw),
+            digest=await turns.aside(size, body_digest, f"{route.path} {model.engine_name}", raw),
             model=model,
             headers=engine_headers(request),
             dialect=dialect_of(route.path),
