@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from platform import machine as architecture
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ from rich.table import Table
 from tandem.cluster import machine
 from tandem.cluster.local import LocalCluster, connect, recorded
 from tandem.cluster.marks import marked
+from tandem.cluster.tls import check_files, from_settings, installed
 from tandem.errors import TandemError, UnsafePathError
 from tandem.private import check_home
 from tandem.registry import Registry
@@ -43,6 +45,8 @@ MEMORY_NEEDED, MEMORY_WANTED = 3 * 2**30, 6 * 2**30
 """The quickstart's two training workers or its engine fit in the first; other work beside them wants the second."""
 SHM_WANTED = 512 * 2**20
 DISK_NEEDED, DISK_WANTED = 2**29, 5 * 2**30
+EXPIRES_DAYS = 14
+"""A certificate with fewer days left is worth a note."""
 RAY_PORTS = {8265: "Ray's dashboard", 6379: "Ray's head"}
 
 
@@ -259,6 +263,24 @@ def _haproxy() -> Iterator[Finding]:
         yield Finding(name="HAProxy", state="ok", says=run.stdout.splitlines()[0].partition(" - ")[0])
 
 
+def _tls() -> Iterator[Finding]:
+    """The certificate of the listener of this home's cluster, or of the settings; nothing where there is none."""
+    cluster, fix = _recorded(), "Renew the files at their paths: a listener that is up takes them up."
+    try:
+        files = (installed(cluster.folder) if cluster else None) or from_settings()
+        if files is None:
+            return
+        left = (check_files(files).not_after - datetime.now(UTC)).days
+    except TandemError as error:
+        yield Finding(name="TLS", state="problem", says=str(error), fix=fix)
+        return
+    says = f"{files.certificate} and its key fit; days until it expires: {left}"
+    if left < EXPIRES_DAYS:
+        yield Finding(name="TLS", state="note", says=says, fix=fix)
+    else:
+        yield Finding(name="TLS", state="ok", says=says)
+
+
 def _registry() -> Iterator[Finding]:
     try:
         records = Registry.open().list()
@@ -330,6 +352,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _gpu,
     _ports,
     _haproxy,
+    _tls,
     _registry,
     _cluster,
 )

@@ -57,10 +57,12 @@ class Keys:
         if role not in list(Role):
             raise ConfigError(f"The role is {role!r}; roles are {', '.join(Role)}.")
         lifetime = duration(expires_in) if isinstance(expires_in, str) else expires_in
+        # Before the key is made: after it an error would lose the secret.
+        warnings = unregistered(self._registry, models)
         new = self._store.create(
             name, tenant=tenant, role=Role(role), models=models, limits=limits, expires_in=lifetime, by=operator()
         )
-        for warning in unregistered(self._registry, models):
+        for warning in warnings:
             errors.print(f"[yellow]Warning[/] {escape(warning)}", soft_wrap=True)
         return new
 

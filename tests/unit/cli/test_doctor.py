@@ -9,6 +9,7 @@ import shutil
 import socket
 
 import pytest
+from certificates import make_pair
 from rich.console import Console
 
 from tandem.cli import doctor as module
@@ -158,6 +159,16 @@ def test_a_model_whose_files_are_gone_is_a_note(home, tmp_path):
     found = finding("Registry")
     assert found.state == "note"
     assert "tandem models rm base@1" in found.fix
+
+
+@pytest.mark.parametrize(("days", "state"), [(-1, "problem"), (3, "note"), (30, "ok")])
+def test_a_certificate_of_the_listener_is_looked_at_before_it_expires(tmp_path, monkeypatch, days, state):
+    assert list(module._tls()) == []
+    pair = make_pair(tmp_path, "first", days=days)
+    monkeypatch.setenv("TANDEM_TLS_CERTIFICATE", pair.certificate)
+    monkeypatch.setenv("TANDEM_TLS_KEY", pair.key)
+    (found,) = module._tls()
+    assert found.state == state and pair.certificate in found.says
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "nonsense"])

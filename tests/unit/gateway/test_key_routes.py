@@ -12,6 +12,7 @@ from sqlalchemy import select
 
 from tandem.auth import KeyStore, Role
 from tandem.db.schema import AuditRow
+from tandem.errors import RegistryUnreachableError
 
 __all__ = ["world"]
 ADMIN = {"Authorization": "Bearer secret"}
@@ -165,3 +166,13 @@ async def test_a_name_that_is_neither_registered_nor_served_is_a_warning_with_th
         "No model or adapter 'base@7'",
     ]
     assert "'support-bot'" in new["warnings"][0]
+
+
+async def test_no_key_is_made_whose_secret_nobody_would_see(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*args: object) -> None:
+        raise RegistryUnreachableError("It is away.")
+
+    monkeypatch.setattr("tandem.registry.store.Registry.versions", away)
+    answer = await world.http.post("/admin/keys", json={"name": "ann", "models": ["red"]}, headers=ADMIN)
+    assert answer.status_code == 503
+    assert KeyStore.at(world.registry.address).list(every=True) == []

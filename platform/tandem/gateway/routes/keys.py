@@ -64,6 +64,8 @@ class KeyRoutes:
 
     async def create(self, creation: KeyCreation, request: Request, response: Response) -> CreatedKey:
         """Make a key. Its secret is in this answer and in no other."""
+        # Before the key is made: after it an error would lose the secret.
+        warnings = await self._do(unregistered, self._registry, creation.models, self._served)
         new: NewKey = await self._do(
             self._store.create,
             creation.name,
@@ -74,7 +76,6 @@ class KeyRoutes:
             expires_in=None if creation.expires_in_s is None else timedelta(seconds=creation.expires_in_s),
             **_actor(request),
         )
-        warnings = await self._do(unregistered, self._registry, creation.models, self._served)
         return _created(new, response, warnings)
 
     async def show(self, id: str) -> Key:  # noqa: A002 - the parameter in the path
