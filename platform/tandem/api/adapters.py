@@ -34,13 +34,13 @@ class Adapter(BaseModel):
     version: int
     base: str | None
     rank: int | None
-    tenant: str | None
-    """Whom the name belongs to; null: it is shared."""
     source: str
     digest: str
     lineage: dict[str, Any]
     created_at: str
     """ISO 8601, UTC."""
+    tenant: str | None
+    """Whom the name belongs to; null: it is shared."""
 
 
 class ListedAdapter(Adapter):

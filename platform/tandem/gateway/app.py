@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -85,16 +86,7 @@ def create_app(
     lines = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
-    keys = KeyStore.at(registry.address)
-    key_routes = KeyRoutes(keys, registry, catalog.names, config.retry_after_s)
-    administration = management_app(PREFIX, "Tandem admin")
-    for routes in (
-        AdminRoutes(Adapters(registry), fleet, identity.audit, config),
-        AuditRoutes(identity.audit, config.retry_after_s),
-        UsageRoutes(usage, keys, config.retry_after_s),
-        key_routes,
-    ):
-        routes.add_to(administration)
+    administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -131,6 +123,20 @@ def create_app(
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id
     return app
+
+
+def _administration(
+    registry: Registry, catalog: Catalog, fleet: Fleet, identity: Identity, usage: UsageStore, config: GatewayConfig
+) -> tuple[FastAPI, KeyRoutes]:
+    """The app of admin routes, and those of its routes that have threads to end."""
+    app = management_app(PREFIX, "Tandem admin")
+    keys = KeyStore.at(registry.address)
+    key_routes = KeyRoutes(keys, registry, catalog.names, config.retry_after_s)
+    AdminRoutes(Adapters(registry), fleet, identity.audit, config).add_to(app)
+    AuditRoutes(identity.audit, config.retry_after_s).add_to(app)
+    UsageRoutes(usage, keys, config.retry_after_s).add_to(app)
+    key_routes.add_to(app)
+    return app, key_routes
 
 
 def _accounting(

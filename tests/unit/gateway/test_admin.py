@@ -84,7 +84,7 @@ async def test_an_adapter_is_listed_with_the_fields_it_always_had(world: World) 
     world.adapter("red")
     (listed,) = (await world.http.get("/admin/adapters", headers=ADMIN)).json()["data"]
     fields = ["id", "object", "name", "version", "base", "rank", "source", "digest", "lineage", "created_at"]
-    assert list(listed) == [*fields, "promoted", "pinned"]
+    assert list(listed) == [*fields, "tenant", "promoted", "pinned"]
     assert (listed["object"], listed["created_at"][-6:]) == ("adapter", "+00:00")
 
 
@@ -105,6 +105,9 @@ def test_the_openapi_document_has_every_route_with_its_models_and_errors(tmp_pat
         *(("post", f"{one}/{verb}") for verb in ("promote", "roll-back", "pin", "unpin")),
         ("get", "/residency"),
         ("get", "/audit"),
+        ("get", "/usage"),
+        ("get", "/tenants"),
+        ("put", "/tenants/{tenant}/limits"),
         *((method, "/keys") for method in ("get", "post")),
         ("get", "/keys/{id}"),
         *(("post", f"/keys/{{id}}/{verb}") for verb in ("rotate", "revoke")),

@@ -187,9 +187,9 @@ def _fields(record: ModelRecord) -> dict[str, Any]:
         "version": record.version,
         "base": record.base,
         "rank": record.rank,
-        "tenant": record.tenant,
         "source": record.location,
         "digest": record.digest,
         "lineage": record.lineage,
         "created_at": record.created_at.isoformat(),
+        "tenant": record.tenant,
     }
