@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tandem.sdk.batch import run_batch
     from tandem.sdk.client import SamplingParams
+    from tandem.sdk.keys import api_key
     from tandem.sdk.llm import LLM
     from tandem.sdk.session import Session, recipe
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "Session", "__version__", "recipe", "run_batch"]
+__all__ = ["LLM", "SamplingParams", "Session", "__version__", "api_key", "recipe", "run_batch"]
 
 _HOMES = {
     "LLM": "sdk.llm",
     "SamplingParams": "sdk.client",
     "Session": "sdk.session",
+    "api_key": "sdk.keys",
     "recipe": "sdk.session",
     "run_batch": "sdk.batch",
 }

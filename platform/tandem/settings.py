@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, UnsafePathError
+from tandem.private import read_private_file
 
 LONGEST_DRAIN_S = 3600
 """How long a stream may go on, at most, in what is to end: HAProxy, which is told when its cluster starts, cuts it then."""
@@ -36,7 +39,7 @@ class Settings(BaseSettings):
     api_url: str | None = None
     """Where `tandem chat` and other commands ask; unset: the app of this home, or `port` on this machine."""
     api_key: str = "tandem"
-    """The key they send."""
+    """The key they send; unset: the one in the file `api_key` of `home`, which `tandem quickstart` makes."""
     serve_config: Path | None = None
     """The YAML that `serve run serve_apps.openai:app` serves when it is given no arguments."""
     port: int = 8000
@@ -56,6 +59,19 @@ class Settings(BaseSettings):
     """A folder of this node's own, for copies of what lies in object stores."""
     adapter_cache_gib: float = 20.0
     """How much of it adapters may take; the longest unused make room."""
+
+    @model_validator(mode="after")
+    def _read_key(self) -> Self:
+        if "api_key" not in self.model_fields_set:
+            # In a home of several users the file belongs to one of them.
+            with contextlib.suppress(OSError, UnsafePathError):
+                self.api_key = read_private_file(self.api_key_file).strip() or self.api_key
+        return self
+
+    @property
+    def api_key_file(self) -> Path:
+        """The key of this home's own user."""
+        return self.root / "api_key"
 
     @property
     def root(self) -> Path:

@@ -235,6 +235,12 @@ class KeyStore(RegistryConnection):
             record_change(session, change)
         return new
 
+    def accepts(self, secret: str) -> bool:
+        """Whether a secret is that of an active key."""
+        with self._reading() as session:
+            row = session.scalar(select(ApiKeyRow).where(ApiKeyRow.digest == digest(secret)))
+            return row is not None and _key(row).state(datetime.now(UTC)) == "active"
+
     def count_active(self) -> int:
         """How many keys are accepted now."""
         query = select(func.count()).select_from(ApiKeyRow).where(_is_active())

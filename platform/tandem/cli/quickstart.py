@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ from tandem.cli.serve import wait_for_interrupt
 from tandem.cli.support.shell import friendly_errors
 from tandem.data.index import DatasetIndex
 from tandem.sdk.console import console
+from tandem.sdk.keys import ensure_api_key
 from tandem.sdk.serving import check_port
 from tandem.sdk.session import Session, recipe
 from tandem.settings import settings
@@ -83,10 +85,11 @@ def quickstart(*, leave: bool, port: int, overrides: list[str]) -> None:
         with step(3, f"Fine-tune a LoRA adapter on {pairs.samples} questions"):
             adapter = session.train(recipe("quickstart_sft", [f"model.base={base}", *overrides]))
         with step(4, "Serve both, and ask them"):
+            key_file = ensure_api_key()
             url = session.serve(base, port=port)
             show_answers(url, base, adapter)
             console.print(f"\n[dim]{time.monotonic() - started:.0f} s in all.[/]")
-            say_what_next(url, adapter)
+            say_what_next(url, adapter, key_file)
             if not leave:
                 console.print(f"\nServing at [bold]{url}[/]. Ctrl-C ends it.")
                 wait_for_interrupt()
@@ -184,14 +187,15 @@ def score(url: str, model: str, asked: list[tuple[str, str]], output: Console) -
         return Score(asyncio.run(ask_all()), len(asked))
 
 
-def say_what_next(url: str, adapter: str) -> None:
+def say_what_next(url: str, adapter: str, key_file: Path | None) -> None:
     """Print the three commands to try next."""
+    key = f'"Authorization: Bearer $(cat {shlex.quote(str(key_file))})"' if key_file else '"x-api-key: $TANDEM_API_KEY"'
     name = adapter.partition("@")[0]
     body = {"model": name, "messages": [{"role": "user", "content": questions()[0][0]}]}
     console.print("\n[bold]Try next[/], in another terminal:")
     for command in (
         f"tandem chat --model {name} --api-url {url}",
-        f"curl {url}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+        f"curl {url}/chat/completions -H {key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
         "tandem models ls",
     ):
         console.print(f"  [cyan]{escape(command)}[/]", soft_wrap=True)

@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 from rich.markup import escape
 
@@ -16,6 +17,8 @@ from tandem.auth.model_names import unregistered
 from tandem.errors import ConfigError
 from tandem.registry import Registry
 from tandem.sdk.console import errors
+from tandem.settings import settings, variable
+from tandem.storage import write_atomic
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -82,6 +85,29 @@ class Keys:
     def revoke(self, id_or_name: str) -> ApiKey:
         """End a key."""
         return self._store.revoke(id_or_name, by=operator())
+
+
+def api_key() -> str:
+    """The key that Tandem's own commands send: that of TANDEM_API_KEY, or of this home's file `api_key`.
+
+    OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=tandem.api_key())
+    """
+    return settings().api_key
+
+
+def ensure_api_key() -> Path | None:
+    """Make a key with the role admin for this home's user, unless there is a valid one, and return the file that it is in.
+
+    None where TANDEM_API_KEY is set: its owner knows of a key.
+    """
+    known = settings()
+    if variable("TANDEM_API_KEY"):
+        return None
+    store = KeyStore.open()
+    if not store.accepts(known.api_key):
+        new = store.create("quickstart", role=Role.ADMIN, by=operator())
+        write_atomic(known.api_key_file, new.secret + "\n", mode=0o600)
+    return known.api_key_file
 
 
 def duration(text: str) -> timedelta:

@@ -8,10 +8,10 @@ import pytest
 from small_folders import small_model
 
 import tandem
-from tandem.auth import Role
+from tandem.auth import KeyStore, Role
 from tandem.errors import ConfigError
 from tandem.registry import Registry
-from tandem.sdk.keys import Keys, operator
+from tandem.sdk.keys import Keys, ensure_api_key, operator
 
 
 def test_a_session_makes_lists_rotates_and_revokes_keys_without_a_cluster(tandem_home: Path) -> None:
@@ -43,3 +43,25 @@ def test_a_model_that_is_not_registered_is_told_with_the_nearest(
     captured = capsys.readouterr()
     assert "my-modle" in captured.err and "'my-model'" in captured.err and captured.out == ""
     assert new.key.models == ("my-modle",)
+
+
+def test_the_key_of_a_home_is_made_once_and_sent_by_default(tandem_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tandem_home.chmod(0o700)
+    monkeypatch.delenv("TANDEM_API_KEY", raising=False)
+    assert tandem.api_key() == "tandem"
+    file = ensure_api_key()
+    assert file == tandem_home / "api_key" and file.stat().st_mode & 0o777 == 0o600
+    made = tandem.api_key()
+    assert KeyStore.open().accepts(made) and ensure_api_key() == file and tandem.api_key() == made
+    (key,) = KeyStore.open().list()
+    KeyStore.open().revoke(key.id, by="test")
+    assert ensure_api_key() == file and tandem.api_key() != made
+    monkeypatch.setenv("TANDEM_API_KEY", "tdm-mine")
+    assert tandem.api_key() == "tdm-mine" and ensure_api_key() is None
+
+
+def test_a_key_that_others_could_have_written_is_not_sent(tandem_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TANDEM_API_KEY", raising=False)
+    (tandem_home / "api_key").write_text("tdm-theirs")
+    (tandem_home / "api_key").chmod(0o666)
+    assert tandem.api_key() == "tandem"
