@@ -16,6 +16,7 @@ from tandem.engine.create import check_engine_args
 from tandem.engine.engines import find_engine, unsupported_shape
 from tandem.errors import ConfigError
 from tandem.ids import fingerprint
+from tandem.secret_values import without_references
 from tandem.serve.directory import Directory
 from tandem.serve.replica.deployment import EngineReplica
 from tandem.serve.scaling import (
@@ -112,7 +113,7 @@ def _deployment(
     if custom:
         resources["resources"] = dict(custom)
     if env:
-        resources["runtime_env"] = {"env_vars": env}
+        resources["runtime_env"] = {"env_vars": without_references(env)}
     deployment = cast(
         serve.Deployment,
         serve.deployment(

@@ -24,6 +24,7 @@ from tandem.batch.worker import Worker
 from tandem.cluster.capacity import check_nodes
 from tandem.config import ServedModelConfig
 from tandem.errors import EngineError, StorageError
+from tandem.secret_values import without_references
 
 READ_CPUS = 0
 """What Ray reserves for a task that reads: nothing, so that replicas that take every CPU cannot keep it from them."""
@@ -192,7 +193,7 @@ def _answered(
         num_cpus=served.cpus_per_replica,
         num_gpus=served.gpus_per_replica or None,
         resources=dict(served.resources_per_replica) or None,
-        runtime_env={"env_vars": dict(served.env)} if served.env else None,
+        runtime_env={"env_vars": without_references(served.env)} if served.env else None,
         max_restarts=restarts,
     )
 

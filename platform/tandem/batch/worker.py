@@ -23,6 +23,7 @@ from tandem.engine.create import create_engine
 from tandem.engine.descriptor import Requests, UnsupportedRequestError
 from tandem.engine.engines import find_engine
 from tandem.errors import EngineError, StorageError
+from tandem.secret_values import resolve_references
 from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.serve.replica.start_log import StartLog
 
@@ -46,7 +47,8 @@ class Worker:
         spec, engine = work.spec, find_engine(work.spec.kind)
         self._rules = engine.requests
         self._tools = engine.model_features(Path(spec.path), spec.args).tools
-        log = StartLog(f"batch-{spec.name.replace('/', '~')}", engine)
+        secrets = resolve_references(work.served.env, "env")
+        log = StartLog(f"batch-{spec.name.replace('/', '~')}", engine, secrets)
         self._client = EngineClient(
             create_engine(spec),
             window_rows=work.window_rows,

@@ -23,6 +23,7 @@ from tandem.engine.protocol import AdapterRef
 from tandem.errors import EngineError, RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, ServedModel, State
+from tandem.secret_values import resolve_references
 from tandem.serve.directory_link import ReplicaReporter
 from tandem.serve.engine_spec import engine_spec
 from tandem.serve.listen import internal_port_on_node
@@ -72,7 +73,7 @@ class EngineReplica:
         if model.config.prefill is not None:
             export(find_engine(model.config.engine).kv_transfer.environment(host, free_ports(1)[0]), override=True)
         self._usage = UsageWriter(UsageStore.at(registry)) if registry is not None else None
-        log = StartLog(model.deployment, find_engine(model.config.engine))
+        log = StartLog(model.deployment, find_engine(model.config.engine), resolve_references(model.config.env))
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
             engine = await asyncio.to_thread(create_engine, engine_spec(model))

@@ -14,6 +14,7 @@ import ray
 from tandem.engine.descriptor import EngineDescriptor
 from tandem.errors import EngineError, StorageError
 from tandem.private import make_shared_folder
+from tandem.secret_values import redact
 from tandem.settings import settings
 from tandem.storage import write_atomic
 
@@ -24,16 +25,17 @@ MAX_BYTES = 2**20
 class StartLog:
     """What this process and its children write from now on."""
 
-    def __init__(self, name: str, engine: EngineDescriptor) -> None:
-        """`name` is the file's in TANDEM_HOME/logs."""
+    def __init__(self, name: str, engine: EngineDescriptor, secrets: tuple[str, ...] = ()) -> None:
+        """`name` is the file's in TANDEM_HOME/logs; `secrets` are left out of errors and of the file."""
+        self._secrets = secrets
         self._name = name
         self._engine = engine
         self._files = [(path, path.stat().st_size) for path in _ray_log_files()]
 
     def explained(self, error: EngineError) -> EngineError:
         """The same error with the engine's own last error, and with the path of the log."""
-        output = "".join(_read_from(path, start) for path, start in self._files)
-        message = self._engine.explain_start_error(str(error), output)
+        output = redact("".join(_read_from(path, start) for path, start in self._files), self._secrets)
+        message = self._engine.explain_start_error(redact(str(error), self._secrets), output)
         return EngineError(f"{message.rstrip('. ')}. {self._keep(output)}")
 
     def _keep(self, output: str) -> str:
