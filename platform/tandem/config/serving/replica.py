@@ -29,5 +29,5 @@ class ReplicaConfig:
     engine_args: dict[str, Any] = field(default_factory=dict)
     """The engine's own arguments, by vLLM's names; validated before a replica starts."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the replica, such as VLLM_CPU_KVCACHE_SPACE. A value `env:NAME` means the node's variable NAME, and
-    `file:PATH` the content of a file there: so a secret stands in no config."""
+    """Environment variables of the replica, such as VLLM_CPU_KVCACHE_SPACE. A secret stands in no config: `env:NAME` as a value
+    means the node's variable NAME, and `file:PATH` the content of a file there."""
