@@ -58,7 +58,7 @@ class Listener:
             name="app",
             path_prefix="/",
             http_health_check_path=self.health,
-            servers=[ServerConfig(name="s", host="127.0.0.1", port=self.backend)],
+            servers=[gateway],
         )
         return HAProxyApi(config, {"app": server}, config_file_path=str(self.config))
 
