@@ -101,8 +101,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 @contextlib.asynccontextmanager
-async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[World]:
-    """A world whose gateway has these settings beside the usual ones."""
+async def running(tmp_path: Path, *, proxy_secret: str | None = None, **settings: Any) -> AsyncIterator[World]:
+    """A world whose gateway has these settings beside the usual ones, behind the HAProxy with a secret."""
     registry = Registry(f"sqlite:///{tmp_path}/tandem.db")
     registry.register_model("base", small_model(tmp_path / "model", config={"max_position_embeddings": 64}))
     served = ServedModel(
@@ -127,6 +127,7 @@ async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[World]:
         config=config,
         admin=fingerprint("secret"),
         access_log=tmp_path / "logs" / "access.jsonl",
+        proxy_secret=proxy_secret,
     )
     result.app = app
     sock = socket.create_server(("127.0.0.1", 0))

@@ -54,7 +54,7 @@ class Refusals:
         self._others_at: datetime | None = None
 
     def add(self, refusal: Refusal, now: datetime, hint: str | None = None) -> None:
-        """Count one. `hint`: the first characters of what was sent, kept of the first of its kind."""
+        """Count one. `hint`: the first characters of what was sent, kept of the first of its kind that has one."""
         count = self._counts.get(refusal)
         if count is None:
             if len(self._counts) >= MOST_KINDS:
@@ -63,6 +63,7 @@ class Refusals:
             count = self._counts[refusal] = _Count(first=now, last=now, hint=hint)
         count.number += 1
         count.last = now
+        count.hint = count.hint or hint
 
     def take(self, now: datetime, *, final: bool = False) -> list[Change]:
         """The rows to write; `final`: with the count of the others, however recently one was written."""

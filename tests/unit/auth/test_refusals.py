@@ -20,7 +20,8 @@ def counts(rows: list) -> int:
 def test_equal_refusals_are_one_row_with_their_number_and_times() -> None:
     refusals = Refusals()
     for second in range(3):
-        refusals.add(refusal(), NOW + timedelta(seconds=second), hint="tdm-abcd")
+        # The first was sent without a key.
+        refusals.add(refusal(), NOW + timedelta(seconds=second), hint="tdm-abcd" if second else None)
     refusals.add(refusal("10.0.0.2"), NOW)
     first, second = refusals.take(NOW + timedelta(seconds=5))
     assert (first.action, first.target, first.address, first.at) == (ACTION, "GET /v1/models", "10.0.0.1", NOW)

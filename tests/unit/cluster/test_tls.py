@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import ssl
-import subprocess
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from certificates import DAY, NOW, make_pair
-from cryptography import x509
-from cryptography.x509.oid import NameOID
-from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
-from ray.serve.config import HTTPOptions
+from haproxy_listener import curl, listening
 
 from tandem.cluster import tls as tls_module
-from tandem.cluster.haproxy import CLIENT_HEADER, SECRET_NAME, write_script
-from tandem.cluster.ports import free_ports
+from tandem.cluster.haproxy import CLIENT_HEADER, SECRET_NAME
 from tandem.cluster.tls import check_files, host_of, install, installed
 from tandem.config import TlsConfig
 from tandem.errors import ConfigError
@@ -87,84 +79,6 @@ def test_a_path_has_one_line() -> None:
         TlsConfig(certificate="/a", key="/b\n/c")
 
 
-class Listener:
-    """HAProxy as Ray starts it, in front of a small server."""
-
-    def __init__(self, folder: Path, backend: int) -> None:
-        self.folder = folder / "n"
-        self.folder.mkdir()
-        self.script = write_script(self.folder)
-        (self.port,) = free_ports(1)
-        self.socket = self.folder / "admin.sock"
-        self.config = self.folder / "haproxy.cfg"
-        ports = free_ports(2)
-        config = HAProxyConfig(
-            socket_path=str(self.socket),
-            metrics_port=ports[0],
-            stats_port=ports[1],
-            server_state_base=str(self.folder),
-            server_state_file=str(self.folder / "state"),
-            http_options=HTTPOptions(host="127.0.0.1", port=self.port),
-            timeout_client_s=60,
-        )
-        server = BackendConfig(
-            name="app", path_prefix="/", servers=[ServerConfig(name="s", host="127.0.0.1", port=backend)]
-        )
-        self.api = HAProxyApi(config, {"app": server}, config_file_path=str(self.config))
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start it, or with `arguments` another one in its place."""
-        self.api._generate_config_file_internal()
-        with (self.folder / f"log-{len(self.processes)}").open("wb") as log:
-            process = subprocess.Popen(
-                [str(self.script), "-db", "-f", str(self.config), *arguments], stdout=log, stderr=log
-            )
-        self.processes.append(process)
-        return process
-
-    def reload(self) -> None:
-        """Start a new process that takes the sockets over, as Ray does when gateways change."""
-        old = self.processes[-1]
-        self.start("-sf", str(old.pid), "-x", str(self.socket))
-
-    async def subject(self) -> str:
-        """Of the certificate that a new connection gets."""
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                pem = await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", self.port), timeout=5)
-                name = x509.load_pem_x509_certificate(pem.encode()).subject
-                return str(name.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-            except OSError:
-                assert time.monotonic() < deadline and self.processes[-1].poll() is None, self.log()
-                await asyncio.sleep(0.05)
-
-    async def until_subject(self, name: str) -> None:
-        deadline = time.monotonic() + 30
-        while (found := await self.subject()) != name:
-            assert time.monotonic() < deadline, (found, self.log())
-            await asyncio.sleep(0.1)
-
-    def log(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("log-*")))
-
-    def stop(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-
-@contextmanager
-def listening(folder: Path, backend: int) -> Iterator[Listener]:
-    listener = Listener(folder, backend)
-    try:
-        yield listener
-    finally:
-        listener.stop()
-
-
 @pytest.fixture
 async def backend() -> AsyncIterator[int]:
     """A gateway's place: tells headers, and streams until `/end` is asked for."""
@@ -201,17 +115,6 @@ async def backend() -> AsyncIterator[int]:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     yield runner.addresses[0][1]
     await runner.cleanup()
-
-
-async def curl(listener: Listener, path: str, *options: str) -> tuple[str, str]:
-    """The body, and the version and status of an answer."""
-    process = await asyncio.create_subprocess_exec(
-        "curl", "-sSk", "--max-time", "60", "-w", "\n%{http_version} %{http_code}", *options,
-        f"https://127.0.0.1:{listener.port}{path}", stdout=subprocess.PIPE,
-    )  # fmt: skip
-    out, _ = await process.communicate()
-    body, _, told = out.decode().rpartition("\n")
-    return body, told
 
 
 async def test_http_2_and_1_1_are_spoken_over_tls_and_nothing_else(tmp_path: Path, backend: int) -> None:
