@@ -29,7 +29,7 @@ LONG: dict[str, Any] = {**ONE, "prompt": ["the cat"] * MANY, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def narrow(served: Served) -> Served:
-    """A second gateway before the same vLLM engine, below `/narrow`: two requests at a time, and one may wait."""
+    """A second gateway before the same vLLM engine, below `/narrow`: two LONG requests at a time, and one may wait."""
     from ray import serve
 
     from tandem.apps.gateway import Gateway
@@ -37,7 +37,7 @@ def narrow(served: Served) -> Served:
     from tandem.config import GatewayConfig, RouterConfig, ServeConfig, ServedModelConfig
     from tandem.serve.scaling import GATEWAY_ENVIRONMENT
 
-    tiny = ServedModelConfig(model="tiny", requests_per_replica=2, max_queued=1, max_adapters=2, max_lora_rank=8)
+    tiny = ServedModelConfig(model="tiny", requests_per_replica=2 * MANY, max_queued=1, max_adapters=2, max_lora_rank=8)
     models = tuple(resolve_models(ServeConfig(models=(tiny,)), served.registry()))
     directory = serve.get_deployment_handle("Directory", served.app)
     gateway = serve.deployment(
