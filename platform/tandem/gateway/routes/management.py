@@ -53,12 +53,14 @@ TYPES = {"string_type": "str", "bool_type": "bool", "int_type": "int"}
 def management_app(prefix: str, title: str) -> FastAPI:
     """An app to mount at `prefix`.
 
-    Its `openapi()` is the document of the routes; it is not served.
+    The document of its routes is at `openapi.json` below it.
     """
     app = FastAPI(
         title=title,
         servers=[{"url": prefix}],
-        openapi_url=None,
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,
         # In place of FastAPI's 422 with a shape of its own.
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},

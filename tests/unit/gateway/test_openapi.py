@@ -1,0 +1,56 @@
+"""Requests made from the OpenAPI document of the admin routes: none is answered with 5xx or against the document."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import schemathesis
+from gateway_world import World, echo, world
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+__all__ = ["world"]
+ADMIN = {"authorization": "Bearer secret"}
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+EXAMPLES = 20
+"""Requests for each operation."""
+
+
+async def test_the_document_is_served_to_admins(world: World) -> None:
+    assert (await world.http.get("/admin/openapi.json")).status_code == 401
+    document = (await world.http.get("/admin/openapi.json", headers=ADMIN)).json()
+    assert document["openapi"].startswith("3.") and "/adapters" in document["paths"]
+
+
+@pytest.mark.timeout(300)
+async def test_no_request_that_the_document_allows_or_forbids_is_a_server_error(world: World) -> None:
+    await world.add_engine(echo())
+    world.adapter("red")
+    document = (await world.http.get("/admin/openapi.json", headers=ADMIN)).json()
+    schema = schemathesis.openapi.from_dict(document)
+    base_url = f"{str(world.http.base_url).rstrip('/')}/admin"
+    asked: dict[str, set[int]] = {}
+
+    def ask(operation: Any) -> None:
+        @given(case=operation.as_strategy())
+        @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        def answered(case: Any) -> None:
+            response = case.call(base_url=base_url, headers=ADMIN)
+            asked.setdefault(operation.label, set()).add(response.status_code)
+            case.validate_response(response, checks=CHECKS)
+
+        answered()
+
+    for result in schema.get_all_operations():
+        # In a thread: the gateway runs in this loop.
+        await asyncio.to_thread(ask, result.ok())
+    assert len(asked) >= 18
+    # Most operations were reached with something that they accept.
+    assert sum(any(status < 300 for status in statuses) for statuses in asked.values()) >= 6, asked
