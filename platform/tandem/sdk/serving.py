@@ -25,7 +25,7 @@ from tandem.settings import settings
 
 CPUS = 8
 """Logical CPUs of a local cluster."""
-WILDCARDS = ("0.0.0.0", "::", "*")
+WILDCARDS = ("0.0.0.0", "::", "*")  # noqa: S104 - compared with, not bound to
 """Addresses that mean all of a machine's."""
 
 
