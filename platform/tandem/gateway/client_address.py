@@ -6,6 +6,7 @@ HAProxy sends its clients' addresses in a header of Tandem's own, with a secret 
 
 from __future__ import annotations
 
+import functools
 import hmac
 import ipaddress
 
@@ -31,6 +32,7 @@ def client_address(scope: Scope) -> str | None:
     return _address(str(peer[0])) or str(peer[0])[:64] if peer else None
 
 
+@functools.lru_cache(maxsize=4096)
 def _address(text: str) -> str | None:
     """An address in its short form; None for any other text."""
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import re
-import uuid
 from collections.abc import Mapping
 
 from pydantic_core import from_json
@@ -140,7 +140,7 @@ def request_id(scope: Scope) -> str:
     if REQUEST_ID not in scope:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
         fits = bool(given) and VISIBLE.fullmatch(given[0]) is not None
-        scope[REQUEST_ID] = given[0] if fits else f"req_{uuid.uuid4().hex}"
+        scope[REQUEST_ID] = given[0] if fits else f"req_{random.getrandbits(128):032x}"
     return str(scope[REQUEST_ID])
 
 

@@ -239,7 +239,8 @@ class RelayedResponse(Response):
             self._copying.cancel()
 
     def _drop_body(self) -> None:
-        self._request, self._prepare = replace(self._request, body=b""), None
+        if self._request.body:
+            self._request, self._prepare = replace(self._request, body=b""), None
         if self._held is not None:
             self._held.release()
 

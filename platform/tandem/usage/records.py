@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from datetime import UTC, datetime
 from typing import NamedTuple, Self
@@ -22,7 +23,7 @@ class UsageLabels(NamedTuple):
 
     def to_header(self) -> str:
         """An ASCII header value."""
-        return json.dumps(self)
+        return _header(self)
 
     @classmethod
     def from_header(cls, value: bytes) -> Self | None:
@@ -32,6 +33,11 @@ class UsageLabels(NamedTuple):
             return cls(*map(str, fields)) if isinstance(fields, list) else None
         except (ValueError, TypeError):
             return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(labels: UsageLabels) -> str:
+    return json.dumps(labels)
 
 
 class UsageKey(NamedTuple):

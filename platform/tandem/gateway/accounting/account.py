@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tandem.api.fan_out import fan_out, prompts
 from tandem.auth.principal import Limits, Principal
 from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.engine.usage import TokenCounts
@@ -42,6 +42,12 @@ class Accounting:
         self.limiter = limiter
         self.usage = usage
         self._tenant_limits = tenant_limits
+        self._prefix = uuid.uuid4().hex
+        self._numbers = itertools.count()
+
+    def new_id(self) -> str:
+        """An id that no other reservation at any gateway has."""
+        return f"{self._prefix}-{next(self._numbers)}"
 
     async def start(self) -> None:
         """Start the limiter and the writer."""
@@ -87,7 +93,7 @@ class RequestAccount:
         """Reserve the request's tokens; ApiError 429 where a limit is met."""
         if not self._subjects:
             return
-        reservation = Reservation(uuid.uuid4().hex, self._subjects, sum(self._expected))
+        reservation = Reservation(self._accounting.new_id(), self._subjects, sum(self._expected))
         verdict = await self._accounting.limiter.admit(reservation)
         self.headers = quota_headers(verdict.requests, verdict.tokens, anthropic="/messages" in self.labels.route)
         if verdict.refusal is not None:
@@ -137,15 +143,19 @@ class RequestAccount:
         return ApiError(429, f"{text}. {advice}", code=code, headers=headers)
 
 
-def expected_tokens(route: EngineRoute, body: Mapping[str, Any], size: int, max_length: int | None) -> TokenCounts:
-    """Tokens to reserve for a request of `size` bytes: its prompt by its size, its answers by their limit."""
+def expected_tokens(
+    route: EngineRoute, body: Mapping[str, Any], size: int, sequences: int, max_length: int | None
+) -> TokenCounts:
+    """Tokens to reserve for a request of `size` bytes that starts so many sequences: its prompts by their size, its answers by
+    their limit.
+    """
     prompt = size // BYTES_PER_TOKEN
     length = next((int(body[key]) for key in LENGTH_FIELDS if isinstance(body.get(key), int)), ANSWER_TOKENS)
     if max_length is not None:
-        prompt, length = min(prompt, max_length * prompts(route.path, body)), min(length, max_length)
+        prompt, length = min(prompt, max_length * sequences), min(length, max_length)
     if route.task != GENERATE or route.light:
         return TokenCounts(prompt, 0)
-    return TokenCounts(prompt, max(0, length) * fan_out(route.path, body))
+    return TokenCounts(prompt, max(0, length) * sequences)
 
 
 def quota_headers(requests: Quota | None, tokens: Quota | None, *, anthropic: bool) -> dict[str, str]:

@@ -120,12 +120,13 @@ class OpenAIRoutes:
         drop_nulls(body)
         await turns.run(size, check_values, route.path, body, raw)
         await turns.run(size, check_content, body, raw, self._config.allow, self._config.media_hosts)
+        sequences = await turns.run(size, check_caps, route, body, self._config.caps, size)
         hints = take_scheduling_hints(
             body,
             request.headers,
             arrived,
             keep_priority=engine.requests.keeps_priority(config.engine_args),
-            sequences=await turns.run(size, check_caps, route, body, self._config.caps, size),
+            sequences=sequences,
             highest_priority=principal.limits.highest_priority,
             tenant=principal.tenant,
         )
@@ -135,7 +136,8 @@ class OpenAIRoutes:
         drop_kv_transfer(body)
         adapter = model.adapter.id if model.adapter else ""
         labels = UsageLabels(principal.key_id, principal.tenant, model.base.id, adapter, route.path)
-        account = self._accounting.open(principal, labels, expected_tokens(route, body, size, model.base.max_length))
+        expected = expected_tokens(route, body, size, sequences, model.base.max_length)
+        account = self._accounting.open(principal, labels, expected)
         engine_request = EngineRequest(
             path=route.path,
             body=await turns.run(size, to_json, body),
