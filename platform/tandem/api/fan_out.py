@@ -44,6 +44,8 @@ def width(path: str, body: Mapping[str, Any]) -> int:
 
 def whole(value: Any) -> int:
     """A whole number, also one that is given as text, as vLLM takes it; 0 for anything else."""
+    if value is None:
+        return 0
     if isinstance(value, int):
         return int(value)
     return int(float(value)) if is_integer(value) else 0
