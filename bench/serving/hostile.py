@@ -42,8 +42,21 @@ P99_BAR = 1.25
 """99th percentile of the gaps between tokens beside an attack, as a share of that without."""
 GROWTH_BAR_MB = 256.0
 """The gateway's growth in a round with an attack: `gateway.max_held_bytes` bounds bodies at so much."""
+START_S = 1.5
+"""Seconds from the start of the attackers' process to the measurement beside it."""
 ALL = "all at once"
-COLUMNS = ("attack", "attempts", "answers", "p50 ms", "p99 ms", "of quiet", "failed", "ejected", "gateway MB")
+COLUMNS = (
+    "attack",
+    "attempts",
+    "answers",
+    "p50 ms",
+    "p99 ms",
+    "of quiet",
+    "failed",
+    "ejected",
+    "gateway MB",
+    "gateway core",
+)
 
 
 class App(NamedTuple):
@@ -178,16 +191,19 @@ def measure(running: App, name: str, rounds: int, seconds: float) -> dict[str, A
 def half(running: App, name: str | None, seconds: float) -> dict[str, Any]:
     """Half a round: the honest streams, alone or beside an attack."""
     watch = Watch(running)
-    before_mb = watch.most_mb
+    before_mb, before_s, began = watch.most_mb, cpu_s(running.gateway), time.monotonic()
     watch.start()
     attackers = None
     if name is not None:
         names = [*ATTACKS] if name == ALL else [name]
-        command = [sys.executable, "-m", "bench.serving.hostile_attacks", running.url, str(seconds), *names]
+        duration_s = seconds + START_S
+        command = [sys.executable, "-m", "bench.serving.hostile_attacks", running.url, str(duration_s), *names]
         attackers = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        time.sleep(0.5)
+        # Its start takes a whole core.
+        time.sleep(START_S)
     seen = uvloop.run(honest(running, seconds))
     watch.end()
+    seen["gateway_core"] = (cpu_s(running.gateway) - before_s) / (time.monotonic() - began)
     if attackers is not None:
         seen["attackers"] = json.loads(attackers.communicate(timeout=120)[0])
         time.sleep(1.0)
@@ -259,6 +275,12 @@ def app() -> Iterator[App]:
             yield App(f"http://127.0.0.1:{port}", gateway)
 
 
+def cpu_s(process: psutil.Process) -> float:
+    """Seconds of a core that a process has had."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
 def called(process: psutil.Process) -> str:
     """What a process calls itself."""
     with contextlib.suppress(psutil.Error):
@@ -308,6 +330,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         str(sum(each["failed"] for each in (*quiet, *attacked))),
         str(max(each["ejected"] for each in attacked)),
         f"{max(each['gateway_mb'] for each in attacked):.0f} (+{max(each['growth_mb'] for each in attacked):.0f})",
+        " -> ".join(f"{statistics.median(each['gateway_core'] for each in half):.2f}" for half in (quiet, attacked)),
     ]
 
 

@@ -109,7 +109,7 @@ EMPTY_OBJECTS = b'{"model":"bench","prompt":[' + b"{}," * (2 * MIB // 3 - 20) + 
 """A body of 2 MiB that takes a parser a second and 60 MB."""
 DEEP = b'{"model":"bench","prompt":' + b"[" * 900_000 + b"]" * 900_000 + b"}"
 LARGE = completion(user="x" * (2 * MIB - 200), max_tokens=1)
-GZIP = gzip.compress(b"0" * (64 * MIB))
+GZIP = gzip.compress(b"0" * (16 * MIB))
 SMUGGLED = (
     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 3\r\n"
     b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
