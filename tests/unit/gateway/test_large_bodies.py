@@ -10,7 +10,7 @@ from pathlib import Path
 from overload_world import ROUTE, Listening, overload_world
 
 from tandem.api.bounded_json import size_steps
-from tandem.gateway.large_bodies import LARGE_BYTES, LargeBodies
+from tandem.gateway.large_bodies import LARGE_BYTES, TURN_BYTES, LargeBodies
 
 LARGE = LARGE_BYTES + 1
 
@@ -34,6 +34,21 @@ async def test_large_bodies_are_worked_on_one_at_a_time_and_small_ones_at_once()
     assert order == ["a begins", "a ends", "small begins", "small ends"]
     assert [await each for each in asked] == ["a", "b", "c"]
     assert order[4:] == ["b begins", "b ends", "c begins", "c ends"]
+
+
+async def test_bodies_of_middle_size_are_worked_on_one_in_a_round_of_the_loop() -> None:
+    turns, rounds, now = LargeBodies(), list[int](), 0
+
+    async def count() -> None:
+        nonlocal now
+        while len(rounds) < 3:
+            now += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    await asyncio.gather(*(turns.run(TURN_BYTES + 1, lambda: rounds.append(now)) for _ in range(3)))
+    await counting
+    assert len(set(rounds)) == 3
 
 
 async def test_other_tasks_run_between_the_steps_of_a_large_body_and_not_of_a_small_one() -> None:
