@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from commands import tandem
 
 from tandem.cluster.ports import free_ports
 from tandem.config import TlsConfig
+
+
+def trusting(certificate: str) -> ssl.SSLContext:
+    """For a client that trusts a certificate that signs itself."""
+    return ssl.create_default_context(cafile=certificate)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def url(home: Path, folder: Path, pair: TlsConfig, key: str) -> Iterator[str]:
 
 
 def test_clients_reach_the_app_by_https_alone(url: str, key: str, pair: TlsConfig, home: Path) -> None:
-    with httpx.Client(verify=pair.certificate) as http:
+    with httpx.Client(verify=trusting(pair.certificate)) as http:
         client = openai.OpenAI(base_url=url, api_key=key, http_client=http)
         assert [model.id for model in client.models.list()] == ["echo"]
     done = subprocess.run(
@@ -80,7 +86,7 @@ def test_the_audit_log_has_the_address_of_the_client_and_not_what_it_says(
     url: str, key: str, pair: TlsConfig, home: Path
 ) -> None:
     headers = {"x-api-key": "tdm-wrong", "x-forwarded-for": "203.0.113.9", "x-tandem-client": "guess 203.0.113.9"}
-    with httpx.Client(verify=pair.certificate, base_url=url) as http:
+    with httpx.Client(verify=trusting(pair.certificate), base_url=url) as http:
         assert http.get("/models", headers=headers).status_code == 401
         deadline = time.monotonic() + 20
         while True:
@@ -95,7 +101,7 @@ def test_the_audit_log_has_the_address_of_the_client_and_not_what_it_says(
         f"{url.removesuffix('/v1')}/admin/keys",
         json={"name": "second"},
         headers={"x-api-key": key},
-        verify=pair.certificate,
+        verify=trusting(pair.certificate),
     )
     assert made.status_code == 201
     (entry,) = [e for e in json.loads(tandem("audit", "--json", home=home).stdout) if e["target"] == made.json()["id"]]
@@ -108,7 +114,7 @@ def test_a_renewed_certificate_is_served_while_a_stream_goes_on(
     old = folder / "old.crt"
     old.write_bytes(Path(pair.certificate).read_bytes())
     body = {"model": "echo", "prompt": "word " * 150, "max_tokens": 150, "stream": True}
-    with httpx.Client(verify=str(old), base_url=url, timeout=120, headers={"x-api-key": key}) as http:
+    with httpx.Client(verify=trusting(str(old)), base_url=url, timeout=120, headers={"x-api-key": key}) as http:
         with http.stream("POST", "/completions", json=body) as answer:
             assert answer.status_code == 200
             lines = answer.iter_lines()
@@ -119,7 +125,9 @@ def test_a_renewed_certificate_is_served_while_a_stream_goes_on(
             deadline = time.monotonic() + 12
             while True:
                 try:
-                    httpx.get(f"{url}/models", headers={"x-api-key": key}, verify=pair.certificate).raise_for_status()
+                    httpx.get(
+                        f"{url}/models", headers={"x-api-key": key}, verify=trusting(pair.certificate)
+                    ).raise_for_status()
                     break
                 except httpx.ConnectError:
                     assert time.monotonic() < deadline
