@@ -8,8 +8,9 @@ and gateways send `PING` and get a `Push` at each change, at least every second.
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
@@ -25,6 +26,8 @@ LONGEST_REPORT = 4 * 2**20
 """Bytes of a frame to the directory: a record with some ten thousand adapters."""
 LONGEST_PUSH = 256 * 2**20
 """Bytes of a frame to a gateway: a snapshot of some hundred thousand replicas."""
+LONGEST_ID = 256
+"""Bytes within which the id of a change ends."""
 LEAVE, PING = b'"leave"', b'"ping"'
 UNREACHABLE_S = 6
 """Seconds after which a connection whose other side's machine acknowledges nothing has ended."""
@@ -65,6 +68,7 @@ class Push:
 
 _HELLO = TypeAdapter(Hello)
 _CHANGE = TypeAdapter(ReplicaChange)
+_CHANGES = TypeAdapter(list[ReplicaChange])
 _REPLY = TypeAdapter(HeartbeatReply)
 _PUSH = TypeAdapter(Push)
 
@@ -87,6 +91,26 @@ def encode_change(change: ReplicaChange) -> bytes:
 def decode_change(content: bytes) -> ReplicaChange:
     """The change; ValueError if it is none."""
     return _CHANGE.validate_json(content)
+
+
+def has_record(content: bytes) -> bool:
+    """Whether an encoded change holds a whole record, which it names before anything that a replica can choose but its id."""
+    return b'","record":{' in content[:LONGEST_ID]
+
+
+def decode_changes(contents: Sequence[bytes]) -> list[ReplicaChange | None]:
+    """The changes in several frames, which is faster than one by one; None for a frame that holds none."""
+    with contextlib.suppress(ValueError):
+        found = _CHANGES.validate_json(b"[" + b",".join(contents) + b"]")
+        if len(found) == len(contents):
+            return list(found)
+    return [_change_or_none(content) for content in contents]
+
+
+def _change_or_none(content: bytes) -> ReplicaChange | None:
+    with contextlib.suppress(ValueError):
+        return decode_change(content)
+    return None
 
 
 def encode_reply(reply: HeartbeatReply) -> bytes:
@@ -127,8 +151,16 @@ class FrameReader:
     """Longest frame in bytes."""
     _buffer: bytearray = field(default_factory=bytearray)
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes) -> Iterable[bytes]:
         """The contents of the frames that are whole now; ProtocolError for one that is too long."""
+        # Nearly always exactly one frame arrives: it needs no buffer.
+        if not self._buffer and len(data) >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(data)
+            if LENGTH.size + length == len(data) and length <= self.limit:
+                return (data[LENGTH.size :],)
+        return self._split(data)
+
+    def _split(self, data: bytes) -> Iterator[bytes]:
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= LENGTH.size:

@@ -13,7 +13,7 @@ import pytest
 from small_folders import small_adapter, small_model
 
 from tandem.registry import Registry
-from tandem.routing.changes import Changes
+from tandem.routing.changes import Changes, ReplicaChange
 from tandem.routing.fleet_view import FleetView
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, Snapshot
 from tandem.serve import directory_link, directory_protocol
@@ -172,6 +172,17 @@ async def test_a_frame_that_is_no_report_ends_its_connection_only(world: World) 
     await until(watcher, view, lambda: view.records == {"a": state["now"]})
 
 
+def test_reports_are_decoded_together_and_one_that_cannot_be_read_leaves_the_others() -> None:
+    good = [directory_protocol.encode_change(ReplicaChange(id=name)) for name in "ab"]
+    assert directory_protocol.decode_changes(good) == [ReplicaChange(id="a"), ReplicaChange(id="b")]
+    assert directory_protocol.decode_changes([]) == []
+    # One frame must not pass for two.
+    double = good[0] + b"," + good[1]
+    for bad in (b'{"id": 5}', b"{", double):
+        found = directory_protocol.decode_changes([good[0], bad, good[1]])
+        assert found == [ReplicaChange(id="a"), None, ReplicaChange(id="b")]
+
+
 def test_frames_are_found_in_whatever_pieces_they_arrive_and_long_ones_refused() -> None:
     sent = frame(b"one") + frame(b"") + frame(b"three")
     for size in (1, 2, 5, len(sent)):
@@ -318,3 +329,10 @@ async def test_a_gateway_that_does_not_read_gets_what_it_missed_at_once(world: W
         while view.records.get("a") != state["now"]:
             view.apply(directory_protocol.decode_update(await slow.read()))
     slow.close()
+
+
+def test_a_change_that_holds_a_whole_record_is_known_before_it_is_decoded() -> None:
+    whole = ReplicaChange(id="a", record=replace(A, adapters=('","record":{',)))
+    load = ReplicaChange(id="a", adapter_loads=1)
+    found = [directory_protocol.has_record(directory_protocol.encode_change(each)) for each in (whole, load)]
+    assert found == [True, False]
