@@ -43,8 +43,8 @@ from bench.routing import router_trace
 from bench.routing.router_trace import BLOCK, Call, Shape
 from tandem.config import RouterConfig, ServedModelConfig
 from tandem.engine.protocol import AdapterRef
-from tandem.gateway.catalog import ResolvedModel
-from tandem.gateway.request_hints import read_routing_request
+from tandem.gateway.models.catalog import ResolvedModel
+from tandem.gateway.requests.request_hints import read_routing_request
 from tandem.routing.policies import POLICIES
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.routing.request import PREFIX_LENGTHS, RoutingRequest

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.serving.directory_peer import SnapshotGateway, SnapshotReporter
-from tandem.gateway.fleet import Fleet
+from tandem.gateway.replicas.fleet import Fleet
 from tandem.routing.changes import Update
 from tandem.routing.records import ReplicaRecord, Snapshot
 from tandem.routing.router import Router

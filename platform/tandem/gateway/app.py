@@ -21,13 +21,14 @@ from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
-from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected
-from tandem.gateway.fleet import Fleet, WatchReplicas
-from tandem.gateway.identity import Identity
+from tandem.gateway.identity.parts import Identity
 from tandem.gateway.latency import RecordLatency, ignore_latency
+from tandem.gateway.models.catalog import Catalog
 from tandem.gateway.relay import Relay
-from tandem.gateway.replica_probe import ReplicaProbe
+from tandem.gateway.replicas.fleet import Fleet, WatchReplicas
+from tandem.gateway.replicas.replica_probe import ReplicaProbe
+from tandem.gateway.replicas.upstream import Upstream
 from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
@@ -35,7 +36,6 @@ from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
 from tandem.gateway.routes.usage import UsageRoutes
-from tandem.gateway.upstream import Upstream
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel

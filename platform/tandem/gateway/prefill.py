@@ -18,7 +18,7 @@ from pydantic_core import from_json, to_json
 from tandem.gateway.errors import ApiError
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.relay import MAX_BEGUN, Relay, RetryBudget
-from tandem.gateway.upstream import EngineRequest
+from tandem.gateway.replicas.upstream import EngineRequest
 
 ROUTES = ("/v1/completions", "/v1/chat/completions")
 """Routes that generate and whose requests can carry `kv_transfer_params`."""

@@ -25,11 +25,11 @@ from tandem.gateway.accounting.account import RequestAccount
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.dialect import rewrite_errors
 from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica, quarantined, request_id
-from tandem.gateway.fleet import Fleet
-from tandem.gateway.held_bytes import HeldBody, HeldBytes
 from tandem.gateway.latency import HEADER, RecordLatency, header, ignore_latency
-from tandem.gateway.quarantine import Quarantine
-from tandem.gateway.upstream import Attempt, EngineRequest, Upstream
+from tandem.gateway.replicas.fleet import Fleet
+from tandem.gateway.replicas.upstream import Attempt, EngineRequest, Upstream
+from tandem.gateway.requests.held_bytes import HeldBody, HeldBytes
+from tandem.gateway.requests.quarantine import Quarantine
 from tandem.routing.records import ReplicaRecord
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"

@@ -198,7 +198,7 @@ class ReplicaReporter:
 
 
 class DirectoryWatcher:
-    """Updates of the directory for one gateway (`gateway.fleet.WatchReplicas`)."""
+    """Updates of the directory for one gateway (`gateway.replicas.fleet.WatchReplicas`)."""
 
     def __init__(self, locate: Locate) -> None:
         self._locate = locate

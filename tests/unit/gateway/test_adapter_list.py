@@ -11,9 +11,9 @@ from gateway_world import world as world
 from small_folders import small_adapter, small_model
 
 from tandem.errors import RegistryUnreachableError, UnknownModelError
-from tandem.gateway import adapter_list
-from tandem.gateway.adapter_list import AdapterList
-from tandem.gateway.registry_reads import RegistryReads
+from tandem.gateway.models import adapter_list
+from tandem.gateway.models.adapter_list import AdapterList
+from tandem.gateway.models.registry_reads import RegistryReads
 from tandem.registry import Registry
 
 

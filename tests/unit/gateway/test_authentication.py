@@ -14,9 +14,9 @@ from starlette.routing import Mount, Route
 
 from tandem.auth import KeyStore, NewKey, Principal, Role
 from tandem.config import ServedModelConfig
-from tandem.gateway.authentication import PUBLIC, Authentication
-from tandem.gateway.catalog import Catalog
 from tandem.gateway.errors import ApiError
+from tandem.gateway.identity.authentication import PUBLIC, Authentication
+from tandem.gateway.models.catalog import Catalog
 from tandem.routing.records import ServedModel
 
 __all__ = ["world"]

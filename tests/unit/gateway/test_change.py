@@ -21,12 +21,12 @@ from tandem.gateway.admission.control import Admission
 from tandem.gateway.admission.demand import DemandReport
 from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.app import create_app
-from tandem.gateway.catalog import Catalog, ResolvedModel
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, no_replica
-from tandem.gateway.fleet import Fleet
-from tandem.gateway.request_hints import read_routing_request
-from tandem.gateway.upstream import EngineRequest
+from tandem.gateway.models.catalog import Catalog, ResolvedModel
+from tandem.gateway.replicas.fleet import Fleet
+from tandem.gateway.replicas.upstream import EngineRequest
+from tandem.gateway.requests.request_hints import read_routing_request
 from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.routing.request import RoutingRequest

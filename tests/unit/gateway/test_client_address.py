@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tandem.gateway.client_address import PROXY_SECRET, client_address
+from tandem.gateway.identity.client_address import PROXY_SECRET, client_address
 
 
 def scope(peer: str | None, secret: str | None, *headers: tuple[bytes, bytes]) -> dict[str, Any]:

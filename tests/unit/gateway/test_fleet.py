@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.gateway.fleet import Fleet
+from tandem.gateway.replicas.fleet import Fleet
 from tandem.routing.records import ReplicaRecord, Snapshot
 from tandem.routing.request import RoutingRequest
 

@@ -16,7 +16,7 @@ from overload_world import ROUTE, Listening, World, overload_world
 from tandem.config import GatewayConfig
 from tandem.errors import ConfigError
 from tandem.gateway.errors import ApiError
-from tandem.gateway.held_bytes import STALLED_S, HeldBytes
+from tandem.gateway.requests.held_bytes import STALLED_S, HeldBytes
 from tandem.routing.records import ReplicaRecord
 
 MIB = 2**20

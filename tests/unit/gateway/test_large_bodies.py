@@ -10,7 +10,7 @@ from pathlib import Path
 from overload_world import ROUTE, Listening, overload_world
 
 from tandem.api.bounded_json import size_steps
-from tandem.gateway.large_bodies import LARGE_BYTES, TURN_BYTES, LargeBodies
+from tandem.gateway.requests.large_bodies import LARGE_BYTES, TURN_BYTES, LargeBodies
 
 LARGE = LARGE_BYTES + 1
 

@@ -12,8 +12,8 @@ from overload_world import ROUTE, Listening, Mortal, World, overload_world
 
 from tandem.auth import KeyStore
 from tandem.config import GatewayConfig
-from tandem.gateway import quarantine as module
-from tandem.gateway.quarantine import Quarantine, body_digest
+from tandem.gateway.requests import quarantine as module
+from tandem.gateway.requests.quarantine import Quarantine, body_digest
 from tandem.registry import Registry
 
 

@@ -7,7 +7,7 @@ import socket
 from gateway_world import BODY, World, echo
 from gateway_world import world as world
 
-from tandem.gateway import fleet, upstream
+from tandem.gateway.replicas import fleet, upstream
 
 
 async def test_a_gateway_that_has_lost_its_directory_is_not_ready_and_still_answers(world: World) -> None:

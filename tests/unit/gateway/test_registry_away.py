@@ -11,7 +11,7 @@ import pytest
 from gateway_world import BODY, World, echo
 from gateway_world import world as world
 
-from tandem.gateway import catalog, registry_reads
+from tandem.gateway.models import catalog, registry_reads
 
 ADMIN = {"Authorization": "Bearer secret"}
 RED = BODY | {"model": "red"}

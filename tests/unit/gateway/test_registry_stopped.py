@@ -15,7 +15,7 @@ from gateway_world import BODY, World, echo
 from gateway_world import world as world
 from postgresql import Server
 
-from tandem.gateway.registry_reads import RegistryReads
+from tandem.gateway.models.registry_reads import RegistryReads
 from tandem.registry import Registry, upgrade
 
 RED = BODY | {"model": "red"}

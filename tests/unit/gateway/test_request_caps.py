@@ -16,7 +16,7 @@ from tandem.config.load import from_dict
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.errors import ConfigError
 from tandem.gateway.errors import ApiError
-from tandem.gateway.request_caps import check_caps
+from tandem.gateway.requests.request_caps import check_caps
 
 ROUTES = {route.path: route for route in ENGINE_ROUTES}
 CHAT = "/v1/chat/completions"

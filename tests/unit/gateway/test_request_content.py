@@ -13,7 +13,7 @@ from tandem.config import GatewayConfig
 from tandem.config.serving.app import GUARDED_FIELDS
 from tandem.errors import ConfigError
 from tandem.gateway.errors import ApiError
-from tandem.gateway.request_content import check_content, is_allowed
+from tandem.gateway.requests.request_content import check_content, is_allowed
 
 CHAT = "/v1/chat/completions"
 DATA = "data:image/png;base64,iVBORw0KGgo="

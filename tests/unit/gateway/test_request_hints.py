@@ -12,8 +12,8 @@ from pydantic_core import from_json
 
 from tandem.config import ServedModelConfig
 from tandem.engine.protocol import AdapterRef
-from tandem.gateway.catalog import ResolvedModel
-from tandem.gateway.request_hints import MAX_TEXT_PARTS, read_routing_request
+from tandem.gateway.models.catalog import ResolvedModel
+from tandem.gateway.requests.request_hints import MAX_TEXT_PARTS, read_routing_request
 from tandem.routing.records import ServedModel
 from tandem.routing.request import MAX_HASHED_BYTES, PREFIX_LENGTHS, RoutingRequest, hash_prefixes
 

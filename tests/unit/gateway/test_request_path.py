@@ -17,8 +17,8 @@ ROW = re.compile(r"^\| (\d+) \| `([\w.]+)` \|[^|]*\|([^|]*)\|$", re.MULTILINE)
 MAX_MODULES = 18
 AUTHENTICATION = {
     "gateway.accounting.access_log",
-    "gateway.authentication",
-    "gateway.client_address",
+    "gateway.identity.authentication",
+    "gateway.identity.client_address",
     "auth.credentials",
     "auth.key_table",
     "auth.keys",
@@ -78,9 +78,9 @@ async def test_a_request_for_an_adapter_passes_the_listed_modules_only(world: Wo
     # What runs in this thread, in the order in which it was first entered.
     assert [name for name in entered if name in path] == [name for name in path if name in entered]
     assert {
-        "gateway.catalog",
+        "gateway.models.catalog",
         "gateway.relay",
         "gateway.admission.queue",
         "routing.policies",
-        "gateway.upstream",
+        "gateway.replicas.upstream",
     } <= set(entered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tandem.gateway.relay import MAX_BEGUN, MAX_TRIED, RetryBudget
-from tandem.gateway.upstream import Attempt
+from tandem.gateway.replicas.upstream import Attempt
 from tandem.routing.records import ReplicaRecord
 
 REPLICA = ReplicaRecord(id="r", pool="base", url="http://a", token="t")

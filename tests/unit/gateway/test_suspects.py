@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.gateway import fleet as fleet_module
-from tandem.gateway import suspects as suspects_module
-from tandem.gateway.fleet import Fleet
-from tandem.gateway.suspects import FIRST_EJECTION_S, LONGEST_EJECTION_S, Suspects
+from tandem.gateway.replicas import fleet as fleet_module
+from tandem.gateway.replicas import suspects as suspects_module
+from tandem.gateway.replicas.fleet import Fleet
+from tandem.gateway.replicas.suspects import FIRST_EJECTION_S, LONGEST_EJECTION_S, Suspects
 from tandem.routing.changes import Changes, Load, ReplicaChange
 from tandem.routing.fleet_view import VersionMismatchError
 from tandem.routing.records import ReplicaRecord, Snapshot

@@ -19,8 +19,8 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tandem.gateway.client_address import client_address
 from tandem.gateway.errors import path_below, request_id
+from tandem.gateway.identity.client_address import client_address
 from tandem.private import make_private_folder
 
 ENTRY = "tandem.access"

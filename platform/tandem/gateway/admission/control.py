@@ -18,7 +18,7 @@ from typing import Protocol
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.queue import Outcome, Queue, SchedulingHints, Ticket
 from tandem.gateway.errors import ApiError, no_replica
-from tandem.gateway.fleet import Fleet
+from tandem.gateway.replicas.fleet import Fleet
 from tandem.routing.records import ReplicaRecord, ServedModel
 
 PREFETCH_SHARE = 0.25

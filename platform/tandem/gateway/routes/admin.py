@@ -27,8 +27,8 @@ from tandem.api.adapters import (
 )
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.adapter_sources import check_source
-from tandem.gateway.audit_writer import AuditWriter
-from tandem.gateway.fleet import Fleet
+from tandem.gateway.identity.audit_writer import AuditWriter
+from tandem.gateway.replicas.fleet import Fleet
 from tandem.gateway.routes.audit import Audited, without_credentials
 from tandem.gateway.routes.conditions import condition_of
 from tandem.gateway.routes.management import run_blocking

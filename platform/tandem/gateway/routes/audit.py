@@ -11,9 +11,9 @@ from fastapi import FastAPI, Query, Request
 
 from tandem.api.audit import AuditEntry, AuditPage
 from tandem.db.audit import Change
-from tandem.gateway.audit_writer import AuditWriter
-from tandem.gateway.authentication import principal_of
-from tandem.gateway.client_address import client_address
+from tandem.gateway.identity.audit_writer import AuditWriter
+from tandem.gateway.identity.authentication import principal_of
+from tandem.gateway.identity.client_address import client_address
 from tandem.gateway.routes.management import run_blocking
 
 T = TypeVar("T")

@@ -6,8 +6,8 @@ import hashlib
 
 from starlette.requests import Request
 
-from tandem.gateway.authentication import principal_of
 from tandem.gateway.errors import ApiError, path_below
+from tandem.gateway.identity.authentication import principal_of
 from tandem.registry.conditions import Condition
 
 LONGEST_KEY = 255

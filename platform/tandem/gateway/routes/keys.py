@@ -13,9 +13,9 @@ from fastapi import FastAPI, Query, Request, Response
 from tandem.api.keys import CreatedKey, Key, KeyCreation, KeyList, KeyRotation
 from tandem.auth import ApiKey, KeyStore, Limits, NewKey, Role
 from tandem.auth.model_names import unregistered
-from tandem.gateway.authentication import principal_of
-from tandem.gateway.client_address import client_address
 from tandem.gateway.errors import ApiError
+from tandem.gateway.identity.authentication import principal_of
+from tandem.gateway.identity.client_address import client_address
 from tandem.gateway.routes.management import run_blocking
 from tandem.registry import Registry
 

@@ -33,9 +33,9 @@ from tandem.errors import (
     did_you_mean,
     sentence,
 )
-from tandem.gateway.authentication import check_admin, principal_of
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected, no_registry
-from tandem.gateway.request_body import parse_body, read_body
+from tandem.gateway.identity.authentication import check_admin, principal_of
+from tandem.gateway.requests.request_body import parse_body, read_body
 
 T = TypeVar("T")
 

@@ -20,23 +20,23 @@ from tandem.engine.descriptor import EngineDescriptor, UnsupportedRequestError
 from tandem.engine.routes import ENGINE_ROUTES, EngineRoute
 from tandem.errors import sentence
 from tandem.gateway.accounting.account import Accounting, expected_tokens
-from tandem.gateway.authentication import PRINCIPAL, principal_of
-from tandem.gateway.catalog import PAGE, Catalog
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, request_id
-from tandem.gateway.fleet import Fleet
-from tandem.gateway.held_bytes import HeldBody
-from tandem.gateway.large_bodies import LargeBodies
+from tandem.gateway.identity.authentication import PRINCIPAL, principal_of
 from tandem.gateway.latency import Stopwatch
+from tandem.gateway.models.catalog import PAGE, Catalog
 from tandem.gateway.prefill import with_prefill
-from tandem.gateway.quarantine import body_digest
 from tandem.gateway.relay import Relay, RelayedResponse
-from tandem.gateway.request_body import parse_in_turns, read_body
-from tandem.gateway.request_caps import check_caps
-from tandem.gateway.request_content import check_content
-from tandem.gateway.request_hints import read_routing_request, salt_cache, take_scheduling_hints
+from tandem.gateway.replicas.fleet import Fleet
+from tandem.gateway.replicas.upstream import EngineRequest
+from tandem.gateway.requests.held_bytes import HeldBody
+from tandem.gateway.requests.large_bodies import LargeBodies
+from tandem.gateway.requests.quarantine import body_digest
+from tandem.gateway.requests.request_body import parse_in_turns, read_body
+from tandem.gateway.requests.request_caps import check_caps
+from tandem.gateway.requests.request_content import check_content
+from tandem.gateway.requests.request_hints import read_routing_request, salt_cache, take_scheduling_hints
 from tandem.gateway.routes import responses
-from tandem.gateway.upstream import EngineRequest
 from tandem.usage import UsageLabels
 
 HEADERS_IN = ("traceparent", "tracestate")

@@ -12,8 +12,8 @@ from fastapi import FastAPI, Query, Request, Response
 from tandem.api.keys import KeyLimits
 from tandem.api.usage import Tenant, TenantList, UsagePage
 from tandem.auth import KeyStore, Limits
-from tandem.gateway.authentication import principal_of
-from tandem.gateway.client_address import client_address
+from tandem.gateway.identity.authentication import principal_of
+from tandem.gateway.identity.client_address import client_address
 from tandem.gateway.routes.management import run_blocking
 from tandem.usage import UsageStore
 from tandem.usage.store import COUNTS

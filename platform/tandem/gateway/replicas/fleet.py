@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
-from tandem.gateway.suspects import Suspects
+from tandem.gateway.replicas.suspects import Suspects
 from tandem.routing.changes import Update
 from tandem.routing.fleet_view import FleetView
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot

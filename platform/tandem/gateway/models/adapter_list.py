@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 
 from tandem.errors import RegistryUnreachableError
-from tandem.gateway.registry_reads import RegistryReads
+from tandem.gateway.models.registry_reads import RegistryReads
 from tandem.registry.records import AdapterSummary
 
 PAGE = 2000

@@ -21,8 +21,8 @@ from tandem.auth.keys import PREFIX
 from tandem.auth.refusals import Refusal, Refusals
 from tandem.db.audit import Change
 from tandem.errors import TandemError
-from tandem.gateway.client_address import client_address
 from tandem.gateway.errors import ApiError, path_below
+from tandem.gateway.identity.client_address import client_address
 
 FLUSH_S = 5.0
 STOP_S = 5.0

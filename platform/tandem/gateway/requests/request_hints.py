@@ -15,8 +15,8 @@ from typing import Any
 
 from tandem.config.serving.app import MAX_TIMEOUT_S
 from tandem.gateway.admission.queue import SchedulingHints
-from tandem.gateway.catalog import ResolvedModel
 from tandem.gateway.errors import ApiError
+from tandem.gateway.models.catalog import ResolvedModel
 from tandem.routing.request import MAX_HASHED_BYTES, RoutingRequest, hash_key, hash_prefixes
 
 SESSION_HEADER = "x-session-id"

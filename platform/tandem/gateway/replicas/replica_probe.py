@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 
-from tandem.gateway.fleet import Fleet
-from tandem.gateway.upstream import Upstream
+from tandem.gateway.replicas.fleet import Fleet
+from tandem.gateway.replicas.upstream import Upstream
 from tandem.routing.records import ReplicaRecord
 
 

@@ -23,10 +23,10 @@ from pydantic_core import from_json, to_json
 from tandem.cluster.keepalive import keep_alive
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.queue import SchedulingHints
-from tandem.gateway.catalog import ResolvedModel
 from tandem.gateway.dialect import Dialect
 from tandem.gateway.errors import too_slow, unreadable
 from tandem.gateway.latency import Stopwatch
+from tandem.gateway.models.catalog import ResolvedModel
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 from tandem.routing.request import RoutingRequest
 from tandem.usage.records import UsageLabels

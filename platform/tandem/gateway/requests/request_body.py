@@ -11,8 +11,8 @@ from starlette.requests import Request
 
 from tandem.api.bounded_json import InvalidJsonError, TooManyValuesError, parse_object, size_steps
 from tandem.gateway.errors import ApiError
-from tandem.gateway.held_bytes import HeldBody
-from tandem.gateway.large_bodies import LargeBodies
+from tandem.gateway.requests.held_bytes import HeldBody
+from tandem.gateway.requests.large_bodies import LargeBodies
 
 SHOWN = 40
 """Characters of a header that an error shows."""

@@ -16,9 +16,9 @@ from tandem.auth.key_table import KeyTable
 from tandem.auth.oidc import KeysUnavailableError, TokenError, Tokens, is_token
 from tandem.auth.principal import ANONYMOUS, Principal, Role
 from tandem.gateway.accounting.access_log import note
-from tandem.gateway.client_address import PROXY_SECRET
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, path_below
+from tandem.gateway.identity.client_address import PROXY_SECRET
 from tandem.ids import fingerprint
 from tandem.serve.listen import is_loopback
 

@@ -15,9 +15,9 @@ from tandem.engine.descriptor import EngineDescriptor
 from tandem.engine.engines import ENGINES
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import RegistryUnreachableError, UnknownModelError, UnknownVersionError, did_you_mean
-from tandem.gateway.adapter_list import AdapterList
 from tandem.gateway.errors import ApiError, no_registry, unknown_model
-from tandem.gateway.registry_reads import RegistryReads
+from tandem.gateway.models.adapter_list import AdapterList
+from tandem.gateway.models.registry_reads import RegistryReads
 from tandem.ids import split_version
 from tandem.registry import ModelRecord, Registry
 from tandem.routing.records import ServedModel, prefill_pool

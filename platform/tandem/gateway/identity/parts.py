@@ -11,8 +11,8 @@ from tandem.auth.audit_log import AuditLog
 from tandem.auth.key_table import KeyTable
 from tandem.auth.oidc import Provider, Tokens
 from tandem.config.serving.oidc import OidcConfig
-from tandem.gateway.audit_writer import AuditWriter
-from tandem.gateway.authentication import Authentication
+from tandem.gateway.identity.audit_writer import AuditWriter
+from tandem.gateway.identity.authentication import Authentication
 from tandem.registry import RegistryAddress
 
 

@@ -1,0 +1,1 @@
+"""Identity of requests: keys, tokens, addresses of clients, refused credentials."""

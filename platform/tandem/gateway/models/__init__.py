@@ -1,0 +1,1 @@
+"""Names of models: the catalog, and the registry behind it."""

@@ -1,0 +1,1 @@
+"""Replicas as a gateway sees them: the fleet, suspects, connections."""

@@ -1,0 +1,1 @@
+"""Requests: their bodies, caps, contents and hints, and what a gateway remembers of them."""
