@@ -67,7 +67,7 @@ tls="{tls}"
 new="$tls/candidate-$$.pem"
 take_up() {{
   {{ IFS= read -r certificate; IFS= read -r key; }} < "$tls/{files}" || return 1
-  ( umask 077; {{ cat "$certificate"; echo; cat "$key"; }} > "$new" ) 2>/dev/null || return 1
+  if ! ( umask 077; {{ cat "$certificate" && echo && cat "$key"; }} > "$new" ) 2>/dev/null; then rm -f "$new"; return 1; fi
   if ! cmp -s "$new" "$tls/{copy}" && [ "$(cksum < "$new")" != "$refused" ]; then
     sed "s#CANDIDATE#$new#" "$tls/check.cfg" > "$new.cfg"
     if "{binary}" -c -f "$new.cfg" >/dev/null 2>&1; then mv -f "$new" "$tls/{copy}"; else refused=$(cksum < "$new"); fi

@@ -196,7 +196,10 @@ async def test_a_new_haproxy_has_the_renewed_files_and_goes_on_looking(
         os.unlink(live.key)
         listener.reload()
         await listener.until_subject("fourth")
-        assert sorted(path.name for path in (listener.folder / "tls").glob("candidate*")) == []
+        # Of a pair that is being looked at there is a copy for a moment, and none is left.
+        async with asyncio.timeout(20):
+            while list((listener.folder / "tls").glob("candidate*")):
+                await asyncio.sleep(0.05)
 
 
 async def test_without_usable_files_haproxy_does_not_start_in_clear(tmp_path: Path, backend: int) -> None:
