@@ -11,7 +11,7 @@ from gateway_world import world as world
 from small_folders import small_adapter, small_model
 
 from tandem.errors import RegistryUnreachableError, UnknownModelError
-from tandem.gateway.models import adapter_list
+from tandem.gateway.models import adapter_list, registry_reads
 from tandem.gateway.models.adapter_list import AdapterList
 from tandem.gateway.models.registry_reads import RegistryReads
 from tandem.registry import Registry
@@ -30,6 +30,12 @@ class Counting(Registry):
     def summaries(self, *args: object, **options: object) -> list[object]:  # type: ignore[override]
         self.pages += 1
         return super().summaries(*args, **options)  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no registry that is away."""
+    monkeypatch.setattr(registry_reads, "REVISION_S", 10.0)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ NEAR = 100
 
 Sees = Callable[[str | None], bool]
 """Whether names of a tenant exist for whoever asks."""
+ALL: Sees = lambda tenant: True  # noqa: E731
 
 
 class AdapterList:
@@ -54,7 +55,7 @@ class AdapterList:
         self._refreshing: asyncio.Task[None] | None = None
         self._not_before = 0.0
 
-    async def page(self, after: str | None, limit: int, sees: Sees) -> tuple[list[AdapterSummary], bool]:
+    async def page(self, after: str | None, limit: int, sees: Sees = ALL) -> tuple[list[AdapterSummary], bool]:
         """At most `limit` adapters of the tenants that `sees` admits, after the name `after`, and whether there are more.
 
         RegistryUnreachableError if the registry does not answer and has never been read.
@@ -65,7 +66,7 @@ class AdapterList:
         found = list(itertools.islice(visible, limit + 1))
         return found[:limit], len(found) > limit
 
-    def near(self, name: str, sees: Sees) -> list[str]:
+    def near(self, name: str, sees: Sees = ALL) -> list[str]:
         """Names around where `name` would stand, of the tenants that `sees` admits."""
         at = bisect.bisect_left(self._names, name)
         return [each.name for each in self._adapters[max(0, at - NEAR) : at + NEAR] if sees(each.tenant)]

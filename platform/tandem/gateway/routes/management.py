@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -44,8 +45,6 @@ MAX_BODY_BYTES = 64 * 1024
 UPLOAD_TIMEOUT_S = 30.0
 WORK_TIMEOUT_S = 120.0
 """Seconds that a change may take: registering fetches an adapter from its store."""
-SHOWN = 200
-"""Characters of a wrong value that an error shows."""
 TYPES = {"string_type": "str", "bool_type": "bool", "int_type": "int"}
 """Expected type by pydantic's kind of error."""
 
@@ -156,7 +155,7 @@ def invalid(problem: dict[str, Any], model: Any) -> ApiError:
     """The answer to one of pydantic's problems; `model` is the class of the body."""
     fields = getattr(model, "model_fields", {})
     param = ".".join(str(part) for part in problem["loc"][1:])
-    kind, value = problem["type"], repr(problem.get("input"))[:SHOWN]
+    kind, value = problem["type"], _described(problem.get("input"))
     if kind == "extra_forbidden":
         message = f"{param!r} is not known here.{did_you_mean(param, fields)}"
     elif kind in ("missing", "string_too_short"):
@@ -168,3 +167,16 @@ def invalid(problem: dict[str, Any], model: Any) -> ApiError:
         said = str(problem["msg"])
         message = f"`{param}` is {value}: {said[:1].lower()}{said[1:]}"
     return ApiError(400, sentence(message), param=param)
+
+
+def _described(value: Any) -> str:
+    """A wrong value, for an error: numbers as they are, of all else the kind and the length."""
+    match value:
+        case None | bool() | int() | float():
+            return json.dumps(value)[:40]
+        case str():
+            return f"a text of {len(value)} characters"
+        case list():
+            return f"a list of {len(value)}"
+        case _:
+            return "an object"
