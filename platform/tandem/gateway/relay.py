@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
@@ -119,8 +120,8 @@ class Relay:
         """Close all connections."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        for probe in self._probes:
-            probe.cancel()
+        if self._probes:
+            await asyncio.wait(self._probes)
         await self.upstream.stop()
 
     async def first_answer(
@@ -159,9 +160,22 @@ class Relay:
 
     def note_failure(self, digest: bytes, replica: ReplicaRecord) -> None:
         """An answer failed in its middle: if that was the end of its replica, the body is remembered."""
-        task = asyncio.create_task(self._note_if_lost(digest, replica))
+        self._probe(self._note_if_lost(digest, replica))
+
+    def charge_if_lost(self, account: RequestAccount, replica: ReplicaRecord) -> None:
+        """An answer broke off: if its replica is gone, the request is charged what has arrived. A replica that lives has counted
+        what its engine has generated.
+        """
+        self._probe(self._charge_if_lost(account, replica))
+
+    def _probe(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._probes.add(task)
         task.add_done_callback(self._probes.discard)
+
+    async def _charge_if_lost(self, account: RequestAccount, replica: ReplicaRecord) -> None:
+        if await self.upstream.alive_status(replica) is None:
+            account.engine_lost()
 
     async def _note_if_lost(self, digest: bytes, replica: ReplicaRecord) -> None:
         if await self.upstream.alive_status(replica) != 200:
@@ -294,7 +308,7 @@ class RelayedResponse(Response):
                     self.sending_since = math.inf
                     chunk = await answer.content.readany()
             except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError) as error:
-                await self._charge_lost_engine(attempt)
+                self._relay.charge_if_lost(self._account, attempt.replica)
                 failed = isinstance(error, aiohttp.ClientError) and not isinstance(error, TimeoutError)
                 # Too late for a status. A stream can still end with an error event; other answers must look cut off.
                 if failed:
@@ -329,11 +343,6 @@ class RelayedResponse(Response):
             headers.append((b"content-length", str(answer.content_length).encode()))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         self._relay.record_latency(self._request.path, gateway_ms)
-
-    async def _charge_lost_engine(self, attempt: Attempt) -> None:
-        """Charge what has arrived of a broken answer, unless its replica lives: that counts what its engine has generated."""
-        if await self._relay.upstream.alive_status(attempt.replica) is None:
-            self._account.engine_lost()
 
     def _note(self, scope: Scope) -> None:
         """Add what is known of the request to its line in the access log."""
