@@ -5,12 +5,12 @@ A config, Serve's API and Ray's records then hold `env:HF_TOKEN` or `file:/run/s
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tandem.errors import ConfigError
+from tandem.settings import export, variable
 
 SENSITIVE = re.compile(r"(?:^|_)(?:api_?key|key|token|secret|password|passwd|credentials?)(?:_|$)", re.IGNORECASE)
 """Names of variables whose values are secrets."""
@@ -35,7 +35,7 @@ def resolve_references(env: Mapping[str, str], key: str = "models[].env") -> tup
     for name, value in env.items():
         kind, target = _target(value) or ("", "")
         if kind == "env":
-            resolved = os.environ.get(target)
+            resolved = variable(target)
             if not resolved:
                 raise ConfigError(
                     f"{key}.{name} is {value}, and {target} is not set on this node. Set it where the node is started."
@@ -46,7 +46,7 @@ def resolve_references(env: Mapping[str, str], key: str = "models[].env") -> tup
             if SENSITIVE.search(name):
                 hidden.append(value)
             continue
-        os.environ[name] = resolved
+        export({name: resolved}, override=True)
         hidden.append(resolved)
     return tuple(sorted({each for each in hidden if len(each) >= SHORTEST}, key=len, reverse=True))
 
