@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -25,6 +26,8 @@ from tandem.settings import settings
 
 CPUS = 8
 """Logical CPUs of a local cluster."""
+DASHBOARD_S = 15.0
+"""Seconds for which a dashboard that does not answer is asked again."""
 WILDCARDS = ("0.0.0.0", "::", "*")  # noqa: S104 - compared with, not bound to
 """Addresses that mean all of a machine's."""
 
@@ -116,10 +119,17 @@ def applications(cluster: Cluster) -> dict[str, Any]:
 
 
 def serve_details(cluster: Cluster) -> dict[str, Any]:
-    """What runs on a cluster, as Serve's own REST API tells it."""
+    """What runs on a cluster, as Serve's own REST API tells it; ClusterError if the dashboard does not answer."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-    return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
+    deadline = time.monotonic() + DASHBOARD_S
+    while True:
+        try:
+            return dict(ServeSubmissionClient(cluster.dashboard_url).get_serve_details())
+        except OSError as error:  # also those of `requests`: a dashboard that has just started closes connections
+            if time.monotonic() > deadline:
+                raise ClusterError(f"Ray's dashboard at {cluster.dashboard_url} does not answer: {error}.") from error
+            time.sleep(0.5)
 
 
 def check_not_served(details: dict[str, Any], config: ServeConfig, cluster: Cluster | None = None) -> None:
