@@ -18,7 +18,7 @@ from tandem.cluster.local import LocalCluster, authentication
 
 STARTED = time.monotonic()
 SHOWN_S = 5.0
-"""Files below are added up in the page of `--times`."""
+"""Seconds: files with less are added up in the page of `--times`."""
 # Ray reads its authentication mode when it is first imported, which a test module may do before a cluster starts.
 environment.export(authentication())
 # pytest-xdist sets these for its processes, and then every terminal of the tests would have 80 columns.
@@ -36,7 +36,7 @@ environment.export(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--times FILE`: where the time went, by test file, as a page."""
+    """`--times=FILE`: where the time went, by test file, as a page."""
     parser.addoption("--times", type=Path, help="write the seconds of each test file to this page")
 
 
@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = [f"| `{file}` | {spent:.0f} |" for file, spent in seconds.most_common() if spent >= SHOWN_S]
     rest = sum(spent for spent in seconds.values() if spent < SHOWN_S)
     path.write_text(
-        f'# Test times\n\nMade by `make test-all ARGS="--times {path}"` on {os.cpu_count()} cores: {counts} in {minutes}. '
+        f'# Test times\n\nMade by `make test-all ARGS=--times={path}` on {os.cpu_count()} cores: {counts} in {minutes}. '
         "Set-up counts for the file whose test needed it first; files run side by side where they share no servers.\n\n"
         f"| file | seconds |\n|---|---:|\n" + "\n".join([*rows, f"| all others | {rest:.0f} |"]) + "\n"
     )
@@ -73,17 +73,23 @@ INDEPENDENT = frozenset(
     )
 )  # fmt: skip
 """Integration tests that start all they need themselves. The others share a Ray cluster, an app and an engine."""
+SERVING = ("hub_models", "keys", "llm", "notebooks", "prefill", "rolling_change", "routing", "scale", "serve_", "usage")
+"""Beginnings of the names of those that serve; the rest trains or answers batches, on a cluster of its own."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 2`: integration tests that share servers in one process, the others and unit tests by file beside them."""
+    """For `pytest -n 3`: integration tests that share servers in one process for serving and one for training, the others and
+    unit tests by file beside them. Two cores are enough: most of the time the tests wait for processes to start and end.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "shared" if file.startswith("tests/integration/") and file not in INDEPENDENT else file
+            if not file.startswith("tests/integration/") or file in INDEPENDENT:
+                return file
+            return "serving" if file.removeprefix("tests/integration/test_").startswith(SERVING) else "training"
 
     return ByServers(config, log)
 
