@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = [f"| `{file}` | {spent:.0f} |" for file, spent in seconds.most_common() if spent >= SHOWN_S]
     rest = sum(spent for spent in seconds.values() if spent < SHOWN_S)
     path.write_text(
-        f'# Test times\n\nMade by `make test-all ARGS=--times={path}` on {os.cpu_count()} cores: {counts} in {minutes}. '
+        f"# Test times\n\nMade by `make test-all ARGS=--times={path}` on {os.cpu_count()} cores: {counts} in {minutes}. "
         "Set-up counts for the file whose test needed it first; files run side by side where they share no servers.\n\n"
         f"| file | seconds |\n|---|---:|\n" + "\n".join([*rows, f"| all others | {rest:.0f} |"]) + "\n"
     )
@@ -73,7 +73,7 @@ INDEPENDENT = frozenset(
     )
 )  # fmt: skip
 """Integration tests that start all they need themselves. The others share a Ray cluster, an app and an engine."""
-SERVING = ("hub_models", "keys", "llm", "notebooks", "prefill", "rolling_change", "routing", "scale", "serve_", "usage")
+SERVING = ("hub_models", "keys", "llm", "notebooks", "prefill", "rolling_change", "routing", "scale", "serve", "usage")
 """Beginnings of the names of those that serve; the rest trains or answers batches, on a cluster of its own."""
 
 
