@@ -44,8 +44,8 @@ $(READY): $(LOCKS) pyproject.toml Makefile
 quickstart: setup ## Train a small model on real text, fine-tune an adapter, serve both and ask them (ARGS=--exit ends it)
 	@$(BIN)/tandem quickstart $(ARGS)
 
-# Integration tests that share a cluster and engines run in two processes, all others beside them (tests/conftest.py).
-SIDE_BY_SIDE ?= -n 3 --dist loadscope --no-loadscope-reorder
+# Integration tests that share a cluster and engines run in one process, all others beside them (tests/conftest.py).
+SIDE_BY_SIDE ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 test: setup ## The tests that run before every change (under 20 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)

@@ -73,23 +73,17 @@ INDEPENDENT = frozenset(
     )
 )  # fmt: skip
 """Integration tests that start all they need themselves. The others share a Ray cluster, an app and an engine."""
-SERVING = ("hub_models", "keys", "llm", "notebooks", "prefill", "rolling_change", "routing", "scale", "serve", "usage")
-"""Beginnings of the names of those that serve; the rest trains or answers batches, on a cluster of its own."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 3`: integration tests that share servers in one process for serving and one for training, the others and
-    unit tests by file beside them. Two cores are enough: most of the time the tests wait for processes to start and end.
-    """
+    """For `pytest -n 2`: integration tests that share servers in one process, the others and unit tests by file beside them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByServers(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            if not file.startswith("tests/integration/") or file in INDEPENDENT:
-                return file
-            return "serving" if file.removeprefix("tests/integration/test_").startswith(SERVING) else "training"
+            return "shared" if file.startswith("tests/integration/") and file not in INDEPENDENT else file
 
     return ByServers(config, log)
 
