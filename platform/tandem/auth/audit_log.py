@@ -8,10 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from tandem.db.audit import Change, record_change
-from tandem.db.database import database_errors
 from tandem.db.schema import AuditRow
 from tandem.registry.connection import RegistryConnection
 
@@ -51,7 +49,7 @@ class AuditLog(RegistryConnection):
 
     def append(self, changes: Sequence[Change]) -> None:
         """Add entries in one transaction. It does not raise the registry's revision: no copy of anything is stale after it."""
-        with database_errors(self._engine.url), Session(self._engine) as session, session.begin():
+        with self._adding() as session:
             for change in changes:
                 record_change(session, change)
 

@@ -7,18 +7,17 @@ known keys stay valid; a key that was revoked meanwhile is refused once it answe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, TypeVar
 
 from tandem.auth.keys import LONGEST_SECRET, ChangedKey, Cursor, KeyStore, digest
 from tandem.auth.principal import UNLIMITED, Limits, Principal
+from tandem.registry.timed_calls import TimedCalls
+from tandem.tasks import stop
 
 POLL_S = 1.0
 """Seconds between two looks at the database: a change is seen by every gateway within twice that."""
@@ -27,7 +26,6 @@ PAGE_S = 3.0
 START_S = 10.0
 """Seconds that a new gateway waits for all keys before it takes requests, which it answers with 503 until it has them."""
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +41,7 @@ class KeyTable:
         self._revision = -1
         # Compared with where there is no key, so that an unknown secret takes as long as a known one.
         self._nobody = digest(secrets.token_urlsafe(32))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
+        self._calls = TimedCalls(store, "keys")
         self._polling: asyncio.Task[None] | None = None
         self.loaded = False
         """Whether all keys of the database have been read once."""
@@ -74,12 +72,8 @@ class KeyTable:
 
     async def stop(self) -> None:
         """Stop polling, and close the connection to the database."""
-        if self._polling is not None:
-            self._polling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._polling
-        self._thread.shutdown(wait=False)
-        self._store.close()
+        await stop(self._polling)
+        self._calls.close()
 
     async def _poll(self) -> None:
         while True:
@@ -94,7 +88,7 @@ class KeyTable:
     async def _refresh(self) -> None:
         """Read what has changed, page by page; all of it where the database is older than what was read (a backup)."""
         keys, cursor = self._keys, self._cursor
-        revision = await self._ask(self._store.revision)
+        revision = await self._calls.run(PAGE_S, self._store.revision)
         if revision < cursor.revision:
             log.warning(
                 "The database of API keys is at revision %d, after %d: all keys are read again.",
@@ -105,24 +99,13 @@ class KeyTable:
         elif revision == self._revision:
             return
         while True:
-            cursor, changed = await self._ask(self._store.changes, cursor)
+            cursor, changed = await self._calls.run(PAGE_S, self._store.changes, cursor)
             if not changed:
                 break
             keys.update((key.digest, key) for key in changed)
-        self._tenants = await self._ask(self._store.tenants)
+        self._tenants = await self._calls.run(PAGE_S, self._store.tenants)
         self._keys, self._cursor, self._revision = keys, cursor, revision
         self.has_keys = self.has_keys or bool(keys)
         limits = [key.principal.limits for key in keys.values() if key.principal is not None]
         self.has_budgets = any(each.tokens_per_day is not None for each in (*limits, *self._tenants.values()))
         self.loaded = True
-
-    async def _ask(self, work: Callable[..., T], *args: Any) -> T:
-        try:
-            async with asyncio.timeout(PAGE_S):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-        except TimeoutError:
-            # Its thread may hang for as long as the network does: the next look has a thread and a connection of its own.
-            self._thread.shutdown(wait=False)
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
-            self._store.close()
-            raise TimeoutError(f"the database did not answer within {PAGE_S:g} s") from None

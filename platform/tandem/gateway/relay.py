@@ -32,6 +32,7 @@ from tandem.gateway.replicas.upstream import Attempt, EngineRequest, Upstream
 from tandem.gateway.requests.held_bytes import HeldBody, HeldBytes
 from tandem.gateway.requests.quarantine import Quarantine
 from tandem.routing.records import ReplicaRecord
+from tandem.tasks import discard
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
 """Response headers: ids of the replica that answered and of the gateway that relayed."""
@@ -232,7 +233,7 @@ class RelayedResponse(Response):
             if copying.done():
                 copying.result()
             elif not disconnect.done():
-                await _cancelled(copying)
+                await discard(copying)
                 if copying.cancelled():
                     await self._send_deadline_error(scope, send)
                 else:  # it ended between the wait and the cancellation
@@ -241,7 +242,7 @@ class RelayedResponse(Response):
             # Also if Serve cancels this task: whatever ends this request closes the connection to the engine.
             self._relay.active.discard(self)
             disconnect.cancel()
-            await _cancelled(copying)
+            await discard(copying)
             self._account.close()
             self._note(scope)
             self._drop_body()
@@ -380,12 +381,6 @@ class RelayedResponse(Response):
             self.sending_since = math.inf
 
         return timed_send
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(BaseException):
-        await task
 
 
 async def _disconnected(receive: Receive) -> None:

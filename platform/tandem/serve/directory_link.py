@@ -14,6 +14,7 @@ from tandem.routing.changes import ReplicaChange, Update, difference, normalised
 from tandem.routing.records import HeartbeatReply, ReplicaRecord
 from tandem.serve import directory_protocol as protocol
 from tandem.serve.directory_state import HEARTBEAT_S
+from tandem.tasks import discard, stop
 
 Locate = Callable[[], Awaitable[protocol.DirectoryAddress]]
 """Returns where the directory listens now."""
@@ -132,10 +133,7 @@ class ReplicaReporter:
 
     async def leave(self) -> None:
         """Stop reporting, and have the replica removed."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await stop(self._task)
         # Without a connection the directory is told on a new one: a replica that does not leave would be lost.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(LEAVE_S), self._connected() as connection:
@@ -175,9 +173,7 @@ class ReplicaReporter:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S - MIN_REPORT_INTERVAL_S)
         finally:
-            reading.cancel()
-            with contextlib.suppress(BaseException):
-                await reading
+            await discard(reading)
 
     def _send(self, connection: Connection) -> None:
         record, told = normalised(self._record()), self._told

@@ -22,6 +22,7 @@ from tandem.routing.changes import ReplicaChange
 from tandem.routing.records import HeartbeatReply, base_of_pool
 from tandem.serve import directory_protocol as protocol
 from tandem.serve.directory_state import HEARTBEAT_S, DirectoryState, UnknownReplicaError, WaitingCounts
+from tandem.tasks import stop
 
 URGENT_INTERVAL_S = 0.1
 """Shortest time between two messages to a gateway, in seconds: replicas that join, leave or change their state."""
@@ -66,10 +67,7 @@ class DirectoryServer:
 
     async def stop(self) -> None:
         """Close all connections."""
-        if self._ticking is not None:
-            self._ticking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._ticking
+        await stop(self._ticking)
         if self._server is not None:
             self._server.close()
         for peer in list(self._peers):

@@ -10,7 +10,6 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from tandem.db.database import database_errors
 from tandem.db.schema import UsageRow, UsageWriterRow
 from tandem.errors import ConfigError, did_you_mean
 from tandem.registry.connection import RegistryConnection
@@ -32,7 +31,7 @@ class UsageStore(RegistryConnection):
         `sequence` grows by one with each batch of a writer: where the answer of the database was lost, the same batch with the
         same number can be sent again.
         """
-        with database_errors(self._engine.url), Session(self._engine) as session, session.begin():
+        with self._adding() as session:
             if not self._claim(session, writer, sequence):
                 return False
             insert: Any = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert

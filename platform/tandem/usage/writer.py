@@ -7,13 +7,13 @@ is bounded by the number of different labels in an hour.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 
+from tandem.registry.timed_calls import TimedCalls
+from tandem.tasks import stop
 from tandem.usage.records import UsageCounts, UsageKey, UsageLabels
 from tandem.usage.store import UsageStore
 
@@ -38,7 +38,7 @@ class UsageWriter:
         self._unwritten: dict[UsageKey, UsageCounts] = {}
         """The batch with the number `_sequence`, until the database has it."""
         self._adding = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
+        self._calls = TimedCalls(store, "usage")
         self._writing: asyncio.Task[None] | None = None
 
     def add(self, labels: UsageLabels, counts: UsageCounts) -> None:
@@ -54,10 +54,7 @@ class UsageWriter:
 
     async def stop(self) -> None:
         """Write what is left. Logs what could not be written."""
-        if self._writing is not None:
-            self._writing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writing
+        await stop(self._writing)
         deadline = time.monotonic() + LAST_WRITE_S
         while self._unwritten or self._records:
             try:
@@ -68,8 +65,7 @@ class UsageWriter:
                     log.error("Usage could not be written and is lost: %s. The records: %s", error, left)
                     break
                 await asyncio.sleep(0.5)
-        self._thread.shutdown(wait=False)
-        self._store.close()
+        self._calls.close()
 
     async def flush(self) -> None:
         """Write everything that was added before."""
@@ -78,10 +74,7 @@ class UsageWriter:
                 with self._adding:
                     self._unwritten, self._records = self._records, {}
                 self._sequence += 1
-            async with asyncio.timeout(WRITE_S):
-                await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._store.add, self._id, self._sequence, self._unwritten
-                )
+            await self._calls.run(WRITE_S, self._store.add, self._id, self._sequence, self._unwritten)
             self._unwritten = {}
 
     async def _write(self) -> None:
@@ -91,8 +84,3 @@ class UsageWriter:
                 await self.flush()
             except Exception as error:  # noqa: BLE001 - the next attempt may succeed
                 log.warning("Usage could not be written: %s. It is kept.", str(error) or type(error).__name__)
-                if isinstance(error, TimeoutError):
-                    # Its thread may hang for as long as the network does.
-                    self._thread.shutdown(wait=False)
-                    self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
-                    self._store.close()

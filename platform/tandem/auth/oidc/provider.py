@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from tandem.auth.oidc.signing_keys import SigningKey, parse_keys
 from tandem.config.serving.oidc import OidcConfig, check_provider_url
 from tandem.errors import ConfigError
+from tandem.tasks import stop
 
 REFRESH_S = 300.0
 RETRY_S = 10.0
@@ -66,10 +67,7 @@ class Provider:
 
     async def stop(self) -> None:
         """Stop fetching."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await stop(self._task)
 
     async def _run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=FETCH_S)

@@ -7,7 +7,6 @@ counted, and the log says how many.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import logging.handlers
 import os
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tandem.gateway.errors import path_below, request_id
 from tandem.gateway.identity.client_address import client_address
 from tandem.private import make_private_folder
+from tandem.tasks import stop
 
 ENTRY = "tandem.access"
 """Key of a scope: the fields of the request's line."""
@@ -59,10 +59,7 @@ class AccessLog:
 
     async def stop(self) -> None:
         """Write what is left."""
-        if self._writing is not None:
-            self._writing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writing
+        await stop(self._writing)
         await asyncio.to_thread(self._flush)
 
     async def _write(self) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from tandem.routing.records import ServedModel
+from tandem.tasks import stop
 
 ReportDemand = Callable[[dict[str, int]], Awaitable[None]]
 """Sends numbers of waiting requests by deployment."""
@@ -36,10 +37,7 @@ class DemandReport:
 
     async def stop(self) -> None:
         """Stop reporting; the directory expires this gateway's numbers."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await stop(self._task)
 
     def current(self) -> dict[str, int]:
         """Waiting requests by deployment."""

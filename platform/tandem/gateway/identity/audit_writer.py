@@ -23,6 +23,7 @@ from tandem.db.audit import Change
 from tandem.errors import TandemError
 from tandem.gateway.errors import ApiError, path_below
 from tandem.gateway.identity.client_address import client_address
+from tandem.tasks import stop
 
 FLUSH_S = 5.0
 STOP_S = 5.0
@@ -54,10 +55,7 @@ class AuditWriter:
 
     async def stop(self) -> None:
         """Write what is left, within `STOP_S`."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await stop(self._task)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await self.flush(final=True)

@@ -7,15 +7,15 @@ others fail at once, so that neither requests nor threads pile up behind a datab
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from tandem.errors import RegistryError, RegistryUnreachableError, UnknownModelError
 from tandem.registry import Registry
+from tandem.registry.timed_calls import TimedCalls
+from tandem.tasks import stop
 
 POLL_S = 1.0
 """Seconds between two looks at the registry's revision in the background."""
@@ -34,8 +34,7 @@ class RegistryReads:
     def __init__(self, registry: Registry, *, name: str) -> None:
         """`registry` is used by this object alone. `name` is that of the thread."""
         self._registry = registry
-        self._name = name
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._calls = TimedCalls(registry, name)
         self._away_since: float | None = None
         self._trying = 0
         self._reading: asyncio.Task[int | None] | None = None
@@ -50,12 +49,8 @@ class RegistryReads:
 
     async def stop(self) -> None:
         """Stop, and end the connections."""
-        if self._polling is not None:
-            self._polling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._polling
-        self._thread.shutdown(wait=False)
-        self._registry.abort()
+        await stop(self._polling)
+        self._calls.close()
 
     @property
     def away(self) -> bool:
@@ -66,14 +61,10 @@ class RegistryReads:
         """The result of a read; RegistryUnreachableError if the registry does not answer in time, or is known to be away."""
         if self.away and self._trying:
             raise RegistryUnreachableError("The registry does not answer; another read is waiting for it already.")
-        thread = self._thread
         self._trying += 1
         try:
-            async with asyncio.timeout(timeout_s):
-                found = await asyncio.get_running_loop().run_in_executor(thread, work, self._registry)
+            found = await self._calls.run(timeout_s, work, self._registry)
         except TimeoutError:
-            if thread is self._thread:
-                self._replace_thread()
             self._went_away(f"no answer within {timeout_s:g} s")
             raise RegistryUnreachableError(f"The registry did not answer within {timeout_s:g} s.") from None
         except UnknownModelError:
@@ -123,12 +114,6 @@ class RegistryReads:
             except Exception:
                 log.exception("The registry's revision could not be read; it is read again in %g s.", POLL_S)
             await asyncio.sleep(POLL_S)
-
-    def _replace_thread(self) -> None:
-        # The thread may wait for as long as the network does; the next read has a thread and a connection of its own.
-        self._thread.shutdown(wait=False)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=self._name)
-        self._registry.abort()
 
     def _went_away(self, reason: str) -> None:
         if self._away_since is None:

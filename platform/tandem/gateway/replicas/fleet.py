@@ -15,6 +15,7 @@ from tandem.routing.fleet_view import FleetView
 from tandem.routing.records import ReplicaRecord, ServedModel, Snapshot
 from tandem.routing.request import RoutingRequest
 from tandem.routing.router import Router
+from tandem.tasks import stop
 
 WatchReplicas = Callable[[int], Awaitable[Update]]
 """Returns the directory's next update for a version: a snapshot or the changes since, at once if there are any, else at a change
@@ -79,10 +80,7 @@ class Fleet:
         """Stop following."""
         for task in self._probing:
             task.cancel()
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await stop(self._task)
 
     def add_listener(self, listener: Listener) -> None:
         """Register a function that is called at every change of the replicas, at least about once a second."""

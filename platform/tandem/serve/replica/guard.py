@@ -19,6 +19,7 @@ from tandem.errors import AdapterError, EngineError, StorageError
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, adapter_from_headers
 from tandem.serve.replica.adapters import AdapterSlots, SlotsBusyError
 from tandem.serve.replica.answer import GuardedAnswer, RecordUsage, usage_labels
+from tandem.tasks import discard
 
 REFUSED = "adapter_refused"
 """Code of the error for an adapter whose files cannot be served."""
@@ -109,9 +110,9 @@ class Guard:
             try:
                 await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
             finally:
-                await _ended(leaving)
+                await discard(leaving)
                 if not waiting.done():
-                    await _ended(waiting)
+                    await discard(waiting)
             if not waiting.cancelled():
                 waiting.result()
                 await self._pass(scope, receive, send)
@@ -169,12 +170,6 @@ class ReadAhead:
         if not self._messages:
             return await self._receive()
         return self._messages[0] if self._messages[0]["type"] == "http.disconnect" else self._messages.popleft()
-
-
-async def _ended(task: asyncio.Future[Any]) -> None:
-    task.cancel()
-    with contextlib.suppress(BaseException):
-        await task
 
 
 async def _body(receive: Receive) -> bytes:
