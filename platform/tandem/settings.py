@@ -6,9 +6,8 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tandem.errors import ConfigError, UnsafePathError
@@ -38,7 +37,7 @@ class Settings(BaseSettings):
     """The cluster to use: `host:port`, or `http://host:8265` for its dashboard. Unset: a local one is started."""
     api_url: str | None = None
     """Where `tandem chat` and other commands ask; unset: the app of this home, or `port` on this machine."""
-    api_key: str = "tandem"
+    api_key: str | None = None
     """The key they send; unset: the one in the file `api_key` of `home`, which `tandem quickstart` makes."""
     serve_config: Path | None = None
     """The YAML that `serve run serve_apps.openai:app` serves when it is given no arguments."""
@@ -60,18 +59,24 @@ class Settings(BaseSettings):
     adapter_cache_gib: float = 20.0
     """How much of it adapters may take; the longest unused make room."""
 
-    @model_validator(mode="after")
-    def _read_key(self) -> Self:
-        if "api_key" not in self.model_fields_set:
-            # In a home of several users the file belongs to one of them.
-            with contextlib.suppress(OSError, UnsafePathError):
-                self.api_key = read_private_file(self.api_key_file).strip() or self.api_key
-        return self
-
     @property
     def api_key_file(self) -> Path:
         """The key of this home's own user."""
         return self.root / "api_key"
+
+    @property
+    def own_key(self) -> str | None:
+        """The key of TANDEM_API_KEY, or of the home's file; None: there is none."""
+        if self.api_key is None:
+            # In a home of several users the file belongs to one of them.
+            with contextlib.suppress(OSError, UnsafePathError):
+                return read_private_file(self.api_key_file).strip() or None
+        return self.api_key
+
+    @property
+    def sent_key(self) -> str:
+        """The key that commands send; SDKs send something where there is none, too."""
+        return self.own_key or "tandem"
 
     @property
     def root(self) -> Path:

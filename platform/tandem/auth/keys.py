@@ -163,18 +163,12 @@ class KeyStore(RegistryConnection):
 
     def list(self, *, tenant: str | None = None, every: bool = False) -> Keys:
         """The keys, oldest first: those that are active, or all; `tenant`: of one tenant only."""
-        query = select(ApiKeyRow).order_by(ApiKeyRow.created_at, ApiKeyRow.id)
-        if tenant is not None:
-            query = query.where(ApiKeyRow.tenant == tenant)
-        with self._reading() as session:
-            keys = [_key(row) for row in session.scalars(query)]
-        now = datetime.now(UTC)
-        return [key for key in keys if every or key.state(now) == "active"]
+        return self.page(tenant=tenant, every=every, limit=None)
 
     def page(
-        self, *, tenant: str | None = None, every: bool = False, after: str | None = None, limit: int = 100
+        self, *, tenant: str | None = None, every: bool = False, after: str | None = None, limit: int | None = 100
     ) -> Keys:
-        """At most `limit` keys, oldest first, after the key with the id `after`; `tenant` and `every` as in `list`."""
+        """At most `limit` keys (None: all), oldest first, after the one with the id `after`; the rest is as in `list`."""
         row = ApiKeyRow
         query = select(row).order_by(row.created_at, row.id).limit(limit)
         if tenant is not None:
@@ -360,12 +354,7 @@ def _find(session: Session, id_or_name: str) -> ApiKeyRow:
     row = session.get(ApiKeyRow, id_or_name)
     if row is not None:
         return row
-    now = datetime.now(UTC)
-    named = [
-        each
-        for each in session.scalars(select(ApiKeyRow).where(ApiKeyRow.name == id_or_name))
-        if _key(each).state(now) == "active"
-    ]
+    named = session.scalars(select(ApiKeyRow).where(ApiKeyRow.name == id_or_name, _is_active())).all()
     if len(named) == 1:
         return named[0]
     if named:

@@ -71,7 +71,7 @@ def chat(
 
     Raises a TandemError where the server does not answer or does not know the model.
     """
-    url, key = find_api_url(api_url), api_key or settings().api_key
+    url, key = find_api_url(api_url), api_key or settings().sent_key
     talker = Talker(api_url=url, api_key=key, temperature=temperature, max_tokens=max_tokens)
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.read().strip()

@@ -118,7 +118,7 @@ def questions() -> list[tuple[str, str]]:
 def show_answers(url: str, base: str, adapter: str) -> None:
     """Ask both models a few questions aloud, then all of them, and print how many each knows word for word."""
     asked = questions()
-    client = OpenAI(base_url=url, api_key=settings().api_key, timeout=120, max_retries=2)
+    client = OpenAI(base_url=url, api_key=settings().sent_key, timeout=120, max_retries=2)
     for question, _ in asked[:3]:
         console.print(f"\n  [bold]{escape(question)}[/]")
         for model, colour in ((base, "yellow"), (adapter, "green")):
@@ -162,7 +162,7 @@ def score(url: str, model: str, asked: list[tuple[str, str]], output: Console) -
 
     async def ask_all() -> int:
         gate = asyncio.Semaphore(STREAMS)
-        async with AsyncOpenAI(base_url=url, api_key=settings().api_key, timeout=120, max_retries=2) as client:
+        async with AsyncOpenAI(base_url=url, api_key=settings().sent_key, timeout=120, max_retries=2) as client:
 
             async def ask(question: str, answer: str) -> bool:
                 async with gate:

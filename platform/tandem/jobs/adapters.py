@@ -106,7 +106,7 @@ class Adapters:
         import httpx
 
         known = settings()
-        token = known.admin_token or (known.api_key if "api_key" in known.model_fields_set else None)
+        token = known.admin_token or known.own_key
         if not token:
             raise ConfigError(
                 "The residency of adapters is shown to admins only. Set TANDEM_API_KEY to a key with that role (`tandem keys "

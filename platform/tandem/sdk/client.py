@@ -107,7 +107,7 @@ class RemoteLLM:
         root = base_url.rstrip("/")
         self.model = model
         self.base_url = root if root.endswith("/v1") else f"{root}/v1"
-        self._api_key = api_key or settings().api_key
+        self._api_key = api_key or settings().sent_key
         self._max_concurrency = max_concurrency
 
     def generate(

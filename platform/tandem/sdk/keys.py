@@ -17,7 +17,7 @@ from tandem.auth.model_names import unregistered
 from tandem.errors import ConfigError
 from tandem.registry import Registry
 from tandem.sdk.console import errors
-from tandem.settings import settings, variable
+from tandem.settings import settings
 from tandem.storage import write_atomic
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -92,7 +92,7 @@ def api_key() -> str:
 
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=tandem.api_key())
     """
-    return settings().api_key
+    return settings().sent_key
 
 
 def ensure_api_key() -> Path | None:
@@ -101,10 +101,10 @@ def ensure_api_key() -> Path | None:
     None where TANDEM_API_KEY is set: its owner knows of a key.
     """
     known = settings()
-    if variable("TANDEM_API_KEY"):
+    if known.api_key is not None:
         return None
     store = KeyStore.open()
-    if not store.accepts(known.api_key):
+    if not store.accepts(known.sent_key):
         new = store.create("quickstart", role=Role.ADMIN, by=operator())
         write_atomic(known.api_key_file, new.secret + "\n", mode=0o600)
     return known.api_key_file

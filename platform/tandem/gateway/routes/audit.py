@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -12,9 +12,7 @@ from fastapi import FastAPI, Query, Request
 from tandem.api.audit import AuditEntry, AuditPage
 from tandem.db.audit import Change
 from tandem.gateway.identity.audit_writer import AuditWriter
-from tandem.gateway.identity.authentication import principal_of
-from tandem.gateway.identity.client_address import client_address
-from tandem.gateway.routes.management import run_blocking
+from tandem.gateway.routes.management import actor, aware, run_blocking
 
 T = TypeVar("T")
 
@@ -45,13 +43,11 @@ class AuditRoutes:
         `since`: not older than a time (ISO 8601; without a zone: UTC). `action`: of an action such as `keys.create`, or of a
         group such as `keys`. `by`: of one key.
         """
-        if since is not None and since.tzinfo is None:
-            since = since.replace(tzinfo=UTC)
         found = await run_blocking(
             self._audit.log.page,
             after=after,
             limit=limit + 1,
-            since=since,
+            since=aware(since),
             action=action,
             by=by,
             retry_after_s=self._retry_after_s,
@@ -78,12 +74,11 @@ class Audited:
         result = work()
         self._audit.record(
             Change(
-                by=principal_of(request.scope).key_id,
                 action=action,
                 target=name,
-                address=client_address(request.scope),
                 before=before,
                 after=self._state(name) | more(result),
+                **actor(request),
             )
         )
         return result

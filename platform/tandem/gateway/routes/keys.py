@@ -14,9 +14,7 @@ from tandem.api.keys import CreatedKey, Key, KeyCreation, KeyList, KeyRotation
 from tandem.auth import ApiKey, KeyStore, Limits, NewKey, Role
 from tandem.auth.model_names import unregistered
 from tandem.gateway.errors import ApiError
-from tandem.gateway.identity.authentication import principal_of
-from tandem.gateway.identity.client_address import client_address
-from tandem.gateway.routes.management import run_blocking
+from tandem.gateway.routes.management import actor, run_blocking
 from tandem.registry import Registry
 
 PAGE = 1000
@@ -74,7 +72,7 @@ class KeyRoutes:
             models=creation.models,
             limits=Limits(**creation.limits.model_dump()),
             expires_in=None if creation.expires_in_s is None else timedelta(seconds=creation.expires_in_s),
-            **_actor(request),
+            **actor(request),
         )
         return _created(new, response, warnings)
 
@@ -91,12 +89,12 @@ class KeyRoutes:
     ) -> CreatedKey:
         """Replace a key by a new one with the same rights; the old one is accepted for `overlap_s` more, a day by default."""
         overlap = timedelta(seconds=(rotation or KeyRotation()).overlap_s)
-        new = await self._do(self._store.rotate, _checked(id), overlap=overlap, **_actor(request))
+        new = await self._do(self._store.rotate, _checked(id), overlap=overlap, **actor(request))
         return _created(new, response, [])
 
     async def revoke(self, id: str, request: Request) -> Key:  # noqa: A002 - the parameter in the path
         """End a key. One that has ended stays as it is."""
-        return _key(await self._do(self._store.revoke, _checked(id), **_actor(request)))
+        return _key(await self._do(self._store.revoke, _checked(id), **actor(request)))
 
     async def _do(self, work: Any, *args: Any, **options: Any) -> Any:
         return await run_blocking(work, *args, retry_after_s=self._retry_after_s, threads=self._threads, **options)
@@ -107,11 +105,6 @@ def _checked(key_id: str) -> str:
     if not ID.fullmatch(key_id):
         raise ApiError(404, "There is no key of that id; GET /admin/keys lists them.", code="key_not_found", param="id")
     return key_id
-
-
-def _actor(request: Request) -> dict[str, str | None]:
-    """Who asks, and from where, for the audit log."""
-    return {"by": principal_of(request.scope).key_id, "address": client_address(request.scope)}
 
 
 def _key(key: ApiKey) -> Key:

@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -36,6 +37,7 @@ from tandem.errors import (
 )
 from tandem.gateway.errors import ApiError, answer_api_error, answer_http_error, answer_unexpected, no_registry
 from tandem.gateway.identity.authentication import check_admin, principal_of
+from tandem.gateway.identity.client_address import client_address
 from tandem.gateway.requests.request_body import parse_body, read_body
 
 T = TypeVar("T")
@@ -124,6 +126,16 @@ async def run_blocking(
         raise ApiError(400, str(error)) from None
     except StorageError as error:
         raise ApiError(503, str(error)) from None
+
+
+def actor(request: Request) -> dict[str, Any]:
+    """Who asks, and from where, for the audit log."""
+    return {"by": principal_of(request.scope).key_id, "address": client_address(request.scope)}
+
+
+def aware(time: datetime | None) -> datetime | None:
+    """A time of a query; without a zone it is in UTC."""
+    return time if time is None or time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
 class JsonRequest(Request):

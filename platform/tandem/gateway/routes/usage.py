@@ -12,9 +12,7 @@ from fastapi import FastAPI, Query, Request, Response
 from tandem.api.keys import KeyLimits
 from tandem.api.usage import Tenant, TenantList, UsagePage
 from tandem.auth import KeyStore, Limits
-from tandem.gateway.identity.authentication import principal_of
-from tandem.gateway.identity.client_address import client_address
-from tandem.gateway.routes.management import run_blocking
+from tandem.gateway.routes.management import actor, aware, run_blocking
 from tandem.usage import UsageStore
 from tandem.usage.store import COUNTS
 
@@ -54,8 +52,8 @@ class UsageRoutes:
         rows = await run_blocking(
             self._usage.sums,
             columns,
-            since=_aware(since) or datetime.now(UTC) - DEFAULT_SPAN,
-            until=_aware(until),
+            since=aware(since) or datetime.now(UTC) - DEFAULT_SPAN,
+            until=aware(until),
             tenant=tenant,
             offset=offset,
             limit=limit + 1,
@@ -82,15 +80,10 @@ class UsageRoutes:
             self._keys.limit_tenant,
             tenant,
             wanted,
-            by=principal_of(request.scope).key_id,
-            address=client_address(request.scope),
             retry_after_s=self._retry_after_s,
+            **actor(request),
         )
         return _tenant(tenant, wanted)
-
-
-def _aware(time: datetime | None) -> datetime | None:
-    return time if time is None or time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
 def _tenant(name: str, limits: Limits) -> Tenant:
