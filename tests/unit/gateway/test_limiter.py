@@ -107,3 +107,40 @@ async def test_a_request_that_is_cancelled_while_it_asks_holds_nothing():
     assert shared.ledger.in_flight("key:k") == 0
     assert (await b.admit(reservation(limits))).refusal is None
     await asyncio.gather(a.stop(), b.stop())
+
+
+async def test_a_request_that_was_admitted_twice_is_ended_at_the_ledger_whose_answer_was_late(monkeypatch):
+    monkeypatch.setattr(module, "ANSWER_S", 0.1)
+    shared, slow = Shared(), True
+
+    async def late(
+        gateway: str, operations: tuple[Operation, ...], totals: dict[str, int] | None
+    ) -> tuple[str, list[Verdict]]:
+        answer = await shared.apply(gateway, operations, totals)
+        if slow:
+            await asyncio.sleep(0.3)
+        return answer
+
+    limiter = Limiter("a", gateways=2, apply=late)
+    await limiter.start()
+    first = reservation(Limits(concurrent_requests=5))
+    assert (await limiter.admit(first)).refusal is None
+    assert shared.ledger.in_flight("key:k") == 1  # it had been applied before the answer was late
+    slow = False
+    limiter.settle(first.id, 5)
+    await asyncio.sleep(1.3)  # gateways call every second
+    assert shared.ledger.in_flight("key:k") == 0
+    await limiter.stop()
+
+
+async def test_nothing_collects_for_a_ledger_that_stays_away(monkeypatch):
+    monkeypatch.setattr(module, "SILENT_S", 0.2)
+    limiter = Limiter("a", gateways=2, apply=Shared(away=True).apply)
+    await limiter.start()
+    for _ in range(30):
+        await limiter.admit(reservation(Limits(requests_per_minute=100)))
+    await asyncio.sleep(0.3)
+    await limiter.admit(reservation(Limits(requests_per_minute=100)))
+    await asyncio.sleep(1.1)
+    assert limiter._pending == []
+    await limiter.stop()

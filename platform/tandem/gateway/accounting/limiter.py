@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from tandem.limits import Admit, LimitLedger, Reservation, Restore, Settle, Subject, Verdict
-from tandem.limits.ledger import Operation
+from tandem.limits.ledger import SILENT_S, Operation
 
 TOTALS_S = 5.0
 """Seconds between two looks at today's tokens in the database."""
@@ -51,6 +51,8 @@ class Limiter:
         self._in_flight: dict[str, Reservation] = {}
         """Reservations that the shared ledger knows."""
         self._pending: list[tuple[Operation, asyncio.Future[Verdict] | None]] = []
+        self._answered_at = time.time()
+        """When the shared ledger answered last."""
         self._wakeup = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -121,7 +123,7 @@ class Limiter:
             with contextlib.suppress(Exception):
                 await self._refresh_totals()
             self._wakeup.set()
-        self._ledger_id = ledger_id
+        self._ledger_id, self._answered_at = ledger_id, time.time()
         answers = iter(verdicts)
         for operation, future in pending:
             if not isinstance(operation, Admit):
@@ -136,16 +138,22 @@ class Limiter:
         """Decide alone, by this gateway's share. What has ended is told again later."""
         log.warning("The shared limits do not answer (%s): this gateway applies its share.", type(error).__name__)
         now = time.time()
+        ended: list[Operation] = []
         for operation, future in pending:
             if isinstance(operation, Admit) and future is not None:
                 share = operation.reservation._replace(
                     subjects=tuple(_share(each, self._gateways) for each in operation.reservation.subjects)
                 )
                 (verdict,) = self._ledger.apply(self._gateway, (Admit(share),), now)
+                # The shared ledger may have admitted it before its answer was lost; it would count there for ever.
+                ended.append(Settle(share.id, None))
                 if not future.done():
                     future.set_result(verdict)
             else:
-                self._pending.append((operation, None))
+                ended.append(operation)
+        # After that time the ledger has ended this gateway's requests by itself.
+        if now - self._answered_at <= SILENT_S:
+            self._pending += [(operation, None) for operation in ended]
 
     async def _follow_totals(self) -> None:
         while True:
