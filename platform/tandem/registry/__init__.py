@@ -4,8 +4,9 @@ from tandem.db.database import is_shared, upgrade
 from tandem.registry.base import BaseRef, find_base
 from tandem.registry.hub import HubModel, pull_model, restore
 from tandem.registry.records import Kind, ModelRecord, Promotion, RegistryAddress
+from tandem.registry.rows import local_folder
 from tandem.registry.source import called, find_model
-from tandem.registry.store import Registry, local_folder
+from tandem.registry.store import Registry
 
 __all__ = [
     "BaseRef",

@@ -53,6 +53,26 @@ def find(session: Session, name_or_id: str, *, suggest: bool = True) -> ModelRow
     )
 
 
+def check_owner(session: Session, name: str, tenant: str | None) -> None:
+    """RegistryError where a name that is in use does not belong to `tenant`; None: whoever has it."""
+    known = session.get(NameRow, name)
+    if known is not None and tenant is not None and known.tenant != tenant:
+        owner = f"belongs to the tenant {known.tenant}" if known.tenant else "is shared by all tenants"
+        raise RegistryError(f"The name {name} {owner}. Choose another name for a version of {tenant}.")
+
+
+def next_version(session: Session, name: str, kind: str, tenant: str | None) -> int:
+    """Take the number of a name's next version; a new name belongs to `tenant`."""
+    known = session.get(NameRow, name)
+    if known is None:
+        known = NameRow(name=name, kind=kind, last_version=0, tenant=tenant)
+        session.add(known)
+    known.kind = kind
+    known.last_version += 1
+    session.flush()
+    return known.last_version
+
+
 def find_versions(session: Session, name_or_id: str) -> list[ModelRow]:
     """The row of `name@version`, or those of all versions of a name, oldest first; UnknownModelError if there is none."""
     name, version = split_version(name_or_id)

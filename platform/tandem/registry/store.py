@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import delete, func, select, tuple_
 
@@ -24,7 +24,7 @@ from tandem.registry.conditions import ALWAYS, Condition
 from tandem.registry.connection import RegistryConnection
 from tandem.registry.folders import model_max_length
 from tandem.registry.records import AdapterSummary, Kind, ModelRecord, Promotion
-from tandem.settings import settings
+from tandem.registry.rows import can_be_had, is_there, record_of, with_article
 from tandem.storage import Location, is_remote, local_path
 
 # Inside the class, `list` is a method.
@@ -82,7 +82,7 @@ class Registry(RegistryConnection):
             promoting = promote if promote is not None else known is None or known.promoted is None
             query = select(ModelRow).where(ModelRow.name == repo, ModelRow.digest == content)
             rows = session.scalars(query.order_by(ModelRow.version.desc())).all()
-            same = next((_record(row) for row in rows if _can_be_had(row.path)), None)
+            same = next((record_of(row) for row in rows if can_be_had(row.path)), None)
             meant = known is not None and known.promoted == (same.id if same else None)
         if same is not None:
             return self.promote(same.id) if promoting and not meant else same
@@ -137,12 +137,12 @@ class Registry(RegistryConnection):
         Raises UnknownModelError with the nearest name; without `suggest` that search, which takes longest, is left out.
         """
         with self._reading() as session:
-            return _record(names.find(session, name_or_id, suggest=suggest))
+            return record_of(names.find(session, name_or_id, suggest=suggest))
 
     def versions(self, name_or_id: str) -> Records:
         """One version (by id), or all of a name, oldest first. Raises UnknownModelError with the nearest name."""
         with self._reading() as session:
-            return [_record(row) for row in names.find_versions(session, name_or_id)]
+            return [record_of(row) for row in names.find_versions(session, name_or_id)]
 
     def promote(self, version_id: str, condition: Condition = ALWAYS) -> ModelRecord:
         """Make `name@version` what its name means, from the next request on.
@@ -154,10 +154,10 @@ class Registry(RegistryConnection):
             raise RegistryError(f"Say which version of {name} to promote, such as {versioned(name, 1)}.")
         with self._writing() as (session, _):
             if earlier := conditions.result_of_earlier(session, condition):
-                return _record(names.find(session, earlier))
+                return record_of(names.find(session, earlier))
             row = names.find(session, version_id)
             conditions.check(session, condition, name)
-            record = _record(row)
+            record = record_of(row)
             conditions.remember(session, condition, record.id)
             if not names.promote(session, row) and condition.once is None:
                 session.rollback()
@@ -172,9 +172,9 @@ class Registry(RegistryConnection):
             raise RegistryError(f"A name is rolled back, not a version: `{split_version(name)[0]}`, or promote {name}.")
         with self._writing() as (session, _):
             if earlier := conditions.result_of_earlier(session, condition):
-                return _record(names.find(session, earlier))
+                return record_of(names.find(session, earlier))
             conditions.check(session, condition, name)
-            record = _record(names.roll_back(session, name))
+            record = record_of(names.roll_back(session, name))
             conditions.remember(session, condition, record.id)
             return record
 
@@ -211,7 +211,7 @@ class Registry(RegistryConnection):
             row = names.find(session, name_or_id)
             if row.kind != "adapter":
                 raise RegistryError(f"{row.id} is a model; adapters are pinned. Its replicas hold it anyway.")
-            record = _record(row)
+            record = record_of(row)
             if session.get(PinRow, name_or_id) is None:
                 session.add(PinRow(target=name_or_id, name=row.name))
             else:
@@ -241,7 +241,7 @@ class Registry(RegistryConnection):
             meant = select(NameRow.promoted).where(NameRow.name.in_(targets), NameRow.promoted.is_not(None))
             named = session.scalars(meant).all()
             rows = session.scalars(select(ModelRow).where(ModelRow.id.in_([*targets, *named])).order_by(ModelRow.id))
-            return [_record(row) for row in rows if row.base == base]
+            return [record_of(row) for row in rows if row.base == base]
 
     def list(
         self,
@@ -275,7 +275,7 @@ class Registry(RegistryConnection):
             else:
                 query = query.where(table.name > name)
         with self._reading() as session:
-            return [_record(row) for row in session.scalars(query)]
+            return [record_of(row) for row in session.scalars(query)]
 
     def summaries(self, base: str, *, after: str, limit: int) -> Summaries:
         """The promoted adapters of a base by name, `limit` of them after the name `after`: what lists show, and no more."""
@@ -316,7 +316,7 @@ class Registry(RegistryConnection):
         query = select(ModelRow).where(ModelRow.kind == "model").order_by(ModelRow.revision.desc()).limit(1)
         with self._reading() as session:
             row = session.scalar(query)
-            return None if row is None else _record(row)
+            return None if row is None else record_of(row)
 
     def remove(self, name_or_id: str, *, kind: Kind | None = None) -> Records:
         """Forget one version (by id) or all of a name; the files stay. Returns what was forgotten, oldest first.
@@ -329,7 +329,9 @@ class Registry(RegistryConnection):
             rows = names.find_versions(session, name_or_id)
             ids = [row.id for row in rows]
             if kind is not None and rows[0].kind != kind:
-                raise RegistryError(f"{rows[0].id} is {_a(rows[0].kind)}, not {_a(kind)}, so it stays.")
+                raise RegistryError(
+                    f"{rows[0].id} is {with_article(rows[0].kind)}, not {with_article(kind)}, so it stays."
+                )
             needing = select(ModelRow.id).where(ModelRow.base.in_(ids))
             needed_by = session.scalars(needing.order_by(ModelRow.base, ModelRow.name).limit(names.SHOWN + 1)).all()
             if needed_by:
@@ -337,7 +339,7 @@ class Registry(RegistryConnection):
                 raise RegistryError(
                     f"{name_or_id} is the base of {names.some(needed_by)}, {count} in all. Remove those first."
                 )
-            removed = [_record(row) for row in rows]
+            removed = [record_of(row) for row in rows]
             names.forget(session, name, [row.version for row in rows])
             gone = [*ids, *([name] if len(ids) == len(names.versions_of(session, name)) else [])]
             session.execute(delete(PinRow).where(PinRow.target.in_(gone)))
@@ -368,29 +370,23 @@ class Registry(RegistryConnection):
                 select(ModelRow).where(ModelRow.name == name).order_by(ModelRow.version.desc()).limit(1)
             )
             if newest is not None and newest.kind != kind:
-                raise RegistryError(f"{name} is registered as {_a(newest.kind)}, so it cannot be {_a(kind)} too.")
-            known = session.get(NameRow, name)
-            if known is not None and tenant is not None and known.tenant != tenant:
-                owner = f"belongs to the tenant {known.tenant}" if known.tenant else "is shared by all tenants"
-                raise RegistryError(f"The name {name} {owner}. Choose another name for a version of {tenant}.")
+                raise RegistryError(
+                    f"{name} is registered as {with_article(newest.kind)}, so it cannot be {with_article(kind)} too."
+                )
+            names.check_owner(session, name, tenant)
             # A version whose folder is gone is no version to hand out again.
-            if newest is not None and (newest.digest, newest.base) == (content, base) and _is_there(newest.path):
-                same = _record(newest)
+            if newest is not None and (newest.digest, newest.base) == (content, base) and is_there(newest.path):
+                same = record_of(newest)
                 if not (promoting and names.promote(session, newest)):
                     session.rollback()
                 return same
             if base is not None and session.get(ModelRow, base) is None:
                 raise RegistryError(f"{base} was removed while {name} was being registered.")
-            if known is None:
-                known = NameRow(name=name, kind=kind, last_version=0, tenant=tenant)
-                session.add(known)
-            known.kind = kind
-            known.last_version += 1
-            session.flush()
+            version = names.next_version(session, name, kind, tenant)
             row = ModelRow(
-                id=versioned(name, known.last_version),
+                id=versioned(name, version),
                 name=name,
-                version=known.last_version,
+                version=version,
                 kind=kind,
                 path=where,
                 digest=content,
@@ -405,42 +401,4 @@ class Registry(RegistryConnection):
             session.flush()
             if promoting:
                 names.promote(session, row)
-            return _record(row)
-
-
-def local_folder(record: ModelRecord) -> Path:
-    """The folder of a record's files on this node, fetched from its store if need be.
-
-    Raises AdapterError if they have changed, StorageError if the store does not answer.
-    """
-    return AdapterCache.open().get(record.uri, record.digest) if record.uri else record.path
-
-
-def _record(row: ModelRow) -> ModelRecord:
-    return ModelRecord(
-        name=row.name,
-        version=row.version,
-        kind=cast(Kind, row.kind),
-        path=settings().adapter_cache / row.digest if is_remote(row.path) else Path(row.path),
-        uri=row.path if is_remote(row.path) else None,
-        digest=row.digest,
-        base=row.base,
-        rank=row.rank,
-        max_length=row.max_length,
-        tenant=row.name_row.tenant,
-        lineage=row.lineage,
-        created_at=row.created_at,
-    )
-
-
-def _a(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-
-
-def _can_be_had(path: str) -> bool:
-    """Whether a model's folder is there, or is one of the hub's cache, which downloads what is gone."""
-    return Path(path).is_dir() or Path(path).is_relative_to(settings().hub_dir)
-
-
-def _is_there(path: str) -> bool:
-    return is_remote(path) or Path(path).is_dir()
+            return record_of(row)
