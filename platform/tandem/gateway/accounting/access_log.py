@@ -12,6 +12,7 @@ import logging.handlers
 import os
 import time
 from collections.abc import MutableMapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,22 @@ class AccessLog:
 
     def _open(self) -> logging.Handler:
         make_private_folder(self._path.parent)
-        # Of mode 0600 from its first byte on: it names keys and models.
-        os.close(os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600))
-        self._handler = logging.handlers.RotatingFileHandler(
-            self._path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8"
-        )
+        self._handler = PrivateFiles(self._path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
         return self._handler
+
+
+class PrivateFiles(logging.handlers.RotatingFileHandler):
+    """Files of mode 0600 from their first byte on: they name keys and models. Errors are raised, not printed."""
+
+    def _open(self) -> TextIOWrapper:
+        def opener(path: str, flags: int) -> int:
+            return os.open(path, flags, 0o600)
+
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=opener)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what `emit` met."""
+        raise
 
 
 class LogAccess:
