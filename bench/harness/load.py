@@ -125,7 +125,7 @@ class Whole(Stream):
 
 
 async def drive(
-    url: str, model: str, streams: int, tokens: int, requests: int, *, whole: bool = False, prompt: str
+    url: str, model: str, streams: int, tokens: int, requests: int, *, whole: bool = False, prompt: str, key: str
 ) -> dict[str, object]:
     """Run the load; see the module's docstring for what comes back."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
@@ -141,7 +141,7 @@ async def drive(
     ).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer bench\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     request = head.encode() + body
     kind = Whole if whole else Stream
@@ -189,9 +189,17 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4, help="requests of each stream, one after the other")
     parser.add_argument("--whole", action="store_true", help="answers in one piece")
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--key", default="none", help="API key")
     given = parser.parse_args()
     load = drive(
-        given.url, given.model, given.streams, given.tokens, given.requests, whole=given.whole, prompt=given.prompt
+        given.url,
+        given.model,
+        given.streams,
+        given.tokens,
+        given.requests,
+        whole=given.whole,
+        prompt=given.prompt,
+        key=given.key,
     )
     print(json.dumps(uvloop.run(load)))
 

@@ -38,6 +38,8 @@ NAMES = {
 }
 ECHOES = {"echo-1": "Tandem, 1 gateway", "echo-2": "Tandem, 2 gateways"}
 """Stacks of other benchmarks."""
+KEYS: dict[int, str] = {}
+"""API keys of the stacks that take none but requests with one, by their ports."""
 
 
 @contextlib.contextmanager
@@ -71,6 +73,8 @@ def stack(name: str, folder: Path) -> Iterator[int]:
     try:
         assert process.stdout is not None
         for line in process.stdout:
+            if line.startswith(b"KEY "):
+                KEYS[port] = line.split()[1].decode()
             if line.strip() == b"READY":
                 break
         else:
@@ -139,6 +143,7 @@ def drive(
     command += ["--streams", str(streams), "--tokens", str(tokens), "--requests", str(requests)]
     command += ["--whole"] if whole else []
     command += ["--prompt", prompt] if prompt else []
+    command += ["--key", KEYS[port]] if port in KEYS else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])

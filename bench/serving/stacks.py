@@ -1,6 +1,7 @@
 """Serving stacks that the benchmarks compare.
 
 `python -m bench.serving.stacks NAME MODEL_FOLDER PORT` serves until its stdin closes, and prints READY after its first answer.
+Tandem is measured as it is used: with an API key that has limits (the line `KEY ...`), usage records and the access log.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from typing import Any
 
 import httpx
 
+from bench.harness.keys import make_key
+
 MODEL = "bench"
 ARGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
 """Engine arguments that every stack gets; the environment is the same for all too."""
+HEADERS: dict[str, str] = {}
+"""Of the first request."""
 
 
 @contextlib.contextmanager
@@ -124,6 +129,8 @@ def _app(config: Any, port: int) -> Iterator[None]:
         with contextlib.ExitStack() as held:
             held.callback(ray.shutdown)
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+            print(f"KEY {(key := make_key())}", flush=True)
+            HEADERS["authorization"] = f"Bearer {key}"
             try:
                 serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
             except RuntimeError:
@@ -171,7 +178,7 @@ def main() -> None:
         body = {"model": MODEL, "prompt": "import os", "max_tokens": 4}
         for _ in range(600):
             with contextlib.suppress(httpx.HTTPError):
-                answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+                answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=HEADERS, timeout=60)
                 if answer.status_code == 200:
                     print("READY", flush=True)
                     break

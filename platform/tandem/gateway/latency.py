@@ -30,6 +30,10 @@ class Stopwatch:
     sent: float = 0.0
     answered: float = 0.0
 
+    def mark_sent(self) -> None:
+        """The request has been written to the engine."""
+        self.sent = time.perf_counter()
+
     def split_ms(self) -> tuple[float, float]:
         """Milliseconds spent in the gateway and in the engine until now."""
         # An engine may refuse a request before it has read all of it.

@@ -11,13 +11,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
 from pydantic_core import from_json, to_json
 
 from tandem.gateway.errors import ApiError
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.relay import MAX_BEGUN, Relay, RetryBudget
+from tandem.gateway.replicas.engine_http import EngineHttpError
 from tandem.gateway.replicas.upstream import EngineRequest
 
 ROUTES = ("/v1/completions", "/v1/chat/completions")
@@ -52,13 +51,13 @@ async def with_prefill(
     # One replica only may begin with it: no prompt reaches more replicas than MAX_BEGUN in all.
     prefill_budget = RetryBudget(begun=MAX_BEGUN - 1)
     began, transfer = time.perf_counter(), None
-    async with contextlib.AsyncExitStack() as resources:
+    with contextlib.ExitStack() as resources:
         try:
             attempt = await relay.first_answer(prefill, prefill_budget, resources, _give_up)
             if attempt.response is not None and attempt.response.status == 200:
                 answer = from_json(attempt.first_chunk + await attempt.response.read())
                 transfer = answer.get("kv_transfer_params")
-        except (aiohttp.ClientError, HttpProcessingError, OSError, TimeoutError):
+        except EngineHttpError:
             prefill_budget.begun += 1
         except (ApiError, ValueError):
             # A request that the engine refuses is refused by the decode replica too, with a message for the client.

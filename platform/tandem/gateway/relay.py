@@ -13,10 +13,9 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from typing import Any
 
-import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -27,12 +26,12 @@ from tandem.gateway.admission.control import Admission
 from tandem.gateway.dialect import rewrite_errors
 from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica, quarantined, request_id
 from tandem.gateway.latency import HEADER, RecordLatency, header, ignore_latency
+from tandem.gateway.replicas.engine_http import EngineAnswer, EngineHttpError, SilentEngineError
 from tandem.gateway.replicas.fleet import Fleet
 from tandem.gateway.replicas.upstream import Attempt, EngineRequest, Upstream
 from tandem.gateway.requests.held_bytes import HeldBody, HeldBytes
 from tandem.gateway.requests.quarantine import Quarantine
 from tandem.routing.records import ReplicaRecord
-from tandem.tasks import discard
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
 """Response headers: ids of the replica that answered and of the gateway that relayed."""
@@ -113,8 +112,7 @@ class Relay:
         self._probes: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Open the connection pool and begin to watch for stalled clients."""
-        self.upstream.start()
+        """Begin to watch for stalled clients."""
         self._watchdog = asyncio.create_task(self._cut_stalled_clients())
 
     async def stop(self) -> None:
@@ -123,10 +121,10 @@ class Relay:
             self._watchdog.cancel()
         if self._probes:
             await asyncio.wait(self._probes)
-        await self.upstream.stop()
+        self.upstream.stop()
 
     async def first_answer(
-        self, request: EngineRequest, budget: RetryBudget, resources: contextlib.AsyncExitStack, requeue: Requeue
+        self, request: EngineRequest, budget: RetryBudget, resources: contextlib.ExitStack, requeue: Requeue
     ) -> Attempt:
         """The first attempt that a replica answers; `resources` keeps its connection, and its count as this gateway's work.
 
@@ -144,14 +142,14 @@ class Relay:
                 budget.requeued()
                 continue
             budget.tried.append(replica.id)
-            async with contextlib.AsyncExitStack() as counted:
+            with contextlib.ExitStack() as counted:
                 counted.enter_context(self.fleet.counting(request.routing, replica))
                 attempt = await self.upstream.send(request, replica)
                 if attempt.response is not None:
                     if attempt.response.status == 200:
                         self.fleet.answered(request.routing, replica)
-                    resources.push_async_exit(counted.pop_all())
-                    resources.push_async_exit(attempt.connection)
+                    resources.push(counted.pop_all())
+                    resources.callback(attempt.response.close)
                     return attempt
             budget.record(attempt)
             if attempt.may_have_begun:
@@ -190,6 +188,13 @@ class Relay:
                 response.cut()
 
 
+class End(Enum):
+    """What ends a response before the engine is done, beside the request's deadline."""
+
+    DISCONNECTED = auto()
+    STALLED = auto()
+
+
 class RelayedResponse(Response):
     """A response that relays a request to a replica when Starlette sends it."""
 
@@ -211,8 +216,9 @@ class RelayedResponse(Response):
         self._prepare = prepare
         self._held = held
         self._slot = relay.admission.slot(request.model.base, request.hints, light=request.light)
-        self._copying: asyncio.Task[None] | None = None
-        self._stalled = False
+        self._limit = asyncio.timeout(None)
+        self._ended_by: End | None = None
+        """Why the response ended before the engine was done; None: it has not, or its deadline had passed."""
         self._is_stream: bool | None = None
         """Whether the answer is a stream of events; None: its head has not been sent."""
         self._last_chunk = b""
@@ -223,35 +229,44 @@ class RelayedResponse(Response):
         """Copy until the engine is done, the client has disconnected, or the deadline has passed."""
         finish_by = self._request.hints.finish_by
         left_s = None if finish_by == math.inf else max(0.0, finish_by - time.monotonic())
-        copying = self._copying = asyncio.ensure_future(self._copy(scope, receive, send))
-        disconnect = asyncio.ensure_future(_disconnected(receive))
+        # Copied in this task, not in one of its own: a task begins after all others that are ready.
+        self._limit = asyncio.timeout(left_s)
+        disconnect = asyncio.create_task(self._end_with_client(receive))
         self._relay.active.add(self)
         try:
-            await asyncio.wait((copying, disconnect), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            if self._stalled:
-                raise ConnectionAbortedError("The client took nothing of its answer and was cut off.")
-            if copying.done():
-                copying.result()
-            elif not disconnect.done():
-                await discard(copying)
-                if copying.cancelled():
+            try:
+                async with self._limit:
+                    await self._copy(scope, receive, send)
+            except TimeoutError:
+                if not self._limit.expired():
+                    raise
+                if self._ended_by is End.STALLED:
+                    raise ConnectionAbortedError("The client took nothing of its answer and was cut off.") from None
+                if self._ended_by is None:
                     await self._send_deadline_error(scope, send)
-                else:  # it ended between the wait and the cancellation
-                    copying.result()
         finally:
             # Also if Serve cancels this task: whatever ends this request closes the connection to the engine.
             self._relay.active.discard(self)
             disconnect.cancel()
-            await discard(copying)
             self._account.close()
             self._note(scope)
             self._drop_body()
 
     def cut(self) -> None:
         """End the response: the client takes nothing of it."""
-        if self._copying is not None:
-            self._stalled = True
-            self._copying.cancel()
+        self._end(End.STALLED)
+
+    async def _end_with_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._end(End.DISCONNECTED)
+
+    def _end(self, by: End) -> None:
+        if self._ended_by is None and not self._limit.expired():
+            self._ended_by = by
+            # It may have ended by itself just now.
+            with contextlib.suppress(RuntimeError):
+                self._limit.reschedule(asyncio.get_running_loop().time())
 
     def _drop_body(self) -> None:
         if self._request.body:
@@ -259,7 +274,7 @@ class RelayedResponse(Response):
         if self._held is not None:
             self._held.release()
 
-    async def _first_answer(self, resources: contextlib.AsyncExitStack) -> Attempt:
+    async def _first_answer(self, resources: contextlib.ExitStack) -> Attempt:
         """Admit the request and send it; `resources` also keeps its admission slot."""
         request, stopwatch, quarantine = self._request, self._request.stopwatch, self._relay.quarantine
         budget = RetryBudget(begun=quarantine.lost_replicas(request.digest))
@@ -281,7 +296,7 @@ class RelayedResponse(Response):
         dialect, id_ = self._request.dialect, request_id(scope)
         # An ASGI server holds each message back until the client has taken those before it, the last ones too.
         send_once = self._timed(send)
-        async with contextlib.AsyncExitStack() as resources:
+        with contextlib.ExitStack() as resources:
             attempt = await self._first_answer(resources)
             self._attempt = attempt
             # It is not sent again once an engine has answered.
@@ -307,18 +322,16 @@ class RelayedResponse(Response):
                     self.sending_since = time.monotonic()
                     await send({"type": "http.response.body", "body": self._last_chunk, "more_body": True})
                     self.sending_since = math.inf
-                    chunk = await answer.content.readany()
-            except (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError) as error:
+                    chunk = await answer.read_any()
+            except EngineHttpError as error:
                 self._relay.charge_if_lost(self._account, attempt.replica)
-                failed = isinstance(error, aiohttp.ClientError) and not isinstance(error, TimeoutError)
+                failed = not isinstance(error, SilentEngineError)
                 # Too late for a status. A stream can still end with an error event; other answers must look cut off.
                 if failed:
                     self._relay.note_failure(self._request.digest, attempt.replica)
                 if not is_stream:
                     raise
-                await self._send_error_event(
-                    send_once, 502, f"{BROKEN} ({type(error).__name__}).", "engine_unavailable", id_
-                )
+                await self._send_error_event(send_once, 502, f"{BROKEN} ({error}).", "engine_unavailable", id_)
             else:
                 self._slot.complete = answer.status == 200
                 if failed:
@@ -327,9 +340,7 @@ class RelayedResponse(Response):
                     self._relay.quarantine.answered(self._request.digest)
             await send_once({"type": "http.response.body", "body": b""})
 
-    async def _send_head(
-        self, send: Send, attempt: Attempt, answer: aiohttp.ClientResponse, ids: Mapping[str, str]
-    ) -> None:
+    async def _send_head(self, send: Send, attempt: Attempt, answer: EngineAnswer, ids: Mapping[str, str]) -> None:
         gateway_ms, engine_ms = self._request.stopwatch.split_ms()
         headers = [(n.encode(), answer.headers[n].encode("latin-1")) for n in FORWARDED_HEADERS if n in answer.headers]
         headers += [
@@ -381,8 +392,3 @@ class RelayedResponse(Response):
             self.sending_since = math.inf
 
         return timed_send
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

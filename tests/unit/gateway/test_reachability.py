@@ -7,7 +7,7 @@ import socket
 from gateway_world import BODY, World, echo
 from gateway_world import world as world
 
-from tandem.gateway.replicas import fleet, upstream
+from tandem.gateway.replicas import engine_http, fleet
 
 
 async def test_a_gateway_that_has_lost_its_directory_is_not_ready_and_still_answers(world: World) -> None:
@@ -26,7 +26,7 @@ async def test_a_gateway_that_has_lost_its_directory_is_not_ready_and_still_answ
 async def test_connections_to_engines_end_when_the_other_machine_acknowledges_nothing(world: World) -> None:
     await world.add_engine(echo())
     assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
-    (transport,) = list(world.app.state.upstream._connector._open)
-    sock = transport.get_extra_info("socket")
+    ((connection,),) = world.app.state.upstream._connections._all.values()
+    sock = connection._transport.get_extra_info("socket")
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * upstream.UNREACHABLE_S
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * engine_http.UNREACHABLE_S

@@ -1,4 +1,4 @@
-"""Connections to engine replicas: one connection pool, and one POST for each attempt at one replica.
+"""Attempts at engine replicas: one POST for each.
 
 An attempt ends with the first bytes of an answer, or with the reason why there is none and whether the replica may have begun
 with the request. Which replica is tried, and how often, is decided in `relay`.
@@ -7,46 +7,31 @@ with the request. Which replica is tried, and how often, is decided in `relay`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-import aiohttp
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http_exceptions import HttpProcessingError
 from pydantic_core import from_json, to_json
 
-from tandem.cluster.keepalive import keep_alive
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.dialect import Dialect
 from tandem.gateway.errors import too_slow, unreadable
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.models.catalog import ResolvedModel
+from tandem.gateway.replicas.engine_http import (
+    EngineAnswer,
+    EngineConnections,
+    EngineHttpError,
+    InvalidAnswerError,
+    NotConnectedError,
+    SilentEngineError,
+)
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 from tandem.routing.request import RoutingRequest
 from tandem.usage.records import UsageLabels
 from tandem.usage.wire import LABELS_HEADER
 
-if TYPE_CHECKING:
-    from aiohttp.client_reqrep import ClientRequest
-    from aiohttp.connector import Connection
-    from aiohttp.tracing import Trace
-
-KEEP_ALIVE_S = 30.0
-"""Seconds for which an idle connection to a replica is kept."""
-UNREACHABLE_S = 15
-"""Seconds after which a connection to a replica whose machine acknowledges nothing has ended, streams on it too."""
-PIECE_BYTES = 64 * 1024
-"""Bytes of a body that are written at once."""
-MAX_HEADER_BYTES = 1 << 20
-"""Longest header of an engine's answer: `metadata` of embeddings describes each input by about 110 bytes."""
-NOT_COMPLETED = "Response payload is not completed"
-"""Start of aiohttp's message for a body during which the connection was lost."""
 ALIVE_TIMEOUT_S = 3.0
 """Seconds that a replica has to answer whether it is alive."""
 
@@ -86,10 +71,8 @@ class Attempt:
     """One request at one replica: its answer, or the reason why there is none."""
 
     replica: ReplicaRecord
-    connection: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
-    """Released when the answer has been copied, or at once after a failure."""
-    response: aiohttp.ClientResponse | None = None
-    """The answer; None: the attempt failed."""
+    response: EngineAnswer | None = None
+    """The answer, to be closed when it has been copied; None: the attempt failed."""
     first_chunk: bytes = b""
     """First bytes of a body with status 200; the rest, and all of an error's body, are still to be read."""
     failure: str = ""
@@ -103,29 +86,15 @@ class Attempt:
 
 
 class Upstream:
-    """The connection pool to all replicas."""
+    """Sends requests to replicas."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
-        self._connector: EngineConnector | None = None
-        self._session: aiohttp.ClientSession | None = None
+        self._connections = EngineConnections(config.connect_timeout_s)
 
-    def start(self) -> None:
-        """Open the pool; needs a running event loop."""
-        self._connector = EngineConnector()
-        self._session = aiohttp.ClientSession(
-            connector=self._connector,
-            timeout=self._timeout(self._config.request_timeout_s),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            max_line_size=MAX_HEADER_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-        )
-
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        self._connections.close()
 
     async def send(self, request: EngineRequest, replica: ReplicaRecord) -> Attempt:
         """POST the request to a replica and wait for the first bytes of the answer's body.
@@ -137,51 +106,52 @@ class Upstream:
         """
         attempt = Attempt(replica)
         silent_s = max(self._config.request_timeout_s, request.hints.left_s(time.monotonic()))
+        response: EngineAnswer | None = None
         try:
-            response = await attempt.connection.enter_async_context(self._post(request, replica, silent_s))
-            attempt.first_chunk = await response.content.readany() if response.status == 200 else b""
+            response = await self._post(request, replica, silent_s)
+            await response.wait_for_head()
+            attempt.first_chunk = await response.read_any() if response.status == 200 else b""
             request.stopwatch.answered = time.perf_counter()
-            if response.status == 503 and UNAVAILABLE_HEADER in response.headers:
-                await _note_unavailable(attempt, response, request.model.base.name)
-            else:
+            if response.status != 503 or UNAVAILABLE_HEADER not in response.headers:
                 attempt.response = response
                 return attempt
-        except aiohttp.SocketTimeoutError:
+            await _note_unavailable(attempt, response, request.model.base.name)
+        except SilentEngineError:
             # The replica may be well and the answer long: stuck engines are detected by other means (docs/adr/0019).
-            await attempt.connection.aclose()
             raise too_slow(request.model.base.name, silent_s) from None
-        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError) as error:
-            if is_protocol_error(error):
-                await attempt.connection.aclose()
-                raise unreadable(request.model.base.name) from error
-            attempt.failure = f"A replica of {request.model.base.name} did not answer ({type(error).__name__})"
+        except InvalidAnswerError as error:
+            raise unreadable(request.model.base.name) from error
+        except EngineHttpError as error:
+            attempt.failure = f"A replica of {request.model.base.name} did not answer ({error})"
             attempt.suspect = True
-            attempt.may_have_begun = not isinstance(
-                error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
-            )
-        except BaseException:
-            await attempt.connection.aclose()
-            raise
-        await attempt.connection.aclose()
+            attempt.may_have_begun = not isinstance(error, NotConnectedError)
+        finally:
+            if response is not None and attempt.response is None:
+                response.close()
         return attempt
 
     async def alive_status(self, replica: ReplicaRecord) -> int | None:
         """HTTP status of the replica's liveness route: 200 ready, 503 alive but not ready; None: no answer."""
-        url, headers = replica.url + ALIVE_PATH, {TOKEN_HEADER: replica.token}
+        headers = {TOKEN_HEADER: replica.token}
         try:
-            async with asyncio.timeout(ALIVE_TIMEOUT_S), self._opened().get(url, headers=headers) as response:
+            async with asyncio.timeout(ALIVE_TIMEOUT_S):
+                response = await self._connections.request(
+                    "GET", replica.url + ALIVE_PATH, headers, silent_s=ALIVE_TIMEOUT_S
+                )
+                try:
+                    await response.wait_for_head()
+                    await response.read()
+                finally:
+                    response.close()
                 return response.status
-        except (TimeoutError, aiohttp.ClientError, OSError):
+        except (TimeoutError, EngineHttpError):
             return None
 
     def abort_connections(self, replica: ReplicaRecord) -> None:
         """Break every connection to a replica; requests on them fail as if the replica's process had ended."""
-        if self._connector is not None:
-            self._connector.abort_connections(replica.url)
+        self._connections.abort(replica.url)
 
-    def _post(
-        self, request: EngineRequest, replica: ReplicaRecord, silent_s: float
-    ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    async def _post(self, request: EngineRequest, replica: ReplicaRecord, silent_s: float) -> EngineAnswer:
         adapter = request.model.adapter
         headers = {
             "content-type": "application/json",
@@ -190,77 +160,17 @@ class Upstream:
             **({LABELS_HEADER: request.labels.to_header()} if request.labels else {}),
             TOKEN_HEADER: replica.token,
         }
-        return self._opened().post(
+        return await self._connections.request(
+            "POST",
             replica.url + request.path,
-            data=TimedBody(request.body_for(replica.pool), request.stopwatch),
-            headers=headers,
-            timeout=self._timeout(silent_s),
+            headers,
+            request.body_for(replica.pool),
+            silent_s=silent_s,
+            sent=request.stopwatch.mark_sent,
         )
 
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise RuntimeError("Upstream.start was not called.")
-        return self._session
 
-    def _timeout(self, silent_s: float) -> aiohttp.ClientTimeout:
-        return aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_timeout_s, sock_read=silent_s)
-
-
-class TimedBody(aiohttp.BytesPayload):
-    """A request body that is written piece by piece, and records when the last one was."""
-
-    def __init__(self, body: bytes, stopwatch: Stopwatch) -> None:
-        super().__init__(body, content_type="application/json")
-        self._stopwatch = stopwatch
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """Called by aiohttp once it has a connection."""
-        if len(self._value) <= PIECE_BYTES:
-            await super().write_with_length(writer, content_length)
-        else:
-            # At once, what the connection does not take would be copied, and nothing else run meanwhile.
-            body = self._value if content_length is None else self._value[:content_length]
-            for start in range(0, len(body), PIECE_BYTES):
-                await writer.write(body[start : start + PIECE_BYTES])
-        self._stopwatch.sent = time.perf_counter()
-
-
-class EngineConnector(aiohttp.TCPConnector):
-    """aiohttp's connection pool, with keepalive, and with a way to break all connections to one replica."""
-
-    def __init__(self) -> None:
-        super().__init__(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        self._open: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
-
-    async def connect(self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout) -> Connection:
-        """A connection for a request, new or from the pool."""
-        connection = await super().connect(req, traces, timeout)
-        if connection.transport is not None and connection.transport not in self._open:
-            keep_alive(connection.transport, unreachable_s=UNREACHABLE_S)
-            self._open.add(connection.transport)
-        return connection
-
-    def abort_connections(self, url: str) -> int:
-        """Abort every connection to the host and port of `url`; returns their number."""
-        address = urlsplit(url)
-        found = [
-            each
-            for each in self._open
-            if (each.get_extra_info("peername") or ())[:2] == (address.hostname, address.port)
-        ]
-        for transport in found:
-            transport.abort()
-        return len(found)
-
-
-def is_protocol_error(error: BaseException) -> bool:
-    """Whether an answer could not be read although the connection to its replica was not lost."""
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return not str(error).startswith(NOT_COMPLETED)
-    return isinstance(error, aiohttp.ClientResponseError | HttpProcessingError)
-
-
-async def _note_unavailable(attempt: Attempt, response: aiohttp.ClientResponse, model: str) -> None:
+async def _note_unavailable(attempt: Attempt, response: EngineAnswer, model: str) -> None:
     """Record the refusal of a replica (`UNAVAILABLE_HEADER`)."""
     reason = response.headers[UNAVAILABLE_HEADER]
     attempt.failure = f"{model}: {await _message_of(response)}"
@@ -270,8 +180,8 @@ async def _note_unavailable(attempt: Attempt, response: aiohttp.ClientResponse, 
     attempt.may_have_begun = reason == "died"
 
 
-async def _message_of(response: aiohttp.ClientResponse) -> str:
+async def _message_of(response: EngineAnswer) -> str:
     try:
-        return str((await response.json())["error"]["message"])
-    except (ValueError, KeyError, TypeError, aiohttp.ClientError):
+        return str(from_json(await response.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError, EngineHttpError):
         return "not available"
