@@ -95,7 +95,7 @@ class EngineClient:
             except AdapterError as error:
                 return refusal(400, str(error))
             except EngineError as error:
-                if isinstance(error, EngineDiedError) or not self._engine.stats().healthy:
+                if isinstance(error, EngineDiedError) or not self._engine.healthy:
                     raise EngineDiedError(str(error)) from error
                 return refusal(500, str(error))
 
@@ -120,7 +120,7 @@ class EngineClient:
         except Exception as error:  # noqa: BLE001 - an app raises again what it has answered with 500
             answer = refusal(500, f"{type(error).__name__}: {error}")
         # A dead engine makes its app say 500; the row is not to blame.
-        if answer.status >= 500 and not self._engine.stats().healthy:
+        if answer.status >= 500 and not self._engine.healthy:
             raise EngineDiedError(f"The engine died: {answer.body.decode(errors='replace')[:500]}")
         return answer
 

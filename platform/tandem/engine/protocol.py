@@ -72,8 +72,13 @@ class Engine(Protocol):
         """Forget an adapter; nothing happens if it is not held."""
         ...
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine can answer. Asked for each request, and callable from any thread."""
+        ...
+
     def stats(self) -> EngineStats:
-        """The engine's load now. Cheap, and callable from any thread."""
+        """The engine's load now. Asked some times a second, and callable from any thread."""
         ...
 
     async def drain(self, timeout_s: float) -> None:

@@ -93,6 +93,11 @@ class EchoEngine:
         """Remove an adapter."""
         self._adapters.pop(adapter_id, None)
 
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers."""
+        return self._healthy
+
     def stats(self) -> EngineStats:
         """The load now."""
         return EngineStats(

@@ -105,6 +105,11 @@ class VllmEngine:
         if request is not None:
             await llm.remove_lora(request.lora_int_id)
 
+    @property
+    def healthy(self) -> bool:
+        """Whether it has started, and vLLM has not reported an error that it cannot recover from."""
+        return self._llm is not None and not self._llm.errored
+
     def stats(self) -> EngineStats:
         """The load now, from vLLM's own counters."""
         if self._llm is None:

@@ -200,7 +200,7 @@ class AdapterSlots:
             try:
                 await self._engine.load_adapter(ready)
             except EngineError as error:
-                if not self._engine.stats().healthy:
+                if not self._engine.healthy:
                     raise
                 self._refuse(adapter.id, str(error))
                 raise AdapterError(str(error)) from error

@@ -50,7 +50,7 @@ class GuardedAnswer:
             self._is_stream = _is_stream(message)
             return
         if self._head is not None:
-            if (self._status >= 500 or self._is_stream) and not self._engine.stats().healthy:
+            if (self._status >= 500 or self._is_stream) and not self._engine.healthy:
                 self.refused = True
                 await self._refuse()
                 return

@@ -63,7 +63,7 @@ class Guard:
         elif (scope["method"], scope["path"]) in ALLOWED:
             await self._serve(scope, receive, send, adapter_from_headers(headers))
         elif (scope["method"], scope["path"]) == ("GET", ALIVE_PATH):
-            ready = not self.draining and self._engine.stats().healthy
+            ready = not self.draining and self._engine.healthy
             await _json(send, 200 if ready else 503, {"ready": ready})
         elif scope["method"] == "POST" and scope["path"] in (LOAD, UNLOAD):
             await self._control(scope, receive, send)
@@ -73,7 +73,7 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, adapter: AdapterRef | None) -> None:
         if self.draining:
             await _refuse(send, 503, "This replica is about to end.", unavailable="draining")
-        elif not self._engine.stats().healthy:
+        elif not self._engine.healthy:
             await self._refuse_dead(send, "dead")
         else:
             self.in_flight += 1
@@ -97,7 +97,7 @@ class Guard:
         except AdapterError as error:
             await _refuse(send, 400, str(error), code=REFUSED)
         except EngineError as error:
-            if self._engine.stats().healthy:
+            if self._engine.healthy:
                 await _refuse(send, 500, str(error))
             else:
                 await self._refuse_dead(send, "died")

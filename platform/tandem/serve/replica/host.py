@@ -87,7 +87,7 @@ class EngineHost:
     @property
     def alive(self) -> bool:
         """Whether the engine can answer."""
-        return self._thread.is_running and self._engine.stats().healthy
+        return self._thread.is_running and self._engine.healthy
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait up to `timeout_s` for running ones, then stop engine and server."""
@@ -102,7 +102,7 @@ class EngineHost:
     async def _stop(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._guard.in_flight and self._engine.stats().healthy:
+                while self._guard.in_flight and self._engine.healthy:
                     await asyncio.sleep(0.05)
         if self._server is not None:
             self._server.should_exit = True
