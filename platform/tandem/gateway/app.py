@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Mount
 
 from tandem.auth import KeyStore
 from tandem.config.serving.app import GatewayConfig, RouterConfig
+from tandem.engine.routes import ENGINE_ROUTES
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
 from tandem.gateway.accounting.account import Accounting
 from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
@@ -32,6 +33,7 @@ from tandem.gateway.replicas.upstream import Upstream
 from tandem.gateway.response_headers import browser_middleware
 from tandem.gateway.routes.admin import AdminRoutes
 from tandem.gateway.routes.audit import AuditRoutes
+from tandem.gateway.routes.document import document_route
 from tandem.gateway.routes.keys import KeyRoutes
 from tandem.gateway.routes.management import PREFIX, management_app
 from tandem.gateway.routes.openai import OpenAIRoutes
@@ -101,6 +103,7 @@ def create_app(
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
+            document_route(ENGINE_ROUTES, administration, PREFIX),
             Mount(PREFIX, administration),
         ],
         middleware=[

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from typing import Any
 
 import pytest
@@ -15,10 +17,18 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from starlette.routing import Route
 
 __all__ = ["world"]
 ADMIN = {"authorization": "Bearer secret"}
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+UNDOCUMENTED = {
+    "/openapi.json",
+    "/v1/responses/{response_id}",
+    "/v1/responses/{response_id}/cancel",
+    "/v1/responses/{response_id}/input_items",
+}
+"""The document itself, and routes that only say that they are not offered."""
 EXAMPLES = 20
 """Requests for each operation."""
 
@@ -27,6 +37,23 @@ async def test_the_document_is_served_to_admins(world: World) -> None:
     assert (await world.http.get("/admin/openapi.json")).status_code == 401
     document = (await world.http.get("/admin/openapi.json", headers=ADMIN)).json()
     assert document["openapi"].startswith("3.") and "/adapters" in document["paths"]
+
+
+async def test_the_whole_document_has_every_route(world: World) -> None:
+    document = (await world.http.get("/openapi.json", headers=ADMIN)).json()
+    routed = {
+        re.sub(r":path", "", str(route.path)) for route in world.app.routes if isinstance(route, Route)
+    } - UNDOCUMENTED
+    admin = (await world.http.get("/admin/openapi.json", headers=ADMIN)).json()
+    assert set(document["paths"]) == routed | {f"/admin{path}" for path in admin["paths"]}
+    # Every reference leads somewhere, and schemathesis can make requests of every operation.
+    schema = schemathesis.openapi.from_dict(document)
+    schema.validate()
+    labels = [result.ok().label for result in schema.get_all_operations()]
+    assert len(labels) == sum(len(operations) for operations in document["paths"].values())
+    names = set(document["components"]["schemas"])
+    referred = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
+    assert referred <= names
 
 
 @pytest.mark.timeout(300)
