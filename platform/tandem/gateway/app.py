@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from tandem.auth import KeyStore
 from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
 from tandem.gateway.accounting.account import Accounting
+from tandem.gateway.accounting.day_usage import DayUsage
 from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
@@ -82,7 +82,9 @@ def create_app(
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     identity = Identity(registry.address, config.oidc)
     usage = UsageStore.at(registry.address)
-    accounting = _accounting(identity, usage, config, name, apply_limits)
+    day_usage = DayUsage(usage.impatient(), lambda: identity.keys.budgets)
+    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=day_usage.read)
+    accounting = Accounting(limiter, UsageWriter(UsageStore.at(registry.address)), identity.keys.tenant_limits)
     lines = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
@@ -94,7 +96,7 @@ def create_app(
             async with _started(lines, identity, accounting, catalog, relay, fleet, report):
                 yield
         finally:
-            for each in (usage, key_routes):
+            for each in (usage, day_usage, key_routes):
                 each.close()
 
     guard = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
@@ -137,18 +139,6 @@ def _administration(
     UsageRoutes(usage, keys, config.retry_after_s).add_to(app)
     key_routes.add_to(app)
     return app, key_routes
-
-
-def _accounting(
-    identity: Identity, usage: UsageStore, config: GatewayConfig, name: str, apply_limits: ApplyLimits | None
-) -> Accounting:
-    """Limits and usage of a gateway; `usage` is read when limits by the day are first needed."""
-
-    def totals() -> dict[str, int]:
-        return usage.tokens_today(datetime.now(UTC)) if identity.keys.has_budgets else {}
-
-    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=totals)
-    return Accounting(limiter, UsageWriter(UsageStore.at(usage.address)), identity.keys.tenant_limits)
 
 
 class Part(Protocol):

@@ -65,7 +65,7 @@ def test_sums_are_grouped_and_bounded_in_time(store: UsageStore):
         store.sums(("modle",))
 
 
-def test_tokens_of_today_are_those_since_midnight_by_key_and_tenant(store: UsageStore):
+def test_tokens_of_today_are_those_since_midnight_of_the_named_keys_and_tenants(store: UsageStore):
     other = CHAT._replace(key_id="key_2")
     batch = {
         UsageKey(NOON.replace(hour=0), CHAT): UsageCounts(1, 10, 1),
@@ -73,7 +73,12 @@ def test_tokens_of_today_are_those_since_midnight_by_key_and_tenant(store: Usage
         UsageKey(NOON - timedelta(days=1), CHAT): UsageCounts(1, 500, 500),
     }
     store.add("one", 1, batch)
-    assert store.tokens_today(NOON) == {"key:key_1": 11, "key:key_2": 22, "tenant:lab": 33}
+    assert store.tokens_today(NOON, {"key_1"}, {"lab"}) == {"key:key_1": 11, "tenant:lab": 33}
+    assert store.tokens_today(NOON, {f"key_{number}" for number in range(1200)}, ()) == {
+        "key:key_1": 11,
+        "key:key_2": 22,
+    }
+    assert store.tokens_today(NOON, (), ()) == {}
 
 
 class Unreliable(UsageStore):

@@ -15,7 +15,7 @@ from tandem.engine.usage import TokenCounts
 from tandem.gateway.accounting.limiter import Limiter
 from tandem.gateway.errors import ApiError
 from tandem.limits import Refusal, Reservation, Subject
-from tandem.limits.ledger import Quota
+from tandem.limits.records import Quota
 from tandem.usage import UsageCounts, UsageLabels, UsageWriter
 from tandem.usage.wire import COUNTS_HEADER, counts_from_header, split_comment
 
