@@ -20,6 +20,8 @@ GROUPS = ("hour", "day", "tenant", "key_id", "model", "adapter", "route")
 COUNTS = UsageCounts._fields
 NAMES_OF_QUERY = 500
 """Keys or tenants in one query of their sums."""
+ROWS_OF_STATEMENT = 1000
+"""Rows that are added in one statement: one round trip for nearly every batch."""
 FORGET_WRITERS_AFTER = timedelta(days=7)
 """A process that has written nothing for so long does not repeat a batch any more."""
 
@@ -41,8 +43,8 @@ class UsageStore(RegistryConnection):
             rows = [
                 {"hour": key.hour, **key.labels._asdict(), **counts._asdict()} for key, counts in sorted(batch.items())
             ]
-            for row in rows:
-                statement = insert(UsageRow).values(**row)
+            for begin in range(0, len(rows), ROWS_OF_STATEMENT):
+                statement = insert(UsageRow).values(rows[begin : begin + ROWS_OF_STATEMENT])
                 added = {name: getattr(UsageRow, name) + statement.excluded[name] for name in COUNTS}
                 session.execute(
                     statement.on_conflict_do_update(index_elements=list(UsageRow.__table__.primary_key), set_=added)
