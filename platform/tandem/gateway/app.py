@@ -82,9 +82,7 @@ def create_app(
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     identity = Identity(registry.address, config.oidc)
     usage = UsageStore.at(registry.address)
-    day_usage = DayUsage(usage.impatient(), lambda: identity.keys.budgets)
-    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=day_usage.read)
-    accounting = Accounting(limiter, UsageWriter(UsageStore.at(registry.address)), identity.keys.tenant_limits)
+    accounting, day_usage = _accounting(identity, usage, config, name, apply_limits)
     lines = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
@@ -139,6 +137,16 @@ def _administration(
     UsageRoutes(usage, keys, config.retry_after_s).add_to(app)
     key_routes.add_to(app)
     return app, key_routes
+
+
+def _accounting(
+    identity: Identity, usage: UsageStore, config: GatewayConfig, name: str, apply_limits: ApplyLimits | None
+) -> tuple[Accounting, DayUsage]:
+    """Limits and usage of a gateway, with connections of their own to the database of `usage`; the reads have to be closed."""
+    day_usage = DayUsage(usage.impatient(), lambda: identity.keys.budgets)
+    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=day_usage.read)
+    writer = UsageWriter(UsageStore.at(usage.address))
+    return Accounting(limiter, writer, identity.keys.tenant_limits), day_usage
 
 
 class Part(Protocol):

@@ -1,4 +1,4 @@
-"""Sliding window: amounts of the last minute, whose reservations can be corrected. Pure: callers pass a monotonic clock, in seconds.
+"""Sliding window: amounts of the last minute, whose reservations can be corrected. Pure: callers pass a monotonic clock.
 
 Amounts are kept by second and count until the last moment of their second is a whole span old, so that no span of that length
 has more than the limit.

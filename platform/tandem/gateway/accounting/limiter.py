@@ -29,6 +29,7 @@ from tandem.limits import (
     Verdict,
 )
 from tandem.limits.ledger import SILENT_S
+from tandem.limits.records import Operation
 
 TOTALS_S = 5.0
 """Seconds between two looks at today's tokens in the database."""
@@ -147,7 +148,7 @@ class Limiter:
         settles, self._settles = self._settles, []
         resend, self._resend = self._resend, False
         totals, self._totals = self._totals, None
-        operations = (*settles, *(Admit(reservation) for reservation, _ in asking))
+        operations: tuple[Operation, ...] = (*settles, *(Admit(reservation) for reservation, _ in asking))
         reservations = tuple(self._in_flight.values()) if resend else None
         try:
             async with asyncio.timeout(ANSWER_S):
