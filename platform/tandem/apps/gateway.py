@@ -13,8 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from tandem.cluster.haproxy import has_tls, proxy_secret
 from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
-from tandem.limits import Verdict
-from tandem.limits.ledger import Operation
+from tandem.limits import Answer, Exchange
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import ServedModel
 from tandem.serve.directory_link import DirectoryWatcher
@@ -78,10 +77,8 @@ class Gateway:
             proxy_secret=proxy_secret(),
         )
 
-    async def _apply_limits(
-        self, gateway: str, operations: tuple[Operation, ...], totals: dict[str, int] | None
-    ) -> tuple[str, list[Verdict]]:
-        return cast(tuple[str, list[Verdict]], await self._directory.apply_limits.remote(gateway, operations, totals))
+    async def _apply_limits(self, exchange: Exchange) -> Answer:
+        return cast(Answer, await self._directory.apply_limits.remote(exchange))
 
     async def _report_demand(self, waiting: dict[str, int]) -> None:
         await self._directory.demand.remote(_replica_id(), waiting)

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from tandem.auth.keys import LONGEST_SECRET, ChangedKey, Cursor, KeyStore, digest
 from tandem.auth.principal import UNLIMITED, Limits, Principal
@@ -27,6 +28,13 @@ START_S = 10.0
 """Seconds that a new gateway waits for all keys before it takes requests, which it answers with 503 until it has them."""
 
 log = logging.getLogger(__name__)
+
+
+class Budgets(NamedTuple):
+    """Keys, by id, and tenants that have a limit of tokens in a day."""
+
+    keys: frozenset[str] = frozenset()
+    tenants: frozenset[str] = frozenset()
 
 
 class KeyTable:
@@ -47,8 +55,7 @@ class KeyTable:
         """Whether all keys of the database have been read once."""
         self.has_keys = False
         """Whether any key was ever made, ended ones too: from then on an app answers nobody without a key."""
-        self.has_budgets = False
-        """Whether any key or tenant has a limit of tokens in a day."""
+        self.budgets = Budgets()
 
     def authenticate(self, secret: str) -> Principal | None:
         """Whom a secret belongs to; None for one that is unknown, expired or revoked."""
@@ -106,6 +113,9 @@ class KeyTable:
         self._tenants = await self._calls.run(PAGE_S, self._store.tenants)
         self._keys, self._cursor, self._revision = keys, cursor, revision
         self.has_keys = self.has_keys or bool(keys)
-        limits = [key.principal.limits for key in keys.values() if key.principal is not None]
-        self.has_budgets = any(each.tokens_per_day is not None for each in (*limits, *self._tenants.values()))
+        known = [key.principal for key in keys.values() if key.principal is not None]
+        self.budgets = Budgets(
+            frozenset(each.key_id for each in known if each.limits.tokens_per_day is not None),
+            frozenset(name for name, each in self._tenants.items() if each.tokens_per_day is not None),
+        )
         self.loaded = True

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -20,11 +19,11 @@ class TokenCounts(NamedTuple):
     completion: int = 0
 
 
-@dataclass(slots=True)
 class RequestTokens:
     """The counters of one request."""
 
-    _counters: dict[str, list[Callable[[], TokenCounts]]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._counters: dict[str, list[Callable[[], TokenCounts]]] = {}
 
     def add(self, prompt_id: str, counter: Callable[[], TokenCounts]) -> None:
         """Add the counter of one sequence. Sequences of one `prompt_id` share a prompt, which is counted once."""
@@ -45,9 +44,9 @@ _current: ContextVar[RequestTokens | None] = ContextVar("request_tokens", defaul
 
 
 @contextmanager
-def counting_tokens() -> Iterator[RequestTokens]:
-    """Counts of what is asked of an engine in this context, tasks started in it included."""
-    tokens = RequestTokens()
+def counting_tokens(tokens: RequestTokens | None = None) -> Iterator[RequestTokens]:
+    """Counts of what is asked of an engine in this context, tasks started in it included; None: new ones."""
+    tokens = RequestTokens() if tokens is None else tokens
     token = _current.set(tokens)
     try:
         yield tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from tandem.config.serving.app import GatewayConfig, RouterConfig
 from tandem.engine.routes import ENGINE_ROUTES
 from tandem.gateway.accounting.access_log import AccessLog, LogAccess
 from tandem.gateway.accounting.account import Accounting
+from tandem.gateway.accounting.day_usage import DayUsage
 from tandem.gateway.accounting.limiter import ApplyLimits, Limiter
 from tandem.gateway.admission.control import Admission, QueueMetrics
 from tandem.gateway.admission.demand import DemandReport, ReportDemand
@@ -84,7 +84,7 @@ def create_app(
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     identity = Identity(registry.address, config.oidc)
     usage = UsageStore.at(registry.address)
-    accounting = _accounting(identity, usage, config, name, apply_limits)
+    accounting, day_usage = _accounting(identity, usage, config, name, apply_limits)
     lines = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
@@ -96,7 +96,7 @@ def create_app(
             async with _started(lines, identity, accounting, catalog, relay, fleet, report):
                 yield
         finally:
-            for each in (usage, key_routes):
+            for each in (usage, day_usage, key_routes):
                 each.close()
 
     guard = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
@@ -144,14 +144,12 @@ def _administration(
 
 def _accounting(
     identity: Identity, usage: UsageStore, config: GatewayConfig, name: str, apply_limits: ApplyLimits | None
-) -> Accounting:
-    """Limits and usage of a gateway; `usage` is read when limits by the day are first needed."""
-
-    def totals() -> dict[str, int]:
-        return usage.tokens_today(datetime.now(UTC)) if identity.keys.has_budgets else {}
-
-    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=totals)
-    return Accounting(limiter, UsageWriter(UsageStore.at(usage.address)), identity.keys.tenant_limits)
+) -> tuple[Accounting, DayUsage]:
+    """Limits and usage of a gateway, with connections of their own to the database of `usage`; the reads have to be closed."""
+    day_usage = DayUsage(usage.impatient(), lambda: identity.keys.budgets)
+    limiter = Limiter(name, gateways=config.replicas, apply=apply_limits, totals=day_usage.read)
+    writer = UsageWriter(UsageStore.at(usage.address))
+    return Accounting(limiter, writer, identity.keys.tenant_limits), day_usage
 
 
 class Part(Protocol):

@@ -63,6 +63,7 @@ async def with_prefill(
             # A request that the engine refuses is refused by the decode replica too, with a message for the client.
             pass
     budget.begun += prefill_budget.begun - (MAX_BEGUN - 1)
+    budget.reached_engine |= prefill_budget.reached_engine
     # Time of the prefill is not counted as the gateway's own.
     request.stopwatch.received += time.perf_counter() - began
     if not transfer:

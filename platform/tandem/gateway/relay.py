@@ -28,6 +28,7 @@ from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica,
 from tandem.gateway.latency import HEADER, RecordLatency, header, ignore_latency
 from tandem.gateway.replicas.engine_http import EngineAnswer, EngineHttpError, SilentEngineError
 from tandem.gateway.replicas.fleet import Fleet
+from tandem.gateway.replicas.loss import LossConfirmation
 from tandem.gateway.replicas.upstream import Attempt, EngineRequest, Upstream
 from tandem.gateway.requests.held_bytes import HeldBody, HeldBytes
 from tandem.gateway.requests.quarantine import Quarantine
@@ -55,6 +56,8 @@ class RetryBudget:
     """Ids of the replicas tried since the request last left its queue."""
     failure: str = ""
     """Reason of the last failure since then."""
+    reached_engine: bool = False
+    """Whether an engine may have worked on the request."""
 
     @property
     def exhausted(self) -> bool:
@@ -110,6 +113,7 @@ class Relay:
         self._config = config
         self._watchdog: asyncio.Task[None] | None = None
         self._probes: set[asyncio.Task[None]] = set()
+        self._loss = LossConfirmation(upstream, fleet)
 
     def start(self) -> None:
         """Begin to watch for stalled clients."""
@@ -119,6 +123,7 @@ class Relay:
         """Close all connections."""
         if self._watchdog is not None:
             self._watchdog.cancel()
+        self._loss.stop()
         if self._probes:
             await asyncio.wait(self._probes)
         self.upstream.stop()
@@ -144,6 +149,7 @@ class Relay:
             budget.tried.append(replica.id)
             with contextlib.ExitStack() as counted:
                 counted.enter_context(self.fleet.counting(request.routing, replica))
+                reached, budget.reached_engine = budget.reached_engine, True
                 attempt = await self.upstream.send(request, replica)
                 if attempt.response is not None:
                     if attempt.response.status == 200:
@@ -152,6 +158,7 @@ class Relay:
                     resources.callback(attempt.response.close)
                     return attempt
             budget.record(attempt)
+            budget.reached_engine = reached or attempt.may_have_begun
             if attempt.may_have_begun:
                 self.quarantine.replica_lost(request.digest, replica.id)
             if attempt.suspect:
@@ -162,19 +169,15 @@ class Relay:
         self._probe(self._note_if_lost(digest, replica))
 
     def charge_if_lost(self, account: RequestAccount, replica: ReplicaRecord) -> None:
-        """An answer broke off: if its replica is gone, the request is charged what has arrived. A replica that lives has counted
+        """An answer broke off: if its replica is lost, the request is charged what has arrived. A replica that lives has counted
         what its engine has generated.
         """
-        self._probe(self._charge_if_lost(account, replica))
+        self._probe(self._loss.call_if_lost(replica, account.engine_lost))
 
     def _probe(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._probes.add(task)
         task.add_done_callback(self._probes.discard)
-
-    async def _charge_if_lost(self, account: RequestAccount, replica: ReplicaRecord) -> None:
-        if await self.upstream.alive_status(replica) is None:
-            account.engine_lost()
 
     async def _note_if_lost(self, digest: bytes, replica: ReplicaRecord) -> None:
         if await self.upstream.alive_status(replica) != 200:
@@ -216,6 +219,7 @@ class RelayedResponse(Response):
         self._prepare = prepare
         self._held = held
         self._slot = relay.admission.slot(request.model.base, request.hints, light=request.light)
+        self._budget = RetryBudget()
         self._limit = asyncio.timeout(None)
         self._ended_by: End | None = None
         """Why the response ended before the engine was done; None: it has not, or its deadline had passed."""
@@ -248,7 +252,7 @@ class RelayedResponse(Response):
             # Also if Serve cancels this task: whatever ends this request closes the connection to the engine.
             self._relay.active.discard(self)
             disconnect.cancel()
-            self._account.close()
+            self._account.close(reached_engine=self._budget.reached_engine)
             self._note(scope)
             self._drop_body()
 
@@ -277,7 +281,8 @@ class RelayedResponse(Response):
     async def _first_answer(self, resources: contextlib.ExitStack) -> Attempt:
         """Admit the request and send it; `resources` also keeps its admission slot."""
         request, stopwatch, quarantine = self._request, self._request.stopwatch, self._relay.quarantine
-        budget = RetryBudget(begun=quarantine.lost_replicas(request.digest))
+        budget = self._budget
+        budget.begun = quarantine.lost_replicas(request.digest)
         if budget.exhausted:
             raise quarantined(budget.begun, quarantine.seconds)
         await self._account.acquire()
@@ -317,10 +322,11 @@ class RelayedResponse(Response):
                 while chunk:
                     if is_stream:
                         chunk = self._account.read_chunk(chunk)
-                    self._last_chunk = rewrite_errors(chunk, dialect, id_, explain) if is_stream else chunk
-                    failed = failed or self._last_chunk is not chunk
+                    told = rewrite_errors(chunk, dialect, id_, explain) if is_stream else chunk
+                    failed = failed or told is not chunk
+                    self._last_chunk = told or self._last_chunk
                     self.sending_since = time.monotonic()
-                    await send({"type": "http.response.body", "body": self._last_chunk, "more_body": True})
+                    await send({"type": "http.response.body", "body": told, "more_body": True})
                     self.sending_since = math.inf
                     chunk = await answer.read_any()
             except EngineHttpError as error:

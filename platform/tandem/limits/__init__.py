@@ -1,5 +1,29 @@
 """Limits of keys and tenants: requests and tokens in a minute, requests at once, tokens in a day."""
 
-from tandem.limits.ledger import Admit, LimitLedger, Refusal, Reservation, Restore, Settle, Subject, Verdict
+from tandem.limits.ledger import LimitLedger
+from tandem.limits.records import (
+    Admit,
+    Answer,
+    DayTotals,
+    Exchange,
+    Moment,
+    Refusal,
+    Reservation,
+    Settle,
+    Subject,
+    Verdict,
+)
 
-__all__ = ["Admit", "LimitLedger", "Refusal", "Reservation", "Restore", "Settle", "Subject", "Verdict"]
+__all__ = [
+    "Admit",
+    "Answer",
+    "DayTotals",
+    "Exchange",
+    "LimitLedger",
+    "Moment",
+    "Refusal",
+    "Reservation",
+    "Settle",
+    "Subject",
+    "Verdict",
+]

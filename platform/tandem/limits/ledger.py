@@ -1,8 +1,8 @@
 """Ledger of limits: admits requests within the limits of their key and tenant, and settles what they have used.
 
-A request reserves tokens when it is admitted, and is charged those that it has used when it has ended. Pure: callers pass a
-clock, in seconds since 1970. One ledger serves all gateways of an app; requests in flight at a gateway that is not heard of for
-`SILENT_S` count as ended.
+A request reserves tokens when it is admitted, and is charged those that it has used when it has ended. Pure: callers pass the
+moment. One ledger serves all gateways of an app; requests in flight at a gateway that is not heard of for `SILENT_S` count as
+ended until it says that they are not.
 """
 
 from __future__ import annotations
@@ -10,87 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from tandem.auth.principal import Limits
+from tandem.limits.records import (
+    DAY_S,
+    Admit,
+    Answer,
+    DayTotals,
+    Exchange,
+    Moment,
+    Operation,
+    Quota,
+    Refusal,
+    Reservation,
+    Settle,
+    Subject,
+    Verdict,
+)
 from tandem.limits.window import SlidingWindow
 
-DAY_S = 86_400
 SILENT_S = 10.0
 """Seconds after which a gateway's requests count as ended. Gateways call every second."""
+UNREACHABLE_S = 3.0
+"""A ledger that no gateway has called for so many seconds was itself paused or out of reach: that is nobody's silence."""
+RELEASED_S = 600.0
+"""Seconds for which requests of a silent gateway are remembered: restored, they are not charged a second time."""
+SWEEP_S = 60.0
+"""Seconds between two searches for accounts that nothing counts against any more."""
 CONCURRENT_RETRY_S = 1.0
 """Retry-After where a limit of requests at once was met."""
-
-
-class Subject(NamedTuple):
-    """A key (`key:ID`) or tenant (`tenant:NAME`) with its limits."""
-
-    id: str
-    limits: Limits
-
-
-class Reservation(NamedTuple):
-    """A request that wants to start."""
-
-    id: str
-    """Different for every request."""
-    subjects: tuple[Subject, ...]
-    tokens: int
-    """Tokens that its prompt and its answer are expected to have at most."""
-
-
-class Quota(NamedTuple):
-    """The state of one limit, for response headers."""
-
-    limit: int
-    remaining: int
-    reset_s: float
-    """Seconds until all of it is free again if nothing more is used."""
-
-
-class Refusal(NamedTuple):
-    """The reason why a request may not start."""
-
-    limit: str
-    """Name of the limit, as in `auth.Limits`."""
-    subject: str
-    most: int
-    used: int
-    """What counts against it now."""
-    retry_s: float
-    """Seconds until it may start; infinity: never as it is."""
-
-
-class Verdict(NamedTuple):
-    """The answer to a reservation."""
-
-    refusal: Refusal | None
-    requests: Quota | None = None
-    """The tightest limit of requests in a minute; None: there is none."""
-    tokens: Quota | None = None
-    """The tightest limit of tokens in a minute; None: there is none."""
-
-
-class Admit(NamedTuple):
-    """Operation: reserve what a request needs, or refuse it."""
-
-    reservation: Reservation
-
-
-class Settle(NamedTuple):
-    """Operation: a request has ended; `tokens` that it has used, None: not known yet (the usage in the database will tell)."""
-
-    id: str
-    tokens: int | None
-
-
-class Restore(NamedTuple):
-    """Operation: a request that another ledger had admitted is in flight."""
-
-    reservation: Reservation
-
-
-Operation = Admit | Settle | Restore
 
 
 @dataclass(slots=True)
@@ -104,13 +51,17 @@ class _Account:
     """Of requests in flight."""
     day: int = 0
     day_tokens: int = 0
-    """Used since midnight UTC of `day`."""
+    """Used since midnight UTC of `day`, if the subject has a limit by the day."""
 
-    def tokens_today(self, now: float) -> int:
-        day = int(now // DAY_S)
+    def tokens_today(self, day: int) -> int:
         if day != self.day:
             self.day, self.day_tokens = day, 0
         return self.day_tokens
+
+    def is_idle(self, now: Moment) -> bool:
+        """Whether a new account would be the same."""
+        counted = self.requests.total(now.monotonic) or self.tokens.total(now.monotonic)
+        return not (self.in_flight or counted or self.tokens_today(now.day))
 
 
 @dataclass(slots=True)
@@ -120,52 +71,86 @@ class _InFlight:
     at: float
 
 
+@dataclass(slots=True)
+class _Gateway:
+    heard_at: float
+    number: int
+    """Of its last exchange."""
+
+
 class LimitLedger:
     """Accounts of all subjects with limits."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
         self._in_flight: dict[str, _InFlight] = {}
-        self._heard_at: dict[str, float] = {}
+        self._released: dict[str, tuple[float, _InFlight]] = {}
+        """Requests of gateways that fell silent, with the time of that; oldest first."""
+        self._gateways: dict[str, _Gateway] = {}
+        self._contact_at: float | None = None
+        self._swept_at = -math.inf
 
-    def apply(self, gateway: str, operations: Iterable[Operation], now: float) -> list[Verdict]:
-        """Apply a gateway's operations in their order; returns the verdict of each `Admit`."""
-        self._heard_at[gateway] = now
+    def exchange(self, exchange: Exchange, now: Moment) -> Answer:
+        """Apply what one of several gateways sends.
+
+        A gateway that is new, or was silent, has to say first what is in flight there (`Answer.resend`).
+        """
         self._end_silent(now)
+        known = self._gateways.get(exchange.gateway)
+        if known is None and exchange.reservations is None:
+            return Answer(resend=True)
+        if known is not None and exchange.number <= known.number:
+            # Its answer would come too late: the gateway has decided by itself and sent what is in flight since.
+            return Answer()
+        self._gateways[exchange.gateway] = _Gateway(now.monotonic, exchange.number)
+        if exchange.totals is not None:
+            self.observe_day(exchange.totals, now)
+        if exchange.reservations is not None:
+            self._reconcile(exchange, exchange.reservations, now)
+        return Answer(tuple(self.apply(exchange.gateway, exchange.operations, now)))
+
+    def apply(self, gateway: str, operations: Iterable[Operation], now: Moment) -> list[Verdict]:
+        """Apply a gateway's operations in their order; returns the verdict of each `Admit`."""
+        self._evict_idle(now)
         verdicts = []
         for operation in operations:
             match operation:
                 case Admit(reservation):
                     verdicts.append(self._admit(gateway, reservation, now))
-                case Settle(id_, tokens):
-                    self._settle(id_, tokens, now)
-                case Restore(reservation):
-                    if reservation.id not in self._in_flight:
-                        self._reserve(gateway, reservation, now, counted=False)
+                case Settle():
+                    self._settle(operation, now)
         return verdicts
 
-    def observe_day(self, totals: dict[str, int], now: float) -> None:
-        """Take over tokens of today, by subject, that were read from the database: of requests before this ledger's start, and of
-        those that ended without telling their tokens. It has no fewer than it knew of.
+    def observe_day(self, totals: DayTotals, now: Moment) -> None:
+        """Take over tokens of today that were read from the database: of requests before this ledger's start, and of those that
+        ended without telling their tokens. It has no fewer than it knew of. Totals of another day change nothing.
         """
-        for subject, tokens in totals.items():
+        if totals.day != now.day:
+            return
+        for subject, tokens in totals.tokens.items():
             account = self._account(subject)
-            account.day_tokens = max(account.tokens_today(now), tokens)
+            account.day_tokens = max(account.tokens_today(now.day), tokens)
 
     def in_flight(self, subject: str) -> int:
         """Requests of a subject in flight."""
-        return self._account(subject).in_flight
+        account = self._accounts.get(subject)
+        return 0 if account is None else account.in_flight
 
-    def _admit(self, gateway: str, reservation: Reservation, now: float) -> Verdict:
+    @property
+    def subjects(self) -> frozenset[str]:
+        """Subjects that have an account."""
+        return frozenset(self._accounts)
+
+    def _admit(self, gateway: str, reservation: Reservation, now: Moment) -> Verdict:
         for subject in reservation.subjects:
             refusal = self._refusal(subject, reservation.tokens, now)
             if refusal is not None:
-                return self._verdict(reservation, refusal, now)
-        self._reserve(gateway, reservation, now, counted=True)
-        return self._verdict(reservation, None, now)
+                return self._verdict(reservation, refusal, now.monotonic)
+        self._reserve(gateway, reservation, now.monotonic, counted=True)
+        return self._verdict(reservation, None, now.monotonic)
 
-    def _refusal(self, subject: Subject, tokens: int, now: float) -> Refusal | None:
-        account, limits = self._account(subject.id), subject.limits
+    def _refusal(self, subject: Subject, tokens: int, moment: Moment) -> Refusal | None:
+        account, limits, now = self._account(subject.id), subject.limits, moment.monotonic
         if (most := limits.requests_per_minute) is not None:
             wait_s = account.requests.wait_s(1, most, now)
             if wait_s:
@@ -178,43 +163,89 @@ class LimitLedger:
             if wait_s:
                 return Refusal("tokens_per_minute", subject.id, most, account.tokens.total(now), wait_s)
         if (most := limits.tokens_per_day) is not None:
-            used = account.tokens_today(now) + account.reserved_tokens
+            used = account.tokens_today(moment.day) + account.reserved_tokens
             if used + tokens > most:
-                retry_s = math.inf if tokens > most else DAY_S - now % DAY_S
+                retry_s = math.inf if tokens > most else DAY_S - moment.wall % DAY_S
                 return Refusal("tokens_per_day", subject.id, most, used, retry_s)
         return None
 
     def _reserve(self, gateway: str, reservation: Reservation, now: float, *, counted: bool) -> None:
         """`counted`: whether it counts as a request of this minute; a restored one does not."""
-        self._in_flight[reservation.id] = _InFlight(reservation, gateway, now)
+        self._hold(_InFlight(reservation, gateway, now))
         for subject in reservation.subjects:
             account = self._account(subject.id)
-            account.in_flight += 1
-            account.reserved_tokens += reservation.tokens
             account.tokens.add(reservation.tokens, now)
             if counted:
                 account.requests.add(1, now)
 
-    def _settle(self, id_: str, tokens: int | None, now: float) -> None:
-        entry = self._in_flight.pop(id_, None)
-        if entry is None:
-            return
-        reserved = entry.reservation.tokens
+    def _hold(self, entry: _InFlight) -> None:
+        self._in_flight[entry.reservation.id] = entry
+        for subject in entry.reservation.subjects:
+            account = self._account(subject.id)
+            account.in_flight += 1
+            account.reserved_tokens += entry.reservation.tokens
+
+    def _release(self, entry: _InFlight) -> None:
+        del self._in_flight[entry.reservation.id]
         for subject in entry.reservation.subjects:
             account = self._account(subject.id)
             account.in_flight -= 1
-            account.reserved_tokens -= reserved
-            if tokens is not None:
-                account.tokens.correct(tokens - reserved, entry.at, now)
-                account.tokens_today(now)
-                account.day_tokens += tokens
+            account.reserved_tokens -= entry.reservation.tokens
 
-    def _end_silent(self, now: float) -> None:
-        silent = [gateway for gateway, at in self._heard_at.items() if now - at > SILENT_S]
-        for gateway in silent:
-            del self._heard_at[gateway]
-            for id_ in [id_ for id_, entry in self._in_flight.items() if entry.gateway == gateway]:
-                self._settle(id_, None, now)
+    def _settle(self, settle: Settle, now: Moment) -> None:
+        if (entry := self._in_flight.get(settle.id)) is not None:
+            self._release(entry)
+        elif settle.id in self._released:
+            _, entry = self._released.pop(settle.id)
+        else:
+            return
+        reserved = entry.reservation.tokens
+        charged = max(reserved, settle.seen) if settle.tokens is None else settle.tokens
+        for subject in entry.reservation.subjects:
+            account = self._account(subject.id)
+            account.tokens.correct(charged - reserved, entry.at, now.monotonic)
+            if settle.tokens is not None and subject.limits.tokens_per_day is not None:
+                account.tokens_today(now.day)
+                account.day_tokens += settle.tokens
+
+    def _reconcile(self, exchange: Exchange, reservations: Iterable[Reservation], now: Moment) -> None:
+        """Make the gateway's requests in flight those that it has named; those that it settles now are settled afterwards."""
+        kept = {each.id for each in reservations}
+        kept |= {each.id for each in exchange.operations if isinstance(each, Settle)}
+        for id_, entry in list(self._in_flight.items()):
+            if entry.gateway == exchange.gateway and id_ not in kept:
+                self._settle(Settle(id_, None), now)
+        for reservation in reservations:
+            if reservation.id in self._in_flight:
+                continue
+            if reservation.id in self._released:
+                self._hold(self._released.pop(reservation.id)[1])
+            else:
+                self._reserve(exchange.gateway, reservation, now.monotonic, counted=False)
+
+    def _end_silent(self, moment: Moment) -> None:
+        now = moment.monotonic
+        unreachable_s = 0.0 if self._contact_at is None else now - self._contact_at
+        self._contact_at = now
+        if unreachable_s > UNREACHABLE_S:
+            for gateway in self._gateways.values():
+                gateway.heard_at = min(now, gateway.heard_at + unreachable_s)
+        silent = {name for name, gateway in self._gateways.items() if now - gateway.heard_at > SILENT_S}
+        if silent:
+            for name in silent:
+                del self._gateways[name]
+            for entry in [each for each in self._in_flight.values() if each.gateway in silent]:
+                self._release(entry)
+                self._released[entry.reservation.id] = (now, entry)
+        while self._released and now - next(iter(self._released.values()))[0] > RELEASED_S:
+            del self._released[next(iter(self._released))]
+
+    def _evict_idle(self, now: Moment) -> None:
+        if now.monotonic - self._swept_at < SWEEP_S:
+            return
+        self._swept_at = now.monotonic
+        for subject in [key for key, account in self._accounts.items() if account.is_idle(now)]:
+            del self._accounts[subject]
 
     def _verdict(self, reservation: Reservation, refusal: Refusal | None, now: float) -> Verdict:
         requests: list[Quota] = []

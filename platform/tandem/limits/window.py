@@ -1,4 +1,4 @@
-"""Sliding window: amounts of the last minute, whose reservations can be corrected. Pure: callers pass a clock, in seconds.
+"""Sliding window: amounts of the last minute, whose reservations can be corrected. Pure: callers pass a monotonic clock.
 
 Amounts are kept by second and count until the last moment of their second is a whole span old, so that no span of that length
 has more than the limit.
@@ -25,7 +25,7 @@ class SlidingWindow:
         return self._total
 
     def add(self, amount: int, now: float) -> None:
-        """Add an amount now; a clock that went back counts as the last second."""
+        """Add an amount now; a time before the last one counts as that."""
         second = int(now)
         if self._amounts:
             second = max(second, next(reversed(self._amounts)))

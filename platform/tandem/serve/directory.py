@@ -11,14 +11,12 @@ import contextlib
 import functools
 import logging
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.engine.protocol import AdapterRef
-from tandem.limits import LimitLedger, Verdict
-from tandem.limits.ledger import Operation
+from tandem.limits import Answer, Exchange, LimitLedger, Moment
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import Snapshot
 from tandem.serve.directory_protocol import DirectoryAddress
@@ -67,7 +65,6 @@ class Directory:
         `registry`: its pinned adapters are read for all replicas. `host`: address to listen on; None: the node's.
         """
         self._limits = LimitLedger()
-        self._limits_id = uuid.uuid4().hex
         self._state = DirectoryState()
         self._demand = WaitingCounts()
         self._began = time.monotonic()
@@ -118,16 +115,9 @@ class Directory:
             if not self._demand.total(deployment, now):
                 task.cancel()
 
-    async def apply_limits(
-        self, gateway: str, operations: tuple[Operation, ...], totals: dict[str, int] | None
-    ) -> tuple[str, list[Verdict]]:
-        """Apply a gateway's operations to the ledger of limits, and today's tokens if they are given; returns the ledger's id and
-        the verdicts.
-        """
-        now = time.time()
-        if totals is not None:
-            self._limits.observe_day(totals, now)
-        return self._limits_id, self._limits.apply(gateway, operations, now)
+    async def apply_limits(self, exchange: Exchange) -> Answer:
+        """Apply what a gateway sends to the ledger of limits."""
+        return self._limits.exchange(exchange, Moment.now())
 
     def _complete(self) -> bool:
         return time.monotonic() - self._began >= WARM_UP_S

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,6 +18,10 @@ from tandem.usage.records import UsageCounts, UsageKey
 GROUPS = ("hour", "day", "tenant", "key_id", "model", "adapter", "route")
 """Columns that sums can be grouped by."""
 COUNTS = UsageCounts._fields
+NAMES_OF_QUERY = 500
+"""Keys or tenants in one query of their sums."""
+ROWS_OF_STATEMENT = 1000
+"""Rows that are added in one statement: one round trip for nearly every batch."""
 FORGET_WRITERS_AFTER = timedelta(days=7)
 """A process that has written nothing for so long does not repeat a batch any more."""
 
@@ -39,8 +43,8 @@ class UsageStore(RegistryConnection):
             rows = [
                 {"hour": key.hour, **key.labels._asdict(), **counts._asdict()} for key, counts in sorted(batch.items())
             ]
-            for row in rows:
-                statement = insert(UsageRow).values(**row)
+            for begin in range(0, len(rows), ROWS_OF_STATEMENT):
+                statement = insert(UsageRow).values(rows[begin : begin + ROWS_OF_STATEMENT])
                 added = {name: getattr(UsageRow, name) + statement.excluded[name] for name in COUNTS}
                 session.execute(
                     statement.on_conflict_do_update(index_elements=list(UsageRow.__table__.primary_key), set_=added)
@@ -103,14 +107,18 @@ class UsageStore(RegistryConnection):
                 row["day"] = str(row["day"])[:10]
         return rows
 
-    def tokens_today(self, now: datetime) -> dict[str, int]:
-        """Tokens of prompts and answers since midnight UTC, by `key:ID` and `tenant:NAME`."""
+    def tokens_today(self, now: datetime, keys: Collection[str], tenants: Collection[str]) -> dict[str, int]:
+        """Tokens of prompts and answers since midnight UTC, by `key:ID` and `tenant:NAME`, of these keys and tenants alone."""
         midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        tokens = func.sum(UsageRow.prompt_tokens + UsageRow.completion_tokens)
         totals: dict[str, int] = {}
-        for row in self.sums(("key_id", "tenant"), since=midnight):
-            tokens = row["prompt_tokens"] + row["completion_tokens"]
-            for subject in (f"key:{row['key_id']}", f"tenant:{row['tenant']}"):
-                totals[subject] = totals.get(subject, 0) + tokens
+        with self._reading() as session:
+            for kind, column, names in (("key", UsageRow.key_id, keys), ("tenant", UsageRow.tenant, tenants)):
+                ordered = sorted(names)
+                for begin in range(0, len(ordered), NAMES_OF_QUERY):
+                    some = ordered[begin : begin + NAMES_OF_QUERY]
+                    query = select(column, tokens).where(UsageRow.hour >= midnight, column.in_(some)).group_by(column)
+                    totals.update((f"{kind}:{name}", int(total or 0)) for name, total in session.execute(query))
         return totals
 
 

@@ -10,6 +10,8 @@ COUNTS_HEADER = "x-tandem-usage"
 """Response header of answers that are not streams: tokens of the prompt and of the answer."""
 COMMENT_END = b" tandem-usage\n\n"
 """End of the comment, in the format of server-sent events, after the last event of a stream."""
+LONGEST_COMMENT = 80
+"""Bytes that the comment has at most."""
 
 
 def counts_to_header(counts: TokenCounts) -> bytes:
@@ -37,3 +39,30 @@ def split_comment(chunk: bytes) -> tuple[bytes, TokenCounts | None]:
     begin = chunk.rfind(b": ", 0, len(chunk) - len(COMMENT_END))
     counts = counts_from_header(chunk[begin + 2 : -len(COMMENT_END)].decode("latin-1"))
     return (chunk, None) if begin < 0 or counts is None else (chunk[:begin], counts)
+
+
+class StreamCounts:
+    """The counts in a stream that comes in chunks, however it is cut."""
+
+    def __init__(self) -> None:
+        self.counts: TokenCounts | None = None
+        """None: the comment has not come."""
+        self._held = b""
+        """A line at the end of a chunk that may become the comment."""
+        self._line_ended = True
+
+    def without_comment(self, chunk: bytes) -> bytes:
+        """The next chunk as the client gets it. A comment that is not whole yet is held back; at the end of a stream it is lost,
+        as clients ignore comments.
+        """
+        chunk, self._held = self._held + chunk if self._held else chunk, b""
+        rest, counts = split_comment(chunk)
+        if counts is not None:
+            self.counts, self._line_ended = counts, True
+            return rest
+        begin = chunk.rfind(b"\n", 0, max(0, len(chunk) - 1)) + 1
+        if chunk.startswith(b":", begin) and (begin or self._line_ended) and len(chunk) - begin < LONGEST_COMMENT:
+            chunk, self._held = chunk[:begin], chunk[begin:]
+        if chunk:
+            self._line_ended = chunk.endswith(b"\n")
+        return chunk

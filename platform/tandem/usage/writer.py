@@ -1,5 +1,8 @@
 """Writer of usage: adds up records in memory and writes them to the database in batches, off the event loop.
 
+A thousand replicas write to one database: each has a connection only while it writes, at times of its own, and less often where
+the database is slow.
+
 A batch that could not be written is kept and written again under its own number, so that nothing is lost or counted twice. Memory
 is bounded by the number of different labels in an hour.
 """
@@ -8,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 
 from tandem.registry.timed_calls import TimedCalls
 from tandem.tasks import stop
@@ -18,7 +23,13 @@ from tandem.usage.records import UsageCounts, UsageKey, UsageLabels
 from tandem.usage.store import UsageStore
 
 FLUSH_S = 2.0
-"""Seconds between two batches."""
+"""Seconds between two batches of a database that is fast."""
+LONGEST_FLUSH_S = 30.0
+"""The same for one that is slow."""
+PAUSE = 20
+"""Between two batches at least so many times as long as the last one took: a twentieth of the time is spent on writing."""
+JITTER = 0.25
+"""Share by which each pause is longer or shorter, so that processes which start together do not write together."""
 WRITE_S = 10.0
 """Seconds that the database may take for a batch before it is tried again."""
 LAST_WRITE_S = 15.0
@@ -39,6 +50,8 @@ class UsageWriter:
         """The batch with the number `_sequence`, until the database has it."""
         self._adding = threading.Lock()
         self._calls = TimedCalls(store, "usage")
+        self._took_s = 0.0
+        """Seconds that the last batch took, or that it was waited for."""
         self._writing: asyncio.Task[None] | None = None
 
     def add(self, labels: UsageLabels, counts: UsageCounts) -> None:
@@ -74,12 +87,29 @@ class UsageWriter:
                 with self._adding:
                     self._unwritten, self._records = self._records, {}
                 self._sequence += 1
-            await self._calls.run(WRITE_S, self._store.add, self._id, self._sequence, self._unwritten)
+            began = time.monotonic()
+            try:
+                await self._calls.run(WRITE_S, self._add, self._sequence, self._unwritten)
+            finally:
+                self._took_s = time.monotonic() - began
             self._unwritten = {}
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds until the next batch."""
+        pause_s = min(LONGEST_FLUSH_S, max(FLUSH_S, PAUSE * self._took_s))
+        return pause_s * random.uniform(1 - JITTER, 1 + JITTER)
+
+    def _add(self, sequence: int, batch: Mapping[UsageKey, UsageCounts]) -> None:
+        """Write a batch, and leave no connection open."""
+        try:
+            self._store.add(self._id, sequence, batch)
+        finally:
+            self._store.close()
 
     async def _write(self) -> None:
         while True:
-            await asyncio.sleep(FLUSH_S)
+            await asyncio.sleep(self.pause_s)
             try:
                 await self.flush()
             except Exception as error:  # noqa: BLE001 - the next attempt may succeed

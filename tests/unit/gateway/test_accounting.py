@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,8 +15,9 @@ import pytest
 from gateway_world import BODY, Reflecting, World, echo, world
 
 from tandem.auth import KeyStore, Limits, NewKey
+from tandem.gateway.replicas import loss
 from tandem.routing.records import ReplicaRecord
-from tandem.usage import UsageCounts, UsageKey, UsageLabels, UsageStore
+from tandem.usage import UsageCounts, UsageKey, UsageLabels, UsageStore, UsageWriter
 
 __all__ = ["world"]
 
@@ -123,11 +125,28 @@ async def test_a_request_whose_replica_is_killed_is_charged_what_arrived_as_an_e
     async with breaking_replica(world):
         answer = await world.http.post("/v1/completions", json={**BODY, "stream": True})
         assert "stopped in the middle" in answer.text
+    # The directory has not heard it for 10 s.
+    world.records["r9"] = replace(world.records["r9"], state="silent")
+    world.version += 1
     store = UsageStore.at(world.registry.address)
     await until(lambda: store.sums(("model",)))
     (row,) = store.sums(("model",))
     assert (row["requests"], row["estimated_requests"], row["completion_tokens"]) == (1, 1, 2)
     assert row["prompt_tokens"] > 0
+
+
+async def test_a_request_whose_replica_this_gateway_alone_cannot_reach_is_charged_by_that_replica_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loss, "LOST_WITHIN_S", 1.0)
+    charged: list[UsageCounts] = []
+    monkeypatch.setattr(UsageWriter, "add", lambda self, labels, counts: charged.append(counts))
+    async with breaking_replica(world):
+        answer = await world.http.post("/v1/completions", json={**BODY, "stream": True})
+        assert "stopped in the middle" in answer.text
+    # The directory goes on to call it ready.
+    await until(lambda: not world.app.state.relay._probes)
+    assert charged == []
 
 
 async def test_requests_over_a_keys_limit_are_429_with_the_headers_that_sdks_read(world: World):
@@ -158,6 +177,17 @@ async def test_tokens_that_were_reserved_and_not_used_are_free_again(world: Worl
     assert int(answer.headers["x-ratelimit-remaining-tokens"]) <= 100 - 3 * 6 - 40
     too_many = await world.http.post("/v1/completions", json={**BODY, "max_tokens": 60, "n": 2})
     assert too_many.status_code == 429 and too_many.headers["x-should-retry"] == "false"
+
+
+async def test_a_request_that_no_engine_got_is_charged_no_tokens(world: World):
+    await with_key(world, Limits(tokens_per_minute=200))
+    for _ in range(3):  # each reserves more than 100
+        refused = await world.http.post("/v1/completions", json={**BODY, "max_tokens": 60, "n": 2})
+        assert refused.status_code == 503
+    await world.add_engine(echo())
+    answer = await world.http.post("/v1/completions", json={**BODY, "max_tokens": 60, "n": 2})
+    assert answer.status_code == 200
+    assert int(answer.headers["x-ratelimit-remaining-tokens"]) > 0
 
 
 async def test_a_tenants_limit_is_shared_by_its_keys_and_counts_requests_at_once(world: World):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from small_folders import small_adapter, small_model
 
+from tandem.auth import Limits
+from tandem.limits import Admit, Answer, Exchange, Reservation, Subject
 from tandem.registry import Registry
 from tandem.routing.changes import Changes, ReplicaChange
 from tandem.routing.fleet_view import FleetView
@@ -336,3 +338,13 @@ def test_a_change_that_holds_a_whole_record_is_known_before_it_is_decoded() -> N
     load = ReplicaChange(id="a", adapter_loads=1)
     found = [directory_protocol.has_record(directory_protocol.encode_change(each)) for each in (whole, load)]
     assert found == [True, False]
+
+
+async def test_the_ledger_of_limits_asks_a_gateway_that_it_does_not_know_what_is_in_flight(world: World) -> None:
+    subject = Subject("key:k", Limits(concurrent_requests=1))
+    one = Reservation("a", (subject,), 1)
+    directory = world.directory
+    assert await directory.apply_limits(Exchange("g", 1, (Admit(one),))) == Answer(resend=True)
+    assert await directory.apply_limits(Exchange("g", 2, (), reservations=(one,))) == Answer()
+    (verdict,) = (await directory.apply_limits(Exchange("g", 3, (Admit(one._replace(id="b")),)))).verdicts
+    assert verdict.refusal is not None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from postgresql import Server
+from sqlalchemy import event
 
 from tandem.db.database import open_database
 from tandem.errors import ConfigError, RegistryUnreachableError
@@ -65,7 +68,7 @@ def test_sums_are_grouped_and_bounded_in_time(store: UsageStore):
         store.sums(("modle",))
 
 
-def test_tokens_of_today_are_those_since_midnight_by_key_and_tenant(store: UsageStore):
+def test_tokens_of_today_are_those_since_midnight_of_the_named_keys_and_tenants(store: UsageStore):
     other = CHAT._replace(key_id="key_2")
     batch = {
         UsageKey(NOON.replace(hour=0), CHAT): UsageCounts(1, 10, 1),
@@ -73,7 +76,12 @@ def test_tokens_of_today_are_those_since_midnight_by_key_and_tenant(store: Usage
         UsageKey(NOON - timedelta(days=1), CHAT): UsageCounts(1, 500, 500),
     }
     store.add("one", 1, batch)
-    assert store.tokens_today(NOON) == {"key:key_1": 11, "key:key_2": 22, "tenant:lab": 33}
+    assert store.tokens_today(NOON, {"key_1"}, {"lab"}) == {"key:key_1": 11, "tenant:lab": 33}
+    assert store.tokens_today(NOON, {f"key_{number}" for number in range(1200)}, ()) == {
+        "key:key_1": 11,
+        "key:key_2": 22,
+    }
+    assert store.tokens_today(NOON, (), ()) == {}
 
 
 class Unreliable(UsageStore):
@@ -101,6 +109,59 @@ async def test_a_writer_loses_and_repeats_nothing_where_the_database_fails(store
     assert store.sums(())[0] == {
         "requests": 3, "prompt_tokens": 7, "completion_tokens": 7, "estimated_requests": 0
     }  # fmt: skip
+
+
+def labels(count: int) -> list[UsageLabels]:
+    return [CHAT._replace(key_id=f"key_{number}") for number in range(count)]
+
+
+def test_a_batch_is_one_statement_however_many_rows_it_has(store: UsageStore):
+    store.add("one", 1, {UsageKey(NOON, CHAT): UsageCounts(1)})
+    statements: list[str] = []
+    event.listen(store._engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    assert store.add("one", 2, {UsageKey(NOON, each): UsageCounts(1, 2, 3) for each in labels(500)})
+    assert len([each for each in statements if each.startswith("INSERT INTO usage ")]) == 1 and len(statements) <= 4
+    # Of a batch that is too large for one, nothing is left out.
+    assert store.add("one", 3, {UsageKey(NOON, each): UsageCounts(1, 2, 3) for each in labels(2300)})
+    assert store.sums(())[0]["requests"] == 1 + 500 + 2300
+
+
+def test_writers_of_the_same_rows_do_not_wait_for_each_other_for_ever(store: UsageStore):
+    forward = {UsageKey(NOON, each): UsageCounts(1) for each in labels(50)}
+    batches = {"one": forward, "two": dict(reversed(forward.items()))}
+
+    def write(writer: str) -> None:
+        with UsageStore(store.url) as own:
+            for sequence in range(1, 11):
+                own.add(writer, sequence, batches[writer])
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, batches))
+    assert store.sums(())[0]["requests"] == 2 * 10 * 50
+
+
+async def test_a_writer_keeps_no_connection_between_batches(store: UsageStore):
+    own = UsageStore(store.url)
+    writer = UsageWriter(own)
+    writer.add(CHAT, UsageCounts(1))
+    await writer.flush()
+    assert own._engine.pool.checkedin() == own._engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    await writer.stop()
+
+
+async def test_a_writer_writes_less_often_where_the_database_is_slow(store: UsageStore):
+    class Slow(UsageStore):
+        def add(self, *args: object) -> bool:
+            time.sleep(0.3)
+            return super().add(*args)  # type: ignore[arg-type]
+
+    writer = UsageWriter(Slow(store.url))
+    fast = [writer.pause_s for _ in range(20)]
+    assert len(set(fast)) > 1 and all(1.5 <= each <= 2.5 for each in fast)
+    writer.add(CHAT, UsageCounts(1))
+    await writer.flush()
+    assert 4.5 <= writer.pause_s <= 37.5
+    await writer.stop()
 
 
 def test_labels_survive_a_header_and_nothing_else_does():

@@ -30,6 +30,7 @@ from tandem.engine.spec import EngineSpec
 from tandem.engine.ttft import TtftWindow
 from tandem.engine.usage import TokenCounts, current_tokens
 from tandem.engine.vllm.arguments import make_config, parse_args, parsers_of, slots_of
+from tandem.engine.vllm.beam_search import count_beams
 from tandem.engine.vllm.logs import quiet_refusals
 from tandem.engine.vllm.warm_up import WarmUpFeatures, refusals, warm_up
 from tandem.errors import EngineError
@@ -76,6 +77,9 @@ class VllmEngine:
             app = build_app(self._args, tasks, self._llm.model_config)
             quiet_refusals()
             await init_app_state(self._llm, app.state, self._args, tasks)
+            for name in ("openai_serving_chat", "openai_serving_completion"):
+                if (serving := getattr(app.state, name, None)) is not None:
+                    count_beams(serving)
         except (Exception, SystemExit) as error:
             await self.drain(0.0)
             raise EngineError(f"vLLM could not load {self._args.model}: {error}") from error

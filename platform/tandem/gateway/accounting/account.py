@@ -9,21 +9,28 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from tandem.api.fan_out import whole
 from tandem.auth.principal import Limits, Principal
 from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.engine.usage import TokenCounts
 from tandem.gateway.accounting.limiter import Limiter
 from tandem.gateway.errors import ApiError
 from tandem.limits import Refusal, Reservation, Subject
-from tandem.limits.ledger import Quota
+from tandem.limits.records import Quota
 from tandem.usage import UsageCounts, UsageLabels, UsageWriter
-from tandem.usage.wire import COUNTS_HEADER, counts_from_header, split_comment
+from tandem.usage.wire import COUNTS_HEADER, StreamCounts, counts_from_header
 
 BYTES_PER_TOKEN = 4
 """Bytes of a request for each token that is reserved for its prompt."""
 ANSWER_TOKENS = 256
 """Tokens that are reserved for an answer without a limit of its own."""
-LENGTH_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+LENGTHS = {
+    "/v1/completions": ("max_tokens",),
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",),
+}
+"""Fields with the length of an answer, by route; the first that a request has is the one that counts."""
 WORDS = {
     "requests_per_minute": "requests in a minute",
     "tokens_per_minute": "tokens in a minute",
@@ -87,6 +94,7 @@ class RequestAccount:
         self._subjects = subjects
         self._expected = expected
         self._reserved: str | None = None
+        self._stream = StreamCounts()
         self._events = 0
 
     async def acquire(self) -> None:
@@ -106,9 +114,8 @@ class RequestAccount:
 
     def read_chunk(self, chunk: bytes) -> bytes:
         """A chunk of a stream as the client gets it, without the counts."""
-        chunk, counts = split_comment(chunk)
-        if counts is not None:
-            self.counts = counts
+        chunk = self._stream.without_comment(chunk)
+        self.counts = self._stream.counts
         self._events += chunk.count(b"\n\n")
         return chunk
 
@@ -118,11 +125,20 @@ class RequestAccount:
             self.counts = TokenCounts(self._expected.prompt, self._events)
             self._accounting.usage.add(self.labels, UsageCounts(1, *self.counts, 1))
 
-    def close(self) -> None:
-        """The request has ended."""
-        if self._reserved is not None:
-            self._accounting.limiter.settle(self._reserved, None if self.counts is None else sum(self.counts))
-            self._reserved = None
+    def close(self, *, reached_engine: bool) -> None:
+        """The request has ended. `reached_engine`: whether an engine may have worked on it; else it is charged no tokens.
+
+        Of an answer that broke off or was left, at least the reservation and what has arrived of it are charged to the minute.
+        """
+        if self._reserved is None:
+            return
+        if self.counts is not None:
+            self._accounting.limiter.settle(self._reserved, sum(self.counts))
+        elif reached_engine:
+            self._accounting.limiter.settle(self._reserved, None, self._expected.prompt + self._events)
+        else:
+            self._accounting.limiter.settle(self._reserved, 0)
+        self._reserved = None
 
     def _refused(self, refusal: Refusal) -> ApiError:
         kind, _, name = refusal.subject.partition(":")
@@ -150,7 +166,9 @@ def expected_tokens(
     their limit.
     """
     prompt = size // BYTES_PER_TOKEN
-    length = next((int(body[key]) for key in LENGTH_FIELDS if isinstance(body.get(key), int)), ANSWER_TOKENS)
+    given = next((body[key] for key in LENGTHS.get(route.path, ()) if body.get(key) is not None), None)
+    # An engine takes a number that is given as text too.
+    length = max(ANSWER_TOKENS, whole(body.get("min_tokens"))) if given is None else whole(given)
     if max_length is not None:
         prompt, length = min(prompt, max_length * sequences), min(length, max_length)
     if route.task != GENERATE or route.light:

@@ -1,33 +1,49 @@
 """Limiter: a gateway's access to the ledger of limits, its own or the one that all gateways of an app share.
 
 A shared ledger is asked in batches: while one call is under way, operations collect for the next. While it does not answer, each
-gateway applies its equal share of each limit.
+gateway decides at once by its equal share of each limit, and asks the ledger again in the background. When that answers, it is
+told all that is in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from tandem.limits import Admit, LimitLedger, Reservation, Restore, Settle, Subject, Verdict
-from tandem.limits.ledger import SILENT_S, Operation
+from tandem.limits import (
+    Admit,
+    Answer,
+    DayTotals,
+    Exchange,
+    LimitLedger,
+    Moment,
+    Reservation,
+    Settle,
+    Subject,
+    Verdict,
+)
+from tandem.limits.ledger import SILENT_S
+from tandem.limits.records import Operation
 
 TOTALS_S = 5.0
 """Seconds between two looks at today's tokens in the database."""
 ANSWER_S = 2.0
 """Seconds that a shared ledger may take to answer."""
 IDLE_S = 1.0
-"""Longest pause between two calls to a shared ledger: it counts a silent gateway's requests as ended."""
+"""Longest pause between two calls to a shared ledger, and the pause where it does not answer: it counts a silent gateway's
+requests as ended."""
 
-ApplyLimits = Callable[[str, tuple[Operation, ...], dict[str, int] | None], Awaitable[tuple[str, list[Verdict]]]]
-"""Applies a gateway's operations, and today's tokens where they are known anew, to a shared ledger; returns the ledger's id and
-the verdicts."""
-ReadTotals = Callable[[], dict[str, int]]
-"""Reads today's tokens by subject from the database."""
+ApplyLimits = Callable[[Exchange], Awaitable[Answer]]
+"""Sends an exchange to the shared ledger."""
+ReadTotals = Callable[[], Awaitable[DayTotals]]
+"""Reads today's tokens from the database."""
+Asking = tuple[Reservation, "asyncio.Future[Verdict]"]
 
 log = logging.getLogger(__name__)
 
@@ -39,20 +55,26 @@ class Limiter:
         self, gateway: str, *, gateways: int = 1, apply: ApplyLimits | None = None, totals: ReadTotals | None = None
     ) -> None:
         """`apply`: the ledger that `gateways` gateways share; None: this gateway is the only one."""
-        self._gateway = gateway
+        # Numbers of exchanges begin anew with each process.
+        self._gateway = f"{gateway}-{uuid.uuid4().hex[:8]}"
+        self._numbers = itertools.count(1)
         self._gateways = gateways
         self._apply = apply
         self._read_totals = totals
-        self._totals: dict[str, int] | None = None
-        """Today's tokens, read but not told to the shared ledger yet."""
+        self._known_totals: DayTotals | None = None
+        self._totals: DayTotals | None = None
+        """`_known_totals`, while they are not told to the shared ledger yet."""
         self._ledger = LimitLedger()
-        """This gateway's own: of all requests, or of those during which the shared one did not answer."""
-        self._ledger_id: str | None = None
+        """This gateway's own: of all requests, or of those that were admitted while the shared one did not answer."""
         self._in_flight: dict[str, Reservation] = {}
-        """Reservations that the shared ledger knows."""
-        self._pending: list[tuple[Operation, asyncio.Future[Verdict] | None]] = []
-        self._answered_at = time.time()
-        """When the shared ledger answered last."""
+        """All requests in flight, where there is a shared ledger."""
+        self._asking: list[Asking] = []
+        self._settles: list[Settle] = []
+        self._resend = True
+        """Whether the shared ledger has to be told all that is in flight."""
+        self._away = False
+        """Whether the shared ledger did not answer last."""
+        self._answered_at = time.monotonic()
         self._wakeup = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -70,16 +92,21 @@ class Limiter:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._apply is not None and self._pending:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._exchange(self._apply), ANSWER_S)
+        if self._apply is not None:
+            if self._settles:
+                with contextlib.suppress(Exception):
+                    await self._exchange(self._apply)
+            # Nobody asks it any more.
+            self._away = True
 
     async def admit(self, reservation: Reservation) -> Verdict:
         """Reserve what a request needs, or refuse it. Each admitted one must be settled."""
         if self._apply is None:
-            return self._ledger.apply(self._gateway, (Admit(reservation),), time.time())[0]
+            return self._ledger.apply(self._gateway, (Admit(reservation),), Moment.now())[0]
+        if self._away:
+            return self._decide(reservation)
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._pending.append((Admit(reservation), answer))
+        self._asking.append((reservation, answer))
         self._wakeup.set()
         try:
             return await asyncio.shield(answer)
@@ -88,72 +115,89 @@ class Limiter:
             answer.add_done_callback(lambda _: self.settle(reservation.id, None))
             raise
 
-    def settle(self, id_: str, tokens: int | None) -> None:
-        """A request has ended and has used `tokens`; None: not known."""
-        known = self._in_flight.pop(id_, None)
-        if known is None:
-            self._ledger.apply(self._gateway, (Settle(id_, tokens),), time.time())
-        else:
-            self._pending.append((Settle(id_, tokens), None))
+    def settle(self, id_: str, tokens: int | None, seen: int = 0) -> None:
+        """A request has ended and has used `tokens`; None: not known, at least those that were `seen`."""
+        settle = Settle(id_, tokens, seen)
+        self._ledger.apply(self._gateway, (settle,), Moment.now())
+        if self._in_flight.pop(id_, None) is not None and not self._is_forgotten:
+            self._settles.append(settle)
             self._wakeup.set()
+
+    @property
+    def _is_forgotten(self) -> bool:
+        """Whether the shared ledger has ended this gateway's requests by itself, or will when it is told what is in flight."""
+        return self._away and time.monotonic() - self._answered_at > SILENT_S
 
     async def _talk(self, apply: ApplyLimits) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(IDLE_S):
-                    await self._wakeup.wait()
+            if self._away:
+                await asyncio.sleep(IDLE_S)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_S):
+                        await self._wakeup.wait()
             self._wakeup.clear()
-            await self._exchange(apply)
+            try:
+                await self._exchange(apply)
+            except Exception:
+                log.exception("The shared limits could not be asked; they are asked again in %g s.", IDLE_S)
 
     async def _exchange(self, apply: ApplyLimits) -> None:
-        """Send what is pending, and hand out the verdicts."""
-        pending, self._pending = self._pending, []
+        """Send what is pending, and hand out the verdicts; where there are none, decide alone."""
+        asking, self._asking = self._asking, []
+        settles, self._settles = self._settles, []
+        resend, self._resend = self._resend, False
         totals, self._totals = self._totals, None
+        operations: tuple[Operation, ...] = (*settles, *(Admit(reservation) for reservation, _ in asking))
+        reservations = tuple(self._in_flight.values()) if resend else None
         try:
             async with asyncio.timeout(ANSWER_S):
-                ledger_id, verdicts = await apply(self._gateway, tuple(each for each, _ in pending), totals)
+                answer = await apply(Exchange(self._gateway, next(self._numbers), operations, reservations, totals))
+            if answer.resend:
+                self._asking, self._settles = asking + self._asking, settles + self._settles
+                self._resend, self._totals = True, self._known_totals
+                self._wakeup.set()
+                return
+            answered = list(zip(asking, answer.verdicts, strict=True))
         except BaseException as error:
-            self._fall_back(pending, error)
+            self._fall_back(asking, settles, error)
             if not isinstance(error, Exception):
                 raise
             return
-        if self._ledger_id not in (None, ledger_id):
-            # A new ledger knows neither what is in flight nor what was used today.
-            self._pending = [*((Restore(each), None) for each in self._in_flight.values()), *self._pending]
-            with contextlib.suppress(Exception):
-                await self._refresh_totals()
+        if self._away:
+            log.info("The shared limits answer again.")
+        self._away, self._answered_at = False, time.monotonic()
+        if self._resend:
+            # Requests were admitted here meanwhile.
             self._wakeup.set()
-        self._ledger_id, self._answered_at = ledger_id, time.time()
-        answers = iter(verdicts)
-        for operation, future in pending:
-            if not isinstance(operation, Admit):
-                continue
-            verdict = next(answers)
+        for (reservation, future), verdict in answered:
             if verdict.refusal is None:
-                self._in_flight[operation.reservation.id] = operation.reservation
-            if future is not None and not future.done():
+                self._in_flight[reservation.id] = reservation
+            if not future.done():
                 future.set_result(verdict)
 
-    def _fall_back(self, pending: list[tuple[Operation, asyncio.Future[Verdict] | None]], error: BaseException) -> None:
-        """Decide alone, by this gateway's share. What has ended is told again later."""
-        log.warning("The shared limits do not answer (%s): this gateway applies its share.", type(error).__name__)
-        now = time.time()
-        ended: list[Operation] = []
-        for operation, future in pending:
-            if isinstance(operation, Admit) and future is not None:
-                share = operation.reservation._replace(
-                    subjects=tuple(_share(each, self._gateways) for each in operation.reservation.subjects)
-                )
-                (verdict,) = self._ledger.apply(self._gateway, (Admit(share),), now)
-                # The shared ledger may have admitted it before its answer was lost; it would count there for ever.
-                ended.append(Settle(share.id, None))
-                if not future.done():
-                    future.set_result(verdict)
-            else:
-                ended.append(operation)
-        # After that time the ledger has ended this gateway's requests by itself.
-        if now - self._answered_at <= SILENT_S:
-            self._pending += [(operation, None) for operation in ended]
+    def _fall_back(self, asking: list[Asking], settles: list[Settle], error: BaseException) -> None:
+        """Decide alone what was asked, and what will be until the shared ledger answers."""
+        if not self._away:
+            log.warning("The shared limits do not answer (%s): this gateway applies its share.", type(error).__name__)
+        self._away = self._resend = True
+        self._totals = self._known_totals
+        self._settles = [] if self._is_forgotten else settles + self._settles
+        waiting, self._asking = asking + self._asking, []
+        for reservation, future in waiting:
+            verdict = self._decide(reservation)
+            if not future.done():
+                future.set_result(verdict)
+
+    def _decide(self, reservation: Reservation) -> Verdict:
+        """Apply this gateway's share of the limits."""
+        subjects = tuple(_share(each, self._gateways) for each in reservation.subjects)
+        share = Admit(reservation._replace(subjects=subjects))
+        (verdict,) = self._ledger.apply(self._gateway, (share,), Moment.now())
+        if verdict.refusal is None:
+            self._in_flight[reservation.id] = reservation
+            self._resend = True
+        return verdict
 
     async def _follow_totals(self) -> None:
         while True:
@@ -166,18 +210,19 @@ class Limiter:
     async def _refresh_totals(self) -> None:
         if self._read_totals is None:
             return
-        async with asyncio.timeout(2 * TOTALS_S):
-            totals = await asyncio.to_thread(self._read_totals)
-        self._ledger.observe_day(totals, time.time())
-        self._totals = totals
+        totals = await self._read_totals()
+        self._ledger.observe_day(totals, Moment.now())
+        self._known_totals = self._totals = totals
 
 
 def _share(subject: Subject, gateways: int) -> Subject:
-    """A subject with one gateway's share of its limits, rounded up."""
+    """A subject with one gateway's share of its limits, rounded up. A budget of the day is not divided: each gateway reads the
+    total that all have used.
+    """
     known = subject.limits
     shared = {
         name: -(-value // gateways)
-        for name in ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "tokens_per_day")
+        for name in ("requests_per_minute", "tokens_per_minute", "concurrent_requests")
         if (value := getattr(known, name)) is not None
     }
     return Subject(subject.id, replace(known, **shared))

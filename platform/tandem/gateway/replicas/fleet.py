@@ -112,6 +112,10 @@ class Fleet:
         trusted = [r for r in found if r.id not in self._suspects.ejected]
         return found if suspects and not trusted else trusted
 
+    def is_lost(self, replica: ReplicaRecord) -> bool:
+        """Whether the directory calls a replica lost."""
+        return replica.id in self._view.lost
+
     def has_pool(self, pool: str) -> bool:
         """Whether a replica of exactly this pool is ready."""
         return bool(self._ready.get(pool))

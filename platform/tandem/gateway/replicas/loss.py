@@ -1,0 +1,50 @@
+"""Confirmation that a replica is lost: the directory has not heard it either.
+
+A replica that this gateway alone cannot reach is alive, and writes the usage of its requests itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from tandem.gateway.replicas.fleet import Fleet
+from tandem.gateway.replicas.upstream import Upstream
+from tandem.routing.records import ReplicaRecord
+
+LOST_WITHIN_S = 20.0
+"""Seconds in which the directory calls a killed replica lost: 10 s of silence, with time for its message."""
+LOOK_S = 0.5
+
+
+class LossConfirmation:
+    """Asks a replica, and the gateway's copy of the directory."""
+
+    def __init__(self, upstream: Upstream, fleet: Fleet) -> None:
+        self._upstream = upstream
+        self._fleet = fleet
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """End all waits; what is not confirmed by now is not."""
+        self._stopping.set()
+
+    async def call_if_lost(self, replica: ReplicaRecord, action: Callable[[], None]) -> None:
+        """Call a function once a replica is known to be lost; never if it is not."""
+        if await self.is_lost(replica):
+            action()
+
+    async def is_lost(self, replica: ReplicaRecord) -> bool:
+        """Whether a replica neither answers nor is heard by the directory; waits for that for `LOST_WITHIN_S`."""
+        if await self._upstream.alive_status(replica) is not None:
+            return False
+        deadline = time.monotonic() + LOST_WITHIN_S
+        while not self._fleet.is_lost(replica):
+            if self._stopping.is_set() or time.monotonic() > deadline:
+                return False
+            try:
+                await asyncio.wait_for(self._stopping.wait(), LOOK_S)
+            except TimeoutError:
+                continue
+        return await self._upstream.alive_status(replica) is None
