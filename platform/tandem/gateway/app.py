@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from starlette.applications import Starlette
@@ -43,6 +43,12 @@ from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
 from tandem.usage import UsageStore, UsageWriter
+
+EXCEPTION_HANDLERS: dict[Any, Any] = {
+    ApiError: answer_api_error,
+    HTTPException: answer_http_error,
+    Exception: answer_unexpected,
+}
 
 
 def create_app(
@@ -112,11 +118,7 @@ def create_app(
             guard,
         ],
         lifespan=lifespan,
-        exception_handlers={
-            ApiError: answer_api_error,
-            HTTPException: answer_http_error,
-            Exception: answer_unexpected,
-        },
+        exception_handlers=EXCEPTION_HANDLERS,
     )
     # A path with a trailing slash is 404, not a redirect.
     app.router.redirect_slashes = False

@@ -16,10 +16,12 @@ from gateway_world import BODY, Reflecting, World, echo, world
 
 from tandem.auth import KeyStore, Limits, NewKey
 from tandem.gateway.replicas import loss
+from tandem.registry import Registry
 from tandem.routing.records import ReplicaRecord
 from tandem.usage import UsageCounts, UsageKey, UsageLabels, UsageStore, UsageWriter
 
 __all__ = ["world"]
+JSON = {"content-type": "application/json"}
 
 
 async def until(condition: Any, timeout_s: float = 10.0) -> None:
@@ -166,6 +168,45 @@ async def test_requests_over_a_keys_limit_are_429_with_the_headers_that_sdks_rea
     error = third.json()["error"]
     assert error["code"] == "rate_limit_exceeded" and "2 requests in a minute" in error["message"]
     assert len(world.usage) == 2
+
+
+async def test_wrong_requests_count_as_requests_and_one_too_many_is_refused_before_its_body_is_read(world: World):
+    await world.add_engine(echo())
+    await with_key(world, Limits(requests_per_minute=3))
+    unknown = {**BODY, "model": "nobody"}
+    assert (await world.http.post("/v1/completions", json=unknown)).status_code == 404
+    assert (await world.http.post("/v1/completions", content="{", headers=JSON)).status_code == 400
+    assert (await world.http.post("/v1/completions", json={**BODY, "n": -1})).status_code == 400
+    assert (await world.http.post("/v1/completions", json=unknown)).status_code == 429
+
+    url = httpx.URL(str(world.http.base_url))
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    key = world.http.headers["authorization"]
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {key}\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: 1000\r\n\r\n".encode())
+    async with asyncio.timeout(10):
+        answered = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    writer.close()
+    assert answered.startswith("http/1.1 429 ") and "\r\nretry-after: " in answered
+
+
+async def test_a_name_that_is_not_registered_is_looked_up_once_until_the_registry_changes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    await world.add_engine(echo())
+    resolved: list[str] = []
+    resolve = Registry.resolve
+
+    def counted(self: Registry, name: str, **options: Any) -> Any:
+        resolved.append(name)
+        return resolve(self, name, **options)
+
+    monkeypatch.setattr(Registry, "resolve", counted)
+    for _ in range(3):
+        assert (await world.http.post("/v1/completions", json={**BODY, "model": "red"})).status_code == 404
+    assert resolved == ["red"]
+    world.adapter("red")
+    assert (await world.http.post("/v1/completions", json={**BODY, "model": "red"})).status_code == 200
 
 
 async def test_tokens_that_were_reserved_and_not_used_are_free_again(world: World):

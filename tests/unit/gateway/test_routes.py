@@ -194,7 +194,7 @@ def test_the_gateway_offers_no_internal_route(tmp_path: Path) -> None:
         (method, route.path) for route in app.routes if isinstance(route, Route) for method in route.methods or ()
     }
     assert {("POST", route.path) for route in ENGINE_ROUTES} <= offered & ALLOWED
-    own = {"/health", "/health/live", "/health/ready", "/v1/models", "/v1/models/{name:path}"}
+    own = {"/health", "/health/live", "/health/ready", "/openapi.json", "/v1/models", "/v1/models/{name:path}"}
     assert {path for _, path in offered - ALLOWED if not path.startswith(("/v1/responses/", "/admin/"))} == own
     assert ("GET", "/metrics") not in offered
 

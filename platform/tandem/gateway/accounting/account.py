@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -31,6 +32,10 @@ LENGTHS = {
     "/v1/messages": ("max_tokens",),
 }
 """Fields with the length of an answer, by route; the first that a request has is the one that counts."""
+REMEMBERED = 10_000
+"""Refusals that are remembered before those that have passed are forgotten."""
+LONGEST_MEMORY_S = 5.0
+"""Seconds for which a refusal is repeated without asking the ledger: a limit that was raised holds after that."""
 WORDS = {
     "requests_per_minute": "requests in a minute",
     "tokens_per_minute": "tokens in a minute",
@@ -51,6 +56,8 @@ class Accounting:
         self._tenant_limits = tenant_limits
         self._prefix = uuid.uuid4().hex
         self._numbers = itertools.count()
+        self._refused: dict[str, tuple[float, Refusal]] = {}
+        """Keys and tenants that had all requests of their minute, with the monotonic time until which that is known."""
 
     def new_id(self) -> str:
         """An id that no other reservation at any gateway has."""
@@ -73,6 +80,27 @@ class Accounting:
             (f"tenant:{principal.tenant}", self._tenant_limits(principal.tenant)),
         )
         return tuple(Subject(id_, limits) for id_, limits in pairs if limits.counts_anything)
+
+    def check_rate(self, principal: Principal) -> None:
+        """ApiError 429 for a request of a key or tenant that is known to have had all of its minute: nothing of it is read."""
+        for subject in self.subjects(principal) if self._refused else ():
+            until, refusal = self._refused.get(subject.id, (0.0, None))
+            if refusal is not None and (left_s := until - time.monotonic()) > 0:
+                never = refusal.retry_s == math.inf
+                raise refused(refusal if never else refusal._replace(retry_s=left_s), {}, 0)
+
+    async def count(self, principal: Principal) -> None:
+        """Count a request that is refused before it is relayed; ApiError 429 where it is one too many."""
+        account = RequestAccount(self, self.subjects(principal), UsageLabels("", "", "", "", ""), TokenCounts(0, 0))
+        await account.acquire()
+        account.close(reached_engine=False)
+
+    def remember(self, refusal: Refusal) -> None:
+        """A key or tenant has had all requests of its minute."""
+        now = time.monotonic()
+        if len(self._refused) >= REMEMBERED:
+            self._refused = {name: entry for name, entry in self._refused.items() if entry[0] > now}
+        self._refused[refusal.subject] = (now + min(refusal.retry_s, LONGEST_MEMORY_S), refusal)
 
     def open(self, principal: Principal, labels: UsageLabels, expected: TokenCounts) -> RequestAccount:
         """The account of one request, which is `expected` to use so many tokens at most."""
@@ -105,7 +133,9 @@ class RequestAccount:
         verdict = await self._accounting.limiter.admit(reservation)
         self.headers = quota_headers(verdict.requests, verdict.tokens, anthropic="/messages" in self.labels.route)
         if verdict.refusal is not None:
-            raise self._refused(verdict.refusal)
+            if verdict.refusal.limit == "requests_per_minute":
+                self._accounting.remember(verdict.refusal)
+            raise refused(verdict.refusal, self.headers, sum(self._expected))
         self._reserved = reservation.id
 
     def read_head(self, headers: Mapping[str, str]) -> None:
@@ -140,23 +170,25 @@ class RequestAccount:
             self._accounting.limiter.settle(self._reserved, 0)
         self._reserved = None
 
-    def _refused(self, refusal: Refusal) -> ApiError:
-        kind, _, name = refusal.subject.partition(":")
-        text = f"The {kind} {name} may have {refusal.most} {WORDS[refusal.limit]} and has {refusal.used}"
-        headers = dict(self.headers)
-        if "tokens" in refusal.limit:
-            text += f"; this request reserves {sum(self._expected)} (its prompt and max_tokens)"
-        if refusal.retry_s == math.inf:
+
+def refused(refusal: Refusal, quota: Mapping[str, str], reserved: int) -> ApiError:
+    """429 for a limit that was met; `quota`: headers with its state, `reserved`: tokens that the request reserves."""
+    kind, _, name = refusal.subject.partition(":")
+    text = f"The {kind} {name} may have {refusal.most} {WORDS[refusal.limit]} and has {refusal.used}"
+    headers = dict(quota)
+    if "tokens" in refusal.limit:
+        text += f"; this request reserves {reserved} (its prompt and max_tokens)"
+    if refusal.retry_s == math.inf:
+        headers["x-should-retry"] = "false"
+        advice = "Ask for less." if refusal.most else "Ask whoever manages keys for more."
+    else:
+        seconds = max(1, math.ceil(refusal.retry_s))
+        headers["Retry-After"] = str(seconds)
+        if refusal.limit == "tokens_per_day":
             headers["x-should-retry"] = "false"
-            advice = "Ask for less." if refusal.most else "Ask whoever manages keys for more."
-        else:
-            seconds = max(1, math.ceil(refusal.retry_s))
-            headers["Retry-After"] = str(seconds)
-            if refusal.limit == "tokens_per_day":
-                headers["x-should-retry"] = "false"
-            advice = f"Try again in {seconds} s."
-        code = "insufficient_quota" if refusal.limit == "tokens_per_day" else "rate_limit_exceeded"
-        return ApiError(429, f"{text}. {advice}", code=code, headers=headers)
+        advice = f"Try again in {seconds} s."
+    code = "insufficient_quota" if refusal.limit == "tokens_per_day" else "rate_limit_exceeded"
+    return ApiError(429, f"{text}. {advice}", code=code, headers=headers)
 
 
 def expected_tokens(

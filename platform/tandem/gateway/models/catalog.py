@@ -121,6 +121,8 @@ class Catalog:
             self._served[model.id] = self._served[model.name] = model
         self._by_id = {model.id: model for model in self.models}
         self._known: dict[str, KnownRecord] = {}
+        self._unknown_at: dict[str, int | None] = {}
+        """Names that were not registered, with the registry's revision then."""
         self._reads = RegistryReads(registry.impatient(), name="registry")
         # Lists take longer than all else, and must not delay it.
         self._list_reads = RegistryReads(registry.impatient(), name="registry-lists")
@@ -255,14 +257,22 @@ class Catalog:
                 return known.record
             if revision is None and now - known.confirmed_at < STALE_S:
                 return known.record
+        if revision is not None and self._unknown_at.get(name) == revision:
+            raise UnknownModelError(f"{name!r} is not registered.")
         try:
             record = await self._reads.read(lambda registry: registry.resolve(name, suggest=False), ANSWER_S)
         except RegistryUnreachableError as error:
             if known is not None and now - known.confirmed_at < STALE_S:
                 return known.record
             raise self._no_registry() from error
+        except UnknownVersionError:
+            self._known.pop(name, None)
+            raise
         except UnknownModelError:
             self._known.pop(name, None)
+            if len(self._unknown_at) >= REMEMBERED:
+                self._unknown_at.clear()
+            self._unknown_at[name] = revision
             raise
         if len(self._known) >= REMEMBERED:
             self._known.clear()

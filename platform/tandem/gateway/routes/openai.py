@@ -87,12 +87,17 @@ class OpenAIRoutes:
     def _handler(self, route: EngineRoute) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             """Read the body within the gateway's byte budget, and relay the request."""
-            held = self._relay.held.body(principal_of(request.scope).tenant)
+            principal = principal_of(request.scope)
+            self._accounting.check_rate(principal)
+            held = self._relay.held.body(principal.tenant)
             try:
                 raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s, held)
                 return await self._relayed(route, request, raw, held)
-            except BaseException:
+            except BaseException as error:
                 held.release()
+                if isinstance(error, ApiError):
+                    # Requests that are wrong count as requests.
+                    await self._accounting.count(principal)
                 raise
 
         return handle
