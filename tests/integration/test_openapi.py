@@ -13,9 +13,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
-from serve_fixtures import Pooled, Served
+from serve_fixtures import Served
 
-EXAMPLES = 25
+EXAMPLES = 12
 """Requests for each operation."""
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 LONGEST = 16
@@ -91,7 +91,7 @@ def openai_document() -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-def test_no_request_made_from_the_gateways_document_is_a_server_error(served: Served, pooled: Pooled) -> None:
+def test_no_request_made_from_the_gateways_document_is_a_server_error(served: Served) -> None:
     document = httpx.get(f"{served.url}/openapi.json", timeout=60).json()
     generating = ("completions", "chat/completions", "responses", "messages", "messages/count_tokens")
     models = {**{f"/v1/{path}": "tiny" for path in generating}, "/tokenize": "tiny", "/detokenize": "tiny"}
@@ -99,7 +99,7 @@ def test_no_request_made_from_the_gateways_document_is_a_server_error(served: Se
     asked = ask_all(document, served.url, models, checks)
     assert set(asked) == set(models)
     # Some requests of most routes were such as an engine answers.
-    assert sum(200 in statuses for statuses in asked.values()) >= 5, asked
+    assert sum(200 in statuses for statuses in asked.values()) >= 3, asked
 
 
 @pytest.mark.timeout(600)
