@@ -17,6 +17,7 @@ from tandem.api.messages import input_problem, message_problem
 from tandem.api.request_fields import REQUEST_FIELDS
 from tandem.api.schema_checks import may_have_problem, schema_problem
 from tandem.api.values import INT_MAX, INT_MIN, Problem, is_integer, is_number, kind, shown
+from tandem.api.walks import containers, dotted
 
 RESPONSES = "/v1/responses"
 GENERATE_ROUTES = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages")
@@ -186,7 +187,7 @@ def _schemas(body: dict[str, Any], raw: bytes | None) -> Iterator[Problem]:
     for name, schema in given:
         problem = schema_problem(schema)
         if problem is not None:
-            yield Problem(".".join((name, *problem.path)), problem.text)
+            yield Problem(dotted((name, *problem.path)), problem.text)
 
 
 def _given_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -243,15 +244,13 @@ def _too_large(name: str, value: Any) -> Iterator[Problem]:
     """Integers of a field that do not fit 64 bits, which vLLM's processes cannot send each other."""
     if not _has_large(value):
         return
-    todo: list[tuple[str, Any]] = [(name, value)]
-    while todo:
-        path, value = todo.pop()
-        if isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
-            yield Problem(path, f"is {shown(value)}; integers here are from -2^63 to 2^64-1")
-        elif isinstance(value, dict):
-            todo += [(f"{path}.{key}", each) for key, each in value.items()]
-        elif isinstance(value, list):
-            todo += [(f"{path}.{place}", each) for place, each in enumerate(value)]
+    for path, container in containers([value]):
+        entries = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, each in entries:
+            if isinstance(each, int) and not INT_MIN <= each <= INT_MAX:
+                # The first key is the place of `value` itself.
+                field = dotted((name, *[*path, key][1:]))
+                yield Problem(field, f"is {shown(each)}; integers here are from -2^63 to 2^64-1")
 
 
 def _has_large(value: Any) -> bool:

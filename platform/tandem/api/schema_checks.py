@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from tandem.api.walks import path_to
+
 MAX_COUNT = 100_000
 """Largest count of items or properties that a schema may ask for."""
 COUNTS = frozenset(("minItems", "maxItems", "minProperties", "maxProperties"))
@@ -19,8 +21,6 @@ MARKS = (b"$ref", *(key.encode() for key in sorted(COUNTS)), b"\\u")
 """A body without these has no schema with a problem; `\\u` may write any of the others in another form."""
 MAX_SEARCHED = 1 << 20
 """Bytes of a body that is searched for MARKS; in longer ones, which have images, the walk through a schema is cheaper."""
-MAX_DEPTH = 100
-"""References inside each other that are followed."""
 
 
 class SchemaProblem(NamedTuple):
@@ -44,20 +44,18 @@ def schema_problem(schema: Any) -> SchemaProblem | None:
             count = node[key]
             if isinstance(count, int | float) and count > MAX_COUNT:
                 return SchemaProblem(
-                    (*_path_of(node, schema), key),
+                    (*path_to(node, schema), key),
                     f"is {count}; at most {MAX_COUNT} are taken. Lower it, or leave it out",
                 )
     if not any("$ref" in node for node in nodes):
         return None  # nothing leads back
-    finished: set[int] = set()
-    for node in nodes:
-        if _leads_back(node, schema, (), finished):
-            return SchemaProblem(
-                _path_of(node, schema),
-                "is a schema whose references lead back to itself and describe no value. Put what recurs below `properties` "
-                "or `items`",
-            )
-    return None
+    endless = _first_endless(nodes, schema)
+    if endless is None:
+        return None
+    return SchemaProblem(
+        path_to(endless, schema),
+        "is a schema whose references lead back to itself and describe no value. Put what recurs below `properties` or `items`",
+    )
 
 
 def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
@@ -74,38 +72,53 @@ def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
             todo += node
 
 
-def _path_of(wanted: dict[str, Any], schema: Any) -> tuple[str, ...]:
-    """Keys from the schema's root to one of its objects; made for findings only, as they take most of the time."""
-    todo: list[tuple[tuple[str, ...], Any]] = [((), schema)]
-    while todo:
-        path, node = todo.pop()
-        if node is wanted:
-            return path
-        if isinstance(node, dict):
-            todo += [((*path, str(key)), value) for key, value in node.items() if key not in DATA]
-        elif isinstance(node, list):
-            todo += [((*path, str(place)), value) for place, value in enumerate(node)]
-    return ()
+def _first_endless(nodes: list[dict[str, Any]], root: Any) -> dict[str, Any] | None:
+    """The first schema a value of which would first have to be a value of itself, without end; None: there is none.
+
+    A schema is finite if its reference, each part of its `allOf`, and one choice of its `anyOf` and of its `oneOf` are. Finite
+    ones are counted from those without any of these upwards (unit propagation of Horn clauses), so that the number of steps is
+    that of the schema's entries, however its references cross.
+    """
+    known = {id(node): node for node in nodes}
+    todo = list(known.values())
+    unmet: dict[int, int] = {}
+    """Requirements of a schema that are not known to be met, by its identity."""
+    needed_by: dict[int, list[tuple[int, list[bool]]]] = {}
+    """Schemas that need one, each with whether that requirement is met already."""
+    finite: list[int] = []
+    for node in todo:
+        requirements = _requirements(node, root)
+        unmet[id(node)] = len(requirements)
+        if not requirements:
+            finite.append(id(node))
+        for choices in requirements:
+            met = [False]
+            for choice in choices:
+                needed_by.setdefault(id(choice), []).append((id(node), met))
+                if id(choice) not in known:
+                    known[id(choice)] = choice
+                    todo.append(choice)
+    for each in finite:
+        for user, met in needed_by.get(each, ()):
+            if not met[0]:
+                met[0] = True
+                unmet[user] -= 1
+                if not unmet[user]:
+                    finite.append(user)
+    return next((node for node in todo if unmet[id(node)]), None)
 
 
-def _leads_back(node: Any, root: Any, above: tuple[int, ...], finished: set[int]) -> bool:
-    """Whether a value of `node` would first have to be a value of one that it came from, without end."""
-    if not isinstance(node, dict) or id(node) in finished:
-        return False
-    if id(node) in above or len(above) >= MAX_DEPTH:
-        return True
-    here = (*above, id(node))
+def _requirements(node: dict[str, Any], root: Any) -> list[list[dict[str, Any]]]:
+    """Schemas of which values of `node` are values, too: for each requirement the choices, all of which are objects."""
     reference = node.get("$ref")
     every = [_target(root, reference)] if isinstance(reference, str) else []
     every += node["allOf"] if isinstance(node.get("allOf"), list) else []
-    if any(_leads_back(part, root, here, finished) for part in every):
-        return True
+    found = [[each] for each in every]
     for key in ("anyOf", "oneOf"):
-        choices = node.get(key)
-        if isinstance(choices, list) and choices and all(_leads_back(each, root, here, finished) for each in choices):
-            return True
-    finished.add(id(node))
-    return False
+        if isinstance(node.get(key), list) and node[key]:
+            found.append(node[key])
+    # What is no object (true, text) requires nothing.
+    return [choices for choices in found if all(isinstance(each, dict) for each in choices)]
 
 
 def _target(root: Any, reference: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import random
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -304,3 +305,16 @@ def test_parts_that_vllm_accepts_in_chats_pass_there_only(part: dict[str, Any]) 
 
 def test_the_content_of_a_functions_message_may_be_null() -> None:
     assert message_problem(CHAT, [{"role": "function", "name": "f", "content": None}]) is None
+
+
+def test_a_large_integer_deep_in_a_field_takes_no_memory_for_the_paths_of_its_neighbours() -> None:
+    value: Any = [{} for _ in range(20_000)] + [-(10**19) + 1]
+    for level in range(20):
+        value = {f"{level}" * 5000: value}
+    tracemalloc.start()
+    problem = value_problem(CHAT, {"messages": [{"role": "user", "content": "x"}], "vllm_xargs": value})
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert problem is not None and problem.field.startswith("vllm_xargs.1919") and len(str(problem)) < 1000
+    assert "integers here are from" in problem.text
+    assert peak_bytes < 10 * 2**20

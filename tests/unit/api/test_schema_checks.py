@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
 
+from tandem.api import schema_checks
 from tandem.api.schema_checks import schema_problem
 
 LIST: dict[str, Any] = {"type": "object", "properties": {"next": {"$ref": "#"}}}
@@ -20,6 +22,8 @@ LIST: dict[str, Any] = {"type": "object", "properties": {"next": {"$ref": "#"}}}
         ({"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}, ()),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b~1c"}, "b/c": {"$ref": "#/$defs/a"}}}, ()),
         ({"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}}, ("$defs", "a")),
+        ({"$ref": "#/default", "default": {"$ref": "#"}}, ()),
+        ({"type": "array", "items": {"anyOf": [{"allOf": [{}, {"$ref": "#/items"}]}]}}, ("items",)),
     ],
 )
 def test_references_that_lead_back_to_themselves_are_found(schema: dict[str, Any], path: tuple[str, ...]) -> None:
@@ -37,6 +41,12 @@ def test_references_that_lead_back_to_themselves_are_found(schema: dict[str, Any
         {"properties": {"$ref": {"type": "string"}, "maxItems": {"type": "integer"}}},
         {"enum": [{"$ref": "#"}, {"minItems": 10**9}]},
         {"$ref": "#/nowhere"},
+        # `b` leads back through one choice of `a`; the other one is a way out for both.
+        {
+            "allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+            "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}, {"type": "string"}]}, "b": {"$ref": "#/$defs/a"}},
+        },
+        {"$defs": {f"n{level}": {"$ref": f"#/$defs/n{level + 1}"} for level in range(3000)}},
         {"$ref": "#node", "$defs": {"a": {"$anchor": "node", "type": "string"}}},
         {"anyOf": [{"$ref": "#/anyOf/" + "1" * 5000}]},
         {"$ref": "https://example.com/schema"},
@@ -61,3 +71,44 @@ def test_many_references_are_followed_once_each() -> None:
     began = time.process_time()
     assert schema_problem({"$defs": {**shared, names[-1]: {"type": "string"}}}) is None
     assert time.process_time() - began < 10
+
+
+def doubled(levels: int, end: dict[str, Any]) -> dict[str, Any]:
+    """A schema with two equal choices at each level, and 2^levels ways to its end."""
+    names = [f"n{level}" for level in range(levels)]
+    choices = {
+        name: {"anyOf": [{"$ref": f"#/$defs/{below}"}, {"$ref": f"#/$defs/{below}"}]}
+        for name, below in zip(names, [*names[1:], "end"], strict=True)
+    }
+    return {"$ref": "#/$defs/n0", "$defs": {**choices, "end": end}}
+
+
+@pytest.mark.parametrize("levels", [16, 5000])
+def test_choices_at_each_level_are_decided_once_each_whether_they_lead_back_or_not(
+    levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def counted(node: dict[str, Any], root: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return requirements(node, root)
+
+    requirements = schema_checks._requirements
+    monkeypatch.setattr(schema_checks, "_requirements", counted)
+    assert schema_problem(doubled(levels, {"type": "string"})) is None
+    problem = schema_problem(doubled(levels, {"$ref": "#/$defs/end"}))
+    assert problem is not None and "lead back to itself" in problem.text
+    assert steps <= 2 * (3 * levels + 10)
+
+
+def test_the_path_to_a_finding_takes_no_memory_for_those_that_are_none() -> None:
+    schema: Any = [{} for _ in range(20_000)] + [{"maxItems": 10**9}]
+    for level in range(20):
+        schema = {f"{level}" * 5000: schema}
+    tracemalloc.start()
+    problem = schema_problem(schema)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert problem is not None and problem.path[-2:] == ("20000", "maxItems") and len(problem.path) == 22
+    assert peak_bytes < 10 * 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,26 @@ def test_a_url_of_another_host_is_refused_wherever_an_api_has_one(body: dict[str
     assert refused(body) == param
     assert refused(json.loads(json.dumps(body).replace(INNER, DATA).replace("file:///etc/passwd", DATA))) is None
     assert refused(json.loads(json.dumps(body).replace("file:///etc/passwd", INNER)), hosts=("10.0.0.7:8080",)) is None
+
+
+@pytest.mark.parametrize("last", [{"image_url": INNER}, {"prompt_embeds": "AAAA"}, {"text": "x"}])
+def test_a_deep_value_with_long_keys_takes_no_memory_for_each_path(last: dict[str, Any]) -> None:
+    documents: Any = [{} for _ in range(20_000)] + [last]
+    for level in range(20):
+        documents = {f"{level}" * 5000: documents}
+    raw = json.dumps(documents).encode()
+    tracemalloc.start()
+    found = None
+    try:
+        check_content({"query": "x", "documents": documents}, raw, (), ())
+    except ApiError as error:
+        found = error
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 10 * 2**20
+    assert (found is None) == ("text" in last)
+    if found is not None:
+        assert (found.param or "").startswith("documents.1919") and len(found.message) < 1000
 
 
 def test_a_key_in_another_form_of_json_is_found() -> None:

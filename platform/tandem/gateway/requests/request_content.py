@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from tandem.api.walks import dotted, path_to
 from tandem.config.serving.app import GUARDED_FIELDS
 from tandem.gateway.errors import ApiError
 
@@ -46,21 +47,26 @@ def check_content(body: Mapping[str, Any], raw: bytes, allowed: Collection[str],
 
 
 def _check(name: str, content: Any, allowed: Collection[str], media_hosts: Collection[str]) -> None:
-    todo: list[tuple[str, Any]] = [(name, content)]
+    """The same for one field of a body. Paths are made for findings only."""
+
+    def field(part: Any, key: str) -> str:
+        return dotted((name, *path_to(part, content), key))
+
+    todo: list[Any] = [content]
     while todo:
-        path, value = todo.pop()
-        if isinstance(value, dict):
-            for key, each in value.items():
+        part = todo.pop()
+        if isinstance(part, dict):
+            for key, each in part.items():
                 url = _url(key, each)
                 if url is not None and not is_allowed(url, media_hosts):
-                    raise _media(f"{path}.{key}")
-                if isinstance(each, dict | list):
-                    todo.append((f"{path}.{key}", each))
-            for key in _tensors(value):
+                    raise _media(field(part, key))
+                if type(each) in (dict, list):
+                    todo.append(each)
+            for key in _tensors(part):
                 if key not in allowed:
-                    raise _guarded(key, f"{path}.{key}")
+                    raise _guarded(key, field(part, key))
         else:
-            todo += [(f"{path}.{place}", each) for place, each in enumerate(value) if type(each) in (dict, list)]
+            todo += [each for each in part if type(each) in (dict, list)]
 
 
 def is_allowed(url: str, hosts: Collection[str]) -> bool:
