@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from tandem.api.bounded_json import InvalidJsonError, check_size
 from tandem.api.messages import input_problem, message_problem
 from tandem.api.request_fields import REQUEST_FIELDS
 from tandem.api.schema_checks import may_have_problem, schema_problem
@@ -101,12 +102,15 @@ TOOL_SCHEMAS = ("function.parameters", "parameters", "input_schema")
 """Places of a tool's schema: chat completions, Responses, Anthropic."""
 
 
-def value_problems(path: str, body: dict[str, Any], raw: bytes | None = None) -> list[Problem]:
+def value_problems(
+    path: str, body: dict[str, Any], raw: bytes | None = None, max_schema_chars: float = math.inf
+) -> list[Problem]:
     """The first values, at most MAX_TOLD, that a request to the route `path` cannot have; empty: nothing was found.
 
-    `raw`, the body as it came, makes the check of schemas cheap.
+    `raw`, the body as it came, makes the check of schemas cheap. Schemas given as text are not read above `max_schema_chars`:
+    the caps of a gateway refuse them.
     """
-    return list(itertools.islice(_problems(path, body, raw), MAX_TOLD))
+    return list(itertools.islice(_problems(path, body, raw, max_schema_chars), MAX_TOLD))
 
 
 def missing_fields(path: str, body: dict[str, Any]) -> list[Problem]:
@@ -119,7 +123,7 @@ def missing_fields(path: str, body: dict[str, Any]) -> list[Problem]:
     return problems
 
 
-def _problems(path: str, asked: dict[str, Any], raw: bytes | None) -> Iterator[Problem]:
+def _problems(path: str, asked: dict[str, Any], raw: bytes | None, max_schema_chars: float) -> Iterator[Problem]:
     # What a route does not have is not read by anybody there.
     body = {name: value for name, value in asked.items() if name in REQUEST_FIELDS.get(path, ())}
     if path in GENERATE_ROUTES:
@@ -131,7 +135,7 @@ def _problems(path: str, asked: dict[str, Any], raw: bytes | None) -> Iterator[P
             if body.get(name) is not None:
                 yield from _stop(name, body[name])
         yield from _structured_outputs(body.get("structured_outputs"))
-        yield from _schemas(body, raw)
+        yield from _schemas(body, raw, max_schema_chars)
     if "messages" in body and (problem := message_problem(path, body["messages"])):
         yield problem
     if path == RESPONSES and "input" in body and (problem := input_problem(body["input"])):
@@ -180,31 +184,53 @@ def _structured_outputs(value: Any) -> Iterator[Problem]:
         yield Problem(f"{name}.{key}", f"is {shown(what)}; it must be {form}")
 
 
-def _schemas(body: dict[str, Any], raw: bytes | None) -> Iterator[Problem]:
-    given = [(name, schema) for name, schema in _given_schemas(body) if isinstance(schema, dict | list)]
+def _schemas(body: dict[str, Any], raw: bytes | None, max_chars: float) -> Iterator[Problem]:
+    given = list(_given_schemas(body))
     if not given or (raw is not None and not may_have_problem(raw)):
         return
     for name, schema in given:
+        if isinstance(schema, str):
+            if len(schema) > max_chars:
+                continue
+            try:
+                schema = _read_schema(schema)
+            except InvalidJsonError:
+                yield Problem(
+                    name,
+                    "has, as JSON, more objects, values and texts than a whole request may have, or a number of 20 or more "
+                    "digits. Send a smaller schema",
+                )
+                continue
         problem = schema_problem(schema)
         if problem is not None:
             yield Problem(dotted((name, *problem.path)), problem.text)
 
 
+def _read_schema(text: str) -> Any:
+    """The schema in a text; None for one that is not JSON, of which vLLM says what is wrong with it.
+
+    InvalidJsonError for one with more values than a body may have: in the body it counted as one text.
+    """
+    check_size(text.encode(errors="surrogatepass"))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _given_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The JSON schemas that an answer has to follow, and the field of each."""
+    """The JSON schemas that an answer has to follow, and the field of each; as text, or read."""
     schema = _inside(body, "structured_outputs", "json")
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError):
-            schema = None  # vLLM says what is wrong with the text
-    yield "structured_outputs.json", schema
+    if schema is not None:
+        yield "structured_outputs.json", schema
     for path in (
         ("response_format", "json_schema", "schema"),
         ("text", "format", "schema"),
         ("output_config", "format", "schema"),
     ):
-        yield ".".join(path), _inside(body, *path)
+        schema = _inside(body, *path)
+        if isinstance(schema, dict | list):
+            yield ".".join(path), schema
     yield from _tool_schemas(body)
 
 

@@ -114,9 +114,7 @@ def _requirements(node: dict[str, Any], root: Any) -> list[list[dict[str, Any]]]
     every = [_target(root, reference)] if isinstance(reference, str) else []
     every += node["allOf"] if isinstance(node.get("allOf"), list) else []
     found = [[each] for each in every]
-    for key in ("anyOf", "oneOf"):
-        if isinstance(node.get(key), list) and node[key]:
-            found.append(node[key])
+    found += [node[key] for key in ("anyOf", "oneOf") if isinstance(node.get(key), list) and node[key]]
     # What is no object (true, text) requires nothing.
     return [choices for choices in found if all(isinstance(each, dict) for each in choices)]
 

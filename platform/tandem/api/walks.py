@@ -14,7 +14,7 @@ LONGEST_PATH = 200
 
 
 def containers(root: Any) -> Iterator[tuple[list[str | int], Any]]:
-    """Every object and list in a value, itself included, with the keys that lead to it: a list that changes with the next step."""
+    """Every object and list in a value, itself included, and the keys that lead to it: a list that the next step changes."""
     if not isinstance(root, dict | list):
         return
     path: list[str | int] = []

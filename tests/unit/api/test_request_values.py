@@ -318,3 +318,25 @@ def test_a_large_integer_deep_in_a_field_takes_no_memory_for_the_paths_of_its_ne
     assert problem is not None and problem.field.startswith("vllm_xargs.1919") and len(str(problem)) < 1000
     assert "integers here are from" in problem.text
     assert peak_bytes < 10 * 2**20
+
+
+def test_a_schema_given_as_text_is_checked_like_one_that_is_an_object() -> None:
+    body = {"structured_outputs": {"json": '{"maxItems": 1000000000}'}}
+    problem = value_problem(CHAT, body)
+    assert problem is not None and problem.field == "structured_outputs.json.maxItems"
+    assert value_problem(CHAT, {"structured_outputs": {"json": "no JSON"}}) is None
+
+
+def test_a_schema_given_as_text_is_not_read_above_the_cap_nor_with_more_values_than_a_body_may_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = '{"$ref": "#", "enum": [' + "{}," * 100_000 + "{}]}"
+    body = {"structured_outputs": {"json": text}}
+    read: list[int] = []
+    monkeypatch.setattr("tandem.api.request_values.json.loads", lambda given: read.append(len(given)))
+    problem = value_problem(CHAT, body)
+    assert problem is not None and problem.field == "structured_outputs.json" and "smaller schema" in problem.text
+    assert value_problems(CHAT, body, None, 64 * 1024) == []
+    assert read == []
+    value_problems(CHAT, {"structured_outputs": {"json": '{"$ref": "#"}'}}, None, 64 * 1024)
+    assert read == [13]

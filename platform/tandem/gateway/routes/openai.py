@@ -123,7 +123,7 @@ class OpenAIRoutes:
         if route.path == responses.PATH:
             responses.check(body)
         drop_nulls(body)
-        await turns.run(size, check_values, route.path, body, raw)
+        await turns.run(size, check_values, route.path, body, raw, self._config.caps.schema_bytes)
         await turns.run(size, check_content, body, raw, self._config.allow, self._config.media_hosts)
         sequences = await turns.run(size, check_caps, route, body, self._config.caps, size)
         hints = take_scheduling_hints(
@@ -223,9 +223,9 @@ def int_parameter(request: Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-def check_values(path: str, body: dict[str, Any], raw: bytes) -> None:
+def check_values(path: str, body: dict[str, Any], raw: bytes, max_schema_chars: int) -> None:
     """ApiError 400 for missing fields, and for values that an engine fails on or describes in terms of its own classes."""
-    problems = value_problems(path, body, raw) or missing_fields(path, body)
+    problems = value_problems(path, body, raw, max_schema_chars) or missing_fields(path, body)
     if problems:
         raise ApiError(400, " ".join(map(str, problems)), param=problems[0].field)
 
