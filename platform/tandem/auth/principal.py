@@ -82,9 +82,14 @@ class Principal:
     """Names of models and adapters that it may use; empty: all that its tenant sees."""
     limits: Limits = field(default_factory=Limits)
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether names of all tenants exist for it: for admins and without keys."""
+        return not self.tenant or self.role is Role.ADMIN
+
     def sees(self, tenant: str | None) -> bool:
-        """Whether names of a tenant exist for it: its own, and shared ones (None); all of them for admins and without keys."""
-        return tenant is None or tenant == self.tenant or not self.tenant or self.role is Role.ADMIN
+        """Whether names of a tenant exist for it: its own, and shared ones (None)."""
+        return tenant is None or tenant == self.tenant or self.sees_all
 
     def may_use(self, *names: str) -> bool:
         """Whether a model with these names (its alias, its id) is allowed."""

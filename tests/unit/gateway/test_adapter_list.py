@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from gateway_world import World
@@ -15,6 +16,7 @@ from tandem.gateway.models import adapter_list, registry_reads
 from tandem.gateway.models.adapter_list import AdapterList
 from tandem.gateway.models.registry_reads import RegistryReads
 from tandem.registry import Registry
+from tandem.registry.records import AdapterSummary
 
 
 class Counting(Registry):
@@ -64,6 +66,34 @@ async def test_pages_are_answered_from_memory_until_the_registry_changes(registr
     registry.register_adapter("dora", small_adapter(tmp_path / "dora", "dora", use_dora=True), base="base")
     found, _ = await adapters.page(None, 9)
     assert [each.name for each in found] == ["blue", "grey", "red"] and registry.pages == 2
+
+
+async def test_a_tenant_gets_its_own_adapters_and_shared_ones_by_name(registry: Counting, tmp_path: Path) -> None:
+    for name, tenant in (("azure", "acme"), ("pink", "acme"), ("cyan", "other")):
+        registry.register_adapter(name, small_adapter(tmp_path / name, name), base="base", tenant=tenant)
+    adapters, _ = listing(registry)
+    found, more = await adapters.page(None, 3, "acme")
+    assert [each.name for each in found] == ["azure", "blue", "green"] and more
+    found, more = await adapters.page("green", 3, "acme")
+    assert [each.name for each in found] == ["pink", "red"] and not more
+    assert adapters.near("cya", "acme") == ["azure", "blue", "green", "pink", "red"]
+    assert "cyan" in adapters.near("cya") and len((await adapters.page(None, 9))[0]) == 6
+
+
+async def test_a_list_and_a_wrong_name_look_at_no_adapters_of_other_tenants(registry: Counting) -> None:
+    adapters, _ = listing(registry)
+    await adapters.page(None, 1)
+
+    class Unread(list[AdapterSummary]):
+        """Adapters that nobody may look at."""
+
+        def __getitem__(self, at: object) -> NoReturn:
+            raise AssertionError("it was read")
+
+        __iter__ = __len__ = __getitem__  # type: ignore[assignment]
+
+    adapters._of_tenant["other"] = adapters._adapters = Unread()
+    assert len((await adapters.page(None, 9, "acme"))[0]) == 3 and len(adapters.near("blu", "acme")) == 3
 
 
 async def test_many_pages_are_read_in_several_queries(registry: Counting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import heapq
 import itertools
+import operator
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 
@@ -29,9 +31,7 @@ NEAR = 100
 """Names on either side of a wrong one, by the alphabet, among which the nearest is sought."""
 
 
-Sees = Callable[[str | None], bool]
-"""Whether names of a tenant exist for whoever asks."""
-ALL: Sees = lambda tenant: True  # noqa: E731
+NAME = operator.attrgetter("name")
 
 
 class AdapterList:
@@ -49,27 +49,40 @@ class AdapterList:
         self._bases = tuple(bases)
         self._current_revision = revision
         self._hidden = frozenset(hidden)
-        self._names: list[str] = []
         self._adapters: list[AdapterSummary] = []
+        """All of them, by name."""
+        self._of_tenant: dict[str | None, list[AdapterSummary]] = {}
+        """Those of each tenant, by name; None: shared ones. So a list costs nothing for what others have."""
         self._revision: int | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._not_before = 0.0
 
-    async def page(self, after: str | None, limit: int, sees: Sees = ALL) -> tuple[list[AdapterSummary], bool]:
-        """At most `limit` adapters of the tenants that `sees` admits, after the name `after`, and whether there are more.
+    async def page(self, after: str | None, limit: int, tenant: str | None = None) -> tuple[list[AdapterSummary], bool]:
+        """At most `limit` adapters after the name `after`, and whether there are more.
 
-        RegistryUnreachableError if the registry does not answer and has never been read.
+        `tenant`: its own and the shared ones only; None: all. RegistryUnreachableError if the registry does not answer and has
+        never been read.
         """
         await self._catch_up()
-        start = 0 if after is None else bisect.bisect_right(self._names, after)
-        visible = (each for each in itertools.islice(self._adapters, start, None) if sees(each.tenant))
-        found = list(itertools.islice(visible, limit + 1))
+        parts = []
+        for adapters in self._visible(tenant):
+            start = 0 if after is None else bisect.bisect_right(adapters, after, key=NAME)
+            parts.append(adapters[start : start + limit + 1])
+        found = list(itertools.islice(heapq.merge(*parts, key=NAME), limit + 1))
         return found[:limit], len(found) > limit
 
-    def near(self, name: str, sees: Sees = ALL) -> list[str]:
-        """Names around where `name` would stand, of the tenants that `sees` admits."""
-        at = bisect.bisect_left(self._names, name)
-        return [each.name for each in self._adapters[max(0, at - NEAR) : at + NEAR] if sees(each.tenant)]
+    def near(self, name: str, tenant: str | None = None) -> list[str]:
+        """Names around where `name` would stand; `tenant` as in `page`."""
+        found: list[str] = []
+        for adapters in self._visible(tenant):
+            at = bisect.bisect_left(adapters, name, key=NAME)
+            found += (each.name for each in adapters[max(0, at - NEAR) : at + NEAR])
+        return sorted(found)
+
+    def _visible(self, tenant: str | None) -> list[list[AdapterSummary]]:
+        if tenant is None:
+            return [self._adapters]
+        return [self._of_tenant.get(owner, []) for owner in (None, tenant)]
 
     def changed(self, revision: int) -> None:
         """The registry is at `revision`: read it again in the background, if this list is in use."""
@@ -112,16 +125,21 @@ class AdapterList:
         if revision is None:
             raise RegistryUnreachableError("The registry does not answer.")
         found: list[AdapterSummary] = []
+        of_tenant: dict[str | None, list[AdapterSummary]] = {}
         for base in self._bases:
             after = ""
             while True:
                 page = await self._reads.read(_page_of(base, after), PAGE_S)
-                found += (each for each in page if not each.dora and each.name not in self._hidden)
+                servable = [each for each in page if not each.dora and each.name not in self._hidden]
+                found += servable
+                for each in servable:
+                    of_tenant.setdefault(each.tenant, []).append(each)
                 if len(page) < PAGE:
                     break
                 after = page[-1].name
-        found.sort()
-        self._adapters, self._names, self._revision = found, [each.name for each in found], revision
+        for adapters in (found, *of_tenant.values()):
+            adapters.sort(key=NAME)
+        self._adapters, self._of_tenant, self._revision = found, of_tenant, revision
         took_s = time.monotonic() - began
         self._not_before = time.monotonic() + (PAUSE_FACTOR * took_s if took_s > NO_PAUSE_BELOW_S else 0.0)
 

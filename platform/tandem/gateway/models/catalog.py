@@ -219,7 +219,7 @@ class Catalog:
         if principal.models:
             return await self._named_page(after, limit, principal)
         try:
-            found, more = await self._adapters.page(after, limit, principal.sees)
+            found, more = await self._adapters.page(after, limit, _only(principal))
         except RegistryUnreachableError as error:
             raise self._no_registry() from error
         cards += [
@@ -293,7 +293,7 @@ class Catalog:
         else:
             known = [card.name for card in (await self.page(principal, limit=10)).cards]
             here = f"Served here: {', '.join(known[:10])}."
-            known += self._adapters.near(name, principal.sees)
+            known += self._adapters.near(name, _only(principal))
         # Comparing long names takes longer than the streams may be kept waiting.
         hint = await asyncio.get_running_loop().run_in_executor(self._hints, did_you_mean, name, known)
         return unknown_model(f"The model {name!r} does not exist.{hint} {here}")
@@ -302,6 +302,11 @@ class Catalog:
         # The registry's address and error are not for clients.
         reason = "The registry of adapters does not answer; models that are served here answer to their own names"
         return no_registry(reason, self._retry_after_s)
+
+
+def _only(principal: Principal) -> str | None:
+    """The tenant whose names, beside shared ones, are all that exist for a principal; None: all do."""
+    return None if principal.sees_all else principal.tenant
 
 
 def may_use(principal: Principal, *names: str) -> bool:
