@@ -146,6 +146,10 @@ class Catalog:
         """Names and ids that the served models answer to."""
         return tuple(self._served)
 
+    def usable(self, principal: Principal) -> list[ServedModel]:
+        """The served models that a principal may use."""
+        return [m for m in self.models if principal.sees(m.tenant) and may_use(principal, m.name, m.id)]
+
     async def resolve(self, name: str, principal: Principal) -> ResolvedModel:
         """The model of a name or id.
 
@@ -177,8 +181,7 @@ class Catalog:
         if not may_use(principal, name, record.id, *alias):
             raise await self._unknown(name, principal)
         if base is None:
-            usable = [m.id for m in self.models if principal.sees(m.tenant) and may_use(principal, m.name, m.id)]
-            here = ", ".join(usable) or "others"
+            here = ", ".join(model.id for model in self.usable(principal)) or "others"
             what = (
                 f"the adapter {record.id} needs {record.base}"
                 if record.kind == "adapter"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -37,12 +38,15 @@ from tandem.gateway.requests.request_caps import check_caps
 from tandem.gateway.requests.request_content import check_content
 from tandem.gateway.requests.request_hints import read_routing_request, salt_cache, take_scheduling_hints
 from tandem.gateway.routes import responses
+from tandem.routing.records import ServedModel
 from tandem.usage import UsageLabels
 
 HEADERS_IN = ("traceparent", "tracestate")
 """Request headers passed to the engine beside a given id of the request; a client's API key is not among them."""
 STRICT_HEADER = "x-tandem-strict"
 """`true`: unknown fields of this request are an error, whatever `gateway.strict` says."""
+HEALTH_S = 1.0
+"""Seconds for which `/health` without a key repeats its answer."""
 WARNING_HEADER = "x-tandem-warning"
 """Response header that names unknown fields of the request."""
 
@@ -59,6 +63,8 @@ class OpenAIRoutes:
         self._relay = relay
         self._config = config
         self._turns = LargeBodies()
+        self._healthy, self._healthy_until = False, -math.inf
+        """Whether every model can answer, and the monotonic time until which that is not looked at again."""
 
     def routes(self) -> list[BaseRoute]:
         """The routes for Starlette."""
@@ -173,15 +179,23 @@ class OpenAIRoutes:
     async def health(self, request: Request) -> Response:
         """200 if every model has a ready replica or may scale to zero, otherwise 503.
 
-        With a key it also tells the numbers of ready replicas.
+        With a key it also tells the numbers of ready replicas of the models that the key may use. Without one anybody may ask, as
+        often as they like: the answer is computed once in HEALTH_S.
         """
-        ready = {model.name: len(self._fleet.ready(model.id, suspects=True)) for model in self._catalog.models}
-        whole = all(ready[model.name] or model.scales_to_zero for model in self._catalog.models)
-        headers = {} if whole else {"Retry-After": str(self._config.retry_after_s)}
-        status: dict[str, Any] = {"status": "ok" if whole else "unavailable"}
-        if PRINCIPAL in request.scope:
-            status["ready_replicas"] = ready
-        return JSONResponse(status, status_code=200 if whole else 503, headers=headers)
+        known = PRINCIPAL in request.scope
+        now = time.monotonic()
+        if known or now >= self._healthy_until:
+            self._healthy = all(model.scales_to_zero or self._ready(model) for model in self._catalog.models)
+            self._healthy_until = now + HEALTH_S
+        headers = {} if self._healthy else {"Retry-After": str(self._config.retry_after_s)}
+        status: dict[str, Any] = {"status": "ok" if self._healthy else "unavailable"}
+        if known:
+            usable = self._catalog.usable(principal_of(request.scope))
+            status["ready_replicas"] = {model.name: self._ready(model) for model in usable}
+        return JSONResponse(status, status_code=200 if self._healthy else 503, headers=headers)
+
+    def _ready(self, model: ServedModel) -> int:
+        return len(self._fleet.ready(model.id, suspects=True))
 
     async def live(self, request: Request) -> Response:
         """200: this gateway answers."""
