@@ -22,7 +22,7 @@ class KeyLimits(BaseModel):
     concurrent_requests: int | None = Field(default=None, ge=0)
     tokens_per_day: int | None = Field(default=None, ge=0)
     highest_priority: int | None = Field(
-        default=None, description="the most urgent `priority` of a request; lower comes first"
+        default=None, description="the most urgent `priority` of a request; lower comes first; null: the tenant's, or 0"
     )
 
 

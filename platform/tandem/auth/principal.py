@@ -27,7 +27,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Limits of a key or a tenant; None: unlimited."""
+    """Limits of a key or a tenant; None: unlimited, but for `highest_priority`."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -36,7 +36,8 @@ class Limits:
     tokens_per_day: int | None = None
     """Tokens of prompts and answers together, from midnight to midnight UTC."""
     highest_priority: int | None = None
-    """The most urgent `priority` that a request may have (vLLM's convention: lower numbers first); others are lowered to it."""
+    """The most urgent `priority` that a request may have (vLLM's convention: lower numbers first); others are lowered to it. Of a
+    key's and its tenant's the stricter one counts; None: that of the other, 0 where neither has one."""
 
     @property
     def counts_anything(self) -> bool:

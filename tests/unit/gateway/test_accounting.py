@@ -300,3 +300,45 @@ async def test_an_admin_reads_usage_and_limits_tenants_over_http(world: World):
     await until(lambda: world.app.state.identity.keys.tenant_limits("lab") == Limits(requests_per_minute=9))
     listed = (await world.http.get("/admin/tenants", headers=admin)).json()["data"]
     assert [each["tenant"] for each in listed] == ["lab"]
+
+
+@pytest.mark.parametrize(
+    ("key", "tenant", "given", "counts"),
+    [
+        (None, None, -5, 0),
+        (None, None, 3, 3),
+        (-3, None, -5, -3),
+        (None, -3, -5, -3),
+        (-3, -1, -5, -1),
+        (-1, -3, -5, -1),
+        (-3, 0, -5, 0),
+        (2, None, 0, 2),
+    ],
+)
+async def test_a_priority_is_as_urgent_as_key_and_tenant_allow_and_zero_without_a_limit(
+    world: World, key: int | None, tenant: int | None, given: int, counts: int
+):
+    await world.add_engine(echo())
+    await with_key(world, Limits(highest_priority=key))
+    await limit_tenant(world, "lab", Limits(highest_priority=tenant))
+    assert await priority_of(world, given) == counts
+
+
+async def test_without_keys_any_priority_counts(world: World):
+    await world.add_engine(echo())
+    assert await priority_of(world, -5) == -5
+
+
+async def priority_of(world: World, given: int) -> int:
+    """The priority with which a request that gives one is queued."""
+    admission, found = world.app.state.admission, []
+    slot = admission.slot
+
+    def noted(model: Any, hints: Any, **options: Any) -> Any:
+        found.append(hints.priority)
+        return slot(model, hints, **options)
+
+    admission.slot = noted
+    assert (await world.http.post("/v1/completions", json={**BODY, "priority": given})).status_code == 200
+    (priority,) = found
+    return int(priority)

@@ -43,6 +43,8 @@ WORDS = {
     "tokens_per_day": "tokens in a day (UTC)",
 }
 
+DEFAULT_PRIORITY = 0
+"""The priority of requests that have none, and the most urgent one unless a limit allows more."""
 TenantLimits = Callable[[str], Limits]
 """The limits of a tenant."""
 
@@ -101,6 +103,18 @@ class Accounting:
         if len(self._refused) >= REMEMBERED:
             self._refused = {name: entry for name, entry in self._refused.items() if entry[0] > now}
         self._refused[refusal.subject] = (now + min(refusal.retry_s, LONGEST_MEMORY_S), refusal)
+
+    def highest_priority(self, principal: Principal) -> int | None:
+        """The most urgent priority that a request may have; None: any.
+
+        The stricter one of the key's and the tenant's, and DEFAULT_PRIORITY where neither has one: else each tenant could put its
+        requests before those of all others. Requests without a tenant have nobody to overtake but each other.
+        """
+        if not principal.tenant:
+            return None
+        limits = (principal.limits, self._tenant_limits(principal.tenant))
+        ceilings = [each.highest_priority for each in limits if each.highest_priority is not None]
+        return max(ceilings, default=DEFAULT_PRIORITY)
 
     def open(self, principal: Principal, labels: UsageLabels, expected: TokenCounts) -> RequestAccount:
         """The account of one request, which is `expected` to use so many tokens at most."""

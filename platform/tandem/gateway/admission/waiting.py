@@ -129,24 +129,18 @@ class WaitingRequests:
     def displaceable(self, priority: int, tenant: str) -> Ticket | None:
         """The request that gives its place in a full queue to one of a priority and tenant; None: none does.
 
-        The last of the worst priority, if that is worse; else the last of the tenant that has the most waiting, if its priority
-        is no better and it has more than one more than this tenant.
+        It is of this tenant and of a worse priority, or of one that has more than one more waiting than this tenant and of no
+        better priority: an urgent request takes no place of a tenant that has no more than its share. Of several it is the last
+        of the worst priority, and there of the tenant that has the most.
         """
-        if not self._length:
-            return None
-        worst = self._priorities[-1]
-        if worst > priority:
-            tenants = self._buckets[worst]
-            largest = max(tenants, key=lambda each: self._of_tenant[each])
-            return next(reversed(tenants[largest]))
-        largest, count = self._of_tenant.most_common(1)[0]
-        if count <= self._of_tenant[tenant] + 1:
-            return None
+        own = self._of_tenant[tenant]
         for each in reversed(self._priorities):
             if each < priority:
                 return None
-            if largest in self._buckets[each]:
-                return next(reversed(self._buckets[each][largest]))
+            tenants = self._buckets[each]
+            found = [of for of in tenants if self._of_tenant[of] > own + 1 or (of == tenant and each > priority)]
+            if found:
+                return next(reversed(tenants[max(found, key=lambda of: self._of_tenant[of])]))
         return None
 
     def _clock_of(self, tenant: str) -> float:

@@ -138,7 +138,7 @@ class OpenAIRoutes:
             arrived,
             keep_priority=engine.requests.keeps_priority(config.engine_args),
             sequences=sequences,
-            highest_priority=principal.limits.highest_priority,
+            highest_priority=self._accounting.highest_priority(principal),
             tenant=principal.tenant,
         )
         body["model"] = model.engine_name

@@ -143,6 +143,31 @@ def test_in_a_full_queue_a_tenant_with_few_waiting_displaces_the_last_of_the_one
     assert q.enter(ask("c", priority=1), 0.0) == (Outcome.FULL, None)
 
 
+def test_an_urgent_request_takes_no_place_of_a_tenant_within_its_share() -> None:
+    q = queue(most=4)
+    enter(q, ask("a"))
+    others = [ask(tenant, priority=priority) for tenant, priority in (("b", 5), ("c", 5), ("d", 0), ("a", 1))]
+    for each in others:
+        enter(q, each)
+    # It takes one of its own tenant that is less urgent, and then none.
+    assert q.enter(ask("a", priority=-1), 0.0) == (Outcome.WAIT, others[3])
+    assert q.enter(ask("a", priority=-1), 0.0) == (Outcome.FULL, None)
+    assert q.enter(ask("e", priority=-1), 0.0) == (Outcome.FULL, None)
+
+
+def test_of_tenants_above_their_share_the_worst_priority_gives_its_place() -> None:
+    q = queue(most=5)
+    enter(q, ask("a"))
+    urgent = [ask("a", priority=-1) for _ in range(3)]
+    late = [ask("b", priority=3) for _ in range(2)]
+    for each in (*urgent, *late):
+        enter(q, each)
+    assert q.enter(ask("c"), 0.0) == (Outcome.WAIT, late[1])
+    # `a` has the most still, all of better priorities.
+    assert q.enter(ask("d"), 0.0) == (Outcome.FULL, None)
+    assert q.enter(ask("d", priority=-1), 0.0) == (Outcome.WAIT, urgent[2])
+
+
 def test_the_wait_of_a_tenant_is_estimated_from_its_share() -> None:
     q = queue()
     enter(q, running := ask("a"))
