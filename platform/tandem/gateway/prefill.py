@@ -33,18 +33,17 @@ TRANSFER_REQUEST = {
 LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
-async def with_prefill(
-    relay: Relay, body: dict[str, Any], request: EngineRequest, budget: RetryBudget
-) -> EngineRequest:
+async def with_prefill(relay: Relay, request: EngineRequest, budget: RetryBudget) -> EngineRequest:
     """The request with `kv_transfer_params`; unchanged where prefill elsewhere does not pay or fails.
 
     A failed prefill costs time only: the decode replica then reads the prompt itself. A prefill replica that broke off counts
-    in `budget` as one that has begun with the request.
+    in `budget` as one that has begun with the request. The body is read from its bytes where it is needed, and not kept: as
+    Python's objects it takes about ten times as much as the gateway's byte budget has counted.
     """
     config = request.model.base.config.prefill
     if config is None or request.path not in ROUTES or len(request.body) < config.min_bytes:
         return request
-    prefill = _prefill_request(body, request)
+    prefill = _prefill_request(request)
     # A KV cache serves only replicas of its own version: without a decode replica of it, another version answers, unaided.
     if not all(relay.fleet.has_pool(pool) for pool in (prefill.routing.pool, request.routing.pool)):
         return request
@@ -71,13 +70,14 @@ async def with_prefill(
     # A KV cache belongs to one version of the model: another version must not answer from it.
     return replace(
         request,
-        body=to_json({**body, "kv_transfer_params": transfer}),
+        body=to_json({**from_json(request.body), "kv_transfer_params": transfer}),
         routing=replace(request.routing, pinned=True),
     )
 
 
-def _prefill_request(body: dict[str, Any], request: EngineRequest) -> EngineRequest:
+def _prefill_request(request: EngineRequest) -> EngineRequest:
     """The request for the prefill replica: the same prompt, one token, no stream."""
+    body: dict[str, Any] = from_json(request.body)
     values = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *LENGTHS)}
     values |= {"stream": False, "n": 1, "kv_transfer_params": TRANSFER_REQUEST}
     values |= dict.fromkeys([key for key in LENGTHS if key in body] or ["max_tokens"], 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from tandem.config import ServedModelConfig
 from tandem.config.serving.app import PrefillConfig
@@ -66,7 +68,7 @@ def pools() -> tuple[str, str]:
 
 async def test_the_request_carries_the_place_of_the_kv_cache_and_is_pinned_to_its_version() -> None:
     relay = Relay(*pools())
-    made = await with_prefill(relay, dict(BODY), request(), RetryBudget())  # type: ignore[arg-type]
+    made = await with_prefill(relay, request(), RetryBudget())  # type: ignore[arg-type]
     assert from_json(made.body)["kv_transfer_params"] == TRANSFER and made.routing.pinned
 
 
@@ -75,5 +77,22 @@ async def test_without_a_ready_replica_of_both_pools_the_request_is_unchanged(mi
     decode, prefill = pools()
     relay = Relay(prefill if missing == "decode" else decode)
     asked = request()
-    assert await with_prefill(relay, dict(BODY), asked, RetryBudget()) is asked  # type: ignore[arg-type]
+    assert await with_prefill(relay, asked, RetryBudget()) is asked  # type: ignore[arg-type]
     assert relay.prefills == 0
+
+
+async def test_no_parsed_body_is_kept_while_the_prefill_replica_answers() -> None:
+    body = {"model": "base@2", "prompt": "a prompt of this test alone", "stop": ["x"]}
+
+    class Looking(Relay):
+        parsed = 0
+
+        async def first_answer(self, *args: Any) -> Any:
+            gc.collect()
+            known = [each for each in gc.get_objects() if type(each) is dict and each.get("prompt") == body["prompt"]]
+            self.parsed = len([each for each in known if each is not body])
+            return await super().first_answer(*args)
+
+    relay = Looking(*pools())
+    made = await with_prefill(relay, replace(request(), body=to_json(body)), RetryBudget())  # type: ignore[arg-type]
+    assert from_json(made.body) == {**body, "kv_transfer_params": TRANSFER} and relay.parsed == 0

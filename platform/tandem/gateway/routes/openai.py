@@ -163,7 +163,7 @@ class OpenAIRoutes:
             stopwatch=stopwatch,
             warnings=warnings,
         )
-        prepare = functools.partial(with_prefill, self._relay, body) if config.prefill else None
+        prepare = functools.partial(with_prefill, self._relay) if config.prefill else None
         return RelayedResponse(self._relay, engine_request, account, prepare, held)
 
     def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
