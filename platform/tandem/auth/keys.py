@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
-from tandem.auth.principal import Limits, Principal, Role
+from tandem.auth.principal import NOTHING, Limits, Principal, Role
 from tandem.db.audit import Change, record_change
 from tandem.db.schema import ApiKeyRow, TenantRow, UtcDateTime
 from tandem.errors import AuthError, ConfigError, UnknownKeyError, did_you_mean
@@ -242,10 +242,10 @@ class KeyStore(RegistryConnection):
             return session.execute(query).scalar_one()
 
     def tenants(self) -> dict[str, Limits]:
-        """The limits of all tenants that have any."""
+        """The limits of all tenants that have any; NOTHING of one whose row this version of Tandem cannot read."""
         with self._reading() as session:
             rows = session.scalars(select(TenantRow)).all()
-        return {row.name: Limits.from_json(row.limits) for row in rows}
+        return {row.name: _tenant_limits(row) for row in rows}
 
     def limit_tenant(self, tenant: str, limits: Limits, *, by: str, address: str | None = None) -> None:
         """Replace the limits of a tenant, which all its keys share; gateways follow within seconds. AuthError for a name that no
@@ -348,6 +348,14 @@ def _accepted(row: Any) -> Principal | None:
     except (ConfigError, ValueError, TypeError) as error:
         log.warning("The API key %s is refused, because it cannot be read: %s", row.id, error)
         return None
+
+
+def _tenant_limits(row: TenantRow) -> Limits:
+    try:
+        return Limits.from_json(row.limits)
+    except (ConfigError, TypeError) as error:
+        log.warning("Requests of the tenant %s are refused, because its limits cannot be read: %s", row.name, error)
+        return NOTHING
 
 
 def _find(session: Session, id_or_name: str) -> ApiKeyRow:

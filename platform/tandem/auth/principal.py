@@ -70,6 +70,8 @@ class Limits:
 
 
 UNLIMITED = Limits()
+NOTHING = Limits(requests_per_minute=0)
+"""The limits of a tenant that may have no request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

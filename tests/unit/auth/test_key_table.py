@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from tandem.auth import KeyStore, key_table, keys
 from tandem.auth.key_table import KeyTable
+from tandem.auth.principal import Limits
 from tandem.errors import RegistryUnreachableError
 
 DATABASE_AWAY = "the database is away"
@@ -144,3 +145,22 @@ async def test_after_a_restored_backup_only_its_keys_are_accepted(
         backup.backup(target)
     await until(lambda: table.authenticate(lost.secret) is None)
     assert table.authenticate(kept.secret) is not None
+
+
+async def test_a_tenant_that_cannot_be_read_is_refused_by_itself_and_stops_no_gateway(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = store.create("laptop", tenant="lab", by="ann")
+    for tenant in ("lab", "shop"):
+        store.limit_tenant(tenant, Limits(concurrent_requests=3), by="ann")
+    with store._writing() as (session, _):
+        session.execute(text("UPDATE tenants SET limits = :limits WHERE name = 'lab'"), {"limits": '{"of_2031": 1}'})
+    table = KeyTable(store)
+    await table.start()
+    try:
+        assert table.loaded and table.authenticate(new.secret) is not None
+        assert table.tenant_limits("lab") == Limits(requests_per_minute=0)
+        assert table.tenant_limits("shop") == Limits(concurrent_requests=3)
+        assert "Requests of the tenant lab are refused" in caplog.text and "of_2031" in caplog.text
+    finally:
+        await table.stop()
