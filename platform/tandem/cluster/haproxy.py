@@ -39,7 +39,7 @@ s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
 /^frontend http_frontend/,/^ *bind/ {{
 /^ *bind/ a\
     stick-table type ipv6 size 100k expire 10m store conn_cur\
-    tcp-request connection track-sc0 src\
+    tcp-request connection track-sc0 src,ipmask(32,64)\
     tcp-request connection reject if {{ sc0_conn_cur gt {share} }}\
     http-request set-header {client_header} "{secret} %[src]"\
     http-request set-header {own_disconnects} "?1"

@@ -30,6 +30,9 @@ PUSH_INTERVAL_S = 0.25
 """The same for loads and adapters, which change all the time in a large fleet."""
 HELLO_S = 5.0
 """Seconds in which a connection has to show the token."""
+MOST_STRANGERS = 2048
+"""Connections that have not shown the token yet; of more the oldest is closed. Replicas and gateways show it at once, so that
+those of a whole fleet that connects again are never the oldest for long."""
 BACKLOG = 2048
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class DirectoryServer:
         self._token = secrets.token_urlsafe(32)
         self._server: asyncio.Server | None = None
         self._peers: set[_Peer] = set()
+        self._strangers: dict[_Peer, None] = {}
+        """Those that have not shown the token, oldest first."""
         self._pins: dict[str, tuple[AdapterRef, ...]] = {}
         self._replies: dict[tuple[str, str], HeartbeatReply] = {}
         """The last answer for each pool and deployment."""
@@ -105,10 +110,20 @@ class DirectoryServer:
     def joined(self, peer: _Peer) -> None:
         """A connection was made."""
         self._peers.add(peer)
+        self._strangers[peer] = None
+        if len(self._strangers) > MOST_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()
+
+    def greeted(self, peer: _Peer) -> None:
+        """A connection has shown the token."""
+        self._strangers.pop(peer, None)
 
     def left(self, peer: _Peer) -> None:
         """A connection has ended. Its replica is not removed: it may come back, or else falls silent."""
         self._peers.discard(peer)
+        self._strangers.pop(peer, None)
 
     def received(self, peer: _Peer, content: bytes) -> None:
         """A frame of a replica or gateway that has shown the token."""
@@ -279,6 +294,7 @@ class _Peer(asyncio.Protocol):
         if not self._server.has_token(hello):
             self.close()
             return False
+        self._server.greeted(self)
         self._known, self.gateway = True, hello.gateway
         self._frames.limit = protocol.LONGEST_REPORT
         if self._deadline is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
 import socketserver
 import stat
 import subprocess
@@ -18,6 +20,7 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from real_haproxy import haproxy, raw_answer
 
 from tandem.cluster.haproxy import BUFFER_BYTES, serving_environment, write_script
+from tandem.cluster.ports import free_ports
 
 
 @pytest.fixture
@@ -51,6 +54,47 @@ def test_connections_of_an_address_and_the_time_of_a_request_are_limited(edited:
     assert "tcp-request connection reject if { sc0_conn_cur gt 2048 }" in listener
     # Of the public listener alone.
     assert edited.count("stick-table") == 1
+
+
+def test_the_addresses_of_an_ipv6_network_share_one_limit(edited: str, tmp_path: Path) -> None:
+    rules = re.findall(r"^ *(?:stick-table|tcp-request connection) .*$", edited, re.MULTILINE)
+    (port,) = free_ports(1)
+    # Rules of sessions come after the header that says where a connection is from.
+    limit = "\n".join(rules).replace("tcp-request connection", "tcp-request session").replace("gt 2048", "gt 1")
+    config = tmp_path / "limit.cfg"
+    config.write_text(
+        "defaults\n mode http\n timeout client 30s\n timeout connect 5s\n timeout server 5s\n"
+        f"frontend f\n bind 127.0.0.1:{port} accept-proxy\n{limit}\n http-request return status 200\n"
+    )
+    binary = serving_environment(tmp_path, free_ports(4), range(port, port + 1))["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    process = subprocess.Popen([binary, "-db", "-f", str(config)])
+    held: list[socket.socket] = []
+
+    def taken(source: str) -> bool:
+        """Whether a request is answered on one more connection from there, which stays."""
+        client = socket.create_connection(("127.0.0.1", port), 20)
+        held.append(client)
+        family = "TCP6" if ":" in source else "TCP4"
+        with contextlib.suppress(ConnectionError):
+            client.sendall(f"PROXY {family} {source} {source} 1000 80\r\nGET / HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+            return client.recv(12) == b"HTTP/1.1 200"
+        return False
+
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                assert taken("2001:db8:0:1::1")
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not taken("2001:db8:0:1:ffff::2") and taken("2001:db8:0:2::1")
+        assert taken("10.0.0.1") and taken("10.0.0.2") and not taken("10.0.0.1")
+    finally:
+        for each in held:
+            each.close()
+        process.kill()
+        process.wait()
 
 
 def test_the_list_of_apps_is_not_told(edited: str) -> None:

@@ -18,7 +18,7 @@ from tandem.registry import Registry
 from tandem.routing.changes import Changes, ReplicaChange
 from tandem.routing.fleet_view import FleetView
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, Snapshot
-from tandem.serve import directory_link, directory_protocol
+from tandem.serve import directory_link, directory_protocol, directory_server
 from tandem.serve.directory import WARM_UP_S, Directory
 from tandem.serve.directory_link import DirectoryWatcher, ReplicaReporter, connect
 from tandem.serve.directory_protocol import DirectoryAddress, FrameReader, Hello, ProtocolError, frame
@@ -162,6 +162,30 @@ async def test_a_connection_without_the_token_is_closed_and_learns_nothing(world
     with pytest.raises(ConnectionError):
         await connection.read(5.0)
     assert "guessed" not in repr(await locate())
+
+
+async def test_of_many_connections_without_the_token_the_oldest_are_closed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_server, "MOST_STRANGERS", 3)
+    monkeypatch.setattr(directory_server, "HELLO_S", 60.0)
+    watcher, view = world.gateway()
+    await until(watcher, view, lambda: True)
+    address = await world.directory.address()
+    strangers = []
+    for _ in range(5):
+        strangers.append(await asyncio.open_connection(address.host, address.port))
+        await asyncio.sleep(0.05)
+    for reader, _ in strangers[:2]:
+        assert await asyncio.wait_for(reader.read(), 5.0) == b""
+    for reader, _ in strangers[2:]:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(), 0.05)
+    # Those that have shown the token stay, and new ones are taken.
+    _, state = await world.replica(A)
+    await until(watcher, view, lambda: view.records == {"a": state["now"]})
+    for _, writer in strangers:
+        writer.close()
 
 
 async def test_a_frame_that_is_no_report_ends_its_connection_only(world: World) -> None:
