@@ -40,6 +40,8 @@ def shown(value: Any) -> str:
         return "a number of more than 60 digits"
     if isinstance(value, dict | list):
         return kind(value)
+    if isinstance(value, str) and len(value) > MAX_SHOWN:
+        return f"{repr(value[:MAX_SHOWN])[:MAX_SHOWN]} ..."
     text = (
         "null" if value is None else {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     )

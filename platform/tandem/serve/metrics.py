@@ -40,7 +40,8 @@ class RayQueueMetrics:
         )
         self._refused = Counter(
             "tandem_gateway_refused_requests",
-            description="Requests that were not answered, by the reason: full, displaced, hopeless, expired, unserved, late.",
+            description="Requests that were not answered, by the reason: full, displaced, deadline_unreachable, expired, "
+            "unserved, late.",
             tag_keys=("model", "reason"),
         )
 

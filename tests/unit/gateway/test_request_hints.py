@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 
 from tandem.config import ServedModelConfig
+from tandem.config.serving.app import MAX_TIMEOUT_S
 from tandem.engine.protocol import AdapterRef
+from tandem.gateway.errors import ApiError
 from tandem.gateway.models.catalog import ResolvedModel
-from tandem.gateway.requests.request_hints import MAX_TEXT_PARTS, read_routing_request
+from tandem.gateway.requests.request_hints import MAX_TEXT_PARTS, read_routing_request, take_scheduling_hints
 from tandem.routing.records import ServedModel
 from tandem.routing.request import MAX_HASHED_BYTES, PREFIX_LENGTHS, RoutingRequest, hash_prefixes
 
@@ -169,3 +172,23 @@ def test_invalid_text_and_token_ids_are_left_to_the_engine(body: str) -> None:
 
 def test_a_deeply_nested_body_is_not_followed_forever() -> None:
     read(from_json('{"messages": ' + '[{"content": ' * 90 + '"x"' + "}]" * 90 + "}"))
+
+
+@pytest.mark.parametrize("header", ["x-stainless-timeout", "x-stainless-read-timeout"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_out_of_an_sdk_counts_up_to_the_longest_of_a_request(header: str, stream: bool) -> None:
+    hints = take_scheduling_hints({"stream": stream}, {header: "1e12"}, 0.0)
+    assert hints.left_s(0.0) == MAX_TIMEOUT_S
+    assert take_scheduling_hints({"stream": stream}, {header: "30"}, 0.0).left_s(0.0) == 30.0
+
+
+@pytest.mark.parametrize("field", ["priority", "timeout"])
+@pytest.mark.parametrize("value", ["x" * 2**20, ["x" * 2**20], {"x" * 2**20: 1}])
+def test_a_priority_or_time_out_of_a_wrong_type_is_not_written_out(field: str, value: Any) -> None:
+    tracemalloc.start()
+    with pytest.raises(ApiError) as error:
+        take_scheduling_hints({field: value}, {}, 0.0)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert error.value.param == field and "characters)" not in error.value.message
+    assert len(error.value.message) < 200 and peak_bytes < 2**19

@@ -37,7 +37,7 @@ class Outcome(Enum):
     """The queue is full."""
     DISPLACED = "displaced"
     """A request of a better priority, or of a tenant with fewer waiting requests, took its place in a full queue."""
-    DEADLINE_UNREACHABLE = "hopeless"
+    DEADLINE_UNREACHABLE = "deadline_unreachable"
     """It would wait for longer than its deadline allows."""
     EXPIRED = "expired"
     """It has waited, and its remaining time is too short for an answer."""

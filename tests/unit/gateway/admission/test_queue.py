@@ -306,3 +306,7 @@ def test_any_sequence_keeps_the_limit_and_loses_no_request(steps: list[tuple[str
         assert len(set(waiting) - again) <= 4
         if waiting:
             assert len(running) >= (q.limit or 0)
+
+
+def test_reasons_in_metrics_are_the_names_of_outcomes() -> None:
+    assert all(outcome.value == outcome.name.lower() for outcome in Outcome)
