@@ -124,7 +124,7 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
     app.state.identity, app.state.catalog, app.state.relay = identity, catalog, relay
-    identity.audit.words = words_of([*app.routes, *administration.routes])
+    _tell_words(words_of([*app.routes, *administration.routes]), identity, lines)
     for each in (app, administration):
         each.state.server_adds_request_id = server_adds_request_id
     return app
@@ -181,6 +181,13 @@ async def _call(step: Callable[[], Awaitable[None] | None]) -> None:
     result = step()
     if result is not None:
         await result
+
+
+def _tell_words(words: frozenset[str], identity: Identity, lines: AccessLog | None) -> None:
+    """Tell both logs which parts of a path they may keep."""
+    identity.audit.words = words
+    if lines is not None:
+        lines.words = words
 
 
 def words_of(routes: Iterable[BaseRoute]) -> frozenset[str]:

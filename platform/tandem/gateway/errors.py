@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from pydantic_core import from_json
 from starlette.requests import Request
@@ -162,6 +162,11 @@ def path_below(scope: Scope) -> str:
         return path
     rest = path[len(root) :]
     return rest if not rest or rest.startswith("/") else path
+
+
+def masked_path(path: str, words: Collection[str]) -> str:
+    """A path as logs have it: its first six parts, with `*` for those that are in no route. They may be a secret."""
+    return "/" + "/".join(part if part in words or not part else "*" for part in path.split("/")[1:7])
 
 
 async def answer_api_error(request: Request, error: Exception) -> Response:

@@ -267,17 +267,46 @@ async def test_each_request_has_a_line_in_the_access_log_and_nothing_of_its_cont
     await world.http.post("/v1/completions", json=secret, headers={"authorization": "Bearer tdm-wrong"})
     await world.http.get("/health/live")
     log = world.folder / "logs" / "access.jsonl"
-    await until(lambda: log.exists() and log.read_text().count("/v1/completions") == 2)
+    await until(lambda: log.exists() and "/v1/completions" in log.read_text() and '"refused"' in log.read_text())
     assert log.stat().st_mode & 0o777 == 0o600
     assert "zebra" not in log.read_text() and "tdm-" not in log.read_text() and "health" not in log.read_text()
-    answered, refused = [
-        line for line in map(json.loads, log.read_text().splitlines()) if "completions" in line["path"]
-    ]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (answered,) = [line for line in lines if "completions" in line.get("path", "")]
     assert (answered["request_id"], answered["key_id"], answered["tenant"]) == ("mine", new.key.id, "lab")
     assert (answered["status"], answered["model"], answered["replica"]) == (200, "base@1", "r0")
     assert (answered["prompt_tokens"], answered["completion_tokens"]) == (2, 2)
     assert 0 < answered["head_s"] <= answered["total_s"]
-    assert refused["status"] == 401 and "key_id" not in refused
+    # Those of `with_key` too, perhaps.
+    assert sum(line["requests"] for line in lines if line.get("event") == "refused") >= 1
+
+
+async def test_a_path_with_a_secret_is_masked_in_the_access_log(world: World):
+    await with_key(world)
+    await world.http.get("/v1/models/tdm-0123456789")
+    await world.http.get("/tdm-0123456789/" + "x" * 500)
+    log = world.folder / "logs" / "access.jsonl"
+    await until(lambda: log.exists() and log.read_text().count('"status": 404') == 2)
+    assert "tdm-" not in log.read_text()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["path"] for line in lines if line.get("status") == 404] == ["/v1/models/*", "/*/*"]
+
+
+async def test_a_flood_without_a_key_is_counted_in_one_line_a_second(world: World):
+    new = await with_key(world)
+    began = time.monotonic()
+    wrong = {"authorization": "Bearer tdm-wrong"}
+    for _ in range(20):
+        await asyncio.gather(*(world.http.get("/v1/models", headers=wrong) for _ in range(10)))
+    await world.http.get("/v1/models")
+    log = world.folder / "logs" / "access.jsonl"
+
+    def lines() -> list[Any]:
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    await until(lambda: sum(line.get("requests", 0) for line in lines()) >= 200)
+    await until(lambda: any(line.get("key_id") == new.key.id for line in lines()))
+    counts = [line for line in lines() if line.get("event") == "refused"]
+    assert len(counts) <= 2 + (time.monotonic() - began) and not any(line.get("status") == 401 for line in lines())
 
 
 async def test_an_admin_reads_usage_and_limits_tenants_over_http(world: World):

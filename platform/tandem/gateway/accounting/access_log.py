@@ -1,4 +1,4 @@
-"""Access log: one JSON line for each request, without any of its content.
+"""Access log: one JSON line for each request that a key or token was accepted for, without any of its content.
 
 Lines are collected in the event loop and written by a thread. Where the disk is slower than the requests, lines are dropped and
 counted, and the log says how many.
@@ -7,19 +7,19 @@ counted, and the log says how many.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import logging.handlers
+import math
 import os
 import time
 from collections.abc import MutableMapping
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tandem.gateway.errors import path_below, request_id
+from tandem.gateway.errors import masked_path, path_below, request_id
 from tandem.gateway.identity.client_address import client_address
 from tandem.private import make_private_folder
 from tandem.tasks import stop
@@ -27,7 +27,13 @@ from tandem.tasks import stop
 ENTRY = "tandem.access"
 """Key of a scope: the fields of the request's line."""
 MAX_FILE_BYTES, KEPT_FILES = 64 * 2**20, 4
+FILES = "access-*.jsonl*"
+"""Files of all gateways in the folder."""
+KEPT_S = 7 * 86_400.0
+"""Seconds for which files of ended gateways are kept after their last line."""
 WRITE_S = 0.5
+REFUSED_S = 1.0
+"""Seconds between two lines with the number of refused requests."""
 MAX_PENDING = 50_000
 """Lines that wait to be written."""
 QUIET = frozenset({"/health", "/health/live", "/health/ready"})
@@ -37,14 +43,17 @@ log = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """The file and the lines that wait for it."""
+    """The file and the lines that wait for it. The file is opened for each batch, so that nobody needs to tell who removes it."""
 
     def __init__(self, path: Path) -> None:
+        self.words: frozenset[str] = frozenset()
+        """The fixed parts of the app's routes; other parts of a path have no place in lines, since they may be a secret."""
         self._path = path
         self._lines: list[dict[str, Any]] = []
         self._dropped = 0
+        self._refused = 0
+        self._refused_at = -math.inf
         self._render = structlog.processors.JSONRenderer()
-        self._handler: logging.Handler | None = None
         self._writing: asyncio.Task[None] | None = None
 
     def add(self, line: dict[str, Any]) -> None:
@@ -54,6 +63,12 @@ class AccessLog:
         else:
             self._lines.append(line)
 
+    def count_refused(self) -> None:
+        """A request that showed no valid key: one line has the number of all within REFUSED_S, so that a flood of them does not
+        make the lines of others go. The audit log has their addresses.
+        """
+        self._refused += 1
+
     def start(self) -> None:
         """Begin to write; needs a running event loop."""
         self._writing = asyncio.create_task(self._write())
@@ -61,45 +76,60 @@ class AccessLog:
     async def stop(self) -> None:
         """Write what is left."""
         await stop(self._writing)
-        await asyncio.to_thread(self._flush)
+        await asyncio.to_thread(self._flush, final=True)
 
     async def _write(self) -> None:
+        await asyncio.to_thread(self._remove_old)
         while True:
             await asyncio.sleep(WRITE_S)
-            if self._lines or self._dropped:
+            if self._lines or self._dropped or self._refused:
                 await asyncio.to_thread(self._flush)
 
-    def _flush(self) -> None:
+    def _flush(self, *, final: bool = False) -> None:
         lines, self._lines = self._lines, []
         dropped, self._dropped = self._dropped, 0
         if dropped:
             lines.append({"time": time.time(), "event": "dropped", "lines": dropped})
+        now = time.monotonic()
+        if self._refused and (final or now - self._refused_at >= REFUSED_S):
+            refused, self._refused, self._refused_at = self._refused, 0, now
+            lines.append({"time": time.time(), "event": "refused", "requests": refused})
+        if not lines:
+            return
         try:
-            handler = self._handler or self._open()
-            for line in lines:
-                text = str(self._render(None, "", line))
-                handler.emit(logging.makeLogRecord({"msg": text, "levelno": logging.INFO}))
+            self._append("".join(f"{self._render(None, '', line)}\n" for line in lines).encode())
         except OSError as error:
             log.warning("The access log %s cannot be written: %s. %d lines are lost.", self._path, error, len(lines))
 
-    def _open(self) -> logging.Handler:
+    def _append(self, batch: bytes) -> None:
+        """Write a batch at once, into a new file if the present one would become too long."""
         make_private_folder(self._path.parent)
-        self._handler = PrivateFiles(self._path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
-        return self._handler
+        with contextlib.suppress(FileNotFoundError):
+            size = self._path.stat().st_size
+            if size and size + len(batch) > MAX_FILE_BYTES:
+                self._rotate()
+        with open(self._path, "ab", opener=_private) as file:
+            file.write(batch)
+
+    def _rotate(self) -> None:
+        names = [self._path, *(self._path.with_name(f"{self._path.name}.{age}") for age in range(1, KEPT_FILES + 1))]
+        for older, newer in zip(reversed(names), reversed(names[:-1]), strict=False):
+            with contextlib.suppress(FileNotFoundError):
+                newer.replace(older)
+
+    def _remove_old(self) -> None:
+        """Remove files of other gateways, which have new names after each start, that nobody has written for KEPT_S."""
+        before = time.time() - KEPT_S
+        for path in self._path.parent.glob(FILES):
+            # Several gateways may do this at once.
+            with contextlib.suppress(OSError):
+                if not path.name.startswith(self._path.name) and path.lstat().st_mtime < before:
+                    path.unlink()
 
 
-class PrivateFiles(logging.handlers.RotatingFileHandler):
-    """Files of mode 0600 from their first byte on: they name keys and models. Errors are raised, not printed."""
-
-    def _open(self) -> TextIOWrapper:
-        def opener(path: str, flags: int) -> int:
-            return os.open(path, flags, 0o600)
-
-        return open(self.baseFilename, "a", encoding=self.encoding, opener=opener)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Raise what `emit` met."""
-        raise
+def _private(path: str, flags: int) -> int:
+    """Open a file of mode 0600 from its first byte on: it names keys and models."""
+    return os.open(path, flags, 0o600)
 
 
 class LogAccess:
@@ -119,7 +149,7 @@ class LogAccess:
             "time": round(time.time(), 3),
             "request_id": "",
             "method": scope["method"],
-            "path": path[:200],
+            "path": masked_path(path, self._log.words),
         }
         scope[ENTRY] = entry
 
@@ -138,7 +168,10 @@ class LogAccess:
             # 499, as in nginx: the client has left before an answer.
             entry["status"] = status or 499
             entry["total_s"] = round(time.perf_counter() - began, 4)
-            self._log.add(entry)
+            if "key_id" in entry:
+                self._log.add(entry)
+            else:
+                self._log.count_refused()
 
 
 def note(scope: MutableMapping[str, Any], **fields: Any) -> None:

@@ -21,7 +21,7 @@ from tandem.auth.keys import PREFIX
 from tandem.auth.refusals import Refusal, Refusals
 from tandem.db.audit import Change
 from tandem.errors import TandemError
-from tandem.gateway.errors import ApiError, path_below
+from tandem.gateway.errors import ApiError, masked_path, path_below
 from tandem.gateway.identity.client_address import client_address
 from tandem.tasks import stop
 
@@ -117,8 +117,7 @@ class AuditWriter:
     def _target(self, scope: Scope) -> str:
         """Method and path, with `*` for parts that are in no route."""
         method = scope["method"] if scope["method"] in METHODS else "*"
-        parts = path_below(scope).split("/")[1:]
-        return f"{method} /" + "/".join(part if part in self.words or not part else "*" for part in parts[:6])
+        return f"{method} {masked_path(path_below(scope), self.words)}"
 
 
 def _number(changes: Iterable[Change]) -> int:

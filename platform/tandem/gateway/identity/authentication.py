@@ -88,6 +88,8 @@ class Authentication:
                 principal = scope[PRINCIPAL] = self._principal(scope, path, secret)
                 note(scope, key_id=principal.key_id or None, tenant=principal.tenant or None)
             except ApiError as error:
+                if isinstance(error, RefusedError) and error.by:
+                    note(scope, key_id=error.by)
                 # Health checks without a key are nobody's attempt; a wrong key is one there, too.
                 if self._report and isinstance(error, RefusedError) and (secret is not None or path not in PUBLIC):
                     self._report(scope, error, by=error.by, secret=secret)
