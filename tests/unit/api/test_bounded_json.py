@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.api.bounded_json import BUDGET, CONTAINER, TEXT, InvalidJsonError, TooManyValuesError, parse_object
+from tandem.api.bounded_json import (
+    BUDGET,
+    CONTAINER,
+    LONG_NUMBER,
+    SMALL,
+    TEXT,
+    InvalidJsonError,
+    TooManyValuesError,
+    check_size,
+    cost,
+    parse_object,
+)
 
 MIB = 2**20
 MAX_CONTAINERS, MAX_ITEMS, MAX_TEXTS = BUDGET // CONTAINER, BUDGET, BUDGET // TEXT
@@ -73,3 +85,28 @@ def test_every_small_object_is_read_as_it_is(value: dict[str, Any]) -> None:
     # Where its values have to be told from its texts, too.
     padded = json.dumps({**value, "text": "{" * (MAX_CONTAINERS + 1)}).encode()
     assert parse_object(padded)["text"].startswith("{")
+
+
+@pytest.mark.parametrize("repeated", [b"{}", b"{},", b"[", b'""', b'"",', b'"":[],', b",", b"1,"])
+def test_no_small_body_costs_more_than_the_budget_so_their_values_are_not_counted(
+    repeated: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = (repeated * SMALL)[:SMALL]
+    assert cost(body, body.count(b'"') / 2) <= BUDGET
+    counted: list[int] = []
+    monkeypatch.setattr("tandem.api.bounded_json.cost", lambda text, texts: counted.append(len(text)) or 0.0)
+    check_size(body)
+    assert not counted
+    check_size(body + b" ")
+    assert counted
+
+
+@given(st.text("0123456789,. x", max_size=80), st.integers(0, 30), st.integers(15, 25))
+def test_numbers_of_twenty_digits_are_found_at_any_place(text: str, before: int, digits: int) -> None:
+    body = b"x" * before + text.encode() + b"7" * digits + b" "
+    long = re.search(rb"[0-9]{%d}" % LONG_NUMBER, body) is not None
+    if long:
+        with pytest.raises(InvalidJsonError, match="20 or more digits"):
+            check_size(body)
+    else:
+        check_size(body)
