@@ -44,6 +44,8 @@ class KeyTable:
         self._store = store
         self._now = now
         self._keys: dict[str, ChangedKey] = {}
+        self._budgeted: dict[str, str] = {}
+        """Digests and ids of the keys with a limit of tokens in a day: changes of other things look at no key."""
         self._tenants: dict[str, Limits] = {}
         self._cursor = Cursor()
         self._revision = -1
@@ -94,7 +96,7 @@ class KeyTable:
 
     async def _refresh(self) -> None:
         """Read what has changed, page by page; all of it where the database is older than what was read (a backup)."""
-        keys, cursor = self._keys, self._cursor
+        keys, budgeted, cursor, new = self._keys, self._budgeted, self._cursor, False
         revision = await self._calls.run(PAGE_S, self._store.revision)
         if revision < cursor.revision:
             log.warning(
@@ -102,20 +104,25 @@ class KeyTable:
                 revision,
                 cursor.revision,
             )
-            keys, cursor = {}, Cursor()
+            keys, budgeted, cursor, new = {}, {}, Cursor(), True
         elif revision == self._revision:
             return
         while True:
             cursor, changed = await self._calls.run(PAGE_S, self._store.changes, cursor)
             if not changed:
                 break
-            keys.update((key.digest, key) for key in changed)
+            new = True
+            for key in changed:
+                keys[key.digest] = key
+                if key.principal is not None and key.principal.limits.tokens_per_day is not None:
+                    budgeted[key.digest] = key.principal.key_id
+                else:
+                    budgeted.pop(key.digest, None)
         self._tenants = await self._calls.run(PAGE_S, self._store.tenants)
-        self._keys, self._cursor, self._revision = keys, cursor, revision
+        self._keys, self._budgeted, self._cursor, self._revision = keys, budgeted, cursor, revision
         self.has_keys = self.has_keys or bool(keys)
-        known = [key.principal for key in keys.values() if key.principal is not None]
         self.budgets = Budgets(
-            frozenset(each.key_id for each in known if each.limits.tokens_per_day is not None),
+            frozenset(budgeted.values()) if new else self.budgets.keys,
             frozenset(name for name, each in self._tenants.items() if each.tokens_per_day is not None),
         )
         self.loaded = True

@@ -8,12 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from sqlalchemy import text
 
 from tandem.auth import KeyStore, key_table, keys
 from tandem.auth.key_table import KeyTable
+from tandem.auth.keys import ChangedKey
 from tandem.auth.principal import Limits
 from tandem.errors import RegistryUnreachableError
 
@@ -164,3 +166,28 @@ async def test_a_tenant_that_cannot_be_read_is_refused_by_itself_and_stops_no_ga
         assert "Requests of the tenant lab are refused" in caplog.text and "of_2031" in caplog.text
     finally:
         await table.stop()
+
+
+async def test_a_change_of_the_registry_that_is_none_of_keys_looks_at_no_key(store: Store, table: KeyTable) -> None:
+    new = store.create("laptop", tenant="lab", by="ann")
+    await until(lambda: table.authenticate(new.secret) is not None)
+
+    class Looked(dict[str, ChangedKey]):
+        """Keys that nobody may go through."""
+
+        def values(self) -> NoReturn:
+            raise AssertionError("all keys were looked at")
+
+        __iter__ = items = values  # type: ignore[assignment]
+
+    table._keys = Looked(table._keys)
+    with store._writing() as (_, revision):
+        pass
+    await until(lambda: table._revision == revision)
+
+
+async def test_it_is_known_whether_any_key_has_a_limit_by_the_day(store: Store, table: KeyTable) -> None:
+    new = store.create("laptop", tenant="lab", limits=Limits(tokens_per_day=5), by="ann")
+    await until(lambda: table.budgets.keys == frozenset({new.key.id}))
+    store.revoke(new.key.id, by="ann")
+    await until(lambda: not table.budgets.keys)
