@@ -14,6 +14,7 @@ from tandem.config import GatewayConfig
 from tandem.config.serving.app import GUARDED_FIELDS
 from tandem.errors import ConfigError
 from tandem.gateway.errors import ApiError
+from tandem.gateway.requests import request_content
 from tandem.gateway.requests.request_content import check_content, is_allowed
 
 CHAT = "/v1/chat/completions"
@@ -101,6 +102,17 @@ def test_a_key_in_another_form_of_json_is_found() -> None:
     body = chat({"type": "image_url", "image_url": {"url": INNER}})
     with pytest.raises(ApiError):
         check_content(body, json.dumps(body).replace("url", "\\u0075rl").encode(), (), ())
+
+
+def test_long_texts_are_walked_and_many_short_ones_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[str] = []
+    monkeypatch.setattr(request_content, "_check", lambda name, *rest: walked.append(name))
+    for count, text in ((1, "x" * 4000), (4, "x" * 1000), (100, "x" * 10)):
+        walked.clear()
+        assert refused({"messages": [{"role": "user", "content": text} for _ in range(count)]}) is None
+        assert walked == ([] if count == 100 else ["messages"])
+    # No part of it can have a URL.
+    assert refused({"prompt": "image_url" * 1000}) is None and walked == []
 
 
 def test_text_about_urls_and_citations_of_answers_pass() -> None:
