@@ -97,7 +97,7 @@ class AccessLog:
         if not lines:
             return
         try:
-            self._append("".join(f"{self._render(None, '', line)}\n" for line in lines).encode())
+            self._append("".join(str(self._render(None, "", line)) + "\n" for line in lines).encode())
         except OSError as error:
             log.warning("The access log %s cannot be written: %s. %d lines are lost.", self._path, error, len(lines))
 
