@@ -168,7 +168,9 @@ async def test_a_tenant_that_cannot_be_read_is_refused_by_itself_and_stops_no_ga
         await table.stop()
 
 
-async def test_a_change_of_the_registry_that_is_none_of_keys_looks_at_no_key(store: Store, table: KeyTable) -> None:
+async def test_a_change_of_the_registry_that_is_none_of_keys_looks_at_no_key(
+    store: Store, table: KeyTable, caplog: pytest.LogCaptureFixture
+) -> None:
     new = store.create("laptop", tenant="lab", by="ann")
     await until(lambda: table.authenticate(new.secret) is not None)
 
@@ -184,6 +186,7 @@ async def test_a_change_of_the_registry_that_is_none_of_keys_looks_at_no_key(sto
     with store._writing() as (_, revision):
         pass
     await until(lambda: table._revision == revision)
+    assert "could not be read" not in caplog.text
 
 
 async def test_it_is_known_whether_any_key_has_a_limit_by_the_day(store: Store, table: KeyTable) -> None:
