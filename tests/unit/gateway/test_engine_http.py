@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from tandem.gateway.replicas import engine_http
+from tandem.gateway.replicas import engine_http, engine_pool
 from tandem.gateway.replicas.engine_http import (
     ConnectionLostError,
     EngineAnswer,
-    EngineConnections,
     InvalidAnswerError,
     NotConnectedError,
     SilentEngineError,
 )
+from tandem.gateway.replicas.engine_pool import EngineConnections
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: Text/Plain; x=1\r\n\r\nhello"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -288,7 +288,7 @@ async def test_a_connection_that_its_engine_has_closed_is_not_used_again() -> No
 
 
 async def test_idle_connections_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_http, "KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(engine_pool, "KEEP_ALIVE_S", 0.1)
     async with serving(WHOLE) as (server, connections):
         answer = await ask(connections, server)
         await answer.read()

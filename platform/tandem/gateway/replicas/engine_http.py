@@ -1,4 +1,4 @@
-"""HTTP client for engines: a pool of keep-alive connections, one POST or GET at a time on each, parsed by httptools.
+"""Connection to an engine over HTTP: one request at a time, its answer parsed by httptools.
 
 A request is written where it is made, not in a task of its own: with many requests at once each is on its way before the next one
 is looked at. Chunks of an answer are handed on as they are read from the socket (docs/adr/0033).
@@ -7,17 +7,12 @@ is looked at. Chunks of an answer are handed on as they are read from the socket
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from urllib.parse import urlsplit
+from collections.abc import Callable
 
 import httptools
 
 from tandem.cluster.keepalive import keep_alive
 
-KEEP_ALIVE_S = 30.0
-"""Seconds for which an idle connection to a replica is kept."""
 UNREACHABLE_S = 15
 """Seconds after which a connection to a replica whose machine acknowledges nothing has ended, streams on it too."""
 PIECE_BYTES = 64 * 1024
@@ -345,106 +340,3 @@ def check_head(size: int) -> None:
     """InvalidAnswerError for a head that is too long."""
     if size > MAX_HEAD_BYTES:
         raise InvalidAnswerError(f"a head of more than {MAX_HEAD_BYTES:,} bytes")
-
-
-class EngineConnections:
-    """The connections to all replicas. Used in one event loop."""
-
-    def __init__(self, connect_timeout_s: float) -> None:
-        self._connect_timeout_s = connect_timeout_s
-        self._idle: defaultdict[str, list[EngineConnection]] = defaultdict(list)
-        self._all: defaultdict[str, set[EngineConnection]] = defaultdict(set)
-        self._cleaning: asyncio.TimerHandle | None = None
-
-    async def request(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes = b"",
-        *,
-        silent_s: float,
-        sent: Callable[[], None] = lambda: None,
-    ) -> EngineAnswer:
-        """Send a request to a replica's `url`; the answer's head is still to be read.
-
-        `silent_s`: seconds without a byte after which reading fails; `sent` is called once all is written. Raises
-        NotConnectedError.
-        """
-        address = urlsplit(url)
-        lines = [f"{method} {address.path or '/'} HTTP/1.1", f"host: {address.netloc}", f"content-length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        head = "\r\n".join(lines)
-        if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
-            raise ValueError("A header for an engine has a line break in it.")
-        connection = self._take_idle(address.netloc)
-        if connection is None:
-            connection = await self._connect(address.netloc, str(address.hostname), int(address.port or 80))
-        answer = await connection.send(f"{head}\r\n\r\n".encode(), body, silent_s)
-        sent()
-        return answer
-
-    def abort(self, url: str) -> int:
-        """Abort every connection to the host and port of `url`; returns their number."""
-        connections = list(self._all.get(urlsplit(url).netloc, ()))
-        for connection in connections:
-            connection.abort()
-        return len(connections)
-
-    def close(self) -> None:
-        """Abort all connections."""
-        for connections in list(self._all.values()):
-            for connection in list(connections):
-                connection.abort()
-        if self._cleaning is not None:
-            self._cleaning.cancel()
-
-    def _take_idle(self, netloc: str) -> EngineConnection | None:
-        idle = self._idle.get(netloc)
-        while idle:
-            connection = idle.pop()
-            if connection.is_open:
-                return connection
-        return None
-
-    async def _connect(self, netloc: str, host: str, port: int) -> EngineConnection:
-        def release(connection: EngineConnection) -> None:
-            if connection.is_open and connection.answer is None:
-                connection.idle_since = asyncio.get_running_loop().time()
-                self._idle[netloc].append(connection)
-                self._clean_later()
-            elif not connection.is_open:
-                self._forget(netloc, connection)
-
-        try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: EngineConnection(release), host, port
-                )
-        except (OSError, TimeoutError) as error:
-            raise NotConnectedError(str(error) or f"no connection within {self._connect_timeout_s:g} s") from error
-        self._all[netloc].add(connection)
-        return connection
-
-    def _forget(self, netloc: str, connection: EngineConnection) -> None:
-        with contextlib.suppress(ValueError):
-            self._idle[netloc].remove(connection)
-        self._all[netloc].discard(connection)
-        for table in (self._idle, self._all):
-            if not table[netloc]:
-                del table[netloc]
-
-    def _clean_later(self) -> None:
-        if self._cleaning is None:
-            self._cleaning = asyncio.get_running_loop().call_later(KEEP_ALIVE_S / 2, self._clean)
-
-    def _clean(self) -> None:
-        """End connections that have been idle for long."""
-        self._cleaning = None
-        before = asyncio.get_running_loop().time() - KEEP_ALIVE_S
-        for connections in list(self._idle.values()):
-            for connection in [each for each in connections if each.idle_since < before]:
-                connections.remove(connection)
-                connection.abort()
-        if any(self._idle.values()):
-            self._clean_later()

@@ -21,12 +21,12 @@ from tandem.gateway.latency import Stopwatch
 from tandem.gateway.models.catalog import ResolvedModel
 from tandem.gateway.replicas.engine_http import (
     EngineAnswer,
-    EngineConnections,
     EngineHttpError,
     InvalidAnswerError,
     NotConnectedError,
     SilentEngineError,
 )
+from tandem.gateway.replicas.engine_pool import EngineConnections
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 from tandem.routing.request import RoutingRequest
 from tandem.usage.records import UsageLabels
