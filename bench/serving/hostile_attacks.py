@@ -114,7 +114,18 @@ SMUGGLED = (
     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 3\r\n"
     b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
 )
+SCHEMA_TEXT = completion(structured_outputs={"json": "[" + "{}," * 600_000 + "{}]"})
+LONG_PATHS = completion(documents={"k" * 10_000: [{}] * 20_000})
 UNREAD = completion(prompt="x" * 4096, stream=True, ignore_eos=True, max_tokens=8192)
+
+
+def branching(levels: int = 50) -> dict[str, Any]:
+    """A schema each of whose parts refers to the next one twice, and whose last one refers to itself."""
+    parts = {f"n{i}": {"anyOf": [{"$ref": f"#/$defs/n{min(i + 1, levels - 1)}"}] * 2} for i in range(levels)}
+    return {"$ref": "#/$defs/n0", "$defs": parts}
+
+
+BRANCHING = completion(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": branching()}})
 
 
 def repeated(
@@ -160,6 +171,10 @@ ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     "128 sequences": repeated(lambda a: a.post(completion(prompt=["x"] * 8, n=16, max_tokens=64))),
     "objects of 1 MB in stop": repeated(lambda a: a.post(completion(stop={"a": "x" * MIB}))),
     "10,000 stop texts": repeated(lambda a: a.post(completion(stop=["x" * 10] * 10_000))),
+    "branching schemas": repeated(lambda a: a.post(BRANCHING)),
+    "1.8 MB of schema as text": repeated(lambda a: a.post(SCHEMA_TEXT), 4),
+    "long paths to many entries": repeated(lambda a: a.post(LONG_PATHS), 4),
+    "urgent requests": repeated(lambda a: a.post(completion(priority=-1000, max_tokens=64))),
     "unknown names": repeated(
         lambda a: a.post(json.dumps({"model": word(), word(): 1, word(): 2, word(): 3}).encode())
     ),
