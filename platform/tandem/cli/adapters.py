@@ -13,9 +13,8 @@ from rich.table import Table
 
 from tandem.cli.models import ago, as_values
 from tandem.cli.support.shell import friendly_errors
-from tandem.jobs.adapters import Adapters
-from tandem.registry import ModelRecord, Registry
-from tandem.sdk.address import find_api_url
+from tandem.registry import ModelRecord
+from tandem.sdk.adapters import AuditedAdapters
 from tandem.sdk.console import console
 
 adapters_app = typer.Typer(
@@ -173,8 +172,8 @@ def where_command(
         console.print(table if replicas else "No replica holds it.")
 
 
-def _adapters() -> Adapters:
-    return Adapters(Registry.open(), find_api_url)
+def _adapters() -> AuditedAdapters:
+    return AuditedAdapters.open()
 
 
 def _printed(record: ModelRecord, as_json: bool) -> bool:

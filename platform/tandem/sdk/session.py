@@ -20,10 +20,8 @@ from tandem.cluster.local import Cluster
 from tandem.config import ServeConfig, ServedModelConfig, TrainConfig, apply_overrides, from_dict, load_yaml
 from tandem.data.index import DatasetIndex
 from tandem.errors import ConfigError, DataError, JobError, did_you_mean
-from tandem.jobs.adapters import Adapters
 from tandem.jobs.prepare import prepare
-from tandem.registry import Registry
-from tandem.sdk.address import find_api_url
+from tandem.sdk.adapters import AuditedAdapters
 from tandem.sdk.cluster import open_cluster
 from tandem.sdk.console import console
 from tandem.sdk.datasets import build, describe
@@ -95,9 +93,9 @@ class Session:
         return str(end.model or job.export)
 
     @property
-    def adapters(self) -> Adapters:
+    def adapters(self) -> AuditedAdapters:
         """Register, promote, roll back, pin and delete adapters; what is served follows at the next request."""
-        return Adapters(Registry.open(), find_api_url)
+        return AuditedAdapters.open()
 
     @property
     def keys(self) -> Keys:

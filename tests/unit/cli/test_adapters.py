@@ -10,9 +10,11 @@ import pytest
 from small_folders import small_adapter, small_model
 from typer.testing import CliRunner
 
+from tandem.auth.audit_log import AuditLog
 from tandem.cli.adapters import adapters_app
 from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
+from tandem.sdk.keys import operator
 
 
 @pytest.fixture
@@ -107,3 +109,29 @@ def test_where_says_what_to_set_if_no_gateway_answers(registry: Registry, monkey
     monkeypatch.setenv("TANDEM_ADMIN_TOKEN", "operator")
     status, _, err = run("where")
     assert status == 1 and "TANDEM_API_URL" in err
+
+
+def test_each_change_is_in_the_audit_log_with_who_made_it_and_what_the_name_meant(registry: Registry) -> None:
+    for words in (
+        ["promote", "red@2"],
+        ["roll-back", "red"],
+        ["pin", "red"],
+        ["unpin", "red"],
+        ["delete", "red@2", "-y"],
+    ):
+        assert run(*words)[0] == 0
+    assert run("promote", "red@9")[0] == 1
+    entries = AuditLog.at(registry.address).page()
+    assert [(each.action, each.target) for each in reversed(entries)] == [
+        ("adapters.register", "red"),
+        ("adapters.register", "red"),
+        ("adapters.promote", "red@2"),
+        ("adapters.roll_back", "red"),
+        ("adapters.pin", "red"),
+        ("adapters.unpin", "red"),
+        ("adapters.delete", "red@2"),
+    ]
+    promoted = entries[4]
+    assert promoted.by == operator() and promoted.address is None
+    assert promoted.before is not None and promoted.after is not None
+    assert (promoted.before["promoted"], promoted.after["promoted"]) == ("red@1", "red@2")
