@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ class Gateway:
         check_registry(self._registry, ray.util.get_node_ip_address())
         if not is_loopback(_public_host()) and not has_tls():
             log.warning("The app listens on %s without TLS: API keys travel in clear. Set listen.tls.", _public_host())
-        return create_app(
+        app = create_app(
             models=self._models,
             watch=DirectoryWatcher(self._directory.address.remote),
             registry=Registry.at(self._registry),
@@ -76,6 +77,10 @@ class Gateway:
             server_adds_request_id=True,
             proxy_secret=proxy_secret(),
         )
+        # What is here now stays: the collector would look at all of it again and again, for tens of milliseconds each time.
+        gc.collect()
+        gc.freeze()
+        return app
 
     async def _apply_limits(self, exchange: Exchange) -> Answer:
         return cast(Answer, await self._directory.apply_limits.remote(exchange))

@@ -310,7 +310,10 @@ class RelayedResponse(Response):
             assert answer is not None
             self._account.read_head(answer.headers)
             if answer.status >= 400:
-                error = from_engine(answer.status, await answer.read(), self._request.model.base)
+                body = b""
+                with contextlib.suppress(EngineHttpError):  # its status says enough
+                    body = await answer.read()
+                error = from_engine(answer.status, body, self._request.model.base)
                 error.headers |= self._request.warnings
                 await error.response(dialect, scope)(scope, receive, send_once)
                 return
