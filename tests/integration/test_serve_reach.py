@@ -88,7 +88,7 @@ def test_no_route_of_vllm_is_reachable_but_the_listed_ones(
     assert {("POST", route.path) for route in ENGINE_ROUTES} <= routes
     (replica,) = served.replicas()
     own = {("GET", "/v1/models"), ("GET", "/health")}
-    own |= {(method, "/health") for method in ("HEAD",)} | {("HEAD", "/v1/models")}
+    own |= {("HEAD", "/health"), ("HEAD", "/v1/models"), ("GET", "/openapi.json"), ("HEAD", "/openapi.json")}
     stored = "/v1/responses/"
     for method, pattern in sorted(routes):
         path = re.sub(r"\{[^}]*\}", "x", pattern)
