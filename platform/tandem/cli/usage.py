@@ -31,7 +31,7 @@ def usage_command(
         str, typer.Option(help=f"Columns to group by, with commas: {', '.join(GROUPS)}.")
     ] = "tenant,key_id,model",
     since: Annotated[
-        str, typer.Option(help="From: 90s, 15m, 12h, 30d ago, or a time such as 2026-11-30T08:00.")
+        str, typer.Option(help="From the hour of: 90m, 12h, 30d ago, or a time such as 2026-11-30T08:00.")
     ] = "30d",
     until: Annotated[str | None, typer.Option(help="To, in the same forms; without: now.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,

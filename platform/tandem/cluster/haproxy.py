@@ -34,6 +34,7 @@ s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
     timeout http-request {request_s}s\
     timeout http-keep-alive {idle_s}s
 }}
+# Ids of requests and sessions are visible ASCII: Serve answers 500 to other bytes. Its own headers are not for clients.
 # Gateways watch for clients that leave by themselves, so Serve need not, which costs each request two tasks and a queue.
 # No address takes all connections: those above its share are closed as they come. An IPv6 address holds an IPv4 one, too.
 /^frontend http_frontend/,/^ *bind/ {{
@@ -42,7 +43,13 @@ s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
     tcp-request connection track-sc0 src,ipmask(32,64)\
     tcp-request connection reject if {{ sc0_conn_cur gt {share} }}\
     http-request set-header {client_header} "{secret} %[src]"\
-    http-request set-header {own_disconnects} "?1"
+    http-request set-header {own_disconnects} "?1"\
+    acl one_request_id req.fhdr_cnt(x-request-id) eq 1\
+    acl visible_request_id req.fhdr(x-request-id) -m reg ^[!-~]{{1,128}}$\
+    http-request del-header x-request-id unless one_request_id visible_request_id\
+    http-request del-header x-session-id unless {{ req.fhdr(x-session-id) -m reg '^[ -~]{{1,512}}$' }}\
+    http-request del-header serve_multiplexed_model_id\
+    http-request del-header x-request-timeout-seconds
 }}
 # The list of apps and their prefixes is not told to clients.
 s#^\( *http-request return status\) .* if routes$#\1 404 if routes#

@@ -154,6 +154,8 @@ def connect(url: str, timeouts: Timeouts = PATIENT) -> Engine:
             if file := _file(parsed):
                 with disk_errors("creating the registry", file):
                     make_private_folder(file.parent)
+                    # SQLite gives the files beside it the same mode: hashes of keys and usage are the owner's, in any folder.
+                    os.close(os.open(file, os.O_CREAT | os.O_RDONLY, 0o600))
             else:
                 options["poolclass"] = StaticPool  # one connection: each new one would be another empty database
         elif parsed.drivername == POSTGRESQL:
@@ -298,6 +300,10 @@ def _migration_lock(engine: Engine) -> Iterator[None]:
         yield
         return
     path = file.with_name(f"{file.name}.lock")
-    with disk_errors("creating the registry", path), path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    with disk_errors("creating the registry", path):
+        lock = os.open(path, os.O_CREAT | os.O_WRONLY, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)

@@ -79,7 +79,7 @@ class UsageStore(RegistryConnection):
         limit: int | None = None,
         offset: int = 0,
     ) -> list[dict[str, Any]]:
-        """Sums of the counts from `since` (included) to `until`, one for each combination of the columns `by`, in their order.
+        """Sums of the counts from the hour of `since` to `until`, one for each combination of the columns `by`, in their order.
 
         ConfigError for a column that there is not.
         """
@@ -91,7 +91,7 @@ class UsageStore(RegistryConnection):
         columns: list[Any] = [_day().label("day") if name == "day" else getattr(UsageRow, name) for name in by]
         query = select(*columns, *(func.sum(getattr(UsageRow, name)).label(name) for name in COUNTS))
         if since is not None:
-            query = query.where(UsageRow.hour >= since)
+            query = query.where(UsageRow.hour >= start_of_hour(since))
         if until is not None:
             query = query.where(UsageRow.hour < until)
         if tenant is not None:
@@ -124,3 +124,8 @@ class UsageStore(RegistryConnection):
 
 def _day() -> Any:
     return func.date(UsageRow.hour)
+
+
+def start_of_hour(time: datetime) -> datetime:
+    """The beginning of its hour in UTC: counts are kept by the hour."""
+    return time.astimezone(UTC).replace(minute=0, second=0, microsecond=0)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import io
 import os
 import pty
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psutil
 import pytest
+from certificates import make_pair
 from rich.console import Console
 
 from tandem.cli.chat import Chat, Conversation, chat
@@ -82,6 +88,20 @@ def test_an_unknown_model_is_refused_with_the_nearest_and_the_list(server):
 def test_no_server_says_what_to_run():
     with pytest.raises(ClusterError, match=r"No server answers at http://127.0.0.1:1/v1.*tandem serve up"):
         chat("base", "http://127.0.0.1:1/v1", "k", question="hi")
+
+
+def test_a_certificate_that_is_not_trusted_is_told_as_that(tmp_path: Path):
+    pair = make_pair(tmp_path, "own", begins=datetime.now(UTC) - timedelta(days=1))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as listening:
+        listening.socket = context.wrap_socket(listening.socket, server_side=True)
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        with pytest.raises(
+            ClusterError, match=r"certificate of https://127.0.0.1:\d+/v1 is not trusted.*SSL_CERT_FILE"
+        ):
+            chat("base", f"https://127.0.0.1:{listening.server_address[1]}/v1", "k", question="hi")
+        listening.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,31 @@ def test_of_a_length_and_chunks_one_reaches_the_gateway(running: tuple[int, list
     assert not [head for head in heads if b"content-length: 40" in head.lower()]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        (b"x-request-id", b"req-1", True),
+        (b"x-request-id", b"a" * 128, True),
+        (b"x-request-id", b"a" * 129, False),
+        (b"x-request-id", b"a\xff", False),
+        (b"x-request-id", b"a b", False),
+        (b"x-request-id", b"one\r\nx-request-id: two", False),
+        (b"x-session-id", b"chat 1", True),
+        (b"x-session-id", b"a\xff", False),
+        (b"serve_multiplexed_model_id", b"a", False),
+        (b"x-request-timeout-seconds", b"1", False),
+    ],
+)
+def test_ids_that_serve_fails_on_and_its_own_headers_reach_no_gateway(
+    running: tuple[int, list[bytes]], name: bytes, value: bytes, kept: bool
+) -> None:
+    port, heads = running
+    heads.clear()
+    assert b" 200 " in raw_answer(port, GET + name + b": " + value + b"\r\n\r\n")
+    (head,) = [each for each in heads if b"GET / " in each]
+    assert (name + b":" in head.lower()) == kept
+
+
 def test_a_body_that_does_not_come_is_408_as_json(running: tuple[int, list[bytes]]) -> None:
     port, heads = running
     heads.clear()

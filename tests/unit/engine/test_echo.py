@@ -76,3 +76,12 @@ def test_the_ttft_window_returns_the_90th_percentile_of_the_last_seconds() -> No
     assert tokens.most(1.0) == 2.0
     assert tokens.most(WINDOW_S + 0.5) == 2.0
     assert tokens.most(WINDOW_S + 1.5) == 0.0
+
+
+async def test_an_answer_has_an_end_whatever_its_limit_is() -> None:
+    engine = EchoEngine(("base",))
+    await engine.start()
+    transport = httpx.ASGITransport(app=engine.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        body = {"model": "base", "prompt": "one two", "max_tokens": 2**70}
+        assert (await client.post("/v1/completions", json=body)).json()["usage"]["completion_tokens"] == 2

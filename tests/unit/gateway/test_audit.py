@@ -201,6 +201,9 @@ async def test_the_log_is_read_in_pages_by_admins(world: World) -> None:
     ):  # fmt: skip
         assert len((await world.http.get(f"/admin/audit?{query}", headers=ADMIN)).json()["data"]) == number, query
     assert (await world.http.get("/admin/audit?since=soon", headers=ADMIN)).status_code == 400
+    for path in ("/admin/audit?since=0001-01-01T00:00:00%2B14:00", "/admin/usage?until=9999-12-31T23:59:59-14:00"):
+        refused = await world.http.get(path, headers=ADMIN)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] in ("since", "until"), refused.text
     assert (await world.http.get("/admin/audit")).status_code in (401, 403)
     assert (await world.http.delete("/admin/audit", headers=ADMIN)).status_code == 405
 

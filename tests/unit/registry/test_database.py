@@ -79,6 +79,16 @@ def test_processes_that_register_in_postgresql_at_once_get_versions_of_their_own
     assert sorted(each[0] for each in found) == [f"base@{i}" for i in range(1, 5)]
 
 
+def test_the_files_of_a_database_are_for_their_owner_alone_in_whatever_folder(tmp_path):
+    tmp_path.chmod(0o755)
+    engine = open_database(f"sqlite:///{tmp_path}/tandem.db")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SELECT 1 FROM alembic_version")
+        files = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.glob("tandem.db*")}
+    engine.dispose()
+    assert "tandem.db" in files and set(files.values()) == {0o600}, files
+
+
 def test_an_empty_database_is_brought_to_the_newest_schema(tmp_path):
     engine = open_database(f"sqlite:///{tmp_path}/tandem.db")
     with engine.connect() as connection:

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,10 @@ def test_sums_are_grouped_and_bounded_in_time(store: UsageStore):
     store.add("one", 1, batch)
     assert [(r["day"], r["prompt_tokens"]) for r in store.sums(("day",))] == [("2026-05-04", 30), ("2026-05-05", 40)]
     assert [r["prompt_tokens"] for r in store.sums((), since=NOON + timedelta(hours=1))] == [60]
+    # Counts are by the hour: a time in the middle of one includes it, in whatever zone it is given.
+    east = timezone(timedelta(hours=5, minutes=30))
+    for since in (NOON + timedelta(minutes=75), (NOON + timedelta(minutes=75)).astimezone(east)):
+        assert [r["prompt_tokens"] for r in store.sums((), since=since)] == [60]
     assert [r["prompt_tokens"] for r in store.sums((), until=NOON + timedelta(hours=1))] == [10]
     assert [r["hour"] for r in store.sums(("hour",), tenant="shop")] == ["2026-05-05T12:00:00+00:00"]
     assert store.sums((), since=NOON + timedelta(days=9))[0]["requests"] == 0

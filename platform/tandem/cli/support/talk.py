@@ -97,6 +97,11 @@ class Talker:
                 return EngineError(f"The answer stopped for {ANSWER_TIMEOUT_S:.0f} s. `tandem serve status` says why.")
             case openai.APIConnectionError() if model and self.answer.text:
                 return EngineError("The connection broke in the middle of the answer. `tandem serve status` says why.")
+            case openai.APIConnectionError() if "CERTIFICATE_VERIFY_FAILED" in str(error.__cause__):
+                return ClusterError(
+                    f"The certificate of {self.api_url} is not trusted here. Set SSL_CERT_FILE to the file of the authority that "
+                    "signed it, or of the certificate if it signed itself."
+                )
             case openai.APIConnectionError():
                 return ClusterError(
                     f"No server answers at {self.api_url}. Start one with `tandem serve up`, "

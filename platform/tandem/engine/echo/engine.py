@@ -26,6 +26,10 @@ from tandem.errors import ConfigError, EngineError, did_you_mean
 TASKS = ("generate",)
 
 
+MOST_TOKENS = 1_000_000
+"""Of one answer, whatever a request asks for."""
+
+
 class EchoEngine:
     """Answers completions and chats with the prompt's words, one for each token, `delay_s` apart; with `ignore_eos` it repeats
     them up to `max_tokens`.
@@ -153,7 +157,9 @@ class EchoEngine:
         if len(words) > self._max_length:
             return _error(400, f"The prompt has {len(words)} tokens; the model takes {self._max_length}.", None)
         limit = body.get("max_tokens") or body.get("max_completion_tokens") or len(words)
-        answer_words = itertools.islice(itertools.cycle(words) if body.get("ignore_eos") else words, int(limit))
+        answer_words = itertools.islice(
+            itertools.cycle(words) if body.get("ignore_eos") else words, min(int(limit), MOST_TOKENS)
+        )
         tokens = _Tokens(word if i == 0 else f" {word}" for i, word in enumerate(answer_words))
         if not self._healthy:
             return _error(500, "The engine is dead.", None)

@@ -69,8 +69,8 @@ async def read_body(request: Request, limit: int, timeout_s: float, held: HeldBo
     if size > limit:
         raise ApiError(
             413,
-            f"The request body has {size if declared else f'more than {limit}'} bytes; at most {limit} are taken "
-            "(gateway.max_body_bytes).",
+            f"The request body has {size if declared else f'more than {limit}'} bytes; at most {limit} are taken"
+            + (" (gateway.max_body_bytes)." if held is not None else " here."),
         )
     return parts[0] if len(parts) == 1 else b"".join(parts)
 

@@ -47,7 +47,7 @@ class AuditRoutes:
             self._audit.log.page,
             after=after,
             limit=limit + 1,
-            since=aware(since),
+            since=aware(since, "since"),
             action=action,
             by=by,
             retry_after_s=self._retry_after_s,

@@ -133,9 +133,14 @@ def actor(request: Request) -> dict[str, Any]:
     return {"by": principal_of(request.scope).key_id, "address": client_address(request.scope)}
 
 
-def aware(time: datetime | None) -> datetime | None:
-    """A time of a query; without a zone it is in UTC."""
-    return time if time is None or time.tzinfo is not None else time.replace(tzinfo=UTC)
+def aware(time: datetime | None, param: str) -> datetime | None:
+    """A time of the query parameter `param`, in UTC; without a zone it is that. ApiError 400 for one that no calendar has."""
+    if time is None:
+        return None
+    try:
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except OverflowError:
+        raise ApiError(400, f"`{param}` is before the year 1 or after 9999 in UTC.", param=param) from None
 
 
 class JsonRequest(Request):

@@ -52,8 +52,8 @@ class UsageRoutes:
         rows = await run_blocking(
             self._usage.sums,
             columns,
-            since=aware(since) or datetime.now(UTC) - DEFAULT_SPAN,
-            until=aware(until),
+            since=aware(since, "since") or datetime.now(UTC) - DEFAULT_SPAN,
+            until=aware(until, "until"),
             tenant=tenant,
             offset=offset,
             limit=limit + 1,
