@@ -67,7 +67,7 @@ async def test_without_the_database_known_adapters_and_lists_are_served_from_mem
     moved = take_away(world)
     reads = world.app.state.catalog._reads
     async with asyncio.timeout(20):
-        while not reads.away:
+        while not reads.is_unreachable:
             await asyncio.sleep(0.05)
     asked = 0
 

@@ -17,7 +17,7 @@ from tandem.registry import RegistryAddress
 
 
 class Identity:
-    """What the checks of a request's credential need, followed in the background."""
+    """Keys, tokens and audit log for the checks of credentials, kept current in the background."""
 
     def __init__(self, address: RegistryAddress, oidc: OidcConfig | None = None) -> None:
         self.keys = KeyTable(KeyStore.at(address))

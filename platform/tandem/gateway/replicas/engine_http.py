@@ -157,21 +157,21 @@ class EngineAnswer:
         self._last_read = self._loop.time()
 
     def wake(self) -> None:
-        """Let whoever waits look again."""
+        """Resume the coroutine in `changed`."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _check_silence(self) -> None:
-        left_s = self._last_read + self._silent_s - self._loop.time()
+        remaining_s = self._last_read + self._silent_s - self._loop.time()
         # A connection that is not read cannot tell whether the engine is silent.
-        if left_s > 0 or self._connection.is_paused:
-            self._silence = self._loop.call_later(max(left_s, 0.1), self._check_silence)
+        if remaining_s > 0 or self._connection.is_paused:
+            self._silence = self._loop.call_later(max(remaining_s, 0.1), self._check_silence)
         elif not self._ended:
             self.fail(SilentEngineError(f"nothing for {self._silent_s:g} s"))
 
 
 class EngineConnection(asyncio.Protocol):
-    """One connection to a replica; `answer` is what is being read on it."""
+    """One connection to a replica; `answer` is the one being read on it, if any."""
 
     def __init__(self, on_release: Callable[[EngineConnection], None]) -> None:
         self.answer: EngineAnswer | None = None
@@ -226,7 +226,7 @@ class EngineConnection(asyncio.Protocol):
         return answer
 
     def release(self, answer: EngineAnswer) -> None:
-        """Its reader is done with an answer."""
+        """Return the connection to its pool, or end it if the answer was not read whole."""
         if self.answer is not answer:
             return
         self.answer = None

@@ -110,8 +110,8 @@ def salt_cache(body: dict[str, Any], tenant: str) -> None:
     learn which prompts others have sent. A client's own `cache_salt` divides the tenant's cache further.
     """
     if tenant:
-        own = body.get("cache_salt")
-        text = f"{tenant}\0{own if isinstance(own, str) else ''}"
+        client_salt = body.get("cache_salt")
+        text = f"{tenant}\0{client_salt if isinstance(client_salt, str) else ''}"
         body["cache_salt"] = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -119,9 +119,9 @@ def read_routing_request(
     model: ResolvedModel, body: Mapping[str, Any], headers: Mapping[str, str], tenant: str = ""
 ) -> RoutingRequest:
     """The request for the router, from a body in any API's format; prefixes and sessions of each `tenant` are its own."""
-    answered_by = model.adapter.id if model.adapter else model.base.id
+    model_id = model.adapter.id if model.adapter else model.base.id
     prefix_hashes, size = hash_prefixes(
-        f"{tenant}\0{answered_by}" if tenant else answered_by, itertools.islice(_text_parts(body), MAX_TEXT_PARTS)
+        f"{tenant}\0{model_id}" if tenant else model_id, itertools.islice(_text_parts(body), MAX_TEXT_PARTS)
     )
     session = _session(body, headers)
     return RoutingRequest(
@@ -135,11 +135,11 @@ def read_routing_request(
 
 
 def _session(body: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
-    given: list[Any] = [headers.get(SESSION_HEADER), *(body.get(field) for field in SESSION_FIELDS)]
+    candidates: list[Any] = [headers.get(SESSION_HEADER), *(body.get(field) for field in SESSION_FIELDS)]
     metadata = body.get("metadata")
     if isinstance(metadata, dict):
-        given.append(metadata.get("user_id"))  # Anthropic's
-    return next((value[:MAX_HASHED_BYTES] for value in given if isinstance(value, str) and value), None)
+        candidates.append(metadata.get("user_id"))  # Anthropic's
+    return next((value[:MAX_HASHED_BYTES] for value in candidates if isinstance(value, str) and value), None)
 
 
 def _text_parts(body: Mapping[str, Any]) -> Iterator[bytes]:
