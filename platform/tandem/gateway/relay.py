@@ -355,11 +355,8 @@ class RelayedResponse(Response):
         self, send: Send, attempt: Attempt, answer: EngineAnswer, request_ids: Mapping[str, str]
     ) -> None:
         gateway_ms, engine_ms = self._request.stopwatch.split_ms()
-        headers = [
-            (name.encode(), answer.headers[name].encode("latin-1"))
-            for name in FORWARDED_HEADERS
-            if name in answer.headers
-        ]
+        forwarded = {name: answer.headers[name] for name in FORWARDED_HEADERS if name in answer.headers}
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in forwarded.items()]
         headers += [
             (HEADER, header(gateway_ms, engine_ms)),
             (REPLICA, attempt.replica.id.encode()),

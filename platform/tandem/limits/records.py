@@ -1,4 +1,4 @@
-"""Records of the ledger of limits: what gateways ask, and what they are answered. Plain data."""
+"""Records of the ledger of limits: operations of gateways, and the ledger's answers. Plain data."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class DayTotals(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What a gateway sends to a shared ledger."""
+    """Message of a gateway to a shared ledger."""
 
     gateway: str
     number: int
@@ -122,7 +122,7 @@ class Exchange(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a shared ledger answers."""
+    """Answer of a shared ledger to an exchange."""
 
     verdicts: tuple[Verdict, ...] = ()
     """Of each `Admit`, in their order."""

@@ -29,11 +29,9 @@ class ThroughputEstimator:
     @property
     def rate(self) -> float | None:
         """Sequences that end per second at the limit of sequences in flight; None: not known."""
-        return (
-            self._decayed_sequences / self._decayed_seconds
-            if self._num_samples >= MIN_SAMPLES and self._decayed_seconds > 0.0
-            else None
-        )
+        if self._num_samples < MIN_SAMPLES or self._decayed_seconds <= 0.0:
+            return None
+        return self._decayed_sequences / self._decayed_seconds
 
     def answer_time_s(self, kind: int) -> float:
         """90th percentile of the answer time of a kind, in seconds; 0: not known."""

@@ -139,15 +139,13 @@ class WaitingRequests:
                 return None
             tenants = self._buckets[worst_priority]
             candidates = [
-                other_tenant
-                for other_tenant in tenants
-                if self._num_by_tenant[other_tenant] > num_own + 1
-                or (other_tenant == tenant and worst_priority > priority)
+                other
+                for other in tenants
+                if self._num_by_tenant[other] > num_own + 1 or (other == tenant and worst_priority > priority)
             ]
             if candidates:
-                return next(
-                    reversed(tenants[max(candidates, key=lambda other_tenant: self._num_by_tenant[other_tenant])])
-                )
+                longest = max(candidates, key=lambda other: self._num_by_tenant[other])
+                return next(reversed(tenants[longest]))
         return None
 
     def _clock_of(self, tenant: str) -> float:

@@ -125,10 +125,8 @@ class Fleet:
     def requests_outside(self, pool: str, replicas: Collection[ReplicaRecord]) -> int:
         """This gateway's requests in flight at replicas of a model other than these."""
         other_pools = self._other_pools(pool) if pool in self._deployments else []
-        return sum(
-            self._router.requests_outside(pool_id, {replica.id for replica in replicas})
-            for pool_id in (pool, *other_pools)
-        )
+        replica_ids = {replica.id for replica in replicas}
+        return sum(self._router.requests_outside(pool_id, replica_ids) for pool_id in (pool, *other_pools))
 
     def choose(self, request: RoutingRequest, exclude: Collection[str]) -> ReplicaRecord | None:
         """The replica for a request; None: there is none. During a rolling change the model's other version may answer."""
@@ -213,10 +211,10 @@ class Fleet:
         self._router.apply(change.changed, change.removed)
         notify_all = self._updated_at - self._notified_at >= NOTIFY_S
         report_all_lost = notify_all or isinstance(update, Snapshot)
-        for replica in change.gone:
+        for replica in change.never_reported:
             self.on_lost(replica)
         for key in self._view.lost if report_all_lost else self._view.lost - was_lost:
-            self.on_lost(self._view.told[key])
+            self.on_lost(self._view.reported[key])
         if notify_all or keys:
             self._notify(None if notify_all else keys)
         if self._view.complete or all(map(self.has_pool, self._always_on)):

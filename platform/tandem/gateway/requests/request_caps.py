@@ -53,9 +53,8 @@ def _problems(path: str, body: Mapping[str, Any], caps: RequestCaps, size: int) 
         if sequences > caps.sequences:
             per_prompt = f" x {width(path, body)} (n)" if width(path, body) > 1 else ""
             description = f"starts {sequences:,} sequences, {prompts(path, body):,} prompts{per_prompt}"
-            yield above_cap_error(
-                "prompt" if prompts(path, body) > 1 else "n", description, caps.sequences, "sequences", TOO_MANY
-            )
+            name = "prompt" if prompts(path, body) > 1 else "n"
+            yield above_cap_error(name, description, caps.sequences, "sequences", TOO_MANY)
         yield from _sampling(body, caps)
         yield from _constraints(body, caps, size)
     elif sequences > caps.inputs:
