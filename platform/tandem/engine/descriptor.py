@@ -42,7 +42,10 @@ class Placement:
         """Arguments of `serve.deployment`, without the actor's own resources."""
         if not self.bundles:
             return {}
-        return {"placement_group_bundles": [dict(b) for b in self.bundles], "placement_group_strategy": self.strategy}
+        return {
+            "placement_group_bundles": [dict(bundle) for bundle in self.bundles],
+            "placement_group_strategy": self.strategy,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -79,7 +79,7 @@ class Client:
         return Listing(commit=str(info.sha), files=files)
 
     def download(self, file: RepoFile, commit: str, target: Path, on_bytes: Callable[[int], None]) -> None:
-        """Download one file, from where `target` ends; `on_bytes` gets the count of new bytes, and may raise to end the download."""
+        """Download one file, from the end of `target` on; `on_bytes` gets the count of new bytes, and may raise to stop it."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # re-exported lazily

@@ -113,8 +113,8 @@ def bring(
         except HubUnreachableError as error:
             missing_files = cache.missing(listing.commit, needed_files)
             raise HubUnreachableError(
-                f"{model_name} is not on this machine: {len(missing_files)} of its {len(needed_files)} files are missing, and {_reason(error)}. "
-                f"{_next_step()}"
+                f"{model_name} is not on this machine: {len(missing_files)} of its {len(needed_files)} files are missing, and "
+                f"{_reason(error)}. {_next_step()}"
             ) from error
         cache.remember(revision, listing.commit, listing.files)
     return folder
