@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tandem.api.values import Problem, kind, shown
+from tandem.api.values import Problem, format_value, kind
 
 Dialect = Literal["chat", "responses", "anthropic"]
 """The form of messages: vLLM's for chat completions, with its extensions, or one of two others."""
@@ -70,7 +70,7 @@ def _message(param: str, message: Any, dialect: Dialect) -> Problem | None:
         error = "is missing" if role is None else f"is {kind(role)}"
         return Problem(f"{param}.role", f"{error}; it must be text, such as 'user' or 'assistant'")
     if dialect == "anthropic" and role not in ANTHROPIC_ROLES:
-        return Problem(f"{param}.role", f"is {shown(role)}; it must be one of {', '.join(ANTHROPIC_ROLES)}")
+        return Problem(f"{param}.role", f"is {format_value(role)}; it must be one of {', '.join(ANTHROPIC_ROLES)}")
     for field in TEXT_FIELDS:
         if message.get(field) is not None and not isinstance(message[field], str):
             return Problem(f"{param}.{field}", f"is {kind(message[field])}; it must be text")

@@ -17,7 +17,7 @@ from tandem.api.bounded_json import InvalidJsonError, check_size
 from tandem.api.messages import input_problem, message_problem
 from tandem.api.request_fields import REQUEST_FIELDS
 from tandem.api.schema_checks import may_have_problem, schema_problem
-from tandem.api.values import INT_MAX, INT_MIN, Problem, is_integer, is_number, kind, shown
+from tandem.api.values import INT_MAX, INT_MIN, Problem, format_value, is_integer, is_number, kind
 from tandem.api.walks import containers, dotted
 
 RESPONSES = "/v1/responses"
@@ -49,46 +49,46 @@ REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
 class Range(NamedTuple):
     """The numbers that a field takes."""
 
-    least: float
-    most: float = math.inf
-    whole: bool = False
-    above_least: bool = False
-    """Whether `least` itself is too small."""
+    minimum: float
+    maximum: float = math.inf
+    integral: bool = False
+    exclusive_minimum: bool = False
+    """Whether `minimum` itself is too small."""
 
     def has(self, value: Any) -> bool:
         """Whether a value is one of them."""
-        if not (is_integer(value) if self.whole else is_number(value)):
+        if not (is_integer(value) if self.integral else is_number(value)):
             return False
         number = value if isinstance(value, int) else float(value)
-        return (self.least < number if self.above_least else self.least <= number) and number <= self.most
+        return (self.minimum < number if self.exclusive_minimum else self.minimum <= number) and number <= self.maximum
 
     def description(self) -> str:
         """`a number from 0 to 2`."""
-        low = f"{'above' if self.above_least else 'from'} {self.least:g}"
-        if self.whole:
+        low = f"{'above' if self.exclusive_minimum else 'from'} {self.minimum:g}"
+        if self.integral:
             return f"a whole number {low} to 2^64-1"
-        if self.most == math.inf:
+        if self.maximum == math.inf:
             return f"a number {low}"
-        return f"a number {low} {'and at most' if self.above_least else 'to'} {self.most:g}"
+        return f"a number {low} {'and at most' if self.exclusive_minimum else 'to'} {self.maximum:g}"
 
 
-WHOLE = Range(0, INT_MAX, whole=True)
+INTEGRAL = Range(0, INT_MAX, integral=True)
 RANGES = {
     "temperature": Range(0, 2),
-    "top_p": Range(0, 1, above_least=True),
+    "top_p": Range(0, 1, exclusive_minimum=True),
     "min_p": Range(0, 1),
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
-    "repetition_penalty": Range(0, above_least=True),
-    "top_k": WHOLE._replace(least=-1),
-    "n": WHOLE._replace(least=1),
-    "max_tokens": WHOLE,
-    "max_completion_tokens": WHOLE,
-    "max_output_tokens": WHOLE,
-    "min_tokens": WHOLE,
-    "top_logprobs": WHOLE._replace(least=-1),
-    "prompt_logprobs": WHOLE._replace(least=-1),
-    "stream_interval": WHOLE._replace(least=1),
+    "repetition_penalty": Range(0, exclusive_minimum=True),
+    "top_k": INTEGRAL._replace(minimum=-1),
+    "n": INTEGRAL._replace(minimum=1),
+    "max_tokens": INTEGRAL,
+    "max_completion_tokens": INTEGRAL,
+    "max_output_tokens": INTEGRAL,
+    "min_tokens": INTEGRAL,
+    "top_logprobs": INTEGRAL._replace(minimum=-1),
+    "prompt_logprobs": INTEGRAL._replace(minimum=-1),
+    "stream_interval": INTEGRAL._replace(minimum=1),
 }
 """Fields that mean the same in every API that has them."""
 SENT_FIELDS = (
@@ -130,7 +130,7 @@ def _problems(path: str, request: dict[str, Any], raw: bytes | None, max_schema_
         for name, numbers in RANGES.items():
             value = body.get(name)
             if value is not None and not numbers.has(value):
-                yield Problem(name, f"is {shown(value)}; it must be {numbers.description()}")
+                yield Problem(name, f"is {format_value(value)}; it must be {numbers.description()}")
         for name in ("stop", "stop_sequences"):
             if body.get(name) is not None:
                 yield from _stop(name, body[name])
@@ -183,7 +183,7 @@ def _structured_outputs(value: Any) -> Iterator[Problem]:
         key, (isinstance(constraint, str) and bool(constraint.strip()), "text that is not empty")
     )
     if not is_valid:
-        yield Problem(f"{name}.{key}", f"is {shown(constraint)}; it must be {expected}")
+        yield Problem(f"{name}.{key}", f"is {format_value(constraint)}; it must be {expected}")
 
 
 def _schemas(body: dict[str, Any], raw: bytes | None, max_chars: float) -> Iterator[Problem]:
@@ -281,7 +281,7 @@ def _too_large(name: str, value: Any) -> Iterator[Problem]:
             if isinstance(entry, int) and not INT_MIN <= entry <= INT_MAX:
                 # The first key is the place of `value` itself.
                 field = dotted((name, *[*path, key][1:]))
-                yield Problem(field, f"is {shown(entry)}; integers here are from -2^63 to 2^64-1")
+                yield Problem(field, f"is {format_value(entry)}; integers here are from -2^63 to 2^64-1")
 
 
 def _has_large(value: Any) -> bool:

@@ -34,7 +34,7 @@ def kind(value: Any) -> str:
     return {"str": "text", "list": "an array", "dict": "an object"}.get(type(value).__name__, "of another type")
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in a message: short ones as they are, others by their type."""
     if isinstance(value, int) and abs(value) > 10**MAX_SHOWN:
         return "a number of more than 60 digits"

@@ -93,7 +93,7 @@ def _engine_application(engine: EngineDeployment, planned: AppPlan, directory: s
         engine_version(engine.model, config.version, registry, config.drain_timeout_s),
         num_cpus=engine.placement.cpus,
         num_gpus=engine.placement.gpus,
-        custom=engine.model.config.resources_per_replica,
+        custom_resources=engine.model.config.resources_per_replica,
         env=engine.model.config.env,
         **engine_options(engine.model, config.drain_timeout_s),
         **engine.placement.options(),

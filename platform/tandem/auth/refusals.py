@@ -37,8 +37,8 @@ class Refusal:
 
 @dataclass(slots=True)
 class _Count:
-    first: datetime
-    last: datetime
+    first_at: datetime
+    last_at: datetime
     number: int = 0
     hint: str | None = None
 
@@ -60,9 +60,9 @@ class Refusals:
             if len(self._counts) >= MAX_KINDS:
                 self._add_others(now, now, 1)
                 return
-            count = self._counts[refusal] = _Count(first=now, last=now, hint=hint)
+            count = self._counts[refusal] = _Count(first_at=now, last_at=now, hint=hint)
         count.number += 1
-        count.last = now
+        count.last_at = now
         count.hint = count.hint or hint
 
     def take(self, now: datetime, *, final: bool = False) -> list[Change]:
@@ -80,7 +80,7 @@ class Refusals:
                 self._row_budget -= 1
                 rows.append(_row(refusal, count))
             else:
-                self._add_others(count.first, count.last, count.number)
+                self._add_others(count.first_at, count.last_at, count.number)
         is_due = final or self._others_at is None or now - self._others_at >= timedelta(seconds=OTHERS_EVERY_S)
         if self._others is not None and is_due:
             rows.append(_row(Refusal(status=0, code="", address=None, target=OTHERS), self._others))
@@ -91,15 +91,18 @@ class Refusals:
         """Count rows that could not be written among the others."""
         self._add_others(now, now, number)
 
-    def _add_others(self, first: datetime, last: datetime, number: int) -> None:
+    def _add_others(self, first_at: datetime, last_at: datetime, number: int) -> None:
         if self._others is None:
-            self._others = _Count(first=first, last=last)
+            self._others = _Count(first_at=first_at, last_at=last_at)
         self._others.number += number
-        self._others.first, self._others.last = min(self._others.first, first), max(self._others.last, last)
+        self._others.first_at, self._others.last_at = (
+            min(self._others.first_at, first_at),
+            max(self._others.last_at, last_at),
+        )
 
 
 def _row(refusal: Refusal, count: _Count) -> Change:
-    fields = {"count": count.number, "last_at": count.last.isoformat()}
+    fields = {"count": count.number, "last_at": count.last_at.isoformat()}
     if refusal.status:
         fields |= {"status": refusal.status, "code": refusal.code}
     if count.hint is not None:
@@ -110,5 +113,5 @@ def _row(refusal: Refusal, count: _Count) -> Change:
         target=refusal.target,
         address=refusal.address,
         after=fields,
-        at=count.first,
+        at=count.first_at,
     )

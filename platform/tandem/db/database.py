@@ -92,7 +92,7 @@ def open_database(url: str, *, create: bool | None = None, timeouts: Timeouts = 
 class Upgraded:
     """State of a database after `upgrade`."""
 
-    shown: str
+    redacted_url: str
     """The database's URL, password hidden."""
     revision: str
     identity: str
@@ -104,7 +104,7 @@ def upgrade(url: str) -> Upgraded:
     with database_errors(engine.url), engine.connect() as connection:
         identity = connection.execute(select(IdentityRow.id)).scalar_one()
     engine.dispose()
-    return Upgraded(shown=shown(engine.url), revision=REVISION, identity=identity)
+    return Upgraded(redacted_url=redacted_url(engine.url), revision=REVISION, identity=identity)
 
 
 def parse_url(url: str) -> URL:
@@ -119,7 +119,7 @@ def parse_url(url: str) -> URL:
     return parsed.set(drivername=POSTGRESQL) if parsed.drivername in ("postgresql", "postgres") else parsed
 
 
-def shown(url: URL) -> str:
+def redacted_url(url: URL) -> str:
     """A URL for messages: without what may be a password, wherever it stands."""
     query = {key: "***" if "password" in key.lower() else value for key, value in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True)
@@ -214,10 +214,12 @@ def database_errors(url: URL) -> Iterator[None]:
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error)
         if "disk is full" in reason:
-            raise StorageError(f"The disk is full while writing the registry {shown(url)}. Free some space.") from error
+            raise StorageError(
+                f"The disk is full while writing the registry {redacted_url(url)}. Free some space."
+            ) from error
         error_class = RegistryUnreachableError if isinstance(error, UNAVAILABLE_ERRORS) else RegistryError
         raise error_class(
-            f"The registry {shown(url)} refused: {sentence(reason)} Check that it can be reached and written "
+            f"The registry {redacted_url(url)} refused: {sentence(reason)} Check that it can be reached and written "
             "(TANDEM_HOME, or TANDEM_DATABASE_URL where that is set)."
         ) from error
 
@@ -259,16 +261,14 @@ def _revision(engine: Engine) -> str | None:
 def _missing_message(url: URL) -> str:
     if url.get_backend_name() == "sqlite":
         return (
-            f"There is no registry at {shown(url)} on {socket.gethostname()}. All nodes must use the same one: set "
+            f"There is no registry at {redacted_url(url)} on {socket.gethostname()}. All nodes must use the same one: set "
             "TANDEM_DATABASE_URL to a PostgreSQL database."
         )
-    return f"The database {shown(url)} has no registry in it yet. Run `tandem db upgrade`."
+    return f"The database {redacted_url(url)} has no registry in it yet. Run `tandem db upgrade`."
 
 
 def _outdated_message(url: URL, revision: str) -> str:
-    return (
-        f"The registry {shown(url)} is at schema {revision} and this Tandem needs {REVISION}. Run `tandem db upgrade`."
-    )
+    return f"The registry {redacted_url(url)} is at schema {revision} and this Tandem needs {REVISION}. Run `tandem db upgrade`."
 
 
 def _upgrade(connection: Connection) -> None:

@@ -102,8 +102,8 @@ def create_app(
             async with _run_services(request_log, identity, accounting, catalog, relay, fleet, demand_report):
                 yield
         finally:
-            for each in (usage, day_usage, key_routes):
-                each.close()
+            for closeable in (usage, day_usage, key_routes):
+                closeable.close()
 
     authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
@@ -125,8 +125,8 @@ def create_app(
     app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
     app.state.identity, app.state.catalog, app.state.relay = identity, catalog, relay
     _set_route_segments(route_segments([*app.routes, *administration.routes]), identity, request_log)
-    for each in (app, administration):
-        each.state.server_adds_request_id = server_adds_request_id
+    for closeable in (app, administration):
+        closeable.state.server_adds_request_id = server_adds_request_id
     return app
 
 

@@ -68,7 +68,7 @@ class _Account:
 class _InFlight:
     reservation: Reservation
     gateway: str
-    at: float
+    admitted_at: float
 
 
 @dataclass(slots=True)
@@ -200,10 +200,10 @@ class LimitLedger:
         else:
             return
         reserved_tokens = entry.reservation.tokens
-        charged_tokens = max(reserved_tokens, settle.seen) if settle.tokens is None else settle.tokens
+        charged_tokens = max(reserved_tokens, settle.min_tokens) if settle.tokens is None else settle.tokens
         for subject in entry.reservation.subjects:
             account = self._account(subject.id)
-            account.tokens.correct(charged_tokens - reserved_tokens, entry.at, now.monotonic)
+            account.tokens.correct(charged_tokens - reserved_tokens, entry.admitted_at, now.monotonic)
             if settle.tokens is not None and subject.limits.tokens_per_day is not None:
                 account.tokens_today(now.day)
                 account.day_tokens += settle.tokens

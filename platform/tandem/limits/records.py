@@ -61,7 +61,7 @@ class Refusal(NamedTuple):
     limit: str
     """Name of the limit, as in `auth.Limits`."""
     subject: str
-    most: int
+    maximum: int
     used: int
     """What counts against it now."""
     retry_s: float
@@ -90,7 +90,7 @@ class Settle(NamedTuple):
     id: str
     tokens: int | None
     """Tokens that it has used; None: not known yet, the usage in the database will tell."""
-    seen: int = 0
+    min_tokens: int = 0
     """Where `tokens` are not known: those that it has used at least. The minute is charged the reservation or these, whichever
     is more.
     """

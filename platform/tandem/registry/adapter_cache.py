@@ -69,7 +69,7 @@ class AdapterCache:
             }
             if missing := [name for name in FILES if name not in sizes]:
                 other_names = (
-                    [Path(str(found)).name for found in files.ls(uri, detail=False)] if files.exists(uri) else []
+                    [Path(str(path)).name for path in files.ls(uri, detail=False)] if files.exists(uri) else []
                 )
                 raise AdapterError(
                     f"{uri} holds no {' and no '.join(missing)}, so it is not an adapter that can be served (it holds "

@@ -11,7 +11,15 @@ from typing import Self
 from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
-from tandem.db.database import IMPATIENT, PATIENT, Timeouts, break_connections, database_errors, open_database, shown
+from tandem.db.database import (
+    IMPATIENT,
+    PATIENT,
+    Timeouts,
+    break_connections,
+    database_errors,
+    open_database,
+    redacted_url,
+)
 from tandem.db.schema import ClockRow, IdentityRow
 from tandem.errors import RegistryError
 from tandem.private import check_home
@@ -52,8 +60,8 @@ class RegistryConnection:
                 if (identity := _identity_of(engine)) != self._identity:
                     engine.dispose()
                     raise RegistryError(
-                        f"The registry {shown(engine.url)} on {socket.gethostname()} is another ({identity[:8]}) than the one "
-                        f"expected ({self.identity[:8]}). All nodes must use the same one: set TANDEM_DATABASE_URL to a "
+                        f"The registry {redacted_url(engine.url)} on {socket.gethostname()} is another ({identity[:8]}) than the "
+                        f"one expected ({self.identity[:8]}). All nodes must use the same one: set TANDEM_DATABASE_URL to a "
                         "PostgreSQL database."
                     )
                 self._open_engine = engine

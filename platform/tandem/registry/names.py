@@ -25,7 +25,7 @@ def find(session: Session, name_or_id: str, *, suggest: bool = True) -> ModelRow
         if row is not None:
             return row
         if other_versions := versions_of(session, name, MAX_SHOWN + 1):
-            raise UnknownVersionError(f"{name} has no version {version}; it has {some(other_versions)}.")
+            raise UnknownVersionError(f"{name} has no version {version}; it has {listed(other_versions)}.")
     else:
         name_row = session.get(NameRow, name)
         row = session.get(ModelRow, name_row.promoted) if name_row is not None and name_row.promoted else None
@@ -34,14 +34,14 @@ def find(session: Session, name_or_id: str, *, suggest: bool = True) -> ModelRow
         if other_versions := versions_of(session, name, MAX_SHOWN + 1):
             newest = versioned(name, other_versions[0])
             raise UnknownVersionError(
-                f"No version of {name} is promoted; it has {some(other_versions)}. Ask for {newest}, or promote one: "
+                f"No version of {name} is promoted; it has {listed(other_versions)}. Ask for {newest}, or promote one: "
                 f"`tandem adapters promote {newest}`."
             )
     if not suggest:
         raise UnknownModelError(f"No model or adapter {name_or_id!r} is registered.")
     names = near(session, name)
     alternatives = (
-        f" Registered: {some(names)}."
+        f" Registered: {listed(names)}."
         if names
         else (
             " Nothing is registered yet: train a model (`tandem train submit`), pull one (`tandem models pull ORG/NAME`), or "
@@ -91,9 +91,11 @@ def versions_of(session: Session, name: str, limit: int | None = None) -> list[i
 def near(session: Session, name: str) -> list[str]:
     """Promoted names around where `name` would stand in the alphabet: few, however many there are."""
     names = select(NameRow.name).where(NameRow.promoted.is_not(None))
-    after = session.scalars(names.where(NameRow.name >= name).order_by(NameRow.name).limit(NUM_NEIGHBOURS)).all()
-    before = session.scalars(names.where(NameRow.name < name).order_by(NameRow.name.desc()).limit(NUM_NEIGHBOURS)).all()
-    return [*reversed(before), *after]
+    names_after = session.scalars(names.where(NameRow.name >= name).order_by(NameRow.name).limit(NUM_NEIGHBOURS)).all()
+    names_before = session.scalars(
+        names.where(NameRow.name < name).order_by(NameRow.name.desc()).limit(NUM_NEIGHBOURS)
+    ).all()
+    return [*reversed(names_before), *names_after]
 
 
 def promote(session: Session, row: ModelRow) -> bool:
@@ -119,7 +121,7 @@ def roll_back(session: Session, name: str) -> ModelRow:
     if previous is None:
         raise RegistryError(
             f"{name_row.promoted} is the only version of {name} that was ever promoted, so there is none to go back to. "
-            f"It has {some(versions_of(session, name, MAX_SHOWN + 1))}; promote another by its id."
+            f"It has {listed(versions_of(session, name, MAX_SHOWN + 1))}; promote another by its id."
         )
     # After a version was removed, the promotions before and after it may be of the same version.
     for promotion in _standing_promotions(session, name):
@@ -148,10 +150,10 @@ def history(session: Session, name: str) -> list[PromotionRow]:
     return list(session.scalars(select(PromotionRow).where(PromotionRow.name == name).order_by(PromotionRow.id.desc())))
 
 
-def some(words: Iterable[object]) -> str:
+def listed(words: Iterable[object]) -> str:
     """The first `MAX_SHOWN` words, with `and more` if there are more."""
-    shown = [str(word) for word in words]
-    return ", ".join(shown[:MAX_SHOWN]) + (", and more" if len(shown) > MAX_SHOWN else "")
+    texts = [str(word) for word in words]
+    return ", ".join(texts[:MAX_SHOWN]) + (", and more" if len(texts) > MAX_SHOWN else "")
 
 
 def _standing_promotions(session: Session, name: str) -> list[PromotionRow]:

@@ -343,7 +343,7 @@ class Registry(RegistryConnection):
             if dependent_ids:
                 count = session.scalar(select(func.count()).select_from(dependents.subquery()))
                 raise RegistryError(
-                    f"{name_or_id} is the base of {names.some(dependent_ids)}, {count} in all. Remove those first."
+                    f"{name_or_id} is the base of {names.listed(dependent_ids)}, {count} in all. Remove those first."
                 )
             removed = [record_of(row) for row in rows]
             names.forget(session, name, [row.version for row in rows])

@@ -111,13 +111,13 @@ class FleetView:
     def _refresh(self, touched_ids: Iterable[str], never_reported: tuple[ReplicaRecord, ...]) -> ViewChange:
         changed, removed = [], []
         for key in touched_ids:
-            before, after = self.records.get(key), self._effective_record(key)
-            if after is None:
-                if before is not None:
+            old_record, new_record = self.records.get(key), self._effective_record(key)
+            if new_record is None:
+                if old_record is not None:
                     removed.append(self.records.pop(key))
-            elif before is None or after != before:
-                self.records[key] = after
-                changed.append(after)
+            elif old_record is None or new_record != old_record:
+                self.records[key] = new_record
+                changed.append(new_record)
         return ViewChange(changed=tuple(changed), removed=tuple(removed), never_reported=never_reported)
 
     def _effective_record(self, key: str) -> ReplicaRecord | None:

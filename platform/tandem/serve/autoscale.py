@@ -101,14 +101,14 @@ def decide(signals: Signals, config: AutoscalingConfig, now: float, state: State
 
 def _required_replicas(signals: Signals, config: AutoscalingConfig, state: State, *, settled: bool) -> int:
     """Replicas that the load requires, without the bounds."""
-    ready, backlog = signals.ready, signals.held + sum(each.waiting for each in signals.replicas)
+    ready, backlog = signals.ready, signals.held + sum(per_replica.waiting for per_replica in signals.replicas)
     if not ready:
         return max(signals.target, 1 if backlog else 0)
     requirements = [math.ceil(_total(signals, "kv_usage") / config.target_kv_usage)]
     if backlog > ready * config.target_waiting:
         # A new replica runs as many requests as one of these, and as many may wait for it.
-        each = max(state.capacity, 1.0) + config.target_waiting
-        requirements.append(ready + math.ceil((backlog - ready * config.target_waiting) / each))
+        per_replica = max(state.capacity, 1.0) + config.target_waiting
+        requirements.append(ready + math.ceil((backlog - ready * config.target_waiting) / per_replica))
     if config.target_running is not None:
         requirements.append(math.ceil(_total(signals, "running") / config.target_running))
     is_slow = config.target_ttft_s is not None and _ttft_s(signals) > config.target_ttft_s

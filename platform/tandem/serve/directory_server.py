@@ -177,18 +177,18 @@ class DirectoryServer:
         now = time.monotonic()
         replies: dict[tuple[str, str], HeartbeatReply] = {}
         for peer in peers:
-            place = self.state.place_of(peer.replica) if peer.replica is not None else None
-            if place is None:
+            pool_and_deployment = self.state.pool_and_deployment(peer.replica) if peer.replica is not None else None
+            if pool_and_deployment is None:
                 continue
-            reply = replies.get(place)
+            reply = replies.get(pool_and_deployment)
             if reply is None:
-                pool, deployment = place
+                pool, deployment = pool_and_deployment
                 waiting = self._demand.total(deployment, now)
                 reply = HeartbeatReply(waiting=waiting, pins=self._pins.get(base_of_pool(pool)))
                 # The same object as last time, if it says the same: comparing it then costs nothing.
-                previous = self._replies.get(place)
-                reply = replies[place] = reply if previous != reply else previous
-                self._replies[place] = reply
+                previous = self._replies.get(pool_and_deployment)
+                reply = replies[pool_and_deployment] = reply if previous != reply else previous
+                self._replies[pool_and_deployment] = reply
             peer.answer(reply)
 
     def _push_all(self) -> None:

@@ -107,7 +107,7 @@ class DirectoryState:
         """Every replica's record by id; made anew at each call."""
         return {key: replica.record() for key, replica in self._replicas.items()}
 
-    def place_of(self, replica_id: str) -> tuple[str, str] | None:
+    def pool_and_deployment(self, replica_id: str) -> tuple[str, str] | None:
         """Pool and deployment of a replica; None: it is not known."""
         replica = self._replicas.get(replica_id)
         return None if replica is None else (replica.base_record.pool, replica.base_record.deployment)

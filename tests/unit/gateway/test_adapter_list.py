@@ -115,7 +115,7 @@ async def test_a_reading_that_takes_long_is_not_repeated_for_every_change(
         registry.remove("blue") if _ == 0 else registry.pin("red")
         assert len((await adapters.page(None, 9))[0]) == 3
     assert registry.pages == 1
-    adapters._not_before = 0.0
+    adapters._next_refresh_at = 0.0
     assert len((await adapters.page(None, 9))[0]) == 2
 
 

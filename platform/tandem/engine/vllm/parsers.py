@@ -28,7 +28,7 @@ class Rule(NamedTuple):
     parser: str
     families: tuple[str, ...] = ()
     """Prefixes of `model_type`; empty: any family."""
-    marks: tuple[str, ...] = ()
+    template_marks: tuple[str, ...] = ()
     """Text that the chat template must contain, all of it."""
     tokens: tuple[str, ...] = ()
     """Tokens that the parser looks up in the tokenizer; without them it refuses every request."""
@@ -247,7 +247,7 @@ def _reasoning_parser(model_type: str, template: str, tokenizer: str) -> tuple[s
 def _fits(rule: Rule, model_type: str, template: str, tokenizer: str) -> bool:
     return (
         (not rule.families or model_type.startswith(rule.families))
-        and all(mark in template for mark in rule.marks)
+        and all(mark in template for mark in rule.template_marks)
         # JSON files may escape what is not ASCII.
         and all(token in tokenizer or json.dumps(token)[1:-1] in tokenizer for token in rule.tokens)
     )
@@ -255,7 +255,7 @@ def _fits(rule: Rule, model_type: str, template: str, tokenizer: str) -> bool:
 
 def _reason(rule: Rule, model_type: str) -> str:
     causes = [f"family {model_type}"] if rule.families else []
-    causes += [f"{' and '.join(rule.marks)} in the chat template"] if rule.marks else []
+    causes += [f"{' and '.join(rule.template_marks)} in the chat template"] if rule.template_marks else []
     return ", ".join(causes)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tandem.api.fan_out import whole
+from tandem.api.fan_out import to_integer
 from tandem.auth.principal import Limits, Principal
 from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.engine.usage import TokenCounts
@@ -188,13 +188,13 @@ class RequestAccount:
 def refusal_error(refusal: Refusal, quota: Mapping[str, str], reserved_tokens: int) -> ApiError:
     """429 for a limit that was met; `quota`: headers with its state, `reserved_tokens`: tokens that the request reserves."""
     kind, _, name = refusal.subject.partition(":")
-    reason = f"The {kind} {name} may have {refusal.most} {LIMIT_DESCRIPTIONS[refusal.limit]} and has {refusal.used}"
+    reason = f"The {kind} {name} may have {refusal.maximum} {LIMIT_DESCRIPTIONS[refusal.limit]} and has {refusal.used}"
     headers = dict(quota)
     if "tokens" in refusal.limit:
         reason += f"; this request reserves {reserved_tokens} (its prompt and max_tokens)"
     if refusal.retry_s == math.inf:
         headers["x-should-retry"] = "false"
-        advice = "Ask for less." if refusal.most else "Ask whoever manages keys for more."
+        advice = "Ask for less." if refusal.maximum else "Ask whoever manages keys for more."
     else:
         seconds = max(1, math.ceil(refusal.retry_s))
         headers["Retry-After"] = str(seconds)
@@ -214,7 +214,9 @@ def expected_tokens(
     prompt_tokens = size // BYTES_PER_TOKEN
     max_tokens = next((body[key] for key in MAX_TOKENS_FIELDS.get(route.path, ()) if body.get(key) is not None), None)
     # An engine takes a number that is given as text too.
-    answer_tokens = max(ANSWER_TOKENS, whole(body.get("min_tokens"))) if max_tokens is None else whole(max_tokens)
+    answer_tokens = (
+        max(ANSWER_TOKENS, to_integer(body.get("min_tokens"))) if max_tokens is None else to_integer(max_tokens)
+    )
     if max_length is not None:
         prompt_tokens, answer_tokens = min(prompt_tokens, max_length * sequences), min(answer_tokens, max_length)
     if route.task != GENERATE or route.light:

@@ -115,9 +115,9 @@ class Limiter:
             verdict.add_done_callback(lambda _: self.settle(reservation.id, None))
             raise
 
-    def settle(self, id_: str, tokens: int | None, seen: int = 0) -> None:
-        """A request has ended and has used `tokens`; None: not known, at least those that were `seen`."""
-        settle = Settle(id_, tokens, seen)
+    def settle(self, id_: str, tokens: int | None, min_tokens: int = 0) -> None:
+        """A request has ended and has used `tokens`; None: not known, at least those that were `min_tokens`."""
+        settle = Settle(id_, tokens, min_tokens)
         self._ledger.apply(self._gateway, (settle,), Moment.now())
         if self._in_flight.pop(id_, None) is not None and not self._is_expired:
             self._pending_settles.append(settle)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from tandem.api.fan_out import fan_out, prompts, whole, width
+from tandem.api.fan_out import fan_out, prompts, to_integer, width
 from tandem.api.request_values import GENERATE_ROUTES
 from tandem.config.serving.caps import RequestCaps
 from tandem.engine.routes import EngineRoute
@@ -48,8 +48,8 @@ def _problems(path: str, body: Mapping[str, Any], caps: RequestCaps, size: int) 
     sequences = fan_out(path, body)
     if path in GENERATE_ROUTES:
         for name in ("n", "best_of"):
-            if whole(body.get(name)) > caps.n:
-                yield above_cap_error(name, f"is {whole(body[name]):,}", caps.n, "n", TOO_LARGE)
+            if to_integer(body.get(name)) > caps.n:
+                yield above_cap_error(name, f"is {to_integer(body[name]):,}", caps.n, "n", TOO_LARGE)
         if sequences > caps.sequences:
             per_prompt = f" x {width(path, body)} (n)" if width(path, body) > 1 else ""
             description = f"starts {sequences:,} sequences, {prompts(path, body):,} prompts{per_prompt}"
@@ -78,7 +78,7 @@ def _problems(path: str, body: Mapping[str, Any], caps: RequestCaps, size: int) 
 
 def _sampling(body: Mapping[str, Any], caps: RequestCaps) -> Iterator[ApiError]:
     for name in LOGPROBS:
-        value = whole(body.get(name))
+        value = to_integer(body.get(name))
         if caps.logprobs >= 0 and (value > caps.logprobs or value < 0):
             description = f"is {value:,}" + (", which means the whole vocabulary" if value < 0 else "")
             yield above_cap_error(name, description, caps.logprobs, "logprobs", TOO_LARGE)

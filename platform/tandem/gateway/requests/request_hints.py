@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tandem.api.values import shown
+from tandem.api.values import format_value
 from tandem.config.serving.app import MAX_TIMEOUT_S
 from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.errors import ApiError
@@ -58,7 +58,9 @@ def take_scheduling_hints(
         priority = 0
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
         raise ApiError(
-            400, f"`priority` is {shown(priority)}; it must be a whole number, lower is sooner.", param="priority"
+            400,
+            f"`priority` is {format_value(priority)}; it must be a whole number, lower is sooner.",
+            param="priority",
         )
     if highest_priority is not None:
         priority = max(priority, highest_priority)
@@ -77,7 +79,7 @@ def take_scheduling_hints(
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise ApiError(
                 400,
-                f"`timeout` is {shown(timeout_s)}; it must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}.",
+                f"`timeout` is {format_value(timeout_s)}; it must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}.",
                 param="timeout",
             )
         finish_by = min(finish_by, arrived + timeout_s)

@@ -40,7 +40,7 @@ UNFINISHED_SUFFIX = ".incomplete"
 
 
 @dataclass(kw_only=True)
-class KnownRepo:
+class RepoState:
     """Facts about a repository, as of the last answer from the hub."""
 
     revisions: dict[str, str] = field(default_factory=dict)
@@ -62,18 +62,18 @@ class RepoCache:
         """The cache of a repository in this home."""
         return cls(settings().hub_dir / f"{kind}s--{repo.replace('/', '--')}")
 
-    def known(self) -> KnownRepo:
+    def load_state(self) -> RepoState:
         """Facts about the repository so far; empty where the file is missing or damaged."""
         try:
             values = json.loads((self.folder / STATE_FILE).read_text())
             commits = {commit: tuple(RepoFile(**f) for f in files) for commit, files in values["commits"].items()}
-            return KnownRepo(revisions=dict(values["revisions"]), commits=commits, seen=dict(values["seen"]))
+            return RepoState(revisions=dict(values["revisions"]), commits=commits, seen=dict(values["seen"]))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return KnownRepo()
+            return RepoState()
 
-    def remember(self, revision: str, commit: str, files: Sequence[RepoFile]) -> None:
+    def save_listing(self, revision: str, commit: str, files: Sequence[RepoFile]) -> None:
         """Save the hub's answer; for the holder of the lock."""
-        state = self.known()
+        state = self.load_state()
         state.commits[commit] = tuple(files)
         if revision != commit:
             state.revisions[revision] = commit

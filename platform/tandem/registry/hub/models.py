@@ -62,7 +62,7 @@ def restore(path: Path) -> Path:
             repo = folder.removeprefix("models--").replace("--", "/", 1)
             ref = HubModel(repo=repo, revision=commit)
             client, cache, progress = Client.of(repo, "model"), RepoCache.of(repo, "model"), TerminalReport()
-            if path.is_dir() and commit not in cache.known().commits:
+            if path.is_dir() and commit not in cache.load_state().commits:
                 return path  # complete: links are made when all files are here; what is lost is only the list of them
             listing = find_commit(client, cache, commit, str(ref), progress)
             return bring(client, cache, commit, listing, model_files(ref, listing.files), str(ref), progress)
@@ -71,7 +71,7 @@ def restore(path: Path) -> Path:
 
 def find_commit(client: Client, cache: RepoCache, revision: str, model_name: str, report: Report) -> Listing:
     """The commit and files of a revision: by the hub, or by its last answer. Errors as `pull_model`."""
-    state = cache.known()
+    state = cache.load_state()
     commit = revision if COMMIT.fullmatch(revision) else state.revisions.get(revision)
     local_listing = Listing(commit=commit, files=state.commits[commit]) if commit in state.commits and commit else None
     if local_listing is not None and (local_listing.commit == revision or hub_offline()):
@@ -103,7 +103,7 @@ def bring(
 ) -> Path:
     """The folder of a commit with these files, whole; only what is missing is downloaded."""
     needed_files = list(files)
-    state = cache.known()
+    state = cache.load_state()
     is_current = revision == listing.commit or state.revisions.get(revision) == listing.commit
     if is_current and listing.commit in state.commits and not cache.missing(listing.commit, needed_files):
         return cache.snapshot(listing.commit)
@@ -116,7 +116,7 @@ def bring(
                 f"{model_name} is not on this machine: {len(missing_files)} of its {len(needed_files)} files are missing, and "
                 f"{_reason(error)}. {_next_step()}"
             ) from error
-        cache.remember(revision, listing.commit, listing.files)
+        cache.save_listing(revision, listing.commit, listing.files)
     return folder
 
 

@@ -123,8 +123,8 @@ def _is_kept(path: str, modules: bool) -> bool:
     return modules and bool(MODULE_FOLDER.fullmatch(parsed.parts[0])) and parsed.suffix in (".json", ".safetensors")
 
 
-def _matches(path: str, wanted: str) -> bool:
-    return fnmatchcase(path, wanted) if "*" in wanted else path == wanted or path.startswith(f"{wanted}/")
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatchcase(path, pattern) if "*" in pattern else path == pattern or path.startswith(f"{pattern}/")
 
 
 def _folders(files: Iterable[RepoFile]) -> list[str]:
