@@ -24,7 +24,7 @@ UNTYPED_PARTS = frozenset[str](
         *("video_url", "video_embeds", "prompt_embeds", "tool_reference"),
     )
 )
-"""Keys by which vLLM tells what a part of a chat without `type` is."""
+"""Keys from which vLLM infers the type of a part of a chat without `type`."""
 EMPTY_ROLES = ("assistant", "function")
 """Roles of chats whose content may be null: a message may be its calls alone."""
 TEXT_FIELDS = ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content")

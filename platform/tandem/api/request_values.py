@@ -209,7 +209,7 @@ def _schemas(body: dict[str, Any], raw: bytes | None, max_chars: float) -> Itera
 
 
 def _read_schema(text: str) -> Any:
-    """The schema in a text; None for one that is not JSON, of which vLLM says what is wrong with it.
+    """The schema in a text; None for one that is not JSON, which vLLM refuses with a clear message.
 
     InvalidJsonError for one with more values than a body may have: in the body it counted as one text.
     """

@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     field: str
     """Its path: `messages.0.content`."""
     text: str
-    """What is wrong with it, without the field's name and the full stop."""
+    """The problem, without the field's name and the full stop."""
 
     def __str__(self) -> str:
         return f"`{self.field}` {self.text}."

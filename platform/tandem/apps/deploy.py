@@ -127,7 +127,7 @@ def _deployment_message(deployment: str, message: str) -> str | None:
             "It starts when there is room: stop something else, add a node, or lower `replicas`."
         )
     if match := FAILED_ATTEMPT.match(message):
-        # With no attempt left the error of the deployment says it.
+        # After the last attempt the deployment's own error has the reason.
         if match["left"] == "0":
             return None
         attempts_left = f" Attempts left: {match['left']}." if match["left"] else ""

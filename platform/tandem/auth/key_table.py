@@ -56,7 +56,7 @@ class KeyTable:
         self.loaded = False
         """Whether all keys of the database have been read once."""
         self.has_keys = False
-        """Whether any key was ever made, ended ones too: from then on an app answers nobody without a key."""
+        """Whether any key was ever made, ended ones too: from then on an app refuses requests without a key."""
         self.budgets = Budgets()
 
     def authenticate(self, secret: str) -> Principal | None:

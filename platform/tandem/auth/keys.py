@@ -91,7 +91,7 @@ class ApiKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewKey:
-    """A key that was just made, with its secret: nobody can be shown that again."""
+    """A new key with its secret, which cannot be read again."""
 
     key: ApiKey
     secret: str = field(repr=False)

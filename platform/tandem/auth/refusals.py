@@ -14,7 +14,7 @@ ACTION = "credentials.refused"
 OTHERS = "others"
 """Target of the row that counts those without a row of their own."""
 MAX_KINDS = 1000
-"""Different refusals that are told apart between two writes; further ones are only counted."""
+"""Different refusals with a count of their own between two writes; further ones are counted together."""
 BURST = 1000
 """Rows that may be written at once, by one gateway."""
 ROW_EVERY_S = 10.0

@@ -120,7 +120,7 @@ def parse_url(url: str) -> URL:
 
 
 def redacted_url(url: URL) -> str:
-    """A URL for messages: without what may be a password, wherever it stands."""
+    """A URL for messages: without passwords, in its user part or in its query."""
     query = {key: "***" if "password" in key.lower() else value for key, value in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True)
 
@@ -158,7 +158,7 @@ def connect(url: str, timeouts: Timeouts = PATIENT) -> Engine:
                 options["poolclass"] = StaticPool  # one connection: each new one would be another empty database
         elif parsed.drivername == POSTGRESQL:
             options |= {"pool_size": 2, "max_overflow": 3, "pool_timeout": timeouts.pool_s, "pool_recycle": 1800}
-            # What the URL says (sslmode, connect_timeout, options, ...) goes before these.
+            # Options in the URL (sslmode, connect_timeout, options, ...) override these.
             options["connect_args"] = {
                 "connect_timeout": timeouts.connect_s,
                 "options": f"-c statement_timeout={timeouts.statement_ms}",
@@ -205,7 +205,7 @@ def break_connections(engine: Engine) -> None:
 
 @contextlib.contextmanager
 def database_errors(url: URL) -> Iterator[None]:
-    """Turn what a database refuses into a RegistryError that names it, password hidden.
+    """Turn errors of a database into a RegistryError that names it, password hidden.
 
     A full disk is a StorageError, and what may pass by itself (no connection, a lock) a RegistryUnreachableError.
     """

@@ -123,7 +123,7 @@ class EngineDescriptor:
     model_features: Callable[[Path, Mapping[str, Any]], ModelFeatures]
     """Features of a served model, from its folder and its `engine_args`."""
     explain_start_error: Callable[[str, str], str]
-    """The message of a failed start with its cause; takes the message and what the engine's processes wrote."""
+    """The message of a failed start with its cause; takes the message and the output of the engine's processes."""
     resources: Resources
     requests: Requests
     kv_transfer: KvTransfer

@@ -34,7 +34,7 @@ class Dialect(Protocol):
         ...
 
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
-        """The event that ends a stream; `last` is what was sent before it."""
+        """The event that ends a stream; `last` is the chunk sent before it."""
         ...
 
 

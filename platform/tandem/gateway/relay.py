@@ -171,8 +171,8 @@ class Relay:
         self._probe(self._note_if_lost(digest, replica))
 
     def charge_if_lost(self, account: RequestAccount, replica: ReplicaRecord) -> None:
-        """An answer broke off: if its replica is lost, the request is charged what has arrived. A replica that lives has counted
-        what its engine has generated.
+        """An answer broke off: if its replica is lost, the request is charged the tokens that have arrived. A live replica counts
+        its engine's tokens itself.
         """
         self._probe(self._loss.call_if_lost(replica, account.engine_lost))
 

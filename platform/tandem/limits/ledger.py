@@ -59,7 +59,7 @@ class _Account:
         return self.day_tokens
 
     def is_idle(self, now: Moment) -> bool:
-        """Whether a new account would be the same."""
+        """Whether nothing counts against the limits, so that the account can be dropped."""
         total = self.requests.total(now.monotonic) or self.tokens.total(now.monotonic)
         return not (self.in_flight or total or self.tokens_today(now.day))
 

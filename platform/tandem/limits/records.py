@@ -14,7 +14,7 @@ class Moment(NamedTuple):
     """One moment by two clocks."""
 
     monotonic: float
-    """Seconds by a clock that nobody sets: for windows and silence."""
+    """Seconds of the monotonic clock, for windows and silence."""
     wall: float
     """Seconds since 1970: for the day alone."""
 
@@ -63,7 +63,7 @@ class Refusal(NamedTuple):
     subject: str
     maximum: int
     used: int
-    """What counts against it now."""
+    """Amount that counts against the limit now."""
     retry_s: float
     """Seconds until it may start; infinity: never as it is."""
 
@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
 
 
 class Admit(NamedTuple):
-    """Operation: reserve what a request needs, or refuse it."""
+    """Operation: reserve a request's tokens, or refuse it."""
 
     reservation: Reservation
 
@@ -89,7 +89,7 @@ class Settle(NamedTuple):
 
     id: str
     tokens: int | None
-    """Tokens that it has used; None: not known yet, the usage in the database will tell."""
+    """Tokens that it has used; None: not known yet, counted later by the usage in the database."""
     min_tokens: int = 0
     """Where `tokens` are not known: those that it has used at least. The minute is charged the reservation or these, whichever
     is more.

@@ -35,7 +35,7 @@ _UNSUPPORTED_KEYS = {
     "trainable_token_indices": "trained tokens (trainable_token_indices), which vLLM ignores. Merge it into its base",
     "lora_bias": "biases (lora_bias), which vLLM does not serve. Train it without",
 }
-"""Keys of adapter_config.json that must be empty, and what an adapter has that sets them."""
+"""Keys of adapter_config.json that must be empty, each with the feature that it stands for and the next step."""
 _TENSOR_NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(?P<weight>\.weight)?"
 )

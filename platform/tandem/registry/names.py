@@ -55,7 +55,7 @@ def find(session: Session, name_or_id: str, *, suggest: bool = True) -> ModelRow
 
 
 def check_owner(session: Session, name: str, tenant: str | None) -> None:
-    """RegistryError where a name that is in use does not belong to `tenant`; None: whoever has it."""
+    """RegistryError where a name that is in use does not belong to `tenant`; None: any owner is accepted."""
     name_row = session.get(NameRow, name)
     if name_row is not None and tenant is not None and name_row.tenant != tenant:
         owner = f"belongs to the tenant {name_row.tenant}" if name_row.tenant else "is shared by all tenants"

@@ -73,7 +73,7 @@ class FleetView:
         previous = self.reported
         self.reported = {record.id: normalised(record) for record in snapshot.replicas}
         missing = (previous.keys() | self.carried_over) - self.reported.keys()
-        # An incomplete directory of the same process has not forgotten anything: what it leaves out has left it.
+        # A snapshot of the same process that lacks a replica means that the replica has left, complete or not.
         restarted = snapshot.epoch != self.epoch or snapshot.epoch == 0
         if not snapshot.complete and restarted:
             self.carried_over |= missing

@@ -116,7 +116,7 @@ class Directory:
                 task.cancel()
 
     async def apply_limits(self, exchange: Exchange) -> Answer:
-        """Apply what a gateway sends to the ledger of limits."""
+        """Apply a gateway's exchange to the ledger of limits."""
         return self._limits.exchange(exchange, Moment.now())
 
     def _is_complete(self) -> bool:

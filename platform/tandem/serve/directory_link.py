@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(protocol.frame(content))
 
     def close(self) -> None:
-        """End the connection, after what was written."""
+        """End the connection once all written bytes are sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -90,7 +90,7 @@ async def connect(locate: Locate, hello: Callable[[str], protocol.Hello], limit:
 
 
 class ReplicaReporter:
-    """Reports one replica to the directory: its record once for each connection, then what changes, at least every second."""
+    """Reports one replica to the directory: its record once for each connection, then changes, at least every second."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class ReplicaReporter:
         self._changed.set()
 
     def report(self) -> None:
-        """Report now what has changed; without a connection, the next one begins with it."""
+        """Report changes now; without a connection, the next one begins with the whole record."""
         if self._connection is not None:
             with contextlib.suppress(ConnectionError):
                 self._send(self._connection)
@@ -134,7 +134,7 @@ class ReplicaReporter:
     async def leave(self) -> None:
         """Stop reporting, and have the replica removed."""
         await stop(self._task)
-        # Without a connection the directory is told on a new one: a replica that does not leave would be lost.
+        # On a new connection if there is none: a replica that does not leave would count as lost.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(LEAVE_S), self._connected() as connection:
                 self._sent_record = None
@@ -235,7 +235,7 @@ class DirectoryWatcher:
         return protocol.Hello(token=token, gateway=True, epoch=self._epoch, version=self._version)
 
     def _ping(self, connection: Connection) -> None:
-        # The directory tells by these whether it can be reached, see DirectoryState.mark_silent.
+        # Without pings the directory takes itself for unreachable, see DirectoryState.mark_silent.
         if time.monotonic() - self._pinged_at >= HEARTBEAT_S / 2:
             self._pinged_at = time.monotonic()
             connection.send(protocol.PING)

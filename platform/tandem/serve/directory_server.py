@@ -79,7 +79,7 @@ class DirectoryServer:
             peer.close()
 
     def set_pins(self, pins: dict[str, tuple[AdapterRef, ...]]) -> None:
-        """Replace the pinned adapters, by base; replicas of bases whose pins changed are told."""
+        """Replace the pinned adapters, by base, and send them to replicas of bases whose pins changed."""
         if pins != self._pins:
             self._pins = pins
             self._answer_replicas(list(self._peers))
@@ -94,7 +94,7 @@ class DirectoryServer:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def publish(self, *, urgent: bool = True) -> None:
-        """Push what has changed to the gateways, now or as soon as the interval has passed since the last time."""
+        """Push changes to the gateways, now or as soon as the interval has passed since the last push."""
         if self._push_timer is not None and (self._push_is_urgent or not urgent):
             return
         if self._push_timer is not None:
@@ -185,7 +185,7 @@ class DirectoryServer:
                 pool, deployment = pool_and_deployment
                 waiting = self._demand.total(deployment, now)
                 reply = HeartbeatReply(waiting=waiting, pins=self._pins.get(base_of_pool(pool)))
-                # The same object as last time, if it says the same: comparing it then costs nothing.
+                # An equal reply is the previous object, which `_Peer.answer` compares by identity first.
                 previous = self._replies.get(pool_and_deployment)
                 reply = replies[pool_and_deployment] = reply if previous != reply else previous
                 self._replies[pool_and_deployment] = reply
@@ -233,7 +233,7 @@ class _Peer(asyncio.Protocol):
         self._is_authenticated = False
         self.gateway = False
         self.paused = False
-        """Whether the client does not read what was sent to it."""
+        """Whether the client reads too slowly, so that the write buffer is full."""
         self.epoch = self.version = 0
         """Of a gateway: epoch and version of the last update sent to it."""
         self.replica: str | None = None
@@ -263,7 +263,7 @@ class _Peer(asyncio.Protocol):
             self.refuse(type(error).__name__)
 
     def refuse(self, reason: str) -> None:
-        """End the connection of a client that sends what cannot be read; it may hold tokens, so that only `reason` is logged."""
+        """End the connection of a client that sends invalid frames; they may hold tokens, so only `reason` is logged."""
         log.warning("The directory closed a connection that sent what it cannot read (%s).", reason)
         self.close()
 
@@ -286,7 +286,7 @@ class _Peer(asyncio.Protocol):
             self._transport.write(data)
 
     def close(self) -> None:
-        """End the connection, after what was written."""
+        """End the connection once all written bytes are sent."""
         if self._transport is not None:
             self._transport.close()
 

@@ -158,7 +158,7 @@ class DirectoryState:
         return True
 
     def mark_silent(self, now: float) -> bool:
-        """Mark those not heard for `SILENT_AFTER_S`, and remove them after `LOST_TTL_S`; returns whether anything changed.
+        """Mark replicas without heartbeats for `SILENT_AFTER_S`, remove them after `LOST_TTL_S`; returns whether any changed.
 
         Called whenever a gateway is heard from. Time in which none could reach the directory does not count as the replicas'
         silence.

@@ -164,7 +164,7 @@ class RequestAccount:
         return chunk
 
     def engine_lost(self) -> None:
-        """The engine was killed before it told its counts: the request is charged what has arrived."""
+        """The engine was killed before it reported its counts: the request is charged the events that have arrived."""
         if self.counts is None:
             self.counts = TokenCounts(self._expected_counts.prompt, self._num_events)
             self._accounting.usage.add(self.labels, UsageCounts(1, *self.counts, 1))

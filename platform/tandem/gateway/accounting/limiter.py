@@ -100,7 +100,7 @@ class Limiter:
             self._is_unreachable = True
 
     async def admit(self, reservation: Reservation) -> Verdict:
-        """Reserve what a request needs, or refuse it. Each admitted one must be settled."""
+        """Reserve a request's tokens, or refuse it. Each admitted one must be settled."""
         if self._apply is None:
             return self._ledger.apply(self._gateway, (Admit(reservation),), Moment.now())[0]
         if self._is_unreachable:
@@ -111,7 +111,7 @@ class Limiter:
         try:
             return await asyncio.shield(verdict)
         except asyncio.CancelledError:
-            # It may be admitted still, and nobody would settle it.
+            # The ledger may admit it later, and this coroutine cannot settle it then.
             verdict.add_done_callback(lambda _: self.settle(reservation.id, None))
             raise
 

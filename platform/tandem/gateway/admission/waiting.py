@@ -95,7 +95,7 @@ class WaitingRequests:
         hints = ticket.hints
         self._num_starts += 1
         if not self._length:
-            # Nobody waits, so nobody's clock matters.
+            # Clocks order waiting tenants only.
             self._clocks.clear()
             return
         self._clocks[hints.tenant] = self._clock_of(hints.tenant) + hints.sequences

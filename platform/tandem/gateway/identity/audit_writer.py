@@ -86,7 +86,7 @@ class AuditWriter:
                 self._unwritten.append(change)
 
     async def flush(self, *, final: bool = False) -> None:
-        """Write a batch now; what cannot be written stays for the next, or is counted."""
+        """Write a batch now; entries that cannot be written stay for the next one, or are only counted."""
         now = datetime.now(UTC)
         refusals = self._refusals.take(now, final=final)
         changes = [self._unwritten.popleft() for _ in range(len(self._unwritten))]

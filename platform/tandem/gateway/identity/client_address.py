@@ -20,7 +20,7 @@ PROXY_SECRET = "tandem.proxy_secret"
 
 
 def client_address(scope: Scope) -> str | None:
-    """The client's address; None where the server does not tell any."""
+    """The client's address; None if the server gives none."""
     peer = scope.get("client")
     secret: str | None = scope.get(PROXY_SECRET)
     if secret:

@@ -42,7 +42,7 @@ class Identity:
         await asyncio.gather(self.keys.start(), *([] if self.provider is None else [self.provider.start()]))
 
     async def stop(self) -> None:
-        """Stop following, and write what is left of the audit log."""
+        """Stop following, and write the remaining entries of the audit log."""
         if self.provider is not None:
             await self.provider.stop()
         await self.keys.stop()

@@ -52,7 +52,7 @@ class AdapterList:
         self._adapters: list[AdapterSummary] = []
         """All of them, by name."""
         self._by_tenant: dict[str | None, list[AdapterSummary]] = {}
-        """Those of each tenant, by name; None: shared ones. So a list costs nothing for what others have."""
+        """Those of each tenant, by name; None: shared ones. So a tenant's list takes no time for other tenants' adapters."""
         self._revision: int | None = None
         self._refresh_task: asyncio.Task[None] | None = None
         self._next_refresh_at = 0.0

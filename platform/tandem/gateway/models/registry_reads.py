@@ -22,7 +22,7 @@ POLL_S = 1.0
 POLL_ANSWER_S = 3.0
 """Seconds that the registry has to answer such a read."""
 REVISION_S = 0.5
-"""Seconds that the registry has to tell its revision to a request; after that the request goes on with what is known."""
+"""Seconds that a request waits for the registry's revision; after that it uses cached records."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -88,12 +88,12 @@ class Fleet:
 
     @property
     def synced(self) -> bool:
-        """Whether the directory has told all replicas, or one of each model, at least once."""
+        """Whether the directory has sent all replicas, or one of each model, at least once."""
         return self._synced.is_set()
 
     @property
     def fresh(self) -> bool:
-        """Whether the directory has told all replicas, and was heard from within `STALE_AFTER_S`."""
+        """Whether the directory has sent all replicas, and its last update is at most `STALE_AFTER_S` old."""
         return self.synced and time.monotonic() - self._updated_at < STALE_AFTER_S
 
     @property

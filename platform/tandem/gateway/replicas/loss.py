@@ -36,7 +36,7 @@ class LossConfirmation:
             action()
 
     async def is_lost(self, replica: ReplicaRecord) -> bool:
-        """Whether a replica neither answers nor is heard by the directory; waits for that for `LOST_WITHIN_S`."""
+        """Whether a replica does not answer and the directory calls it lost; waits up to `LOST_WITHIN_S` for the directory."""
         if await self._upstream.alive_status(replica) is not None:
             return False
         deadline = time.monotonic() + LOST_WITHIN_S

@@ -53,7 +53,7 @@ class EngineRequest:
     light: bool = False
     """Whether the engine answers without generating, so that the request waits in the queue for such requests."""
     warnings: Mapping[str, str] = field(default_factory=dict)
-    """Headers of the answer that tell the client about its request."""
+    """Response headers with warnings about the client's request."""
     labels: UsageLabels | None = None
     """Labels of the usage that the engine's tokens are counted as; None: they are not counted."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)

@@ -90,7 +90,7 @@ class AuditedChanges:
 
 
 def without_credentials(source: str) -> str:
-    """A folder or URI without what may be a secret: the user's part, the query and the fragment."""
+    """A folder or URI without the parts that may hold a secret: user, query and fragment."""
     if "://" not in source:
         return source
     parts = urlsplit(source)

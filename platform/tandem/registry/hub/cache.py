@@ -168,7 +168,7 @@ class RepoCache:
             on_bytes(size)
 
         with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="hub") as threads:
-            # The small ones first: a repository that may not be read says so at once.
+            # The small ones first: a repository without access then fails at once.
             futures = [
                 threads.submit(self._download_file, client, commit, file, count)
                 for file in sorted(files, key=lambda file: file.size)

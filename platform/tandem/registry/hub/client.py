@@ -95,7 +95,7 @@ class Client:
                 url,
                 cast(BinaryIO, file_object),
                 resume_size=file_object.tell(),
-                # A part can only be asked for of what is not compressed on the way.
+                # A range can only be asked for of an uncompressed response.
                 headers={**build_hf_headers(), "Accept-Encoding": "identity"},
                 expected_size=file.size,
                 displayed_filename=file.path,

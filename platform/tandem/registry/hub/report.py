@@ -20,7 +20,7 @@ class Report(Protocol):
     def downloading(
         self, what: str, total_bytes: int, done_bytes: int
     ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """A download of `total_bytes`, `done_bytes` of them here already; yields what any thread calls with how many came."""
+        """A download of `total_bytes`, `done_bytes` of them here already; yields a function to call with counts of new bytes."""
         ...
 
 

@@ -68,7 +68,7 @@ class AdapterSlots:
         return len(self._residency.waiting)
 
     def is_ready(self, adapter: AdapterRef) -> bool:
-        """Whether `hold` begins at once: the adapter is loaded, and nobody has to leave before."""
+        """Whether `hold` begins at once: the adapter is loaded, and no other request has to end first."""
         return adapter.id in self._residency.loaded and self._residency.admits(adapter.id)
 
     @contextlib.asynccontextmanager

@@ -161,7 +161,7 @@ class ReadAhead:
         self._messages: deque[Message] = deque()
 
     async def disconnected(self) -> None:
-        """Wait until the client has left; what it sends meanwhile is kept for the app."""
+        """Wait until the client has disconnected; its messages until then are kept for the app."""
         while not self._messages or self._messages[-1]["type"] != "http.disconnect":
             self._messages.append(await self._receive())
 
