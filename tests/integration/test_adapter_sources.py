@@ -14,7 +14,7 @@ from small_folders import small_adapter, small_model
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import AdapterError, StorageError
 from tandem.registry import Registry, local_folder
-from tandem.registry.adapter_cache import RECENT_S, AdapterCache
+from tandem.registry.adapter_cache import RECENT_USE_S, AdapterCache
 from tandem.registry.adapter_files import WEIGHTS, adapter_digest
 from tandem.serve.replica.adapter_checks import AdapterChecker
 from tandem.storage import file_system
@@ -112,15 +112,15 @@ def test_the_cache_keeps_its_limit_and_the_longest_unused_goes_first(uri: str, t
         put(small_adapter(tmp_path / f"a{number}", str(number)), f"{uri}{number}")
         digests.append(cache.fetch(f"{uri}{number}")[1])
     # All were used just now: none goes.
-    assert all(cache.place(digest).is_dir() for digest in digests)
+    assert all(cache.folder_of(digest).is_dir() for digest in digests)
     for age, digest in enumerate(digests):
-        then = time.time() - 10 * RECENT_S + age
-        os.utime(cache.place(digest), (then, then))
+        then = time.time() - 10 * RECENT_USE_S + age
+        os.utime(cache.folder_of(digest), (then, then))
     cache.get(f"{uri}0", digests[0])
     assert cache.make_room() == [digests[1]]
-    assert [cache.place(digest).is_dir() for digest in digests] == [True, False, True]
+    assert [cache.folder_of(digest).is_dir() for digest in digests] == [True, False, True]
     # What went is fetched again.
-    assert cache.get(f"{uri}1", digests[1]) == cache.place(digests[1])
+    assert cache.get(f"{uri}1", digests[1]) == cache.folder_of(digests[1])
     assert not [p.name for p in cache.root.iterdir() if p.name.startswith(".")]
     with pytest.raises(AdapterError, match="Raise TANDEM_ADAPTER_CACHE_GIB"):
         AdapterCache(tmp_path / "small", size - 1).fetch(f"{uri}0")

@@ -11,15 +11,15 @@ from typing import Any
 
 from pydantic_core import from_json
 
-CONTAINER, TEXT, ITEM = 5, 10, 1
-"""What an object or list, a text or key, and any value cost, in units of 40 ns."""
+CONTAINER_COST, TEXT_COST, ITEM_COST = 5, 10, 1
+"""Cost of an object or list, of a text or key, and of any value, in units of 40 ns."""
 BUDGET = 280_000
 """The most that a body may cost: a prompt of 131,072 token ids and as much again, or 25,000 texts."""
-SMALL = BUDGET // CONTAINER
+SMALL_BYTES = BUDGET // CONTAINER_COST
 """Bytes of a body that cannot exceed the budget, 56,000: no byte costs more than one that is a container, or half of a text."""
-LONG_NUMBER = 20
+MAX_DIGITS = 20
 """Digits of a number that is refused: such numbers take ten times as long, and no field has them."""
-PIECE = 64 * 1024
+PIECE_BYTES = 64 * 1024
 """Bytes that are counted in one step."""
 DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 
@@ -53,17 +53,17 @@ def check_size(body: bytes) -> None:
 
 
 def size_steps(body: bytes) -> Iterator[None]:
-    """`check_size` in steps of about a millisecond at most, of which others may run between; raises what it raises."""
-    if len(body) <= SMALL:
+    """`check_size` in steps of about a millisecond at most, between which other tasks may run; raises the same errors."""
+    if len(body) <= SMALL_BYTES:
         if _has_long_number(body):
             yield from _structure_steps(body)
         return
-    found = 0.0
-    for start in range(0, len(body), PIECE):
-        # As if nothing were text: nearly every body is within the budget even so.
-        piece = body[max(0, start - LONG_NUMBER) : start + PIECE]
-        found += cost(piece, piece.count(b'"') / 2)
-        if found > BUDGET or _has_long_number(piece):
+    total_cost = 0.0
+    for start in range(0, len(body), PIECE_BYTES):
+        # An upper bound that counts the content of texts too: nearly every body is within the budget even so.
+        piece = body[max(0, start - MAX_DIGITS) : start + PIECE_BYTES]
+        total_cost += cost(piece, piece.count(b'"') / 2)
+        if total_cost > BUDGET or _has_long_number(piece):
             break
         yield
     else:
@@ -72,24 +72,24 @@ def size_steps(body: bytes) -> Iterator[None]:
 
 
 def _structure_steps(body: bytes) -> Iterator[None]:
-    """The same without what is in texts, which may have any number of brackets, commas and digits."""
-    in_text, found, texts, tail = False, 0.0, 0.0, b""
+    """`size_steps` that skips the content of texts, which may have any number of brackets, commas and digits."""
+    in_text, structure_cost, texts, previous_end = False, 0.0, 0.0, b""
     for piece in _pieces(body):
-        plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in piece else piece
-        parts = plain.split(b'"')
+        unescaped = piece.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in piece else piece
+        parts = unescaped.split(b'"')
         texts += (len(parts) - 1) / 2
         structure = b"".join(parts[1::2] if in_text else parts[::2])
         in_text ^= len(parts) % 2 == 0
-        found += cost(structure, 0.0)
-        if found + TEXT * texts > BUDGET:
+        structure_cost += cost(structure, 0.0)
+        if structure_cost + TEXT_COST * texts > BUDGET:
             raise TooManyValuesError(
                 "The request body has more objects, lists, values and texts than a request needs: at most "
-                f"{BUDGET // TEXT:,} texts and keys, {BUDGET // CONTAINER:,} objects and lists, or {BUDGET // ITEM:,} other "
-                "values are taken."
+                f"{BUDGET // TEXT_COST:,} texts and keys, {BUDGET // CONTAINER_COST:,} objects and lists, or "
+                f"{BUDGET // ITEM_COST:,} other values are taken."
             )
-        if _has_long_number(tail + structure):
-            raise InvalidJsonError(f"The request body has a number of {LONG_NUMBER} or more digits.")
-        tail = structure[-LONG_NUMBER:]
+        if _has_long_number(previous_end + structure):
+            raise InvalidJsonError(f"The request body has a number of {MAX_DIGITS} or more digits.")
+        previous_end = structure[-MAX_DIGITS:]
         yield
 
 
@@ -97,7 +97,7 @@ def _pieces(body: bytes) -> Iterator[bytes]:
     """A body in pieces that split no escaped character."""
     start = 0
     while start < len(body):
-        end = start + PIECE
+        end = start + PIECE_BYTES
         piece = body[start:end]
         backslashes = len(piece) - len(piece.rstrip(b"\\"))
         if backslashes % 2:
@@ -107,8 +107,8 @@ def _pieces(body: bytes) -> Iterator[bytes]:
 
 
 def cost(text: bytes, texts: float) -> float:
-    """What it costs to parse `text` with so many texts in it."""
-    return ITEM * text.count(b",") + CONTAINER * _containers(text) + TEXT * texts
+    """Cost of parsing `text`, in which there are so many texts."""
+    return ITEM_COST * text.count(b",") + CONTAINER_COST * _containers(text) + TEXT_COST * texts
 
 
 def _containers(text: bytes) -> int:
@@ -117,6 +117,6 @@ def _containers(text: bytes) -> int:
 
 def _has_long_number(text: bytes) -> bool:
     # So many digits in a row have two that are ten apart in a tenth of the bytes; most texts have no such two.
-    if b"00" not in text[:: LONG_NUMBER // 2].translate(DIGITS):
+    if b"00" not in text[:: MAX_DIGITS // 2].translate(DIGITS):
         return False
-    return b"0" * LONG_NUMBER in text.translate(DIGITS)
+    return b"0" * MAX_DIGITS in text.translate(DIGITS)

@@ -39,10 +39,10 @@ def prompts(path: str, body: Mapping[str, Any]) -> int:
 
 def width(path: str, body: Mapping[str, Any]) -> int:
     """Sequences for each prompt."""
-    return max((1, *(whole(body.get(field)) for field in WIDTHS.get(path, ()))))
+    return max((1, *(to_integer(body.get(field)) for field in WIDTHS.get(path, ()))))
 
 
-def whole(value: Any) -> int:
+def to_integer(value: Any) -> int:
     """A whole number, also one that is given as text, as vLLM takes it; 0 for anything else."""
     if value is None:
         return 0

@@ -17,15 +17,15 @@ from tandem.api.bounded_json import InvalidJsonError, check_size
 from tandem.api.messages import input_problem, message_problem
 from tandem.api.request_fields import REQUEST_FIELDS
 from tandem.api.schema_checks import may_have_problem, schema_problem
-from tandem.api.values import INT_MAX, INT_MIN, Problem, is_integer, is_number, kind, shown
+from tandem.api.values import INT_MAX, INT_MIN, Problem, format_value, is_integer, is_number, kind
 from tandem.api.walks import containers, dotted
 
 RESPONSES = "/v1/responses"
 GENERATE_ROUTES = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages")
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """Fields of `structured_outputs` of which exactly one is set."""
-MAX_TOLD = 3
-"""Wrong values that one answer tells of."""
+MAX_PROBLEMS = 3
+"""Problems in one answer at most."""
 
 
 REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -49,49 +49,49 @@ REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
 class Range(NamedTuple):
     """The numbers that a field takes."""
 
-    least: float
-    most: float = math.inf
-    whole: bool = False
-    above_least: bool = False
-    """Whether `least` itself is too small."""
+    minimum: float
+    maximum: float = math.inf
+    integral: bool = False
+    exclusive_minimum: bool = False
+    """Whether `minimum` itself is too small."""
 
     def has(self, value: Any) -> bool:
         """Whether a value is one of them."""
-        if not (is_integer(value) if self.whole else is_number(value)):
+        if not (is_integer(value) if self.integral else is_number(value)):
             return False
         number = value if isinstance(value, int) else float(value)
-        return (self.least < number if self.above_least else self.least <= number) and number <= self.most
+        return (self.minimum < number if self.exclusive_minimum else self.minimum <= number) and number <= self.maximum
 
-    def described(self) -> str:
+    def description(self) -> str:
         """`a number from 0 to 2`."""
-        low = f"{'above' if self.above_least else 'from'} {self.least:g}"
-        if self.whole:
+        low = f"{'above' if self.exclusive_minimum else 'from'} {self.minimum:g}"
+        if self.integral:
             return f"a whole number {low} to 2^64-1"
-        if self.most == math.inf:
+        if self.maximum == math.inf:
             return f"a number {low}"
-        return f"a number {low} {'and at most' if self.above_least else 'to'} {self.most:g}"
+        return f"a number {low} {'and at most' if self.exclusive_minimum else 'to'} {self.maximum:g}"
 
 
-WHOLE = Range(0, INT_MAX, whole=True)
+INTEGRAL = Range(0, INT_MAX, integral=True)
 RANGES = {
     "temperature": Range(0, 2),
-    "top_p": Range(0, 1, above_least=True),
+    "top_p": Range(0, 1, exclusive_minimum=True),
     "min_p": Range(0, 1),
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
-    "repetition_penalty": Range(0, above_least=True),
-    "top_k": WHOLE._replace(least=-1),
-    "n": WHOLE._replace(least=1),
-    "max_tokens": WHOLE,
-    "max_completion_tokens": WHOLE,
-    "max_output_tokens": WHOLE,
-    "min_tokens": WHOLE,
-    "top_logprobs": WHOLE._replace(least=-1),
-    "prompt_logprobs": WHOLE._replace(least=-1),
-    "stream_interval": WHOLE._replace(least=1),
+    "repetition_penalty": Range(0, exclusive_minimum=True),
+    "top_k": INTEGRAL._replace(minimum=-1),
+    "n": INTEGRAL._replace(minimum=1),
+    "max_tokens": INTEGRAL,
+    "max_completion_tokens": INTEGRAL,
+    "max_output_tokens": INTEGRAL,
+    "min_tokens": INTEGRAL,
+    "top_logprobs": INTEGRAL._replace(minimum=-1),
+    "prompt_logprobs": INTEGRAL._replace(minimum=-1),
+    "stream_interval": INTEGRAL._replace(minimum=1),
 }
 """Fields that mean the same in every API that has them."""
-SENT = (
+SENT_FIELDS = (
     *("allowed_token_ids", "best_of", "bad_words", "dimensions", "length_penalty", "logit_bias", "logprob_token_ids"),
     *("logprobs", "priority", "repetition_detection", "routed_experts_prompt_start", "seed", "stop_token_ids"),
     *("thinking_token_budget", "truncate_prompt_tokens", "vllm_xargs", "structured_outputs", "response_format"),
@@ -110,7 +110,7 @@ def value_problems(
     `raw`, the body as it came, makes the check of schemas cheap. Schemas given as text are not read above `max_schema_chars`:
     the caps of a gateway refuse them.
     """
-    return list(itertools.islice(_problems(path, body, raw, max_schema_chars), MAX_TOLD))
+    return list(itertools.islice(_problems(path, body, raw, max_schema_chars), MAX_PROBLEMS))
 
 
 def missing_fields(path: str, body: dict[str, Any]) -> list[Problem]:
@@ -123,14 +123,14 @@ def missing_fields(path: str, body: dict[str, Any]) -> list[Problem]:
     return problems
 
 
-def _problems(path: str, asked: dict[str, Any], raw: bytes | None, max_schema_chars: float) -> Iterator[Problem]:
-    # What a route does not have is not read by anybody there.
-    body = {name: value for name, value in asked.items() if name in REQUEST_FIELDS.get(path, ())}
+def _problems(path: str, request: dict[str, Any], raw: bytes | None, max_schema_chars: float) -> Iterator[Problem]:
+    # Neither the gateway nor an engine reads fields that a route does not have.
+    body = {name: value for name, value in request.items() if name in REQUEST_FIELDS.get(path, ())}
     if path in GENERATE_ROUTES:
         for name, numbers in RANGES.items():
             value = body.get(name)
             if value is not None and not numbers.has(value):
-                yield Problem(name, f"is {shown(value)}; it must be {numbers.described()}")
+                yield Problem(name, f"is {format_value(value)}; it must be {numbers.description()}")
         for name in ("stop", "stop_sequences"):
             if body.get(name) is not None:
                 yield from _stop(name, body[name])
@@ -140,7 +140,7 @@ def _problems(path: str, asked: dict[str, Any], raw: bytes | None, max_schema_ch
         yield problem
     if path == RESPONSES and "input" in body and (problem := input_problem(body["input"])):
         yield problem
-    for name in SENT:
+    for name in SENT_FIELDS:
         if name in body:
             yield from _too_large(name, body[name])
     if path in GENERATE_ROUTES:
@@ -152,8 +152,8 @@ def _stop(name: str, value: Any) -> Iterator[Problem]:
     # vLLM checks their number: its limit is VLLM_MAX_STOP_STRINGS of a model's `env` or of its node.
     texts = value if isinstance(value, list) else [value] if name == "stop" else None
     if texts is None or not all(isinstance(text, str) for text in texts):
-        forms = "text or an array of texts" if name == "stop" else "an array of texts"
-        yield Problem(name, f"is {kind(value)}; it must be {forms}")
+        expected = "text or an array of texts" if name == "stop" else "an array of texts"
+        yield Problem(name, f"is {kind(value)}; it must be {expected}")
     elif not all(texts):
         yield Problem(name, "has an empty text, which every answer would end with. Leave it out")
 
@@ -165,30 +165,32 @@ def _structured_outputs(value: Any) -> Iterator[Problem]:
     if not isinstance(value, dict):
         yield Problem(name, f"is {kind(value)}; it must be an object with one of {', '.join(CONSTRAINTS)}")
         return
-    given = [key for key in CONSTRAINTS if value.get(key) is not None]
-    if len(given) != 1:
+    constraints = [key for key in CONSTRAINTS if value.get(key) is not None]
+    if len(constraints) != 1:
         yield Problem(
-            name, f"has {' and '.join(given) or 'no constraint'}; it must have one of {', '.join(CONSTRAINTS)}"
+            name, f"has {' and '.join(constraints) or 'no constraint'}; it must have one of {', '.join(CONSTRAINTS)}"
         )
         return
-    (key,) = given
-    what = value[key]
-    choice = isinstance(what, list) and what and all(isinstance(each, str) for each in what)
-    fits: dict[str, tuple[bool, str]] = {
-        "json": (isinstance(what, dict | str), "a JSON schema"),
-        "choice": (bool(choice), "an array of one text or more"),
-        "json_object": (what is True, "true, or left out"),
+    (key,) = constraints
+    constraint = value[key]
+    is_choice = isinstance(constraint, list) and constraint and all(isinstance(text, str) for text in constraint)
+    checks: dict[str, tuple[bool, str]] = {
+        "json": (isinstance(constraint, dict | str), "a JSON schema"),
+        "choice": (bool(is_choice), "an array of one text or more"),
+        "json_object": (constraint is True, "true, or left out"),
     }
-    ok, form = fits.get(key, (isinstance(what, str) and bool(what.strip()), "text that is not empty"))
-    if not ok:
-        yield Problem(f"{name}.{key}", f"is {shown(what)}; it must be {form}")
+    is_valid, expected = checks.get(
+        key, (isinstance(constraint, str) and bool(constraint.strip()), "text that is not empty")
+    )
+    if not is_valid:
+        yield Problem(f"{name}.{key}", f"is {format_value(constraint)}; it must be {expected}")
 
 
 def _schemas(body: dict[str, Any], raw: bytes | None, max_chars: float) -> Iterator[Problem]:
-    given = list(_given_schemas(body))
-    if not given or (raw is not None and not may_have_problem(raw)):
+    schemas = list(_answer_schemas(body))
+    if not schemas or (raw is not None and not may_have_problem(raw)):
         return
-    for name, schema in given:
+    for name, schema in schemas:
         if isinstance(schema, str):
             if len(schema) > max_chars:
                 continue
@@ -207,7 +209,7 @@ def _schemas(body: dict[str, Any], raw: bytes | None, max_chars: float) -> Itera
 
 
 def _read_schema(text: str) -> Any:
-    """The schema in a text; None for one that is not JSON, of which vLLM says what is wrong with it.
+    """The schema in a text; None for one that is not JSON, which vLLM refuses with a clear message.
 
     InvalidJsonError for one with more values than a body may have: in the body it counted as one text.
     """
@@ -218,9 +220,9 @@ def _read_schema(text: str) -> Any:
         return None
 
 
-def _given_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _answer_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The JSON schemas that an answer has to follow, and the field of each; as text, or read."""
-    schema = _inside(body, "structured_outputs", "json")
+    schema = _nested_value(body, "structured_outputs", "json")
     if schema is not None:
         yield "structured_outputs.json", schema
     for path in (
@@ -228,7 +230,7 @@ def _given_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         ("text", "format", "schema"),
         ("output_config", "format", "schema"),
     ):
-        schema = _inside(body, *path)
+        schema = _nested_value(body, *path)
         if isinstance(schema, dict | list):
             yield ".".join(path), schema
     yield from _tool_schemas(body)
@@ -240,27 +242,30 @@ def _tool_schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     if not isinstance(tools, list):
         return
     choice = body.get("tool_choice") or "auto"
-    kind_of_choice = choice.get("type") if isinstance(choice, dict) else choice
-    named = _inside(choice, "function", "name") or _inside(choice, "name")
-    if kind_of_choice == "none" or (kind_of_choice == "auto" and not any(_strict(tool) is True for tool in tools)):
+    choice_type = choice.get("type") if isinstance(choice, dict) else choice
+    chosen_tool = _nested_value(choice, "function", "name") or _nested_value(choice, "name")
+    if choice_type == "none" or (choice_type == "auto" and not any(_strict(tool) is True for tool in tools)):
         return
-    for place, tool in enumerate(tools):
-        if named is not None and named not in (_inside(tool, "function", "name"), _inside(tool, "name")):
+    for index, tool in enumerate(tools):
+        if chosen_tool is not None and chosen_tool not in (
+            _nested_value(tool, "function", "name"),
+            _nested_value(tool, "name"),
+        ):
             continue
-        if kind_of_choice == "auto" and _strict(tool) is False:
+        if choice_type == "auto" and _strict(tool) is False:
             continue
         for field in TOOL_SCHEMAS:
-            schema = _inside(tool, *field.split("."))
+            schema = _nested_value(tool, *field.split("."))
             if schema is not None:
-                yield f"tools.{place}.{field}", schema
+                yield f"tools.{index}.{field}", schema
 
 
 def _strict(tool: Any) -> Any:
-    strict = _inside(tool, "function", "strict")
-    return _inside(tool, "strict") if strict is None else strict
+    strict = _nested_value(tool, "function", "strict")
+    return _nested_value(tool, "strict") if strict is None else strict
 
 
-def _inside(value: Any, *keys: str) -> Any:
+def _nested_value(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -272,24 +277,24 @@ def _too_large(name: str, value: Any) -> Iterator[Problem]:
         return
     for path, container in containers([value]):
         entries = container.items() if isinstance(container, dict) else enumerate(container)
-        for key, each in entries:
-            if isinstance(each, int) and not INT_MIN <= each <= INT_MAX:
+        for key, entry in entries:
+            if isinstance(entry, int) and not INT_MIN <= entry <= INT_MAX:
                 # The first key is the place of `value` itself.
                 field = dotted((name, *[*path, key][1:]))
-                yield Problem(field, f"is {shown(each)}; integers here are from -2^63 to 2^64-1")
+                yield Problem(field, f"is {format_value(entry)}; integers here are from -2^63 to 2^64-1")
 
 
 def _has_large(value: Any) -> bool:
     # Without the paths, which take most of the time.
-    todo = [[value]]
-    while todo:
-        for each in todo.pop():
-            if isinstance(each, str):
+    stack = [[value]]
+    while stack:
+        for entry in stack.pop():
+            if isinstance(entry, str):
                 continue
-            if isinstance(each, dict):
-                todo.append(list(each.values()))
-            elif isinstance(each, list):
-                todo.append(each)
-            elif isinstance(each, int) and not INT_MIN <= each <= INT_MAX:
+            if isinstance(entry, dict):
+                stack.append(list(entry.values()))
+            elif isinstance(entry, list):
+                stack.append(entry)
+            elif isinstance(entry, int) and not INT_MIN <= entry <= INT_MAX:
                 return True
     return False

@@ -14,17 +14,17 @@ from tandem.api.walks import path_to
 
 MAX_COUNT = 100_000
 """Largest count of items or properties that a schema may ask for."""
-COUNTS = frozenset(("minItems", "maxItems", "minProperties", "maxProperties"))
-DATA = ("const", "default", "enum", "examples")
+COUNT_KEYWORDS = frozenset(("minItems", "maxItems", "minProperties", "maxProperties"))
+DATA_KEYWORDS = ("const", "default", "enum", "examples")
 """Keywords whose values are data, not schemas."""
-MARKS = (b"$ref", *(key.encode() for key in sorted(COUNTS)), b"\\u")
+PROBLEM_MARKERS = (b"$ref", *(key.encode() for key in sorted(COUNT_KEYWORDS)), b"\\u")
 """A body without these has no schema with a problem; `\\u` may write any of the others in another form."""
 MAX_SEARCHED = 1 << 20
 """Bytes of a body that is searched for MARKS; in longer ones, which have images, the walk through a schema is cheaper."""
 
 
 class SchemaProblem(NamedTuple):
-    """What is wrong, and where."""
+    """A problem of a schema, with its place."""
 
     path: tuple[str, ...]
     """Keys from the schema's root."""
@@ -33,14 +33,14 @@ class SchemaProblem(NamedTuple):
 
 def may_have_problem(raw: bytes) -> bool:
     """Whether a body in bytes may have a schema with a problem."""
-    return len(raw) > MAX_SEARCHED or any(mark in raw for mark in MARKS)
+    return len(raw) > MAX_SEARCHED or any(marker in raw for marker in PROBLEM_MARKERS)
 
 
 def schema_problem(schema: Any) -> SchemaProblem | None:
-    """The first thing in a schema that an engine cannot answer; None: nothing was found."""
+    """The first problem of a schema; None: there is none."""
     nodes = list(_nodes(schema))
     for node in nodes:
-        for key in COUNTS.intersection(node):
+        for key in COUNT_KEYWORDS.intersection(node):
             count = node[key]
             if isinstance(count, int | float) and count > MAX_COUNT:
                 return SchemaProblem(
@@ -48,7 +48,7 @@ def schema_problem(schema: Any) -> SchemaProblem | None:
                     f"is {count}; at most {MAX_COUNT} are taken. Lower it, or leave it out",
                 )
     if not any("$ref" in node for node in nodes):
-        return None  # nothing leads back
+        return None  # without references there is no cycle
     endless = _first_endless(nodes, schema)
     if endless is None:
         return None
@@ -60,16 +60,16 @@ def schema_problem(schema: Any) -> SchemaProblem | None:
 
 def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
     """Every object in a schema."""
-    todo = [schema]
-    while todo:
-        node = todo.pop()
+    stack = [schema]
+    while stack:
+        node = stack.pop()
         if isinstance(node, dict):
             yield node
             for key, value in node.items():
-                if type(value) in (dict, list) and key not in DATA:
-                    todo.append(value)
+                if type(value) in (dict, list) and key not in DATA_KEYWORDS:
+                    stack.append(value)
         elif isinstance(node, list):
-            todo += node
+            stack += node
 
 
 def _first_endless(nodes: list[dict[str, Any]], root: Any) -> dict[str, Any] | None:
@@ -79,48 +79,48 @@ def _first_endless(nodes: list[dict[str, Any]], root: Any) -> dict[str, Any] | N
     ones are counted from those without any of these upwards (unit propagation of Horn clauses), so that the number of steps is
     that of the schema's entries, however its references cross.
     """
-    known = {id(node): node for node in nodes}
-    todo = list(known.values())
-    unmet: dict[int, int] = {}
+    seen_nodes = {id(node): node for node in nodes}
+    node_queue = list(seen_nodes.values())
+    num_unmet: dict[int, int] = {}
     """Requirements of a schema that are not known to be met, by its identity."""
     needed_by: dict[int, list[tuple[int, list[bool]]]] = {}
     """Schemas that need one, each with whether that requirement is met already."""
     finite: list[int] = []
-    for node in todo:
+    for node in node_queue:
         requirements = _requirements(node, root)
-        unmet[id(node)] = len(requirements)
+        num_unmet[id(node)] = len(requirements)
         if not requirements:
             finite.append(id(node))
         for choices in requirements:
-            met = [False]
+            is_met = [False]
             for choice in choices:
-                needed_by.setdefault(id(choice), []).append((id(node), met))
-                if id(choice) not in known:
-                    known[id(choice)] = choice
-                    todo.append(choice)
-    for each in finite:
-        for user, met in needed_by.get(each, ()):
-            if not met[0]:
-                met[0] = True
-                unmet[user] -= 1
-                if not unmet[user]:
-                    finite.append(user)
-    return next((node for node in todo if unmet[id(node)]), None)
+                needed_by.setdefault(id(choice), []).append((id(node), is_met))
+                if id(choice) not in seen_nodes:
+                    seen_nodes[id(choice)] = choice
+                    node_queue.append(choice)
+    for finite_id in finite:
+        for user_id, is_met in needed_by.get(finite_id, ()):
+            if not is_met[0]:
+                is_met[0] = True
+                num_unmet[user_id] -= 1
+                if not num_unmet[user_id]:
+                    finite.append(user_id)
+    return next((node for node in node_queue if num_unmet[id(node)]), None)
 
 
 def _requirements(node: dict[str, Any], root: Any) -> list[list[dict[str, Any]]]:
     """Schemas of which values of `node` are values, too: for each requirement the choices, all of which are objects."""
     reference = node.get("$ref")
-    every = [_target(root, reference)] if isinstance(reference, str) else []
-    every += node["allOf"] if isinstance(node.get("allOf"), list) else []
-    found = [[each] for each in every]
-    found += [node[key] for key in ("anyOf", "oneOf") if isinstance(node.get(key), list) and node[key]]
+    all_of = [_target(root, reference)] if isinstance(reference, str) else []
+    all_of += node["allOf"] if isinstance(node.get("allOf"), list) else []
+    requirements = [[choice] for choice in all_of]
+    requirements += [node[key] for key in ("anyOf", "oneOf") if isinstance(node.get(key), list) and node[key]]
     # What is no object (true, text) requires nothing.
-    return [choices for choices in found if all(isinstance(each, dict) for each in choices)]
+    return [choices for choices in requirements if all(isinstance(choice, dict) for choice in choices)]
 
 
 def _target(root: Any, reference: str) -> Any:
-    """What a JSON pointer into the same schema (`#`, `#/...`) means; None for other references, and for one to nothing."""
+    """The target of a JSON pointer into the same schema (`#`, `#/...`); None for other references and without a target."""
     if reference != "#" and not reference.startswith("#/"):
         return None
     node = root

@@ -16,8 +16,8 @@ MAX_NAME_CHARS = 40
 
 def unknown_fields(path: str, fields: Iterable[str]) -> list[str]:
     """The `fields` that are unknown at the route `path`, in their order; empty for an unknown route."""
-    known = REQUEST_FIELDS.get(path)
-    return [] if known is None else [field for field in fields if field not in known]
+    known_fields = REQUEST_FIELDS.get(path)
+    return [] if known_fields is None else [field for field in fields if field not in known_fields]
 
 
 def misspelt_fields(path: str, fields: Iterable[str]) -> list[str]:
@@ -30,9 +30,9 @@ def describe(path: str, unknown: list[str]) -> str:
     """`unknown field 'temperatur'; did you mean 'temperature'?`, in ASCII, whatever the client wrote."""
     parts = []
     for field in unknown[:MAX_NAMED_FIELDS]:
-        near = _nearest(path, field)
+        suggestion = _nearest(path, field)
         text = f"unknown field {field[:MAX_NAME_CHARS]!a}"
-        parts.append(text + (f"; {near.strip()[0].lower()}{near.strip()[1:]}" if near else ""))
+        parts.append(text + (f"; {suggestion.strip()[0].lower()}{suggestion.strip()[1:]}" if suggestion else ""))
     if len(unknown) > MAX_NAMED_FIELDS:
         parts.append(f"and {len(unknown) - MAX_NAMED_FIELDS} more")
     return ", ".join(parts)

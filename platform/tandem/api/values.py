@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     field: str
     """Its path: `messages.0.content`."""
     text: str
-    """What is wrong with it, without the field's name and the full stop."""
+    """The problem, without the field's name and the full stop."""
 
     def __str__(self) -> str:
         return f"`{self.field}` {self.text}."
@@ -34,7 +34,7 @@ def kind(value: Any) -> str:
     return {"str": "text", "list": "an array", "dict": "an object"}.get(type(value).__name__, "of another type")
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in a message: short ones as they are, others by their type."""
     if isinstance(value, int) and abs(value) > 10**MAX_SHOWN:
         return "a number of more than 60 digits"

@@ -33,9 +33,9 @@ def containers(root: Any) -> Iterator[tuple[list[str | int], Any]]:
                 path.pop()
 
 
-def path_to(wanted: Any, root: Any) -> tuple[str, ...]:
+def path_to(container: Any, root: Any) -> tuple[str, ...]:
     """Keys from a value to one of the objects and lists in it, which is found by identity; empty for itself."""
-    return next((tuple(map(str, path)) for path, value in containers(root) if value is wanted), ())
+    return next((tuple(map(str, path)) for path, value in containers(root) if value is container), ())
 
 
 def dotted(keys: Iterable[str | int]) -> str:

@@ -35,7 +35,7 @@ HEALTH_PERIOD_S = 2.0
 """Seconds between two health checks of a replica by Serve."""
 HEALTH_TIMEOUT_S = 10.0
 """Seconds that one check may take; Serve replaces a replica after three failures."""
-QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
+LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 CONTROL_CPUS = 0.1
 """CPUs that Ray reserves for the directory and for each gateway: for placement, not a limit."""
 
@@ -46,14 +46,16 @@ def prepare(config: ServeConfig, *, check: bool = True) -> AppPlan:
     Raises ConfigError or RegistryError with the next step; nothing has started then.
     """
     planned = plan(resolve(config))
-    for i, model in enumerate(planned.app.models):
+    for index, model in enumerate(planned.app.models):
         if model.config.prefill is not None:
-            find_engine(model.config.engine).kv_transfer.check(model.config, f"models[{i}]")
-    for each in planned.engines:
-        if reason := unsupported_shape(find_engine(each.spec.kind), Path(each.spec.path), each.spec.gpus):
-            raise ConfigError(f"{each.key}: {each.model.name} cannot be served. {reason}")
+            find_engine(model.config.engine).kv_transfer.check(model.config, f"models[{index}]")
+    for deployment in planned.engines:
+        if reason := unsupported_shape(
+            find_engine(deployment.spec.kind), Path(deployment.spec.path), deployment.spec.gpus
+        ):
+            raise ConfigError(f"{deployment.key}: {deployment.model.name} cannot be served. {reason}")
     if check:
-        check_engine_args(*(each.spec for each in planned.engines if each.model.config.engine_args))
+        check_engine_args(*(deployment.spec for deployment in planned.engines if deployment.model.config.engine_args))
     return planned
 
 
@@ -69,7 +71,7 @@ def application(planned: AppPlan) -> serve.Application:
     directory = _deployment(
         Directory, DIRECTORY_NAME, version_of(config.version, registry), num_cpus=CONTROL_CPUS
     ).bind(None, registry)
-    engines = [_engine_application(each, planned, directory) for each in planned.engines]
+    engines = [_engine_application(engine, planned, directory) for engine in planned.engines]
     constructor_args = (tuple(map(gateway_view, planned.app.models)), config.gateway, registry)
     more_args = (config.router, fingerprint(settings().admin_token))
     gateway = _deployment(
@@ -83,19 +85,19 @@ def application(planned: AppPlan) -> serve.Application:
     return gateway.bind(directory, *constructor_args, engines, *more_args)
 
 
-def _engine_application(each: EngineDeployment, planned: AppPlan, directory: serve.Application) -> serve.Application:
+def _engine_application(engine: EngineDeployment, planned: AppPlan, directory: serve.Application) -> serve.Application:
     config, registry = planned.app.config, planned.app.registry
     return _deployment(
         EngineReplica,
-        each.model.deployment,
-        engine_version(each.model, config.version, registry, config.drain_timeout_s),
-        num_cpus=each.placement.cpus,
-        num_gpus=each.placement.gpus,
-        custom=each.model.config.resources_per_replica,
-        env=each.model.config.env,
-        **engine_options(each.model, config.drain_timeout_s),
-        **each.placement.options(),
-    ).bind(each.model, directory, registry, config.drain_timeout_s)
+        engine.model.deployment,
+        engine_version(engine.model, config.version, registry, config.drain_timeout_s),
+        num_cpus=engine.placement.cpus,
+        num_gpus=engine.placement.gpus,
+        custom_resources=engine.model.config.resources_per_replica,
+        env=engine.model.config.env,
+        **engine_options(engine.model, config.drain_timeout_s),
+        **engine.placement.options(),
+    ).bind(engine.model, directory, registry, config.drain_timeout_s)
 
 
 def _deployment(
@@ -105,13 +107,13 @@ def _deployment(
     *,
     num_cpus: float,
     num_gpus: float = 0.0,
-    custom: dict[str, float] | None = None,
+    custom_resources: dict[str, float] | None = None,
     env: dict[str, str] | None = None,
     **options: Any,
 ) -> serve.Deployment:
     resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    if custom:
-        resources["resources"] = dict(custom)
+    if custom_resources:
+        resources["resources"] = dict(custom_resources)
     if env:
         resources["runtime_env"] = {"env_vars": without_references(env)}
     deployment = cast(
@@ -120,7 +122,7 @@ def _deployment(
             cls,
             name=name,
             ray_actor_options=resources,
-            logging_config=QUIET,
+            logging_config=LOGGING,
             # Requests do not pass through Serve's queues: the gateway's replicas admit all that HAProxy hands them.
             max_ongoing_requests=100_000,
             health_check_period_s=HEALTH_PERIOD_S,

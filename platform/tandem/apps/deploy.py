@@ -30,7 +30,7 @@ POLL_S = 0.2
 LAST_BYTES_S = 1.0
 """Seconds for the last bytes of an engine to reach their clients."""
 
-KEPT = b"tandem"
+KV_NAMESPACE = b"tandem"
 """Ray's namespace of the key-value store that lives as long as the cluster."""
 TO_INITIALIZE = re.compile(r"have taken more than \d+s to initialize")
 TO_SCHEDULE = re.compile(
@@ -50,15 +50,15 @@ def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[s
     resources; Serve waits for them without a limit.
     """
     name = planned.app.config.app
-    before = _details(name)
+    details_before = _details(name)
     reported: set[str] = set()
     target = serve.RunTarget(application(planned), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
-    while not is_rolled_out(now := _details(name), before):
+    while not is_rolled_out(details := _details(name), details_before):
         # The app's status only: a deployment keeps the status of the last change until Serve has begun with this one.
-        if now["status"] == FAILED:
+        if details["status"] == FAILED:
             raise EngineError(f"{name} did not start: {failure_reason(name)}")
-        for text in sorted(deployment_messages(now) - reported):
+        for text in sorted(deployment_messages(details) - reported):
             reported.add(text)
             on_message(text)
         time.sleep(POLL_S)
@@ -68,15 +68,15 @@ def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[s
 def check_capacity(planned: AppPlan) -> None:
     """ClusterError if no node of a cluster that cannot grow could hold a replica: Serve would wait without a limit."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for each in planned.engines:
+    for engine in planned.engines:
         # The workers of a placement group may be on several nodes.
-        if not each.placement.bundles:
-            check_nodes(nodes, each.model.config, f"A replica of {each.model.name}")
+        if not engine.placement.bundles:
+            check_nodes(nodes, engine.model.config, f"A replica of {engine.model.name}")
 
 
 def _save_config(config: ServeConfig) -> None:
     record = {"deployed_at": _details(config.app).get("last_deployed_time_s"), "config": to_dict(config)}
-    internal_kv._internal_kv_put(_key(config.app), json.dumps(record).encode(), overwrite=True, namespace=KEPT)
+    internal_kv._internal_kv_put(_key(config.app), json.dumps(record).encode(), overwrite=True, namespace=KV_NAMESPACE)
 
 
 def saved_config(app: str) -> ServeConfig | None:
@@ -84,8 +84,8 @@ def saved_config(app: str) -> ServeConfig | None:
 
     A `serve.run` of another program over the same app is not noticed: Serve keeps the time of the first.
     """
-    kept = internal_kv._internal_kv_get(_key(app), namespace=KEPT)
-    record = json.loads(kept) if kept else {}
+    value = internal_kv._internal_kv_get(_key(app), namespace=KV_NAMESPACE)
+    record = json.loads(value) if value else {}
     if not record or record["deployed_at"] != _details(app).get("last_deployed_time_s"):
         return None
     return from_dict(ServeConfig, record["config"])
@@ -100,36 +100,38 @@ def is_rolled_out(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
     Serve begins with a change a moment after the call; a deployment that is not HEALTHY shows that it has.
     """
-    deployments, old = now["deployments"], before["deployments"]
-    begun = any(each["status"] != "HEALTHY" for each in deployments.values())
-    return now["status"] == "RUNNING" or (begun and all(_replaced(d, old.get(key)) for key, d in deployments.items()))
+    deployments, old_deployments = now["deployments"], before["deployments"]
+    has_begun = any(deployment["status"] != "HEALTHY" for deployment in deployments.values())
+    return now["status"] == "RUNNING" or (
+        has_begun and all(_is_replaced(deployment, old_deployments.get(key)) for key, deployment in deployments.items())
+    )
 
 
 def deployment_messages(now: Mapping[str, Any]) -> set[str]:
     """Messages about deployments that are not HEALTHY, one line each. Pure."""
-    waiting = {
-        name: each["message"]
-        for name, each in now["deployments"].items()
-        if each["status"] != "HEALTHY" and each["message"]
+    messages = {
+        name: deployment["message"]
+        for name, deployment in now["deployments"].items()
+        if deployment["status"] != "HEALTHY" and deployment["message"]
     }
-    return {text for name, message in waiting.items() if (text := _deployment_message(name, message))}
+    return {text for name, message in messages.items() if (text := _deployment_message(name, message))}
 
 
 def _deployment_message(deployment: str, message: str) -> str | None:
     # An engine may take more than half a minute to load.
     if TO_INITIALIZE.search(message):
         return None
-    if found := TO_SCHEDULE.search(message):
+    if match := TO_SCHEDULE.search(message):
         return (
-            f"{deployment} waits for room on the cluster: each replica needs {found['needed']}, and {found['free']} are free. "
+            f"{deployment} waits for room on the cluster: each replica needs {match['needed']}, and {match['free']} are free. "
             "It starts when there is room: stop something else, add a node, or lower `replicas`."
         )
-    if found := FAILED_ATTEMPT.match(message):
-        # With no attempt left the error of the deployment says it.
-        if found["left"] == "0":
+    if match := FAILED_ATTEMPT.match(message):
+        # After the last attempt the deployment's own error has the reason.
+        if match["left"] == "0":
             return None
-        more = f" Attempts left: {found['left']}." if found["left"] else ""
-        return f"{deployment} did not start: {reason_in(message) or 'Ray has not said why.'}{more}"
+        attempts_left = f" Attempts left: {match['left']}." if match["left"] else ""
+        return f"{deployment} did not start: {reason_in(message) or 'Ray has not said why.'}{attempts_left}"
     return message.splitlines()[0]
 
 
@@ -138,12 +140,12 @@ def reason_in(message: str) -> str:
     return tandem_error_in(message) or message.strip()
 
 
-def _replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+def _is_replaced(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
     if now["status"] == "HEALTHY":
         return True
-    states = [each["state"] for each in now["replicas"] if each["state"] != "STOPPING"]
-    old = _running(before) if before else set()
-    return states == ["RUNNING"] * now["target_num_replicas"] and not _running(now) & old
+    states = [replica["state"] for replica in now["replicas"] if replica["state"] != "STOPPING"]
+    old_running = _running_replicas(before) if before else set()
+    return states == ["RUNNING"] * now["target_num_replicas"] and not _running_replicas(now) & old_running
 
 
 def drain(name: str, timeout_s: float) -> bool:
@@ -151,12 +153,15 @@ def drain(name: str, timeout_s: float) -> bool:
     # Serve reports no replicas of an app that is being deleted. Its gateways stay reachable for some seconds in any case, so
     # they are not waited for.
     deployments = _details(name)["deployments"].items()
-    engines = {
-        r["actor_name"] for key, d in deployments if key not in (DIRECTORY_NAME, GATEWAY_NAME) for r in d["replicas"]
+    engine_actors = {
+        replica["actor_name"]
+        for key, deployment in deployments
+        if key not in (DIRECTORY_NAME, GATEWAY_NAME)
+        for replica in deployment["replicas"]
     }
     serve.delete(name, _blocking=False)
     deadline = time.monotonic() + timeout_s
-    while engines := {engine for engine in engines if _lives(engine)}:
+    while engine_actors := {actor for actor in engine_actors if _is_alive(actor)}:
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_S)
@@ -174,13 +179,13 @@ def failure_reason(name: str) -> str:
 
 
 def _details(name: str) -> dict[str, Any]:
-    # What `serve.status` leaves out: which replicas there are.
+    # `serve.status` does not list replicas.
     client = _get_global_client()
     apps = client.get_serve_details()["applications"] if client else {}
     return {"status": "NOT_STARTED", "deployments": {}, **apps.get(name, {})}
 
 
-def _lives(actor: str) -> bool:
+def _is_alive(actor: str) -> bool:
     try:
         ray.get_actor(actor, namespace="serve")
     except ValueError:
@@ -188,5 +193,5 @@ def _lives(actor: str) -> bool:
     return True
 
 
-def _running(deployment: Mapping[str, Any]) -> set[str]:
-    return {each["replica_id"] for each in deployment["replicas"] if each["state"] == "RUNNING"}
+def _running_replicas(deployment: Mapping[str, Any]) -> set[str]:
+    return {replica["replica_id"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"}

@@ -34,8 +34,8 @@ class AppPlan:
 def plan(app: ResolvedApp) -> AppPlan:
     """The deployments of an app; ConfigError if the engines' arguments and the resources in the config do not fit."""
     engines = [
-        _engine_deployment(replicas, f"models[{i}]")
-        for i, model in enumerate(app.models)
+        _engine_deployment(replicas, f"models[{index}]")
+        for index, model in enumerate(app.models)
         for replicas in split_prefill(model)
     ]
     return AppPlan(app=app, engines=tuple(engines))
@@ -46,16 +46,16 @@ def split_prefill(model: ServedModel) -> list[ServedModel]:
     config, prefill = model.config, model.config.prefill
     if prefill is None:
         return [model]
-    generating = replace(config, engine_args=find_engine(config.engine).kv_transfer.engine_args(config))
-    prefilling = replace(
+    decode_config = replace(config, engine_args=find_engine(config.engine).kv_transfer.engine_args(config))
+    prefill_config = replace(
         config,
         autoscaling=None,
         replicas=prefill.replicas,
         cpus_per_replica=config.cpus_per_replica if prefill.cpus_per_replica is None else prefill.cpus_per_replica,
         gpus_per_replica=config.gpus_per_replica if prefill.gpus_per_replica is None else prefill.gpus_per_replica,
-        engine_args={**generating.engine_args, **prefill.engine_args},
+        engine_args={**decode_config.engine_args, **prefill.engine_args},
     )
-    return [replace(model, config=generating), replace(model, config=prefilling, is_prefill=True)]
+    return [replace(model, config=decode_config), replace(model, config=prefill_config, is_prefill=True)]
 
 
 def _engine_deployment(model: ServedModel, key: str) -> EngineDeployment:

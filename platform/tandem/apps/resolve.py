@@ -29,7 +29,7 @@ class ResolvedApp:
     models: tuple[ServedModel, ...]
     """With the engine that serves each."""
     registry: RegistryAddress
-    """How replicas open the registry."""
+    """Address by which replicas open the registry."""
 
 
 def resolve(config: ServeConfig) -> ResolvedApp:
@@ -42,9 +42,9 @@ def resolve(config: ServeConfig) -> ResolvedApp:
     with Registry.open() as registry:
         models = tuple(resolve_models(config, registry))
         address = address_of(registry)
-    engines = [each.engine for each in config.models] or [AUTO_ENGINE]
-    named = [replace(model.config, engine=engine) for model, engine in zip(models, engines, strict=True)]
-    return ResolvedApp(config=replace(config, models=tuple(named)), models=models, registry=address)
+    engines = [model.engine for model in config.models] or [AUTO_ENGINE]
+    named_models = [replace(model.config, engine=engine) for model, engine in zip(models, engines, strict=True)]
+    return ResolvedApp(config=replace(config, models=tuple(named_models)), models=models, registry=address)
 
 
 def check_shared(registry_url: str) -> None:
@@ -76,7 +76,10 @@ def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]
                 "`tandem train submit`, or name a folder in Hugging Face's format."
             )
         configs = (ServedModelConfig(model=newest.id, name=newest.name),)
-    models = [_with_engine(_resolve_model(each, registry), f"models[{i}].engine") for i, each in enumerate(configs)]
+    models = [
+        _with_engine(_resolve_model(model_config, registry), f"models[{index}].engine")
+        for index, model_config in enumerate(configs)
+    ]
     for model in models:
         if sum(other.name == model.name or other.id == model.id for other in models) > 1:
             raise ConfigError(
@@ -116,8 +119,8 @@ def _resolve_model(config: ServedModelConfig, registry: Registry) -> ServedModel
 
 def _served_length(config: ServedModelConfig, model_length: int | None) -> int | None:
     """Tokens that a served model takes: `max_model_len` of its engine, else those of the model."""
-    given = config.engine_args.get("max_model_len")
-    return given if isinstance(given, int) and given > 0 else model_length
+    max_model_len = config.engine_args.get("max_model_len")
+    return max_model_len if isinstance(max_model_len, int) and max_model_len > 0 else model_length
 
 
 def _folder_length(folder: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""API keys: who may use an app, as which tenant and in which role, and within which limits."""
+"""API keys: tenant, role, models and limits of the callers of an app."""
 
 from tandem.auth.keys import ApiKey, KeyStore, NewKey
 from tandem.auth.principal import Limits, Principal, Role

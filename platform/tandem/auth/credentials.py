@@ -23,15 +23,15 @@ def secret_of(headers: Headers) -> str | None:
             values.setdefault(name, value)
     if any(len(value) > LONGEST_HEADER for value in values.values()):
         return ""
-    scheme, _, rest = values.get(b"authorization", b"").strip().partition(b" ")
-    rest = rest.strip()
-    if scheme.lower() == b"bearer" and rest:
-        return _text(rest)
+    scheme, _, credential = values.get(b"authorization", b"").strip().partition(b" ")
+    credential = credential.strip()
+    if scheme.lower() == b"bearer" and credential:
+        return _text(credential)
     if b"x-api-key" in values:
         return _text(values[b"x-api-key"].strip())
-    if scheme.lower() == b"basic" and rest:
+    if scheme.lower() == b"basic" and credential:
         try:
-            _, _, password = base64.b64decode(rest, validate=True).partition(b":")
+            _, _, password = base64.b64decode(credential, validate=True).partition(b":")
         except binascii.Error:
             return ""
         return _text(password)

@@ -21,7 +21,7 @@ from tandem.registry.timed_calls import TimedCalls
 from tandem.tasks import stop
 
 POLL_S = 1.0
-"""Seconds between two looks at the database: a change is seen by every gateway within twice that."""
+"""Seconds between two reads of the database: every gateway has a change within twice that."""
 PAGE_S = 3.0
 """Seconds that one page of keys may take."""
 START_S = 10.0
@@ -44,27 +44,27 @@ class KeyTable:
         self._store = store
         self._now = now
         self._keys: dict[str, ChangedKey] = {}
-        self._budgeted: dict[str, str] = {}
-        """Digests and ids of the keys with a limit of tokens in a day: changes of other things look at no key."""
+        self._budgeted_ids: dict[str, str] = {}
+        """Ids by digest of the keys with a limit of tokens in a day, so that `budgets` is made without a look at all keys."""
         self._tenants: dict[str, Limits] = {}
         self._cursor = Cursor()
         self._revision = -1
-        # Compared with where there is no key, so that an unknown secret takes as long as a known one.
-        self._nobody = digest(secrets.token_urlsafe(32))
+        # Compared with the digest of an unknown secret, so that one takes as long as a known one.
+        self._dummy_digest = digest(secrets.token_urlsafe(32))
         self._calls = TimedCalls(store, "keys")
-        self._polling: asyncio.Task[None] | None = None
+        self._poll_task: asyncio.Task[None] | None = None
         self.loaded = False
         """Whether all keys of the database have been read once."""
         self.has_keys = False
-        """Whether any key was ever made, ended ones too: from then on an app answers nobody without a key."""
+        """Whether any key was ever made, ended ones too: from then on an app refuses requests without a key."""
         self.budgets = Budgets()
 
     def authenticate(self, secret: str) -> Principal | None:
-        """Whom a secret belongs to; None for one that is unknown, expired or revoked."""
-        given = digest(secret[:LONGEST_SECRET])
-        key = self._keys.get(given)
-        same = hmac.compare_digest(given, self._nobody if key is None else key.digest)
-        if key is None or not same or (key.expires_at is not None and key.expires_at <= self._now()):
+        """The principal of a secret; None for one that is unknown, expired or revoked."""
+        secret_digest = digest(secret[:LONGEST_SECRET])
+        key = self._keys.get(secret_digest)
+        is_equal = hmac.compare_digest(secret_digest, self._dummy_digest if key is None else key.digest)
+        if key is None or not is_equal or (key.expires_at is not None and key.expires_at <= self._now()):
             return None
         return key.principal
 
@@ -74,29 +74,29 @@ class KeyTable:
 
     async def start(self) -> None:
         """Begin to follow the database; returns when all keys were read, or after `START_S`, and then reads on."""
-        self._polling = asyncio.create_task(self._poll())
-        began = time.monotonic()
-        while not self.loaded and time.monotonic() - began < START_S:
+        self._poll_task = asyncio.create_task(self._poll())
+        started_at = time.monotonic()
+        while not self.loaded and time.monotonic() - started_at < START_S:
             await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
         """Stop polling, and close the connection to the database."""
-        await stop(self._polling)
+        await stop(self._poll_task)
         self._calls.close()
 
     async def _poll(self) -> None:
         while True:
             try:
                 await self._refresh()
-            except Exception as error:  # noqa: BLE001 - the next look may succeed, and revocations depend on it
+            except Exception as error:  # noqa: BLE001 - the next read may succeed, and revocations depend on it
                 log.warning(
                     "API keys could not be read: %s. Known keys stay valid.", str(error) or type(error).__name__
                 )
             await asyncio.sleep(POLL_S)
 
     async def _refresh(self) -> None:
-        """Read what has changed, page by page; all of it where the database is older than what was read (a backup)."""
-        keys, budgeted, cursor, new = self._keys, self._budgeted, self._cursor, False
+        """Read changed keys, page by page; all keys if the database's revision went back (a restored backup)."""
+        keys, budgeted_ids, cursor, has_changes = self._keys, self._budgeted_ids, self._cursor, False
         revision = await self._calls.run(PAGE_S, self._store.revision)
         if revision < cursor.revision:
             log.warning(
@@ -104,25 +104,25 @@ class KeyTable:
                 revision,
                 cursor.revision,
             )
-            keys, budgeted, cursor, new = {}, {}, Cursor(), True
+            keys, budgeted_ids, cursor, has_changes = {}, {}, Cursor(), True
         elif revision == self._revision:
             return
         while True:
-            cursor, changed = await self._calls.run(PAGE_S, self._store.changes, cursor)
-            if not changed:
+            cursor, changed_keys = await self._calls.run(PAGE_S, self._store.changes, cursor)
+            if not changed_keys:
                 break
-            new = True
-            for key in changed:
+            has_changes = True
+            for key in changed_keys:
                 keys[key.digest] = key
                 if key.principal is not None and key.principal.limits.tokens_per_day is not None:
-                    budgeted[key.digest] = key.principal.key_id
+                    budgeted_ids[key.digest] = key.principal.key_id
                 else:
-                    budgeted.pop(key.digest, None)
+                    budgeted_ids.pop(key.digest, None)
         self._tenants = await self._calls.run(PAGE_S, self._store.tenants)
-        self._keys, self._budgeted, self._cursor, self._revision = keys, budgeted, cursor, revision
+        self._keys, self._budgeted_ids, self._cursor, self._revision = keys, budgeted_ids, cursor, revision
         self.has_keys = self.has_keys or bool(keys)
         self.budgets = Budgets(
-            frozenset(budgeted.values()) if new else self.budgets.keys,
-            frozenset(name for name, each in self._tenants.items() if each.tokens_per_day is not None),
+            frozenset(budgeted_ids.values()) if has_changes else self.budgets.keys,
+            frozenset(name for name, limits in self._tenants.items() if limits.tokens_per_day is not None),
         )
         self.loaded = True

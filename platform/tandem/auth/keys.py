@@ -45,7 +45,7 @@ class ApiKey:
     """One key, without its secret."""
 
     id: str
-    """What it is called in lists, logs and commands: `key_` and 12 hexadecimal digits."""
+    """Its name in lists, logs and commands: `key_` and 12 hexadecimal digits."""
     name: str
     hint: str
     """The first characters of the secret, by which its owner knows it."""
@@ -68,7 +68,7 @@ class ApiKey:
 
     @property
     def principal(self) -> Principal:
-        """Whom a request with this key comes from."""
+        """The principal of requests with this key."""
         return Principal(key_id=self.id, tenant=self.tenant, role=self.role, models=self.models, limits=self.limits)
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class ApiKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewKey:
-    """A key that was just made, with its secret: nobody can be shown that again."""
+    """A new key with its secret, which cannot be read again."""
 
     key: ApiKey
     secret: str = field(repr=False)
@@ -105,11 +105,11 @@ class Cursor(NamedTuple):
 
 
 class ChangedKey(NamedTuple):
-    """What a gateway keeps of a key."""
+    """The fields of a key that a gateway needs."""
 
     digest: str
     principal: Principal | None
-    """Whom it belongs to; None: it is not accepted."""
+    """Principal of its requests; None: it is not accepted."""
     expires_at: datetime | None
 
 
@@ -117,7 +117,7 @@ ChangedKeys = list[ChangedKey]
 
 
 def digest(secret: str) -> str:
-    """What the database keeps of a secret."""
+    """SHA-256 of a secret, as the database keeps it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -138,7 +138,7 @@ class KeyStore(RegistryConnection):
     ) -> NewKey:
         """Make a key. AuthError for values that no key can have.
 
-        `by` and `address` tell the audit log who makes it, and from where.
+        `by` and `address`: the caller and its address, for the audit log.
         """
         check_tenant(tenant)
         if not name.isprintable() or not 1 <= len(name) <= 96:
@@ -147,7 +147,7 @@ class KeyStore(RegistryConnection):
             raise AuthError(f"A key expires after 1 second to {LONGEST_LIFE.days // 365} years, or never.")
         _check_models(models)
         with self._writing() as (session, revision):
-            new = self._add(
+            new_key = self._add(
                 session,
                 revision,
                 name=name,
@@ -157,9 +157,11 @@ class KeyStore(RegistryConnection):
                 limits=(limits or Limits()).to_json(),
                 expires_in=expires_in,
             )
-            change = Change(by=by, action="keys.create", target=new.key.id, address=address, after=new.key.to_json())
+            change = Change(
+                by=by, action="keys.create", target=new_key.key.id, address=address, after=new_key.key.to_json()
+            )
             record_change(session, change)
-        return new
+        return new_key
 
     def list(self, *, tenant: str | None = None, every: bool = False) -> Keys:
         """The keys, oldest first: those that are active, or all; `tenant`: of one tenant only."""
@@ -177,44 +179,46 @@ class KeyStore(RegistryConnection):
             query = query.where(_is_active())
         with self._reading() as session:
             if after is not None:
-                last = session.get(row, after)
-                if last is None:
+                last_row = session.get(row, after)
+                if last_row is None:
                     raise UnknownKeyError(f"There is no key {after[:80]!r}; `after` is the id of a page's last key.")
                 query = query.where(
-                    tuple_(row.created_at, row.id) > tuple_(literal(last.created_at, UtcDateTime), last.id)
+                    tuple_(row.created_at, row.id) > tuple_(literal(last_row.created_at, UtcDateTime), last_row.id)
                 )
-            return [_key(each) for each in session.scalars(query)]
+            return [_to_api_key(matching_row) for matching_row in session.scalars(query)]
 
     def get(self, id_or_name: str) -> ApiKey:
         """One key, by its id, or by its name if one active key has it; AuthError otherwise."""
         with self._reading() as session:
-            return _key(_find(session, id_or_name))
+            return _to_api_key(_find(session, id_or_name))
 
     def revoke(self, id_or_name: str, *, by: str, address: str | None = None) -> ApiKey:
         """End a key; gateways refuse it within seconds. A key that has ended stays as it is."""
         with self._writing() as (session, revision):
             row = _find(session, id_or_name)
-            before = _key(row)
+            old_key = _to_api_key(row)
             if row.revoked_at is None:
                 row.revoked_at, row.revision = datetime.now(UTC), revision
-                old, ended = before.to_json(), _key(row).to_json()
-                change = Change(by=by, action="keys.revoke", target=row.id, address=address, before=old, after=ended)
+                old_json, new_json = old_key.to_json(), _to_api_key(row).to_json()
+                change = Change(
+                    by=by, action="keys.revoke", target=row.id, address=address, before=old_json, after=new_json
+                )
                 record_change(session, change)
-            return _key(row)
+            return _to_api_key(row)
 
     def rotate(self, id_or_name: str, *, overlap: timedelta, by: str, address: str | None = None) -> NewKey:
         """A new key with the same rights; the old one is accepted for `overlap` more. AuthError if the old one has ended."""
         now = datetime.now(UTC)
         with self._writing() as (session, revision):
             row = _find(session, id_or_name)
-            before = _key(row)
-            if before.state(now) != "active":
-                raise AuthError(f"{row.id} is {before.state(now)}; make a new key: `tandem keys create {row.name}`.")
-            until = now + min(max(overlap, timedelta(0)), LONGEST_LIFE)
+            old_key = _to_api_key(row)
+            if old_key.state(now) != "active":
+                raise AuthError(f"{row.id} is {old_key.state(now)}; make a new key: `tandem keys create {row.name}`.")
+            expires_at = now + min(max(overlap, timedelta(0)), LONGEST_LIFE)
             lifetime = None if row.lifetime_s is None else timedelta(seconds=row.lifetime_s)
-            row.expires_at = until if row.expires_at is None else min(until, row.expires_at)
+            row.expires_at = expires_at if row.expires_at is None else min(expires_at, row.expires_at)
             row.revision = revision
-            new = self._add(
+            new_key = self._add(
                 session,
                 revision,
                 name=row.name,
@@ -224,19 +228,21 @@ class KeyStore(RegistryConnection):
                 limits=dict(row.limits),
                 expires_in=lifetime,
             )
-            old, made = before.to_json(), new.key.to_json()
-            change = Change(by=by, action="keys.rotate", target=row.id, address=address, before=old, after=made)
+            old_json, new_json = old_key.to_json(), new_key.key.to_json()
+            change = Change(
+                by=by, action="keys.rotate", target=row.id, address=address, before=old_json, after=new_json
+            )
             record_change(session, change)
-        return new
+        return new_key
 
     def accepts(self, secret: str) -> bool:
         """Whether a secret is that of an active key."""
         with self._reading() as session:
             row = session.scalar(select(ApiKeyRow).where(ApiKeyRow.digest == digest(secret)))
-            return row is not None and _key(row).state(datetime.now(UTC)) == "active"
+            return row is not None and _to_api_key(row).state(datetime.now(UTC)) == "active"
 
     def count_active(self) -> int:
-        """How many keys are accepted now."""
+        """The number of keys that are accepted now."""
         query = select(func.count()).select_from(ApiKeyRow).where(_is_active())
         with self._reading() as session:
             return session.execute(query).scalar_one()
@@ -291,8 +297,8 @@ class KeyStore(RegistryConnection):
         query = select(*columns).where(tuple_(row.revision, row.id) > tuple_(after.revision, after.id))
         with self._reading() as session:
             rows = session.execute(query.order_by(row.revision, row.id).limit(PAGE)).all()
-        changed = [ChangedKey(each.digest, _accepted(each), each.expires_at) for each in rows]
-        return Cursor(rows[-1].revision, rows[-1].id) if rows else after, changed
+        changed_keys = [ChangedKey(key_row.digest, _principal_of(key_row), key_row.expires_at) for key_row in rows]
+        return Cursor(rows[-1].revision, rows[-1].id) if rows else after, changed_keys
 
     def _add(
         self, session: Session, revision: int, *, role: Role, expires_in: timedelta | None, **values: Any
@@ -312,7 +318,7 @@ class KeyStore(RegistryConnection):
         )
         session.add(row)
         session.flush()
-        return NewKey(key=_key(row), secret=secret)
+        return NewKey(key=_to_api_key(row), secret=secret)
 
 
 def check_tenant(tenant: str) -> None:
@@ -327,9 +333,9 @@ def _check_models(models: Sequence[str]) -> None:
     """AuthError for a list of models that has too many names, or one that no model can have."""
     if len(models) > MOST_MODELS:
         raise AuthError(f"The list of models has {len(models)} names; a key has at most {MOST_MODELS}.")
-    for place, name in enumerate(models):
+    for index, name in enumerate(models):
         if not name.isprintable() or not 1 <= len(name) <= LONGEST_MODEL:
-            raise AuthError(f"models[{place}] must have 1 to {LONGEST_MODEL} printable characters; it has {len(name)}.")
+            raise AuthError(f"models[{index}] must have 1 to {LONGEST_MODEL} printable characters; it has {len(name)}.")
 
 
 def _is_active() -> ColumnElement[bool]:
@@ -338,7 +344,7 @@ def _is_active() -> ColumnElement[bool]:
     return row.revoked_at.is_(None) & (row.expires_at.is_(None) | (row.expires_at > datetime.now(UTC)))
 
 
-def _accepted(row: Any) -> Principal | None:
+def _principal_of(row: Any) -> Principal | None:
     """The principal of a row; None for a revoked key, and for one that this version of Tandem cannot read."""
     if row.revoked_at is not None:
         return None
@@ -362,18 +368,18 @@ def _find(session: Session, id_or_name: str) -> ApiKeyRow:
     row = session.get(ApiKeyRow, id_or_name)
     if row is not None:
         return row
-    named = session.scalars(select(ApiKeyRow).where(ApiKeyRow.name == id_or_name, _is_active())).all()
-    if len(named) == 1:
-        return named[0]
-    if named:
-        ids = ", ".join(each.id for each in named)
-        raise AuthError(f"{len(named)} active keys are called {id_or_name!r}: {ids}. Give the id.")
-    known = [*session.scalars(select(ApiKeyRow.id)), *session.scalars(select(ApiKeyRow.name))]
-    near = did_you_mean(id_or_name, known)
-    raise UnknownKeyError(f"There is no active key {id_or_name[:80]!r}.{near} `tandem keys ls --all` lists them.")
+    matching_rows = session.scalars(select(ApiKeyRow).where(ApiKeyRow.name == id_or_name, _is_active())).all()
+    if len(matching_rows) == 1:
+        return matching_rows[0]
+    if matching_rows:
+        ids = ", ".join(matching_row.id for matching_row in matching_rows)
+        raise AuthError(f"{len(matching_rows)} active keys are called {id_or_name!r}: {ids}. Give the id.")
+    ids_and_names = [*session.scalars(select(ApiKeyRow.id)), *session.scalars(select(ApiKeyRow.name))]
+    suggestion = did_you_mean(id_or_name, ids_and_names)
+    raise UnknownKeyError(f"There is no active key {id_or_name[:80]!r}.{suggestion} `tandem keys ls --all` lists them.")
 
 
-def _key(row: ApiKeyRow) -> ApiKey:
+def _to_api_key(row: ApiKeyRow) -> ApiKey:
     return ApiKey(
         id=row.id,
         name=row.name,

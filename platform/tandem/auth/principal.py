@@ -10,7 +10,7 @@ from tandem.errors import ConfigError, did_you_mean
 
 
 class Role(StrEnum):
-    """What a key may do. Each role may also do what those after it may."""
+    """Rights of a key. Each role includes the rights of those after it."""
 
     ADMIN = "admin"
     """Manage keys and adapters, of every tenant."""
@@ -42,26 +42,26 @@ class Limits:
     @property
     def counts_anything(self) -> bool:
         """Whether requests or tokens have to be counted."""
-        counted = (self.requests_per_minute, self.tokens_per_minute, self.concurrent_requests, self.tokens_per_day)
-        return any(limit is not None for limit in counted)
+        limits = (self.requests_per_minute, self.tokens_per_minute, self.concurrent_requests, self.tokens_per_day)
+        return any(limit is not None for limit in limits)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
+        for limit_field in fields(self):
+            value = getattr(self, limit_field.name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(f"{each.name} is {value!r}; it must be a whole number.")
-            if value < 0 and each.name != "highest_priority":
-                raise ConfigError(f"{each.name} is {value}; it must be at least 0.")
+                raise ConfigError(f"{limit_field.name} is {value!r}; it must be a whole number.")
+            if value < 0 and limit_field.name != "highest_priority":
+                raise ConfigError(f"{limit_field.name} is {value}; it must be at least 0.")
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The limits in a JSON object; ConfigError for unknown keys."""
-        known = [each.name for each in fields(cls)]
+        names = [limit.name for limit in fields(cls)]
         for key in value:
-            if key not in known:
-                raise ConfigError(f"There is no limit {key!r}.{did_you_mean(key, known)} Limits: {', '.join(known)}.")
+            if key not in names:
+                raise ConfigError(f"There is no limit {key!r}.{did_you_mean(key, names)} Limits: {', '.join(names)}.")
         return cls(**value)
 
     def to_json(self) -> dict[str, int]:
@@ -76,7 +76,7 @@ NOTHING = Limits(requests_per_minute=0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Principal:
-    """Whom a request comes from."""
+    """The caller of a request."""
 
     key_id: str
     tenant: str

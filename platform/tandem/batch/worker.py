@@ -59,7 +59,7 @@ class Worker:
         try:
             self._client.start()
         except EngineError as error:
-            raise log.explained(error) from None
+            raise log.with_engine_output(error) from None
 
     def __call__(self, table: Any) -> dict[str, Any]:
         """Answer a table of one or more units (read.COLUMNS), and publish each."""

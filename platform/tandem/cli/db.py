@@ -19,4 +19,6 @@ def upgrade_command() -> None:
     """Make the registry's tables, or bring them up to date. A PostgreSQL database needs it before its first use."""
     with friendly_errors():
         done = upgrade(settings().registry_url)
-        console.print(f"The registry at {done.shown} is at schema {done.revision}. Its identity is {done.identity}.")
+        console.print(
+            f"The registry at {done.redacted_url} is at schema {done.revision}. Its identity is {done.identity}."
+        )

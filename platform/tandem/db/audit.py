@@ -1,4 +1,4 @@
-"""Audit log: who changed what, from where, before and after, and refused credentials. Entries are added and stay as they are."""
+"""Audit log: changes, with their author, address and state before and after, and refused credentials. Append-only."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Change:
     """Such as `keys.create`, `adapters.promote` or `credentials.refused`."""
     target: str
     address: str | None = None
-    """Where the change came from; None for commands."""
+    """IP address of the client; None for commands."""
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
     at: datetime | None = None
-    """When it happened, if not now."""
+    """Time of the change; None: now."""
 
 
 def record_change(session: Session, change: Change) -> None:

@@ -29,8 +29,8 @@ from tandem.errors import RegistryError, RegistryUnreachableError, StorageError,
 from tandem.private import make_private_folder
 from tandem.storage import disk_errors
 
-PASSING = (OperationalError, InterfaceError, PoolTimeoutError)
-"""What drivers and SQLAlchemy's pool raise where the database is at fault, rather than what was asked of it."""
+UNAVAILABLE_ERRORS = (OperationalError, InterfaceError, PoolTimeoutError)
+"""Exceptions of drivers and of SQLAlchemy's pool for an unavailable database, not for a wrong statement."""
 ADVISORY_LOCK = 7_263_001
 """PostgreSQL's advisory lock that migrations hold."""
 POSTGRESQL = "postgresql+psycopg"
@@ -54,7 +54,7 @@ PATIENT = Timeouts(connect_s=5, statement_ms=30_000, pool_s=5.0)
 """For commands, jobs and writers."""
 IMPATIENT = Timeouts(connect_s=2, statement_ms=2_000, pool_s=1.0)
 """For reads that a client's request waits for."""
-_OPENED: weakref.WeakKeyDictionary[Engine, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+_CONNECTIONS: weakref.WeakKeyDictionary[Engine, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 """The driver's connections of each PostgreSQL engine."""
 
 
@@ -68,18 +68,18 @@ def open_database(url: str, *, create: bool | None = None, timeouts: Timeouts = 
     parsed = parse_url(url)
     if create is None:
         create = parsed.get_backend_name() == "sqlite"
-    file = _file(parsed)
-    if not create and file and not file.exists():
-        raise RegistryError(_missing(parsed))
+    path = _file(parsed)
+    if not create and path and not path.exists():
+        raise RegistryError(_missing_message(parsed))
     engine = connect(url, timeouts)
     with database_errors(engine.url):
-        found = _revision(engine)
-        if found == REVISION:
+        revision = _revision(engine)
+        if revision == REVISION:
             return engine
         if not create:
-            raise RegistryError(_missing(parsed) if found is None else _outdated(parsed, found))
+            raise RegistryError(_missing_message(parsed) if revision is None else _outdated_message(parsed, revision))
         with _migration_lock(engine):
-            if file:
+            if path:
                 # Kept in the file from then on. Switching does not wait for other connections: hence in the lock.
                 with engine.connect() as connection:
                     connection.connection.cursor().execute("PRAGMA journal_mode=WAL")
@@ -90,9 +90,9 @@ def open_database(url: str, *, create: bool | None = None, timeouts: Timeouts = 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Upgraded:
-    """What `upgrade` has made sure of."""
+    """State of a database after `upgrade`."""
 
-    shown: str
+    redacted_url: str
     """The database's URL, password hidden."""
     revision: str
     identity: str
@@ -104,7 +104,7 @@ def upgrade(url: str) -> Upgraded:
     with database_errors(engine.url), engine.connect() as connection:
         identity = connection.execute(select(IdentityRow.id)).scalar_one()
     engine.dispose()
-    return Upgraded(shown=shown(engine.url), revision=REVISION, identity=identity)
+    return Upgraded(redacted_url=redacted_url(engine.url), revision=REVISION, identity=identity)
 
 
 def parse_url(url: str) -> URL:
@@ -112,20 +112,20 @@ def parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
-        raise _not_a_url(url) from error
+        raise _invalid_url_error(url) from error
     if "@" in (parsed.host or ""):
         # The end of a password with an @ in it, taken for a part of the host.
-        raise _not_a_url(url)
+        raise _invalid_url_error(url)
     return parsed.set(drivername=POSTGRESQL) if parsed.drivername in ("postgresql", "postgres") else parsed
 
 
-def shown(url: URL) -> str:
-    """A URL for messages: without what may be a password, wherever it stands."""
+def redacted_url(url: URL) -> str:
+    """A URL for messages: without passwords, in its user part or in its query."""
     query = {key: "***" if "password" in key.lower() else value for key, value in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True)
 
 
-def _not_a_url(text: str) -> RegistryError:
+def _invalid_url_error(text: str) -> RegistryError:
     # Any part of it may be a password, but for a scheme.
     scheme = f"{text.partition('://')[0]}://... " if re.match(r"[a-z0-9+]{1,30}://", text) else ""
     return RegistryError(
@@ -160,7 +160,7 @@ def connect(url: str, timeouts: Timeouts = PATIENT) -> Engine:
                 options["poolclass"] = StaticPool  # one connection: each new one would be another empty database
         elif parsed.drivername == POSTGRESQL:
             options |= {"pool_size": 2, "max_overflow": 3, "pool_timeout": timeouts.pool_s, "pool_recycle": 1800}
-            # What the URL says (sslmode, connect_timeout, options, ...) goes before these.
+            # Options in the URL (sslmode, connect_timeout, options, ...) override these.
             options["connect_args"] = {
                 "connect_timeout": timeouts.connect_s,
                 "options": f"-c statement_timeout={timeouts.statement_ms}",
@@ -173,7 +173,7 @@ def connect(url: str, timeouts: Timeouts = PATIENT) -> Engine:
             }
         engine = create_engine(parsed, **options)
     except (ArgumentError, NoSuchModuleError) as error:
-        raise _not_a_url(url) from error
+        raise _invalid_url_error(url) from error
     except OSError as error:
         raise RegistryError(
             f"The registry's folder cannot be made: {error}. Set TANDEM_HOME to another one."
@@ -184,8 +184,8 @@ def connect(url: str, timeouts: Timeouts = PATIENT) -> Engine:
             "postgresql:// needs psycopg, which is a part of Tandem."
         ) from error
     if engine.dialect.name == "postgresql":
-        opened = _OPENED[engine] = weakref.WeakSet()
-        event.listen(engine, "connect", lambda connection, _: opened.add(connection))
+        connections = _CONNECTIONS[engine] = weakref.WeakSet()
+        event.listen(engine, "connect", lambda connection, _: connections.add(connection))
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", lambda connection, _: _on_sqlite_connect(connection, timeouts))
         event.listen(engine, "begin", _on_sqlite_begin)
@@ -197,7 +197,7 @@ def break_connections(engine: Engine) -> None:
 
     A server that is stopped, or that a network hides, answers neither a statement nor its time-out.
     """
-    for connection in list(_OPENED.get(engine, ())):
+    for connection in list(_CONNECTIONS.get(engine, ())):
         with contextlib.suppress(Exception):  # closed meanwhile, in one of several ways
             # A copy of the descriptor: the connection itself belongs to the thread that waits for it.
             with socket.socket(fileno=os.dup(connection.fileno())) as copy:
@@ -207,7 +207,7 @@ def break_connections(engine: Engine) -> None:
 
 @contextlib.contextmanager
 def database_errors(url: URL) -> Iterator[None]:
-    """Turn what a database refuses into a RegistryError that names it, password hidden.
+    """Turn errors of a database into a RegistryError that names it, password hidden.
 
     A full disk is a StorageError, and what may pass by itself (no connection, a lock) a RegistryUnreachableError.
     """
@@ -216,10 +216,12 @@ def database_errors(url: URL) -> Iterator[None]:
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error)
         if "disk is full" in reason:
-            raise StorageError(f"The disk is full while writing the registry {shown(url)}. Free some space.") from error
-        kind = RegistryUnreachableError if isinstance(error, PASSING) else RegistryError
-        raise kind(
-            f"The registry {shown(url)} refused: {sentence(reason)} Check that it can be reached and written "
+            raise StorageError(
+                f"The disk is full while writing the registry {redacted_url(url)}. Free some space."
+            ) from error
+        error_class = RegistryUnreachableError if isinstance(error, UNAVAILABLE_ERRORS) else RegistryError
+        raise error_class(
+            f"The registry {redacted_url(url)} refused: {sentence(reason)} Check that it can be reached and written "
             "(TANDEM_HOME, or TANDEM_DATABASE_URL where that is set)."
         ) from error
 
@@ -249,26 +251,26 @@ def _revision(engine: Engine) -> str | None:
     with engine.connect() as connection:
         if not inspect(connection).has_table("alembic_version"):
             return None
-        found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
-    if found is not None and found > REVISION:
+        revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+    if revision is not None and revision > REVISION:
         raise RegistryError(
-            f"The registry is at schema {found} and this Tandem knows up to {REVISION}. Upgrade Tandem, "
+            f"The registry is at schema {revision} and this Tandem knows up to {REVISION}. Upgrade Tandem, "
             "or set TANDEM_HOME to another folder."
         )
-    return found
+    return revision
 
 
-def _missing(url: URL) -> str:
+def _missing_message(url: URL) -> str:
     if url.get_backend_name() == "sqlite":
         return (
-            f"There is no registry at {shown(url)} on {socket.gethostname()}. All nodes must use the same one: set "
+            f"There is no registry at {redacted_url(url)} on {socket.gethostname()}. All nodes must use the same one: set "
             "TANDEM_DATABASE_URL to a PostgreSQL database."
         )
-    return f"The database {shown(url)} has no registry in it yet. Run `tandem db upgrade`."
+    return f"The database {redacted_url(url)} has no registry in it yet. Run `tandem db upgrade`."
 
 
-def _outdated(url: URL, found: str) -> str:
-    return f"The registry {shown(url)} is at schema {found} and this Tandem needs {REVISION}. Run `tandem db upgrade`."
+def _outdated_message(url: URL, revision: str) -> str:
+    return f"The registry {redacted_url(url)} is at schema {revision} and this Tandem needs {REVISION}. Run `tandem db upgrade`."
 
 
 def _upgrade(connection: Connection) -> None:

@@ -21,14 +21,14 @@ class Answer(NamedTuple):
 
 async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS) -> Answer:
     """One POST of JSON to an ASGI app in this process."""
-    sent, status, parts = False, 500, list[bytes]()
+    is_sent, status, chunks = False, 500, list[bytes]()
 
     async def receive() -> Message:
-        nonlocal sent
-        if sent:
+        nonlocal is_sent
+        if is_sent:
             # The app waits for a disconnect; this client never disconnects.
             await asyncio.get_running_loop().create_future()
-        sent = True
+        is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Message) -> None:
@@ -36,10 +36,10 @@ async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str] 
         if message["type"] == "http.response.start":
             status = message["status"]
         else:
-            parts.append(message.get("body", b""))
+            chunks.append(message.get("body", b""))
 
-    raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    raw += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    raw_headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    raw_headers += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -50,9 +50,9 @@ async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str] 
         "raw_path": path.encode(),
         "root_path": "",
         "query_string": b"",
-        "headers": raw,
+        "headers": raw_headers,
         "client": ("127.0.0.1", 0),
         "server": ("127.0.0.1", 0),
     }
     await app(scope, receive, send)
-    return Answer(status, b"".join(parts))
+    return Answer(status, b"".join(chunks))

@@ -23,8 +23,8 @@ def create_engine(spec: EngineSpec) -> Engine:
 
 def check_engine_args(*specs: EngineSpec) -> None:
     """Have the engines validate their arguments, unless they have before. Raises ConfigError with the first error."""
-    unknown = [spec for spec in specs if not is_validated(spec)]
-    for spec, error in zip(unknown, validation_errors(unknown), strict=True):
+    unvalidated = [spec for spec in specs if not is_validated(spec)]
+    for spec, error in zip(unvalidated, validation_errors(unvalidated), strict=True):
         if error is not None:
             raise ConfigError(error)
         mark_validated(spec)
@@ -32,10 +32,10 @@ def check_engine_args(*specs: EngineSpec) -> None:
 
 def validation_errors(specs: Sequence[EngineSpec]) -> list[str | None]:
     """The error in each spec's arguments (the key, with the nearest name or the engine's message); None if there is none."""
-    found: list[str | None] = [None] * len(specs)
+    all_errors: list[str | None] = [None] * len(specs)
     for kind in {spec.kind for spec in specs}:
-        indices = [i for i, spec in enumerate(specs) if spec.kind == kind]
-        errors = find_engine(kind).validate([specs[i] for i in indices])
-        for i, error in zip(indices, errors, strict=True):
-            found[i] = error
-    return found
+        indices = [index for index, spec in enumerate(specs) if spec.kind == kind]
+        errors = find_engine(kind).validate([specs[index] for index in indices])
+        for index, error in zip(indices, errors, strict=True):
+            all_errors[index] = error
+    return all_errors

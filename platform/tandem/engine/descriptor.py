@@ -42,7 +42,10 @@ class Placement:
         """Arguments of `serve.deployment`, without the actor's own resources."""
         if not self.bundles:
             return {}
-        return {"placement_group_bundles": [dict(b) for b in self.bundles], "placement_group_strategy": self.strategy}
+        return {
+            "placement_group_bundles": [dict(bundle) for bundle in self.bundles],
+            "placement_group_strategy": self.strategy,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +123,7 @@ class EngineDescriptor:
     model_features: Callable[[Path, Mapping[str, Any]], ModelFeatures]
     """Features of a served model, from its folder and its `engine_args`."""
     explain_start_error: Callable[[str, str], str]
-    """The message of a failed start with its cause; takes the message and what the engine's processes wrote."""
+    """The message of a failed start with its cause; takes the message and the output of the engine's processes."""
     resources: Resources
     requests: Requests
     kv_transfer: KvTransfer

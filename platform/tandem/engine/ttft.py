@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 
 WINDOW_S = 10.0
-MOST = 1000
+MAX_SAMPLES = 1000
 """Number of samples that are kept; the latest count."""
 
 
@@ -15,13 +15,13 @@ class TtftWindow:
     """Times to first token of the last `WINDOW_S` seconds, written by one thread and read by any."""
 
     def __init__(self) -> None:
-        self._taken: deque[tuple[float, float]] = deque(maxlen=MOST)
+        self._samples: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
 
     def add(self, seconds: Iterable[float], now: float) -> None:
         """Add times, in seconds, of first tokens generated now."""
-        self._taken.extend((now, each) for each in seconds)
+        self._samples.extend((now, sample) for sample in seconds)
 
-    def most(self, now: float) -> float:
+    def percentile_90(self, now: float) -> float:
         """90th percentile in seconds; 0 without samples."""
-        lately = sorted(seconds for at, seconds in tuple(self._taken) if now - at <= WINDOW_S)
-        return lately[math.ceil(0.9 * len(lately)) - 1] if lately else 0.0
+        recent = sorted(seconds for generated_at, seconds in tuple(self._samples) if now - generated_at <= WINDOW_S)
+        return recent[math.ceil(0.9 * len(recent)) - 1] if recent else 0.0

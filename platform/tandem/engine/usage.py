@@ -55,5 +55,5 @@ def counting_tokens(tokens: RequestTokens | None = None) -> Iterator[RequestToke
 
 
 def current_tokens() -> RequestTokens | None:
-    """The counts of the request of this context; None: nobody counts."""
+    """The counts of the request of this context; None: they are not counted."""
     return _current.get()

@@ -39,6 +39,10 @@ def _marker(spec: EngineSpec) -> Path:
     folder, packages = Path(spec.path), find_engine(spec.kind).validation_packages
     values = {name: getattr(spec, name) for name in EngineSpec.__slots__ if name != "where"}
     files = {name: file_digest(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
-    versions = [(each.name, each.version) for name in packages for each in metadata.distributions(name=name)]
+    versions = [
+        (distribution.name, distribution.version)
+        for name in packages
+        for distribution in metadata.distributions(name=name)
+    ]
     name = digest([json.loads(json.dumps(values, default=dict)), files, versions])
     return settings().cache.expanduser() / "engine-args" / name

@@ -15,14 +15,14 @@ from tandem.storage import is_remote
 def check_source(source: str, allowed: Iterable[str], home: Path) -> None:
     """ApiError 403 for a source that is neither a job's id nor below `home` or one of the `allowed` folders and URIs."""
     if is_remote(source):
-        found = any(is_remote(prefix) and _is_below(source, prefix) for prefix in allowed)
+        is_allowed = any(is_remote(prefix) and _is_below(source, prefix) for prefix in allowed)
     elif "/" not in source and not source.startswith("~") and not Path(source).exists():
-        return  # the id of a job, or of none
+        return  # a job's id; the registration refuses an unknown one
     else:
         path = Path(source).expanduser().resolve()
         folders = [home, *(Path(prefix).expanduser() for prefix in allowed if not is_remote(prefix))]
-        found = any(path.is_relative_to(folder.resolve()) for folder in folders)
-    if not found:
+        is_allowed = any(path.is_relative_to(folder.resolve()) for folder in folders)
+    if not is_allowed:
         kind = "URI" if is_remote(source) else "folder"
         raise ApiError(
             403,
@@ -35,8 +35,10 @@ def check_source(source: str, allowed: Iterable[str], home: Path) -> None:
 
 def _is_below(source: str, prefix: str) -> bool:
     """Whether a URI is another one or below it, as every store reads it."""
-    rest = source[len(prefix.rstrip("/")) :] if source.startswith(prefix.rstrip("/")) else None
-    if rest is None or (rest and not rest.startswith("/")):
+    suffix = source[len(prefix.rstrip("/")) :] if source.startswith(prefix.rstrip("/")) else None
+    if suffix is None or (suffix and not suffix.startswith("/")):
         return False
-    plain = "::" not in rest and "?" not in rest and "#" not in rest and "%" not in rest and "\\" not in rest
-    return plain and ".." not in rest.split("/")
+    has_plain_path = (
+        "::" not in suffix and "?" not in suffix and "#" not in suffix and "%" not in suffix and "\\" not in suffix
+    )
+    return has_plain_path and ".." not in suffix.split("/")

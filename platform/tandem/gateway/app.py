@@ -85,13 +85,13 @@ def create_app(
     catalog = Catalog(models, registry, config.retry_after_s)
     fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models)
     admission = Admission(catalog.models, fleet, config, metrics)
-    report = DemandReport(catalog.models, admission.waiting, report_demand) if report_demand else None
+    demand_report = DemandReport(catalog.models, admission.waiting, report_demand) if report_demand else None
     upstream = Upstream(config)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     identity = Identity(registry.address, config.oidc)
     usage = UsageStore.at(registry.address)
     accounting, day_usage = _accounting(identity, usage, config, name, apply_limits)
-    lines = AccessLog(access_log) if access_log else None
+    request_log = AccessLog(access_log) if access_log else None
     probe = ReplicaProbe(upstream, fleet)
     fleet.on_lost, fleet.probe = probe.start, probe.is_ready
     administration, key_routes = _administration(registry, catalog, fleet, identity, usage, config)
@@ -99,13 +99,13 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
-            async with _started(lines, identity, accounting, catalog, relay, fleet, report):
+            async with _run_services(request_log, identity, accounting, catalog, relay, fleet, demand_report):
                 yield
         finally:
-            for each in (usage, day_usage, key_routes):
-                each.close()
+            for closeable in (usage, day_usage, key_routes):
+                closeable.close()
 
-    guard = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
+    authentication = identity.middleware(require_keys=require_keys, admin=admin, proxy_secret=proxy_secret)
     app = Starlette(
         routes=[
             *OpenAIRoutes(catalog, fleet, relay, config, accounting).routes(),
@@ -113,9 +113,9 @@ def create_app(
             Mount(PREFIX, administration),
         ],
         middleware=[
-            *([Middleware(LogAccess, access_log=lines)] if lines else []),
+            *([Middleware(LogAccess, access_log=request_log)] if request_log else []),
             *browser_middleware(config.cors_origins),
-            guard,
+            authentication,
         ],
         lifespan=lifespan,
         exception_handlers=EXCEPTION_HANDLERS,
@@ -124,9 +124,9 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.admission, app.state.fleet, app.state.upstream = admission, fleet, upstream
     app.state.identity, app.state.catalog, app.state.relay = identity, catalog, relay
-    _tell_words(words_of([*app.routes, *administration.routes]), identity, lines)
-    for each in (app, administration):
-        each.state.server_adds_request_id = server_adds_request_id
+    _set_route_segments(route_segments([*app.routes, *administration.routes]), identity, request_log)
+    for closeable in (app, administration):
+        closeable.state.server_adds_request_id = server_adds_request_id
     return app
 
 
@@ -154,8 +154,8 @@ def _accounting(
     return Accounting(limiter, writer, identity.keys.tenant_limits), day_usage
 
 
-class Part(Protocol):
-    """A part of the app that runs in the background."""
+class BackgroundService(Protocol):
+    """A part of the app with background tasks."""
 
     def start(self) -> Awaitable[None] | None:
         """Begin."""
@@ -167,30 +167,30 @@ class Part(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def _started(*parts: Part | None) -> AsyncIterator[None]:
-    """Start the parts in their order, and stop them in the opposite one."""
+async def _run_services(*services: BackgroundService | None) -> AsyncIterator[None]:
+    """Start the services in this order, and stop them in the reverse one."""
     async with contextlib.AsyncExitStack() as stack:
-        for part in parts:
-            if part is not None:
-                stack.push_async_callback(_call, part.stop)
-                await _call(part.start)
+        for service in services:
+            if service is not None:
+                stack.push_async_callback(_call, service.stop)
+                await _call(service.start)
         yield
 
 
-async def _call(step: Callable[[], Awaitable[None] | None]) -> None:
-    result = step()
+async def _call(hook: Callable[[], Awaitable[None] | None]) -> None:
+    result = hook()
     if result is not None:
         await result
 
 
-def _tell_words(words: frozenset[str], identity: Identity, lines: AccessLog | None) -> None:
-    """Tell both logs which parts of a path they may keep."""
-    identity.audit.words = words
-    if lines is not None:
-        lines.words = words
+def _set_route_segments(segments: frozenset[str], identity: Identity, request_log: AccessLog | None) -> None:
+    """Set the parts of a path that both logs may keep; all others are masked."""
+    identity.audit.route_segments = segments
+    if request_log is not None:
+        request_log.route_segments = segments
 
 
-def words_of(routes: Iterable[BaseRoute]) -> frozenset[str]:
+def route_segments(routes: Iterable[BaseRoute]) -> frozenset[str]:
     """The fixed parts of routes' paths, such as `v1` and `completions`."""
-    parts = {part for route in routes for part in str(getattr(route, "path", "")).split("/")}
-    return frozenset(part for part in parts if part and "{" not in part)
+    segments = {part for route in routes for part in str(getattr(route, "path", "")).split("/")}
+    return frozenset(part for part in segments if part and "{" not in part)

@@ -34,7 +34,7 @@ class Dialect(Protocol):
         ...
 
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
-        """The event that ends a stream; `last` is what was sent before it."""
+        """The event that ends a stream; `last` is the chunk sent before it."""
         ...
 
 
@@ -53,7 +53,7 @@ class OpenAI:
 
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
         """The body as one more chunk, which the SDK raises as APIError."""
-        return b"data: " + _dump(self.error(status, message, code=code, param=None, request=request)) + b"\n\n"
+        return b"data: " + _to_json(self.error(status, message, code=code, param=None, request=request)) + b"\n\n"
 
 
 class Responses(OpenAI):
@@ -63,17 +63,17 @@ class Responses(OpenAI):
 
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
         """An event of the type `error`, with its fields beside an `error` object: the documented form, and the one SDKs raise."""
-        numbers = re.findall(rb'"sequence_number": ?(\d+)', last)
+        sequence_numbers = re.findall(rb'"sequence_number": ?(\d+)', last)
         body = self.error(status, message, code=code, param=None, request=request)
         event = {
             "type": "error",
-            "sequence_number": int(numbers[-1]) + 1 if numbers else 0,
+            "sequence_number": int(sequence_numbers[-1]) + 1 if sequence_numbers else 0,
             "code": code or body["error"]["type"],
             "message": message,
             "param": None,
             **body,
         }
-        return b"event: error\ndata: " + _dump(event) + b"\n\n"
+        return b"event: error\ndata: " + _to_json(event) + b"\n\n"
 
 
 class Anthropic:
@@ -93,7 +93,7 @@ class Anthropic:
     def event(self, status: int, message: str, *, code: str | None, request: str, last: bytes) -> bytes:
         """`event: error`, which the SDK raises as APIStatusError."""
         body = self.error(status, message, code=code, param=None, request=request)
-        return b"event: error\ndata: " + _dump(body) + b"\n\n"
+        return b"event: error\ndata: " + _to_json(body) + b"\n\n"
 
 
 OPENAI, RESPONSES, ANTHROPIC = OpenAI(), Responses(), Anthropic()
@@ -129,7 +129,7 @@ def _rewrite_event(event: bytes, dialect: Dialect, request: str, explain: Explai
     return dialect.event(status, explain(message, None), code=None, request=request, last=b"").removesuffix(b"\n\n")
 
 
-def _dump(value: dict[str, Any]) -> bytes:
+def _to_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode()
 
 

@@ -19,8 +19,8 @@ REQUEST_ID = "tandem.request_id"
 """Key of an ASGI scope: the request's id."""
 
 
-VISIBLE = re.compile(r"[!-~]{1,128}")
-"""Ids of requests that are taken from clients."""
+VALID_ID = re.compile(r"[!-~]{1,128}")
+"""Request ids that are accepted from clients."""
 LONGEST_MESSAGE, LONGEST_PARAM = 1000, 200
 """Characters of an answer's message and of the name of a field: some engines repeat a request's values in their errors."""
 
@@ -53,11 +53,11 @@ class ApiError(Exception):
 
 
 def shortened(text: str, limit: int) -> str:
-    """A text of at most `limit` characters; what is left of a longer one ends in how much of it is not shown."""
+    """A text of at most `limit` characters; a longer one is cut and ends in its length."""
     if len(text) <= limit:
         return text
-    note = f"... ({len(text):,} characters)"
-    return text[: limit - len(note)] + note
+    suffix = f"... ({len(text):,} characters)"
+    return text[: limit - len(suffix)] + suffix
 
 
 def unknown_model(message: str) -> ApiError:
@@ -77,7 +77,7 @@ def no_registry(reason: str, retry_after_s: int) -> ApiError:
     return ApiError(503, message, code="registry_unavailable", headers={"Retry-After": str(retry_after_s)})
 
 
-def too_slow(model: str, silent_s: float) -> ApiError:
+def engine_timeout(model: str, silent_s: float) -> ApiError:
     """504 for a request on which an engine was silent for too long; neither the gateway nor an SDK retries it."""
     return ApiError(
         504,
@@ -88,8 +88,8 @@ def too_slow(model: str, silent_s: float) -> ApiError:
     )
 
 
-def unreadable(model: str) -> ApiError:
-    """502 for an answer of an engine that is no HTTP that can be read; neither the gateway nor an SDK retries it."""
+def invalid_engine_answer(model: str) -> ApiError:
+    """502 for an engine's answer that is not valid HTTP; neither the gateway nor an SDK retries it."""
     return ApiError(
         502,
         f"The answer of {model} could not be read: it breaks the HTTP protocol, or a header in it is too long.",
@@ -98,11 +98,11 @@ def unreadable(model: str) -> ApiError:
     )
 
 
-def quarantined(lost: int, seconds: float) -> ApiError:
+def request_quarantined(lost_replicas: int, seconds: float) -> ApiError:
     """422 for a request on which engines died; an SDK does not retry it."""
     return ApiError(
         422,
-        f"{lost} replicas were lost while they had this request, so it is sent to no other one for {seconds:g} s "
+        f"{lost_replicas} replicas were lost while they had this request, so it is sent to no other one for {seconds:g} s "
         "(gateway.quarantine_s). Change the request, and tell the operator.",
         code="request_quarantined",
         headers={"x-should-retry": "false"},
@@ -114,8 +114,8 @@ def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
     rules = ENGINES[model.config.engine].requests
     message, param, code = f"The engine answered {status}.", None, None
     try:
-        answer = from_json(body)
-        error = answer.get("error", answer)
+        value = from_json(body)
+        error = value.get("error", value)
         message = str(error.get("message") or message)
         param = rules.explain_param(error.get("param"))
         code = error.get("code") if isinstance(error.get("code"), str) else None
@@ -133,14 +133,14 @@ def from_engine(status: int, body: bytes, model: ServedModel) -> ApiError:
 
 
 def request_id(scope: Scope) -> str:
-    """The id of a request: that which the client or a proxy gave it, or a new one, which stays the same for the request.
+    """The id of a request: the one in its headers, or a new one, which stays the same for the request.
 
-    A given one that is not VISIBLE is not taken: it goes into logs.
+    A given one that does not match VALID_ID is replaced: ids go into logs.
     """
     if REQUEST_ID not in scope:
-        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
-        fits = bool(given) and VISIBLE.fullmatch(given[0]) is not None
-        scope[REQUEST_ID] = given[0] if fits else f"req_{random.getrandbits(128):032x}"
+        client_ids = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
+        is_valid = bool(client_ids) and VALID_ID.fullmatch(client_ids[0]) is not None
+        scope[REQUEST_ID] = client_ids[0] if is_valid else f"req_{random.getrandbits(128):032x}"
     return str(scope[REQUEST_ID])
 
 
@@ -160,13 +160,13 @@ def path_below(scope: Scope) -> str:
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     if not root or not path.startswith(root):
         return path
-    rest = path[len(root) :]
-    return rest if not rest or rest.startswith("/") else path
+    suffix = path[len(root) :]
+    return suffix if not suffix or suffix.startswith("/") else path
 
 
-def masked_path(path: str, words: Collection[str]) -> str:
+def masked_path(path: str, route_segments: Collection[str]) -> str:
     """A path as logs have it: its first six parts, with `*` for those that are in no route. They may be a secret."""
-    return "/" + "/".join(part if part in words or not part else "*" for part in path.split("/")[1:7])
+    return "/" + "/".join(part if part in route_segments or not part else "*" for part in path.split("/")[1:7])
 
 
 async def answer_api_error(request: Request, error: Exception) -> Response:

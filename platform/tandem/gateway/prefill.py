@@ -15,7 +15,7 @@ from pydantic_core import from_json, to_json
 
 from tandem.gateway.errors import ApiError
 from tandem.gateway.latency import Stopwatch
-from tandem.gateway.relay import MAX_BEGUN, Relay, RetryBudget
+from tandem.gateway.relay import MAX_STARTED_REPLICAS, Relay, RetryBudget
 from tandem.gateway.replicas.engine_http import EngineHttpError
 from tandem.gateway.replicas.upstream import EngineRequest
 
@@ -30,7 +30,7 @@ TRANSFER_REQUEST = {
     "remote_port": None,
 }
 """Value of `kv_transfer_params` that asks a prefill replica to keep the cache for another engine."""
-LENGTHS = ("max_tokens", "max_completion_tokens")
+MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 
 
 async def with_prefill(relay: Relay, request: EngineRequest, budget: RetryBudget) -> EngineRequest:
@@ -47,24 +47,24 @@ async def with_prefill(relay: Relay, request: EngineRequest, budget: RetryBudget
     # A KV cache serves only replicas of its own version: without a decode replica of it, another version answers, unaided.
     if not all(relay.fleet.has_pool(pool) for pool in (prefill.routing.pool, request.routing.pool)):
         return request
-    # One replica only may begin with it: no prompt reaches more replicas than MAX_BEGUN in all.
-    prefill_budget = RetryBudget(begun=MAX_BEGUN - 1)
-    began, transfer = time.perf_counter(), None
+    # One replica only may begin with it: no prompt reaches more replicas than MAX_STARTED_REPLICAS in all.
+    prefill_budget = RetryBudget(started_replicas=MAX_STARTED_REPLICAS - 1)
+    started_at, transfer = time.perf_counter(), None
     with contextlib.ExitStack() as resources:
         try:
-            attempt = await relay.first_answer(prefill, prefill_budget, resources, _give_up)
+            attempt = await relay.first_answer(prefill, prefill_budget, resources, _raise)
             if attempt.response is not None and attempt.response.status == 200:
-                answer = from_json(attempt.first_chunk + await attempt.response.read())
-                transfer = answer.get("kv_transfer_params")
+                result = from_json(attempt.first_chunk + await attempt.response.read())
+                transfer = result.get("kv_transfer_params")
         except EngineHttpError:
-            prefill_budget.begun += 1
+            prefill_budget.started_replicas += 1
         except (ApiError, ValueError):
             # A request that the engine refuses is refused by the decode replica too, with a message for the client.
             pass
-    budget.begun += prefill_budget.begun - (MAX_BEGUN - 1)
+    budget.started_replicas += prefill_budget.started_replicas - (MAX_STARTED_REPLICAS - 1)
     budget.reached_engine |= prefill_budget.reached_engine
     # Time of the prefill is not counted as the gateway's own.
-    request.stopwatch.received += time.perf_counter() - began
+    request.stopwatch.received += time.perf_counter() - started_at
     if not transfer:
         return request
     # A KV cache belongs to one version of the model: another version must not answer from it.
@@ -78,9 +78,11 @@ async def with_prefill(relay: Relay, request: EngineRequest, budget: RetryBudget
 def _prefill_request(request: EngineRequest) -> EngineRequest:
     """The request for the prefill replica: the same prompt, one token, no stream."""
     body: dict[str, Any] = from_json(request.body)
-    values = {key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *LENGTHS)}
+    values = {
+        key: value for key, value in body.items() if key not in ("stream_options", "min_tokens", *MAX_TOKENS_FIELDS)
+    }
     values |= {"stream": False, "n": 1, "kv_transfer_params": TRANSFER_REQUEST}
-    values |= dict.fromkeys([key for key in LENGTHS if key in body] or ["max_tokens"], 1)
+    values |= dict.fromkeys([key for key in MAX_TOKENS_FIELDS if key in body] or ["max_tokens"], 1)
     model = replace(request.model, prefill=True)
     return replace(
         request,
@@ -93,5 +95,5 @@ def _prefill_request(request: EngineRequest) -> EngineRequest:
     )
 
 
-async def _give_up(error: ApiError) -> None:
+async def _raise(error: ApiError) -> None:
     raise error

@@ -20,11 +20,11 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from tandem.config.serving.app import GatewayConfig
-from tandem.gateway.accounting.access_log import note
+from tandem.gateway.accounting.access_log import add_log_fields
 from tandem.gateway.accounting.account import RequestAccount
 from tandem.gateway.admission.control import Admission
 from tandem.gateway.dialect import rewrite_errors
-from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica, quarantined, request_id
+from tandem.gateway.errors import ApiError, from_engine, id_headers, no_replica, request_id, request_quarantined
 from tandem.gateway.latency import HEADER, RecordLatency, header, ignore_latency
 from tandem.gateway.replicas.engine_http import EngineAnswer, EngineHttpError, SilentEngineError
 from tandem.gateway.replicas.fleet import Fleet
@@ -40,9 +40,9 @@ FORWARDED_HEADERS = ("content-type", "cache-control", "metadata")
 """Response headers of an engine that a client gets; `metadata` describes raw bytes of embeddings."""
 BROKEN = "The engine stopped in the middle of its answer"
 """Message of the error event at the end of a broken stream."""
-MAX_BEGUN = 2
+MAX_STARTED_REPLICAS = 2
 """Replicas that may begin with one request: a request that kills its engine must not reach all of them."""
-MAX_TRIED = 2
+MAX_TRIED_REPLICAS = 2
 """Replicas that are tried before the request goes back to its queue."""
 
 
@@ -50,9 +50,9 @@ MAX_TRIED = 2
 class RetryBudget:
     """How often one request may still be sent. Pure."""
 
-    begun: int = 0
+    started_replicas: int = 0
     """Replicas that may have begun with the request without answering it."""
-    tried: list[str] = field(default_factory=list)
+    tried_replicas: list[str] = field(default_factory=list)
     """Ids of the replicas tried since the request last left its queue."""
     failure: str = ""
     """Reason of the last failure since then."""
@@ -62,21 +62,23 @@ class RetryBudget:
     @property
     def exhausted(self) -> bool:
         """Whether no replica may get the request any more."""
-        return self.begun >= MAX_BEGUN
+        return self.started_replicas >= MAX_STARTED_REPLICAS
 
     @property
     def allows_attempt(self) -> bool:
         """Whether another replica may be tried without going back to the queue."""
-        return not self.exhausted and len(self.tried) < MAX_TRIED
+        return not self.exhausted and len(self.tried_replicas) < MAX_TRIED_REPLICAS
 
     def record(self, attempt: Attempt) -> None:
         """Count a failed attempt."""
         self.failure = attempt.failure
-        self.begun = self.begun + attempt.may_have_begun if attempt.retriable else MAX_BEGUN
+        self.started_replicas = (
+            self.started_replicas + attempt.may_have_begun if attempt.retriable else MAX_STARTED_REPLICAS
+        )
 
     def requeued(self) -> None:
         """The request has waited in its queue again: every replica may be tried again."""
-        self.tried, self.failure = [], ""
+        self.tried_replicas, self.failure = [], ""
 
 
 Prepare = Callable[[EngineRequest, RetryBudget], Awaitable[EngineRequest]]
@@ -86,7 +88,7 @@ Requeue = Callable[[ApiError], Awaitable[None]]
 
 
 class Relay:
-    """The parts of a gateway that all relayed responses share."""
+    """Fleet, admission, connections and limits shared by all relayed responses of a gateway."""
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class Relay:
         self.admission = admission
         self.record_latency = record_latency
         self.name = name.encode()
-        self.held = HeldBytes(config.max_held_bytes, config.retry_after_s)
+        self.held_bytes = HeldBytes(config.max_held_bytes, config.retry_after_s)
         """Bodies of requests whose engine has not answered yet."""
         self.quarantine = Quarantine(config.quarantine_s)
         """Bodies with which replicas were lost."""
@@ -137,7 +139,7 @@ class Relay:
         ApiError 503 if no replica may get the request any more, 504 if a replica is silent for too long.
         """
         while True:
-            replica = self.fleet.choose(request.routing, budget.tried) if budget.allows_attempt else None
+            replica = self.fleet.choose(request.routing, budget.tried_replicas) if budget.allows_attempt else None
             if replica is None:
                 failure = budget.failure or f"No replica of {request.model.base.name} is ready"
                 error = no_replica(failure, self._config.retry_after_s)
@@ -146,19 +148,19 @@ class Relay:
                 await requeue(error)
                 budget.requeued()
                 continue
-            budget.tried.append(replica.id)
-            with contextlib.ExitStack() as counted:
-                counted.enter_context(self.fleet.counting(request.routing, replica))
-                reached, budget.reached_engine = budget.reached_engine, True
+            budget.tried_replicas.append(replica.id)
+            with contextlib.ExitStack() as attempt_resources:
+                attempt_resources.enter_context(self.fleet.counting(request.routing, replica))
+                had_reached_engine, budget.reached_engine = budget.reached_engine, True
                 attempt = await self.upstream.send(request, replica)
                 if attempt.response is not None:
                     if attempt.response.status == 200:
                         self.fleet.answered(request.routing, replica)
-                    resources.push(counted.pop_all())
+                    resources.push(attempt_resources.pop_all())
                     resources.callback(attempt.response.close)
                     return attempt
             budget.record(attempt)
-            budget.reached_engine = reached or attempt.may_have_begun
+            budget.reached_engine = had_reached_engine or attempt.may_have_begun
             if attempt.may_have_begun:
                 self.quarantine.replica_lost(request.digest, replica.id)
             if attempt.suspect:
@@ -169,8 +171,8 @@ class Relay:
         self._probe(self._note_if_lost(digest, replica))
 
     def charge_if_lost(self, account: RequestAccount, replica: ReplicaRecord) -> None:
-        """An answer broke off: if its replica is lost, the request is charged what has arrived. A replica that lives has counted
-        what its engine has generated.
+        """An answer broke off: if its replica is lost, the request is charged the tokens that have arrived. A live replica counts
+        its engine's tokens itself.
         """
         self._probe(self._loss.call_if_lost(replica, account.engine_lost))
 
@@ -186,13 +188,13 @@ class Relay:
     async def _cut_stalled_clients(self) -> None:
         while True:
             await asyncio.sleep(self._config.client_stall_s / 4)
-            limit = time.monotonic() - self._config.client_stall_s
-            for response in [each for each in self.active if each.sending_since < limit]:
+            stalled_before = time.monotonic() - self._config.client_stall_s
+            for response in [candidate for candidate in self.active if candidate.sending_since < stalled_before]:
                 response.cut()
 
 
-class End(Enum):
-    """What ends a response before the engine is done, beside the request's deadline."""
+class EndReason(Enum):
+    """Reasons, beside the request's deadline, to end a response before the engine is done."""
 
     DISCONNECTED = auto()
     STALLED = auto()
@@ -207,9 +209,9 @@ class RelayedResponse(Response):
         request: EngineRequest,
         account: RequestAccount,
         prepare: Prepare | None = None,
-        held: HeldBody | None = None,
+        held_body: HeldBody | None = None,
     ) -> None:
-        """`held`: the body's share of the gateway's byte budget, released once an engine has answered."""
+        """`held_body`: the body's share of the gateway's byte budget, released once an engine has answered."""
         self.background = None
         self.sending_since = math.inf
         """Monotonic time since which the client has not taken a message; infinity: nothing is being sent."""
@@ -217,11 +219,11 @@ class RelayedResponse(Response):
         self._request = request
         self._account = account
         self._prepare = prepare
-        self._held = held
+        self._held_body = held_body
         self._slot = relay.admission.slot(request.model.base, request.hints, light=request.light)
         self._budget = RetryBudget()
-        self._limit = asyncio.timeout(None)
-        self._ended_by: End | None = None
+        self._timeout = asyncio.timeout(None)
+        self._ended_by: EndReason | None = None
         """Why the response ended before the engine was done; None: it has not, or its deadline had passed."""
         self._is_stream: bool | None = None
         """Whether the answer is a stream of events; None: its head has not been sent."""
@@ -232,19 +234,19 @@ class RelayedResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Copy until the engine is done, the client has disconnected, or the deadline has passed."""
         finish_by = self._request.hints.finish_by
-        left_s = None if finish_by == math.inf else max(0.0, finish_by - time.monotonic())
+        remaining_s = None if finish_by == math.inf else max(0.0, finish_by - time.monotonic())
         # Copied in this task, not in one of its own: a task begins after all others that are ready.
-        self._limit = asyncio.timeout(left_s)
+        self._timeout = asyncio.timeout(remaining_s)
         disconnect = asyncio.create_task(self._end_with_client(receive))
         self._relay.active.add(self)
         try:
             try:
-                async with self._limit:
+                async with self._timeout:
                     await self._copy(scope, receive, send)
             except TimeoutError:
-                if not self._limit.expired():
+                if not self._timeout.expired():
                     raise
-                if self._ended_by is End.STALLED:
+                if self._ended_by is EndReason.STALLED:
                     raise ConnectionAbortedError("The client took nothing of its answer and was cut off.") from None
                 if self._ended_by is None:
                     await self._send_deadline_error(scope, send)
@@ -253,38 +255,38 @@ class RelayedResponse(Response):
             self._relay.active.discard(self)
             disconnect.cancel()
             self._account.close(reached_engine=self._budget.reached_engine)
-            self._note(scope)
+            self._log_result(scope)
             self._drop_body()
 
     def cut(self) -> None:
         """End the response: the client takes nothing of it."""
-        self._end(End.STALLED)
+        self._stop(EndReason.STALLED)
 
     async def _end_with_client(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._end(End.DISCONNECTED)
+        self._stop(EndReason.DISCONNECTED)
 
-    def _end(self, by: End) -> None:
-        if self._ended_by is None and not self._limit.expired():
-            self._ended_by = by
+    def _stop(self, reason: EndReason) -> None:
+        if self._ended_by is None and not self._timeout.expired():
+            self._ended_by = reason
             # It may have ended by itself just now.
             with contextlib.suppress(RuntimeError):
-                self._limit.reschedule(asyncio.get_running_loop().time())
+                self._timeout.reschedule(asyncio.get_running_loop().time())
 
     def _drop_body(self) -> None:
         if self._request.body:
             self._request, self._prepare = replace(self._request, body=b""), None
-        if self._held is not None:
-            self._held.release()
+        if self._held_body is not None:
+            self._held_body.release()
 
     async def _first_answer(self, resources: contextlib.ExitStack) -> Attempt:
         """Admit the request and send it; `resources` also keeps its admission slot."""
         request, stopwatch, quarantine = self._request, self._request.stopwatch, self._relay.quarantine
         budget = self._budget
-        budget.begun = quarantine.lost_replicas(request.digest)
+        budget.started_replicas = quarantine.lost_replicas(request.digest)
         if budget.exhausted:
-            raise quarantined(budget.begun, quarantine.seconds)
+            raise request_quarantined(budget.started_replicas, quarantine.seconds)
         await self._account.acquire()
         resources.callback(self._slot.release)
         # Time in a queue is not counted as the gateway's own.
@@ -300,7 +302,7 @@ class RelayedResponse(Response):
     async def _copy(self, scope: Scope, receive: Receive, send: Send) -> None:
         dialect, id_ = self._request.dialect, request_id(scope)
         # An ASGI server holds each message back until the client has taken those before it, the last ones too.
-        send_once = self._timed(send)
+        send_once = self._track_sending(send)
         with contextlib.ExitStack() as resources:
             attempt = await self._first_answer(resources)
             self._attempt = attempt
@@ -325,11 +327,11 @@ class RelayedResponse(Response):
                 while chunk:
                     if is_stream:
                         chunk = self._account.read_chunk(chunk)
-                    told = rewrite_errors(chunk, dialect, id_, explain) if is_stream else chunk
-                    failed = failed or told is not chunk
-                    self._last_chunk = told or self._last_chunk
+                    rewritten = rewrite_errors(chunk, dialect, id_, explain) if is_stream else chunk
+                    failed = failed or rewritten is not chunk
+                    self._last_chunk = rewritten or self._last_chunk
                     self.sending_since = time.monotonic()
-                    await send({"type": "http.response.body", "body": told, "more_body": True})
+                    await send({"type": "http.response.body", "body": rewritten, "more_body": True})
                     self.sending_since = math.inf
                     chunk = await answer.read_any()
             except EngineHttpError as error:
@@ -349,9 +351,12 @@ class RelayedResponse(Response):
                     self._relay.quarantine.answered(self._request.digest)
             await send_once({"type": "http.response.body", "body": b""})
 
-    async def _send_head(self, send: Send, attempt: Attempt, answer: EngineAnswer, ids: Mapping[str, str]) -> None:
+    async def _send_head(
+        self, send: Send, attempt: Attempt, answer: EngineAnswer, request_ids: Mapping[str, str]
+    ) -> None:
         gateway_ms, engine_ms = self._request.stopwatch.split_ms()
-        headers = [(n.encode(), answer.headers[n].encode("latin-1")) for n in FORWARDED_HEADERS if n in answer.headers]
+        forwarded = {name: answer.headers[name] for name in FORWARDED_HEADERS if name in answer.headers}
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in forwarded.items()]
         headers += [
             (HEADER, header(gateway_ms, engine_ms)),
             (REPLICA, attempt.replica.id.encode()),
@@ -359,16 +364,16 @@ class RelayedResponse(Response):
         ]
         added = {**self._request.warnings, **self._account.headers}
         headers += [(name.encode(), value.encode()) for name, value in added.items()]
-        headers += [(name.encode(), value.encode("latin-1")) for name, value in ids.items()]
+        headers += [(name.encode(), value.encode("latin-1")) for name, value in request_ids.items()]
         if answer.content_length is not None:
             headers.append((b"content-length", str(answer.content_length).encode()))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         self._relay.record_latency(self._request.path, gateway_ms)
 
-    def _note(self, scope: Scope) -> None:
-        """Add what is known of the request to its line in the access log."""
+    def _log_result(self, scope: Scope) -> None:
+        """Add model, replica and token counts to the request's line in the access log."""
         labels, counts, attempt = self._account.labels, self._account.counts, self._attempt
-        note(
+        add_log_fields(
             scope,
             model=labels.model,
             adapter=labels.adapter or None,
@@ -392,7 +397,7 @@ class RelayedResponse(Response):
         event = self._request.dialect.event(status, message, code=code, request=id_, last=self._last_chunk)
         await send({"type": "http.response.body", "body": event, "more_body": True})
 
-    def _timed(self, send: Send) -> Send:
+    def _track_sending(self, send: Send) -> Send:
         """`send` with `sending_since` kept; for messages of which an answer has one (the loop over chunks does it inline)."""
 
         async def timed_send(message: Message) -> None:

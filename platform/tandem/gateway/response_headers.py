@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 PREFLIGHT_S = 600
 """Seconds for which a browser may keep the answer to a preflight request."""
-EXPOSED = ("request-id", "x-request-id", "retry-after", "server-timing", "x-tandem-warning", "x-tandem-replica")
+EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", "server-timing", "x-tandem-warning", "x-tandem-replica")
 """Response headers that a page may read."""
 
 
@@ -39,7 +39,7 @@ class ResponseHeaders:
 
 def browser_middleware(origins: tuple[str, ...]) -> list[Middleware]:
     """The middleware, outermost first. A preflight request carries no key, so it is answered before keys are checked."""
-    found = [Middleware(ResponseHeaders)]
+    middleware = [Middleware(ResponseHeaders)]
     if origins:
         cors = Middleware(
             CORSMiddleware,
@@ -47,8 +47,8 @@ def browser_middleware(origins: tuple[str, ...]) -> list[Middleware]:
             allow_methods=["GET", "POST", "DELETE"],
             # SDKs send many of their own. Cookies are never read here, so no header can borrow a user's rights.
             allow_headers=["*"],
-            expose_headers=list(EXPOSED),
+            expose_headers=list(EXPOSED_HEADERS),
             max_age=PREFLIGHT_S,
         )
-        found.append(cors)
-    return found
+        middleware.append(cors)
+    return middleware

@@ -31,18 +31,18 @@ from tandem.limits.window import SlidingWindow
 SILENT_S = 10.0
 """Seconds after which a gateway's requests count as ended. Gateways call every second."""
 UNREACHABLE_S = 3.0
-"""A ledger that no gateway has called for so many seconds was itself paused or out of reach: that is nobody's silence."""
+"""After so many seconds without any call the ledger itself was paused or unreachable: no gateway counts as silent."""
 RELEASED_S = 600.0
 """Seconds for which requests of a silent gateway are remembered: restored, they are not charged a second time."""
 SWEEP_S = 60.0
-"""Seconds between two searches for accounts that nothing counts against any more."""
+"""Seconds between two removals of idle accounts."""
 CONCURRENT_RETRY_S = 1.0
 """Retry-After where a limit of requests at once was met."""
 
 
 @dataclass(slots=True)
 class _Account:
-    """What counts against the limits of one subject."""
+    """Requests and tokens of one subject within its limits' windows."""
 
     requests: SlidingWindow = field(default_factory=SlidingWindow)
     tokens: SlidingWindow = field(default_factory=SlidingWindow)
@@ -59,16 +59,16 @@ class _Account:
         return self.day_tokens
 
     def is_idle(self, now: Moment) -> bool:
-        """Whether a new account would be the same."""
-        counted = self.requests.total(now.monotonic) or self.tokens.total(now.monotonic)
-        return not (self.in_flight or counted or self.tokens_today(now.day))
+        """Whether nothing counts against the limits, so that the account can be dropped."""
+        total = self.requests.total(now.monotonic) or self.tokens.total(now.monotonic)
+        return not (self.in_flight or total or self.tokens_today(now.day))
 
 
 @dataclass(slots=True)
 class _InFlight:
     reservation: Reservation
     gateway: str
-    at: float
+    admitted_at: float
 
 
 @dataclass(slots=True)
@@ -91,15 +91,15 @@ class LimitLedger:
         self._swept_at = -math.inf
 
     def exchange(self, exchange: Exchange, now: Moment) -> Answer:
-        """Apply what one of several gateways sends.
+        """Apply an exchange of one of several gateways.
 
         A gateway that is new, or was silent, has to say first what is in flight there (`Answer.resend`).
         """
         self._end_silent(now)
-        known = self._gateways.get(exchange.gateway)
-        if known is None and exchange.reservations is None:
+        last_contact = self._gateways.get(exchange.gateway)
+        if last_contact is None and exchange.reservations is None:
             return Answer(resend=True)
-        if known is not None and exchange.number <= known.number:
+        if last_contact is not None and exchange.number <= last_contact.number:
             # Its answer would come too late: the gateway has decided by itself and sent what is in flight since.
             return Answer()
         self._gateways[exchange.gateway] = _Gateway(now.monotonic, exchange.number)
@@ -151,34 +151,34 @@ class LimitLedger:
 
     def _refusal(self, subject: Subject, tokens: int, moment: Moment) -> Refusal | None:
         account, limits, now = self._account(subject.id), subject.limits, moment.monotonic
-        if (most := limits.requests_per_minute) is not None:
-            wait_s = account.requests.wait_s(1, most, now)
+        if (limit := limits.requests_per_minute) is not None:
+            wait_s = account.requests.wait_s(1, limit, now)
             if wait_s:
-                return Refusal("requests_per_minute", subject.id, most, account.requests.total(now), wait_s)
-        if (most := limits.concurrent_requests) is not None and account.in_flight >= most:
-            retry_s = CONCURRENT_RETRY_S if most else math.inf
-            return Refusal("concurrent_requests", subject.id, most, account.in_flight, retry_s)
-        if (most := limits.tokens_per_minute) is not None:
-            wait_s = account.tokens.wait_s(tokens, most, now)
+                return Refusal("requests_per_minute", subject.id, limit, account.requests.total(now), wait_s)
+        if (limit := limits.concurrent_requests) is not None and account.in_flight >= limit:
+            retry_s = CONCURRENT_RETRY_S if limit else math.inf
+            return Refusal("concurrent_requests", subject.id, limit, account.in_flight, retry_s)
+        if (limit := limits.tokens_per_minute) is not None:
+            wait_s = account.tokens.wait_s(tokens, limit, now)
             if wait_s:
-                return Refusal("tokens_per_minute", subject.id, most, account.tokens.total(now), wait_s)
-        if (most := limits.tokens_per_day) is not None:
+                return Refusal("tokens_per_minute", subject.id, limit, account.tokens.total(now), wait_s)
+        if (limit := limits.tokens_per_day) is not None:
             used = account.tokens_today(moment.day) + account.reserved_tokens
-            if used + tokens > most:
-                retry_s = math.inf if tokens > most else DAY_S - moment.wall % DAY_S
-                return Refusal("tokens_per_day", subject.id, most, used, retry_s)
+            if used + tokens > limit:
+                retry_s = math.inf if tokens > limit else DAY_S - moment.wall % DAY_S
+                return Refusal("tokens_per_day", subject.id, limit, used, retry_s)
         return None
 
     def _reserve(self, gateway: str, reservation: Reservation, now: float, *, counted: bool) -> None:
         """`counted`: whether it counts as a request of this minute; a restored one does not."""
-        self._hold(_InFlight(reservation, gateway, now))
+        self._add_in_flight(_InFlight(reservation, gateway, now))
         for subject in reservation.subjects:
             account = self._account(subject.id)
             account.tokens.add(reservation.tokens, now)
             if counted:
                 account.requests.add(1, now)
 
-    def _hold(self, entry: _InFlight) -> None:
+    def _add_in_flight(self, entry: _InFlight) -> None:
         self._in_flight[entry.reservation.id] = entry
         for subject in entry.reservation.subjects:
             account = self._account(subject.id)
@@ -199,27 +199,27 @@ class LimitLedger:
             _, entry = self._released.pop(settle.id)
         else:
             return
-        reserved = entry.reservation.tokens
-        charged = max(reserved, settle.seen) if settle.tokens is None else settle.tokens
+        reserved_tokens = entry.reservation.tokens
+        charged_tokens = max(reserved_tokens, settle.min_tokens) if settle.tokens is None else settle.tokens
         for subject in entry.reservation.subjects:
             account = self._account(subject.id)
-            account.tokens.correct(charged - reserved, entry.at, now.monotonic)
+            account.tokens.correct(charged_tokens - reserved_tokens, entry.admitted_at, now.monotonic)
             if settle.tokens is not None and subject.limits.tokens_per_day is not None:
                 account.tokens_today(now.day)
                 account.day_tokens += settle.tokens
 
     def _reconcile(self, exchange: Exchange, reservations: Iterable[Reservation], now: Moment) -> None:
-        """Make the gateway's requests in flight those that it has named; those that it settles now are settled afterwards."""
-        kept = {each.id for each in reservations}
-        kept |= {each.id for each in exchange.operations if isinstance(each, Settle)}
+        """Replace the gateway's requests in flight by `reservations`; the exchange's settlements are applied afterwards."""
+        kept_ids = {item.id for item in reservations}
+        kept_ids |= {item.id for item in exchange.operations if isinstance(item, Settle)}
         for id_, entry in list(self._in_flight.items()):
-            if entry.gateway == exchange.gateway and id_ not in kept:
+            if entry.gateway == exchange.gateway and id_ not in kept_ids:
                 self._settle(Settle(id_, None), now)
         for reservation in reservations:
             if reservation.id in self._in_flight:
                 continue
             if reservation.id in self._released:
-                self._hold(self._released.pop(reservation.id)[1])
+                self._add_in_flight(self._released.pop(reservation.id)[1])
             else:
                 self._reserve(exchange.gateway, reservation, now.monotonic, counted=False)
 
@@ -230,11 +230,11 @@ class LimitLedger:
         if unreachable_s > UNREACHABLE_S:
             for gateway in self._gateways.values():
                 gateway.heard_at = min(now, gateway.heard_at + unreachable_s)
-        silent = {name for name, gateway in self._gateways.items() if now - gateway.heard_at > SILENT_S}
-        if silent:
-            for name in silent:
+        silent_gateways = {name for name, gateway in self._gateways.items() if now - gateway.heard_at > SILENT_S}
+        if silent_gateways:
+            for name in silent_gateways:
                 del self._gateways[name]
-            for entry in [each for each in self._in_flight.values() if each.gateway in silent]:
+            for entry in [in_flight for in_flight in self._in_flight.values() if in_flight.gateway in silent_gateways]:
                 self._release(entry)
                 self._released[entry.reservation.id] = (now, entry)
         while self._released and now - next(iter(self._released.values()))[0] > RELEASED_S:
@@ -252,12 +252,12 @@ class LimitLedger:
         tokens: list[Quota] = []
         for subject, limits in reservation.subjects:
             account = self._account(subject)
-            for quotas, most, window in (
+            for quotas, limit, window in (
                 (requests, limits.requests_per_minute, account.requests),
                 (tokens, limits.tokens_per_minute, account.tokens),
             ):
-                if most is not None:
-                    quotas.append(Quota(most, max(0, most - window.total(now)), window.empty_in_s(now)))
+                if limit is not None:
+                    quotas.append(Quota(limit, max(0, limit - window.total(now)), window.empty_in_s(now)))
         return Verdict(
             refusal,
             min(requests, key=lambda quota: quota.remaining, default=None),

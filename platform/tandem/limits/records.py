@@ -1,4 +1,4 @@
-"""Records of the ledger of limits: what gateways ask, and what they are answered. Plain data."""
+"""Records of the ledger of limits: operations of gateways, and the ledger's answers. Plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Moment(NamedTuple):
     """One moment by two clocks."""
 
     monotonic: float
-    """Seconds by a clock that nobody sets: for windows and silence."""
+    """Seconds of the monotonic clock, for windows and silence."""
     wall: float
     """Seconds since 1970: for the day alone."""
 
@@ -61,9 +61,9 @@ class Refusal(NamedTuple):
     limit: str
     """Name of the limit, as in `auth.Limits`."""
     subject: str
-    most: int
+    maximum: int
     used: int
-    """What counts against it now."""
+    """Amount that counts against the limit now."""
     retry_s: float
     """Seconds until it may start; infinity: never as it is."""
 
@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
 
 
 class Admit(NamedTuple):
-    """Operation: reserve what a request needs, or refuse it."""
+    """Operation: reserve a request's tokens, or refuse it."""
 
     reservation: Reservation
 
@@ -89,8 +89,8 @@ class Settle(NamedTuple):
 
     id: str
     tokens: int | None
-    """Tokens that it has used; None: not known yet, the usage in the database will tell."""
-    seen: int = 0
+    """Tokens that it has used; None: not known yet, counted later by the usage in the database."""
+    min_tokens: int = 0
     """Where `tokens` are not known: those that it has used at least. The minute is charged the reservation or these, whichever
     is more.
     """
@@ -109,7 +109,7 @@ class DayTotals(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What a gateway sends to a shared ledger."""
+    """Message of a gateway to a shared ledger."""
 
     gateway: str
     number: int
@@ -122,7 +122,7 @@ class Exchange(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a shared ledger answers."""
+    """Answer of a shared ledger to an exchange."""
 
     verdicts: tuple[Verdict, ...] = ()
     """Of each `Admit`, in their order."""

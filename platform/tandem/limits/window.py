@@ -32,7 +32,7 @@ class SlidingWindow:
         self._amounts[second] = self._amounts.get(second, 0) + amount
         self._total += amount
 
-    def correct(self, amount: int, at: float, now: float) -> None:
+    def correct(self, amount: int, added_at: float, now: float) -> None:
         """Change what was added at a time by an amount, which may be negative; no effect once it is out of the window.
 
         More than was reserved counts from now on, so that a limit is not exceeded in the past.
@@ -40,7 +40,7 @@ class SlidingWindow:
         if amount > 0:
             self.add(amount, now)
             return
-        second = int(at)
+        second = int(added_at)
         if second in self._amounts:
             change = max(amount, -self._amounts[second])
             self._amounts[second] += change
@@ -53,8 +53,8 @@ class SlidingWindow:
         excess = self.total(now) + amount - limit
         if excess <= 0:
             return 0.0
-        for second, each in self._amounts.items():
-            excess -= each
+        for second, second_amount in self._amounts.items():
+            excess -= second_amount
             if excess <= 0:
                 return max(0.0, second + 1 + self._span_s - now)
         return 0.0

@@ -20,8 +20,8 @@ from tandem.registry.adapter_files import CONFIG, FILES, WEIGHTS, adapter_digest
 from tandem.settings import settings
 from tandem.storage import disk_errors, file_system, join, require_space
 
-RECENT_S = 60.0
-"""How long a copy stays after it was used, whatever the limit says."""
+RECENT_USE_S = 60.0
+"""Seconds for which a copy stays after its last use, even above the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class AdapterCache:
     @classmethod
     def open(cls) -> AdapterCache:
         """The cache that this node's settings name."""
-        known = settings()
-        return cls(known.adapter_cache, int(known.adapter_cache_gib * 2**30))
+        config = settings()
+        return cls(config.adapter_cache, int(config.adapter_cache_gib * 2**30))
 
-    def place(self, digest: str) -> Path:
-        """Where the adapter of a digest lies, if it is here."""
+    def folder_of(self, digest: str) -> Path:
+        """The folder of the adapter of a digest, there or not."""
         return self.root / digest
 
     def get(self, uri: str, digest: str) -> Path:
@@ -46,14 +46,15 @@ class AdapterCache:
 
         Raises AdapterError if what is there now has another digest, StorageError if the store does not answer.
         """
-        place = self.place(digest)
+        folder = self.folder_of(digest)
         with contextlib.suppress(FileNotFoundError):
-            os.utime(place)
-            return place
-        folder, found = self.fetch(uri)
-        if found != digest:
+            os.utime(folder)
+            return folder
+        folder, new_digest = self.fetch(uri)
+        if new_digest != digest:
             raise AdapterError(
-                f"{uri} has changed since it was registered: its digest was {digest[:12]} and is {found[:12]}. Register it again."
+                f"{uri} has changed since it was registered: its digest was {digest[:12]} and is {new_digest[:12]}. Register it "
+                "again."
             )
         return folder
 
@@ -67,10 +68,12 @@ class AdapterCache:
                 if files.exists(str(join(uri, name)))
             }
             if missing := [name for name in FILES if name not in sizes]:
-                beside = [Path(str(found)).name for found in files.ls(uri, detail=False)] if files.exists(uri) else []
+                other_names = (
+                    [Path(str(path)).name for path in files.ls(uri, detail=False)] if files.exists(uri) else []
+                )
                 raise AdapterError(
                     f"{uri} holds no {' and no '.join(missing)}, so it is not an adapter that can be served (it holds "
-                    f"{', '.join(sorted(beside)[:5]) or 'nothing'}). Save it with peft's save_pretrained()."
+                    f"{', '.join(sorted(other_names)[:5]) or 'nothing'}). Save it with peft's save_pretrained()."
                 )
             if sum(sizes.values()) > self.limit_bytes:
                 raise AdapterError(
@@ -86,10 +89,10 @@ class AdapterCache:
                         files.get_file(str(join(uri, name)), str(staging / name))
                     digest = adapter_digest(staging)
                     try:
-                        staging.rename(self.place(digest))
+                        staging.rename(self.folder_of(digest))
                     except OSError:
                         # Another process brought it at the same time.
-                        if not self.place(digest).is_dir():
+                        if not self.folder_of(digest).is_dir():
                             raise
                 finally:
                     shutil.rmtree(staging, ignore_errors=True)
@@ -100,27 +103,29 @@ class AdapterCache:
                 f"{uri} cannot be read: {type(error).__name__}: {error}. Check it and its credentials."
             ) from error
         self.make_room(keep=digest)
-        return self.place(digest), digest
+        return self.folder_of(digest), digest
 
     def make_room(self, keep: str = "") -> list[str]:
-        """Remove the longest unused until the limit holds; the digests of what went."""
-        held: list[tuple[float, int, Path]] = []
+        """Remove the least recently used copies until the limit holds; returns their digests."""
+        copies: list[tuple[float, int, Path]] = []
         for folder in self.root.iterdir():
             with contextlib.suppress(OSError):
                 if not folder.name.startswith("."):
-                    held.append((folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder))
+                    copies.append(
+                        (folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder)
+                    )
                 elif time.time() - folder.stat().st_mtime > 3600.0:
                     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-        total = sum(size for _, size, _ in held)
-        gone = []
-        for used, size, folder in sorted(held):
+        total = sum(size for _, size, _ in copies)
+        removed = []
+        for last_used, size, folder in sorted(copies):
             if total <= self.limit_bytes:
                 break
-            if folder.name != keep and time.time() - used > RECENT_S:
-                leaving = folder.with_name(f".{uuid.uuid4().hex}.old")
+            if folder.name != keep and time.time() - last_used > RECENT_USE_S:
+                trash = folder.with_name(f".{uuid.uuid4().hex}.old")
                 with contextlib.suppress(OSError):
-                    folder.rename(leaving)
-                    shutil.rmtree(leaving, ignore_errors=True)
-                    gone.append(folder.name)
+                    folder.rename(trash)
+                    shutil.rmtree(trash, ignore_errors=True)
+                    removed.append(folder.name)
                     total -= size
-        return gone
+        return removed

@@ -24,19 +24,19 @@ from tandem.ids import digest, file_digest, folder_digest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
-"""What an adapter is made of; other files beside them are nobody's business."""
+"""The files of an adapter; others beside them are ignored."""
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 MAX_CONFIG_BYTES = 2**20
 
-_UNSERVED = {
+_UNSUPPORTED_KEYS = {
     "modules_to_save": "whole layers beside the adapter (modules_to_save), which vLLM does not serve. Merge it into its base",
     "rank_pattern": "ranks of their own for some layers (rank_pattern), which vLLM scales wrongly. Merge it into its base",
     "alpha_pattern": "scales of their own for some layers (alpha_pattern), which vLLM ignores. Merge it into its base",
     "trainable_token_indices": "trained tokens (trainable_token_indices), which vLLM ignores. Merge it into its base",
     "lora_bias": "biases (lora_bias), which vLLM does not serve. Train it without",
 }
-"""Keys of adapter_config.json that must be empty, and what an adapter has that sets them."""
-_NAME = re.compile(
+"""Keys of adapter_config.json that must be empty, each with the feature that it stands for and the next step."""
+_TENSOR_NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(?P<weight>\.weight)?"
 )
 _MAGNITUDE = re.compile(r".+\.lora_magnitude_vector(\.weight)?")
@@ -51,14 +51,14 @@ _PREFIXES = (
     "transformer.",
     "model.",
 )
-"""What stands before a layer's name differs between a model's files and an adapter's, for models inside of others."""
-_COMPARED = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
+"""Prefixes of layer names, which differ between a model's files and an adapter's where a model is part of another."""
+_COMPARED_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
 """Types in which a weight has its layer's own shape; others hold several numbers in one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterFiles:
-    """What the files of a sound adapter say."""
+    """Properties of a valid adapter, by its files."""
 
     rank: int
     dora: bool
@@ -73,14 +73,14 @@ def check_adapter(folder: Path, base: Path | None = None) -> AdapterFiles:
 
     Raises AdapterError with the reason if it cannot. A base that is not known, or cannot be read, is not compared with.
     """
-    config = _config(folder)
+    config = _read_config(folder)
     rank = _rank(config, folder / CONFIG)
     tensors = headers(folder / WEIGHTS)
     pairs = _pairs(tensors, dora=config.get("use_dora") is True)
-    known = base_shapes(base) if base is not None else {}
+    base_layers = base_shapes(base) if base is not None else {}
     for layer, pair in pairs.items():
         if ".experts" not in layer:
-            _check_layer(layer, pair, rank, known, swapped=config.get("fan_in_fan_out") is True)
+            _check_layer(layer, pair, rank, base_layers, swapped=config.get("fan_in_fan_out") is True)
     return AdapterFiles(
         rank=rank,
         dora=config.get("use_dora") is True,
@@ -94,9 +94,9 @@ def adapter_digest(folder: Path) -> str:
     return digest([[name, file_digest(folder / name)] for name in FILES])
 
 
-def is_unchanged(folder: Path, known: str) -> bool:
+def is_unchanged(folder: Path, expected: str) -> bool:
     """Whether the files in `folder` have the digest under which they were registered (before 0.2: over the whole folder)."""
-    return adapter_digest(folder) == known or folder_digest(folder) == known
+    return adapter_digest(folder) == expected or folder_digest(folder) == expected
 
 
 def headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -105,9 +105,9 @@ def headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises AdapterError if one cannot be.
     """
     try:
-        with safe_open(file, "np") as opened:
-            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-            return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in found.items()}
+        with safe_open(file, "np") as weights_file:
+            slices = {name: weights_file.get_slice(name) for name in weights_file.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
             f"{file} is not a safetensors file that can be read: {error}. Save the adapter again."
@@ -126,10 +126,10 @@ def base_shapes(folder: Path) -> Mapping[str, tuple[int, ...] | None]:
 def layer_kinds(folder: Path) -> list[str]:
     """The last parts of the names of a model's layers, such as q_proj: matrices first, and of these the most frequent."""
     shapes = base_shapes(folder)
-    found = Counter(
+    counts = Counter(
         (shape is None, layer.rpartition(".")[2]) for layer, shape in shapes.items() if ".experts" not in layer
     )
-    return [kind for (_, kind), _ in sorted(found.items(), key=lambda each: (each[0][0], -each[1]))]
+    return [kind for (_, kind), _ in sorted(counts.items(), key=lambda item: (item[0][0], -item[1]))]
 
 
 @functools.lru_cache(maxsize=16)
@@ -138,10 +138,10 @@ def _shapes_in(files: tuple[tuple[Path, int], ...]) -> Mapping[str, tuple[int, .
     try:
         for file, _ in files:
             for name, (kind, shape) in headers(file).items():
-                layer, _, leaf = name.rpartition(".")
-                whole = leaf == "weight" and kind in _COMPARED and len(shape) == 2
-                if whole or _plain(layer) not in shapes:
-                    shapes[_plain(layer)] = shape if whole else None
+                layer, _, suffix = name.rpartition(".")
+                has_own_shape = suffix == "weight" and kind in _COMPARED_TYPES and len(shape) == 2
+                if has_own_shape or _without_prefix(layer) not in shapes:
+                    shapes[_without_prefix(layer)] = shape if has_own_shape else None
     except AdapterError:
         return {}
     if "lm_head" not in shapes and "embed_tokens" in shapes:
@@ -149,7 +149,7 @@ def _shapes_in(files: tuple[tuple[Path, int], ...]) -> Mapping[str, tuple[int, .
     return shapes
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise AdapterError(f"There is no folder {folder}, so no adapter to register or load.")
     path = folder / CONFIG
@@ -198,9 +198,9 @@ def _rank(config: Mapping[str, Any], path: Path) -> int:
         raise AdapterError(
             f"{path}: bias is {config['bias']!r}; vLLM serves adapters without biases only. Train it with bias: none."
         )
-    for key, said in _UNSERVED.items():
+    for key, problem in _UNSUPPORTED_KEYS.items():
         if config.get(key):
-            raise AdapterError(f"{path}: the adapter has {said}.")
+            raise AdapterError(f"{path}: the adapter has {problem}.")
     return rank
 
 
@@ -210,8 +210,8 @@ def _pairs(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, dora: bool) ->
     for name, (kind, shape) in tensors.items():
         if name.endswith(_BASE_COPY) or (dora and _MAGNITUDE.fullmatch(name)):
             continue
-        found = _NAME.fullmatch(name)
-        if found is None or (found["weight"] is None) != found["kind"].startswith("embedding"):
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None or (match["weight"] is None) != match["kind"].startswith("embedding"):
             raise AdapterError(
                 f"{WEIGHTS} holds {name}, which is no LoRA matrix. Save the adapter with peft's save_pretrained()."
             )
@@ -219,7 +219,7 @@ def _pairs(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, dora: bool) ->
             raise AdapterError(f"{WEIGHTS}: {name} is of type {kind}; LoRA matrices are F32, F16 or BF16.")
         if len(shape) != 2:
             raise AdapterError(f"{WEIGHTS}: {name} has {len(shape)} dimensions {shape}; a LoRA matrix has 2.")
-        pairs.setdefault(found["layer"], {})[found["kind"]] = shape
+        pairs.setdefault(match["layer"], {})[match["kind"]] = shape
     if not pairs:
         raise AdapterError(f"{WEIGHTS} holds no LoRA matrix. Save the adapter with peft's save_pretrained().")
     for layer, pair in pairs.items():
@@ -234,7 +234,7 @@ def _check_layer(
     layer: str,
     pair: Mapping[str, tuple[int, ...]],
     rank: int,
-    known: Mapping[str, tuple[int, ...] | None],
+    base_layers: Mapping[str, tuple[int, ...] | None],
     *,
     swapped: bool,
 ) -> None:
@@ -244,14 +244,14 @@ def _check_layer(
         raise AdapterError(
             f"{WEIGHTS}: {layer} has A {a} and B {b}; with rank {rank} they are ({rank}, in) and (out, {rank})."
         )
-    if not known:
+    if not base_layers:
         return
-    plain = _plain(layer)
-    if plain not in known:
+    layer_name = _without_prefix(layer)
+    if layer_name not in base_layers:
         raise AdapterError(
             f"The adapter adapts {layer}, and its base has no such layer. It was made for another model."
         )
-    shape = known[plain]
+    shape = base_layers[layer_name]
     if shape is None:
         return
     # An embedding's weight is (in, out), and so is that of GPT-2's linear layers, which are convolutions of width one.
@@ -263,5 +263,5 @@ def _check_layer(
         )
 
 
-def _plain(layer: str) -> str:
+def _without_prefix(layer: str) -> str:
     return next((layer.removeprefix(prefix) for prefix in _PREFIXES if layer.startswith(prefix)), layer)

@@ -22,12 +22,12 @@ class BaseRef:
     """`name@version`, or the folder of one that is not registered."""
     path: Path
     max_length: int | None
-    """The positions that it was made for."""
+    """Positions that it was trained for (max_position_embeddings)."""
     record: ModelRecord | None
     """None for one that is not registered."""
 
     def shape(self) -> ModelShape:
-        """What its config.json says of its layers; RegistryError if that cannot be read."""
+        """Its layers by config.json; RegistryError if that cannot be read."""
         return model_shape(self.path)
 
     def digest(self) -> str:
@@ -43,12 +43,12 @@ def find_base(base: str, key: str = "model.base") -> BaseRef:
     """
     # A bare name may be a folder here, too.
     folder = Path(base).expanduser().resolve()
-    found = folder if (folder / "config.json").is_file() else find_model(base, Registry.open(), key)
-    if isinstance(found, Path):
-        return BaseRef(id=str(found), path=found, max_length=model_max_length(found), record=None)
-    if found.kind != "model":
+    model = folder if (folder / "config.json").is_file() else find_model(base, Registry.open(), key)
+    if isinstance(model, Path):
+        return BaseRef(id=str(model), path=model, max_length=model_max_length(model), record=None)
+    if model.kind != "model":
         raise ConfigError(
-            f"{key} is {found.id}, an adapter of {found.base}. Name the model itself, or merge them: "
-            f"`tandem models merge {found.id} NEW_NAME`."
+            f"{key} is {model.id}, an adapter of {model.base}. Name the model itself, or merge them: "
+            f"`tandem models merge {model.id} NEW_NAME`."
         )
-    return BaseRef(id=found.id, path=found.path, max_length=found.max_length, record=found)
+    return BaseRef(id=model.id, path=model.path, max_length=model.max_length, record=model)

@@ -1,4 +1,4 @@
-"""Conditions of changes: what a name must still mean, and that a request sent twice changes something once."""
+"""Conditions of changes: the version that a name must still mean, and a key under which a change is made once only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sqlalchemy.orm import Session
 from tandem.db.schema import IdempotencyRow, NameRow
 from tandem.errors import ChangedMeanwhileError
 
-KEPT_S = 600
+RETENTION_S = 600
 """Seconds for which an idempotency key is remembered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """What must hold for a change of a name to be made."""
+    """Conditions under which a change of a name is made."""
 
     expected: str | None = None
     """Id of the version that the name must mean; None: any."""
@@ -29,23 +29,25 @@ ALWAYS = Condition()
 
 
 def result_of_earlier(session: Session, condition: Condition) -> str | None:
-    """The id that a change under the same key resulted in, if it was made within `KEPT_S`."""
+    """The id that a change under the same key resulted in, if it was made within `RETENTION_S`."""
     if condition.once is None:
         return None
-    session.execute(delete(IdempotencyRow).where(IdempotencyRow.at < datetime.now(UTC) - timedelta(seconds=KEPT_S)))
-    known = session.get(IdempotencyRow, condition.once)
-    return None if known is None else known.result
+    session.execute(
+        delete(IdempotencyRow).where(IdempotencyRow.at < datetime.now(UTC) - timedelta(seconds=RETENTION_S))
+    )
+    earlier = session.get(IdempotencyRow, condition.once)
+    return None if earlier is None else earlier.result
 
 
 def check(session: Session, condition: Condition, name: str) -> None:
     """ChangedMeanwhileError unless the name means what is expected."""
     if condition.expected is None:
         return
-    known = session.get(NameRow, name)
-    meant = known.promoted if known is not None else None
-    if meant != condition.expected:
+    name_row = session.get(NameRow, name)
+    current_id = name_row.promoted if name_row is not None else None
+    if current_id != condition.expected:
         raise ChangedMeanwhileError(
-            f"{name} means {meant or 'no version'} now, and the change expects {condition.expected}. Look at it again, and "
+            f"{name} means {current_id or 'no version'} now, and the change expects {condition.expected}. Look at it again, and "
             "repeat the change if it is still wanted."
         )
 

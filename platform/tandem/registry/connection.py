@@ -11,7 +11,15 @@ from typing import Self
 from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
-from tandem.db.database import IMPATIENT, PATIENT, Timeouts, break_connections, database_errors, open_database, shown
+from tandem.db.database import (
+    IMPATIENT,
+    PATIENT,
+    Timeouts,
+    break_connections,
+    database_errors,
+    open_database,
+    redacted_url,
+)
 from tandem.db.schema import ClockRow, IdentityRow
 from tandem.errors import RegistryError
 from tandem.private import check_home
@@ -31,33 +39,33 @@ class RegistryConnection:
         """
         self.url = url
         self._timeouts = timeouts
-        self._opening = threading.Lock()
-        self._opened: Engine | None = None
+        self._open_lock = threading.Lock()
+        self._open_engine: Engine | None = None
         self._identity = identity
         if identity is None:
-            self._opened = open_database(url, timeouts=timeouts)
-            self._identity = _identity_of(self._opened)
+            self._open_engine = open_database(url, timeouts=timeouts)
+            self._identity = _identity_of(self._open_engine)
 
     @property
     def identity(self) -> str:
-        """What tells this registry from every other one."""
+        """Random id of this registry, made with its database."""
         assert self._identity is not None
         return self._identity
 
     @property
     def _engine(self) -> Engine:
-        with self._opening:
-            if self._opened is None:
+        with self._open_lock:
+            if self._open_engine is None:
                 engine = open_database(self.url, create=False, timeouts=self._timeouts)
-                if (found := _identity_of(engine)) != self._identity:
+                if (identity := _identity_of(engine)) != self._identity:
                     engine.dispose()
                     raise RegistryError(
-                        f"The registry {shown(engine.url)} on {socket.gethostname()} is another ({found[:8]}) than the one "
-                        f"expected ({self.identity[:8]}). All nodes must use the same one: set TANDEM_DATABASE_URL to a "
+                        f"The registry {redacted_url(engine.url)} on {socket.gethostname()} is another ({identity[:8]}) than the "
+                        f"one expected ({self.identity[:8]}). All nodes must use the same one: set TANDEM_DATABASE_URL to a "
                         "PostgreSQL database."
                     )
-                self._opened = engine
-            return self._opened
+                self._open_engine = engine
+            return self._open_engine
 
     @classmethod
     def open(cls) -> Self:
@@ -65,14 +73,14 @@ class RegistryConnection:
 
         Creates TANDEM_HOME unless an identity is set; UnsafePathError if every user can write there.
         """
-        known = settings()
-        if known.registry_id is None:
-            check_home(known.root)
-        return cls(known.registry_url, identity=known.registry_id)
+        config = settings()
+        if config.registry_id is None:
+            check_home(config.root)
+        return cls(config.registry_url, identity=config.registry_id)
 
     @property
     def address(self) -> RegistryAddress:
-        """What a process on another node opens this registry by."""
+        """URL and identity, by which a process on another node opens this registry."""
         return RegistryAddress(url=self.url, identity=self.identity)
 
     @classmethod
@@ -96,13 +104,13 @@ class RegistryConnection:
 
     def close(self) -> None:
         """Close the connections; the next call opens new ones."""
-        if self._opened is not None:
-            self._opened.dispose()
+        if self._open_engine is not None:
+            self._open_engine.dispose()
 
     def abort(self) -> None:
         """End the connections at once, with an error for threads that wait on them; the next call opens new ones."""
-        if self._opened is not None:
-            break_connections(self._opened)
+        if self._open_engine is not None:
+            break_connections(self._open_engine)
 
     def revision(self) -> int:
         """A number that grows with each change: poll it to know when a copy is stale. One small query."""

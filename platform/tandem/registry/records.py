@@ -14,7 +14,7 @@ Kind = Literal["model", "adapter"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegistryAddress:
-    """What a process on any node needs to open one certain registry."""
+    """URL and identity by which a process on any node opens one registry."""
 
     url: str = field(repr=False)
     """SQLAlchemy's, with the password."""
@@ -74,7 +74,7 @@ class ModelRecord:
 
 
 class AdapterSummary(NamedTuple):
-    """What lists show of an adapter: a small object, since a gateway holds one for each."""
+    """An adapter as lists show it: a small object, since a gateway holds one for each."""
 
     name: str
     id: str
@@ -88,7 +88,7 @@ class AdapterSummary(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promotion:
-    """A version that became what its name means."""
+    """A version that was made the one that its name means."""
 
     name: str
     version: int

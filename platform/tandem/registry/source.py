@@ -18,8 +18,8 @@ from tandem.registry.hub.reference import MODEL_FORM, SCHEME
 from tandem.registry.records import ModelRecord
 from tandem.registry.store import Registry
 
-EXPLICIT = ("/", ".", "~")
-"""How a path begins that can be nothing else."""
+PATH_STARTS = ("/", ".", "~")
+"""First characters of references that are always paths."""
 
 
 def find_model(word: str, registry: Registry, key: str = "model") -> Path | ModelRecord:
@@ -29,7 +29,9 @@ def find_model(word: str, registry: Registry, key: str = "model") -> Path | Mode
     with `key`, the setting that named it.
     """
     if (folder := folder_of(word)) is not None:
-        return checked_folder(folder, key, "" if word.startswith(EXPLICIT) else f" A model of the hub is {MODEL_FORM}.")
+        return checked_folder(
+            folder, key, "" if word.startswith(PATH_STARTS) else f" A model of the hub is {MODEL_FORM}."
+        )
     ref = HubModel.parse(word)
     if ref is None and word.startswith(SCHEME):
         raise ConfigError(f"{key}: {word!r} names no model of the hub. Its form is {SCHEME}{MODEL_FORM}.")
@@ -48,7 +50,7 @@ def find_model(word: str, registry: Registry, key: str = "model") -> Path | Mode
 def folder_of(word: str) -> Path | None:
     """The folder that `word` names, there or not; None if it names something else."""
     folder = Path(word).expanduser()
-    if word.startswith(EXPLICIT):
+    if word.startswith(PATH_STARTS):
         return folder.resolve()
     if "/" not in word or word.startswith(SCHEME):
         return None
@@ -60,15 +62,15 @@ def folder_of(word: str) -> Path | None:
 def checked_folder(folder: Path, key: str, hint: str = "") -> Path:
     """The folder, if it holds a config.json; ConfigError with the nearest name, and with `hint`, otherwise."""
     if not (folder / "config.json").is_file():
-        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        models = [p.name for p in beside if p != folder and (p / "config.json").is_file()]
-        near = did_you_mean(folder.name, models)
-        raise ConfigError(f"{key}: no model at {folder}: it has no config.json.{near}{hint}")
+        siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        models = [sibling.name for sibling in siblings if sibling != folder and (sibling / "config.json").is_file()]
+        suggestion = did_you_mean(folder.name, models)
+        raise ConfigError(f"{key}: no model at {folder}: it has no config.json.{suggestion}{hint}")
     return folder
 
 
 def called(word: str, registry: Registry) -> str:
-    """What clients call the model that `word` names where it is served: nothing is downloaded for a default revision."""
+    """The default name for clients of the model that `word` names; nothing is downloaded for a default revision."""
     if (folder := folder_of(word)) is not None:
         return folder.name
     ref = HubModel.parse(word)

@@ -78,14 +78,14 @@ class Registry(RegistryConnection):
         if not is_hub_name(repo):
             raise RegistryError(f"{repo!r} is no name of the Hugging Face hub; one has the form org/name.")
         with self._reading() as session:
-            known = session.get(NameRow, repo)
-            promoting = promote if promote is not None else known is None or known.promoted is None
+            name_row = session.get(NameRow, repo)
+            promoting = promote if promote is not None else name_row is None or name_row.promoted is None
             query = select(ModelRow).where(ModelRow.name == repo, ModelRow.digest == content)
             rows = session.scalars(query.order_by(ModelRow.version.desc())).all()
-            same = next((record_of(row) for row in rows if can_be_had(row.path)), None)
-            meant = known is not None and known.promoted == (same.id if same else None)
-        if same is not None:
-            return self.promote(same.id) if promoting and not meant else same
+            same_record = next((record_of(row) for row in rows if can_be_had(row.path)), None)
+            is_current = name_row is not None and name_row.promoted == (same_record.id if same_record else None)
+        if same_record is not None:
+            return self.promote(same_record.id) if promoting and not is_current else same_record
         max_length = model_max_length(folder)
         return self._register(repo, "model", str(folder), content, lineage, max_length=max_length, promoting=promoting)
 
@@ -107,28 +107,30 @@ class Registry(RegistryConnection):
         the name belongs to another tenant.
         """
         check_name(name, "adapter name")
-        adapted = self.resolve(base)
-        if adapted.kind != "model":
-            raise RegistryError(f"{adapted.id} is an adapter of {adapted.base}; an adapter needs a model as its base.")
+        base_record = self.resolve(base)
+        if base_record.kind != "model":
+            raise RegistryError(
+                f"{base_record.id} is an adapter of {base_record.base}; an adapter needs a model as its base."
+            )
         if is_remote(source):
-            where = str(source).rstrip("/")
-            folder, content = AdapterCache.open().fetch(where)
-            files = check_adapter(folder, adapted.path)
+            location = str(source).rstrip("/")
+            folder, content = AdapterCache.open().fetch(location)
+            files = check_adapter(folder, base_record.path)
         else:
             folder = local_path(source)
-            where = str(folder)
-            files = check_adapter(folder, adapted.path)
+            location = str(folder)
+            files = check_adapter(folder, base_record.path)
             content = adapter_digest(folder)
         return self._register(
             name,
             "adapter",
-            where,
+            location,
             content,
             dict(lineage or {}) | ({"dora": True} if files.dora else {}),
-            base=adapted.id,
+            base=base_record.id,
             rank=files.rank,
             promoting=promote,
-            tenant=tenant or adapted.tenant,
+            tenant=tenant or base_record.tenant,
         )
 
     def resolve(self, name_or_id: str, *, suggest: bool = True) -> ModelRecord:
@@ -178,17 +180,17 @@ class Registry(RegistryConnection):
             conditions.remember(session, condition, record.id)
             return record
 
-    def promoted(self, among: Iterable[ModelRecord]) -> set[str]:
-        """The ids of those that their names mean now."""
-        query = select(NameRow.promoted).where(NameRow.name.in_({record.name for record in among}))
+    def promoted(self, records: Iterable[ModelRecord]) -> set[str]:
+        """The ids of those records that are promoted now."""
+        query = select(NameRow.promoted).where(NameRow.name.in_({record.name for record in records}))
         with self._reading() as session:
-            return {found for found in session.scalars(query) if found is not None}
+            return {version_id for version_id in session.scalars(query) if version_id is not None}
 
     def promotions(self, name: str) -> Promotions:
-        """What a name has meant, newest first; those that were taken back too."""
+        """The promotions of a name, newest first, with those that were rolled back."""
         with self._reading() as session:
             rows = names.history(session, name)
-            return [Promotion(name=r.name, version=r.version, at=r.at, taken_back=r.taken_back) for r in rows]
+            return [Promotion(name=row.name, version=row.version, at=row.at, taken_back=row.taken_back) for row in rows]
 
     def assign(self, name: str, tenant: str | None, *, by: str) -> None:
         """Let a name, with all its versions, belong to a tenant, or (None) to all; `by` says who did, for the audit log.
@@ -198,10 +200,10 @@ class Registry(RegistryConnection):
         """
         with self._writing() as (session, _):
             names.find_versions(session, name)
-            known = session.get_one(NameRow, split_version(name)[0])
-            before, known.tenant = known.tenant, tenant
+            name_row = session.get_one(NameRow, split_version(name)[0])
+            old_tenant, name_row.tenant = name_row.tenant, tenant
             change = Change(
-                by=by, action="models.assign", target=name, before={"tenant": before}, after={"tenant": tenant}
+                by=by, action="models.assign", target=name, before={"tenant": old_tenant}, after={"tenant": tenant}
             )
             record_change(session, change)
 
@@ -229,7 +231,7 @@ class Registry(RegistryConnection):
             return True
 
     def pins(self) -> Names:
-        """What is pinned, as it was named."""
+        """The pinned names and ids, as they were given."""
         with self._reading() as session:
             return list(session.scalars(select(PinRow.target).order_by(PinRow.target)))
 
@@ -238,9 +240,11 @@ class Registry(RegistryConnection):
         with self._reading() as session:
             # Pins are few, and adapters many: from the pins, each by its key.
             targets = session.scalars(select(PinRow.target)).all()
-            meant = select(NameRow.promoted).where(NameRow.name.in_(targets), NameRow.promoted.is_not(None))
-            named = session.scalars(meant).all()
-            rows = session.scalars(select(ModelRow).where(ModelRow.id.in_([*targets, *named])).order_by(ModelRow.id))
+            query = select(NameRow.promoted).where(NameRow.name.in_(targets), NameRow.promoted.is_not(None))
+            promoted_ids = session.scalars(query).all()
+            rows = session.scalars(
+                select(ModelRow).where(ModelRow.id.in_([*targets, *promoted_ids])).order_by(ModelRow.id)
+            )
             return [record_of(row) for row in rows if row.base == base]
 
     def list(
@@ -252,7 +256,7 @@ class Registry(RegistryConnection):
         after: str | None = None,
         limit: int | None = None,
     ) -> Records:
-        """What is registered, by name and version: the promoted version of each name, or all of them.
+        """Records by name and version: the promoted version of each name, or all versions.
 
         `base`: adapters of that model (by its id) only. A page has at most `limit` records and starts after the name (with
         `all_versions`: the id) `after`.
@@ -304,12 +308,12 @@ class Registry(RegistryConnection):
             return names.near(session, name)
 
     def summary(self, name: str) -> dict[str, Any]:
-        """What is known of a name, for the audit log: the number of its versions, the one it means, and what is pinned of it."""
+        """State of a name, for the audit log: the number of its versions, the promoted one, and its pins."""
         with self._reading() as session:
-            known = session.get(NameRow, name)
+            name_row = session.get(NameRow, name)
             count = session.scalar(select(func.count()).select_from(ModelRow).where(ModelRow.name == name))
             pins = session.scalars(select(PinRow.target).where(PinRow.name == name).order_by(PinRow.target))
-            return {"versions": count, "promoted": known.promoted if known else None, "pinned": list(pins)}
+            return {"versions": count, "promoted": name_row.promoted if name_row else None, "pinned": list(pins)}
 
     def newest_model(self) -> ModelRecord | None:
         """The model (not adapter) that was registered last."""
@@ -319,7 +323,7 @@ class Registry(RegistryConnection):
             return None if row is None else record_of(row)
 
     def remove(self, name_or_id: str, *, kind: Kind | None = None) -> Records:
-        """Forget one version (by id) or all of a name; the files stay. Returns what was forgotten, oldest first.
+        """Remove the records of one version (by id) or of all of a name; the files stay. Returns the records, oldest first.
 
         A name whose promoted version goes means the one promoted before. RegistryError, and nothing changes, if an adapter still
         needs one of them, or if they are not of the `kind` given.
@@ -332,17 +336,19 @@ class Registry(RegistryConnection):
                 raise RegistryError(
                     f"{rows[0].id} is {with_article(rows[0].kind)}, not {with_article(kind)}, so it stays."
                 )
-            needing = select(ModelRow.id).where(ModelRow.base.in_(ids))
-            needed_by = session.scalars(needing.order_by(ModelRow.base, ModelRow.name).limit(names.SHOWN + 1)).all()
-            if needed_by:
-                count = session.scalar(select(func.count()).select_from(needing.subquery()))
+            dependents = select(ModelRow.id).where(ModelRow.base.in_(ids))
+            dependent_ids = session.scalars(
+                dependents.order_by(ModelRow.base, ModelRow.name).limit(names.MAX_SHOWN + 1)
+            ).all()
+            if dependent_ids:
+                count = session.scalar(select(func.count()).select_from(dependents.subquery()))
                 raise RegistryError(
-                    f"{name_or_id} is the base of {names.some(needed_by)}, {count} in all. Remove those first."
+                    f"{name_or_id} is the base of {names.listed(dependent_ids)}, {count} in all. Remove those first."
                 )
             removed = [record_of(row) for row in rows]
             names.forget(session, name, [row.version for row in rows])
-            gone = [*ids, *([name] if len(ids) == len(names.versions_of(session, name)) else [])]
-            session.execute(delete(PinRow).where(PinRow.target.in_(gone)))
+            pin_targets = [*ids, *([name] if len(ids) == len(names.versions_of(session, name)) else [])]
+            session.execute(delete(PinRow).where(PinRow.target.in_(pin_targets)))
             for row in rows:
                 session.delete(row)
             return removed
@@ -351,7 +357,7 @@ class Registry(RegistryConnection):
         self,
         name: str,
         kind: Kind,
-        where: str,
+        location: str,
         content: str,
         lineage: Mapping[str, Any],
         *,
@@ -376,10 +382,10 @@ class Registry(RegistryConnection):
             names.check_owner(session, name, tenant)
             # A version whose folder is gone is no version to hand out again.
             if newest is not None and (newest.digest, newest.base) == (content, base) and is_there(newest.path):
-                same = record_of(newest)
+                same_record = record_of(newest)
                 if not (promoting and names.promote(session, newest)):
                     session.rollback()
-                return same
+                return same_record
             if base is not None and session.get(ModelRow, base) is None:
                 raise RegistryError(f"{base} was removed while {name} was being registered.")
             version = names.next_version(session, name, kind, tenant)
@@ -388,7 +394,7 @@ class Registry(RegistryConnection):
                 name=name,
                 version=version,
                 kind=kind,
-                path=where,
+                path=location,
                 digest=content,
                 base=base,
                 rank=rank,

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class TimedCalls:
-    """One thread for the calls to one connection, which nobody else uses."""
+    """One thread for all calls to one connection."""
 
     def __init__(self, connection: RegistryConnection, name: str) -> None:
         """`name` is that of the thread."""

@@ -1,4 +1,4 @@
-"""Histories of where a gateway sent prompt prefixes and sessions: bounded, least recently used entries are dropped first.
+"""Replicas to which a gateway has sent prompt prefixes and sessions: bounded histories, least recently used dropped first.
 
 They estimate the contents of the engines' prefix caches. A wrong estimate costs one prefill, so engines are not asked.
 """
@@ -24,36 +24,36 @@ class PrefixHistory:
 
     def record(self, prefix_hashes: Sequence[int], replica: str) -> None:
         """A replica has been sent a text with these prefixes."""
-        known = self._holders
+        holders_by_hash = self._holders
         # The longest first: the shortest prefix, which more texts share, is then the last to be dropped.
         for prefix_hash in reversed(prefix_hashes):
-            holders = known.get(prefix_hash)
+            holders = holders_by_hash.get(prefix_hash)
             if holders is None:
-                known[prefix_hash] = [replica]
+                holders_by_hash[prefix_hash] = [replica]
                 continue
-            known.move_to_end(prefix_hash)
+            holders_by_hash.move_to_end(prefix_hash)
             if holders[-1] != replica:
                 if replica in holders:
                     holders.remove(replica)
                 elif len(holders) >= MAX_HOLDERS:
                     del holders[0]
                 holders.append(replica)
-        while len(known) > self._capacity:
-            known.popitem(last=False)
+        while len(holders_by_hash) > self._capacity:
+            holders_by_hash.popitem(last=False)
 
     def longest_matches(self, prefix_hashes: Sequence[int], limit: int) -> dict[str, int]:
         """At most `limit` replicas, each with its number of matching `prefix_hashes`; longest match first, then most recent."""
-        found: dict[str, int] = {}
+        matches: dict[str, int] = {}
         for depth in range(len(prefix_hashes), 0, -1):
             holders = self._holders.get(prefix_hashes[depth - 1])
             if holders is None:
                 continue
             for replica in reversed(holders):
-                if replica not in found:
-                    found[replica] = depth
-                    if len(found) == limit:
-                        return found
-        return found
+                if replica not in matches:
+                    matches[replica] = depth
+                    if len(matches) == limit:
+                        return matches
+        return matches
 
 
 class SessionHistory:

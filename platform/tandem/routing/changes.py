@@ -1,4 +1,4 @@
-"""Changes of replica records: what one report of a replica, or several, altered. Pure.
+"""Changes of replica records, of one report or of several merged ones. Pure.
 
 A change is exact about load and residency, and holds the whole record for anything else, which changes rarely. Replicas report
 changes to the directory, and the directory passes them on to gateways, merged over the time between two pushes.
@@ -42,19 +42,19 @@ class SetChange:
         return SetChange(added=tuple(sorted(added)), removed=tuple(sorted(removed)))
 
 
-NOTHING = SetChange()
+NO_CHANGE = SetChange()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaChange:
-    """What changed at one replica since its previous report; empty: a heartbeat."""
+    """Difference of one replica's record to its previous report; empty: a heartbeat."""
 
     id: str
     record: ReplicaRecord | None = None
     """The whole record: the replica is new, or more than load and residency changed. The other fields are unset then."""
     load: Load | None = None
-    adapters: SetChange = NOTHING
-    slots: SetChange = NOTHING
+    adapters: SetChange = NO_CHANGE
+    slots: SetChange = NO_CHANGE
     adapter_loads: int | None = None
 
     @property
@@ -70,7 +70,7 @@ class ReplicaChange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Changes:
-    """What changed in a directory since an earlier version."""
+    """Differences of a directory's replicas to an earlier version."""
 
     epoch: int
     since: int
@@ -84,7 +84,7 @@ class Changes:
 
 
 Update = Snapshot | Changes
-"""What a directory sends to a gateway."""
+"""Message of a directory to a gateway."""
 
 
 def normalised(record: ReplicaRecord) -> ReplicaRecord:
@@ -99,10 +99,10 @@ def difference(before: ReplicaRecord, after: ReplicaRecord) -> ReplicaChange:
     """The change from one normalised record of a replica to another."""
     if _description(before) != _description(after):
         return ReplicaChange(id=after.id, record=after)
-    load, known = _load(after), _load(before)
+    load, previous_load = _load(after), _load(before)
     return ReplicaChange(
         id=after.id,
-        load=None if load == known else load,
+        load=None if load == previous_load else load,
         adapters=_set_change(before.adapters, after.adapters),
         slots=_set_change(before.slots, after.slots),
         adapter_loads=None if before.adapter_loads == after.adapter_loads else after.adapter_loads,
@@ -125,18 +125,18 @@ def applied(record: ReplicaRecord, change: ReplicaChange) -> ReplicaRecord:
     )
 
 
-def merged(first: ReplicaChange, later: ReplicaChange) -> ReplicaChange:
+def merged(earlier: ReplicaChange, later: ReplicaChange) -> ReplicaChange:
     """Two changes of one replica, one after the other, as one."""
     if later.record is not None:
         return later
-    if first.record is not None:
-        return ReplicaChange(id=first.id, record=applied(first.record, later))
+    if earlier.record is not None:
+        return ReplicaChange(id=earlier.id, record=applied(earlier.record, later))
     return ReplicaChange(
-        id=first.id,
-        load=later.load or first.load,
-        adapters=first.adapters.then(later.adapters) if later.adapters else first.adapters,
-        slots=first.slots.then(later.slots) if later.slots else first.slots,
-        adapter_loads=first.adapter_loads if later.adapter_loads is None else later.adapter_loads,
+        id=earlier.id,
+        load=later.load or earlier.load,
+        adapters=earlier.adapters.then(later.adapters) if later.adapters else earlier.adapters,
+        slots=earlier.slots.then(later.slots) if later.slots else earlier.slots,
+        adapter_loads=earlier.adapter_loads if later.adapter_loads is None else later.adapter_loads,
     )
 
 
@@ -145,7 +145,7 @@ def _load(record: ReplicaRecord) -> Load:
 
 
 def _description(record: ReplicaRecord) -> tuple[object, ...]:
-    """What a change holds the whole record for."""
+    """The fields whose change is reported as a whole record."""
     return (
         record.id, record.pool, record.deployment, record.url, record.token, record.state, record.max_running,
         record.pin_problems, record.started_at, record.startup_s, record.tasks,
@@ -154,5 +154,5 @@ def _description(record: ReplicaRecord) -> tuple[object, ...]:
 
 def _set_change(before: tuple[str, ...], after: tuple[str, ...]) -> SetChange:
     if before == after:
-        return NOTHING
+        return NO_CHANGE
     return SetChange(added=tuple(sorted(set(after) - set(before))), removed=tuple(sorted(set(before) - set(after))))

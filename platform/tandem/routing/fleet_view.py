@@ -1,7 +1,7 @@
-"""A gateway's copy of the directory: applies snapshots and changes, and knows what differs since the previous one. Pure.
+"""A gateway's copy of the directory: applies snapshots and changes, and returns the replicas that differ. Pure.
 
-Beside what the directory tells it holds two kinds of the gateway's own knowledge: replicas of an earlier directory that a new one
-has not heard from yet, and silent replicas that have answered a probe.
+Beside the directory's records it holds replicas of an earlier directory that a new one has not heard from yet, and the silent
+replicas that have answered this gateway's probe.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ViewChange:
     changed: tuple[ReplicaRecord, ...] = ()
     """Replicas that are new or differ."""
     removed: tuple[ReplicaRecord, ...] = ()
-    gone: tuple[ReplicaRecord, ...] = ()
+    never_reported: tuple[ReplicaRecord, ...] = ()
     """Replicas of an earlier directory that the present one, now complete, has never heard from."""
 
 
@@ -38,48 +38,48 @@ class FleetView:
     complete: bool = True
     records: dict[str, ReplicaRecord] = field(default_factory=dict)
     """Every known replica in the state in which the gateway treats it."""
-    told: dict[str, ReplicaRecord] = field(default_factory=dict)
+    reported: dict[str, ReplicaRecord] = field(default_factory=dict)
     """Replicas as the directory describes them."""
-    unheard: set[str] = field(default_factory=set)
+    carried_over: set[str] = field(default_factory=set)
     """Replicas of an earlier directory that the present, incomplete one has not heard from."""
     lost: set[str] = field(default_factory=set)
     """Replicas that the directory calls lost."""
     _confirmed: set[str] = field(default_factory=set)
     """Lost replicas that have answered a probe."""
-    _unsure: set[str] = field(default_factory=set)
-    """Replicas of which a probe's result came since the last update."""
+    _probed: set[str] = field(default_factory=set)
+    """Replicas that were probed since the last update."""
 
     def confirm(self, replica_id: str, *, ready: bool) -> None:
         """Set whether a silent replica has answered a probe; takes effect with the next update."""
         (self._confirmed.add if ready else self._confirmed.discard)(replica_id)
-        self._unsure.add(replica_id)
+        self._probed.add(replica_id)
 
     def apply(self, update: Update) -> ViewChange:
         """Apply an update of the directory. VersionMismatchError, and no effect, if it needs another version than this one."""
-        touched = self._apply_snapshot(update) if isinstance(update, Snapshot) else self._apply_changes(update)
+        touched_ids = self._apply_snapshot(update) if isinstance(update, Snapshot) else self._apply_changes(update)
         self.epoch, self.version, self.complete = update.epoch, update.version, update.complete
         self._confirmed &= self.lost
-        touched |= self._unsure
-        self._unsure = set()
-        gone: tuple[ReplicaRecord, ...] = ()
-        if self.complete and self.unheard:
+        touched_ids |= self._probed
+        self._probed = set()
+        never_reported: tuple[ReplicaRecord, ...] = ()
+        if self.complete and self.carried_over:
             # A restarted directory has become complete without a heartbeat from these.
-            gone = tuple(self.records[each] for each in self.unheard)
-            touched |= self.unheard
-            self.unheard = set()
-        return self._refresh(touched, gone)
+            never_reported = tuple(self.records[replica_id] for replica_id in self.carried_over)
+            touched_ids |= self.carried_over
+            self.carried_over = set()
+        return self._refresh(touched_ids, never_reported)
 
     def _apply_snapshot(self, snapshot: Snapshot) -> set[str]:
-        known = self.told
-        self.told = {record.id: normalised(record) for record in snapshot.replicas}
-        missing = (known.keys() | self.unheard) - self.told.keys()
-        # An incomplete directory of the same process has not forgotten anything: what it leaves out has left it.
+        previous = self.reported
+        self.reported = {record.id: normalised(record) for record in snapshot.replicas}
+        missing = (previous.keys() | self.carried_over) - self.reported.keys()
+        # A snapshot of the same process that lacks a replica means that the replica has left, complete or not.
         restarted = snapshot.epoch != self.epoch or snapshot.epoch == 0
         if not snapshot.complete and restarted:
-            self.unheard |= missing
-        self.unheard -= self.told.keys()
-        self.lost = {key for key, record in self.told.items() if record.lost}
-        return {*missing, *self.told}
+            self.carried_over |= missing
+        self.carried_over -= self.reported.keys()
+        self.lost = {key for key, record in self.reported.items() if record.lost}
+        return {*missing, *self.reported}
 
     def _apply_changes(self, changes: Changes) -> set[str]:
         if (changes.epoch, changes.since) != (self.epoch, self.version):
@@ -87,42 +87,42 @@ class FleetView:
                 f"Changes of the directory {changes.epoch} since version {changes.since} do not apply to version "
                 f"{self.version} of {self.epoch}. A snapshot is needed."
             )
-        told: dict[str, ReplicaRecord | None] = dict.fromkeys(changes.removed)
+        reported: dict[str, ReplicaRecord | None] = dict.fromkeys(changes.removed)
         for change in changes.changed:
             record = change.record
             if record is None:
-                known = self.told.get(change.id)
-                if known is None:
+                previous = self.reported.get(change.id)
+                if previous is None:
                     raise VersionMismatchError(f"The directory changed {change.id}, which is not known here.")
-                record = applied(known, change)
-            told[change.id] = record
-        for key, record in told.items():
+                record = applied(previous, change)
+            reported[change.id] = record
+        for key, record in reported.items():
             if record is None:
-                self.told.pop(key, None)
+                self.reported.pop(key, None)
             else:
-                self.told[key] = record
-                self.unheard.discard(key)
+                self.reported[key] = record
+                self.carried_over.discard(key)
             if record is not None and record.lost:
                 self.lost.add(key)
             else:
                 self.lost.discard(key)
-        return set(told)
+        return set(reported)
 
-    def _refresh(self, touched: Iterable[str], gone: tuple[ReplicaRecord, ...]) -> ViewChange:
+    def _refresh(self, touched_ids: Iterable[str], never_reported: tuple[ReplicaRecord, ...]) -> ViewChange:
         changed, removed = [], []
-        for key in touched:
-            before, after = self.records.get(key), self._treated(key)
-            if after is None:
-                if before is not None:
+        for key in touched_ids:
+            old_record, new_record = self.records.get(key), self._effective_record(key)
+            if new_record is None:
+                if old_record is not None:
                     removed.append(self.records.pop(key))
-            elif before is None or after != before:
-                self.records[key] = after
-                changed.append(after)
-        return ViewChange(changed=tuple(changed), removed=tuple(removed), gone=gone)
+            elif old_record is None or new_record != old_record:
+                self.records[key] = new_record
+                changed.append(new_record)
+        return ViewChange(changed=tuple(changed), removed=tuple(removed), never_reported=never_reported)
 
-    def _treated(self, key: str) -> ReplicaRecord | None:
+    def _effective_record(self, key: str) -> ReplicaRecord | None:
         """A replica in the state in which the gateway treats it; None: there is none any more."""
-        record = self.told.get(key)
+        record = self.reported.get(key)
         if record is None:
-            return self.records.get(key) if key in self.unheard else None
+            return self.records.get(key) if key in self.carried_over else None
         return replace(record, state="ready") if record.state == "silent" and key in self._confirmed else record

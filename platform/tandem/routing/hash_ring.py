@@ -27,31 +27,31 @@ class HashRing:
     def set(self, members: Collection[str]) -> None:
         """Replace the members; cheap if most stay."""
         new_members = set(members)
-        removed, new = self._keys.keys() - new_members, new_members - self._keys.keys()
+        removed, added = self._keys.keys() - new_members, new_members - self._keys.keys()
         if removed:
             self._owners = {point: owner for point, owner in self._owners.items() if owner not in removed}
             self._keys = {member: key for member, key in self._keys.items() if member not in removed}
-        for member in new:
+        for member in added:
             self._keys[member] = hash_key(member)
             for number in range(POINTS_PER_REPLICA):
                 self._owners[hash_key(f"{member}/{number}")] = member
-        if removed or new:
+        if removed or added:
             self._points = sorted(self._owners)
 
     def successors(self, key: int, count: int) -> list[str]:
         """The first `count` replicas after `key`, each once; fewer if there are no more."""
-        found: list[str] = []
+        successors: list[str] = []
         points, owners = self._points, self._owners
-        first = bisect_left(points, key)
-        for index in range(first, first + len(points)):
+        start = bisect_left(points, key)
+        for index in range(start, start + len(points)):
             owner = owners[points[index % len(points)]]
-            if owner not in found:
-                found.append(owner)
-                if len(found) == count:
+            if owner not in successors:
+                successors.append(owner)
+                if len(successors) == count:
                     break
-        return found
+        return successors
 
-    def rendezvous(self, key: int, among: Iterable[str]) -> str:
+    def rendezvous(self, key: int, replicas: Iterable[str]) -> str:
         """The replica among some that a key belongs to (rendezvous hashing: Thaler, Ravishankar 1998)."""
         keys = self._keys
-        return max(among, key=lambda replica: (keys.get(replica, 0) ^ key) * MIX & MASK)
+        return max(replicas, key=lambda replica: (keys.get(replica, 0) ^ key) * MIX & MASK)

@@ -27,39 +27,39 @@ class LoadBuckets:
     """Replicas grouped by load: the least loaded one, and a change of load, in constant time."""
 
     def __init__(self) -> None:
-        self._work: dict[str, int] = {}
+        self._load: dict[str, int] = {}
         self._position: dict[str, int] = {}
         self._buckets: dict[int, list[str]] = {}
         self._lowest = 0
         self._total = 0
 
     def __contains__(self, replica: str) -> bool:
-        return replica in self._work
+        return replica in self._load
 
     def get(self, replica: str) -> int | None:
         """Load of a replica, in requests; None: unknown replica."""
-        return self._work.get(replica)
+        return self._load.get(replica)
 
     def set(self, replica: str, load: int) -> None:
         """Add a replica or change its load."""
-        before = self._work.get(replica)
-        if before == load:
+        old_load = self._load.get(replica)
+        if old_load == load:
             return
-        if before is not None:
-            self._remove(replica, before)
+        if old_load is not None:
+            self._remove(replica, old_load)
         bucket = self._buckets.get(load)
         if bucket is None:
             bucket = self._buckets[load] = []
         self._position[replica] = len(bucket)
         bucket.append(replica)
-        self._work[replica] = load
-        self._total += load - (before or 0)
+        self._load[replica] = load
+        self._total += load - (old_load or 0)
         if load < self._lowest or self._lowest not in self._buckets:
-            self._lowest = load if before is None or load <= before else min(self._buckets)
+            self._lowest = load if old_load is None or load <= old_load else min(self._buckets)
 
     def drop(self, replica: str) -> None:
         """Remove a replica."""
-        load = self._work.pop(replica, None)
+        load = self._load.pop(replica, None)
         if load is not None:
             self._total -= load
             self._remove(replica, load)
@@ -68,7 +68,7 @@ class LoadBuckets:
 
     def mean(self) -> float:
         """Mean load of a replica."""
-        return self._total / len(self._work) if self._work else 0.0
+        return self._total / len(self._load) if self._load else 0.0
 
     def spread(self) -> int:
         """Difference between the largest and the smallest load."""
@@ -79,13 +79,13 @@ class LoadBuckets:
         if not self._buckets:
             return None
         bucket = self._buckets[self._lowest]
-        found = bucket[int(rng.random() * len(bucket))]
-        if found not in exclude:
-            return found
+        replica = bucket[int(rng.random() * len(bucket))]
+        if replica not in exclude:
+            return replica
         for load in sorted(self._buckets):
-            left = [replica for replica in self._buckets[load] if replica not in exclude]
-            if left:
-                return left[int(rng.random() * len(left))]
+            candidates = [replica for replica in self._buckets[load] if replica not in exclude]
+            if candidates:
+                return candidates[int(rng.random() * len(candidates))]
         return None
 
     def _remove(self, replica: str, load: int) -> None:
@@ -135,34 +135,34 @@ class ReplicaIndex:
 
     def update(self, records: Iterable[ReplicaRecord]) -> None:
         """Replace the replicas of the pool."""
-        seen = set()
-        added = False
+        ready_ids = set()
+        has_new = False
         for record in records:
             if record.state == "ready":
-                seen.add(record.id)
-                added |= record.id not in self._position
-                self._put(record)
-        removed = self._position.keys() - seen
+                ready_ids.add(record.id)
+                has_new |= record.id not in self._position
+                self._set_record(record)
+        removed = self._position.keys() - ready_ids
         for replica in removed:
             self._drop(replica)
-        if added or removed:
+        if has_new or removed:
             self.ring.set(self._ready)
 
     def apply(self, changed: Iterable[ReplicaRecord], removed: Iterable[str]) -> None:
         """Apply changes of some replicas of the pool; the others stay as they are."""
-        moved = False
+        is_changed = False
         for record in changed:
             if record.state == "ready":
-                moved |= record.id not in self._position
-                self._put(record)
+                is_changed |= record.id not in self._position
+                self._set_record(record)
             elif record.id in self._position:
-                moved = True
+                is_changed = True
                 self._drop(record.id)
         for replica in removed:
             if replica in self._position:
-                moved = True
+                is_changed = True
                 self._drop(replica)
-        if moved:
+        if is_changed:
             self.ring.set(self._ready)
 
     def request_started(self, replica: str, adapter: str | None) -> None:
@@ -193,7 +193,7 @@ class ReplicaIndex:
             resident.add(adapter)
             self._holders.setdefault(adapter, []).append(replica)
 
-    def _put(self, record: ReplicaRecord) -> None:
+    def _set_record(self, record: ReplicaRecord) -> None:
         replica = record.id
         if replica not in self._position:
             self._position[replica] = len(self._ready)
@@ -201,26 +201,26 @@ class ReplicaIndex:
             self._resident[replica] = set()
         self._records[replica] = record
         # The report includes this gateway's own requests, which are counted here exactly; the rest are other gateways'.
-        own = self._own_requests.get(replica, 0)
-        rest = record.waiting * WAITING_WEIGHT
-        if record.running + record.waiting > own:
-            rest += record.running + record.waiting - own
+        own_load = self._own_requests.get(replica, 0)
+        other_load = record.waiting * WAITING_WEIGHT
+        if record.running + record.waiting > own_load:
+            other_load += record.running + record.waiting - own_load
         if record.kv_usage > KV_PRESSURE_FROM:
-            rest += int((record.kv_usage - KV_PRESSURE_FROM) / (1 - KV_PRESSURE_FROM) * KV_PRESSURE_REQUESTS)
-        self._other_load[replica] = rest
-        self.load_buckets.set(replica, rest + own)
+            other_load += int((record.kv_usage - KV_PRESSURE_FROM) / (1 - KV_PRESSURE_FROM) * KV_PRESSURE_REQUESTS)
+        self._other_load[replica] = other_load
+        self.load_buckets.set(replica, other_load + own_load)
         resident = self._resident[replica]
         if len(resident) != len(record.adapters) or not resident.issuperset(record.adapters):
             self._set_adapters(replica, set(record.adapters))
 
     def _set_adapters(self, replica: str, adapters: set[str]) -> None:
-        before = self._resident[replica]
-        for adapter in before - adapters:
+        old_adapters = self._resident[replica]
+        for adapter in old_adapters - adapters:
             holders = self._holders[adapter]
             holders.remove(replica)
             if not holders:
                 del self._holders[adapter]
-        for adapter in adapters - before:
+        for adapter in adapters - old_adapters:
             self._holders.setdefault(adapter, []).append(replica)
         self._resident[replica] = adapters
 
@@ -234,9 +234,9 @@ class ReplicaIndex:
         self.load_buckets.drop(replica)
 
     def _update_load(self, replica: str) -> None:
-        rest = self._other_load.get(replica)
-        if rest is not None:
-            self.load_buckets.set(replica, rest + self._own_requests.get(replica, 0))
+        other_load = self._other_load.get(replica)
+        if other_load is not None:
+            self.load_buckets.set(replica, other_load + self._own_requests.get(replica, 0))
 
     def requests_outside(self, replicas: Collection[str]) -> int:
         """This gateway's requests in flight at replicas other than these, ready or not."""
@@ -246,34 +246,36 @@ class ReplicaIndex:
 
     def adapter_presence(self, replica: str, adapter: str) -> float:
         """Presence of an adapter at a replica: 1 in a slot or requested by this gateway, `HOST_MEMORY_SHARE` in memory, or 0."""
-        carried = self._own_by_adapter.get(adapter)
-        if carried is not None and replica in carried:
+        own_requests = self._own_by_adapter.get(adapter)
+        if own_requests is not None and replica in own_requests:
             return 1.0
         if adapter not in self._resident.get(replica, ()):
             return 0.0
         slots = self._records[replica].slots
         return 1.0 if not slots or adapter in slots else HOST_MEMORY_SHARE
 
-    def holders(self, adapter: str, most: int) -> list[str]:
-        """Replicas that have an adapter or are loading it: a random sample of at most `most` of each kind."""
-        holding = self._holders.get(adapter, ())
-        found = list(holding) if len(holding) <= most else self.sample(most, holding)
-        carried = self._own_by_adapter.get(adapter)
-        if carried is not None:
-            found += [replica for replica, _ in zip(carried, range(most), strict=False) if replica not in found]
-        return found
+    def holders(self, adapter: str, limit: int) -> list[str]:
+        """Replicas that have an adapter or are loading it: a random sample of at most `limit` of each kind."""
+        resident = self._holders.get(adapter, ())
+        replicas = list(resident) if len(resident) <= limit else self.sample(limit, resident)
+        own_requests = self._own_by_adapter.get(adapter)
+        if own_requests is not None:
+            replicas += [
+                replica for replica, _ in zip(own_requests, range(limit), strict=False) if replica not in replicas
+            ]
+        return replicas
 
     def sample(self, count: int, among: list[str] | tuple[str, ...] | None = None) -> list[str]:
         """`count` different random replicas, or all if there are fewer; `among` some, or all that are ready."""
         among = self._ready if among is None else among
         if len(among) <= count:
             return list(among)
-        found: list[str] = []
-        while len(found) < count:
+        sample: list[str] = []
+        while len(sample) < count:
             replica = among[int(self._rng.random() * len(among))]
-            if replica not in found:
-                found.append(replica)
-        return found
+            if replica not in sample:
+                sample.append(replica)
+        return sample
 
     def round_robin(self) -> Iterator[str]:
         """Each replica once, starting after the last one returned before."""
@@ -283,9 +285,9 @@ class ReplicaIndex:
 
     def least_loaded(self, replicas: Iterable[str], exclude: Collection[str] = ()) -> str | None:
         """The ready replica with the lowest load outside `exclude`; the first of equals."""
-        best, least = None, 0
+        best, lowest_load = None, 0
         for replica in replicas:
             load = self.load_buckets.get(replica)
-            if load is not None and replica not in exclude and (best is None or load < least):
-                best, least = replica, load
+            if load is not None and replica not in exclude and (best is None or load < lowest_load):
+                best, lowest_load = replica, load
         return best

@@ -55,13 +55,13 @@ def affinity(request: RoutingRequest, context: RoutingContext) -> str | None:
     config, index = context.config, context.index
     gains: dict[str, float] = {}
     if request.prefix_hashes:
-        most, per_request = config.prefix_requests, config.prefix_bytes_per_request
+        max_gain, bytes_per_request = config.prefix_requests, config.prefix_bytes_per_request
         for replica, depth in context.prefixes.longest_matches(request.prefix_hashes, MAX_CANDIDATES).items():
-            gains[replica] = min(most, PREFIX_LENGTHS[depth - 1] / per_request)
+            gains[replica] = min(max_gain, PREFIX_LENGTHS[depth - 1] / bytes_per_request)
     if request.session is not None:
-        last = context.sessions.get(request.session)
-        if last is not None:
-            gains[last] = gains.get(last, 0.0) + config.session_requests
+        last_replica = context.sessions.get(request.session)
+        if last_replica is not None:
+            gains[last_replica] = gains.get(last_replica, 0.0) + config.session_requests
     adapter = request.adapter
     holders = [] if adapter is None else index.holders(adapter, MAX_CANDIDATES)
     for replica in holders:
@@ -74,7 +74,7 @@ def affinity(request: RoutingRequest, context: RoutingContext) -> str | None:
     for replica in index.ready if len(index) <= SCAN_ALL_UP_TO else index.sample(2):
         gains.setdefault(replica, 0.0)
     weight = max(1.0, index.load_buckets.mean() / NOMINAL_REQUESTS)
-    best, least = None, 0.0
+    best, lowest_cost = None, 0.0
     for replica, gain in gains.items():
         load = index.load_buckets.get(replica)
         if load is None or replica in context.exclude:
@@ -82,8 +82,8 @@ def affinity(request: RoutingRequest, context: RoutingContext) -> str | None:
         if adapter is not None:
             gain += config.adapter_requests * index.adapter_presence(replica, adapter)
         cost = load - weight * gain
-        if best is None or cost < least:
-            best, least = replica, cost
+        if best is None or cost < lowest_cost:
+            best, lowest_cost = replica, cost
     return best
 
 
@@ -99,12 +99,14 @@ def _homes(request: RoutingRequest, index: ReplicaIndex, holders: list[str]) -> 
             key = request.session or key
             return [] if key is None else [(index.ring.rendezvous(key, holders), 1.0)]
         return [(home, 1.0) for home in index.ring.successors(hash_key(request.adapter), 1)]
-    found = (
-        [] if key is None else [(home, 1 / n) for n, home in enumerate(index.ring.successors(key, HOMES_PER_KEY), 1)]
+    homes = (
+        []
+        if key is None
+        else [(home, 1 / rank) for rank, home in enumerate(index.ring.successors(key, HOMES_PER_KEY), 1)]
     )
     if request.session is not None:
-        found += [(home, 1.0) for home in index.ring.successors(request.session, 1)]
-    return found
+        homes += [(home, 1.0) for home in index.ring.successors(request.session, 1)]
+    return homes
 
 
 def least_loaded(request: RoutingRequest, context: RoutingContext) -> str | None:
@@ -131,12 +133,12 @@ def prefix_tree(request: RoutingRequest, context: RoutingContext) -> str | None:
     config, index, exclude = context.config, context.index, context.exclude
     holders = index.holders(request.adapter, MAX_CANDIDATES) if request.adapter is not None else []
     if index.load_buckets.spread() <= config.imbalance_requests and request.prefix_hashes:
-        found = context.prefixes.longest_matches(request.prefix_hashes, MAX_CANDIDATES)
+        matches = context.prefixes.longest_matches(request.prefix_hashes, MAX_CANDIDATES)
         if holders:
-            found = {replica: depth for replica, depth in found.items() if replica in holders}
-        deepest = max(found.values(), default=0)
+            matches = {replica: depth for replica, depth in matches.items() if replica in holders}
+        deepest = max(matches.values(), default=0)
         if deepest and PREFIX_LENGTHS[deepest - 1] >= config.match_rate * request.size:
-            return index.least_loaded((replica for replica, depth in found.items() if depth == deepest), exclude)
+            return index.least_loaded((replica for replica, depth in matches.items() if depth == deepest), exclude)
     if holders:
         return index.least_loaded(holders, exclude)
     return index.load_buckets.least_loaded(context.rng, exclude)

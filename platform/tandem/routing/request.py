@@ -46,21 +46,21 @@ def hash_prefixes(seed: str, parts: Iterable[bytes]) -> tuple[tuple[int, ...], i
     At most `MAX_HASHED_BYTES` of the `parts` are read. Hashes under different seeds are unrelated.
     """
     hasher = hashlib.blake2b(seed.encode(errors="surrogatepass") + b"\0", digest_size=8)
-    found: list[int] = []
-    size, bound = 0, PREFIX_LENGTHS[0]
+    hashes: list[int] = []
+    size, next_length = 0, PREFIX_LENGTHS[0]
     for part in parts:
-        begin = 0
-        while size + len(part) - begin >= bound:
-            end = begin + bound - size
-            hasher.update(part[begin:end])
-            found.append(_to_int(hasher))
-            size, begin = bound, end
+        start = 0
+        while size + len(part) - start >= next_length:
+            end = start + next_length - size
+            hasher.update(part[start:end])
+            hashes.append(_to_int(hasher))
+            size, start = next_length, end
             if size == MAX_HASHED_BYTES:
-                return tuple(found), size
-            bound = PREFIX_LENGTHS[len(found)]
-        hasher.update(part[begin:])
-        size += len(part) - begin
-    return tuple(found), size
+                return tuple(hashes), size
+            next_length = PREFIX_LENGTHS[len(hashes)]
+        hasher.update(part[start:])
+        size += len(part) - start
+    return tuple(hashes), size
 
 
 def _to_int(hasher: hashlib.blake2b) -> int:

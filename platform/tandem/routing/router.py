@@ -50,11 +50,11 @@ class Router:
             by_pool.setdefault(record.pool, ([], []))[0].append(record)
         for record in removed:
             by_pool.setdefault(record.pool, ([], []))[1].append(record.id)
-        for pool_id, (records, gone) in by_pool.items():
+        for pool_id, (records, removed_ids) in by_pool.items():
             index = self._indexes.get(pool_id)
             if index is None:
                 index = self._indexes[pool_id] = ReplicaIndex(self._rng)
-            index.apply(records, gone)
+            index.apply(records, removed_ids)
 
     def choose(self, request: RoutingRequest, exclude: Collection[str] = ()) -> ReplicaRecord | None:
         """The replica for a request; None if no replica of its pool is ready outside `exclude`."""
@@ -64,10 +64,10 @@ class Router:
         context = RoutingContext(
             self._config, index, self._prefixes, self._sessions, exclude, self._rng, self._home_requests
         )
-        found = self._policy(request, context)
-        if found is None or found not in index or found in exclude:
-            found = index.load_buckets.least_loaded(self._rng, exclude)
-        return None if found is None else index.record(found)
+        replica = self._policy(request, context)
+        if replica is None or replica not in index or replica in exclude:
+            replica = index.load_buckets.least_loaded(self._rng, exclude)
+        return None if replica is None else index.record(replica)
 
     def request_started(self, request: RoutingRequest, replica: str) -> None:
         """A request is sent to a replica; `request_ended` must follow."""
@@ -86,10 +86,10 @@ class Router:
         if request.adapter is not None:
             self._index(request.pool).adapter_loaded(replica, request.adapter)
 
-    def requests_outside(self, pool_id: str, but: Collection[str]) -> int:
+    def requests_outside(self, pool_id: str, replicas: Collection[str]) -> int:
         """This gateway's requests in flight at replicas of a pool other than these."""
         index = self._indexes.get(pool_id)
-        return 0 if index is None else index.requests_outside(but)
+        return 0 if index is None else index.requests_outside(replicas)
 
     def _index(self, pool_id: str) -> ReplicaIndex:
         return self._indexes[pool_id]

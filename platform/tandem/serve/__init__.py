@@ -1,1 +1,1 @@
-"""Ray Serve as the control plane: engine replicas, the directory that knows them, and the app made of both."""
+"""Ray Serve as the control plane: engine replicas, the directory of replicas, and deployment options."""

@@ -73,46 +73,48 @@ def decide(signals: Signals, config: AutoscalingConfig, now: float, state: State
         state = replace(state, ready=signals.ready, changed_at=now)
     state = replace(state, capacity=_capacity(signals) or state.capacity)
     target = _clamp(signals.target, config)
-    more = _clamp(_required_replicas(signals, config, state, settled=now - state.changed_at >= TTFT_SETTLING_S), config)
-    if more > target:
+    required = _clamp(
+        _required_replicas(signals, config, state, settled=now - state.changed_at >= TTFT_SETTLING_S), config
+    )
+    if required > target:
         since = now if state.up_since is None else state.up_since
         # A model without replicas answers no request: no delay.
         if target and now - since < config.upscale_delay_s:
             return target, replace(state, up_since=since, down_since=None)
-        return more, replace(state, up_since=None, down_since=None)
+        return required, replace(state, up_since=None, down_since=None)
     state = replace(state, up_since=None)
-    fewer = max(more, _clamp(_sufficient_replicas(signals, config, state, target), config))
-    if fewer >= target:
+    sufficient = max(required, _clamp(_sufficient_replicas(signals, config, state, target), config))
+    if sufficient >= target:
         return target, replace(state, down_since=None)
     since = now if state.down_since is None else state.down_since
-    fewer = fewer if state.down_since is None else max(fewer, state.down_to)
+    sufficient = sufficient if state.down_since is None else max(sufficient, state.down_to)
     delay_s = config.downscale_delay_s
     # The last replica has a delay of its own: the others go first.
-    if fewer == 0 and target > 1:
-        fewer = 1
-    elif fewer == 0 and config.downscale_to_zero_delay_s is not None:
+    if sufficient == 0 and target > 1:
+        sufficient = 1
+    elif sufficient == 0 and config.downscale_to_zero_delay_s is not None:
         delay_s = config.downscale_to_zero_delay_s
     if now - since < delay_s:
-        return target, replace(state, down_since=since, down_to=fewer)
-    return fewer, replace(state, down_since=None)
+        return target, replace(state, down_since=since, down_to=sufficient)
+    return sufficient, replace(state, down_since=None)
 
 
 def _required_replicas(signals: Signals, config: AutoscalingConfig, state: State, *, settled: bool) -> int:
     """Replicas that the load requires, without the bounds."""
-    ready, backlog = signals.ready, signals.held + sum(each.waiting for each in signals.replicas)
+    ready, backlog = signals.ready, signals.held + sum(per_replica.waiting for per_replica in signals.replicas)
     if not ready:
         return max(signals.target, 1 if backlog else 0)
-    needs = [math.ceil(_total(signals, "kv_usage") / config.target_kv_usage)]
+    requirements = [math.ceil(_total(signals, "kv_usage") / config.target_kv_usage)]
     if backlog > ready * config.target_waiting:
         # A new replica runs as many requests as one of these, and as many may wait for it.
-        each = max(state.capacity, 1.0) + config.target_waiting
-        needs.append(ready + math.ceil((backlog - ready * config.target_waiting) / each))
+        per_replica = max(state.capacity, 1.0) + config.target_waiting
+        requirements.append(ready + math.ceil((backlog - ready * config.target_waiting) / per_replica))
     if config.target_running is not None:
-        needs.append(math.ceil(_total(signals, "running") / config.target_running))
-    slow = config.target_ttft_s is not None and _ttft_s(signals) > config.target_ttft_s
-    if slow and settled and signals.target <= ready:
-        needs.append(ready + 1)
-    return max(needs)
+        requirements.append(math.ceil(_total(signals, "running") / config.target_running))
+    is_slow = config.target_ttft_s is not None and _ttft_s(signals) > config.target_ttft_s
+    if is_slow and settled and signals.target <= ready:
+        requirements.append(ready + 1)
+    return max(requirements)
 
 
 def _sufficient_replicas(signals: Signals, config: AutoscalingConfig, state: State, target: int) -> int:
@@ -126,27 +128,27 @@ def _sufficient_replicas(signals: Signals, config: AutoscalingConfig, state: Sta
     running = _total(signals, "running")
     if not running:
         return 0
-    most = [each.max_running for each in signals.replicas if each.max_running]
-    known = [config.target_running or 0.0, state.capacity, min(most, default=0.0)]
-    at_once = min((each for each in known if each), default=0.0)
-    kv = math.ceil(_total(signals, "kv_usage") / (DOWNSCALE_BELOW * config.target_kv_usage))
-    return max(1, kv, math.ceil(running / (DOWNSCALE_BELOW * at_once)) if at_once else target)
+    max_running = [each.max_running for each in signals.replicas if each.max_running]
+    concurrency_limits = [config.target_running or 0.0, state.capacity, min(max_running, default=0.0)]
+    concurrency = min((each for each in concurrency_limits if each), default=0.0)
+    kv_replicas = math.ceil(_total(signals, "kv_usage") / (DOWNSCALE_BELOW * config.target_kv_usage))
+    return max(1, kv_replicas, math.ceil(running / (DOWNSCALE_BELOW * concurrency)) if concurrency else target)
 
 
 def _capacity(signals: Signals) -> float:
     """Running requests of the replicas that keep others waiting, on average; 0: there are none."""
-    full = [each.running for each in signals.replicas if each.waiting and each.running]
-    return sum(full) / len(full) if full else 0.0
+    running_counts = [replica.running for replica in signals.replicas if replica.waiting and replica.running]
+    return sum(running_counts) / len(running_counts) if running_counts else 0.0
 
 
 def _ttft_s(signals: Signals) -> float:
-    return max((each.ttft_s for each in signals.replicas), default=0.0)
+    return max((replica.ttft_s for replica in signals.replicas), default=0.0)
 
 
 def _total(signals: Signals, name: str) -> float:
     """Sum over all ready replicas; those that have not reported count as the average of the others."""
-    known = [getattr(each, name) for each in signals.replicas]
-    return sum(known) * (max(signals.ready, len(known)) / len(known)) if known else 0.0
+    values = [getattr(replica, name) for replica in signals.replicas]
+    return sum(values) * (max(signals.ready, len(values)) / len(values)) if values else 0.0
 
 
 def _clamp(replicas: int, config: AutoscalingConfig) -> int:
@@ -162,31 +164,31 @@ class EnginePolicy:
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """The number of replicas by `decide`, for an `AutoscalingContext` with the replicas' `record_autoscaling_stats`."""
         now = context.current_time or time.time()
-        known = State.__dataclass_fields__
-        state = State(**{key: value for key, value in context.policy_state.items() if key in known})
+        state_fields = State.__dataclass_fields__
+        state = State(**{key: value for key, value in context.policy_state.items() if key in state_fields})
         replicas, state = decide(read(context, now), self._config, now, state)
         return replicas, asdict(state)
 
 
 def read(context: Any, now: float) -> Signals:
     """The signals in Serve's context: the newest of each replica, and the largest `held` that any replica reported."""
-    newest: dict[Any, dict[str, float]] = {}
-    for name, of_replicas in (context.raw_metrics or {}).items():
-        for replica_id, series in of_replicas.items():
+    latest_values: dict[Any, dict[str, float]] = {}
+    for name, series_by_replica in (context.raw_metrics or {}).items():
+        for replica_id, series in series_by_replica.items():
             if series and now - series[-1].timestamp <= MAX_AGE_S:
-                newest.setdefault(replica_id, {})[name] = series[-1].value
-    spoken = [values for values in newest.values() if "waiting" in values]
-    held = max((values.get("held", 0.0) for values in spoken), default=0.0)
+                latest_values.setdefault(replica_id, {})[name] = series[-1].value
+    reported = [values for values in latest_values.values() if "waiting" in values]
+    held = max((values.get("held", 0.0) for values in reported), default=0.0)
     if not context.current_num_replicas:
         # No replica can report: requests that wait in Serve's own handles count.
         held = float(context.total_num_requests or 0.0)
     return Signals(
-        replicas=tuple(_replica(values) for values in spoken),
+        replicas=tuple(_replica_signals(values) for values in reported),
         ready=context.current_num_replicas,
         target=context.target_num_replicas,
         held=held,
     )
 
 
-def _replica(values: Mapping[str, float]) -> ReplicaSignals:
+def _replica_signals(values: Mapping[str, float]) -> ReplicaSignals:
     return ReplicaSignals(**{key: values[key] for key in ReplicaSignals.__dataclass_fields__ if key in values})

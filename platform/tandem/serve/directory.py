@@ -25,7 +25,7 @@ from tandem.serve.directory_state import HEARTBEAT_S, SILENT_AFTER_S, DirectoryS
 from tandem.serve.listen import internal_port_on_node
 
 WARM_UP_S = 3 * SILENT_AFTER_S
-"""Seconds after its start in which a directory does not know all replicas yet."""
+"""Seconds after its start in which a directory may not have heard from all replicas."""
 
 log = logging.getLogger(__name__)
 
@@ -67,31 +67,31 @@ class Directory:
         self._limits = LimitLedger()
         self._state = DirectoryState()
         self._demand = WaitingCounts()
-        self._began = time.monotonic()
-        self._server = DirectoryServer(self._state, self._demand, self._complete)
+        self._started_at = time.monotonic()
+        self._server = DirectoryServer(self._state, self._demand, self._is_complete)
         self._host = host
         self._address: DirectoryAddress | None = None
-        self._starting = asyncio.Lock()
+        self._start_lock = asyncio.Lock()
         self._wake = wake or call_through_serve
-        self._waking: dict[str, asyncio.Task[None]] = {}
+        self._wake_tasks: dict[str, asyncio.Task[None]] = {}
         self._registry = registry
-        self._following: asyncio.Task[None] | None = None
+        self._pin_task: asyncio.Task[None] | None = None
         if wake is None:
             internal_port_on_node()
 
     async def address(self) -> DirectoryAddress:
-        """Where it listens; it begins to at the first call."""
-        async with self._starting:
+        """The address on which it listens; the first call starts the server."""
+        async with self._start_lock:
             if self._address is None:
                 self._address = await self._server.start(self._host or _node_address())
                 if self._registry is not None:
-                    self._following = asyncio.create_task(self._follow(self._registry))
+                    self._pin_task = asyncio.create_task(self._follow_pins(self._registry))
         return self._address
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._following is not None:
-            self._following.cancel()
+        if self._pin_task is not None:
+            self._pin_task.cancel()
         await self._server.stop()
 
     async def watch(self, version: int) -> Snapshot:
@@ -99,7 +99,7 @@ class Directory:
         self._state.mark_silent(time.monotonic())
         if version == self._state.version:
             await self._server.changed(HEARTBEAT_S)
-        return self._state.snapshot(complete=self._complete())
+        return self._state.snapshot(complete=self._is_complete())
 
     async def demand(self, gateway: str, waiting: dict[str, int]) -> None:
         """Apply a gateway's numbers of waiting requests by deployment; starts a replica of deployments that have none."""
@@ -107,38 +107,38 @@ class Directory:
         self._demand.update(gateway, waiting, now)
         ready = self._state.ready_deployments()
         for deployment, count in waiting.items():
-            if count > 0 and deployment not in ready and deployment not in self._waking:
-                task = self._waking[deployment] = asyncio.create_task(self._wake_up(deployment))
+            if count > 0 and deployment not in ready and deployment not in self._wake_tasks:
+                task = self._wake_tasks[deployment] = asyncio.create_task(self._wake_up(deployment))
                 task.add_done_callback(functools.partial(self._wake_ended, deployment))
-        for deployment, task in self._waking.items():
+        for deployment, task in self._wake_tasks.items():
             # No request waits any more, so no replica need start.
             if not self._demand.total(deployment, now):
                 task.cancel()
 
     async def apply_limits(self, exchange: Exchange) -> Answer:
-        """Apply what a gateway sends to the ledger of limits."""
+        """Apply a gateway's exchange to the ledger of limits."""
         return self._limits.exchange(exchange, Moment.now())
 
-    def _complete(self) -> bool:
-        return time.monotonic() - self._began >= WARM_UP_S
+    def _is_complete(self) -> bool:
+        return time.monotonic() - self._started_at >= WARM_UP_S
 
-    async def _follow(self, address: RegistryAddress) -> None:
+    async def _follow_pins(self, address: RegistryAddress) -> None:
         """Read the pinned adapters whenever the registry has changed; they stay while the database does not answer."""
         pinned = PinnedAdapters(Registry.at(address))
-        away = False
+        has_failed = False
         while True:
             try:
                 # In a thread: a database that hangs must not block heartbeats.
                 self._server.set_pins(await asyncio.to_thread(pinned.read, self._server.bases()))
-                away = False
-            except Exception as error:  # noqa: BLE001 - the next look may succeed
-                if not away:
+                has_failed = False
+            except Exception as error:  # noqa: BLE001 - the next read may succeed
+                if not has_failed:
                     log.warning("Pinned adapters could not be read (%s); those that are known stay.", error)
-                away = True
+                has_failed = True
             await asyncio.sleep(HEARTBEAT_S)
 
     def _wake_ended(self, deployment: str, task: asyncio.Task[None]) -> None:
-        del self._waking[deployment]
+        del self._wake_tasks[deployment]
 
     async def _wake_up(self, deployment: str) -> None:
         # A deployment that is being deleted does not answer; while requests wait, it is called again.

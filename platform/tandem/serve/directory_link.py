@@ -1,4 +1,4 @@
-"""Connections of replicas and gateways to the directory. They find it through Ray, and anew when a connection has ended."""
+"""Connections of replicas and gateways to the directory, whose address they ask Ray for, again after each connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tandem.serve.directory_state import HEARTBEAT_S
 from tandem.tasks import discard, stop
 
 Locate = Callable[[], Awaitable[protocol.DirectoryAddress]]
-"""Returns where the directory listens now."""
+"""Returns the directory's present address."""
 
 CONNECT_TIMEOUT_S = 5.0
 """Seconds to find the directory and connect to it."""
@@ -26,7 +26,7 @@ SILENT_S = 5.0
 RETRY_S = 0.5
 """Mean seconds between two attempts to connect; drawn at random, since all clients of a directory lose it at once."""
 LEAVE_S = 2.0
-"""Seconds that a replica which ends takes to tell the directory."""
+"""Seconds that a stopping replica takes at most to leave the directory."""
 MIN_REPORT_INTERVAL_S = 0.1
 """Shortest time between two reports of a replica, in seconds."""
 
@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(protocol.frame(content))
 
     def close(self) -> None:
-        """End the connection, after what was written."""
+        """End the connection once all written bytes are sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -90,7 +90,7 @@ async def connect(locate: Locate, hello: Callable[[str], protocol.Hello], limit:
 
 
 class ReplicaReporter:
-    """Reports one replica to the directory: its record once for each connection, then what changes, at least every second."""
+    """Reports one replica to the directory: its record once for each connection, then changes, at least every second."""
 
     def __init__(
         self,
@@ -98,13 +98,13 @@ class ReplicaReporter:
         record: Callable[[], ReplicaRecord],
         on_reply: Callable[[HeartbeatReply], None] = lambda reply: None,
     ) -> None:
-        """`record` describes the replica now; `on_reply` is called with the directory's answers that differ."""
+        """`record` returns the replica's present record; `on_reply` is called with each answer that differs from the last."""
         self._locate = locate
         self._record = record
         self._on_reply = on_reply
         self._changed = asyncio.Event()
         self._connection: Connection | None = None
-        self._told: ReplicaRecord | None = None
+        self._sent_record: ReplicaRecord | None = None
         self._acknowledged = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.reply = HeartbeatReply(waiting=0)
@@ -112,7 +112,7 @@ class ReplicaReporter:
 
     async def start(self, timeout_s: float) -> None:
         """Begin to report; returns when the directory knows the replica, or after `timeout_s`."""
-        self._task = asyncio.create_task(self._follow())
+        self._task = asyncio.create_task(self._report_loop())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._acknowledged.wait(), timeout_s)
 
@@ -126,7 +126,7 @@ class ReplicaReporter:
         self._changed.set()
 
     def report(self) -> None:
-        """Report now what has changed; without a connection, the next one begins with it."""
+        """Report changes now; without a connection, the next one begins with the whole record."""
         if self._connection is not None:
             with contextlib.suppress(ConnectionError):
                 self._send(self._connection)
@@ -134,27 +134,27 @@ class ReplicaReporter:
     async def leave(self) -> None:
         """Stop reporting, and have the replica removed."""
         await stop(self._task)
-        # Without a connection the directory is told on a new one: a replica that does not leave would be lost.
+        # On a new connection if there is none: a replica that does not leave would count as lost.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(LEAVE_S), self._connected() as connection:
-                self._told = None
+                self._sent_record = None
                 self._send(connection)
                 connection.send(protocol.LEAVE)
                 while True:
                     await connection.read()
 
-    async def _follow(self) -> None:
+    async def _report_loop(self) -> None:
         while True:
             # A directory that is being replaced does not answer; the next connection reaches the new one.
             with contextlib.suppress(Exception):
                 async with self._connected() as connection:
-                    await self._report_on(connection)
+                    await self._report_changes(connection)
             await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.5))
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[Connection]:
         connection = await connect(self._locate, lambda token: protocol.Hello(token=token), protocol.LONGEST_REPORT)
-        self._told = None
+        self._sent_record = None
         self._connection = connection
         try:
             yield connection
@@ -162,10 +162,10 @@ class ReplicaReporter:
             self._connection = None
             connection.close()
 
-    async def _report_on(self, connection: Connection) -> None:
-        reading = asyncio.create_task(self._read(connection))
+    async def _report_changes(self, connection: Connection) -> None:
+        read_task = asyncio.create_task(self._read(connection))
         try:
-            while not reading.done():
+            while not read_task.done():
                 self._changed.clear()
                 self._send(connection)
                 # Loads and evictions of one moment are reported together.
@@ -173,19 +173,19 @@ class ReplicaReporter:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S - MIN_REPORT_INTERVAL_S)
         finally:
-            await discard(reading)
+            await discard(read_task)
 
     def _send(self, connection: Connection) -> None:
-        record, told = normalised(self._record()), self._told
-        change = ReplicaChange(id=record.id, record=record) if told is None else difference(told, record)
+        record, sent_record = normalised(self._record()), self._sent_record
+        change = ReplicaChange(id=record.id, record=record) if sent_record is None else difference(sent_record, record)
         connection.send(protocol.encode_change(change))
-        self._told = record
+        self._sent_record = record
 
     async def _read(self, connection: Connection) -> None:
         while True:
             reply = protocol.decode_reply(await connection.read())
             if reply.resend:
-                self._told = None
+                self._sent_record = None
                 self._changed.set()
                 continue
             self.reply = reply
@@ -235,7 +235,7 @@ class DirectoryWatcher:
         return protocol.Hello(token=token, gateway=True, epoch=self._epoch, version=self._version)
 
     def _ping(self, connection: Connection) -> None:
-        # The directory tells by these whether it can be reached, see DirectoryState.mark_silent.
+        # Without pings the directory takes itself for unreachable, see DirectoryState.mark_silent.
         if time.monotonic() - self._pinged_at >= HEARTBEAT_S / 2:
             self._pinged_at = time.monotonic()
             connection.send(protocol.PING)

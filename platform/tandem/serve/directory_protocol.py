@@ -39,7 +39,7 @@ class ProtocolError(TandemError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DirectoryAddress:
-    """Where a directory listens, and the secret that its clients show."""
+    """Host and port of a directory, and the secret that its clients send."""
 
     host: str
     port: int
@@ -55,7 +55,7 @@ class Hello:
     """Whether the client is a gateway; else it is a replica."""
     epoch: int = 0
     version: int = 0
-    """Of a gateway: what it knows."""
+    """Of a gateway: the epoch and version of its copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,16 +94,16 @@ def decode_change(content: bytes) -> ReplicaChange:
 
 
 def has_record(content: bytes) -> bool:
-    """Whether an encoded change holds a whole record, which it names before anything that a replica can choose but its id."""
+    """Whether an encoded change holds a whole record. The key `record` comes first after the id, which has a bounded length."""
     return b'","record":{' in content[:LONGEST_ID]
 
 
 def decode_changes(contents: Sequence[bytes]) -> list[ReplicaChange | None]:
     """The changes in several frames, which is faster than one by one; None for a frame that holds none."""
     with contextlib.suppress(ValueError):
-        found = _CHANGES.validate_json(b"[" + b",".join(contents) + b"]")
-        if len(found) == len(contents):
-            return list(found)
+        changes = _CHANGES.validate_json(b"[" + b",".join(contents) + b"]")
+        if len(changes) == len(contents):
+            return list(changes)
     return [_change_or_none(content) for content in contents]
 
 

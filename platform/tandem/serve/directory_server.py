@@ -27,10 +27,10 @@ from tandem.tasks import stop
 URGENT_INTERVAL_S = 0.1
 """Shortest time between two messages to a gateway, in seconds: replicas that join, leave or change their state."""
 PUSH_INTERVAL_S = 0.25
-"""The same for loads and adapters, which change all the time in a large fleet."""
+"""Shortest time between two messages to a gateway about loads and adapters, which change all the time in a large fleet."""
 HELLO_S = 5.0
-"""Seconds in which a connection has to show the token."""
-MOST_STRANGERS = 2048
+"""Seconds within which a connection has to send the token."""
+MAX_UNAUTHENTICATED = 2048
 """Connections that have not shown the token yet; of more the oldest is closed. Replicas and gateways show it at once, so that
 those of a whole fleet that connects again are never the oldest for long."""
 BACKLOG = 2048
@@ -45,41 +45,41 @@ class DirectoryServer:
         """`complete`: whether the directory has been there for long enough to know all replicas."""
         self.state = state
         self._demand = demand
-        self._complete = complete
+        self._is_complete = complete
         self._token = secrets.token_urlsafe(32)
         self._server: asyncio.Server | None = None
         self._peers: set[_Peer] = set()
-        self._strangers: dict[_Peer, None] = {}
-        """Those that have not shown the token, oldest first."""
+        self._unauthenticated: dict[_Peer, None] = {}
+        """Connections that have not sent the token, oldest first."""
         self._pins: dict[str, tuple[AdapterRef, ...]] = {}
         self._replies: dict[tuple[str, str], HeartbeatReply] = {}
         """The last answer for each pool and deployment."""
-        self._push: asyncio.TimerHandle | None = None
+        self._push_timer: asyncio.TimerHandle | None = None
         self._push_is_urgent = False
         self._pushed_at = 0.0
         self._reports: list[tuple[_Peer, bytes]] = []
         """Reports that were received and are not applied yet."""
-        self._ticking: asyncio.Task[None] | None = None
+        self._tick_task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     async def start(self, host: str) -> protocol.DirectoryAddress:
         """Listen on a free port of `host`, an address of this node."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _Peer(self), host, 0, backlog=BACKLOG)
-        self._ticking = asyncio.create_task(self._tick())
+        self._tick_task = asyncio.create_task(self._tick())
         port = self._server.sockets[0].getsockname()[1]
         return protocol.DirectoryAddress(host=host, port=port, token=self._token)
 
     async def stop(self) -> None:
         """Close all connections."""
-        await stop(self._ticking)
+        await stop(self._tick_task)
         if self._server is not None:
             self._server.close()
         for peer in list(self._peers):
             peer.close()
 
     def set_pins(self, pins: dict[str, tuple[AdapterRef, ...]]) -> None:
-        """Replace the pinned adapters, by base; replicas of bases whose pins changed are told."""
+        """Replace the pinned adapters, by base, and send them to replicas of bases whose pins changed."""
         if pins != self._pins:
             self._pins = pins
             self._answer_replicas(list(self._peers))
@@ -94,38 +94,38 @@ class DirectoryServer:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def publish(self, *, urgent: bool = True) -> None:
-        """Push what has changed to the gateways, now or as soon as the interval has passed since the last time."""
-        if self._push is not None and (self._push_is_urgent or not urgent):
+        """Push changes to the gateways, now or as soon as the interval has passed since the last push."""
+        if self._push_timer is not None and (self._push_is_urgent or not urgent):
             return
-        if self._push is not None:
-            self._push.cancel()
+        if self._push_timer is not None:
+            self._push_timer.cancel()
         loop = asyncio.get_running_loop()
-        due = self._pushed_at + (URGENT_INTERVAL_S if urgent else PUSH_INTERVAL_S)
-        self._push, self._push_is_urgent = loop.call_at(max(due, loop.time()), self._push_all), urgent
+        earliest_at = self._pushed_at + (URGENT_INTERVAL_S if urgent else PUSH_INTERVAL_S)
+        self._push_timer, self._push_is_urgent = loop.call_at(max(earliest_at, loop.time()), self._push_all), urgent
 
     def has_token(self, hello: protocol.Hello) -> bool:
         """Whether a client has shown the directory's token."""
         return hmac.compare_digest(hello.token.encode(), self._token.encode())
 
-    def joined(self, peer: _Peer) -> None:
+    def peer_connected(self, peer: _Peer) -> None:
         """A connection was made."""
         self._peers.add(peer)
-        self._strangers[peer] = None
-        if len(self._strangers) > MOST_STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
+        self._unauthenticated[peer] = None
+        if len(self._unauthenticated) > MAX_UNAUTHENTICATED:
+            oldest = next(iter(self._unauthenticated))
+            del self._unauthenticated[oldest]
             oldest.close()
 
-    def greeted(self, peer: _Peer) -> None:
+    def peer_authenticated(self, peer: _Peer) -> None:
         """A connection has shown the token."""
-        self._strangers.pop(peer, None)
+        self._unauthenticated.pop(peer, None)
 
-    def left(self, peer: _Peer) -> None:
+    def peer_disconnected(self, peer: _Peer) -> None:
         """A connection has ended. Its replica is not removed: it may come back, or else falls silent."""
         self._peers.discard(peer)
-        self._strangers.pop(peer, None)
+        self._unauthenticated.pop(peer, None)
 
-    def received(self, peer: _Peer, content: bytes) -> None:
+    def frame_received(self, peer: _Peer, content: bytes) -> None:
         """A frame of a replica or gateway that has shown the token."""
         if peer.gateway:
             if self.state.mark_silent(time.monotonic()):
@@ -168,31 +168,31 @@ class DirectoryServer:
             self._answer_replicas([peer])
 
     def welcome_gateway(self, peer: _Peer) -> None:
-        """A gateway has connected: it gets what it does not know."""
+        """Send a gateway that has connected all changes since its version."""
         self.state.mark_silent(time.monotonic())
         self._send([peer])
 
     def _answer_replicas(self, peers: Iterable[_Peer]) -> None:
-        """Tell replicas what differs from their last answer."""
+        """Send replicas their answers that differ from the last one."""
         now = time.monotonic()
         replies: dict[tuple[str, str], HeartbeatReply] = {}
         for peer in peers:
-            place = self.state.place_of(peer.replica) if peer.replica is not None else None
-            if place is None:
+            pool_and_deployment = self.state.pool_and_deployment(peer.replica) if peer.replica is not None else None
+            if pool_and_deployment is None:
                 continue
-            reply = replies.get(place)
+            reply = replies.get(pool_and_deployment)
             if reply is None:
-                pool, deployment = place
+                pool, deployment = pool_and_deployment
                 waiting = self._demand.total(deployment, now)
                 reply = HeartbeatReply(waiting=waiting, pins=self._pins.get(base_of_pool(pool)))
-                # The same object as last time, if it says the same: comparing it then costs nothing.
-                known = self._replies.get(place)
-                reply = replies[place] = reply if known != reply else known
-                self._replies[place] = reply
+                # An equal reply is the previous object, which `_Peer.answer` compares by identity first.
+                previous = self._replies.get(pool_and_deployment)
+                reply = replies[pool_and_deployment] = reply if previous != reply else previous
+                self._replies[pool_and_deployment] = reply
             peer.answer(reply)
 
     def _push_all(self) -> None:
-        self._push = None
+        self._push_timer = None
         self._apply_reports()
         self._pushed_at = asyncio.get_running_loop().time()
         self._changed.set()
@@ -201,22 +201,22 @@ class DirectoryServer:
 
     def _send(self, gateways: Iterable[_Peer]) -> None:
         encoded: dict[tuple[int, int], bytes] = {}
-        complete = self._complete()
+        complete = self._is_complete()
         for peer in gateways:
-            known = (peer.epoch, peer.version)
-            if known not in encoded:
-                update = self.state.changes_since(*known, complete=complete)
-                encoded[known] = protocol.frame(protocol.encode_update(update))
-            peer.send(encoded[known])
+            peer_version = (peer.epoch, peer.version)
+            if peer_version not in encoded:
+                update = self.state.changes_since(*peer_version, complete=complete)
+                encoded[peer_version] = protocol.frame(protocol.encode_update(update))
+            peer.send(encoded[peer_version])
             peer.epoch, peer.version = self.state.epoch, self.state.version
 
     async def _tick(self) -> None:
-        """Speak to every gateway at least each second, and tell replicas what waits for them."""
+        """Each second, push to gateways without a recent message, and answer replicas."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
                 self._answer_replicas(list(self._peers))
-                if self._push is None:
+                if self._push_timer is None:
                     self._push_all()
             except Exception:
                 log.exception("The directory could not send what has changed; it tries again in %g s.", HEARTBEAT_S)
@@ -230,12 +230,12 @@ class _Peer(asyncio.Protocol):
         self._frames = protocol.FrameReader(protocol.LONGEST_HELLO)
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._known = False
+        self._is_authenticated = False
         self.gateway = False
         self.paused = False
-        """Whether the client does not read what was sent to it."""
+        """Whether the client reads too slowly, so that the write buffer is full."""
         self.epoch = self.version = 0
-        """Of a gateway: what was sent to it."""
+        """Of a gateway: epoch and version of the last update sent to it."""
         self.replica: str | None = None
         """Of a replica: its id."""
         self.reply: HeartbeatReply | None = None
@@ -245,25 +245,25 @@ class _Peer(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         keep_alive(transport, unreachable_s=protocol.UNREACHABLE_S)
         self._deadline = asyncio.get_running_loop().call_later(HELLO_S, self.close)
-        self._server.joined(self)
+        self._server.peer_connected(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._server.left(self)
+        self._server.peer_disconnected(self)
 
     def data_received(self, data: bytes) -> None:
         try:
             for content in self._frames.feed(data):
-                if self._known:
-                    self._server.received(self, content)
-                elif not self._greeted(protocol.decode_hello(content)):
+                if self._is_authenticated:
+                    self._server.frame_received(self, content)
+                elif not self._authenticate(protocol.decode_hello(content)):
                     return
         except (ValueError, protocol.ProtocolError) as error:
             self.refuse(type(error).__name__)
 
     def refuse(self, reason: str) -> None:
-        """End the connection of a client that sends what cannot be read; it may hold tokens, so that only `reason` is logged."""
+        """End the connection of a client that sends invalid frames; they may hold tokens, so only `reason` is logged."""
         log.warning("The directory closed a connection that sent what it cannot read (%s).", reason)
         self.close()
 
@@ -286,16 +286,16 @@ class _Peer(asyncio.Protocol):
             self._transport.write(data)
 
     def close(self) -> None:
-        """End the connection, after what was written."""
+        """End the connection once all written bytes are sent."""
         if self._transport is not None:
             self._transport.close()
 
-    def _greeted(self, hello: protocol.Hello) -> bool:
+    def _authenticate(self, hello: protocol.Hello) -> bool:
         if not self._server.has_token(hello):
             self.close()
             return False
-        self._server.greeted(self)
-        self._known, self.gateway = True, hello.gateway
+        self._server.peer_authenticated(self)
+        self._is_authenticated, self.gateway = True, hello.gateway
         self._frames.limit = protocol.LONGEST_REPORT
         if self._deadline is not None:
             self._deadline.cancel()

@@ -25,9 +25,9 @@ LOST_TTL_S = 60.0
 """Seconds for which a lost replica stays listed, so that every gateway ends its requests there."""
 DEMAND_TTL_S = 3 * HEARTBEAT_S
 """Seconds after which a gateway's numbers of waiting requests expire."""
-LOOK_S = HEARTBEAT_S / 2
-"""Shortest time between two looks for silent replicas, in seconds."""
-LOGGED_CHANGES = 16_384
+CHECK_INTERVAL_S = HEARTBEAT_S / 2
+"""Shortest time between two checks for silent replicas, in seconds."""
+MAX_LOGGED_CHANGES = 16_384
 """Changes that are kept for gateways: ten seconds of a thousand replicas. A gateway further behind gets a snapshot."""
 
 
@@ -37,10 +37,10 @@ class UnknownReplicaError(TandemError):
 
 @dataclass(slots=True)
 class _Replica:
-    """One replica. What changes with every request is kept apart from its record, which would take longest to replace."""
+    """One replica. Fields that change with every request are apart from its record, whose replacement would take longest."""
 
-    described: ReplicaRecord
-    """Its record when it last sent a whole one."""
+    base_record: ReplicaRecord
+    """The last whole record that it sent."""
     load: Load
     adapters: set[str]
     slots: set[str]
@@ -65,11 +65,11 @@ class _Replica:
         if change.adapter_loads is not None:
             self.adapter_loads = change.adapter_loads
 
-    def reported(self) -> ReplicaRecord:
-        """Its record, by what it has reported."""
+    def reported_record(self) -> ReplicaRecord:
+        """Its record with all changes that it has reported."""
         running, waiting, kv_usage = self.load
         return replace(
-            self.described,
+            self.base_record,
             running=running,
             waiting=waiting,
             kv_usage=kv_usage,
@@ -80,11 +80,11 @@ class _Replica:
 
     def record(self) -> ReplicaRecord:
         """Its record, for gateways."""
-        return replace(self.reported(), state="silent") if self.silent else self.reported()
+        return replace(self.reported_record(), state="silent") if self.silent else self.reported_record()
 
     @property
     def state(self) -> State:
-        return "silent" if self.silent else self.described.state
+        return "silent" if self.silent else self.base_record.state
 
 
 @dataclass(slots=True)
@@ -97,9 +97,9 @@ class DirectoryState:
     """Number of changes so far, and one; 0 is the version of a gateway that knows nothing."""
     contact_at: float | None = None
     """Time of the last `mark_silent`."""
-    _looked_at: float = -math.inf
+    _checked_at: float = -math.inf
     _replicas: dict[str, _Replica] = field(default_factory=dict)
-    _log: deque[tuple[int, ReplicaChange | str]] = field(default_factory=lambda: deque(maxlen=LOGGED_CHANGES))
+    _log: deque[tuple[int, ReplicaChange | str]] = field(default_factory=lambda: deque(maxlen=MAX_LOGGED_CHANGES))
     """Version after each of the last changes, with the change or the id of a removed replica."""
 
     @property
@@ -107,23 +107,23 @@ class DirectoryState:
         """Every replica's record by id; made anew at each call."""
         return {key: replica.record() for key, replica in self._replicas.items()}
 
-    def place_of(self, replica_id: str) -> tuple[str, str] | None:
+    def pool_and_deployment(self, replica_id: str) -> tuple[str, str] | None:
         """Pool and deployment of a replica; None: it is not known."""
         replica = self._replicas.get(replica_id)
-        return None if replica is None else (replica.described.pool, replica.described.deployment)
+        return None if replica is None else (replica.base_record.pool, replica.base_record.deployment)
 
     def pools(self) -> set[str]:
         """Pools of all replicas."""
-        return {replica.described.pool for replica in self._replicas.values()}
+        return {replica.base_record.pool for replica in self._replicas.values()}
 
     def ready_deployments(self) -> set[str]:
         """Deployments with a ready replica."""
-        return {replica.described.deployment for replica in self._replicas.values() if replica.state == "ready"}
+        return {replica.base_record.deployment for replica in self._replicas.values() if replica.state == "ready"}
 
     def report(self, change: ReplicaChange, now: float) -> bool:
         """Apply a replica's report; returns whether anything changed. UnknownReplicaError where the whole record is needed."""
-        known = self._replicas.get(change.id)
-        if known is None:
+        replica = self._replicas.get(change.id)
+        if replica is None:
             if change.record is None:
                 raise UnknownReplicaError(
                     f"The directory does not know the replica {change.id}. It sends its whole record."
@@ -134,17 +134,17 @@ class DirectoryState:
             return True
         if change.record is not None:
             record = normalised(change.record)
-            change = difference(known.reported(), record)
+            change = difference(replica.reported_record(), record)
             if change.record is not None:
-                silent, known = known.silent, _Replica.of(record, now)
-                known.silent = silent
-                self._replicas[record.id] = known
-        known.heard_at = now
+                silent, replica = replica.silent, _Replica.of(record, now)
+                replica.silent = silent
+                self._replicas[record.id] = replica
+        replica.heard_at = now
         if change.record is None and not change.empty:
-            known.apply(change)
-        if known.silent:
-            known.silent = False
-            change = ReplicaChange(id=change.id, record=known.reported())
+            replica.apply(change)
+        if replica.silent:
+            replica.silent = False
+            change = ReplicaChange(id=change.id, record=replica.reported_record())
         if change.empty:
             return False
         self._append(change)
@@ -158,7 +158,7 @@ class DirectoryState:
         return True
 
     def mark_silent(self, now: float) -> bool:
-        """Mark those not heard for `SILENT_AFTER_S`, and remove them after `LOST_TTL_S`; returns whether anything changed.
+        """Mark replicas without heartbeats for `SILENT_AFTER_S`, remove them after `LOST_TTL_S`; returns whether any changed.
 
         Called whenever a gateway is heard from. Time in which none could reach the directory does not count as the replicas'
         silence.
@@ -168,17 +168,17 @@ class DirectoryState:
         if unreachable_s > UNREACHABLE_S:
             for replica in self._replicas.values():
                 replica.heard_at = min(now, replica.heard_at + unreachable_s)
-        if now - self._looked_at < LOOK_S:
+        if now - self._checked_at < CHECK_INTERVAL_S:
             return False
-        self._looked_at, before, limit = now, self.version, now - SILENT_AFTER_S
-        for replica_id in [key for key, replica in self._replicas.items() if replica.heard_at < limit]:
+        self._checked_at, version_before, silent_before = now, self.version, now - SILENT_AFTER_S
+        for replica_id in [key for key, replica in self._replicas.items() if replica.heard_at < silent_before]:
             replica = self._replicas[replica_id]
             if now - replica.heard_at > LOST_TTL_S:
                 self.remove(replica_id)
             elif not replica.silent:
                 replica.silent = True
                 self._append(ReplicaChange(id=replica_id, record=replica.record()))
-        return self.version != before
+        return self.version != version_before
 
     def snapshot(self, *, complete: bool = True) -> Snapshot:
         """All replicas now."""
@@ -186,24 +186,24 @@ class DirectoryState:
         return Snapshot(version=self.version, epoch=self.epoch, complete=complete, replicas=replicas)
 
     def changes_since(self, epoch: int, version: int, *, complete: bool = True) -> Update:
-        """What a gateway at a version is to be sent: the changes since, or a snapshot where they are not known any more."""
+        """The update for a gateway at a version: the changes since, or a snapshot if the log does not reach back that far."""
         oldest = self._log[0][0] - 1 if self._log else self.version
         if epoch != self.epoch or not oldest <= version <= self.version:
             return self.snapshot(complete=complete)
-        later = []
-        for at, entry in reversed(self._log):
-            if at <= version:
+        entries = []
+        for version_after, entry in reversed(self._log):
+            if version_after <= version:
                 break
-            later.append(entry)
+            entries.append(entry)
         changed: dict[str, ReplicaChange] = {}
         removed: dict[str, None] = {}
-        for entry in reversed(later):
+        for entry in reversed(entries):
             if isinstance(entry, str):
                 changed.pop(entry, None)
                 removed[entry] = None
             else:
-                first = changed.get(entry.id)
-                changed[entry.id] = entry if first is None else merged(first, entry)
+                earlier = changed.get(entry.id)
+                changed[entry.id] = entry if earlier is None else merged(earlier, entry)
         return Changes(
             epoch=epoch,
             since=version,
@@ -232,4 +232,8 @@ class WaitingCounts:
 
     def total(self, deployment: str, now: float) -> int:
         """Waiting requests for a deployment."""
-        return sum(report.get(deployment, 0) for at, report in self.reports.values() if now - at <= DEMAND_TTL_S)
+        return sum(
+            report.get(deployment, 0)
+            for reported_at, report in self.reports.values()
+            if now - reported_at <= DEMAND_TTL_S
+        )

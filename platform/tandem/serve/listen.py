@@ -23,12 +23,12 @@ import uvicorn
 
 LOOPBACK = "127.0.0.1"
 BACKLOG = 2048
-OPEN = "add_port_to_grpc_server"
+OPEN_PORT_FUNCTION = "add_port_to_grpc_server"
 """Serve's function that opens a replica's port."""
-ALL = "[::]:"
+ALL_INTERFACES = "[::]:"
 """Start of an address that means all interfaces."""
-Started = tuple[asyncio.Task[None], uvicorn.Server]
-StartServer = Callable[..., Awaitable[Started]]
+StartedServer = tuple[asyncio.Task[None], uvicorn.Server]
+StartServer = Callable[..., Awaitable[StartedServer]]
 
 
 def is_loopback(host: str) -> bool:
@@ -49,39 +49,39 @@ def listen_on_node(node_address: str) -> None:
     replica.start_asgi_http_server = start  # type: ignore[attr-defined]
 
 
-async def start_on(node_address: str, start: StartServer, app: Any, http_options: Any, **options: Any) -> Started:
+async def start_on(node_address: str, start: StartServer, app: Any, http_options: Any, **options: Any) -> StartedServer:
     """Start Serve's server on loopback, with a second socket on `node_address` where that is another address.
 
     RuntimeError, caused by the OSError, if the port is taken on either: Serve then tries the next one.
     """
-    local = http_options.model_copy(update={"host": LOOPBACK})
+    loopback_options = http_options.model_copy(update={"host": LOOPBACK})
     if node_address == LOOPBACK:
-        return _without_proxy_headers(await start(app, local, **options))
+        return _without_proxy_headers(await start(app, loopback_options, **options))
     family = socket.AF_INET6 if ":" in node_address else socket.AF_INET
-    second = socket.socket(family, socket.SOCK_STREAM)
+    node_socket = socket.socket(family, socket.SOCK_STREAM)
     try:
-        second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        second.bind((node_address, http_options.port))
+        node_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        node_socket.bind((node_address, http_options.port))
     except OSError as error:
-        second.close()
+        node_socket.close()
         raise RuntimeError(f"Port {http_options.port} is taken on {node_address}.") from error
     try:
-        task, server = _without_proxy_headers(await start(app, local, **options))
+        task, server = _without_proxy_headers(await start(app, loopback_options, **options))
     except BaseException:
-        second.close()
+        node_socket.close()
         raise
     # The task that Serve has made has not run yet: the server opens its sockets when it does.
     startup = server.startup
 
     async def startup_with_second(sockets: list[socket.socket] | None = None) -> None:
-        second.listen(BACKLOG)
-        await startup(sockets=[*(sockets or []), second])
+        node_socket.listen(BACKLOG)
+        await startup(sockets=[*(sockets or []), node_socket])
 
     server.startup = startup_with_second  # type: ignore[method-assign]
     return task, server
 
 
-def _without_proxy_headers(started: Started) -> Started:
+def _without_proxy_headers(started: StartedServer) -> StartedServer:
     """Have a server that has not run yet report the peers of its connections.
 
     uvicorn believes X-Forwarded-For of any peer on loopback, and HAProxy passes on what its clients write there.
@@ -95,13 +95,15 @@ def internal_port_on_node() -> None:
     import ray
     from ray.serve._private import replica
 
-    opened = getattr(replica, OPEN, None)
-    if opened is None:
+    open_ray_port = getattr(replica, OPEN_PORT_FUNCTION, None)
+    if open_ray_port is None:
         return
     host = ray.util.get_node_ip_address()
 
     def open_port(server: Any, address: str) -> Any:
         where = f"[{host}]" if ":" in host else host
-        return opened(server, f"{where}:{address.removeprefix(ALL)}" if address.startswith(ALL) else address)
+        return open_ray_port(
+            server, f"{where}:{address.removeprefix(ALL_INTERFACES)}" if address.startswith(ALL_INTERFACES) else address
+        )
 
-    setattr(replica, OPEN, open_port)
+    setattr(replica, OPEN_PORT_FUNCTION, open_port)

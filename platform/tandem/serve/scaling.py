@@ -19,7 +19,7 @@ from tandem.routing.records import ServedModel
 from tandem.serve.replica.deployment import STOP_S
 
 POLICY = "tandem.serve.autoscale:EnginePolicy"
-SIGNALS_S = 1.0
+SIGNAL_INTERVAL_S = 1.0
 """Seconds between two load reports of a replica to Serve; its default is ten."""
 LOOK_BACK_S = 10.0
 GATEWAY_WINDOW_S = 10.0
@@ -66,7 +66,7 @@ def serve_autoscaling(model: ServedModel) -> ServeAutoscaling:
             min_replicas=config.min_replicas,
             max_replicas=config.max_replicas,
             initial_replicas=config.initial_replicas,
-            metrics_interval_s=SIGNALS_S,
+            metrics_interval_s=SIGNAL_INTERVAL_S,
             look_back_period_s=LOOK_BACK_S,
             # `decide` applies the delays.
             upscale_delay_s=0.0,
@@ -77,17 +77,17 @@ def serve_autoscaling(model: ServedModel) -> ServeAutoscaling:
 
 def engine_version(model: ServedModel, *arguments: Any) -> str:
     """Version of an engine deployment: a change replaces its replicas. Their number does not count."""
-    own = replace(model.config, replicas=1, autoscaling=None, surge_percent=0)
+    replica_config = replace(model.config, replicas=1, autoscaling=None, surge_percent=0)
     # Used by gateways only.
-    own = replace(own, requests_per_replica=None, max_queued=0, hold_s=0.0)
-    return version_of(replace(model, config=own), *arguments)
+    replica_config = replace(replica_config, requests_per_replica=None, max_queued=0, hold_s=0.0)
+    return version_of(replace(model, config=replica_config), *arguments)
 
 
 def gateway_view(model: ServedModel) -> ServedModel:
     """A model without the settings that only its replicas use: gateways are replaced when their arguments change."""
     config = model.config
-    used = find_engine(config.engine).requests.arguments
-    args = {key: value for key, value in config.engine_args.items() if key in used}
+    used_arguments = find_engine(config.engine).requests.arguments
+    args = {key: value for key, value in config.engine_args.items() if key in used_arguments}
     prefill = config.prefill and PrefillConfig(min_bytes=config.prefill.min_bytes)
     scaling = config.autoscaling and AutoscalingConfig(min_replicas=min(1, config.autoscaling.min_replicas))
     config = replace(config, engine_args=args, env={}, prefill=prefill, autoscaling=scaling)
@@ -96,15 +96,15 @@ def gateway_view(model: ServedModel) -> ServedModel:
 
 def version_of(*arguments: Any) -> str:
     """Digest of a deployment's arguments and of this package's code."""
-    return digest([code(), json.loads(json.dumps(arguments, default=_plain))])[:16]
+    return digest([code_digest(), json.loads(json.dumps(arguments, default=_to_plain))])[:16]
 
 
 @functools.cache
-def code() -> str:
+def code_digest() -> str:
     """Digest of this package's files."""
     package = Path(__file__).parents[1]
     return digest([[path.relative_to(package).as_posix(), file_digest(path)] for path in sorted(package.rglob("*.py"))])
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     return asdict(value)

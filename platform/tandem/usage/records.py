@@ -11,7 +11,7 @@ from pydantic_core import from_json
 
 
 class UsageLabels(NamedTuple):
-    """What a request is charged to. Gateways send it to replicas in a header."""
+    """Key, tenant, model, adapter and route that a request's usage is added to. Gateways send it to replicas in a header."""
 
     key_id: str
     tenant: str
@@ -59,7 +59,7 @@ class UsageCounts(NamedTuple):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     estimated_requests: int = 0
-    """Requests whose tokens were not told by an engine, because it was killed."""
+    """Requests whose tokens are estimated, because the engine was killed before it reported them."""
 
     def plus(self, other: UsageCounts) -> UsageCounts:
         """The sum."""

@@ -43,11 +43,11 @@ class UsageStore(RegistryConnection):
             rows = [
                 {"hour": key.hour, **key.labels._asdict(), **counts._asdict()} for key, counts in sorted(batch.items())
             ]
-            for begin in range(0, len(rows), ROWS_OF_STATEMENT):
-                statement = insert(UsageRow).values(rows[begin : begin + ROWS_OF_STATEMENT])
-                added = {name: getattr(UsageRow, name) + statement.excluded[name] for name in COUNTS}
+            for start in range(0, len(rows), ROWS_OF_STATEMENT):
+                statement = insert(UsageRow).values(rows[start : start + ROWS_OF_STATEMENT])
+                sums = {name: getattr(UsageRow, name) + statement.excluded[name] for name in COUNTS}
                 session.execute(
-                    statement.on_conflict_do_update(index_elements=list(UsageRow.__table__.primary_key), set_=added)
+                    statement.on_conflict_do_update(index_elements=list(UsageRow.__table__.primary_key), set_=sums)
                 )
             return True
 
@@ -56,12 +56,12 @@ class UsageStore(RegistryConnection):
         now = datetime.now(UTC)
         if sequence == 1:
             session.execute(delete(UsageWriterRow).where(UsageWriterRow.at < now - FORGET_WRITERS_AFTER))
-        moved = session.execute(
+        updated = session.execute(
             update(UsageWriterRow)
             .where(UsageWriterRow.id == writer, UsageWriterRow.sequence < sequence)
             .values(sequence=sequence, at=now)
         )
-        if moved.rowcount:  # type: ignore[attr-defined]
+        if updated.rowcount:  # type: ignore[attr-defined]
             return True
         if session.get(UsageWriterRow, writer) is not None:
             return False
@@ -114,10 +114,10 @@ class UsageStore(RegistryConnection):
         totals: dict[str, int] = {}
         with self._reading() as session:
             for kind, column, names in (("key", UsageRow.key_id, keys), ("tenant", UsageRow.tenant, tenants)):
-                ordered = sorted(names)
-                for begin in range(0, len(ordered), NAMES_OF_QUERY):
-                    some = ordered[begin : begin + NAMES_OF_QUERY]
-                    query = select(column, tokens).where(UsageRow.hour >= midnight, column.in_(some)).group_by(column)
+                sorted_names = sorted(names)
+                for start in range(0, len(sorted_names), NAMES_OF_QUERY):
+                    chunk = sorted_names[start : start + NAMES_OF_QUERY]
+                    query = select(column, tokens).where(UsageRow.hour >= midnight, column.in_(chunk)).group_by(column)
                     totals.update((f"{kind}:{name}", int(total or 0)) for name, total in session.execute(query))
         return totals
 

@@ -22,7 +22,7 @@ def counts_to_header(counts: TokenCounts) -> bytes:
 def counts_from_header(value: str | None) -> TokenCounts | None:
     """The counts in a header; None for anything else."""
     numbers = (value or "").split(" ")
-    if len(numbers) == 2 and all(each.isascii() and each.isdecimal() for each in numbers):
+    if len(numbers) == 2 and all(number.isascii() and number.isdecimal() for number in numbers):
         return TokenCounts(int(numbers[0]), int(numbers[1]))
     return None
 
@@ -36,9 +36,9 @@ def split_comment(chunk: bytes) -> tuple[bytes, TokenCounts | None]:
     """The last chunk of a stream without its comment, and the counts in that; chunks without a comment stay as they are."""
     if not chunk.endswith(COMMENT_END):
         return chunk, None
-    begin = chunk.rfind(b": ", 0, len(chunk) - len(COMMENT_END))
-    counts = counts_from_header(chunk[begin + 2 : -len(COMMENT_END)].decode("latin-1"))
-    return (chunk, None) if begin < 0 or counts is None else (chunk[:begin], counts)
+    start = chunk.rfind(b": ", 0, len(chunk) - len(COMMENT_END))
+    counts = counts_from_header(chunk[start + 2 : -len(COMMENT_END)].decode("latin-1"))
+    return (chunk, None) if start < 0 or counts is None else (chunk[:start], counts)
 
 
 class StreamCounts:
@@ -47,7 +47,7 @@ class StreamCounts:
     def __init__(self) -> None:
         self.counts: TokenCounts | None = None
         """None: the comment has not come."""
-        self._held = b""
+        self._partial_comment = b""
         """A line at the end of a chunk that may become the comment."""
         self._line_ended = True
 
@@ -55,14 +55,18 @@ class StreamCounts:
         """The next chunk as the client gets it. A comment that is not whole yet is held back; at the end of a stream it is lost,
         as clients ignore comments.
         """
-        chunk, self._held = self._held + chunk if self._held else chunk, b""
-        rest, counts = split_comment(chunk)
+        chunk, self._partial_comment = self._partial_comment + chunk if self._partial_comment else chunk, b""
+        stripped, counts = split_comment(chunk)
         if counts is not None:
             self.counts, self._line_ended = counts, True
-            return rest
-        begin = chunk.rfind(b"\n", 0, max(0, len(chunk) - 1)) + 1
-        if chunk.startswith(b":", begin) and (begin or self._line_ended) and len(chunk) - begin < LONGEST_COMMENT:
-            chunk, self._held = chunk[:begin], chunk[begin:]
+            return stripped
+        line_start = chunk.rfind(b"\n", 0, max(0, len(chunk) - 1)) + 1
+        if (
+            chunk.startswith(b":", line_start)
+            and (line_start or self._line_ended)
+            and len(chunk) - line_start < LONGEST_COMMENT
+        ):
+            chunk, self._partial_comment = chunk[:line_start], chunk[line_start:]
         if chunk:
             self._line_ended = chunk.endswith(b"\n")
         return chunk

@@ -25,9 +25,9 @@ from tandem.usage.store import UsageStore
 FLUSH_S = 2.0
 """Seconds between two batches of a database that is fast."""
 LONGEST_FLUSH_S = 30.0
-"""The same for one that is slow."""
+"""Seconds between two batches of a database that is slow, at most."""
 PAUSE = 20
-"""Between two batches at least so many times as long as the last one took: a twentieth of the time is spent on writing."""
+"""Pause between two batches, in multiples of the time that the last one took: a twentieth of the time is spent on writing."""
 JITTER = 0.25
 """Share by which each pause is longer or shorter, so that processes which start together do not write together."""
 WRITE_S = 10.0
@@ -48,34 +48,34 @@ class UsageWriter:
         self._records: dict[UsageKey, UsageCounts] = {}
         self._unwritten: dict[UsageKey, UsageCounts] = {}
         """The batch with the number `_sequence`, until the database has it."""
-        self._adding = threading.Lock()
+        self._lock = threading.Lock()
         self._calls = TimedCalls(store, "usage")
         self._took_s = 0.0
         """Seconds that the last batch took, or that it was waited for."""
-        self._writing: asyncio.Task[None] | None = None
+        self._write_task: asyncio.Task[None] | None = None
 
     def add(self, labels: UsageLabels, counts: UsageCounts) -> None:
         """Count requests that have ended now."""
         key = UsageKey.at(labels, time.time())
-        with self._adding:
-            known = self._records.get(key)
-            self._records[key] = counts if known is None else known.plus(counts)
+        with self._lock:
+            previous = self._records.get(key)
+            self._records[key] = counts if previous is None else previous.plus(counts)
 
     def start(self) -> None:
         """Begin to write; needs a running event loop."""
-        self._writing = asyncio.create_task(self._write())
+        self._write_task = asyncio.create_task(self._write())
 
     async def stop(self) -> None:
-        """Write what is left. Logs what could not be written."""
-        await stop(self._writing)
+        """Write the remaining records, and log those that could not be written."""
+        await stop(self._write_task)
         deadline = time.monotonic() + LAST_WRITE_S
         while self._unwritten or self._records:
             try:
                 await self.flush()
             except Exception as error:  # noqa: BLE001 - tried until the deadline
                 if time.monotonic() > deadline:
-                    left = [*self._unwritten.items(), *self._records.items()]
-                    log.error("Usage could not be written and is lost: %s. The records: %s", error, left)
+                    lost_records = [*self._unwritten.items(), *self._records.items()]
+                    log.error("Usage could not be written and is lost: %s. The records: %s", error, lost_records)
                     break
                 await asyncio.sleep(0.5)
         self._calls.close()
@@ -84,14 +84,14 @@ class UsageWriter:
         """Write everything that was added before."""
         while self._unwritten or self._records:
             if not self._unwritten:
-                with self._adding:
+                with self._lock:
                     self._unwritten, self._records = self._records, {}
                 self._sequence += 1
-            began = time.monotonic()
+            started_at = time.monotonic()
             try:
                 await self._calls.run(WRITE_S, self._add, self._sequence, self._unwritten)
             finally:
-                self._took_s = time.monotonic() - began
+                self._took_s = time.monotonic() - started_at
             self._unwritten = {}
 
     @property

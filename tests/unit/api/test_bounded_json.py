@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tandem.api.bounded_json import (
     BUDGET,
-    CONTAINER,
-    LONG_NUMBER,
-    SMALL,
-    TEXT,
+    CONTAINER_COST,
+    MAX_DIGITS,
+    SMALL_BYTES,
+    TEXT_COST,
     InvalidJsonError,
     TooManyValuesError,
     check_size,
@@ -24,7 +24,7 @@ from tandem.api.bounded_json import (
 )
 
 MIB = 2**20
-MAX_CONTAINERS, MAX_ITEMS, MAX_TEXTS = BUDGET // CONTAINER, BUDGET, BUDGET // TEXT
+MAX_CONTAINERS, MAX_ITEMS, MAX_TEXTS = BUDGET // CONTAINER_COST, BUDGET, BUDGET // TEXT_COST
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -91,7 +91,7 @@ def test_every_small_object_is_read_as_it_is(value: dict[str, Any]) -> None:
 def test_no_small_body_costs_more_than_the_budget_so_their_values_are_not_counted(
     repeated: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = (repeated * SMALL)[:SMALL]
+    body = (repeated * SMALL_BYTES)[:SMALL_BYTES]
     assert cost(body, body.count(b'"') / 2) <= BUDGET
     counted: list[int] = []
     monkeypatch.setattr("tandem.api.bounded_json.cost", lambda text, texts: counted.append(len(text)) or 0.0)
@@ -104,7 +104,7 @@ def test_no_small_body_costs_more_than_the_budget_so_their_values_are_not_counte
 @given(st.text("0123456789,. x", max_size=80), st.integers(0, 30), st.integers(15, 25))
 def test_numbers_of_twenty_digits_are_found_at_any_place(text: str, before: int, digits: int) -> None:
     body = b"x" * before + text.encode() + b"7" * digits + b" "
-    long = re.search(rb"[0-9]{%d}" % LONG_NUMBER, body) is not None
+    long = re.search(rb"[0-9]{%d}" % MAX_DIGITS, body) is not None
     if long:
         with pytest.raises(InvalidJsonError, match="20 or more digits"):
             check_size(body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from tandem.auth.refusals import ACTION, BURST, MOST_KINDS, OTHERS, Refusal, Refusals
+from tandem.auth.refusals import ACTION, BURST, MAX_KINDS, OTHERS, Refusal, Refusals
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -36,7 +36,7 @@ def test_a_flood_from_many_addresses_is_bounded_in_memory_and_counted_whole() ->
     refusals = Refusals()
     for number in range(50_000):
         refusals.add(refusal(str(number)), NOW)
-    assert len(refusals._counts) == MOST_KINDS
+    assert len(refusals._counts) == MAX_KINDS
     rows = refusals.take(NOW)
     assert len(rows) == BURST + 1 and rows[-1].target == OTHERS
     assert counts(rows) == 50_000
@@ -58,7 +58,7 @@ def test_a_flood_of_an_hour_writes_few_rows_and_loses_no_count() -> None:
 
 def test_refusals_of_known_keys_have_rows_before_those_of_nobody() -> None:
     refusals = Refusals()
-    refusals._rows = 1.0
+    refusals._row_budget = 1.0
     refusals.add(refusal("10.0.0.1"), NOW)
     refusals.add(refusal("10.0.0.1"), NOW)
     refusals.add(refusal("10.0.0.1", by="key_1"), NOW)

@@ -52,7 +52,7 @@ class Keys:
     def find(self, kid: str | None) -> SigningKey | None:
         return self._keys.get(kid or "")
 
-    def look_again(self) -> bool:
+    def request_fetch(self) -> bool:
         return self.fetching
 
 

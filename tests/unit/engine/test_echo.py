@@ -69,13 +69,13 @@ async def test_the_echo_engine_with_slots_reports_waiting_requests() -> None:
 
 def test_the_ttft_window_returns_the_90th_percentile_of_the_last_seconds() -> None:
     tokens = TtftWindow()
-    assert tokens.most(0.0) == 0.0
+    assert tokens.percentile_90(0.0) == 0.0
     tokens.add([0.1] * 9 + [5.0], 0.0)
-    assert tokens.most(1.0) == 0.1
+    assert tokens.percentile_90(1.0) == 0.1
     tokens.add([2.0], 1.0)
-    assert tokens.most(1.0) == 2.0
-    assert tokens.most(WINDOW_S + 0.5) == 2.0
-    assert tokens.most(WINDOW_S + 1.5) == 0.0
+    assert tokens.percentile_90(1.0) == 2.0
+    assert tokens.percentile_90(WINDOW_S + 0.5) == 2.0
+    assert tokens.percentile_90(WINDOW_S + 1.5) == 0.0
 
 
 async def test_an_answer_has_an_end_whatever_its_limit_is() -> None:

@@ -92,7 +92,7 @@ async def test_a_list_and_a_wrong_name_look_at_no_adapters_of_other_tenants(regi
 
         __iter__ = __len__ = __getitem__  # type: ignore[assignment]
 
-    adapters._of_tenant["other"] = adapters._adapters = Unread()
+    adapters._by_tenant["other"] = adapters._adapters = Unread()
     assert len((await adapters.page(None, 9, "acme"))[0]) == 3 and len(adapters.near("blu", "acme")) == 3
 
 
@@ -115,7 +115,7 @@ async def test_a_reading_that_takes_long_is_not_repeated_for_every_change(
         registry.remove("blue") if _ == 0 else registry.pin("red")
         assert len((await adapters.page(None, 9))[0]) == 3
     assert registry.pages == 1
-    adapters._not_before = 0.0
+    adapters._next_refresh_at = 0.0
     assert len((await adapters.page(None, 9))[0]) == 2
 
 
@@ -131,7 +131,7 @@ async def test_a_list_that_was_never_read_needs_the_registry(
         patched.setattr(Counting, "revision", fails)
         with pytest.raises(RegistryUnreachableError):
             await adapters.page(None, 9)
-        assert reads.away
+        assert reads.is_unreachable
     await reads.read(Registry.revision, 5.0)
     assert len((await adapters.page(None, 9))[0]) == 3
 
@@ -156,7 +156,7 @@ async def test_an_unknown_name_does_not_count_as_a_registry_that_is_away(registr
     _, reads = listing(registry)
     with pytest.raises(UnknownModelError):
         await reads.read(lambda it: it.resolve("nobody", suggest=False), 5.0)
-    assert not reads.away
+    assert not reads.is_unreachable
 
 
 async def test_the_list_of_a_gateway_has_what_was_registered_just_before(world: World) -> None:

@@ -15,7 +15,7 @@ from starlette.routing import Mount
 
 from tandem.gateway.app import create_app
 from tandem.gateway.routes import management
-from tandem.gateway.routes.admin import REGISTRATIONS
+from tandem.gateway.routes.admin import MAX_REGISTRATIONS
 from tandem.gateway.routes.management import MAX_BODY_BYTES
 from tandem.registry import Registry
 
@@ -135,16 +135,16 @@ async def test_registrations_that_hang_end_with_504_and_leave_other_changes_alon
     try:
         asked = [
             asyncio.create_task(world.http.post("/admin/adapters", json=body, headers=ADMIN, timeout=60))
-            for _ in range(REGISTRATIONS + 40)
+            for _ in range(MAX_REGISTRATIONS + 40)
         ]
         async with asyncio.timeout(20):
-            while len(begun) < REGISTRATIONS:
+            while len(begun) < MAX_REGISTRATIONS:
                 await asyncio.sleep(0.01)
         assert (await world.http.post("/admin/adapters/red@1/promote", headers=ADMIN)).json()["id"] == "red@1"
         monkeypatch.setattr(management, "WORK_TIMEOUT_S", 0.1)
         answer = await world.http.post("/admin/adapters", json=body, headers=ADMIN)
         assert answer.status_code == 504 and "Look at its result" in answer.json()["error"]["message"]
-        assert len(begun) == REGISTRATIONS
+        assert len(begun) == MAX_REGISTRATIONS
     finally:
         for task in asked:
             task.cancel()

@@ -160,7 +160,7 @@ async def test_refusals_are_written_in_the_background_and_at_shutdown(
 async def test_while_the_database_is_away_changes_wait_within_bounds_and_follow(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_writer, "MOST_WAITING", 3)
+    monkeypatch.setattr(audit_writer, "MAX_UNWRITTEN", 3)
     writer, away = world.app.state.identity.audit, True
     append = writer.log.append
 
@@ -174,7 +174,7 @@ async def test_while_the_database_is_away_changes_wait_within_bounds_and_follow(
     for number in range(5):
         await asyncio.to_thread(writer.record, Change(by="key_1", action="adapters.pin", target=str(number)))
     await writer.flush(final=True)
-    assert len(writer._waiting) == 3 and log(world) == []
+    assert len(writer._unwritten) == 3 and log(world) == []
     away = False
     await writer.flush(final=True)
     assert [entry.target for entry in log(world, "adapters")] == ["0", "1", "2"]

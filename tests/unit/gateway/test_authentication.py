@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from tandem.auth import KeyStore, NewKey, Principal, Role
 from tandem.config import ServedModelConfig
 from tandem.gateway.errors import ApiError
-from tandem.gateway.identity.authentication import PUBLIC, Authentication
+from tandem.gateway.identity.authentication import PUBLIC_PATHS, Authentication
 from tandem.gateway.models.catalog import Catalog
 from tandem.routing.records import ServedModel
 
@@ -116,7 +116,7 @@ async def test_no_route_but_health_is_open_without_a_key(world: World, key: NewK
     assert len(paths) > 25 and ("/admin/adapters", "POST") in paths
     for path, method in sorted(paths):
         answer = await world.http.request(method, re.sub(r"{[^}]*}", "base", path))
-        assert (answer.status_code == 401) == (path not in PUBLIC), (method, path, answer.status_code)
+        assert (answer.status_code == 401) == (path not in PUBLIC_PATHS), (method, path, answer.status_code)
     for path in (
         "/",
         "/metrics",
@@ -273,7 +273,7 @@ async def test_a_websocket_is_closed() -> None:
 
 
 async def test_health_says_no_more_than_the_status_without_a_key(world: World, key: NewKey) -> None:
-    for path in PUBLIC:
+    for path in PUBLIC_PATHS:
         answer = await world.http.get(path)
         assert answer.status_code == 200 and answer.json() == {"status": "ok"}, path
     await until(world, key.secret, 200)

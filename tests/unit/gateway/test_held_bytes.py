@@ -105,7 +105,7 @@ async def tight(tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def test_waiting_bodies_count_and_running_ones_do_not(tight: World) -> None:
-    engine, held = Listening(delay_s=0.02), tight.app.state.relay.held
+    engine, held = Listening(delay_s=0.02), tight.app.state.relay.held_bytes
     await tight.add(engine)
     first = tight.ask("first", 100, stream=True)
     await tight.until(lambda: engine.asked == ["first"] and held.held == 0)
@@ -123,7 +123,7 @@ async def test_waiting_bodies_count_and_running_ones_do_not(tight: World) -> Non
 
 
 async def test_bodies_that_are_refused_broken_off_or_never_sent_are_released(tight: World) -> None:
-    held = tight.app.state.relay.held
+    held = tight.app.state.relay.held_bytes
     await tight.add(Listening())
     for body in (b"{", b'{"model": "none", "prompt": "x"}', b'{"model": "base", "prompt": "x", "n": 99}'):
         answer = await tight.http.post(ROUTE, content=body, headers={"content-type": "application/json"})
@@ -142,7 +142,7 @@ async def test_bodies_that_are_refused_broken_off_or_never_sent_are_released(tig
 
 async def test_stalled_uploads_make_room_and_their_clients_are_told(tight: World) -> None:
     await tight.add(Listening())
-    url, held, clock = tight.http.base_url, tight.app.state.relay.held, Clock()
+    url, held, clock = tight.http.base_url, tight.app.state.relay.held_bytes, Clock()
     held._clock = clock
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 400000\r\n\r\n"
     connections = [await asyncio.open_connection(url.host, url.port) for _ in range(3)]
@@ -201,7 +201,7 @@ async def test_the_gateway_keeps_no_body_of_a_request_that_is_being_answered(tmp
         try:
             asked = [asyncio.create_task(ask()) for _ in range(streams)]
             await world.until(lambda: answering == streams)
-            await world.until(lambda: world.app.state.relay.held.held == 0)
+            await world.until(lambda: world.app.state.relay.held_bytes.held == 0)
             await asyncio.sleep(0.2)
             large = [trace.size for trace in tracemalloc.take_snapshot().traces if trace.size > length // 2]
         finally:

@@ -215,5 +215,5 @@ async def test_nothing_collects_for_a_ledger_that_stays_away(monkeypatch):
         one = reservation(Limits(requests_per_minute=100))
         await limiter.admit(one)
         limiter.settle(one.id, 1)
-    assert limiter._settles == [] and limiter._asking == []
+    assert limiter._pending_settles == [] and limiter._pending == []
     await limiter.stop()

@@ -18,7 +18,7 @@ from gateway_world import BODY, World, echo, running
 
 from tandem.auth import KeyStore, Role
 from tandem.auth.oidc import provider as provider_module
-from tandem.auth.oidc.provider import MOST_BYTES
+from tandem.auth.oidc.provider import MAX_BYTES
 from tandem.config import OidcConfig
 
 FIRST, SECOND = rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP256R1())
@@ -230,7 +230,7 @@ async def test_an_answer_of_the_provider_that_cannot_be_is_not_taken(
         case "redirect":
             provider.status = 302
         case "size":
-            provider.body = b'{"keys": [' + b" " * MOST_BYTES + b"]}"
+            provider.body = b'{"keys": [' + b" " * MAX_BYTES + b"]}"
         case "json":
             provider.body = b"<html>"
         case "empty":

@@ -67,7 +67,7 @@ async def test_without_the_database_known_adapters_and_lists_are_served_from_mem
     moved = take_away(world)
     reads = world.app.state.catalog._reads
     async with asyncio.timeout(20):
-        while not reads.away:
+        while not reads.is_unreachable:
             await asyncio.sleep(0.05)
     asked = 0
 
@@ -78,7 +78,7 @@ async def test_without_the_database_known_adapters_and_lists_are_served_from_mem
 
     with monkeypatch.context() as patched:
         patched.setattr(reads, "read", count)
-        reads._polling.cancel()
+        reads._poll_task.cancel()
         for _ in range(3):
             assert (await world.http.post("/v1/completions", json=RED)).json()["model"] == "red@1"
             assert [card["id"] for card in (await world.http.get("/v1/models")).json()["data"]] == ["base", "red"]
@@ -117,7 +117,7 @@ async def test_a_hanging_database_delays_a_request_by_its_timeout_at_most(
     # Nobody polls the database meanwhile: a connection of its own would keep the lock away.
     await world.app.state.identity.keys.stop()
     reads = world.app.state.catalog._reads
-    reads._polling.cancel()
+    reads._poll_task.cancel()
     reads._registry.close()
     world.registry.close()
     holder = sqlite3.connect(world.folder / "tandem.db", isolation_level=None)

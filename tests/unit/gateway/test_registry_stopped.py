@@ -76,7 +76,7 @@ async def test_no_thread_is_left_waiting_for_a_stopped_server(database: str, pos
     with stopped(postgresql_server):
         # One look finds that nobody answers; later ones open connections, which time out.
         async with asyncio.timeout(30):
-            while not reads.away:
+            while not reads.is_unreachable:
                 await asyncio.sleep(0.1)
         assert await reads.revision() is None
         await asyncio.sleep(4.0)

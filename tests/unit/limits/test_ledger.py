@@ -42,7 +42,7 @@ def test_requests_in_a_minute_are_limited_and_free_again_after_it():
     assert ask(ledger, limits, id_="a").requests == (2, 1, 61.0)
     assert ask(ledger, limits, id_="b", now=NOW + 10).refusal is None
     refusal = ask(ledger, limits, id_="c", now=NOW + 20).refusal
-    assert refusal is not None and (refusal.limit, refusal.most, refusal.used) == ("requests_per_minute", 2, 2)
+    assert refusal is not None and (refusal.limit, refusal.maximum, refusal.used) == ("requests_per_minute", 2, 2)
     assert 40 <= refusal.retry_s <= 41
     assert ask(ledger, limits, id_="c", now=NOW + 20 + refusal.retry_s).refusal is None
 

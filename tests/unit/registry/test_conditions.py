@@ -64,6 +64,6 @@ def test_a_key_whose_change_failed_can_be_used_again(filled: Registry) -> None:
 
 
 def test_a_key_is_forgotten_after_its_time(filled: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions, "KEPT_S", 0)
+    monkeypatch.setattr(conditions, "RETENTION_S", 0)
     once = Condition(once="a" * 64)
     assert [filled.roll_back("red", once).id for _ in range(2)] == ["red@2", "red@1"]

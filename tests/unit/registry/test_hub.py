@@ -203,7 +203,7 @@ os.setgid(gid)
 os.setuid(65534)
 report = TerminalReport()
 with cache.lock(report):
-    cache.remember("dev", "c" * 40, ())
+    cache.save_listing("dev", "c" * 40, ())
     (cache.folder / "blobs" / "x.incomplete").touch()
 print("ok")
 """

@@ -56,7 +56,7 @@ def test_a_postgresql_database_is_prepared_by_upgrade_alone(postgresql_server: S
         Registry(url)
     done = upgrade(url)
     assert (done.revision, done.identity) == (REVISION, Registry(url).identity)
-    assert postgresql_server.password not in done.shown
+    assert postgresql_server.password not in done.redacted_url
     assert upgrade(url) == done
 
 

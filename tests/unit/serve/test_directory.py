@@ -116,7 +116,7 @@ async def test_after_a_restart_replicas_and_gateways_find_the_new_directory_and_
     epoch = view.epoch
     await world.restart()
     state["now"] = replace(A, adapters=("red@1",))
-    kinds = await until(watcher, view, lambda: view.epoch != epoch and view.told.get("a") == state["now"])
+    kinds = await until(watcher, view, lambda: view.epoch != epoch and view.reported.get("a") == state["now"])
     assert Snapshot in kinds and view.records == {"a": state["now"]}
 
 
@@ -167,7 +167,7 @@ async def test_a_connection_without_the_token_is_closed_and_learns_nothing(world
 async def test_of_many_connections_without_the_token_the_oldest_are_closed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory_server, "MOST_STRANGERS", 3)
+    monkeypatch.setattr(directory_server, "MAX_UNAUTHENTICATED", 3)
     monkeypatch.setattr(directory_server, "HELLO_S", 60.0)
     watcher, view = world.gateway()
     await until(watcher, view, lambda: True)
@@ -286,7 +286,7 @@ async def test_updates_of_a_new_directory_are_marked_incomplete(world: World) ->
     watcher, view = world.gateway()
     view.apply(await watcher(0))
     assert not view.complete and not (await world.directory.watch(0)).complete
-    world.directory._began -= WARM_UP_S
+    world.directory._started_at -= WARM_UP_S
     await until(watcher, view, lambda: view.complete)
     assert (await world.directory.watch(0)).complete
 

@@ -207,15 +207,15 @@ def test_a_restarted_directory_removes_no_known_replica_until_it_is_complete() -
     b = replace(A, id="b")
     view.apply(Snapshot(epoch=1, version=5, replicas=(A, b)))
     view.apply(Snapshot(epoch=2, version=1, complete=False))
-    assert view.records == {"a": A, "b": b} and view.unheard == {"a", "b"}
+    assert view.records == {"a": A, "b": b} and view.carried_over == {"a", "b"}
     joined = Changes(epoch=2, since=1, version=2, complete=False, changed=(whole(replace(A, state="draining")),))
-    assert view.apply(joined).gone == ()
+    assert view.apply(joined).never_reported == ()
     assert view.records["a"].state == "draining" and view.records["b"] == b
     # One that leaves the new directory while that is still incomplete has left.
     view.apply(Changes(epoch=2, since=2, version=3, complete=False, removed=("a",)))
     assert set(view.records) == {"b"}
     change = view.apply(Changes(epoch=2, since=3, version=3))
-    assert change.gone == (b,) and change.removed == (b,) and view.records == {}
+    assert change.never_reported == (b,) and change.removed == (b,) and view.records == {}
 
 
 def test_waiting_counts_are_summed_over_gateways_and_expire() -> None:

@@ -43,8 +43,8 @@ def test_the_engine_version_depends_on_engine_settings_and_not_on_the_number_of_
 
 def test_the_version_depends_on_the_packages_code(monkeypatch: pytest.MonkeyPatch) -> None:
     before = version_of("same")
-    assert version_of("same") == before and len(scaling.code()) == 64
-    monkeypatch.setattr(scaling, "code", lambda: "of another day")
+    assert version_of("same") == before and len(scaling.code_digest()) == 64
+    monkeypatch.setattr(scaling, "code_digest", lambda: "of another day")
     assert version_of("same") != before
 
 

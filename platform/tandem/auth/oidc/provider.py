@@ -29,7 +29,7 @@ FETCH_S = 5.0
 """Seconds that one answer of the provider may take."""
 START_S = 5.0
 """Seconds that a new gateway waits for the keys before it takes requests."""
-MOST_BYTES = 256 * 1024
+MAX_BYTES = 256 * 1024
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +40,7 @@ class Provider:
         self.config = config
         self._keys: dict[str, SigningKey] = {}
         self._task: asyncio.Task[None] | None = None
-        self._wanted = asyncio.Event()
+        self._fetch_requested = asyncio.Event()
         self._fetching = False
         self._tried_at = float("-inf")
         self.loaded = False
@@ -52,17 +52,17 @@ class Provider:
             return self._keys.get(kid)
         return next(iter(self._keys.values())) if len(self._keys) == 1 else None
 
-    def look_again(self) -> bool:
-        """Ask for a fetch, since a token names an unknown key; whether one is under way now."""
-        if not self._fetching and not self._wanted.is_set() and time.monotonic() - self._tried_at >= LEAST_S:
-            self._wanted.set()
-        return self._fetching or self._wanted.is_set()
+    def request_fetch(self) -> bool:
+        """Ask for a fetch, since a token names an unknown key; returns whether one is under way."""
+        if not self._fetching and not self._fetch_requested.is_set() and time.monotonic() - self._tried_at >= LEAST_S:
+            self._fetch_requested.set()
+        return self._fetching or self._fetch_requested.is_set()
 
     async def start(self) -> None:
         """Begin to fetch; returns with the first keys, or after `START_S`, and then goes on in the background."""
         self._task = asyncio.create_task(self._run())
-        began = time.monotonic()
-        while not self.loaded and time.monotonic() - began < START_S:
+        started_at = time.monotonic()
+        while not self.loaded and time.monotonic() - started_at < START_S:
             await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
@@ -73,7 +73,7 @@ class Provider:
         timeout = aiohttp.ClientTimeout(total=FETCH_S)
         while True:
             self._fetching, delay = True, REFRESH_S
-            self._wanted.clear()
+            self._fetch_requested.clear()
             try:
                 async with aiohttp.ClientSession(timeout=timeout) as session:
                     self._keys = await self._fetch(session)
@@ -89,7 +89,7 @@ class Provider:
             finally:
                 self._fetching, self._tried_at = False, time.monotonic()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), delay)
+                await asyncio.wait_for(self._fetch_requested.wait(), delay)
 
     async def _fetch(self, session: aiohttp.ClientSession) -> dict[str, SigningKey]:
         url = self.config.jwks_url
@@ -114,6 +114,6 @@ async def _get(session: aiohttp.ClientSession, url: str) -> Any:
         body = bytearray()
         async for chunk in answer.content.iter_any():
             body += chunk
-            if len(body) > MOST_BYTES:
-                raise ValueError(f"{url} answered more than {MOST_BYTES} bytes")
+            if len(body) > MAX_BYTES:
+                raise ValueError(f"{url} answered more than {MAX_BYTES} bytes")
     return from_json(bytes(body))

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 RSA_BITS = range(2048, 4097)
-MOST_KEYS = 100
+MAX_KEYS = 100
 RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 ALGORITHMS = frozenset({*RSA, "ES256", "EdDSA"})
 log = logging.getLogger(__name__)
@@ -40,12 +40,12 @@ def parse_keys(document: Any) -> dict[str, SigningKey]:
     entries = document.get("keys") if isinstance(document, Mapping) else None
     if not isinstance(entries, list):
         raise ValueError("it has no list `keys`")
-    found: dict[str, SigningKey] = {}
-    for entry in entries[:MOST_KEYS]:
+    usable_keys: dict[str, SigningKey] = {}
+    for entry in entries[:MAX_KEYS]:
         if not isinstance(entry, Mapping) or entry.get("use", "sig") != "sig":
             continue
         kid = entry.get("kid", "")
-        if not isinstance(kid, str) or kid in found:
+        if not isinstance(kid, str) or kid in usable_keys:
             continue
         try:
             key = jwt.PyJWK({name: value for name, value in entry.items() if name != "alg"}).key
@@ -54,10 +54,10 @@ def parse_keys(document: Any) -> dict[str, SigningKey]:
             continue
         allowed = _algorithms(key)
         declared = entry.get("alg")
-        algorithms = allowed if declared is None else tuple(each for each in allowed if each == declared)
+        algorithms = allowed if declared is None else tuple(algorithm for algorithm in allowed if algorithm == declared)
         if algorithms:
-            found[kid] = SigningKey(key, algorithms)
-    return found
+            usable_keys[kid] = SigningKey(key, algorithms)
+    return usable_keys
 
 
 def _algorithms(key: Any) -> tuple[str, ...]:

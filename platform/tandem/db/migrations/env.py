@@ -1,4 +1,4 @@
-"""What Alembic runs: on the connection that it was handed, or for a developer's `alembic` command on the registry."""
+"""Alembic's environment: migrates the connection in its config, or, for a developer's `alembic` command, the registry."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def migrate(connection: Connection) -> None:
         context.run_migrations()
 
 
-given = context.config.attributes.get("connection")
-if given is not None:
-    migrate(given)
+configured_connection = context.config.attributes.get("connection")
+if configured_connection is not None:
+    migrate(configured_connection)
 else:
-    with connect(settings().registry_url).begin() as own:
-        migrate(own)
+    with connect(settings().registry_url).begin() as new_connection:
+        migrate(new_connection)

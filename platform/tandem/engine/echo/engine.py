@@ -55,8 +55,10 @@ class EchoEngine:
         self._steps = 0
         self._waiting = 0
         self._slots = int(slots)
-        nothing = contextlib.nullcontext()
-        self._turns: contextlib.AbstractAsyncContextManager[Any] = asyncio.Semaphore(self._slots) if slots else nothing
+        unlimited = contextlib.nullcontext()
+        self._slot_semaphore: contextlib.AbstractAsyncContextManager[Any] = (
+            asyncio.Semaphore(self._slots) if slots else unlimited
+        )
         self._first_tokens = TtftWindow()
         self._healthy = True
         self.aborted = 0
@@ -68,10 +70,12 @@ class EchoEngine:
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> EchoEngine:
         """An echo under the spec's names; its arguments are delay_s, start_s, max_length and slots."""
-        known = ("delay_s", "start_s", "max_length", "slots")
+        argument_names = ("delay_s", "start_s", "max_length", "slots")
         for key, value in spec.args.items():
-            if key not in known:
-                raise ConfigError(f"engine_args.{key} is not an argument of the echo engine.{did_you_mean(key, known)}")
+            if key not in argument_names:
+                raise ConfigError(
+                    f"engine_args.{key} is not an argument of the echo engine.{did_you_mean(key, argument_names)}"
+                )
             if not isinstance(value, int | float) or value < 0:
                 raise ConfigError(f"engine_args.{key} is {value!r}; it must be a number, 0 or above.")
         return cls((spec.id, spec.name), **spec.args)
@@ -107,7 +111,7 @@ class EchoEngine:
         return EngineStats(
             running=self._running,
             waiting=self._waiting,
-            ttft_s=self._first_tokens.most(time.monotonic()),
+            ttft_s=self._first_tokens.percentile_90(time.monotonic()),
             max_running=self._slots,
             adapters=tuple(self._adapters),
             tasks=self._tasks,
@@ -160,7 +164,7 @@ class EchoEngine:
         answer_words = itertools.islice(
             itertools.cycle(words) if body.get("ignore_eos") else words, min(int(limit), MOST_TOKENS)
         )
-        tokens = _Tokens(word if i == 0 else f" {word}" for i, word in enumerate(answer_words))
+        tokens = _Tokens(word if index == 0 else f" {word}" for index, word in enumerate(answer_words))
         if not self._healthy:
             return _error(500, "The engine is dead.", None)
         head = {
@@ -171,7 +175,9 @@ class EchoEngine:
             "model": model,
         }
         if (counters := current_tokens()) is not None:
-            counters.add(str(head["id"]), lambda: TokenCounts(len(words) if tokens.taken else 0, tokens.taken))
+            counters.add(
+                str(head["id"]), lambda: TokenCounts(len(words) if tokens.num_generated else 0, tokens.num_generated)
+            )
         usage = {
             "prompt_tokens": len(words),
             "completion_tokens": len(tokens),
@@ -181,7 +187,7 @@ class EchoEngine:
             options = body.get("stream_options") or {}
             stream = self._stream(head, tokens, usage if options.get("include_usage") else None, chat=chat)
             return StreamingResponse(stream, media_type="text/event-stream")
-        async with self._turn():
+        async with self._running_request():
             for _ in tokens:
                 if self._delay_s and await request.is_disconnected():
                     self.aborted += 1
@@ -198,13 +204,13 @@ class EchoEngine:
     ) -> AsyncIterator[bytes]:
         arrived_at, complete = time.monotonic(), False
         try:
-            async with self._turn():
-                for i, token in enumerate(tokens):
+            async with self._running_request():
+                for index, token in enumerate(tokens):
                     await asyncio.sleep(self._delay_s)
                     self._steps += 1
-                    if i == 0:
+                    if index == 0:
                         self._first_tokens.add((time.monotonic() - arrived_at,), time.monotonic())
-                    finish = "stop" if i + 1 == len(tokens) else None
+                    finish = "stop" if index + 1 == len(tokens) else None
                     content: dict[str, Any] = (
                         {"delta": {"role": "assistant", "content": token}} if chat else {"text": token}
                     )
@@ -218,32 +224,32 @@ class EchoEngine:
             self.aborted += not complete
 
     @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def _running_request(self) -> AsyncIterator[None]:
         """Wait for a free slot if slots are limited, and count as running for the length of a block."""
         self._waiting += 1
-        waited = True
+        is_waiting = True
         try:
-            async with self._turns:
+            async with self._slot_semaphore:
                 self._waiting -= 1
-                waited = False
+                is_waiting = False
                 self._running += 1
                 try:
                     yield
                 finally:
                     self._running -= 1
         finally:
-            self._waiting -= waited
+            self._waiting -= is_waiting
 
 
 class _Tokens(list[str]):
-    """Tokens of an answer; `taken` of them have been generated by a loop over them."""
+    """Tokens of an answer; `num_generated` of them have been generated by a loop over them."""
 
-    taken = 0
+    num_generated = 0
 
     def __iter__(self) -> Iterator[str]:
         for token in super().__iter__():
             yield token
-            self.taken += 1
+            self.num_generated += 1
 
 
 def _event(value: dict[str, Any]) -> bytes:

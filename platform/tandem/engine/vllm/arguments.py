@@ -53,21 +53,21 @@ def parse_args(spec: EngineSpec) -> argparse.Namespace:
 
     ConfigError with the key: with the nearest valid name for an unknown one, with vLLM's words for a wrong type.
     """
-    known = _types()
-    given = {}
+    types = _argument_types()
+    values = {}
     for key, value in spec.args.items():
         where = f"{spec.where}.{key}"
         if key in ARGUMENTS_OF_MODEL_KEYS:
             raise ConfigError(f"{where} is set by models[].{ARGUMENTS_OF_MODEL_KEYS[key]}; use that.")
-        if key not in known:
-            hint = did_you_mean(key.replace("-", "_"), known)
+        if key not in types:
+            hint = did_you_mean(key.replace("-", "_"), types)
             raise ConfigError(f"{where} is not an argument of vLLM's engine.{hint}")
         try:
-            given[key] = _adapter(known[key]).validate_python(value)
+            values[key] = _type_adapter(types[key]).validate_python(value)
         except ValidationError as error:
-            raise _refused(where, error) from error
+            raise _refusal_error(where, error) from error
     args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    for key, value in {**_defaults(spec), **given, **tool_arguments(parsers_of(spec), given)}.items():
+    for key, value in {**_defaults(spec), **values, **tool_arguments(parsers_of(spec), values)}.items():
         setattr(args, key, value)
     return args
 
@@ -79,10 +79,10 @@ def make_config(args: argparse.Namespace, spec: EngineSpec) -> VllmConfig:
         usage = UsageContext.LLM_CLASS if spec.offline else UsageContext.OPENAI_API_SERVER
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=usage)
     except ValidationError as error:
-        raise _refused(spec.where, error, spec.args) from error
+        raise _refusal_error(spec.where, error, spec.args) from error
     except (Exception, SystemExit) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
-        raise ConfigError(f"{spec.where}: vLLM refuses the settings of {spec.name} ({given}): {error}") from error
+        settings = ", ".join(f"{key}={value!r}" for key, value in spec.args.items()) or "none"
+        raise ConfigError(f"{spec.where}: vLLM refuses the settings of {spec.name} ({settings}): {error}") from error
     if "structured_outputs_config" not in spec.args and not _is_validated_again(config):
         # vLLM takes the flag of `_defaults` only beside a named backend, but both that `auto` chooses from follow it: so schemas
         # that xgrammar lacks are answered by the other.
@@ -112,7 +112,7 @@ def device_is_here(spec: EngineSpec) -> bool:
 
 
 def _defaults(spec: EngineSpec) -> dict[str, Any]:
-    chosen: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "model": spec.path,
         "served_model_name": list(dict.fromkeys((spec.id, spec.name))),
         "enable_lora": spec.max_adapters > 0,
@@ -123,26 +123,26 @@ def _defaults(spec: EngineSpec) -> dict[str, Any]:
     }
     parsers = parsers_of(spec)
     if parsers.reasoning is not None:
-        chosen["reasoning_parser"] = parsers.reasoning
+        defaults["reasoning_parser"] = parsers.reasoning
     if spec.offline:
         # The default of vLLM's LLM class: no client watches the statistics of a batch run.
-        chosen["disable_log_stats"] = True
+        defaults["disable_log_stats"] = True
     if spec.max_adapters:
-        chosen |= {
+        defaults |= {
             "max_loras": slots_of(spec),
             "max_cpu_loras": cached_of(spec),
             "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= spec.max_lora_rank),
         }
     if not spec.gpus:
         # bfloat16 dies in vLLM's AMX attention on some virtual machines; compiling costs more than it gives on a CPU.
-        chosen |= {"dtype": "float32", "enforce_eager": True}
+        defaults |= {"dtype": "float32", "enforce_eager": True}
         if spec.args.get("speculative_config"):
-            chosen["worker_extension_cls"] = "tandem.engine.vllm.cpu.CpuWorkerExtension"
+            defaults["worker_extension_cls"] = "tandem.engine.vllm.cpu.CpuWorkerExtension"
         if all(spec.args.get(key, 1) == 1 for key in PARALLEL_SIZES):
             # vLLM gives the one worker of a CPU a process of its own to bind its threads there, which we do not. The two then
             # take turns spinning for each other: without, a small model is a tenth faster (bench/serving/serve_overhead.py).
-            chosen["distributed_executor_backend"] = ONE_PROCESS
-    return chosen
+            defaults["distributed_executor_backend"] = ONE_PROCESS
+    return defaults
 
 
 def slots_of(spec: EngineSpec) -> int:
@@ -160,17 +160,17 @@ def cached_of(spec: EngineSpec) -> int:
 
 
 @functools.cache
-def _types() -> dict[str, Any]:
+def _argument_types() -> dict[str, Any]:
     """Every argument of vLLM's engine and of its OpenAI app, with the type that vLLM declares for it."""
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for cls in (AsyncEngineArgs, BaseFrontendArgs):
         # One name there is imported for type checkers only.
         hints = typing.get_type_hints(cls, localns=vars(vllm.config.quantization))
-        found |= {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    return found
+        types |= {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return types
 
 
-def _adapter(hint: Any) -> TypeAdapter[Any]:
+def _type_adapter(hint: Any) -> TypeAdapter[Any]:
     try:
         # torch.dtype and classes, which pydantic can only compare.
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
@@ -178,31 +178,33 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
         return TypeAdapter(hint)  # a class of vLLM's that has a configuration of its own
 
 
-def _refused(where: str, error: ValidationError, given: Mapping[str, Any] = MappingProxyType({})) -> ConfigError:
-    """vLLM's first validation error as a ConfigError whose key is `where` and the argument among the `given`.
+def _refusal_error(
+    where: str, error: ValidationError, engine_args: Mapping[str, Any] = MappingProxyType({})
+) -> ConfigError:
+    """vLLM's first validation error as a ConfigError whose key is `where` and the argument among the `engine_args`.
 
     Without the link to pydantic's manual that its own text ends with.
     """
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    said = str(first["msg"]).removeprefix("Value error, ").rstrip(". ")
-    if not path and given:
+    first_error = error.errors()[0]
+    path = [str(part) for part in first_error["loc"]]
+    message = str(first_error["msg"]).removeprefix("Value error, ").rstrip(". ")
+    if not path and engine_args:
         # A check of several settings at once: pydantic's input is then all of them, with vLLM's defaults.
-        named = [key for key in given if re.search(rf"\b{re.escape(key)}\b", said)]
-        if len(named) == 1:
-            return ConfigError(f"{where}.{named[0]}: vLLM refuses {given[named[0]]!r}: {said}.")
-        return ConfigError(f"{where}: vLLM refuses these settings: {said}.")
-    if given and path and path[0] not in given:
+        named_keys = [key for key in engine_args if re.search(rf"\b{re.escape(key)}\b", message)]
+        if len(named_keys) == 1:
+            return ConfigError(f"{where}.{named_keys[0]}: vLLM refuses {engine_args[named_keys[0]]!r}: {message}.")
+        return ConfigError(f"{where}: vLLM refuses these settings: {message}.")
+    if engine_args and path and path[0] not in engine_args:
         # A configuration inside: its own class does not know which argument it is.
-        path = [key for key, value in given.items() if isinstance(value, dict) and path[0] in value][:1] + path
-    near = did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]))
-    return ConfigError(f"{'.'.join([where, *path])}: vLLM refuses {first['input']!r}: {said}.{near}")
+        path = [key for key, value in engine_args.items() if isinstance(value, dict) and path[0] in value][:1] + path
+    suggestion = did_you_mean(str(first_error["input"]), re.findall(r"'([^']*)'", first_error["msg"]))
+    return ConfigError(f"{'.'.join([where, *path])}: vLLM refuses {first_error['input']!r}: {message}.{suggestion}")
 
 
 def main() -> int:
     """Validate the EngineSpecs on stdin; the last line on stdout is a JSON list of errors, null for valid specs."""
     # vLLM writes to stdout too, from C++ as well: it is redirected to stderr until the result is written.
-    out = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(2, 1)
     validation_errors: list[str | None] = []
     for values in json.load(sys.stdin):
@@ -214,7 +216,7 @@ def main() -> int:
             validation_errors.append(None)
         except ConfigError as error:
             validation_errors.append(str(error))
-    with os.fdopen(out, "w") as file:
+    with os.fdopen(stdout, "w") as file:
         file.write(json.dumps(validation_errors) + "\n")
     return 0
 

@@ -19,13 +19,16 @@ class StepTokens(RequestTokens):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ended = TokenCounts()
-        self._running: list[Callable[[], TokenCounts]] = []
+        self._ended_counts = TokenCounts()
+        self._running_counters: list[Callable[[], TokenCounts]] = []
 
     def add(self, prompt_id: str, counter: Callable[[], TokenCounts]) -> None:
-        """Add one beam's step. Those that have their one token are summed up, as each holds a whole prompt."""
-        self._ended, self._running = self._sum(), [each for each in self._running if not each().completion]
-        self._running.append(counter)
+        """Add one beam's step. Ended steps are summed up and dropped, as each holds a whole prompt."""
+        self._ended_counts, self._running_counters = (
+            self._sum(),
+            [step_counter for step_counter in self._running_counters if not step_counter().completion],
+        )
+        self._running_counters.append(counter)
 
     @property
     def now(self) -> TokenCounts:
@@ -33,8 +36,8 @@ class StepTokens(RequestTokens):
         return self._sum(running=True)
 
     def _sum(self, *, running: bool = False) -> TokenCounts:
-        prompt, completion = self._ended
-        for counts in [each() for each in self._running]:
+        prompt, completion = self._ended_counts
+        for counts in [counter() for counter in self._running_counters]:
             if counts.completion or running:
                 # The first step has the shortest prompt: the client's.
                 prompt = min(prompt, counts.prompt) if prompt and counts.prompt else prompt or counts.prompt
@@ -46,26 +49,26 @@ def count_beams(serving: Any) -> None:
     """Let `beam_search` of a vLLM serving object add its counts to the HTTP request that it is a part of."""
     search = serving.beam_search
 
-    async def counted(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def counting_search(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         request = current_tokens()
         if request is None:
             async for output in search(*args, **kwargs):
                 yield output
             return
         steps = StepTokens()
-        answered: list[TokenCounts] = []
-        request.add(f"beams-{uuid.uuid4().hex}", lambda: answered[-1] if answered else steps.now)
+        final_counts: list[TokenCounts] = []
+        request.add(f"beams-{uuid.uuid4().hex}", lambda: final_counts[-1] if final_counts else steps.now)
         # It yields once, at its end.
         with counting_tokens(steps):
             outputs = [output async for output in search(*args, **kwargs)]
         for output in outputs:
-            if all(each.finish_reason != "error" for each in output.outputs):
-                answered.append(_usage(output))
+            if all(beam.finish_reason != "error" for beam in output.outputs):
+                final_counts.append(_usage(output))
             yield output
 
-    serving.beam_search = counted
+    serving.beam_search = counting_search
 
 
 def _usage(output: Any) -> TokenCounts:
     """As vLLM computes the `usage` of an answer."""
-    return TokenCounts(len(output.prompt_token_ids), sum(len(each.token_ids) for each in output.outputs))
+    return TokenCounts(len(output.prompt_token_ids), sum(len(beam.token_ids) for beam in output.outputs))

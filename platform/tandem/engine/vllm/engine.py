@@ -97,13 +97,13 @@ class VllmEngine:
         """Add a LoRA adapter to the running engine (some milliseconds)."""
         if adapter.id in self._adapters:
             return
-        models, llm = self._started()
-        await self._add(models, llm, adapter.id, adapter.path)
+        models, llm = self._running_engine()
+        await self._add_lora(models, llm, adapter.id, adapter.path)
         self._adapters = tuple(models.lora_requests)
 
     async def unload_adapter(self, adapter_id: str) -> None:
         """Take a LoRA adapter out of the engine and its memory."""
-        models, llm = self._started()
+        models, llm = self._running_engine()
         request = models.lora_requests.pop(adapter_id, None)
         self._adapters = tuple(models.lora_requests)
         if request is not None:
@@ -125,7 +125,7 @@ class VllmEngine:
             waiting=unfinished - running,
             max_running=self._config.scheduler_config.max_num_seqs * self._config.parallel_config.data_parallel_size,
             kv_usage=self._scheduler_stats.kv_usage if unfinished else 0.0,
-            ttft_s=self._scheduler_stats.first_tokens.most(time.monotonic()),
+            ttft_s=self._scheduler_stats.first_tokens.percentile_90(time.monotonic()),
             adapters=self._adapters,
             tasks=self._tasks,
             steps=self._scheduler_stats.steps,
@@ -145,7 +145,7 @@ class VllmEngine:
 
     async def _warm_up(self, app: ASGIApp) -> None:
         """Send warm-up requests, so that clients do not wait for compilation; EngineError if the engine dies or hangs."""
-        llm = self._started()[1]
+        llm = self._running_engine()[1]
         parsers = parsers_of(self._spec)
         features = WarmUpFeatures(
             model=self._spec.id,
@@ -157,17 +157,19 @@ class VllmEngine:
             ranks=self._config.parallel_config.data_parallel_size,
         )
         try:
-            refused = await warm_up(app, features)
+            refused_requests = await warm_up(app, features)
         except EngineError:
             await self.drain(0.0)
             raise
         if llm.errored:
             await self.drain(0.0)
-            raise EngineError(f"vLLM's engine for {self._spec.id} died of its first requests: {refusals(refused)}")
+            raise EngineError(
+                f"vLLM's engine for {self._spec.id} died of its first requests: {refusals(refused_requests)}"
+            )
         await llm.reset_prefix_cache()
         self._scheduler_stats.forget_first_tokens()
 
-    async def _add(self, models: OpenAIServingModels, llm: AsyncLLM, name: str, path: str) -> LoRARequest:
+    async def _add_lora(self, models: OpenAIServingModels, llm: AsyncLLM, name: str, path: str) -> LoRARequest:
         request = LoRARequest(lora_name=name, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
         try:
             await llm.add_lora(request)
@@ -185,25 +187,25 @@ class VllmEngine:
         vLLM's CPU build applies the last slot's adapter to requests for the base model (`arguments.slots_of`): the slot must
         never hold another adapter, while vLLM moves adapters among the other slots.
         """
-        models, llm = self._started()
+        models, llm = self._running_engine()
         names = [f"-{number}" for number in range(slots_of(self._spec))]
         with tempfile.TemporaryDirectory() as folder:
-            refused: EngineError | None = None
+            last_error: EngineError | None = None
             for kind in layer_kinds(Path(self._spec.path)):
                 write_empty_adapter(Path(folder), kind)
                 try:
-                    last = await self._add(models, llm, names[0], folder)
+                    last_request = await self._add_lora(models, llm, names[0], folder)
                     break
                 except EngineError as error:
                     # vLLM takes only kinds of layers that the model has, and some of those have no adapters.
-                    refused = error
+                    last_error = error
             else:
-                raise refused or EngineError(
+                raise last_error or EngineError(
                     f"{self._spec.path} has no layer that takes an adapter. Set max_adapters to 0."
                 )
             for name in names[1:]:
-                last = await self._add(models, llm, name, folder)
-        await llm.pin_lora(last.lora_int_id)
+                last_request = await self._add_lora(models, llm, name, folder)
+        await llm.pin_lora(last_request.lora_int_id)
         models.lora_requests.pop(names.pop())
         for name in names:
             await self.unload_adapter(name)
@@ -212,7 +214,7 @@ class VllmEngine:
     def _keeps_a_slot_empty(self) -> bool:
         return self._spec.max_adapters > 0 and not self._spec.gpus
 
-    def _started(self) -> tuple[OpenAIServingModels, AsyncLLM]:
+    def _running_engine(self) -> tuple[OpenAIServingModels, AsyncLLM]:
         if self._models is None or self._llm is None:
             raise EngineError("The engine has not been started.")
         return self._models, self._llm
@@ -246,7 +248,7 @@ def write_empty_adapter(folder: Path, kind: str) -> None:
     config = {"r": 1, "lora_alpha": 1, "target_modules": [kind], "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     zeros = np.zeros((1, 1), np.float32)
-    tensors = {f"base_model.model.nowhere.{kind}.lora_{each}.weight": zeros for each in "AB"}
+    tensors = {f"base_model.model.nowhere.{kind}.lora_{matrix}.weight": zeros for matrix in "AB"}
     save_file(tensors, folder / "adapter_model.safetensors")
 
 

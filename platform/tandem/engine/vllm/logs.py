@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-ANTHROPIC = "vllm.entrypoints.anthropic.api_router"
+ANTHROPIC_LOGGER = "vllm.entrypoints.anthropic.api_router"
 """Logs a traceback for each request that it refuses, where vLLM's other routes log none."""
 REFUSALS = frozenset({"VLLMClientError", "ValueError", "TypeError", "NotImplementedError", "TemplateError"})
 """Exceptions that vLLM answers with a status below 500, or 501."""
@@ -12,11 +12,11 @@ REFUSALS = frozenset({"VLLMClientError", "ValueError", "TypeError", "NotImplemen
 
 def quiet_refusals() -> None:
     """Leave tracebacks of refused requests out of vLLM's log."""
-    log = logging.getLogger(ANTHROPIC)
+    log = logging.getLogger(ANTHROPIC_LOGGER)
     if _is_not_a_refusal not in log.filters:
         log.addFilter(_is_not_a_refusal)
 
 
 def _is_not_a_refusal(record: logging.LogRecord) -> bool:
-    kind = record.exc_info[0] if record.exc_info else None
-    return kind is None or not REFUSALS & {each.__name__ for each in kind.__mro__}
+    exception_class = record.exc_info[0] if record.exc_info else None
+    return exception_class is None or not REFUSALS & {base_class.__name__ for base_class in exception_class.__mro__}

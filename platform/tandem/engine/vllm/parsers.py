@@ -28,7 +28,7 @@ class Rule(NamedTuple):
     parser: str
     families: tuple[str, ...] = ()
     """Prefixes of `model_type`; empty: any family."""
-    marks: tuple[str, ...] = ()
+    template_marks: tuple[str, ...] = ()
     """Text that the chat template must contain, all of it."""
     tokens: tuple[str, ...] = ()
     """Tokens that the parser looks up in the tokenizer; without them it refuses every request."""
@@ -147,13 +147,15 @@ def served_parsers(folder: Path, engine_args: Mapping[str, Any]) -> Parsers:
     return read_parsers(folder, template if isinstance(template, str) else None, tokens if tokens.is_dir() else None)
 
 
-def tool_arguments(parsers: Parsers, given: Mapping[str, Any]) -> dict[str, Any]:
+def tool_arguments(parsers: Parsers, engine_args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of vLLM for tools, beside those that are given: vLLM refuses the switch alone and ignores a parser alone."""
-    if "tool_call_parser" in given:
+    if "tool_call_parser" in engine_args:
         return (
-            {} if "enable_auto_tool_choice" in given else {"enable_auto_tool_choice": bool(given["tool_call_parser"])}
+            {}
+            if "enable_auto_tool_choice" in engine_args
+            else {"enable_auto_tool_choice": bool(engine_args["tool_call_parser"])}
         )
-    if parsers.tool is None or given.get("enable_auto_tool_choice") is False:
+    if parsers.tool is None or engine_args.get("enable_auto_tool_choice") is False:
         return {}
     return {"tool_call_parser": parsers.tool, "enable_auto_tool_choice": True}
 
@@ -164,12 +166,14 @@ def read_parsers(folder: Path, template: str | None = None, tokenizer: Path | No
     `template` is a file's path or the text itself; `tokenizer` is another folder whose template and tokens are read. Files that
     are missing or cannot be read count as empty.
     """
-    tokens = folder if tokenizer is None else tokenizer
+    tokenizer_folder = folder if tokenizer is None else tokenizer
     if template is not None and "\n" not in template and "{" not in template:
         template = _text(Path(template).expanduser())
-    text = "".join(_text(tokens / name) for name in ("tokenizer.json", "tokenizer_config.json", "tekken.json"))
+    tokenizer_text = "".join(
+        _text(tokenizer_folder / name) for name in ("tokenizer.json", "tokenizer_config.json", "tekken.json")
+    )
     model_type = str(_json(folder / "config.json").get("model_type") or "")
-    return select_parsers(model_type, read_template(tokens) if template is None else template, text)
+    return select_parsers(model_type, read_template(tokenizer_folder) if template is None else template, tokenizer_text)
 
 
 def read_template(folder: Path) -> str | None:
@@ -177,12 +181,14 @@ def read_template(folder: Path) -> str | None:
     if text := _text(folder / "chat_template.jinja"):
         return text
     for name in ("chat_template.json", "tokenizer_config.json"):
-        found = _json(folder / name).get("chat_template")
-        if isinstance(found, list):
-            named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-            found = named.get("tool_use") or named.get("default")
-        if isinstance(found, str) and found:
-            return found
+        template = _json(folder / name).get("chat_template")
+        if isinstance(template, list):
+            templates_by_name = {
+                entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
+            }
+            template = templates_by_name.get("tool_use") or templates_by_name.get("default")
+        if isinstance(template, str) and template:
+            return template
     # Mistral's own tokenizers have their formats in code, tools among them.
     return "[TOOL_CALLS] tools" if (folder / "tekken.json").is_file() else None
 
@@ -241,7 +247,7 @@ def _reasoning_parser(model_type: str, template: str, tokenizer: str) -> tuple[s
 def _fits(rule: Rule, model_type: str, template: str, tokenizer: str) -> bool:
     return (
         (not rule.families or model_type.startswith(rule.families))
-        and all(mark in template for mark in rule.marks)
+        and all(mark in template for mark in rule.template_marks)
         # JSON files may escape what is not ASCII.
         and all(token in tokenizer or json.dumps(token)[1:-1] in tokenizer for token in rule.tokens)
     )
@@ -249,7 +255,7 @@ def _fits(rule: Rule, model_type: str, template: str, tokenizer: str) -> bool:
 
 def _reason(rule: Rule, model_type: str) -> str:
     causes = [f"family {model_type}"] if rule.families else []
-    causes += [f"{' and '.join(rule.marks)} in the chat template"] if rule.marks else []
+    causes += [f"{' and '.join(rule.template_marks)} in the chat template"] if rule.template_marks else []
     return ", ".join(causes)
 
 

@@ -1,4 +1,4 @@
-"""Rules of vLLM for requests: what it refuses or dies of, its errors in plain words. Pure."""
+"""Rules of vLLM for requests: those that it cannot serve, its scheduling by priority, its errors in plain words. Pure."""
 
 from __future__ import annotations
 

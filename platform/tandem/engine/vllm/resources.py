@@ -25,31 +25,32 @@ def placement(config: ServedModelConfig, where: str = "models[]") -> Placement:
     """
     args = config.engine_args
     degrees = {name: _degree(args, key, where) for name, key in DEGREES.items()}
-    world = math.prod(degrees.values())
+    world_size = math.prod(degrees.values())
     backend = args.get("distributed_executor_backend")
     product = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one worker"
     if not config.gpus_per_replica:
         if backend == RAY:
             raise ConfigError(
                 f"{where}.engine_args.distributed_executor_backend is ray, which vLLM has for GPUs only, and "
-                f"{where}.gpus_per_replica is 0. Leave it out: the {world} workers of a CPU replica are processes of one node."
+                f"{where}.gpus_per_replica is 0. Leave it out: the {world_size} workers of a CPU replica are processes of one "
+                "node."
             )
         if degrees["pipeline"] > 1:
             raise ConfigError(
                 f"{where}.engine_args.pipeline_parallel_size is {degrees['pipeline']} and {where}.gpus_per_replica is 0. In "
                 "vLLM's CPU build (0.32) the stages after the first die at the first request. Use tensor_parallel_size."
             )
-        if world > 1 and config.cpus_per_replica < world:
+        if world_size > 1 and config.cpus_per_replica < world_size:
             raise ConfigError(
-                f"{where}.cpus_per_replica is {config.cpus_per_replica:g}; {product} is {world} workers, each with a core "
-                f"of its own. Set it to {world} or more."
+                f"{where}.cpus_per_replica is {config.cpus_per_replica:g}; {product} is {world_size} workers, each with a core "
+                f"of its own. Set it to {world_size} or more."
             )
         return Placement(cpus=config.cpus_per_replica, gpus=0.0)
-    if config.gpus_per_replica < 1 and world == 1 and backend != RAY:
+    if config.gpus_per_replica < 1 and world_size == 1 and backend != RAY:
         return Placement(cpus=config.cpus_per_replica, gpus=config.gpus_per_replica)
-    if config.gpus_per_replica != world:
+    if config.gpus_per_replica != world_size:
         raise ConfigError(
-            f"{where}.gpus_per_replica is {config.gpus_per_replica:g}; {product} takes {world}. Set it to {world}, or "
+            f"{where}.gpus_per_replica is {config.gpus_per_replica:g}; {product} takes {world_size}. Set it to {world_size}, or "
             "change the degrees in engine_args."
         )
     if backend != RAY:
@@ -59,7 +60,7 @@ def placement(config: ServedModelConfig, where: str = "models[]") -> Placement:
             f"{where}.engine_args.data_parallel_size is {degrees['data']} with the ray backend. Raise {where}.replicas "
             "instead: each replica then has a placement group of its own."
         )
-    workers = tuple({"GPU": 1.0} for _ in range(world))
+    workers = tuple({"GPU": 1.0} for _ in range(world_size))
     strategy = "STRICT_PACK" if degrees["pipeline"] == 1 else "PACK"
     return Placement(
         cpus=config.cpus_per_replica,
@@ -76,14 +77,14 @@ def check_nodes(
 
     vLLM gives ranks to bundles node by node, so each node's workers must be whole groups.
     """
-    tensor = engine_args.get(DEGREES["tensor"], 1)
-    workers = Counter(nodes[i] for i, bundle in enumerate(bundles) if bundle.get("GPU"))
-    torn = {node: count for node, count in workers.items() if count % tensor}
-    if torn:
-        spread = ", ".join(f"{count} on {node[:8]}" for node, count in sorted(workers.items()))
+    tensor_degree = engine_args.get(DEGREES["tensor"], 1)
+    workers = Counter(nodes[index] for index, bundle in enumerate(bundles) if bundle.get("GPU"))
+    split_nodes = {node: count for node, count in workers.items() if count % tensor_degree}
+    if split_nodes:
+        placement = ", ".join(f"{count} on {node[:8]}" for node, count in sorted(workers.items()))
         raise EngineError(
-            f"A tensor group of {tensor} must lie inside one node, and Ray placed the workers {spread}. Free {tensor} GPUs "
-            "of one node for each stage, or lower tensor_parallel_size."
+            f"A tensor group of {tensor_degree} must lie inside one node, and Ray placed the workers {placement}. Free "
+            f"{tensor_degree} GPUs of one node for each stage, or lower tensor_parallel_size."
         )
 
 
@@ -92,17 +93,17 @@ def unsupported_shape(model_config: Mapping[str, Any], gpus: float) -> str | Non
     if gpus:
         return None
     # Multimodal configs keep the language model's numbers one level down.
-    inner = model_config.get("text_config")
-    text = inner if isinstance(inner, dict) else model_config
-    width, heads = text.get("hidden_size"), text.get("num_attention_heads")
-    size = text.get("head_dim") or (
-        width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+    text_config = model_config.get("text_config")
+    language_config = text_config if isinstance(text_config, dict) else model_config
+    hidden_size, num_heads = language_config.get("hidden_size"), language_config.get("num_attention_heads")
+    head_size = language_config.get("head_dim") or (
+        hidden_size // num_heads if isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads else None
     )
     # Latent attention has heads of other widths.
-    if not isinstance(size, int) or "kv_lora_rank" in text or size in CPU_HEAD_SIZES:
+    if not isinstance(head_size, int) or "kv_lora_rank" in language_config or head_size in CPU_HEAD_SIZES:
         return None
     return (
-        f"Its attention heads have {size} dimensions (head_dim), and vLLM's CPU backend has kernels for "
+        f"Its attention heads have {head_size} dimensions (head_dim), and vLLM's CPU backend has kernels for "
         f"{', '.join(map(str, CPU_HEAD_SIZES))} only. Train a model with another model.hidden_size / model.num_heads, or serve "
         "it on a GPU."
     )

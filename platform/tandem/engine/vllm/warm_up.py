@@ -63,9 +63,9 @@ class Request:
 
     def describe(self) -> str:
         """The path, and the fields that distinguish this request in at most 200 characters of JSON."""
-        common = ("model", "prompt", "messages", "input")
-        own = {key: value for key, value in self.body.items() if key not in common}
-        return f"{self.path} {to_json(own).decode()[:200]}"
+        common_fields = ("model", "prompt", "messages", "input")
+        distinct_fields = {key: value for key, value in self.body.items() if key not in common_fields}
+        return f"{self.path} {to_json(distinct_fields).decode()[:200]}"
 
 
 def warm_up_batches(features: WarmUpFeatures) -> list[list[Request]]:
@@ -77,8 +77,8 @@ def warm_up_batches(features: WarmUpFeatures) -> list[list[Request]]:
     if "generate" not in features.tasks:
         return [pooling(features)]
     completion = {"model": features.model, "prompt": "a b c", "max_tokens": ANSWER_TOKENS, "ignore_eos": True}
-    alone = Request("/v1/completions", completion | {"temperature": 1.0})
-    kinds: list[dict[str, Any]] = [
+    single_request = Request("/v1/completions", completion | {"temperature": 1.0})
+    settings: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"top_p": 0.9},
         {"top_k": 5},
@@ -93,21 +93,21 @@ def warm_up_batches(features: WarmUpFeatures) -> list[list[Request]]:
         {"min_tokens": 1, "stop": ["\n"]},
     ]
     if features.prompt_logprobs:
-        kinds.append({"prompt_logprobs": 1})
-    together = [Request("/v1/completions", completion | kind) for kind in kinds]
+        settings.append({"prompt_logprobs": 1})
+    mixed_batch = [Request("/v1/completions", completion | setting) for setting in settings]
     # A batch that holds nothing but its kind takes branches that a mixed one does not.
     batches = [[Request("/v1/completions", completion | {"n": LARGEST_N, "temperature": 1.0})]]
     if not features.chat:
-        return [[alone], *batches, together]
-    return [[alone], *batches, [*together, *chats(features)]]
+        return [[single_request], *batches, mixed_batch]
+    return [[single_request], *batches, [*mixed_batch, *chats(features)]]
 
 
 def chats(features: WarmUpFeatures) -> list[Request]:
     """Requests to each API of conversations, and requests with grammars."""
-    talk = [{"role": "user", "content": "a b c"}]
-    chat = {"model": features.model, "messages": talk, "max_tokens": ANSWER_TOKENS}
+    messages = [{"role": "user", "content": "a b c"}]
+    chat = {"model": features.model, "messages": messages, "max_tokens": ANSWER_TOKENS}
     schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": ANSWER_SCHEMA}}
-    found = [
+    requests = [
         Request("/v1/chat/completions", chat | {"logprobs": True, "top_logprobs": 2}),
         Request("/v1/chat/completions", chat | {"stream": True}),
         Request("/v1/chat/completions", chat | {"response_format": schema}),
@@ -115,24 +115,24 @@ def chats(features: WarmUpFeatures) -> list[Request]:
         Request("/v1/messages", chat),
         Request(
             "/v1/responses",
-            {"model": features.model, "input": talk, "max_output_tokens": ANSWER_TOKENS, "store": False},
+            {"model": features.model, "input": messages, "max_output_tokens": ANSWER_TOKENS, "store": False},
         ),
     ]
     if features.tools:
         function = {"name": "a", "description": "b", "parameters": ANSWER_SCHEMA}
         tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
-        found.append(Request("/v1/chat/completions", chat | tools))
-    return found
+        requests.append(Request("/v1/chat/completions", chat | tools))
+    return requests
 
 
 def pooling(features: WarmUpFeatures) -> list[Request]:
     """Requests to an embedding or scoring model."""
-    found = []
+    requests = []
     if "embed" in features.tasks:
-        found.append(Request("/v1/embeddings", {"model": features.model, "input": "a b c"}))
+        requests.append(Request("/v1/embeddings", {"model": features.model, "input": "a b c"}))
     if "score" in features.tasks:
-        found.append(Request("/v1/score", {"model": features.model, "text_1": "a", "text_2": "b"}))
-    return found
+        requests.append(Request("/v1/score", {"model": features.model, "text_1": "a", "text_2": "b"}))
+    return requests
 
 
 async def warm_up(
@@ -152,11 +152,11 @@ async def warm_up(
                 for batch in warm_up_batches(features):
                     unanswered += batch
                     answers = await asyncio.gather(*(_ask(app, request, headers, unanswered) for request in batch))
-                    refused += [pair for pair in zip(batch, answers, strict=True) if pair[1].status != 200]
+                    refused += [refusal for refusal in zip(batch, answers, strict=True) if refusal[1].status != 200]
     except TimeoutError as error:
-        listed = "; ".join(request.describe() for request in unanswered)
+        descriptions = "; ".join(request.describe() for request in unanswered)
         raise EngineError(
-            f"{features.model}: {len(unanswered)} warm-up requests had not ended after {timeout_s:g} s: {listed}. "
+            f"{features.model}: {len(unanswered)} warm-up requests had not ended after {timeout_s:g} s: {descriptions}. "
             "See the engine's log; try fewer engine_args, or a smaller model."
         ) from error
     if refused:
@@ -174,11 +174,14 @@ async def _ask(app: ASGIApp, request: Request, headers: dict[str, str], unanswer
     return answer
 
 
-def refusals(found: Sequence[tuple[Request, Answer]]) -> str:
+def refusals(refused: Sequence[tuple[Request, Answer]]) -> str:
     """Refused requests and their answers, for a log."""
     # Requests that fail for one reason fail with one answer.
-    paths: dict[str, list[str]] = {}
-    for request, answer in found:
-        text = f"{answer.status}: {answer.body[:200].decode(errors='replace')}"
-        paths.setdefault(text, []).append(request.path)
-    return "; ".join(f"{len(at)} x {', '.join(sorted(set(at)))} {text}" for text, at in paths.items())
+    paths_by_error: dict[str, list[str]] = {}
+    for request, answer in refused:
+        error = f"{answer.status}: {answer.body[:200].decode(errors='replace')}"
+        paths_by_error.setdefault(error, []).append(request.path)
+    return "; ".join(
+        f"{len(request_paths)} x {', '.join(sorted(set(request_paths)))} {error}"
+        for error, request_paths in paths_by_error.items()
+    )

@@ -30,10 +30,10 @@ def simplify_message(message: str) -> str:
     message = shorten(message)
     if "See stack trace" in message:
         return f"{ENGINE_STOPPED}."
-    if VALIDATION_HEADER.match(message) and (found := _fields(message)):
-        more = "; and more" if len(found) > MAX_FIELDS else ""
-        listed = "; ".join(f"{field}: {text}" if field else text for field, text in list(found.items())[:MAX_FIELDS])
-        return f"{listed}{more}."
+    if VALIDATION_HEADER.match(message) and (messages := _fields(message)):
+        suffix = "; and more" if len(messages) > MAX_FIELDS else ""
+        joined = "; ".join(f"{field}: {text}" if field else text for field, text in list(messages.items())[:MAX_FIELDS])
+        return f"{joined}{suffix}."
     return ADVICE_TO_DEPLOYER.sub("", message).strip()
 
 
@@ -51,19 +51,21 @@ def _fields(message: str) -> dict[str, str]:
     """One error of each of the first MAX_FIELDS + 1 fields. A field of a union has one for each branch: the first, or the one
     about an array's length, whose branch fits the value's type.
     """
-    found: dict[str, str] = {}
+    messages: dict[str, str] = {}
     for match in VALIDATION_ITEM.finditer(message):
         try:
-            place, text = ast.literal_eval(match["loc"]), ast.literal_eval(match["msg"])
+            location, text = ast.literal_eval(match["loc"]), ast.literal_eval(match["msg"])
         except (ValueError, SyntaxError):
             return {}
         parts = [
-            str(part) for part in place if not (INTERNAL_PLACE.search(str(part)) or TYPE_PLACE.fullmatch(str(part)))
+            str(part) for part in location if not (INTERNAL_PLACE.search(str(part)) or TYPE_PLACE.fullmatch(str(part)))
         ]
         text = str(text).removeprefix("Value error, ").removeprefix("Assertion failed, ").strip()
         field, text = ".".join(parts), ADVICE_TO_DEPLOYER.sub("", text).rstrip(". ")
-        if field not in found or (text.startswith("List should have") and found[field].startswith("Input should be")):
-            found[field] = text
-        if len(found) > MAX_FIELDS:
+        if field not in messages or (
+            text.startswith("List should have") and messages[field].startswith("Input should be")
+        ):
+            messages[field] = text
+        if len(messages) > MAX_FIELDS:
             break
-    return found
+    return messages

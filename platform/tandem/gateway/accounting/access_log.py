@@ -24,76 +24,76 @@ from tandem.gateway.identity.client_address import client_address
 from tandem.private import make_private_folder
 from tandem.tasks import stop
 
-ENTRY = "tandem.access"
+ENTRY_KEY = "tandem.access"
 """Key of a scope: the fields of the request's line."""
 MAX_FILE_BYTES, KEPT_FILES = 64 * 2**20, 4
-FILES = "access-*.jsonl*"
+FILE_PATTERN = "access-*.jsonl*"
 """Files of all gateways in the folder."""
-KEPT_S = 7 * 86_400.0
+RETENTION_S = 7 * 86_400.0
 """Seconds for which files of ended gateways are kept after their last line."""
-WRITE_S = 0.5
-REFUSED_S = 1.0
+WRITE_INTERVAL_S = 0.5
+REFUSED_INTERVAL_S = 1.0
 """Seconds between two lines with the number of refused requests."""
 MAX_PENDING = 50_000
 """Lines that wait to be written."""
-QUIET = frozenset({"/health", "/health/live", "/health/ready"})
+UNLOGGED_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """Paths without lines: probes ask for them every second."""
 
 log = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """The file and the lines that wait for it. The file is opened for each batch, so that nobody needs to tell who removes it."""
+    """The file and the lines to be written. It is opened for each batch, so that other programs may move or remove it."""
 
     def __init__(self, path: Path) -> None:
-        self.words: frozenset[str] = frozenset()
-        """The fixed parts of the app's routes; other parts of a path have no place in lines, since they may be a secret."""
+        self.route_segments: frozenset[str] = frozenset()
+        """The fixed parts of the app's routes; other parts of a path are masked in lines, since they may be a secret."""
         self._path = path
         self._lines: list[dict[str, Any]] = []
-        self._dropped = 0
-        self._refused = 0
-        self._refused_at = -math.inf
+        self._num_dropped = 0
+        self._num_refused = 0
+        self._refused_written_at = -math.inf
         self._render = structlog.processors.JSONRenderer()
-        self._writing: asyncio.Task[None] | None = None
+        self._writer_task: asyncio.Task[None] | None = None
 
     def add(self, line: dict[str, Any]) -> None:
         """Write a line soon."""
         if len(self._lines) >= MAX_PENDING:
-            self._dropped += 1
+            self._num_dropped += 1
         else:
             self._lines.append(line)
 
     def count_refused(self) -> None:
-        """A request that showed no valid key: one line has the number of all within REFUSED_S, so that a flood of them does not
-        make the lines of others go. The audit log has their addresses.
+        """Count a request without a valid key. One line has the number of all within REFUSED_INTERVAL_S, so that a flood of them
+        does not rotate the lines of others away. The audit log has their addresses.
         """
-        self._refused += 1
+        self._num_refused += 1
 
     def start(self) -> None:
         """Begin to write; needs a running event loop."""
-        self._writing = asyncio.create_task(self._write())
+        self._writer_task = asyncio.create_task(self._write())
 
     async def stop(self) -> None:
-        """Write what is left."""
-        await stop(self._writing)
+        """Write the remaining lines."""
+        await stop(self._writer_task)
         await asyncio.to_thread(self._flush, final=True)
 
     async def _write(self) -> None:
         await asyncio.to_thread(self._remove_old)
         while True:
-            await asyncio.sleep(WRITE_S)
-            if self._lines or self._dropped or self._refused:
+            await asyncio.sleep(WRITE_INTERVAL_S)
+            if self._lines or self._num_dropped or self._num_refused:
                 await asyncio.to_thread(self._flush)
 
     def _flush(self, *, final: bool = False) -> None:
         lines, self._lines = self._lines, []
-        dropped, self._dropped = self._dropped, 0
-        if dropped:
-            lines.append({"time": time.time(), "event": "dropped", "lines": dropped})
+        num_dropped, self._num_dropped = self._num_dropped, 0
+        if num_dropped:
+            lines.append({"time": time.time(), "event": "dropped", "lines": num_dropped})
         now = time.monotonic()
-        if self._refused and (final or now - self._refused_at >= REFUSED_S):
-            refused, self._refused, self._refused_at = self._refused, 0, now
-            lines.append({"time": time.time(), "event": "refused", "requests": refused})
+        if self._num_refused and (final or now - self._refused_written_at >= REFUSED_INTERVAL_S):
+            num_refused, self._num_refused, self._refused_written_at = self._num_refused, 0, now
+            lines.append({"time": time.time(), "event": "refused", "requests": num_refused})
         if not lines:
             return
         try:
@@ -108,7 +108,7 @@ class AccessLog:
             size = self._path.stat().st_size
             if size and size + len(batch) > MAX_FILE_BYTES:
                 self._rotate()
-        with open(self._path, "ab", opener=_private) as file:
+        with open(self._path, "ab", opener=_open_private) as file:
             file.write(batch)
 
     def _rotate(self) -> None:
@@ -118,16 +118,16 @@ class AccessLog:
                 newer.replace(older)
 
     def _remove_old(self) -> None:
-        """Remove files of other gateways, which have new names after each start, that nobody has written for KEPT_S."""
-        before = time.time() - KEPT_S
-        for path in self._path.parent.glob(FILES):
+        """Remove files of other gateways, which have new names after each start, that nobody has written for RETENTION_S."""
+        removed_before = time.time() - RETENTION_S
+        for path in self._path.parent.glob(FILE_PATTERN):
             # Several gateways may do this at once.
             with contextlib.suppress(OSError):
-                if not path.name.startswith(self._path.name) and path.lstat().st_mtime < before:
+                if not path.name.startswith(self._path.name) and path.lstat().st_mtime < removed_before:
                     path.unlink()
 
 
-def _private(path: str, flags: int) -> int:
+def _open_private(path: str, flags: int) -> int:
     """Open a file of mode 0600 from its first byte on: it names keys and models."""
     return os.open(path, flags, 0o600)
 
@@ -141,41 +141,41 @@ class LogAccess:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, and log it when it has ended."""
-        if scope["type"] != "http" or (path := path_below(scope)) in QUIET:
+        if scope["type"] != "http" or (path := path_below(scope)) in UNLOGGED_PATHS:
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        started_at, status = time.perf_counter(), 0
         entry: dict[str, Any] = {
             "time": round(time.time(), 3),
             "request_id": "",
             "method": scope["method"],
-            "path": masked_path(path, self._log.words),
+            "path": masked_path(path, self._log.route_segments),
         }
-        scope[ENTRY] = entry
+        scope[ENTRY_KEY] = entry
 
-        async def send_and_note(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                entry["head_s"] = round(time.perf_counter() - began, 4)
+                entry["head_s"] = round(time.perf_counter() - started_at, 4)
             await send(message)
 
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, send_and_record)
         finally:
             entry["request_id"] = request_id(scope)[:200]
             entry["client"] = client_address(scope)
             # 499, as in nginx: the client has left before an answer.
             entry["status"] = status or 499
-            entry["total_s"] = round(time.perf_counter() - began, 4)
+            entry["total_s"] = round(time.perf_counter() - started_at, 4)
             if "key_id" in entry:
                 self._log.add(entry)
             else:
                 self._log.count_refused()
 
 
-def note(scope: MutableMapping[str, Any], **fields: Any) -> None:
+def add_log_fields(scope: MutableMapping[str, Any], **fields: Any) -> None:
     """Add fields to the line of a request."""
-    entry = scope.get(ENTRY)
+    entry = scope.get(ENTRY_KEY)
     if entry is not None:
         entry.update(fields)

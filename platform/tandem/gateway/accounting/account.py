@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tandem.api.fan_out import whole
+from tandem.api.fan_out import to_integer
 from tandem.auth.principal import Limits, Principal
 from tandem.engine.routes import GENERATE, EngineRoute
 from tandem.engine.usage import TokenCounts
@@ -25,18 +25,18 @@ BYTES_PER_TOKEN = 4
 """Bytes of a request for each token that is reserved for its prompt."""
 ANSWER_TOKENS = 256
 """Tokens that are reserved for an answer without a limit of its own."""
-LENGTHS = {
+MAX_TOKENS_FIELDS = {
     "/v1/completions": ("max_tokens",),
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
     "/v1/responses": ("max_output_tokens",),
     "/v1/messages": ("max_tokens",),
 }
 """Fields with the length of an answer, by route; the first that a request has is the one that counts."""
-REMEMBERED = 10_000
+MAX_REMEMBERED = 10_000
 """Refusals that are remembered before those that have passed are forgotten."""
-LONGEST_MEMORY_S = 5.0
+MAX_MEMORY_S = 5.0
 """Seconds for which a refusal is repeated without asking the ledger: a limit that was raised holds after that."""
-WORDS = {
+LIMIT_DESCRIPTIONS = {
     "requests_per_minute": "requests in a minute",
     "tokens_per_minute": "tokens in a minute",
     "concurrent_requests": "requests at once",
@@ -50,20 +50,20 @@ TenantLimits = Callable[[str], Limits]
 
 
 class Accounting:
-    """What all requests at one gateway share."""
+    """Limits and usage of all requests at one gateway."""
 
     def __init__(self, limiter: Limiter, usage: UsageWriter, tenant_limits: TenantLimits) -> None:
         self.limiter = limiter
         self.usage = usage
         self._tenant_limits = tenant_limits
         self._prefix = uuid.uuid4().hex
-        self._numbers = itertools.count()
-        self._refused: dict[str, tuple[float, Refusal]] = {}
-        """Keys and tenants that had all requests of their minute, with the monotonic time until which that is known."""
+        self._counter = itertools.count()
+        self._recent_refusals: dict[str, tuple[float, Refusal]] = {}
+        """Keys and tenants that have used all requests of their minute, with the monotonic time until which that is cached."""
 
-    def new_id(self) -> str:
+    def new_reservation_id(self) -> str:
         """An id that no other reservation at any gateway has."""
-        return f"{self._prefix}-{next(self._numbers)}"
+        return f"{self._prefix}-{next(self._counter)}"
 
     async def start(self) -> None:
         """Start the limiter and the writer."""
@@ -84,25 +84,25 @@ class Accounting:
         return tuple(Subject(id_, limits) for id_, limits in pairs if limits.counts_anything)
 
     def check_rate(self, principal: Principal) -> None:
-        """ApiError 429 for a request of a key or tenant that is known to have had all of its minute: nothing of it is read."""
-        for subject in self.subjects(principal) if self._refused else ():
-            until, refusal = self._refused.get(subject.id, (0.0, None))
-            if refusal is not None and (left_s := until - time.monotonic()) > 0:
-                never = refusal.retry_s == math.inf
-                raise refused(refusal if never else refusal._replace(retry_s=left_s), {}, 0)
+        """ApiError 429, before the body is read, for a key or tenant that has used all requests of its minute."""
+        for subject in self.subjects(principal) if self._recent_refusals else ():
+            expires_at, refusal = self._recent_refusals.get(subject.id, (0.0, None))
+            if refusal is not None and (remaining_s := expires_at - time.monotonic()) > 0:
+                is_final = refusal.retry_s == math.inf
+                raise refusal_error(refusal if is_final else refusal._replace(retry_s=remaining_s), {}, 0)
 
     async def count(self, principal: Principal) -> None:
-        """Count a request that is refused before it is relayed; ApiError 429 where it is one too many."""
+        """Count a request that is refused before it is relayed; ApiError 429 if that exceeds a limit."""
         account = RequestAccount(self, self.subjects(principal), UsageLabels("", "", "", "", ""), TokenCounts(0, 0))
         await account.acquire()
         account.close(reached_engine=False)
 
     def remember(self, refusal: Refusal) -> None:
-        """A key or tenant has had all requests of its minute."""
+        """Cache the refusal of a key or tenant that has used all requests of its minute."""
         now = time.monotonic()
-        if len(self._refused) >= REMEMBERED:
-            self._refused = {name: entry for name, entry in self._refused.items() if entry[0] > now}
-        self._refused[refusal.subject] = (now + min(refusal.retry_s, LONGEST_MEMORY_S), refusal)
+        if len(self._recent_refusals) >= MAX_REMEMBERED:
+            self._recent_refusals = {name: entry for name, entry in self._recent_refusals.items() if entry[0] > now}
+        self._recent_refusals[refusal.subject] = (now + min(refusal.retry_s, MAX_MEMORY_S), refusal)
 
     def highest_priority(self, principal: Principal) -> int | None:
         """The most urgent priority that a request may have; None: any.
@@ -113,44 +113,44 @@ class Accounting:
         if not principal.tenant:
             return None
         limits = (principal.limits, self._tenant_limits(principal.tenant))
-        ceilings = [each.highest_priority for each in limits if each.highest_priority is not None]
-        return max(ceilings, default=DEFAULT_PRIORITY)
+        priorities = [limit.highest_priority for limit in limits if limit.highest_priority is not None]
+        return max(priorities, default=DEFAULT_PRIORITY)
 
-    def open(self, principal: Principal, labels: UsageLabels, expected: TokenCounts) -> RequestAccount:
-        """The account of one request, which is `expected` to use so many tokens at most."""
-        return RequestAccount(self, self.subjects(principal), labels, expected)
+    def open(self, principal: Principal, labels: UsageLabels, expected_counts: TokenCounts) -> RequestAccount:
+        """The account of one request; `expected_counts`: tokens that are reserved for it."""
+        return RequestAccount(self, self.subjects(principal), labels, expected_counts)
 
 
 class RequestAccount:
     """One request: `acquire`, then the parts of its answer, then `close`."""
 
     def __init__(
-        self, accounting: Accounting, subjects: tuple[Subject, ...], labels: UsageLabels, expected: TokenCounts
+        self, accounting: Accounting, subjects: tuple[Subject, ...], labels: UsageLabels, expected_counts: TokenCounts
     ) -> None:
         self.labels = labels
         self.headers: dict[str, str] = {}
         """Response headers with the state of the limits; empty: there are none."""
         self.counts: TokenCounts | None = None
-        """What the engine has told about the request."""
+        """Tokens as the engine counted them; None: not reported yet."""
         self._accounting = accounting
         self._subjects = subjects
-        self._expected = expected
-        self._reserved: str | None = None
+        self._expected_counts = expected_counts
+        self._reservation_id: str | None = None
         self._stream = StreamCounts()
-        self._events = 0
+        self._num_events = 0
 
     async def acquire(self) -> None:
         """Reserve the request's tokens; ApiError 429 where a limit is met."""
         if not self._subjects:
             return
-        reservation = Reservation(self._accounting.new_id(), self._subjects, sum(self._expected))
+        reservation = Reservation(self._accounting.new_reservation_id(), self._subjects, sum(self._expected_counts))
         verdict = await self._accounting.limiter.admit(reservation)
         self.headers = quota_headers(verdict.requests, verdict.tokens, anthropic="/messages" in self.labels.route)
         if verdict.refusal is not None:
             if verdict.refusal.limit == "requests_per_minute":
                 self._accounting.remember(verdict.refusal)
-            raise refused(verdict.refusal, self.headers, sum(self._expected))
-        self._reserved = reservation.id
+            raise refusal_error(verdict.refusal, self.headers, sum(self._expected_counts))
+        self._reservation_id = reservation.id
 
     def read_head(self, headers: Mapping[str, str]) -> None:
         """Read the counts in the head of an answer."""
@@ -160,13 +160,13 @@ class RequestAccount:
         """A chunk of a stream as the client gets it, without the counts."""
         chunk = self._stream.without_comment(chunk)
         self.counts = self._stream.counts
-        self._events += chunk.count(b"\n\n")
+        self._num_events += chunk.count(b"\n\n")
         return chunk
 
     def engine_lost(self) -> None:
-        """The engine was killed before it told its counts: the request is charged what has arrived."""
+        """The engine was killed before it reported its counts: the request is charged the events that have arrived."""
         if self.counts is None:
-            self.counts = TokenCounts(self._expected.prompt, self._events)
+            self.counts = TokenCounts(self._expected_counts.prompt, self._num_events)
             self._accounting.usage.add(self.labels, UsageCounts(1, *self.counts, 1))
 
     def close(self, *, reached_engine: bool) -> None:
@@ -174,27 +174,27 @@ class RequestAccount:
 
         Of an answer that broke off or was left, at least the reservation and what has arrived of it are charged to the minute.
         """
-        if self._reserved is None:
+        if self._reservation_id is None:
             return
         if self.counts is not None:
-            self._accounting.limiter.settle(self._reserved, sum(self.counts))
+            self._accounting.limiter.settle(self._reservation_id, sum(self.counts))
         elif reached_engine:
-            self._accounting.limiter.settle(self._reserved, None, self._expected.prompt + self._events)
+            self._accounting.limiter.settle(self._reservation_id, None, self._expected_counts.prompt + self._num_events)
         else:
-            self._accounting.limiter.settle(self._reserved, 0)
-        self._reserved = None
+            self._accounting.limiter.settle(self._reservation_id, 0)
+        self._reservation_id = None
 
 
-def refused(refusal: Refusal, quota: Mapping[str, str], reserved: int) -> ApiError:
-    """429 for a limit that was met; `quota`: headers with its state, `reserved`: tokens that the request reserves."""
+def refusal_error(refusal: Refusal, quota: Mapping[str, str], reserved_tokens: int) -> ApiError:
+    """429 for a limit that was met; `quota`: headers with its state, `reserved_tokens`: tokens that the request reserves."""
     kind, _, name = refusal.subject.partition(":")
-    text = f"The {kind} {name} may have {refusal.most} {WORDS[refusal.limit]} and has {refusal.used}"
+    reason = f"The {kind} {name} may have {refusal.maximum} {LIMIT_DESCRIPTIONS[refusal.limit]} and has {refusal.used}"
     headers = dict(quota)
     if "tokens" in refusal.limit:
-        text += f"; this request reserves {reserved} (its prompt and max_tokens)"
+        reason += f"; this request reserves {reserved_tokens} (its prompt and max_tokens)"
     if refusal.retry_s == math.inf:
         headers["x-should-retry"] = "false"
-        advice = "Ask for less." if refusal.most else "Ask whoever manages keys for more."
+        advice = "Ask for less." if refusal.maximum else "Ask whoever manages keys for more."
     else:
         seconds = max(1, math.ceil(refusal.retry_s))
         headers["Retry-After"] = str(seconds)
@@ -202,7 +202,7 @@ def refused(refusal: Refusal, quota: Mapping[str, str], reserved: int) -> ApiErr
             headers["x-should-retry"] = "false"
         advice = f"Try again in {seconds} s."
     code = "insufficient_quota" if refusal.limit == "tokens_per_day" else "rate_limit_exceeded"
-    return ApiError(429, f"{text}. {advice}", code=code, headers=headers)
+    return ApiError(429, f"{reason}. {advice}", code=code, headers=headers)
 
 
 def expected_tokens(
@@ -211,15 +211,17 @@ def expected_tokens(
     """Tokens to reserve for a request of `size` bytes that starts so many sequences: its prompts by their size, its answers by
     their limit.
     """
-    prompt = size // BYTES_PER_TOKEN
-    given = next((body[key] for key in LENGTHS.get(route.path, ()) if body.get(key) is not None), None)
+    prompt_tokens = size // BYTES_PER_TOKEN
+    max_tokens = next((body[key] for key in MAX_TOKENS_FIELDS.get(route.path, ()) if body.get(key) is not None), None)
     # An engine takes a number that is given as text too.
-    length = max(ANSWER_TOKENS, whole(body.get("min_tokens"))) if given is None else whole(given)
+    answer_tokens = (
+        max(ANSWER_TOKENS, to_integer(body.get("min_tokens"))) if max_tokens is None else to_integer(max_tokens)
+    )
     if max_length is not None:
-        prompt, length = min(prompt, max_length * sequences), min(length, max_length)
+        prompt_tokens, answer_tokens = min(prompt_tokens, max_length * sequences), min(answer_tokens, max_length)
     if route.task != GENERATE or route.light:
-        return TokenCounts(prompt, 0)
-    return TokenCounts(prompt, max(0, length) * sequences)
+        return TokenCounts(prompt_tokens, 0)
+    return TokenCounts(prompt_tokens, max(0, answer_tokens) * sequences)
 
 
 def quota_headers(requests: Quota | None, tokens: Quota | None, *, anthropic: bool) -> dict[str, str]:

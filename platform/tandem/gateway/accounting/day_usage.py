@@ -18,13 +18,13 @@ class DayUsage:
     """Reads of one gateway, in a thread of their own."""
 
     def __init__(self, usage: UsageStore, budgets: Callable[[], Budgets]) -> None:
-        """`usage`: a connection that nobody else uses. `budgets`: the subjects to read."""
+        """`usage`: a connection for this object alone. `budgets` returns the subjects to read."""
         self._usage = usage
         self._budgets = budgets
         self._calls = TimedCalls(usage, "limits")
 
     async def read(self) -> DayTotals:
-        """The tokens of today; without a query where nobody has a budget. TimeoutError after `READ_S`."""
+        """The tokens of today; without budgets no query is made. TimeoutError after `READ_S`."""
         now, budgets = Moment.now(), self._budgets()
         if not budgets.keys and not budgets.tenants:
             return DayTotals(now.day, {})

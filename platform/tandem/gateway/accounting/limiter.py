@@ -32,7 +32,7 @@ from tandem.limits.ledger import SILENT_S
 from tandem.limits.records import Operation
 
 TOTALS_S = 5.0
-"""Seconds between two looks at today's tokens in the database."""
+"""Seconds between two reads of today's tokens from the database."""
 ANSWER_S = 2.0
 """Seconds that a shared ledger may take to answer."""
 IDLE_S = 1.0
@@ -43,7 +43,7 @@ ApplyLimits = Callable[[Exchange], Awaitable[Answer]]
 """Sends an exchange to the shared ledger."""
 ReadTotals = Callable[[], Awaitable[DayTotals]]
 """Reads today's tokens from the database."""
-Asking = tuple[Reservation, "asyncio.Future[Verdict]"]
+PendingAdmission = tuple[Reservation, "asyncio.Future[Verdict]"]
 
 log = logging.getLogger(__name__)
 
@@ -57,23 +57,23 @@ class Limiter:
         """`apply`: the ledger that `gateways` gateways share; None: this gateway is the only one."""
         # Numbers of exchanges begin anew with each process.
         self._gateway = f"{gateway}-{uuid.uuid4().hex[:8]}"
-        self._numbers = itertools.count(1)
+        self._counter = itertools.count(1)
         self._gateways = gateways
         self._apply = apply
         self._read_totals = totals
-        self._known_totals: DayTotals | None = None
-        self._totals: DayTotals | None = None
-        """`_known_totals`, while they are not told to the shared ledger yet."""
+        self._day_totals: DayTotals | None = None
+        self._unsent_totals: DayTotals | None = None
+        """`_day_totals`, until they have been sent to the shared ledger."""
         self._ledger = LimitLedger()
         """This gateway's own: of all requests, or of those that were admitted while the shared one did not answer."""
         self._in_flight: dict[str, Reservation] = {}
         """All requests in flight, where there is a shared ledger."""
-        self._asking: list[Asking] = []
-        self._settles: list[Settle] = []
+        self._pending: list[PendingAdmission] = []
+        self._pending_settles: list[Settle] = []
         self._resend = True
-        """Whether the shared ledger has to be told all that is in flight."""
-        self._away = False
-        """Whether the shared ledger did not answer last."""
+        """Whether the next exchange sends all reservations in flight."""
+        self._is_unreachable = False
+        """Whether the last exchange with the shared ledger failed."""
         self._answered_at = time.monotonic()
         self._wakeup = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -85,52 +85,52 @@ class Limiter:
         if self._read_totals is not None:
             self._tasks.append(asyncio.create_task(self._follow_totals()))
         if self._apply is not None:
-            self._tasks.append(asyncio.create_task(self._talk(self._apply)))
+            self._tasks.append(asyncio.create_task(self._exchange_loop(self._apply)))
 
     async def stop(self) -> None:
-        """Stop; what has ended is told to the shared ledger before."""
+        """Send the pending settlements to the shared ledger, and stop."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._apply is not None:
-            if self._settles:
+            if self._pending_settles:
                 with contextlib.suppress(Exception):
                     await self._exchange(self._apply)
             # Nobody asks it any more.
-            self._away = True
+            self._is_unreachable = True
 
     async def admit(self, reservation: Reservation) -> Verdict:
-        """Reserve what a request needs, or refuse it. Each admitted one must be settled."""
+        """Reserve a request's tokens, or refuse it. Each admitted one must be settled."""
         if self._apply is None:
             return self._ledger.apply(self._gateway, (Admit(reservation),), Moment.now())[0]
-        if self._away:
+        if self._is_unreachable:
             return self._decide(reservation)
-        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._asking.append((reservation, answer))
+        verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._pending.append((reservation, verdict))
         self._wakeup.set()
         try:
-            return await asyncio.shield(answer)
+            return await asyncio.shield(verdict)
         except asyncio.CancelledError:
-            # It may be admitted still, and nobody would settle it.
-            answer.add_done_callback(lambda _: self.settle(reservation.id, None))
+            # The ledger may admit it later, and this coroutine cannot settle it then.
+            verdict.add_done_callback(lambda _: self.settle(reservation.id, None))
             raise
 
-    def settle(self, id_: str, tokens: int | None, seen: int = 0) -> None:
-        """A request has ended and has used `tokens`; None: not known, at least those that were `seen`."""
-        settle = Settle(id_, tokens, seen)
+    def settle(self, id_: str, tokens: int | None, min_tokens: int = 0) -> None:
+        """A request has ended and has used `tokens`; None: not known, at least those that were `min_tokens`."""
+        settle = Settle(id_, tokens, min_tokens)
         self._ledger.apply(self._gateway, (settle,), Moment.now())
-        if self._in_flight.pop(id_, None) is not None and not self._is_forgotten:
-            self._settles.append(settle)
+        if self._in_flight.pop(id_, None) is not None and not self._is_expired:
+            self._pending_settles.append(settle)
             self._wakeup.set()
 
     @property
-    def _is_forgotten(self) -> bool:
-        """Whether the shared ledger has ended this gateway's requests by itself, or will when it is told what is in flight."""
-        return self._away and time.monotonic() - self._answered_at > SILENT_S
+    def _is_expired(self) -> bool:
+        """Whether the shared ledger has ended this gateway's requests by itself, or will at the next exchange."""
+        return self._is_unreachable and time.monotonic() - self._answered_at > SILENT_S
 
-    async def _talk(self, apply: ApplyLimits) -> None:
+    async def _exchange_loop(self, apply: ApplyLimits) -> None:
         while True:
-            if self._away:
+            if self._is_unreachable:
                 await asyncio.sleep(IDLE_S)
             else:
                 with contextlib.suppress(TimeoutError):
@@ -143,47 +143,49 @@ class Limiter:
                 log.exception("The shared limits could not be asked; they are asked again in %g s.", IDLE_S)
 
     async def _exchange(self, apply: ApplyLimits) -> None:
-        """Send what is pending, and hand out the verdicts; where there are none, decide alone."""
-        asking, self._asking = self._asking, []
-        settles, self._settles = self._settles, []
+        """Send what is pending, and set the verdicts; if the ledger does not answer, decide by this gateway's share."""
+        pending, self._pending = self._pending, []
+        settles, self._pending_settles = self._pending_settles, []
         resend, self._resend = self._resend, False
-        totals, self._totals = self._totals, None
-        operations: tuple[Operation, ...] = (*settles, *(Admit(reservation) for reservation, _ in asking))
+        unsent_totals, self._unsent_totals = self._unsent_totals, None
+        operations: tuple[Operation, ...] = (*settles, *(Admit(reservation) for reservation, _ in pending))
         reservations = tuple(self._in_flight.values()) if resend else None
         try:
             async with asyncio.timeout(ANSWER_S):
-                answer = await apply(Exchange(self._gateway, next(self._numbers), operations, reservations, totals))
+                answer = await apply(
+                    Exchange(self._gateway, next(self._counter), operations, reservations, unsent_totals)
+                )
             if answer.resend:
-                self._asking, self._settles = asking + self._asking, settles + self._settles
-                self._resend, self._totals = True, self._known_totals
+                self._pending, self._pending_settles = pending + self._pending, settles + self._pending_settles
+                self._resend, self._unsent_totals = True, self._day_totals
                 self._wakeup.set()
                 return
-            answered = list(zip(asking, answer.verdicts, strict=True))
+            verdicts = list(zip(pending, answer.verdicts, strict=True))
         except BaseException as error:
-            self._fall_back(asking, settles, error)
+            self._fall_back(pending, settles, error)
             if not isinstance(error, Exception):
                 raise
             return
-        if self._away:
+        if self._is_unreachable:
             log.info("The shared limits answer again.")
-        self._away, self._answered_at = False, time.monotonic()
+        self._is_unreachable, self._answered_at = False, time.monotonic()
         if self._resend:
             # Requests were admitted here meanwhile.
             self._wakeup.set()
-        for (reservation, future), verdict in answered:
+        for (reservation, future), verdict in verdicts:
             if verdict.refusal is None:
                 self._in_flight[reservation.id] = reservation
             if not future.done():
                 future.set_result(verdict)
 
-    def _fall_back(self, asking: list[Asking], settles: list[Settle], error: BaseException) -> None:
-        """Decide alone what was asked, and what will be until the shared ledger answers."""
-        if not self._away:
+    def _fall_back(self, pending: list[PendingAdmission], settles: list[Settle], error: BaseException) -> None:
+        """Decide the pending admissions by this gateway's share, as all others until the shared ledger answers."""
+        if not self._is_unreachable:
             log.warning("The shared limits do not answer (%s): this gateway applies its share.", type(error).__name__)
-        self._away = self._resend = True
-        self._totals = self._known_totals
-        self._settles = [] if self._is_forgotten else settles + self._settles
-        waiting, self._asking = asking + self._asking, []
+        self._is_unreachable = self._resend = True
+        self._unsent_totals = self._day_totals
+        self._pending_settles = [] if self._is_expired else settles + self._pending_settles
+        waiting, self._pending = pending + self._pending, []
         for reservation, future in waiting:
             verdict = self._decide(reservation)
             if not future.done():
@@ -191,9 +193,9 @@ class Limiter:
 
     def _decide(self, reservation: Reservation) -> Verdict:
         """Apply this gateway's share of the limits."""
-        subjects = tuple(_share(each, self._gateways) for each in reservation.subjects)
-        share = Admit(reservation._replace(subjects=subjects))
-        (verdict,) = self._ledger.apply(self._gateway, (share,), Moment.now())
+        subjects = tuple(_share(subject, self._gateways) for subject in reservation.subjects)
+        admit = Admit(reservation._replace(subjects=subjects))
+        (verdict,) = self._ledger.apply(self._gateway, (admit,), Moment.now())
         if verdict.refusal is None:
             self._in_flight[reservation.id] = reservation
             self._resend = True
@@ -212,17 +214,17 @@ class Limiter:
             return
         totals = await self._read_totals()
         self._ledger.observe_day(totals, Moment.now())
-        self._known_totals = self._totals = totals
+        self._day_totals = self._unsent_totals = totals
 
 
 def _share(subject: Subject, gateways: int) -> Subject:
     """A subject with one gateway's share of its limits, rounded up. A budget of the day is not divided: each gateway reads the
     total that all have used.
     """
-    known = subject.limits
-    shared = {
+    limits = subject.limits
+    shares = {
         name: -(-value // gateways)
         for name in ("requests_per_minute", "tokens_per_minute", "concurrent_requests")
-        if (value := getattr(known, name)) is not None
+        if (value := getattr(limits, name)) is not None
     }
-    return Subject(subject.id, replace(known, **shared))
+    return Subject(subject.id, replace(limits, **shares))

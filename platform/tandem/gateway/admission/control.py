@@ -25,7 +25,7 @@ PREFETCH_SHARE = 0.25
 """Requests queued inside an engine, as a share of its batch size, so that it never waits for the next request."""
 MIN_PREFETCH = 4
 LIGHT_PER_REPLICA = 16
-"""Slots of light requests at each replica, of 64 KiB of text each (`request_caps.LIGHT_UNIT`): an engine has one tokenizer."""
+"""Slots of light requests at each replica, of 64 KiB of text each (`LIGHT_SLOT_BYTES`): an engine has one tokenizer."""
 SWEEP_S = 0.1
 """Seconds between two checks for waiting requests whose time is over."""
 MAX_RETRY_AFTER_S = 60
@@ -66,19 +66,19 @@ class Admission:
         self._config = config
         self.metrics = metrics or NoQueueMetrics()
         self._models = {model.id: model for model in models}
-        self._queues, self._light = (
+        self._queues, self._light_queues = (
             {model.id: self._new_queue(model) for model in self._models.values()} for _ in range(2)
         )
         self._wakeups: dict[Ticket, asyncio.Future[Outcome]] = {}
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
         fleet.add_listener(self.refresh)
 
     def waiting(self) -> dict[str, int]:
         """Numbers of waiting requests, by model id."""
-        return {name: len(queue) + len(self._light[name]) for name, queue in self._queues.items()}
+        return {name: len(queue) + len(self._light_queues[name]) for name, queue in self._queues.items()}
 
     def slot(self, model: ServedModel, hints: SchedulingHints, *, light: bool = False) -> AdmissionSlot:
-        """The admission slot of one request; a `light` request counts in the queue for such."""
+        """The admission slot of one request; `light`: in the queue of the light requests."""
         return AdmissionSlot(self, model, hints, self.queue(model, light=light))
 
     def refresh(self, changed: Collection[str] | None = None) -> None:
@@ -88,7 +88,7 @@ class Admission:
         """
         now = time.monotonic()
         for name, queue in self._queues.items():
-            model, light = self._models[name], self._light[name]
+            model, light = self._models[name], self._light_queues[name]
             if changed is not None and model.id not in changed and model.deployment not in changed:
                 continue
             queue.set_limit(self._limit(model), now)
@@ -99,14 +99,14 @@ class Admission:
 
     def queue(self, model: ServedModel, *, light: bool = False) -> Queue:
         """The queue of a model, or that of its light requests."""
-        return (self._light if light else self._queues)[model.id]
+        return (self._light_queues if light else self._queues)[model.id]
 
     async def sleep(self, queue: Queue, ticket: Ticket) -> Outcome:
         """Wait until a queued request may start or is refused; if cancelled, it leaves the queue."""
         wakeup: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._wakeups[ticket] = wakeup
-        if self._sweeping is None:
-            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        if self._sweep_timer is None:
+            self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         try:
             return await wakeup
         except asyncio.CancelledError:
@@ -150,7 +150,7 @@ class Admission:
             return no_replica(f"No replica of {name} is ready{waited}", self._config.retry_after_s)
         if outcome is Outcome.EXPIRED:
             waited_s = time.monotonic() - hints.arrived
-            return expired(f"The request waited {waited_s:.1f} s for {name} and was not started")
+            return expired_error(f"The request waited {waited_s:.1f} s for {name} and was not started")
         estimated_wait_s = queue.estimated_wait_s(hints) or self._config.retry_after_s
         retry_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(estimated_wait_s)))
         load = f"{name} has {queue.running} requests in flight and {len(queue)} waiting"
@@ -172,13 +172,13 @@ class Admission:
         return ApiError(429, f"{reason} Try again in {retry_s} s.", code=code, headers=headers)
 
     def _sweep(self) -> None:
-        self._sweeping = None
+        self._sweep_timer = None
         now = time.monotonic()
-        for queue in (*self._queues.values(), *self._light.values()):
+        for queue in (*self._queues.values(), *self._light_queues.values()):
             for ticket, outcome in queue.pop_overdue(now):
                 self.notify(queue, ticket, outcome)
         if self._wakeups:
-            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+            self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
     def _new_queue(self, model: ServedModel) -> Queue:
         return Queue(max_waiting=math.ceil(model.config.max_queued / self._config.replicas), hold_s=model.config.hold_s)
@@ -192,11 +192,11 @@ class Admission:
         ready = self._fleet.ready(model.id, suspects=not model.config.hold_s)
         if not ready:
             return 0
-        each = [requests_per_replica(replica, model.config.requests_per_replica) for replica in ready]
-        if None in each:
+        limits = [requests_per_replica(replica, model.config.requests_per_replica) for replica in ready]
+        if None in limits:
             return None
         # Requests on draining replicas take no capacity of the ready ones.
-        share = math.ceil(sum(most or 0 for most in each) / self._config.replicas)
+        share = math.ceil(sum(limit or 0 for limit in limits) / self._config.replicas)
         return share + self._fleet.requests_outside(model.id, replicas=ready)
 
 
@@ -210,9 +210,9 @@ class AdmissionSlot:
         self._model = model
         self._queue = queue
         self._ticket = Ticket(hints)
-        self._began = False
-        self._held = False
-        self._refused_at: float | None = None
+        self._has_started = False
+        self._is_running = False
+        self._first_requeued_at: float | None = None
         self._backoff_s = FIRST_BACKOFF_S
 
     async def acquire(self) -> float:
@@ -220,44 +220,44 @@ class AdmissionSlot:
         outcome, displaced = self._queue.enter(self._ticket, time.monotonic())
         if displaced is not None:
             self._admission.notify(self._queue, displaced, Outcome.DISPLACED)
-        return await self._follow(outcome)
+        return await self._wait_for_start(outcome)
 
     async def reacquire(self, error: ApiError) -> float:
         """Wait again after no replica took the request; raises `error` once `hold_s` has passed since the first time."""
-        if self._held:
-            self._held = False
+        if self._is_running:
+            self._is_running = False
             self._admission.start_cancelled(self._queue, self._ticket)
         now = time.monotonic()
-        if self._refused_at is None:
-            self._refused_at = now
-        if now - self._refused_at >= self._queue.hold_s:
+        if self._first_requeued_at is None:
+            self._first_requeued_at = now
+        if now - self._first_requeued_at >= self._queue.hold_s:
             raise error
-        still_s, self._backoff_s = self._backoff_s, min(MAX_BACKOFF_S, 2 * self._backoff_s)
-        await asyncio.sleep(still_s)
-        return still_s + await self._follow(self._queue.reenter(self._ticket, time.monotonic()))
+        pause_s, self._backoff_s = self._backoff_s, min(MAX_BACKOFF_S, 2 * self._backoff_s)
+        await asyncio.sleep(pause_s)
+        return pause_s + await self._wait_for_start(self._queue.reenter(self._ticket, time.monotonic()))
 
     def release(self) -> None:
         """The request has ended."""
-        if self._held:
-            self._held = False
+        if self._is_running:
+            self._is_running = False
             self._admission.ended(self._queue, self._ticket, complete=self.complete)
 
     def deadline_error(self) -> ApiError:
         """The error for a request whose deadline has passed."""
-        if self._began:
+        if self._has_started:
             self._admission.metrics.refused(self._model.id, "late")
-            return expired(f"The answer of {self._model.name} was not whole in time")
+            return expired_error(f"The answer of {self._model.name} was not whole in time")
         return self._admission.refusal(self._model, self._queue, self._ticket.hints, Outcome.EXPIRED)
 
-    async def _follow(self, outcome: Outcome) -> float:
+    async def _wait_for_start(self, outcome: Outcome) -> float:
         waited_s = 0.0
         if outcome is Outcome.WAIT:
-            began = time.monotonic()
+            started_at = time.monotonic()
             outcome = await self._admission.sleep(self._queue, self._ticket)
-            waited_s = time.monotonic() - began
+            waited_s = time.monotonic() - started_at
         if outcome is not Outcome.START:
             raise self._admission.refusal(self._model, self._queue, self._ticket.hints, outcome)
-        self._began = self._held = True
+        self._has_started = self._is_running = True
         return waited_s
 
 
@@ -265,12 +265,12 @@ def requests_per_replica(replica: ReplicaRecord, configured: int | None) -> int 
     """Requests in flight at one replica at most; None: no limit."""
     if configured is not None:
         return configured
-    at_once = replica.max_running
-    return at_once + max(MIN_PREFETCH, int(PREFETCH_SHARE * at_once)) if at_once else None
+    batch_size = replica.max_running
+    return batch_size + max(MIN_PREFETCH, int(PREFETCH_SHARE * batch_size)) if batch_size else None
 
 
-def expired(what: str) -> ApiError:
+def expired_error(reason: str) -> ApiError:
     """504 for a request whose deadline has passed; `x-should-retry: false` keeps the SDKs from retrying."""
     return ApiError(
-        504, f"{what}: its time is over (`timeout`).", code="deadline_exceeded", headers={"x-should-retry": "false"}
+        504, f"{reason}: its time is over (`timeout`).", code="deadline_exceeded", headers={"x-should-retry": "false"}
     )

@@ -16,7 +16,7 @@ CountWaiting = Callable[[], Mapping[str, int]]
 """Returns numbers of waiting requests by model id."""
 
 CHECK_PERIOD_S = 0.1
-"""Seconds between two looks at the queues."""
+"""Seconds between two checks of the queues."""
 REPORT_PERIOD_S = 1.0
 """Seconds after which unchanged numbers are sent again; the directory expires them otherwise."""
 
@@ -41,7 +41,9 @@ class DemandReport:
 
     def current(self) -> dict[str, int]:
         """Waiting requests by deployment."""
-        counts = {self._deployments[key]: count for key, count in self._waiting().items() if key in self._deployments}
+        counts = {
+            self._deployments[model]: count for model, count in self._waiting().items() if model in self._deployments
+        }
         return {deployment: count for deployment, count in counts.items() if count > 0}
 
     async def _report(self) -> None:
@@ -49,9 +51,9 @@ class DemandReport:
         reported_at = 0.0
         while True:
             waiting = self.current()
-            due = time.monotonic() - reported_at >= REPORT_PERIOD_S
+            is_due = time.monotonic() - reported_at >= REPORT_PERIOD_S
             # New and vanished deployments are reported at once, changed numbers every REPORT_PERIOD_S.
-            if waiting.keys() != reported.keys() or (waiting and due):
+            if waiting.keys() != reported.keys() or (waiting and is_due):
                 # A directory that is being replaced does not answer; the next report reaches the new one.
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(self._report_demand(waiting), 5 * REPORT_PERIOD_S)

@@ -65,7 +65,7 @@ class SchedulingHints:
 
     def left_s(self, now: float) -> float:
         """Seconds until the later of its deadlines; 0 without deadlines."""
-        return max((by - now for by in (self.start_by, self.finish_by) if by < math.inf), default=0.0)
+        return max((deadline - now for deadline in (self.start_by, self.finish_by) if deadline < math.inf), default=0.0)
 
 
 @dataclass(eq=False, slots=True)
@@ -146,7 +146,7 @@ class Queue:
             return self._start(ticket, now)
         if self._is_late(ticket.hints, now):
             return Outcome.EXPIRED
-        if self.limit == 0 and self._held_too_long(ticket, now):
+        if self.limit == 0 and self._exceeds_hold(ticket, now):
             return Outcome.UNSERVED
         self._waiting.put(ticket, first=True)
         return Outcome.WAIT
@@ -175,22 +175,22 @@ class Queue:
 
     def pop_overdue(self, now: float) -> list[tuple[Ticket, Outcome]]:
         """Remove and return waiting requests whose deadline or `hold_s` has passed."""
-        found: list[tuple[Ticket, Outcome]] = []
+        overdue: list[tuple[Ticket, Outcome]] = []
         for ticket in self._waiting:
             if self._is_late(ticket.hints, now):
-                found.append((ticket, Outcome.EXPIRED))
-            elif self.limit == 0 and self._held_too_long(ticket, now):
-                found.append((ticket, Outcome.UNSERVED))
-        for ticket, _ in found:
+                overdue.append((ticket, Outcome.EXPIRED))
+            elif self.limit == 0 and self._exceeds_hold(ticket, now):
+                overdue.append((ticket, Outcome.UNSERVED))
+        for ticket, _ in overdue:
             self.leave(ticket)
-        return found
+        return overdue
 
     def estimated_wait_s(self, hints: SchedulingHints) -> float | None:
         """Seconds that a new request would wait at the current throughput; None: not known."""
         if not self.throughput.rate or not self.limit:
             return None
-        ahead = self._waiting.ahead(hints.priority, hints.tenant, hints.sequences)
-        return (ahead + hints.sequences) / self.throughput.rate
+        sequences_ahead = self._waiting.sequences_ahead(hints.priority, hints.tenant, hints.sequences)
+        return (sequences_ahead + hints.sequences) / self.throughput.rate
 
     def _next(self, now: float) -> Ticket | None:
         """The waiting request that starts next, or is found to be late; None: none may start now."""
@@ -220,6 +220,6 @@ class Queue:
     def _is_late(self, hints: SchedulingHints, now: float) -> bool:
         return now >= hints.start_by or now + self.throughput.answer_time_s(hints.kind) >= hints.finish_by
 
-    def _held_too_long(self, ticket: Ticket, now: float) -> bool:
+    def _exceeds_hold(self, ticket: Ticket, now: float) -> bool:
         # Time spent waiting for capacity does not count: waiting for a replica began when the last one went.
         return now - max(ticket.hints.arrived, self._empty_since) >= self.hold_s

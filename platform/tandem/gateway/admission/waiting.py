@@ -36,11 +36,11 @@ class WaitingRequests:
         self._length = 0
         self._sequences: Counter[tuple[int, str]] = Counter()
         """Waiting sequences by priority and tenant."""
-        self._of_tenant: Counter[str] = Counter()
+        self._num_by_tenant: Counter[str] = Counter()
         self._clocks: dict[str, float] = {}
         self._clock = 0.0
         """The clocks of all waiting tenants are at this or ahead."""
-        self._starts = 0
+        self._num_starts = 0
 
     def __len__(self) -> int:
         return self._length
@@ -66,7 +66,7 @@ class WaitingRequests:
         if first:
             tickets.move_to_end(ticket, last=False)
         self._length += 1
-        self._of_tenant[tenant] += 1
+        self._num_by_tenant[tenant] += 1
         self._sequences[priority, tenant] += ticket.hints.sequences
 
     def remove(self, ticket: Ticket) -> bool:
@@ -85,27 +85,27 @@ class WaitingRequests:
         self._sequences[priority, tenant] -= ticket.hints.sequences
         if not self._sequences[priority, tenant]:
             del self._sequences[priority, tenant]
-        self._of_tenant[tenant] -= 1
-        if not self._of_tenant[tenant]:
-            del self._of_tenant[tenant]
+        self._num_by_tenant[tenant] -= 1
+        if not self._num_by_tenant[tenant]:
+            del self._num_by_tenant[tenant]
         return True
 
     def started(self, ticket: Ticket) -> None:
         """A request starts, from here or without having waited: its tenant's clock moves on."""
         hints = ticket.hints
-        self._starts += 1
+        self._num_starts += 1
         if not self._length:
-            # Nobody waits, so nobody's clock matters.
+            # Clocks order waiting tenants only.
             self._clocks.clear()
             return
         self._clocks[hints.tenant] = self._clock_of(hints.tenant) + hints.sequences
-        self._clock = max(self._clock, min(self._clock_of(each) for each in self._of_tenant))
-        if len(self._clocks) > 2 * len(self._of_tenant) + 64:
-            self._clocks = {key: at for key, at in self._clocks.items() if at > self._clock}
+        self._clock = max(self._clock, min(self._clock_of(waiting_tenant) for waiting_tenant in self._num_by_tenant))
+        if len(self._clocks) > 2 * len(self._num_by_tenant) + 64:
+            self._clocks = {key: clock for key, clock in self._clocks.items() if clock > self._clock}
 
     def in_order(self, now: float) -> Iterator[Ticket]:
         """All, in the order in which they start from now on."""
-        if self._starts % AGED_EVERY == AGED_EVERY - 1:
+        if self._num_starts % AGED_EVERY == AGED_EVERY - 1:
             oldest = self._oldest()
             if oldest is not None and is_aged(oldest, now):
                 yield oldest
@@ -114,17 +114,17 @@ class WaitingRequests:
             for tenant in sorted(tenants, key=self._clock_of) if len(tenants) > 1 else tenants:
                 yield from tenants[tenant]
 
-    def ahead(self, priority: int, tenant: str, sequences: int) -> int:
+    def sequences_ahead(self, priority: int, tenant: str, sequences: int) -> int:
         """Sequences that start before one more request of a priority and tenant: all of better priorities, and of each other
         tenant as many as are its share until then.
         """
-        found = 0
-        for (each, of), waiting in self._sequences.items():
-            if each < priority or (each == priority and of == tenant):
-                found += waiting
-            elif each == priority:
-                found += min(waiting, self._sequences[priority, tenant] + sequences)
-        return found
+        num_ahead = 0
+        for (other_priority, other_tenant), waiting in self._sequences.items():
+            if other_priority < priority or (other_priority == priority and other_tenant == tenant):
+                num_ahead += waiting
+            elif other_priority == priority:
+                num_ahead += min(waiting, self._sequences[priority, tenant] + sequences)
+        return num_ahead
 
     def displaceable(self, priority: int, tenant: str) -> Ticket | None:
         """The request that gives its place in a full queue to one of a priority and tenant; None: none does.
@@ -133,14 +133,19 @@ class WaitingRequests:
         better priority: an urgent request takes no place of a tenant that has no more than its share. Of several it is the last
         of the worst priority, and there of the tenant that has the most.
         """
-        own = self._of_tenant[tenant]
-        for each in reversed(self._priorities):
-            if each < priority:
+        num_own = self._num_by_tenant[tenant]
+        for worst_priority in reversed(self._priorities):
+            if worst_priority < priority:
                 return None
-            tenants = self._buckets[each]
-            found = [of for of in tenants if self._of_tenant[of] > own + 1 or (of == tenant and each > priority)]
-            if found:
-                return next(reversed(tenants[max(found, key=lambda of: self._of_tenant[of])]))
+            tenants = self._buckets[worst_priority]
+            candidates = [
+                other
+                for other in tenants
+                if self._num_by_tenant[other] > num_own + 1 or (other == tenant and worst_priority > priority)
+            ]
+            if candidates:
+                longest = max(candidates, key=lambda other: self._num_by_tenant[other])
+                return next(reversed(tenants[longest]))
         return None
 
     def _clock_of(self, tenant: str) -> float:

@@ -1,7 +1,7 @@
 """Audit log of a gateway: changes by admins at once, refused credentials in batches; no request waits for a batch.
 
 Refused credentials are counted in memory and written every `FLUSH_S`, by a thread of their own. While the database does not
-answer, changes wait in memory, at most `MOST_WAITING` of them.
+answer, changes wait in memory, at most `MAX_UNWRITTEN` of them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tandem.tasks import stop
 FLUSH_S = 5.0
 STOP_S = 5.0
 """Seconds that the last write may take when a gateway stops."""
-MOST_WAITING = 2000
-"""Entries that wait for a database that is away."""
-HINT = 8
+MAX_UNWRITTEN = 2000
+"""Entries kept in memory while the database does not answer."""
+HINT_LENGTH = 8
 """Characters of a refused key that are kept."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 log = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ class AuditWriter:
 
     def __init__(self, audit: AuditLog) -> None:
         self.log = audit
-        self.words: frozenset[str] = frozenset()
+        self.route_segments: frozenset[str] = frozenset()
         """The fixed parts of the app's routes; other parts of a path are not kept, since they may be a secret."""
         self._refusals = Refusals()
-        self._waiting: deque[Change] = deque()
+        self._unwritten: deque[Change] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit")
         self._task: asyncio.Task[None] | None = None
         self._failing = False
@@ -54,7 +54,7 @@ class AuditWriter:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Write what is left, within `STOP_S`."""
+        """Write the remaining entries, within `STOP_S`."""
         await stop(self._task)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
@@ -71,7 +71,7 @@ class AuditWriter:
             by=by,
             target=self._target(scope),
         )
-        hint = secret[:HINT] if secret and secret.startswith(PREFIX) else None
+        hint = secret[:HINT_LENGTH] if secret and secret.startswith(PREFIX) else None
         self._refusals.add(refusal, datetime.now(UTC), hint)
 
     def record(self, change: Change) -> None:
@@ -82,26 +82,26 @@ class AuditWriter:
             log.warning(
                 "%s of %s by %s is not in the audit log yet: %s", change.action, change.target, change.by, error
             )
-            if len(self._waiting) < MOST_WAITING:
-                self._waiting.append(change)
+            if len(self._unwritten) < MAX_UNWRITTEN:
+                self._unwritten.append(change)
 
     async def flush(self, *, final: bool = False) -> None:
-        """Write a batch now; what cannot be written stays for the next, or is counted."""
+        """Write a batch now; entries that cannot be written stay for the next one, or are only counted."""
         now = datetime.now(UTC)
-        refused = self._refusals.take(now, final=final)
-        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        if not refused and not waiting:
+        refusals = self._refusals.take(now, final=final)
+        changes = [self._unwritten.popleft() for _ in range(len(self._unwritten))]
+        if not refusals and not changes:
             return
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self.log.append, [*waiting, *refused])
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.log.append, [*changes, *refusals])
         except TandemError as error:
             if not self._failing:
                 log.warning("The audit log could not be written: %s", error)
             self._failing = True
-            room = MOST_WAITING - len(self._waiting)
-            kept = [*waiting, *refused][:room]
-            self._waiting.extendleft(reversed(kept))
-            if dropped := _number([*waiting, *refused][room:]):
+            capacity = MAX_UNWRITTEN - len(self._unwritten)
+            entries = [*changes, *refusals][:capacity]
+            self._unwritten.extendleft(reversed(entries))
+            if dropped := _count_events([*changes, *refusals][capacity:]):
                 self._refusals.put_back(dropped, now)
         else:
             self._failing = False
@@ -117,9 +117,9 @@ class AuditWriter:
     def _target(self, scope: Scope) -> str:
         """Method and path, with `*` for parts that are in no route."""
         method = scope["method"] if scope["method"] in METHODS else "*"
-        return f"{method} {masked_path(path_below(scope), self.words)}"
+        return f"{method} {masked_path(path_below(scope), self.route_segments)}"
 
 
-def _number(changes: Iterable[Change]) -> int:
-    """How many events entries stand for."""
+def _count_events(changes: Iterable[Change]) -> int:
+    """The number of events that entries count together."""
     return sum(int((change.after or {}).get("count", 1)) for change in changes)

@@ -15,22 +15,22 @@ from tandem.auth.credentials import secret_of
 from tandem.auth.key_table import KeyTable
 from tandem.auth.oidc import KeysUnavailableError, TokenError, Tokens, is_token
 from tandem.auth.principal import ANONYMOUS, Principal, Role
-from tandem.gateway.accounting.access_log import note
+from tandem.gateway.accounting.access_log import add_log_fields
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.errors import ApiError, path_below
 from tandem.gateway.identity.client_address import PROXY_SECRET
 from tandem.ids import fingerprint
 from tandem.serve.listen import is_loopback
 
-PUBLIC = frozenset({"/health", "/health/live", "/health/ready"})
+PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """Paths that are answered without a key."""
 ADMIN = "/admin"
-PROXIED = {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
+PROXY_HEADERS = {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
 """Headers that proxies add."""
 PRINCIPAL = "tandem.principal"
 """Key of a scope under which a request's principal is."""
 OPERATOR = Principal(key_id="admin-token", tenant="", role=Role.ADMIN)
-"""Who sends TANDEM_ADMIN_TOKEN."""
+"""The principal of requests with TANDEM_ADMIN_TOKEN."""
 
 
 class RefusedError(ApiError):
@@ -44,7 +44,7 @@ class ReportRefusal(Protocol):
     """Called for each request that is refused because of its credential."""
 
     def __call__(self, scope: Scope, error: ApiError, *, by: str, secret: str | None) -> None:
-        """`by`: the id of a valid key; `secret`: what the request was sent with."""
+        """`by`: the id of a valid key; `secret`: the credential in the request."""
         ...
 
 
@@ -85,47 +85,51 @@ class Authentication:
             scope[PROXY_SECRET] = self._proxy_secret
             secret = secret_of(scope["headers"])
             try:
-                principal = scope[PRINCIPAL] = self._principal(scope, path, secret)
-                note(scope, key_id=principal.key_id or None, tenant=principal.tenant or None)
+                principal = scope[PRINCIPAL] = self._authenticate(scope, path, secret)
+                add_log_fields(scope, key_id=principal.key_id or None, tenant=principal.tenant or None)
             except ApiError as error:
                 if isinstance(error, RefusedError) and error.by:
-                    note(scope, key_id=error.by)
-                # Health checks without a key are nobody's attempt; a wrong key is one there, too.
-                if self._report and isinstance(error, RefusedError) and (secret is not None or path not in PUBLIC):
+                    add_log_fields(scope, key_id=error.by)
+                # A health check without a key is no refused attempt; one with a wrong key is.
+                if (
+                    self._report
+                    and isinstance(error, RefusedError)
+                    and (secret is not None or path not in PUBLIC_PATHS)
+                ):
                     self._report(scope, error, by=error.by, secret=secret)
-                if path not in PUBLIC:
+                if path not in PUBLIC_PATHS:
                     await error.response(dialect_of(path), scope)(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 
-    def _principal(self, scope: Scope, path: str, secret: str | None) -> Principal:
-        administrative = path == ADMIN or path.startswith(f"{ADMIN}/")
+    def _authenticate(self, scope: Scope, path: str, secret: str | None) -> Principal:
+        is_admin_path = path == ADMIN or path.startswith(f"{ADMIN}/")
         if secret and self._admin is not None and hmac.compare_digest(fingerprint(secret) or "", self._admin):
             return OPERATOR
         if self._tokens is not None and secret and is_token(secret):
             principal = token_principal(self._tokens, secret)
-            if administrative:
+            if is_admin_path:
                 check_admin(principal)
             return principal
-        # Before that nobody knows whether there are keys.
+        # Until the table has been loaded it is unknown whether there are keys.
         if not self._keys.loaded:
             message = "API keys could not be read from the database yet. Try again in 5 s."
             raise ApiError(503, message, code="keys_unavailable", headers={"Retry-After": "5"})
         if not self._required and not self._keys.has_keys:
-            if administrative:
-                raise _closed() if self._admin is None else _refused(secret, "the admin token")
+            if is_admin_path:
+                raise _no_admin_error() if self._admin is None else _invalid_key_error(secret, "the admin token")
             check_local(scope)
             return ANONYMOUS
-        known = self._keys.authenticate(secret or "")
-        if known is None:
-            raise _refused(secret, "a valid API key")
-        if administrative:
-            check_admin(known)
-        return known
+        key_principal = self._keys.authenticate(secret or "")
+        if key_principal is None:
+            raise _invalid_key_error(secret, "a valid API key")
+        if is_admin_path:
+            check_admin(key_principal)
+        return key_principal
 
 
 def token_principal(tokens: Tokens, token: str) -> Principal:
-    """Whom a token names; ApiError 401 if it is not accepted, 503 while the provider's keys are being fetched."""
+    """The principal of a token; ApiError 401 if it is not accepted, 503 while the provider's keys are being fetched."""
     try:
         return tokens.authenticate(token)
     except TokenError as error:
@@ -144,9 +148,9 @@ def token_principal(tokens: Tokens, token: str) -> Principal:
 
 def principal_of(scope: Scope) -> Principal:
     """The principal of a request that has passed `Authentication`."""
-    found = scope[PRINCIPAL]
-    assert isinstance(found, Principal)
-    return found
+    principal = scope[PRINCIPAL]
+    assert isinstance(principal, Principal)
+    return principal
 
 
 def check_admin(principal: Principal) -> None:
@@ -168,9 +172,9 @@ def check_local(scope: Scope) -> None:
     machine would open it to others.
     """
     headers = dict(scope["headers"])
-    # Browsers send the name that they were told.
+    # Browsers send the host of the URL.
     host = urlsplit(f"//{headers.get(b'host', b'localhost').decode('latin-1')}").hostname or ""
-    if is_loopback(host) and not PROXIED & set(headers):
+    if is_loopback(host) and not PROXY_HEADERS & set(headers):
         return
     raise RefusedError(
         403,
@@ -180,17 +184,17 @@ def check_local(scope: Scope) -> None:
     )
 
 
-def _refused(secret: str | None, what: str) -> ApiError:
-    told = "The request has no API key" if secret is None else f"What the request was sent with is not {what}"
+def _invalid_key_error(secret: str | None, expected: str) -> ApiError:
+    reason = "The request has no API key" if secret is None else f"What the request was sent with is not {expected}"
     return RefusedError(
         401,
-        f"{told}. Send one as `Authorization: Bearer ...` or `x-api-key`; `tandem keys create NAME` makes one.",
+        f"{reason}. Send one as `Authorization: Bearer ...` or `x-api-key`; `tandem keys create NAME` makes one.",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
 
 
-def _closed() -> ApiError:
+def _no_admin_error() -> ApiError:
     return RefusedError(
         403,
         "The admin routes are closed: there is no API key yet, and the app was started without TANDEM_ADMIN_TOKEN. Make a key "

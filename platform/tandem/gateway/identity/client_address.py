@@ -1,4 +1,4 @@
-"""Address of a request's client: its connection's peer, or what this node's HAProxy says where the peer is that.
+"""Address of a request's client: its connection's peer, or the address in a header of this node's HAProxy.
 
 HAProxy sends its clients' addresses in a header of Tandem's own, with a secret that only processes of its node's user can read
 (`cluster.haproxy`). What other senders put there, or into X-Forwarded-For, counts for nothing.
@@ -20,15 +20,17 @@ PROXY_SECRET = "tandem.proxy_secret"
 
 
 def client_address(scope: Scope) -> str | None:
-    """The client's address; None where the server does not tell any."""
+    """The client's address; None if the server gives none."""
     peer = scope.get("client")
     secret: str | None = scope.get(PROXY_SECRET)
     if secret:
         for name, value in scope["headers"]:
             if name == HEADER:
-                proof, _, address = value.decode("latin-1").partition(" ")
-                if hmac.compare_digest(proof.encode("latin-1"), secret.encode()) and (found := _address(address)):
-                    return found
+                sent_secret, _, address = value.decode("latin-1").partition(" ")
+                if hmac.compare_digest(sent_secret.encode("latin-1"), secret.encode()) and (
+                    client := _address(address)
+                ):
+                    return client
     return _address(str(peer[0])) or str(peer[0])[:64] if peer else None
 
 

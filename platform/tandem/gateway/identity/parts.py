@@ -17,7 +17,7 @@ from tandem.registry import RegistryAddress
 
 
 class Identity:
-    """What the checks of a request's credential need, followed in the background."""
+    """Keys, tokens and audit log for the checks of credentials, kept current in the background."""
 
     def __init__(self, address: RegistryAddress, oidc: OidcConfig | None = None) -> None:
         self.keys = KeyTable(KeyStore.at(address))
@@ -42,7 +42,7 @@ class Identity:
         await asyncio.gather(self.keys.start(), *([] if self.provider is None else [self.provider.start()]))
 
     async def stop(self) -> None:
-        """Stop following, and write what is left of the audit log."""
+        """Stop following, and write the remaining entries of the audit log."""
         if self.provider is not None:
             await self.provider.stop()
         await self.keys.stop()

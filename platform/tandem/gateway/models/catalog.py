@@ -29,8 +29,8 @@ LONGEST_NAME = 256
 ANSWER_S = 5.0
 """Seconds that the registry has to answer."""
 STALE_S = 3600.0
-"""Seconds for which a name means what it meant, while the registry does not answer."""
-REMEMBERED = 10_000
+"""Seconds for which a cached name is used while the registry does not answer."""
+MAX_CACHED = 10_000
 """Names whose records are cached."""
 
 
@@ -62,7 +62,7 @@ class ResolvedModel:
 
 
 @dataclass(slots=True)
-class KnownRecord:
+class CachedRecord:
     """A record that was read from the registry."""
 
     record: ModelRecord
@@ -120,15 +120,15 @@ class Catalog:
         for model in self.models:
             self._served[model.id] = self._served[model.name] = model
         self._by_id = {model.id: model for model in self.models}
-        self._known: dict[str, KnownRecord] = {}
-        self._unknown_at: dict[str, int | None] = {}
+        self._cached_records: dict[str, CachedRecord] = {}
+        self._unregistered_at: dict[str, int | None] = {}
         """Names that were not registered, with the registry's revision then."""
         self._reads = RegistryReads(registry.impatient(), name="registry")
         # Lists take longer than all else, and must not delay it.
         self._list_reads = RegistryReads(registry.impatient(), name="registry-lists")
-        taking_adapters = [model.id for model in self.models if model.config.max_adapters > 0]
-        self._adapters = AdapterList(self._list_reads, taking_adapters, self._reads.revision, self._served)
-        self._hints = ThreadPoolExecutor(1, thread_name_prefix="similar-names")
+        bases = [model.id for model in self.models if model.config.max_adapters > 0]
+        self._adapters = AdapterList(self._list_reads, bases, self._reads.revision, self._served)
+        self._hint_thread = ThreadPoolExecutor(1, thread_name_prefix="similar-names")
         self._reads.on_poll = self._adapters.changed
 
     def start(self) -> None:
@@ -139,7 +139,7 @@ class Catalog:
         """Stop, and end the connections to the registry."""
         await self._reads.stop()
         await self._list_reads.stop()
-        self._hints.shutdown(wait=False)
+        self._hint_thread.shutdown(wait=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -148,7 +148,9 @@ class Catalog:
 
     def usable(self, principal: Principal) -> list[ServedModel]:
         """The served models that a principal may use."""
-        return [m for m in self.models if principal.sees(m.tenant) and may_use(principal, m.name, m.id)]
+        return [
+            model for model in self.models if principal.sees(model.tenant) and may_use(principal, model.name, model.id)
+        ]
 
     async def resolve(self, name: str, principal: Principal) -> ResolvedModel:
         """The model of a name or id.
@@ -165,29 +167,29 @@ class Catalog:
         served = self._served.get(name)
         if served is not None:
             if not (principal.sees(served.tenant) and may_use(principal, served.name, served.id)):
-                raise await self._unknown(name, principal)
+                raise await self._unknown_model_error(name, principal)
             return ResolvedModel(base=served, pinned=name != served.name)
         try:
             record = await self._record(name)
         except UnknownModelError as error:
-            # Which versions there are is for those who may use one.
-            if isinstance(error, UnknownVersionError) and await self._may_hear_of_versions(name, principal):
+            # Only principals that may use a version are told which versions exist.
+            if isinstance(error, UnknownVersionError) and await self._may_see_versions(name, principal):
                 raise unknown_model(str(error)) from None
-            raise await self._unknown(name, principal) from None
+            raise await self._unknown_model_error(name, principal) from None
         base = self._by_id.get(record.base or record.id)
         if not (principal.sees(record.tenant) and (base is None or principal.sees(base.tenant))):
-            raise await self._unknown(name, principal)
+            raise await self._unknown_model_error(name, principal)
         alias = [base.name] if base is not None and record.kind == "model" else []
         if not may_use(principal, name, record.id, *alias):
-            raise await self._unknown(name, principal)
+            raise await self._unknown_model_error(name, principal)
         if base is None:
-            here = ", ".join(model.id for model in self.usable(principal)) or "others"
-            what = (
+            served_names = ", ".join(model.id for model in self.usable(principal)) or "others"
+            reason = (
                 f"the adapter {record.id} needs {record.base}"
                 if record.kind == "adapter"
                 else f"{record.id} is registered"
             )
-            raise unknown_model(f"The model {name!r} is not served here: {what}, and this app serves {here}.")
+            raise unknown_model(f"The model {name!r} is not served here: {reason}, and this app serves {served_names}.")
         if record.kind == "model":
             return ResolvedModel(base=base, pinned=True)
         if record.dora and not ENGINES[base.config.engine].dora:
@@ -215,21 +217,23 @@ class Catalog:
         For a principal with a list of models: those of the list, by name.
         """
         cards = [
-            ModelCard(name=m.name, id=m.id, base=m, adapter=False, created=m.created)
-            for m in self.models
-            if after is None and principal.sees(m.tenant)
+            ModelCard(name=model.name, id=model.id, base=model, adapter=False, created=model.created)
+            for model in self.models
+            if after is None and principal.sees(model.tenant)
         ]
         if principal.models:
             return await self._named_page(after, limit, principal)
         try:
-            found, more = await self._adapters.page(after, limit, _only(principal))
+            adapters, has_more = await self._adapters.page(after, limit, _visible_tenant(principal))
         except RegistryUnreachableError as error:
-            raise self._no_registry() from error
+            raise self._no_registry_error() from error
         cards += [
-            ModelCard(name=each.name, id=each.id, base=self._by_id[each.base], adapter=True, created=each.created)
-            for each in found
+            ModelCard(
+                name=adapter.name, id=adapter.id, base=self._by_id[adapter.base], adapter=True, created=adapter.created
+            )
+            for adapter in adapters
         ]
-        return ModelPage(cards=cards, next=found[-1].name if more else None)
+        return ModelPage(cards=cards, next=adapters[-1].name if has_more else None)
 
     async def _named_page(self, after: str | None, limit: int, principal: Principal) -> ModelPage:
         names = [name for name in sorted(set(principal.models)) if after is None or name > after]
@@ -253,61 +257,61 @@ class Catalog:
         """The record of a name; UnknownModelError if there is none, ApiError 503 if the registry does not answer."""
         revision = await self._reads.revision()
         now = time.monotonic()
-        known = self._known.get(name)
-        if known is not None:
-            if revision == known.revision:
-                known.confirmed_at = now
-                return known.record
-            if revision is None and now - known.confirmed_at < STALE_S:
-                return known.record
-        if revision is not None and self._unknown_at.get(name) == revision:
+        cached = self._cached_records.get(name)
+        if cached is not None:
+            if revision == cached.revision:
+                cached.confirmed_at = now
+                return cached.record
+            if revision is None and now - cached.confirmed_at < STALE_S:
+                return cached.record
+        if revision is not None and self._unregistered_at.get(name) == revision:
             raise UnknownModelError(f"{name!r} is not registered.")
         try:
             record = await self._reads.read(lambda registry: registry.resolve(name, suggest=False), ANSWER_S)
         except RegistryUnreachableError as error:
-            if known is not None and now - known.confirmed_at < STALE_S:
-                return known.record
-            raise self._no_registry() from error
+            if cached is not None and now - cached.confirmed_at < STALE_S:
+                return cached.record
+            raise self._no_registry_error() from error
         except UnknownVersionError:
-            self._known.pop(name, None)
+            self._cached_records.pop(name, None)
             raise
         except UnknownModelError:
-            self._known.pop(name, None)
-            if len(self._unknown_at) >= REMEMBERED:
-                self._unknown_at.clear()
-            self._unknown_at[name] = revision
+            self._cached_records.pop(name, None)
+            if len(self._unregistered_at) >= MAX_CACHED:
+                self._unregistered_at.clear()
+            self._unregistered_at[name] = revision
             raise
-        if len(self._known) >= REMEMBERED:
-            self._known.clear()
-        self._known[name] = KnownRecord(record, revision, now)
+        if len(self._cached_records) >= MAX_CACHED:
+            self._cached_records.clear()
+        self._cached_records[name] = CachedRecord(record, revision, now)
         return record
 
-    async def _may_hear_of_versions(self, name: str, principal: Principal) -> bool:
-        """Whether an unknown version is of a name that exists for a principal."""
-        bare = split_version(name)[0]
+    async def _may_see_versions(self, name: str, principal: Principal) -> bool:
+        """Whether a principal may learn which versions the name of an unknown version has."""
+        unversioned_name = split_version(name)[0]
         try:
-            return may_use(principal, name) and principal.sees((await self._record(bare)).tenant)
+            return may_use(principal, name) and principal.sees((await self._record(unversioned_name)).tenant)
         except UnknownModelError:  # none of its versions is promoted
             return principal.role is Role.ADMIN or not principal.tenant
 
-    async def _unknown(self, name: str, principal: Principal) -> ApiError:
+    async def _unknown_model_error(self, name: str, principal: Principal) -> ApiError:
         if principal.models:
-            known, here = [*principal.models], f"This key may use {', '.join(principal.models[:10])}."
+            similar_names, alternatives = [*principal.models], f"This key may use {', '.join(principal.models[:10])}."
         else:
-            known = [card.name for card in (await self.page(principal, limit=10)).cards]
-            here = f"Served here: {', '.join(known[:10])}."
-            known += self._adapters.near(name, _only(principal))
+            similar_names = [card.name for card in (await self.page(principal, limit=10)).cards]
+            alternatives = f"Served here: {', '.join(similar_names[:10])}."
+            similar_names += self._adapters.near(name, _visible_tenant(principal))
         # Comparing long names takes longer than the streams may be kept waiting.
-        hint = await asyncio.get_running_loop().run_in_executor(self._hints, did_you_mean, name, known)
-        return unknown_model(f"The model {name!r} does not exist.{hint} {here}")
+        hint = await asyncio.get_running_loop().run_in_executor(self._hint_thread, did_you_mean, name, similar_names)
+        return unknown_model(f"The model {name!r} does not exist.{hint} {alternatives}")
 
-    def _no_registry(self) -> ApiError:
+    def _no_registry_error(self) -> ApiError:
         # The registry's address and error are not for clients.
         reason = "The registry of adapters does not answer; models that are served here answer to their own names"
         return no_registry(reason, self._retry_after_s)
 
 
-def _only(principal: Principal) -> str | None:
+def _visible_tenant(principal: Principal) -> str | None:
     """The tenant whose names, beside shared ones, are all that exist for a principal; None: all do."""
     return None if principal.sees_all else principal.tenant
 

@@ -18,11 +18,11 @@ from tandem.registry.timed_calls import TimedCalls
 from tandem.tasks import stop
 
 POLL_S = 1.0
-"""Seconds between two looks at the registry's revision in the background."""
+"""Seconds between two reads of the registry's revision in the background."""
 POLL_ANSWER_S = 3.0
-"""Seconds that the registry has to answer such a look."""
+"""Seconds that the registry has to answer such a read."""
 REVISION_S = 0.5
-"""Seconds that the registry has to tell its revision to a request; after that the request goes on with what is known."""
+"""Seconds that a request waits for the registry's revision; after that it uses cached records."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -35,62 +35,62 @@ class RegistryReads:
         """`registry` is used by this object alone. `name` is that of the thread."""
         self._registry = registry
         self._calls = TimedCalls(registry, name)
-        self._away_since: float | None = None
-        self._trying = 0
-        self._reading: asyncio.Task[int | None] | None = None
-        self._next: asyncio.Task[int | None] | None = None
-        self._polling: asyncio.Task[None] | None = None
+        self._unreachable_since: float | None = None
+        self._num_reads = 0
+        self._revision_task: asyncio.Task[int | None] | None = None
+        self._next_revision_task: asyncio.Task[int | None] | None = None
+        self._poll_task: asyncio.Task[None] | None = None
         self.on_poll: Callable[[int], None] = lambda revision: None
-        """Called with the revision of each look in the background."""
+        """Called with the revision at each read in the background."""
 
     def start(self) -> None:
-        """Begin to look at the revision in the background."""
-        self._polling = asyncio.create_task(self._poll())
+        """Begin to read the revision in the background."""
+        self._poll_task = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
         """Stop, and end the connections."""
-        await stop(self._polling)
+        await stop(self._poll_task)
         self._calls.close()
 
     @property
-    def away(self) -> bool:
-        """Whether the registry did not answer the last time."""
-        return self._away_since is not None
+    def is_unreachable(self) -> bool:
+        """Whether the last read failed or timed out."""
+        return self._unreachable_since is not None
 
     async def read(self, work: Callable[[Registry], T], timeout_s: float) -> T:
         """The result of a read; RegistryUnreachableError if the registry does not answer in time, or is known to be away."""
-        if self.away and self._trying:
+        if self.is_unreachable and self._num_reads:
             raise RegistryUnreachableError("The registry does not answer; another read is waiting for it already.")
-        self._trying += 1
+        self._num_reads += 1
         try:
-            found = await self._calls.run(timeout_s, work, self._registry)
+            result = await self._calls.run(timeout_s, work, self._registry)
         except TimeoutError:
-            self._went_away(f"no answer within {timeout_s:g} s")
+            self._mark_unreachable(f"no answer within {timeout_s:g} s")
             raise RegistryUnreachableError(f"The registry did not answer within {timeout_s:g} s.") from None
         except UnknownModelError:
-            self._came_back()
+            self._mark_reachable()
             raise
         except RegistryError as error:
-            self._went_away(str(error))
+            self._mark_unreachable(str(error))
             raise RegistryUnreachableError(str(error)) from error
         finally:
-            self._trying -= 1
-        self._came_back()
-        return found
+            self._num_reads -= 1
+        self._mark_reachable()
+        return result
 
     async def revision(self) -> int | None:
         """The registry's revision, read after this call; None if it does not answer at once.
 
         Requests that arrive during a read share the one after it.
         """
-        if self.away:
+        if self.is_unreachable:
             return None
-        if self._reading is None or self._reading.done():
-            task = self._reading = asyncio.create_task(self._revision())
-        elif self._next is None:
-            task = self._next = asyncio.create_task(self._revision_after(self._reading))
+        if self._revision_task is None or self._revision_task.done():
+            task = self._revision_task = asyncio.create_task(self._revision())
+        elif self._next_revision_task is None:
+            task = self._next_revision_task = asyncio.create_task(self._revision_after(self._revision_task))
         else:
-            task = self._next
+            task = self._next_revision_task
         # Shielded: a client that disconnects must not cancel the read that others wait for.
         return await asyncio.shield(task)
 
@@ -100,9 +100,9 @@ class RegistryReads:
         except RegistryUnreachableError:
             return None
 
-    async def _revision_after(self, before: asyncio.Task[int | None]) -> int | None:
-        await asyncio.wait([before])
-        self._reading, self._next = self._next, None
+    async def _revision_after(self, current: asyncio.Task[int | None]) -> int | None:
+        await asyncio.wait([current])
+        self._revision_task, self._next_revision_task = self._next_revision_task, None
         return await self._revision()
 
     async def _poll(self) -> None:
@@ -115,15 +115,15 @@ class RegistryReads:
                 log.exception("The registry's revision could not be read; it is read again in %g s.", POLL_S)
             await asyncio.sleep(POLL_S)
 
-    def _went_away(self, reason: str) -> None:
-        if self._away_since is None:
-            self._away_since = time.monotonic()
+    def _mark_unreachable(self, reason: str) -> None:
+        if self._unreachable_since is None:
+            self._unreachable_since = time.monotonic()
             log.warning("The registry does not answer (%s). Known adapters are served from memory meanwhile.", reason)
 
-    def _came_back(self) -> None:
-        if self._away_since is not None:
-            log.warning("The registry answers again, after %.0f s.", time.monotonic() - self._away_since)
-            self._away_since = None
+    def _mark_reachable(self) -> None:
+        if self._unreachable_since is not None:
+            log.warning("The registry answers again, after %.0f s.", time.monotonic() - self._unreachable_since)
+            self._unreachable_since = None
 
 
 def _revision_of(registry: Registry) -> int:

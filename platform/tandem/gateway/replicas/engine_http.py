@@ -147,7 +147,7 @@ class EngineAnswer:
         self.wake()
 
     def fail(self, error: EngineHttpError) -> None:
-        """The answer will not be whole; what has arrived of it can still be read."""
+        """The answer ends incomplete; the bytes that have arrived can still be read."""
         if not self._ended and self._error is None:
             self._error = error
         self.wake()
@@ -157,21 +157,21 @@ class EngineAnswer:
         self._last_read = self._loop.time()
 
     def wake(self) -> None:
-        """Let whoever waits look again."""
+        """Resume the coroutine in `changed`."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _check_silence(self) -> None:
-        left_s = self._last_read + self._silent_s - self._loop.time()
-        # A connection that is not read cannot tell whether the engine is silent.
-        if left_s > 0 or self._connection.is_paused:
-            self._silence = self._loop.call_later(max(left_s, 0.1), self._check_silence)
+        remaining_s = self._last_read + self._silent_s - self._loop.time()
+        # While the connection is not read, it is unknown whether the engine is silent.
+        if remaining_s > 0 or self._connection.is_paused:
+            self._silence = self._loop.call_later(max(remaining_s, 0.1), self._check_silence)
         elif not self._ended:
             self.fail(SilentEngineError(f"nothing for {self._silent_s:g} s"))
 
 
 class EngineConnection(asyncio.Protocol):
-    """One connection to a replica; `answer` is what is being read on it."""
+    """One connection to a replica; `answer` is the one being read on it, if any."""
 
     def __init__(self, on_release: Callable[[EngineConnection], None]) -> None:
         self.answer: EngineAnswer | None = None
@@ -190,7 +190,7 @@ class EngineConnection(asyncio.Protocol):
         self._keep_alive = False
         self._can_write = True
 
-    # Called by whoever makes requests:
+    # Called by the pool and by readers of answers:
 
     @property
     def is_open(self) -> bool:
@@ -212,7 +212,7 @@ class EngineConnection(asyncio.Protocol):
             if len(body) <= PIECE_BYTES:
                 self._transport.write(head + body)
                 return answer
-            # At once, what the connection does not take would be copied, and nothing else run meanwhile.
+            # Written at once, the bytes above the socket's buffer would be copied, and block the event loop meanwhile.
             self._transport.write(head)
             for start in range(0, len(body), PIECE_BYTES):
                 self._transport.write(body[start : start + PIECE_BYTES])
@@ -226,7 +226,7 @@ class EngineConnection(asyncio.Protocol):
         return answer
 
     def release(self, answer: EngineAnswer) -> None:
-        """Its reader is done with an answer."""
+        """Return the connection to its pool, or end it if the answer was not read whole."""
         if self.answer is not answer:
             return
         self.answer = None
@@ -261,7 +261,7 @@ class EngineConnection(asyncio.Protocol):
         keep_alive(transport, unreachable_s=UNREACHABLE_S)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has arrived."""
+        """Parse received bytes."""
         answer = self.answer
         if answer is None:  # nothing was asked
             self.abort()
@@ -299,7 +299,7 @@ class EngineConnection(asyncio.Protocol):
     # Called by the parser:
 
     def on_message_begin(self) -> None:
-        """An answer begins; one that nobody asked for is an error."""
+        """An answer begins; without a request it is an error."""
         if self.answer is None or self.answer.ended:
             raise InvalidAnswerError("an answer that nobody asked for")
 

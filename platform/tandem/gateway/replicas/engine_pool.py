@@ -20,8 +20,8 @@ class EngineConnections:
     def __init__(self, connect_timeout_s: float) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._idle: defaultdict[str, list[EngineConnection]] = defaultdict(list)
-        self._all: defaultdict[str, set[EngineConnection]] = defaultdict(set)
-        self._cleaning: asyncio.TimerHandle | None = None
+        self._open: defaultdict[str, set[EngineConnection]] = defaultdict(set)
+        self._clean_timer: asyncio.TimerHandle | None = None
 
     async def request(
         self,
@@ -31,11 +31,11 @@ class EngineConnections:
         body: bytes = b"",
         *,
         silent_s: float,
-        sent: Callable[[], None] = lambda: None,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> EngineAnswer:
         """Send a request to a replica's `url`; the answer's head is still to be read.
 
-        `silent_s`: seconds without a byte after which reading fails; `sent` is called once all is written. Raises
+        `silent_s`: seconds without a byte after which reading fails; `on_sent` is called once all is written. Raises
         NotConnectedError.
         """
         address = urlsplit(url)
@@ -48,23 +48,23 @@ class EngineConnections:
         if connection is None:
             connection = await self._connect(address.netloc, str(address.hostname), int(address.port or 80))
         answer = await connection.send(f"{head}\r\n\r\n".encode(), body, silent_s)
-        sent()
+        on_sent()
         return answer
 
     def abort(self, url: str) -> int:
         """Abort every connection to the host and port of `url`; returns their number."""
-        connections = list(self._all.get(urlsplit(url).netloc, ()))
+        connections = list(self._open.get(urlsplit(url).netloc, ()))
         for connection in connections:
             connection.abort()
         return len(connections)
 
     def close(self) -> None:
         """Abort all connections."""
-        for connections in list(self._all.values()):
+        for connections in list(self._open.values()):
             for connection in list(connections):
                 connection.abort()
-        if self._cleaning is not None:
-            self._cleaning.cancel()
+        if self._clean_timer is not None:
+            self._clean_timer.cancel()
 
     def _take_idle(self, netloc: str) -> EngineConnection | None:
         idle = self._idle.get(netloc)
@@ -90,27 +90,27 @@ class EngineConnections:
                 )
         except (OSError, TimeoutError) as error:
             raise NotConnectedError(str(error) or f"no connection within {self._connect_timeout_s:g} s") from error
-        self._all[netloc].add(connection)
+        self._open[netloc].add(connection)
         return connection
 
     def _forget(self, netloc: str, connection: EngineConnection) -> None:
         with contextlib.suppress(ValueError):
             self._idle[netloc].remove(connection)
-        self._all[netloc].discard(connection)
-        for table in (self._idle, self._all):
+        self._open[netloc].discard(connection)
+        for table in (self._idle, self._open):
             if not table[netloc]:
                 del table[netloc]
 
     def _clean_later(self) -> None:
-        if self._cleaning is None:
-            self._cleaning = asyncio.get_running_loop().call_later(KEEP_ALIVE_S / 2, self._clean)
+        if self._clean_timer is None:
+            self._clean_timer = asyncio.get_running_loop().call_later(KEEP_ALIVE_S / 2, self._clean)
 
     def _clean(self) -> None:
         """End connections that have been idle for long."""
-        self._cleaning = None
-        before = asyncio.get_running_loop().time() - KEEP_ALIVE_S
+        self._clean_timer = None
+        idle_before = asyncio.get_running_loop().time() - KEEP_ALIVE_S
         for connections in list(self._idle.values()):
-            for connection in [each for each in connections if each.idle_since < before]:
+            for connection in [candidate for candidate in connections if candidate.idle_since < idle_before]:
                 connections.remove(connection)
                 connection.abort()
         if any(self._idle.values()):

@@ -21,7 +21,7 @@ WatchReplicas = Callable[[int], Awaitable[Update]]
 """Returns the directory's next update for a version: a snapshot or the changes since, at once if there are any, else at a change
 or after a second. Version 0 asks for a snapshot."""
 Listener = Callable[[Collection[str] | None], None]
-"""Called with the pools and deployments whose replicas changed; None: it may be any."""
+"""Called with the pools and deployments whose replicas changed; None: possibly all of them."""
 
 MIN_UPDATE_INTERVAL_S = 0.05
 """Shortest time between two updates, in seconds."""
@@ -54,7 +54,7 @@ class Fleet:
         """Ready replicas by pool."""
         self._pools: dict[str, dict[str, ReplicaRecord]] = {}
         """All replicas by pool."""
-        self._deployed: dict[str, dict[str, int]] = {}
+        self._num_by_deployment: dict[str, dict[str, int]] = {}
         """Numbers of replicas, ready or not, by deployment and pool."""
         self.tasks: dict[str, tuple[str, ...]] = {}
         """Tasks that the engines of each pool have reported."""
@@ -88,12 +88,12 @@ class Fleet:
 
     @property
     def synced(self) -> bool:
-        """Whether the directory has told all replicas, or one of each model, at least once."""
+        """Whether the directory has sent all replicas, or one of each model, at least once."""
         return self._synced.is_set()
 
     @property
     def fresh(self) -> bool:
-        """Whether the directory has told all replicas, and was heard from within `STALE_AFTER_S`."""
+        """Whether the directory has sent all replicas, and its last update is at most `STALE_AFTER_S` old."""
         return self.synced and time.monotonic() - self._updated_at < STALE_AFTER_S
 
     @property
@@ -106,11 +106,13 @@ class Fleet:
 
         During a rolling change replicas of the model's other version count where the pool has none.
         """
-        found = list(self._ready.get(pool, {}).values())
-        if not found and pool in self._deployments:
-            found = [record for other in self._other_pools(pool) for record in self._ready.get(other, {}).values()]
-        trusted = [r for r in found if r.id not in self._suspects.ejected]
-        return found if suspects and not trusted else trusted
+        replicas = list(self._ready.get(pool, {}).values())
+        if not replicas and pool in self._deployments:
+            replicas = [
+                record for other_pool in self._other_pools(pool) for record in self._ready.get(other_pool, {}).values()
+            ]
+        trusted = [replica for replica in replicas if replica.id not in self._suspects.ejected]
+        return replicas if suspects and not trusted else trusted
 
     def is_lost(self, replica: ReplicaRecord) -> bool:
         """Whether the directory calls a replica lost."""
@@ -122,34 +124,37 @@ class Fleet:
 
     def requests_outside(self, pool: str, replicas: Collection[ReplicaRecord]) -> int:
         """This gateway's requests in flight at replicas of a model other than these."""
-        others = self._other_pools(pool) if pool in self._deployments else []
-        return sum(self._router.requests_outside(each, {r.id for r in replicas}) for each in (pool, *others))
+        other_pools = self._other_pools(pool) if pool in self._deployments else []
+        replica_ids = {replica.id for replica in replicas}
+        return sum(self._router.requests_outside(pool_id, replica_ids) for pool_id in (pool, *other_pools))
 
     def choose(self, request: RoutingRequest, exclude: Collection[str]) -> ReplicaRecord | None:
         """The replica for a request; None: there is none. During a rolling change the model's other version may answer."""
-        found = self._choose_in_pool(request, exclude)
-        if found is None and not request.pinned and request.pool in self._deployments:
+        replica = self._choose_in_pool(request, exclude)
+        if replica is None and not request.pinned and request.pool in self._deployments:
             for pool in self._other_pools(request.pool):
-                found = self._choose_in_pool(replace(request, pool=pool), exclude)
-                if found is not None:
-                    return found
-        return found
+                replica = self._choose_in_pool(replace(request, pool=pool), exclude)
+                if replica is not None:
+                    return replica
+        return replica
 
     def _other_pools(self, pool: str) -> list[str]:
-        return sorted(each for each in self._deployed.get(self._deployments[pool], ()) if each != pool)
+        return sorted(
+            other_pool for other_pool in self._num_by_deployment.get(self._deployments[pool], ()) if other_pool != pool
+        )
 
     def _choose_in_pool(self, request: RoutingRequest, exclude: Collection[str]) -> ReplicaRecord | None:
         # A suspect is better than no replica: it may have recovered.
         if self._suspects.ejected:
-            found = self._router.choose(request, {*exclude, *self._suspects.ejected})
-            if found is not None:
-                return found
+            replica = self._router.choose(request, {*exclude, *self._suspects.ejected})
+            if replica is not None:
+                return replica
         return self._router.choose(request, exclude)
 
     @contextlib.contextmanager
     def counting(self, request: RoutingRequest, replica: ReplicaRecord) -> Iterator[None]:
         """Count a request as this gateway's load on a replica for the length of a block."""
-        request = _for_pool_of(request, replica)
+        request = _with_pool_of(request, replica)
         self._router.request_started(request, replica.id)
         try:
             yield
@@ -162,9 +167,9 @@ class Fleet:
 
     def answered(self, request: RoutingRequest, replica: ReplicaRecord) -> None:
         """A replica has answered a request: it holds the request's adapter, and is no suspect."""
-        self._router.adapter_loaded(_for_pool_of(request, replica), replica.id)
+        self._router.adapter_loaded(_with_pool_of(request, replica), replica.id)
         if self._suspects.answered(replica.id):
-            self._notify(_keys(replica))
+            self._notify(_pool_and_deployment(replica))
 
     def confirm(self, replica: ReplicaRecord, *, ready: bool) -> None:
         """Set whether a silent replica has answered a probe that it is ready; takes effect with the next update."""
@@ -175,7 +180,7 @@ class Fleet:
             task = asyncio.get_running_loop().create_task(self._readmit(replica, seconds))
             self._probing.add(task)
             task.add_done_callback(self._probing.discard)
-            self._notify(_keys(replica))
+            self._notify(_pool_and_deployment(replica))
 
     async def _readmit(self, replica: ReplicaRecord, ejection_s: float) -> None:
         """Probe an ejected replica when its ejection ends."""
@@ -184,7 +189,7 @@ class Fleet:
             return
         if self.probe is None or await self.probe(replica):
             if self._suspects.readmit(replica.id):
-                self._notify(_keys(replica))
+                self._notify(_pool_and_deployment(replica))
         else:
             self._eject(replica, self._suspects.probe_failed(replica.id))
 
@@ -204,49 +209,49 @@ class Fleet:
             keys |= self._unindex(record)
         self._suspects.forget(record.id for record in change.removed)
         self._router.apply(change.changed, change.removed)
-        due = self._updated_at - self._notified_at >= NOTIFY_S
-        again = due or isinstance(update, Snapshot)
-        for replica in change.gone:
+        notify_all = self._updated_at - self._notified_at >= NOTIFY_S
+        report_all_lost = notify_all or isinstance(update, Snapshot)
+        for replica in change.never_reported:
             self.on_lost(replica)
-        for key in self._view.lost if again else self._view.lost - was_lost:
-            self.on_lost(self._view.told[key])
-        if due or keys:
-            self._notify(None if due else keys)
+        for key in self._view.lost if report_all_lost else self._view.lost - was_lost:
+            self.on_lost(self._view.reported[key])
+        if notify_all or keys:
+            self._notify(None if notify_all else keys)
         if self._view.complete or all(map(self.has_pool, self._always_on)):
             self._synced.set()
 
     def _index(self, record: ReplicaRecord) -> set[str]:
-        """Note a record; its pool and deployment if others than the router depend on what has changed."""
+        """Index a record. Returns its pool and deployment if its state or capacity changed, else nothing."""
         pool = self._pools.setdefault(record.pool, {})
-        known = pool.get(record.id)
+        previous = pool.get(record.id)
         pool[record.id] = record
-        if known is None:
-            counts = self._deployed.setdefault(record.deployment, {})
+        if previous is None:
+            counts = self._num_by_deployment.setdefault(record.deployment, {})
             counts[record.pool] = counts.get(record.pool, 0) + 1
         ready = self._ready.setdefault(record.pool, {})
         if record.state == "ready":
             ready[record.id] = record
         else:
             ready.pop(record.id, None)
-        if record.tasks and (known is None or known.tasks != record.tasks):
+        if record.tasks and (previous is None or previous.tasks != record.tasks):
             self.tasks[record.pool] = record.tasks
-        if known is not None and (known.state, known.max_running) == (record.state, record.max_running):
+        if previous is not None and (previous.state, previous.max_running) == (record.state, record.max_running):
             return set()
-        return _keys(record)
+        return _pool_and_deployment(record)
 
     def _unindex(self, record: ReplicaRecord) -> set[str]:
-        """Forget a record; its pool and deployment."""
+        """Remove a record from the index. Returns its pool and deployment."""
         self._ready.get(record.pool, {}).pop(record.id, None)
         pool = self._pools.get(record.pool, {})
         if pool.pop(record.id, None) is not None:
-            counts = self._deployed[record.deployment]
+            counts = self._num_by_deployment[record.deployment]
             counts[record.pool] -= 1
             if not counts[record.pool]:
                 del counts[record.pool]
         if not pool:
             self.tasks.pop(record.pool, None)
             self._pools.pop(record.pool, None)
-        return _keys(record)
+        return _pool_and_deployment(record)
 
     async def _follow(self) -> None:
         version = 0
@@ -264,9 +269,9 @@ class Fleet:
                 await asyncio.sleep(0.5)
 
 
-def _keys(record: ReplicaRecord) -> set[str]:
+def _pool_and_deployment(record: ReplicaRecord) -> set[str]:
     return {record.pool, record.deployment}
 
 
-def _for_pool_of(request: RoutingRequest, replica: ReplicaRecord) -> RoutingRequest:
+def _with_pool_of(request: RoutingRequest, replica: ReplicaRecord) -> RoutingRequest:
     return request if request.pool == replica.pool else replace(request, pool=replica.pool)

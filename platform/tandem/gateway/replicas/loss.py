@@ -1,4 +1,4 @@
-"""Confirmation that a replica is lost: the directory has not heard it either.
+"""Confirmation that a replica is lost: the directory has no heartbeat of it either.
 
 A replica that this gateway alone cannot reach is alive, and writes the usage of its requests itself.
 """
@@ -15,11 +15,11 @@ from tandem.routing.records import ReplicaRecord
 
 LOST_WITHIN_S = 20.0
 """Seconds in which the directory calls a killed replica lost: 10 s of silence, with time for its message."""
-LOOK_S = 0.5
+CHECK_PERIOD_S = 0.5
 
 
 class LossConfirmation:
-    """Asks a replica, and the gateway's copy of the directory."""
+    """Checks a replica's liveness route and the gateway's copy of the directory."""
 
     def __init__(self, upstream: Upstream, fleet: Fleet) -> None:
         self._upstream = upstream
@@ -27,7 +27,7 @@ class LossConfirmation:
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
-        """End all waits; what is not confirmed by now is not."""
+        """End all waits; replicas that are not confirmed lost by now count as alive."""
         self._stopping.set()
 
     async def call_if_lost(self, replica: ReplicaRecord, action: Callable[[], None]) -> None:
@@ -36,7 +36,7 @@ class LossConfirmation:
             action()
 
     async def is_lost(self, replica: ReplicaRecord) -> bool:
-        """Whether a replica neither answers nor is heard by the directory; waits for that for `LOST_WITHIN_S`."""
+        """Whether a replica does not answer and the directory calls it lost; waits up to `LOST_WITHIN_S` for the directory."""
         if await self._upstream.alive_status(replica) is not None:
             return False
         deadline = time.monotonic() + LOST_WITHIN_S
@@ -44,7 +44,7 @@ class LossConfirmation:
             if self._stopping.is_set() or time.monotonic() > deadline:
                 return False
             try:
-                await asyncio.wait_for(self._stopping.wait(), LOOK_S)
+                await asyncio.wait_for(self._stopping.wait(), CHECK_PERIOD_S)
             except TimeoutError:
                 continue
         return await self._upstream.alive_status(replica) is None

@@ -17,7 +17,7 @@ class ReplicaProbe:
     """Probes each lost replica, once at a time."""
 
     def __init__(self, upstream: Upstream, fleet: Fleet) -> None:
-        """`fleet` is told which of the silent replicas are ready."""
+        """`fleet` gets the results for silent replicas."""
         self._upstream = upstream
         self._fleet = fleet
         self._running: dict[str, asyncio.Task[None]] = {}

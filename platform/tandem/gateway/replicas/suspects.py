@@ -32,9 +32,9 @@ class Suspects:
 
     def readmit(self, replica: str) -> bool:
         """The probe succeeded: the replica gets requests, and its failures still count. Returns whether it was ejected."""
-        was = replica in self.ejected
+        was_ejected = replica in self.ejected
         self.ejected.discard(replica)
-        return was
+        return was_ejected
 
     def answered(self, replica: str) -> bool:
         """The replica answered a request: it is no suspect any more. Returns whether it was ejected."""

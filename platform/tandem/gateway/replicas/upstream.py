@@ -16,7 +16,7 @@ from pydantic_core import from_json, to_json
 from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.dialect import Dialect
-from tandem.gateway.errors import too_slow, unreadable
+from tandem.gateway.errors import engine_timeout, invalid_engine_answer
 from tandem.gateway.latency import Stopwatch
 from tandem.gateway.models.catalog import ResolvedModel
 from tandem.gateway.replicas.engine_http import (
@@ -53,9 +53,9 @@ class EngineRequest:
     light: bool = False
     """Whether the engine answers without generating, so that the request waits in the queue for such requests."""
     warnings: Mapping[str, str] = field(default_factory=dict)
-    """Headers of the answer that tell the client about its request."""
+    """Response headers with warnings about the client's request."""
     labels: UsageLabels | None = None
-    """What the engine's tokens are charged to; None: to nobody."""
+    """Labels of the usage that the engine's tokens are counted as; None: they are not counted."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     """Started when the last byte of the client's request arrived."""
     digest: bytes = b""
@@ -118,9 +118,9 @@ class Upstream:
             await _note_unavailable(attempt, response, request.model.base.name)
         except SilentEngineError:
             # The replica may be well and the answer long: stuck engines are detected by other means (docs/adr/0019).
-            raise too_slow(request.model.base.name, silent_s) from None
+            raise engine_timeout(request.model.base.name, silent_s) from None
         except InvalidAnswerError as error:
-            raise unreadable(request.model.base.name) from error
+            raise invalid_engine_answer(request.model.base.name) from error
         except EngineHttpError as error:
             attempt.failure = f"A replica of {request.model.base.name} did not answer ({error})"
             attempt.suspect = True
@@ -166,7 +166,7 @@ class Upstream:
             headers,
             request.body_for(replica.pool),
             silent_s=silent_s,
-            sent=request.stopwatch.mark_sent,
+            on_sent=request.stopwatch.mark_sent,
         )
 
 

@@ -1,1 +1,1 @@
-"""Requests: their bodies, caps, contents and hints, and what a gateway remembers of them."""
+"""Requests: bodies, caps, content checks, hints, byte budget and quarantine."""

@@ -17,7 +17,7 @@ REMEMBERED = 10_000
 
 
 def body_digest(path: str, body: bytes) -> bytes:
-    """The digest under which a request to a route is known."""
+    """The digest of a route and a body."""
     digest = hashlib.sha256(path.encode())
     digest.update(b"\0")
     digest.update(body)
@@ -53,5 +53,5 @@ class Quarantine:
             self._lost.pop(digest, None)
 
     def _replicas(self, digest: bytes, now: float) -> frozenset[str]:
-        until, replicas = self._lost.get(digest, (0.0, frozenset()))
-        return replicas if until > now else frozenset()
+        expires_at, replicas = self._lost.get(digest, (0.0, frozenset()))
+        return replicas if expires_at > now else frozenset()

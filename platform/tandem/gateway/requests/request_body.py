@@ -14,12 +14,12 @@ from tandem.gateway.errors import ApiError
 from tandem.gateway.requests.held_bytes import HeldBody
 from tandem.gateway.requests.large_bodies import LargeBodies
 
-SHOWN = 40
+MAX_SHOWN_CHARS = 40
 """Characters of a header that an error shows."""
 
 
-async def read_body(request: Request, limit: int, timeout_s: float, held: HeldBody | None = None) -> bytes:
-    """The request's body, counted in `held`.
+async def read_body(request: Request, limit: int, timeout_s: float, held_body: HeldBody | None = None) -> bytes:
+    """The request's body, counted in `held_body`.
 
     ApiError 415 unless it is plain JSON, 413 as soon as it exceeds `limit` bytes, 408 if it is not whole within `timeout_s`, 503
     if the gateway may hold no more bytes.
@@ -28,48 +28,50 @@ async def read_body(request: Request, limit: int, timeout_s: float, held: HeldBo
     if encoding not in ("", "identity"):
         raise ApiError(
             415,
-            f"The request body is compressed (Content-Encoding: {encoding[:SHOWN]!a}); only plain bodies are taken.",
+            f"The request body is compressed (Content-Encoding: {encoding[:MAX_SHOWN_CHARS]!a}); only plain bodies are taken.",
             code="unsupported_encoding",
             headers={"Accept-Encoding": "identity"},
         )
     # Of other types a web page can make a browser send anything to this machine, unasked.
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
         raise ApiError(
             415,
-            f"The request has Content-Type: {kind[:SHOWN]!a}; send application/json." if kind else
+            f"The request has Content-Type: {media_type[:MAX_SHOWN_CHARS]!a}; send application/json." if media_type else
             "The request has no Content-Type; send application/json.",
             code="unsupported_content_type",
         )  # fmt: skip
-    declared = request.headers.get("content-length", "")
-    parts, size = [], int(declared) if declared.isascii() and declared.isdecimal() else 0
+    content_length = request.headers.get("content-length", "")
+    parts, size = [], int(content_length) if content_length.isascii() and content_length.isdecimal() else 0
     if size <= limit:
         size = 0
         try:
             async with asyncio.timeout(timeout_s) as deadline:
-                if held is not None:
-                    held.begin(lambda: deadline.reschedule(asyncio.get_running_loop().time()))
+                if held_body is not None:
+                    held_body.begin(lambda: deadline.reschedule(asyncio.get_running_loop().time()))
                 async for part in request.stream():
                     parts.append(part)
                     size += len(part)
                     if size > limit:
                         break
-                    if held is not None:
-                        held.grow_to(size)
+                    if held_body is not None:
+                        held_body.grow_to(size)
         except TimeoutError:
-            if held is not None:
-                held.grow_to(size)  # raises where the upload made room for others
+            if held_body is not None:
+                held_body.grow_to(size)  # raises where the upload made room for others
             raise ApiError(
                 408,
                 f"The request body was not whole after {timeout_s:g} s (gateway.upload_timeout_s).",
                 code="upload_timeout",
             ) from None
-        if held is not None:
-            held.end()
+        if held_body is not None:
+            held_body.end()
     if size > limit:
         raise ApiError(
             413,
-            f"The request body has {size if declared else f'more than {limit}'} bytes; at most {limit} are taken"
+            f"The request body has {size if content_length else f'more than {limit}'} bytes; at most {limit} are taken"
             + (" (gateway.max_body_bytes)." if held is not None else " here."),
         )
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -82,7 +84,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
 
 
 async def parse_in_turns(body: bytes, turns: LargeBodies) -> dict[str, Any]:
-    """The same, in turns with other large bodies."""
+    """`parse_body`, in turns with other large bodies."""
     with _as_api_errors():
         await turns.run_steps(len(body), size_steps(body))
         return await turns.run(len(body), parse_object, body, checked=True)

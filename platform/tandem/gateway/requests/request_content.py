@@ -14,22 +14,22 @@ from tandem.api.walks import dotted, path_to
 from tandem.config.serving.app import GUARDED_FIELDS
 from tandem.gateway.errors import ApiError
 
-EMBEDS = ("prompt_embeds", "image_embeds", "audio_embeds", "video_embeds")
+EMBEDS_FIELDS = ("prompt_embeds", "image_embeds", "audio_embeds", "video_embeds")
 """Guarded fields that are parts of a message, too."""
-CONTENT = (
+CONTENT_FIELDS = (
     *("messages", "input", "system", "instructions", "tools", "prompt", "query", "queries", "documents", "items"),
     *("text_1", "text_2", "data_1", "data_2"),
 )
 """Fields in which media are looked for."""
-EMBEDS_KEYS = frozenset(EMBEDS)
+EMBEDS_KEYS = frozenset(EMBEDS_FIELDS)
 URL_KEYS = frozenset({"image_url", "audio_url", "video_url", "file_url", "server_url"})
 """Keys of a URL, or of an object with one under `url`."""
-HOLDERS = URL_KEYS | {"source"}
-MARKS = (b"url", b"_embeds", b"\\u")
+MEDIA_KEYS = URL_KEYS | {"source"}
+MEDIA_MARKERS = (b"url", b"_embeds", b"\\u")
 """A body without these has no media that is fetched and no tensor; `\\u` may write any of the others in another form."""
 SEARCHED_BYTES = 256
-"""Bytes for each entry (message, document, token id) up to which a body is searched for MARKS. The search takes 2 ns a byte,
-the walk about 0.5 us for each message, however long its text is."""
+"""Bytes for each entry (message, document, token id) up to which a body is searched for MEDIA_MARKERS. The search takes 2 ns a
+byte, the walk about 0.5 us for each message, however long its text is."""
 PLAIN_URL = re.compile(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(?:[/?#][!-\[\]-~]*)?", re.IGNORECASE)
 """URLs that every reader splits in the same way: no user, no backslash, no space, ASCII only."""
 PORTS = {"http": "80", "https": "443"}
@@ -42,36 +42,36 @@ def check_content(body: Mapping[str, Any], raw: bytes, allowed: Collection[str],
     """
     for name in GUARDED_FIELDS:
         if body.get(name) and name not in allowed:
-            raise _guarded(name, name)
-    content = {name: body[name] for name in CONTENT if isinstance(body.get(name), list | dict)}
+            raise _guarded_field_error(name, name)
+    content = {name: body[name] for name in CONTENT_FIELDS if isinstance(body.get(name), list | dict)}
     entries = sum(map(len, content.values()))
-    if content and (len(raw) > SEARCHED_BYTES * entries or any(mark in raw for mark in MARKS)):
+    if content and (len(raw) > SEARCHED_BYTES * entries or any(marker in raw for marker in MEDIA_MARKERS)):
         for name, value in content.items():
             _check(name, value, allowed, media_hosts)
 
 
 def _check(name: str, content: Any, allowed: Collection[str], media_hosts: Collection[str]) -> None:
-    """The same for one field of a body. Paths are made for findings only."""
+    """`check_content` for the value of one field of a body. Paths are computed for errors only."""
 
-    def field(part: Any, key: str) -> str:
+    def param_of(part: Any, key: str) -> str:
         return dotted((name, *path_to(part, content), key))
 
-    todo: list[Any] = [content]
-    while todo:
-        part = todo.pop()
+    stack: list[Any] = [content]
+    while stack:
+        part = stack.pop()
         if isinstance(part, dict):
-            for key, each in part.items():
-                url = _url(key, each) if key in HOLDERS else None
+            for key, value in part.items():
+                url = _url(key, value) if key in MEDIA_KEYS else None
                 if url is not None and not is_allowed(url, media_hosts):
-                    raise _media(field(part, key))
-                if type(each) in (dict, list):
-                    todo.append(each)
-            if part.get("type") in EMBEDS or not EMBEDS_KEYS.isdisjoint(part):
+                    raise _media_error(param_of(part, key))
+                if type(value) in (dict, list):
+                    stack.append(value)
+            if part.get("type") in EMBEDS_FIELDS or not EMBEDS_KEYS.isdisjoint(part):
                 for key in _tensors(part):
                     if key not in allowed:
-                        raise _guarded(key, field(part, key))
+                        raise _guarded_field_error(key, param_of(part, key))
         else:
-            todo += [each for each in part if type(each) in (dict, list)]
+            stack += [value for value in part if type(value) in (dict, list)]
 
 
 def is_allowed(url: str, hosts: Collection[str]) -> bool:
@@ -96,10 +96,10 @@ def _url(key: str, value: Any) -> str | None:
 
 def _tensors(part: Mapping[str, Any]) -> Iterator[str]:
     """Fields of a message's part that hold a tensor."""
-    return (key for key in EMBEDS if part.get(key) or part.get("type") == key)
+    return (key for key in EMBEDS_FIELDS if part.get(key) or part.get("type") == key)
 
 
-def _guarded(name: str, param: str) -> ApiError:
+def _guarded_field_error(name: str, param: str) -> ApiError:
     return ApiError(
         400,
         f"`{param}` is not taken here. Its operator can allow it: gateway.allow: [{name}].",
@@ -108,7 +108,7 @@ def _guarded(name: str, param: str) -> ApiError:
     )
 
 
-def _media(param: str) -> ApiError:
+def _media_error(param: str) -> ApiError:
     return ApiError(
         400,
         f"`{param}` is no data: URL and of no host in gateway.media_hosts. Send the data itself: data:image/png;base64,...",

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tandem.api.values import shown
+from tandem.api.values import format_value
 from tandem.config.serving.app import MAX_TIMEOUT_S
 from tandem.gateway.admission.queue import SchedulingHints
 from tandem.gateway.errors import ApiError
@@ -58,7 +58,9 @@ def take_scheduling_hints(
         priority = 0
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
         raise ApiError(
-            400, f"`priority` is {shown(priority)}; it must be a whole number, lower is sooner.", param="priority"
+            400,
+            f"`priority` is {format_value(priority)}; it must be a whole number, lower is sooner.",
+            param="priority",
         )
     if highest_priority is not None:
         priority = max(priority, highest_priority)
@@ -77,7 +79,7 @@ def take_scheduling_hints(
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise ApiError(
                 400,
-                f"`timeout` is {shown(timeout_s)}; it must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}.",
+                f"`timeout` is {format_value(timeout_s)}; it must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}.",
                 param="timeout",
             )
         finish_by = min(finish_by, arrived + timeout_s)
@@ -110,8 +112,8 @@ def salt_cache(body: dict[str, Any], tenant: str) -> None:
     learn which prompts others have sent. A client's own `cache_salt` divides the tenant's cache further.
     """
     if tenant:
-        own = body.get("cache_salt")
-        text = f"{tenant}\0{own if isinstance(own, str) else ''}"
+        client_salt = body.get("cache_salt")
+        text = f"{tenant}\0{client_salt if isinstance(client_salt, str) else ''}"
         body["cache_salt"] = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -119,9 +121,9 @@ def read_routing_request(
     model: ResolvedModel, body: Mapping[str, Any], headers: Mapping[str, str], tenant: str = ""
 ) -> RoutingRequest:
     """The request for the router, from a body in any API's format; prefixes and sessions of each `tenant` are its own."""
-    answered_by = model.adapter.id if model.adapter else model.base.id
+    model_id = model.adapter.id if model.adapter else model.base.id
     prefix_hashes, size = hash_prefixes(
-        f"{tenant}\0{answered_by}" if tenant else answered_by, itertools.islice(_text_parts(body), MAX_TEXT_PARTS)
+        f"{tenant}\0{model_id}" if tenant else model_id, itertools.islice(_text_parts(body), MAX_TEXT_PARTS)
     )
     session = _session(body, headers)
     return RoutingRequest(
@@ -135,11 +137,11 @@ def read_routing_request(
 
 
 def _session(body: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
-    given: list[Any] = [headers.get(SESSION_HEADER), *(body.get(field) for field in SESSION_FIELDS)]
+    candidates: list[Any] = [headers.get(SESSION_HEADER), *(body.get(field) for field in SESSION_FIELDS)]
     metadata = body.get("metadata")
     if isinstance(metadata, dict):
-        given.append(metadata.get("user_id"))  # Anthropic's
-    return next((value[:MAX_HASHED_BYTES] for value in given if isinstance(value, str) and value), None)
+        candidates.append(metadata.get("user_id"))  # Anthropic's
+    return next((value[:MAX_HASHED_BYTES] for value in candidates if isinstance(value, str) and value), None)
 
 
 def _text_parts(body: Mapping[str, Any]) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.adapter_sources import check_source
 from tandem.gateway.identity.audit_writer import AuditWriter
 from tandem.gateway.replicas.fleet import Fleet
-from tandem.gateway.routes.audit import Audited, without_credentials
+from tandem.gateway.routes.audit import AuditedChanges, without_credentials
 from tandem.gateway.routes.conditions import condition_of
 from tandem.gateway.routes.management import run_blocking
 from tandem.ids import split_version
@@ -40,9 +40,9 @@ from tandem.settings import settings
 T = TypeVar("T")
 
 PAGE = 1000
-REGISTRATIONS = 4
+MAX_REGISTRATIONS = 4
 """Registrations at a time: stores that hang must not take the threads that other changes need."""
-LOGGED = 100
+MAX_LOGGED_VERSIONS = 100
 """Deleted versions that the audit log names."""
 
 
@@ -53,22 +53,22 @@ class AdminRoutes:
         self._retry_after_s = config.retry_after_s
         self._sources = config.adapter_sources
         self._adapters = adapters
-        self._audited = Audited(audit, lambda name: adapters.registry.summary(split_version(name)[0]))
+        self._audited_changes = AuditedChanges(audit, lambda name: adapters.registry.summary(split_version(name)[0]))
         self._fleet = fleet
-        self._registering = ThreadPoolExecutor(REGISTRATIONS, thread_name_prefix="register")
+        self._registration_threads = ThreadPoolExecutor(MAX_REGISTRATIONS, thread_name_prefix="register")
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to the app of management routes."""
-        one = "/adapters/{name}"
+        adapter_path = "/adapters/{name}"
         app.get("/adapters")(self.list_adapters)
         app.post("/adapters", status_code=201)(self.register)
         app.get("/residency")(self.residency)
-        app.get(one)(self.show)
-        app.delete(one)(self.delete)
-        app.post(f"{one}/promote")(self.promote)
-        app.post(f"{one}/roll-back")(self.roll_back)
-        app.post(f"{one}/pin")(self.pin)
-        app.post(f"{one}/unpin")(self.unpin)
+        app.get(adapter_path)(self.show)
+        app.delete(adapter_path)(self.delete)
+        app.post(f"{adapter_path}/promote")(self.promote)
+        app.post(f"{adapter_path}/roll-back")(self.roll_back)
+        app.post(f"{adapter_path}/pin")(self.pin)
+        app.post(f"{adapter_path}/unpin")(self.unpin)
 
     async def list_adapters(
         self,
@@ -77,31 +77,34 @@ class AdminRoutes:
         limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
     ) -> AdapterList:
         """Adapters by name, the promoted version of each or (`all=true`) all; `limit` of them after `after`."""
-        found = await self._do(self._adapters.list, all, after=after, limit=limit + 1)
-        shown = found[:limit]
-        last = (shown[-1].id if all else shown[-1].name) if len(found) > limit else None
-        marks = await self._do(self._adapters.marks, shown)
-        data = [ListedAdapter(**(_fields(record) | marks[record.id])) for record in shown]
-        return AdapterList(data=data, has_more=last is not None, last_id=last)
+        records = await self._run(self._adapters.list, all, after=after, limit=limit + 1)
+        page = records[:limit]
+        last_id = (page[-1].id if all else page[-1].name) if len(records) > limit else None
+        marks = await self._run(self._adapters.marks, page)
+        data = [ListedAdapter(**(_fields(record) | marks[record.id])) for record in page]
+        return AdapterList(data=data, has_more=last_id is not None, last_id=last_id)
 
     async def register(self, registration: AdapterRegistration, request: Request) -> Adapter:
         """Register an adapter, see Adapters.register."""
-        asked = registration.model_dump()
-        name, source = asked.pop("name"), asked.pop("source")
-        await self._do(check_source, source, self._sources, settings().root)
-        work = functools.partial(self._adapters.register, name, source, **asked)
-        return Adapter(**_fields(await self._change(request, "register", name, work, _registered)))
+        fields = registration.model_dump()
+        name, source = fields.pop("name"), fields.pop("source")
+        await self._run(check_source, source, self._sources, settings().root)
+        work = functools.partial(self._adapters.register, name, source, **fields)
+        return Adapter(**_fields(await self._change(request, "register", name, work, _registration_entry)))
 
     async def show(self, name: str, response: Response) -> AdapterDetails:
         """One adapter, the history of its name, and the replicas that hold it; `ETag` is what the name means, for `If-Match`."""
-        record = await self._do(self._adapters.registry.resolve, name)
-        history = await self._do(self._adapters.promotions, record.name)
-        meant = next((p.id for p in history if not p.taken_back), None)
-        if meant is not None:
-            response.headers["ETag"] = f'"{meant}"'
+        record = await self._run(self._adapters.registry.resolve, name)
+        history = await self._run(self._adapters.promotions, record.name)
+        current_id = next((promotion.id for promotion in history if not promotion.taken_back), None)
+        if current_id is not None:
+            response.headers["ETag"] = f'"{current_id}"'
         return AdapterDetails(
             **_fields(record),
-            promotions=[AdapterPromotion(id=p.id, at=p.at.isoformat(), taken_back=p.taken_back) for p in history],
+            promotions=[
+                AdapterPromotion(id=promotion.id, at=promotion.at.isoformat(), taken_back=promotion.taken_back)
+                for promotion in history
+            ],
             replicas=[entry.replica for entry in self._replicas() if record.id in entry.in_memory],
         )
 
@@ -131,8 +134,8 @@ class AdminRoutes:
     async def delete(self, name: str, request: Request) -> DeletedAdapters:
         """Delete a version, or all versions of a name."""
         work = functools.partial(self._adapters.delete, name)
-        gone = await self._change(request, "delete", name, work, _deleted)
-        return DeletedAdapters(deleted=[record.id for record in gone])
+        deleted = await self._change(request, "delete", name, work, _deletion_entry)
+        return DeletedAdapters(deleted=[record.id for record in deleted])
 
     async def residency(self) -> AdapterResidency:
         """Each replica with the adapters in its slots and its memory, and the pinned ones that it could not load."""
@@ -158,25 +161,27 @@ class AdminRoutes:
         verb: str,
         name: str,
         work: Callable[[], T],
-        more: Callable[[T], dict[str, Any]] = lambda result: {},
+        entry_fields: Callable[[T], dict[str, Any]] = lambda result: {},
     ) -> T:
         """A change of an adapter, with its entry in the audit log."""
-        threads = self._registering if verb == "register" else None
-        return await self._do(self._audited, request, f"adapters.{verb}", name, work, more, threads=threads)
+        threads = self._registration_threads if verb == "register" else None
+        return await self._run(
+            self._audited_changes, request, f"adapters.{verb}", name, work, entry_fields, threads=threads
+        )
 
-    async def _do(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
+    async def _run(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
         return await run_blocking(work, *args, retry_after_s=self._retry_after_s, **options)
 
 
-def _registered(record: ModelRecord) -> dict[str, Any]:
-    """What the audit log keeps of a version that was registered."""
+def _registration_entry(record: ModelRecord) -> dict[str, Any]:
+    """Fields of the audit entry of a registered version."""
     source = without_credentials(record.location)
     return {"id": record.id, "base": record.base, "source": source, "digest": record.digest}
 
 
-def _deleted(records: list[ModelRecord]) -> dict[str, Any]:
-    """The same of versions that were deleted."""
-    return {"deleted": [record.id for record in records[:LOGGED]], "deleted_count": len(records)}
+def _deletion_entry(records: list[ModelRecord]) -> dict[str, Any]:
+    """Fields of the audit entry of deleted versions."""
+    return {"deleted": [record.id for record in records[:MAX_LOGGED_VERSIONS]], "deleted_count": len(records)}
 
 
 def _fields(record: ModelRecord) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Query, Request
 from tandem.api.audit import AuditEntry, AuditPage
 from tandem.db.audit import Change
 from tandem.gateway.identity.audit_writer import AuditWriter
-from tandem.gateway.routes.management import actor, aware, run_blocking
+from tandem.gateway.routes.management import actor, run_blocking, with_timezone
 
 T = TypeVar("T")
 
@@ -43,33 +43,38 @@ class AuditRoutes:
         `since`: not older than a time (ISO 8601; without a zone: UTC). `action`: of an action such as `keys.create`, or of a
         group such as `keys`. `by`: of one key.
         """
-        found = await run_blocking(
+        entries = await run_blocking(
             self._audit.log.page,
             after=after,
             limit=limit + 1,
-            since=aware(since, "since"),
+            since=with_timezone(since, "since"),
             action=action,
             by=by,
             retry_after_s=self._retry_after_s,
         )
-        shown = found[:limit]
-        last = shown[-1].id if len(found) > limit else None
-        data = [AuditEntry.model_validate(entry.to_json()) for entry in shown]
-        return AuditPage(data=data, has_more=last is not None, last_id=last)
+        page = entries[:limit]
+        last_id = page[-1].id if len(entries) > limit else None
+        data = [AuditEntry.model_validate(entry.to_json()) for entry in page]
+        return AuditPage(data=data, has_more=last_id is not None, last_id=last_id)
 
 
-class Audited:
-    """Blocking changes of adapters, each with its entry: the state of the name before and after."""
+class AuditedChanges:
+    """Blocking changes of adapters, each with an audit entry: the state of the name before and after."""
 
     def __init__(self, audit: AuditWriter, state: Callable[[str], dict[str, Any]]) -> None:
-        """`state`: what is known of a name now."""
+        """`state` returns the registry's fields of a name now."""
         self._audit = audit
         self._state = state
 
     def __call__(
-        self, request: Request, action: str, name: str, work: Callable[[], T], more: Callable[[T], dict[str, Any]]
+        self,
+        request: Request,
+        action: str,
+        name: str,
+        work: Callable[[], T],
+        entry_fields: Callable[[T], dict[str, Any]],
     ) -> T:
-        """Do `work` on `name` and write its entry; nothing is written if it raises. `more`: what else the entry tells."""
+        """Do `work` on `name` and write its entry; nothing is written if it raises. `entry_fields`: more fields of it."""
         before = self._state(name)
         result = work()
         self._audit.record(
@@ -77,7 +82,7 @@ class Audited:
                 action=action,
                 target=name,
                 before=before,
-                after=self._state(name) | more(result),
+                after=self._state(name) | entry_fields(result),
                 **actor(request),
             )
         )
@@ -85,7 +90,7 @@ class Audited:
 
 
 def without_credentials(source: str) -> str:
-    """A folder or URI without what may be a secret: the user's part, the query and the fragment."""
+    """A folder or URI without the parts that may hold a secret: user, query and fragment."""
     if "://" not in source:
         return source
     parts = urlsplit(source)

@@ -1,7 +1,7 @@
 """OpenAPI document of the whole gateway: model routes, lists of models, health and admin routes, at `/openapi.json`.
 
 The schemas of model routes are those of vLLM's request and answer models (`api/openapi_schemas.json`): what an engine takes.
-Caps of an app (`gateway.caps`) are told by errors. The document is made once, when it is first asked for.
+Caps of an app (`gateway.caps`) are not in it; errors state them. The document is made once, at its first request.
 """
 
 from __future__ import annotations
@@ -79,30 +79,30 @@ def document_route(routes: tuple[EngineRoute, ...], administration: FastAPI, pre
     """The route of the document; `administration` is mounted at `prefix`."""
 
     @functools.cache
-    def made() -> bytes:
+    def document() -> bytes:
         return json.dumps(build(routes, administration, prefix)).encode()
 
     async def answer(request: Request) -> Response:
         # FastAPI makes its part in some 100 ms.
-        return Response(await asyncio.to_thread(made), media_type="application/json")
+        return Response(await asyncio.to_thread(document), media_type="application/json")
 
     return Route(PATH, answer)
 
 
 def build(routes: tuple[EngineRoute, ...], administration: FastAPI, prefix: str) -> dict[str, Any]:
     """The document."""
-    known, admin = json.loads(SCHEMAS.read_text()), administration.openapi()
+    engine_schemas, admin_document = json.loads(SCHEMAS.read_text()), administration.openapi()
     paths: dict[str, Any] = {
-        route.path: {"post": engine_operation(route, known["routes"][route.path])} for route in routes
+        route.path: {"post": engine_operation(route, engine_schemas["routes"][route.path])} for route in routes
     }
     paths |= own_paths()
-    paths |= {f"{prefix}{path}": operations for path, operations in admin["paths"].items()}
+    paths |= {f"{prefix}{path}": operations for path, operations in admin_document["paths"].items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Tandem", "version": importlib.metadata.version("tandem")},
         "paths": paths,
         "components": {
-            "schemas": {**known["schemas"], **admin["components"]["schemas"], **OWN_SCHEMAS},
+            "schemas": {**engine_schemas["schemas"], **admin_document["components"]["schemas"], **OWN_SCHEMAS},
             "securitySchemes": SECURITY,
         },
         "security": [{name: []} for name in SECURITY],

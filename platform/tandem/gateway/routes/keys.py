@@ -18,7 +18,7 @@ from tandem.gateway.routes.management import actor, run_blocking
 from tandem.registry import Registry
 
 PAGE = 1000
-ID = re.compile(r"key_[0-9a-f]{12}")
+KEY_ID = re.compile(r"key_[0-9a-f]{12}")
 
 
 class KeyRoutes:
@@ -35,12 +35,12 @@ class KeyRoutes:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to the app of management routes."""
-        one = "/keys/{id}"
+        key_path = "/keys/{id}"
         app.get("/keys")(self.list_keys)
         app.post("/keys", status_code=201)(self.create)
-        app.get(one)(self.show)
-        app.post(f"{one}/rotate", status_code=201)(self.rotate)
-        app.post(f"{one}/revoke")(self.revoke)
+        app.get(key_path)(self.show)
+        app.post(f"{key_path}/rotate", status_code=201)(self.rotate)
+        app.post(f"{key_path}/revoke")(self.revoke)
 
     def close(self) -> None:
         """End the threads."""
@@ -55,16 +55,16 @@ class KeyRoutes:
         limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
     ) -> KeyList:
         """Active keys or (`all=true`) all, oldest first; of one `tenant` or of all; `limit` of them after the id `after`."""
-        found = await self._do(self._store.page, tenant=tenant, every=all, after=after, limit=limit + 1)
-        shown = found[:limit]
-        last = shown[-1].id if len(found) > limit else None
-        return KeyList(data=[_key(key) for key in shown], has_more=last is not None, last_id=last)
+        keys = await self._run(self._store.page, tenant=tenant, every=all, after=after, limit=limit + 1)
+        page = keys[:limit]
+        last_id = page[-1].id if len(keys) > limit else None
+        return KeyList(data=[_to_key(key) for key in page], has_more=last_id is not None, last_id=last_id)
 
     async def create(self, creation: KeyCreation, request: Request, response: Response) -> CreatedKey:
         """Make a key. Its secret is in this answer and in no other."""
         # Before the key is made: after it an error would lose the secret.
-        warnings = await self._do(unregistered, self._registry, creation.models, self._served)
-        new: NewKey = await self._do(
+        warnings = await self._run(unregistered, self._registry, creation.models, self._served)
+        new: NewKey = await self._run(
             self._store.create,
             creation.name,
             tenant=creation.tenant,
@@ -74,11 +74,11 @@ class KeyRoutes:
             expires_in=None if creation.expires_in_s is None else timedelta(seconds=creation.expires_in_s),
             **actor(request),
         )
-        return _created(new, response, warnings)
+        return _created_key(new, response, warnings)
 
     async def show(self, id: str) -> Key:  # noqa: A002 - the parameter in the path
         """One key."""
-        return _key(await self._do(self._store.get, _checked(id)))
+        return _to_key(await self._run(self._store.get, _valid_key_id(id)))
 
     async def rotate(
         self,
@@ -89,28 +89,28 @@ class KeyRoutes:
     ) -> CreatedKey:
         """Replace a key by a new one with the same rights; the old one is accepted for `overlap_s` more, a day by default."""
         overlap = timedelta(seconds=(rotation or KeyRotation()).overlap_s)
-        new = await self._do(self._store.rotate, _checked(id), overlap=overlap, **actor(request))
-        return _created(new, response, [])
+        new = await self._run(self._store.rotate, _valid_key_id(id), overlap=overlap, **actor(request))
+        return _created_key(new, response, [])
 
     async def revoke(self, id: str, request: Request) -> Key:  # noqa: A002 - the parameter in the path
         """End a key. One that has ended stays as it is."""
-        return _key(await self._do(self._store.revoke, _checked(id), **actor(request)))
+        return _to_key(await self._run(self._store.revoke, _valid_key_id(id), **actor(request)))
 
-    async def _do(self, work: Any, *args: Any, **options: Any) -> Any:
+    async def _run(self, work: Any, *args: Any, **options: Any) -> Any:
         return await run_blocking(work, *args, retry_after_s=self._retry_after_s, threads=self._threads, **options)
 
 
-def _checked(key_id: str) -> str:
+def _valid_key_id(key_id: str) -> str:
     """The id in a path; ApiError 404 for a text that is none, such as a name."""
-    if not ID.fullmatch(key_id):
+    if not KEY_ID.fullmatch(key_id):
         raise ApiError(404, "There is no key of that id; GET /admin/keys lists them.", code="key_not_found", param="id")
     return key_id
 
 
-def _key(key: ApiKey) -> Key:
+def _to_key(key: ApiKey) -> Key:
     return Key.model_validate(key.to_json())
 
 
-def _created(new: NewKey, response: Response, warnings: list[str]) -> CreatedKey:
+def _created_key(new: NewKey, response: Response, warnings: list[str]) -> CreatedKey:
     response.headers["Cache-Control"] = "no-store"
     return CreatedKey.model_validate(new.key.to_json() | {"secret": new.secret, "warnings": warnings})

@@ -47,7 +47,7 @@ MAX_BODY_BYTES = 64 * 1024
 UPLOAD_TIMEOUT_S = 30.0
 WORK_TIMEOUT_S = 120.0
 """Seconds that a change may take: registering fetches an adapter from its store."""
-TYPES = {"string_type": "str", "bool_type": "bool", "int_type": "int"}
+TYPE_NAMES = {"string_type": "str", "bool_type": "bool", "int_type": "int"}
 """Expected type by pydantic's kind of error."""
 
 
@@ -129,11 +129,11 @@ async def run_blocking(
 
 
 def actor(request: Request) -> dict[str, Any]:
-    """Who asks, and from where, for the audit log."""
+    """The caller's key id and address, for the audit log."""
     return {"by": principal_of(request.scope).key_id, "address": client_address(request.scope)}
 
 
-def aware(time: datetime | None, param: str) -> datetime | None:
+def with_timezone(time: datetime | None, param: str) -> datetime | None:
     """A time of the query parameter `param`, in UTC; without a zone it is that. ApiError 400 for one that no calendar has."""
     if time is None:
         return None
@@ -165,28 +165,28 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     route = request.scope.get("route")
     model = getattr(getattr(route, "body_field", None), "field_info", None)
-    return await answer_api_error(request, invalid(error.errors()[0], getattr(model, "annotation", None)))
+    return await answer_api_error(request, invalid_value_error(error.errors()[0], getattr(model, "annotation", None)))
 
 
-def invalid(problem: dict[str, Any], model: Any) -> ApiError:
+def invalid_value_error(problem: dict[str, Any], model: Any) -> ApiError:
     """The answer to one of pydantic's problems; `model` is the class of the body."""
     fields = getattr(model, "model_fields", {})
     param = ".".join(str(part) for part in problem["loc"][1:])
-    kind, value = problem["type"], _described(problem.get("input"))
+    kind, value = problem["type"], _description_of(problem.get("input"))
     if kind == "extra_forbidden":
         message = f"{param!r} is not known here.{did_you_mean(param, fields)}"
     elif kind in ("missing", "string_too_short"):
-        meaning = getattr(fields.get(param), "description", None)
-        message = f"`{param}` is missing: {meaning}" if meaning else f"`{param}` is missing"
-    elif kind in TYPES:
-        message = f"`{param}` is {value}; it must be of type {TYPES[kind]}"
+        description = getattr(fields.get(param), "description", None)
+        message = f"`{param}` is missing: {description}" if description else f"`{param}` is missing"
+    elif kind in TYPE_NAMES:
+        message = f"`{param}` is {value}; it must be of type {TYPE_NAMES[kind]}"
     else:
-        said = str(problem["msg"])
-        message = f"`{param}` is {value}: {said[:1].lower()}{said[1:]}"
+        detail = str(problem["msg"])
+        message = f"`{param}` is {value}: {detail[:1].lower()}{detail[1:]}"
     return ApiError(400, sentence(message), param=param)
 
 
-def _described(value: Any) -> str:
+def _description_of(value: Any) -> str:
     """A wrong value, for an error: numbers as they are, of all else the kind and the length."""
     match value:
         case None | bool() | int() | float():

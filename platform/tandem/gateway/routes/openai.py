@@ -41,11 +41,11 @@ from tandem.gateway.routes import responses
 from tandem.routing.records import ServedModel
 from tandem.usage import UsageLabels
 
-HEADERS_IN = ("traceparent", "tracestate")
+ENGINE_HEADERS = ("traceparent", "tracestate")
 """Request headers passed to the engine beside a given id of the request; a client's API key is not among them."""
 STRICT_HEADER = "x-tandem-strict"
 """`true`: unknown fields of this request are an error, whatever `gateway.strict` says."""
-HEALTH_S = 1.0
+HEALTH_CACHE_S = 1.0
 """Seconds for which `/health` without a key repeats its answer."""
 WARNING_HEADER = "x-tandem-warning"
 """Response header that names unknown fields of the request."""
@@ -62,9 +62,9 @@ class OpenAIRoutes:
         self._fleet = fleet
         self._relay = relay
         self._config = config
-        self._turns = LargeBodies()
+        self._large_bodies = LargeBodies()
         self._healthy, self._healthy_until = False, -math.inf
-        """Whether every model can answer, and the monotonic time until which that is not looked at again."""
+        """Whether every model can answer, and the monotonic time until which this value is cached."""
 
     def routes(self) -> list[BaseRoute]:
         """The routes for Starlette."""
@@ -95,12 +95,12 @@ class OpenAIRoutes:
             """Read the body within the gateway's byte budget, and relay the request."""
             principal = principal_of(request.scope)
             self._accounting.check_rate(principal)
-            held = self._relay.held.body(principal.tenant)
+            held_body = self._relay.held_bytes.body(principal.tenant)
             try:
-                raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s, held)
-                return await self._relayed(route, request, raw, held)
+                raw = await read_body(request, self._config.max_body_bytes, self._config.upload_timeout_s, held_body)
+                return await self._relay_request(route, request, raw, held_body)
             except BaseException as error:
-                held.release()
+                held_body.release()
                 if isinstance(error, ApiError):
                     # Requests that are wrong count as requests.
                     await self._accounting.count(principal)
@@ -108,15 +108,15 @@ class OpenAIRoutes:
 
         return handle
 
-    async def _relayed(self, route: EngineRoute, request: Request, raw: bytes, held: HeldBody) -> Response:
+    async def _relay_request(self, route: EngineRoute, request: Request, raw: bytes, held_body: HeldBody) -> Response:
         """Resolve the model, check the request and relay it."""
         stopwatch, arrived = Stopwatch(), time.monotonic()
-        size, turns = len(raw), self._turns
-        body = await parse_in_turns(raw, turns)
+        size, large_bodies = len(raw), self._large_bodies
+        body = await parse_in_turns(raw, large_bodies)
         name = body.get("model")
         if not isinstance(name, str) or not name:
-            found = "missing or empty" if not name else f"of type {type(name).__name__}"
-            raise ApiError(400, f"`model` must be the name of a model; it is {found}.", param="model")
+            problem = "missing or empty" if not name else f"of type {type(name).__name__}"
+            raise ApiError(400, f"`model` must be the name of a model; it is {problem}.", param="model")
         warnings = self._check_fields(route.path, body, request)
         principal = principal_of(request.scope)
         model = await self._catalog.resolve(name, principal)
@@ -129,9 +129,9 @@ class OpenAIRoutes:
         if route.path == responses.PATH:
             responses.check(body)
         drop_nulls(body)
-        await turns.run(size, check_values, route.path, body, raw, self._config.caps.schema_bytes)
-        await turns.run(size, check_content, body, raw, self._config.allow, self._config.media_hosts)
-        sequences = await turns.run(size, check_caps, route, body, self._config.caps, size)
+        await large_bodies.run(size, check_values, route.path, body, raw, self._config.caps.schema_bytes)
+        await large_bodies.run(size, check_content, body, raw, self._config.allow, self._config.media_hosts)
+        sequences = await large_bodies.run(size, check_caps, route, body, self._config.caps, size)
         hints = take_scheduling_hints(
             body,
             request.headers,
@@ -147,13 +147,13 @@ class OpenAIRoutes:
         drop_kv_transfer(body)
         adapter = model.adapter.id if model.adapter else ""
         labels = UsageLabels(principal.key_id, principal.tenant, model.base.id, adapter, route.path)
-        expected = expected_tokens(route, body, size, sequences, model.base.max_length)
-        account = self._accounting.open(principal, labels, expected)
+        expected_counts = expected_tokens(route, body, size, sequences, model.base.max_length)
+        account = self._accounting.open(principal, labels, expected_counts)
         engine_request = EngineRequest(
             path=route.path,
-            body=await turns.run(size, to_json, body),
+            body=await large_bodies.run(size, to_json, body),
             labels=labels,
-            digest=await turns.aside(size, body_digest, f"{route.path} {model.engine_name}", raw),
+            digest=await large_bodies.run_in_thread(size, body_digest, f"{route.path} {model.engine_name}", raw),
             model=model,
             headers=engine_headers(request),
             dialect=dialect_of(route.path),
@@ -164,7 +164,7 @@ class OpenAIRoutes:
             warnings=warnings,
         )
         prepare = functools.partial(with_prefill, self._relay) if config.prefill else None
-        return RelayedResponse(self._relay, engine_request, account, prepare, held)
+        return RelayedResponse(self._relay, engine_request, account, prepare, held_body)
 
     def _check_fields(self, path: str, body: dict[str, Any], request: Request) -> dict[str, str]:
         """A warning header for unknown fields of a request to `path`; in strict mode ApiError 400 instead."""
@@ -180,16 +180,16 @@ class OpenAIRoutes:
         """200 if every model has a ready replica or may scale to zero, otherwise 503.
 
         With a key it also tells the numbers of ready replicas of the models that the key may use. Without one anybody may ask, as
-        often as they like: the answer is computed once in HEALTH_S.
+        often as they like: the answer is computed once in HEALTH_CACHE_S.
         """
-        known = PRINCIPAL in request.scope
+        has_key = PRINCIPAL in request.scope
         now = time.monotonic()
-        if known or now >= self._healthy_until:
+        if has_key or now >= self._healthy_until:
             self._healthy = all(model.scales_to_zero or self._ready(model) for model in self._catalog.models)
-            self._healthy_until = now + HEALTH_S
+            self._healthy_until = now + HEALTH_CACHE_S
         headers = {} if self._healthy else {"Retry-After": str(self._config.retry_after_s)}
         status: dict[str, Any] = {"status": "ok" if self._healthy else "unavailable"}
-        if known:
+        if has_key:
             usable = self._catalog.usable(principal_of(request.scope))
             status["ready_replicas"] = {model.name: self._ready(model) for model in usable}
         return JSONResponse(status, status_code=200 if self._healthy else 503, headers=headers)
@@ -210,30 +210,30 @@ class OpenAIRoutes:
 def check_route(name: str, route: EngineRoute, engine: EngineDescriptor, tasks: tuple[str, ...]) -> None:
     """ApiError 400 if an engine lacks a route, or its replicas a task; `tasks` is empty until a replica has reported."""
 
-    def has(each: EngineRoute) -> bool:
-        return each in engine.routes and (each.task is None or not tasks or each.task in tasks)
+    def has(candidate: EngineRoute) -> bool:
+        return candidate in engine.routes and (candidate.task is None or not tasks or candidate.task in tasks)
 
     if not has(route):
         raise ApiError(
             400,
             f"The model {name!r} has no {route.path}: that takes a model served to {route.task}, and this one is served to "
-            f"{', '.join(tasks or engine.tasks)}. It has {', '.join(each.path for each in engine.routes if has(each))}.",
+            f"{', '.join(tasks or engine.tasks)}. It has {', '.join(other.path for other in engine.routes if has(other))}.",
             code="unsupported_route",
             param="model",
         )
 
 
 def engine_headers(request: Request) -> dict[str, str]:
-    """The headers that go along to the engine."""
-    headers = {key: request.headers[key] for key in HEADERS_IN if key in request.headers}
+    """The request's headers that are passed to the engine."""
+    headers = {key: request.headers[key] for key in ENGINE_HEADERS if key in request.headers}
     return headers | ({"x-request-id": request_id(request.scope)} if "x-request-id" in request.headers else {})
 
 
-def int_parameter(request: Request, name: str, default: int, most: int) -> int:
-    """A count in the query string, from 1 to `most`; ApiError 400 for anything else."""
+def int_parameter(request: Request, name: str, default: int, maximum: int) -> int:
+    """A count in the query string, from 1 to `maximum`; ApiError 400 for anything else."""
     text = request.query_params.get(name, str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= most):
-        raise ApiError(400, f"`{name}` is {text[:20]!r}; it must be a number from 1 to {most}.", param=name)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= maximum):
+        raise ApiError(400, f"`{name}` is {text[:20]!r}; it must be a number from 1 to {maximum}.", param=name)
     return int(text)
 
 
@@ -246,7 +246,7 @@ def check_values(path: str, body: dict[str, Any], raw: bytes, max_schema_chars: 
 
 def drop_kv_transfer(body: dict[str, Any]) -> None:
     """Remove fields that name a host from which an engine fetches a KV cache: only the gateway may set them."""
-    inner = body.get("vllm_xargs")
-    for holder in (body, inner if isinstance(inner, dict) else {}):
+    extra_args = body.get("vllm_xargs")
+    for fields in (body, extra_args if isinstance(extra_args, dict) else {}):
         for key in ("kv_transfer_params", "ec_transfer_params"):
-            holder.pop(key, None)
+            fields.pop(key, None)

@@ -14,10 +14,12 @@ from starlette.routing import BaseRoute, Route
 from tandem.gateway.errors import ApiError
 
 PATH = "/v1/responses"
-INSTEAD = "Send the whole conversation in `input`: what was said before, and the items of `output` that were answered."
-REFUSED = {
-    "previous_response_id": f"Responses are not stored here, so none can be gone on from. {INSTEAD}",
-    "conversation": f"Conversations are not stored here. {INSTEAD}",
+ALTERNATIVE = (
+    "Send the whole conversation in `input`: what was said before, and the items of `output` that were answered."
+)
+UNSUPPORTED_FIELDS = {
+    "previous_response_id": f"Responses are not stored here, so none can be gone on from. {ALTERNATIVE}",
+    "conversation": f"Conversations are not stored here. {ALTERNATIVE}",
     "background": "Responses are not stored here, so none can be fetched later. Use `stream` to see a long one grow.",
     "store": "Responses are not stored here. Leave `store` out, or set it to false.",
 }
@@ -25,7 +27,7 @@ REFUSED = {
 
 def check(body: dict[str, Any]) -> None:
     """ApiError 400 for a request that needs stored responses; sets `store` to false in all others."""
-    for key, reason in REFUSED.items():
+    for key, reason in UNSUPPORTED_FIELDS.items():
         if body.get(key):
             raise ApiError(400, f"`{key}`: {reason}", code="unsupported_parameter", param=key)
     body["store"] = False
@@ -43,5 +45,5 @@ def routes() -> list[BaseRoute]:
 async def _not_stored(request: Request) -> None:
     name = request.path_params["response_id"]
     raise ApiError(
-        404, f"The response {name!r} is not here: responses are not stored. {INSTEAD}", code="response_not_found"
+        404, f"The response {name!r} is not here: responses are not stored. {ALTERNATIVE}", code="response_not_found"
     )

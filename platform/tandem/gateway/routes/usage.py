@@ -12,7 +12,7 @@ from fastapi import FastAPI, Query, Request, Response
 from tandem.api.keys import KeyLimits
 from tandem.api.usage import Tenant, TenantList, UsagePage
 from tandem.auth import KeyStore, Limits
-from tandem.gateway.routes.management import actor, aware, run_blocking
+from tandem.gateway.routes.management import actor, run_blocking, with_timezone
 from tandem.usage import UsageStore
 from tandem.usage.store import COUNTS
 
@@ -52,21 +52,21 @@ class UsageRoutes:
         rows = await run_blocking(
             self._usage.sums,
             columns,
-            since=aware(since, "since") or datetime.now(UTC) - DEFAULT_SPAN,
-            until=aware(until, "until"),
+            since=with_timezone(since, "since") or datetime.now(UTC) - DEFAULT_SPAN,
+            until=with_timezone(until, "until"),
             tenant=tenant,
             offset=offset,
             limit=limit + 1,
             retry_after_s=self._retry_after_s,
         )
-        shown = rows[:limit]
+        page = rows[:limit]
         if format == "csv":
             text = io.StringIO()
             writer = csv.DictWriter(text, [*columns, *COUNTS])
             writer.writeheader()
-            writer.writerows(shown)
+            writer.writerows(page)
             return Response(text.getvalue(), media_type="text/csv")
-        return UsagePage(data=shown, has_more=len(rows) > limit)
+        return UsagePage(data=page, has_more=len(rows) > limit)
 
     async def list_tenants(self) -> TenantList:
         """The tenants that have limits."""
@@ -75,15 +75,15 @@ class UsageRoutes:
 
     async def limit(self, tenant: str, limits: KeyLimits, request: Request) -> Tenant:
         """Replace the limits of a tenant. Gateways follow within 5 seconds."""
-        wanted = Limits(**limits.model_dump())
+        new_limits = Limits(**limits.model_dump())
         await run_blocking(
             self._keys.limit_tenant,
             tenant,
-            wanted,
+            new_limits,
             retry_after_s=self._retry_after_s,
             **actor(request),
         )
-        return _tenant(tenant, wanted)
+        return _tenant(tenant, new_limits)
 
 
 def _tenant(name: str, limits: Limits) -> Tenant:

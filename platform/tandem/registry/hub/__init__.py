@@ -1,8 +1,8 @@
 """Models and datasets of the Hugging Face hub: by name and revision, downloaded once into TANDEM_HOME/cache/hub.
 
 reference.py   names: `org/name`, `org/name@revision`, `hf://datasets/org/name/path`
-selection.py   which files of a repository are needed
-client.py      what the hub says: commits, files, errors
+selection.py   the files of a repository that are needed
+client.py      the hub's answers: commits, files, errors
 cache.py       the files here: locked, resumed, verified
 report.py      progress on the terminal
 models.py      a model's record in the registry

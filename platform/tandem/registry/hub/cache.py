@@ -40,7 +40,7 @@ UNFINISHED_SUFFIX = ".incomplete"
 
 
 @dataclass(kw_only=True)
-class KnownRepo:
+class RepoState:
     """Facts about a repository, as of the last answer from the hub."""
 
     revisions: dict[str, str] = field(default_factory=dict)
@@ -62,28 +62,32 @@ class RepoCache:
         """The cache of a repository in this home."""
         return cls(settings().hub_dir / f"{kind}s--{repo.replace('/', '--')}")
 
-    def known(self) -> KnownRepo:
+    def load_state(self) -> RepoState:
         """Facts about the repository so far; empty where the file is missing or damaged."""
         try:
             values = json.loads((self.folder / STATE_FILE).read_text())
             commits = {commit: tuple(RepoFile(**f) for f in files) for commit, files in values["commits"].items()}
-            return KnownRepo(revisions=dict(values["revisions"]), commits=commits, seen=dict(values["seen"]))
+            return RepoState(revisions=dict(values["revisions"]), commits=commits, seen=dict(values["seen"]))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return KnownRepo()
+            return RepoState()
 
-    def remember(self, revision: str, commit: str, files: Sequence[RepoFile]) -> None:
+    def save_listing(self, revision: str, commit: str, files: Sequence[RepoFile]) -> None:
         """Save the hub's answer; for the holder of the lock."""
-        known = self.known()
-        known.commits[commit] = tuple(files)
+        state = self.load_state()
+        state.commits[commit] = tuple(files)
         if revision != commit:
-            known.revisions[revision] = commit
-            known.seen[revision] = datetime.now(UTC).isoformat(timespec="seconds")
+            state.revisions[revision] = commit
+            state.seen[revision] = datetime.now(UTC).isoformat(timespec="seconds")
         # A commit that no revision is any more, and of which nothing is here, is of no use.
-        used = {commit, *known.revisions.values()}
-        known.commits = {each: f for each, f in known.commits.items() if each in used or self.snapshot(each).is_dir()}
+        used_commits = {commit, *state.revisions.values()}
+        state.commits = {
+            other: other_files
+            for other, other_files in state.commits.items()
+            if other in used_commits or self.snapshot(other).is_dir()
+        }
         with disk_errors("writing", self.folder):
             _make_folder(self.folder)
-        write_atomic(self.folder / STATE_FILE, json.dumps(asdict(known)))
+        write_atomic(self.folder / STATE_FILE, json.dumps(asdict(state)))
 
     def snapshot(self, commit: str) -> Path:
         """The folder of a commit's files, there or not."""
@@ -101,19 +105,19 @@ class RepoCache:
         says; HubUnreachableError, which keeps what has come.
         """
         blobs = {file.key: file for file in self.missing(commit, files) if _size(self._blob(file)) != file.size}
-        total = sum(file.size for file in blobs.values())
-        here = sum(min(_size(self._part(file)) or 0, file.size) for file in blobs.values())
+        total_bytes = sum(file.size for file in blobs.values())
+        present_bytes = sum(min(_size(self._partial_file(file)) or 0, file.size) for file in blobs.values())
         with disk_errors(f"downloading {client.repo}", self.folder):
             if blobs:
-                what = (
-                    f"{client.repo} ({total / 2**20:,.0f} MiB, {here / 2**20:,.0f} of them here)"
-                    if here
+                name = (
+                    f"{client.repo} ({total_bytes / 2**20:,.0f} MiB, {present_bytes / 2**20:,.0f} of them here)"
+                    if present_bytes
                     else client.repo
                 )
-                require_space(self.folder, total - here, what)
+                require_space(self.folder, total_bytes - present_bytes, name)
                 _make_folder(self.folder / "blobs")
-                with report.downloading(f"{client.repo} at {commit[:12]}", total, here) as moved:
-                    self._download(client, commit, list(blobs.values()), moved)
+                with report.downloading(f"{client.repo} at {commit[:12]}", total_bytes, present_bytes) as on_bytes:
+                    self._download(client, commit, list(blobs.values()), on_bytes)
             for file in files:
                 self._link(file, self.snapshot(commit) / file.path)
         return self.snapshot(commit)
@@ -124,73 +128,74 @@ class RepoCache:
 
         The kernel, or the file server, lets go of it when its holder dies.
         """
-        place = self.folder.parent / ".locks" / f"{self.folder.name}.lock"
-        with disk_errors("locking the hub's cache", place):
-            _make_folder(place.parent)
-            file = _open_lock(place)
+        path = self.folder.parent / ".locks" / f"{self.folder.name}.lock"
+        with disk_errors("locking the hub's cache", path):
+            _make_folder(path.parent)
+            file = _open_lock(path)
         with file:
-            waiting = False
+            has_waited = False
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if not waiting:
+                    if not has_waited:
                         report.note(f"Another process is downloading {self.folder.name}; waiting for it")
-                    waiting = True
+                    has_waited = True
                     # A wait in the kernel would not let a Ctrl-C through where this is not the main thread.
                     time.sleep(LOCK_POLL_S)
                 except OSError as error:
                     if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):
                         raise
-                    report.note(f"{place} cannot be locked ({error.strerror}): download from one process at a time")
+                    report.note(f"{path} cannot be locked ({error.strerror}): download from one process at a time")
                     break
             yield
 
     def _blob(self, file: RepoFile) -> Path:
         return self.folder / "blobs" / file.key
 
-    def _part(self, file: RepoFile) -> Path:
+    def _partial_file(self, file: RepoFile) -> Path:
         return self.folder / "blobs" / f"{file.key}{UNFINISHED_SUFFIX}"
 
-    def _download(self, client: Client, commit: str, files: list[RepoFile], moved: Any) -> None:
-        ended = threading.Event()
-        # It says each broken connection; here the error that ends a download does.
+    def _download(self, client: Client, commit: str, files: list[RepoFile], on_bytes: Any) -> None:
+        has_ended = threading.Event()
+        # It logs each broken connection; here only the error that ends a download is reported.
         logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)
 
         def count(size: int) -> None:
-            if ended.is_set():
+            if has_ended.is_set():
                 raise HubError("The download was interrupted.")
-            moved(size)
+            on_bytes(size)
 
         with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="hub") as threads:
-            # The small ones first: a repository that may not be read says so at once.
-            work = [
-                threads.submit(self._bring, client, commit, file, count) for file in sorted(files, key=lambda f: f.size)
+            # The small ones first: a repository without access then fails at once.
+            futures = [
+                threads.submit(self._download_file, client, commit, file, count)
+                for file in sorted(files, key=lambda file: file.size)
             ]
             try:
-                for done in as_completed(work):
-                    done.result()
+                for future in as_completed(futures):
+                    future.result()
             except BaseException:
-                ended.set()
+                has_ended.set()
                 threads.shutdown(cancel_futures=True, wait=False)
                 raise
 
-    def _bring(self, client: Client, commit: str, file: RepoFile, count: Any) -> None:
-        part = self._part(file)
+    def _download_file(self, client: Client, commit: str, file: RepoFile, count: Any) -> None:
+        part = self._partial_file(file)
         if part.exists() and not os.access(part, os.W_OK):
             part.unlink()  # another user's interrupted download
         while True:
-            before = _size(part) or 0
+            old_size = _size(part) or 0
             try:
                 client.download(file, commit, part, count)
                 break
             except HubUnreachableError as error:
-                # A long download meets broken connections; one that gets on is worth going on with.
-                if (now := _size(part) or 0) > before:
+                # Connections of a long download break: it continues as long as each attempt brings some bytes.
+                if (new_size := _size(part) or 0) > old_size:
                     continue
                 raise HubUnreachableError(
-                    f"{error}; {now / 2**20:,.1f} of {file.size / 2**20:,.1f} MiB of {client.repo}/{file.path} are here "
+                    f"{error}; {new_size / 2**20:,.1f} of {file.size / 2**20:,.1f} MiB of {client.repo}/{file.path} are here "
                     "and are kept"
                 ) from error
             except OSError as error:
@@ -199,24 +204,24 @@ class RepoCache:
                         f"{client.repo}/{file.path} came incomplete: {error}. Run the command again."
                     ) from error
                 raise
-        found = file_digest(part) if file.sha256 else git_digest(part)
-        if found != file.key:
+        digest = file_digest(part) if file.sha256 else git_digest(part)
+        if digest != file.key:
             part.unlink()
             raise HubError(
-                f"{client.repo}/{file.path} came with another content than the hub says: its digest is {found[:12]} and not "
+                f"{client.repo}/{file.path} came with another content than the hub says: its digest is {digest[:12]} and not "
                 f"{file.key[:12]}. Nothing of it is kept; run the command again."
             )
         part.replace(self._blob(file))
 
-    def _link(self, file: RepoFile, place: Path) -> None:
-        if _size(place) == file.size:
+    def _link(self, file: RepoFile, link: Path) -> None:
+        if _size(link) == file.size:
             return
-        _make_folder(place.parent)
-        target = os.path.relpath(self._blob(file), place.parent)
-        staging = place.with_name(f".{place.name}.link")
+        _make_folder(link.parent)
+        target = os.path.relpath(self._blob(file), link.parent)
+        staging = link.with_name(f".{link.name}.link")
         staging.unlink(missing_ok=True)
         staging.symlink_to(target)
-        staging.replace(place)
+        staging.replace(link)
 
 
 def git_digest(path: Path) -> str:

@@ -25,7 +25,7 @@ ANSWER_TIMEOUT_S = 15.0
 """Seconds that the hub may take to answer about a repository."""
 DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 HUB = "https://huggingface.co"
-SHOWN = 10
+MAX_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class Listing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Client:
-    """The hub, as far as one repository of it is concerned."""
+    """One repository of the hub."""
 
     repo: str
     kind: Kind
@@ -63,54 +63,57 @@ class Client:
             )
             files = tuple(
                 RepoFile(
-                    path=f.rfilename, size=f.size or 0, blob=f.blob_id or "", sha256=f.lfs.sha256 if f.lfs else None
+                    path=file.rfilename,
+                    size=file.size or 0,
+                    blob=file.blob_id or "",
+                    sha256=file.lfs.sha256 if file.lfs else None,
                 )
-                for f in info.siblings or ()
+                for file in info.siblings or ()
             )
-        # They become paths here.
-        wrong = [f.path for f in files if not _is_plain(f.path) or not DIGEST.fullmatch(f.key)]
-        if wrong or not COMMIT.fullmatch(str(info.sha)):
+        # Files are stored under these names.
+        invalid_paths = [file.path for file in files if not _is_plain(file.path) or not DIGEST.fullmatch(file.key)]
+        if invalid_paths or not COMMIT.fullmatch(str(info.sha)):
             raise HubError(
-                f"{self.shown} lists what no hub lists: {wrong[0] if wrong else info.sha!r}. Check HF_ENDPOINT."
+                f"{self.shown} lists what no hub lists: {invalid_paths[0] if invalid_paths else info.sha!r}. Check HF_ENDPOINT."
             )
         return Listing(commit=str(info.sha), files=files)
 
-    def download(self, file: RepoFile, commit: str, into: Path, moved: Callable[[int], None]) -> None:
-        """Download one file, from where `into` ends; `moved` gets the count of new bytes, and may raise to end the download."""
+    def download(self, file: RepoFile, commit: str, target: Path, on_bytes: Callable[[int], None]) -> None:
+        """Download one file, from the end of `target` on; `on_bytes` gets the count of new bytes, and may raise to stop it."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # re-exported lazily
 
         if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
-            self._download_huge(file, commit, into, moved)
+            self._download_huge(file, commit, target, on_bytes)
             return
         url = hf_hub_url(self.repo, file.path, repo_type=self.kind, revision=commit, endpoint=self.endpoint)
-        with self._errors(commit), into.open("ab") as target:
-            if target.tell() > file.size:
-                target.truncate(0)
+        with self._errors(commit), target.open("ab") as file_object:
+            if file_object.tell() > file.size:
+                file_object.truncate(0)
             http_get(
                 url,
-                cast(BinaryIO, target),
-                resume_size=target.tell(),
-                # A part can only be asked for of what is not compressed on the way.
+                cast(BinaryIO, file_object),
+                resume_size=file_object.tell(),
+                # A range can only be asked for of an uncompressed response.
                 headers={**build_hf_headers(), "Accept-Encoding": "identity"},
                 expected_size=file.size,
                 displayed_filename=file.path,
-                tqdm_class=cast(Any, _bar(moved)),
+                tqdm_class=cast(Any, _bar(on_bytes)),
             )
 
-    def _download_huge(self, file: RepoFile, commit: str, into: Path, moved: Callable[[int], None]) -> None:
+    def _download_huge(self, file: RepoFile, commit: str, target: Path, on_bytes: Callable[[int], None]) -> None:
         """By Xet, which the hub demands for files of more than 50 GB; from the beginning each time."""
         from huggingface_hub import hf_hub_download
 
-        folder = into.with_name(f"{into.name}.xet")
+        folder = target.with_name(f"{target.name}.xet")
         try:
             with self._errors(commit):
-                place = hf_hub_download(
+                path = hf_hub_download(
                     self.repo, file.path, repo_type=self.kind, revision=commit, endpoint=self.endpoint,
-                    local_dir=folder, tqdm_class=cast(Any, _bar(moved)),
+                    local_dir=folder, tqdm_class=cast(Any, _bar(on_bytes)),
                 )  # fmt: skip
-            Path(place).replace(into)
+            Path(path).replace(target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,15 +126,15 @@ class Client:
         try:
             yield
         except errors.GatedRepoError as error:
-            raise HubError(self._gated()) from error
+            raise HubError(self._gated_message()) from error
         except errors.RepositoryNotFoundError as error:
-            raise self._unknown() from error
+            raise self._unknown_error() from error
         except errors.RevisionNotFoundError as error:
-            raise HubError(f"{self._what} has no revision {revision!r}.{self._revisions(revision)}") from error
+            raise HubError(f"{self._name} has no revision {revision!r}.{self._revisions(revision)}") from error
         except errors.OfflineModeIsEnabled as error:
             raise HubUnreachableError("HF_HUB_OFFLINE is set") from error
         except errors.HfHubHTTPError as error:
-            raise self._refused(error) from error
+            raise self._refusal_error(error) from error
         except (ValueError, KeyError) as error:
             raise HubError(
                 f"{self.shown} answers with what is no answer of a hub ({type(error).__name__}: {error}). Check HF_ENDPOINT."
@@ -148,27 +151,27 @@ class Client:
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     @property
-    def _what(self) -> str:
+    def _name(self) -> str:
         return f"The {self.kind} {self.repo} of the hub"
 
     @property
     def _page(self) -> str:
         return f"{self.shown}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
 
-    def _gated(self) -> str:
+    def _gated_message(self) -> str:
         from huggingface_hub import get_token
 
         if get_token():
             return (
-                f"{self._what} is gated, and the account of your token has no access to it (403). Ask for it at "
+                f"{self._name} is gated, and the account of your token has no access to it (403). Ask for it at "
                 f"{self._page}; when it is granted, run the same command again."
             )
         return (
-            f"{self._what} is gated, and there is no token (neither HF_TOKEN nor one that `hf auth login` saved). Ask for access "
+            f"{self._name} is gated, and there is no token (neither HF_TOKEN nor one that `hf auth login` saved). Ask for access "
             f"at {self._page}, then set HF_TOKEN or run `hf auth login`."
         )
 
-    def _unknown(self) -> HubError | UnknownModelError:
+    def _unknown_error(self) -> HubError | UnknownModelError:
         message = (
             f"The hub ({self.shown}) has no {self.kind} {self.repo}, or only for those who may see it. Check the name; for a "
             "private one set HF_TOKEN or run `hf auth login`."
@@ -183,29 +186,29 @@ class Client:
         except Exception:  # noqa: BLE001 - the error that is being explained matters more
             return " Name a branch, a tag or a whole commit of 40 digits."
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
-        shown = ", ".join(names[:SHOWN]) + (" and more" if len(names) > SHOWN else "")
-        return f"{did_you_mean(revision, names)} It has {shown or 'none'}, and commits by their 40 digits."
+        listed = ", ".join(names[:MAX_SHOWN]) + (" and more" if len(names) > MAX_SHOWN else "")
+        return f"{did_you_mean(revision, names)} It has {listed or 'none'}, and commits by their 40 digits."
 
-    def _refused(self, error: Any) -> HubError:
+    def _refusal_error(self, error: Any) -> HubError:
         status = error.response.status_code
-        said = str(getattr(error, "server_message", None) or error).strip().splitlines()[0]
+        detail = str(getattr(error, "server_message", None) or error).strip().splitlines()[0]
         if status == 401:
             return HubError(
-                f"The hub refuses the token (401): {said}. Set HF_TOKEN to a valid one, or `hf auth login`."
+                f"The hub refuses the token (401): {detail}. Set HF_TOKEN to a valid one, or `hf auth login`."
             )
         if status == 403:
-            return HubError(f"{self._what} may not be read with this token (403): {said}. See {self._page}.")
+            return HubError(f"{self._name} may not be read with this token (403): {detail}. See {self._page}.")
         if status == 429 or status >= 500:
-            return HubUnreachableError(f"{self.shown} answers {status}: {said}")
-        return HubError(f"{self._what} cannot be had: {self.shown} answers {status}: {said}.")
+            return HubUnreachableError(f"{self.shown} answers {status}: {detail}")
+        return HubError(f"{self._name} cannot be had: {self.shown} answers {status}: {detail}.")
 
 
 def _is_plain(path: str) -> bool:
-    place = PurePosixPath(path)
-    return bool(place.parts) and not place.is_absolute() and ".." not in place.parts and "\0" not in path
+    parsed = PurePosixPath(path)
+    return bool(parsed.parts) and not parsed.is_absolute() and ".." not in parsed.parts and "\0" not in path
 
 
-def _bar(moved: Callable[[int], None]) -> type:
+def _bar(on_bytes: Callable[[int], None]) -> type:
     """A stand-in for tqdm's class that hands on how many bytes came."""
 
     class Bar:
@@ -219,7 +222,7 @@ def _bar(moved: Callable[[int], None]) -> type:
             pass
 
         def update(self, count: float | None = 1) -> None:
-            moved(int(count or 0))
+            on_bytes(int(count or 0))
 
         def __getattr__(self, name: str) -> Callable[..., None]:
             return lambda *args, **options: None

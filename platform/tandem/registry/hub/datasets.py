@@ -30,11 +30,11 @@ def pull_dataset(ref: HubDataset, suffixes: tuple[str, ...], report: Report | No
 
     Revisions, and errors but UnknownModelError, as `pull_model`.
     """
-    said = report or TerminalReport()
+    progress = report or TerminalReport()
     client, cache = Client.of(ref.repo, "dataset"), RepoCache.of(ref.repo, "dataset")
-    listing = find_commit(client, cache, ref.revision, str(ref), said)
+    listing = find_commit(client, cache, ref.revision, str(ref), progress)
     files = dataset_files(ref, listing.files, suffixes)
-    folder = bring(client, cache, ref.revision, listing, files, str(ref), said)
+    folder = bring(client, cache, ref.revision, listing, files, str(ref), progress)
     return DatasetFiles(
         ref=replace(ref, revision=listing.commit),
         paths=tuple(folder / file.path for file in files),

@@ -28,14 +28,14 @@ def pull_model(ref: HubModel, registry: Registry, report: Report | None = None) 
     Raises UnknownModelError (no such model, with the nearest local name), HubUnreachableError, HubError (gated, no such revision,
     no safetensors) or StorageError (no room).
     """
-    said = report or TerminalReport()
+    progress = report or TerminalReport()
     client, cache = Client.of(ref.repo, "model"), RepoCache.of(ref.repo, "model")
     try:
-        listing = find_commit(client, cache, ref.revision, str(ref), said)
+        listing = find_commit(client, cache, ref.revision, str(ref), progress)
     except (UnknownModelError, HubUnreachableError) as error:
-        raise type(error)(f"{error}{_near(registry, ref)}") from error
+        raise type(error)(f"{error}{_similar_name_hint(registry, ref)}") from error
     files = model_files(ref, listing.files)
-    folder = bring(client, cache, ref.revision, listing, files, str(ref), said)
+    folder = bring(client, cache, ref.revision, listing, files, str(ref), progress)
     content = folder_digest(folder, {file.path: file.sha256 for file in files if file.sha256})
     record = registry.register_hub_model(
         ref.repo,
@@ -61,31 +61,35 @@ def restore(path: Path) -> Path:
         case (folder, "snapshots", commit) if folder.startswith("models--") and COMMIT.fullmatch(commit):
             repo = folder.removeprefix("models--").replace("--", "/", 1)
             ref = HubModel(repo=repo, revision=commit)
-            client, cache, said = Client.of(repo, "model"), RepoCache.of(repo, "model"), TerminalReport()
-            if path.is_dir() and commit not in cache.known().commits:
+            client, cache, progress = Client.of(repo, "model"), RepoCache.of(repo, "model"), TerminalReport()
+            if path.is_dir() and commit not in cache.load_state().commits:
                 return path  # complete: links are made when all files are here; what is lost is only the list of them
-            listing = find_commit(client, cache, commit, str(ref), said)
-            return bring(client, cache, commit, listing, model_files(ref, listing.files), str(ref), said)
+            listing = find_commit(client, cache, commit, str(ref), progress)
+            return bring(client, cache, commit, listing, model_files(ref, listing.files), str(ref), progress)
     return path
 
 
-def find_commit(client: Client, cache: RepoCache, revision: str, what: str, report: Report) -> Listing:
+def find_commit(client: Client, cache: RepoCache, revision: str, model_name: str, report: Report) -> Listing:
     """The commit and files of a revision: by the hub, or by its last answer. Errors as `pull_model`."""
-    known = cache.known()
-    commit = revision if COMMIT.fullmatch(revision) else known.revisions.get(revision)
-    here = Listing(commit=commit, files=known.commits[commit]) if commit in known.commits and commit else None
-    if here is not None and (here.commit == revision or hub_offline()):
-        return here
+    state = cache.load_state()
+    commit = revision if COMMIT.fullmatch(revision) else state.revisions.get(revision)
+    local_listing = Listing(commit=commit, files=state.commits[commit]) if commit in state.commits and commit else None
+    if local_listing is not None and (local_listing.commit == revision or hub_offline()):
+        return local_listing
     try:
         return client.listing(revision)
     except HubUnreachableError as error:
-        if here is None:
-            others = ", ".join(sorted({*known.revisions, *known.commits})[:5])
-            there = f" At other revisions it is here: {others}." if others else ""
-            raise HubUnreachableError(f"{what} is not on this machine, and {_why(error)}.{there} {_next()}") from error
-        seen = known.seen.get(revision, "")
-        report.note(f"{error}. {what} is taken from this machine: commit {here.commit[:12]}, which it was at {seen}")
-        return here
+        if local_listing is None:
+            other_revisions = ", ".join(sorted({*state.revisions, *state.commits})[:5])
+            hint = f" At other revisions it is here: {other_revisions}." if other_revisions else ""
+            raise HubUnreachableError(
+                f"{model_name} is not on this machine, and {_reason(error)}.{hint} {_next_step()}"
+            ) from error
+        seen = state.seen.get(revision, "")
+        report.note(
+            f"{error}. {model_name} is taken from this machine: commit {local_listing.commit[:12]}, which it was at {seen}"
+        )
+        return local_listing
 
 
 def bring(
@@ -94,43 +98,43 @@ def bring(
     revision: str,
     listing: Listing,
     files: Iterable[RepoFile],
-    what: str,
+    model_name: str,
     report: Report,
 ) -> Path:
     """The folder of a commit with these files, whole; only what is missing is downloaded."""
-    wanted = list(files)
-    known = cache.known()
-    told = revision == listing.commit or known.revisions.get(revision) == listing.commit
-    if told and listing.commit in known.commits and not cache.missing(listing.commit, wanted):
+    needed_files = list(files)
+    state = cache.load_state()
+    is_current = revision == listing.commit or state.revisions.get(revision) == listing.commit
+    if is_current and listing.commit in state.commits and not cache.missing(listing.commit, needed_files):
         return cache.snapshot(listing.commit)
     with cache.lock(report):
         try:
-            folder = cache.fetch(client, listing.commit, wanted, report)
+            folder = cache.fetch(client, listing.commit, needed_files, report)
         except HubUnreachableError as error:
-            short = cache.missing(listing.commit, wanted)
+            missing_files = cache.missing(listing.commit, needed_files)
             raise HubUnreachableError(
-                f"{what} is not on this machine: {len(short)} of its {len(wanted)} files are missing, and {_why(error)}. "
-                f"{_next()}"
+                f"{model_name} is not on this machine: {len(missing_files)} of its {len(needed_files)} files are missing, and "
+                f"{_reason(error)}. {_next_step()}"
             ) from error
-        cache.remember(revision, listing.commit, listing.files)
+        cache.save_listing(revision, listing.commit, listing.files)
     return folder
 
 
-def _why(error: HubError) -> str:
-    said = str(error)
-    return said[0].lower() + said[1:] if said.startswith("The ") else said
+def _reason(error: HubError) -> str:
+    message = str(error)
+    return message[0].lower() + message[1:] if message.startswith("The ") else message
 
 
-def _next() -> str:
+def _next_step() -> str:
     if hub_offline():
         return "Unset HF_HUB_OFFLINE to download it, or give a folder."
     return "Check the network, HTTPS_PROXY and HF_ENDPOINT, or give a folder; then run the same command again."
 
 
-def _near(registry: Registry, ref: HubModel) -> str:
+def _similar_name_hint(registry: Registry, ref: HubModel) -> str:
     """A hint at a local name that is near: names are compared without their organisations, which make any two alike."""
-    wanted = ref.repo.partition("/")[2]
-    around = [*registry.near(ref.repo), *registry.near(wanted)]
-    known = {name.rpartition("/")[2]: name for name in around if name != ref.repo}
-    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
-    return f" Did you mean {known[near[0]]!r}? That one is registered here." if near else ""
+    repo_name = ref.repo.partition("/")[2]
+    neighbours = [*registry.near(ref.repo), *registry.near(repo_name)]
+    full_names = {neighbour.rpartition("/")[2]: neighbour for neighbour in neighbours if neighbour != ref.repo}
+    matches = difflib.get_close_matches(repo_name, full_names, n=1, cutoff=0.6)
+    return f" Did you mean {full_names[matches[0]]!r}? That one is registered here." if matches else ""

@@ -65,8 +65,8 @@ class HubDataset:
     @classmethod
     def parse(cls, text: str) -> Self:
         """The dataset that `hf://datasets/org/name[@revision][/path]`, or `org/name[@revision]`, names; DataError otherwise."""
-        org, _, rest = text.removeprefix(DATASETS).partition("/")
-        name, _, path = rest.partition("/")
+        org, _, path_parts = text.removeprefix(DATASETS).partition("/")
+        name, _, path = path_parts.partition("/")
         name, at, revision = name.partition("@")
         revision = unquote(revision)
         repo = f"{org}/{name}"

@@ -20,7 +20,7 @@ class Report(Protocol):
     def downloading(
         self, what: str, total_bytes: int, done_bytes: int
     ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """A download of `total_bytes`, `done_bytes` of them here already; yields what any thread calls with how many came."""
+        """A download of `total_bytes`, `done_bytes` of them here already; yields a function to call with counts of new bytes."""
         ...
 
 
@@ -48,15 +48,15 @@ class TerminalReport:
         from rich.table import Column
 
         console = Console(stderr=True, highlight=False)
-        whole = [Column(no_wrap=True) for _ in range(3)]
+        fixed_columns = [Column(no_wrap=True) for _ in range(3)]
         columns = (
             TextColumn("Downloading {task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
             BarColumn(bar_width=8),
-            DownloadColumn(binary_units=True, table_column=whole[0]),
-            TransferSpeedColumn(table_column=whole[1]),
-            TimeRemainingColumn(table_column=whole[2]),
+            DownloadColumn(binary_units=True, table_column=fixed_columns[0]),
+            TransferSpeedColumn(table_column=fixed_columns[1]),
+            TimeRemainingColumn(table_column=fixed_columns[2]),
         )
-        lock, done = threading.Lock(), done_bytes
+        lock, num_done = threading.Lock(), done_bytes
         resumed = f", {_size(done_bytes)} of it here already" if done_bytes else ""
         if not console.is_terminal:
             console.print(f"Downloading {what}: {_size(total_bytes)}{resumed}", soft_wrap=True, markup=False)
@@ -65,18 +65,18 @@ class TerminalReport:
         ) as progress:
             task = progress.add_task(what, total=total_bytes, completed=done_bytes)
 
-            def moved(count: int) -> None:
-                nonlocal done
+            def on_bytes(count: int) -> None:
+                nonlocal num_done
                 with lock:
-                    before, done = done, min(done + count, total_bytes)
-                    tenth = TENTHS * done // max(total_bytes, 1)
-                    tell = not console.is_terminal and tenth > TENTHS * before // max(total_bytes, 1)
-                progress.update(task, completed=done)
-                if tell:
-                    said = f"  {_size(done)} of {_size(total_bytes)}"
-                    console.print(said, soft_wrap=True, markup=False)
+                    num_before, num_done = num_done, min(num_done + count, total_bytes)
+                    tenth = TENTHS * num_done // max(total_bytes, 1)
+                    is_next_tenth = not console.is_terminal and tenth > TENTHS * num_before // max(total_bytes, 1)
+                progress.update(task, completed=num_done)
+                if is_next_tenth:
+                    line = f"  {_size(num_done)} of {_size(total_bytes)}"
+                    console.print(line, soft_wrap=True, markup=False)
 
-            yield moved
+            yield on_bytes
         console.print(f"Downloaded {what}: {_size(total_bytes)}{resumed}", soft_wrap=True, markup=False)
 
 

@@ -11,17 +11,17 @@ from pathlib import PurePosixPath
 from tandem.errors import HubError, did_you_mean
 from tandem.registry.hub.reference import HubDataset, HubModel
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Weights in Python's pickle format, which runs code when it is read."""
 KEPT_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken")
 KEPT_NAMES = ("merges.txt", "vocab.txt", "modules.json")
-NOT_KEPT = ("trainer_state.json", "training_args.json", "optimizer.json")
+EXCLUDED_NAMES = ("trainer_state.json", "training_args.json", "optimizer.json")
 MAIN_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 MODULE_FOLDER = re.compile(r"\d+_\w+")
 """A layer's folder in a sentence-transformers model."""
-TRAIN = re.compile(r"(^|[/_.-])train([/_.-]|$)")
+TRAIN_SPLIT = re.compile(r"(^|[/_.-])train([/_.-]|$)")
 """In a path: a file of the training split."""
-SHOWN = 5
+MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,29 +45,30 @@ class RepoFile:
 
 def model_files(ref: HubModel, files: Sequence[RepoFile]) -> list[RepoFile]:
     """Configs, tokenizer, chat templates and safetensors; HubError for a repository that holds no such model."""
-    top = {file.path for file in files if "/" not in file.path}
+    top_level = {file.path for file in files if "/" not in file.path}
     weights = [file for file in files if "/" not in file.path and file.path.endswith(".safetensors")]
     # Some repositories hold the same weights twice, in their maker's own layout too.
     weights = [file for file in weights if MAIN_WEIGHTS.fullmatch(file.path)] or weights
-    if "config.json" not in top:
-        if "adapter_config.json" in top:
+    if "config.json" not in top_level:
+        if "adapter_config.json" in top_level:
             raise HubError(
                 f"{ref} on the hub is an adapter, not a model (it holds adapter_config.json, no config.json). Download it with "
                 f"`hf download {ref.repo} --local-dir FOLDER`, then `tandem adapters register NAME FOLDER --base MODEL`."
             )
         raise HubError(
-            f"{ref} on the hub holds no config.json, so it is no transformers model. It holds {_some(top)}. "
+            f"{ref} on the hub holds no config.json, so it is no transformers model. It holds {_listed(top_level)}. "
             f"{_converted(files)}"
         )
     if not weights:
-        pickled = [file for file in files if file.path.endswith(PICKLED)]
-        what = (
-            f"only weights in Python's pickle format ({_some(file.path for file in pickled)}), which runs code when it is read"
-            if pickled
-            else f"no *.safetensors at its top level (it holds {_some(top)})"
+        pickle_files = [file for file in files if file.path.endswith(PICKLE_SUFFIXES)]
+        pickles = _listed(file.path for file in pickle_files)
+        reason = (
+            f"only weights in Python's pickle format ({pickles}), which runs code when it is read"
+            if pickle_files
+            else f"no *.safetensors at its top level (it holds {_listed(top_level)})"
         )
-        raise HubError(f"{ref} on the hub holds {what}; Tandem takes safetensors. {_converted(files)}")
-    modules = "modules.json" in top
+        raise HubError(f"{ref} on the hub holds {reason}; Tandem takes safetensors. {_converted(files)}")
+    modules = "modules.json" in top_level
     return [file for file in files if file in weights or _is_kept(file.path, modules)]
 
 
@@ -78,51 +79,52 @@ def dataset_files(ref: HubDataset, files: Sequence[RepoFile], suffixes: tuple[st
     """
     readable = [file for file in files if file.path.endswith(suffixes)]
     if ref.path:
-        wanted = [file for file in readable if _matches(file.path, ref.path)]
-        if not wanted:
-            near = did_you_mean(ref.path, [*(f.path for f in readable), *_folders(readable)])
+        selected = [file for file in readable if _matches(file.path, ref.path)]
+        if not selected:
+            suggestion = did_you_mean(ref.path, [*(file.path for file in readable), *_folders(readable)])
             raise HubError(
-                f"The dataset {ref.repo} holds no file {ref.path} that can be read.{near} It holds "
-                f"{_some(f.path for f in readable)}."
+                f"The dataset {ref.repo} holds no file {ref.path} that can be read.{suggestion} It holds "
+                f"{_listed(file.path for file in readable)}."
             )
     else:
-        wanted = readable
-    if not wanted:
+        selected = readable
+    if not selected:
         raise HubError(
             f"The dataset {ref.repo} at {ref.revision} holds no file that can be read ({', '.join(suffixes)}). It holds "
-            f"{_some(f.path for f in files)}. Where the hub has made Parquet files of it, they are at "
+            f"{_listed(file.path for file in files)}. Where the hub has made Parquet files of it, they are at "
             f"{HubDataset(repo=ref.repo, revision='refs/convert/parquet')}."
         )
     if "*" not in ref.path:
-        wanted = [file for file in wanted if TRAIN.search(file.path)] or wanted
-    folders = _folders(wanted)
+        selected = [file for file in selected if TRAIN_SPLIT.search(file.path)] or selected
+    folders = _folders(selected)
     if len(folders) > 1:
         raise HubError(
-            f"The dataset {ref.repo} has files in {len(folders)} folders ({_some(folders)}). Name one: "
+            f"The dataset {ref.repo} has files in {len(folders)} folders ({_listed(folders)}). Name one: "
             f"{HubDataset(repo=ref.repo, revision=ref.revision, path=folders[0])}."
         )
-    endings = sorted({next(s for s in suffixes if file.path.endswith(s)) for file in wanted})
-    if len(endings) > 1:
+    suffixes_found = sorted({next(suffix for suffix in suffixes if file.path.endswith(suffix)) for file in selected})
+    if len(suffixes_found) > 1:
+        pattern = "/".join(filter(None, [folders[0], f"*{suffixes_found[0]}"]))
         raise HubError(
-            f"The dataset {ref.repo} has files of {len(endings)} sorts ({', '.join(endings)}). Name one: "
-            f"{HubDataset(repo=ref.repo, revision=ref.revision, path='/'.join(filter(None, [folders[0], '*' + endings[0]])))}."
+            f"The dataset {ref.repo} has files of {len(suffixes_found)} sorts ({', '.join(suffixes_found)}). Name one: "
+            f"{HubDataset(repo=ref.repo, revision=ref.revision, path=pattern)}."
         )
-    return sorted(wanted, key=lambda file: file.path)
+    return sorted(selected, key=lambda file: file.path)
 
 
 def _is_kept(path: str, modules: bool) -> bool:
-    place = PurePosixPath(path)
-    if place.name in NOT_KEPT:
+    parsed = PurePosixPath(path)
+    if parsed.name in EXCLUDED_NAMES:
         return False
-    if place.parent == PurePosixPath("."):
-        return place.name in KEPT_NAMES or place.suffix in KEPT_SUFFIXES
-    if place.parts[0] == "additional_chat_templates":
-        return place.suffix == ".jinja"
-    return modules and bool(MODULE_FOLDER.fullmatch(place.parts[0])) and place.suffix in (".json", ".safetensors")
+    if parsed.parent == PurePosixPath("."):
+        return parsed.name in KEPT_NAMES or parsed.suffix in KEPT_SUFFIXES
+    if parsed.parts[0] == "additional_chat_templates":
+        return parsed.suffix == ".jinja"
+    return modules and bool(MODULE_FOLDER.fullmatch(parsed.parts[0])) and parsed.suffix in (".json", ".safetensors")
 
 
-def _matches(path: str, wanted: str) -> bool:
-    return fnmatchcase(path, wanted) if "*" in wanted else path == wanted or path.startswith(f"{wanted}/")
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatchcase(path, pattern) if "*" in pattern else path == pattern or path.startswith(f"{pattern}/")
 
 
 def _folders(files: Iterable[RepoFile]) -> list[str]:
@@ -137,6 +139,9 @@ def _converted(files: Sequence[RepoFile]) -> str:
     )
 
 
-def _some(words: Iterable[str]) -> str:
-    listed = sorted(words)
-    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "") or "nothing"
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return (
+        ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")
+        or "nothing"
+    )

@@ -38,19 +38,23 @@ class AdapterChecker:
                 f"The adapter {adapter.id} has rank {files.rank}; its base is served with max_lora_rank {self.max_rank}. "
                 "Serve it with a larger one."
             )
-        if adapter.digest and not is_remote(adapter.path) and not _unchanged(folder, adapter.digest, _marks(folder)):
+        if (
+            adapter.digest
+            and not is_remote(adapter.path)
+            and not _is_unchanged(folder, adapter.digest, _file_stats(folder))
+        ):
             raise AdapterError(
                 f"The files of {adapter.id} in {folder} have changed since it was registered. Register them again: a new version."
             )
         return replace(adapter, path=str(folder))
 
 
-def _marks(folder: Path) -> tuple[tuple[int, int], ...]:
+def _file_stats(folder: Path) -> tuple[tuple[int, int], ...]:
     """Size and modification time of each file."""
-    found = [(folder / name).stat() for name in FILES]
-    return tuple((stat.st_size, stat.st_mtime_ns) for stat in found)
+    stats = [(folder / name).stat() for name in FILES]
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 @functools.lru_cache(maxsize=10_000)
-def _unchanged(folder: Path, digest: str, marks: tuple[tuple[int, int], ...]) -> bool:
+def _is_unchanged(folder: Path, digest: str, file_stats: tuple[tuple[int, int], ...]) -> bool:
     return is_unchanged(folder, digest)

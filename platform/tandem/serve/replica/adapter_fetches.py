@@ -15,7 +15,7 @@ from tandem.storage import is_remote
 
 FETCH_TIMEOUT_S = 180.0
 """Seconds that the files of one adapter may take to be brought here and checked."""
-AT_ONCE = 4
+MAX_CONCURRENT = 4
 """Fetches at a time from stores, and as many from file systems."""
 MAX_HANGING = 16
 """Fetches that took too long and have not ended; with so many, stores are not asked again until one ends."""
@@ -29,7 +29,7 @@ class AdapterFetches:
     def __init__(self, prepare: Prepare) -> None:
         """`prepare` brings an adapter's files here and checks them; it raises AdapterError or StorageError."""
         self._prepare = prepare
-        self._places = {remote: asyncio.Semaphore(AT_ONCE) for remote in (True, False)}
+        self._semaphores = {remote: asyncio.Semaphore(MAX_CONCURRENT) for remote in (True, False)}
         self._hanging: set[threading.Thread] = set()
 
     async def fetch(self, adapter: AdapterRef) -> AdapterRef:
@@ -37,7 +37,7 @@ class AdapterFetches:
 
         Raises what `prepare` raises, and StorageError where it takes longer than `FETCH_TIMEOUT_S`.
         """
-        async with self._places[is_remote(adapter.path)]:
+        async with self._semaphores[is_remote(adapter.path)]:
             self._hanging = {thread for thread in self._hanging if thread.is_alive()}
             if len(self._hanging) >= MAX_HANGING:
                 raise StorageError(
@@ -45,12 +45,12 @@ class AdapterFetches:
                     "stores that adapters are in."
                 )
             loop = asyncio.get_running_loop()
-            done: asyncio.Future[AdapterRef] = loop.create_future()
-            thread = threading.Thread(target=self._run, args=(adapter, loop, done), name="adapter-fetch", daemon=True)
+            future: asyncio.Future[AdapterRef] = loop.create_future()
+            thread = threading.Thread(target=self._run, args=(adapter, loop, future), name="adapter-fetch", daemon=True)
             thread.start()
             try:
                 async with asyncio.timeout(FETCH_TIMEOUT_S):
-                    return await done
+                    return await future
             except TimeoutError:
                 raise StorageError(
                     f"The files of {adapter.id} were not here within {FETCH_TIMEOUT_S:g} s. Check the store that they are in."
@@ -58,19 +58,19 @@ class AdapterFetches:
             finally:
                 self._hanging.add(thread)
 
-    def _run(self, adapter: AdapterRef, loop: asyncio.AbstractEventLoop, done: asyncio.Future[AdapterRef]) -> None:
+    def _run(self, adapter: AdapterRef, loop: asyncio.AbstractEventLoop, future: asyncio.Future[AdapterRef]) -> None:
         try:
-            found, error = self._prepare(adapter), None
+            prepared, error = self._prepare(adapter), None
         except BaseException as raised:  # noqa: BLE001 - it is raised where the fetch is awaited
-            found, error = adapter, raised
+            prepared, error = adapter, raised
 
         def settle() -> None:
-            if done.done():
+            if future.done():
                 return
             if error is None:
-                done.set_result(found)
+                future.set_result(prepared)
             else:
-                done.set_exception(error)
+                future.set_exception(error)
 
         try:
             loop.call_soon_threadsafe(settle)

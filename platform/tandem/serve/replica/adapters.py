@@ -45,9 +45,9 @@ class AdapterSlots:
         self._on_change = on_change
         self._fetches = AdapterFetches(prepare)
         self._admissions: dict[Waiter, asyncio.Future[None]] = {}
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._load_tasks: dict[str, asyncio.Task[None]] = {}
         self._engine_lock = asyncio.Lock()
-        self._refused: dict[str, tuple[float, str]] = {}
+        self._refusals: dict[str, tuple[float, str]] = {}
         self._pinning_task: asyncio.Task[None] | None = None
         # Replaced whole, as other threads read them.
         self.in_slots: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class AdapterSlots:
         return len(self._residency.waiting)
 
     def is_ready(self, adapter: AdapterRef) -> bool:
-        """Whether `hold` begins at once: the adapter is loaded, and nobody has to leave before."""
+        """Whether `hold` begins at once: the adapter is loaded, and no other request has to end first."""
         return adapter.id in self._residency.loaded and self._residency.admits(adapter.id)
 
     @contextlib.asynccontextmanager
@@ -80,22 +80,22 @@ class AdapterSlots:
         """
         if not self._residency.slots:
             raise EngineError(f"This replica takes no adapters, so {adapter.id} cannot be loaded. Raise max_adapters.")
-        entered = False
+        has_entered = False
         try:
-            async with asyncio.timeout(wait_s) as waiting:
+            async with asyncio.timeout(wait_s) as timeout:
                 await self._enter(adapter.id)
-                entered = True
+                has_entered = True
                 try:
                     while adapter.id not in self._residency.loaded:
                         await self._load(adapter)
                 except BaseException:
                     self._leave(adapter.id)
                     raise
-                waiting.reschedule(None)
+                timeout.reschedule(None)
         except TimeoutError as error:
-            busy = f"All {self._residency.slots} adapter slots are in use, and none came free"
+            reason = f"All {self._residency.slots} adapter slots are in use, and none came free"
             raise SlotsBusyError(
-                f"{f'{adapter.id} was not loaded' if entered else busy} within {wait_s:.0f} s."
+                f"{f'{adapter.id} was not loaded' if has_entered else reason} within {wait_s:.0f} s."
             ) from error
         try:
             yield
@@ -103,7 +103,7 @@ class AdapterSlots:
             self._leave(adapter.id)
 
     async def load(self, adapter: AdapterRef, wait_s: float = 30.0) -> None:
-        """Load ahead of need."""
+        """Load an adapter before a request needs it."""
         async with self.hold(adapter, wait_s):
             pass
 
@@ -127,7 +127,9 @@ class AdapterSlots:
         )
         if self._pinning_task is not None:
             self._pinning_task.cancel()
-        self._pinning_task = asyncio.create_task(self._load_each([pinned[each] for each in self._residency.pinned]))
+        self._pinning_task = asyncio.create_task(
+            self._load_each([pinned[adapter_id] for adapter_id in self._residency.pinned])
+        )
         self._admit_waiting()
 
     async def _load_each(self, adapters: Iterable[AdapterRef]) -> None:
@@ -172,23 +174,23 @@ class AdapterSlots:
             admission.set_result(None)
 
     async def _load(self, adapter: AdapterRef) -> None:
-        until, reason = self._refused.get(adapter.id, (0.0, ""))
-        if time.monotonic() < until:
+        refused_until, reason = self._refusals.get(adapter.id, (0.0, ""))
+        if time.monotonic() < refused_until:
             raise AdapterError(reason)
-        task = self._loading.get(adapter.id)
+        task = self._load_tasks.get(adapter.id)
         if task is None:
-            task = self._loading[adapter.id] = asyncio.create_task(self._make_resident(adapter))
-            task.add_done_callback(functools.partial(self._loaded, adapter.id))
+            task = self._load_tasks[adapter.id] = asyncio.create_task(self._make_resident(adapter))
+            task.add_done_callback(functools.partial(self._load_ended, adapter.id))
         # Shielded: a client that disconnects must not cancel the load that others wait for.
         await asyncio.shield(task)
 
-    def _loaded(self, adapter_id: str, task: asyncio.Task[None]) -> None:
-        self._loading.pop(adapter_id, None)
+    def _load_ended(self, adapter_id: str, task: asyncio.Task[None]) -> None:
+        self._load_tasks.pop(adapter_id, None)
         if not task.cancelled():
             task.exception()  # retrieved: asyncio reports exceptions of abandoned tasks otherwise
 
     async def _make_resident(self, adapter: AdapterRef) -> None:
-        ready = await self._fetches.fetch(adapter)
+        prepared = await self._fetches.fetch(adapter)
         async with self._engine_lock:
             if (victim := self._residency.eviction_candidate()) is not None:
                 await self._evict(victim)
@@ -198,7 +200,7 @@ class AdapterSlots:
                     f"All of the engine's memory for adapters is in use, so {adapter.id} cannot be loaded."
                 )
             try:
-                await self._engine.load_adapter(ready)
+                await self._engine.load_adapter(prepared)
             except EngineError as error:
                 if not self._engine.healthy:
                     raise
@@ -207,7 +209,7 @@ class AdapterSlots:
             self._residency.add(adapter.id)
             self.loads += 1
             self.in_slots = self._residency.in_slots
-            self.problems = {key: why for key, why in self.problems.items() if key != adapter.id}
+            self.problems = {key: reason for key, reason in self.problems.items() if key != adapter.id}
             self._on_change()
 
     async def _evict(self, adapter_id: str) -> None:
@@ -217,5 +219,5 @@ class AdapterSlots:
 
     def _refuse(self, adapter_id: str, reason: str) -> None:
         now = time.monotonic()
-        self._refused = {key: refusal for key, refusal in self._refused.items() if refusal[0] > now}
-        self._refused[adapter_id] = (now + REFUSAL_TTL_S, reason)
+        self._refusals = {key: refusal for key, refusal in self._refusals.items() if refusal[0] > now}
+        self._refusals[adapter_id] = (now + REFUSAL_TTL_S, reason)

@@ -1,4 +1,4 @@
-"""Answer of an engine on its way out of a replica: held back until it is known to be one, and given its token counts.
+"""Answer of an engine, with token counts added; its head is sent only with the first body, when the engine is known to live.
 
 With a dead engine vLLM answers 500, or 200 and an error as the first event of a stream. Nothing was generated, so another replica
 may try; one only, since this request may have killed the engine.
@@ -29,7 +29,7 @@ class GuardedAnswer:
         labels: UsageLabels | None,
         refuse: Callable[[], Awaitable[None]],
     ) -> None:
-        """`labels`: what the request is charged to; None: nothing is counted. `refuse` sends another answer."""
+        """`labels`: labels of the request's usage; None: it is not counted. `refuse` sends the error of a dead engine."""
         self._send = send
         self._refuse = refuse
         self._engine = engine
@@ -54,12 +54,12 @@ class GuardedAnswer:
                 self.refused = True
                 await self._refuse()
                 return
-            started, self._head = self._head, None
+            head, self._head = self._head, None
             if self._labels is not None and not self._is_stream:
                 # All tokens of an answer that is no stream were generated before its head is sent.
                 counts = (COUNTS_HEADER.encode(), counts_to_header(self._tokens.now))
-                started = {**started, "headers": [*started["headers"], counts]}
-            await self._send(started)
+                head = {**head, "headers": [*head["headers"], counts]}
+            await self._send(head)
         if self._labels is not None and self._is_stream and not message.get("more_body"):
             message = {**message, "body": message.get("body", b"") + counts_to_comment(self._tokens.now)}
         await self._send(message)
@@ -77,7 +77,7 @@ class GuardedAnswer:
 
 
 def usage_labels(scope: Scope) -> UsageLabels | None:
-    """What a request is charged to, from the gateway's header; None: to nobody."""
+    """Labels of the request's usage, from the gateway's header; None: it is not counted."""
     name = LABELS_HEADER.encode()
     return next((UsageLabels.from_header(value) for key, value in scope["headers"] if key == name), None)
 

@@ -39,10 +39,10 @@ from tandem.usage import UsageStore, UsageWriter
 
 STOP_S = 15.0
 """Seconds that an idle engine may take to stop."""
-KNOWN_WITHIN_S = 2.0
+FIRST_REPORT_TIMEOUT_S = 2.0
 """Seconds that a new replica waits until the directory knows it."""
 GRACE_BEFORE_DRAIN_S = 0.5
-"""Seconds in which a stopping replica still takes requests of gateways that do not know it yet."""
+"""Seconds in which a stopping replica still takes requests of gateways that have not got its new state yet."""
 
 
 class EngineReplica:
@@ -73,7 +73,7 @@ class EngineReplica:
         if model.config.prefill is not None:
             export(find_engine(model.config.engine).kv_transfer.environment(host, free_ports(1)[0]), override=True)
         self._usage = UsageWriter(UsageStore.at(registry)) if registry is not None else None
-        log = StartLog(model.deployment, find_engine(model.config.engine), resolve_references(model.config.env))
+        start_log = StartLog(model.deployment, find_engine(model.config.engine), resolve_references(model.config.env))
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
             engine = await asyncio.to_thread(create_engine, engine_spec(model))
@@ -84,19 +84,19 @@ class EngineReplica:
                 max_cached=model.config.cached_adapters,
                 prepare=AdapterChecker(Path(model.path) if model.path else None, model.config.max_lora_rank),
                 host=host,
-                on_change=lambda: _call_in(loop, self._reporter.changed),
+                on_change=lambda: _call_in_loop(loop, self._reporter.changed),
                 record_usage=self._usage.add if self._usage else None,
             )
             try:
                 await self._host.start()
             except EngineError as error:
-                raise log.explained(error) from None
+                raise start_log.with_engine_output(error) from None
         if self._usage is not None:
             self._usage.start()
         startup.done("engine")
         self._startup = tuple(startup.phases.items())
         # Serve stops an old replica when this constructor returns: gateways must know this one by then.
-        await self._reporter.start(KNOWN_WITHIN_S)
+        await self._reporter.start(FIRST_REPORT_TIMEOUT_S)
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
@@ -191,7 +191,7 @@ def check_registry(address: RegistryAddress, node: str) -> None:
         registry.revision()
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+def _call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(function)
 

@@ -21,9 +21,9 @@ from tandem.serve.replica.adapters import AdapterSlots, SlotsBusyError
 from tandem.serve.replica.answer import GuardedAnswer, RecordUsage, usage_labels
 from tandem.tasks import discard
 
-REFUSED = "adapter_refused"
+ADAPTER_REFUSED = "adapter_refused"
 """Code of the error for an adapter whose files cannot be served."""
-LOAD, UNLOAD = "/tandem/adapters/load", "/tandem/adapters/unload"
+LOAD_PATH, UNLOAD_PATH = "/tandem/adapters/load", "/tandem/adapters/unload"
 
 
 class Guard:
@@ -65,7 +65,7 @@ class Guard:
         elif (scope["method"], scope["path"]) == ("GET", ALIVE_PATH):
             ready = not self.draining and self._engine.healthy
             await _json(send, 200 if ready else 503, {"ready": ready})
-        elif scope["method"] == "POST" and scope["path"] in (LOAD, UNLOAD):
+        elif scope["method"] == "POST" and scope["path"] in (LOAD_PATH, UNLOAD_PATH):
             await self._control(scope, receive, send)
         else:
             await _refuse(send, 404, f"No route {scope['method']} {scope['path']} here.")
@@ -78,46 +78,46 @@ class Guard:
         else:
             self.in_flight += 1
             try:
-                await self._take(scope, receive, send, adapter)
+                await self._serve_admitted(scope, receive, send, adapter)
             finally:
                 self.in_flight -= 1
 
-    async def _take(self, scope: Scope, receive: Receive, send: Send, adapter: AdapterRef | None) -> None:
+    async def _serve_admitted(self, scope: Scope, receive: Receive, send: Send, adapter: AdapterRef | None) -> None:
         if adapter is None:
-            await self._pass(scope, receive, send)
+            await self._call_engine(scope, receive, send)
             return
         try:
             if self._slots.is_ready(adapter):
                 async with self._slots.hold(adapter):
-                    await self._pass(scope, receive, send)
+                    await self._call_engine(scope, receive, send)
             else:
-                await self._wait_and_pass(scope, ReadAhead(receive), send, adapter)
+                await self._wait_and_call_engine(scope, ReadAhead(receive), send, adapter)
         except (SlotsBusyError, StorageError) as error:
             await _refuse(send, 503, str(error), unavailable="adapters")
         except AdapterError as error:
-            await _refuse(send, 400, str(error), code=REFUSED)
+            await _refuse(send, 400, str(error), code=ADAPTER_REFUSED)
         except EngineError as error:
             if self._engine.healthy:
                 await _refuse(send, 500, str(error))
             else:
                 await self._refuse_dead(send, "died")
 
-    async def _wait_and_pass(self, scope: Scope, receive: ReadAhead, send: Send, adapter: AdapterRef) -> None:
+    async def _wait_and_call_engine(self, scope: Scope, receive: ReadAhead, send: Send, adapter: AdapterRef) -> None:
         """Wait for the adapter, for no longer than the client does: one that leaves takes no slot."""
-        async with contextlib.AsyncExitStack() as held:
-            waiting = asyncio.ensure_future(held.enter_async_context(self._slots.hold(adapter)))
-            leaving = asyncio.ensure_future(receive.disconnected())
+        async with contextlib.AsyncExitStack() as resources:
+            hold_task = asyncio.ensure_future(resources.enter_async_context(self._slots.hold(adapter)))
+            disconnect_task = asyncio.ensure_future(receive.disconnected())
             try:
-                await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((hold_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
             finally:
-                await discard(leaving)
-                if not waiting.done():
-                    await discard(waiting)
-            if not waiting.cancelled():
-                waiting.result()
-                await self._pass(scope, receive, send)
+                await discard(disconnect_task)
+                if not hold_task.done():
+                    await discard(hold_task)
+            if not hold_task.cancelled():
+                hold_task.result()
+                await self._call_engine(scope, receive, send)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _call_engine(self, scope: Scope, receive: Receive, send: Send) -> None:
         with counting_tokens() as tokens:
             labels = usage_labels(scope)
             answer = GuardedAnswer(send, self._engine, tokens, labels, lambda: self._refuse_dead(send, "died"))
@@ -127,16 +127,16 @@ class Guard:
                 if self._record_usage is not None and answer.is_charged:
                     self._record_usage(*answer.usage)
 
-    async def _refuse_dead(self, send: Send, when: str) -> None:
+    async def _refuse_dead(self, send: Send, reason: str) -> None:
         self._on_death()
         await _refuse(
-            send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable=when
+            send, 503, "The engine of this replica has died; the replica is being replaced.", unavailable=reason
         )
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             body = json.loads(await _body(receive))
-            if scope["path"] == LOAD:
+            if scope["path"] == LOAD_PATH:
                 await self._slots.load(AdapterRef(id=body["id"], path=body["path"], digest=body.get("digest")))
                 done = True
             else:
@@ -146,7 +146,7 @@ class Guard:
         except (SlotsBusyError, StorageError) as error:
             await _refuse(send, 503, str(error), unavailable="adapters")
         except AdapterError as error:
-            await _refuse(send, 400, str(error), code=REFUSED)
+            await _refuse(send, 400, str(error), code=ADAPTER_REFUSED)
         except EngineError as error:
             await _refuse(send, 500, str(error))
         else:
@@ -161,7 +161,7 @@ class ReadAhead:
         self._messages: deque[Message] = deque()
 
     async def disconnected(self) -> None:
-        """Wait until the client has left; what it sends meanwhile is kept for the app."""
+        """Wait until the client has disconnected; its messages until then are kept for the app."""
         while not self._messages or self._messages[-1]["type"] != "http.disconnect":
             self._messages.append(await self._receive())
 
@@ -173,25 +173,30 @@ class ReadAhead:
 
 
 async def _body(receive: Receive) -> bytes:
-    parts = []
+    chunks = []
     while True:
         message = await receive()
-        parts.append(message.get("body", b""))
+        chunks.append(message.get("body", b""))
         if not message.get("more_body"):
-            return b"".join(parts)
+            return b"".join(chunks)
 
 
 async def _refuse(
-    send: Send, status: int, text: str, *, unavailable: str | None = None, code: str | None = None
+    send: Send, status: int, message: str, *, unavailable: str | None = None, code: str | None = None
 ) -> None:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": text, "type": kind, "param": "model" if code == REFUSED else None, "code": code}
+    error_type = "server_error" if status >= 500 else "invalid_request_error"
+    error = {
+        "message": message,
+        "type": error_type,
+        "param": "model" if code == ADAPTER_REFUSED else None,
+        "code": code,
+    }
     await _json(send, status, {"error": error}, {UNAVAILABLE_HEADER: unavailable} if unavailable else {})
 
 
 async def _json(send: Send, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
     body = json.dumps(value).encode()
-    raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    raw += [(name.encode(), text.encode()) for name, text in (headers or {}).items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
+    raw_headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    raw_headers += [(name.encode(), header_value.encode()) for name, header_value in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw_headers})
     await send({"type": "http.response.body", "body": body})

@@ -7,7 +7,7 @@ import logging
 import logging.handlers
 from collections.abc import Iterator
 
-SERVE = "ray.serve"
+SERVE_LOGGER = "ray.serve"
 
 
 @contextlib.contextmanager
@@ -17,7 +17,11 @@ def serve_log_kept() -> Iterator[None]:
     A restarted Serve controller asks each replica for its log file. A replica whose handler has lost its target fails that call,
     and Serve replaces it: without this, all engines were replaced whenever the controller restarted.
     """
-    handlers = [h for h in logging.getLogger(SERVE).handlers if isinstance(h, logging.handlers.MemoryHandler)]
+    handlers = [
+        handler
+        for handler in logging.getLogger(SERVE_LOGGER).handlers
+        if isinstance(handler, logging.handlers.MemoryHandler)
+    ]
     targets = [(handler, handler.target) for handler in handlers]
     try:
         yield

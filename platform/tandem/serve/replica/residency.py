@@ -58,18 +58,18 @@ class Residency:
     def admit(self) -> list[Waiter]:
         """Remove and return the requests that are admitted now and count as users; call it when a request has left."""
         admitted: list[Waiter] = []
-        ahead: Waiter | None = None
+        first_waiting: Waiter | None = None
         for waiter in list(self.waiting):
-            if ahead is not None and ahead.overtaken_by >= MAX_OVERTAKEN:
+            if first_waiting is not None and first_waiting.overtaken_by >= MAX_OVERTAKEN:
                 break
             if self._fits(waiter.adapter):
-                if ahead is not None:
-                    ahead.overtaken_by += 1
+                if first_waiting is not None:
+                    first_waiting.overtaken_by += 1
                 self.users[waiter.adapter] += 1
                 self.waiting.remove(waiter)
                 admitted.append(waiter)
             else:
-                ahead = ahead or waiter
+                first_waiting = first_waiting or waiter
         return admitted
 
     def leave(self, adapter: str) -> None:
@@ -91,7 +91,9 @@ class Residency:
         """
         if len(self.loaded) < self.cached:
             return None
-        return next((each for each in self.loaded if each not in self.users and each not in self.pinned), None)
+        return next(
+            (adapter for adapter in self.loaded if adapter not in self.users and adapter not in self.pinned), None
+        )
 
     @property
     def full(self) -> bool:
@@ -115,8 +117,8 @@ class Residency:
     @property
     def in_slots(self) -> tuple[str, ...]:
         """Adapters in the engine's slots: the most recently used."""
-        busy = [each for each in self.loaded if each in self.users]
-        idle = [each for each in self.loaded if each not in self.users]
+        busy = [adapter for adapter in self.loaded if adapter in self.users]
+        idle = [adapter for adapter in self.loaded if adapter not in self.users]
         return tuple([*idle, *busy][-self.slots :]) if self.slots else ()
 
     def _fits(self, adapter: str) -> bool:

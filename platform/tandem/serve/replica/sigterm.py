@@ -14,9 +14,9 @@ from typing import Any
 
 from tandem.settings import LONGEST_DRAIN_S
 
-STEP = "raise_sys_exit_with_custom_error_message"
+EXIT_FUNCTION = "raise_sys_exit_with_custom_error_message"
 """Function that Ray's handler calls to end the process."""
-LOOK_S = 0.2
+CHECK_INTERVAL_S = 0.2
 
 
 def drain_on_sigterm() -> None:
@@ -29,12 +29,12 @@ def drain_on_sigterm() -> None:
     from ray._private import worker
 
     name = serve.get_replica_context().replica_id.to_full_id_str()
-    begun = threading.Event()
+    has_begun = threading.Event()
 
-    def step(*args: Any, **options: Any) -> None:
+    def start_drain(*args: Any, **options: Any) -> None:
         # Runs in the main thread, which must not block.
-        if not begun.is_set():
-            begun.set()
+        if not has_begun.is_set():
+            has_begun.set()
             threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
             threading.Thread(target=drain, daemon=True).start()
 
@@ -44,12 +44,12 @@ def drain_on_sigterm() -> None:
             ray.get(replica.perform_graceful_shutdown.remote(), timeout=LONGEST_DRAIN_S)
         os._exit(0)
 
-    if hasattr(worker, STEP):
-        setattr(worker, STEP, step)
+    if hasattr(worker, EXIT_FUNCTION):
+        setattr(worker, EXIT_FUNCTION, start_drain)
 
 
 def _end_with_the_node(parent: int) -> None:
     """End the process with its node: no client is left."""
     while os.getppid() == parent:
-        time.sleep(LOOK_S)
+        time.sleep(CHECK_INTERVAL_S)
     os._exit(1)

@@ -23,7 +23,7 @@ MAX_BYTES = 2**20
 
 
 class StartLog:
-    """What this process and its children write from now on."""
+    """Output of this process and its children since this object was made."""
 
     def __init__(self, name: str, engine: EngineDescriptor, secrets: tuple[str, ...] = ()) -> None:
         """`name` is the file's in TANDEM_HOME/logs; `secrets` are left out of errors and of the file."""
@@ -32,13 +32,13 @@ class StartLog:
         self._engine = engine
         self._files = [(path, path.stat().st_size) for path in _ray_log_files()]
 
-    def explained(self, error: EngineError) -> EngineError:
+    def with_engine_output(self, error: EngineError) -> EngineError:
         """The same error with the engine's own last error, and with the path of the log."""
         output = redact("".join(_read_from(path, start) for path, start in self._files), self._secrets)
         message = self._engine.explain_start_error(redact(str(error), self._secrets), output)
-        return EngineError(f"{message.rstrip('. ')}. {self._keep(output)}")
+        return EngineError(f"{message.rstrip('. ')}. {self._save(output)}")
 
-    def _keep(self, output: str) -> str:
+    def _save(self, output: str) -> str:
         node = socket.gethostname()
         home = settings().root
         path = home / "logs" / f"{self._name}.log"

@@ -8,7 +8,7 @@ import psutil
 
 
 class StartupTimer:
-    """Started with this process, which Ray may have started ahead of need."""
+    """Counts from the start of the process, which Ray may have started ahead of need."""
 
     def __init__(self) -> None:
         self._last = psutil.Process().create_time()

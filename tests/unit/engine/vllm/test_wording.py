@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from tandem.config import ServedModelConfig
 from tandem.engine.vllm import wording
-from tandem.engine.vllm.logs import ANTHROPIC, quiet_refusals
+from tandem.engine.vllm.logs import ANTHROPIC_LOGGER, quiet_refusals
 from tandem.engine.vllm.parsers import explain_refusal
 from tandem.engine.vllm.requests import explain_error
 from tandem.engine.vllm.wording import (
@@ -149,7 +149,7 @@ def test_the_log_has_no_traceback_of_a_refused_request(
 ) -> None:
     quiet_refusals()
     quiet_refusals()
-    log = logging.getLogger(ANTHROPIC)
+    log = logging.getLogger(ANTHROPIC_LOGGER)
     try:
         raise error
     except Exception as raised:

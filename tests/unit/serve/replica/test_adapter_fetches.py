@@ -12,7 +12,7 @@ from tandem.engine.echo.engine import EchoEngine
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import AdapterError, StorageError
 from tandem.serve.replica import adapter_fetches
-from tandem.serve.replica.adapter_fetches import AT_ONCE, AdapterFetches
+from tandem.serve.replica.adapter_fetches import MAX_CONCURRENT, AdapterFetches
 from tandem.serve.replica.adapters import AdapterSlots
 
 
@@ -55,7 +55,7 @@ async def test_a_fetch_that_hangs_ends_with_an_error_and_frees_its_place(
 ) -> None:
     monkeypatch.setattr(adapter_fetches, "FETCH_TIMEOUT_S", 0.1)
     fetches = AdapterFetches(store)
-    hanging = [fetches.fetch(ref(f"a{n}@1", "s3://hangs/a")) for n in range(AT_ONCE)]
+    hanging = [fetches.fetch(ref(f"a{n}@1", "s3://hangs/a")) for n in range(MAX_CONCURRENT)]
     for error in await asyncio.gather(*hanging, return_exceptions=True):
         assert isinstance(error, StorageError) and "within 0.1 s" in str(error)
     monkeypatch.setattr(adapter_fetches, "FETCH_TIMEOUT_S", 20.0)
@@ -66,11 +66,11 @@ async def test_hanging_fetches_delay_neither_other_work_in_threads_nor_local_ada
     fetches = AdapterFetches(store)
     hanging = [asyncio.create_task(fetches.fetch(ref(f"a{n}@1", "s3://hangs/a"))) for n in range(100)]
     async with asyncio.timeout(20):
-        while store.begun < AT_ONCE:
+        while store.begun < MAX_CONCURRENT:
             await asyncio.sleep(0.01)
         assert await asyncio.to_thread(lambda: "free") == "free"
         assert (await fetches.fetch(ref("b@1", "/disk/b"))).path == "/here"
-    assert store.begun == AT_ONCE + 1
+    assert store.begun == MAX_CONCURRENT + 1
     for task in hanging:
         task.cancel()
     await asyncio.gather(*hanging, return_exceptions=True)

@@ -9,7 +9,7 @@ from tandem.engine.echo.engine import EchoEngine
 from tandem.engine.protocol import AdapterRef
 from tandem.errors import EngineError
 from tandem.routing.records import adapter_headers
-from tandem.serve.replica.guard import LOAD, UNLOAD
+from tandem.serve.replica.guard import LOAD_PATH, UNLOAD_PATH
 from tandem.serve.replica.host import EngineHost
 
 BODY = {"model": "echo", "prompt": "one two three"}
@@ -53,10 +53,13 @@ async def test_control_routes_load_and_unload() -> None:
     engine = EchoEngine()
     host = await started(engine)
     async with client(host) as http:
-        assert (await http.post(LOAD, json={"id": "a@1", "path": "/a"})).json() == {"done": True, "adapters": ["a@1"]}
-        assert (await http.post(UNLOAD, json={"id": "a@1"})).json() == {"done": True, "adapters": []}
-        assert (await http.post(LOAD, content=b"[")).status_code == 400
-        assert (await http.post(LOAD, json={"id": "a@1"})).status_code == 400
+        assert (await http.post(LOAD_PATH, json={"id": "a@1", "path": "/a"})).json() == {
+            "done": True,
+            "adapters": ["a@1"],
+        }
+        assert (await http.post(UNLOAD_PATH, json={"id": "a@1"})).json() == {"done": True, "adapters": []}
+        assert (await http.post(LOAD_PATH, content=b"[")).status_code == 400
+        assert (await http.post(LOAD_PATH, json={"id": "a@1"})).status_code == 400
     await host.drain(0)
 
 

@@ -27,7 +27,7 @@ def test_the_error_has_what_was_written_since_and_the_path_of_a_copy(
     log = StartLog("engine-m", VLLM)
     with written.open("a") as file:
         file.write("(EngineCore pid=3) ValueError: max seq len 2048 needs more cache\n")
-    said = str(log.explained(ERROR))
+    said = str(log.with_engine_output(ERROR))
     kept = tmp_path / "home" / "logs" / "engine-m.log"
     assert said == (
         "vLLM could not load /m: ValueError: max seq len 2048 needs more cache. "
@@ -43,4 +43,4 @@ def test_where_no_copy_can_be_kept_the_log_of_ray_is_named(tmp_path: Path, monke
     written = tmp_path / "worker.err"
     written.touch()
     monkeypatch.setattr(start_log, "_ray_log_files", lambda: [written])
-    assert f"Its log is {written} on the node" in str(StartLog("engine-m", VLLM).explained(ERROR))
+    assert f"Its log is {written} on the node" in str(StartLog("engine-m", VLLM).with_engine_output(ERROR))
