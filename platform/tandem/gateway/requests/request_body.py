@@ -72,7 +72,7 @@ async def read_body(request: Request, limit: int, timeout_s: float, held_body: H
         raise ApiError(
             413,
             f"The request body has {size if content_length else f'more than {limit}'} bytes; at most {limit} are taken"
-            + (" (gateway.max_body_bytes)." if held is not None else " here."),
+            + (" (gateway.max_body_bytes)." if held_body is not None else " here."),
         )
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
