@@ -25,10 +25,10 @@ class SkippedStep:
 
     def describe(self) -> str:
         """The step and its rows in words."""
-        where = f"rows {self.first} to {self.first + self.rows - 1}"
+        row_range = f"rows {self.first} to {self.first + self.rows - 1}"
         if self.suspects and len(self.suspects) < self.rows:
-            where += f"; the loss went wrong among {_listed(self.suspects)}"
-        return f"step {self.step} ({where})"
+            row_range += f"; the loss went wrong among {_join_rows(self.suspects)}"
+        return f"step {self.step} ({row_range})"
 
 
 class NonFiniteGuard:
@@ -43,20 +43,20 @@ class NonFiniteGuard:
 
     def record_skipped(self, step: int, first: int, rows: int, suspects: Sequence[int]) -> SkippedStep:
         """A step was skipped."""
-        found = SkippedStep(
+        skipped_step = SkippedStep(
             step=step, first=first, rows=rows, suspects=tuple(sorted(suspects)), in_a_row=len(self._skipped) + 1
         )
-        self._skipped.append(found)
-        return found
+        self._skipped.append(skipped_step)
+        return skipped_step
 
     def check(self) -> None:
         """Raise JobError if `limit` steps in a row were skipped."""
         if len(self._skipped) < self._limit:
             return
         skipped = [step.describe() for step in self._skipped]
-        listed = "; ".join(skipped if len(skipped) <= 4 else [*skipped[:2], "...", *skipped[-1:]])
+        descriptions = "; ".join(skipped if len(skipped) <= 4 else [*skipped[:2], "...", *skipped[-1:]])
         raise JobError(
-            f"Loss or gradients were not finite in {len(skipped)} steps in a row, which were skipped: {listed}. Lower "
+            f"Loss or gradients were not finite in {len(skipped)} steps in a row, which were skipped: {descriptions}. Lower "
             "optimizer.learning_rate, look at these rows with `tandem data inspect`, or raise faults.max_nonfinite "
             f"({self._limit}); then run the job again."
         )
@@ -67,15 +67,15 @@ class SpikeDetector:
 
     def __init__(self, config: SpikeConfig) -> None:
         self._config = config
-        self._before: deque[float] = deque(maxlen=config.window)
+        self._window_losses: deque[float] = deque(maxlen=config.window)
 
     def median_exceeded_by(self, loss: float) -> float | None:
         """The median that `loss` exceeds by the factor; None if it does not, and then the loss enters the window."""
-        if len(self._before) == self._config.window:
-            middle = statistics.median(self._before)
-            if loss > self._config.factor * middle:
-                return middle
-        self._before.append(loss)
+        if len(self._window_losses) == self._config.window:
+            median = statistics.median(self._window_losses)
+            if loss > self._config.factor * median:
+                return median
+        self._window_losses.append(loss)
         return None
 
 
@@ -88,6 +88,6 @@ class LossSpike(Exception):
         self.step, self.rows, self.loss, self.median = step, rows, loss, median
 
 
-def _listed(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:8]))
-    return f"{shown} and {len(rows) - 8} more" if len(rows) > 8 else shown
+def _join_rows(rows: Sequence[int]) -> str:
+    first_rows = ", ".join(map(str, rows[:8]))
+    return f"{first_rows} and {len(rows) - 8} more" if len(rows) > 8 else first_rows

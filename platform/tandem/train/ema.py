@@ -27,7 +27,7 @@ class Ema:
         self.decay = decay
         self._model = model
         self._updates = 0
-        self._average = {name: p.detach().clone() for name, p in _trained(model)}
+        self._average = {name: p.detach().clone() for name, p in _trainable_parameters(model)}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -55,11 +55,11 @@ class Ema:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state of the same parameters, such as a `state_dict` that was loaded into in place."""
         self._updates = int(state["updates"])
-        for name, mine in canonical(self._model, self._average).items():
-            for at, held in mine.chunks.items():
-                loaded = state["average"][name].chunks[at]
-                if loaded.data_ptr() != held.data_ptr():
-                    held.copy_(loaded)
+        for name, own_tensor in canonical(self._model, self._average).items():
+            for offsets, own_chunk in own_tensor.chunks.items():
+                loaded_chunk = state["average"][name].chunks[offsets]
+                if loaded_chunk.data_ptr() != own_chunk.data_ptr():
+                    own_chunk.copy_(loaded_chunk)
         sync_tied(self._model, self._average)
 
     @torch.no_grad()
@@ -67,16 +67,16 @@ class Ema:
         # After a forward pass without a backward pass, FSDP2 keeps some parameters gathered: they would be stale.
         reshard(model)
         for average, current in zip(*self._pairs(model), strict=True):
-            held = current.clone()
+            previous = current.clone()
             current.copy_(average)
-            average.copy_(held)
+            average.copy_(previous)
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        current = {name: p.detach() for name, p in _trained(model)}
+        current = {name: p.detach() for name, p in _trainable_parameters(model)}
         return [_local(a) for a in self._average.values()], [_local(current[name]) for name in self._average]
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in unwrapped(model).named_parameters() if p.requires_grad)
 
 

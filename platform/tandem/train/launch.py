@@ -85,10 +85,10 @@ def main(arguments: list[str]) -> int:
         journal.write(Stopped(reason=str(stopped)))
         return stopped.exit_code
     except TandemError as error:
-        return _failed(journal, str(error), error.exit_code)
+        return _record_failure(journal, str(error), error.exit_code)
     except Exception as error:
         logging.getLogger(__name__).exception("The job failed with an unexpected error.")
-        return _failed(journal, f"{type(error).__name__}: {error}", 1)
+        return _record_failure(journal, f"{type(error).__name__}: {error}", 1)
 
 
 def _stop_with_supervisor() -> None:
@@ -118,15 +118,15 @@ def driver_lock(job: Path, journal: Journal) -> Iterator[None]:
 
 def run_job(job: Path, journal: Journal, stop_request: StopRequest | None = None) -> None:
     """Run the job in `job` to its end. Raises a TandemError that says what to change, JobStopped after `stop_request`."""
-    began = time.monotonic()
+    start_time = time.monotonic()
     config = load_yaml(TrainConfig, job / "config.yaml")
-    before = journal.read()
+    earlier_events = journal.read()
     registration = ResultRegistration(config, job, journal)
-    if (done := _finished(before, job)) is not None:
-        journal.write(_register_late(done, registration) if config.register and not done.model else done)
+    if (finished := _finished_event(earlier_events, job)) is not None:
+        journal.write(_register_late(finished, registration) if config.register and not finished.model else finished)
         return
     task, registration.origin = _prepare(config, job, journal)
-    with metrics_of(config, job, before=before, notice=journal.notice) as metrics:
+    with metrics_of(config, job, earlier_events=earlier_events, notice=journal.notice) as metrics:
         exported = run_workers(task, journal, metrics, stop_request, on_exported=registration.on_exported)
     result = registration.finish(exported)
     plot_run(journal.read(), job / "loss.png", title=config.name)
@@ -138,24 +138,29 @@ def run_job(job: Path, journal: Journal, stop_request: StopRequest | None = None
                 evaluation=last_evaluation(journal),
                 tokens=exported.tokens,
                 steps=config.steps,
-                seconds=round(time.monotonic() - began, 3),
+                seconds=round(time.monotonic() - start_time, 3),
             ),
             result,
         )
     )
 
 
-def _finished(before: list[Event], job: Path) -> Finished | None:
+def _finished_event(events: list[Event], job: Path) -> Finished | None:
     """The event of the end of a job that is done: its result is exported, and it has not started again since."""
-    ends = (event for event in reversed(before) if isinstance(event, Finished | Started | Failed))
-    end = next(ends, None)
-    return replace(end, time=None) if isinstance(end, Finished) and is_complete_export(job / "export") else None
+    boundary_events = (event for event in reversed(events) if isinstance(event, Finished | Started | Failed))
+    last_event = next(boundary_events, None)
+    return (
+        replace(last_event, time=None)
+        if isinstance(last_event, Finished) and is_complete_export(job / "export")
+        else None
+    )
 
 
-def _register_late(done: Finished, registration: ResultRegistration) -> Finished:
+def _register_late(finished: Finished, registration: ResultRegistration) -> Finished:
     """Register a result that was exported without being registered, such as that of a sweep's trial."""
     return _with_result(
-        done, registration.finish(Exported(step=done.steps or 0, loss=done.loss, tokens=done.tokens or 0))
+        finished,
+        registration.finish(Exported(step=finished.steps or 0, loss=finished.loss, tokens=finished.tokens or 0)),
     )
 
 
@@ -173,7 +178,7 @@ def _prepare(config: TrainConfig, job: Path, journal: Journal) -> tuple[WorkerTa
     check_elastic(config)
     for count in worker_counts(config):
         check_layout(base.shape() if base else ModelShape.of(config.model), with_workers(config, count))
-    split = _split(config, parts)
+    split = _split_held_out(config, parts)
     tokenizer = _tokenizer(config, base, parts)
     encoder = TextEncoder(str(tokenizer))
     reference = find_reference_model(config, base, encoder)
@@ -183,7 +188,7 @@ def _prepare(config: TrainConfig, job: Path, journal: Journal) -> tuple[WorkerTa
     check_writable(root)
     connect(config)
     # Raises before a worker starts if the data has no row with loss.
-    stream = open_stream(split.trained, encoder, config.data, workers=config.parallel.data, seed=config.seed)
+    stream = open_stream(split.training, encoder, config.data, workers=config.parallel.data, seed=config.seed)
     rows = _evaluation_rows(config, stream, split.held_out)
     task = WorkerTask(
         config=config,
@@ -202,11 +207,11 @@ def _prepare(config: TrainConfig, job: Path, journal: Journal) -> tuple[WorkerTa
 class _Split:
     """Shards to train on, and shards to evaluate on."""
 
-    trained: tuple[Part, ...]
+    training: tuple[Part, ...]
     held_out: tuple[Part, ...]
 
 
-def _split(config: TrainConfig, parts: tuple[Part, ...]) -> _Split:
+def _split_held_out(config: TrainConfig, parts: tuple[Part, ...]) -> _Split:
     if config.evaluation is None or not config.evaluation.share:
         return _Split(parts, ())
     return _Split(*hold_out_of_each(parts, config.evaluation.share))
@@ -247,33 +252,33 @@ def connect(config: TrainConfig) -> None:
     check_capacity(config, ray.cluster_resources())
 
 
-def check_capacity(config: TrainConfig, total: dict[str, float]) -> None:
+def check_capacity(config: TrainConfig, cluster_resources: dict[str, float]) -> None:
     """Raise ClusterError if the empty cluster could not hold the workers: Ray would wait for ever."""
-    parallel, least = config.parallel, worker_counts(config)[0]
+    parallel, min_workers = config.parallel, worker_counts(config)[0]
     # The tasks that read the data need CPUs beside the workers.
-    for name, each, spare in (
+    for name, per_worker, for_readers in (
         ("CPU", parallel.cpus_per_worker, config.data.readers),
         ("GPU", parallel.gpus_per_worker, 0.0),
-        *((name, each, 0.0) for name, each in parallel.resources_per_worker.items()),
+        *((name, per_worker, 0.0) for name, per_worker in parallel.resources_per_worker.items()),
     ):
-        needed, there = least * each + spare, total.get(name, 0.0)
-        if each and needed > there:
-            beside = f", and {spare:g} to read the data" if spare else ""
+        required, available = min_workers * per_worker + for_readers, cluster_resources.get(name, 0.0)
+        if per_worker and required > available:
+            readers_note = f", and {for_readers:g} to read the data" if for_readers else ""
             setting = f"{name.lower()}s_per_worker" if name in ("CPU", "GPU") else f"resources_per_worker.{name}"
             raise ClusterError(
-                f"{least} workers of {each:g} {name} each{beside} need {needed:g} {name}; the whole cluster has "
-                f"{there:g}. Lower parallel.workers or parallel.{setting}, or add a node."
+                f"{min_workers} workers of {per_worker:g} {name} each{readers_note} need {required:g} {name}; "
+                f"the whole cluster has {available:g}. Lower parallel.workers or parallel.{setting}, or add a node."
             )
 
 
-def _evaluation_rows(config: TrainConfig, stream: Stream, held: tuple[Part, ...]) -> Rows | None:
+def _evaluation_rows(config: TrainConfig, stream: Stream, held_out: tuple[Part, ...]) -> Rows | None:
     if config.evaluation is None:
         return None
     if config.evaluation.data is not None:
         folder, index = find_dataset(config.evaluation.data)
         config.check_kind(index.kind, str(folder))
-        held = (Part(folder=folder, index=index),)
-    return rows_of_each(held, stream.sources[0].spec, config.evaluation.rows)
+        held_out = (Part(folder=folder, index=index),)
+    return rows_of_each(held_out, stream.sources[0].spec, config.evaluation.rows)
 
 
 def find_reference_model(config: TrainConfig, base: BaseRef | None, encoder: TextEncoder) -> Path | None:
@@ -286,15 +291,16 @@ def find_reference_model(config: TrainConfig, base: BaseRef | None, encoder: Tex
     if config.dpo is None or config.dpo.reference is None:
         # Adapters are compared with their own base, which is loaded already.
         return base.path if config.lora is None else None
-    found = find_base(config.dpo.reference, "dpo.reference")
-    ours, theirs = encoder.tokenizer.get_vocab(), TextEncoder(str(found.path)).tokenizer.get_vocab()
-    if ours != theirs:
+    reference = find_base(config.dpo.reference, "dpo.reference")
+    base_vocab, reference_vocab = encoder.tokenizer.get_vocab(), TextEncoder(str(reference.path)).tokenizer.get_vocab()
+    if base_vocab != reference_vocab:
         raise ConfigError(
-            f"dpo.reference ({found.id}) has another tokenizer than model.base ({base.id}): {len(theirs)} tokens, of which "
-            f"{len(ours.items() & theirs.items())} are among the base's {len(ours)}, so their answers cannot be compared. "
+            f"dpo.reference ({reference.id}) has another tokenizer than model.base ({base.id}): "
+            f"{len(reference_vocab)} tokens, of which {len(base_vocab.items() & reference_vocab.items())} are among the base's "
+            f"{len(base_vocab)}, so their answers cannot be compared. "
             "Name a model that comes from the same base, or unset dpo.reference."
         )
-    return found.path
+    return reference.path
 
 
 def _tokenizer(config: TrainConfig, base: BaseRef | None, parts: tuple[Part, ...]) -> Path:
@@ -306,7 +312,7 @@ def _tokenizer(config: TrainConfig, base: BaseRef | None, parts: tuple[Part, ...
     return parts[0].folder / TOKENIZER_NAME
 
 
-def _failed(journal: Journal, message: str, exit_code: int) -> int:
+def _record_failure(journal: Journal, message: str, exit_code: int) -> int:
     event = Failed(error=message)
     try:
         journal.write(event)

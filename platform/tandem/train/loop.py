@@ -118,12 +118,12 @@ def train(
             if spikes is not None and (median := spikes.median_exceeded_by(reported.loss)) is not None:
                 raise LossSpike(step=state.step, rows=state.rows, loss=reported.loss, median=median)
         with meter.paused():
-            if evaluate and config.evaluation and (last or _due(state.step, config.evaluation.every_steps)):
+            if evaluate and config.evaluation and (last or _is_due(state.step, config.evaluation.every_steps)):
                 hooks.on_phase("evaluate", state.step)
                 evaluate(state.step)
             # Read here: a GPU has computed it long ago, and nothing waits for the device.
             request = int(result.request)
-            if last or request or _due(state.step, config.checkpoint.every_steps):
+            if last or request or _is_due(state.step, config.checkpoint.every_steps):
                 hooks.on_phase("save", state.step)
                 save(state)
             if request == STOP and not last:
@@ -135,7 +135,7 @@ class _Throughput:
     """Tokens per second of training since the last report, without evaluations and saves."""
 
     def __init__(self) -> None:
-        self._began = self._marked = time.perf_counter()
+        self._started_at = self._last_read_at = time.perf_counter()
         self._tokens = 0
 
     def add(self, tokens: int) -> None:
@@ -143,16 +143,16 @@ class _Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        pausing = time.perf_counter()
+        paused_at = time.perf_counter()
         yield
-        self._marked += time.perf_counter() - pausing
+        self._last_read_at += time.perf_counter() - paused_at
 
     def read(self) -> tuple[float, float]:
         """Tokens per second since the last call, and seconds since the start."""
         now = time.perf_counter()
-        rate = self._tokens / max(1e-9, now - self._marked)
-        self._marked, self._tokens = now, 0
-        return rate, now - self._began
+        rate = self._tokens / max(1e-9, now - self._last_read_at)
+        self._last_read_at, self._tokens = now, 0
+        return rate, now - self._started_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +198,15 @@ class _Stepper:
         rate = learning_rate(config.optimizer, state.step, config.steps)
         set_learning_rate(self.optimizer, rate)
         self.hooks.on_phase("step", state.step)
-        began = time.perf_counter()
-        taken_rows = rows.take(self._rows_per_rank)
-        self.hooks.on_data_wait(time.perf_counter() - began)
-        batch = torch.from_numpy(taken_rows).to(device=device, dtype=torch.long)
+        wait_started = time.perf_counter()
+        batch_rows = rows.take(self._rows_per_rank)
+        self.hooks.on_data_wait(time.perf_counter() - wait_started)
+        batch = torch.from_numpy(batch_rows).to(device=device, dtype=torch.long)
         targets, request = self._agree(self.objective.count(batch), self.hooks.poll_request())
         scale = scaler.scale if scaler else 1.0
         total, sums = backward(self.model, batch, targets, config, self._degrees.token_parallel, self.objective, scale)
-        norm, taken = self.model.step(self.optimizer, config.optimizer.clip_norm, scaler, total)
-        self._after(total, taken=taken)
+        norm, stepped = self.model.step(self.optimizer, config.optimizer.clip_norm, scaler, total)
+        self._finish_step(total, stepped=stepped)
         state.rows += config.batch_size
         # A row of preferences is two rows of tokens.
         tokens = config.batch_size * batch.shape[1] // 3 * batch.shape[2]
@@ -226,22 +226,22 @@ class _Stepper:
         """Targets of all ranks, and the request of rank 0, in one collective."""
         if not dist.is_initialized():
             return targets, torch.full_like(targets, request)
-        both = torch.stack([targets, torch.full_like(targets, request if dist.get_rank() == 0 else 0)])
-        dist.all_reduce(both)
+        reduced = torch.stack([targets, torch.full_like(targets, request if dist.get_rank() == 0 else 0)])
+        dist.all_reduce(reduced)
         # Pipeline, context and tensor peers have counted the same rows.
-        return both[0] // (dist.get_world_size() // self._degrees.data_parallel), both[1]
+        return reduced[0] // (dist.get_world_size() // self._degrees.data_parallel), reduced[1]
 
-    def _after(self, total: Tensor, *, taken: bool) -> None:
+    def _finish_step(self, total: Tensor, *, stepped: bool) -> None:
         """Update the average after a step; record a step that was skipped, and raise JobError after too many."""
-        if taken:
+        if stepped:
             if self.ema:
                 self.ema.update(self.model)
             self._nonfinite.record_taken()
         elif self.scaler is None or self.scaler.scale <= 1.0:
             # A float16 overflow is normal as long as the loss scale can be lowered.
             state = self.state
-            suspects = _suspects(total, state.rows, self._rows_per_rank, self._degrees)
-            skipped = self._nonfinite.record_skipped(state.step, state.rows, self.config.batch_size, suspects)
+            suspect_rows = _find_suspect_rows(total, state.rows, self._rows_per_rank, self._degrees)
+            skipped = self._nonfinite.record_skipped(state.step, state.rows, self.config.batch_size, suspect_rows)
             self.hooks.on_skipped_step(skipped)
             self._nonfinite.check()
 
@@ -269,18 +269,18 @@ class _Stepper:
         )
 
 
-def _suspects(total: Tensor, first: int, share: int, degrees: Degrees) -> list[int]:
+def _find_suspect_rows(total: Tensor, first: int, rows_per_rank: int, degrees: Degrees) -> list[int]:
     """Rows of this step whose rank's own loss is not finite; every rank calls it."""
-    bad = [not bool(torch.isfinite(total))]
+    nonfinite_by_rank = [not bool(torch.isfinite(total))]
     if dist.is_initialized():
-        found: list[bool | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, bad[0])
-        bad = [bool(one) for one in found]
-    ranks = {degrees.data_rank(rank) for rank, wrong in enumerate(bad) if wrong}
-    return [first + rank + number * degrees.data_parallel for rank in ranks for number in range(share)]
+        gathered: list[bool | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, nonfinite_by_rank[0])
+        nonfinite_by_rank = [bool(nonfinite) for nonfinite in gathered]
+    suspect_ranks = {degrees.data_rank(rank) for rank, nonfinite in enumerate(nonfinite_by_rank) if nonfinite}
+    return [first + rank + row * degrees.data_parallel for rank in suspect_ranks for row in range(rows_per_rank)]
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
@@ -301,22 +301,22 @@ def backward(
     sums: Sums = {}
     with loss_parallel():
         if model.pipeline is not None:
-            _through_pipeline(model.pipeline, batch, targets, ranks, next_token(objective), scale, total)
+            _pipeline_backward(model.pipeline, batch, targets, ranks, next_token(objective), scale, total)
             model.finish_gradients()
             return total, sums
         micro_batches = batch.chunk(config.accumulate)
         for number, micro_batch in enumerate(micro_batches, 1):
             with model.gradients_synced(number == len(micro_batches)):
                 with autocast_context(model, config.precision, batch.device):
-                    summed, others = objective.loss(model, micro_batch)
-                model.backward(step_loss(summed, targets, ranks) * scale)
-            total += summed.detach()
-            for name, value in others.items():
+                    loss, metric_sums = objective.loss(model, micro_batch)
+                model.backward(step_loss(loss, targets, ranks) * scale)
+            total += loss.detach()
+            for name, value in metric_sums.items():
                 sums[name] = sums[name] + value if name in sums else value
     return total, sums
 
 
-def _through_pipeline(
+def _pipeline_backward(
     pipeline: Pipeline,
     batch: Tensor,
     targets: Tensor,

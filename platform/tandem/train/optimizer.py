@@ -31,13 +31,13 @@ def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     """Two parameter groups, with and without weight decay; each trained parameter is in one of them, once."""
     embeddings = set() if config.decay_embeddings else {id(p) for p in _embeddings(model)}
     decaying: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    not_decaying: list[nn.Parameter] = []
     # `parameters()` yields a tied parameter once.
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and id(parameter) not in embeddings
-            (decaying if decays else free).append(parameter)
-    return [{"params": decaying, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+            (decaying if decays else not_decaying).append(parameter)
+    return [{"params": decaying, "weight_decay": config.weight_decay}, {"params": not_decaying, "weight_decay": 0.0}]
 
 
 @torch.no_grad()

@@ -113,5 +113,5 @@ class ResultRegistration:
 
 def last_evaluation(journal: Journal) -> Mapping[str, float] | None:
     """The numbers of a job's last evaluation."""
-    found = (event.measured for event in reversed(journal.read()) if isinstance(event, Evaluated))
-    return next(found, None)
+    evaluations = (event.measured for event in reversed(journal.read()) if isinstance(event, Evaluated))
+    return next(evaluations, None)

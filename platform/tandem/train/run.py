@@ -199,12 +199,12 @@ class TrainingRun:
             limit_s=config.faults.storage_retry_s,
             notify=self._notify,
         )
-        restored, damaged = self.checkpoints.load(self.model, self.optimizer, extra=self._extra_state())
+        restored, damage_messages = self.checkpoints.load(self.model, self.optimizer, extra=self._extra_state())
         if restored is not None:
             self.state = LoopState(step=restored.step, tokens=restored.tokens, rows=rows_consumed(restored.cursor))
             self._last_loss = restored.loss
         self._restored = restored
-        for message in damaged:
+        for message in damage_messages:
             self._notify(message)
         self.context.emit(
             Started(
@@ -280,13 +280,13 @@ class TrainingRun:
     def report(self, step: StepReport) -> None:
         """Emit the report of a step."""
         self._last_loss = step.loss
-        now = step.seconds, self.context.hooks.data_wait_s
-        before, self._reported = self._reported, now
+        current = step.seconds, self.context.hooks.data_wait_s
+        previous, self._reported = self._reported, current
         utilization = self._meter.read(step.tokens_per_s)
         self.context.emit(
             Step(
                 steps=self.config.steps,
-                data_wait=(now[1] - before[1]) / max(1e-9, now[0] - before[0]),
+                data_wait=(current[1] - previous[1]) / max(1e-9, current[0] - previous[0]),
                 **asdict(step),
                 mfu=utilization.mfu,
                 memory_bytes=utilization.memory_bytes,
@@ -298,7 +298,7 @@ class TrainingRun:
         assert self.context.evaluation_rows is not None, "the loop evaluates only if there are rows"
         rows, config = self.context.evaluation_rows(), self.config
         with self._averaged_weights():
-            measured = evaluate(
+            metrics = evaluate(
                 self.model,
                 self.objective,
                 rows,
@@ -306,8 +306,8 @@ class TrainingRun:
                 device=self.context.device,
                 precision=config.precision,
             )
-        self._evaluated = (step, {f"evaluation_{name}": value for name, value in measured.items()})
-        self.context.emit(Evaluated(step=step, rows=len(rows), averaged=self.ema is not None, measured=measured))
+        self._evaluated = (step, {f"evaluation_{name}": value for name, value in metrics.items()})
+        self.context.emit(Evaluated(step=step, rows=len(rows), averaged=self.ema is not None, measured=metrics))
 
     def save(self, state: LoopState) -> None:
         """Save a checkpoint of the current step; retried while the storage refuses it."""

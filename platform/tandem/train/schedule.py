@@ -12,13 +12,13 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     # With wsd, the rate before the decay does not depend on `steps`: a longer run can resume from any step before it.
-    began = config.warmup_steps if config.decay_steps is None else steps - config.decay_steps
-    done = min(1.0, max(0.0, (step - began) / max(1, steps - began)))
+    decay_start = config.warmup_steps if config.decay_steps is None else steps - config.decay_steps
+    progress = min(1.0, max(0.0, (step - decay_start) / max(1, steps - decay_start)))
     match config.schedule:
         case "constant":
             return config.learning_rate
         case "linear" | "wsd":
-            share = 1 - done
+            rate_factor = 1 - progress
         case _:
-            share = 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * share)
+            rate_factor = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * rate_factor)

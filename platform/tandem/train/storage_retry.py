@@ -19,12 +19,12 @@ MAX_DELAY_S = 30.0
 
 def backoff_delays(limit_s: float) -> Iterator[float]:
     """Seconds to wait between tries: from 1, doubling up to MAX_DELAY_S, `limit_s` in all."""
-    delay, spent = 1.0, 0.0
-    while spent < limit_s:
-        this = min(delay, limit_s - spent, MAX_DELAY_S)
-        yield this
-        spent += this
-        delay *= 2
+    delay_s, waited_s = 1.0, 0.0
+    while waited_s < limit_s:
+        next_delay_s = min(delay_s, limit_s - waited_s, MAX_DELAY_S)
+        yield next_delay_s
+        waited_s += next_delay_s
+        delay_s *= 2
 
 
 def retry_storage(
@@ -66,12 +66,12 @@ def wait_for_storage(
 
     def check() -> None:
         try:
-            missing = "" if file_system(root).isdir(str(root)) else "is not there"
+            problem = "" if file_system(root).isdir(str(root)) else "is not there"
         except Exception as error:  # noqa: BLE001 - a store's client has errors of its own
-            missing = f"cannot be reached ({type(error).__name__}: {error})"
-        if missing:
+            problem = f"cannot be reached ({type(error).__name__}: {error})"
+        if problem:
             raise StorageError(
-                f"{root} {missing}, though a checkpoint of step {step} was written below it. Bring the storage back, then run "
+                f"{root} {problem}, though a checkpoint of step {step} was written below it. Bring the storage back, then run "
                 "the same command again; or make the folder, empty, to start over."
             )
 

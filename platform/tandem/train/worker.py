@@ -85,11 +85,11 @@ def _emitter(mailbox: Any, rank: int) -> Callable[[Event], None]:
 
 
 def _node_of_each_rank() -> list[str]:
-    mine: str = ray.get_runtime_context().get_node_id()
-    nodes = [mine]
+    own_node: str = ray.get_runtime_context().get_node_id()
+    nodes = [own_node]
     if dist.is_initialized():
         nodes *= dist.get_world_size()
-        dist.all_gather_object(nodes, mine)
+        dist.all_gather_object(nodes, own_node)
     return nodes
 
 
@@ -126,22 +126,22 @@ class HeartbeatHooks(RunHooks):
         self._emit(skipped_event(skipped))
 
 
-_ACTIVE: list[HeartbeatThread] = []
+_HEARTBEAT_THREADS: list[HeartbeatThread] = []
 """The heartbeat thread of the worker in this process: SIGTERM sets its stop reason."""
 
 
 def _install_sigterm_handler(heartbeats: HeartbeatThread) -> None:
     # Only the main thread can set a handler. That thread is Ray's, and runs the actor's queued calls once this one waits.
-    _ACTIVE[:] = [heartbeats]
+    _HEARTBEAT_THREADS[:] = [heartbeats]
     ray.get_runtime_context().current_actor.execute.remote(_set_handler)
 
 
 def _set_handler() -> None:
-    def on_sigterm(*_: object) -> None:
-        for heartbeats in _ACTIVE:
+    def handle_sigterm(*_: object) -> None:
+        for heartbeats in _HEARTBEAT_THREADS:
             if heartbeats.stop_reason or not heartbeats.is_alive():
                 # A second signal means now, and a worker that does not train has nothing to save.
                 sys.exit(128 + signal.SIGTERM)
             heartbeats.stop_reason = f"rank {heartbeats.rank} was sent SIGTERM"
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGTERM, handle_sigterm)

@@ -39,15 +39,15 @@ class DoraMagnitude(nn.Module):
         """
         weight = _dequantized_weight(base_layer)
         with torch.no_grad():
-            moved = weight.to(lora_A.weight.dtype) + scaling * (lora_B.weight @ lora_A.weight)
-            length = torch.linalg.vector_norm(moved.float(), dim=1)
-        scale = self.weight / length.to(self.weight.dtype)
+            adapted_weight = weight.to(lora_A.weight.dtype) + scaling * (lora_B.weight @ lora_A.weight)
+            row_norms = torch.linalg.vector_norm(adapted_weight.float(), dim=1)
+        scale = self.weight / row_norms.to(self.weight.dtype)
         if base_result is None:  # dropout: the base layer had another input
             base_result = F.linear(x, weight.to(x.dtype))
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias
-        added: Tensor = (scale - 1) * base_result + scale * (lora_B(lora_A(x)) * scaling)
-        return added
+        output_delta: Tensor = (scale - 1) * base_result + scale * (lora_B(lora_A(x)) * scaling)
+        return output_delta
 
 
 def replace_magnitudes(adapted: nn.Module) -> None:
@@ -55,9 +55,9 @@ def replace_magnitudes(adapted: nn.Module) -> None:
     for module in adapted.modules():
         vectors: Any = getattr(module, "lora_magnitude_vector", None)
         if isinstance(vectors, nn.ModuleDict):
-            made: Any
-            for name, made in list(vectors.items()):
-                vectors[name] = DoraMagnitude(made.weight)
+            magnitude: Any
+            for name, magnitude in list(vectors.items()):
+                vectors[name] = DoraMagnitude(magnitude.weight)
 
 
 def _dequantized_weight(base_layer: Any) -> Tensor:

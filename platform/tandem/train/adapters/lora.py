@@ -38,33 +38,33 @@ def add_adapters(model: nn.Module, config: LoraConfig, *, base_id: str, seed: in
     )
     if config.dora:
         replace_magnitudes(adapted)
-    for held in adapted.peft_config.values():
-        held.base_model_name_or_path = base_id
+    for peft_config in adapted.peft_config.values():
+        peft_config.base_model_name_or_path = base_id
     return adapted
 
 
 def find_target_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the linear layers that get an adapter; ConfigError for one that the model lacks, with the nearest."""
-    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    layer_names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
     if config.target_modules is None:
         head = cast(Any, model).get_output_embeddings()
-        others = {name.rpartition(".")[2] for name, m in model.named_modules() if m is head}
-        chosen = [name for name in DEFAULT_TARGET_MODULES if name in linear] or [
-            name for name in linear if name not in others
+        head_names = {name.rpartition(".")[2] for name, m in model.named_modules() if m is head}
+        default_targets = [name for name in DEFAULT_TARGET_MODULES if name in layer_names] or [
+            name for name in layer_names if name not in head_names
         ]
-        if not chosen:
+        if not default_targets:
             raise ConfigError(
                 f"lora is set, but {type(model).__name__} has no linear layers that adapters could be put on. Unset lora to "
                 "train all of it."
             )
-        return chosen
+        return default_targets
     for target in config.target_modules:
-        if target not in linear:
-            near = difflib.get_close_matches(target, linear, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+        if target not in layer_names:
+            close_matches = difflib.get_close_matches(target, layer_names, n=1)
+            hint = f" Did you mean {close_matches[0]!r}?" if close_matches else ""
             if any(hasattr(m, "experts") for m in model.modules()):
                 hint = " Its experts are stacked in one parameter, which adapters do not reach."
             raise ConfigError(
-                f"lora.target_modules names {target!r}, which the model lacks.{hint} Its linear layers: {', '.join(linear)}."
+                f"lora.target_modules names {target!r}, which the model lacks.{hint} Its linear layers: {', '.join(layer_names)}."
             )
     return list(config.target_modules)

@@ -22,12 +22,12 @@ def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        kept = AutoConfig.from_pretrained(base).dtype or torch.float32
+        base_dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"{adapter} cannot be merged into {base}: {error}") from error
     with publish_folder(target, replace=True) as staging:
-        merged.to(kept).save_pretrained(staging)
+        merged.to(base_dtype).save_pretrained(staging)
         for file in tokenizer_files(base):
             shutil.copyfile(file, staging / file.name)

@@ -30,7 +30,7 @@ def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
         ) from error
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    packing = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -39,7 +39,7 @@ def load_nf4(base: Path, precision: str, device: torch.device) -> nn.Module:
     )
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, quantization_config=packing, device_map={"": device}
+            base, dtype=torch.float32, quantization_config=quantization, device_map={"": device}
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.base {base} cannot be loaded in 4 bits: {error}") from error

@@ -89,8 +89,8 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers or peft model inside a `ParallelModel`."""
-    whole: nn.Module = getattr(model, "whole", model)
-    return whole
+    unwrapped_model: nn.Module = getattr(model, "whole", model)
+    return unwrapped_model
 
 
 def reshard(model: nn.Module) -> None:

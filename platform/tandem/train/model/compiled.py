@@ -32,7 +32,7 @@ def _recomputing(layer: Any) -> Callable[..., Any]:
     checkpoint = layer._gradient_checkpointing_func
     layer.gradient_checkpointing = False
 
-    def again(*args: Any, **kwargs: Any) -> Any:
+    def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, **kwargs) if layer.training else forward(*args, **kwargs)
 
-    return again
+    return recomputing_forward

@@ -33,12 +33,12 @@ def document_block_mask(positions_BT: Tensor, shard_sequence: ShardSequence) -> 
     """The mask of `tandem.train.model.stage.document_mask` as a BlockMask; sequences are not sharded."""
     documents = (positions_BT == 0).cumsum(1)
 
-    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (documents[row, query] == documents[row, key]) & (query >= key)
 
     rows, length = positions_BT.shape
     make = _compiled_maker() if positions_BT.is_cuda else create_block_mask
-    return make(visible, rows, None, length, length, device=positions_BT.device)
+    return make(is_visible, rows, None, length, length, device=positions_BT.device)
 
 
 @functools.cache
@@ -50,8 +50,8 @@ def _compiled_maker() -> Callable[..., Any]:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    grouped = query.shape[1] != key.shape[1]
-    found: Any = flex_attention(
-        query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=grouped
+    grouped_query = query.shape[1] != key.shape[1]
+    attention: Any = flex_attention(
+        query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=grouped_query
     )
-    return found.transpose(1, 2).contiguous(), None
+    return attention.transpose(1, 2).contiguous(), None

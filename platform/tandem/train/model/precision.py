@@ -41,17 +41,17 @@ def use_float8(model: nn.Module) -> nn.Module:
         raise EnvironmentProblem(
             "precision 'float8' needs torchao, which is not installed here. `pip install 'tandem[gpu]'` brings it."
         ) from error
-    whole: Any = model
-    output = whole.get_output_embeddings()
+    causal_lm: Any = model
+    output = causal_lm.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
-    fitting = {id(m) for m in layers if m.in_features % 16 == 0 and m.out_features % 16 == 0}
-    if not fitting:
+    convertible_ids = {id(m) for m in layers if m.in_features % 16 == 0 and m.out_features % 16 == 0}
+    if not convertible_ids:
         raise ConfigError(
             f"precision is 'float8', but none of the model's {len(layers)} linear layers has both dimensions in multiples of "
             "16. Set precision to 'bfloat16', or train a model with another hidden_size and intermediate_size."
         )
     converted: nn.Module = convert_to_float8_training(
-        model, module_filter_fn=lambda module, name: id(module) in fitting
+        model, module_filter_fn=lambda module, name: id(module) in convertible_ids
     )
     return converted
 
@@ -67,7 +67,7 @@ class LossScaler:
 
     def __init__(self, scale: float = 2.0**16) -> None:
         self.scale = scale
-        self._good = 0
+        self._good_steps = 0
 
     def unscale(self, gradients: Iterable[Tensor]) -> None:
         """Divide gradients by the scale, in place."""
@@ -80,18 +80,18 @@ class LossScaler:
         """Whether the step may be taken, by the global norm of its gradients; sets the scale of the next."""
         if norm - norm != 0:  # infinite, or not a number
             self.scale = max(1.0, self.scale / 2)
-            self._good = 0
+            self._good_steps = 0
             return False
-        self._good += 1
-        if self._good == self.GROWTH_STEPS:
+        self._good_steps += 1
+        if self._good_steps == self.GROWTH_STEPS:
             self.scale *= 2
-            self._good = 0
+            self._good_steps = 0
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""
-        return {"scale": self.scale, "good": self._good}
+        return {"scale": self.scale, "good": self._good_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
-        self.scale, self._good = float(state["scale"]), int(state["good"])
+        self.scale, self._good_steps = float(state["scale"]), int(state["good"])

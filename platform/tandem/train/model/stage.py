@@ -40,8 +40,10 @@ class Stage(nn.Module):
         mask: Mask | None = None,
     ) -> None:
         super().__init__()
-        held = lm.model.layers
-        self.layers = nn.ModuleList(held[str(n)] if isinstance(held, nn.ModuleDict) else held[n] for n in layers)
+        all_layers = lm.model.layers
+        self.layers = nn.ModuleList(
+            all_layers[str(n)] if isinstance(all_layers, nn.ModuleDict) else all_layers[n] for n in layers
+        )
         self.rotary_emb = lm.model.rotary_emb
         self.embed_tokens = lm.model.embed_tokens if first else None
         self.norm = lm.model.norm if last else None
@@ -56,15 +58,17 @@ class Stage(nn.Module):
 
         Returns hidden states, or logits after the last layer, of this rank's part of the sequences.
         """
-        here = self._shard_sequence(positions_BT)
+        local_positions = self._shard_sequence(positions_BT)
         hidden = self.embed_tokens(self._shard_sequence(x)) if self.embed_tokens is not None else x
         if isinstance(hidden, AsyncCollectiveTensor):
             # Not yet received from other ranks: a compiled layer would lose the embedding's gradient (torch 2.13).
             hidden = hidden.clone()
-        rotary = self.rotary_emb(hidden, position_ids=here)
+        rotary = self.rotary_emb(hidden, position_ids=local_positions)
         mask = self._mask(positions_BT, self._shard_sequence)
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask=mask, position_ids=here, position_embeddings=rotary, use_cache=False)
+            hidden = layer(
+                hidden, attention_mask=mask, position_ids=local_positions, position_embeddings=rotary, use_cache=False
+            )
         if self.norm is None or self.lm_head is None:
             return hidden
         logits: Tensor = self.lm_head(self.norm(hidden))
@@ -92,14 +96,14 @@ class TransformersForward(nn.Module):
         positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
         training = self.training
         self.eval()
-        packed, alone = self(ids, positions)[:, 3:], self(ids[:, 3:], positions[:, 3:])
+        packed, unpacked = self(ids, positions)[:, 3:], self(ids[:, 3:], positions[:, 3:])
         self.train(training)
-        off = float((packed - alone).abs().max() / alone.abs().max())
+        relative_error = float((packed - unpacked).abs().max() / unpacked.abs().max())
         # Rounding of 16-bit sums in another order.
-        if not off < (1e-2 if alone.dtype == torch.float32 else 0.1):
+        if not relative_error < (1e-2 if unpacked.dtype == torch.float32 else 0.1):
             raise LayoutError(
                 f"{type(self.lm).__name__} does not keep the documents of a packed row apart: the logits of one change by "
-                f"{off:.0%} behind another. Start from a model of another family."
+                f"{relative_error:.0%} behind another. Start from a model of another family."
             )
 
 
@@ -109,6 +113,6 @@ def document_mask(positions_BT: Tensor, shard_sequence: ShardSequence) -> Tensor
     A document begins where positions start again from 0.
     """
     documents = (positions_BT == 0).cumsum(1)
-    same = shard_sequence(documents)[:, :, None] == documents[:, None, :]
-    earlier = shard_sequence(positions_BT)[:, :, None] >= positions_BT[:, None, :]
-    return (same & earlier)[:, None]
+    same_document = shard_sequence(documents)[:, :, None] == documents[:, None, :]
+    causal = shard_sequence(positions_BT)[:, :, None] >= positions_BT[:, None, :]
+    return (same_document & causal)[:, None]

@@ -27,22 +27,22 @@ def chunked_cross_entropy(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        counted, indices = target != IGNORED, target.clamp(min=0)
-        sums = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(_rows_per_chunk(logits))])
-        ctx.save_for_backward(logits, indices, counted, sums)
-        found = logits.gather(1, indices[:, None]).squeeze(1).float()
-        return (sums - found).masked_fill(~counted, 0).sum()
+        is_target, indices = target != IGNORED, target.clamp(min=0)
+        log_sums = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(_rows_per_chunk(logits))])
+        ctx.save_for_backward(logits, indices, is_target, log_sums)
+        target_logits = logits.gather(1, indices[:, None]).squeeze(1).float()
+        return (log_sums - target_logits).masked_fill(~is_target, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, indices, counted, sums = ctx.saved_tensors
+        logits, indices, is_target, log_sums = ctx.saved_tensors
         rows = _rows_per_chunk(logits)
         result = torch.empty_like(logits)
-        scales = counted * gradients[0]
-        parts = (t.split(rows) for t in (result, logits, indices, scales, sums))
-        for gradient, chunk, index, scale, total in zip(*parts, strict=True):
+        scales = is_target * gradients[0]
+        parts = (t.split(rows) for t in (result, logits, indices, scales, log_sums))
+        for gradient, chunk, index, scale, log_sum in zip(*parts, strict=True):
             # softmax, minus 1 at the target
-            slope = torch.sub(chunk.float(), total[:, None]).exp_()
+            slope = torch.sub(chunk.float(), log_sum[:, None]).exp_()
             slope.scatter_add_(1, index[:, None], slope.new_full((len(index), 1), -1))
             gradient.copy_(slope.mul_(scale[:, None]))
         return result, None

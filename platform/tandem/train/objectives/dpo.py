@@ -78,10 +78,10 @@ class Dpo:
     def loss(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Sums]:
         """The summed loss, reward margin (beta times the gain on the reference) and accuracy (share of positive margins)."""
         # Both answers in one forward pass: a sharded model gathers its parameters once.
-        sides = torch.cat((rows[:, :3], rows[:, 3:]))
+        answer_rows = torch.cat((rows[:, :3], rows[:, 3:]))
         with torch.no_grad(), self._reference.model_for(model) as reference:
-            before = answer_log_probabilities(reference, sides)
-        chosen, rejected = (answer_log_probabilities(model, sides) - before).chunk(2)
+            reference_log_probs = answer_log_probabilities(reference, answer_rows)
+        chosen, rejected = (answer_log_probabilities(model, answer_rows) - reference_log_probs).chunk(2)
         margins_P = self._config.beta * (chosen - rejected)
         return dpo_losses(margins_P, self._config.label_smoothing).sum().float(), {
             "reward_margin": margins_P.detach().sum().float(),
@@ -101,9 +101,9 @@ def answer_log_probabilities(model: nn.Module, rows_B3T: Tensor) -> Tensor:
     """
     ids, labels, positions = rows_B3T[:, 0], rows_B3T[:, 1], rows_B3T[:, 2]
     targets = shift_labels(labels).flatten()
-    kept = (targets != IGNORED).nonzero().squeeze(1)
-    logits_NV = compute_logits(model, ids, positions).flatten(0, 1).index_select(0, kept)
-    tokens_N = -F.cross_entropy(logits_NV.float(), targets[kept], reduction="none")
+    target_indices = (targets != IGNORED).nonzero().squeeze(1)
+    logits_NV = compute_logits(model, ids, positions).flatten(0, 1).index_select(0, target_indices)
+    tokens_N = -F.cross_entropy(logits_NV.float(), targets[target_indices], reduction="none")
     # Deterministic on a GPU, unlike a scatter. `unsafe` skips checks that would refuse a batch without answers.
     return torch.segment_reduce(tokens_N.double(), "sum", lengths=answer_lengths(labels, positions), unsafe=True)
 

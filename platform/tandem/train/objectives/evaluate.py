@@ -43,9 +43,9 @@ def evaluate(
         for part in shares(rows, rank, degrees.data_parallel, batch_rows):
             batch = torch.from_numpy(part.astype(np.int64)).to(device)
             with autocast_context(model, precision, device):
-                summed, others = _losses(model, objective, batch)
-            loss += summed
-            for name, value in others.items():
+                batch_loss, batch_sums = _losses(model, objective, batch)
+            loss += batch_loss
+            for name, value in batch_sums.items():
                 sums[name] = sums.get(name, torch.zeros_like(loss)) + value
         # Without a backward pass FSDP2 would keep parameters gathered, and stale after the next step.
         reshard(model)
@@ -55,11 +55,11 @@ def evaluate(
         dist.all_reduce(totals)
         # Tensor peers have the same loss; in a pipeline only the last stage has one.
         totals /= degrees.tp
-    mean, *others_mean = (totals / count.clamp(min=1)).tolist()
-    found = {"loss": mean, **dict(zip(sums, others_mean, strict=True))}
+    mean, *means = (totals / count.clamp(min=1)).tolist()
+    metrics = {"loss": mean, **dict(zip(sums, means, strict=True))}
     if objective.unit == "tokens":
-        found["perplexity"] = math.exp(mean) if mean < 700 else math.inf
-    return found
+        metrics["perplexity"] = math.exp(mean) if mean < 700 else math.inf
+    return metrics
 
 
 def _losses(model: ParallelModel, objective: Objective, batch: Tensor) -> tuple[Tensor, Sums]:
@@ -73,10 +73,10 @@ def _losses(model: ParallelModel, objective: Objective, batch: Tensor) -> tuple[
 
 def shares(rows: Rows, rank: int, ranks: int, batch_rows: int) -> Iterator[Rows]:
     """A rank's rows in batches, equally many on every rank because collectives must match; filled up with padding rows."""
-    mine = rows[rank::ranks]
-    each = math.ceil(len(rows) / ranks)
-    padding = np.repeat(rows[:1], each - len(mine), axis=0)
+    rank_rows = rows[rank::ranks]
+    rows_per_rank = math.ceil(len(rows) / ranks)
+    padding = np.repeat(rows[:1], rows_per_rank - len(rank_rows), axis=0)
     padding[:, 1::3] = IGNORED
-    filled = np.concatenate((mine, padding))
-    for start in range(0, each, batch_rows):
+    filled = np.concatenate((rank_rows, padding))
+    for start in range(0, rows_per_rank, batch_rows):
         yield filled[start : start + batch_rows]

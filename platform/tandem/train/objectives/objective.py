@@ -90,10 +90,10 @@ def summed_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         # Inside `loss_parallel`, which the loop enters for forward and backward.
         total: Any = F.cross_entropy(logits_NV.float(), targets, ignore_index=IGNORED, reduction="sum")
         return total.to_local() if isinstance(total, DTensor) else total
-    kept = (targets != IGNORED).nonzero().squeeze(1)
-    if 2 * len(kept) < len(targets):
+    target_indices = (targets != IGNORED).nonzero().squeeze(1)
+    if 2 * len(target_indices) < len(targets):
         # Most tokens of a fine-tuning row are prompts and padding, which need no softmax.
-        logits_NV, targets = logits_NV.index_select(0, kept), targets[kept]
+        logits_NV, targets = logits_NV.index_select(0, target_indices), targets[target_indices]
     return chunked_cross_entropy(logits_NV, targets)
 
 

@@ -18,28 +18,30 @@ from tandem.train.parallel.expert import ParallelExperts
 from tandem.train.parallel.pipeline import causal_lm
 
 
-def canonical(model: nn.Module, held: Mapping[str, Tensor]) -> dict[str, ChunkedTensor]:
-    """This rank's chunks of the tensors `held`, by canonical name, sharing memory; `held` has the parameters' names in `model`.
+def canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, ChunkedTensor]:
+    """This rank's chunks of `tensors`, by canonical name, sharing memory; the keys are parameter names of `model`.
 
     The tensors are parameters, or have their shapes: averages, and optimizer state.
     """
     experts = expert_parameter_names(model)
-    found: dict[str, ChunkedTensor] = {}
-    for name, tensor in held.items():
-        known = canonical_name(model, name)
-        if known not in found:
-            found[known] = _fused_experts(tensor) if name in experts and tensor.ndim == 4 else ChunkedTensor.of(tensor)
-    return found
+    chunked: dict[str, ChunkedTensor] = {}
+    for name, tensor in tensors.items():
+        plain_name = canonical_name(model, name)
+        if plain_name not in chunked:
+            chunked[plain_name] = (
+                _fused_experts(tensor) if name in experts and tensor.ndim == 4 else ChunkedTensor.of(tensor)
+            )
+    return chunked
 
 
 @torch.no_grad()
-def sync_tied(model: nn.Module, held: Mapping[str, Tensor]) -> None:
+def sync_tied(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """After loading into `canonical(model, held)`: copy a tied embedding from its first copy on this rank to the second."""
-    first: dict[str, Tensor] = {}
-    for name, tensor in held.items():
-        found = first.setdefault(canonical_name(model, name), tensor)
-        if found is not tensor:
-            local_chunk(tensor)[1].copy_(local_chunk(found)[1])
+    first_copies: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        first_copy = first_copies.setdefault(canonical_name(model, name), tensor)
+        if first_copy is not tensor:
+            local_chunk(tensor)[1].copy_(local_chunk(first_copy)[1])
 
 
 def canonical_name(model: nn.Module, name: str) -> str:
@@ -67,6 +69,10 @@ def expert_parameter_names(model: nn.Module) -> set[str]:
 def _fused_experts(tensor: Tensor) -> ChunkedTensor:
     """Experts (E, 2, I, H) as chunks of (E, 2I, H): one of the gate and one of the up projection."""
     experts, _, width, hidden = tensor.shape
-    (expert, _, inner, at), local = local_chunk(tensor)
-    chunks = (((expert, which * width + inner, at), local[:, which]) for which in (0, 1)) if local.numel() else ()
+    (expert, _, row, column), local = local_chunk(tensor)
+    chunks = (
+        (((expert, projection * width + row, column), local[:, projection]) for projection in (0, 1))
+        if local.numel()
+        else ()
+    )
     return ChunkedTensor(local, (experts, 2 * width, hidden), chunks)

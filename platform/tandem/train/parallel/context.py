@@ -31,8 +31,8 @@ class SequenceSharder:
 
     def order(self, length: int, device: torch.device) -> Tensor:
         """The permutation that restores the sequence: `gathered[order]` is in sequence order."""
-        places = torch.cat([self._positions(length, rank, device) for rank in range(self._size)])
-        return torch.argsort(places)
+        positions = torch.cat([self._positions(length, rank, device) for rank in range(self._size)])
+        return torch.argsort(positions)
 
     def _positions(self, length: int, rank: int, device: torch.device) -> Tensor:
         chunk = length // (2 * self._size)
@@ -70,9 +70,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         # An all-reduce, of which the rank keeps its part: gloo does not reduce-scatter every type.
-        whole = gradients[0].contiguous()
-        dist.all_reduce(whole, group=ctx.group)
-        return whole.chunk(ctx.group.size(), dim=2)[ctx.group.rank()].contiguous(), None
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient.chunk(ctx.group.size(), dim=2)[ctx.group.rank()].contiguous(), None
 
 
 # autograd's functions have no types of their own.

@@ -50,20 +50,20 @@ def check_deepspeed(config: TrainConfig) -> None:
             "parallel.strategy 'deepspeed' needs DeepSpeed, which is not installed here. `pip install 'tandem[deepspeed]'` "
             "brings it."
         ) from error
-    chosen = config.deepspeed or DeepSpeedConfig()
-    to_disk = [key for key in ("offload_optimizer", "offload_parameters") if getattr(chosen, key) == "nvme"]
+    options = config.deepspeed or DeepSpeedConfig()
+    to_disk = [key for key in ("offload_optimizer", "offload_parameters") if getattr(options, key) == "nvme"]
     if not to_disk:
         return
-    needed = {
+    requirements = {
         "libaio with its header (`apt install libaio-dev`, or name its folders in CFLAGS and LDFLAGS)": (
             deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False)
         ),
         "a C++ compiler (`apt install g++`)": shutil.which(cpp_extension.get_cxx_compiler()),
         "ninja on the PATH (`pip install ninja`)": cpp_extension.is_ninja_available(),
     }
-    if missing := [name for name, there in needed.items() if not there]:
+    if unmet := [name for name, met in requirements.items() if not met]:
         raise EnvironmentProblem(
-            f"deepspeed.{to_disk[0]} is 'nvme', for which DeepSpeed compiles its async_io. Missing here: {', '.join(missing)}. "
+            f"deepspeed.{to_disk[0]} is 'nvme', for which DeepSpeed compiles its async_io. Missing here: {', '.join(unmet)}. "
             f"Install it, or set {' and '.join(to_disk)} to 'cpu'."
         )
 
@@ -101,19 +101,19 @@ def wrap_in_deepspeed(
 
 def engine_options(model: nn.Module, config: TrainConfig, *, pin: bool) -> dict[str, Any]:
     """DeepSpeed's config for a job. `pin`: offload to pinned CPU memory, which a GPU can access."""
-    chosen = config.deepspeed or DeepSpeedConfig()
+    options = config.deepspeed or DeepSpeedConfig()
     sizes = [p.numel() for p in model.parameters()]
     bucket = min(BUCKET, sum(sizes))
-    zero: dict[str, Any] = {"stage": chosen.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if chosen.stage == 3:
+    zero: dict[str, Any] = {"stage": options.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if options.stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD}
     for key, name in (("offload_optimizer", "offload_optimizer"), ("offload_parameters", "offload_param")):
-        device = getattr(chosen, key)
+        device = getattr(options, key)
         if device != "none":
             zero[name] = {"device": device, "pin_memory": pin}
         if device == "nvme":
             zero[name]["nvme_path"] = str(offload_folder(config))
-    if chosen.offload_parameters == "nvme":
+    if options.offload_parameters == "nvme":
         zero["offload_param"]["buffer_size"] = max(sizes)
     return {
         "train_micro_batch_size_per_gpu": config.batch_size // config.parallel.data // config.accumulate,
@@ -152,8 +152,8 @@ class DeepSpeedModel(ParallelModel):
     @property
     def whole(self) -> nn.Module:
         """See `ParallelModel`; under ZeRO 3, parameters that are not in use are empty."""
-        whole: nn.Module = self.model
-        return whole
+        model: nn.Module = self.model
+        return model
 
     @property
     def sharded(self) -> bool:
@@ -224,8 +224,8 @@ def _export_tensor(name: str, tensor: Any) -> ExportTensor:
     @torch.no_grad()
     def gather() -> Tensor:
         with _gathered(tensor):
-            copied: Tensor = tensor.detach().clone()
-        return copied
+            full: Tensor = tensor.detach().clone()
+        return full
 
     return ExportTensor(
         name=name, shape=tuple(getattr(tensor, "ds_shape", tensor.shape)), dtype=tensor.dtype, gather=gather

@@ -57,8 +57,8 @@ class ZeroState(abc.ABC):
     @staticmethod
     def of(zero: Any, optimizer: Optimizer, model: nn.Module) -> ZeroState:
         """The state of a stage 3 engine, or of one of the others."""
-        cut = hasattr(zero, "fp32_partitioned_groups_flat")
-        return (_Stage3State if cut else _Stage1And2State)(zero, optimizer, model)
+        partitioned = hasattr(zero, "fp32_partitioned_groups_flat")
+        return (_Stage3State if partitioned else _Stage1And2State)(zero, optimizer, model)
 
     def content(self) -> dict[str, dict[str, Any]]:
         """`model` and `optimizer`, to save or to load into."""
@@ -143,7 +143,9 @@ class _Stage1And2State(ZeroState):
     """ZeRO 1 and 2: each group of parameters is one long buffer, of which each rank keeps an equal shard."""
 
     def _fragment(self, parameter: nn.Parameter, name: str) -> Fragment:
-        group = next(n for n, held in enumerate(self._zero.bit16_groups) if any(p is parameter for p in held))
+        group = next(
+            n for n, parameters in enumerate(self._zero.bit16_groups) if any(p is parameter for p in parameters)
+        )
         mapping: Any = getattr(parameter, "_hp_mapping", None)
         return Fragment(
             name=name,
@@ -155,8 +157,8 @@ class _Stage1And2State(ZeroState):
         )
 
     def _buffer(self, number: int) -> Tensor:
-        found: Tensor = self._zero.single_partition_of_fp32_groups[number]
-        return found
+        buffer: Tensor = self._zero.single_partition_of_fp32_groups[number]
+        return buffer
 
     def _to_parameters(self, number: int) -> None:
         pass
@@ -169,13 +171,13 @@ class _Stage3State(ZeroState):
     """ZeRO 3: each parameter is split into equal shards, the last one padded; a rank's shards are concatenated in buffers."""
 
     def _fragment(self, parameter: nn.Parameter, name: str) -> Fragment:
-        zero, held = self._zero, parameter  # converted by DeepSpeed: has `ds_...` attributes
-        buffer, at, share = zero.grad_position[zero.get_param_id(held)]
+        zero, zero_parameter = self._zero, parameter  # converted by DeepSpeed: has `ds_...` attributes
+        buffer, at, share = zero.grad_position[zero.get_param_id(zero_parameter)]
         start = dist.get_rank() * share
-        numel = held.ds_numel  # type: ignore[attr-defined]
+        numel = zero_parameter.ds_numel  # type: ignore[attr-defined]
         return Fragment(
             name=name,
-            shape=tuple(held.ds_shape),  # type: ignore[attr-defined]
+            shape=tuple(zero_parameter.ds_shape),  # type: ignore[attr-defined]
             start=start,
             count=max(0, min(share, numel - start)),
             buffer=buffer,
@@ -183,8 +185,8 @@ class _Stage3State(ZeroState):
         )
 
     def _buffer(self, number: int) -> Tensor:
-        found: Tensor = self._zero.fp32_partitioned_groups_flat[number]
-        return found
+        buffer: Tensor = self._zero.fp32_partitioned_groups_flat[number]
+        return buffer
 
     def _swapped(self, number: int) -> bool:
         return bool(self._zero._swappable_optimizer_subgroup(number))

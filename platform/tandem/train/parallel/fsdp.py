@@ -18,8 +18,8 @@ from tandem.train.parallel.mesh import Mesh
 def needs_fsdp(config: TrainConfig) -> bool:
     """Whether FSDP2 wraps the model: if ranks share a stage, compute in another type than the weights', or offload them."""
     parallel = config.parallel
-    shared = parallel.workers > parallel.pipeline or config.precision in COMPUTE_DTYPES or parallel.offload
-    return parallel.strategy == "fsdp2" and shared
+    sharded = parallel.workers > parallel.pipeline or config.precision in COMPUTE_DTYPES or parallel.offload
+    return parallel.strategy == "fsdp2" and sharded
 
 
 def shard_parameters(stage: Stage | TransformersForward, mesh: Mesh, config: TrainConfig) -> None:
@@ -30,7 +30,7 @@ def shard_parameters(stage: Stage | TransformersForward, mesh: Mesh, config: Tra
         "reshard_after_forward": mesh.degrees.pp == 1,
     }
     if config.parallel.offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.whole.device_type != "cpu")
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_mesh.device_type != "cpu")
     for layer in stage.layers:
         for module in layer.modules():
             if isinstance(module, ParallelExperts):

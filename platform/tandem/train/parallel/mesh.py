@@ -87,16 +87,17 @@ class Degrees:
         for first in range(0, len(nodes), self.tp):
             group = nodes[first : first + self.tp]
             if len(set(group)) > 1:
-                places = "; ".join(
-                    f"{_ranks(rank for rank, at in enumerate(nodes) if at == node)} on {node[:8]}"
+                placements = "; ".join(
+                    f"{_format_ranks(rank for rank, at in enumerate(nodes) if at == node)} on {node[:8]}"
                     for node in dict.fromkeys(nodes)
                 )
-                together = max(nodes.count(node) for node in set(nodes))
-                fits = next(n for n in range(min(self.tp - 1, together), 0, -1) if self.tp % n == 0)
+                max_ranks_per_node = max(nodes.count(node) for node in set(nodes))
+                fitting_tensor = next(n for n in range(min(self.tp - 1, max_ranks_per_node), 0, -1) if self.tp % n == 0)
                 raise LayoutError(
                     f"parallel.tensor ({self.tp}) makes a group of ranks {first} to {first + self.tp - 1}, which Ray has put on "
-                    f"{len(set(group))} nodes: {places}. A tensor group exchanges every layer's activations, so it stays on one: "
-                    f"lower parallel.tensor to {fits}, or give each node room for a multiple of {self.tp} workers."
+                    f"{len(set(group))} nodes: {placements}. A tensor group exchanges every layer's activations, so it "
+                    f"stays on one: lower parallel.tensor to {fitting_tensor}, or give each node room for a multiple of "
+                    f"{self.tp} workers."
                 )
 
     def data_rank(self, rank: int) -> int:
@@ -107,15 +108,15 @@ class Degrees:
 class Mesh:
     """The device mesh, with the axes that combine others."""
 
-    def __init__(self, degrees: Degrees, whole: DeviceMesh) -> None:
+    def __init__(self, degrees: Degrees, device_mesh: DeviceMesh) -> None:
         self.degrees = degrees
-        self.whole = whole
-        self._shard = whole["dp_outer", "ep", "cp"]._flatten("shard")
-        self._expert_shard = whole["dp_outer", "cp"]._flatten("expert_shard")
+        self.device_mesh = device_mesh
+        self._shard = device_mesh["dp_outer", "ep", "cp"]._flatten("shard")
+        self._expert_shard = device_mesh["dp_outer", "cp"]._flatten("expert_shard")
 
     def __getitem__(self, axis: str) -> DeviceMesh:
         """One axis: pp, dp_replicate, ep, cp or tp."""
-        return self.whole[axis]
+        return self.device_mesh[axis]
 
     @property
     def parameters(self) -> DeviceMesh:
@@ -130,14 +131,14 @@ class Mesh:
     @property
     def expert_tensor(self) -> DeviceMesh:
         """The mesh (ep, tp) that experts are split over."""
-        return self.whole["ep", "tp"]
+        return self.device_mesh["ep", "tp"]
 
     def _over(self, name: str, inner: DeviceMesh) -> DeviceMesh:
         if self.degrees.dp_replicate == 1:
             return inner
-        return self.whole["dp_replicate", name]
+        return self.device_mesh["dp_replicate", name]
 
 
-def _ranks(ranks: Iterable[int]) -> str:
-    found = list(ranks)
-    return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
+def _format_ranks(ranks: Iterable[int]) -> str:
+    numbers = list(ranks)
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -39,7 +39,7 @@ class MeshModel(ParallelModel):
     """A causal LM on one rank of a device mesh, under FSDP2 or DDP. Without a pipeline it is called like a transformers model."""
 
     _whole: nn.Module
-    _called: nn.Module
+    _forward_module: nn.Module
 
     def __init__(
         self,
@@ -60,13 +60,13 @@ class MeshModel(ParallelModel):
         self._device = device
         # Not a submodule: its parameters belong to the stages. It has them under the names of checkpoints and exports.
         object.__setattr__(self, "_whole", whole)
-        called: nn.Module = stages[0]
+        module: nn.Module = stages[0]
         if replicated:
             group = mesh["dp_replicate"].get_group()
-            called = DistributedDataParallel(
-                called, process_group=group, gradient_as_bucket_view=True, forward_sync_buffers=False
+            module = DistributedDataParallel(
+                module, process_group=group, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
-        object.__setattr__(self, "_called", called)
+        object.__setattr__(self, "_forward_module", module)
         self._tied = TiedEmbeddings.of(self)
 
     @property
@@ -76,7 +76,7 @@ class MeshModel(ParallelModel):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> Any:
         """See `ParallelModel`."""
-        return SimpleNamespace(logits=self._called(input_ids, position_ids))
+        return SimpleNamespace(logits=self._forward_module(input_ids, position_ids))
 
     @property
     def sharded(self) -> bool:
@@ -86,8 +86,8 @@ class MeshModel(ParallelModel):
     @contextlib.contextmanager
     def gradients_synced(self, sync: bool) -> Iterator[None]:
         """See `ParallelModel`."""
-        if isinstance(self._called, DistributedDataParallel) and not sync:
-            with self._called.no_sync():
+        if isinstance(self._forward_module, DistributedDataParallel) and not sync:
+            with self._forward_module.no_sync():
                 yield
             return
         set_gradient_sync(self, sync)
@@ -102,11 +102,11 @@ class MeshModel(ParallelModel):
         if scaler:
             scaler.unscale(p.grad for p in self.parameters() if p.grad is not None)
         norm = self.clip(limit, loss)
-        taken = scaler.accept(norm) if scaler else math.isfinite(norm)
-        if taken:
+        accepted = scaler.accept(norm) if scaler else math.isfinite(norm)
+        if accepted:
             optimizer.step()
         optimizer.zero_grad()
-        return norm, taken
+        return norm, accepted
 
     def finish_gradients(self) -> None:
         """See `ParallelModel`."""
@@ -118,26 +118,26 @@ class MeshModel(ParallelModel):
         reshard(self)
         start_state(optimizer)
         state: dict[str, ChunkedTensor] = {}
-        for key, held in self._optimizer_state(optimizer).items():
-            state |= {f"{name}.{key}": part for name, part in canonical(self.whole, held).items()}
-        return {"model": canonical(self.whole, self._trained()), "optimizer": dict(state)}
+        for key, tensors in self._optimizer_state(optimizer).items():
+            state |= {f"{name}.{key}": part for name, part in canonical(self.whole, tensors).items()}
+        return {"model": canonical(self.whole, self._saved_tensors()), "optimizer": dict(state)}
 
     def set_training_state(self, content: dict[str, dict[str, Any]], optimizer: Optimizer) -> None:
         """See `ParallelModel`. Loading wrote into the parameters; the second copy of a tied embedding follows."""
-        for held in (self._trained(), *self._optimizer_state(optimizer).values()):
-            sync_tied(self.whole, held)
+        for tensors in (self._saved_tensors(), *self._optimizer_state(optimizer).values()):
+            sync_tied(self.whole, tensors)
 
-    def _trained(self) -> dict[str, Tensor]:
-        trained = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
-        return {**trained, **dict(persistent_buffers(self.whole))}
+    def _saved_tensors(self) -> dict[str, Tensor]:
+        trainable = {name: p for name, p in self.whole.named_parameters() if p.requires_grad}
+        return {**trainable, **dict(persistent_buffers(self.whole))}
 
     def _optimizer_state(self, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
         """Optimizer state by key (exp_avg, ...), then by parameter name."""
-        found: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.whole.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
-                found.setdefault(key, {})[name] = value
-        return found
+                state.setdefault(key, {})[name] = value
+        return state
 
     def weights(self) -> list[ExportTensor]:
         """See `ParallelModel`."""
@@ -159,10 +159,10 @@ class MeshModel(ParallelModel):
 
         It is not a number if `loss` is not finite on any rank.
         """
-        counted = [p for p in self.parameters() if p.grad is not None and not (self._tied and self._tied.repeats(p))]
+        parameters = [p for p in self.parameters() if p.grad is not None and not (self._tied and self._tied.repeats(p))]
         ranks = dist.get_world_size() // self.mesh.degrees.pp if dist.is_initialized() else 1
         squares = torch.zeros((), dtype=torch.float64, device=next(self.parameters()).device)
-        for parameter in counted:
+        for parameter in parameters:
             # Norms of rows in float32, their sum in float64: a float64 norm of a whole matrix is far slower. Nothing waits for
             # the device. Ranks that hold the same shard count it once between them.
             rows = torch.linalg.vector_norm(_local(parameter.grad), dim=-1).double()
@@ -184,9 +184,9 @@ class TiedEmbeddings:
     """A tied embedding of a pipeline: the first stage's copy and the last stage's, which get equal gradients."""
 
     def __init__(
-        self, mine: list[nn.Parameter], repeated: nn.Parameter | None, group: dist.ProcessGroup | None
+        self, copies: list[nn.Parameter], second_copy: nn.Parameter | None, group: dist.ProcessGroup | None
     ) -> None:
-        self._mine, self._repeated, self._group = mine, repeated, group
+        self._copies, self._second_copy, self._group = copies, second_copy, group
 
     @classmethod
     def of(cls, model: MeshModel) -> TiedEmbeddings | None:
@@ -197,27 +197,27 @@ class TiedEmbeddings:
             return None
         group = None
         if STAGES_PER_RANK[pipeline.name] == 1 or pipeline.name == "interleaved":
-            for column in mesh.whole.mesh.reshape(mesh.degrees.pp, -1).T.tolist():
-                made = dist.new_group([column[0], column[-1]])
+            for column in mesh.device_mesh.mesh.reshape(mesh.degrees.pp, -1).T.tolist():
+                new_group = dist.new_group([column[0], column[-1]])
                 if dist.get_rank() in (column[0], column[-1]):
-                    group = made
+                    group = new_group
         first = lm.model.embed_tokens.weight if lm.model.embed_tokens is not None else None
         last = lm.lm_head.weight if lm.lm_head is not None else None
         return cls([p for p in (first, last) if p is not None], last, group)
 
     def repeats(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter is the second copy, which does not count for the gradient norm."""
-        return parameter is self._repeated
+        return parameter is self._second_copy
 
     def sum_gradients(self, device: torch.device) -> None:
         """Give both copies the sum of their gradients."""
-        gradients = [_local(p.grad) for p in self._mine if p.grad is not None]
+        gradients = [_local(p.grad) for p in self._copies if p.grad is not None]
         if self._group is not None:
             for gradient in gradients:
                 # The gradient may be offloaded to the CPU.
-                there = gradient.to(device)
-                dist.all_reduce(there, group=self._group)
-                gradient.copy_(there)
+                device_gradient = gradient.to(device)
+                dist.all_reduce(device_gradient, group=self._group)
+                gradient.copy_(device_gradient)
         elif len(gradients) == 2:
             total = gradients[0] + gradients[1]
             for gradient in gradients:
@@ -238,8 +238,8 @@ def _export_tensor(name: str, tensor: Tensor, expert_parameter_names: bool) -> E
 
 
 def _local(tensor: Any) -> Tensor:
-    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return found
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local
 
 
 def _shards(tensor: Any) -> int:

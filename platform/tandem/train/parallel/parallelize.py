@@ -103,8 +103,10 @@ def _split_layers(lm: Any, mesh: Mesh, config: TrainConfig) -> tuple[ShardSequen
     )
     last = num_stages - 1
     return shard_sequence, {
-        number: Stage(lm, kept, first=number == 0, last=number == last, shard_sequence=shard_sequence, mask=mask)
-        for number, kept in zip(numbers, layers, strict=True)
+        number: Stage(
+            lm, stage_layers, first=number == 0, last=number == last, shard_sequence=shard_sequence, mask=mask
+        )
+        for number, stage_layers in zip(numbers, layers, strict=True)
     }
 
 
@@ -116,5 +118,5 @@ def _check_documents(stages: Stages, device: torch.device) -> None:
 
 def _needs_ddp(model: nn.Module, config: TrainConfig) -> bool:
     # A frozen model (DPO's reference) has no gradients to average: DDP refuses it.
-    trained = any(parameter.requires_grad for parameter in model.parameters())
-    return config.parallel.strategy == "ddp" and config.parallel.workers > 1 and trained
+    trainable = any(parameter.requires_grad for parameter in model.parameters())
+    return config.parallel.strategy == "ddp" and config.parallel.workers > 1 and trainable

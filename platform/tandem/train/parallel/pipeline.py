@@ -33,8 +33,8 @@ def stages_of(rank: int, ranks: int, schedule: str) -> list[int]:
 
 def layers_of_stage(stage: int, stages: int, layers: int) -> range:
     """The layers of one stage; `stages` divides `layers`."""
-    each = layers // stages
-    return range(stage * each, (stage + 1) * each)
+    layers_per_stage = layers // stages
+    return range(stage * layers_per_stage, (stage + 1) * layers_per_stage)
 
 
 def keep_stages(lm: Any, stages: Sequence[int], of: int, layers: Sequence[range]) -> None:
@@ -64,7 +64,7 @@ class Pipeline:
     name: str
     schedule: Any
     mesh: DeviceMesh
-    held: dict[int, nn.Module]
+    stages: dict[int, nn.Module]
     """This rank's stages, by number."""
     between: tuple[int, int]
     """Shape of the activations between stages without the batch axis: this rank's part of a sequence, and the hidden width."""
@@ -75,42 +75,44 @@ class Pipeline:
     @classmethod
     def of(
         cls,
-        held: Mapping[int, nn.Module],
+        stages: Mapping[int, nn.Module],
         mesh: DeviceMesh,
         *,
         config: TrainConfig,
         lm_config: Any,
         device: torch.device,
     ) -> Pipeline:
-        """A pipeline of the stages `held` on this rank, by number. A step runs `config.accumulate` micro-batches."""
+        """A pipeline of this rank's stages, by number. A step runs `config.accumulate` micro-batches."""
         parallel = config.parallel
-        of = mesh.size() * STAGES_PER_RANK[parallel.schedule]
+        num_stages = mesh.size() * STAGES_PER_RANK[parallel.schedule]
         rows = config.batch_size // parallel.data // config.accumulate
         length = config.data.sequence_length // parallel.context
         dtype = COMPUTE_DTYPES.get(config.precision, torch.float32)
-        between = length // (parallel.tensor if parallel.sequence_parallel else 1)
+        local_length = length // (parallel.tensor if parallel.sequence_parallel else 1)
         ids = torch.empty(rows, config.data.sequence_length, dtype=torch.long, device="meta")
-        hidden = torch.empty(rows, between, lm_config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(rows, local_length, lm_config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         logits = torch.empty(rows, length, lm_config.vocab_size, dtype=dtype, device="meta", requires_grad=True)
-        stages = [
+        pipeline_stages = [
             PipelineStage(
-                module, number, of, device, group=mesh.get_group(),
-                input_args=(ids if number == 0 else hidden,), output_args=(logits if number == of - 1 else hidden,),
+                module, number, num_stages, device, group=mesh.get_group(),
+                input_args=(ids if number == 0 else hidden,), output_args=(logits if number == num_stages - 1 else hidden,),
             )
-            for number, module in held.items()
+            for number, module in stages.items()
         ]  # fmt: skip
-        made = get_schedule_class(TORCH_NAMES[parallel.schedule])
-        run: Any = stages if STAGES_PER_RANK[parallel.schedule] > 1 else stages[0]
+        schedule_class = get_schedule_class(TORCH_NAMES[parallel.schedule])
+        run: Any = pipeline_stages if STAGES_PER_RANK[parallel.schedule] > 1 else pipeline_stages[0]
         return cls(
             name=parallel.schedule,
             # The loss is scaled by tokens already, not by micro-batches.
-            schedule=made(run, config.accumulate, loss_fn=lambda output, target: output.sum(), scale_grads=False),
+            schedule=schedule_class(
+                run, config.accumulate, loss_fn=lambda output, target: output.sum(), scale_grads=False
+            ),
             mesh=mesh,
-            held=dict(held),
-            between=(between, lm_config.hidden_size),
+            stages=dict(stages),
+            between=(local_length, lm_config.hidden_size),
             dtype=dtype,
-            has_first=0 in held,
-            has_last=of - 1 in held,
+            has_first=0 in stages,
+            has_last=num_stages - 1 in stages,
         )
 
     def step(self, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -129,15 +131,15 @@ class Pipeline:
         ranks, group = self.mesh.size(), self.mesh.get_group()
         owner = {number: rank for rank in range(ranks) for number in stages_of(rank, ranks, self.name)}
         me, last = self.mesh.get_local_rank(), len(owner) - 1
-        x, sent = rows[:, 0], list[dist.Work | None]()
-        for number, module in sorted(self.held.items()):
+        hidden, sends = rows[:, 0], list[dist.Work | None]()
+        for number, module in sorted(self.stages.items()):
             if number > 0 and owner[number - 1] != me:
-                x = torch.empty(len(rows), *self.between, dtype=self.dtype, device=rows.device)
-                dist.recv(x, group=group, group_src=owner[number - 1])
-            x = module(x, rows[:, 2])
+                hidden = torch.empty(len(rows), *self.between, dtype=self.dtype, device=rows.device)
+                dist.recv(hidden, group=group, group_src=owner[number - 1])
+            hidden = module(hidden, rows[:, 2])
             if number < last and owner[number + 1] != me:
-                sent.append(dist.isend(x.contiguous(), group=group, group_dst=owner[number + 1]))
-        for work in sent:
+                sends.append(dist.isend(hidden.contiguous(), group=group, group_dst=owner[number + 1]))
+        for work in sends:
             if work is not None:
                 work.wait()
-        return x if self.has_last else None
+        return hidden if self.has_last else None

@@ -31,40 +31,40 @@ def build_empty_model(config: TrainConfig, base: Path) -> nn.Module | None:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     parallel = config.parallel
-    reads = config.lora is not None and (config.lora.dora or config.lora.quantize is not None)
-    if parallel.strategy != "fsdp2" or parallel.workers == 1 or config.precision == "float8" or reads:
+    reads_all_weights = config.lora is not None and (config.lora.dora or config.lora.quantize is not None)
+    if parallel.strategy != "fsdp2" or parallel.workers == 1 or config.precision == "float8" or reads_all_weights:
         return None
     try:
-        of = AutoConfig.from_pretrained(base)
+        model_config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.base {base} cannot be loaded: {error}") from error
-    if getattr(of, "quantization_config", None) is not None:
+    if getattr(model_config, "quantization_config", None) is not None:
         return None
     with _without_memory():
-        model: Any = AutoModelForCausalLM.from_config(of, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     if SafetensorsReader(base).missing({name: tensor.shape for name, tensor in _tensors_in_files(model).items()}):
         return None
     if (base / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(base)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     # Memory that is never written takes no RAM.
-    made: nn.Module = model.to_empty(device="cpu").eval()
-    _restore(made, buffers)
-    return made
+    empty_model: nn.Module = model.to_empty(device="cpu").eval()
+    _restore(empty_model, buffers)
+    return empty_model
 
 
 def to_meta(model: nn.Module) -> dict[str, Tensor]:
     """Move the parameters of an empty model to the meta device, before it is distributed; returns those of its adapters."""
     adapters = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-    gone: dict[nn.Parameter, nn.Parameter] = {}
+    meta_parameters: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 # Tied parameters stay tied.
-                without = gone.setdefault(
+                meta_parameter = meta_parameters.setdefault(
                     parameter, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
                 )
-                module._parameters[name] = without
+                module._parameters[name] = meta_parameter
     return adapters
 
 
@@ -75,15 +75,15 @@ def load_weights(model: ParallelModel, base: Path, adapters: Mapping[str, Tensor
     Raises LayoutError, on every rank, if the model does not separate the documents of a row.
     """
     source = SafetensorsReader(base)
-    held_here = _tensors_in_files(model.whole)
-    for name, part in canonical(model.whole, held_here).items():
-        for offsets, held in part.chunks.items():
+    model_tensors = _tensors_in_files(model.whole)
+    for name, part in canonical(model.whole, model_tensors).items():
+        for offsets, chunk in part.chunks.items():
             if name in adapters:
-                where = tuple(slice(at, at + size) for at, size in zip(offsets, held.shape, strict=True))
-                held.copy_(adapters[name][where])
+                slices = tuple(slice(at, at + size) for at, size in zip(offsets, chunk.shape, strict=True))
+                chunk.copy_(adapters[name][slices])
             else:
-                held.copy_(source.read(_file_name(name), offsets, held.shape))
-    sync_tied(model.whole, held_here)
+                chunk.copy_(source.read(_file_name(name), offsets, chunk.shape))
+    sync_tied(model.whole, model_tensors)
     for module in model.modules():
         if isinstance(module, TransformersForward):
             module.check_documents(device)
@@ -121,12 +121,12 @@ def _without_memory() -> Iterator[None]:
     """Modules built in a `with` block have parameters on the meta device. Buffers are real: no file holds rotary embeddings."""
     register: Any = nn.Module.register_parameter
 
-    def without(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(self, name, parameter)
 
-    setattr(nn.Module, "register_parameter", without)  # noqa: B010 - mypy takes no assignment to a method
+    setattr(nn.Module, "register_parameter", register_on_meta)  # noqa: B010 - mypy takes no assignment to a method
     try:
         yield
     finally:

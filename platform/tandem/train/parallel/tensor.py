@@ -69,11 +69,11 @@ class TensorParallelLinear(ParallelStyle):
         placement = Replicate() if self._colwise else Shard(-1)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, *rest = arguments
+            x, *other_arguments = arguments
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, mesh, [self._input], run_check=False)
             # Without a change of layout, redistribute would still all-reduce the gradient in backward.
-            return (x if x.placements == (placement,) else x.redistribute(placements=[placement]), *rest)
+            return (x if x.placements == (placement,) else x.redistribute(placements=[placement]), *other_arguments)
 
         return hook
 

@@ -62,38 +62,38 @@ def active_parameters(named_sizes: Iterable[tuple[str, int]], model_config: Any)
     `model_config` is a transformers config. A token uses `num_experts_per_tok` of a mixture's experts; an embedding counts only
     if it is tied to the output layer.
     """
-    text = _text_config(model_config)
-    tied = bool(getattr(text, "tie_word_embeddings", False))
-    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 0
-    met = getattr(text, "num_experts_per_tok", None) or experts
+    text_config = _text_config(model_config)
+    tied = bool(getattr(text_config, "tie_word_embeddings", False))
+    experts = getattr(text_config, "num_experts", None) or getattr(text_config, "num_local_experts", None) or 0
+    experts_per_token = getattr(text_config, "num_experts_per_tok", None) or experts
     total = 0.0
     for name, size in named_sizes:
         parts = name.split(".")
         if "embed_tokens" in parts and not tied:
             continue
-        total += size * met / experts if experts and "experts" in parts else size
+        total += size * experts_per_token / experts if experts and "experts" in parts else size
     return round(total)
 
 
 def peak_flops(device_name: str) -> float | None:
     """The dense bfloat16 peak of a GPU by its name (`NVIDIA H100 80GB HBM3`), in FLOP/s; None for an unknown one."""
     words = set(device_name.replace("-", " ").split())
-    return next((peak for known, peak in PEAK_BF16_FLOPS.items() if set(known.split()) <= words), None)
+    return next((peak for device, peak in PEAK_BF16_FLOPS.items() if set(device.split()) <= words), None)
 
 
 def measured_flops(device: torch.device, precision: torch.dtype, *, size: int = 512, seconds: float = 0.1) -> float:
     """FLOP/s of square matmuls on a device: the best of at least three, and of as many as fit in `seconds`."""
-    left = torch.rand(size, size, device=device).to(precision)
-    best, tried, began = float("inf"), 0, time.perf_counter()
-    while tried < 3 or time.perf_counter() - began < seconds:
-        before = time.perf_counter()
-        result = left @ left
+    matrix = torch.rand(size, size, device=device).to(precision)
+    best_s, repetitions, start_time = float("inf"), 0, time.perf_counter()
+    while repetitions < 3 or time.perf_counter() - start_time < seconds:
+        repetition_start = time.perf_counter()
+        result = matrix @ matrix
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - before)
-        tried += 1
+        best_s = min(best_s, time.perf_counter() - repetition_start)
+        repetitions += 1
     del result
-    return 2.0 * size**3 / best
+    return 2.0 * size**3 / best_s
 
 
 def memory_peak_bytes(device: torch.device) -> int:
@@ -127,10 +127,10 @@ class MfuMeter:
         cls, model: nn.Module, *, device: torch.device, workers: int, sequence_length: int, precision: str
     ) -> MfuMeter:
         """The meter of a model before it is sharded, trained on `workers` devices like this one."""
-        text = _text_config(model.config)
+        text_config = _text_config(model.config)
         parameters = list(model.named_parameters())
-        heads = text.num_attention_heads
-        width = (getattr(text, "head_dim", None) or text.hidden_size // heads) * heads
+        heads = text_config.num_attention_heads
+        width = (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads) * heads
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if peak is None:
             peak = measured_flops(
@@ -140,11 +140,11 @@ class MfuMeter:
             )
         return cls(
             token_flops=flops_per_token(
-                active_parameters=active_parameters(((n, count_weights(p)) for n, p in parameters), text),
+                active_parameters=active_parameters(((n, count_weights(p)) for n, p in parameters), text_config),
                 trained_parameters=active_parameters(
-                    ((n, count_weights(p)) for n, p in parameters if p.requires_grad), text
+                    ((n, count_weights(p)) for n, p in parameters if p.requires_grad), text_config
                 ),
-                num_layers=text.num_hidden_layers,
+                num_layers=text_config.num_hidden_layers,
                 attention_width=width,
                 sequence_length=sequence_length,
             ),

@@ -47,10 +47,10 @@ def open_sinks(config: TrainConfig, job: Path) -> list[Sink]:
     """The sinks of a job, not connected yet. ConfigError if one needs a package that is not installed."""
     sinks: list[Sink] = [TensorBoard(job / "tensorboard")]
     if config.metrics.wandb is not None:
-        _require("wandb", "wandb", "metrics.wandb")
+        _require_package("wandb", "wandb", "metrics.wandb")
         sinks.append(WeightsAndBiases(config.metrics.wandb, config, job))
     if config.metrics.mlflow is not None:
-        _require("mlflow", "mlflow-skinny", "metrics.mlflow")
+        _require_package("mlflow", "mlflow-skinny", "metrics.mlflow")
         sinks.append(Mlflow(config.metrics.mlflow, config, job))
     return sinks
 
@@ -155,8 +155,8 @@ class Mlflow:
 
         if self._client is None:
             self._open()
-        at = int(1000 * (event.time or time.time()))
-        metrics = [Metric(tag, value, at, event.step) for tag, value in metrics_by_tag(event).items()]
+        timestamp_ms = int(1000 * (event.time or time.time()))
+        metrics = [Metric(tag, value, timestamp_ms, event.step) for tag, value in metrics_by_tag(event).items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def _open(self) -> None:
@@ -164,8 +164,8 @@ class Mlflow:
         from mlflow.entities import Param
 
         client = MlflowClient(tracking_uri=self._settings.uri)
-        known = client.get_experiment_by_name(self._settings.experiment)
-        experiment = known.experiment_id if known else client.create_experiment(self._settings.experiment)
+        existing = client.get_experiment_by_name(self._settings.experiment)
+        experiment = existing.experiment_id if existing else client.create_experiment(self._settings.experiment)
         runs = client.search_runs([experiment], f"tags.`{self.TAG}` = '{self._job.name}'", max_results=1)
         if runs:
             self._run_id = runs[0].info.run_id
@@ -173,7 +173,7 @@ class Mlflow:
         else:
             run = client.create_run(experiment, run_name=self._job.name, tags={self.TAG: self._job.name})
             self._run_id = run.info.run_id
-            params = [Param(key, str(value)) for key, value in _flat(to_dict(self._config))]
+            params = [Param(key, str(value)) for key, value in _flatten(to_dict(self._config))]
             client.log_batch(self._run_id, params=params)
         self._client = client
 
@@ -186,11 +186,13 @@ class Mlflow:
 class Metrics:
     """Hands a job's events to its sinks, each in its own thread. Never raises, and blocks in `close` only."""
 
-    def __init__(self, sinks: Iterable[Sink], *, before: Iterable[Event], notice: Callable[[str], None]) -> None:
-        """`before`: events of earlier starts, which the sinks have already. `notice` gets one message for a sink that fails."""
+    def __init__(
+        self, sinks: Iterable[Sink], *, earlier_events: Iterable[Event], notice: Callable[[str], None]
+    ) -> None:
+        """`earlier_events`: events of earlier starts, already written. `notice` gets one message for a sink that fails."""
         self._notice = notice
         self._newest: dict[str, int] = {}
-        for event in before:
+        for event in earlier_events:
             self._is_new(event)
         self._sinks = [_SinkThread(sink, self._notice) for sink in sinks]
 
@@ -199,13 +201,13 @@ class Metrics:
         if isinstance(event, MetricEvent) and self._is_new(event):
             stamped = event if event.time is not None else replace(event, time=time.time())
             for sink in self._sinks:
-                sink.waiting.put(stamped)
+                sink.queue.put(stamped)
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Wait until the sinks have written all events, for at most `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         for sink in self._sinks:
-            sink.waiting.put(None)
+            sink.queue.put(None)
         for sink in self._sinks:
             sink.join(max(0.0, deadline - time.monotonic()))
             if sink.is_alive():
@@ -220,10 +222,10 @@ class Metrics:
 
 @contextlib.contextmanager
 def metrics_of(
-    config: TrainConfig, job: Path, *, before: Iterable[Event], notice: Callable[[str], None]
+    config: TrainConfig, job: Path, *, earlier_events: Iterable[Event], notice: Callable[[str], None]
 ) -> Iterator[Metrics]:
     """Open the job's sinks for a `with` block; see `Metrics`."""
-    metrics = Metrics(open_sinks(config, job), before=before, notice=notice)
+    metrics = Metrics(open_sinks(config, job), earlier_events=earlier_events, notice=notice)
     try:
         yield metrics
     finally:
@@ -231,28 +233,28 @@ def metrics_of(
 
 
 class _SinkThread(threading.Thread):
-    """Writes events from the queue `waiting` to one sink until None arrives."""
+    """Writes events from its `queue` to one sink until None arrives."""
 
     def __init__(self, sink: Sink, notice: Callable[[str], None]) -> None:
         super().__init__(name=f"metrics to {sink.name}", daemon=True)
         self.sink = sink
-        self.waiting: queue.SimpleQueue[MetricEvent | None] = queue.SimpleQueue()
-        self._tell = notice
+        self.queue: queue.SimpleQueue[MetricEvent | None] = queue.SimpleQueue()
+        self._notice = notice
         self.start()
 
     def run(self) -> None:
         try:
-            while (event := self.waiting.get()) is not None:
+            while (event := self.queue.get()) is not None:
                 self.sink.write(event)
             self.sink.close()
         except Exception as error:  # noqa: BLE001 - whatever a library raises: training continues
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            self._tell(
+            self._notice(
                 f"{self.sink.name} gets no more metrics: {reason}. Training continues; events.jsonl has all of them."
             )
 
 
-def _require(module: str, package: str, key: str) -> None:
+def _require_package(module: str, package: str, key: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
             f"{key} is set, but the package {package} is not installed where the job runs. Install it with "
@@ -260,9 +262,9 @@ def _require(module: str, package: str, key: str) -> None:
         )
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{before}{key}", value
+            yield f"{prefix}{key}", value

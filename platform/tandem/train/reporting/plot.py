@@ -24,62 +24,70 @@ def plot_run(events: Iterable[Event], path: Path, *, title: str) -> bool:
     evaluations = {event.step: event.measured["loss"] for event in events if isinstance(event, Evaluated)}
     if not steps:
         return False
-    at = sorted(steps)
-    loss = [steps[step].loss or 0.0 for step in at]
+    step_numbers = sorted(steps)
+    loss = [steps[step].loss or 0.0 for step in step_numbers]
     figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    loss_axis, rate_axis, throughput_axis = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
 
-    above.set_title(f"{title}: loss {loss[-1]:.3f} after {at[-1]:,} steps", loc="left")
-    many = len(at) > 50
-    above.plot(at, loss, color=BLUE, alpha=0.3 if many else 1.0, linewidth=1, label="training, each report")
-    if many:
-        above.plot(at, _smooth(loss, max(5, len(at) // 50)), color=BLUE, linewidth=2, label="training, moving average")
+    loss_axis.set_title(f"{title}: loss {loss[-1]:.3f} after {step_numbers[-1]:,} steps", loc="left")
+    dense = len(step_numbers) > 50
+    loss_axis.plot(
+        step_numbers, loss, color=BLUE, alpha=0.3 if dense else 1.0, linewidth=1, label="training, each report"
+    )
+    if dense:
+        loss_axis.plot(
+            step_numbers,
+            _smooth(loss, max(5, len(step_numbers) // 50)),
+            color=BLUE,
+            linewidth=2,
+            label="training, moving average",
+        )
     if evaluations:
-        above.plot(
+        loss_axis.plot(
             *zip(*sorted(evaluations.items()), strict=True), "o-", color=ORANGE, markersize=4, label="evaluation"
         )
-    above.set_ylabel("loss (nats per token)")
-    middle.plot(at, [steps[step].learning_rate for step in at], color=ORANGE, linewidth=1)
-    middle.set_ylabel("learning rate")
-    middle.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    below.plot(at, [steps[step].tokens_per_s for step in at], color=GREEN, linewidth=1)
-    below.set_ylabel("tokens/s")
-    below.set_xlabel("optimizer step")
+    loss_axis.set_ylabel("loss (nats per token)")
+    rate_axis.plot(step_numbers, [steps[step].learning_rate for step in step_numbers], color=ORANGE, linewidth=1)
+    rate_axis.set_ylabel("learning rate")
+    rate_axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    throughput_axis.plot(step_numbers, [steps[step].tokens_per_s for step in step_numbers], color=GREEN, linewidth=1)
+    throughput_axis.set_ylabel("tokens/s")
+    throughput_axis.set_xlabel("optimizer step")
 
     for number, step in enumerate(restarts(events)):
-        for axis in (above, middle, below):
-            label = "restart" if number == 0 and axis is above else None
+        for axis in (loss_axis, rate_axis, throughput_axis):
+            label = "restart" if number == 0 and axis is loss_axis else None
             axis.axvline(step, color=GREY, linestyle="--", linewidth=1, zorder=0, label=label)
-    for axis in (middle, below):
+    for axis in (rate_axis, throughput_axis):
         axis.set_ylim(bottom=0)
-    for axis in (above, middle, below):
+    for axis in (loss_axis, rate_axis, throughput_axis):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    if len(above.get_legend_handles_labels()[0]) > 1:
-        above.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_atomic(path, picture.getvalue())
+    if len(loss_axis.get_legend_handles_labels()[0]) > 1:
+        loss_axis.legend(frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_atomic(path, image.getvalue())
     return True
 
 
 def restarts(events: Iterable[Event]) -> list[int]:
     """The steps from which a run continued, after a fault or when it was submitted again."""
-    found: list[int] = []
+    steps: list[int] = []
     started = False
     for event in events:
         if isinstance(event, Restarted) or (isinstance(event, Started) and started):
-            found.append(event.resumed_from or 0)
+            steps.append(event.resumed_from or 0)
         started = started or isinstance(event, Started)
-    return found
+    return steps
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
-    result, held = [], 0.0
+    averages, window_sum = [], 0.0
     for number, value in enumerate(values):
-        held += value
+        window_sum += value
         if number >= width:
-            held -= values[number - width]
-        result.append(held / min(number + 1, width))
-    return result
+            window_sum -= values[number - width]
+        averages.append(window_sum / min(number + 1, width))
+    return averages

@@ -70,10 +70,10 @@ def run_workers(
         if isinstance(outcome, Completed):
             return outcome.exported
         if not isinstance(outcome, Refused):
-            history = _observe(task, history, supervision)
+            history = _history_with_checkpoint(task, history, supervision)
         decision = decide(outcome, history)
         history = updated_history(decision, history)
-        _record(decision, history, recorder)
+        _record_decision(decision, history, recorder)
         if isinstance(decision, Stop):
             raise decision.error
 
@@ -89,7 +89,7 @@ def _next_task(task: WorkerTask, history: RunHistory, *, restarted: bool) -> Wor
     )
 
 
-def _observe(task: WorkerTask, history: RunHistory, supervision: Supervision) -> RunHistory:
+def _history_with_checkpoint(task: WorkerTask, history: RunHistory, supervision: Supervision) -> RunHistory:
     """The history with the newest checkpoint and the newest step; waits while the checkpoints cannot be read."""
     root = folders.checkpoints_root(task.config.checkpoint, task.job)
     wait_for_storage(root, supervision.recorder.journal, task.config.faults.storage_retry_s)
@@ -104,7 +104,7 @@ def _observe(task: WorkerTask, history: RunHistory, supervision: Supervision) ->
     )
 
 
-def _record(decision: Decision, history: RunHistory, recorder: EventRecorder) -> None:
+def _record_decision(decision: Decision, history: RunHistory, recorder: EventRecorder) -> None:
     """Write the events of a decision."""
     match decision:
         case Restart(fault) | Stop(fault=Fault() as fault):
@@ -139,14 +139,14 @@ def _wait_for_capacity(config: TrainConfig, *, restarted: bool) -> int:
     CAPACITY_TIMEOUT_S.
     """
     deadline = time.monotonic() + (CAPACITY_TIMEOUT_S if restarted else CAPACITY_TIMEOUT_S / 3)
-    seen: list[int] = []
+    capacities: list[int] = []
     while True:
-        seen.append(max_workers(current_nodes(), config))
+        capacities.append(max_workers(current_nodes(), config))
         # The resources of the old workers become free one by one.
-        steady = len(seen) > 5 and len(set(seen[-5:])) == 1 and seen[-1] > 0
-        if seen[-1] == config.parallel.workers or steady or time.monotonic() >= deadline:
+        stable = len(capacities) > 5 and len(set(capacities[-5:])) == 1 and capacities[-1] > 0
+        if capacities[-1] == config.parallel.workers or stable or time.monotonic() >= deadline:
             # With too little room for the minimum, Ray waits for it, and an autoscaler sees the demand.
-            return max(seen[-1], worker_counts(config)[0])
+            return max(capacities[-1], worker_counts(config)[0])
         time.sleep(1.0)
 
 
@@ -223,9 +223,9 @@ def _fault_of(error: ray.train.TrainingFailedError, heartbeats: Sequence[Heartbe
     if not failures:
         return Fault(kind="workers", reason=last_line(str(error)))
     # Peers of a lost node report a lost connection before Ray knows that the node is gone.
-    if lost := find_lost_nodes(heartbeat.node for heartbeat in heartbeats):
-        ranks = [heartbeat.rank for heartbeat in heartbeats if heartbeat.node in lost]
-        names = ", ".join(node[:8] for node in lost)
+    if lost_nodes := find_lost_nodes(heartbeat.node for heartbeat in heartbeats):
+        ranks = [heartbeat.rank for heartbeat in heartbeats if heartbeat.node in lost_nodes]
+        names = ", ".join(node[:8] for node in lost_nodes)
         return Fault(kind="node", reason=f"node {names} went, and ranks {ranks} with it", rank=ranks[0])
     died = [rank for rank, e in failures.items() if "Died" in f"{type(e).__name__} {e}"]
     rank, reason = health.find_culprit({rank: last_line(str(e)) for rank, e in failures.items()}, died, heartbeats)

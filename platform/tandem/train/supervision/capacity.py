@@ -30,37 +30,40 @@ def current_nodes() -> list[Node]:
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     draining = set(state.get_draining_nodes() or ())
     return [
-        Node(id=node, cpus=free.get("CPU", 0.0), gpus=free.get("GPU", 0.0), draining=node in draining)
-        for node, free in available_resources_per_node().items()
+        Node(id=node, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), draining=node in draining)
+        for node, resources in available_resources_per_node().items()
         if node in alive
     ]
 
 
-def max_workers(nodes: Iterable[Node], config: TrainConfig, ours: Mapping[str, int] | None = None) -> int:
+def max_workers(nodes: Iterable[Node], config: TrainConfig, own_workers: Mapping[str, int] | None = None) -> int:
     """The largest allowed number of workers that the nodes can hold, beside the tasks that read data; 0 if none fits.
 
-    `ours`: workers of this run by node id; their resources count as free.
+    `own_workers`: workers of this run by node id; their resources count as free.
     """
     parallel = config.parallel
-    there, spare = 0, 0.0
+    capacity, spare_cpus = 0, 0.0
     for node in nodes:
         if node.draining:
             continue
-        here = (ours or {}).get(node.id, 0)
-        cpus = node.cpus + here * parallel.cpus_per_worker
-        gpus = node.gpus + here * parallel.gpus_per_worker
-        each = ((cpus, parallel.cpus_per_worker), (gpus, parallel.gpus_per_worker))
-        count = min((int((free + 1e-6) // needed) for free, needed in each if needed), default=parallel.workers)
+        own_workers_here = (own_workers or {}).get(node.id, 0)
+        cpus = node.cpus + own_workers_here * parallel.cpus_per_worker
+        gpus = node.gpus + own_workers_here * parallel.gpus_per_worker
+        free_and_needed = ((cpus, parallel.cpus_per_worker), (gpus, parallel.gpus_per_worker))
+        node_capacity = min(
+            (int((free + 1e-6) // needed) for free, needed in free_and_needed if needed), default=parallel.workers
+        )
         # A tensor group stays on one node.
-        count -= count % parallel.tensor
-        there += count
-        spare += cpus - count * parallel.cpus_per_worker
-    possible = [
-        size
-        for size in worker_counts(config)
-        if size <= there and spare + (there - size) * parallel.cpus_per_worker + 1e-6 >= config.data.readers
+        node_capacity -= node_capacity % parallel.tensor
+        capacity += node_capacity
+        spare_cpus += cpus - node_capacity * parallel.cpus_per_worker
+    possible_counts = [
+        count
+        for count in worker_counts(config)
+        if count <= capacity
+        and spare_cpus + (capacity - count) * parallel.cpus_per_worker + 1e-6 >= config.data.readers
     ]
-    return max(possible, default=0)
+    return max(possible_counts, default=0)
 
 
 def workers_by_node(heartbeats: Sequence[Heartbeat]) -> Counter[str]:

@@ -34,7 +34,7 @@ class StandingCommands:
     save_request: int = 0
     dump_stacks: bool = False
 
-    def after(self, command: Command) -> StandingCommands:
+    def with_command(self, command: Command) -> StandingCommands:
         """The standing commands with one more."""
         match command:
             case StopTraining():

@@ -24,17 +24,19 @@ class Hang:
 
 def find_hang(heartbeats: Sequence[Heartbeat], config: FaultsConfig) -> Hang | None:
     """The ranks to kill: those without a heartbeat for hang_after_s, or all if none made progress for stuck_after_s."""
-    working = [heartbeat for heartbeat in heartbeats if heartbeat.phase != "done"]
-    silent = [heartbeat for heartbeat in working if heartbeat.since_heartbeat_s > config.hang_after_s]
+    active = [heartbeat for heartbeat in heartbeats if heartbeat.phase != "done"]
+    silent = [heartbeat for heartbeat in active if heartbeat.since_heartbeat_s > config.hang_after_s]
     if silent:
-        described = ", ".join(f"rank {s.rank} (pid {s.pid}, {s.phase}, step {s.step})" for s in silent)
-        longest = max(s.since_heartbeat_s for s in silent)
-        return Hang(ranks=tuple(s.rank for s in silent), reason=f"{described} sent no heartbeat for {longest:.0f} s")
-    if working and all(heartbeat.since_progress_s > config.stuck_after_s for heartbeat in working):
-        least = min(s.since_progress_s for s in working)
+        descriptions = ", ".join(f"rank {s.rank} (pid {s.pid}, {s.phase}, step {s.step})" for s in silent)
+        longest_s = max(s.since_heartbeat_s for s in silent)
         return Hang(
-            ranks=tuple(s.rank for s in working),
-            reason=f"none of {len(working)} ranks made progress for {least:.0f} s, in step {min(s.step for s in working)}",
+            ranks=tuple(s.rank for s in silent), reason=f"{descriptions} sent no heartbeat for {longest_s:.0f} s"
+        )
+    if active and all(heartbeat.since_progress_s > config.stuck_after_s for heartbeat in active):
+        shortest_s = min(s.since_progress_s for s in active)
+        return Hang(
+            ranks=tuple(s.rank for s in active),
+            reason=f"none of {len(active)} ranks made progress for {shortest_s:.0f} s, in step {min(s.step for s in active)}",
         )
     return None
 
@@ -63,16 +65,17 @@ def find_culprit(failures: Mapping[int, str], died: Sequence[int], heartbeats: S
 
 def find_slow_ranks(heartbeats: Sequence[Heartbeat], factor: float) -> dict[int, str]:
     """Ranks that need more than `factor` times the median of the others, each with the reason."""
-    found: dict[int, str] = {}
+    slow_ranks: dict[int, str] = {}
     for key, task, least_s in (("compute_s", "to compute the same", 0.0), ("data_s", "for its rows", 0.05)):
-        each = {heartbeat.rank: float(getattr(heartbeat, key)) for heartbeat in heartbeats}
-        if len(each) < 2 or min(each.values()) < 0 or not all(each.values()):
+        seconds_by_rank = {heartbeat.rank: float(getattr(heartbeat, key)) for heartbeat in heartbeats}
+        if len(seconds_by_rank) < 2 or min(seconds_by_rank.values()) < 0 or not all(seconds_by_rank.values()):
             continue
-        for rank, took in each.items():
+        for rank, seconds in seconds_by_rank.items():
             # The median of the others: with two ranks, a median of both would lie between them.
-            median = statistics.median(value for other, value in each.items() if other != rank)
-            if took > factor * median and took > least_s:
-                found.setdefault(
-                    rank, f"{1000 * took:.1f} ms {task}, {took / median:.1f} times the other ranks' {1000 * median:.1f}"
+            median = statistics.median(value for other_rank, value in seconds_by_rank.items() if other_rank != rank)
+            if seconds > factor * median and seconds > least_s:
+                slow_ranks.setdefault(
+                    rank,
+                    f"{1000 * seconds:.1f} ms {task}, {seconds / median:.1f} times the other ranks' {1000 * median:.1f}",
                 )
-    return found
+    return slow_ranks

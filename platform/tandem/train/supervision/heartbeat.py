@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem.train.supervision.commands import StandingCommands
 
-RATES_KEPT = 16
+WINDOW_SIZE = 16
 """Measurements that the means in a heartbeat are taken over."""
 
 
@@ -58,10 +58,10 @@ class HeartbeatThread(threading.Thread):
         self._mailbox, self._every_s = mailbox, every_s
         self._node, self._process_started_at = node, psutil.Process().create_time()
         self._step, self._phase = 0, "start"
-        self._data: deque[float] = deque(maxlen=RATES_KEPT)
-        self._compute: deque[float] = deque(maxlen=RATES_KEPT)
+        self._data: deque[float] = deque(maxlen=WINDOW_SIZE)
+        self._compute: deque[float] = deque(maxlen=WINDOW_SIZE)
         self._training_thread = threading.get_ident()
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self.stop_reason = ""
         """Set by a signal handler, which may do no more than that."""
         self.error = ""
@@ -73,7 +73,7 @@ class HeartbeatThread(threading.Thread):
         import ray.exceptions
 
         while True:
-            last = self._over.is_set()
+            last = self._ended.is_set()
             try:
                 self.commands = ray.get(self._mailbox.heartbeat.remote(self.heartbeat()))
             except ray.exceptions.RayError:
@@ -81,7 +81,7 @@ class HeartbeatThread(threading.Thread):
                 return
             if last:
                 return
-            self._over.wait(self._every_s)
+            self._ended.wait(self._every_s)
 
     def heartbeat(self) -> Heartbeat:
         """The current heartbeat."""
@@ -118,7 +118,7 @@ class HeartbeatThread(threading.Thread):
     def close(self) -> None:
         """Send a last heartbeat with the phase `done`, and end."""
         self._phase = "done"
-        self._over.set()
+        self._ended.set()
         self.join(timeout=5 * self._every_s)
 
 
@@ -141,18 +141,18 @@ class SpeedProbe:
             return None
         self._next = time.monotonic() + self._every_s
         if self._device.type == "cpu":
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             self._compute()
-            return time.perf_counter() - began
-        took = None
+            return time.perf_counter() - start_time
+        seconds = None
         if self._events is not None and self._events[1].query():
-            took = float(self._events[0].elapsed_time(self._events[1])) / 1000
+            seconds = float(self._events[0].elapsed_time(self._events[1])) / 1000
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
         self._compute()
         last.record()
         self._events = (first, last)
-        return took
+        return seconds
 
     def _compute(self) -> None:
         product = self._matrix
@@ -162,5 +162,5 @@ class SpeedProbe:
 
 def _mean(values: deque[float]) -> float:
     # The training thread appends while this thread reads.
-    kept = list(values)
-    return sum(kept) / len(kept) if len(kept) >= RATES_KEPT // 2 else 0.0
+    snapshot = list(values)
+    return sum(snapshot) / len(snapshot) if len(snapshot) >= WINDOW_SIZE // 2 else 0.0

@@ -24,24 +24,24 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._received = 0
+        self._num_received = 0
         """Number of events that arrived."""
-        self._recorded = 0
+        self._num_recorded = 0
         """Number of events that the driver has recorded."""
-        self._taken = 0
+        self._num_taken = 0
         """Number of events that the driver has taken."""
         self._progress = asyncio.Condition()
         self._fatal: Refused | None = None
         self._arrived = asyncio.Event()
         self._heartbeats: dict[int, Heartbeat] = {}
-        self._heard_at: dict[int, float] = {}
+        self._heartbeat_at: dict[int, float] = {}
         self._progressed_at: dict[int, float] = {}
         self._commands = StandingCommands()
 
     async def put(self, event: Event) -> None:
         """Append an event."""
         self._events.append(event)
-        self._received += 1
+        self._num_received += 1
         self._arrived.set()
 
     async def report_fatal(self, error: Refused) -> None:
@@ -61,32 +61,32 @@ class Mailbox:
         A checkpoint is written after that: where the driver is killed, a run that resumes from the checkpoint does not report
         the steps before it again.
         """
-        last = self._received
+        last = self._num_received
         async with self._progress:
-            await self._progress.wait_for(lambda: self._recorded >= last)
+            await self._progress.wait_for(lambda: self._num_recorded >= last)
 
     async def take(self, timeout_s: float) -> list[Event]:
         """Remove and return all events; waits up to `timeout_s` if there are none. Those taken before count as recorded."""
-        if self._recorded < self._taken:
-            self._recorded = self._taken
+        if self._num_recorded < self._num_taken:
+            self._num_recorded = self._num_taken
             async with self._progress:
                 self._progress.notify_all()
         try:
             await asyncio.wait_for(self._arrived.wait(), timeout_s)
         except TimeoutError:
             return []
-        taken, self._events = self._events, []
-        self._taken += len(taken)
+        events, self._events = self._events, []
+        self._num_taken += len(events)
         self._arrived.clear()
-        return taken
+        return events
 
     async def heartbeat(self, heartbeat: Heartbeat) -> StandingCommands:
         """Record a rank's heartbeat; returns the standing commands."""
         rank, now = heartbeat.rank, time.monotonic()
-        before = self._heartbeats.get(rank)
-        if before is None or (before.step, before.phase) != (heartbeat.step, heartbeat.phase):
+        previous = self._heartbeats.get(rank)
+        if previous is None or (previous.step, previous.phase) != (heartbeat.step, heartbeat.phase):
             self._progressed_at[rank] = now
-        self._heartbeats[rank], self._heard_at[rank] = heartbeat, now
+        self._heartbeats[rank], self._heartbeat_at[rank] = heartbeat, now
         return self._commands
 
     async def heartbeats(self) -> list[Heartbeat]:
@@ -95,7 +95,7 @@ class Mailbox:
         return [
             replace(
                 heartbeat,
-                since_heartbeat_s=now - self._heard_at[rank],
+                since_heartbeat_s=now - self._heartbeat_at[rank],
                 since_progress_s=now - self._progressed_at[rank],
             )
             for rank, heartbeat in sorted(self._heartbeats.items())
@@ -103,10 +103,10 @@ class Mailbox:
 
     async def command(self, command: Command) -> None:
         """Add a command to those that workers get in reply to their heartbeats."""
-        self._commands = self._commands.after(command)
+        self._commands = self._commands.with_command(command)
 
 
 def open_mailbox() -> Any:
     """Start a mailbox actor on the driver's node; it ends with the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=64, scheduling_strategy=here).remote()
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=64, scheduling_strategy=this_node).remote()

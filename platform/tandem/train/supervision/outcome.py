@@ -60,9 +60,9 @@ class Faulted:
 Outcome = Completed | Refused | StoppedEarly | NoCapacity | Faulted
 
 
-def last_line(text: str) -> str:
+def last_line(message: str) -> str:
     """The last line of a Ray error, without Ray's advice, at most 500 characters."""
     # Ray's list of common causes for a dead process says nothing about this one.
-    text = text.partition("Some common causes include")[0]
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    message = message.partition("Some common causes include")[0]
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     return lines[-1][:500] if lines else "no reason given"

@@ -29,8 +29,8 @@ PING_TIMEOUT_S = 30.0
 
 def dump_stack(heartbeat: Heartbeat) -> str:
     """The state of a worker's process, and its Python stack if py-spy can read it. Never raises."""
-    found = _run_on_nodes(_inspect, [heartbeat], INSPECT_TIMEOUT_S + 15)
-    return found[0] if found else f"node {heartbeat.node[:8]} does not answer"
+    stacks = _run_on_nodes(_inspect, [heartbeat], INSPECT_TIMEOUT_S + 15)
+    return stacks[0] if stacks else f"node {heartbeat.node[:8]} does not answer"
 
 
 def kill_workers(heartbeats: Iterable[Heartbeat]) -> None:
@@ -40,14 +40,14 @@ def kill_workers(heartbeats: Iterable[Heartbeat]) -> None:
 
 def find_lost_nodes(nodes: Iterable[str]) -> list[str]:
     """The nodes that Ray reports as dead, or that do not answer within PING_TIMEOUT_S: Ray notices a lost node only later."""
-    others = set(nodes) - {ray.get_runtime_context().get_node_id()}
-    pings = {node: _task_on(node, _ping).remote() for node in others}
+    other_nodes = set(nodes) - {ray.get_runtime_context().get_node_id()}
+    pings = {node: _task_on(node, _ping).remote() for node in other_nodes}
     deadline = time.monotonic() + PING_TIMEOUT_S
     while True:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        silent = [node for node, ping in pings.items() if node in alive and not ray.wait([ping], timeout=0)[0]]
-        if not silent or time.monotonic() > deadline:
-            return sorted({node for node in pings if node not in alive} | set(silent))
+        silent_nodes = [node for node, ping in pings.items() if node in alive and not ray.wait([ping], timeout=0)[0]]
+        if not silent_nodes or time.monotonic() > deadline:
+            return sorted({node for node in pings if node not in alive} | set(silent_nodes))
         time.sleep(0.5)
 
 
@@ -116,5 +116,5 @@ def _find_process(pid: int, process_started_at: float) -> psutil.Process | None:
 def training_thread(output: str) -> str:
     """The thread that trains in the output of py-spy; the whole output if none is recognized."""
     threads = output.split("\nThread ")
-    training = [text for text in threads if "tandem/train/worker.py" in text]
-    return f"Thread {training[0].strip()}" if training else output.strip()
+    training_threads = [thread for thread in threads if "tandem/train/worker.py" in thread]
+    return f"Thread {training_threads[0].strip()}" if training_threads else output.strip()

@@ -38,7 +38,7 @@ class EventRecorder:
         if self.starts == 1:
             self.journal.write(event)
         else:
-            resumed = event.resumed_from or 0
+            resumed_step = event.resumed_from or 0
             if event.workers != self._workers:
                 self.journal.write(
                     Resized(
@@ -46,7 +46,7 @@ class EventRecorder:
                         to_workers=event.workers,
                         layout=event.layout,
                         reason=self.restart_reason,
-                        step=resumed,
+                        step=resumed_step,
                     )
                 )
             self.journal.write(
@@ -54,7 +54,7 @@ class EventRecorder:
                     reason=self.restart_reason,
                     resumed_from=event.resumed_from,
                     workers=event.workers,
-                    repeated=max(0, self.last_step - resumed),
+                    repeated=max(0, self.last_step - resumed_step),
                     lost_s=round(time.monotonic() - self._stepped_at, 3) if self._stepped_at else None,
                 )
             )

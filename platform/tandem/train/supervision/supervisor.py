@@ -29,23 +29,23 @@ def main(arguments: list[str]) -> int:
         return 2
     job = Path(arguments[0]).expanduser().resolve()
     journal = Journal(job / "events.jsonl")
-    received: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
+    received_signals: list[int] = []
+    driver: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _: object) -> None:
-        received.append(number)
-        if child is not None:
-            child.send_signal(number)
+        received_signals.append(number)
+        if driver is not None:
+            driver.send_signal(number)
 
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, forward)
     failures, failed_at_step = 0, -1
     while True:
-        child = subprocess.Popen(
+        driver = subprocess.Popen(
             [sys.executable, "-m", "tandem.train.launch", str(job), SUPERVISED_FLAG], stdin=subprocess.PIPE
         )
-        status = child.wait()
-        if status >= 0 or received:
+        status = driver.wait()
+        if status >= 0 or received_signals:
             return status if status >= 0 else 128 - status
         name = signal.Signals(-status).name
         step = newest_step(job)
@@ -65,10 +65,12 @@ def main(arguments: list[str]) -> int:
 def newest_step(job: Path) -> int:
     """The step of a job's newest checkpoint; 0 without one."""
     try:
-        found = folders.latest(folders.checkpoints_root(load_yaml(TrainConfig, job / "config.yaml").checkpoint, job))
+        checkpoint = folders.latest(
+            folders.checkpoints_root(load_yaml(TrainConfig, job / "config.yaml").checkpoint, job)
+        )
     except Exception:  # noqa: BLE001 - the driver reports storage that does not answer
         return 0
-    return folders.step_of(found) if found else 0
+    return folders.step_of(checkpoint) if checkpoint else 0
 
 
 def max_failures(job: Path) -> int:

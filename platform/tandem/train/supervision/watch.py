@@ -53,14 +53,14 @@ class Watcher(threading.Thread):
         """The exception that ended this thread."""
         self._task, self._supervision = task, supervision
         self._journal, self._stop_request = supervision.recorder.journal, supervision.stop_request
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._checked_at = 0.0
         self._suspected: health.Hang | None = None
         self._reported_slow: set[int] = set()
         self._stop_reason: str | None = None
         self._stop_requested_at: float | None = None
         self._capacity_since: float | None = None
-        self._saved_for: set[str] = set()
+        self._saved_before_drain_of: set[str] = set()
 
     def last_heartbeats(self) -> list[Heartbeat]:
         """The newest heartbeat of each rank, also of those that have ended."""
@@ -70,14 +70,14 @@ class Watcher(threading.Thread):
 
     def stop(self) -> None:
         """Handle the remaining events, and end."""
-        self._over.set()
+        self._ended.set()
         self.join()
 
     def run(self) -> None:
         """See `Thread`."""
         try:
             while True:
-                last = self._over.is_set()
+                last = self._ended.is_set()
                 for event in ray.get(self._task.mailbox.take.remote(0.05 if last else 0.5)):
                     self._handle_event(event)
                 if last:
@@ -154,13 +154,13 @@ class Watcher(threading.Thread):
     def _check_stop_and_resize(self) -> None:
         if self._stop_request:
             self._stop_requested_at = self._stop_requested_at or time.monotonic()
-            late = time.monotonic() - self._stop_requested_at > self._task.config.faults.leave_s
-            if (late or not self.heartbeats) and not self._stop_request.overdue:
+            deadline_passed = time.monotonic() - self._stop_requested_at > self._task.config.faults.leave_s
+            if (deadline_passed or not self.heartbeats) and not self._stop_request.overdue:
                 kill_workers(self.heartbeats)
                 self._stop_request.interrupt()
                 return
-        done = any(heartbeat.phase == "done" for heartbeat in self.heartbeats)
-        if self._stop_reason is not None or not self.heartbeats or done:
+        any_done = any(heartbeat.phase == "done" for heartbeat in self.heartbeats)
+        if self._stop_reason is not None or not self.heartbeats or any_done:
             return
         if self._stop_request:
             self._stop_workers("the job was told to stop")
@@ -172,30 +172,30 @@ class Watcher(threading.Thread):
 
     def _check_capacity(self) -> None:
         """Save or stop before a node is drained; stop to grow once there has been room for more workers for a while."""
-        whole, current = self._supervision.config, self._task.config
+        run_config, attempt_config = self._supervision.config, self._task.config
         try:
             nodes = current_nodes()
         except Exception as error:  # noqa: BLE001 - the cluster's state can be read again at the next check
             log.warning("The cluster's nodes cannot be listed: %s", error)
             return
-        ours = workers_by_node(self.heartbeats)
-        draining = {node.id for node in nodes if node.draining and node.id in ours}
-        if draining - self._saved_for:
-            self._saved_for |= draining
+        own_workers = workers_by_node(self.heartbeats)
+        draining = {node.id for node in nodes if node.draining and node.id in own_workers}
+        if draining - self._saved_before_drain_of:
+            self._saved_before_drain_of |= draining
             reason = f"node {', '.join(node[:8] for node in sorted(draining))} will be taken away"
-            if max_workers(nodes, whole, ours):
+            if max_workers(nodes, run_config, own_workers):
                 self._stop_workers(reason)
             else:
                 self._journal.write(Notice(message=f"{reason}: a checkpoint is written."))
-                self._command(SaveCheckpoint(len(self._saved_for)))
+                self._command(SaveCheckpoint(len(self._saved_before_drain_of)))
             return
-        if current.parallel.workers == whole.parallel.workers:
+        if attempt_config.parallel.workers == run_config.parallel.workers:
             return
-        if max_workers(nodes, whole, ours) <= current.parallel.workers:
+        if max_workers(nodes, run_config, own_workers) <= attempt_config.parallel.workers:
             self._capacity_since = None
             return
         self._capacity_since = self._capacity_since or time.monotonic()
-        if time.monotonic() - self._capacity_since >= whole.faults.grow_after_s:
+        if time.monotonic() - self._capacity_since >= run_config.faults.grow_after_s:
             self._stop_workers("there is room for more workers")
 
     def _stop_workers(self, reason: str) -> None:

@@ -31,7 +31,7 @@ def evaluation(number: int) -> Evaluated:
 def run(config: TrainConfig, job: Path, before: list[Event], now: list[Event]) -> list[str]:
     """One start of a driver: gives the events to the config's sinks; returns what was noticed."""
     said: list[str] = []
-    with metrics_of(config, job, before=before, notice=said.append) as metrics:
+    with metrics_of(config, job, earlier_events=before, notice=said.append) as metrics:
         for event in now:
             metrics.write(event)
     return said
@@ -119,7 +119,7 @@ def test_a_resumed_job_continues_its_mlflow_run(tmp_path: Path):
 def test_a_failing_sink_is_reported_once_and_the_others_continue():
     said: list[str] = []
     bad, good = Kept("the bad one", fails_at=2), Kept()
-    metrics = Metrics([bad, good], before=[], notice=said.append)
+    metrics = Metrics([bad, good], earlier_events=[], notice=said.append)
     for n in range(1, 6):
         metrics.write(step(n))
     metrics.close()
@@ -131,7 +131,7 @@ def test_a_hanging_sink_delays_neither_the_others_nor_the_end():
     said: list[str] = []
     gate = threading.Event()
     slow, good = Kept("the slow one", gate=gate), Kept()
-    metrics = Metrics([slow, good], before=[], notice=said.append)
+    metrics = Metrics([slow, good], earlier_events=[], notice=said.append)
     for n in range(1, 4):
         metrics.write(step(n))
     metrics.close(timeout_s=0.5)

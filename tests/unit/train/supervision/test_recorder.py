@@ -12,7 +12,7 @@ from tandem.train.supervision.recorder import EventRecorder
 
 def recorded(tmp_path: Path, *events: Event, reason: str = "") -> list[Event]:
     journal = Journal(tmp_path / "events.jsonl")
-    recorder = EventRecorder(journal, Metrics([], before=[], notice=lambda message: None))
+    recorder = EventRecorder(journal, Metrics([], earlier_events=[], notice=lambda message: None))
     recorder.restart_reason = reason
     for event in events:
         recorder.record(event)
