@@ -45,10 +45,10 @@ class Node:
 
     def processes(self) -> list[psutil.Process]:
         """All that runs there."""
-        from tandem.cluster.marks import marked
+        from tandem.cluster.marks import marked_processes
 
         found = []
-        for process in marked(self._cluster.mark):
+        for process in marked_processes(self._cluster.mark):
             with contextlib.suppress(psutil.Error):
                 if process.environ().get(NODE_MARK) == self._name:
                     found.append(process)

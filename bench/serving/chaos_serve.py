@@ -179,10 +179,10 @@ class Chaos:
         process.kill()
 
     def _cluster_processes(self) -> list[psutil.Process]:
-        from tandem.cluster.marks import marked
+        from tandem.cluster.marks import marked_processes
 
         # A haproxy that gave its listeners to the next one is none of the app's parts any more.
-        found = sorted(marked(self._cluster.mark), key=lambda p: p.create_time())
+        found = sorted(marked_processes(self._cluster.mark), key=lambda p: p.create_time())
         haproxies = [p for p in found if title(p).startswith("haproxy")]
         return [p for p in found if p not in haproxies[:-1]]
 

@@ -244,7 +244,7 @@ def app() -> Iterator[App]:
     """Two echo replicas, served as `tandem serve up` serves them."""
     from tandem import settings
     from tandem.cluster.local import local_cluster
-    from tandem.cluster.marks import marked
+    from tandem.cluster.marks import marked_processes
     from tandem.cluster.ports import free_ports
 
     with tempfile.TemporaryDirectory() as home:
@@ -271,7 +271,7 @@ def app() -> Iterator[App]:
             held.callback(ray.shutdown)
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
-            (gateway,) = (process for process in marked(cluster.mark) if "Gateway" in called(process))
+            (gateway,) = (process for process in marked_processes(cluster.mark) if "Gateway" in called(process))
             yield App(f"http://127.0.0.1:{port}", gateway)
 
 

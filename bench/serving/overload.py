@@ -129,7 +129,7 @@ def app(engine: str) -> Iterator[App]:
     """One replica, served as `tandem serve up` serves it."""
     from tandem import settings
     from tandem.cluster.local import local_cluster
-    from tandem.cluster.marks import marked
+    from tandem.cluster.marks import marked_processes
     from tandem.cluster.ports import free_ports
 
     with tempfile.TemporaryDirectory() as home:
@@ -169,7 +169,8 @@ def app(engine: str) -> Iterator[App]:
 
                 def memory_mb() -> dict[str, float]:
                     return {
-                        word: sum(p.memory_info().rss for p in marked(cluster.mark) if word in title(p)) / 2**20
+                        word: sum(p.memory_info().rss for p in marked_processes(cluster.mark) if word in title(p))
+                        / 2**20
                         for word in ("Gateway", "haproxy")
                     }
 

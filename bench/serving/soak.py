@@ -245,10 +245,10 @@ def judged(
 
 def memory(mark: str) -> dict[str, float]:
     """MiB of each part: resident under its name, its proportional share under its name with `_pss`."""
-    from tandem.cluster.marks import marked
+    from tandem.cluster.marks import marked_processes
 
     sizes = {f"{part}{kind}": 0.0 for part in PARTS for kind in ("", "_pss")}
-    for process in marked(mark):
+    for process in marked_processes(mark):
         with contextlib.suppress(psutil.Error, OSError):
             title = " ".join(process.cmdline())
             for part, name in PARTS.items():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tandem.cluster.marks import MARK, marked
+from tandem.cluster.marks import MARK, marked_processes
 from tandem.settings import child_environment
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,6 +104,6 @@ def cluster_mark(home: Path) -> str:
 def gone(mark: str, timeout_s: float = 30) -> list[str]:
     """Command lines of what still carries a mark after at most `timeout_s`; empty when nothing is left."""
     deadline = time.monotonic() + timeout_s
-    while (left := marked(mark)) and time.monotonic() < deadline:
+    while (left := marked_processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return [" ".join(p.cmdline())[:120] for p in left]

@@ -26,7 +26,7 @@ import grpc
 import httpx
 import psutil
 
-from tandem.cluster.marks import MARK, marked
+from tandem.cluster.marks import MARK, marked_processes
 from tandem.cluster.ports import free_ports
 from tandem.settings import child_environment
 
@@ -228,7 +228,7 @@ def main(model: str) -> None:
         name = "echo" if model == "echo" else Path(model).name
         question = {"model": name, "max_tokens": 4, "prompt": "the cat"}
         status = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=question, timeout=120).status_code
-        cluster = marked(record["environment"][MARK])
+        cluster = marked_processes(record["environment"][MARK])
         paths = [path for path in files_of(cluster) if path not in before]
         sockets = unix_sockets(cluster)
         listening = []

@@ -28,7 +28,7 @@ from tandem.batch.prepare import prepare
 from tandem.batch.run import READ_CPUS, _context, answer
 from tandem.batch.work import WorkerContext
 from tandem.cluster.local import LOOPBACK, LocalCluster
-from tandem.cluster.marks import marked
+from tandem.cluster.marks import marked_processes
 from tandem.config import BatchConfig
 from tandem.errors import EngineError
 from tandem.registry import Registry
@@ -48,7 +48,7 @@ def published(output: Path) -> set[str]:
 def workers(cluster: LocalCluster) -> list[psutil.Process]:
     """Processes of a cluster that hold an engine of a batch run; other tests' runs may be on this machine too."""
     found = []
-    for process in marked(cluster.mark):
+    for process in marked_processes(cluster.mark):
         with contextlib.suppress(psutil.Error):
             if "MapBatches(Worker)" in " ".join(process.cmdline()):
                 found.append(process)

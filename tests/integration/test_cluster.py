@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from commands import cluster_mark, cluster_record, gone
 
-from tandem.cluster.marks import marked
+from tandem.cluster.marks import marked_processes
 from tandem.settings import child_environment
 
 OWNER = """
@@ -45,7 +45,7 @@ def test_an_owner_killed_outright_leaves_no_process_of_ray(tmp_path: Path) -> No
         while len(agents(family := head.children(recursive=True))) < 2:
             assert time.monotonic() < deadline, [p.name() for p in family]
             time.sleep(0.2)
-        assert {p.pid for p in family} <= {p.pid for p in marked(mark)}
+        assert {p.pid for p in family} <= {p.pid for p in marked_processes(mark)}
     finally:
         owner.kill()
         owner.wait()

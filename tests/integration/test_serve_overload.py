@@ -17,7 +17,7 @@ import pytest
 from serve_fixtures import Served
 
 from tandem.cluster.local import LocalCluster
-from tandem.cluster.marks import marked
+from tandem.cluster.marks import marked_processes
 
 CONNECTIONS = 512
 READERS, ANSWER_MB = 12, 48
@@ -181,7 +181,7 @@ def read_whole(sock: socket.socket) -> bytes:
 def memory_mb(cluster: LocalCluster) -> dict[str, float]:
     """Resident memory of each gateway and proxy."""
     found = {}
-    for process in marked(cluster.mark):
+    for process in marked_processes(cluster.mark):
         with contextlib.suppress(psutil.Error):
             title = " ".join([process.name(), *process.cmdline()])
             if "Gateway" in title or "haproxy" in title:

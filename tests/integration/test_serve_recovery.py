@@ -16,7 +16,7 @@ import psutil
 import pytest
 from serve_fixtures import Served, process_of
 
-from tandem.cluster.marks import marked
+from tandem.cluster.marks import marked_processes
 
 WORDS = 40
 DELAY_S = 0.1
@@ -39,7 +39,7 @@ class Sturdy:
 
     def processes(self, title: str) -> list[psutil.Process]:
         found = []
-        for process in marked(self.cluster.mark):
+        for process in marked_processes(self.cluster.mark):
             with contextlib.suppress(psutil.Error):
                 if title in " ".join(process.cmdline()):
                     found.append(process)

@@ -18,7 +18,7 @@ from tandem.batch.input.rows import BadRowError, parse, read_row
 from tandem.batch.input.sources import json_lines
 from tandem.config import ServeConfig, TrainConfig
 from tandem.config.load import load_yaml
-from tandem.data.tar import READ_ERRORS, MemberError, decoded, foreign_samples
+from tandem.data.tar import READ_ERRORS, MemberError, decode_fields, foreign_samples
 from tandem.errors import ConfigError
 from tandem.gateway.dialect import dialect_of, rewrite_errors
 from tandem.usage.records import UsageLabels
@@ -57,7 +57,7 @@ def test_a_damaged_tar_gives_samples_or_one_of_the_errors_of_reading(
         packed[place % len(packed)] = value
     try:
         for sample in foreign_samples(io.BytesIO(bytes(packed[:length]))):
-            decoded(sample.fields)
+            decode_fields(sample.fields)
     except (*READ_ERRORS, MemberError):
         pass
 

@@ -169,14 +169,14 @@ def test_a_path_can_be_replaced_where_a_group_can_write_a_parent_that_it_can_rea
 
 
 def test_a_record_of_this_user_is_read(record: Path) -> None:
-    found = cluster.recorded()
+    found = cluster.recorded_cluster()
     assert found is not None and found.mark == "m"
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o660])
 def test_a_record_that_others_can_change_is_refused(record: Path, mode: int) -> None:
     record.chmod(mode)
-    for look in (cluster.recorded, cluster.running, cluster.connect):
+    for look in (cluster.recorded_cluster, cluster.running_cluster, cluster.connect):
         with pytest.raises(UnsafePathError, match=f"mode {mode:04o}"):
             look()
 
@@ -185,7 +185,7 @@ def test_a_record_that_others_can_change_is_refused(record: Path, mode: int) -> 
 def test_a_record_of_another_user_is_refused(record: Path) -> None:
     os.chown(record, NOBODY, -1)
     with pytest.raises(UnsafePathError, match="belongs to"):
-        cluster.running()
+        cluster.running_cluster()
 
 
 @as_root
@@ -196,16 +196,16 @@ def test_a_cluster_of_another_user_in_a_shared_home_is_not_this_users(record: Pa
         theirs = record.with_name(name)
         write_atomic(theirs, content, mode=0o600)
         os.chown(theirs, NOBODY, -1)
-    assert cluster.recorded() is None and cluster.connect() is None
+    assert cluster.recorded_cluster() is None and cluster.connect() is None
 
 
 def test_a_record_under_the_earlier_name_is_read_until_there_is_a_new_one(record: Path) -> None:
     earlier = record.with_name("cluster.json")
     write_atomic(earlier, record.read_text().replace('"m"', '"earlier"'), mode=0o600)
-    found = cluster.recorded()
+    found = cluster.recorded_cluster()
     assert found is not None and found.mark == "m"
     record.unlink()
-    found = cluster.recorded()
+    found = cluster.recorded_cluster()
     assert found is not None and found.mark == "earlier"
     found.stop()
     assert not earlier.exists()
@@ -215,11 +215,11 @@ def test_a_record_that_is_a_link_or_a_pipe_is_refused(record: Path) -> None:
     record.rename(record.with_name("elsewhere"))
     record.symlink_to(record.with_name("elsewhere"))
     with pytest.raises(UnsafePathError):
-        cluster.recorded()
+        cluster.recorded_cluster()
     record.unlink()
     os.mkfifo(record)
     with pytest.raises(UnsafePathError, match="regular"):
-        cluster.recorded()
+        cluster.recorded_cluster()
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_the_token_is_not_sent_to_the_port_of_a_cluster_that_has_ended(record: P
         content = json.loads(record.read_text())
         content["dashboard_url"] = f"http://127.0.0.1:{server.server_port}"
         write_atomic(record, json.dumps(content), mode=0o600)
-        assert cluster.running() is None
+        assert cluster.running_cluster() is None
         server.shutdown()
     assert heard == []
 

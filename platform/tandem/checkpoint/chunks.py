@@ -30,11 +30,11 @@ class ChunkedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, like: Tensor, shape: Sequence[int], chunks: Iterable[Chunk]) -> ChunkedTensor:
         """`like` gives type and device."""
-        made: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
+        chunked: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=like.dtype, device=like.device
         )
-        made.chunks = {torch.Size(offsets): held for offsets, held in chunks if held.numel() or not held.ndim}
-        return made
+        chunked.chunks = {torch.Size(offsets): chunk for offsets, chunk in chunks if chunk.numel() or not chunk.ndim}
+        return chunked
 
     @classmethod
     def of(cls, tensor: Tensor) -> ChunkedTensor:
@@ -46,7 +46,7 @@ class ChunkedTensor(torch.Tensor):
 
     def staged(self) -> ChunkedTensor:
         """A copy in CPU memory."""
-        copies = ((tuple(at), held.detach().to("cpu", copy=True)) for at, held in self.chunks.items())
+        copies = ((tuple(offsets), chunk.detach().to("cpu", copy=True)) for offsets, chunk in self.chunks.items())
         return ChunkedTensor(torch.empty((), dtype=self.dtype), self.shape, copies)
 
     @classmethod
@@ -60,7 +60,7 @@ class ChunkedTensor(torch.Tensor):
 
     # The protocol of torch.distributed.checkpoint for custom tensors (torch.distributed._checkpointable).
 
-    def __create_write_items__(self, fqn: str, held: Any) -> list[WriteItem]:
+    def __create_write_items__(self, fqn: str, tensor: Any) -> list[WriteItem]:
         return [
             WriteItem(
                 index=MetadataIndex(fqn, chunk.offsets),
@@ -73,7 +73,7 @@ class ChunkedTensor(torch.Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offsets=at, sizes=held.shape) for at, held in self.chunks.items()]
+        return [ChunkStorageMetadata(offsets=offsets, sizes=chunk.shape) for offsets, chunk in self.chunks.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None, "a chunk has offsets"

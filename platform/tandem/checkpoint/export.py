@@ -48,11 +48,11 @@ def export(
     table = index_tensors(weights)
     with _published_by_rank0(target) as staging:
         if adapter:
-            convert: Convert = _adapter_names(model)
+            convert: Convert = _adapter_name_converter(model)
             files = single_file(table, convert, "adapter_model.safetensors")
         else:
             shell = _meta_model(model)
-            convert = _hub_names(shell)
+            convert = _hub_name_converter(shell)
             files = split_into_files(table, convert, file_bytes)
         problem: str | None = None
         try:
@@ -64,7 +64,7 @@ def export(
         if _rank() != 0:
             return
         if adapter:
-            _describe_adapter(model, staging)
+            _write_adapter_config(model, staging)
             return
         shell.config.save_pretrained(staging)
         generation: Any = model.generation_config
@@ -83,11 +83,13 @@ def export(
 def export_tensors(model: nn.Module) -> list[ExportTensor]:
     """The weights of a model that is complete on this rank: a peft model's trained ones, or all of any other model."""
     adapter = getattr(model, "peft_config", None) is not None
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+    tied_names = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(
+        model.named_parameters()
+    ).keys()
     return [
         ExportTensor.of(name, tensor)
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name not in tied and (tensor.requires_grad or not adapter)
+        if name not in tied_names and (tensor.requires_grad or not adapter)
     ]
 
 
@@ -100,16 +102,16 @@ def is_complete_export(target: Path) -> bool:
 @contextlib.contextmanager
 def _published_by_rank0(target: Path) -> Iterator[Path]:
     """A folder that all ranks write to in a `with` block, and rank 0 publishes at its end; an error is raised on all ranks."""
-    announced: list[str | None] = [None, None]
+    folder_and_problem: list[str | None] = [None, None]
     stack = contextlib.ExitStack()
     if _rank() == 0:
         try:
-            announced[0] = str(stack.enter_context(publish_folder(target, replace=True)))
+            folder_and_problem[0] = str(stack.enter_context(publish_folder(target, replace=True)))
         except (TandemError, OSError) as error:
-            announced[1] = str(error)
+            folder_and_problem[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(announced, src=0)
-    folder, problem = announced
+        dist.broadcast_object_list(folder_and_problem, src=0)
+    folder, problem = folder_and_problem
     if folder is None:
         raise StorageError(str(problem))
     try:
@@ -125,9 +127,9 @@ def _raise_on_all_ranks(problem: str | None) -> None:
     if dist.is_initialized():
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise StorageError(found)
+    for rank_problem in problems:
+        if rank_problem is not None:
+            raise StorageError(rank_problem)
 
 
 def _rank() -> int:
@@ -144,29 +146,29 @@ def _meta_model(model: Any) -> Any:
         return type(model)(config)
 
 
-def _hub_names(shell: Any) -> Convert:
+def _hub_name_converter(shell: Any) -> Convert:
     from transformers.core_model_loading import revert_weight_conversion
 
     # transformers stacks the experts of a mixture when it loads them; files, and vLLM, have them one by one.
     return lambda tensors: dict(revert_weight_conversion(shell, tensors))
 
 
-def _adapter_names(model: Any) -> Convert:
+def _adapter_name_converter(model: Any) -> Convert:
     from peft import get_peft_model_state_dict
 
     return lambda tensors: dict(get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False))
 
 
-def _describe_adapter(model: Any, folder: Path) -> None:
+def _write_adapter_config(model: Any, folder: Path) -> None:
     config = model.peft_config["default"]
-    was, config.inference_mode = config.inference_mode, True
+    previous, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
-    config.inference_mode = was
+    config.inference_mode = previous
     # peft writes sets in any order: sorted, equal adapters are equal files.
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(_sorted(json.loads(path.read_text())), indent=2, sort_keys=True))
+    path.write_text(json.dumps(_sort_target_modules(json.loads(path.read_text())), indent=2, sort_keys=True))
 
 
-def _sorted(values: dict[str, Any]) -> dict[str, Any]:
-    found = values.get("target_modules")
-    return {**values, "target_modules": sorted(found)} if isinstance(found, list) else values
+def _sort_target_modules(config: dict[str, Any]) -> dict[str, Any]:
+    target_modules = config.get("target_modules")
+    return {**config, "target_modules": sorted(target_modules)} if isinstance(target_modules, list) else config

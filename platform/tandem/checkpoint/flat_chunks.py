@@ -51,14 +51,14 @@ class FlatChunks(ChunkedTensor):
     @staticmethod
     def __new__(cls, flat: Tensor, shape: Sequence[int], start: int) -> FlatChunks:
         """`flat`: contiguous, with one axis."""
-        made = cast(FlatChunks, ChunkedTensor.__new__(cls, flat, shape, _views(flat, shape, start)))
-        made.flat = flat
-        return made
+        chunks = cast(FlatChunks, ChunkedTensor.__new__(cls, flat, shape, _views(flat, shape, start)))
+        chunks.flat = flat
+        return chunks
 
 
 def _views(flat: Tensor, shape: Sequence[int], start: int) -> Iterator[Chunk]:
-    taken = 0
+    start_in_flat = 0
     for offsets, sizes in chunk_bounds(shape, start, start + flat.numel()):
         count = math.prod(sizes)
-        yield offsets, flat.narrow(0, taken, count).view(sizes)
-        taken += count
+        yield offsets, flat.narrow(0, start_in_flat, count).view(sizes)
+        start_in_flat += count

@@ -30,7 +30,7 @@ STATE_NAME = "state.json"
 MANIFEST_NAME = "manifest.json"
 DAMAGED_NAME = "manifest.damaged.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_LEFT = re.compile(r"\.step-\d+\.tmp")
+_STAGING_NAME = re.compile(r"\.step-\d+\.tmp")
 _CHUNK = 2**22
 HIGHER_IS_BETTER = ("accuracy", "margin")
 """Suffixes of metrics of which higher values are better."""
@@ -86,7 +86,7 @@ def step_of(checkpoint: Location) -> int:
 def list_complete(root: Location) -> list[Any]:
     """The complete checkpoints below `root`, oldest first: paths of a path, URIs of a URI."""
     files = file_system(root)
-    return [found for found in _folders(root) if files.exists(str(join(found, MANIFEST_NAME)))]
+    return [folder for folder in _folders(root) if files.exists(str(join(folder, MANIFEST_NAME)))]
 
 
 def latest(root: Location) -> Any:
@@ -101,7 +101,7 @@ def open_staging(root: Location, step: int) -> Location:
         if isinstance(root, Path):
             root.mkdir(parents=True, exist_ok=True)
         for name in _names(root):
-            if _LEFT.fullmatch(name):
+            if _STAGING_NAME.fullmatch(name):
                 _remove(files, join(root, name))
         if not isinstance(root, Path):
             _remove(files, staging)
@@ -133,26 +133,26 @@ def commit(root: Location, state: SavedState, files: Mapping[str, FileRecord]) -
 
 def prune(root: Location, keep: int, best: str | None = None) -> None:
     """Remove checkpoints older than the newest `keep`, except the best by the metric `best`; incomplete ones, too."""
-    whole = list_complete(root)
-    kept = whole[-keep:]
+    complete = list_complete(root)
+    retained = complete[-keep:]
     if best is not None:
-        kept += [found for found in [best_checkpoint(whole, best)] if found is not None]
+        retained += [checkpoint for checkpoint in [best_checkpoint(complete, best)] if checkpoint is not None]
     files = file_system(root)
     for folder in _folders(root):
-        if folder not in kept and kept and step_of(folder) < step_of(whole[-1]):
+        if folder not in retained and retained and step_of(folder) < step_of(complete[-1]):
             _remove(files, folder)
 
 
 def best_checkpoint(checkpoints: Iterable[Location], metric: str) -> Location | None:
     """The checkpoint with the best value of a metric, of equal ones the newest; None if none has a value."""
     sign = -1 if metric.endswith(HIGHER_IS_BETTER) else 1
-    measured: list[tuple[float, int, Location]] = []
+    candidates: list[tuple[float, int, Location]] = []
     for checkpoint in checkpoints:
         with contextlib.suppress(CheckpointError):
             value = read_state(checkpoint).metrics.get(metric)
             if value is not None and value == value:
-                measured.append((sign * value, -step_of(checkpoint), checkpoint))
-    return min(measured, key=lambda found: found[:2])[2] if measured else None
+                candidates.append((sign * value, -step_of(checkpoint), checkpoint))
+    return min(candidates, key=lambda candidate: candidate[:2])[2] if candidates else None
 
 
 def read_state(checkpoint: Location) -> SavedState:
@@ -176,7 +176,7 @@ def find_damage(checkpoint: Location, share: int = 0, shares: int = 1) -> list[s
         records = read_manifest(checkpoint)
     except CheckpointError as error:
         return [str(error)] if share == 0 else []
-    found = []
+    problems = []
     # The largest first, so that the parts have about equal sizes.
     for name in sorted(records, key=lambda n: (-records[n].size, n))[share::shares]:
         record = records[name]
@@ -187,26 +187,26 @@ def find_damage(checkpoint: Location, share: int = 0, shares: int = 1) -> list[s
                     size += len(part)
                     digest.update(part)
         except FileNotFoundError:
-            found.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
             continue
         except OSError as error:
             # A file that a disk cannot read is lost; a store that does not answer may still have it.
             if not isinstance(checkpoint, Path):
                 raise
-            found.append(f"{name} cannot be read ({error})")
+            problems.append(f"{name} cannot be read ({error})")
             continue
         if size != record.size:
-            found.append(f"{name} has {size:,} bytes of {record.size:,}")
+            problems.append(f"{name} has {size:,} bytes of {record.size:,}")
         elif digest.hexdigest() != record.digest:
-            found.append(f"{name} has other bytes than were written")
-    return found
+            problems.append(f"{name} has other bytes than were written")
+    return problems
 
 
 def list_incomplete(root: Location) -> list[Any]:
     """Folders with the name of a checkpoint and without any manifest, oldest first."""
     files = file_system(root)
     names = (MANIFEST_NAME, DAMAGED_NAME)
-    return [found for found in _folders(root) if not any(files.exists(str(join(found, name))) for name in names)]
+    return [folder for folder in _folders(root) if not any(files.exists(str(join(folder, name))) for name in names)]
 
 
 def quarantine(checkpoint: Location) -> None:
@@ -227,10 +227,10 @@ def read_manifest(checkpoint: Location) -> dict[str, FileRecord]:
             raise CheckpointError(f"{MANIFEST_NAME} is damaged ({error})") from error
         raise
     try:
-        held = json.loads(content)
-        if held["digest"] != digest_of(_encoded(held["files"])):
+        manifest = json.loads(content)
+        if manifest["digest"] != digest_of(_encoded(manifest["files"])):
             raise ValueError("its digest is of other files")
-        return {name: FileRecord(**record) for name, record in held["files"].items()}
+        return {name: FileRecord(**record) for name, record in manifest["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST_NAME} is damaged ({error})") from error
 

@@ -26,11 +26,13 @@ class SafetensorsReader:
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         self._files: dict[Path, Any] = {}
-        self._in: dict[str, Path] = {}
+        self._file_by_name: dict[str, Path] = {}
         if index.exists():
-            self._in = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            self._file_by_name = {
+                name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()
+            }
         elif (single := folder / "model.safetensors").exists():
-            self._in = dict.fromkeys(self._open(single).keys(), single)
+            self._file_by_name = dict.fromkeys(self._open(single).keys(), single)
 
     def missing(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
         """Names of the model's tensors, given by their shapes, that the files do not hold."""
@@ -38,34 +40,34 @@ class SafetensorsReader:
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A slice of a tensor of the model, in the type of the file."""
-        stacked = _STACKED.fullmatch(name)
-        if stacked is None or name in self._in:
+        match = _STACKED.fullmatch(name)
+        if match is None or name in self._file_by_name:
             return self._slice(self._plain_name(name), offsets, sizes)
-        prefix, kind = stacked.groups()
+        prefix, kind = match.groups()
         experts = range(offsets[0], offsets[0] + sizes[0])
         return torch.stack([self._expert(prefix, kind, expert, offsets[1:], sizes[1:]) for expert in experts])
 
     def _expert(self, prefix: str, kind: str, expert: int, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         if kind == "down_proj":
             return self._slice(self._expert_name(prefix, expert, kind), offsets, sizes)
-        found = []
+        slices = []
         first, last = offsets[0], offsets[0] + sizes[0]
-        for position, half in enumerate(("gate_proj", "up_proj")):
-            name = self._expert_name(prefix, expert, half)
+        for position, projection in enumerate(("gate_proj", "up_proj")):
+            name = self._expert_name(prefix, expert, projection)
             width = self._shape(name)[0]
             start, stop = max(first - position * width, 0), min(last - position * width, width)
             if start < stop:
-                found.append(self._slice(name, (start, offsets[1]), (stop - start, sizes[1])))
-        return torch.cat(found)
+                slices.append(self._slice(name, (start, offsets[1]), (stop - start, sizes[1])))
+        return torch.cat(slices)
 
     def _slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        where = tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
-        held: Tensor = self._of(name).get_slice(name)[where] if where else self._of(name).get_tensor(name)
-        return held
+        slices = tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+        tensor: Tensor = self._of(name).get_slice(name)[slices] if slices else self._of(name).get_tensor(name)
+        return tensor
 
     def _has(self, name: str, shape: tuple[int, ...]) -> bool:
         parts = self._names_in_files(name)
-        if not set(parts) <= self._in.keys():
+        if not set(parts) <= self._file_by_name.keys():
             return False
         # Experts in files are numbered, and have another shape than the stack.
         return parts != [self._plain_name(name)] or self._shape(parts[0]) == shape
@@ -74,24 +76,24 @@ class SafetensorsReader:
         return tuple(self._of(name).get_slice(name).get_shape())
 
     def _names_in_files(self, name: str) -> list[str]:
-        stacked = None if name in self._in else _STACKED.fullmatch(name)
-        if stacked is None:
+        match = None if name in self._file_by_name else _STACKED.fullmatch(name)
+        if match is None:
             return [self._plain_name(name)]
-        prefix, kind = stacked.groups()
+        prefix, kind = match.groups()
         parts = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
         return [self._expert_name(prefix, 0, part) for part in parts]
 
     def _plain_name(self, name: str) -> str:
         mixtral = name.replace(".mlp.", ".block_sparse_moe.")
-        return mixtral if name not in self._in and mixtral in self._in else name
+        return mixtral if name not in self._file_by_name and mixtral in self._file_by_name else name
 
     def _expert_name(self, prefix: str, expert: int, part: str) -> str:
         name = f"{prefix}.{expert}.{part}.weight"
         mixtral = f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{expert}.{_MIXTRAL[part]}.weight"
-        return mixtral if name not in self._in and mixtral in self._in else name
+        return mixtral if name not in self._file_by_name and mixtral in self._file_by_name else name
 
     def _of(self, name: str) -> Any:
-        return self._open(self._in[name])
+        return self._open(self._file_by_name[name])
 
     def _open(self, file: Path) -> Any:
         if file not in self._files:

@@ -82,8 +82,8 @@ class Checkpoints:
         if self._stager is None:
             _write(self.root, lambda: save_state(content, **options))
             return
-        begun: Any = async_save(content, async_stager=self._stager, **options)
-        self._running = begun
+        running: Any = async_save(content, async_stager=self._stager, **options)
+        self._running = running
 
     def wait(self) -> None:
         """Return when the checkpoint that is being written is complete; StorageError, on every rank, if it failed."""
@@ -111,9 +111,11 @@ class Checkpoints:
         ]
         for index, checkpoint in reversed(list(enumerate(complete))):
             parts = self._gather_from_ranks(lambda at=checkpoint: folders.find_damage(at, rank, world))
-            if damage := [found for part in parts for found in part]:
-                before = f"step {folders.step_of(complete[index - 1])}" if index else "the start: there is none before"
-                messages.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run resumes from {before}.")
+            if damage := [problem for part in parts for problem in part]:
+                resume_point = (
+                    f"step {folders.step_of(complete[index - 1])}" if index else "the start: there is none before"
+                )
+                messages.append(f"{checkpoint} is damaged: {'; '.join(damage)}. The run resumes from {resume_point}.")
                 self._gather_from_ranks(lambda at=checkpoint: folders.quarantine(at) if rank == 0 else None)
                 continue
             return load(checkpoint, model, optimizer, extra=extra, group=self._group), messages
@@ -121,22 +123,22 @@ class Checkpoints:
 
     def _gather_from_ranks(self, read: Any) -> list[Any]:
         """The result of `read` on each rank; an error of one rank is raised on all, so that none waits for another."""
-        mine: tuple[Any, str | None]
+        own_result: tuple[Any, str | None]
         try:
-            mine = (read(), None)
+            own_result = (read(), None)
         except Exception as error:  # noqa: BLE001 - a store's client has errors of its own
-            mine = (None, str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}")
-        every: list[Any] = [mine]
+            own_result = (None, str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}")
+        results: list[Any] = [own_result]
         if self._group is not None:
-            every = [None] * dist.get_world_size()
-            dist.all_gather_object(every, mine, group=self._group)
-        for _, problem in every:
+            results = [None] * dist.get_world_size()
+            dist.all_gather_object(results, own_result, group=self._group)
+        for _, problem in results:
             if problem is not None:
                 raise StorageError(
                     f"Checkpoints below {self.root} cannot be read: {problem}. They are as they were; see that the disk or the "
                     "store answers, then run the same command again."
                 )
-        return [found for found, _ in every]
+        return [result for result, _ in results]
 
 
 def save(
@@ -176,8 +178,8 @@ def load(
             content, storage_reader=CheckpointReader(checkpoint), process_group=group, no_dist=not dist.is_initialized()
         )
         model.set_training_state(content, optimizer)
-        for name, thing in extra.items():
-            thing.load_state_dict(content[name])
+        for name, stateful in extra.items():
+            stateful.load_state_dict(content[name])
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be loaded: {_root_cause(error)}. "
@@ -190,8 +192,8 @@ def load(
 
 def _content(model: TrainableModel, optimizer: torch.optim.Optimizer, extra: Mapping[str, Stateful]) -> dict[str, Any]:
     random = {f"cpu-{dist.get_rank() if dist.is_initialized() else 0}": torch.get_rng_state()}
-    others = {name: thing.state_dict() for name, thing in extra.items()}
-    return {**model.training_state(optimizer), "random": random, **others}
+    extra_state = {name: stateful.state_dict() for name, stateful in extra.items()}
+    return {**model.training_state(optimizer), "random": random, **extra_state}
 
 
 def _write(root: Location, result: Callable[[], Any]) -> None:
@@ -208,7 +210,7 @@ class _PinnedStager(AsyncStager):
     _synchronize_after_execute = False
 
     def __init__(self) -> None:
-        self._held: dict[tuple[Any, ...], Tensor] = {}
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """See torch's."""
@@ -223,16 +225,18 @@ class _PinnedStager(AsyncStager):
 
     def close(self) -> None:
         """See torch's."""
-        self._held.clear()
+        self._buffers.clear()
 
     def _copy(self, value: Any, key: tuple[Any, ...]) -> Any:
         if isinstance(value, ChunkedTensor):
-            copies = [(tuple(at), self._copy_tensor(held, (*key, at))) for at, held in value.chunks.items()]
+            copies = [
+                (tuple(offsets), self._copy_tensor(chunk, (*key, offsets))) for offsets, chunk in value.chunks.items()
+            ]
             return ChunkedTensor(torch.empty((), dtype=value.dtype), value.shape, copies)
         if isinstance(value, Tensor):
             return self._copy_tensor(value, key)
         if isinstance(value, dict):
-            return {name: self._copy(held, (*key, name)) for name, held in value.items()}
+            return {name: self._copy(item, (*key, name)) for name, item in value.items()}
         return copy.deepcopy(value)
 
     def _copy_tensor(self, tensor: Tensor, key: tuple[Any, ...]) -> Tensor:
@@ -240,17 +244,17 @@ class _PinnedStager(AsyncStager):
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             # A tensor subclass, such as the state of an 8-bit optimizer.
             return tensor.to("cpu", copy=True)
-        held = self._held.get(key)
-        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = self._held[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return held.copy_(tensor, non_blocking=True)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor, non_blocking=True)
 
 
 def _root_cause(error: BaseException) -> BaseException:
     """The error of the first failing rank, without torch's wrapper."""
     if isinstance(error, CheckpointException):
-        for wrapped in error.failures.values():
-            return wrapped[0]
+        for failure in error.failures.values():
+            return failure[0]
     return error
 
 
@@ -258,19 +262,20 @@ def _explain(error: BaseException, root: Location) -> str:
     cause = _root_cause(error)
     if isinstance(cause, StorageError):
         return str(cause)
-    free = ""
+    free_note = ""
     if isinstance(root, Path):
         try:
             with disk_errors("writing a checkpoint", root):
                 if isinstance(cause, OSError):
                     raise cause
-        except StorageError as known:
-            return str(known)
+        except StorageError as explained:
+            return str(explained)
         except OSError:
             pass
         # torch's writer reports a full disk as a RuntimeError of its stream, too.
-        free = f" ({free_bytes(root) / 2**20:,.1f} MiB free)"
+        free_note = f" ({free_bytes(root) / 2**20:,.1f} MiB free)"
     return (
-        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{free}. Earlier checkpoints are intact. "
+        f"A checkpoint could not be written below {root}: {type(cause).__name__}: {cause}{free_note}. "
+        "Earlier checkpoints are intact. "
         "Free some space, or check that the store answers, then run the same command again: it resumes from the newest one."
     )

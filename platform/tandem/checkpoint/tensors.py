@@ -71,16 +71,16 @@ class OutputFile:
         return sum(map(size_of, self.tensors.values()))
 
 
-def index_tensors(held: Iterable[ExportTensor]) -> TensorIndex:
+def index_tensors(tensors: Iterable[ExportTensor]) -> TensorIndex:
     """The tensors of all ranks. Every rank calls it."""
-    mine = [(h.name, h.shape, h.dtype) for h in held]
-    every: list[Any] = [mine]
+    own_tensors = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
+    tensors_by_rank: list[Any] = [own_tensors]
     if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
+        tensors_by_rank = [None] * dist.get_world_size()
+        dist.all_gather_object(tensors_by_rank, own_tensors)
     table = TensorIndex({}, {})
-    for rank, tensors in enumerate(every):
-        for name, shape, dtype in tensors:
+    for rank, rank_tensors in enumerate(tensors_by_rank):
+        for name, shape, dtype in rank_tensors:
             table.meta.setdefault(name, torch.empty(shape, dtype=dtype, device="meta"))
             table.holders.setdefault(name, []).append(rank)
     return table
@@ -98,31 +98,31 @@ def single_file(table: TensorIndex, convert: Convert, name: str) -> list[OutputF
 def split_into_files(table: TensorIndex, convert: Convert, file_bytes: int) -> list[OutputFile]:
     """Files of at most `file_bytes`, each written by a rank that has parts of its tensors; named as Hugging Face does."""
     files: list[OutputFile] = []
-    given: dict[int, int] = {}
+    files_of_rank: dict[int, int] = {}
     for source, empty in table.meta.items():
-        made = convert({source: empty})
-        more = sum(map(size_of, made.values()))
+        converted = convert({source: empty})
+        converted_bytes = sum(map(size_of, converted.values()))
         holders = table.holders[source]
-        if not files or files[-1].bytes + more > file_bytes:
-            owner = min(holders, key=lambda rank: (given.get(rank, 0), rank))
-            given[owner] = given.get(owner, 0) + 1
+        if not files or files[-1].bytes + converted_bytes > file_bytes:
+            owner = min(holders, key=lambda rank: (files_of_rank.get(rank, 0), rank))
+            files_of_rank[owner] = files_of_rank.get(owner, 0) + 1
             files.append(OutputFile(owner=owner))
         files[-1].sources.append(source)
-        files[-1].tensors |= made
+        files[-1].tensors |= converted
     for number, file in enumerate(files, 1):
         file.name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
     return files
 
 
 def write(
-    folder: Path, files: Sequence[OutputFile], held: Iterable[ExportTensor], table: TensorIndex, convert: Convert
+    folder: Path, files: Sequence[OutputFile], own_tensors: Iterable[ExportTensor], table: TensorIndex, convert: Convert
 ) -> None:
     """Write this rank's files. Every rank calls it; a rank whose disk is full still takes part in gathering."""
     owner = {source: file for file in files for source in file.sources}
     problem: Exception | None = None
     open_files: dict[str, Any] = {}
     try:
-        for name, tensor in stream(held, table, {source: file.owner for source, file in owner.items()}):
+        for name, tensor in stream(own_tensors, table, {source: file.owner for source, file in owner.items()}):
             if tensor is None or problem is not None:
                 continue
             file = owner[name]
@@ -130,8 +130,8 @@ def write(
                 if file.name not in open_files:
                     open_files[file.name] = (folder / file.name).open("wb")
                     open_files[file.name].write(header(file.tensors))
-                for made in convert({name: tensor}).values():
-                    open_files[file.name].write(bytes_of(made))
+                for converted in convert({name: tensor}).values():
+                    open_files[file.name].write(bytes_of(converted))
             except OSError as error:
                 problem = error
     finally:
@@ -145,45 +145,45 @@ def write(
 
 
 def stream(
-    held: Iterable[ExportTensor], table: TensorIndex, owners: Mapping[str, int] | int
+    own_tensors: Iterable[ExportTensor], table: TensorIndex, owners: Mapping[str, int] | int
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Each tensor in turn: gathered on the CPU of the rank that owns it, None on the others. Every rank iterates it."""
-    mine = {h.name: h for h in held}
+    tensor_by_name = {tensor.name: tensor for tensor in own_tensors}
     rank = dist.get_rank() if dist.is_initialized() else 0
     for name, empty in table.meta.items():
         owner = owners if isinstance(owners, int) else owners[name]
         holders = table.holders[name]
-        whole = mine[name].gather() if name in mine else None
+        full = tensor_by_name[name].gather() if name in tensor_by_name else None
         if owner not in holders:
             if rank == holders[0]:
-                assert whole is not None, "the first holder has gathered it"
-                dist.send(whole.contiguous(), dst=owner)
+                assert full is not None, "the first holder has gathered it"
+                dist.send(full.contiguous(), dst=owner)
             elif rank == owner:
-                whole = torch.empty_like(empty, device=_device())
-                dist.recv(whole, src=holders[0])
-        yield name, whole.detach().cpu() if rank == owner and whole is not None else None
+                full = torch.empty_like(empty, device=_device())
+                dist.recv(full, src=holders[0])
+        yield name, full.detach().cpu() if rank == owner and full is not None else None
 
 
-def gather_on_rank0(held: Sequence[ExportTensor]) -> dict[str, Tensor]:
+def gather_on_rank0(own_tensors: Sequence[ExportTensor]) -> dict[str, Tensor]:
     """All tensors on rank 0 and none on the others, for small models."""
-    return {name: tensor for name, tensor in stream(held, index_tensors(held), 0) if tensor is not None}
+    return {name: tensor for name, tensor in stream(own_tensors, index_tensors(own_tensors), 0) if tensor is not None}
 
 
 def header(tensors: Mapping[str, Tensor]) -> bytes:
     """The header of a file with tensors of these shapes and types."""
-    places: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, tensor in tensors.items():
-        end = at + size_of(tensor)
-        places[name] = {
+        end = offset + size_of(tensor)
+        entries[name] = {
             "dtype": SAFETENSORS_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [at, end],
+            "data_offsets": [offset, end],
         }
-        at = end
-    text = json.dumps(places, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        offset = end
+    content = json.dumps(entries, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
 
 
 def size_of(tensor: Tensor) -> int:

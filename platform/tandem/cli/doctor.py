@@ -25,8 +25,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cluster import machine
-from tandem.cluster.local import LocalCluster, connect, recorded
-from tandem.cluster.marks import marked
+from tandem.cluster.local import LocalCluster, connect, recorded_cluster
+from tandem.cluster.marks import marked_processes
 from tandem.cluster.tls import check_files, from_settings, installed
 from tandem.errors import TandemError, UnsafePathError
 from tandem.private import check_home
@@ -117,7 +117,7 @@ def _python() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     extra = "gpu" if machine.installed("vllm") else "cpu"
-    lacking = machine.unmet() + machine.unmet(extra)
+    lacking = machine.unmet_requirements() + machine.unmet_requirements(extra)
     if lacking:
         says = ", ".join(lacking)
         fix = f"Run `make setup`, or `pip install 'tandem[{extra}]'` in an environment of your own."
@@ -190,7 +190,7 @@ def _home() -> Iterator[Finding]:
         return
     try:
         warning = check_home(home)
-        recorded()
+        recorded_cluster()
     except UnsafePathError as error:
         yield Finding(name="Home", state="problem", says=str(error), fix=fix)
         return
@@ -206,7 +206,7 @@ def _home() -> Iterator[Finding]:
 
 def _recorded() -> LocalCluster | None:
     try:
-        return recorded()
+        return recorded_cluster()
     except UnsafePathError:  # what `_home` reports
         return None
 
@@ -228,7 +228,7 @@ def _ports() -> Iterator[Finding]:
     name = f"Port {port}"
     if holder is None:
         yield Finding(name=name, state="ok", says="free, for the gateway")
-    elif (cluster := _recorded()) and holder.pid in {process.pid for process in marked(cluster.mark)}:
+    elif (cluster := _recorded()) and holder.pid in {process.pid for process in marked_processes(cluster.mark)}:
         yield Finding(name=name, state="ok", says=f"held by this home's own server: {holder}")
     else:
         stop = f"Stop it (`kill {holder.pid}`)" if holder.pid else "Stop it"
@@ -302,7 +302,9 @@ def _cluster() -> Iterator[Finding]:
     address = settings().ray_address
     if not address or address == "local":
         cluster = _recorded()
-        known = f"; one of this home is at {cluster.dashboard_url}" if cluster and marked(cluster.mark) else ""
+        known = (
+            f"; one of this home is at {cluster.dashboard_url}" if cluster and marked_processes(cluster.mark) else ""
+        )
         yield Finding(name="Ray cluster", state="ok", says=f"RAY_ADDRESS is not set: commands start a local one{known}")
         return
     try:

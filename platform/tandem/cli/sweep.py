@@ -70,7 +70,7 @@ def submit_sweep(sweep: SweepFolder, *, share_cores: bool, detach: bool = False,
     """
     plan = sweep.plan()
     console.print(f"Sweep [bold]{sweep.id}[/]: {len(plan.trials)} trials")
-    if end := sweep.swept():
+    if end := sweep.finished():
         say_swept(sweep, end)
         return 0
     with open_cluster(num_cpus=cpus_for(sweep, share_cores=share_cores), keep=detach) as cluster:
@@ -103,7 +103,7 @@ def follow_sweep(cluster: Cluster, sweep: SweepFolder, *, raw: bool = False) -> 
             console.print("\nStopped. The same command resumes with the trials that are not finished.")
             raise
     status = client.exit_status(submission)
-    if status == 0 and (end := sweep.swept()):
+    if status == 0 and (end := sweep.finished()):
         say_swept(sweep, end, table=raw or not console.is_terminal)
     elif client.state(submission) is JobState.STOPPED:
         console.print(
@@ -113,7 +113,7 @@ def follow_sweep(cluster: Cluster, sweep: SweepFolder, *, raw: bool = False) -> 
         failed = sweep.last(Failed)
         reason = (failed.error if failed else "") or "\n".join(view.other_lines[-15:]) or client.message(submission)
         console.print(f"[bold red]{sweep.id} failed:[/] {escape(str(reason))}", soft_wrap=True)
-    return status or (0 if sweep.swept() else 1)
+    return status or (0 if sweep.finished() else 1)
 
 
 class SweepView:
@@ -236,7 +236,7 @@ def say_swept(sweep: SweepFolder, end: SweepFinished, *, table: bool = True) -> 
 
 def say_sweep(sweep: SweepFolder, client: JobClient | None) -> None:
     """Print how a sweep stands."""
-    if end := sweep.swept():
+    if end := sweep.finished():
         say_swept(sweep, end)
         return
     plan = sweep.plan()

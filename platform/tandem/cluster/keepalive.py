@@ -1,7 +1,7 @@
 """TCP keepalive and user time-out: the kernel ends connections whose other side is out of reach.
 
-A process that ends closes its connections, but a network that is cut says nothing: without these a stream over it would wait
-for as long as its reader's own time-out.
+A process that ends closes its connections, but a broken network sends nothing: without keepalive a stream would wait for its
+reader's own time-out.
 """
 
 from __future__ import annotations

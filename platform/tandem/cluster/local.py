@@ -1,8 +1,8 @@
-"""Ray clusters to work on: the one at RAY_ADDRESS, or a local one that is started here and removed without a trace.
+"""Ray clusters: the one at RAY_ADDRESS, or a local one that this process starts and removes completely.
 
 A local cluster is `ray start --head --block` in a process group of its own, on ports that are free, behind a token. Every process
-that descends from it carries a mark in its environment; stopping ends whatever carries the mark, so that nothing of it is
-left, not even what outlived its parent. If this process dies first, in whatever way, a reaper does the same.
+that descends from it has a mark in its environment; stopping ends all processes with the mark, including those that outlived
+their parent. If this process dies first, a reaper does the same.
 
 Its files lie below one private folder, and all that it listens on is loopback (docs/adr/0021-private-files.md).
 """
@@ -29,7 +29,7 @@ import psutil
 
 from tandem import settings as environment
 from tandem.cluster import haproxy
-from tandem.cluster.marks import MARK, end_marked, marked
+from tandem.cluster.marks import MARK, end_marked_processes, marked_processes
 from tandem.cluster.ports import free_block, free_ports
 from tandem.cluster.reaper import KEEP_MARKS, Reaper
 from tandem.errors import ClusterError, UnsafePathError
@@ -44,8 +44,8 @@ from tandem.private import (
 from tandem.storage import write_atomic
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Has Ray take 127.0.0.1 for the node's address. It would replace a loopback address by that of the network interface, and
-listen on all interfaces."""
+"""Makes Ray use 127.0.0.1 as the node's address. Otherwise it replaces a loopback address by that of the network interface, and
+listens on all interfaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalCluster(Cluster):
-    """A Ray cluster on this machine that lives as long as its owner wants it."""
+    """A Ray cluster on this machine, which runs until its owner stops it."""
 
     mark: str
     folder: Path
@@ -76,7 +76,7 @@ class LocalCluster(Cluster):
     reaper: Reaper | None = field(default=None, repr=False, compare=False)
     """Ends the cluster if this process cannot."""
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    """What a process needs in its environment to talk to the cluster."""
+    """Environment variables that a process needs to connect to the cluster."""
 
     @classmethod
     def start(
@@ -88,7 +88,7 @@ class LocalCluster(Cluster):
         UnsafePathError if other users can write in TANDEM_HOME.
         """
         check_home(environment.settings().root)
-        _forget_dead()
+        _remove_dead_cluster()
         mark = secrets.token_hex(8)
         folder = make_temporary_folder("tandem-")
         temporary = folder / "tmp"
@@ -121,9 +121,9 @@ class LocalCluster(Cluster):
             stderr=subprocess.STDOUT,
             # Sockets and scratch files of vLLM, torch and multiprocessing too are private then, and go with the cluster.
             env=environment.child_environment({**variables, "RAY_ADDRESS": None, "TMPDIR": str(temporary)}),
-            # A Ctrl-C is for us: we say when Ray stops. What outlives us has to leave our terminal too. Otherwise it stays in
-            # our session: Linux schedules sessions as groups, and beside one that keeps every core busy a client in another
-            # was seen to wait for a core for a second at a time.
+            # Ctrl-C must reach this process only, which then stops Ray. A kept cluster leaves the terminal's session. Any other
+            # stays in it: Linux schedules sessions as groups, and a client in another session than a cluster that uses every
+            # core was measured to wait for a core for a second at a time.
             start_new_session=keep,
             process_group=None if keep else 0,
         )
@@ -140,7 +140,7 @@ class LocalCluster(Cluster):
         )
         try:
             cluster._wait(process, timeout_s)
-            cluster._enter()
+            cluster._export_environment()
             record = {"pid": cluster.pid, "kept": keep, "dashboard_url": dashboard, "address": address}
             content = json.dumps({**record, "folder": str(folder), "environment": variables})
             write_atomic(record_path(), content, mode=0o600)
@@ -153,35 +153,35 @@ class LocalCluster(Cluster):
         deadline = time.monotonic() + timeout_s
         while not dashboard_answers(self.dashboard_url, self.environment.get("RAY_AUTH_TOKEN_PATH")):
             if process.poll() is not None or time.monotonic() > deadline:
-                said = (self.folder / "start.log").read_text(errors="replace").strip().splitlines()[-8:]
-                what = f"ended with status {process.returncode}" if process.poll() is not None else "did not answer"
+                last_lines = (self.folder / "start.log").read_text(errors="replace").strip().splitlines()[-8:]
+                problem = f"ended with status {process.returncode}" if process.poll() is not None else "did not answer"
                 raise ClusterError(
-                    f"The local Ray cluster {what} within {timeout_s:.0f} s. Run `tandem doctor`. Ray said:\n"
-                    + "\n".join(said)
+                    f"The local Ray cluster {problem} within {timeout_s:.0f} s. Run `tandem doctor`. Ray said:\n"
+                    + "\n".join(last_lines)
                 )
             time.sleep(0.2)
 
-    def _enter(self) -> None:
-        """Have Ray in this process talk to this cluster, whether it has been imported or not."""
+    def _export_environment(self) -> None:
+        """Connect Ray in this process to this cluster, whether Ray has been imported or not."""
         environment.export(self.environment, override=True)
-        _stay_on_loopback(LOOPBACK.items() <= self.environment.items())
+        _set_loopback(LOOPBACK.items() <= self.environment.items())
 
     def stop(self) -> None:
-        """End every process of the cluster and remove its files. Safe to call twice, and in a signal's wake."""
+        """End every process of the cluster and remove its files. Safe to call twice, and after a signal."""
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(self.pid).terminate()
-        end_marked(self.mark)
+        end_marked_processes(self.mark)
         if self.reaper is not None:
             self.reaper.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
         remove_private_folder(self.folder)
         with contextlib.suppress(UnsafePathError):
-            if (known := recorded()) and known.mark == self.mark:
+            if (record := recorded_cluster()) and record.mark == self.mark:
                 _existing_record_path().unlink(missing_ok=True)
         for name, value in self.environment.items():
             environment.forget(name, value)
-        _stay_on_loopback(False)
+        _set_loopback(False)
 
 
 @contextlib.contextmanager
@@ -201,14 +201,14 @@ def record_path() -> Path:
 
 def _existing_record_path() -> Path:
     """The record's path, or `cluster.json`, its earlier name, if this user has a record there only."""
-    path, earlier = record_path(), environment.settings().root / "cluster.json"
+    path, old_path = record_path(), environment.settings().root / "cluster.json"
     with contextlib.suppress(OSError):
-        if not os.path.lexists(path) and earlier.lstat().st_uid == os.geteuid():
-            return earlier
+        if not os.path.lexists(path) and old_path.lstat().st_uid == os.geteuid():
+            return old_path
     return path
 
 
-def recorded() -> LocalCluster | None:
+def recorded_cluster() -> LocalCluster | None:
     """This user's local cluster by its record in this home, whether the cluster still answers or not.
 
     Raises UnsafePathError if another user owns the record or can change it: it names programs to execute and an address that
@@ -228,32 +228,32 @@ def recorded() -> LocalCluster | None:
         return None
 
 
-def running() -> LocalCluster | None:
-    """The local cluster of this home, if one is up; what the next Ray call needs is then in the environment.
+def running_cluster() -> LocalCluster | None:
+    """The local cluster of this home, if it runs; exports the environment variables that Ray calls need.
 
     Raises UnsafePathError if another user can reach its folder.
     """
-    cluster = recorded()
-    # The token goes to no port of a cluster that has ended: somebody else may listen there now.
-    if cluster is None or not _lives(cluster):
+    cluster = recorded_cluster()
+    # The token must not go to the port of a cluster that has ended: another user may listen there now.
+    if cluster is None or not _is_alive(cluster):
         return None
     if not dashboard_answers(cluster.dashboard_url, cluster.environment.get("RAY_AUTH_TOKEN_PATH")):
         return None
     check_private_folder(cluster.folder)
-    cluster._enter()
+    cluster._export_environment()
     return cluster
 
 
-def _lives(cluster: LocalCluster) -> bool:
+def _is_alive(cluster: LocalCluster) -> bool:
     with contextlib.suppress(psutil.Error, OSError):
         return psutil.Process(cluster.pid).environ().get(MARK) == cluster.mark
     return False
 
 
-def _forget_dead() -> None:
-    """Remove what a recorded cluster left whose processes have all ended, such as by a kill of each."""
-    dead = recorded()
-    if dead is not None and not marked(dead.mark):
+def _remove_dead_cluster() -> None:
+    """Remove the files of the recorded cluster if all of its processes have ended, such as by SIGKILL."""
+    dead = recorded_cluster()
+    if dead is not None and not marked_processes(dead.mark):
         remove_private_folder(dead.folder)
 
 
@@ -264,7 +264,7 @@ def connect(address: str | None = None) -> Cluster | None:
     """
     address = address or environment.settings().ray_address
     if not address or address == "local":
-        return running()
+        return running_cluster()
     environment.export(authentication())
     if address.startswith(("http://", "https://")):
         if not dashboard_answers(address, environment.variable("RAY_AUTH_TOKEN_PATH")):
@@ -275,7 +275,7 @@ def connect(address: str | None = None) -> Cluster | None:
         return Cluster(dashboard_url=address.rstrip("/"))
     if only_on_loopback(address):
         environment.export(LOOPBACK, override=True)
-        _stay_on_loopback(True)
+        _set_loopback(True)
     from ray.dashboard.utils import get_address_for_submission_client
 
     try:
@@ -312,15 +312,15 @@ def _listens(host: str, port: int) -> bool:
         return False
 
 
-def _stay_on_loopback(wanted: bool) -> None:
-    """Ray reads the variable of LOOPBACK when it is imported; where it has been, its constant is set."""
+def _set_loopback(enabled: bool) -> None:
+    """Set Ray's constant for the variable of LOOPBACK, which Ray reads only when it is imported."""
     constants: Any = sys.modules.get("ray._private.ray_constants")
     if constants is not None and hasattr(constants, "ENABLE_RAY_CLUSTER"):
-        constants.ENABLE_RAY_CLUSTER = not wanted
+        constants.ENABLE_RAY_CLUSTER = not enabled
 
 
 def authentication() -> dict[str, str]:
-    """Ray's token mode, with the token of the user's home, which is made if it is not there."""
+    """Environment of Ray's token mode, with the token in the user's home, which is created if missing."""
     mode = environment.variable("RAY_AUTH_MODE")
     if mode and mode != "token":
         return {}

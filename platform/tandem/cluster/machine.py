@@ -31,14 +31,14 @@ class PortHolder:
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
-    """The features that the CPU claims, by the kernel's names; empty where the kernel does not say."""
+    """The CPU's features by the kernel's names; empty where the kernel does not list them."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         return frozenset()
     for line in lines:
-        name, colon, value = line.partition(":")
-        if colon and name.strip() in ("flags", "Features"):
+        name, separator, value = line.partition(":")
+        if separator and name.strip() in ("flags", "Features"):
             return frozenset(value.split())
     return frozenset()
 
@@ -54,15 +54,15 @@ def usable_cores(cgroup: Path = CGROUP) -> float:
 
 def free_memory(cgroup: Path = CGROUP) -> int:
     """Bytes that can still be used, lowered by a container's limit."""
-    free = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        free = min(free, max(0, int(limit) - int(used)))
-    return free
+        available = min(available, max(0, int(limit) - int(used)))
+    return available
 
 
 def port_holder(port: int) -> PortHolder | None:
-    """Who listens on a TCP port of this machine, None if it is free."""
+    """The process that listens on a TCP port of this machine, None if it is free."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections(kind="tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
@@ -98,11 +98,11 @@ def installed(name: str) -> str | None:
         return None
 
 
-def unmet(extra: str | None = None) -> list[str]:
-    """What Tandem's own requirements (or those of an extra) lack here: `ray 2.59 (needs >=2.60)`, `peft (missing)`."""
-    lacking = []
-    for text in importlib.metadata.requires("tandem") or []:
-        requirement = Requirement(text)
+def unmet_requirements(extra: str | None = None) -> list[str]:
+    """Unmet requirements of Tandem or of an extra: `ray 2.59 (needs >=2.60)`, `peft (missing)`."""
+    problems = []
+    for line in importlib.metadata.requires("tandem") or []:
+        requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": extra or ""}):
             continue
         # With an extra asked for, those without a marker were checked already.
@@ -110,10 +110,10 @@ def unmet(extra: str | None = None) -> list[str]:
             continue
         version = installed(requirement.name)
         if version is None:
-            lacking.append(f"{requirement.name} (missing)")
+            problems.append(f"{requirement.name} (missing)")
         elif not requirement.specifier.contains(version, prereleases=True):
-            lacking.append(f"{requirement.name} {version} (needs {requirement.specifier})")
-    return lacking
+            problems.append(f"{requirement.name} {version} (needs {requirement.specifier})")
+    return problems
 
 
 def _holder(pid: int | None) -> PortHolder:

@@ -1,7 +1,7 @@
 """Ray nodes: `ray start` with the environment that serving and token authentication need.
 
 `ray up`, Slurm scripts and people run `tandem node start` where they would run `ray start`; every other option is Ray's own.
-What the node writes lies below one private folder of this machine, `runtime_folder()`.
+The node's files are below one private folder of this machine, `runtime_folder()`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 from tandem import settings as environment
 from tandem.cluster import haproxy
 from tandem.cluster.local import authentication
-from tandem.cluster.marks import MARK, end_marked, marked
+from tandem.cluster.marks import MARK, end_marked_processes, marked_processes
 from tandem.cluster.reaper import KEEP_MARKS
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
 from tandem.private import check_private_folder, make_private_folder, read_private_file, remove_private_folder
@@ -35,14 +35,14 @@ GATEWAY_PORTS = range(30000, 31000)
 """Ports of gateway replicas, on every node: outside of those that Ray gives to its workers."""
 START_TIMEOUT_S = 180.0
 WATCH_S = 1.0
-"""How often the raylet is looked at."""
+"""Seconds between checks of the raylet."""
 
 
 def runtime_folder() -> Path:
     """The private folder of this user on this machine: TANDEM_RUNTIME_DIR, else /tmp/tandem-UID. Made with mode 0700.
 
     Short, because Unix sockets lie below it and their paths have at most 107 bytes. UnsafePathError if it belongs to another user
-    or others may reach it: then what lies in it cannot be trusted.
+    or others may reach it: its files cannot be trusted then.
     """
     folder = environment.settings().runtime_dir or Path(f"/tmp/tandem-{os.getuid()}")
     try:
@@ -54,13 +54,13 @@ def runtime_folder() -> Path:
 
 
 def start(arguments: Sequence[str]) -> None:
-    """Run `ray start` with `arguments`. A node that this user runs here already is an error, and goes on.
+    """Run `ray start` with `arguments`. ClusterError if this user runs a node here already, which keeps running.
 
     With `--block` it returns when the node has ended. ClusterError with the end of Ray's output if it fails, if this machine is
     to join a cluster and has no token for it, or if its ports are taken.
     """
-    # Ray's own would wait in the process that is given a time limit here.
-    block, arguments = "--block" in arguments, [each for each in arguments if each != "--block"]
+    # Ray's own --block would wait in the process that has a time limit here.
+    block, arguments = "--block" in arguments, [argument for argument in arguments if argument != "--block"]
     address = option(arguments, "--address")
     if ("--head" in arguments) == (address is not None):
         raise ConfigError("Say either --head to start a cluster, or --address HOST:PORT of the head to join one.")
@@ -71,12 +71,14 @@ def start(arguments: Sequence[str]) -> None:
         check_address(address)
     check_filled_in()
     mark = secrets.token_hex(8)
-    with _changing() as folder:
-        if (before := _recorded_mark()) is not None and any(_is_raylet(process) for process in marked(before)):
+    with _lock_node() as folder:
+        if (recorded_mark := _recorded_mark()) is not None and any(
+            _is_raylet(process) for process in marked_processes(recorded_mark)
+        ):
             raise ClusterError(
                 "A node of this user runs on this machine. `tandem node stop` ends it, and all that runs on it."
             )
-        _end_recorded()  # what a node that has died left
+        _end_recorded()  # files and processes of a node that has died
         check_ports()
         _start(folder, mark, arguments)
     if block:
@@ -132,28 +134,28 @@ def _start(folder: Path, mark: str, arguments: Sequence[str]) -> None:
         ) from error
     if result.returncode:
         _end_recorded()
-        said = "\n".join(result.stdout.strip().splitlines()[-12:])
-        raise ClusterError(f"`ray start` ended with status {result.returncode}. Ray said:\n{said}")
+        last_lines = "\n".join(result.stdout.strip().splitlines()[-12:])
+        raise ClusterError(f"`ray start` ended with status {result.returncode}. Ray said:\n{last_lines}")
 
 
 def watch(mark: str) -> None:
-    """Wait until the node's raylet has ended, in whatever way, and end what it leaves: HAProxy and engines outlive it."""
-    raylets = [process for process in marked(mark) if _is_raylet(process)]
+    """Wait until the node's raylet has ended, and end the processes that outlive it, such as HAProxy and engines."""
+    raylets = [process for process in marked_processes(mark) if _is_raylet(process)]
     while any(_is_raylet(raylet) for raylet in raylets):
         time.sleep(WATCH_S)
-    with _changing():
+    with _lock_node():
         _end(mark)
 
 
 def stop() -> int:
     """End every process of the node that this user started here; returns how many there were. Ray's logs stay."""
-    with _changing():
+    with _lock_node():
         return _end_recorded()
 
 
 @contextlib.contextmanager
-def _changing() -> Iterator[Path]:
-    """The runtime folder, which no other process changes the node of for the length of a block."""
+def _lock_node() -> Iterator[Path]:
+    """The runtime folder, locked for a `with` block: no other process starts or ends the node meanwhile."""
     folder = runtime_folder()
     with (folder / "node.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -170,14 +172,14 @@ def _end_recorded() -> int:
     mark = _recorded_mark()
     if mark is None:
         return 0
-    count = len(marked(mark))
+    count = len(marked_processes(mark))
     _end(mark)
     return count
 
 
 def _end(mark: str) -> None:
-    """End what carries `mark`, and remove the node's scratch files and record unless another one has been started since."""
-    end_marked(mark)
+    """End all processes with `mark`, and remove the node's scratch files and record unless another one has been started since."""
+    end_marked_processes(mark)
     if _recorded_mark() == mark:
         folder = runtime_folder()
         remove_private_folder(folder / "tmp")
@@ -194,16 +196,16 @@ def _recorded_mark() -> str | None:
 
 def option(arguments: Sequence[str], name: str) -> str | None:
     """The value of `--name VALUE` or `--name=VALUE`; empty where there is none after the name, None without the name."""
-    for place, each in enumerate(arguments):
-        if each == name:
-            return arguments[place + 1] if place + 1 < len(arguments) else ""
-        if each.startswith(f"{name}="):
-            return each.partition("=")[2]
+    for index, argument in enumerate(arguments):
+        if argument == name:
+            return arguments[index + 1] if index + 1 < len(arguments) else ""
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
     return None
 
 
 def check_address(address: str) -> None:
-    """Refuse an address that is none, or whose name means nothing here: Ray would try it for minutes."""
+    """Refuse an invalid address, or a host name that this machine cannot resolve: Ray would try it for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"--address is {address!r}; it must be HOST:PORT of the head, such as 10.0.0.1:6379.")

@@ -9,30 +9,30 @@ import socket
 from tandem.errors import ClusterError
 
 PORTS = range(20000, 30000)
-"""Where a local cluster's ports are looked for; those above are of gateways on nodes (`node.GATEWAY_PORTS`)."""
+"""Range for the ports of local clusters; those above are for gateways on nodes (`node.GATEWAY_PORTS`)."""
 GATEWAY_PORTS = range(12000, 20000)
-"""Where the ports of its gateways are."""
+"""Range for the ports of gateways of local clusters."""
 BLOCK = 100
-"""How many it has for these."""
+"""Number of gateway ports of a local cluster."""
 
 
 def free_ports(count: int) -> list[int]:
     """`count` different TCP ports that are free on loopback now.
 
-    They are below those that the kernel gives to connections that are made: one of these may take a free port there any moment.
+    They are below the kernel's range of ephemeral ports, which outgoing connections may take at any moment.
     """
-    found: list[int] = []
+    ports: list[int] = []
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
-            # As a server would ask: connections that have just ended are in nobody's way.
+            # As servers do: connections in TIME_WAIT do not block the port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        found.append(port)
-        if len(found) == count:
-            return found
+        ports.append(port)
+        if len(ports) == count:
+            return ports
     raise ClusterError(
         f"Fewer than {count} TCP ports from {PORTS.start} to {PORTS.stop - 1} are free on this machine. See `ss -ltn`."
     )
@@ -42,10 +42,10 @@ def free_block() -> range:
     """`BLOCK` TCP ports of `GATEWAY_PORTS` in a row that are all free on loopback now."""
     starts = GATEWAY_PORTS[::BLOCK]
     for start in random.SystemRandom().sample(starts, len(starts)):
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             try:
                 for port in range(start, start + BLOCK):
-                    probe = held.enter_context(socket.socket())
+                    probe = stack.enter_context(socket.socket())
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(("127.0.0.1", port))
             except OSError:

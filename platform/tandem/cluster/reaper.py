@@ -48,17 +48,17 @@ def shared_memory(pid: int) -> set[str]:
 
     Empty for a process that has ended. Files in subfolders and files with other names are the user's data.
     """
-    found: set[str] = set()
+    paths: set[str] = set()
     with contextlib.suppress(OSError):
         with open(f"/proc/{pid}/maps") as maps:
-            found |= {line.split(maxsplit=5)[5].strip() for line in maps if "/dev/shm/" in line}
+            paths |= {line.split(maxsplit=5)[5].strip() for line in maps if "/dev/shm/" in line}
     with contextlib.suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+                paths.add(os.readlink(f"/proc/{pid}/fd/{name}"))
     return {
         path
-        for path in found
+        for path in paths
         if os.path.dirname(path) == "/dev/shm"
         and os.path.basename(path).startswith(SHARED_MEMORY_PREFIXES)
         and not path.endswith(" (deleted)")
@@ -71,12 +71,12 @@ def remove_shared_memory(paths: Iterable[str], since_s: float) -> None:
     `since_s` is in seconds since 1970. A file counts as created before that if any of its three times is earlier, since Linux
     gives no time of creation here.
     """
-    held = {path for name in os.listdir("/proc") if name.isdigit() for path in shared_memory(int(name))}
-    for path in set(paths) - held:
+    mapped_paths = {path for name in os.listdir("/proc") if name.isdigit() for path in shared_memory(int(name))}
+    for path in set(paths) - mapped_paths:
         with contextlib.suppress(OSError):
-            found = os.lstat(path)
-            created = min(found.st_atime, found.st_mtime, found.st_ctime)
-            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and created >= since_s:
+            status = os.lstat(path)
+            created = min(status.st_atime, status.st_mtime, status.st_ctime)
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and created >= since_s:
                 os.unlink(path)
 
 

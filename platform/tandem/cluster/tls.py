@@ -1,4 +1,4 @@
-"""TLS at a node's public listener: checks of the files, and what HAProxy's script does with them.
+"""TLS at a node's public listener: checks of the files, and the part of HAProxy's script that uses them.
 
 The files are named in a folder of the node. Whenever HAProxy starts, and every `POLL_S` while it runs, the script puts
 certificate and key together in a copy for HAProxy, if HAProxy itself finds that they fit; a pair that does not fit (half a
@@ -94,7 +94,7 @@ fi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """What the files of a listener say."""
+    """Names and expiry of a listener's certificate."""
 
     names: tuple[str, ...]
     """Names and addresses that the certificate is for."""
@@ -131,12 +131,12 @@ def installed(folder: Path) -> TlsConfig | None:
 
 def from_settings() -> TlsConfig | None:
     """The files in TANDEM_TLS_CERTIFICATE and TANDEM_TLS_KEY; ConfigError where one is set without the other."""
-    known = settings()
-    if known.tls_certificate is None and known.tls_key is None:
+    config = settings()
+    if config.tls_certificate is None and config.tls_key is None:
         return None
-    if known.tls_certificate is None or known.tls_key is None:
+    if config.tls_certificate is None or config.tls_key is None:
         raise ConfigError("TANDEM_TLS_CERTIFICATE and TANDEM_TLS_KEY belong together; only one of them is set.")
-    return absolute(TlsConfig(certificate=str(known.tls_certificate), key=str(known.tls_key)))
+    return absolute(TlsConfig(certificate=str(config.tls_certificate), key=str(config.tls_key)))
 
 
 def absolute(tls: TlsConfig) -> TlsConfig:
@@ -179,47 +179,48 @@ def check_files(tls: TlsConfig) -> Certificate:
             f"listen.tls.certificate: {tls.certificate} is valid from {begin:%Y-%m-%d %H:%M} UTC on. Check this machine's clock, "
             "or give another."
         )
-    return Certificate(names=_names(leaf), not_after=end)
+    return Certificate(names=_certificate_names(leaf), not_after=end)
 
 
-def _read(what: str, path: str) -> bytes:
+def _read(key: str, path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"listen.tls.{what}: {path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"listen.tls.{key}: {path} cannot be read: {error.strerror}.") from error
 
 
 def _check_private(path: str) -> None:
-    found = os.stat(path)
-    if found.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+    status = os.stat(path)
+    if status.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ConfigError(
-            f"listen.tls.key: other users can read or change {path} (mode {stat.S_IMODE(found.st_mode):04o}). `chmod 600 {path}`."
+            f"listen.tls.key: other users can read or change {path} (mode {stat.S_IMODE(status.st_mode):04o}). "
+            f"`chmod 600 {path}`."
         )
-    if found.st_uid not in (0, os.geteuid()):
+    if status.st_uid not in (0, os.geteuid()):
         raise ConfigError(
-            f"listen.tls.key: {path} belongs to another user (uid {found.st_uid}). Use a file of your own."
+            f"listen.tls.key: {path} belongs to another user (uid {status.st_uid}). Use a file of your own."
         )
 
 
-def _names(certificate: Any) -> tuple[str, ...]:
+def _certificate_names(certificate: Any) -> tuple[str, ...]:
     from cryptography import x509
 
     try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        alternative_names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
         return ()
-    addresses = [str(each) for each in found.get_values_for_type(x509.IPAddress)]
-    return (*found.get_values_for_type(x509.DNSName), *addresses)
+    addresses = [str(address) for address in alternative_names.get_values_for_type(x509.IPAddress)]
+    return (*alternative_names.get_values_for_type(x509.DNSName), *addresses)
 
 
 def host_of(certificate: Certificate, host: str) -> str:
     """The host for a URL of the listener: `host` if the certificate is for it, else the certificate's first name."""
     names = [name for name in certificate.names if not name.startswith("*")]
-    wanted = _plain(host)
-    return host if not names or wanted in map(_plain, names) else names[0]
+    normalized = _normalize_host(host)
+    return host if not names or normalized in map(_normalize_host, names) else names[0]
 
 
-def _plain(host: str) -> str:
+def _normalize_host(host: str) -> str:
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:

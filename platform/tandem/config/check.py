@@ -19,11 +19,11 @@ def between(key: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{key} is {value}; it must be between {low} and {high}.")
 
 
-def one_of(key: str, value: str, known: Iterable[str]) -> None:
-    """Refuse a word that is not one of `known`, with the nearest that is."""
-    known = list(known)
-    if value not in known:
-        raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(known)}.{did_you_mean(value, known)}")
+def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuse a word that is not one of `allowed`, with the nearest that is."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}.{did_you_mean(value, allowed)}")
 
 
 def divides(key: str, value: int, other_key: str, other: int) -> None:
@@ -32,11 +32,13 @@ def divides(key: str, value: int, other_key: str, other: int) -> None:
         raise ConfigError(f"{other_key} ({other}) must be a multiple of {key} ({value}).")
 
 
-def resources(key: str, wanted: Mapping[str, float]) -> None:
-    """Refuse resources of Ray's that have a setting of their own, or of which there is less than none."""
-    for name, amount in wanted.items():
+def resources(key: str, amounts: Mapping[str, float]) -> None:
+    """Refuse resources of Ray's that have a setting of their own, and negative amounts."""
+    for name, amount in amounts.items():
         if name.upper() in ("CPU", "GPU"):
-            where, dot, last = key.rpartition(".")
-            instead = last.replace("resources", f"{name.lower()}s")
-            raise ConfigError(f"{key} names {name}, which has a setting of its own. Set {where}{dot}{instead}.")
+            prefix, separator, setting = key.rpartition(".")
+            alternative = setting.replace("resources", f"{name.lower()}s")
+            raise ConfigError(
+                f"{key} names {name}, which has a setting of its own. Set {prefix}{separator}{alternative}."
+            )
         at_least(f"{key}.{name}", amount, 0.0)

@@ -1,4 +1,4 @@
-"""Says in which line of a YAML file a refused key stands. Messages name keys as `models[0].engine_args.dtype`."""
+"""Line numbers in errors about keys of a YAML file. Messages name keys as `models[0].engine_args.dtype`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ KEY = re.compile(r"[A-Za-z_][\w-]*(\[\d+\])?(\.[\w-]+(\[\d+\])?)*")
 
 @contextlib.contextmanager
 def located(path: Path | None, overridden: Iterable[str] = ()) -> Iterator[None]:
-    """Put `FILE line N: ` before a ConfigError of the block that begins with a key which stands in the file.
+    """Put `FILE line N: ` before a ConfigError raised in the `with` block, if its message begins with a key of the file.
 
     `overridden` (`a.b=c`) did not come from the file.
     """
     try:
         yield
     except ConfigError as error:
-        found = KEY.match(str(error))
-        elsewhere = found and any(f"{found.group()}.".startswith(f"{o.partition('=')[0].strip()}.") for o in overridden)
-        line = line_of(path, found.group()) if path is not None and found and not elsewhere else None
+        match = KEY.match(str(error))
+        is_overridden = match and any(
+            f"{match.group()}.".startswith(f"{o.partition('=')[0].strip()}.") for o in overridden
+        )
+        line = line_of(path, match.group()) if path is not None and match and not is_overridden else None
         if line is None:
             raise
         raise ConfigError(f"{path} line {line}: {error}") from error

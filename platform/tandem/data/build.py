@@ -39,21 +39,21 @@ def build_dataset(
     `progress(stage, done, total)` is called with stages reading, tokenizer, shards.
     Raises DataError (no such corpus, a bad line, nothing usable) or StorageError (disk full); then nothing is left at `target`.
     """
-    say: Progress = progress or (lambda stage, done, total: None)
+    report: Progress = progress or (lambda stage, done, total: None)
     source = pinned_source(source)
     corpus = open_corpus(source, kind)
     samples = total = 0
-    say("reading", 0, None)
-    for sample in _limited(corpus, limit):
+    report("reading", 0, None)
+    for sample in _limit_samples(corpus, limit):
         samples, total = samples + 1, total + size(sample)
         if samples % 100 == 0:
-            say("reading", samples, None)
+            report("reading", samples, None)
     if not samples:
         raise DataError(f"{source} holds no usable row: nothing but empty {corpus.kind}. Nothing was written.")
-    say("reading", samples, samples)
+    report("reading", samples, samples)
     with publish_folder(target, replace=replace) as staging:
         folder = staging / TOKENIZER_NAME
-        say("tokenizer", 0, 1)
+        report("tokenizer", 0, 1)
         if tokenizer is None:
             train_tokenizer(_texts(corpus, limit), folder, vocab_size=vocab_size)
         else:
@@ -62,12 +62,12 @@ def build_dataset(
                 shutil.copyfile(file, folder / file.name)
         encoder = TextEncoder(str(folder))
         tokenizer_digest = encoder.digest()
-        say("tokenizer", 1, 1)
+        report("tokenizer", 1, 1)
         shards = write_shards(
-            _limited(corpus, limit),
+            _limit_samples(corpus, limit),
             staging / SHARDS_NAME,
             shard_bytes=shard_bytes or shard_size(total, samples, corpus.kind),
-            progress=lambda done: say("shards", done, samples),
+            progress=lambda done: report("shards", done, samples),
         )
         index = DatasetIndex(
             kind=corpus.kind,
@@ -94,14 +94,14 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
 
 
-def _limited(corpus: Corpus, limit: int | None) -> Iterator[Sample]:
+def _limit_samples(corpus: Corpus, limit: int | None) -> Iterator[Sample]:
     return itertools.islice(corpus.samples(), limit)
 
 
 def _texts(corpus: Corpus, limit: int | None) -> Iterator[str]:
-    taken = 0
-    for sample in _limited(corpus, limit):
-        if taken > TOKENIZER_TEXT:
+    characters = 0
+    for sample in _limit_samples(corpus, limit):
+        if characters > TOKENIZER_TEXT:
             return
-        taken += size(sample)
+        characters += size(sample)
         yield from sample.texts

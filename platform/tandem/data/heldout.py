@@ -19,7 +19,7 @@ SPREAD = 4
 
 
 def hold_out(index: DatasetIndex, share: float, folder: Path) -> tuple[DatasetIndex, DatasetIndex]:
-    """The dataset in `folder` in two: what is trained on, and `share` of its shards, spread evenly over it.
+    """Split the dataset in `folder` into a training part and `share` of its shards to evaluate on, spread evenly over it.
 
     At least one shard on each side; DataError if there is only one.
     """
@@ -30,23 +30,25 @@ def hold_out(index: DatasetIndex, share: float, folder: Path) -> tuple[DatasetIn
             "or add data."
         )
     count = min(total - 1, max(1, round(share * total)))
-    held = {int((number + 0.5) * total / count) for number in range(count)}
-    return _part(index, set(range(total)) - held), _part(index, held)
+    held_out_shards = {int((number + 0.5) * total / count) for number in range(count)}
+    return _select_shards(index, set(range(total)) - held_out_shards), _select_shards(index, held_out_shards)
 
 
 def hold_out_of_each(parts: tuple[Part, ...], share: float) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-    """`hold_out` of every part of a mixture: what is trained on, and what is not."""
-    cut = [(part, *hold_out(part.index, share, part.folder)) for part in parts]
-    trained, held = ([replace(part, index=pieces[side]) for part, *pieces in cut] for side in (0, 1))
-    return tuple(trained), tuple(held)
+    """`hold_out` of every part of a mixture: the training parts, and the held-out parts."""
+    splits = [(part, *hold_out(part.index, share, part.folder)) for part in parts]
+    training, held_out = ([replace(part, index=pieces[side]) for part, *pieces in splits] for side in (0, 1))
+    return tuple(training), tuple(held_out)
 
 
 def rows_of_each(parts: tuple[Part, ...], spec: PackSpec, count: int) -> Rows:
     """`evaluation_rows` of all parts, `count` together, as many of each as its weight says but at least one."""
     total = sum(part.weight for part in parts)
-    shares = [max(1, round(count * part.weight / total)) for part in parts]
-    found = zip(parts, shares, strict=True)
-    return np.concatenate([evaluation_rows(part.folder, part.index, spec, rows) for part, rows in found])
+    counts = [max(1, round(count * part.weight / total)) for part in parts]
+    parts_and_counts = zip(parts, counts, strict=True)
+    return np.concatenate(
+        [evaluation_rows(part.folder, part.index, spec, rows_of_part) for part, rows_of_part in parts_and_counts]
+    )
 
 
 def evaluation_rows(folder: Path, index: DatasetIndex, spec: PackSpec, count: int) -> Rows:
@@ -69,6 +71,6 @@ def evaluation_rows(folder: Path, index: DatasetIndex, spec: PackSpec, count: in
     return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
-def _part(index: DatasetIndex, numbers: set[int]) -> DatasetIndex:
+def _select_shards(index: DatasetIndex, numbers: set[int]) -> DatasetIndex:
     shards = tuple(shard for number, shard in enumerate(index.shards) if number in numbers)
     return replace(index, shards=shards, samples=sum(shard.samples for shard in shards))

@@ -52,9 +52,9 @@ class DatasetIndex:
         """The index of the dataset in `folder`; DataError if it is missing, damaged, or names shards that are not there."""
         path = folder / INDEX_NAME
         try:
-            found: Any = json.loads(path.read_text())
-            shards = tuple(ShardInfo(**shard) for shard in found.pop("shards"))
-            index = cls(shards=shards, **found)
+            values: Any = json.loads(path.read_text())
+            shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
+            index = cls(shards=shards, **values)
         except FileNotFoundError as error:
             raise DataError(
                 f"{folder} is not a dataset: it holds no {INDEX_NAME}. Make one with `tandem data build SOURCE NAME`."
@@ -92,7 +92,7 @@ class DatasetIndex:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A dataset that is there, and its share of a mixture."""
+    """An existing dataset, and its share of a mixture."""
 
     folder: Path
     index: DatasetIndex
@@ -124,16 +124,20 @@ def check_tokenizers(parts: tuple[Part, ...]) -> None:
 
 def find_dataset(path: str) -> tuple[Path, DatasetIndex]:
     """The folder and index of a dataset, by path or by its name below TANDEM_HOME/data; DataError with the nearest name."""
-    home, by_name = settings().data_dir, "/" not in path
-    folder = home / path if by_name and (home / path).is_dir() else Path(path).expanduser().resolve()
+    data_dir, by_name = settings().data_dir, "/" not in path
+    folder = data_dir / path if by_name and (data_dir / path).is_dir() else Path(path).expanduser().resolve()
     if folder.is_file():
         raise DataError(f"{path} is a file, not a dataset. Make a dataset of it: `tandem data build {path} NAME`.")
     if not folder.is_dir():
-        known = sorted(p.name for p in home.iterdir() if (p / INDEX_NAME).is_file()) if home.is_dir() else []
-        where = f"{path!r}: there is neither {home / path} nor the folder {folder}" if by_name else f"at {folder}"
+        dataset_names = (
+            sorted(p.name for p in data_dir.iterdir() if (p / INDEX_NAME).is_file()) if data_dir.is_dir() else []
+        )
+        location = (
+            f"{path!r}: there is neither {data_dir / path} nor the folder {folder}" if by_name else f"at {folder}"
+        )
         raise DataError(
-            f"No dataset {where}.{did_you_mean(Path(path).name, known)} "
-            f"Make one: `tandem data build SOURCE NAME` (known here: {', '.join(known) or 'none'})."
+            f"No dataset {location}.{did_you_mean(Path(path).name, dataset_names)} "
+            f"Make one: `tandem data build SOURCE NAME` (known here: {', '.join(dataset_names) or 'none'})."
         )
     return folder, DatasetIndex.load(folder)
 

@@ -38,7 +38,7 @@ class Side:
     positions: list[int]
     documents: list[list[Span]]
     padding: int
-    """Tokens at the end that are none."""
+    """Number of padding tokens at the end."""
 
     @property
     def learned(self) -> int:
@@ -71,7 +71,7 @@ def _side(encoder: TextEncoder, name: str, row: npt.NDArray[np.int32]) -> Side:
     starts = [*np.flatnonzero(positions == 0).tolist(), len(ids)]
     bounds = list(itertools.pairwise(starts))
     first, end = bounds[-1]
-    # What fills a row has positions of its own, as a document has, and nothing in it but one token.
+    # Padding has positions like a document, and consists of the padding token only.
     padded = bool((ids[first:end] == encoder.pad_id).all() and (labels[first:end] == IGNORED).all())
     return Side(
         name=name,
@@ -84,9 +84,9 @@ def _side(encoder: TextEncoder, name: str, row: npt.NDArray[np.int32]) -> Side:
 
 
 def _spans(encoder: TextEncoder, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]) -> list[Span]:
-    learned = labels != IGNORED
-    cuts = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    carries_loss = labels != IGNORED
+    cuts = [0, *(np.flatnonzero(np.diff(carries_loss)) + 1).tolist(), len(ids)]
     return [
-        Span(encoder.tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False), b - a, bool(learned[a]))
+        Span(encoder.tokenizer.decode(ids[a:b].tolist(), skip_special_tokens=False), b - a, bool(carries_loss[a]))
         for a, b in itertools.pairwise(cuts)
     ]

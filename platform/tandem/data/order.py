@@ -1,16 +1,16 @@
 """Order of rows: a pure function of the seed, so that a resumed run continues at the next row.
 
-Rows have one global order, whatever the number of ranks that share them; rank r of W takes every W-th row. Nor does the order
-know whether rows are kept in memory or read again, or how many tasks read them.
+Rows have one global order, whatever the number of ranks that share them; rank r of W takes every W-th row. The order does not
+depend on whether rows are kept in memory or read again, or on the number of tasks that read them.
 
-- A dataset's rows: each epoch, its shards are put in an order. The first few are opened; rows are taken from the open shards
-  in turn, of each shard in an order of its own; a shard that has no more is replaced by the next one. An epoch ends when
-  every shard has, so it holds every row once.
-- A mixture's rows: the number of a row says which dataset gives it, so that any stretch of rows has the datasets' weights; each
-  dataset counts epochs of its own.
+- A dataset's rows: each epoch, its shards are shuffled. The first few are opened; rows come from the open shards in turn, and
+  the rows of each shard are shuffled; a shard without further rows is replaced by the next one. An epoch ends with its last
+  shard, so it has every row once.
+- A mixture's rows: the number of a row decides its dataset, so that any range of rows has the datasets' weights; each dataset
+  counts its own epochs.
 
-How many rows a shard packs into is known once it is packed, so a sampler asks for counts as it comes to them. Where it stands is
-a few numbers for each open shard, which is what a checkpoint keeps.
+The number of rows of a shard is known only once it is packed, so a sampler requests counts as it reaches shards. Its state is a
+few numbers for each open shard; a checkpoint holds it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CIRCLE = 2**64
 
 
 class ShardPosition(NamedTuple):
-    """Where a shard stands in the order of its dataset."""
+    """Position of a shard in the order of its dataset."""
 
     dataset: int
     epoch: int
@@ -43,7 +43,7 @@ class ShardPosition(NamedTuple):
 
 
 class RowPosition(NamedTuple):
-    """Where a row is found."""
+    """Dataset, epoch and shard of a row, and its number in the shard."""
 
     dataset: int
     epoch: int
@@ -56,7 +56,7 @@ class RowPosition(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """All that decides the order of rows."""
+    """The parameters that decide the order of rows."""
 
     shards: tuple[int, ...]
     """Shards of each dataset."""
@@ -68,11 +68,11 @@ class Order:
     """Shards of a dataset whose rows take turns."""
 
     def shard(self, position: ShardPosition) -> int:
-        """The number of the shard that stands there."""
+        """The number of the shard at a position."""
         number, epoch, ordinal = position
         return int(_cached_order(self.shards[number], (self.seed, number, epoch), self.shuffle)[ordinal])
 
-    def after(self, position: ShardPosition) -> ShardPosition:
+    def next_position(self, position: ShardPosition) -> ShardPosition:
         """The next shard of the same dataset."""
         number, epoch, ordinal = position
         return (
@@ -82,7 +82,7 @@ class Order:
         )
 
     def row(self, position: ShardPosition, shard: int, turn: int, count: int) -> int:
-        """Which of the shard's `count` rows comes as its `turn`-th one in that epoch."""
+        """Number of the row, of the shard's `count` rows, that is the `turn`-th in that epoch."""
         # One more than the shard's number: seeds that differ by zeros at their end are one seed to numpy.
         seed = (self.seed, position.dataset, position.epoch, 1 + shard)
         return int(_cached_rows(count, seed, self.shuffle)[turn])
@@ -92,12 +92,12 @@ class Order:
         if len(self.shards) == 1:
             return 0
         # Multiples of the golden ratio, modulo 1, fill every part of a circle as evenly as can be (Weyl; Knuth 6.4).
-        at = (number * _GOLDEN + self.seed * 0x632BE59BD9B4E019) % _CIRCLE
-        return bisect_right(_bounds(self.weights), at)
+        point = (number * _GOLDEN + self.seed * 0x632BE59BD9B4E019) % _CIRCLE
+        return bisect_right(_bounds(self.weights), point)
 
 
 def permutation(count: int, seed: Sequence[int], shuffle: bool) -> npt.NDArray[np.int64]:
-    """The order of `count` things."""
+    """A permutation of `count` numbers; the identity without `shuffle`."""
     return np.random.default_rng(tuple(seed)).permutation(count) if shuffle else np.arange(count)
 
 
@@ -108,13 +108,13 @@ _cached_rows = lru_cache(maxsize=1024)(permutation)
 
 @lru_cache(maxsize=8)
 def _bounds(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """Where each dataset's part of the circle ends; exact, so that every machine deals alike."""
-    ends = list(itertools.accumulate(Fraction(weight) for weight in weights))
-    return tuple(int(end / ends[-1] * _CIRCLE) for end in ends[:-1])
+    """The end of each dataset's part of the circle; exact, so that every machine computes the same."""
+    cumulative = list(itertools.accumulate(Fraction(weight) for weight in weights))
+    return tuple(int(end / cumulative[-1] * _CIRCLE) for end in cumulative[:-1])
 
 
 class Sampler:
-    """Goes through the rows of an order, from the first one or from where a `state` stands.
+    """Iterates over the rows of an order, from the first one or from a saved `state`.
 
     `count(position)` gives the rows that a shard packs into. Raises DataError when a dataset has none at all.
     """
@@ -123,30 +123,34 @@ class Sampler:
         self, order: Order, count: Callable[[ShardPosition], int], state: Mapping[str, Any] | None = None
     ) -> None:
         self._order = order
-        self.taken = 0
-        """Rows before the next one."""
-        self._tracks = [_DatasetSampler(order, number, count) for number in range(len(order.shards))]
+        self.rows_sampled = 0
+        """Number of rows returned so far."""
+        self._datasets = [_DatasetSampler(order, number, count) for number in range(len(order.shards))]
         if state is not None:
-            self.taken = int(state["rows"])
-            for track, saved in zip(self._tracks, state["datasets"], strict=True):
-                track.restore(saved)
+            self.rows_sampled = int(state["rows"])
+            for dataset, saved in zip(self._datasets, state["datasets"], strict=True):
+                dataset.restore(saved)
 
     def __next__(self) -> RowPosition:
-        number = self._order.dataset(self.taken)
-        self.taken += 1
-        return self._tracks[number].step()
+        number = self._order.dataset(self.rows_sampled)
+        self.rows_sampled += 1
+        return self._datasets[number].step()
 
     def share(self, rank: int, world: int, count: int) -> list[RowPosition]:
-        """The `count` rows that are rank `rank`'s of the next `count` x `world`; the sampler then stands after all of these."""
-        return [found for n, found in enumerate(next(self) for _ in range(count * world)) if n % world == rank]
+        """The `count` rows that are rank `rank`'s of the next `count` x `world`; advances past all of these."""
+        return [
+            position
+            for number, position in enumerate(next(self) for _ in range(count * world))
+            if number % world == rank
+        ]
 
     def state(self) -> dict[str, Any]:
-        """Where the sampler stands, as JSON can hold it."""
-        return {"rows": self.taken, "datasets": [track.saved() for track in self._tracks]}
+        """The state of the sampler, as JSON values."""
+        return {"rows": self.rows_sampled, "datasets": [dataset.state() for dataset in self._datasets]}
 
-    def coming(self, ahead: int) -> list[ShardPosition]:
-        """The shards that are open, and the next `ahead` of each dataset."""
-        return [position for track in self._tracks for position in track.coming(ahead)]
+    def upcoming_shards(self, count: int) -> list[ShardPosition]:
+        """The open shards, and the next `count` of each dataset."""
+        return [position for dataset in self._datasets for position in dataset.upcoming_shards(count)]
 
 
 class _DatasetSampler:
@@ -161,54 +165,54 @@ class _DatasetSampler:
         self._next = self._shards
         """The first ordinal that has not been opened."""
         self._open: deque[tuple[ShardPosition, int, int]] = deque()
-        """Shards in turn: position, number, and the rows that it has given."""
+        """Open shards in turn: position, number, and rows returned so far."""
 
     def step(self) -> RowPosition:
-        fruitless = 0
+        empty_shards = 0
         while True:
             if not self._open:
-                # An epoch that gave nothing is followed by one that gives nothing.
-                if fruitless >= self._shards:
+                # After an epoch without rows, the next epoch has none either.
+                if empty_shards >= self._shards:
                     raise DataError(
                         f"No usable row came from any of the {self._shards} shards of dataset {self._number}."
                     )
                 self._epoch, self._next = self._epoch + 1, 0
                 for _ in range(min(self._order.open_shards, self._shards)):
-                    self._open.append(self._opened())
-            position, shard, given = self._open[0]
+                    self._open.append(self._open_next())
+            position, shard, rows_given = self._open[0]
             count = self._count(position)
-            if given < count:
+            if rows_given < count:
                 self._open.popleft()
-                self._open.append((position, shard, given + 1))
-                return RowPosition(*position, shard, self._order.row(position, shard, given, count))
-            fruitless = 0 if given else fruitless + 1
+                self._open.append((position, shard, rows_given + 1))
+                return RowPosition(*position, shard, self._order.row(position, shard, rows_given, count))
+            empty_shards = 0 if rows_given else empty_shards + 1
             self._open.popleft()
             if self._next < self._shards:
-                self._open.appendleft(self._opened())
+                self._open.appendleft(self._open_next())
 
-    def _opened(self) -> tuple[ShardPosition, int, int]:
+    def _open_next(self) -> tuple[ShardPosition, int, int]:
         position = ShardPosition(self._number, self._epoch, self._next)
         self._next += 1
         return position, self._order.shard(position), 0
 
-    def coming(self, ahead: int) -> list[ShardPosition]:
-        found = [position for position, _, _ in self._open]
+    def upcoming_shards(self, count: int) -> list[ShardPosition]:
+        positions = [position for position, _, _ in self._open]
         position = ShardPosition(self._number, self._epoch, self._next - 1)
-        for _ in range(ahead):
-            position = self._order.after(position)
-            found.append(position)
-        return found
+        for _ in range(count):
+            position = self._order.next_position(position)
+            positions.append(position)
+        return positions
 
-    def saved(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
             "next": self._next,
-            "open": [[position.ordinal, given] for position, _, given in self._open],
+            "open": [[position.ordinal, rows_given] for position, _, rows_given in self._open],
         }
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        self._epoch, self._next = int(saved["epoch"]), int(saved["next"])
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._epoch, self._next = int(state["epoch"]), int(state["next"])
         self._open.clear()
-        for ordinal, given in saved["open"]:
+        for ordinal, rows_given in state["open"]:
             position = ShardPosition(self._number, self._epoch, int(ordinal))
-            self._open.append((position, self._order.shard(position), int(given)))
+            self._open.append((position, self._order.shard(position), int(rows_given)))

@@ -17,7 +17,7 @@ from tandem.storage import disk_errors
 TARGET_SHARDS = 64
 LARGEST_SHARD = 8 * 2**20
 FIXED: dict[str, Any] = {"encoder": False, "mtime": 0, "user": "", "group": "", "mode": 0o644}
-"""Of each member's header: the bytes of a shard depend on its samples alone."""
+"""Fixed fields of each member's header: the bytes of a shard depend on its samples alone."""
 
 
 def shard_size(total: int, samples: int, kind: str) -> int:
@@ -25,8 +25,8 @@ def shard_size(total: int, samples: int, kind: str) -> int:
 
     Many shards mix well and are read by many; several lie packed in memory at a time, so a shard stays small.
     """
-    fewest = 6 * total // max(1, samples) if kind != "text" else 4096
-    return max(1, min(LARGEST_SHARD, max(total // TARGET_SHARDS, fewest)))
+    min_characters = 6 * total // max(1, samples) if kind != "text" else 4096
+    return max(1, min(LARGEST_SHARD, max(total // TARGET_SHARDS, min_characters)))
 
 
 def write_shards(
@@ -40,34 +40,34 @@ def write_shards(
     with disk_errors("writing shards", folder):
         folder.mkdir(parents=True, exist_ok=True)
         batch: list[Sample] = []
-        held = done = 0
+        batch_characters = samples_written = 0
         for sample in samples:
             batch.append(sample)
-            held += size(sample)
-            if held >= shard_bytes:
-                written.append(_write_shard(batch, folder / f"{len(written):06d}.tar", done))
-                done += len(batch)
-                batch, held = [], 0
+            batch_characters += size(sample)
+            if batch_characters >= shard_bytes:
+                written.append(_write_shard(batch, folder / f"{len(written):06d}.tar", samples_written))
+                samples_written += len(batch)
+                batch, batch_characters = [], 0
                 if progress:
-                    progress(done)
+                    progress(samples_written)
         if batch:
-            written.append(_write_shard(batch, folder / f"{len(written):06d}.tar", done))
+            written.append(_write_shard(batch, folder / f"{len(written):06d}.tar", samples_written))
             if progress:
-                progress(done + len(batch))
+                progress(samples_written + len(batch))
     return tuple(written)
 
 
 def _write_shard(samples: list[Sample], path: Path, first: int) -> ShardInfo:
-    # Imports torch: only who writes shards needs it.
+    # Imports torch, which readers of shards do not need.
     from webdataset import TarWriter
 
     with path.open("wb") as file, TarWriter(file, **FIXED) as tar:
         for key, sample in enumerate(samples, first):
             if isinstance(sample, Text):
-                extension, text = "txt", sample.text
+                extension, content = "txt", sample.text
             else:
-                extension, text = "json", json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
-            tar.write({"__key__": f"{key:08d}", extension: text.encode("utf-8", "replace")})
+                extension, content = "json", json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
+            tar.write({"__key__": f"{key:08d}", extension: content.encode("utf-8", "replace")})
     return ShardInfo(
         name=path.name,
         samples=len(samples),

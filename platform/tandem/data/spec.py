@@ -56,8 +56,8 @@ class PackSpec:
                 documents = encoder.chats(chats, loss_on_all=self.loss_on_all)
                 return pack(documents, length, encoder.pad_id, split=False)
             case "preferences":
-                found = [(s.prompt, s.chosen, s.rejected) for s in samples if isinstance(s, Preference)]
-                return pack_preferences(encoder.preferences(found), length, encoder.pad_id)
+                preferences = [(s.prompt, s.chosen, s.rejected) for s in samples if isinstance(s, Preference)]
+                return pack_preferences(encoder.preferences(preferences), length, encoder.pad_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +84,26 @@ class Source:
 
     def only(self, shard: int) -> Source:
         """One of its shards."""
-        cut = slice(shard, shard + 1)
-        return replace(self, paths=self.paths[cut], bytes=self.bytes[cut], digests=self.digests[cut])
+        selection = slice(shard, shard + 1)
+        return replace(self, paths=self.paths[selection], bytes=self.bytes[selection], digests=self.digests[selection])
 
     def rows(self, shard: int) -> Rows:
         """The packed rows of a shard; DataError names it if its bytes are not those that were written."""
         path = Path(self.paths[shard])
-        again = "Build the dataset again: `tandem data build`."
+        rebuild_hint = "Build the dataset again: `tandem data build`."
         try:
             data = _read(path)
             if hashlib.sha256(data).hexdigest() != self.digests[shard]:
                 raise DataError(
-                    f"{path} is damaged: its bytes are not those that index.json has the digest of. {again}"
+                    f"{path} is damaged: its bytes are not those that index.json has the digest of. {rebuild_hint}"
                 )
             return self.spec.rows(samples_in(io.BytesIO(data)))
         except (*READ_ERRORS, ValueError, KeyError) as error:
-            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}. {again}") from error
+            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}. {rebuild_hint}") from error
 
 
 def _read(path: Path) -> bytes:
-    # A shard that is left out changes the order of rows after it: storage that is gone for a moment must not do that.
+    # A shard that is left out changes the order of rows after it: a short outage of the storage must not do that.
     for pause in READ_AGAIN_S:
         try:
             return path.read_bytes()
@@ -118,31 +118,31 @@ def pack_shards(shards: list[Source]) -> Iterator[pa.Table]:
         try:
             yield block_of(shard.rows(0), shard.paths[0])
         except DataError as error:
-            # Told to who takes the rows: one damaged shard must not end the tasks that read others.
+            # Reported to the rank that uses the rows: one damaged shard must not end the tasks that read others.
             yield block_of(np.empty((0, *shard.spec.row_shape), np.int32), shard.paths[0], str(error))
 
 
 class PackedBlock(NamedTuple):
-    """What a block holds."""
+    """The content of a block."""
 
     rows: Rows
     """Not copied."""
     shard: str
     """The path of the shard that they are from."""
     error: str
-    """Why there are none, if the shard could not be read."""
+    """The reason why the shard could not be read; empty if it was."""
 
 
 def block_of(rows: npt.NDArray[np.int32], shard: str, error: str = "") -> pa.Table:
-    """Rows as a table of one line, their bytes in one piece, so that they are read where they lie."""
-    ends = pa.py_buffer(np.array([0, rows.nbytes], np.int64))
-    packed = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(np.ascontiguousarray(rows))])
-    about = {"sides": [rows.shape[1]], "length": [rows.shape[2]], "shard": [shard], "error": [error]}
-    return pa.table({"rows": packed, **about})
+    """Rows as a table of one line, their bytes in one buffer, so that they are read without a copy."""
+    offsets = pa.py_buffer(np.array([0, rows.nbytes], np.int64))
+    packed = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(np.ascontiguousarray(rows))])
+    metadata = {"sides": [rows.shape[1]], "length": [rows.shape[2]], "shard": [shard], "error": [error]}
+    return pa.table({"rows": packed, **metadata})
 
 
 def rows_of(block: pa.Table) -> PackedBlock:
     """The rows in a block."""
-    sides, length, shard, error = (block[name][0].as_py() for name in ("sides", "length", "shard", "error"))
-    found = np.frombuffer(block["rows"][0].as_buffer(), np.int32)
-    return PackedBlock(found.reshape(-1, sides, length), shard, error)
+    num_vectors, length, shard, error = (block[name][0].as_py() for name in ("sides", "length", "shard", "error"))
+    flat_rows = np.frombuffer(block["rows"][0].as_buffer(), np.int32)
+    return PackedBlock(flat_rows.reshape(-1, num_vectors, length), shard, error)

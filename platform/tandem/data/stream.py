@@ -1,8 +1,8 @@
 """Stream of packed rows for training ranks, in the order of `tandem.data.order`, with an exact cursor.
 
-Shards are read, tokenised and packed by the run's reader (`tandem.data.reader`), in the cluster, ahead of the ranks; a rank walks
-the order, asks the reader for the shards that it comes to, and keeps some batches ahead of its training step. Ranks that share a
-model see the same rows because they are given the same data rank; none of them reads for the others.
+The run's reader (`tandem.data.reader`) reads, tokenises and packs shards in the cluster, ahead of the ranks; a rank follows the
+order, requests its next shards from the reader, and prefetches some batches. Ranks that share a model see the same rows because
+they have the same data rank; each of them requests its own rows.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 from tandem.ids import digest
 
-HELD_SHARE = 0.25
-"""Share of the object store that packed rows may stay in."""
+IN_MEMORY_SHARE = 0.25
+"""Share of the object store that packed rows may occupy for the whole run."""
 
-ASKED_AGAIN = 3
-"""Times that blocks which got lost on their way are asked for again."""
+MAX_RETRIES = 3
+"""Further requests for blocks that were lost with a node or with the reader."""
 
 Tell = Callable[[str], None]
 
@@ -44,13 +44,13 @@ def rows_consumed(cursor: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Datasets as training wants them. Pickles into every worker; `rows` opens one rank's part."""
+    """The datasets of a run, ready for training. Pickled into every worker; `rows` opens one rank's part."""
 
     config: DataConfig
     order: Order
     sources: tuple[Source, ...]
     identity: str
-    """Digest of all that decides which row comes when."""
+    """Digest of everything that decides the rows and their order."""
     reader: Any
 
     def rows(
@@ -62,7 +62,7 @@ class Stream:
         process: tuple[int, int] | None = None,
         tell: Tell = lambda message: None,
     ) -> StreamRows:
-        """The rows of data rank `rank` of `world`, from the one after `cursor`; `tell` hears of shards that are left out.
+        """The rows of data rank `rank` of `world`, from the one after `cursor`; `tell` gets a message for each skipped shard.
 
         `process`: number and count of the processes that read, where several have the same data rank.
         Raises DataError if the cursor belongs to other data.
@@ -71,14 +71,14 @@ class Stream:
         if cursor:
             if cursor.get("data") != self.identity:
                 raise DataError(
-                    "The checkpoint was made with other data, another data.sequence_length or another seed, so its place in "
-                    "the data means nothing here. Start a new job, or give this one its old config back."
+                    "The checkpoint was made with other data, another data.sequence_length or another seed, so its "
+                    "position in the data cannot be used. Start a new job, or give this one its old config back."
                 )
             state = cursor["walk"]
         return StreamRows(self, rank, world, state, process or (rank, world), tell)
 
     def name(self, row: RowPosition) -> str:
-        """Where a row comes from, in words."""
+        """Shard, number and epoch of a row, for messages."""
         return f"{self.sources[row.dataset].paths[row.shard]} row {row.row} (epoch {row.epoch + 1})"
 
 
@@ -86,8 +86,8 @@ class Stream:
 class _Batch:
     rows: Rows
     positions: list[RowPosition]
-    after: dict[str, Any]
-    """Where the sampler stood then."""
+    sampler_state: dict[str, Any]
+    """State of the sampler after these rows."""
 
 
 class StreamRows:
@@ -107,169 +107,171 @@ class StreamRows:
         self._world = world
         self._process = process
         self._skipped = SkippedShards(stream.config.skip_damaged, tell)
-        self._state = dict(state) if state else None
-        self._ahead: _Prefetcher | None = None
+        self._sampler_state = dict(state) if state else None
+        self._prefetcher: _Prefetcher | None = None
         self.positions: list[RowPosition] = []
-        """Where the rows that were taken last come from."""
+        """Positions of the rows of the last `take`."""
 
     def take(self, count: int) -> Rows:
         """The next `count` rows of this rank; [count, 3, T], or [count, 6, T] of preferences."""
-        if self._ahead is None or self._ahead.count != count:
+        if self._prefetcher is None or self._prefetcher.count != count:
             self.close()
-            self._ahead = _Prefetcher(self._make_next(count), count, self._stream.config.prefetch_batches)
-        batch = self._ahead.next()
-        self._state, self.positions = batch.after, batch.positions
+            self._prefetcher = _Prefetcher(self._batch_maker(count), count, self._stream.config.prefetch_batches)
+        batch = self._prefetcher.next()
+        self._sampler_state, self.positions = batch.sampler_state, batch.positions
         return batch.rows
 
     def skip(self, count: int) -> None:
-        """Leave out the next `count` rows of all ranks together; every rank has to."""
+        """Skip the next `count` rows of all ranks together; every rank calls it."""
         self.close()
         blocks = BlockFetcher(self._stream, self._process, self._skipped)
-        sampler = Sampler(self._stream.order, blocks.count, self._state)
+        sampler = Sampler(self._stream.order, blocks.count, self._sampler_state)
         for _ in range(count):
             next(sampler)
-            blocks.keep(sampler.coming(0))
-        self._state = sampler.state()
+            blocks.keep(sampler.upcoming_shards(0))
+        self._sampler_state = sampler.state()
 
     def cursor(self) -> dict[str, Any]:
-        """What a checkpoint keeps, to go on after the rows that all ranks have taken so far."""
-        state = self._state or Sampler(self._stream.order, lambda position: 0).state()
+        """The position for a checkpoint: after the rows that all ranks have taken so far."""
+        state = self._sampler_state or Sampler(self._stream.order, lambda position: 0).state()
         return {"data": self._stream.identity, "walk": state}
 
     def close(self) -> None:
-        """End the thread; what it has made ready is made again when rows are taken after all."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        """End the prefetching thread; a later `take` starts another, which prepares the discarded batches again."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
 
-    def _make_next(self, count: int) -> Callable[[], _Batch]:
+    def _batch_maker(self, count: int) -> Callable[[], _Batch]:
         blocks = BlockFetcher(self._stream, self._process, self._skipped)
-        sampler = Sampler(self._stream.order, blocks.count, self._state)
+        sampler = Sampler(self._stream.order, blocks.count, self._sampler_state)
 
         def make() -> _Batch:
-            # All that are open at once: where a run goes on, these are the ones to read first.
-            blocks.expect(sampler.coming(0))
+            # All open shards in one request: a resumed run needs these first.
+            blocks.expect(sampler.upcoming_shards(0))
             positions = sampler.share(self._rank, self._world, count)
             rows = np.stack([blocks.rows(ShardPosition(*position[:3]))[position.row] for position in positions])
-            blocks.keep(sampler.coming(0))
+            blocks.keep(sampler.upcoming_shards(0))
             return _Batch(rows, positions, sampler.state())
 
         return make
 
 
 class BlockFetcher:
-    """The packed shards that one rank is at."""
+    """The packed rows of the shards that one rank has open."""
 
     def __init__(self, stream: Stream, process: tuple[int, int], skipped: SkippedShards) -> None:
         self._stream = stream
         self._process = process
         self._skipped = skipped
-        self._found: dict[ShardPosition, Rows] = {}
+        self._rows_by_position: dict[ShardPosition, Rows] = {}
 
     def count(self, position: ShardPosition) -> int:
-        """Rows that the shard there packs into."""
+        """Number of packed rows of the shard at a position."""
         return len(self.rows(position))
 
     def rows(self, position: ShardPosition) -> Rows:
-        """The rows of the shard there, where they lie in shared memory; of a damaged one that is left out, none."""
-        if position not in self._found:
+        """The rows of the shard at a position, in shared memory; none of a damaged shard that is skipped."""
+        if position not in self._rows_by_position:
             self.expect([position])
-        return self._found[position]
+        return self._rows_by_position[position]
 
     def expect(self, positions: list[ShardPosition]) -> None:
-        """Fetch several at once."""
-        missing = [position for position in positions if position not in self._found]
+        """Fetch the rows of several shards in one request."""
+        missing = [position for position in positions if position not in self._rows_by_position]
         if not missing:
             return
-        for position, block in zip(missing, self._fetched(missing), strict=True):
+        for position, block in zip(missing, self._fetch(missing), strict=True):
             packed, shard = rows_of(block), self._stream.order.shard(position)
             if packed.shard != self._stream.sources[position.dataset].paths[shard]:
-                # Nothing else would notice that the rows are not those that should come.
+                # Nothing else would detect rows of another shard.
                 raise RuntimeError(f"The reader returned the rows of {packed.shard} for {position}.")
-            self._found[position] = packed.rows
+            self._rows_by_position[position] = packed.rows
             if packed.error:
                 self._skipped.add((position.dataset, shard), packed.error)
 
-    def _fetched(self, positions: list[ShardPosition]) -> list[Any]:
-        lost = False
-        for left in reversed(range(ASKED_AGAIN + 1)):
-            references = ray.get(self._stream.reader.blocks.remote(positions, *self._process, lost))
+    def _fetch(self, positions: list[ShardPosition]) -> list[Any]:
+        discard = False
+        for retries_left in reversed(range(MAX_RETRIES + 1)):
+            references = ray.get(self._stream.reader.blocks.remote(positions, *self._process, discard))
             try:
                 return ray.get([reference for (reference,) in references])
             except ray.exceptions.ObjectLostError:
-                # The reader, or the node where a block lay, has died since: what it held is packed again.
-                lost = True
-                if not left:
+                # The reader, or the node with a block, has died: its blocks are packed again.
+                discard = True
+                if not retries_left:
                     raise
         raise AssertionError("the last time returns or raises")
 
     def keep(self, positions: list[ShardPosition]) -> None:
-        """Let go of all others."""
-        self._found = {position: rows for position, rows in self._found.items() if position in positions}
+        """Release the rows of all other shards."""
+        self._rows_by_position = {
+            position: rows for position, rows in self._rows_by_position.items() if position in positions
+        }
 
 
 class SkippedShards:
-    """The damaged shards that were met."""
+    """The damaged shards that a rank has skipped, at most `limit`."""
 
-    def __init__(self, most: int, tell: Tell) -> None:
-        self._most = most
+    def __init__(self, limit: int, tell: Tell) -> None:
+        self._limit = limit
         self._tell = tell
         self._shards: set[tuple[int, int]] = set()
 
     def add(self, shard: tuple[int, int], error: str) -> None:
-        """Tell of a shard; DataError once there are more than may be."""
+        """Record and report a damaged shard; DataError once there are more than `limit`."""
         if shard in self._shards:
             return
-        if len(self._shards) >= self._most:
-            allowed = f" data.skip_damaged ({self._most}) have been left out already." if self._most else ""
-            raise DataError(error + allowed)
+        if len(self._shards) >= self._limit:
+            limit_note = f" data.skip_damaged ({self._limit}) have been left out already." if self._limit else ""
+            raise DataError(error + limit_note)
         self._shards.add(shard)
-        self._tell(f"Left out, number {len(self._shards)} of at most {self._most}: {error}")
+        self._tell(f"Left out, number {len(self._shards)} of at most {self._limit}: {error}")
 
 
 class _Prefetcher:
-    """Makes batches in a thread, at most `depth` more than were taken; with no depth, when they are asked for."""
+    """Makes batches in a thread, at most `depth` ahead of the consumer; with depth 0, in the consumer's thread."""
 
     def __init__(self, make: Callable[[], _Batch], count: int, depth: int) -> None:
         self.count = count
         self._make = make
-        self._ready: queue.Queue[_Batch | BaseException] = queue.Queue(max(1, depth))
+        self._batches: queue.Queue[_Batch | BaseException] = queue.Queue(max(1, depth))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rows", daemon=True) if depth else None
         if self._thread:
             self._thread.start()
 
     def next(self) -> _Batch:
-        """The next batch; raises what making it did."""
+        """The next batch; raises the exception that making it raised."""
         if self._thread is None:
             return self._make()
-        found = self._ready.get()
-        if isinstance(found, BaseException):
-            # Whoever asks again is told again.
-            self._ready.put(found)
-            raise found
-        return found
+        batch = self._batches.get()
+        if isinstance(batch, BaseException):
+            # A later call raises it again.
+            self._batches.put(batch)
+            raise batch
+        return batch
 
     def close(self) -> None:
-        """End the thread, unless it waits for the reader: it ends then when that answers."""
+        """End the thread; one that waits for the reader ends when the reader answers."""
         self._closed.set()
         if self._thread:
             self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            made: _Batch | BaseException
+            batch: _Batch | BaseException
             try:
-                made = self._make()
-            except BaseException as error:  # noqa: BLE001 - raised where the batch is taken, which would wait for ever
-                made = error
+                batch = self._make()
+            except BaseException as error:  # noqa: BLE001 - raised again by `next`, which would otherwise wait for ever
+                batch = error
             while not self._closed.is_set():
                 try:
-                    self._ready.put(made, timeout=0.1)
+                    self._batches.put(batch, timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if isinstance(made, BaseException):
+            if isinstance(batch, BaseException):
                 return
 
 
@@ -291,7 +293,7 @@ def open_stream(
     on_all = config.loss_on == "all"
     sources = tuple(Source.of(part, encoder, length=config.sequence_length, loss_on_all=on_all) for part in parts)
     if any(part.index.kind != "text" for part in parts):
-        # A chat template that cannot be used is told of here, not by a task far away.
+        # Raises here, not in a remote task, for a chat template that cannot be used.
         list(encoder.pairs([("question", "answer")]))
     order = Order(
         shards=tuple(len(source.paths) for source in sources),
@@ -307,7 +309,7 @@ def open_stream(
         ]
     )  # fmt: skip
     if held_bytes is None:
-        held_bytes = int(HELD_SHARE * ray.cluster_resources().get("object_store_memory", 2**30))
+        held_bytes = int(IN_MEMORY_SHARE * ray.cluster_resources().get("object_store_memory", 2**30))
     reader = start_reader(order, sources, config, held_bytes)
     stream = Stream(config=config, order=order, sources=sources, identity=identity, reader=reader)
     _check_rows(stream, parts, workers)
@@ -315,19 +317,19 @@ def open_stream(
 
 
 def _check_rows(stream: Stream, parts: tuple[Part, ...], workers: int) -> None:
-    """Look at the first shards until each dataset has a row, and all together one for each worker."""
+    """Read the first shards until each dataset has a row, and all together one for each worker; DataError if not."""
     total = 0
     skipped = SkippedShards(stream.config.skip_damaged, lambda message: None)
     for number, part in enumerate(parts):
         blocks = BlockFetcher(stream, (-1, 1), skipped)
-        found, position = 0, ShardPosition(number, 0, 0)
-        while position.epoch == 0 and (not found or total + found < workers):
-            found += blocks.count(position)
+        num_rows, position = 0, ShardPosition(number, 0, 0)
+        while position.epoch == 0 and (not num_rows or total + num_rows < workers):
+            num_rows += blocks.count(position)
             blocks.keep([])
-            position = stream.order.after(position)
-        if not found:
-            raise _nothing_usable(part.folder, part.index.kind, part.index.samples, stream.config)
-        total += found
+            position = stream.order.next_position(position)
+        if not num_rows:
+            raise _no_usable_rows_error(part.folder, part.index.kind, part.index.samples, stream.config)
+        total += num_rows
     if total < workers:
         raise DataError(
             f"{' and '.join(str(part.folder) for part in parts)} packs into {total} rows of {stream.config.sequence_length} "
@@ -336,7 +338,7 @@ def _check_rows(stream: Stream, parts: tuple[Part, ...], workers: int) -> None:
         )
 
 
-def _nothing_usable(folder: Path, kind: str, samples: int, config: DataConfig) -> DataError:
+def _no_usable_rows_error(folder: Path, kind: str, samples: int, config: DataConfig) -> DataError:
     reason = {
         "text": f"its {samples} texts are empty",
         "chats": f"in none of its {samples} chats does the assistant speak within {config.sequence_length} tokens",

@@ -30,7 +30,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 METADATA = re.compile(r"__[^/]*__($|/)")
 """Names of members that are no samples, as `webdataset.tariterators` has it."""
 SKIPPED_BYTES = 2**20
-"""Read at a time of what is before the position in a file that cannot seek."""
+"""Bytes of each read that skips to a position in a file that cannot seek."""
 
 
 class Member(NamedTuple):
@@ -53,11 +53,11 @@ class TarSample(NamedTuple):
 
 
 READ_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
-"""What reading a damaged or truncated tar file raises, packed or not."""
+"""Exceptions when a damaged or truncated tar file is read, compressed or not."""
 
 
-def unpacked(file: IO[bytes]) -> IO[bytes]:
-    """The content of a file that may be packed with gzip, zstd, bzip2 or xz, by its first bytes."""
+def decompress_stream(file: IO[bytes]) -> IO[bytes]:
+    """The content of a file that may be compressed with gzip, zstd, bzip2 or xz, by its first bytes."""
     start = file.read(6)
     file.seek(0)
     if start.startswith(b"\x1f\x8b"):
@@ -73,8 +73,8 @@ def unpacked(file: IO[bytes]) -> IO[bytes]:
     return file
 
 
-def members(file: IO[bytes], offset: int = 0, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Member]:
-    """The members of an unpacked tar file from `offset` on; the data of those that are not `wanted` by name is empty.
+def members(file: IO[bytes], offset: int = 0, include: Callable[[str], bool] = lambda name: True) -> Iterator[Member]:
+    """The members of an unpacked tar file from `offset` on; the data of those that are not included by name is empty.
 
     One member at a time is in memory. Raises one of READ_ERRORS for a damaged or truncated file.
     """
@@ -86,10 +86,10 @@ def members(file: IO[bytes], offset: int = 0, wanted: Callable[[str], bool] = la
         # Positions in a stream count from where it was opened.
         start, mode = offset, "r|"
     with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header) as tar:  # type: ignore[call-overload] # str is no Literal
-        for entry in tar:
-            if entry.isfile():
-                data = cast(IO[bytes], tar.extractfile(entry)).read() if wanted(entry.name) else b""
-                yield Member(entry.name, start + entry.offset, data)
+        for header in tar:
+            if header.isfile():
+                data = cast(IO[bytes], tar.extractfile(header)).read() if include(header.name) else b""
+                yield Member(header.name, start + header.offset, data)
             # `tarfile` keeps every header.
             tar.members = []
 
@@ -101,13 +101,13 @@ def foreign_samples(file: IO[bytes], offset: int = 0) -> Iterator[TarSample]:
     """
     from webdataset.tariterators import base_plus_ext, group_by_keys
 
-    def wanted(name: str) -> bool:
+    def has_known_extension(name: str) -> bool:
         return (base_plus_ext(name)[1] or "").lower() in EXTENSIONS
 
     # The library gives a sample the `__url__` of its first member, so this carries the position.
     entries = (
         {"fname": member.name, "data": member.data, "__url__": member.offset}
-        for member in members(file, offset, wanted)
+        for member in members(file, offset, has_known_extension)
         if not METADATA.match(member.name)
     )
     try:
@@ -115,11 +115,11 @@ def foreign_samples(file: IO[bytes], offset: int = 0) -> Iterator[TarSample]:
             fields = {extension: data for extension, data in sample.items() if extension in EXTENSIONS}
             yield TarSample(sample["__key__"], sample["__url__"], fields)
     except ValueError as error:
-        name, twice, _ = str(error.args[0]).partition(": duplicate file name in tar file")
-        raise tarfile.ReadError(f"{name} is in it twice" if twice else str(error)) from None
+        name, separator, _ = str(error.args[0]).partition(": duplicate file name in tar file")
+        raise tarfile.ReadError(f"{name} is in it twice" if separator else str(error)) from None
 
 
-def decoded(fields: dict[str, bytes]) -> dict[str, Any]:
+def decode_fields(fields: dict[str, bytes]) -> dict[str, Any]:
     """The values of a sample's fields by extension without `.gz`: a text, an int, an array, JSON; of jsonl the list of lines.
 
     MemberError names the extension of one that is not what it says. Pickled objects in an array are refused.
@@ -154,7 +154,7 @@ class MemberError(ValueError):
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header. One that is damaged or cut off would else be taken for the end of the file."""
+    """A member's header. tarfile would treat a damaged or truncated header as the end of the file."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:

@@ -42,7 +42,7 @@ class Generation(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """What lies between the tags."""
+        """The statements between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -111,15 +111,15 @@ class TextEncoder:
         """tokenizer_config.json."""
         path = Path(self.folder) / "tokenizer_config.json"
         try:
-            found = json.loads(path.read_text())
+            config = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path} cannot be read: {error}. It must be a tokenizer in Hugging Face's format."
             ) from error
         template = Path(self.folder) / "chat_template.jinja"
         if template.exists():
-            found["chat_template"] = template.read_text()
-        return dict(found)
+            config["chat_template"] = template.read_text()
+        return dict(config)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -131,7 +131,7 @@ class TextEncoder:
             raise DataError(f"{path} cannot be read: {error}. It must be a fast tokenizer (tokenizer.json).") from error
 
     def digest(self) -> str:
-        """sha256 over what decides how text becomes ids."""
+        """sha256 over the tokenizer and its chat template."""
         return digest([json.loads(self.tokenizer.to_str()), self.config.get("chat_template")])
 
     def token(self, name: str) -> str | None:
@@ -152,7 +152,7 @@ class TextEncoder:
 
     @property
     def vocab_size(self) -> int:
-        """Ids there are."""
+        """Number of token ids."""
         return int(self.tokenizer.get_vocab_size())
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
@@ -166,8 +166,8 @@ class TextEncoder:
     def texts(self, texts: list[str]) -> Iterator[Encoded]:
         """Documents: begin token (where the tokenizer has one), text, end token; loss on all."""
         end = self.token_id("eos_token")
-        for found in self.tokenizer.encode_batch(texts, add_special_tokens=True):
-            ids = list(found.ids)
+        for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=True):
+            ids = list(encoding.ids)
             if end is not None and (not ids or ids[-1] != end):
                 ids.append(end)
             yield Encoded(ids, [True] * len(ids))
@@ -185,14 +185,14 @@ class TextEncoder:
         as the template writes them then. Raises DataError if even then an answer cannot be told from what it answers.
         """
         documents = [document for messages in chats for document in self._documents(messages)]
-        pieces = [text for document in documents for text, _ in document]
+        pieces = [piece_text for document in documents for piece_text, _ in document]
         encoded = iter(self.tokenizer.encode_batch(pieces, add_special_tokens=False))
         for document in documents:
             ids, targets = list[int](), list[bool]()
-            for _, spoken in document:
+            for _, is_answer in document:
                 piece = next(encoded).ids
                 ids += piece
-                targets += [spoken or loss_on_all] * len(piece)
+                targets += [is_answer or loss_on_all] * len(piece)
             yield Encoded(ids, targets)
 
     def _documents(self, messages: list[dict[str, str]]) -> list[list[tuple[str, bool]]]:
@@ -200,26 +200,26 @@ class TextEncoder:
         turns = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self.render(messages[:number], add_generation_prompt=True)
-                after = self.render(messages[: number + 1])
-                if not after.startswith(before):
+                prompt = self.render(messages[:number], add_generation_prompt=True)
+                prompt_and_answer = self.render(messages[: number + 1])
+                if not prompt_and_answer.startswith(prompt):
                     raise DataError(
                         f"The chat template in {self.folder} writes the question differently once it is answered, so the "
                         "answer's tokens cannot be told apart. Use another template, or data.loss_on=all with plain text."
                     )
-                turns.append((before, after))
-        if any(not later.startswith(earlier) for (_, earlier), (later, _) in itertools.pairwise(turns)):
-            return [[(before, False), (after[len(before) :], True)] for before, after in turns]
-        pieces, at = list[tuple[str, bool]](), 0
-        for before, after in turns:
-            pieces += [(before[at:], False), (after[len(before) :], True)]
-            at = len(after)
+                turns.append((prompt, prompt_and_answer))
+        if any(not following.startswith(previous) for (_, previous), (following, _) in itertools.pairwise(turns)):
+            return [[(prompt, False), (prompt_and_answer[len(prompt) :], True)] for prompt, prompt_and_answer in turns]
+        pieces, end = list[tuple[str, bool]](), 0
+        for prompt, prompt_and_answer in turns:
+            pieces += [(prompt[end:], False), (prompt_and_answer[len(prompt) :], True)]
+            end = len(prompt_and_answer)
         return [pieces]
 
-    def preferences(self, found: list[tuple[str, str, str]]) -> Iterator[tuple[Encoded, Encoded]]:
+    def preferences(self, samples: list[tuple[str, str, str]]) -> Iterator[tuple[Encoded, Encoded]]:
         """Chats of a prompt with its chosen and with its rejected answer; loss on the answers and their end tokens."""
-        chosen = self.pairs([(prompt, better) for prompt, better, _ in found])
-        rejected = self.pairs([(prompt, worse) for prompt, _, worse in found])
+        chosen = self.pairs([(prompt, answer) for prompt, answer, _ in samples])
+        rejected = self.pairs([(prompt, answer) for prompt, _, answer in samples])
         return zip(chosen, rejected, strict=True)
 
     @cached_property
@@ -230,7 +230,7 @@ class TextEncoder:
                 f"The tokenizer in {self.folder} has no chat template, which question-answer pairs need. "
                 "Use a tokenizer that has one, or make the dataset of plain text."
             )
-        # As transformers has it, but for strftime_now: what is learned must not depend on the day.
+        # As transformers has it, but for strftime_now: training data must not depend on the date.
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
         )

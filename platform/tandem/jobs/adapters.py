@@ -55,11 +55,11 @@ class Adapters:
 
     def marks(self, records: Records) -> dict[str, dict[str, bool]]:
         """By id, whether a version is promoted, and whether it is pinned."""
-        meant, pins = self.registry.promoted(records), set(self.registry.pins())
+        promoted, pins = self.registry.promoted(records), set(self.registry.pins())
         return {
             record.id: {
-                "promoted": record.id in meant,
-                "pinned": record.id in pins or (record.id in meant and record.name in pins),
+                "promoted": record.id in promoted,
+                "pinned": record.id in pins or (record.id in promoted and record.name in pins),
             }
             for record in records
         }
@@ -105,25 +105,25 @@ class Adapters:
         """
         import httpx
 
-        known = settings()
-        token = known.admin_token or known.own_key
+        config = settings()
+        token = config.admin_token or config.own_key
         if not token:
             raise ConfigError(
                 "The residency of adapters is shown to admins only. Set TANDEM_API_KEY to a key with that role (`tandem keys "
                 "create NAME --role admin`), or TANDEM_ADMIN_TOKEN to what the app was started with."
             )
-        base = known.api_url or (self._find_api_url and self._find_api_url())
+        base = config.api_url or (self._find_api_url and self._find_api_url())
         if not base:
             raise ConfigError("TANDEM_API_URL is not set: it says where the app answers.")
         url = base.rstrip("/").removesuffix("/v1") + "/admin/residency"
         try:
-            answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30.0)
-            found: dict[str, Any] = answer.json()
+            response = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30.0)
+            content: dict[str, Any] = response.json()
         except (httpx.HTTPError, ValueError) as error:
             raise EngineError(f"No Tandem gateway answers at {url}: {error}. Set TANDEM_API_URL.") from error
-        if answer.status_code != 200:
-            raise EngineError(str(found.get("error", {}).get("message", f"{url} answered {answer.status_code}.")))
-        return list(found["data"])
+        if response.status_code != 200:
+            raise EngineError(str(content.get("error", {}).get("message", f"{url} answered {response.status_code}.")))
+        return list(content["data"])
 
 
 def _of_job(source: str, base: str | None) -> tuple[Path, str | None, dict[str, Any]]:

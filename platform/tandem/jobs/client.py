@@ -102,17 +102,17 @@ class JobClient:
 
         Reconnects if the connection breaks, without repeating lines.
         """
-        yielded = 0
+        num_yielded = 0
         while True:
             state = self.state(submission)
-            seen = 0
+            num_read = 0
             part = ""
-            for chunk in self._tail(submission):
+            for chunk in self._read_log_chunks(submission):
                 *lines, part = (part + chunk).split("\n")
                 for line in lines:
-                    seen += 1
-                    if seen > yielded:
-                        yielded = seen
+                    num_read += 1
+                    if num_read > num_yielded:
+                        num_yielded = num_read
                         yield line
             if state is None or state.over:
                 if part:
@@ -122,28 +122,30 @@ class JobClient:
 
     def follow_resubmitted(self, job: RunFolder, submission: str) -> Iterator[str]:
         """`follow`, and if driver and supervisor are lost, submit the job again and follow it."""
-        for again in range(MAX_RESUBMISSIONS + 1):
+        for resubmissions in range(MAX_RESUBMISSIONS + 1):
             yield from self.follow(submission)
-            if again == MAX_RESUBMISSIONS or not self.lost(job, submission):
+            if resubmissions == MAX_RESUBMISSIONS or not self.was_killed(job, submission):
                 return
             submission = self.submit(job)
 
-    def lost(self, job: RunFolder, submission: str) -> bool:
+    def was_killed(self, job: RunFolder, submission: str) -> bool:
         """Whether a submission was killed: it neither ended by itself nor was stopped by a user."""
         if self.state(submission) is not JobState.FAILED:
             return False
-        sent = job.submissions()
-        if sent and sent[-1].get("stopped"):
+        submissions = job.submissions()
+        if submissions and submissions[-1].get("stopped"):
             return False
         # A driver that ends by itself, or on request, has written an event.
-        end: Event | None = job.last(Started, Finished, Failed, Stopped)
+        last_event: Event | None = job.last(Started, Finished, Failed, Stopped)
         code = self._ray.get_job_info(submission).driver_exit_code
         killed = code is None or code < 0 or code == 128 + signal.SIGKILL
         return killed and (
-            end is None or isinstance(end, Started) or (end.time or 0.0) < (sent[-1]["time"] if sent else 0)
+            last_event is None
+            or isinstance(last_event, Started)
+            or (last_event.time or 0.0) < (submissions[-1]["time"] if submissions else 0)
         )
 
-    def _tail(self, submission: str) -> Iterator[str]:
+    def _read_log_chunks(self, submission: str) -> Iterator[str]:
         """Chunks of the log until it or the connection ends.
 
         Ray's tail is asynchronous; it runs in a thread, because the caller may run in an event loop (a notebook).
@@ -183,9 +185,9 @@ class JobClient:
 
     def running(self, job: RunFolder) -> str | None:
         """Id of a job's newest submission, if it has not ended on this cluster."""
-        sent = job.submissions()
-        if sent and (state := self.state(sent[-1]["id"])) and not state.over:
-            return str(sent[-1]["id"])
+        submissions = job.submissions()
+        if submissions and (state := self.state(submissions[-1]["id"])) and not state.over:
+            return str(submissions[-1]["id"])
         return None
 
     def stop(self, submission: str, *, timeout_s: float = 30.0) -> JobState | None:

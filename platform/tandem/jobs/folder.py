@@ -103,10 +103,10 @@ class RunFolder:
     def submissions(self) -> list[dict[str, Any]]:
         """All submissions to clusters, oldest first: {id, dashboard_url, time, stopped?}."""
         try:
-            found = json.loads((self.path / "submissions.json").read_text())
+            submissions = json.loads((self.path / "submissions.json").read_text())
         except FileNotFoundError:
             return []
-        return [s for s in found if isinstance(s, dict)] if isinstance(found, list) else []
+        return [s for s in submissions if isinstance(s, dict)] if isinstance(submissions, list) else []
 
     def add_submission(self, submission_id: str, dashboard_url: str) -> None:
         """Record a submission to a cluster."""
@@ -115,9 +115,9 @@ class RunFolder:
 
     def mark_stopped(self) -> None:
         """Record that a user stopped the newest submission."""
-        if known := self.submissions():
-            known[-1]["stopped"] = True
-            write_atomic(self.path / "submissions.json", json.dumps(known, indent=1))
+        if submissions := self.submissions():
+            submissions[-1]["stopped"] = True
+            write_atomic(self.path / "submissions.json", json.dumps(submissions, indent=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,19 +154,19 @@ class JobFolder(RunFolder):
 
     def summary(self, live: JobState | None = None) -> JobSummary:
         """The job's summary by its files; `live`, the cluster's state of its newest submission, wins while it runs."""
-        status, sent = fold_events(self.typed_events()), self.submissions()
+        status, submissions = fold_events(self.typed_events()), self.submissions()
         end = status.last_end
         if self.finished():
             state = JobState.FINISHED
         elif live is not None:
             state = live
-        elif (sent and sent[-1].get("stopped")) or isinstance(end, Stopped):
+        elif (submissions and submissions[-1].get("stopped")) or isinstance(end, Stopped):
             state = JobState.STOPPED
         elif isinstance(end, Failed):
             state = JobState.FAILED
         else:
             # Without an end in the journal and on no cluster: it ended with its cluster.
-            state = JobState.STOPPED if sent else JobState.NEW
+            state = JobState.STOPPED if submissions else JobState.NEW
         step = status.last_step or Step(step=0)
         return JobSummary(
             id=self.id,
@@ -177,7 +177,7 @@ class JobFolder(RunFolder):
             tokens_per_s=step.tokens_per_s,
             model=end.model if isinstance(end, Finished) and state is JobState.FINISHED else None,
             error=end.error if isinstance(end, Failed) and state is JobState.FAILED else None,
-            submitted_at=sent[-1]["time"] if sent else None,
+            submitted_at=submissions[-1]["time"] if submissions else None,
             workers=status.workers,
             layout=status.layout,
             checkpoint=status.checkpoint,
@@ -194,22 +194,22 @@ def job_folders() -> Iterator[JobFolder]:
     """All jobs in TANDEM_HOME, newest first."""
     jobs = settings().jobs_dir
     if jobs.is_dir():
-        found = [p for p in jobs.iterdir() if (p / "config.yaml").exists()]
-        for path in sorted(found, key=lambda p: (p / "config.yaml").stat().st_mtime, reverse=True):
+        folders = [p for p in jobs.iterdir() if (p / "config.yaml").exists()]
+        for path in sorted(folders, key=lambda p: (p / "config.yaml").stat().st_mtime, reverse=True):
             yield JobFolder(path)
 
 
 def find_job(job_id: str) -> JobFolder:
     """The job of that id, or of the only id with that prefix; JobError with the nearest id otherwise."""
-    known = list(job_folders())
-    if job_id == "latest" and known:
-        return known[0]
-    matches = [job for job in known if job.id == job_id] or [job for job in known if job.id.startswith(job_id)]
+    jobs = list(job_folders())
+    if job_id == "latest" and jobs:
+        return jobs[0]
+    matches = [job for job in jobs if job.id == job_id] or [job for job in jobs if job.id.startswith(job_id)]
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise JobError(
             f"{job_id!r} could be {len(matches)} jobs: {', '.join(j.id for j in matches[:5])}. Say more of it."
         )
-    near = did_you_mean(job_id, [job.id for job in known])
-    raise JobError(f"No job {job_id!r} in {settings().jobs_dir}.{near} `tandem train status` lists them.")
+    hint = did_you_mean(job_id, [job.id for job in jobs])
+    raise JobError(f"No job {job_id!r} in {settings().jobs_dir}.{hint} `tandem train status` lists them.")

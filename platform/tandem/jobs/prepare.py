@@ -58,17 +58,17 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
         check_layout(base.shape() if base else ModelShape.of(config.model), with_workers(config, size))
     if reference:
         check_layout(reference.shape(), config)
-    measured = None
+    evaluation_index = None
     evaluation = config.evaluation
     if evaluation is not None and evaluation.data is not None:
-        folder, measured = find_dataset(evaluation.data)
-        config.check_kind(measured.kind, str(folder))
+        folder, evaluation_index = find_dataset(evaluation.data)
+        config.check_kind(evaluation_index.kind, str(folder))
         if any(folder == part.folder for part in parts):
             raise ConfigError(f"evaluation.data is {folder}, which is trained on. Name another dataset, or unset it.")
         evaluation = replace(evaluation, data=str(folder))
     resolved = replace(
         config,
-        data=_found(config.data, [str(part.folder) for part in parts]),
+        data=_with_resolved_paths(config.data, [str(part.folder) for part in parts]),
         model=replace(config.model, base=base.id if base else None),
         dpo=replace(config.dpo, reference=reference.id) if config.dpo and reference else config.dpo,
         evaluation=evaluation,
@@ -78,8 +78,8 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     left_out = ("path", "mixture") if "data" in compared else ("path", "mixture", *READER_KEYS)
     content["data"] = {k: v for k, v in plain["data"].items() if k not in left_out}
     if content["evaluation"] is not None:
-        content["evaluation"] = {**content["evaluation"], "data": measured.digest if measured else None}
-    digests = [found.digest() if found else None for found in (base, reference)]
+        content["evaluation"] = {**content["evaluation"], "data": evaluation_index.digest if evaluation_index else None}
+    digests = [model.digest() if model else None for model in (base, reference)]
     made_of = [content, parts_digest(parts), parts[0].index.tokenizer_digest, *digests]
     job = JobFolder(settings().jobs_dir / job_id(config.name, made_of))
     require_space(job.path, SPACE_NEEDED, f"The job {job.id}")
@@ -89,7 +89,7 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     return job
 
 
-def _found(data: DataConfig, folders: list[str]) -> DataConfig:
+def _with_resolved_paths(data: DataConfig, folders: list[str]) -> DataConfig:
     """The data config with absolute folders."""
     if data.path:
         return replace(data, path=folders[0])

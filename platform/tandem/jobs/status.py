@@ -48,17 +48,17 @@ class JobStatus:
     warnings: tuple[str, ...] = ()
     """The newest WARNINGS_SHOWN messages for the user."""
 
-    def after(self, event: Event) -> JobStatus:
+    def with_event(self, event: Event) -> JobStatus:
         """The status after one more event."""
         match event:
             case Step():
                 return replace(self, last_step=event)
             case Started():
                 # A driver that follows another one writes `started`, not `restart`.
-                status = self._restarted(event.resumed_from) if self.started else replace(self, started=True)
+                status = self._after_restart(event.resumed_from) if self.started else replace(self, started=True)
                 return replace(status, last_end=event, workers=event.workers, layout=event.layout)
             case Restarted():
-                return self._restarted(event.resumed_from)
+                return self._after_restart(event.resumed_from)
             case Resized():
                 return replace(self, workers=event.to_workers, layout=event.layout)
             case CheckpointSaved():
@@ -78,10 +78,10 @@ class JobStatus:
             case _:
                 return self
 
-    def _restarted(self, resumed_from: int | None) -> JobStatus:
+    def _after_restart(self, resumed_from: int | None) -> JobStatus:
         reached = self.last_step.step if self.last_step is not None else 0
-        repeated = max(0, reached - (resumed_from or 0))
-        return replace(self, restarts=self.restarts + 1, repeated_steps=self.repeated_steps + repeated)
+        repeated_steps = max(0, reached - (resumed_from or 0))
+        return replace(self, restarts=self.restarts + 1, repeated_steps=self.repeated_steps + repeated_steps)
 
     def _warned(self, message: str) -> JobStatus:
         return replace(self, warnings=(*self.warnings, message)[-WARNINGS_SHOWN:])
@@ -91,5 +91,5 @@ def fold_events(events: Iterable[Event]) -> JobStatus:
     """The status of a job by its events, oldest first."""
     status = JobStatus()
     for event in events:
-        status = status.after(event)
+        status = status.with_event(event)
     return status

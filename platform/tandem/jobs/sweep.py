@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from tandem.config import TrainConfig, from_dict
 from tandem.config.check import one_of
-from tandem.config.training.sweep import METRICS, Trial, described, trial_config
+from tandem.config.training.sweep import METRICS, Trial, describe_trial, trial_config
 from tandem.errors import ClusterError, ConfigError
 from tandem.ids import job_id
 from tandem.jobs.client import JobClient
@@ -61,7 +61,7 @@ class SweepFolder(RunFolder):
         """The trials' jobs, in their order."""
         return [JobFolder(settings().jobs_dir / name) for name in self.plan().jobs]
 
-    def swept(self) -> SweepFinished | None:
+    def finished(self) -> SweepFinished | None:
         """The event of the sweep's end, if it succeeded and the best trial's result exists."""
         end: Event | None = self.last(SweepFinished, Failed, SweepStarted)
         if not isinstance(end, SweepFinished):
@@ -87,7 +87,8 @@ def prepare_sweep(values: Mapping[str, Any], trials: Sequence[Trial], *, metric:
         job = prepare(replace(config, register=False), compared=compared)
         if job.id in jobs:
             raise ConfigError(
-                f"The trials {described(jobs[job.id])} and {described(trial)} are the same job: their values mean the same."
+                f"The trials {describe_trial(jobs[job.id])} and {describe_trial(trial)} are the same job: "
+                "their values mean the same."
             )
         jobs[job.id] = trial
     name = configs[0].name
@@ -112,53 +113,56 @@ def score(metric: str, events: Iterable[Event]) -> float | None:
     """
     if metric in ("evaluation_loss", "perplexity"):
         key = metric.removeprefix("evaluation_")
-        found: list[Any] = [event.measured.get(key) for event in events if isinstance(event, Evaluated)]
+        raw_values: list[Any] = [event.measured.get(key) for event in events if isinstance(event, Evaluated)]
     else:
-        found = [getattr(event, metric, None) for event in events if isinstance(event, Step)]
-    values = [float(value) for value in found if isinstance(value, int | float)]
+        raw_values = [getattr(event, metric, None) for event in events if isinstance(event, Step)]
+    values = [float(value) for value in raw_values if isinstance(value, int | float)]
     if not values:
         return None
     value = sorted(values)[len(values) // 2] if METRICS[metric] == "max" else values[-1]
     return value if math.isfinite(value) else None
 
 
-def trials_at_once(configs: Sequence[TrainConfig], total: Mapping[str, float], parallel: int) -> int:
+def trials_at_once(configs: Sequence[TrainConfig], cluster_resources: Mapping[str, float], parallel: int) -> int:
     """Number of concurrent trials: at most `parallel`, and as many as the empty cluster can hold.
 
     Each needs its workers and a task that reads data; with less, trials that hold their workers would wait for each other's
     readers. Raises ClusterError if the largest trial does not fit alone.
     """
-    fits = parallel
+    num_trials = parallel
     for name in ("CPU", "GPU"):
-        need = max(
-            c.parallel.workers * (c.parallel.cpus_per_worker if name == "CPU" else c.parallel.gpus_per_worker)
-            + (c.data.readers + TRIAL_ACTOR_CPUS if name == "CPU" else 0.0)
-            for c in configs
+        required = max(
+            config.parallel.workers
+            * (config.parallel.cpus_per_worker if name == "CPU" else config.parallel.gpus_per_worker)
+            + (config.data.readers + TRIAL_ACTOR_CPUS if name == "CPU" else 0.0)
+            for config in configs
         )
-        there = total.get(name, 0.0)
-        if need > there:
+        available = cluster_resources.get(name, 0.0)
+        if required > available:
             raise ClusterError(
-                f"The largest trial needs {need:g} {name}, and the whole cluster has {there:g}. Lower parallel.workers or "
-                f"parallel.{name.lower()}s_per_worker, or add a node."
+                f"The largest trial needs {required:g} {name}, and the whole cluster has {available:g}. "
+                f"Lower parallel.workers or parallel.{name.lower()}s_per_worker, or add a node."
             )
-        if need:
-            fits = min(fits, math.floor(there / need))
-    return fits
+        if required:
+            num_trials = min(num_trials, math.floor(available / required))
+    return num_trials
 
 
 def sweep_folders() -> Iterator[SweepFolder]:
     """All sweeps in TANDEM_HOME, newest first."""
     folder = settings().sweeps_dir
     if folder.is_dir():
-        found = [path for path in folder.iterdir() if (path / "sweep.json").exists()]
-        for path in sorted(found, key=lambda p: (p / "sweep.json").stat().st_mtime, reverse=True):
+        paths = [path for path in folder.iterdir() if (path / "sweep.json").exists()]
+        for path in sorted(paths, key=lambda p: (p / "sweep.json").stat().st_mtime, reverse=True):
             yield SweepFolder(path)
 
 
 def find_sweep(sweep_id: str) -> SweepFolder | None:
     """The sweep of that id, or the only one with that prefix; None without one. Ids of sweeps contain `-sweep-`."""
-    known = list(sweep_folders()) if "-sweep-" in sweep_id else []
-    matches = [s for s in known if s.id == sweep_id] or [s for s in known if s.id.startswith(sweep_id)]
+    sweeps = list(sweep_folders()) if "-sweep-" in sweep_id else []
+    matches = [sweep for sweep in sweeps if sweep.id == sweep_id] or [
+        sweep for sweep in sweeps if sweep.id.startswith(sweep_id)
+    ]
     return matches[0] if len(matches) == 1 else None
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import ray
 from ray import tune
 
-from tandem.cluster.local import Cluster, connect, running
-from tandem.config.training.sweep import better
+from tandem.cluster.local import Cluster, connect, running_cluster
+from tandem.config.training.sweep import is_better
 from tandem.errors import ClusterError, JobError, TandemError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
@@ -116,9 +116,9 @@ def run_sweep(sweep: SweepFolder, journal: Journal) -> None:
 
 def own_cluster(sweep: SweepFolder) -> Cluster:
     """The cluster that runs this process as a job; ClusterError if there is none."""
-    local, sent = running(), sweep.submissions()
+    local, submissions = running_cluster(), sweep.submissions()
     # Trials then run with the same Python as the sweep.
-    if local is not None and sent and sent[-1]["dashboard_url"] == local.dashboard_url:
+    if local is not None and submissions and submissions[-1]["dashboard_url"] == local.dashboard_url:
         return local
     cluster = connect()
     if cluster is None:
@@ -128,11 +128,11 @@ def own_cluster(sweep: SweepFolder) -> Cluster:
 
 def best_of(metric: str, scores: list[float | None]) -> int | None:
     """Index of the best score, of equal ones the first; None without a score."""
-    best: int | None = None
-    for at, value in enumerate(scores):
-        if value is not None and (best is None or better(metric, value, scores[best] or 0.0)):
-            best = at
-    return best
+    best_index: int | None = None
+    for index, value in enumerate(scores):
+        if value is not None and (best_index is None or is_better(metric, value, scores[best_index] or 0.0)):
+            best_index = index
+    return best_index
 
 
 def failure_reason(job: JobFolder) -> str:
@@ -146,52 +146,54 @@ def register_best(job: JobFolder, journal: Journal) -> str | None:
 
     A failure is an event of the sweep, and is raised.
     """
-    trial = Journal(job.path / "events.jsonl")
-    done = next(event for event in reversed(trial.read()) if isinstance(event, Finished))
-    if done.model is None:
+    trial_journal = Journal(job.path / "events.jsonl")
+    finished = next(event for event in reversed(trial_journal.read()) if isinstance(event, Finished))
+    if finished.model is None:
         config = replace(job.config(), register=True)
         try:
-            result = register_result(config, job.path, Origin.of(config), loss=done.loss, evaluation=done.evaluation)
+            result = register_result(
+                config, job.path, Origin.of(config), loss=finished.loss, evaluation=finished.evaluation
+            )
         except TandemError as error:
             journal.write(RegistrationFailed(error=str(error)))
             raise
-        done = replace(done, time=None, **asdict(result))
-        trial.write(done)
-    return done.model
+        finished = replace(finished, time=None, **asdict(result))
+        trial_journal.write(finished)
+    return finished.model
 
 
 def run_trial(params: Mapping[str, Any]) -> None:
     """Run one trial, in an actor of Tune's: submit or join its job, and report until it ends. JobError if it fails."""
     job = JobFolder(Path(params["jobs"][params["trial"]]))
-    newest: dict[type[Event], Event] = {}
+    newest_events: dict[type[Event], Event] = {}
     if not job.finished():
         client = JobClient(Cluster(**params["cluster"]))
         submission = client.submit(job)
-        reported = -REPORT_EVERY_S
+        last_report_at = -REPORT_EVERY_S
         for line in client.follow_resubmitted(job, submission):
             event = decode_event(line)
             if event is None:
                 continue
-            newest[type(event)] = event
-            if isinstance(event, Step) and time.monotonic() - reported >= REPORT_EVERY_S:
-                reported = time.monotonic()
-                tune.report(reportable(newest))
+            newest_events[type(event)] = event
+            if isinstance(event, Step) and time.monotonic() - last_report_at >= REPORT_EVERY_S:
+                last_report_at = time.monotonic()
+                tune.report(reported_metrics(newest_events))
         if not job.finished():
-            failed = newest.get(Failed)
+            failed = newest_events.get(Failed)
             raise JobError((failed.error if isinstance(failed, Failed) else "") or client.message(submission))
-    tune.report(reportable({type(event): event for event in job.typed_events()}))
+    tune.report(reported_metrics({type(event): event for event in job.typed_events()}))
 
 
-def reportable(newest: Mapping[type[Event], Event]) -> dict[str, float]:
-    """The metrics of a job's newest Step and Evaluated, which `newest` holds by kind."""
-    numbers = to_json(newest[Step]) if Step in newest else {}
-    if isinstance(evaluation := newest.get(Evaluated), Evaluated):
+def reported_metrics(newest_events: Mapping[type[Event], Event]) -> dict[str, float]:
+    """The metrics of a job's newest Step and Evaluated, which `newest_events` holds by kind."""
+    numbers = to_json(newest_events[Step]) if Step in newest_events else {}
+    if isinstance(evaluation := newest_events.get(Evaluated), Evaluated):
         numbers |= {
             "evaluation_loss": evaluation.measured.get("loss"),
             "perplexity": evaluation.measured.get("perplexity"),
         }
     # Tune reports a `time` of its own.
-    return {k: v for k, v in numbers.items() if isinstance(v, int | float) and k != "time"}
+    return {key: value for key, value in numbers.items() if isinstance(value, int | float) and key != "time"}
 
 
 class JournalCallback(tune.Callback):
@@ -222,8 +224,8 @@ class JournalCallback(tune.Callback):
 
     def _write(self, trial: Any, state: JobState, result: Mapping[str, Any], error: str | None = None) -> None:
         number = int(trial.config["trial"])
-        kept = ("step", "steps", "loss", "tokens_per_s", "evaluation_loss", self._metric)
-        numbers = {key: result[key] for key in kept if isinstance(result.get(key), int | float)}
+        shown_keys = ("step", "steps", "loss", "tokens_per_s", "evaluation_loss", self._metric)
+        numbers = {key: result[key] for key in shown_keys if isinstance(result.get(key), int | float)}
         Journal(self._journal).write(
             TrialReported(trial=number + 1, job=self._jobs[number].id, state=str(state), error=error, numbers=numbers)
         )

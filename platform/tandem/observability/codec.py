@@ -22,16 +22,16 @@ MARK = "@tandem "
 
 def to_json(event: Event) -> dict[str, Any]:
     """The JSON object of an event; without `time` if it is not stamped yet."""
-    found: dict[str, Any] = {"event": event.name} if event.time is None else {"time": event.time, "event": event.name}
+    values: dict[str, Any] = {"event": event.name} if event.time is None else {"time": event.time, "event": event.name}
     for f in fields(event):
         value = getattr(event, f.name)
         if f.name == "time" or (f.metadata.get("omit_default") and value == f.default):
             continue
         if f.metadata.get("spread"):
-            found |= value
+            values |= value
         else:
-            found[f.metadata.get("key", f.name)] = list(value) if isinstance(value, tuple) else value
-    return found
+            values[f.metadata.get("key", f.name)] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def from_json(values: Mapping[str, Any]) -> Event | None:
@@ -39,24 +39,24 @@ def from_json(values: Mapping[str, Any]) -> Event | None:
     kind = TYPES.get(str(values.get("event")))
     if kind is None:
         return None
-    left = dict(values)
-    del left["event"]
+    remaining = dict(values)
+    del remaining["event"]
     schema = _schema(kind.name)
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, key, required in schema.fields:
-        if key in left:
-            value = left.pop(key)
-            found[name] = tuple(value) if isinstance(value, list) else value
+        if key in remaining:
+            value = remaining.pop(key)
+            arguments[name] = tuple(value) if isinstance(value, list) else value
         elif required:
             return None
     if schema.spread is not None:
-        found[schema.spread] = left
-    return kind(**found)
+        arguments[schema.spread] = remaining
+    return kind(**arguments)
 
 
 @dataclass(frozen=True)
 class _Schema:
-    """How a kind of event is read."""
+    """Fields of a kind of event, for decoding."""
 
     fields: tuple[tuple[str, str, bool], ...]
     """Name, JSON key, and whether there is no default."""
@@ -85,11 +85,11 @@ def encode(event: Event | Mapping[str, Any]) -> str:
 
 def decode(line: str) -> dict[str, Any] | None:
     """The JSON object of the event in a log line, or None if the line holds none."""
-    _, mark, text = line.partition(MARK)
+    _, mark, content = line.partition(MARK)
     if not mark:
         return None
     try:
-        event = json.loads(text)
+        event = json.loads(content)
     except ValueError:
         return None
     return event if isinstance(event, dict) and "event" in event else None

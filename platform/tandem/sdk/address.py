@@ -22,9 +22,9 @@ def find_api_url(given: str | None = None) -> str:
 
 def _of_app() -> str | None:
     # Imported here: a client of a server elsewhere needs none of it.
-    from tandem.cluster.local import connect, recorded
+    from tandem.cluster.local import connect, recorded_cluster
 
-    if settings().ray_address is None and recorded() is None:
+    if settings().ray_address is None and recorded_cluster() is None:
         return None
     from tandem.config import ServeConfig
     from tandem.sdk.serving import app_url

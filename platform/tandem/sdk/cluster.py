@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from tandem.cluster.local import Cluster, LocalCluster, connect, recorded
+from tandem.cluster.local import Cluster, LocalCluster, connect, recorded_cluster
 from tandem.cluster.machine import gpus
 from tandem.errors import ClusterError
 from tandem.sdk.console import console
@@ -28,7 +28,7 @@ def open_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator
     if cluster is not None:
         yield cluster
         return
-    stale = recorded()
+    stale = recorded_cluster()
     started: LocalCluster | None = None
     try:
         with console.status("Starting a local Ray cluster"):
@@ -40,7 +40,7 @@ def open_cluster(*, num_cpus: int | None = None, keep: bool = False) -> Iterator
         raise
     finally:
         # An interrupt may have come when it was up and not yet handed over: then it is known by its record.
-        up = recorded() if started is None else started
+        up = recorded_cluster() if started is None else started
         if not keep and up is not None and up != stale:
             stop_quietly(up)
 

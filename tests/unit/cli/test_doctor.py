@@ -94,7 +94,7 @@ def test_a_cuda_torchvision_beside_a_cpu_torch_is_a_problem_with_the_command_tha
 
 
 def test_a_missing_package_is_a_problem(monkeypatch):
-    monkeypatch.setattr(machine, "unmet", lambda extra=None: ["peft (missing)"] if extra == "cpu" else [])
+    monkeypatch.setattr(machine, "unmet_requirements", lambda extra=None: ["peft (missing)"] if extra == "cpu" else [])
     found = finding("Packages")
     assert (found.state, found.says) == ("problem", "peft (missing)")
     assert "make setup" in found.fix

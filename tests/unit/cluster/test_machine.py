@@ -54,8 +54,8 @@ def test_a_busy_port_is_known_even_where_processes_are_hidden(monkeypatch):
 
 
 def test_this_environment_meets_tandems_requirements():
-    assert machine.unmet() == []
-    assert machine.unmet("dev") == []
+    assert machine.unmet_requirements() == []
+    assert machine.unmet_requirements("dev") == []
 
 
 def test_unmet_requirements_say_what_is_there_and_what_is_needed(monkeypatch):
@@ -64,10 +64,10 @@ def test_unmet_requirements_say_what_is_there_and_what_is_needed(monkeypatch):
         "requires",
         lambda name: ["no-such-dist>=1", "pytest>=9999", "other>1; extra == 'cpu'", "nope; python_version < '3'"],
     )
-    missing, old = machine.unmet()
+    missing, old = machine.unmet_requirements()
     assert missing == "no-such-dist (missing)"
     assert old == f"pytest {pytest.__version__} (needs >=9999)"
-    assert machine.unmet("cpu") == ["other (missing)"]
+    assert machine.unmet_requirements("cpu") == ["other (missing)"]
 
 
 def test_gpus_come_from_nvidia_smi(tmp_path, monkeypatch):

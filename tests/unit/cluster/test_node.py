@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tandem.cluster import node
-from tandem.cluster.marks import marked
+from tandem.cluster.marks import marked_processes
 from tandem.cluster.ports import free_ports
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
 
@@ -137,9 +137,9 @@ def fake_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def processes_of(mark: str | None, count: int) -> bool:
     """Whether a node comes to have `count` processes: a new one is found once it has executed its program."""
     deadline = time.monotonic() + 10
-    while len(marked(str(mark))) != count and time.monotonic() < deadline:
+    while len(marked_processes(str(mark))) != count and time.monotonic() < deadline:
         time.sleep(0.05)
-    return len(marked(str(mark))) == count
+    return len(marked_processes(str(mark))) == count
 
 
 def test_a_node_that_runs_is_not_ended_by_another_start_and_stop_leaves_nothing(folder: Path, fake_ray: None) -> None:
@@ -150,7 +150,7 @@ def test_a_node_that_runs_is_not_ended_by_another_start_and_stop_leaves_nothing(
         node.start(["--head", "fail"])
     assert node._recorded_mark() == first and processes_of(first, 1)
     assert node.stop() == 1
-    assert not marked(first) and not (folder / "tmp").exists() and node.stop() == 0
+    assert not marked_processes(first) and not (folder / "tmp").exists() and node.stop() == 0
 
 
 def test_a_start_that_fails_leaves_nothing_and_says_what_ray_said(folder: Path, fake_ray: None) -> None:
@@ -163,7 +163,7 @@ def test_the_watch_of_a_node_ends_what_its_raylet_left_and_not_the_next_node(fol
     node.start(["--head"])
     first = str(node._recorded_mark())
     assert processes_of(first, 1)
-    for process in marked(first):
+    for process in marked_processes(first):
         process.kill()
         process.wait(10)
     node.start(["--head"])
@@ -178,7 +178,7 @@ def test_with_block_the_command_goes_on_until_the_node_has_ended(folder: Path, f
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             mark = node._recorded_mark()
-            for process in marked(mark) if mark else ():
+            for process in marked_processes(mark) if mark else ():
                 if node._is_raylet(process):
                     process.kill()
                     return

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tandem.cluster.marks import MARK, end_marked
+from tandem.cluster.marks import MARK, end_marked_processes
 from tandem.settings import child_environment
 
 REPLICA = """
@@ -123,6 +123,6 @@ def test_ending_a_cluster_removes_shared_memory_of_libraries_and_keeps_mapped_fi
     )
     assert process.stdout is not None
     process.stdout.readline()
-    end_marked(shared.name)
+    end_marked_processes(shared.name)
     assert not alive(process.pid) and not shared.exists()
     assert [file for file in user_files if not file.exists()] == []

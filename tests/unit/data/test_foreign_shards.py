@@ -181,6 +181,10 @@ def test_a_batch_goes_on_at_any_row_of_a_shard_with_json_lines(tmp_path: Path, s
 
 def test_only_members_that_are_wanted_are_read_and_positions_are_those_to_start_at() -> None:
     data = tar(("a.jpg", b"image" * 1000), ("a.json", b"{}"), ("b.json", b"{}"))
-    assert [m.data for m in members(io.BytesIO(data), wanted=lambda name: name.endswith("json"))] == [b"", b"{}", b"{}"]
+    assert [m.data for m in members(io.BytesIO(data), include=lambda name: name.endswith("json"))] == [
+        b"",
+        b"{}",
+        b"{}",
+    ]
     _, second = foreign_samples(io.BytesIO(data))
     assert list(members(io.BytesIO(data), second.offset)) == [Member("b.json", second.offset, b"{}")]

@@ -150,14 +150,14 @@ def test_a_dataset_without_rows_says_so_instead_of_spinning():
 def test_a_walk_tells_which_shards_it_will_come_to():
     found = data([3] * 5, [4] * 3, open_shards=2, weights=[1, 1])
     sampler = found.sampler()
-    assert sampler.coming(2) == [
+    assert sampler.upcoming_shards(2) == [
         ShardPosition(0, 0, 0),
         ShardPosition(0, 0, 1),
         ShardPosition(1, 0, 0),
         ShardPosition(1, 0, 1),
     ]
     for _ in range(40):
-        told = set(sampler.coming(2))
+        told = set(sampler.upcoming_shards(2))
         assert next(sampler)[:3] in told
     # The position after an epoch's last one is the next epoch's first.
-    assert found.order.after(ShardPosition(1, 4, 2)) == ShardPosition(1, 5, 0)
+    assert found.order.next_position(ShardPosition(1, 4, 2)) == ShardPosition(1, 5, 0)

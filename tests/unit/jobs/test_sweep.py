@@ -16,7 +16,7 @@ from tandem.errors import ClusterError, ConfigError
 from tandem.jobs.folder import JobFolder
 from tandem.jobs.prepare import prepare
 from tandem.jobs.sweep import SweepFolder, find_sweep, prepare_sweep, score, trials_at_once
-from tandem.jobs.tune import best_of, reportable
+from tandem.jobs.tune import best_of, reported_metrics
 from tandem.observability.events import Evaluated, Step, SweepFinished
 
 RATES = [{"optimizer.learning_rate": "1e-3"}, {"optimizer.learning_rate": "3e-3"}]
@@ -94,12 +94,12 @@ def test_trials_of_equal_jobs_are_refused(values: dict[str, Any]):
 
 def test_a_sweep_is_done_while_its_best_trial_exists(values: dict[str, Any]):
     sweep = sweep_of(values, RATES)
-    assert sweep.swept() is None
+    assert sweep.finished() is None
     end = {"event": "swept", "best": 1, "score": 1.0, "job": sweep.jobs()[0].id}
     (sweep.path / "events.jsonl").write_text(json.dumps(end) + "\n")
-    assert sweep.swept() is None
+    assert sweep.finished() is None
     finish(sweep.jobs()[0], None)
-    assert sweep.swept() == SweepFinished(best=1, score=1.0, job=sweep.jobs()[0].id)
+    assert sweep.finished() == SweepFinished(best=1, score=1.0, job=sweep.jobs()[0].id)
 
 
 def test_a_score_is_the_last_loss_or_the_median_speed():
@@ -142,6 +142,6 @@ def test_a_trial_reports_only_numbers():
         Step: Step(time=1.0, step=3, loss=2.0),
         Evaluated: Evaluated(step=3, measured={"loss": 2.5, "perplexity": 12.0}),
     }
-    numbers = reportable(newest)
+    numbers = reported_metrics(newest)
     assert numbers == {"step": 3, "steps": 0, "loss": 2.0, "evaluation_loss": 2.5, "perplexity": 12.0}
-    assert reportable({}) == {}
+    assert reported_metrics({}) == {}

@@ -21,9 +21,9 @@ from tandem.data.tar import (
     TEXT_EXTENSIONS,
     MemberError,
     TarSample,
-    decoded,
+    decode_fields,
+    decompress_stream,
     foreign_samples,
-    unpacked,
 )
 from tandem.errors import DataError, did_you_mean, sentence
 from tandem.storage import Location, base_name, file_system, is_remote, located, store_errors
@@ -171,7 +171,7 @@ def _near(place: Location) -> str:
 def _opened(file: Location) -> Iterator[IO[bytes]]:
     with reading(file) as raw:
         if str(file).endswith(SUFFIXES):
-            yield unpacked(raw)
+            yield decompress_stream(raw)
         elif str(file).endswith(PACKED):
             yield cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
         else:
@@ -182,7 +182,7 @@ def _of_sample(position: Position, sample: TarSample) -> Iterator[Row]:
     fields = {name: data for name, data in sample.fields.items() if name.removesuffix(".gz") not in NOT_ASKED}
     where, key = f"sample {sample.key}", sample.key.removeprefix("./")
     try:
-        values = decoded(fields)
+        values = decode_fields(fields)
     except MemberError as error:
         yield Row(position, where, fields[error.extension], sentence(f"I{str(error)[1:]}"))
         return

@@ -255,7 +255,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check.between("drain_timeout_s", self.drain_timeout_s, 0.0, LONGEST_DRAIN_S)
-        names = [served.name or served.model for served in self.models]
+        names = [model.name or model.model for model in self.models]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"models: {name!r} is listed {names.count(name)} times; give each a name of its own.")

@@ -42,18 +42,18 @@ class AutoscalingConfig:
             )
         if self.initial_replicas is not None:
             check.between(f"{key}.initial_replicas", self.initial_replicas, self.min_replicas, self.max_replicas)
-        _above(f"{key}.target_waiting", self.target_waiting)
-        _above(f"{key}.target_kv_usage", self.target_kv_usage)
+        _check_positive(f"{key}.target_waiting", self.target_waiting)
+        _check_positive(f"{key}.target_kv_usage", self.target_kv_usage)
         check.between(f"{key}.target_kv_usage", self.target_kv_usage, 0.0, 1.0)
         for name in ("target_running", "target_ttft_s"):
             if (value := getattr(self, name)) is not None:
-                _above(f"{key}.{name}", value)
+                _check_positive(f"{key}.{name}", value)
         check.at_least(f"{key}.upscale_delay_s", self.upscale_delay_s, 0.0)
         check.at_least(f"{key}.downscale_delay_s", self.downscale_delay_s, 0.0)
         if self.downscale_to_zero_delay_s is not None:
             check.at_least(f"{key}.downscale_to_zero_delay_s", self.downscale_to_zero_delay_s, 0.0)
 
 
-def _above(key: str, value: float) -> None:
+def _check_positive(key: str, value: float) -> None:
     if not value > 0:
         raise ConfigError(f"{key} is {value}; it must be above 0.")

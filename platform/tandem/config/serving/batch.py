@@ -59,7 +59,9 @@ class BatchConfig(ReplicaConfig):
     def served(self, model: str, *, adapters: int) -> ServedModelConfig:
         """The settings of one base model's replicas in the served app's form, with slots for the `adapters` that rows name."""
         try:
-            same = {each.name: getattr(self, each.name) for each in fields(ReplicaConfig)}
-            return ServedModelConfig(**{**same, "model": model, "max_adapters": min(self.max_adapters, adapters)})
+            replica_settings = {f.name: getattr(self, f.name) for f in fields(ReplicaConfig)}
+            return ServedModelConfig(
+                **{**replica_settings, "model": model, "max_adapters": min(self.max_adapters, adapters)}
+            )
         except ConfigError as error:
             raise ConfigError(str(error).replace("models[].", "")) from error

@@ -38,5 +38,5 @@ class RequestCaps:
     """Body of a request that counts or converts tokens (`/tokenize`, `/detokenize`, `/v1/messages/count_tokens`), in bytes."""
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            check.at_least(f"gateway.caps.{each.name}", getattr(self, each.name), -1 if each.name == "logprobs" else 1)
+        for f in fields(self):
+            check.at_least(f"gateway.caps.{f.name}", getattr(self, f.name), -1 if f.name == "logprobs" else 1)

@@ -60,14 +60,14 @@ class OidcConfig:
         check.between("gateway.oidc.leeway_s", self.leeway_s, 0, 300)
 
 
-def check_provider_url(what: str, url: str) -> None:
+def check_provider_url(key: str, url: str) -> None:
     """ConfigError unless a URL is https, or http on this machine: who can change an answer on the way can sign tokens."""
     parts = urlsplit(url)
     if parts.scheme == "https" and parts.hostname:
         return
     if parts.scheme == "http" and parts.hostname in LOCAL:
         return
-    raise ConfigError(f"{what} is {url[:200]!r}; it must be an https URL (http only on this machine).")
+    raise ConfigError(f"{key} is {url[:200]!r}; it must be an https URL (http only on this machine).")
 
 
 def _check_url(key: str, url: str) -> None:

@@ -60,8 +60,8 @@ class DataConfig:
                 f"data.path ({self.path!r}) and data.mixture ({len(self.mixture)} datasets) are both set. Unset one of them."
             )
         named = [part.path for part in self.mixture]
-        if twice := next((name for name in named if named.count(name) > 1), None):
-            raise ConfigError(f"data.mixture names {twice!r} twice. Name it once, with the sum of the weights.")
+        if duplicate := next((name for name in named if named.count(name) > 1), None):
+            raise ConfigError(f"data.mixture names {duplicate!r} twice. Name it once, with the sum of the weights.")
         check.at_least("data.sequence_length", self.sequence_length, 8)
         check.at_least("data.open_shards", self.open_shards, 1)
         check.one_of("data.loss_on", self.loss_on, ("auto", "all", "answers"))

@@ -15,16 +15,16 @@ from tandem.errors import ConfigError, LayoutError
 def worker_counts(config: TrainConfig) -> list[int]:
     """The possible numbers of workers, ascending; of a run that is not elastic the only one."""
     parallel = config.parallel
-    least = parallel.workers if parallel.min_workers is None else parallel.min_workers
-    return [count for count in range(least, parallel.workers + 1) if _config_with(config, count) is not None]
+    min_workers = parallel.workers if parallel.min_workers is None else parallel.min_workers
+    return [count for count in range(min_workers, parallel.workers + 1) if _config_with(config, count) is not None]
 
 
 def with_workers(config: TrainConfig, workers: int) -> TrainConfig:
     """The config of a run with `workers` workers, one of `worker_counts`; LayoutError otherwise."""
-    found = _config_with(config, workers)
-    if found is None:
-        raise LayoutError(f"The run cannot have {workers} workers; it can have {_listed(worker_counts(config))}.")
-    return found
+    changed = _config_with(config, workers)
+    if changed is None:
+        raise LayoutError(f"The run cannot have {workers} workers; it can have {_join_counts(worker_counts(config))}.")
+    return changed
 
 
 def check_elastic(config: TrainConfig) -> None:
@@ -32,17 +32,17 @@ def check_elastic(config: TrainConfig) -> None:
     parallel = config.parallel
     if parallel.min_workers is None:
         return
-    found = worker_counts(config)
-    if parallel.min_workers not in found:
-        why = (
+    counts = worker_counts(config)
+    if parallel.min_workers not in counts:
+        reason = (
             f"each worker of a group of {parallel.group} is needed"
             if parallel.min_workers % parallel.group
             else f"batch_size ({config.batch_size}) cannot be shared out evenly over so many"
         )
         smaller = [n for n in range(1, parallel.min_workers) if _config_with(config, n) is not None]
-        known = sorted({*found, *smaller[-1:]})
+        possible_counts = sorted({*counts, *smaller[-1:]})
         raise ConfigError(
-            f"parallel.workers.min is {parallel.min_workers}, but {why}. Set it to one of {_listed(known)}."
+            f"parallel.workers.min is {parallel.min_workers}, but {reason}. Set it to one of {_join_counts(possible_counts)}."
         )
 
 
@@ -62,5 +62,5 @@ def _config_with(config: TrainConfig, workers: int) -> TrainConfig | None:
     return replace(config, parallel=parallel, accumulate=accumulate)
 
 
-def _listed(numbers: list[int]) -> str:
+def _join_counts(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers)) or "none"

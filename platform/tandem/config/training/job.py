@@ -102,12 +102,12 @@ class TrainConfig:
         check.one_of("attention", self.attention, ("sdpa", "flex"))
         for key in ("steps", "batch_size", "accumulate", "log_every"):
             check.at_least(key, getattr(self, key), 1)
-        share = self.parallel.data * self.accumulate
-        if self.batch_size % share:
-            fits = max(share, round(self.batch_size / share) * share)
+        unit = self.parallel.data * self.accumulate
+        if self.batch_size % unit:
+            nearest = max(unit, round(self.batch_size / unit) * unit)
             raise ConfigError(
                 f"batch_size ({self.batch_size}) must be a multiple of the workers that see different rows x accumulate "
-                f"({self.parallel.data} x {self.accumulate} = {share}). The nearest that works is {fits}."
+                f"({self.parallel.data} x {self.accumulate} = {unit}). The nearest that works is {nearest}."
             )
         if self.lora is not None and self.model.base is None:
             raise ConfigError(
@@ -124,11 +124,11 @@ class TrainConfig:
         self._check_evaluation()
         self._check_best()
         if self.optimizer.decay_steps is not None:
-            needed = self.optimizer.warmup_steps + self.optimizer.decay_steps
-            if needed > self.steps:
+            min_steps = self.optimizer.warmup_steps + self.optimizer.decay_steps
+            if min_steps > self.steps:
                 raise ConfigError(
                     f"optimizer.warmup_steps + optimizer.decay_steps ({self.optimizer.warmup_steps} + "
-                    f"{self.optimizer.decay_steps} = {needed}) is more than steps ({self.steps}). Lower one of them."
+                    f"{self.optimizer.decay_steps} = {min_steps}) is more than steps ({self.steps}). Lower one of them."
                 )
 
     def check_kind(self, kind: str, dataset: str) -> None:
@@ -177,16 +177,16 @@ class TrainConfig:
                 )
             return
         fsdp2 = "or parallel.strategy to 'fsdp2'."
-        for key, found, refused, instead in (
+        for key, value, refused, instead in (
             ("precision", self.precision, "float8", "'bfloat16'"),
             ("optimizer.name", self.optimizer.name, "adamw_8bit", "'adamw'"),
             ("lora.quantize", self.lora and self.lora.quantize, "nf4", "null"),
             ("compile", self.compile, True, "false"),
             ("attention", self.attention, "flex", "'sdpa'"),
         ):
-            if found == refused:
+            if value == refused:
                 raise ConfigError(
-                    f"{key} is {found!r}, which does not go with parallel.strategy 'deepspeed'. Set it to {instead}, {fsdp2}"
+                    f"{key} is {value!r}, which does not go with parallel.strategy 'deepspeed'. Set it to {instead}, {fsdp2}"
                 )
         stage = (self.deepspeed or DeepSpeedConfig()).stage
         if stage < 3:
@@ -239,11 +239,11 @@ class TrainConfig:
             )
 
     def _check_evaluation(self) -> None:
-        trained = [part.path for part in self.data.parts]
-        if self.evaluation is not None and self.evaluation.data in trained:
-            where = "data.path" if self.data.path else "data.mixture"
+        training_paths = [part.path for part in self.data.parts]
+        if self.evaluation is not None and self.evaluation.data in training_paths:
+            key = "data.path" if self.data.path else "data.mixture"
             raise ConfigError(
-                f"evaluation.data is {self.evaluation.data!r}, which is trained on ({where}). Name another dataset, or "
+                f"evaluation.data is {self.evaluation.data!r}, which is trained on ({key}). Name another dataset, or "
                 "unset it to hold out a share of this one."
             )
 
@@ -258,9 +258,9 @@ class TrainConfig:
             )
         if self.evaluation is None:
             raise ConfigError(f"checkpoint.best is {best!r}, but evaluation is not set. Set evaluation, or unset it.")
-        measured = self.evaluation.every_steps
-        if every and measured and every % measured:
+        evaluation_every = self.evaluation.every_steps
+        if every and evaluation_every and every % evaluation_every:
             raise ConfigError(
                 f"checkpoint.best is {best!r}, which is known of checkpoints that are made with an evaluation: "
-                f"checkpoint.every_steps ({every}) must be a multiple of evaluation.every_steps ({measured})."
+                f"checkpoint.every_steps ({every}) must be a multiple of evaluation.every_steps ({evaluation_every})."
             )

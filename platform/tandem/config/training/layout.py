@@ -66,8 +66,8 @@ class ModelShape:
         """The shape in the values of a config.json or a transformers config."""
 
         def number(*keys: str) -> int | None:
-            found = (values.get(key) for key in keys)
-            return next((v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+            numbers = (values.get(key) for key in keys)
+            return next((v for v in numbers if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
 
         family = values.get("model_type")
         experts = number("num_experts", "num_local_experts") or 0
@@ -106,12 +106,16 @@ def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
     Degrees are only lowered; batch size, micro-batches and sequence length change as they require.
     """
     parallel = config.parallel
-    most = parallel.workers if layers_known(shape, config) else 1
-    stages = [n for n in range(1, parallel.pipeline + 1) if n <= most and _stages_fit(shape, config, n)]
-    tensors = [n for n in range(1, parallel.tensor + 1) if n <= most and _tensor_problem(shape, config, n) is None]
-    experts = [n for n in range(1, parallel.expert + 1) if n <= most and _experts_fit(shape, n)]
+    max_degree = parallel.workers if layers_known(shape, config) else 1
+    stages = [n for n in range(1, parallel.pipeline + 1) if n <= max_degree and _stages_fit(shape, config, n)]
+    tensors = [
+        n for n in range(1, parallel.tensor + 1) if n <= max_degree and _tensor_problem(shape, config, n) is None
+    ]
+    experts = [n for n in range(1, parallel.expert + 1) if n <= max_degree and _experts_fit(shape, n)]
     contexts = [
-        n for n in range(1, min(most, parallel.context) + 1) if parallel.context % n == 0 and _contexts_fit(config, n)
+        n
+        for n in range(1, min(max_degree, parallel.context) + 1)
+        if parallel.context % n == 0 and _contexts_fit(config, n)
     ]
     best: tuple[float, dict[str, int]] = (math.inf, {})
     for tensor, pipeline, expert, context in itertools.product(tensors, stages, experts, contexts):
@@ -120,7 +124,7 @@ def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
             degrees = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "context": context, "workers": workers}
             if workers % (group * parallel.replicate):
                 continue
-            cost, changes = _changed(config, degrees, shape)
+            cost, changes = _cost_and_changes(config, degrees, shape)
             if cost < best[0] and _works(shape, config, changes):
                 best = (cost, changes)
     return best[1]
@@ -147,8 +151,8 @@ def length_unit(config: TrainConfig) -> int:
     parallel = config.parallel
     # A context-parallel rank takes two chunks of a sequence, which its tensor peers split evenly.
     chunks = 2 * parallel.context if parallel.context > 1 else 1
-    shared = parallel.tensor if parallel.sequence_parallel else 1
-    return math.lcm(chunks, parallel.context * shared)
+    sequence_degree = parallel.tensor if parallel.sequence_parallel else 1
+    return math.lcm(chunks, parallel.context * sequence_degree)
 
 
 def _problem(shape: ModelShape, config: TrainConfig) -> str | None:
@@ -158,10 +162,10 @@ def _problem(shape: ModelShape, config: TrainConfig) -> str | None:
 
 def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
     parallel = config.parallel
-    if unknown := _family_problem(shape, config):
+    if family_problem := _family_problem(shape, config):
         for key in ("tensor", "pipeline", "expert", "context"):
             if (degree := getattr(parallel, key)) > 1:
-                yield f"parallel.{key} is {degree}, for which training goes through the layers itself, but {unknown}."
+                yield f"parallel.{key} is {degree}, for which training goes through the layers itself, but {family_problem}."
     if not _experts_fit(shape, parallel.expert):
         if shape.experts == 0:
             yield f"parallel.expert is {parallel.expert}, but the model is dense: it has no experts to share."
@@ -175,10 +179,10 @@ def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
             yield f"lora.quantize does not work across pipeline stages, and parallel.pipeline is {parallel.pipeline}."
         parts = STAGES_PER_RANK[parallel.schedule]
         if shape.layers and shape.layers % (parallel.pipeline * parts):
-            held = f" x {parts} parts a rank ({parallel.schedule})" if parts > 1 else ""
+            parts_note = f" x {parts} parts a rank ({parallel.schedule})" if parts > 1 else ""
             yield (
                 f"The model's {shape.layers} layers do not divide into the stages of parallel.pipeline="
-                f"{parallel.pipeline}{held}."
+                f"{parallel.pipeline}{parts_note}."
             )
         if not micro_batches_fit(parallel.schedule, parallel.pipeline, config.accumulate):
             needs = (
@@ -191,10 +195,10 @@ def _problems(shape: ModelShape, config: TrainConfig) -> Iterator[str]:
         yield f"objective 'dpo' does not work on shared sequences, and parallel.context is {parallel.context}."
     length, unit = config.data.sequence_length, length_unit(config)
     if length % unit:
-        of = "2 x parallel.context" if parallel.context > 1 else ""
+        divisors = "2 x parallel.context" if parallel.context > 1 else ""
         if parallel.tensor > 1 and parallel.sequence_parallel:
-            of = "2 x parallel.context and parallel.context x parallel.tensor" if of else "parallel.tensor"
-        yield f"data.sequence_length ({length}) must be a multiple of {unit}, for {of}."
+            divisors = "2 x parallel.context and parallel.context x parallel.tensor" if divisors else "parallel.tensor"
+        yield f"data.sequence_length ({length}) must be a multiple of {unit}, for {divisors}."
 
 
 def _family_problem(shape: ModelShape, config: TrainConfig) -> str | None:
@@ -228,8 +232,8 @@ def _stages_fit(shape: ModelShape, config: TrainConfig, stages: int) -> bool:
     if stages == 1:
         return True
     quantized = config.lora is not None and config.lora.quantize is not None
-    whole = not shape.layers or shape.layers % (stages * STAGES_PER_RANK[config.parallel.schedule]) == 0
-    return whole and config.objective != "dpo" and not quantized
+    divisible = not shape.layers or shape.layers % (stages * STAGES_PER_RANK[config.parallel.schedule]) == 0
+    return divisible and config.objective != "dpo" and not quantized
 
 
 def _experts_fit(shape: ModelShape, expert: int) -> bool:
@@ -240,30 +244,40 @@ def _contexts_fit(config: TrainConfig, context: int) -> bool:
     return context == 1 or config.objective != "dpo"
 
 
-def _changed(config: TrainConfig, degrees: Mapping[str, int], shape: ModelShape) -> tuple[float, dict[str, int]]:
+def _cost_and_changes(
+    config: TrainConfig, degrees: Mapping[str, int], shape: ModelShape
+) -> tuple[float, dict[str, int]]:
     """Cost of changing `config` to the degrees `degrees`, and all values that change."""
     parallel = config.parallel
-    now = {f"parallel.{key}": getattr(parallel, key) for key in DEGREES}
-    now |= {
+    current = {f"parallel.{key}": getattr(parallel, key) for key in DEGREES}
+    current |= {
         "accumulate": config.accumulate,
         "batch_size": config.batch_size,
         "data.sequence_length": config.data.sequence_length,
     }
-    new = {f"parallel.{key}": degrees[key] for key in DEGREES}
+    changed = {f"parallel.{key}": degrees[key] for key in DEGREES}
     stages, tensor, context = degrees["pipeline"], degrees["tensor"], degrees["context"]
-    new["accumulate"] = config.accumulate
+    changed["accumulate"] = config.accumulate
     if stages > 1:
-        tried = itertools.chain.from_iterable((config.accumulate + n, config.accumulate - n) for n in itertools.count())
-        new["accumulate"] = next(n for n in tried if n > 0 and micro_batches_fit(parallel.schedule, stages, n))
-    share = degrees["workers"] // (stages * tensor * context) * new["accumulate"]
-    new["batch_size"] = _nearest_multiple(config.batch_size, share)
-    cut = replace(parallel, expert=1, replicate=1, pipeline=1, workers=tensor * context, tensor=tensor, context=context)
-    unit = length_unit(replace(config, parallel=cut, batch_size=config.accumulate)) if parallel.strategy != "ddp" else 1
+        candidates = itertools.chain.from_iterable(
+            (config.accumulate + n, config.accumulate - n) for n in itertools.count()
+        )
+        changed["accumulate"] = next(n for n in candidates if n > 0 and micro_batches_fit(parallel.schedule, stages, n))
+    batch_unit = degrees["workers"] // (stages * tensor * context) * changed["accumulate"]
+    changed["batch_size"] = _nearest_multiple(config.batch_size, batch_unit)
+    reduced = replace(
+        parallel, expert=1, replicate=1, pipeline=1, workers=tensor * context, tensor=tensor, context=context
+    )
+    unit = (
+        length_unit(replace(config, parallel=reduced, batch_size=config.accumulate))
+        if parallel.strategy != "ddp"
+        else 1
+    )
     limit = min(shape.max_length or math.inf, max(config.data.sequence_length, unit) + unit)
     length = min(_nearest_multiple(config.data.sequence_length, unit), int(limit) // unit * unit)
-    new["data.sequence_length"] = length if length >= 8 else -(-8 // unit) * unit
-    changes = {key: value for key, value in new.items() if value != now[key]}
-    effort = sum(CHANGE_COST.get(key, 1.0) + abs(math.log2(value / now[key])) / 8 for key, value in changes.items())
+    changed["data.sequence_length"] = length if length >= 8 else -(-8 // unit) * unit
+    changes = {key: value for key, value in changed.items() if value != current[key]}
+    effort = sum(CHANGE_COST.get(key, 1.0) + abs(math.log2(value / current[key])) / 8 for key, value in changes.items())
     return effort, changes
 
 
@@ -272,7 +286,7 @@ def _works(shape: ModelShape, config: TrainConfig, changes: Mapping[str, int]) -
         key.removeprefix("parallel."): value for key, value in changes.items() if key.startswith("parallel.")
     }
     try:
-        tried = replace(
+        candidate = replace(
             config,
             parallel=replace(config.parallel, **degrees),
             accumulate=changes.get("accumulate", config.accumulate),
@@ -281,8 +295,8 @@ def _works(shape: ModelShape, config: TrainConfig, changes: Mapping[str, int]) -
         )
     except (ConfigError, LayoutError):
         return False
-    too_long = shape.max_length is not None and tried.data.sequence_length > shape.max_length
-    return not too_long and _problem(shape, tried) is None
+    too_long = shape.max_length is not None and candidate.data.sequence_length > shape.max_length
+    return not too_long and _problem(shape, candidate) is None
 
 
 def _nearest_multiple(number: int, of: int) -> int:

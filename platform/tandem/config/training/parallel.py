@@ -95,16 +95,16 @@ class ParallelismConfig:
             )
         if self.workers % (inner * self.replicate):
             group = inner * self.replicate
-            fits = max(group, round(self.workers / group) * group)
+            nearest = max(group, round(self.workers / group) * group)
             raise LayoutError(
                 f"parallel: {named} makes groups of {group}, and {self.workers} workers are no multiple of that. "
-                f"The nearest that works is workers={fits}."
+                f"The nearest that works is workers={nearest}."
             )
         if self.shard % self.expert:
-            fits = next(n for n in range(self.expert, 0, -1) if self.shard % n == 0)
+            nearest = next(n for n in range(self.expert, 0, -1) if self.shard % n == 0)
             raise LayoutError(
                 f"parallel.expert ({self.expert}) must divide the ranks that shard the data ({self.shard}: {self.workers} "
-                f"workers / {inner * self.replicate}). The nearest that works is expert={fits}."
+                f"workers / {inner * self.replicate}). The nearest that works is expert={nearest}."
             )
 
     @property
@@ -123,8 +123,8 @@ class ParallelismConfig:
         degrees = {key: getattr(self, key) for key in DEGREES} | {"shard": self.shard}
         if self.strategy == "ddp" or list(degrees.values()) == [1] * len(DEGREES) + [self.shard]:
             return self.strategy
-        described = " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
-        return f"{self.strategy}, {described}" + (f" ({self.schedule})" if self.pipeline > 1 else "")
+        degrees_text = " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
+        return f"{self.strategy}, {degrees_text}" + (f" ({self.schedule})" if self.pipeline > 1 else "")
 
     @property
     def data(self) -> int:

@@ -59,34 +59,34 @@ class Parameter:
                 return chance.choice(self.choices)
 
 
-def parse_parameter(text: str) -> Parameter:
+def parse_parameter(option: str) -> Parameter:
     """Parse one `KEY=...`; ConfigError if it is invalid."""
-    key, equals, spec = (part.strip() for part in text.partition("="))
+    key, equals, spec = (part.strip() for part in option.partition("="))
     if not equals or not key or not spec:
-        raise ConfigError(f"--param {text!r} is not of the form KEY=VALUE,VALUE or KEY=loguniform(LOW,HIGH).")
+        raise ConfigError(f"--param {option!r} is not of the form KEY=VALUE,VALUE or KEY=loguniform(LOW,HIGH).")
     if key.split(".")[0] in NOT_SWEPT:
-        raise ConfigError(f"--param {text!r}: {key} is the same for all trials of a sweep. Set it in the config.")
+        raise ConfigError(f"--param {option!r}: {key} is the same for all trials of a sweep. Set it in the config.")
     call = re.fullmatch(r"([a-z_]+)\((.*)\)", spec)
     if call is None:
         choices = tuple(split_values(spec))
         if doubled := next((c for c in choices if choices.count(c) > 1), None):
-            raise ConfigError(f"--param {text!r}: {doubled} is there twice.")
+            raise ConfigError(f"--param {option!r}: {doubled} is there twice.")
         return Parameter(key=key, choices=choices)
     name, inner = call.groups()
     if name not in DISTRIBUTIONS:
         raise ConfigError(
-            f"--param {text!r}: {name} is not a distribution.{did_you_mean(name, DISTRIBUTIONS)} "
+            f"--param {option!r}: {name} is not a distribution.{did_you_mean(name, DISTRIBUTIONS)} "
             f"Known: {', '.join(DISTRIBUTIONS)}."
         )
     try:
         low, high = (int(n) if name == "randint" else float(n) for n in inner.split(","))
     except ValueError:
         kind = "whole numbers" if name == "randint" else "numbers"
-        raise ConfigError(f"--param {text!r}: {name} takes two {kind}, LOW,HIGH.") from None
+        raise ConfigError(f"--param {option!r}: {name} takes two {kind}, LOW,HIGH.") from None
     if not -math.inf < low < high < math.inf:
-        raise ConfigError(f"--param {text!r}: the low end ({low}) must be below the high end ({high}).")
+        raise ConfigError(f"--param {option!r}: the low end ({low}) must be below the high end ({high}).")
     if name == "loguniform" and low <= 0:
-        raise ConfigError(f"--param {text!r}: loguniform starts above 0, not at {low}.")
+        raise ConfigError(f"--param {option!r}: loguniform starts above 0, not at {low}.")
     return Parameter(key=key, distribution=name, low=low, high=high)
 
 
@@ -122,34 +122,34 @@ def plan_trials(parameters: Sequence[Parameter], trials: int | None, *, seed: in
     keys = [parameter.key for parameter in parameters]
     if doubled := next((key for key in keys if keys.count(key) > 1), None):
         raise ConfigError(f"--param {doubled} is given twice. Put all of its values into one.")
-    listed = [parameter for parameter in parameters if parameter.choices]
-    drawn = [parameter for parameter in parameters if not parameter.choices]
+    grid_parameters = [parameter for parameter in parameters if parameter.choices]
+    random_parameters = [parameter for parameter in parameters if not parameter.choices]
     grid = [
-        dict(zip((p.key for p in listed), cell, strict=True))
-        for cell in itertools.product(*(p.choices for p in listed))
+        dict(zip((p.key for p in grid_parameters), cell, strict=True))
+        for cell in itertools.product(*(p.choices for p in grid_parameters))
     ]
-    if trials is None and drawn:
+    if trials is None and random_parameters:
         raise ConfigError(
-            f"{drawn[0].key} is drawn at random: say how many trials, such as --trials {max(8, len(grid))}."
+            f"{random_parameters[0].key} is drawn at random: say how many trials, such as --trials {max(8, len(grid))}."
         )
     count = len(grid) if trials is None else trials
     if count < 1:
         raise ConfigError(f"--trials is {count}; it must be at least 1.")
-    if count > len(grid) and not drawn:
+    if count > len(grid) and not random_parameters:
         raise ConfigError(
             f"--trials is {count}, but there are only {len(grid)} combinations. Leave it out to try them all."
         )
     chance = random.Random(seed)
     cells = [grid[at] for at in sorted(chance.sample(range(len(grid)), count))] if count < len(grid) else grid
-    found: dict[tuple[str, ...], Trial] = {}
+    planned: dict[tuple[str, ...], Trial] = {}
     for cell in itertools.islice(itertools.cycle(cells), 20 * count):
         trial = {p.key: cell[p.key] if p.choices else p.draw(chance) for p in parameters}
         # Equal draws are dropped.
-        found.setdefault(tuple(trial.values()), trial)
-        if len(found) == count:
-            return list(found.values())
+        planned.setdefault(tuple(trial.values()), trial)
+        if len(planned) == count:
+            return list(planned.values())
     raise ConfigError(
-        f"--trials is {count}, but only {len(found)} different ones were found. Lower it, or widen a range."
+        f"--trials is {count}, but only {len(planned)} different ones were found. Lower it, or widen a range."
     )
 
 
@@ -158,14 +158,14 @@ def trial_config(values: Mapping[str, Any], trial: Trial) -> TrainConfig:
     try:
         return from_dict(TrainConfig, apply_overrides(values, (f"{key}={value}" for key, value in trial.items())))
     except ConfigError as error:
-        raise ConfigError(f"The trial {described(trial)} cannot be: {error}") from error
+        raise ConfigError(f"The trial {describe_trial(trial)} cannot be: {error}") from error
 
 
-def described(trial: Trial) -> str:
+def describe_trial(trial: Trial) -> str:
     """`optimizer.learning_rate=1e-3 seed=4`."""
     return " ".join(f"{key}={value}" for key, value in trial.items())
 
 
-def better(metric: str, score: float, other: float) -> bool:
+def is_better(metric: str, score: float, other: float) -> bool:
     """Whether `score` is better than `other`."""
     return score < other if METRICS[metric] == "min" else score > other

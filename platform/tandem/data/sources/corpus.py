@@ -65,13 +65,13 @@ def _open(source: str) -> Corpus:
     path = Path(source).expanduser()
     suffixes = ", ".join([*TEXT_SUFFIXES, *RECORD_SUFFIXES])
     if path.is_dir():
-        found = _record_files(path)
-        return Records.of(found) if found is not None else TextFolder(path)
+        record_files = _record_files(path)
+        return Records.of(record_files) if record_files is not None else TextFolder(path)
     if not path.exists():
-        near = [*BUILT_IN, *_readable(path.parent)] if path.parent.is_dir() else list(BUILT_IN)
+        candidates = [*BUILT_IN, *_readable(path.parent)] if path.parent.is_dir() else list(BUILT_IN)
         raise DataError(
-            f"No corpus at {source}.{did_you_mean(path.name, near)} Give a file ({suffixes}), a folder of such files, or one of "
-            f"{', '.join(BUILT_IN)}."
+            f"No corpus at {source}.{did_you_mean(path.name, candidates)} Give a file ({suffixes}), "
+            f"a folder of such files, or one of {', '.join(BUILT_IN)}."
         )
     if reader_of(path) is not None:
         return Records.of((path,))
@@ -98,35 +98,36 @@ def pull_files(source: str) -> DatasetFiles:
 
 
 def pinned_source(source: str) -> str:
-    """The same source, of the hub's with the commit that it means now; downloads it if need be."""
+    """The source with its current commit, if it is a dataset of the hub (downloaded if need be); any other as it is."""
     return str(pull_files(source).ref) if source.startswith(DATASETS) else source
 
 
 def _record_files(folder: Path) -> tuple[Path, ...] | None:
     """The files of records in a folder, or in its subfolder `data`; None if there are none, DataError if of two sorts."""
-    saved = saved_dataset(folder)
-    if saved is not None:
-        return tuple(saved)
+    arrow_files = saved_dataset(folder)
+    if arrow_files is not None:
+        return tuple(arrow_files)
     if (folder / INDEX_NAME).exists():
         folder = folder / SHARDS_NAME
     files = sorted(
         p for position in (folder, folder / "data") if position.is_dir() for p in position.iterdir() if p.is_file()
     )
-    found = [(p, reader_of(p)) for p in files]
-    kept = tuple(p for p, reader in found if reader is not None)
-    sorts = {reader: p for p, reader in found if reader is not None}
-    if len(sorts) > 1:
+    files_and_readers = [(p, reader_of(p)) for p in files]
+    record_files = tuple(p for p, reader in files_and_readers if reader is not None)
+    example_by_reader = {reader: p for p, reader in files_and_readers if reader is not None}
+    if len(example_by_reader) > 1:
         raise DataError(
-            f"{folder} holds files of {len(sorts)} sorts ({', '.join(p.name for p in sorts.values())}). Give one of them, or "
-            "a folder of one sort."
+            f"{folder} holds files of {len(example_by_reader)} sorts "
+            f"({', '.join(p.name for p in example_by_reader.values())}). Give one of them, or a folder of one sort."
         )
-    texts = [p for p in files if p.suffix == TEXT_SUFFIXES[0]]
-    if kept and texts:
+    text_files = [p for p in files if p.suffix == TEXT_SUFFIXES[0]]
+    if record_files and text_files:
         raise DataError(
-            f"{folder} holds {_count(kept)} of records ({_some(kept)}) and {_count(texts)} of text ({_some(texts)}), and a "
-            "dataset is made of one sort. Give one of the files, or move each sort into a folder of its own."
+            f"{folder} holds {_count(record_files)} of records ({_some(record_files)}) and "
+            f"{_count(text_files)} of text ({_some(text_files)}), and a dataset is made of one sort. Give one of the "
+            "files, or move each sort into a folder of its own."
         )
-    return kept or None
+    return record_files or None
 
 
 def _count(files: Sequence[Path]) -> str:
@@ -177,7 +178,7 @@ class StdlibTexts:
 
 @dataclass(frozen=True)
 class StdlibQuestions:
-    """What a function of the standard library does, as its docstring says."""
+    """Questions about functions of the standard library; the answers are from their docstrings."""
 
     kind: Kind = "pairs"
 
@@ -189,14 +190,14 @@ class StdlibQuestions:
 
 @dataclass(frozen=True)
 class StdlibPreferences:
-    """What a function of the standard library does: what its docstring says, rather than what that of another one does."""
+    """Questions about functions of the standard library: the answer of the function is preferred to that of another one."""
 
     kind: Kind = "preferences"
 
     def samples(self) -> Iterator[Sample]:
         """Questions in the order of StdlibQuestions; the worse answer is that of the question after."""
-        found = list(stdlib.questions())
-        for (prompt, chosen), (_, rejected) in zip(found, [*found[1:], *found[:1]], strict=True):
+        questions = list(stdlib.questions())
+        for (prompt, chosen), (_, rejected) in zip(questions, [*questions[1:], *questions[:1]], strict=True):
             yield Preference(prompt, chosen, rejected)
 
 
@@ -210,7 +211,7 @@ class TextFile:
     def samples(self) -> Iterator[Sample]:
         """Pieces in order."""
         text = _read_text(self.path)
-        yield from (Text(piece) for piece in cut(text, max(512, min(64 * 1024, len(text) // 64))))
+        yield from (Text(piece) for piece in split_text(text, max(512, min(64 * 1024, len(text) // 64))))
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class TextFiles:
     def samples(self) -> Iterator[Sample]:
         """Files in their order."""
         for path in self.paths:
-            yield from (Text(piece) for piece in cut(_read_text(path), 64 * 1024))
+            yield from (Text(piece) for piece in split_text(_read_text(path), 64 * 1024))
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,8 @@ class Records:
     def of(cls, paths: tuple[Path, ...]) -> Records:
         """The corpus in these files, of the kind of its first record; DataError if there is none."""
         for path in paths:
-            for where, record in _records(path):
-                return cls(paths, sample_of(record, where).kind)
+            for location, record in _records(path):
+                return cls(paths, sample_of(record, location).kind)
         raise DataError(
             f"{paths[0] if paths else 'The dataset'} holds no sample. A record has text, or prompt and answer, or messages, or "
             "prompt, chosen and rejected."
@@ -259,11 +260,11 @@ class Records:
     def samples(self) -> Iterator[Sample]:
         """Samples in the order of their files; empty ones, and answers that are equally good, are left out."""
         for path in self.paths:
-            for where, record in _records(path):
-                sample = sample_of(record, where)
+            for location, record in _records(path):
+                sample = sample_of(record, location)
                 if sample.kind != self.kind:
                     raise DataError(
-                        f'{where} is of another kind than {self.kind}: a corpus holds either texts ({{"text"}}), pairs '
+                        f'{location} is of another kind than {self.kind}: a corpus holds either texts ({{"text"}}), pairs '
                         '({"prompt", "answer"}), chats ({"messages"}) or preferences ({"prompt", "chosen", "rejected"}).'
                     )
                 if sample.useful:
@@ -275,15 +276,15 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     return reader(path)
 
 
-def cut(text: str, size: int) -> Iterator[str]:
+def split_text(text: str, size: int) -> Iterator[str]:
     """Pieces of about `size` characters, cut at a blank line, or at a line's end where there is none near."""
     start = 0
     while start < len(text):
         end = start + size
         if end < len(text):
-            blank = text.find("\n\n", end, end + size)
+            blank_line = text.find("\n\n", end, end + size)
             line = text.find("\n", end)
-            end = blank + 2 if blank >= 0 else line + 1 if line >= 0 else len(text)
+            end = blank_line + 2 if blank_line >= 0 else line + 1 if line >= 0 else len(text)
         piece = text[start:end]
         if piece.strip():
             yield piece

@@ -1,6 +1,6 @@
 """Record readers: JSON lines, Parquet, Arrow of Hugging Face's `datasets`, and WebDataset shards.
 
-A reader gives (where, record) for each record of a file, in order; `where` names the file and the position, for messages.
+A reader yields (location, record) for each record of a file, in order; `location` names the file and the position, for messages.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tandem.data.tar import (
     TEXT_EXTENSIONS,
     MemberError,
     TarSample,
-    decoded,
+    decode_fields,
+    decompress_stream,
     foreign_samples,
-    unpacked,
 )
 from tandem.errors import DataError
 
@@ -32,7 +32,7 @@ FIELD_EXTENSIONS = ("cls", "npy")
 
 
 def reader_of(path: Path) -> Callable[[Path], Iterator[Record]] | None:
-    """What reads a file of that name; None if nothing here does."""
+    """The reader for a file of that name; None if there is none."""
     for suffixes, reader in READERS.items():
         if path.name.endswith(suffixes):
             return reader
@@ -42,10 +42,10 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[Record]] | None:
 def json_lines(path: Path) -> Iterator[Record]:
     """A JSON object a line; blank lines are left out."""
     try:
-        with _opened(path) as file:
+        with _open(path) as file:
             for number, raw in enumerate(file, 1):
                 if raw.strip():
-                    yield f"{path} line {number}", _object(raw, f"{path} line {number}")
+                    yield f"{path} line {number}", _parse_object(raw, f"{path} line {number}")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
 
@@ -58,7 +58,7 @@ def parquet(path: Path) -> Iterator[Record]:
     try:
         with pq.ParquetFile(path) as file:
             columns = [name for name in file.schema_arrow.names if name in KEYS] or file.schema_arrow.names
-            yield from _numbered(path, file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns))
+            yield from _number_rows(path, file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}.") from error
 
@@ -74,7 +74,7 @@ def arrow(path: Path) -> Iterator[Record]:
             except pa.ArrowInvalid:
                 file = pa.ipc.open_file(source)
                 batches = (file.get_batch(number) for number in range(file.num_record_batches))
-            yield from _numbered(path, batches)
+            yield from _number_rows(path, batches)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Arrow: {error}.") from error
 
@@ -86,8 +86,8 @@ def webdataset(path: Path) -> Iterator[Record]:
     """
     try:
         with path.open("rb") as file:
-            for sample in foreign_samples(unpacked(file)):
-                yield from _of_sample(f"{path} sample {sample.key}", sample)
+            for sample in foreign_samples(decompress_stream(file)):
+                yield from _sample_records(f"{path} sample {sample.key}", sample)
     except READ_ERRORS as error:
         raise DataError(f"{path} cannot be read as a tar file: {error}. Copy or download it again.") from error
 
@@ -107,46 +107,46 @@ def saved_dataset(folder: Path) -> list[Path] | None:
     """
     splits = folder / "dataset_dict.json"
     if splits.exists():
-        names = _plain(splits)["splits"]
-        chosen = "train" if "train" in names else names[0] if len(names) == 1 else None
-        if chosen is None:
+        names = _read_json(splits)["splits"]
+        split = "train" if "train" in names else names[0] if len(names) == 1 else None
+        if split is None:
             raise DataError(
                 f"{folder} holds the splits {', '.join(names)} and no 'train'. Name one: {folder}/{names[0]}"
             )
-        folder = folder / chosen
+        folder = folder / split
     state = folder / "state.json"
     if not state.exists():
         return None
-    files = [folder / entry["filename"] for entry in _plain(state).get("_data_files", [])]
+    files = [folder / entry["filename"] for entry in _read_json(state).get("_data_files", [])]
     if missing := [file for file in files if not file.exists()]:
         raise DataError(f"{missing[0]} is missing, which {state} names. Save the dataset again.")
     return files
 
 
-def _plain(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return cast(dict[str, Any], json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}. Save the dataset again.") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
-def _object(raw: bytes, where: str) -> dict[str, Any]:
+def _parse_object(raw: bytes, location: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 (byte {error.start + 1}).") from error
+        raise DataError(f"{location} is not UTF-8 (byte {error.start + 1}).") from error
     except ValueError as error:
-        raise DataError(f"{where} is not valid JSON: {error}.") from error
+        raise DataError(f"{location} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where} is a {type(value).__name__}; it must be a JSON object.")
+        raise DataError(f"{location} is a {type(value).__name__}; it must be a JSON object.")
     return value
 
 
-def _numbered(path: Path, batches: Iterator[Any]) -> Iterator[Record]:
+def _number_rows(path: Path, batches: Iterator[Any]) -> Iterator[Record]:
     number = 0
     for batch in batches:
         for record in batch.to_pylist():
@@ -154,16 +154,16 @@ def _numbered(path: Path, batches: Iterator[Any]) -> Iterator[Record]:
             yield f"{path} row {number}", record
 
 
-def _of_sample(where: str, sample: TarSample) -> Iterator[Record]:
+def _sample_records(location: str, sample: TarSample) -> Iterator[Record]:
     try:
-        values = decoded(sample.fields)
+        values = decode_fields(sample.fields)
     except MemberError as error:
-        raise DataError(f"{where} cannot be used: {error}. Correct it, or leave it out of the shard.") from error
+        raise DataError(f"{location} cannot be used: {error}. Correct it, or leave it out of the shard.") from error
     for number, line in enumerate(values.pop("jsonl", ()), 1):
-        yield f"{where} line {number}", _object(line, f"{where} line {number}")
+        yield f"{location} line {number}", _parse_object(line, f"{location} line {number}")
     record = values.pop("json", {})
     if not isinstance(record, dict):
-        raise DataError(f"{where} is a {type(record).__name__}; it must be a JSON object.")
+        raise DataError(f"{location} is a {type(record).__name__}; it must be a JSON object.")
     text = next((values[name] for name in TEXT_EXTENSIONS if name in values), None)
     if text is not None and not KEYS & record.keys():
         record["text"] = text
@@ -171,4 +171,4 @@ def _of_sample(where: str, sample: TarSample) -> Iterator[Record]:
         if name in values:
             record.setdefault(name, values[name])
     if record:
-        yield where, record
+        yield location, record

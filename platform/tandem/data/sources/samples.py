@@ -103,7 +103,7 @@ def size(sample: Sample) -> int:
 
 def _chat(messages: Any) -> Chat:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"is {_a(messages)}; it must be a list of messages")
+        raise ValueError(f"is {_with_article(messages)}; it must be a list of messages")
     return Chat(tuple(_message(number, message) for number, message in enumerate(messages)))
 
 
@@ -119,8 +119,8 @@ def _message(number: int, message: Any) -> Message:
     raise ValueError(f"[{number}] is not a message with the strings role and content")
 
 
-def _instruction(instruction: str, output: str, more: str = "") -> Pair:
-    return Pair(f"{instruction}\n\n{more}" if more.strip() else instruction, output)
+def _instruction(instruction: str, output: str, input_text: str = "") -> Pair:
+    return Pair(f"{instruction}\n\n{input_text}" if input_text.strip() else instruction, output)
 
 
 _SHAPES: tuple[tuple[tuple[str, ...], Callable[..., Sample]], ...] = (
@@ -140,8 +140,8 @@ KEYS = frozenset(key for keys, _ in _SHAPES for key in keys)
 """Fields that a sample can be made of."""
 
 
-def sample_of(record: dict[str, Any], where: str) -> Sample:
-    """The sample in a record; DataError, naming `where`, if it is none."""
+def sample_of(record: dict[str, Any], location: str) -> Sample:
+    """The sample in a record; DataError, naming `location`, if it is none."""
     for keys, make in _SHAPES:
         if not all(key in record for key in keys):
             continue
@@ -150,17 +150,17 @@ def sample_of(record: dict[str, Any], where: str) -> Sample:
             try:
                 return make(*values)
             except ValueError as error:
-                raise DataError(f"{where}: {keys[0]!r} {error}.") from error
+                raise DataError(f"{location}: {keys[0]!r} {error}.") from error
         for key, value in zip(keys, values, strict=True):
             if not isinstance(value, str):
-                raise DataError(f"{where}: {key!r} is {_a(value)}; it must be a string.")
+                raise DataError(f"{location}: {key!r} is {_with_article(value)}; it must be a string.")
         return make(*values)
     raise DataError(
-        f"{where} has the keys {', '.join(map(str, record)) or '(none)'}; it needs "
+        f"{location} has the keys {', '.join(map(str, record)) or '(none)'}; it needs "
         '"text", or "prompt" and "answer" (or "input" and "output", "question" and "answer", "instruction" and "output"), '
         'or "messages" (each with "role" and "content"), or "prompt", "chosen" and "rejected".'
     )
 
 
-def _a(value: Any) -> str:
+def _with_article(value: Any) -> str:
     return "empty" if value is None or value == [] else f"a {type(value).__name__}"

@@ -34,11 +34,11 @@ WELL_KNOWN = (
 ANSWER_LENGTH = (16, 64)
 """Characters of an answer, least and most: a model of a few million parameters learns these word for word."""
 QUESTIONS = 96
-"""Questions asked: what such a model learns by heart in a minute."""
+"""Number of questions: such a model learns these word for word in a minute."""
 
 
 def folder() -> Path:
-    """Where the running interpreter keeps its standard library."""
+    """The folder of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -58,25 +58,30 @@ def questions() -> Iterator[tuple[str, str]]:
 
     Answers that several functions share are left out, since a question must have one right answer.
     """
-    found: dict[str, str] = {}
+    answer_by_question: dict[str, str] = {}
     for module in _modules():
         for name, sentence in _sentences(module):
-            found.setdefault(f"What does {module}.{name} do?", sentence)
-    answers = list(found.values())
-    unique = ((question, answer) for question, answer in found.items() if answers.count(answer) == 1)
+            answer_by_question.setdefault(f"What does {module}.{name} do?", sentence)
+    answers = list(answer_by_question.values())
+    unique = ((question, answer) for question, answer in answer_by_question.items() if answers.count(answer) == 1)
     yield from itertools.islice(unique, QUESTIONS)
 
 
 def _modules() -> list[str]:
     root = folder()
-    others = []
+    module_names = []
     for path in source_files():
         parts = path.relative_to(root).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         if parts and not any(part.startswith("_") for part in parts) and len(parts) <= 2:
-            others.append(".".join(parts))
+            module_names.append(".".join(parts))
     return list(
-        dict.fromkeys([*WELL_KNOWN, *(m for m in others if m not in ("posixpath", "ntpath", "this", "antigravity"))])
+        dict.fromkeys(
+            [
+                *WELL_KNOWN,
+                *(name for name in module_names if name not in ("posixpath", "ntpath", "this", "antigravity")),
+            ]
+        )
     )
 
 

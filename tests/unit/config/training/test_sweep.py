@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.config.training.sweep import better, parse_parameter, plan_trials, split_values, trial_config
+from tandem.config.training.sweep import is_better, parse_parameter, plan_trials, split_values, trial_config
 from tandem.errors import ConfigError
 
 RATE = parse_parameter("optimizer.learning_rate=1e-3,3e-3")
@@ -103,6 +103,6 @@ def test_unknown_keys_and_invalid_values_are_refused():
 
 
 def test_less_loss_and_more_speed_are_better():
-    assert better("loss", 1.0, 2.0)
-    assert not better("loss", 2.0, 1.0)
-    assert better("tokens_per_s", 2.0, 1.0)
+    assert is_better("loss", 1.0, 2.0)
+    assert not is_better("loss", 2.0, 1.0)
+    assert is_better("tokens_per_s", 2.0, 1.0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tandem.data.sources import stdlib
-from tandem.data.sources.corpus import cut, folder_files, open_corpus
+from tandem.data.sources.corpus import folder_files, open_corpus, split_text
 from tandem.data.sources.samples import Chat, Message, Pair, Preference, Sample, Text, sample_of, size
 from tandem.errors import DataError
 
@@ -133,7 +133,7 @@ def test_a_small_text_file_gives_many_samples_and_loses_nothing(tmp_path: Path):
 
 
 def test_cutting_keeps_long_lines_whole():
-    assert list(cut("a" * 50 + "\n" + "b", 10)) == ["a" * 50 + "\n", "b"]
+    assert list(split_text("a" * 50 + "\n" + "b", 10)) == ["a" * 50 + "\n", "b"]
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path):
