@@ -42,7 +42,7 @@ class Stream(asyncio.Protocol):
     def __init__(self, request: bytes, tokens: int, count: int, tally: Tally) -> None:
         self._request = request
         self._tokens = tokens
-        self._left = count
+        self._requests_left = count
         self._tally = tally
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -53,39 +53,39 @@ class Stream(asyncio.Protocol):
         self._send()
 
     def _send(self) -> None:
-        self._sent = time.perf_counter()
-        self._first = 0.0
-        self._tail = b""
+        self._sent_at = time.perf_counter()
+        self._first_at = 0.0
+        self._buffer = b""
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         """Count events; the last of a request says [DONE]."""
         now = time.perf_counter()
-        if not self._first:
+        if not self._first_at:
             # The head may come alone, ahead of the first token.
-            self._tail += data
-            if len(self._tail) >= 12 and not self._tail.startswith(b"HTTP/1.1 200"):
-                self._fail(self._tail[:300].decode(errors="replace"))
-            if b"data: " not in self._tail:
+            self._buffer += data
+            if len(self._buffer) >= 12 and not self._buffer.startswith(b"HTTP/1.1 200"):
+                self._fail(self._buffer[:300].decode(errors="replace"))
+            if b"data: " not in self._buffer:
                 return
-            self._first = self._last = now
-            self._tally.first.append(now - self._sent)
-            data, self._tail = self._tail, b""
+            self._first_at = self._last_at = now
+            self._tally.first.append(now - self._sent_at)
+            data, self._buffer = self._buffer, b""
         self._tally.events += data.count(b"data: ")
-        end = self._tail[-32:] + data
+        ending = self._buffer[-32:] + data
         # The chunk that ends the response follows [DONE], in the same read or in the next.
-        if end.endswith(b"0\r\n\r\n") and b"[DONE]" in end[-64:]:
-            self._tally.between.append((self._last - self._first) / max(1, self._tokens - 1))
-            self._left -= 1
-            if self._left:
+        if ending.endswith(b"0\r\n\r\n") and b"[DONE]" in ending[-64:]:
+            self._tally.between.append((self._last_at - self._first_at) / max(1, self._tokens - 1))
+            self._requests_left -= 1
+            if self._requests_left:
                 self._send()
             else:
                 self._transport.close()
                 self.done.set_result(None)
             return
         if not data.startswith(b"0\r\n"):
-            self._last = now
-        self._tail = end[-64:]
+            self._last_at = now
+        self._buffer = ending[-64:]
 
     def connection_lost(self, error: Exception | None) -> None:
         """A connection that ends before its requests do is a failure."""
@@ -104,20 +104,20 @@ class Whole(Stream):
 
     def data_received(self, data: bytes) -> None:
         """Wait for as many bytes as the head announces."""
-        self._tail += data
-        head, found, body = self._tail.partition(b"\r\n\r\n")
-        if not found:
+        self._buffer += data
+        head, separator, body = self._buffer.partition(b"\r\n\r\n")
+        if not separator:
             return
         length = next(
             (v for k, _, v in (x.partition(b":") for x in head.split(b"\r\n")) if k.lower() == b"content-length"), b"0"
         )
         if not head.startswith(b"HTTP/1.1 200"):
-            self._fail(self._tail[:300].decode(errors="replace"))
+            self._fail(self._buffer[:300].decode(errors="replace"))
         elif len(body) >= int(length):
-            self._tally.first.append(time.perf_counter() - self._sent)
+            self._tally.first.append(time.perf_counter() - self._sent_at)
             self._tally.between.append(self._tally.first[-1] / self._tokens)
-            self._left -= 1
-            if self._left:
+            self._requests_left -= 1
+            if self._requests_left:
                 self._send()
             else:
                 self._transport.close()
@@ -144,12 +144,14 @@ async def drive(
         f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     request = head.encode() + body
-    kind = Whole if whole else Stream
+    stream_class = Whole if whole else Stream
     tallies = [Tally() for _ in range(streams)]
     loop = asyncio.get_running_loop()
     started, cpu, waited = time.perf_counter(), time.process_time(), run_queue_s()
     connections = [
-        (await loop.create_connection(lambda tally=tally: kind(request, tokens, requests, tally), host, port))[1]
+        (await loop.create_connection(lambda tally=tally: stream_class(request, tokens, requests, tally), host, port))[
+            1
+        ]
         for tally in tallies
     ]
     await asyncio.gather(*(connection.done for connection in connections))
@@ -190,16 +192,16 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="answers in one piece")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--key", default="none", help="API key")
-    given = parser.parse_args()
+    options = parser.parse_args()
     load = drive(
-        given.url,
-        given.model,
-        given.streams,
-        given.tokens,
-        given.requests,
-        whole=given.whole,
-        prompt=given.prompt,
-        key=given.key,
+        options.url,
+        options.model,
+        options.streams,
+        options.tokens,
+        options.requests,
+        whole=options.whole,
+        prompt=options.prompt,
+        key=options.key,
     )
     print(json.dumps(uvloop.run(load)))
 

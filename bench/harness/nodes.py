@@ -47,12 +47,12 @@ class Node:
         """All that runs there."""
         from tandem.cluster.marks import marked_processes
 
-        found = []
+        node_processes = []
         for process in marked_processes(self._cluster.mark):
             with contextlib.suppress(psutil.Error):
                 if process.environ().get(NODE_MARK) == self._name:
-                    found.append(process)
-        return found
+                    node_processes.append(process)
+        return node_processes
 
     def kill(self) -> None:
         """End all its processes at once."""

@@ -22,9 +22,9 @@ LENGTHS = (16, 32, 64)
 class Answer:
     """What became of one request."""
 
-    due: float
+    scheduled_at: float
     """When it was to be sent, in seconds of `time.perf_counter`."""
-    ended: float
+    ended_at: float
     status: int
     """0: the connection broke."""
     retry_after: float | None
@@ -39,31 +39,31 @@ class Connection(asyncio.Protocol):
         """Ready to ask."""
         self._transport = cast(asyncio.Transport, transport)
         self._answer: asyncio.Future[tuple[int, float | None]] | None = None
-        self.open = True
+        self.is_open = True
 
-    def ask(self, request: bytes) -> asyncio.Future[tuple[int, float | None]]:
+    def send(self, request: bytes) -> asyncio.Future[tuple[int, float | None]]:
         """Send a request; its status and Retry-After when the answer is whole."""
-        self._seen = b""
+        self._received = b""
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return self._answer
 
     def data_received(self, data: bytes) -> None:
         """Wait for as many bytes as the head announces."""
-        self._seen += data
-        head, found, body = self._seen.partition(b"\r\n\r\n")
-        if not found or self._answer is None:
+        self._received += data
+        head, separator, body = self._received.partition(b"\r\n\r\n")
+        if not separator or self._answer is None:
             return
         lines = (line.partition(b":") for line in head.split(b"\r\n")[1:])
         headers = {name.strip().lower(): value.strip() for name, _, value in lines}
         if len(body) >= int(headers.get(b"content-length", b"0")):
             answer, self._answer = self._answer, None
-            wait = headers.get(b"retry-after")
-            answer.set_result((int(head[9:12]), float(wait) if wait else None))
+            retry_after = headers.get(b"retry-after")
+            answer.set_result((int(head[9:12]), float(retry_after) if retry_after else None))
 
     def connection_lost(self, error: Exception | None) -> None:
         """A connection that ends before its answer is a failure."""
-        self.open = False
+        self.is_open = False
         if self._answer is not None and not self._answer.done():
             self._answer.set_result((0, None))
 
@@ -89,19 +89,19 @@ class Client:
         head = f"POST {path} HTTP/1.1\r\nHost: {self._parts.netloc}\r\nContent-Type: application/json\r\n"
         return f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
 
-    async def ask(self, due: float, tokens: int, timeout_s: float | None = None) -> Answer:
+    async def send(self, scheduled_at: float, tokens: int, timeout_s: float | None = None) -> Answer:
         """One request and what became of it."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.open:
+            if connection.is_open:
                 break
         else:
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(Connection, self._parts.hostname, self._parts.port)
-        status, retry_after = await connection.ask(self.request(tokens, timeout_s))
-        if connection.open:
+        status, retry_after = await connection.send(self.request(tokens, timeout_s))
+        if connection.is_open:
             self._idle.append(connection)
-        return Answer(due, time.perf_counter(), status, retry_after, tokens)
+        return Answer(scheduled_at, time.perf_counter(), status, retry_after, tokens)
 
     def close(self) -> None:
         """End all connections."""
@@ -111,51 +111,51 @@ class Client:
 
 async def closed_loop(client: Client, streams: int, seconds: float) -> dict[str, Any]:
     """As much as comes back: requests/s that `streams` get that ask one after the other, and how long each takes."""
-    began = time.perf_counter()
-    warm, until = began + seconds / 4, began + seconds
+    start_time = time.perf_counter()
+    warm_until, until = start_time + seconds / 4, start_time + seconds
     answers: list[Answer] = []
 
-    async def one(dice: random.Random) -> None:
+    async def run_stream(dice: random.Random) -> None:
         while (now := time.perf_counter()) < until:
-            answers.append(await client.ask(now, dice.choice(LENGTHS)))
+            answers.append(await client.send(now, dice.choice(LENGTHS)))
 
-    await asyncio.gather(*(one(random.Random(number)) for number in range(streams)))
-    counted = [a for a in answers if warm <= a.ended < until]
-    good = [a for a in counted if a.status == 200]
+    await asyncio.gather(*(run_stream(random.Random(number)) for number in range(streams)))
+    measured = [a for a in answers if warm_until <= a.ended_at < until]
+    succeeded = [a for a in measured if a.status == 200]
     return {
-        "requests_per_s": len(good) / (until - warm),
-        "tokens_per_s": sum(a.tokens for a in good) / (until - warm),
-        "latency_s": statistics.median(a.ended - a.due for a in good) if good else float("inf"),
-        "failed": sorted({a.status for a in counted} - {200}),
+        "requests_per_s": len(succeeded) / (until - warm_until),
+        "tokens_per_s": sum(a.tokens for a in succeeded) / (until - warm_until),
+        "latency_s": statistics.median(a.ended_at - a.scheduled_at for a in succeeded) if succeeded else float("inf"),
+        "failed": sorted({a.status for a in measured} - {200}),
     }
 
 
 async def open_loop(client: Client, rate: float, seconds: float, timeout_s: float, seed: int) -> dict[str, Any]:
     """What comes back in time of `rate` requests/s. Counted is what ends after the first quarter: by then queues have grown."""
     dice = random.Random(seed)
-    began = time.perf_counter()
-    warm, until = began + seconds / 4, began + seconds
+    start_time = time.perf_counter()
+    warm_until, until = start_time + seconds / 4, start_time + seconds
     tasks = []
-    due = began
-    while (due := due + dice.expovariate(rate)) < until:
-        if (ahead := due - time.perf_counter()) > 0:
-            await asyncio.sleep(ahead)
-        tasks.append(asyncio.create_task(client.ask(due, dice.choice(LENGTHS), timeout_s)))
-    answers = [a for a in await asyncio.gather(*tasks) if warm <= a.ended < until]
-    in_time = [a for a in answers if a.status == 200 and a.ended - a.due <= timeout_s]
-    good = sorted(a.ended - a.due for a in in_time)
-    late = sum(a.status == 200 for a in answers) - len(good)
+    scheduled_at = start_time
+    while (scheduled_at := scheduled_at + dice.expovariate(rate)) < until:
+        if (pause_s := scheduled_at - time.perf_counter()) > 0:
+            await asyncio.sleep(pause_s)
+        tasks.append(asyncio.create_task(client.send(scheduled_at, dice.choice(LENGTHS), timeout_s)))
+    answers = [a for a in await asyncio.gather(*tasks) if warm_until <= a.ended_at < until]
+    in_time = [a for a in answers if a.status == 200 and a.ended_at - a.scheduled_at <= timeout_s]
+    latencies = sorted(a.ended_at - a.scheduled_at for a in in_time)
+    late = sum(a.status == 200 for a in answers) - len(latencies)
     waits = [a.retry_after for a in answers if a.retry_after is not None]
     counts = Counter(a.status for a in answers)
     return {
         "offered_per_s": rate,
-        "goodput_per_s": len(good) / (until - warm),
-        "good_tokens_per_s": sum(a.tokens for a in in_time) / (until - warm),
+        "goodput_per_s": len(latencies) / (until - warm_until),
+        "good_tokens_per_s": sum(a.tokens for a in in_time) / (until - warm_until),
         "late": late,
         "refused_429": counts.pop(429, 0),
         "expired_504": counts.pop(504, 0),
         "failed": {str(status): count for status, count in counts.items() if status != 200},
-        "p50_s": statistics.median(good) if good else float("inf"),
-        "p99_s": good[int(0.99 * (len(good) - 1))] if good else float("inf"),
+        "p50_s": statistics.median(latencies) if latencies else float("inf"),
+        "p99_s": latencies[int(0.99 * (len(latencies) - 1))] if latencies else float("inf"),
         "retry_after_s": statistics.median(waits) if waits else None,
     }

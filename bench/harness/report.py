@@ -14,10 +14,10 @@ class Verdict(NamedTuple):
     met: bool
     share: float
     """Of its bar: the lower, the further it is from it."""
-    said: str
+    message: str
 
     def __str__(self) -> str:
-        return f"{self.said}: {'met' if self.met else 'MISSED'}."
+        return f"{self.message}: {'met' if self.met else 'MISSED'}."
 
 
 def show(
@@ -35,13 +35,13 @@ def show(
     Console(width=width).print(table)
 
 
-def lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The table for a page."""
     heads = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*heads, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def ends(verdicts: Iterable[Verdict]) -> str:
+def verdict_lines(verdicts: Iterable[Verdict]) -> str:
     """What a page says of the bars."""
     return "\n".join(f"- {verdict}" for verdict in verdicts)
 
@@ -64,9 +64,9 @@ class Rounds(list[Any]):
         super().__init__()
         self._path = path
 
-    def append(self, found: Any) -> None:
+    def append(self, result: Any) -> None:
         """Keep one round's results, in the file too."""
-        super().append(found)
+        super().append(result)
         if self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps({"unfinished": True, "rounds": self}, indent=1) + "\n")

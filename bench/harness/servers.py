@@ -88,19 +88,19 @@ def stack(name: str, folder: Path) -> Iterator[int]:
         process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(40)
-        for other in members(name):
+        for member in members(name):
             with contextlib.suppress(psutil.Error):
-                other.kill()
+                member.kill()
 
 
 def members(name: str) -> list[psutil.Process]:
     """Every process of a stack: they inherit its mark."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == name and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def freeze(name: str, stop: bool) -> None:

@@ -54,32 +54,32 @@ def main() -> int:
     parser = options_parser(__doc__, smoke="one round of few requests")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--requests", type=int, default=192, help="of each policy in a round")
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds, given.requests = 1, 16
-    rounds = report.Rounds(given.json)
-    began = machine()
-    with contextlib.ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.requests = 1, 16
+    rounds = report.Rounds(options.json)
+    machine_info = machine()
+    with contextlib.ExitStack() as exit_stack:
+        folder = Path(exit_stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
         write_all(folder)
         texts = beginnings()
-        port = held.enter_context(stack("routed", folder))
-        for number in range(given.rounds):
+        port = exit_stack.enter_context(stack("routed", folder))
+        for number in range(options.rounds):
             for policy in POLICIES if number % 2 else reversed(POLICIES):
                 url = f"http://127.0.0.1:{port}/{policy}/v1/completions"
-                figures = asyncio.run(drive(url, texts, given.requests, seed=number))
+                figures = asyncio.run(drive(url, texts, options.requests, seed=number))
                 rounds.append({"policy": policy, "round": number, **figures})
                 print(f"round {number} {policy:12} {figures['requests_per_s']:6.1f} requests/s", flush=True)
     summary = summarise(rounds)
-    rows, found = [cells(row) for row in summary], verdicts(summary)
+    rows, results = [cells(row) for row in summary], verdicts(summary)
     title = (
         f"Two vLLM replicas of {SLOTS} slots, {ADAPTERS} adapters, {ADAPTERS * PROMPTS} beginnings, {STREAMS} streams"
     )
     report.show(f"{title}, medians", COLUMNS, rows)
     page = f"# The router before real engines\n\nMade by `python -m bench.routing.router_real --json ...`. {title}.\n\n"
-    page += f"{report.lines(COLUMNS, rows)}\n\n{report.ends(found)}\n"
-    report.write(given.json, {"machine": began, "summary": summary, "rounds": rounds}, page)
-    return report.judge(found, check=given.check)
+    page += f"{report.markdown_table(COLUMNS, rows)}\n\n{report.verdict_lines(results)}\n"
+    report.write(options.json, {"machine": machine_info, "summary": summary, "rounds": rounds}, page)
+    return report.judge(results, check=options.check)
 
 
 # ---- what is served -------------------------------------------------------------------------------------------------
@@ -131,46 +131,46 @@ async def drive(url: str, texts: list[list[str]], requests: int, *, seed: int) -
         adapter = dice.randrange(ADAPTERS)
         question = f"\n# {seed}, {number}: what does this do?"
         plan.append({"model": f"adapter-{adapter}", "prompt": dice.choice(texts[adapter]) + question})
-    left = iter(enumerate(plan))
-    seen: list[dict[str, Any]] = []
+    requests_left = iter(enumerate(plan))
+    answers: list[dict[str, Any]] = []
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
-        await asyncio.gather(*(_stream(session, url, left, seen) for _ in range(STREAMS)))
-    seen.sort(key=lambda answer: answer["ended"])
+        await asyncio.gather(*(_stream(session, url, requests_left, answers) for _ in range(STREAMS)))
+    answers.sort(key=lambda answer: answer["ended"])
     # The beginning of a round finds the caches as the other policy left them.
     skipped = requests // 4
-    counted = seen[skipped:]
-    good = [answer for answer in counted if answer["prompt_tokens"]]
-    waited = sorted(answer["ended"] - answer["began"] for answer in good) or [0.0]
+    measured = answers[skipped:]
+    succeeded = [answer for answer in measured if answer["prompt_tokens"]]
+    latencies = sorted(answer["ended"] - answer["began"] for answer in succeeded) or [0.0]
     return {
-        "requests_per_s": len(good) / (counted[-1]["ended"] - seen[skipped - 1]["ended"]),
-        "prefix_hits": sum(a["cached_tokens"] for a in good) / max(1, sum(a["prompt_tokens"] for a in good)),
-        "prompt_tokens": statistics.fmean(answer["prompt_tokens"] for answer in good) if good else 0.0,
-        "ms_p50": 1000 * waited[len(waited) // 2],
-        "ms_p99": 1000 * waited[int(0.99 * (len(waited) - 1))],
-        "failed": [answer["said"] for answer in seen if answer["said"]][:3],
+        "requests_per_s": len(succeeded) / (measured[-1]["ended"] - answers[skipped - 1]["ended"]),
+        "prefix_hits": sum(a["cached_tokens"] for a in succeeded) / max(1, sum(a["prompt_tokens"] for a in succeeded)),
+        "prompt_tokens": statistics.fmean(answer["prompt_tokens"] for answer in succeeded) if succeeded else 0.0,
+        "ms_p50": 1000 * latencies[len(latencies) // 2],
+        "ms_p99": 1000 * latencies[int(0.99 * (len(latencies) - 1))],
+        "failed": [answer["said"] for answer in answers if answer["said"]][:3],
     }
 
 
-async def _stream(session: aiohttp.ClientSession, url: str, left: Any, seen: list[dict[str, Any]]) -> None:
-    for _, asked in left:
-        began = time.perf_counter()
-        body = {**asked, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        said, usage = "", {}
+async def _stream(session: aiohttp.ClientSession, url: str, requests_left: Any, answers: list[dict[str, Any]]) -> None:
+    for _, request in requests_left:
+        start_time = time.perf_counter()
+        body = {**request, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        error, usage = "", {}
         try:
-            async with session.post(url, json=body) as answer:
-                if answer.status == 200:
-                    usage = (await answer.json())["usage"]
+            async with session.post(url, json=body) as response:
+                if response.status == 200:
+                    usage = (await response.json())["usage"]
                 else:
-                    said = f"{answer.status} {(await answer.text())[:300]}"
+                    error = f"{response.status} {(await response.text())[:300]}"
         except (aiohttp.ClientError, TimeoutError) as error:
-            said = repr(error)
-        seen.append(
+            error = repr(error)
+        answers.append(
             {
-                "began": began,
+                "began": start_time,
                 "ended": time.perf_counter(),
                 "prompt_tokens": usage.get("prompt_tokens", 0),
                 "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-                "said": said,
+                "said": error,
             }
         )
 
@@ -183,16 +183,16 @@ def summarise(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     turn = {r["round"]: r["requests_per_s"] for r in rounds if r["policy"] == "round_robin"}
     for policy in POLICIES:
-        mine = [r for r in rounds if r["policy"] == policy]
-        ratios = [r["requests_per_s"] / turn[r["round"]] for r in mine]
+        policy_rounds = [r for r in rounds if r["policy"] == policy]
+        ratios = [r["requests_per_s"] / turn[r["round"]] for r in policy_rounds]
         row: dict[str, Any] = {
             "policy": policy,
             "ratio": statistics.median(ratios),
             "range": [min(ratios), max(ratios)],
         }
         for key in ("requests_per_s", "prefix_hits", "ms_p50", "ms_p99"):
-            row[key] = statistics.median(r[key] for r in mine)
-        row["failed"] = sum(len(r["failed"]) for r in mine)
+            row[key] = statistics.median(r[key] for r in policy_rounds)
+        row["failed"] = sum(len(r["failed"]) for r in policy_rounds)
         rows.append(row)
     return rows
 
@@ -207,12 +207,12 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def verdicts(summary: list[dict[str, Any]]) -> list[Verdict]:
     """The bar."""
-    found = [
+    failures = [
         Verdict(False, 0.0, f"{row['policy']}: {row['failed']} failed requests") for row in summary if row["failed"]
     ]
     ratio = summary[0]["ratio"]
     return [
-        *found,
+        *failures,
         Verdict(ratio >= BAR, ratio / BAR, f"affinity: {ratio:.2f} of round robin's throughput (bar {BAR})"),
     ]
 

@@ -85,8 +85,12 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=NUMBER", help="keys of the router's config")
     options = parser.parse_args()
     settings = {key: float(value) for key, _, value in (pair.partition("=") for pair in options.set)}
-    done = report.Rounds(options.json)
-    results: dict[str, Any] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count(), "scenarios": done}
+    finished_scenarios = report.Rounds(options.json)
+    results: dict[str, Any] = {
+        "load_before": os.getloadavg()[0],
+        "cores": os.cpu_count(),
+        "scenarios": finished_scenarios,
+    }
     for scenario in scenarios(options):
         calls = scenario.calls()
         if options.write_trace:
@@ -96,7 +100,7 @@ def main() -> int:
         for policy in options.policies:
             rows.append(Simulation(scenario, RouterConfig(policy=policy, **settings)).run(calls))
             gc.collect()
-        done.append({"title": scenario.title, "replicas": scenario.replicas, "rows": rows})
+        finished_scenarios.append({"title": scenario.title, "replicas": scenario.replicas, "rows": rows})
         report.show(scenario.title, COLUMNS, [cells(row) for row in rows], width=150)
     results["reading"] = reading()
     report.show("Reading a request for the router, microseconds", READING, read_rows(results), width=80)
@@ -117,10 +121,10 @@ class Scenario:
     def title(self) -> str:
         """In a line."""
         shape = self.shape
-        what = (
+        traffic = (
             f"{shape.adapters:,} adapters, {shape.rate:,.0f} requests/s {'in bursts' if shape.bursty else ''}".strip()
         )
-        return f"{self.replicas:,} replicas, {self.gateways} gateways, {f'trace {self.trace.name}' if self.trace else what}"
+        return f"{self.replicas:,} replicas, {self.gateways} gateways, {f'trace {self.trace.name}' if self.trace else traffic}"
 
     def calls(self) -> list[Call]:
         """The traffic."""
@@ -130,19 +134,19 @@ class Scenario:
 def scenarios(options: argparse.Namespace) -> list[Scenario]:
     """What the arguments ask for."""
 
-    def one(replicas: int, adapters: int, seconds: float, bursty: bool, load: float = 1.0) -> Scenario:
+    def scenario(replicas: int, adapters: int, seconds: float, bursty: bool, load: float = 1.0) -> Scenario:
         shape = Shape(rate=options.rate * load * replicas, seconds=seconds, adapters=adapters, bursty=bursty)
         return Scenario(replicas=replicas, gateways=options.gateways, shape=shape, trace=options.trace)
 
     if options.smoke:
-        return [one(50, 5_000, 20.0, False)]
+        return [scenario(50, 5_000, 20.0, False)]
     if options.replicas or options.trace:
-        return [one(options.replicas or 16, options.adapters, options.seconds, options.bursty)]
+        return [scenario(options.replicas or 16, options.adapters, options.seconds, options.bursty)]
     return [
-        one(1_000, 100_000, options.seconds, False),
-        one(1_000, 100_000, options.seconds, True),
-        one(1_000, 100_000, options.seconds, False, 0.5),
-        one(16, 1_000, 4 * options.seconds, False),
+        scenario(1_000, 100_000, options.seconds, False),
+        scenario(1_000, 100_000, options.seconds, True),
+        scenario(1_000, 100_000, options.seconds, False, 0.5),
+        scenario(16, 1_000, 4 * options.seconds, False),
     ]
 
 
@@ -154,10 +158,10 @@ class Work:
     """A call on its way."""
 
     call: Call
-    ask: RoutingRequest
+    request: RoutingRequest
     gateway: int
     replica: int
-    counted: bool
+    measured: bool
     """Whether it is of the second half."""
 
 
@@ -169,7 +173,7 @@ class Engine:
     adapters: OrderedDict[str, int] = field(default_factory=OrderedDict)
     """Resident or loading, the longest unused first, with the requests that use it."""
     loading: dict[str, list[Work]] = field(default_factory=dict)
-    homeless: deque[Work] = field(default_factory=deque)
+    waiting_for_slot: deque[Work] = field(default_factory=deque)
     """Wait for an adapter slot."""
     waiting: deque[Work] = field(default_factory=deque)
     reading: Work | None = None
@@ -183,8 +187,8 @@ class Engine:
     @property
     def requests(self) -> int:
         """All that it has."""
-        held = len(self.homeless) + sum(map(len, self.loading.values()))
-        return len(self.running) + len(self.waiting) + (self.reading is not None) + held
+        waiting_for_adapters = len(self.waiting_for_slot) + sum(map(len, self.loading.values()))
+        return len(self.running) + len(self.waiting) + (self.reading is not None) + waiting_for_adapters
 
     def step_s(self) -> float:
         """A token for each running request."""
@@ -198,13 +202,13 @@ class Engine:
 
     def cached(self, call: Call) -> int:
         """Blocks of a prompt that need not be read."""
-        cache, found = self.cache, 0
+        cache, cached_blocks = self.cache, 0
         for number in range(call.count):
             if call.blocks[number] not in cache:
                 break
-            found += 1
+            cached_blocks += 1
         # The last token is always read, for what it predicts.
-        return min(found, call.count - 1)
+        return min(cached_blocks, call.count - 1)
 
     def keep(self, call: Call) -> None:
         """Put a prompt into the prefix cache."""
@@ -233,7 +237,7 @@ class Simulation:
 
     def __init__(self, scenario: Scenario, config: RouterConfig) -> None:
         self._config = config
-        self._dice = random.Random(1)
+        self._random = random.Random(1)
         self._engines = [Engine(f"replica-{number}") for number in range(scenario.replicas)]
         self._numbers = {engine.id: number for number, engine in enumerate(self._engines)}
         self._records = [engine.record() for engine in self._engines]
@@ -247,81 +251,81 @@ class Simulation:
         self._count = 0
         self._decisions_ns: list[int] = []
         self._updates_s: list[float] = []
-        self._queued: list[float] = []
-        self._first: list[float] = []
-        self._uneven: list[float] = []
+        self._queue_s: list[float] = []
+        self._first_token_s: list[float] = []
+        self._imbalance: list[float] = []
         self._tally: Counter[str] = Counter()
 
     def run(self, calls: list[Call]) -> dict[str, Any]:
         """The policy's figures."""
-        began, end = time.perf_counter(), calls[-1].at
+        start_time, end = time.perf_counter(), calls[-1].at
         for number in range(len(self._engines)):
-            self._at(self._dice.random(), self._beat, number)
+            self._schedule(self._random.random(), self._report_replica, number)
         for number, router in enumerate(self._routers):
             router.update(Snapshot(version=1, replicas=tuple(self._records)))
-            self._at(self._dice.random(), self._hear, number)
-        self._at(1.0, self._look, None)
+            self._schedule(self._random.random(), self._update_router, number)
+        self._schedule(1.0, self._sample_balance, None)
         arrivals = iter(calls)
         call = next(arrivals)
         gc.disable()  # nothing here has cycles, and a simulation of this size is nothing that a gateway would collect
         try:
             while True:
                 if self._events and self._events[0][0] <= call.at:
-                    now, _, act, what = heapq.heappop(self._events)
-                    act(now, what)
+                    now, _, handler, argument = heapq.heappop(self._events)
+                    handler(now, argument)
                     continue
-                self._arrive(call, counted=call.at >= end / 2)
+                self._route(call, counted=call.at >= end / 2)
                 following = next(arrivals, None)
                 if following is None:
                     break
                 call = following
         finally:
             gc.enable()
-        return self._figures(time.perf_counter() - began)
+        return self._figures(time.perf_counter() - start_time)
 
-    def _at(self, when: float, act: Any, what: Any) -> None:
+    def _schedule(self, when: float, handler: Any, argument: Any) -> None:
         self._count += 1
-        heapq.heappush(self._events, (when, self._count, act, what))
+        heapq.heappush(self._events, (when, self._count, handler, argument))
 
     # Gateways
 
-    def _arrive(self, call: Call, *, counted: bool) -> None:
-        number = int(self._dice.random() * len(self._routers))
+    def _route(self, call: Call, *, measured: bool) -> None:
+        number = int(self._random.random() * len(self._routers))
         router = self._routers[number]
         blocks = tuple(
             call.blocks[bound // (BLOCK * BYTES_PER_TOKEN) - 1]
             for bound in PREFIX_LENGTHS
             if bound <= call.count * BLOCK * BYTES_PER_TOKEN
         )
-        ask = RoutingRequest(
+        request = RoutingRequest(
             pool="base@1",
             adapter=call.adapter,
             prefix_hashes=blocks,
             size=min(PREFIX_LENGTHS[-1], call.count * BLOCK * BYTES_PER_TOKEN),
             session=call.session,
         )
-        began = time.perf_counter_ns()
-        found = router.choose(ask)
-        assert found is not None
-        router.request_started(ask, found.id)
-        self._decisions_ns.append(time.perf_counter_ns() - began)
-        self._admit(call.at, Work(call, ask, number, self._numbers[found.id], counted))
+        start_ns = time.perf_counter_ns()
+        replica = router.choose(request)
+        assert replica is not None
+        router.request_started(request, replica.id)
+        self._decisions_ns.append(time.perf_counter_ns() - start_ns)
+        self._admit(call.at, Work(call, request, number, self._numbers[replica.id], measured))
 
-    def _hear(self, now: float, number: int) -> None:
+    def _update_router(self, now: float, number: int) -> None:
         snapshot = Snapshot(version=int(now), replicas=tuple(self._records))
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         self._routers[number].update(snapshot)
-        self._updates_s.append(time.perf_counter() - began)
-        self._at(now + 1.0, self._hear, number)
+        self._updates_s.append(time.perf_counter() - start_time)
+        self._schedule(now + 1.0, self._update_router, number)
 
-    def _beat(self, now: float, number: int) -> None:
+    def _report_replica(self, now: float, number: int) -> None:
         self._records[number] = self._engines[number].record()
-        self._at(now + 1.0, self._beat, number)
+        self._schedule(now + 1.0, self._report_replica, number)
 
-    def _look(self, now: float, _: None) -> None:
+    def _sample_balance(self, now: float, _: None) -> None:
         requests = sorted(engine.requests for engine in self._engines)
-        self._uneven.append(requests[int(0.99 * (len(requests) - 1))] / max(1e-9, statistics.fmean(requests)))
-        self._at(now + 1.0, self._look, None)
+        self._imbalance.append(requests[int(0.99 * (len(requests) - 1))] / max(1e-9, statistics.fmean(requests)))
+        self._schedule(now + 1.0, self._sample_balance, None)
 
     # Replicas
 
@@ -329,9 +333,9 @@ class Simulation:
         engine, adapter = self._engines[work.replica], work.call.adapter
         if adapter is None:
             engine.waiting.append(work)
-            self._go_on(now, engine)
+            self._advance_engine(now, engine)
             return
-        if work.counted:
+        if work.measured:
             self._tally["adapter requests"] += 1
             self._tally["adapter hits"] += adapter in engine.adapters
         if adapter in engine.adapters:
@@ -341,7 +345,7 @@ class Simulation:
                 engine.loading[adapter].append(work)
             else:
                 engine.waiting.append(work)
-                self._go_on(now, engine)
+                self._advance_engine(now, engine)
         else:
             self._load(now, engine, work)
 
@@ -355,20 +359,20 @@ class Simulation:
         if len(engine.adapters) >= ADAPTER_SLOTS:
             unused = next((name for name, users in engine.adapters.items() if not users), None)
             if unused is None:
-                engine.homeless.append(work)
+                engine.waiting_for_slot.append(work)
                 return False
             del engine.adapters[unused]
         engine.adapters[adapter] = 1
         engine.loading[adapter] = [work]
-        self._at(now + LOAD_S, self._loaded, (engine, adapter))
+        self._schedule(now + LOAD_S, self._finish_loading, (engine, adapter))
         return True
 
-    def _loaded(self, now: float, what: tuple[Engine, str]) -> None:
-        engine, adapter = what
+    def _finish_loading(self, now: float, engine_and_adapter: tuple[Engine, str]) -> None:
+        engine, adapter = engine_and_adapter
         engine.waiting.extend(engine.loading.pop(adapter))
-        self._go_on(now, engine)
+        self._advance_engine(now, engine)
 
-    def _go_on(self, now: float, engine: Engine) -> None:
+    def _advance_engine(self, now: float, engine: Engine) -> None:
         """Begin to read the next prompt if that can be, and say when something happens next."""
         if engine.reading is not None:
             return
@@ -376,45 +380,45 @@ class Simulation:
         if engine.waiting and len(engine.running) < SLOTS:
             work = engine.reading = engine.waiting.popleft()
             cached = engine.cached(work.call)
-            if work.counted:
-                self._queued.append(now - work.call.at)
+            if work.measured:
+                self._queue_s.append(now - work.call.at)
                 self._tally["blocks"] += work.call.count
                 self._tally["cached"] += cached
             engine.epoch += 1
-            self._at(now + (work.call.count - cached) * BLOCK * PREFILL_S, self._read, engine)
+            self._schedule(now + (work.call.count - cached) * BLOCK * PREFILL_S, self._finish_prefill, engine)
         elif engine.running:
             engine.epoch += 1
-            left = (engine.running[0][0] - engine.tokens) * engine.step_s()
-            self._at(now + max(0.0, left), self._end, (engine, engine.epoch))
+            remaining_s = (engine.running[0][0] - engine.tokens) * engine.step_s()
+            self._schedule(now + max(0.0, remaining_s), self._finish_decode, (engine, engine.epoch))
 
-    def _read(self, now: float, engine: Engine) -> None:
+    def _finish_prefill(self, now: float, engine: Engine) -> None:
         work = engine.reading
         assert work is not None
         engine.at = now
         engine.reading = None
         engine.keep(work.call)
-        if work.counted:
-            self._first.append(now - work.call.at)
-        self._routers[work.gateway].adapter_loaded(work.ask, engine.id)
+        if work.measured:
+            self._first_token_s.append(now - work.call.at)
+        self._routers[work.gateway].adapter_loaded(work.request, engine.id)
         self._count += 1
         heapq.heappush(engine.running, (engine.tokens + work.call.output, self._count, work))
-        self._go_on(now, engine)
+        self._advance_engine(now, engine)
 
-    def _end(self, now: float, what: tuple[Engine, int]) -> None:
-        engine, epoch = what
+    def _finish_decode(self, now: float, engine_and_epoch: tuple[Engine, int]) -> None:
+        engine, epoch = engine_and_epoch
         if engine.epoch != epoch:
             return
         engine.advance(now)
         work = heapq.heappop(engine.running)[2]
         engine.tokens = max(engine.tokens, 0.0)
-        self._routers[work.gateway].request_ended(work.ask, engine.id)
+        self._routers[work.gateway].request_ended(work.request, engine.id)
         self._tally["done"] += 1
         if work.call.adapter is not None:
             engine.adapters[work.call.adapter] -= 1
-            for _ in range(len(engine.homeless)):
-                if not self._load(now, engine, engine.homeless.popleft()):
+            for _ in range(len(engine.waiting_for_slot)):
+                if not self._load(now, engine, engine.waiting_for_slot.popleft()):
                     break
-        self._go_on(now, engine)
+        self._advance_engine(now, engine)
 
     def _figures(self, seconds: float) -> dict[str, Any]:
         tally = self._tally
@@ -422,14 +426,14 @@ class Simulation:
         for name, values, scale in (
             ("decision_us", self._decisions_ns, 1e-3),
             ("update_ms", self._updates_s, 1e3),
-            ("queue_ms", self._queued, 1e3),
-            ("first_token_ms", self._first, 1e3),
+            ("queue_ms", self._queue_s, 1e3),
+            ("first_token_ms", self._first_token_s, 1e3),
         ):
             ordered = sorted(values)
             figures[name] = {q: round(scale * ordered[int(q * (len(ordered) - 1))], 2) for q in (0.5, 0.99)}
         figures["adapter_hits"] = round(tally["adapter hits"] / max(1, tally["adapter requests"]), 4)
         figures["prefix_hits"] = round(tally["cached"] / max(1, tally["blocks"]), 4)
-        figures["imbalance"] = round(statistics.median(self._uneven[len(self._uneven) // 2 :]), 3)
+        figures["imbalance"] = round(statistics.median(self._imbalance[len(self._imbalance) // 2 :]), 3)
         figures["unfinished"] = len(self._decisions_ns) - tally["done"]
         figures["seconds"] = round(seconds, 1)
         return figures
@@ -437,8 +441,8 @@ class Simulation:
 
 def reading() -> list[dict[str, Any]]:
     """How long it takes to see how the text of a request begins; the router is not asked here."""
-    served = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))
-    target = ResolvedModel(base=served, adapter=AdapterRef(id="red@1", path="/red"))
+    model = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))
+    target = ResolvedModel(base=model, adapter=AdapterRef(id="red@1", path="/red"))
     turn = "what a person may say in a turn of a conversation "
     bodies: dict[str, dict[str, Any]] = {
         "chat of 2 short messages": {
@@ -449,16 +453,16 @@ def reading() -> list[dict[str, Any]]:
         "prompt of 1 MiB": {"prompt": turn * (2**20 // len(turn))},
         "prompt of 4,000 token ids": {"prompt": list(range(4000))},
     }
-    found = []
+    rows = []
     for name, body in bodies.items():
-        taken = []
+        samples = []
         for _ in range(2000):
-            began = time.perf_counter_ns()
+            start_ns = time.perf_counter_ns()
             read_routing_request(target, body, {})
-            taken.append((time.perf_counter_ns() - began) / 1000)
-        taken.sort()
-        found.append({"request": name, "p50_us": round(taken[1000], 1), "p99_us": round(taken[1980], 1)})
-    return found
+            samples.append((time.perf_counter_ns() - start_ns) / 1000)
+        samples.sort()
+        rows.append({"request": name, "p50_us": round(samples[1000], 1), "p99_us": round(samples[1980], 1)})
+    return rows
 
 
 # ---- what comes of it -----------------------------------------------------------------------------------------------
@@ -489,14 +493,14 @@ def read_rows(results: dict[str, Any]) -> list[list[str]]:
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """The default policy's decisions at 1,000 replicas, held against the bar."""
-    found = []
+    results = []
     for scenario in results["scenarios"]:
         for row in scenario["rows"]:
             if row["policy"] == RouterConfig().policy and scenario["replicas"] >= BAR_REPLICAS:
                 slow = row["decision_us"][0.99]
-                said = f"{scenario['title']}: 99 of 100 decisions within {slow:.1f} us; the bar is {BAR_US:.0f} us"
-                found.append(Verdict(slow < BAR_US, BAR_US / slow, said))
-    return found
+                message = f"{scenario['title']}: 99 of 100 decisions within {slow:.1f} us; the bar is {BAR_US:.0f} us"
+                results.append(Verdict(slow < BAR_US, BAR_US / slow, message))
+    return results
 
 
 def page(results: dict[str, Any]) -> str:
@@ -506,10 +510,12 @@ def page(results: dict[str, Any]) -> str:
     ]
     for scenario in results["scenarios"]:
         slow = max(row["update_ms"][0.99] for row in scenario["rows"])
-        parts.append(f"## {scenario['title']}\n\n{report.lines(COLUMNS, map(cells, scenario['rows']))}\n")
+        parts.append(f"## {scenario['title']}\n\n{report.markdown_table(COLUMNS, map(cells, scenario['rows']))}\n")
         parts.append(f"Taking a snapshot of all replicas, once a second: at most {slow:.1f} ms (p99).\n")
-    parts.append(f"## Reading a request for the router, microseconds\n\n{report.lines(READING, read_rows(results))}\n")
-    return "\n".join([*parts, report.ends(verdicts(results)), ""])
+    parts.append(
+        f"## Reading a request for the router, microseconds\n\n{report.markdown_table(READING, read_rows(results))}\n"
+    )
+    return "\n".join([*parts, report.verdict_lines(verdicts(results)), ""])
 
 
 if __name__ == "__main__":

@@ -68,10 +68,10 @@ def made_up(shape: Shape) -> list[Call]:
     calls: list[Call] = []
     for at in _beginnings(shape, dice):
         if dice.random() < shape.adapter_share:
-            owner = f"adapter-{_drawn(adapters, dice)}@1"
+            owner = f"adapter-{_draw(adapters, dice)}@1"
             adapter: str | None = owner
         else:
-            owner, adapter = f"tenant-{_drawn(tenants, dice)}", None
+            owner, adapter = f"tenant-{_draw(tenants, dice)}", None
         system = prompts.get(owner)
         if system is None:
             length = 2 ** sum(dice.random() < 0.5 for _ in range(6))
@@ -99,7 +99,7 @@ def _beginnings(shape: Shape, dice: random.Random) -> Iterator[float]:
         yield at
 
 
-def _drawn(cumulative: list[float], dice: random.Random) -> int:
+def _draw(cumulative: list[float], dice: random.Random) -> int:
     return dice.choices(range(len(cumulative)), cum_weights=cumulative)[0]
 
 
@@ -108,17 +108,19 @@ def recorded(path: Path) -> list[Call]:
     calls = []
     with path.open() as lines:
         for line in lines:
-            said = json.loads(line)
-            if "hash_ids" in said:
-                blocks = [(number << 3) + part for number in said["hash_ids"] for part in range(512 // BLOCK)]
-                count = min(len(blocks), max(1, said["input_length"] // BLOCK))
-                calls.append(Call(said["timestamp"] / 1000, None, None, _mixed(blocks), count, said["output_length"]))
+            record = json.loads(line)
+            if "hash_ids" in record:
+                blocks = [(number << 3) + part for number in record["hash_ids"] for part in range(512 // BLOCK)]
+                count = min(len(blocks), max(1, record["input_length"] // BLOCK))
+                calls.append(
+                    Call(record["timestamp"] / 1000, None, None, _mixed(blocks), count, record["output_length"])
+                )
             else:
-                blocks = _mixed(said["blocks"])
-                session = said.get("session")
+                blocks = _mixed(record["blocks"])
+                session = record.get("session")
                 session = None if session is None else hash_key(str(session))
                 calls.append(
-                    Call(said["at_s"], said.get("adapter"), session, blocks, len(blocks), said["output_tokens"])
+                    Call(record["at_s"], record.get("adapter"), session, blocks, len(blocks), record["output_tokens"])
                 )
     calls.sort(key=lambda call: call.at)
     return calls
@@ -133,6 +135,6 @@ def write(calls: list[Call], path: Path) -> None:
     """Record calls."""
     with path.open("w") as file:
         for call in calls:
-            said = {"at_s": round(call.at, 4), "prompt_tokens": call.count * BLOCK, "output_tokens": call.output}
-            said |= {"adapter": call.adapter, "session": call.session, "blocks": call.blocks[: call.count]}
-            file.write(json.dumps(said) + "\n")
+            record = {"at_s": round(call.at, 4), "prompt_tokens": call.count * BLOCK, "output_tokens": call.output}
+            record |= {"adapter": call.adapter, "session": call.session, "blocks": call.blocks[: call.count]}
+            file.write(json.dumps(record) + "\n")

@@ -27,7 +27,7 @@ from typing import Any
 import uvloop
 
 from bench.harness.options import options_parser
-from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
+from bench.harness.report import Rounds, Verdict, judge, markdown_table, show, verdict_lines, write
 from bench.serving.adapters_app import RANK, SLOTS, App, register_many, serving, write_adapter
 from tandem.observability.events import Failed, Finished, Step
 
@@ -39,19 +39,19 @@ async def cold(app: App, names: Sequence[str]) -> dict[str, Any]:
     """First tokens of adapters that nobody has asked for, of the same again, and of those that left the slots meanwhile."""
     for _ in range(6):
         await app.first_token_ms("bench")
-    first, again = [], []
+    first_ms, repeated_ms = [], []
     for name in names:
-        first.append(await app.first_token_ms(name))
-        again.append(await app.first_token_ms(name))
-    held = {
+        first_ms.append(await app.first_token_ms(name))
+        repeated_ms.append(await app.first_token_ms(name))
+    in_memory = {
         adapter for replica in await app.residency() for adapter in (*replica.adapters,) if adapter not in replica.slots
     }
-    memory = [await app.first_token_ms(name) for name in names if f"{name}@1" in held][: len(names) // 2]
+    memory_ms = [await app.first_token_ms(name) for name in names if f"{name}@1" in in_memory][: len(names) // 2]
     return {
-        "cold_ms": spread(first),
-        "warm_ms": spread(again),
-        "memory_ms": spread(memory),
-        "more_ms": spread([one - two for one, two in zip(first, again, strict=True)]),
+        "cold_ms": spread(first_ms),
+        "warm_ms": spread(repeated_ms),
+        "memory_ms": spread(memory_ms),
+        "more_ms": spread([cold_ms - warm_ms for cold_ms, warm_ms in zip(first_ms, repeated_ms, strict=True)]),
     }
 
 
@@ -59,36 +59,36 @@ async def promotion(app: App, folder: Path, times: int) -> dict[str, Any]:
     """Promote two versions in turn, each time asking at once, while other streams ask for the same name."""
     for number in (1, 2):
         app.registry.register_adapter("moving", write_adapter(folder / f"moving-{number}", 100 + number), base="bench")
-    over, failed, wrong, took = asyncio.Event(), [], 0, []
+    finished, failed, wrong_versions, answer_ms = asyncio.Event(), [], 0, []
 
-    async def others() -> None:
-        while not over.is_set():
+    async def run_load() -> None:
+        while not finished.is_set():
             failed.extend((await app.drive([["moving"]] * 4, 24))["failed"])
 
-    load = asyncio.create_task(others())
+    load = asyncio.create_task(run_load())
     for number in range(times):
-        wanted = f"moving@{1 + number % 2}"
-        await asyncio.to_thread(app.registry.promote, wanted)
-        began = time.perf_counter()
-        wrong += await answered_by(app, "moving") != wanted
-        took.append(1000 * (time.perf_counter() - began))
-    over.set()
+        version = f"moving@{1 + number % 2}"
+        await asyncio.to_thread(app.registry.promote, version)
+        start_time = time.perf_counter()
+        wrong_versions += await answered_by(app, "moving") != version
+        answer_ms.append(1000 * (time.perf_counter() - start_time))
+    finished.set()
     await load
-    return {"promotions": times, "wrong": wrong, "failed": failed, "next_answer_ms": spread(took)}
+    return {"promotions": times, "wrong": wrong_versions, "failed": failed, "next_answer_ms": spread(answer_ms)}
 
 
 async def answered_by(app: App, model: str) -> str:
     """The version that answers a short request."""
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
     writer.write(app.request(model, 1))
-    said = b""
-    while b'"model":' not in said or b"[DONE]" not in said:
-        more = await reader.read(65536)
-        if not more:
-            return said.decode(errors="replace")
-        said += more
+    received = b""
+    while b'"model":' not in received or b"[DONE]" not in received:
+        data = await reader.read(65536)
+        if not data:
+            return received.decode(errors="replace")
+        received += data
     writer.close()
-    return said.split(b'"model":')[1].split(b'"')[1].decode()
+    return received.split(b'"model":')[1].split(b'"')[1].decode()
 
 
 async def zipf(
@@ -105,36 +105,49 @@ async def zipf(
     for number in range(-1, rounds):
         order = [*kinds][number % 3 :] + [*kinds][: number % 3]
         for kind in order:
-            asked = [kinds[kind]() for _ in range(streams)]
-            before = await loads(app)
-            looks: list[list[Any]] = []
-            watching = asyncio.create_task(watch(app, looks))
-            found = await app.drive(asked, tokens)
+            requested = [kinds[kind]() for _ in range(streams)]
+            loads_before = await count_adapter_loads(app)
+            samples: list[list[Any]] = []
+            watching = asyncio.create_task(watch(app, samples))
+            figures = await app.drive(requested, tokens)
             watching.cancel()
-            found |= {"waiting": round(statistics.mean(sum(r.waiting for r in look) for look in looks[1:] or looks), 2)}
-            found |= {"apart": round(statistics.mean(apart(look) for look in looks[1:] or looks), 2)}
-            found |= {"kind": kind, "round": number, "asked": len({name for each in asked for name in each})}
-            found |= {"first_token_ms": spread(found["first_token_ms"]), "loaded": await loads(app) - before}
-            print(f"round {number} {kind:9} {found['tokens_per_s']:7.0f} tokens/s, {found['loaded']} loads, "
-                  f"{found['waiting']} waiting, {found['apart']} requests more on one replica", flush=True)  # fmt: skip
+            figures |= {
+                "waiting": round(
+                    statistics.mean(sum(r.waiting for r in sample) for sample in samples[1:] or samples), 2
+                )
+            }
+            figures |= {
+                "apart": round(statistics.mean(load_difference(sample) for sample in samples[1:] or samples), 2)
+            }
+            figures |= {
+                "kind": kind,
+                "round": number,
+                "asked": len({name for stream_names in requested for name in stream_names}),
+            }
+            figures |= {
+                "first_token_ms": spread(figures["first_token_ms"]),
+                "loaded": await count_adapter_loads(app) - loads_before,
+            }
+            print(f"round {number} {kind:9} {figures['tokens_per_s']:7.0f} tokens/s, {figures['loaded']} loads, "
+                  f"{figures['waiting']} waiting, {figures['apart']} requests more on one replica", flush=True)  # fmt: skip
             if number >= 0:
-                results.append(found)
+                results.append(figures)
     return results
 
 
-async def watch(app: App, looks: list[list[Any]]) -> None:
+async def watch(app: App, samples: list[list[Any]]) -> None:
     """Look at the replicas every half second."""
     while True:
-        looks.append(await app.residency())
+        samples.append(await app.residency())
         await asyncio.sleep(0.5)
 
 
-def apart(replicas: Sequence[Any]) -> int:
+def load_difference(replicas: Sequence[Any]) -> int:
     """Requests that the busiest replica has more than the idlest."""
     return max(r.running + r.waiting for r in replicas) - min(r.running + r.waiting for r in replicas)
 
 
-async def loads(app: App) -> int:
+async def count_adapter_loads(app: App) -> int:
     """How often the replicas have loaded an adapter since they started; they tell with each beat."""
     await asyncio.sleep(1.2)
     return sum(replica.adapter_loads for replica in await app.residency())
@@ -163,16 +176,16 @@ async def training(app: App, cluster: Any, rounds: int) -> list[dict[str, Any]]:
             )
         )  # fmt: skip
         client.submit(job)
-        while (found := await ask_until(app, name, job)) is None:
+        while (figures := await adapter_figures(app, name, job)) is None:
             await asyncio.sleep(0.02)
-        results.append(found)
-        print(f"training {number}: {found['seconds']:.2f} s from the last step to the first token", flush=True)
+        results.append(figures)
+        print(f"training {number}: {figures['seconds']:.2f} s from the last step to the first token", flush=True)
         while job.last(Finished, Failed) is None:
             await asyncio.sleep(0.2)
     return results
 
 
-async def ask_until(app: App, name: str, job: Any) -> dict[str, Any] | None:
+async def adapter_figures(app: App, name: str, job: Any) -> dict[str, Any] | None:
     """The figures of a job once its adapter answered; None if it does not yet."""
     if (failed := job.last(Failed)) is not None:
         raise RuntimeError(failed.error)
@@ -180,16 +193,16 @@ async def ask_until(app: App, name: str, job: Any) -> dict[str, Any] | None:
     if step is None or step.step < step.steps:
         return None
     try:
-        first = await app.first_token_ms(name)
+        first_token_ms = await app.first_token_ms(name)
     except RuntimeError:
         return None
-    answered = time.time()
-    registered = app.registry.resolve(name).created_at.timestamp()
+    answered_at = time.time()
+    registered_at = app.registry.resolve(name).created_at.timestamp()
     return {
-        "seconds": answered - step["time"],
-        "to_registry_s": registered - step["time"],
-        "from_registry_s": answered - registered,
-        "first_token_ms": first,
+        "seconds": answered_at - step["time"],
+        "to_registry_s": registered_at - step["time"],
+        "from_registry_s": answered_at - registered_at,
+        "first_token_ms": first_token_ms,
     }
 
 
@@ -214,95 +227,101 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--requests", type=int, default=8, help="of each stream in a round of zipf")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer in zipf")
-    given = parser.parse_args()
-    if given.smoke:
-        given.adapters, given.rounds, given.streams, given.requests, given.tokens = 20, 1, 2, 2, 8
+    options = parser.parse_args()
+    if options.smoke:
+        options.adapters, options.rounds, options.streams, options.requests, options.tokens = 20, 1, 2, 2, 8
     results: dict[str, Any] = {
         "cpus": os.cpu_count(),
         "when": time.strftime("%Y-%m-%d"),
-        "settings": dict(vars(given), json=None),
+        "settings": dict(vars(options), json=None),
     }
-    with tempfile.TemporaryDirectory(prefix="ta-", dir="/tmp") as place, serving(Path(place)) as (app, cluster):
-        folder = Path(place) / "adapters"
-        results["registering_s"] = register_many(app, folder, given.adapters)
-        names = [f"adapter-{number:04}" for number in range(given.adapters)]
-        todo: dict[str, Callable[[], Any]] = {
+    with tempfile.TemporaryDirectory(prefix="ta-", dir="/tmp") as temporary, serving(Path(temporary)) as (app, cluster):
+        folder = Path(temporary) / "adapters"
+        results["registering_s"] = register_many(app, folder, options.adapters)
+        names = [f"adapter-{number:04}" for number in range(options.adapters)]
+        measurements: dict[str, Callable[[], Any]] = {
             "cold": lambda: cold(app, names[-40:]),
             "promotion": lambda: promotion(app, folder, 40),
-            "zipf": lambda: zipf(app, names, given.rounds, given.streams, given.requests, given.tokens, given.json),
-            "training": lambda: training(app, cluster, max(1, given.rounds // 2)),
+            "zipf": lambda: zipf(
+                app, names, options.rounds, options.streams, options.requests, options.tokens, options.json
+            ),
+            "training": lambda: training(app, cluster, max(1, options.rounds // 2)),
         }
-        for part in given.parts:
-            results[part] = uvloop.run(todo[part]())
+        for part in options.parts:
+            results[part] = uvloop.run(measurements[part]())
             for row in PARTS[part](results[part]):
                 print(f"{row[0]}: {row[1]}", flush=True)
-    rows = [row for part in given.parts for row in PARTS[part](results[part])]
+    rows = [row for part in options.parts for row in PARTS[part](results[part])]
     verdicts = [row.pop() for row in rows]
     columns = ("what", "measured", "bar")
     show("Adapters", columns, rows)
     page = "# Adapters\n\nMade by `python -m bench.serving.adapters --json ...`: 2 replicas, 8 slots each, "
-    page += f"{given.adapters} adapters registered in {results['registering_s']:.0f} s.\n\n{lines(columns, rows)}\n\n"
-    write(given.json, results, page + ends(v for v in verdicts if v) + "\n")
-    return judge((v for v in verdicts if v), check=given.check)
+    page += f"{options.adapters} adapters registered in {results['registering_s']:.0f} s.\n\n{markdown_table(columns, rows)}\n\n"
+    write(options.json, results, page + verdict_lines(v for v in verdicts if v) + "\n")
+    return judge((v for v in verdicts if v), check=options.check)
 
 
-def told_cold(found: dict[str, Any]) -> list[list[Any]]:
+def cold_rows(figures: dict[str, Any]) -> list[list[Any]]:
     """Rows of `cold`: what, measured, bar, verdict."""
-    more = found["more_ms"]
-    shown = {"of an adapter from disk": "cold_ms", "of one in host memory": "memory_ms", "of one in a slot": "warm_ms"}
+    difference = figures["more_ms"]
+    labels = {"of an adapter from disk": "cold_ms", "of one in host memory": "memory_ms", "of one in a slot": "warm_ms"}
     rows: list[list[Any]] = [
         [
-            f"first token {what}: median, 95th percentile",
-            f"{found[key]['median']:.1f}, {found[key]['p95']:.1f} ms",
+            f"first token {label}: median, 95th percentile",
+            f"{figures[key]['median']:.1f}, {figures[key]['p95']:.1f} ms",
             "",
             None,
         ]
-        for what, key in shown.items()
+        for label, key in labels.items()
     ]
-    said = f"first token of a cold adapter {more['p95']:.0f} ms after a warm one's (95th percentile)"
-    verdict = Verdict(more["p95"] <= COLD_MS, COLD_MS / max(1e-9, more["p95"]), said)
-    measured = f"{more['median']:.1f}, {more['p95']:.1f} ms"
-    return [*rows, ["cold, more than warm: median, 95th percentile", measured, "150 ms", verdict]]
+    message = f"first token of a cold adapter {difference['p95']:.0f} ms after a warm one's (95th percentile)"
+    verdict = Verdict(difference["p95"] <= COLD_MS, COLD_MS / max(1e-9, difference["p95"]), message)
+    measured_text = f"{difference['median']:.1f}, {difference['p95']:.1f} ms"
+    return [*rows, ["cold, more than warm: median, 95th percentile", measured_text, "150 ms", verdict]]
 
 
-def told_promotion(found: dict[str, Any]) -> list[list[Any]]:
+def promotion_rows(figures: dict[str, Any]) -> list[list[Any]]:
     """Rows of `promotion`."""
-    wrong, failed = found["wrong"], len(found["failed"])
-    said = f"{found['promotions']} promotions under load, {wrong} not seen by the next request, {failed} failed"
-    verdict = Verdict(not wrong and not failed, float(not wrong and not failed), said)
+    wrong, failed = figures["wrong"], len(figures["failed"])
+    message = f"{figures['promotions']} promotions under load, {wrong} not seen by the next request, {failed} failed"
+    verdict = Verdict(not wrong and not failed, float(not wrong and not failed), message)
     return [
-        ["answer after a promotion, median", f"{found['next_answer_ms']['median']:.0f} ms", "", None],
+        ["answer after a promotion, median", f"{figures['next_answer_ms']['median']:.0f} ms", "", None],
         ["requests after a promotion by another version; failed", f"{wrong}; {failed}", "0; 0", verdict],
     ]
 
 
-def told_zipf(found: list[dict[str, Any]]) -> list[list[Any]]:
+def zipf_rows(rounds_figures: list[dict[str, Any]]) -> list[list[Any]]:
     """Rows of `zipf`: ratios are of each round's own two."""
-    by = {kind: {each["round"]: each for each in found if each["kind"] == kind} for kind in ("base", "warm", "zipf")}
-    ratios = {
-        kind: [rounds[n]["tokens_per_s"] / by["base"][n]["tokens_per_s"] for n in rounds] for kind, rounds in by.items()
+    by_kind = {
+        kind: {figures["round"]: figures for figures in rounds_figures if figures["kind"] == kind}
+        for kind in ("base", "warm", "zipf")
     }
-    share, failed = statistics.median(ratios["zipf"]), sum(len(each["failed"]) for each in found)
+    ratios = {
+        kind: [rounds[n]["tokens_per_s"] / by_kind["base"][n]["tokens_per_s"] for n in rounds]
+        for kind, rounds in by_kind.items()
+    }
+    share, failed = statistics.median(ratios["zipf"]), sum(len(figures["failed"]) for figures in rounds_figures)
     rows: list[list[Any]] = []
-    shown = {"base": "the base", "warm": "8 adapters that stay in their slots", "zipf": "1,000 adapters"}
-    for kind, rounds in by.items():
-        speed = statistics.median(each["tokens_per_s"] for each in rounds.values())
-        first = statistics.median(each["first_token_ms"]["median"] for each in rounds.values())
-        measured = f"{speed:,.0f}, {first:.0f} ms, {statistics.median(ratios[kind]):.2f}"
-        rows.append([f"{shown[kind]}: tokens/s, first token, share of the base", measured, "", None])
-    rows.append(["loads in all rounds", str(sum(each["loaded"] for each in by["zipf"].values())), "", None])
-    said = f"adapters under Zipf traffic at {share:.2f} of base-only throughput, {failed} failed"
-    verdict = Verdict(share >= SHARE and not failed, 0.0 if failed else share / SHARE, said)
-    measured = f"{share:.2f} ({min(ratios['zipf']):.2f}, {max(ratios['zipf']):.2f})"
-    return [*rows, ["adapters as a share of the base (least, most)", measured, "0.80", verdict]]
+    labels = {"base": "the base", "warm": "8 adapters that stay in their slots", "zipf": "1,000 adapters"}
+    for kind, rounds in by_kind.items():
+        speed = statistics.median(figures["tokens_per_s"] for figures in rounds.values())
+        first = statistics.median(figures["first_token_ms"]["median"] for figures in rounds.values())
+        measured_text = f"{speed:,.0f}, {first:.0f} ms, {statistics.median(ratios[kind]):.2f}"
+        rows.append([f"{labels[kind]}: tokens/s, first token, share of the base", measured_text, "", None])
+    rows.append(["loads in all rounds", str(sum(figures["loaded"] for figures in by_kind["zipf"].values())), "", None])
+    message = f"adapters under Zipf traffic at {share:.2f} of base-only throughput, {failed} failed"
+    verdict = Verdict(share >= SHARE and not failed, 0.0 if failed else share / SHARE, message)
+    measured_text = f"{share:.2f} ({min(ratios['zipf']):.2f}, {max(ratios['zipf']):.2f})"
+    return [*rows, ["adapters as a share of the base (least, most)", measured_text, "0.80", verdict]]
 
 
-def told_training(found: list[dict[str, Any]]) -> list[list[Any]]:
+def training_rows(rounds: list[dict[str, Any]]) -> list[list[Any]]:
     """Rows of `training`."""
-    seconds = statistics.median(each["seconds"] for each in found)
-    registry = statistics.median(each["to_registry_s"] for each in found)
-    said = f"{seconds:.2f} s from a run's last step to the first token of its adapter"
-    verdict = Verdict(seconds <= TRAINED_S, TRAINED_S / seconds, said)
+    seconds = statistics.median(figures["seconds"] for figures in rounds)
+    registry = statistics.median(figures["to_registry_s"] for figures in rounds)
+    message = f"{seconds:.2f} s from a run's last step to the first token of its adapter"
+    verdict = Verdict(seconds <= TRAINED_S, TRAINED_S / seconds, message)
     return [
         ["last step to the registry", f"{registry:.2f} s", "", None],
         ["last step to the first token", f"{seconds:.2f} s", "2 s", verdict],
@@ -310,10 +329,10 @@ def told_training(found: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 PARTS: dict[str, Callable[[Any], list[list[Any]]]] = {
-    "cold": told_cold,
-    "promotion": told_promotion,
-    "zipf": told_zipf,
-    "training": told_training,
+    "cold": cold_rows,
+    "promotion": promotion_rows,
+    "zipf": zipf_rows,
+    "training": training_rows,
 }
 
 if __name__ == "__main__":

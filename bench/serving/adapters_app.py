@@ -86,36 +86,36 @@ class App:
     async def drive(self, streams: Sequence[Sequence[str]], tokens: int) -> dict[str, Any]:
         """Ask for the models of each stream in turn; tokens/s are of the time in which all streams were under way."""
         loop, tallies = asyncio.get_running_loop(), [Tally() for _ in streams]
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         connections = []
         for models, tally in zip(streams, tallies, strict=True):
             requests = [self.request(model, tokens) for model in models]
 
-            def made(requests: list[bytes] = requests, tally: Tally = tally) -> Mixed:
+            def build_connection(requests: list[bytes] = requests, tally: Tally = tally) -> Mixed:
                 return Mixed(requests, tokens, tally)
 
-            connections.append((await loop.create_connection(made, "127.0.0.1", self.port))[1])
-        dones = [connection.done for connection in connections]
+            connections.append((await loop.create_connection(build_connection, "127.0.0.1", self.port))[1])
+        finished = [connection.done for connection in connections]
         # When the first stream has had all its answers, the others' last ones meet an engine that is half idle.
-        await asyncio.wait(dones, return_when=asyncio.FIRST_COMPLETED)
-        seconds, events = time.perf_counter() - began, sum(tally.events for tally in tallies)
-        await asyncio.gather(*dones)
+        await asyncio.wait(finished, return_when=asyncio.FIRST_COMPLETED)
+        seconds, events = time.perf_counter() - start_time, sum(tally.events for tally in tallies)
+        await asyncio.gather(*finished)
         # Each answer has some events more than tokens.
         share = sum(len(tally.between) for tally in tallies) * tokens / max(1, sum(tally.events for tally in tallies))
         return {
             "tokens_per_s": events * share / seconds,
             "first_token_ms": [1000 * first for tally in tallies for first in tally.first],
             "between_tokens_ms": 1000
-            * statistics.median([each for tally in tallies for each in tally.between] or [0.0]),
+            * statistics.median([gap_s for tally in tallies for gap_s in tally.between] or [0.0]),
             "failed": [reason for tally in tallies for reason in tally.failed],
         }
 
     async def first_token_ms(self, model: str) -> float:
         """Of one short request; RuntimeError if it fails."""
-        found = await self.drive([[model]], 4)
-        if found["failed"]:
-            raise RuntimeError(found["failed"][0])
-        return float(found["first_token_ms"][0])
+        figures = await self.drive([[model]], 4)
+        if figures["failed"]:
+            raise RuntimeError(figures["failed"][0])
+        return float(figures["first_token_ms"][0])
 
     async def residency(self) -> list[Any]:
         """What each replica holds, by the app's own directory."""
@@ -147,14 +147,14 @@ def write_adapter(folder: Path, seed: int) -> Path:
 def register_many(app: App, folder: Path, count: int) -> float:
     """`count` adapters with an id and a folder each, which share a few contents by hard links; the seconds it took."""
     contents = [write_adapter(folder / f"content-{number}", number) for number in range(CONTENTS)]
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     for number in range(count):
-        own = folder / f"adapter-{number:04}"
-        own.mkdir()
+        adapter_folder = folder / f"adapter-{number:04}"
+        adapter_folder.mkdir()
         for file in contents[number % CONTENTS].iterdir():
-            os.link(file, own / file.name)
-        app.registry.register_adapter(own.name, own, base="bench")
-    return time.perf_counter() - began
+            os.link(file, adapter_folder / file.name)
+        app.registry.register_adapter(adapter_folder.name, adapter_folder, base="bench")
+    return time.perf_counter() - start_time
 
 
 @contextlib.contextmanager

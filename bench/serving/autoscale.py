@@ -50,25 +50,25 @@ def main() -> int:
     """Measure; 1 if a bar is missed and --check is given."""
     parser = options_parser(__doc__, smoke="echo engines and a burst of 25 s")
     parser.add_argument("--burst", type=float, default=100.0, help="seconds")
-    given = parser.parse_args()
-    burst_s = min(given.burst, 25.0) if given.smoke else given.burst
-    began = machine()
-    with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as folder, serving(Path(folder), given.smoke) as port:
-        with Sampler(given.json) as sampler:
+    options = parser.parse_args()
+    burst_s = min(options.burst, 25.0) if options.smoke else options.burst
+    machine_info = machine()
+    with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as folder, serving(Path(folder), options.smoke) as port:
+        with Sampler(options.json) as sampler:
             load = asyncio.run(drive(port, burst_s, sampler))
     summary = summarise(load, sampler.samples)
-    rows, found = [list(row) for row in cells(summary)], verdicts(summary)
-    engine = "echo engines" if given.smoke else "vLLM on the CPU"
+    rows, results = [list(row) for row in cells(summary)], verdicts(summary)
+    engine = "echo engines" if options.smoke else "vLLM on the CPU"
     title = f"{STREAMS} clients for {burst_s:g} s, {engine}, {SLOTS} sequences at once, none to two replicas"
     report.show(title, ("what", ""), rows)
-    picture = (given.json or Path("autoscale")).with_suffix(".png")
-    if given.json:
-        plot(sampler.samples, load, picture, title)
+    image = (options.json or Path("autoscale")).with_suffix(".png")
+    if options.json:
+        plot(sampler.samples, load, image, title)
     page = f"# Autoscaling\n\nMade by `python -m bench.serving.autoscale --json ...`. {title}.\n\n"
-    page += f"{report.lines(('what', ''), rows)}\n\n![Replicas, requests and rate over time]({picture.name})"
-    page += f"\n\n{report.ends(found)}\n"
-    report.write(given.json, {"machine": began, "summary": summary, **course(load, sampler.samples)}, page)
-    return report.judge(found, check=given.check)
+    page += f"{report.markdown_table(('what', ''), rows)}\n\n![Replicas, requests and rate over time]({image.name})"
+    page += f"\n\n{report.verdict_lines(results)}\n"
+    report.write(options.json, {"machine": machine_info, "summary": summary, **timeline(load, sampler.samples)}, page)
+    return report.judge(results, check=options.check)
 
 
 # ---- what is served -------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def serving(folder: Path, smoke: bool) -> Iterator[int]:
         write_model(folder / "model")
         args = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": SLOTS}
         model = {"model": str(folder / "model"), "engine_args": args}
-    with local_cluster(num_cpus=8) as cluster, contextlib.ExitStack() as held:
+    with local_cluster(num_cpus=8) as cluster, contextlib.ExitStack() as exit_stack:
         import ray
         from ray import serve
 
@@ -95,11 +95,11 @@ def serving(folder: Path, smoke: bool) -> Iterator[int]:
         from tandem.config import ServeConfig, from_dict
 
         ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
-        held.callback(ray.shutdown)
+        exit_stack.callback(ray.shutdown)
         port = free_port()
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        served = {**model, "name": MODEL, "max_adapters": 0, "autoscaling": SCALING, "hold_s": PATIENCE_S}
-        deploy(prepare(from_dict(ServeConfig, {"app": APP, "models": [served]}), check=False))
+        model_values = {**model, "name": MODEL, "max_adapters": 0, "autoscaling": SCALING, "hold_s": PATIENCE_S}
+        deploy(prepare(from_dict(ServeConfig, {"app": APP, "models": [model_values]}), check=False))
         yield port
 
 
@@ -129,17 +129,19 @@ class Sampler:
         directory = serve.get_deployment_handle("Directory", APP)
         while not self._stop.wait(LOOK_S):
             with contextlib.suppress(Exception):  # what Serve is about to replace may not answer
-                found = directory.watch.remote(0).result(timeout_s=5).replicas
+                replicas = directory.watch.remote(0).result(timeout_s=5).replicas
                 states = serve.status().applications[APP].deployments[f"engine-{MODEL}"].replica_states
-                ready = [r for r in found if r.state == "ready"]
-                coming = [count for state, count in states.items() if getattr(state, "value", state) != "STOPPING"]
+                ready = [r for r in replicas if r.state == "ready"]
+                running_counts = [
+                    count for state, count in states.items() if getattr(state, "value", state) != "STOPPING"
+                ]
                 self.samples.append(
                     {
                         "at": time.time(),
                         "ready": len(ready),
-                        "wanted": sum(coming),
-                        "running": sum(r.running for r in found),
-                        "waiting": sum(r.waiting for r in found),
+                        "wanted": sum(running_counts),
+                        "running": sum(r.running for r in replicas),
+                        "waiting": sum(r.waiting for r in replicas),
                     }
                 )
 
@@ -153,16 +155,16 @@ async def drive(port: int, burst_s: float, sampler: Sampler) -> dict[str, Any]:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=PATIENCE_S)) as session:
 
-        async def ask() -> None:
-            answers.append(await answered(session, f"http://127.0.0.1:{port}/v1/completions"))
+        async def send_one() -> None:
+            answers.append(await send_request(session, f"http://127.0.0.1:{port}/v1/completions"))
 
         async def client(until: float) -> None:
             while time.time() < until:
-                await ask()
+                await send_one()
 
         await asyncio.sleep(3)
         marks = {"began": time.time(), "slept": sampler()["ready"]}
-        await ask()
+        await send_one()
         marks["burst"] = time.time()
         await asyncio.gather(*(client(marks["burst"] + burst_s) for _ in range(STREAMS)))
         marks["quiet"] = time.time()
@@ -174,19 +176,19 @@ async def drive(port: int, burst_s: float, sampler: Sampler) -> dict[str, Any]:
     return {**marks, "answers": answers}
 
 
-async def answered(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+async def send_request(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
     """One request."""
     body = {"model": MODEL, "prompt": "word " * TOKENS, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    began, said = time.time(), ""
+    start_time, error = time.time(), ""
     try:
-        async with session.post(url, json=body) as answer:
-            if answer.status != 200:
-                said = f"{answer.status}: {(await answer.text())[:200]}"
-            elif (tokens := (await answer.json())["usage"]["completion_tokens"]) != TOKENS:
-                said = f"{tokens} tokens"
+        async with session.post(url, json=body) as response:
+            if response.status != 200:
+                error = f"{response.status}: {(await response.text())[:200]}"
+            elif (tokens := (await response.json())["usage"]["completion_tokens"]) != TOKENS:
+                error = f"{tokens} tokens"
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        said = repr(error)
-    return {"began": began, "ended": time.time(), "failed": said}
+        error = repr(error)
+    return {"began": start_time, "ended": time.time(), "failed": error}
 
 
 # ---- what comes of it -----------------------------------------------------------------------------------------------
@@ -196,41 +198,51 @@ def summarise(load: dict[str, Any], samples: list[dict[str, float]]) -> dict[str
     """Seconds from one event to the next, and rates."""
     first, answers = load["answers"][0], load["answers"]
 
-    def since(mark: str, key: str, holds: Any) -> float | None:
-        found = [each["at"] - load[mark] for each in samples if each["at"] >= load[mark] and holds(each[key])]
-        return round(found[0], 1) if found else None
+    def since(mark: str, key: str, condition: Any) -> float | None:
+        seconds = [
+            sample["at"] - load[mark] for sample in samples if sample["at"] >= load[mark] and condition(sample[key])
+        ]
+        return round(seconds[0], 1) if seconds else None
 
     second = since("burst", "ready", lambda count: count >= 2)
-    turn = load["burst"] + (second if second is not None else load["quiet"])
+    second_ready_at = load["burst"] + (second if second is not None else load["quiet"])
     return {
         "slept": load["slept"] == 0,
         "woke_s": round(first["ended"] - first["began"], 1),
         "wanted_s": since("burst", "wanted", lambda count: count >= 2),
         "second_s": second,
-        "rate_one": rate(answers, load["burst"], min(turn, load["quiet"])),
-        "rate_two": rate(answers, turn, load["quiet"]),
+        "rate_one": rate(answers, load["burst"], min(second_ready_at, load["quiet"])),
+        "rate_two": rate(answers, second_ready_at, load["quiet"]),
         "one_s": since("quiet", "ready", lambda count: count <= 1),
         "none_s": since("quiet", "ready", lambda count: count == 0),
         "answers": len(answers),
-        "failed": [each["failed"] for each in answers if each["failed"]],
-        "most": max(each["ready"] for each in samples),
+        "failed": [sample["failed"] for sample in answers if sample["failed"]],
+        "most": max(sample["ready"] for sample in samples),
     }
 
 
 def rate(answers: list[dict[str, Any]], start: float, end: float) -> float | None:
     """Answers a second between two moments."""
-    count = sum(start <= each["ended"] < end and not each["failed"] for each in answers)
+    count = sum(start <= answer["ended"] < end and not answer["failed"] for answer in answers)
     return round(count / (end - start), 2) if end - start > 1 else None
 
 
-def course(load: dict[str, Any], samples: list[dict[str, float]]) -> dict[str, Any]:
+def timeline(load: dict[str, Any], samples: list[dict[str, float]]) -> dict[str, Any]:
     """What happened, in seconds since the first request: each change that was seen, and the answers of each second."""
     start = load["began"]
-    seen = [{**each, "at": round(each["at"] - start, 2)} for each in samples]
-    kept = [now for before, now in itertools.pairwise(seen) if {**before, "at": 0} != {**now, "at": 0}]
-    ended = Counter(int(each["ended"] - start) for each in load["answers"])
+    relative_samples = [{**item, "at": round(item["at"] - start, 2)} for item in samples]
+    changed_samples = [
+        current
+        for previous, current in itertools.pairwise(relative_samples)
+        if {**previous, "at": 0} != {**current, "at": 0}
+    ]
+    answers_by_second = Counter(int(item["ended"] - start) for item in load["answers"])
     marks = {key: round(load[key] - start, 2) for key in ("burst", "quiet", "ended")}
-    return {"marks": marks, "samples": [*seen[:1], *kept], "answers": [ended[at] for at in range(max(ended) + 1)]}
+    return {
+        "marks": marks,
+        "samples": [*relative_samples[:1], *changed_samples],
+        "answers": [answers_by_second[second] for second in range(max(answers_by_second) + 1)],
+    }
 
 
 def cells(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -252,9 +264,9 @@ def cells(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def verdicts(summary: dict[str, Any]) -> list[Verdict]:
     """No failed request, and the whole way up and down."""
     failed = summary["failed"]
-    whole = summary["slept"] and summary["most"] == SCALING["max_replicas"] and summary["none_s"] is not None
+    scaled_both_ways = summary["slept"] and summary["most"] == SCALING["max_replicas"] and summary["none_s"] is not None
     return [
-        Verdict(whole, float(whole), "from none to two replicas and back to none"),
+        Verdict(scaled_both_ways, float(scaled_both_ways), "from none to two replicas and back to none"),
         Verdict(
             not failed,
             float(not failed),
@@ -269,29 +281,31 @@ def plot(samples: list[dict[str, float]], load: dict[str, Any], path: Path, titl
     from matplotlib.figure import Figure
 
     start = load["began"]
-    at = [each["at"] - start for each in samples]
+    sample_s = [item["at"] - start for item in samples]
     figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    above, middle, below = figure.subplots(3, 1, sharex=True)
-    above.set_title(title, loc="left", fontsize=10)
-    above.step(at, [each["wanted"] for each in samples], where="post", color="#888888", label="asked for")
-    above.step(at, [each["ready"] for each in samples], where="post", color="#1f5fa8", linewidth=2, label="ready")
-    above.set_ylabel("replicas")
-    middle.plot(at, [each["waiting"] for each in samples], color="#c8690e", label="waiting")
-    middle.plot(at, [each["running"] for each in samples], color="#2e7d4f", label="running")
-    middle.set_ylabel("requests in engines")
-    ended = sorted(each["ended"] - start for each in load["answers"])
-    seconds = range(int(at[-1]) + 1)
-    rates = [sum(second - 2 <= each < second + 3 for each in ended) / 5 for second in seconds]
-    below.plot(seconds, rates, color="#2e7d4f")
-    below.set_ylabel("answers/s (5 s)")
-    below.set_xlabel("seconds")
-    for axis in (above, middle, below):
+    replicas_axis, requests_axis, rate_axis = figure.subplots(3, 1, sharex=True)
+    replicas_axis.set_title(title, loc="left", fontsize=10)
+    replicas_axis.step(sample_s, [item["wanted"] for item in samples], where="post", color="#888888", label="asked for")
+    replicas_axis.step(
+        sample_s, [item["ready"] for item in samples], where="post", color="#1f5fa8", linewidth=2, label="ready"
+    )
+    replicas_axis.set_ylabel("replicas")
+    requests_axis.plot(sample_s, [item["waiting"] for item in samples], color="#c8690e", label="waiting")
+    requests_axis.plot(sample_s, [item["running"] for item in samples], color="#2e7d4f", label="running")
+    requests_axis.set_ylabel("requests in engines")
+    ended_s = sorted(item["ended"] - start for item in load["answers"])
+    seconds = range(int(sample_s[-1]) + 1)
+    rates = [sum(second - 2 <= item < second + 3 for item in ended_s) / 5 for second in seconds]
+    rate_axis.plot(seconds, rates, color="#2e7d4f")
+    rate_axis.set_ylabel("answers/s (5 s)")
+    rate_axis.set_xlabel("seconds")
+    for axis in (replicas_axis, requests_axis, rate_axis):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.axvspan(load["burst"] - start, load["quiet"] - start, color="#888888", alpha=0.1, label="burst")
         axis.set_ylim(bottom=0)
-        if axis is not below:
+        if axis is not rate_axis:
             axis.legend(frameon=False, loc="upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

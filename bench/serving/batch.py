@@ -67,51 +67,51 @@ def main() -> int:
     parser = options_parser(__doc__, smoke="one round of fewer rows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1536)
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds, given.rows = 1, 768
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.rows = 1, 768
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    rounds = report.Rounds(given.json)
+    rounds = report.Rounds(options.json)
     with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as name:
         folder = Path(name)
         write_model(folder / "bench")
-        write_rows(folder / "rows.jsonl", given.rows)
+        write_rows(folder / "rows.jsonl", options.rows)
         with peer(folder) as measure_peer:
-            for number in range(given.rounds):
+            for number in range(options.rounds):
                 turns = {"vllm": measure_peer, "tandem": lambda n=number: ours(folder, n)}
                 order = ["vllm", "tandem"] if number % 2 == 0 else ["tandem", "vllm"]
-                found = {each: turns[each]() for each in order}
-                rounds.append({"round": number, **compared(found)})
+                figures = {each: turns[each]() for each in order}
+                rounds.append({"round": number, **compared(figures)})
                 print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
-    row, verdict = summarise(rounds, given.rows)
+    row, verdict = summarise(rounds, options.rows)
     report.show("A file of prompts, medians (least-most ratio of a round)", COLUMNS, [row], names=0)
-    made = "# Batch inference\n\nMade by `python -m bench.serving.batch --json ...`."
-    page = f"{made}\n\n{report.lines(COLUMNS, [row])}\n\n{report.ends([verdict])}\n"
-    report.write(given.json, {"machine": machine(), "rounds": rounds}, page)
-    return report.judge([verdict], check=given.check)
+    page_header = "# Batch inference\n\nMade by `python -m bench.serving.batch --json ...`."
+    page = f"{page_header}\n\n{report.markdown_table(COLUMNS, [row])}\n\n{report.verdict_lines([verdict])}\n"
+    report.write(options.json, {"machine": machine(), "rounds": rounds}, page)
+    return report.judge([verdict], check=options.check)
 
 
-def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def compared(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One round's figures; RuntimeError if the two did not do the same."""
-    theirs, mine = found["vllm"], found["tandem"]
-    if mine["failed"] or mine["tokens"] != theirs["tokens"]:
+    vllm, tandem = figures["vllm"], figures["tandem"]
+    if tandem["failed"] or tandem["tokens"] != vllm["tokens"]:
         raise RuntimeError(
-            f"vLLM wrote {theirs['tokens']} tokens; Tandem {mine['tokens']}, with {mine['failed']} rows failed."
+            f"vLLM wrote {vllm['tokens']} tokens; Tandem {tandem['tokens']}, with {tandem['failed']} rows failed."
         )
     return {
-        "tokens": theirs["tokens"],
-        "vllm_tokens_per_s": theirs["tokens"] / theirs["seconds"],
-        "tandem_tokens_per_s": mine["tokens"] / mine["answering_s"],
-        "ratio": theirs["seconds"] / mine["answering_s"],
-        "files_s": mine["files_s"],
-        "whole_s": mine["seconds"],
+        "tokens": vllm["tokens"],
+        "vllm_tokens_per_s": vllm["tokens"] / vllm["seconds"],
+        "tandem_tokens_per_s": tandem["tokens"] / tandem["answering_s"],
+        "ratio": vllm["seconds"] / tandem["answering_s"],
+        "files_s": tandem["files_s"],
+        "whole_s": tandem["seconds"],
     }
 
 
 def summarise(rounds: list[dict[str, Any]], rows: int) -> tuple[list[str], Verdict]:
     """The table's row, and the bar."""
-    medians = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
-    ratios = [each["ratio"] for each in rounds]
+    medians = {key: statistics.median(result[key] for result in rounds) for key in rounds[0]}
+    ratios = [result["ratio"] for result in rounds]
     ratio = medians["ratio"]
     row = [
         f"{rows:,}",
@@ -153,9 +153,9 @@ def peer(folder: Path) -> Iterator[Any]:
         time.sleep(1.0)
         process.stdin.write("go\n")
         process.stdin.flush()
-        found: dict[str, Any] = json.loads(wait_for("DONE "))
+        figures: dict[str, Any] = json.loads(wait_for("DONE "))
         os.killpg(process.pid, signal.SIGSTOP)
-        return found
+        return figures
 
     try:
         wait_for("READY")
@@ -181,23 +181,23 @@ def ours(folder: Path, number: int) -> dict[str, Any]:
     ]
     environment = os.environ | ENVIRONMENT | {"TANDEM_HOME": str(folder / "home")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    said = [line for line in done.stdout.splitlines() if line.startswith("DONE ")]
-    if done.returncode or not said:
+    result_lines = [line for line in done.stdout.splitlines() if line.startswith("DONE ")]
+    if done.returncode or not result_lines:
         raise RuntimeError(f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return dict(json.loads(said[-1].removeprefix("DONE ")))
+    return dict(json.loads(result_lines[-1].removeprefix("DONE ")))
 
 
 def write_rows(file: Path, count: int) -> None:
     """Pieces of Python's own sources as prompts, in OpenAI's batch format; the same at each call."""
-    text = "\n".join(
+    content = "\n".join(
         p.read_text(errors="replace") for p in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
     )
     dice = random.Random(0)
     with file.open("w") as out:
         for number in range(count):
-            start, size = dice.randrange(len(text) - 1000), dice.randrange(40, 600)
+            start, size = dice.randrange(len(content) - 1000), dice.randrange(40, 600)
             body = {
-                "prompt": text[start : start + size],
+                "prompt": content[start : start + size],
                 "max_tokens": dice.randrange(SHORTEST, LONGEST),
                 "temperature": 0.0,
                 "ignore_eos": True,

@@ -61,10 +61,10 @@ def listener(record: Any) -> psutil.Process | None:
     if record.state != "ready":
         return None
     url = urlsplit(record.url)
-    where = (url.hostname, url.port)
+    address = (url.hostname, url.port)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if any(c.status == psutil.CONN_LISTEN and c.laddr == where for c in process.net_connections("tcp")):
+            if any(c.status == psutil.CONN_LISTEN and c.laddr == address for c in process.net_connections("tcp")):
                 return process
     return None
 
@@ -74,8 +74,8 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
     """The app on its own cluster of two nodes: the cluster, the second node, and the app's address."""
     from tandem import settings
 
-    with tempfile.TemporaryDirectory(prefix="tc-", dir="/tmp") as place:
-        settings.export({"TANDEM_HOME": place, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, override=True)
+    with tempfile.TemporaryDirectory(prefix="tc-", dir="/tmp") as temporary:
+        settings.export({"TANDEM_HOME": temporary, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, override=True)
         from tandem.cluster.local import local_cluster
         from tandem.cluster.ports import free_ports
 
@@ -83,8 +83,8 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
             "model": "echo", "name": "tiny", "engine": "echo", "engine_args": {"delay_s": 0.05, "max_length": 512},
         }  # fmt: skip
         if engine == "vllm":
-            subprocess.run([sys.executable, "-c", MODEL, f"{place}/tiny"], check=True, capture_output=True)
-            model = {"model": f"{place}/tiny", "max_adapters": 0, "env": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
+            subprocess.run([sys.executable, "-c", MODEL, f"{temporary}/tiny"], check=True, capture_output=True)
+            model = {"model": f"{temporary}/tiny", "max_adapters": 0, "env": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
         with local_cluster(num_cpus=NODE_CPUS) as cluster:
             import ray
             from ray import serve
@@ -99,10 +99,10 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
                 time.sleep(0.2)
             port = free_ports(1)[0]
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-            served = ServedModelConfig(
+            model = ServedModelConfig(
                 replicas=REPLICAS, cpus_per_replica=REPLICA_CPUS, stuck_after_s=STUCK_AFTER_S, **model
             )
-            config = ServeConfig(models=(served,), gateway=GatewayConfig(replicas=GATEWAYS))
+            config = ServeConfig(models=(model,), gateway=GatewayConfig(replicas=GATEWAYS))
             serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
             while sum(record.state == "ready" for record in records()) < REPLICAS:
                 time.sleep(0.2)

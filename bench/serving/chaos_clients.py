@@ -48,50 +48,50 @@ class Clients:
         """All clients."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             for prompt in PROMPTS:
-                self.expected[prompt] = await self._say(session, prompt, Asked(0.0, False))
+                self.expected[prompt] = await self._read_answer(session, prompt, Asked(0.0, False))
             if len(set(self.expected.values())) < len(PROMPTS):
                 raise RuntimeError("Two prompts have the same answer: a wrong one could not be told.")
             print("the answers are known", file=sys.stderr, flush=True)
-            await asyncio.gather(*(self._ask(session, number) for number in range(CLIENTS)))
+            await asyncio.gather(*(self._send_request(session, number) for number in range(CLIENTS)))
 
-    async def _ask(self, session: aiohttp.ClientSession, number: int) -> None:
+    async def _send_request(self, session: aiohttp.ClientSession, number: int) -> None:
         dice = random.Random(number)
         while not self.over:
-            asked = Asked(time.monotonic(), number % 2 == 0)
-            self.asked.append(asked)
+            record = Asked(time.monotonic(), number % 2 == 0)
+            self.asked.append(record)
             prompt = dice.choice(PROMPTS)
             try:
                 async with asyncio.timeout(PATIENCE_S):
-                    said = await self._say(session, prompt, asked)
-                if said != self.expected[prompt]:
-                    asked.outcome = f"wrong: {said[:80]!r}"
+                    answer = await self._read_answer(session, prompt, record)
+                if answer != self.expected[prompt]:
+                    record.outcome = f"wrong: {answer[:80]!r}"
             except TimeoutError:
-                asked.outcome = "hung"
+                record.outcome = "hung"
             except (aiohttp.ClientError, OSError, Broken, ValueError, KeyError) as error:
-                asked.outcome = f"broken: {type(error).__name__}: {error}"[:200]
-            asked.ended = time.monotonic()
+                record.outcome = f"broken: {type(error).__name__}: {error}"[:200]
+            record.ended = time.monotonic()
 
-    async def _say(self, session: aiohttp.ClientSession, prompt: str, asked: Asked) -> str:
+    async def _read_answer(self, session: aiohttp.ClientSession, prompt: str, record: Asked) -> str:
         body = {"model": self.model, "prompt": prompt, "max_tokens": WORDS, "temperature": 0, "ignore_eos": True}
         while True:
-            asked.replica = asked.gateway = ""
+            record.replica = record.gateway = ""
             try:
                 async with session.post(
-                    f"{self.url}/v1/completions", json={**body, "stream": asked.streamed}
+                    f"{self.url}/v1/completions", json={**body, "stream": record.streamed}
                 ) as answer:
-                    asked.replica = answer.headers.get("x-tandem-replica", "")
-                    asked.gateway = answer.headers.get("x-tandem-gateway", "")
+                    record.replica = answer.headers.get("x-tandem-replica", "")
+                    record.gateway = answer.headers.get("x-tandem-gateway", "")
                     if answer.status in (429, 503):
                         status, wait_s = answer.status, float(answer.headers["retry-after"])
                     elif answer.status != 200:
                         raise Broken(f"{answer.status}: {(await answer.text())[:150]}")
-                    elif asked.streamed:
-                        return told((await answer.read()).decode())
+                    elif record.streamed:
+                        return completion_text((await answer.read()).decode())
                     else:
                         return str((await answer.json())["choices"][0]["text"])
             except aiohttp.ClientConnectorError:
                 status, wait_s = 0, 0.5
-            asked.refused.append((time.monotonic(), status))
+            record.refused.append((time.monotonic(), status))
             await asyncio.sleep(min(wait_s, 1.0))
 
 
@@ -104,7 +104,7 @@ class Broken(Exception):
     """An answer that is none."""
 
 
-def told(stream: str) -> str:
+def completion_text(stream: str) -> str:
     """The text of a stream of completions; Broken if it does not end as one should."""
     if "data: [DONE]" not in stream:
         raise Broken(f"the stream ends with {stream[-150:]!r}")

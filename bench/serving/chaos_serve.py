@@ -79,19 +79,19 @@ class Chaos:
         self._cluster, self._node, self._url = cluster, node, url
         self._plan = kinds
         self._log = report.Rounds(options.json)
-        self._every_s, self._apart = options.every, options.apart
+        self._every_s, self._min_gap_s = options.every, options.apart
         self._dice = random.Random(options.seed)
         self._gateways: dict[int, str] = {}
         """By process."""
 
     def run(self) -> None:
         """All faults, one every so many seconds, then the last recovery."""
-        began = time.monotonic()
-        self._whole()
+        start_time = time.monotonic()
+        self._healthy_replicas()
         for number, kind in enumerate(self._plan):
-            if self._apart:
+            if self._min_gap_s:
                 self._watch(until=time.monotonic() + BACK_S, back=True)
-            self._watch(until=began + number * self._every_s)
+            self._watch(until=start_time + number * self._every_s)
             fault, until = Fault(kind, 0.0), time.monotonic() + self._every_s
             while not (done := self._try(fault)) and time.monotonic() < until:
                 # What it is meant for is not there: as soon as it is.
@@ -100,8 +100,8 @@ class Chaos:
                 self.left_out.append(kind)
                 continue
             self.faults.append(fault)
-            self._log.append({"fault": kind, "at_s": round(fault.at - began, 1), "replica": fault.replica})
-            print(f"{fault.at - began:5.0f} s: {kind} {fault.replica}", file=sys.stderr, flush=True)
+            self._log.append({"fault": kind, "at_s": round(fault.at - start_time, 1), "replica": fault.replica})
+            print(f"{fault.at - start_time:5.0f} s: {kind} {fault.replica}", file=sys.stderr, flush=True)
         self._watch(until=time.monotonic() + BACK_S, back=True)
         # What clients get after all of it is a part of the account.
         time.sleep(AFTER_S)
@@ -111,35 +111,38 @@ class Chaos:
             open_faults = [fault for fault in self.faults if fault.recovered_s is None]
             # What was just killed may still be in everybody's books.
             settled = [fault for fault in open_faults if now - fault.at > BOOKS_S]
-            if settled and (there := self._whole()):
+            if settled and (replicas := self._healthy_replicas()):
                 for fault in settled:
-                    if not there & set(fault.parts):
+                    if not replicas & set(fault.parts):
                         fault.recovered_s = round(now - fault.at, 1)
             if back and not open_faults:
                 return
             time.sleep(0.3)
 
-    def _whole(self) -> set[str]:
+    def _healthy_replicas(self) -> set[str]:
         """The replicas and gateways, if every part is there by Serve's and by the app's own account; else none."""
         from ray.serve.context import _get_global_client
 
         with contextlib.suppress(Exception):
             deployments = _get_global_client().get_serve_details()["applications"]["tandem"]["deployments"]
-            up = {name: [r for r in each["replicas"] if r["state"] == "RUNNING"] for name, each in deployments.items()}
-            self._gateways.update({each["pid"]: each["replica_id"] for each in up["Gateway"]})
+            up = {
+                name: [r for r in deployment["replicas"] if r["state"] == "RUNNING"]
+                for name, deployment in deployments.items()
+            }
+            self._gateways.update({deployment["pid"]: deployment["replica_id"] for deployment in up["Gateway"]})
             running = {name: len(replicas) for name, replicas in up.items()}
             engines = sum(count for name, count in running.items() if name.startswith("engine-"))
             import httpx
 
             ready = httpx.get(f"{self._url}/health", timeout=2).json()["ready_replicas"]
             ready_now = {record.id for record in records() if record.state == "ready"}
-            whole = (
+            healthy = (
                 engines == REPLICAS == sum(ready.values())
                 and running["Gateway"] == GATEWAYS
                 and len(ready_now) == REPLICAS
-                and all(each["status"] == "HEALTHY" for each in deployments.values())
+                and all(deployment["status"] == "HEALTHY" for deployment in deployments.values())
             )
-            return ready_now | {each["replica_id"] for each in up["Gateway"]} if whole else set()
+            return ready_now | {deployment["replica_id"] for deployment in up["Gateway"]} if healthy else set()
         return set()
 
     def _try(self, fault: Fault) -> bool:
@@ -153,8 +156,8 @@ class Chaos:
     def _do(self, fault: Fault) -> None:
         if fault.kind == "node killed":
             pids = {process.pid for process in self._node.processes()}
-            found = [(record.id, process.pid) for record in records() if (process := listener(record)) is not None]
-            fault.parts = [replica for replica, pid in found if pid in pids]
+            candidates = [(record.id, process.pid) for record in records() if (process := listener(record)) is not None]
+            fault.parts = [replica for replica, pid in candidates if pid in pids]
             fault.parts += [gateway for pid, gateway in self._gateways.items() if pid in pids]
             self._node.kill()
             threading.Timer(4.0, self._node.start).start()
@@ -182,9 +185,9 @@ class Chaos:
         from tandem.cluster.marks import marked_processes
 
         # A haproxy that gave its listeners to the next one is none of the app's parts any more.
-        found = sorted(marked_processes(self._cluster.mark), key=lambda p: p.create_time())
-        haproxies = [p for p in found if title(p).startswith("haproxy")]
-        return [p for p in found if p not in haproxies[:-1]]
+        processes = sorted(marked_processes(self._cluster.mark), key=lambda p: p.create_time())
+        haproxies = [p for p in processes if title(p).startswith("haproxy")]
+        return [p for p in processes if p not in haproxies[:-1]]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -201,48 +204,48 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         while len(clients.asked) < 2 * CLIENTS:
             time.sleep(0.1)
         chaos = Chaos(cluster, node, url, kinds, options)
-        began = time.monotonic()
+        start_time = time.monotonic()
         chaos.run()
-        lasted_s = time.monotonic() - began
+        lasted_s = time.monotonic() - start_time
         clients.over = True
         thread.join(PATIENCE_S + 10)
     account(chaos.faults, clients.asked)
-    failures = [asked for asked in clients.asked if asked.outcome != "right"]
+    failures = [request for request in clients.asked if request.outcome != "right"]
     return {
         "engine": options.engine, "seed": options.seed, "every_s": options.every, "apart": options.apart,
         "seconds": round(lasted_s), "cores": os.cpu_count(), "left_out": chaos.left_out, "requests": len(clients.asked),
-        "refused": sum(len(asked.refused) for asked in clients.asked),
-        "answered_after": sum(asked.outcome == "right" and asked.began > chaos.faults[-1].at for asked in clients.asked),
-        "failed": len(failures), "wrong": sum(asked.outcome.startswith("wrong") for asked in failures),
-        "hung": sum(asked.outcome == "hung" for asked in failures),
-        "unexplained": [asdict(asked) for asked in failures if explained(asked, chaos.faults) is None],
-        "failures": [asdict(asked) for asked in failures], "faults": [asdict(fault) for fault in chaos.faults],
+        "refused": sum(len(request.refused) for request in clients.asked),
+        "answered_after": sum(request.outcome == "right" and request.began > chaos.faults[-1].at for request in clients.asked),
+        "failed": len(failures), "wrong": sum(request.outcome.startswith("wrong") for request in failures),
+        "hung": sum(request.outcome == "hung" for request in failures),
+        "unexplained": [asdict(request) for request in failures if explained(request, chaos.faults) is None],
+        "failures": [asdict(request) for request in failures], "faults": [asdict(fault) for fault in chaos.faults],
     }  # fmt: skip
 
 
-def explained(asked: Asked, faults: list[Fault]) -> Fault | None:
+def explained(request: Asked, faults: list[Fault]) -> Fault | None:
     """The fault that a failed request was under way for, on the part that was hit."""
     for fault in faults:
-        carriers = {asked.replica, asked.gateway, ALL} - {""}
-        headless = fault.kind in CARRIES_HEADLESS and not asked.gateway
+        carriers = {request.replica, request.gateway, ALL} - {""}
+        headless = fault.kind in CARRIES_HEADLESS and not request.gateway
         if (
             (headless or carriers & set(fault.parts))
-            and asked.began <= fault.at + 0.5
-            and fault.at - 0.5 <= asked.ended <= fault.at + CARRIED_S
+            and request.began <= fault.at + 0.5
+            and fault.at - 0.5 <= request.ended <= fault.at + CARRIED_S
         ):
             return fault
     return None
 
 
-def account(faults: list[Fault], asked: list[Asked]) -> None:
+def account(faults: list[Fault], requests: list[Asked]) -> None:
     """Find out what each fault cost."""
-    right = sorted(each.ended for each in asked if each.outcome == "right")
-    for fault, after in zip(faults, [*faults[1:], None], strict=True):
-        until = right[-1] if after is None else min(after.at, right[-1])
-        fault.refused = sum(fault.at <= at < until for each in asked for at, _ in each.refused)
-        fault.failed = sum(each.outcome != "right" and explained(each, faults) is fault for each in asked)
-        ends = [fault.at, *(end for end in right if fault.at < end <= until), until]
-        fault.silence_s = round(max(b - a for a, b in itertools.pairwise(ends)), 1)
+    answer_times = sorted(request.ended for request in requests if request.outcome == "right")
+    for fault, next_fault in zip(faults, [*faults[1:], None], strict=True):
+        until = answer_times[-1] if next_fault is None else min(next_fault.at, answer_times[-1])
+        fault.refused = sum(fault.at <= at < until for request in requests for at, _ in request.refused)
+        fault.failed = sum(request.outcome != "right" and explained(request, faults) is fault for request in requests)
+        boundaries = [fault.at, *(end for end in answer_times if fault.at < end <= until), until]
+        fault.silence_s = round(max(b - a for a, b in itertools.pairwise(boundaries)), 1)
 
 
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -251,13 +254,16 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for kind in FAULTS:
         these = [fault for fault in results["faults"] if fault["kind"] == kind]
         if these:
-            took = [fault["recovered_s"] for fault in these if fault["recovered_s"] is not None]
-            silent = [fault["silence_s"] for fault in these]
+            recoveries_s = [fault["recovered_s"] for fault in these if fault["recovered_s"] is not None]
+            silences_s = [fault["silence_s"] for fault in these]
+            recovery = "not within 180"
+            if len(recoveries_s) == len(these):
+                recovery = f"{statistics.median(recoveries_s):.1f} ({max(recoveries_s):.1f})"
             rows.append([
                 kind, str(len(these)), str(sum(fault["failed"] for fault in these)),
                 str(sum(fault["refused"] for fault in these)),
-                f"{statistics.median(silent):.1f} ({max(silent):.1f})",
-                f"{statistics.median(took):.1f} ({max(took):.1f})" if len(took) == len(these) else "not within 180",
+                f"{statistics.median(silences_s):.1f} ({max(silences_s):.1f})",
+                recovery,
             ])  # fmt: skip
     return ["fault", "times", "failed requests", "refusals, sent again", "longest without an answer, s: median (most)",
             "until all was there again, s: median (most)"], rows  # fmt: skip
@@ -299,7 +305,8 @@ def main() -> int:
     page += f"{REPLICAS} replicas ({results['engine']}), "
     every = "each when all is there again" if results["apart"] else f"one every {results['every_s']:g} s"
     page += f"{GATEWAYS} gateways, {CLIENTS} clients, {results['requests']} requests in {results['seconds']} s, "
-    page += f"{len(results['faults'])} faults, {every}.\n\n{report.lines(columns, rows)}\n\n{report.ends(verdicts(results))}\n"
+    page += f"{len(results['faults'])} faults, {every}.\n\n{report.markdown_table(columns, rows)}\n\n"
+    page += f"{report.verdict_lines(verdicts(results))}\n"
     report.write(options.json, results, page)
     return report.judge(verdicts(results), check=options.check)
 

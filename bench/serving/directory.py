@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.harness.machine import machine
 from bench.harness.options import options_parser
-from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
+from bench.harness.report import Rounds, Verdict, judge, markdown_table, show, verdict_lines, write
 
 BAR_BYTES_PER_S = 2.0**20
 BAR_CPU = 0.05
@@ -43,42 +43,42 @@ def main() -> int:
     parser.add_argument("--loads", type=float, default=200.0, help="adapter loads per second over the fleet")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    if given.smoke:
-        given.replicas, given.gateways, given.loads, given.seconds, given.rounds = 40, 2, 20.0, 2.0, 1
-    began, rounds = machine(), Rounds(given.json)
-    for number in range(given.rounds):
+    options = parser.parse_args()
+    if options.smoke:
+        options.replicas, options.gateways, options.loads, options.seconds, options.rounds = 40, 2, 20.0, 2.0, 1
+    machine_info, rounds = machine(), Rounds(options.json)
+    for number in range(options.rounds):
         order = list(SCHEMES) if number % 2 == 0 else list(reversed(SCHEMES))
-        rounds.append({scheme: one(scheme, given) for scheme in order})
-    found = {scheme: summed([each[scheme] for each in rounds]) for scheme in SCHEMES}
+        rounds.append({scheme: run_round(scheme, options) for scheme in order})
+    figures = {scheme: summarise([result[scheme] for result in rounds]) for scheme in SCHEMES}
     title = (
-        f"{given.replicas} replicas with {given.adapters} adapters, {given.gateways} gateways, {given.loads:g} adapter loads/s; "
-        f"medians of {given.rounds} rounds of {given.seconds:g} s"
+        f"{options.replicas} replicas with {options.adapters} adapters, {options.gateways} gateways, "
+        f"{options.loads:g} adapter loads/s; medians of {options.rounds} rounds of {options.seconds:g} s"
     )
     columns = ("what", *SCHEMES.values())
-    cells = [(what, *(form(found[scheme][what]) for scheme in SCHEMES)) for what, form in ROWS.items()]
+    cells = [(name, *(form(figures[scheme][name]) for scheme in SCHEMES)) for name, form in ROWS.items()]
     show(title, columns, cells)
-    told = verdicts(found["changes"])
+    results = verdicts(figures["changes"])
     page = (
         f"# What the directory costs\n\nMade by `python -m bench.serving.directory --json ...`. {title}.\n\n"
-        f"{lines(columns, cells)}\n\n{ends(told)}\n"
+        f"{markdown_table(columns, cells)}\n\n{verdict_lines(results)}\n"
     )
-    write(given.json, {"machine": began, "options": options(given), "rounds": rounds}, page)
-    return judge(told, check=given.check)
+    write(options.json, {"machine": machine_info, "options": measured_options(options), "rounds": rounds}, page)
+    return judge(results, check=options.check)
 
 
-def options(given: Any) -> dict[str, Any]:
+def measured_options(arguments: Any) -> dict[str, Any]:
     """The options, for the file."""
-    return {key: value for key, value in vars(given).items() if key not in ("json", "check", "smoke")}
+    return {key: value for key, value in vars(arguments).items() if key not in ("json", "check", "smoke")}
 
 
-def one(scheme: str, given: Any) -> dict[str, Any]:
+def run_round(scheme: str, arguments: Any) -> dict[str, Any]:
     """One measurement of one scheme, on a cluster of its own."""
     from tandem import settings
     from tandem.cluster.local import local_cluster
 
-    with tempfile.TemporaryDirectory() as home:
-        settings.export({"TANDEM_HOME": home}, override=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings.export({"TANDEM_HOME": folder}, override=True)
         with local_cluster(num_cpus=4) as cluster:
             import ray
 
@@ -90,12 +90,12 @@ def one(scheme: str, given: Any) -> dict[str, Any]:
                 runtime_env={"env_vars": {"PYTHONPATH": paths}},
             )
             try:
-                return measured(ray, scheme, given)
+                return measure(ray, scheme, arguments)
             finally:
                 ray.shutdown()
 
 
-def measured(ray: Any, scheme: str, given: Any) -> dict[str, Any]:
+def measure(ray: Any, scheme: str, arguments: Any) -> dict[str, Any]:
     """The figures of one scheme; `ray` is connected."""
     from bench.serving.directory_peer import SnapshotDirectory
     from bench.serving.directory_world import ChangesDirectory, Gateways, Replicas
@@ -104,20 +104,20 @@ def measured(ray: Any, scheme: str, given: Any) -> dict[str, Any]:
         return ray.remote(num_cpus=0, max_concurrency=10_000)(kind).remote(*args)
 
     directory = actor(ChangesDirectory if scheme == "changes" else SnapshotDirectory)
-    replicas = actor(Replicas, scheme, directory, given.replicas, given.adapters)
+    replicas = actor(Replicas, scheme, directory, arguments.replicas, arguments.adapters)
     ray.get(replicas.start.remote(), timeout=300)
-    gateways = actor(Gateways, scheme, directory, given.gateways)
-    ray.get(gateways.start.remote(given.replicas), timeout=300)
-    ray.get(replicas.load.remote(given.loads))
+    gateways = actor(Gateways, scheme, directory, arguments.gateways)
+    ray.get(gateways.start.remote(arguments.replicas), timeout=300)
+    ray.get(replicas.load.remote(arguments.loads))
     time.sleep(SETTLING_S)
-    before, began = ray.get([directory.cpu_s.remote(), replicas.cpu_s.remote()]), time.monotonic()
-    figures = ray.get(gateways.measure.remote(given.seconds), timeout=given.seconds + 300)
-    after, wall = ray.get([directory.cpu_s.remote(), replicas.cpu_s.remote()]), time.monotonic() - began
+    cpu_before, start_time = ray.get([directory.cpu_s.remote(), replicas.cpu_s.remote()]), time.monotonic()
+    figures = ray.get(gateways.measure.remote(arguments.seconds), timeout=arguments.seconds + 300)
+    cpu_after, wall = ray.get([directory.cpu_s.remote(), replicas.cpu_s.remote()]), time.monotonic() - start_time
     staleness, ages = figures.pop("staleness_s"), figures.pop("load_ages_s")
     return {
         **figures,
-        "cpu": (after[0] - before[0]) / wall,
-        "replicas_cpu": (after[1] - before[1]) / wall,
+        "cpu": (cpu_after[0] - cpu_before[0]) / wall,
+        "replicas_cpu": (cpu_after[1] - cpu_before[1]) / wall,
         "staleness_s": percentiles(staleness),
         "load_age_s": percentiles(ages),
     }
@@ -142,28 +142,28 @@ ROWS = {
 }
 
 
-def summed(rounds: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Medians over the rounds, by the names of `ROWS`."""
 
     def median(read: Any) -> float:
-        return float(statistics.median(read(each) for each in rounds))
+        return float(statistics.median(read(result) for result in rounds))
 
     values = (
-        median(lambda each: each["bytes_per_s"]),
-        median(lambda each: each["cpu"]),
-        median(lambda each: each["staleness_s"]["p50"]),
-        median(lambda each: each["staleness_s"]["p99"]),
-        median(lambda each: each["known_to_all"] / max(1, each["loads"])),
-        median(lambda each: each["load_age_s"]["p99"]),
-        median(lambda each: each["cpu_each"]),
-        median(lambda each: each["replicas_cpu"]),
+        median(lambda result: result["bytes_per_s"]),
+        median(lambda result: result["cpu"]),
+        median(lambda result: result["staleness_s"]["p50"]),
+        median(lambda result: result["staleness_s"]["p99"]),
+        median(lambda result: result["known_to_all"] / max(1, result["loads"])),
+        median(lambda result: result["load_age_s"]["p99"]),
+        median(lambda result: result["cpu_each"]),
+        median(lambda result: result["replicas_cpu"]),
     )
     return dict(zip(ROWS, values, strict=True))
 
 
-def verdicts(found: dict[str, float]) -> list[Verdict]:
+def verdicts(figures: dict[str, float]) -> list[Verdict]:
     """Tandem's figures against the bars."""
-    bytes_per_s, cpu, _, staleness_s, *_ = found.values()
+    bytes_per_s, cpu, _, staleness_s, *_ = figures.values()
     return [
         Verdict(
             bytes_per_s <= BAR_BYTES_PER_S,

@@ -31,9 +31,9 @@ class ReplicaTable:
 
     def update(self, record: ReplicaRecord) -> bool:
         """Apply a heartbeat; whether more than loads changed."""
-        known = self.records.get(record.id)
+        previous = self.records.get(record.id)
         self.records[record.id] = record
-        changed = known is None or _without_load(known) != _without_load(record)
+        changed = previous is None or _without_load(previous) != _without_load(record)
         self.version += changed
         return changed
 
@@ -102,10 +102,10 @@ class SnapshotReporter:
 class SnapshotGateway:
     """Follows the directory for one gateway, and keeps its router."""
 
-    def __init__(self, directory: Any, seen: Callable[[ReplicaRecord, set[str]], None]) -> None:
-        """`seen` is called for each replica that has loaded adapters, with these."""
+    def __init__(self, directory: Any, on_change: Callable[[ReplicaRecord, set[str]], None]) -> None:
+        """`on_change` is called for each replica that has loaded adapters, with these."""
         self._directory = directory
-        self._seen = seen
+        self._on_change = on_change
         self._router = Router(gateways=2)
         self._known: dict[str, ReplicaRecord] = {}
         self._updates = 0
@@ -124,9 +124,9 @@ class SnapshotGateway:
             self._updates += 1
             self.received_bytes += self._size
             self._router.update(snapshot)
-            known, self.records = self.records, {record.id: record for record in snapshot.replicas}
+            previous_records, self.records = self.records, {record.id: record for record in snapshot.replicas}
             for record in snapshot.replicas:
-                before = known.get(record.id)
-                if before is not None and before.adapter_loads != record.adapter_loads:
-                    self._seen(record, set(record.adapters) - set(before.adapters))
+                previous = previous_records.get(record.id)
+                if previous is not None and previous.adapter_loads != record.adapter_loads:
+                    self._on_change(record, set(record.adapters) - set(previous.adapters))
             await asyncio.sleep(MIN_UPDATE_INTERVAL_S)

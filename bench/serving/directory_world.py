@@ -48,7 +48,7 @@ class SimulatedReplica:
 
     def __init__(self, number: int, adapters: int) -> None:
         self.reporter: Any = None
-        self._held = deque(f"adapter-0-{number}-{n}@1" for n in range(adapters))
+        self._resident = deque(f"adapter-0-{number}-{n}@1" for n in range(adapters))
         self._loads = 0
         self._base = ReplicaRecord(
             id=f"r{number:06x}z",
@@ -63,20 +63,22 @@ class SimulatedReplica:
 
     def load(self) -> None:
         """Load one more adapter."""
-        self._held.popleft()
-        self._held.append(f"adapter-{time.monotonic_ns()}-{self._base.id}@1")
+        self._resident.popleft()
+        self._resident.append(f"adapter-{time.monotonic_ns()}-{self._base.id}@1")
         self._loads += 1
 
     def record(self) -> ReplicaRecord:
         """The record now: its load differs in every report, and two of its slots."""
-        held = tuple(self._held)
+        resident = tuple(self._resident)
         return replace(
             self._base,
             running=time.monotonic_ns() // 1_000_000,
             waiting=random.randrange(4),
             kv_usage=round(random.random(), 4),
-            adapters=held,
-            slots=(*held[2 - SLOTS :], *random.sample(held[: 2 - SLOTS], 2)) if len(held) > SLOTS else held,
+            adapters=resident,
+            slots=(*resident[2 - SLOTS :], *random.sample(resident[: 2 - SLOTS], 2))
+            if len(resident) > SLOTS
+            else resident,
             adapter_loads=self._loads,
         )
 
@@ -109,10 +111,10 @@ class Replicas:
         return time.process_time()
 
     async def _load(self, per_s: float) -> None:
-        due = time.monotonic()
+        next_load_at = time.monotonic()
         while True:
-            due += random.expovariate(per_s)
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            next_load_at += random.expovariate(per_s)
+            await asyncio.sleep(max(0.0, next_load_at - time.monotonic()))
             replica = random.choice(self._replicas)
             replica.load()
             replica.reporter.changed()
@@ -149,7 +151,7 @@ class Gateways:
 
     def __init__(self, scheme: str, directory: Any, count: int) -> None:
         self._count = count
-        self._seen: dict[str, tuple[int, float]] = {}
+        self._heard: dict[str, tuple[int, float]] = {}
         self._ages_s: list[float] = []
         self._since_ns = 0
         self._looking: asyncio.Task[None] | None = None
@@ -175,26 +177,26 @@ class Gateways:
         for adapter in loaded:
             at = int(adapter.split("-")[1])
             if at >= self._since_ns > 0:
-                count, _ = self._seen.get(adapter, (0, 0.0))
-                self._seen[adapter] = (count + 1, (now - at) / 1e9)
+                count, _ = self._heard.get(adapter, (0, 0.0))
+                self._heard[adapter] = (count + 1, (now - at) / 1e9)
 
     async def measure(self, seconds: float) -> dict[str, Any]:
         """Bytes for each gateway, the times until loads were known to all of them, and the ages of what they knew of loads."""
-        self._seen, self._ages_s, self._since_ns = {}, [], time.monotonic_ns()
-        before, began, cpu = self._received(), time.monotonic(), time.process_time()
-        while time.monotonic() - began < seconds:
+        self._heard, self._ages_s, self._since_ns = {}, [], time.monotonic_ns()
+        received_before, start_time, cpu = self._received(), time.monotonic(), time.process_time()
+        while time.monotonic() - start_time < seconds:
             await asyncio.sleep(LOOK_S)
             now_ms = time.monotonic_ns() // 1_000_000
             for gateway in self._gateways:
                 self._ages_s += [(now_ms - record.running) / 1000 for record in gateway.records.values()]
-        wall = time.monotonic() - began
+        wall = time.monotonic() - start_time
         # Those of the last moments may still be on their way.
-        known = [took for count, took in self._seen.values() if count == self._count]
+        delays_ns = [delay_ns for count, delay_ns in self._heard.values() if count == self._count]
         return {
-            "bytes_per_s": (self._received() - before) / wall / self._count,
-            "loads": len(self._seen),
-            "known_to_all": len(known),
-            "staleness_s": known,
+            "bytes_per_s": (self._received() - received_before) / wall / self._count,
+            "loads": len(self._heard),
+            "known_to_all": len(delays_ns),
+            "staleness_s": delays_ns,
             "load_ages_s": random.sample(self._ages_s, min(len(self._ages_s), 20_000)),
             "cpu_each": (time.process_time() - cpu) / wall / self._count,
             "wall_s": wall,

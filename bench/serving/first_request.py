@@ -80,64 +80,62 @@ def main() -> int:
     parser.add_argument(
         "--warm", action="store_true", help="one home for all rounds: what one compiles, the next finds"
     )
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds = 1
-    rounds = report.Rounds(given.json)
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds = 1
+    rounds = report.Rounds(options.json)
     with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as name:
         folder = Path(name)
         write_model(folder / "bench")
         (folder / "bench" / "chat_template.jinja").write_text(TEMPLATE)
-        for number in range(given.rounds):
-            rounds.append(one_round(folder, folder / f"home-{0 if given.warm else number}"))
+        for number in range(options.rounds):
+            rounds.append(one_round(folder, folder / f"home-{0 if options.warm else number}"))
             print(json.dumps(rounds[-1]), file=sys.stderr)
-    summary = {kind: summarise([each["ms"][kind] for each in rounds]) for kind in kinds(0)}
-    ready_s = statistics.median(each["ready_s"] for each in rounds)
-    rows = [cells(kind, found) for kind, found in summary.items()]
+    summary = {kind: summarise([result["ms"][kind] for result in rounds]) for kind in kinds(0)}
+    ready_s = statistics.median(result["ready_s"] for result in rounds)
+    rows = [cells(kind, figures) for kind, figures in summary.items()]
     verdicts = [
-        Verdict(found["ratio"] <= BAR, BAR / found["ratio"], f"{kind}: {found['ratio']:.2f} (bar {BAR})")
-        for kind, found in summary.items()
+        Verdict(figures["ratio"] <= BAR, BAR / figures["ratio"], f"{kind}: {figures['ratio']:.2f} (bar {BAR})")
+        for kind, figures in summary.items()
     ]
-    title = (
-        f"The first request of its kind, {'warm' if given.warm else 'cold'} caches, medians of {given.rounds} rounds"
-    )
+    title = f"The first request of its kind, {'warm' if options.warm else 'cold'} caches, medians of {options.rounds} rounds"
     report.show(title, COLUMNS, rows)
     print(f"Ready after {ready_s:.1f} s.")
-    made = "# First requests\n\nMade by `python -m bench.serving.first_request --json ...`. "
-    made += f"{title}; ready after {ready_s:.1f} s."
-    page = f"{made}\n\n{report.lines(COLUMNS, rows)}\n\n{report.ends(verdicts)}\n"
-    report.write(given.json, {"machine": machine(), "ready_s": ready_s, "summary": summary, "rounds": rounds}, page)
-    return report.judge(verdicts, check=given.check)
+    page_header = "# First requests\n\nMade by `python -m bench.serving.first_request --json ...`. "
+    page_header += f"{title}; ready after {ready_s:.1f} s."
+    page = f"{page_header}\n\n{report.markdown_table(COLUMNS, rows)}\n\n{report.verdict_lines(verdicts)}\n"
+    report.write(options.json, {"machine": machine(), "ready_s": ready_s, "summary": summary, "rounds": rounds}, page)
+    return report.judge(verdicts, check=options.check)
 
 
-def one_round(folder: Path, home: Path) -> dict[str, Any]:
+def one_round(folder: Path, home_folder: Path) -> dict[str, Any]:
     """One app: seconds until it is ready, and the milliseconds of each request, by kind."""
     port = free_port()
     env = {key: value for key, value in {**os.environ, **ENVIRONMENT}.items() if key not in COMPILED}
     # Precompiled headers and other leftovers of PyTorch lie in the temporary folder.
-    (home / "tmp").mkdir(parents=True, exist_ok=True)
-    env |= {"TANDEM_HOME": str(home), MARK: "first", "TMPDIR": str(home / "tmp")}
+    (home_folder / "tmp").mkdir(parents=True, exist_ok=True)
+    env |= {"TANDEM_HOME": str(home_folder), MARK: "first", "TMPDIR": str(home_folder / "tmp")}
     command = [sys.executable, "-m", "tandem", "serve", "up", str(folder / "bench"), "--port", str(port)]
-    began = time.monotonic()
-    log = home.with_suffix(".log")
+    start_time = time.monotonic()
+    log = home_folder.with_suffix(".log")
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            wait(client, began, process, log)
-            ready_s = time.monotonic() - began
+            wait(client, start_time, process, log)
+            ready_s = time.monotonic() - start_time
             return {"ready_s": ready_s, "ms": {kind: measure(client, kind) for kind in kinds(0)}}
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        for other in members("first"):
-            other.kill()
+        for member in members("first"):
+            member.kill()
 
 
-def wait(client: httpx.Client, began: float, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait(client: httpx.Client, start_time: float, process: subprocess.Popen[bytes], log: Path) -> None:
     """Return when the app says that it is whole; nothing has been asked of its engine then."""
-    while time.monotonic() - began < 240 and process.poll() is None:
+    while time.monotonic() - start_time < 240 and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             if client.get("/health").status_code == 200:
                 return
@@ -147,32 +145,32 @@ def wait(client: httpx.Client, began: float, process: subprocess.Popen[bytes], l
 
 def measure(client: httpx.Client, kind: str) -> list[float]:
     """Milliseconds of the requests of a kind, the first one first."""
-    found = []
+    latencies_ms = []
     for number in range(1 + LATER):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         answer = client.post("/v1/chat/completions", json={"model": "bench", **CHAT, **kinds(number)[kind]})
-        found.append(1000 * (time.perf_counter() - began))
+        latencies_ms.append(1000 * (time.perf_counter() - start_time))
         if answer.status_code != 200:
             raise RuntimeError(f"{kind}: {answer.status_code} {answer.text[:500]}")
-    return found
+    return latencies_ms
 
 
 def summarise(rounds: list[list[float]]) -> dict[str, float]:
     """Medians over the rounds of a kind."""
-    ratios = [each[0] / statistics.median(each[1:]) for each in rounds]
+    ratios = [latencies[0] / statistics.median(latencies[1:]) for latencies in rounds]
     return {
-        "first_ms": statistics.median(each[0] for each in rounds),
-        "later_ms": statistics.median(statistics.median(each[1:]) for each in rounds),
+        "first_ms": statistics.median(latencies[0] for latencies in rounds),
+        "later_ms": statistics.median(statistics.median(latencies[1:]) for latencies in rounds),
         "ratio": statistics.median(ratios),
         "least": min(ratios),
         "most": max(ratios),
     }
 
 
-def cells(kind: str, found: dict[str, float]) -> list[str]:
+def cells(kind: str, figures: dict[str, float]) -> list[str]:
     """A row of the table."""
-    times = [f"{found[key]:.1f}" for key in ("first_ms", "later_ms")]
-    return [kind, *times, *(f"{found[key]:.2f}" for key in ("ratio", "least", "most"))]
+    times = [f"{figures[key]:.1f}" for key in ("first_ms", "later_ms")]
+    return [kind, *times, *(f"{figures[key]:.2f}" for key in ("ratio", "least", "most"))]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import uvloop
 from bench.harness.keys import make_key
 from bench.harness.load import run_queue_s
 from bench.harness.options import options_parser
-from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
+from bench.harness.report import Rounds, Verdict, judge, markdown_table, show, verdict_lines, write
 
 BARS_MS = {"p50": 0.5, "p99": 2.0}
 """At 64 concurrent requests with keys, limits, usage and access log, for what the gateway itself says."""
@@ -65,40 +65,40 @@ class Asker(asyncio.Protocol):
         self._request, self._until, self._tally = request, until, tally
         self._head = b""
         self._tail = b""
-        self._sent = 0.0
+        self._sent_at = 0.0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin somewhere within an answer's length, so that requests do not come all at once."""
         self._transport = cast(asyncio.Transport, transport)
-        asyncio.get_running_loop().call_later(random.random() * TOKENS * GAP_S, self._ask)
+        asyncio.get_running_loop().call_later(random.random() * TOKENS * GAP_S, self._send)
 
-    def _ask(self) -> None:
+    def _send(self) -> None:
         self._head = self._tail = b""
-        self._sent = time.perf_counter()
+        self._sent_at = time.perf_counter()
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         """Note the head; the last chunk of an answer is followed by the next request."""
         if not self._tail:
             if not self._head:
-                self._tally.first.append(1000 * (time.perf_counter() - self._sent))
+                self._tally.first.append(1000 * (time.perf_counter() - self._sent_at))
             self._head += data
-            head, ended, self._tail = self._head.partition(b"\r\n\r\n")
-            if not ended:
+            head, separator, self._tail = self._head.partition(b"\r\n\r\n")
+            if not separator:
                 return
             if not head.startswith(b"HTTP/1.1 200"):
                 self._tally.failed.append(self._head[:300].decode(errors="replace"))
                 self._end()
                 return
-            if found := TIMING.search(head):
-                self._tally.added.append(float(found.group(1)))
+            if match := TIMING.search(head):
+                self._tally.added.append(float(match.group(1)))
             self._tail = self._tail or b" "
         else:
             self._tail = self._tail[-16:] + data
         if self._tail.endswith(b"0\r\n\r\n"):
             if time.perf_counter() < self._until:
-                self._ask()
+                self._send()
             else:
                 self._end()
 
@@ -123,13 +123,15 @@ async def drive(server: Server, concurrency: int, seconds: float) -> dict[str, A
     head += f"Authorization: Bearer {server.key}\r\n" if server.key else ""
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     tally, loop = Tally(), asyncio.get_running_loop()
-    cpu, waited, began = time.process_time(), run_queue_s(), time.perf_counter()
-    made = [
-        (await loop.create_connection(lambda: Asker(request, began + seconds, tally), parts.hostname, parts.port))[1]
+    cpu, waited, start_time = time.process_time(), run_queue_s(), time.perf_counter()
+    connections = [
+        (await loop.create_connection(lambda: Asker(request, start_time + seconds, tally), parts.hostname, parts.port))[
+            1
+        ]
         for _ in range(concurrency)
     ]
-    await asyncio.gather(*(asker.done for asker in made))
-    wall = time.perf_counter() - began
+    await asyncio.gather(*(asker.done for asker in connections))
+    wall = time.perf_counter() - start_time
     return {
         "requests": len(tally.first),
         "first_ms": percentiles(tally.first),
@@ -153,8 +155,8 @@ def app(port: int) -> Iterator[tuple[Server, Server]]:
     from tandem import settings
     from tandem.cluster.local import local_cluster
 
-    with tempfile.TemporaryDirectory() as home:
-        settings.export({"TANDEM_HOME": home}, override=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings.export({"TANDEM_HOME": folder}, override=True)
         with local_cluster(num_cpus=4) as cluster:
             import ray
             from ray import serve
@@ -173,17 +175,17 @@ def app(port: int) -> Iterator[tuple[Server, Server]]:
             ray.shutdown()
 
 
-def summed(rounds: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Medians over the rounds."""
-    found = {}
+    figures = {}
     for name in BARS_MS:
-        found[f"gateway, by its header, {name}"] = statistics.median(r["app"]["added_ms"][name] for r in rounds)
+        figures[f"gateway, by its header, {name}"] = statistics.median(r["app"]["added_ms"][name] for r in rounds)
         for way in ("engine", "app"):
-            found[f"first byte, {way}, {name}"] = statistics.median(r[way]["first_ms"][name] for r in rounds)
-        found[f"first byte, app less engine, {name}"] = statistics.median(
+            figures[f"first byte, {way}, {name}"] = statistics.median(r[way]["first_ms"][name] for r in rounds)
+        figures[f"first byte, app less engine, {name}"] = statistics.median(
             r["app"]["first_ms"][name] - r["engine"]["first_ms"][name] for r in rounds
         )
-    return found
+    return figures
 
 
 def main() -> int:
@@ -192,39 +194,44 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds, given.seconds = 1, 2.0
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.seconds = 1, 2.0
     from tandem.cluster.ports import free_ports
 
     with app(free_ports(1)[0]) as (engine, front):
         for server in (engine, front):
             uvloop.run(drive(server, 8, 2.0))
         ways = (("engine", engine), ("app", front))
-        rounds = Rounds(given.json)
-        for _ in range(given.rounds):
-            rounds.append({way: uvloop.run(drive(server, given.concurrency, given.seconds)) for way, server in ways})
-    failed = [reason for each in rounds for way in each.values() for reason in way["failed"]]
+        rounds = Rounds(options.json)
+        for _ in range(options.rounds):
+            rounds.append(
+                {way: uvloop.run(drive(server, options.concurrency, options.seconds)) for way, server in ways}
+            )
+    failed = [reason for result in rounds for way in result.values() for reason in way["failed"]]
     if failed:
         print(f"{len(failed)} requests failed: {failed[0]}", file=sys.stderr)
         return 1
-    found = summed(rounds)
-    title = f"Milliseconds, medians of {given.rounds} rounds at {given.concurrency} concurrent streams"
-    columns, cells = ("what", "ms"), [(name, f"{value:.2f}") for name, value in found.items()]
+    figures = summarise(rounds)
+    title = f"Milliseconds, medians of {options.rounds} rounds at {options.concurrency} concurrent streams"
+    columns, cells = ("what", "ms"), [(name, f"{value:.2f}") for name, value in figures.items()]
     show(title, columns, cells)
-    load = max(each["app"]["generator_cpu"] for each in rounds), max(each["app"]["generator_waited"] for each in rounds)
+    load = (
+        max(result["app"]["generator_cpu"] for result in rounds),
+        max(result["app"]["generator_waited"] for result in rounds),
+    )
     print(f"The generator took {load[0]:.0%} of a core and waited {load[1]:.0%} of the time for one.")
     verdicts = [
         Verdict(value <= bar, bar / value, f"the gateway adds {value:.2f} ms at {name} (bar {bar:g})")
         for name, bar in BARS_MS.items()
-        if (value := found[f"gateway, by its header, {name}"])
+        if (value := figures[f"gateway, by its header, {name}"])
     ]
     page = (
         f"# What the gateway adds\n\nMade by `python -m bench.serving.gateway_latency --json ...`. {title}.\n\n"
-        f"{lines(columns, cells)}\n\n{ends(verdicts)}\n"
+        f"{markdown_table(columns, cells)}\n\n{verdict_lines(verdicts)}\n"
     )
-    write(given.json, {"concurrency": given.concurrency, "rounds": rounds}, page)
-    return judge(verdicts, check=given.check)
+    write(options.json, {"concurrency": options.concurrency, "rounds": rounds}, page)
+    return judge(verdicts, check=options.check)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import uvloop
 from bench.harness.load import run_queue_s
 from bench.harness.machine import machine
 from bench.harness.options import options_parser
-from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
+from bench.harness.report import Rounds, Verdict, judge, markdown_table, show, verdict_lines, write
 from bench.harness.servers import ROOT
 from bench.serving.hostile_attacks import ATTACKS, MODEL, SHARE
 
@@ -78,8 +78,8 @@ class Tally:
 class Stream(asyncio.Protocol):
     """One honest connection, which asks again and again until the time is over."""
 
-    def __init__(self, sent: bytes, until: float, tally: Tally) -> None:
-        self._sent, self._until, self._tally = sent, until, tally
+    def __init__(self, request: bytes, until: float, tally: Tally) -> None:
+        self._request, self._until, self._tally = request, until, tally
         self._tail = b""
         self._last = 0.0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -87,11 +87,11 @@ class Stream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask."""
         self._transport = cast(asyncio.Transport, transport)
-        self._ask()
+        self._send()
 
-    def _ask(self) -> None:
+    def _send(self) -> None:
         self._tail, self._last = b"", 0.0
-        self._transport.write(self._sent)
+        self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         """Note the time since the last token; the end of an answer is followed by the next request."""
@@ -110,7 +110,7 @@ class Stream(asyncio.Protocol):
                 return
             self._tally.answers += 1
             if now < self._until:
-                self._ask()
+                self._send()
             else:
                 self._end()
 
@@ -119,8 +119,8 @@ class Stream(asyncio.Protocol):
         if not self.done.done():
             self._fail(f"connection lost: {error}")
 
-    def _fail(self, what: str) -> None:
-        self._tally.failed.append(what)
+    def _fail(self, reason: str) -> None:
+        self._tally.failed.append(reason)
         self._end()
 
     def _end(self) -> None:
@@ -137,7 +137,7 @@ class Watch(threading.Thread):
         self._running = running
         self._over = threading.Event()
         self.most_mb = running.gateway.memory_info().rss / 2**20
-        self.fewest = REPLICAS
+        self.min_ready = REPLICAS
 
     def run(self) -> None:
         """Look four times a second."""
@@ -145,7 +145,7 @@ class Watch(threading.Thread):
             while not self._over.wait(0.25):
                 self.most_mb = max(self.most_mb, self._running.gateway.memory_info().rss / 2**20)
                 with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
-                    self.fewest = min(self.fewest, http.get("/health").json()["ready_replicas"][MODEL])
+                    self.min_ready = min(self.min_ready, http.get("/health").json()["ready_replicas"][MODEL])
 
     def end(self) -> None:
         """Stop."""
@@ -161,37 +161,39 @@ def main() -> int:
         "--seconds", type=float, default=10.0, help="length of each half of a round; all at once: six times"
     )
     parser.add_argument("--attack", action="append", choices=[*ATTACKS, ALL], help="this one only; may be repeated")
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds, given.seconds = 1, 2.0
-    found = Rounds(given.json)
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.seconds = 1, 2.0
+    rounds = Rounds(options.json)
     with app() as running:
-        for name in given.attack or [*ATTACKS, ALL]:
-            seconds = given.seconds * (6 if name == ALL and not given.smoke else 1)
-            found.append(measure(running, name, given.rounds, seconds))
-    rows = [cells(row) for row in found]
+        for name in options.attack or [*ATTACKS, ALL]:
+            seconds = options.seconds * (6 if name == ALL and not options.smoke else 1)
+            rounds.append(measure(running, name, options.rounds, seconds))
+    rows = [cells(row) for row in rounds]
     title = f"{STREAMS} streams, {1000 * GAP_S:.0f} ms a token; attackers have {SHARE:g} of a core"
     show(title, COLUMNS, rows, width=150)
-    verdicts = [verdict for row in found for verdict in judged(row)]
-    command = f"python -m bench.serving.hostile --rounds {given.rounds} --seconds {given.seconds:g}"
+    verdicts = [verdict for row in rounds for verdict in judged(row)]
+    command = f"python -m bench.serving.hostile --rounds {options.rounds} --seconds {options.seconds:g}"
     page = f"# Hostile clients\n\nMade by `{command}`. {title}."
     write(
-        given.json, {"machine": machine(), "rounds": found}, f"{page}\n\n{lines(COLUMNS, rows)}\n\n{ends(verdicts)}\n"
+        options.json,
+        {"machine": machine(), "rounds": rounds},
+        f"{page}\n\n{markdown_table(COLUMNS, rows)}\n\n{verdict_lines(verdicts)}\n",
     )
-    return judge(verdicts, check=given.check)
+    return judge(verdicts, check=options.check)
 
 
 def measure(running: App, name: str, rounds: int, seconds: float) -> dict[str, Any]:
     """One attack: quiet and attacked rounds in turns."""
-    uvloop.run(honest(running, 1.0))
-    halves = [(half(running, None, seconds), half(running, name, seconds)) for _ in range(rounds)]
+    uvloop.run(drive_honest_clients(running, 1.0))
+    halves = [(measure_half(running, None, seconds), measure_half(running, name, seconds)) for _ in range(rounds)]
     return {"attack": name, "quiet": [quiet for quiet, _ in halves], "attacked": [attacked for _, attacked in halves]}
 
 
-def half(running: App, name: str | None, seconds: float) -> dict[str, Any]:
+def measure_half(running: App, name: str | None, seconds: float) -> dict[str, Any]:
     """Half a round: the honest streams, alone or beside an attack."""
     watch = Watch(running)
-    before_mb, before_s, began = watch.most_mb, cpu_s(running.gateway), time.monotonic()
+    before_mb, before_s, start_time = watch.most_mb, cpu_s(running.gateway), time.monotonic()
     watch.start()
     attackers = None
     if name is not None:
@@ -201,37 +203,37 @@ def half(running: App, name: str | None, seconds: float) -> dict[str, Any]:
         attackers = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         # Its start takes a whole core.
         time.sleep(START_S)
-    seen = uvloop.run(honest(running, seconds))
+    figures = uvloop.run(drive_honest_clients(running, seconds))
     watch.end()
-    seen["gateway_core"] = (cpu_s(running.gateway) - before_s) / (time.monotonic() - began)
+    figures["gateway_core"] = (cpu_s(running.gateway) - before_s) / (time.monotonic() - start_time)
     if attackers is not None:
-        seen["attackers"] = json.loads(attackers.communicate(timeout=120)[0])
+        figures["attackers"] = json.loads(attackers.communicate(timeout=120)[0])
         time.sleep(1.0)
     return {
-        **seen,
+        **figures,
         "gateway_mb": watch.most_mb,
         "growth_mb": watch.most_mb - before_mb,
-        "ejected": REPLICAS - watch.fewest,
+        "ejected": REPLICAS - watch.min_ready,
     }
 
 
-async def honest(running: App, seconds: float) -> dict[str, Any]:
+async def drive_honest_clients(running: App, seconds: float) -> dict[str, Any]:
     """Gaps between tokens of STREAMS streams."""
     parts = urlsplit(running.url)
     body = json.dumps({"model": MODEL, "prompt": "word " * TOKENS, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-    sent = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     tally, loop, until = Tally(), asyncio.get_running_loop(), time.perf_counter() + seconds
     waited = run_queue_s()
     streams = [
-        (await loop.create_connection(lambda: Stream(sent, until, tally), parts.hostname, parts.port))[1]
+        (await loop.create_connection(lambda: Stream(request, until, tally), parts.hostname, parts.port))[1]
         for _ in range(STREAMS)
     ]
-    _, late = await asyncio.wait([stream.done for stream in streams], timeout=seconds + 30.0)
+    _, pending = await asyncio.wait([stream.done for stream in streams], timeout=seconds + 30.0)
     gaps = sorted(tally.gaps_ms) or [float("inf")]
     return {
         "answers": tally.answers,
-        "failed": len(tally.failed) + len(late),
+        "failed": len(tally.failed) + len(pending),
         "failures": tally.failed[:3],
         "p50_ms": statistics.median(gaps),
         "p99_ms": gaps[int(0.99 * (len(gaps) - 1))],
@@ -247,9 +249,9 @@ def app() -> Iterator[App]:
     from tandem.cluster.marks import marked_processes
     from tandem.cluster.ports import free_ports
 
-    with tempfile.TemporaryDirectory() as home:
-        settings.export({"TANDEM_HOME": home}, override=True)
-        with local_cluster(num_cpus=8) as cluster, contextlib.ExitStack() as held:
+    with tempfile.TemporaryDirectory() as folder:
+        settings.export({"TANDEM_HOME": folder}, override=True)
+        with local_cluster(num_cpus=8) as cluster, contextlib.ExitStack() as exit_stack:
             import ray
             from ray import serve
 
@@ -268,10 +270,10 @@ def app() -> Iterator[App]:
                 requests_per_replica=256,
             )
             ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
-            held.callback(ray.shutdown)
+            exit_stack.callback(ray.shutdown)
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
-            (gateway,) = (process for process in marked_processes(cluster.mark) if "Gateway" in called(process))
+            (gateway,) = (process for process in marked_processes(cluster.mark) if "Gateway" in process_title(process))
             yield App(f"http://127.0.0.1:{port}", gateway)
 
 
@@ -281,7 +283,7 @@ def cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def called(process: psutil.Process) -> str:
+def process_title(process: psutil.Process) -> str:
     """What a process calls itself."""
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
@@ -297,8 +299,8 @@ def ratio(row: dict[str, Any], key: str = "p99_ms") -> float:
 def judged(row: dict[str, Any]) -> list[Verdict]:
     """One attack against the bars."""
     name, attacked = row["attack"], row["attacked"]
-    failed = sum(each["failed"] for each in (*row["quiet"], *attacked))
-    ejected, growth = (max(each[key] for each in attacked) for key in ("ejected", "growth_mb"))
+    failed = sum(result["failed"] for result in (*row["quiet"], *attacked))
+    ejected, growth = (max(result[key] for result in attacked) for key in ("ejected", "growth_mb"))
     return [
         Verdict(ratio(row) <= P99_BAR, P99_BAR / ratio(row), f"{name}: p99 {ratio(row):.2f} of quiet (bar {P99_BAR})"),
         Verdict(not failed, float(not failed), f"{name}: {failed} honest streams failed (bar 0)"),
@@ -314,23 +316,25 @@ def judged(row: dict[str, Any]) -> list[Verdict]:
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as text: medians of the rounds, quiet and attacked."""
     quiet, attacked = row["quiet"], row["attacked"]
-    attackers = [each["attackers"] for each in attacked]
-    statuses: Counter[str] = sum((Counter(each["statuses"]) for each in attackers), Counter())
+    attackers = [result["attackers"] for result in attacked]
+    statuses: Counter[str] = sum((Counter(result["statuses"]) for result in attackers), Counter())
 
-    def both(key: str) -> str:
-        return " -> ".join(f"{statistics.median(each[key] for each in half):.1f}" for half in (quiet, attacked))
+    def quiet_and_attacked(key: str) -> str:
+        return " -> ".join(f"{statistics.median(result[key] for result in phase):.1f}" for phase in (quiet, attacked))
 
     return [
         row["attack"],
-        f"{sum(each['attempts'] for each in attackers) / len(attacked):,.0f} a round",
+        f"{sum(result['attempts'] for result in attackers) / len(attacked):,.0f} a round",
         ", ".join(f"{status}: {count}" for status, count in statuses.most_common(4)),
-        both("p50_ms"),
-        both("p99_ms"),
+        quiet_and_attacked("p50_ms"),
+        quiet_and_attacked("p99_ms"),
         f"{ratio(row):.2f}",
-        str(sum(each["failed"] for each in (*quiet, *attacked))),
-        str(max(each["ejected"] for each in attacked)),
-        f"{max(each['gateway_mb'] for each in attacked):.0f} (+{max(each['growth_mb'] for each in attacked):.0f})",
-        " -> ".join(f"{statistics.median(each['gateway_core'] for each in half):.2f}" for half in (quiet, attacked)),
+        str(sum(result["failed"] for result in (*quiet, *attacked))),
+        str(max(result["ejected"] for result in attacked)),
+        f"{max(result['gateway_mb'] for result in attacked):.0f} (+{max(result['growth_mb'] for result in attacked):.0f})",
+        " -> ".join(
+            f"{statistics.median(result['gateway_core'] for result in phase):.2f}" for phase in (quiet, attacked)
+        ),
     ]
 
 

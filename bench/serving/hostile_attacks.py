@@ -38,7 +38,7 @@ class Attacker:
         self.host, self.port = str(parts.hostname), int(parts.port or 80)
         self.until = time.monotonic() + seconds
         self.statuses: Counter[str] = Counter()
-        self._began, self._cpu = time.monotonic(), time.process_time()
+        self._started_at, self._cpu = time.monotonic(), time.process_time()
 
     @property
     def over(self) -> bool:
@@ -48,7 +48,7 @@ class Attacker:
     async def rest(self) -> None:
         """Wait until this process has had no more than SHARE of a core."""
         used = time.process_time() - self._cpu
-        await asyncio.sleep(max(0.0, used / SHARE - (time.monotonic() - self._began)))
+        await asyncio.sleep(max(0.0, used / SHARE - (time.monotonic() - self._started_at)))
 
     async def post(self, body: bytes, path: str = "/v1/completions", **headers: str) -> None:
         """One request on a connection of its own, whose answer is read to its end or for 20 s."""
@@ -74,14 +74,14 @@ class Attacker:
         self.statuses[status] += 1
         await self.rest()
 
-    async def hold(self, raw: bytes, more: bytes = b"", every_s: float = 1.0) -> None:
-        """Write bytes, read nothing, write `more` now and then; until the server closes the connection or the time is over."""
+    async def hold(self, raw: bytes, data: bytes = b"", every_s: float = 1.0) -> None:
+        """Write bytes, read nothing, write `data` now and then; until the server closes the connection or the time is over."""
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection(self.host, self.port, limit=1024)
             writer.write(raw)
             while not self.over and not writer.is_closing():
                 await asyncio.sleep(min(every_s, max(0.0, self.until - time.monotonic())))
-                writer.write(more)
+                writer.write(data)
                 await self.rest()
             writer.transport.abort()
         self.statuses["held"] += 1
@@ -89,9 +89,9 @@ class Attacker:
 
 def request(body: bytes, path: str = "/v1/completions", **headers: str) -> bytes:
     """The bytes of a POST whose connection closes with the answer."""
-    given = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-    given |= {name.replace("_", "-"): value for name, value in headers.items()}
-    head = "".join(f"{name}: {value}\r\n" for name, value in given.items())
+    all_headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    all_headers |= {name.replace("_", "-"): value for name, value in headers.items()}
+    head = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items())
     return f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{head}\r\n".encode() + body
 
 
@@ -129,16 +129,16 @@ BRANCHING = completion(response_format={"type": "json_schema", "json_schema": {"
 
 
 def repeated(
-    one: Callable[[Attacker], Awaitable[None]], side_by_side: int = 8
+    attempt: Callable[[Attacker], Awaitable[None]], side_by_side: int = 8
 ) -> Callable[[Attacker], Awaitable[None]]:
     """An attack that repeats one attempt on some connections."""
 
     async def attack(attacker: Attacker) -> None:
-        async def again() -> None:
+        async def repeat() -> None:
             while not attacker.over:
-                await one(attacker)
+                await attempt(attacker)
 
-        await asyncio.gather(*(again() for _ in range(side_by_side)))
+        await asyncio.gather(*(repeat() for _ in range(side_by_side)))
 
     return attack
 
@@ -207,13 +207,13 @@ ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
 async def run(url: str, seconds: float, names: list[str]) -> dict[str, Any]:
     """Carry out attacks side by side; what came of them."""
     attacker = Attacker(url, seconds)
-    began, cpu = time.monotonic(), time.process_time()
+    start_time, cpu = time.monotonic(), time.process_time()
     tasks = [asyncio.ensure_future(ATTACKS[name](attacker)) for name in names]
-    _, late = await asyncio.wait(tasks, timeout=seconds + 2.0)
-    for task in late:
+    _, pending = await asyncio.wait(tasks, timeout=seconds + 2.0)
+    for task in pending:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    wall = time.monotonic() - began
+    wall = time.monotonic() - start_time
     return {
         "attempts": attacker.statuses.total(),
         "statuses": dict(attacker.statuses),

@@ -28,7 +28,7 @@ from bench.harness.machine import machine
 from bench.harness.models import write_model
 from bench.harness.open_loop import Client, closed_loop, open_loop
 from bench.harness.options import options_parser
-from bench.harness.report import Rounds, Verdict, ends, judge, lines, show, write
+from bench.harness.report import Rounds, Verdict, judge, markdown_table, show, verdict_lines, write
 
 GOODPUT_BAR = 0.9
 LEAVE_BAR_S = 1.0
@@ -74,53 +74,61 @@ def main() -> int:
     parser.add_argument("--engine", choices=("vllm", "echo"), default="vllm")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="length of one measurement")
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds, given.seconds = 1, 8.0
-    with app(given.engine) as running:
-        capacity, rounds = uvloop.run(loads(running, given.rounds, given.seconds, given.json))
-        left = {way: [leave(running, way) for _ in range(given.rounds)] for way in ("stream", "whole", "waiting")}
-        idle = uvloop.run(idling(running, given.rounds, given.seconds / 4))
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.seconds = 1, 8.0
+    with app(options.engine) as running:
+        capacity, rounds = uvloop.run(loads(running, options.rounds, options.seconds, options.json))
+        disconnects = {
+            way: [leave(running, way) for _ in range(options.rounds)] for way in ("stream", "whole", "waiting")
+        }
+        idle = uvloop.run(idling(running, options.rounds, options.seconds / 4))
         unread = not_reading(running)
     rows = [cells(row, capacity) for row in rounds]
-    verdicts = [*goodput(rounds), *(left_at_once(way, max(times)) for way, times in left.items()), hindered(idle)]
+    verdicts = [
+        *goodput(rounds),
+        *(left_at_once(way, max(times)) for way, times in disconnects.items()),
+        hindered(idle),
+    ]
     failed = {status: count for row in rounds for status, count in row["failed"].items()}
     if failed:
         verdicts.append(Verdict(False, 0.0, f"other answers than 200, 429 and 504: {failed}"))
     title = (
-        f"{given.engine}: {capacity['requests_per_s']:.1f} requests/s at capacity, {capacity['latency_s']:.2f} s each"
+        f"{options.engine}: {capacity['requests_per_s']:.1f} requests/s at capacity, {capacity['latency_s']:.2f} s each"
     )
     show(title, COLUMNS, rows, width=140)
-    told = UNREAD.format(**unread)
-    print(told)
-    made = f"# Too much\n\nMade by `python -m bench.serving.overload --engine {given.engine} --json ...`. {title}."
-    page = f"{made}\n\n{lines(COLUMNS, rows)}\n\n{ends(verdicts)}\n\n{told}\n"
-    figures = {"capacity": capacity, "rounds": rounds, "leave_s": left, "idle": idle, "unread": unread}
-    write(given.json, {"machine": machine(), **figures}, page)
-    return judge(verdicts, check=given.check)
+    unread_text = UNREAD.format(**unread)
+    print(unread_text)
+    page_header = (
+        f"# Too much\n\nMade by `python -m bench.serving.overload --engine {options.engine} --json ...`. {title}."
+    )
+    page = f"{page_header}\n\n{markdown_table(COLUMNS, rows)}\n\n{verdict_lines(verdicts)}\n\n{unread_text}\n"
+    figures = {"capacity": capacity, "rounds": rounds, "leave_s": disconnects, "idle": idle, "unread": unread}
+    write(options.json, {"machine": machine(), **figures}, page)
+    return judge(verdicts, check=options.check)
 
 
 def goodput(rounds: list[dict[str, Any]]) -> list[Verdict]:
     """Twice the capacity against once, each round its own; in tokens too, for short answers alone would be cheap."""
-    found = []
-    for key, what in (("goodput_per_s", "answers"), ("good_tokens_per_s", "tokens")):
+    results = []
+    for key, label in (("goodput_per_s", "answers"), ("good_tokens_per_s", "tokens")):
         pairs = zip(rounds[::2], rounds[1::2], strict=True)
-        share = statistics.median(two[key] / one[key] for one, two in pairs)
-        said = f"goodput at 2 x capacity, {what}: {share:.2f} of that at capacity (bar {GOODPUT_BAR})"
-        found.append(Verdict(share >= GOODPUT_BAR, share / GOODPUT_BAR, said))
-    return found
+        share = statistics.median(overloaded[key] / at_capacity[key] for at_capacity, overloaded in pairs)
+        message = f"goodput at 2 x capacity, {label}: {share:.2f} of that at capacity (bar {GOODPUT_BAR})"
+        results.append(Verdict(share >= GOODPUT_BAR, share / GOODPUT_BAR, message))
+    return results
 
 
 def left_at_once(way: str, longest_s: float) -> Verdict:
     """How long an engine goes on for a client that has left."""
-    after = f"the engine has no request {1000 * longest_s:.0f} ms later (bar {1000 * LEAVE_BAR_S:.0f})"
-    return Verdict(longest_s <= LEAVE_BAR_S, LEAVE_BAR_S / longest_s, f"a client leaves ({way}): {after}")
+    consequence = f"the engine has no request {1000 * longest_s:.0f} ms later (bar {1000 * LEAVE_BAR_S:.0f})"
+    return Verdict(longest_s <= LEAVE_BAR_S, LEAVE_BAR_S / longest_s, f"a client leaves ({way}): {consequence}")
 
 
 def hindered(idle: dict[str, Any]) -> Verdict:
     """What idle connections cost."""
-    said = f"{IDLE} idle connections: latency {idle['share']:.2f} of that without (bar {IDLE_BAR})"
-    cost = f"{said}, {idle['memory_mb']:.0f} MB of memory"
+    message = f"{IDLE} idle connections: latency {idle['share']:.2f} of that without (bar {IDLE_BAR})"
+    cost = f"{message}, {idle['memory_mb']:.0f} MB of memory"
     return Verdict(idle["share"] <= IDLE_BAR, IDLE_BAR / idle["share"], cost)
 
 
@@ -132,9 +140,9 @@ def app(engine: str) -> Iterator[App]:
     from tandem.cluster.marks import marked_processes
     from tandem.cluster.ports import free_ports
 
-    with tempfile.TemporaryDirectory() as home:
-        settings.export({"TANDEM_HOME": home}, override=True)
-        write_model(Path(home) / "model")
+    with tempfile.TemporaryDirectory() as folder:
+        settings.export({"TANDEM_HOME": folder}, override=True)
+        write_model(Path(folder) / "model")
         with local_cluster(num_cpus=8) as cluster:
             import ray
             from ray import serve
@@ -147,7 +155,7 @@ def app(engine: str) -> Iterator[App]:
                 {"max_num_seqs": AT_ONCE, "max_model_len": 1024} if engine == "vllm" else {"delay_s": 0.02}
             )
             model = ServedModelConfig(
-                model=str(Path(home) / "model"),
+                model=str(Path(folder) / "model"),
                 name="bench",
                 engine=engine,
                 max_adapters=0,
@@ -157,8 +165,8 @@ def app(engine: str) -> Iterator[App]:
             # It writes as fast as it is read.
             pour = ServedModelConfig(model="pour", name="pour", engine="echo", max_adapters=0, cpus_per_replica=0.1)
             ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
-            with contextlib.ExitStack() as held:
-                held.callback(ray.shutdown)
+            with contextlib.ExitStack() as exit_stack:
+                exit_stack.callback(ray.shutdown)
                 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
                 serve.run(build_app(ServeConfig(models=(model, pour)), check=False), name="tandem", route_prefix="/")
                 replica = serve.get_deployment_handle("engine-bench", "tandem")
@@ -193,36 +201,36 @@ async def loads(
     await closed_loop(client, 8, 3.0)
     capacity = await closed_loop(client, AT_ONCE + AT_ONCE // 4, seconds)
     timeout_s = PATIENCE * capacity["latency_s"]
-    found = Rounds(path)
+    results = Rounds(path)
     for number in range(rounds):
         for factor in (1.0, 2.0):
             row = await open_loop(client, factor * capacity["requests_per_s"], seconds, timeout_s, seed=number)
-            found.append({"round": number, "factor": factor, "timeout_s": timeout_s, **row})
+            results.append({"round": number, "factor": factor, "timeout_s": timeout_s, **row})
             await asyncio.sleep(timeout_s)
     client.close()
-    return capacity, found
+    return capacity, results
 
 
 def leave(running: App, way: str) -> float:
     """Seconds from a client's leaving until its engine has no request left; `waiting`: one that was still in the queue."""
     until(lambda: running.load() == 0)
     body = {"model": "bench", "prompt": "import os", "max_tokens": 900, "ignore_eos": True}
-    held = []
+    connections = []
     if way == "waiting":
-        held = [raw_request(running.url, body) for _ in range(AT_ONCE + AT_ONCE // 4)]
+        connections = [raw_request(running.url, body) for _ in range(AT_ONCE + AT_ONCE // 4)]
         until(lambda: running.load() >= AT_ONCE)
     sock = raw_request(running.url, body | {"stream": way == "stream"})
     if way == "waiting":
         time.sleep(0.3)
         sock.close()
-        for other in held:
-            other.close()
+        for connection in connections:
+            connection.close()
     else:
         until(lambda: running.load() == 1)
         sock.close()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     until(lambda: running.load() == 0)
-    return time.perf_counter() - began
+    return time.perf_counter() - start_time
 
 
 async def idling(running: App, rounds: int, seconds: float) -> dict[str, Any]:
@@ -230,16 +238,16 @@ async def idling(running: App, rounds: int, seconds: float) -> dict[str, Any]:
     client = Client(running.url, "bench", "import os")
     shares, growth = [], []
     for _ in range(max(2, rounds)):
-        without = await closed_loop(client, 8, seconds)
-        before = running.memory_mb()
+        baseline = await closed_loop(client, 8, seconds)
+        memory_before_mb = running.memory_mb()
         idle = [raw_request(running.url, None) for _ in range(IDLE)]
         for sock in idle:
             sock.recv(65536)
         with_them = await closed_loop(client, 8, seconds)
-        growth.append(sum(running.memory_mb().values()) - sum(before.values()))
+        growth.append(sum(running.memory_mb().values()) - sum(memory_before_mb.values()))
         for sock in idle:
             sock.close()
-        shares.append(with_them["latency_s"] / without["latency_s"])
+        shares.append(with_them["latency_s"] / baseline["latency_s"])
     client.close()
     return {"share": statistics.median(shares), "shares": shares, "memory_mb": max(growth)}
 
@@ -247,13 +255,16 @@ async def idling(running: App, rounds: int, seconds: float) -> dict[str, Any]:
 def not_reading(running: App, clients: int = 16, answer_mb: int = 48) -> dict[str, Any]:
     """How gateway and proxy grow when large streams are not read."""
     body = {"model": "pour", "prompt": "x" * 4096, "stream": True, "ignore_eos": True, "max_tokens": answer_mb * 256}
-    before = running.memory_mb()
+    memory_before_mb = running.memory_mb()
     socks = [raw_request(running.url, body) for _ in range(clients)]
     time.sleep(10.0)
-    after = running.memory_mb()
+    memory_after_mb = running.memory_mb()
     for sock in socks:
         sock.close()
-    grown = {"gateway_mb": after["Gateway"] - before["Gateway"], "proxy_mb": after["haproxy"] - before["haproxy"]}
+    grown = {
+        "gateway_mb": memory_after_mb["Gateway"] - memory_before_mb["Gateway"],
+        "proxy_mb": memory_after_mb["haproxy"] - memory_before_mb["haproxy"],
+    }
     return {"clients": clients, "answer_mb": answer_mb, **grown}
 
 

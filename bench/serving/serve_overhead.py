@@ -45,40 +45,42 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--stacks", nargs="+", choices=list(NAMES), default=["bare", "bare-one", "tandem", "ray"])
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds, given.streams = 3, [BAR_STREAMS[0]]
-    results = report.Rounds(given.json)
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.streams = 3, [BAR_STREAMS[0]]
+    results = report.Rounds(options.json)
     # Ended from outside it still has to thaw what it froze: a stopped process cannot see that its owner has gone.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with contextlib.ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
+    with contextlib.ExitStack() as exit_stack:
+        folder = Path(exit_stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
         write_model(folder / "model")
         running: dict[str, int] = {}
-        for name in given.stacks:
+        for name in options.stacks:
             with console.status(f"Starting {NAMES[name]}"):
-                running[name] = held.enter_context(stack(name, folder))
+                running[name] = exit_stack.enter_context(stack(name, folder))
                 freeze(name, True)
-        loads = [(streams, mode) for streams in given.streams for mode in given.modes]
-        for number in range(-1, given.rounds):
+        loads = [(streams, mode) for streams in options.streams for mode in options.modes]
+        for number in range(-1, options.rounds):
             # Round -1 warms up, and is not counted. The order turns, so that no stack is always the first.
-            turned = given.stacks[number % len(given.stacks) :] + given.stacks[: number % len(given.stacks)]
-            for name in turned:
+            rotated_stacks = (
+                options.stacks[number % len(options.stacks) :] + options.stacks[: number % len(options.stacks)]
+            )
+            for name in rotated_stacks:
                 with thawed(name, running[name]):
                     for streams, mode in loads if number >= 0 else [(BAR_STREAMS[1], "streamed")]:
-                        figures = drive(running[name], streams, given.tokens, whole=MODES[mode])
+                        figures = drive(running[name], streams, options.tokens, whole=MODES[mode])
                         if number >= 0:
                             results.append({"stack": name, "round": number, "mode": mode, **figures})
-                            said = f"{streams:3} {mode} {figures['tokens_per_s']:8.0f} tokens/s"
-                            console.print(f"round {number} {NAMES[name]:32} {said}", style="dim")
-    summary = summarise(results, given.stacks, loads)
+                            line = f"{streams:3} {mode} {figures['tokens_per_s']:8.0f} tokens/s"
+                            console.print(f"round {number} {NAMES[name]:32} {line}", style="dim")
+    summary = summarise(results, options.stacks, loads)
     rows = [cells(row) for row in summary]
-    found = verdicts(summary)
-    made = "# Serving overhead\n\nMade by `python -m bench.serving.serve_overhead --json ...`."
-    page = f"{made}\n\n{report.lines(COLUMNS, rows)}\n\n{report.ends(found)}\n"
-    report.write(given.json, {"machine": machine(), "summary": summary, "rounds": results}, page)
+    verdict_list = verdicts(summary)
+    page_header = "# Serving overhead\n\nMade by `python -m bench.serving.serve_overhead --json ...`."
+    page = f"{page_header}\n\n{report.markdown_table(COLUMNS, rows)}\n\n{report.verdict_lines(verdict_list)}\n"
+    report.write(options.json, {"machine": machine(), "summary": summary, "rounds": results}, page)
     report.show("Completions, medians (least-most ratio of a round)", COLUMNS, rows, names=3, width=170)
-    return report.judge(found, check=given.check)
+    return report.judge(verdict_list, check=options.check)
 
 
 def summarise(results: list[dict[str, Any]], stacks: list[str], loads: list[tuple[int, str]]) -> list[dict[str, Any]]:
@@ -87,32 +89,32 @@ def summarise(results: list[dict[str, Any]], stacks: list[str], loads: list[tupl
     for count, mode in loads:
         at = [r for r in results if (r["streams"], r["mode"]) == (count, mode)]
         for name in stacks:
-            mine = [r for r in at if r["stack"] == name]
+            stack_rounds = [r for r in at if r["stack"] == name]
             row: dict[str, Any] = {
                 "streams": count,
                 "mode": mode,
                 "stack": name,
-                "failed": sum(len(r["failed"]) for r in mine),
+                "failed": sum(len(r["failed"]) for r in stack_rounds),
             }
             for key in ("tokens_per_s", "first_token_ms", "between_tokens_ms", "generator_cpu", "generator_waited"):
-                row[key] = round(statistics.median(r[key] for r in mine), 3)
+                row[key] = round(statistics.median(r[key] for r in stack_rounds), 3)
             for peer in stacks:
                 for key in ("tokens_per_s", "first_token_ms"):
-                    row[f"{key}_of_{peer}"] = ratios(mine, [r for r in at if r["stack"] == peer], key)
+                    row[f"{key}_of_{peer}"] = ratios(stack_rounds, [r for r in at if r["stack"] == peer], key)
             rows.append(row)
     return rows
 
 
-def ratios(mine: list[dict[str, Any]], peers: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
+def ratios(own_rounds: list[dict[str, Any]], peers: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
     """A figure as a share of a peer's in the same round: median, least and most."""
-    of = {r["round"]: r[key] for r in peers}
-    found = [r[key] / of[r["round"]] for r in mine]
-    return round(statistics.median(found), 3), round(min(found), 3), round(max(found), 3)
+    peer_by_round = {r["round"]: r[key] for r in peers}
+    values = [r[key] / peer_by_round[r["round"]] for r in own_rounds]
+    return round(statistics.median(values), 3), round(min(values), 3), round(max(values), 3)
 
 
 def verdicts(summary: list[dict[str, Any]]) -> list[Verdict]:
     """Tandem against each bar for which there are figures."""
-    found = [
+    results = [
         Verdict(False, 0.0, f"{NAMES[row['stack']]}: {row['failed']} failed requests")
         for row in summary
         if row["failed"]
@@ -120,16 +122,16 @@ def verdicts(summary: list[dict[str, Any]]) -> list[Verdict]:
     for row in summary:
         if row["stack"] != "tandem" or row["mode"] != "streamed" or row["streams"] not in BAR_STREAMS:
             continue
-        for peer, key, what, bar in (
+        for peer, key, label, bar in (
             ("bare", "first_token_ms", "time to first token", FIRST_BAR),
             ("bare-one", "tokens_per_s", "tokens/s", TOKENS_BAR),
             ("ray", "tokens_per_s", "tokens/s", RAY_BAR),
         ):
-            if (of := row.get(f"{key}_of_{peer}")) is not None:
-                margin = bar / of[0] if key == "first_token_ms" else of[0] / bar
-                said = f"{row['streams']} streams: {of[0]:.2f} of the {what} of {NAMES[peer]} (bar {bar:.2f})"
-                found.append(Verdict(margin >= 1, margin, said))
-    return found
+            if (ratio := row.get(f"{key}_of_{peer}")) is not None:
+                margin = bar / ratio[0] if key == "first_token_ms" else ratio[0] / bar
+                message = f"{row['streams']} streams: {ratio[0]:.2f} of the {label} of {NAMES[peer]} (bar {bar:.2f})"
+                results.append(Verdict(margin >= 1, margin, message))
+    return results
 
 
 COLUMNS = (

@@ -49,17 +49,17 @@ def main() -> int:
     """Measure; 1 if the bar is missed and --check is given."""
     parser = options_parser(__doc__, smoke="one round")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds = 1
-    results = report.Rounds(given.json)
-    with contextlib.ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds = 1
+    results = report.Rounds(options.json)
+    with contextlib.ExitStack() as exit_stack:
+        folder = Path(exit_stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
         ports = {}
         for name in ECHOES:
-            ports[name] = held.enter_context(stack(name, folder))
+            ports[name] = exit_stack.enter_context(stack(name, folder))
             freeze(name, True)
-        for number in range(given.rounds):
+        for number in range(options.rounds):
             for name in ECHOES if number % 2 else reversed(ECHOES):
                 with thawed(name, ports[name]):
                     loads = [(streams, whole) for streams in STREAMS for whole in (False, True)]
@@ -71,29 +71,29 @@ def main() -> int:
     verdicts += [growth(summary, name, mode) for name in ECHOES for mode in ("streamed", "whole")]
     verdicts += [Verdict(False, 0.0, f"{r['stack']}: failed {r['failed']}") for r in results if r["failed"]]
     report.show("The gateway's capacity, medians", COLUMNS, rows, names=2, width=140)
-    made = "# The gateway's capacity\n\nMade by `python -m bench.serving.serve_scale --json ...`."
-    page = f"{made}\n\n{report.lines(COLUMNS, rows)}\n\n{report.ends(verdicts)}\n"
-    report.write(given.json, {"machine": machine(), "summary": summary, "rounds": results}, page)
-    return report.judge(verdicts, check=given.check)
+    page_header = "# The gateway's capacity\n\nMade by `python -m bench.serving.serve_scale --json ...`."
+    page = f"{page_header}\n\n{report.markdown_table(COLUMNS, rows)}\n\n{report.verdict_lines(verdicts)}\n"
+    report.write(options.json, {"machine": machine(), "summary": summary, "rounds": results}, page)
+    return report.judge(verdicts, check=options.check)
 
 
 def measure(name: str, port: int, streams: int, whole: bool) -> dict[str, Any]:
     """One load, and the CPU time that gateways and proxy took for it."""
     gateways = [p for p in members(name) if "Gateway" in " ".join(p.cmdline())]
     proxies = [p for p in members(name) if p.name() == "haproxy"]
-    before = cpu_s(gateways), cpu_s(proxies)
+    cpu_before = cpu_s(gateways), cpu_s(proxies)
     figures = drive(port, streams, TOKENS, whole=whole, requests=max(1, REQUESTS // streams), prompt="word " * TOKENS)
-    spent, proxied = cpu_s(gateways) - before[0], cpu_s(proxies) - before[1]
+    gateway_cpu_s, proxy_cpu_s = cpu_s(gateways) - cpu_before[0], cpu_s(proxies) - cpu_before[1]
     requests = figures["requests"]
     return {
         "stack": name,
         "mode": "whole" if whole else "streamed",
         "streams": streams,
         "requests_per_s": requests / figures["seconds"],
-        "requests_per_core_s": requests / spent,
-        "chunks_per_core_s": figures["events"] / spent,
-        "request_ms": 1000 * spent / requests,
-        "proxy_ms": 1000 * proxied / requests,
+        "requests_per_core_s": requests / gateway_cpu_s,
+        "chunks_per_core_s": figures["events"] / gateway_cpu_s,
+        "request_ms": 1000 * gateway_cpu_s / requests,
+        "proxy_ms": 1000 * proxy_cpu_s / requests,
         "failed": figures["failed"],
     }
 
@@ -111,11 +111,11 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             of = [r for r in results if (r["stack"], r["mode"]) == (name, mode)]
             for streams in STREAMS:
                 at = [r for r in of if r["streams"] == streams]
-                ones = {r["round"]: r["request_ms"] for r in of if r["streams"] == 1}
+                single_stream_ms = {r["round"]: r["request_ms"] for r in of if r["streams"] == 1}
                 row: dict[str, Any] = {"stack": name, "mode": mode, "streams": streams}
                 for key in ("requests_per_s", "requests_per_core_s", "chunks_per_core_s", "request_ms", "proxy_ms"):
                     row[key] = round(statistics.median(r[key] for r in at), 3)
-                row["of_one"] = round(statistics.median(r["request_ms"] / ones[r["round"]] for r in at), 3)
+                row["of_one"] = round(statistics.median(r["request_ms"] / single_stream_ms[r["round"]] for r in at), 3)
                 rows.append(row)
     return rows
 
@@ -124,15 +124,15 @@ def growth(summary: list[dict[str, Any]], name: str, mode: str) -> Verdict:
     """The most that a request costs, as a share of what it costs alone."""
     worst = max((r for r in summary if (r["stack"], r["mode"]) == (name, mode)), key=lambda r: r["of_one"])
     cost = f"a request costs {worst['of_one']:.2f} at {worst['streams']} streams of what it costs at 1"
-    said = f"{ECHOES[name]}, {mode}: {cost} (bar {GROWTH})"
-    return Verdict(worst["of_one"] <= GROWTH, GROWTH / worst["of_one"], said)
+    message = f"{ECHOES[name]}, {mode}: {cost} (bar {GROWTH})"
+    return Verdict(worst["of_one"] <= GROWTH, GROWTH / worst["of_one"], message)
 
 
 def per_core(summary: list[dict[str, Any]], mode: str) -> Verdict:
     """Requests that one gateway answers with a core to itself."""
-    found = next(r for r in summary if (r["stack"], r["mode"], r["streams"]) == ("echo-1", mode, BEST_STREAMS))
-    said = f"{mode}: {found['requests_per_core_s']:,.0f} requests/s a core at {BEST_STREAMS} streams (bar {PER_CORE[mode]:,})"
-    return Verdict(found["requests_per_core_s"] >= PER_CORE[mode], found["requests_per_core_s"] / PER_CORE[mode], said)
+    row = next(r for r in summary if (r["stack"], r["mode"], r["streams"]) == ("echo-1", mode, BEST_STREAMS))
+    message = f"{mode}: {row['requests_per_core_s']:,.0f} requests/s a core at {BEST_STREAMS} streams (bar {PER_CORE[mode]:,})"
+    return Verdict(row["requests_per_core_s"] >= PER_CORE[mode], row["requests_per_core_s"] / PER_CORE[mode], message)
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -169,10 +169,10 @@ class Client:
         """A route that there is not."""
         self._expect(await self._http.post("/v1/nothing", json=self._body()), 404)
 
-    def _count(self, tokens: int, wanted: int) -> None:
+    def _count(self, tokens: int, expected: int) -> None:
         self._tally.tokens += tokens
-        if tokens != wanted:
-            raise RuntimeError(f"{tokens} tokens instead of {wanted}")
+        if tokens != expected:
+            raise RuntimeError(f"{tokens} tokens instead of {expected}")
 
     def _expect(self, answer: httpx.Response, status: int) -> None:
         if answer.status_code != status:
@@ -183,45 +183,46 @@ def main() -> int:
     """Run it; 1 if a bar is missed and --check is given."""
     parser = options_parser(__doc__, smoke="one minute: too short for the bar of memory")
     parser.add_argument("--minutes", type=float, default=10.0)
-    given = parser.parse_args()
-    minutes = 1.0 if given.smoke else given.minutes
+    options = parser.parse_args()
+    minutes = 1.0 if options.smoke else options.minutes
     # What is not in the environment by now, no process of the cluster has.
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as name:
         os.environ["TANDEM_HOME"] = f"{name}/home"
         with app(Path(name)) as (port, mark):
-            tally, series, seconds = asyncio.run(soak(port, mark, 60 * minutes, given.json))
-    rows, verdicts = judged(tally, series, seconds, check_growth=not given.smoke)
+            tally, series, seconds = asyncio.run(soak(port, mark, 60 * minutes, options.json))
+    rows, verdicts = judged(tally, series, seconds, check_growth=not options.smoke)
     columns = ("process", f"after {WARM_SHARE * minutes:g} min, MiB", f"after {minutes:g} min, MiB", "growth")
     report.show(f"{minutes:g} minutes of mixed traffic", columns, rows)
-    said = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in tally.counts.most_common())
+    counts_text = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in tally.counts.most_common())
     print(
-        f"{sum(tally.counts.values()):,} requests ({said}), {tally.tokens:,} tokens; {len(tally.errors)} errors unprovoked"
+        f"{sum(tally.counts.values()):,} requests ({counts_text}), {tally.tokens:,} tokens; {len(tally.errors)} errors unprovoked"
     )
     for error in tally.errors[:10]:
         print(f"  {error}")
-    page = f"# Soak\n\nMade by `python -m bench.serving.soak --json ...`.\n\n{report.lines(columns, rows)}\n\n"
-    page += f"{sum(tally.counts.values()):,} requests ({said}); {tally.tokens:,} tokens.\n\n{report.ends(verdicts)}\n"
-    found = {"counts": tally.counts, "tokens": tally.tokens, "errors": tally.errors, "mib": series}
-    report.write(given.json, {"machine": machine(), "seconds": seconds, **found}, page)
-    return report.judge(verdicts, check=given.check)
+    page = f"# Soak\n\nMade by `python -m bench.serving.soak --json ...`.\n\n{report.markdown_table(columns, rows)}\n\n"
+    page += f"{sum(tally.counts.values()):,} requests ({counts_text}); {tally.tokens:,} tokens.\n\n"
+    page += f"{report.verdict_lines(verdicts)}\n"
+    figures = {"counts": tally.counts, "tokens": tally.tokens, "errors": tally.errors, "mib": series}
+    report.write(options.json, {"machine": machine(), "seconds": seconds, **figures}, page)
+    return report.judge(verdicts, check=options.check)
 
 
 async def soak(port: int, mark: str, seconds: float, path: Path | None) -> tuple[Tally, list[dict[str, float]], float]:
     """Traffic for so long, and memory meanwhile."""
-    tally, series, began = Tally(), report.Rounds(path), time.monotonic()
-    end = began + seconds
+    tally, series, start_time = Tally(), report.Rounds(path), time.monotonic()
+    end = start_time + seconds
     limits = httpx.Limits(max_connections=CLIENTS + 4)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http:
-        peak = began + min(PEAK_S, 0.1 * seconds)
+        peak = start_time + min(PEAK_S, 0.1 * seconds)
         clients = [Client(http, random.Random(i), tally) for i in range(CLIENTS)]
         asking = [asyncio.create_task(client.ask_until(peak, end)) for client in clients]
         while time.monotonic() < end:
             sizes = await asyncio.to_thread(memory, mark)
-            series.append({"at_s": round(time.monotonic() - began, 1), "requests": tally.counts.total(), **sizes})
+            series.append({"at_s": round(time.monotonic() - start_time, 1), "requests": tally.counts.total(), **sizes})
             await asyncio.sleep(SAMPLE_S)
         await asyncio.gather(*asking)
-    return tally, series, time.monotonic() - began
+    return tally, series, time.monotonic() - start_time
 
 
 def judged(
@@ -236,8 +237,8 @@ def judged(
         growth = last / first - 1
         rows.append((part, f"{first:,.1f}", f"{last:,.1f}", f"{growth:+.1%}"))
         if check_growth:
-            said = f"the {part}'s memory grew by {growth:.1%} (bar below {GROWTH_BAR:.0%})"
-            verdicts.append(Verdict(growth < GROWTH_BAR, GROWTH_BAR / max(growth, 1e-6), said))
+            message = f"the {part}'s memory grew by {growth:.1%} (bar below {GROWTH_BAR:.0%})"
+            verdicts.append(Verdict(growth < GROWTH_BAR, GROWTH_BAR / max(growth, 1e-6), message))
     failed = len(tally.errors)
     verdicts.append(Verdict(not failed, 1 / (1 + failed), f"{failed} errors that were not provoked (bar 0)"))
     return rows, verdicts
@@ -274,7 +275,7 @@ def app(folder: Path) -> Iterator[tuple[int, str]]:
     for number in range(ADAPTERS):
         write_adapter(folder / f"a{number}", number)
         registry.register_adapter(f"a{number}", folder / f"a{number}", base="bench")
-    served = ServedModelConfig(
+    model = ServedModelConfig(
         model="bench",
         max_adapters=4,
         max_cached_adapters=8,
@@ -286,7 +287,7 @@ def app(folder: Path) -> Iterator[tuple[int, str]]:
     with local_cluster(num_cpus=8) as cluster:
         port = free_port()
         router = RouterConfig(remembered_blocks=2000, remembered_sessions=1000)
-        with serving(cluster, ServeConfig(models=(served,), router=router), ListenConfig(port=port)):
+        with serving(cluster, ServeConfig(models=(model,), router=router), ListenConfig(port=port)):
             yield port, cluster.mark
 
 

@@ -28,12 +28,12 @@ HEADERS: dict[str, str] = {}
 
 
 @contextlib.contextmanager
-def bare(folder: Path, port: int, *more: str) -> Iterator[None]:
+def bare(folder: Path, port: int, *arguments: str) -> Iterator[None]:
     """vLLM's own server, as it comes."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", MODEL,
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
-        "--disable-uvicorn-access-log", *more,
+        "--disable-uvicorn-access-log", *arguments,
     ]  # fmt: skip
     process = subprocess.Popen(command)
     try:
@@ -126,8 +126,8 @@ def _app(config: Any, port: int) -> Iterator[None]:
 
         ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
         # Still connected when its cluster ends, a process dies before it can say what went wrong.
-        with contextlib.ExitStack() as held:
-            held.callback(ray.shutdown)
+        with contextlib.ExitStack() as exit_stack:
+            exit_stack.callback(ray.shutdown)
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             print(f"KEY {(key := make_key())}", flush=True)
             HEADERS["authorization"] = f"Bearer {key}"

@@ -49,10 +49,10 @@ def main() -> int:
     """Measure; 1 if a bar is missed and --check is given."""
     parser = options_parser(__doc__, smoke="one round")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds = 1
-    results = report.Rounds(given.json)
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds = 1
+    results = report.Rounds(options.json)
     with tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp") as name:
         folder = Path(name)
         write_model(folder / "model")
@@ -62,23 +62,23 @@ def main() -> int:
             os.environ[variable] = str(folder / "compiled" / variable.lower())
         cold = app(folder)
         starts: list[Callable[[Path], dict[str, Any]]] = [bare, app, from_nothing]
-        for number in range(given.rounds):
+        for number in range(options.rounds):
             for start in starts[number % 3 :] + starts[: number % 3]:
                 results.append({"round": number, "start": start.__name__, **start(folder)})
                 print(json.dumps(results[-1]), file=sys.stderr)
     summary = summarise(results)
     rows = [cells(row) for row in summary]
     verdicts = [
-        held("a replica is ready", summary[1]["replica_of_bare"], REPLICA_BAR),
-        held("`serve run` answers", summary[1]["of_bare"], APP_BAR),
+        share_verdict("a replica is ready", summary[1]["replica_of_bare"], REPLICA_BAR),
+        share_verdict("`serve run` answers", summary[1]["of_bare"], APP_BAR),
     ]
     report.show("From the start to an answer, medians", COLUMNS, rows)
-    made = "# Start-up\n\nMade by `python -m bench.serving.startup --json ...`."
-    said = f"A replica that finds nothing compiled is ready after {cold['replica']:.1f} s."
-    print(said)
-    page = f"{made}\n\n{report.lines(COLUMNS, rows)}\n\n{said}\n\n{report.ends(verdicts)}\n"
-    report.write(given.json, {"machine": machine(), "cold": cold, "summary": summary, "rounds": results}, page)
-    return report.judge(verdicts, check=given.check)
+    page_header = "# Start-up\n\nMade by `python -m bench.serving.startup --json ...`."
+    message = f"A replica that finds nothing compiled is ready after {cold['replica']:.1f} s."
+    print(message)
+    page = f"{page_header}\n\n{report.markdown_table(COLUMNS, rows)}\n\n{message}\n\n{report.verdict_lines(verdicts)}\n"
+    report.write(options.json, {"machine": machine(), "cold": cold, "summary": summary, "rounds": results}, page)
+    return report.judge(verdicts, check=options.check)
 
 
 def bare(folder: Path) -> dict[str, Any]:
@@ -91,9 +91,11 @@ def bare(folder: Path) -> dict[str, Any]:
     log = folder / "bare.log"
     with started("bare", command, env, log) as since:
         ready = answers(port, since)
-    text = log.read_text()
-    told = {key: float(m.group(1)) for key, rule in (("load", LOADED), ("warm_up", WARMED)) if (m := rule.search(text))}
-    return {"seconds": ready, **told}
+    log_text = log.read_text()
+    seconds = {
+        key: float(m.group(1)) for key, rule in (("load", LOADED), ("warm_up", WARMED)) if (m := rule.search(log_text))
+    }
+    return {"seconds": ready, **seconds}
 
 
 def app(folder: Path) -> dict[str, Any]:
@@ -105,12 +107,12 @@ def app(folder: Path) -> dict[str, Any]:
     with local_cluster(num_cpus=8) as cluster:
         env = {"RAY_ADDRESS": str(cluster.address), "TANDEM_HOME": str(folder / "home"), **ENVIRONMENT}
         command = [sys.executable, "-c", SERVE_RUN, str(folder / "app.yaml"), str(port)]
-        began = time.time()
+        start_time = time.time()
         with started("app", command, env, folder / "app.log") as since:
             ready = answers(port, since)
             at, phases = replica_phases(str(cluster.address), env)
             # Ray may have started the process before anybody asked for a replica.
-            phases["process"] = min(phases["process"], at - began)
+            phases["process"] = min(phases["process"], at - start_time)
     return {"seconds": ready, "phases": phases, "replica": sum(phases.values())}
 
 
@@ -166,8 +168,8 @@ def started(mark: str, command: list[str], env: dict[str, str], log: Path) -> It
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        for other in members(mark):
-            other.kill()
+        for member in members(mark):
+            member.kill()
 
 
 def answers(port: int, since: float) -> float:
@@ -186,22 +188,24 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     bare_s = {r["round"]: r["seconds"] for r in results if r["start"] == "bare"}
     for start in ("bare", "app", "from_nothing"):
-        mine = [r for r in results if r["start"] == start]
-        row: dict[str, Any] = {"start": start, "seconds": statistics.median(r["seconds"] for r in mine)}
-        row["of_bare"] = statistics.median(r["seconds"] / bare_s[r["round"]] for r in mine)
+        matching = [r for r in results if r["start"] == start]
+        row: dict[str, Any] = {"start": start, "seconds": statistics.median(r["seconds"] for r in matching)}
+        row["of_bare"] = statistics.median(r["seconds"] / bare_s[r["round"]] for r in matching)
         if start == "app":
-            row["replica_of_bare"] = statistics.median(r["replica"] / bare_s[r["round"]] for r in mine)
-            row["phases"] = {k: statistics.median(r["phases"][k] for r in mine) for k in mine[0]["phases"]}
-            row["replica"] = statistics.median(r["replica"] for r in mine)
+            row["replica_of_bare"] = statistics.median(r["replica"] / bare_s[r["round"]] for r in matching)
+            row["phases"] = {k: statistics.median(r["phases"][k] for r in matching) for k in matching[0]["phases"]}
+            row["replica"] = statistics.median(r["replica"] for r in matching)
         if start == "bare":
-            row["told"] = {k: statistics.median(r[k] for r in mine) for k in ("load", "warm_up") if k in mine[0]}
+            row["told"] = {
+                k: statistics.median(r[k] for r in matching) for k in ("load", "warm_up") if k in matching[0]
+            }
         rows.append(row)
     return rows
 
 
-def held(what: str, share: float, bar: float) -> Verdict:
+def share_verdict(label: str, share: float, bar: float) -> Verdict:
     """A time against its bar."""
-    return Verdict(share <= bar, bar / share, f"{what} after {share:.2f} of bare vLLM's time (bar {bar})")
+    return Verdict(share <= bar, bar / share, f"{label} after {share:.2f} of bare vLLM's time (bar {bar})")
 
 
 NAMES = {"bare": "vLLM server, bare", "app": "serve run, Ray is up", "from_nothing": "tandem serve up, from nothing"}

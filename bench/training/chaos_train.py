@@ -101,22 +101,24 @@ def prepare(folder: Path) -> None:
     """The dataset."""
     from tandem.data.build import build_dataset
 
-    text = folder / "text.txt"
-    text.write_text("".join(f"Line {n}: {n * n} is {n} times {n}, and {n * 7 % 13} is left.\n\n" for n in range(4000)))
-    build_dataset(str(text), folder / "data" / "text", vocab_size=512)
+    text_file = folder / "text.txt"
+    text_file.write_text(
+        "".join(f"Line {n}: {n * n} is {n} times {n}, and {n * 7 % 13} is left.\n\n" for n in range(4000))
+    )
+    build_dataset(str(text_file), folder / "data" / "text", vocab_size=512)
 
 
-def run(home: Path, name: str, steps: int, cluster: Any, chaos: Chaos | None) -> dict[str, Any]:
+def run(home_folder: Path, name: str, steps: int, cluster: Any, chaos: Chaos | None) -> dict[str, Any]:
     """Submit the job and follow it; returns what its journal tells."""
     import yaml
 
     from tandem.jobs.client import JobClient
     from tandem.jobs.folder import JobFolder
 
-    job = JobFolder(home / "jobs" / name)
+    job = JobFolder(home_folder / "jobs" / name)
     job.path.mkdir(parents=True)
     config = {
-        "name": name, "data": {"path": str(home / "data" / "text"), "sequence_length": 128}, "model": SHAPE,
+        "name": name, "data": {"path": str(home_folder / "data" / "text"), "sequence_length": 128}, "model": SHAPE,
         "parallel": {"workers": 2, "resources_per_worker": {"training_slot": 1}},
         "steps": steps, "batch_size": 24, "register": False,
         "optimizer": {"learning_rate": 3e-3},
@@ -125,7 +127,7 @@ def run(home: Path, name: str, steps: int, cluster: Any, chaos: Chaos | None) ->
         "faults": {"heartbeat_s": 0.25, "hang_after_s": 10.0},
     }  # fmt: skip
     (job.path / "config.yaml").write_text(yaml.safe_dump(config))
-    began = time.monotonic()
+    start_time = time.monotonic()
     client = JobClient(cluster)
     submission = client.submit(job)
     if chaos is not None:
@@ -133,49 +135,50 @@ def run(home: Path, name: str, steps: int, cluster: Any, chaos: Chaos | None) ->
     lines = list(client.follow_resubmitted(job, submission))
     if chaos is not None:
         chaos.end()
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_time
     events = job.events()
     if not events or events[-1]["event"] != "finished":
         print("\n".join(lines[-60:]), file=sys.stderr)
         raise SystemExit(f"The job {name} did not finish: {events[-1] if events else 'no events'}")
-    told = [e for e in events if e["event"] == "step"]
-    losses = {e["step"]: e["loss"] for e in told}
+    step_events = [e for e in events if e["event"] == "step"]
+    losses = {e["step"]: e["loss"] for e in step_events}
     return {
-        "seconds": seconds, "reported": len(losses), "twice": len(told) - len(losses),
+        "seconds": seconds, "reported": len(losses), "twice": len(step_events) - len(losses),
         "last_loss": losses[max(losses)], "losses": [losses[step] for step in sorted(losses)],
-        "step_s": statistics.median(b["time"] - a["time"] for a, b in itertools.pairwise(told)),
-        "write_s": write_s(events), "faults": accounts(events, chaos.done if chaos else []),
+        "step_s": statistics.median(b["time"] - a["time"] for a, b in itertools.pairwise(step_events)),
+        "write_s": write_s(events), "faults": repeated_work(events, chaos.done if chaos else []),
         "events": [e["event"] for e in events if e["event"] != "step"],
     }  # fmt: skip
 
 
 def write_s(events: list[dict[str, Any]]) -> float:
     """The longest time from a step to the commit of its checkpoint."""
-    ended = {e["step"]: e["time"] for e in events if e["event"] == "step"}
+    step_times = {e["step"]: e["time"] for e in events if e["event"] == "step"}
     return max(
-        (e["time"] - ended[e["step"]] for e in events if e["event"] == "checkpoint" and e["step"] in ended), default=0.0
+        (e["time"] - step_times[e["step"]] for e in events if e["event"] == "checkpoint" and e["step"] in step_times),
+        default=0.0,
     )
 
 
-def accounts(events: list[dict[str, Any]], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def repeated_work(events: list[dict[str, Any]], faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each fault, the steps that were computed twice, and the seconds until the first new one."""
-    found = []
-    for number, fault in enumerate(done):
-        until = done[number + 1]["time"] if number + 1 < len(done) else float("inf")
-        before = [e for e in events if e["event"] == "step" and e["time"] <= fault["time"]]
-        reached = max(e["step"] for e in before)
+    results = []
+    for number, fault in enumerate(faults):
+        until = faults[number + 1]["time"] if number + 1 < len(faults) else float("inf")
+        earlier_steps = [e for e in events if e["event"] == "step" and e["time"] <= fault["time"]]
+        reached = max(e["step"] for e in earlier_steps)
         steps = [e for e in events if e["event"] == "step" and fault["time"] < e["time"] <= until]
         # What went on before the fault told is no repetition.
-        seen, twice = {e["step"] for e in before}, 0
-        highest, last_new, lost = reached, before[-1]["time"], 0.0
+        computed_steps, repeated_steps = {e["step"] for e in earlier_steps}, 0
+        highest, last_new, longest_gap_s = reached, earlier_steps[-1]["time"], 0.0
         for step in steps:
-            twice += step["step"] in seen
-            seen.add(step["step"])
+            repeated_steps += step["step"] in computed_steps
+            computed_steps.add(step["step"])
             if step["step"] > highest:
-                lost = max(lost, step["time"] - last_new)
+                longest_gap_s = max(longest_gap_s, step["time"] - last_new)
                 highest, last_new = step["step"], step["time"]
-        found.append({"fault": fault["fault"], "step": reached, "twice": twice, "lost_s": lost})
-    return found
+        results.append({"fault": fault["fault"], "step": reached, "twice": repeated_steps, "lost_s": longest_gap_s})
+    return results
 
 
 class Chaos:
@@ -188,7 +191,7 @@ class Chaos:
         self._plan = [(step, kind, draw.random()) for step, kind in zip(steps, kinds, strict=False)]
         self._cluster, self._nodes = cluster, nodes
         self.done = report.Rounds(options.json)
-        self._over = threading.Event()
+        self._stopped = threading.Event()
 
     def begin(self, job: Any) -> None:
         """Start with a job that was submitted."""
@@ -197,7 +200,7 @@ class Chaos:
 
     def end(self) -> None:
         """The job is over."""
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     def _run(self, job: Any) -> None:
@@ -205,7 +208,7 @@ class Chaos:
             # Somewhere between two checkpoints.
             at = step + int(share * CHECKPOINT_EVERY)
             while not reached(job.events(), at):
-                if self._over.wait(0.1):
+                if self._stopped.wait(0.1):
                     return
             self.done.append({"fault": fault, "time": time.time()})
             print(f"step {at}: {fault}", file=sys.stderr, flush=True)
@@ -213,18 +216,18 @@ class Chaos:
 
     def _do(self, fault: str, share: float, job: Any) -> None:
         if fault == "storage away":
-            kept, away = job.path / "checkpoints", job.path / "away"
-            kept.rename(away)
-            kept.symlink_to("/nowhere/that/is")
-            self._over.wait(AWAY_S)
-            kept.unlink()
-            away.rename(kept)
+            checkpoints, moved = job.path / "checkpoints", job.path / "away"
+            checkpoints.rename(moved)
+            checkpoints.symlink_to("/nowhere/that/is")
+            self._stopped.wait(AWAY_S)
+            checkpoints.unlink()
+            moved.rename(checkpoints)
             return
         if fault == "node killed":
             (worker, *_) = wait_for(lambda: self._actors("RayTrainWorker"))
-            lost = next(node for node in self._nodes if worker in {process.pid for process in node.processes()})
-            lost.kill()
-            lost.start()
+            node = next(node for node in self._nodes if worker in {process.pid for process in node.processes()})
+            node.kill()
+            node.start()
             return
         number, find = {
             "worker killed": (signal.SIGKILL, lambda: self._actors("RayTrainWorker")),
@@ -239,10 +242,10 @@ class Chaos:
     def _actors(self, name: str) -> list[int]:
         from ray.util.state import list_actors
 
-        found = list_actors(
+        actors = list_actors(
             address=self._cluster.dashboard_url, filters=[("class_name", "=", name), ("state", "=", "ALIVE")]
         )
-        return sorted(actor.pid for actor in found if actor.pid)
+        return sorted(actor.pid for actor in actors if actor.pid)
 
 
 def reached(events: list[dict[str, Any]], at: int) -> bool:
@@ -250,10 +253,10 @@ def reached(events: list[dict[str, Any]], at: int) -> bool:
     return max((e["step"] for e in events if e["event"] == "step"), default=0) >= at
 
 
-def wait_for(find: Callable[[], list[int]]) -> list[int]:
-    while not (found := find()):
+def wait_for(find_pids: Callable[[], list[int]]) -> list[int]:
+    while not (pids := find_pids()):
         time.sleep(0.2)
-    return found
+    return pids
 
 
 def drivers(job: Path) -> list[int]:
@@ -273,27 +276,31 @@ def drivers(job: Path) -> list[int]:
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """What is held against a bar."""
     calm, chaos = results["calm"], results["chaos"]
-    off = abs(calm["last_loss"] - chaos["last_loss"])
-    most = max((f["twice"] for f in chaos["faults"]), default=0)
-    planned = len(range(results["every"], results["steps"], results["every"]))
-    done, reported = len(chaos["faults"]), chaos["reported"]
-    allowed = results["checkpoint_every"] + math.ceil(calm["write_s"] / calm["step_s"]) + 1
+    loss_difference = abs(calm["last_loss"] - chaos["last_loss"])
+    max_repeated = max((f["twice"] for f in chaos["faults"]), default=0)
+    faults_planned = len(range(results["every"], results["steps"], results["every"]))
+    faults_done, reported = len(chaos["faults"]), chaos["reported"]
+    max_allowed = results["checkpoint_every"] + math.ceil(calm["write_s"] / calm["step_s"]) + 1
     return [
         Verdict(
-            off <= LOSS_BAR,
-            LOSS_BAR / max(off, 1e-12),
-            f"the last losses are {off:.1e} apart; the bar is {LOSS_BAR:.0e}",
+            loss_difference <= LOSS_BAR,
+            LOSS_BAR / max(loss_difference, 1e-12),
+            f"the last losses are {loss_difference:.1e} apart; the bar is {LOSS_BAR:.0e}",
         ),
         Verdict(
             reported == results["steps"],
             reported / results["steps"],
             f"{reported} of {results['steps']} steps were reported",
         ),
-        Verdict(done == planned, done / planned, f"{done} of {planned} faults were done"),
         Verdict(
-            most <= allowed,
-            allowed / max(most, 1),
-            f"at most {most} steps were computed again after a fault; the bar is {allowed}: an interval of "
+            faults_done == faults_planned,
+            faults_done / faults_planned,
+            f"{faults_done} of {faults_planned} faults were done",
+        ),
+        Verdict(
+            max_repeated <= max_allowed,
+            max_allowed / max(max_repeated, 1),
+            f"at most {max_repeated} steps were computed again after a fault; the bar is {max_allowed}: an interval of "
             f"{results['checkpoint_every']}, {calm['write_s']:.2f} s for a write at {calm['step_s']:.2f} s a step, and 1",
         ),
     ]
@@ -302,17 +309,23 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
 def page(results: dict[str, Any]) -> str:
     """The result for a page."""
     calm, chaos = results["calm"], results["chaos"]
-    about = (
+    setup = (
         f"{results['cores']} cores, 2 workers, {results['steps']} steps, a checkpoint every {results['checkpoint_every']}, "
         f"a fault every {results['every']}, seed {results['seed']}."
     )
-    both = (
+    comparison = (
         f"Left alone: {calm['seconds']:.0f} s, last loss {calm['last_loss']:.6f}. With faults: {chaos['seconds']:.0f} s, last "
         f"loss {chaos['last_loss']:.6f}; {chaos['twice']} steps computed twice, {chaos['seconds'] - calm['seconds']:.0f} s lost."
     )
     columns = ("fault", "at step", "computed twice", "seconds without a new step")
     rows = [(f["fault"], str(f["step"]), str(f["twice"]), f"{f['lost_s']:.1f}") for f in chaos["faults"]]
-    parts = ("# Faults during training", about, report.lines(columns, rows), both, report.ends(verdicts(results)))
+    parts = (
+        "# Faults during training",
+        setup,
+        report.markdown_table(columns, rows),
+        comparison,
+        report.verdict_lines(verdicts(results)),
+    )
     return "\n\n".join(parts) + "\n"
 
 

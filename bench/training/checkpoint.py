@@ -104,8 +104,8 @@ def world(folder: Path, workers: int, rounds: int, smoke: bool, path: Path | Non
     finally:
         for process in running:
             process.kill()
-    found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
-    return found
+    figures: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    return figures
 
 
 def measure(options: argparse.Namespace, shape: dict[str, Any]) -> None:
@@ -126,46 +126,57 @@ def measure(options: argparse.Namespace, shape: dict[str, Any]) -> None:
         kind: Checkpoints(folder / kind, keep=1, asynchronous=kind == "asynchronous")
         for kind in ("synchronous", "asynchronous")
     }
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    saves: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     plain: list[float] = []
     step()
     for number in range(rounds + 1):  # the first round only warms up
         dist.barrier()
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(STEPS):
             step()
-        alone = (time.perf_counter() - began) / STEPS
+        plain_step_s = (time.perf_counter() - start_time) / STEPS
         for kind, checkpoints in kinds.items():
-            whole: list[float] = []
+            commit_times: list[float] = []
             os.sync()
             dist.barrier()
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             state = SavedState(step=number, tokens=0, loss=None, world=workers)
-            checkpoints.save(model, optimizer, state, on_commit=functools.partial(note, whole))
-            stopped = time.perf_counter() - began
-            taken = 0
-            busy = time.perf_counter()
+            checkpoints.save(model, optimizer, state, on_commit=functools.partial(record_time, commit_times))
+            stopped_s = time.perf_counter() - start_time
+            steps_taken = 0
+            steps_start = time.perf_counter()
             # As long as it is being written, and all ranks as often.
-            while taken < STEPS or not agreed(bool(whole)):
+            while steps_taken < STEPS or not broadcast_flag(bool(commit_times)):
                 step()
-                taken += 1
-            slowed = time.perf_counter() - busy - taken * alone
+                steps_taken += 1
+            slowed_s = time.perf_counter() - steps_start - steps_taken * plain_step_s
             checkpoints.wait()
             size = sum(f.stat().st_size for f in folders.latest(folder / kind).iterdir())
             # Rank 0 writes the figures, and is the one that is told of a commit.
             if number and rank == 0:
-                found[kind].append(
-                    {"stopped": stopped, "slowed": slowed, "to whole": whole[0] - began, "bytes": float(size)}
+                saves[kind].append(
+                    {
+                        "stopped": stopped_s,
+                        "slowed": slowed_s,
+                        "to whole": commit_times[0] - start_time,
+                        "bytes": float(size),
+                    }
                 )
         if number:
-            plain.append(alone)
-            log.append({"step": alone, **{kind: each[-1] for kind, each in found.items() if each}})
-    disk = [raw(folder, rank, size // workers) for _ in range(rounds)]
+            plain.append(plain_step_s)
+            log.append(
+                {
+                    "step": plain_step_s,
+                    **{kind: figures_of_kind[-1] for kind, figures_of_kind in saves.items() if figures_of_kind},
+                }
+            )
+    disk = [disk_bytes_per_s(folder, rank, size // workers) for _ in range(rounds)]
     if rank == 0:
         figures: dict[str, Any] = {
-            kind: {key: statistics.median(one[key] for one in each) for key in each[0]} for kind, each in found.items()
+            kind: {key: statistics.median(save[key] for save in figures_of_kind) for key in figures_of_kind[0]}
+            for kind, figures_of_kind in saves.items()
         }
-        shares = [b["stopped"] / a["stopped"] for a, b in zip(found["synchronous"], found["asynchronous"], strict=True)]
+        shares = [b["stopped"] / a["stopped"] for a, b in zip(saves["synchronous"], saves["asynchronous"], strict=True)]
         figures |= {
             "share": figures["asynchronous"]["stopped"] / figures["synchronous"]["stopped"],
             "least": min(shares),
@@ -215,37 +226,37 @@ def build(workers: int, shape: dict[str, Any]) -> tuple[Any, Any, Any]:
     return model, optimizer, step
 
 
-def note(times: list[float], checkpoint: Any) -> None:
+def record_time(times: list[float], checkpoint: Any) -> None:
     """Write down when a checkpoint was whole."""
     times.append(time.perf_counter())
 
 
-def agreed(mine: bool) -> bool:
+def broadcast_flag(value: bool) -> bool:
     """Whether it is so on rank 0, the only one that is told of a commit."""
     import torch.distributed as dist
 
-    told = [mine]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
-def raw(folder: Path, rank: int, size: int) -> float:
+def disk_bytes_per_s(folder: Path, rank: int, size: int) -> float:
     """Bytes a second of all ranks together, of a plain file each that is written and synced."""
     import torch.distributed as dist
 
     block = os.urandom(min(size, 2**24))
     path = folder / f"raw-{rank}"
     dist.barrier()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     with path.open("wb") as file:
         for _ in range(size // len(block)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
     dist.barrier()
-    taken = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     path.unlink()
-    return dist.get_world_size() * (size // len(block)) * len(block) / taken
+    return dist.get_world_size() * (size // len(block)) * len(block) / seconds
 
 
 COLUMNS = ("save", "stopped s", "slowed s", "to whole s", "MB", "written MB/s", "of the disk")
@@ -255,10 +266,10 @@ def rows_of(figures: dict[str, Any]) -> list[list[str]]:
     """The cells of the table."""
     rows = []
     for kind in ("synchronous", "asynchronous"):
-        one = figures[kind]
-        rate = one["bytes"] / one["to whole"]
+        save = figures[kind]
+        rate = save["bytes"] / save["to whole"]
         rows.append(
-            [kind, *(f"{one[key]:.2f}" for key in ("stopped", "slowed", "to whole")), f"{one['bytes'] / 1e6:.0f}",
+            [kind, *(f"{save[key]:.2f}" for key in ("stopped", "slowed", "to whole")), f"{save['bytes'] / 1e6:.0f}",
              f"{rate / 1e6:.0f}", f"{rate / figures['disk']:.2f}"]
         )  # fmt: skip
     return rows
@@ -274,16 +285,16 @@ def title(figures: dict[str, Any]) -> str:
 
 def verdict(figures: dict[str, Any]) -> Verdict:
     """Whether the bar is met."""
-    said = (
+    message = (
         f"The asynchronous stop is {figures['share']:.1%} of the synchronous one "
         f"({figures['least']:.1%} to {figures['most']:.1%}); the bar is {BAR:.0%}"
     )
-    return Verdict(figures["share"] <= BAR, BAR / max(figures["share"], 1e-9), said)
+    return Verdict(figures["share"] <= BAR, BAR / max(figures["share"], 1e-9), message)
 
 
 def markdown(figures: dict[str, Any]) -> str:
     """The table as a page."""
-    table = report.lines(COLUMNS, rows_of(figures))
+    table = report.markdown_table(COLUMNS, rows_of(figures))
     return f"# What a checkpoint costs\n\n{title(figures)}.\n\n{table}\n\n{verdict(figures)}\n"
 
 

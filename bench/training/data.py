@@ -88,19 +88,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     try:
         index = build_dataset("stdlib", folder / "data", limit=120 if options.smoke else None)
         cluster = LocalCluster.start(num_cpus=8)
-        every = report.Rounds(options.json)
+        all_rounds = report.Rounds(options.json)
         rounds: dict[int, list[dict[str, dict[str, float]]]] = {readers: [] for readers in options.readers}
         for number, readers in itertools.product(range(options.rounds), options.readers):
-            found = {peer: run(peer, readers, folder, options, cluster.address) for peer in PEERS}
-            pace = PACE * found["webdataset"]["rows_per_s"]
+            figures = {peer: run(peer, readers, folder, options, cluster.address) for peer in PEERS}
+            pace = PACE * figures["webdataset"]["rows_per_s"]
             for peer in PEERS:
-                found[peer]["wait"] = run(peer, readers, folder, options, cluster.address, pace=pace)["wait"]
-            rounds[readers].append(found)
-            every.append({"readers": readers, **found})
-            said = "; ".join(
-                f"{peer} {f['rows_per_s']:,.0f} rows/s, waits {f['wait']:.1%}" for peer, f in found.items()
+                figures[peer]["wait"] = run(peer, readers, folder, options, cluster.address, pace=pace)["wait"]
+            rounds[readers].append(figures)
+            all_rounds.append({"readers": readers, **figures})
+            line = "; ".join(
+                f"{peer} {f['rows_per_s']:,.0f} rows/s, waits {f['wait']:.1%}" for peer, f in figures.items()
             )
-            print(f"round {number + 1}, {readers} readers: {said}", flush=True)
+            print(f"round {number + 1}, {readers} readers: {line}", flush=True)
     finally:
         if cluster:
             cluster.stop()
@@ -128,12 +128,12 @@ def run(
         "--rows", str(options.rows), "--first", str(options.first),
         "--batch", str(options.batch), "--length", str(options.length), *(["--pace", str(pace)] if pace else []),
     ]  # fmt: skip
-    done = subprocess.run(
+    process = subprocess.run(
         command, env=environment(folder, address), cwd=ROOT, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise SystemExit(f"{peer} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    if process.returncode:
+        raise SystemExit(f"{peer} ended with status {process.returncode}:\n{process.stderr[-3000:]}")
+    return dict(json.loads(process.stdout.splitlines()[-1]))
 
 
 # ---- the peers ------------------------------------------------------------------------------------------------------
@@ -143,21 +143,21 @@ def count(options: argparse.Namespace) -> dict[str, float]:
     """One run of one peer in this process: {rows_per_s, wait}; with --pace, a consumer that takes so many rows a second."""
     (readers,) = options.readers
     batches = {"webdataset": by_webdataset, "dataloader": by_dataloader, "tandem": by_tandem}[options.peer]
-    with contextlib.closing(batches(options, readers)) as found:
-        taken = 0
-        while taken < options.first:
-            taken += len(next(found))
-        began, taken, waited_s = time.perf_counter(), 0, 0.0
-        while taken < options.rows:
-            asked = time.perf_counter()
-            rows = next(found)
-            waited_s += time.perf_counter() - asked
+    with contextlib.closing(batches(options, readers)) as row_batches:
+        rows_taken = 0
+        while rows_taken < options.first:
+            rows_taken += len(next(row_batches))
+        start_time, rows_taken, waited_s = time.perf_counter(), 0, 0.0
+        while rows_taken < options.rows:
+            request_time = time.perf_counter()
+            rows = next(row_batches)
+            waited_s += time.perf_counter() - request_time
             assert rows.shape[1:] == (3, options.length), rows.shape
-            taken += len(rows)
+            rows_taken += len(rows)
             if options.pace:
                 time.sleep(len(rows) / options.pace)
-        took_s = time.perf_counter() - began
-        return {"rows_per_s": taken / took_s, "wait": waited_s / took_s}
+        seconds = time.perf_counter() - start_time
+        return {"rows_per_s": rows_taken / seconds, "wait": waited_s / seconds}
 
 
 def parts_of(options: argparse.Namespace) -> tuple[Any, list[str], Any]:
@@ -185,12 +185,12 @@ def by_webdataset(options: argparse.Namespace, readers: int) -> Generator[Any, N
 
     def packed(texts: Iterable[bytes]) -> Generator[Any, None, None]:
         # As many at a time as make it worth calling the tokenizer for a batch.
-        waiting: list[Text] = []
-        for text in texts:
-            waiting.append(Text(text.decode()))
-            if len(waiting) == 32:
-                yield from spec.rows(waiting)
-                waiting = []
+        batch: list[Text] = []
+        for data in texts:
+            batch.append(Text(data.decode()))
+            if len(batch) == 32:
+                yield from spec.rows(batch)
+                batch = []
 
     dataset = (
         webdataset.WebDataset(shards, shardshuffle=len(shards), workersplitter=webdataset.split_by_worker)
@@ -257,25 +257,25 @@ def by_tandem(options: argparse.Namespace, readers: int) -> Generator[Any, None,
 
 def shares(results: dict[str, Any], readers: int, peer: str) -> list[float]:
     """Of each round, Tandem's rows a second as a share of a peer's."""
-    return [found["tandem"]["rows_per_s"] / found[peer]["rows_per_s"] for found in results["rounds"][readers]]
+    return [figures["tandem"]["rows_per_s"] / figures[peer]["rows_per_s"] for figures in results["rounds"][readers]]
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """What is held against a bar."""
-    found = []
+    results = []
     for readers in results["rounds"]:
         share = statistics.median(shares(results, readers, "webdataset"))
-        said = f"{readers} readers: Tandem has {share:.2f} of webdataset's rows/s; the bar is {BAR}"
-        found.append(Verdict(share >= BAR, share / BAR, said))
+        message = f"{readers} readers: Tandem has {share:.2f} of webdataset's rows/s; the bar is {BAR}"
+        results.append(Verdict(share >= BAR, share / BAR, message))
         wait = waits(results, readers, "tandem")
-        said = f"{readers} readers: the consumer waits for data {wait:.2%} of its time; the bar is {WAIT_BAR:.0%}"
-        found.append(Verdict(wait < WAIT_BAR, WAIT_BAR / max(wait, 1e-9), said))
-    return found
+        message = f"{readers} readers: the consumer waits for data {wait:.2%} of its time; the bar is {WAIT_BAR:.0%}"
+        results.append(Verdict(wait < WAIT_BAR, WAIT_BAR / max(wait, 1e-9), message))
+    return results
 
 
 def waits(results: dict[str, Any], readers: int, peer: str) -> float:
     """The share of its time that a peer's consumer waited, the median of the rounds."""
-    return statistics.median(found[peer]["wait"] for found in results["rounds"][readers])
+    return statistics.median(figures[peer]["wait"] for figures in results["rounds"][readers])
 
 
 COLUMNS = ("readers", "peer", "rows/s", "tokens/s", "Tandem's share (least-most)", "consumer waits")
@@ -284,9 +284,9 @@ COLUMNS = ("readers", "peer", "rows/s", "tokens/s", "Tandem's share (least-most)
 def cells(results: dict[str, Any]) -> list[list[str]]:
     """The rows of the table."""
     rows = []
-    for readers, found in results["rounds"].items():
+    for readers, rounds in results["rounds"].items():
         for peer in PEERS:
-            rate = statistics.median(figures[peer]["rows_per_s"] for figures in found)
+            rate = statistics.median(figures[peer]["rows_per_s"] for figures in rounds)
             ratios = shares(results, readers, peer)
             share = (
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if peer != "tandem" else "-"
@@ -308,8 +308,8 @@ def title(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    table = report.lines(COLUMNS, cells(results))
-    return f"# Data\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
+    table = report.markdown_table(COLUMNS, cells(results))
+    return f"# Data\n\n{title(results)}.\n\n{table}\n\n{report.verdict_lines(verdicts(results))}\n"
 
 
 if __name__ == "__main__":

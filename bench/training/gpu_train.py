@@ -67,7 +67,7 @@ def main() -> int:
     if options.smoke:
         options.rounds, options.steps, options.rows, options.length = 1, DROPPED + 3, 4, 64
     if options.peer:
-        print(json.dumps(alone(options)))
+        print(json.dumps(run_peer(options)))
         return 0
     results = measure(options)
     report.show(title(results), COLUMNS, cells(results))
@@ -102,7 +102,7 @@ class Run:
         )
         ids = torch.randint(shape["vocab_size"], (4 * options.rows, options.length), dtype=torch.int32)
         self.rows = torch.stack([ids, ids, torch.arange(options.length, dtype=torch.int32).expand_as(ids)], 1)
-        self.ends: list[float] = []
+        self.step_times: list[float] = []
         self.losses: list[float] = []
 
     def take(self, count: int) -> Any:
@@ -115,16 +115,18 @@ class Run:
     def note(self, loss: float) -> None:
         """A step is over, on the device too: its loss is known."""
         self.losses.append(loss)
-        self.ends.append(time.perf_counter())
+        self.step_times.append(time.perf_counter())
 
     def figures(self) -> dict[str, Any]:
         """What is measured of this run."""
-        took = [after - before for before, after in zip(self.ends[DROPPED:], self.ends[DROPPED + 1 :], strict=False)]
-        speed = self.options.rows * self.options.length / statistics.median(took)
+        step_s = [
+            end - start for start, end in zip(self.step_times[DROPPED:], self.step_times[DROPPED + 1 :], strict=False)
+        ]
+        speed = self.options.rows * self.options.length / statistics.median(step_s)
         return {"tokens_per_s": speed, "losses": self.losses, **dataclasses.asdict(self.meter.read(speed))}
 
 
-def alone(options: argparse.Namespace) -> dict[str, Any]:
+def run_peer(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one peer; {"error"} if the device's memory is too small for it."""
     import torch
     import torch.distributed as dist
@@ -157,25 +159,25 @@ def plain(run: Run) -> None:
 
     options, model = run.options, run.model
     aten = torch.ops.aten
-    kept = [
+    saved_operations = [
         aten.mm.default, aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_efficient_attention.default,
     ]  # fmt: skip
-    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
+    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, saved_operations)}
     mesh = init_device_mesh(run.device.type, (1,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for number, layer in enumerate(model.model.layers):
-        wrapped: Any = layer
+        module: Any = layer
         if options.recompute != "none":
-            wrapped = checkpoint_wrapper(layer, **(selective if options.recompute == "selective" else {}))
+            module = checkpoint_wrapper(layer, **(selective if options.recompute == "selective" else {}))
         if options.compile:
-            wrapped = torch.compile(wrapped)
-        model.model.layers[number] = fully_shard(wrapped, mesh=mesh, mp_policy=policy)
+            module = torch.compile(module)
+        model.model.layers[number] = fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    held = list(model.parameters())
+    parameters = list(model.parameters())
     groups = [
-        {"params": [p for p in held if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for p in held if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
     model.train()
@@ -249,9 +251,9 @@ def tandem(run: Run) -> None:
         attention=options.attention or ("flex" if on_gpu and options.compile else "sdpa"),
     )
     mesh = Degrees.of(config.parallel).mesh(run.device.type, 1)
-    placed = parallelize(recompute_activations(run.model, config.recompute), mesh, config, run.device)
+    parallel_model = parallelize(recompute_activations(run.model, config.recompute), mesh, config, run.device)
     train(
-        placed, build_optimizer(placed, config.optimizer, run.device), run, config, LoopState(),
+        parallel_model, build_optimizer(parallel_model, config.optimizer, run.device), run, config, LoopState(),
         report=lambda step: run.note(step.loss), save=lambda state: None, device=run.device,
     )  # fmt: skip
 
@@ -264,35 +266,35 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rounds = report.Rounds(options.json)
     for number in range(options.rounds):
         rounds.append({peer: spawn(peer) for peer in options.peers.split(",")})
-        said = (f"{p} {f.get('error') or format(f['tokens_per_s'], ',.0f') + ' tok/s'}" for p, f in rounds[-1].items())
-        print(f"round {number + 1}: {', '.join(said)}", flush=True)
+        texts = (f"{p} {f.get('error') or format(f['tokens_per_s'], ',.0f') + ' tok/s'}" for p, f in rounds[-1].items())
+        print(f"round {number + 1}: {', '.join(texts)}", flush=True)
     peers: dict[str, Any] = {}
     for peer in rounds[0]:
-        whole = [r[peer] for r in rounds if "error" not in r[peer]]
-        if len(whole) < len(rounds):
+        completed = [r[peer] for r in rounds if "error" not in r[peer]]
+        if len(completed) < len(rounds):
             peers[peer] = {"error": next(r[peer]["error"] for r in rounds if "error" in r[peer])}
             continue
-        figures = {k: statistics.median(f[k] for f in whole) for k in ("tokens_per_s", "mfu", "memory_bytes")}
-        peers[peer] = figures | {"losses": whole[-1]["losses"], "device": whole[-1]["device"]}
+        figures = {k: statistics.median(f[k] for f in completed) for k in ("tokens_per_s", "mfu", "memory_bytes")}
+        peers[peer] = figures | {"losses": completed[-1]["losses"], "device": completed[-1]["device"]}
         for other in ("plain", "trainer"):
-            both = [(r[peer], r[other]) for r in rounds if other in r and "error" not in r[other]]
-            if both:
-                peers[peer][f"of_{other}"] = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in both]
+            pairs = [(r[peer], r[other]) for r in rounds if other in r and "error" not in r[other]]
+            if pairs:
+                peers[peer][f"of_{other}"] = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
     device = next((f["device"] for f in peers.values() if "device" in f), "unknown")
-    asked = {k: getattr(options, k) for k in ("rounds", "steps", "rows", "length", "layers", "recompute", "compile")}
-    return {"device": device, "model": "tiny" if options.smoke else "Llama-3.2-1B", "peers": peers, **asked}
+    settings = {k: getattr(options, k) for k in ("rounds", "steps", "rows", "length", "layers", "recompute", "compile")}
+    return {"device": device, "model": "tiny" if options.smoke else "Llama-3.2-1B", "peers": peers, **settings}
 
 
 def spawn(peer: str) -> dict[str, Any]:
     """One run of one peer, with the same options."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *sys.argv, "--peer", peer], env=environment, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise SystemExit(f"{peer} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    if process.returncode:
+        raise SystemExit(f"{peer} ended with status {process.returncode}:\n{process.stderr[-3000:]}")
+    figures: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return figures
 
 
 # ---- what comes of it -----------------------------------------------------------------------------------------------
@@ -300,21 +302,21 @@ def spawn(peer: str) -> dict[str, Any]:
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """What is held against a bar."""
-    ours = results["peers"].get("tandem")
-    if ours is None:
+    tandem_figures = results["peers"].get("tandem")
+    if tandem_figures is None:
         return []
-    if "error" in ours:
-        return [Verdict(False, 0.0, f"Tandem: {ours['error']}")]
-    found = []
+    if "error" in tandem_figures:
+        return [Verdict(False, 0.0, f"Tandem: {tandem_figures['error']}")]
+    results = []
     if any(name in results["device"] for name in BARRED) and results["model"] != "tiny":
-        said = f"Tandem: {100 * ours['mfu']:.1f} % MFU; the bar is {100 * MFU_BAR:.0f} %"
-        found.append(Verdict(ours["mfu"] >= MFU_BAR, ours["mfu"] / MFU_BAR, said))
-    for other, bar in (("plain", BAR), ("trainer", 1.0)):
-        if f"of_{other}" in ours and other != "tandem":
-            share = statistics.median(ours[f"of_{other}"])
-            said = f"Tandem has {share:.3f} of the tokens/s of {other}; the bar is {bar}"
-            found.append(Verdict(share >= bar, share / bar, said))
-    return found
+        message = f"Tandem: {100 * tandem_figures['mfu']:.1f} % MFU; the bar is {100 * MFU_BAR:.0f} %"
+        results.append(Verdict(tandem_figures["mfu"] >= MFU_BAR, tandem_figures["mfu"] / MFU_BAR, message))
+    for peer, bar in (("plain", BAR), ("trainer", 1.0)):
+        if f"of_{peer}" in tandem_figures and peer != "tandem":
+            share = statistics.median(tandem_figures[f"of_{peer}"])
+            message = f"Tandem has {share:.3f} of the tokens/s of {peer}; the bar is {bar}"
+            results.append(Verdict(share >= bar, share / bar, message))
+    return results
 
 
 COLUMNS = ("peer", "tokens/s", "MFU", "peak memory", "of plain (least-most)", "loss: first, last")
@@ -350,8 +352,8 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    table = report.lines(COLUMNS, cells(results))
-    return f"# Training on one GPU\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
+    table = report.markdown_table(COLUMNS, cells(results))
+    return f"# Training on one GPU\n\n{title(results)}.\n\n{table}\n\n{report.verdict_lines(verdicts(results))}\n"
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ class Case:
     @property
     def name(self) -> str:
         """As the table shows it."""
-        asked = {**self.parallel, **self.zero, **self.changes, **({"dpo": ""} if self.objective == "dpo" else {})}
-        told = ", ".join(f"{key} {value}".strip().replace("_", " ") for key, value in asked.items())
+        settings = {**self.parallel, **self.zero, **self.changes, **({"dpo": ""} if self.objective == "dpo" else {})}
+        settings_text = ", ".join(f"{key} {value}".strip().replace("_", " ") for key, value in settings.items())
         model = self.model + ("" if self.tied else " untied")
-        return f"{model}: {told or f'{self.workers} process'}"
+        return f"{model}: {settings_text or f'{self.workers} process'}"
 
     @property
-    def alone(self) -> str:
+    def baseline_key(self) -> str:
         """Which hand-written run it is compared with."""
         return json.dumps([self.model, self.tied, self.objective])
 
@@ -148,8 +148,8 @@ def main() -> int:
     if options.world:
         run_world([CASES[number] for number in json.loads(options.world)])
         return 0
-    named = (case for case in CASES if not options.only or any(text in case.name for text in options.only))
-    results = measure((case for case in named if case.workers in options.workers), options.json)
+    selected = (case for case in CASES if not options.only or any(text in case.name for text in options.only))
+    results = measure((case for case in selected if case.workers in options.workers), options.json)
     show(results)
     report.write(options.json, {"bar": BAR, "results": results}, markdown(results))
     worst = max((r[column] for r in results for column in COLUMNS), default=0.0)
@@ -160,33 +160,33 @@ def main() -> int:
 def measure(cases: Iterable[Case], path: Path | None = None) -> list[dict[str, Any]]:
     """A row of differences for each case; those of one size in one world."""
     results = report.Rounds(path)
-    wanted = list(cases)
-    for size in sorted({case.workers for case in wanted}):
-        chosen = [CASES.index(case) for case in wanted if case.workers == size]
-        for number, told in zip(chosen, world(chosen, size), strict=True):
+    case_list = list(cases)
+    for size in sorted({case.workers for case in case_list}):
+        numbers = [CASES.index(case) for case in case_list if case.workers == size]
+        for number, figures in zip(numbers, world(numbers, size), strict=True):
             case = CASES[number]
-            results.append({"case": case.name, "workers": case.workers, **differences(told)})
+            results.append({"case": case.name, "workers": case.workers, **differences(figures)})
             print(f"{case.name} ({size}):", *(f"{results[-1][c]:.1e}" for c in COLUMNS), flush=True)
     return results
 
 
-def differences(told: dict[str, Any]) -> dict[str, float]:
+def differences(figures: dict[str, Any]) -> dict[str, float]:
     """The cells of a row."""
-    ours, theirs = told["ours"], told["theirs"]
+    tandem, baseline = figures["ours"], figures["theirs"]
     return {
-        "loss": difference(theirs["losses"], ours["losses"]),
-        "gradient norm": difference(theirs["norms"], ours["norms"]),
-        "evaluation": difference([theirs["evaluation"]], [ours["evaluation"]]),
-        "exported": difference([ours["evaluation"]], [ours["exported"]]),
-        "resumed": difference(ours["losses"], ours["resumed"]),
+        "loss": difference(baseline["losses"], tandem["losses"]),
+        "gradient norm": difference(baseline["norms"], tandem["norms"]),
+        "evaluation": difference([baseline["evaluation"]], [tandem["evaluation"]]),
+        "exported": difference([tandem["evaluation"]], [tandem["exported"]]),
+        "resumed": difference(tandem["losses"], tandem["resumed"]),
     }
 
 
-def difference(expected: list[float], found: list[float]) -> float:
+def difference(expected: list[float], measured: list[float]) -> float:
     """The largest relative difference; infinite where a run ended early."""
-    if len(expected) != len(found):
+    if len(expected) != len(measured):
         return float("inf")
-    return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, found, strict=True))
+    return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, measured, strict=True))
 
 
 def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
@@ -216,8 +216,8 @@ def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
         failed = {rank: (folder / f"log-{rank}").read_text() for rank, p in enumerate(processes) if failing(p)}
     # Ranks that only lost a peer say little.
-    for rank, said in sorted(failed.items(), key=lambda item: "closed by peer" in item[1]):
-        raise SystemExit(f"Rank {rank} ended:\n{said[-4000:]}")
+    for rank, log in sorted(failed.items(), key=lambda item: "closed by peer" in item[1]):
+        raise SystemExit(f"Rank {rank} ended:\n{log[-4000:]}")
 
 
 def failing(process: subprocess.Popen[str]) -> bool:
@@ -236,44 +236,47 @@ def run_world(cases: list[Case]) -> None:
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=size)
-    known: dict[str, Any] = {}
+    baselines: dict[str, Any] = {}
     for case in cases:
-        if dist.get_rank() == 0 and case.alone not in known:
-            known[case.alone] = by_hand(case)
-        ours = laid_out(case)
+        if dist.get_rank() == 0 and case.baseline_key not in baselines:
+            baselines[case.baseline_key] = run_baseline(case)
+        figures = run_tandem(case)
         if dist.get_rank() == 0:
-            print(json.dumps({"ours": ours, "theirs": known[case.alone]}), flush=True)
+            print(json.dumps({"ours": figures, "theirs": baselines[case.baseline_key]}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def by_hand(case: Case) -> dict[str, Any]:
+def run_baseline(case: Case) -> dict[str, Any]:
     """The same training as a short loop of torch and transformers."""
     import torch
 
     config = config_of(replace(case, parallel={}, zero={}, changes={}, workers=1, accumulate=1))
     model = new_model(case)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     embeddings = (model.get_input_embeddings().weight,)
     decayed: dict[bool, list[Any]] = {True: [], False: []}
-    for parameter in trained:
+    for parameter in trainable:
         decayed[parameter.ndim > 1 and not any(parameter is e for e in embeddings)].append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": found, "weight_decay": config.optimizer.weight_decay * decays} for decays, found in decayed.items()],
+        [
+            {"params": parameters, "weight_decay": config.optimizer.weight_decay * decays}
+            for decays, parameters in decayed.items()
+        ],
         lr=RATE, betas=config.optimizer.betas,
     )  # fmt: skip
-    lose = pair_loss(case) if case.objective == "dpo" else token_loss
+    loss_function = pair_loss(case) if case.objective == "dpo" else token_loss
     losses, norms = [], []
     rows = torch.from_numpy(all_rows(case)).long()
     for step in range(STEPS):
-        loss = lose(model, rows[step * ROWS : (step + 1) * ROWS])
+        loss = loss_function(model, rows[step * ROWS : (step + 1) * ROWS])
         loss.backward()
         losses.append(float(loss.detach()))
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, CLIP)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, CLIP)))
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        evaluation = float(lose(model.eval(), rows[STEPS * ROWS :]))
+        evaluation = float(loss_function(model.eval(), rows[STEPS * ROWS :]))
     return {"losses": losses, "norms": norms, "evaluation": evaluation}
 
 
@@ -292,22 +295,22 @@ def pair_loss(case: Case) -> Callable[[Any, Any], Any]:
 
     reference = new_model(case, seed=7).eval()
 
-    def answer(model: Any, side: Any) -> Any:
+    def answer_log_prob(model: Any, side: Any) -> Any:
         logits = model(input_ids=side[:, 0], position_ids=side[:, 2], use_cache=False).logits[:, :-1]
-        wanted = side[:, 1, 1:]
-        told = logits.log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
-        return (told * (wanted != -100)).double().sum(1)
+        targets = side[:, 1, 1:]
+        log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        return (log_probs * (targets != -100)).double().sum(1)
 
-    def lose(model: Any, rows: Any) -> Any:
+    def loss(model: Any, rows: Any) -> Any:
         with torch.no_grad():
-            before = answer(reference, rows[:, :3]) - answer(reference, rows[:, 3:])
-        gain = answer(model, rows[:, :3]) - answer(model, rows[:, 3:]) - before
+            reference_gain = answer_log_prob(reference, rows[:, :3]) - answer_log_prob(reference, rows[:, 3:])
+        gain = answer_log_prob(model, rows[:, :3]) - answer_log_prob(model, rows[:, 3:]) - reference_gain
         return -F.logsigmoid(0.1 * gain).mean().float()
 
-    return lose
+    return loss
 
 
-def laid_out(case: Case) -> dict[str, Any]:
+def run_tandem(case: Case) -> dict[str, Any]:
     """Tandem's training over this world; the same on every rank but for what rank 0 alone has."""
     import torch
     import torch.distributed as dist
@@ -318,48 +321,50 @@ def laid_out(case: Case) -> dict[str, Any]:
     from tandem.train.objectives.evaluate import evaluate
 
     config, cpu = config_of(case), torch.device("cpu")
-    told: dict[str, list[StepReport]] = {"whole": [], "resumed": []}
+    reports: dict[str, list[StepReport]] = {"whole": [], "resumed": []}
     rows = all_rows(case)
     root = shared_folder()
 
-    def go(run: str, run_config: Any, parts: Any, state: LoopState, *, save: bool = False) -> None:
+    def run_training(run: str, run_config: Any, parts: Any, state: LoopState, *, save: bool = False) -> None:
         model, optimizer, objective = parts
         degrees = model.mesh.degrees
-        dealt = Dealt(rows[: STEPS * ROWS], degrees.data_rank(dist.get_rank()), degrees.data_parallel, state.step)
+        rank_rows = RankRows(
+            rows[: STEPS * ROWS], degrees.data_rank(dist.get_rank()), degrees.data_parallel, state.step
+        )
 
-        def saved(now: LoopState) -> None:
+        def saved(loop_state: LoopState) -> None:
             if save:
-                kept = SavedState(step=now.step, tokens=now.tokens, loss=None, world=case.workers)
-                sharded.save(root, model, optimizer, kept, keep=1)
+                saved_state = SavedState(step=loop_state.step, tokens=loop_state.tokens, loss=None, world=case.workers)
+                sharded.save(root, model, optimizer, saved_state, keep=1)
 
         train(
             model,
             optimizer,
-            dealt,
+            rank_rows,
             run_config,
             state,
-            report=told[run].append,
+            report=reports[run].append,
             save=saved,
             device=cpu,
             objective=objective,
         )
 
     parts = build(case, config)
-    go("whole", config, parts, LoopState())
+    run_training("whole", config, parts, LoopState())
     evaluation = evaluate(parts[0], parts[2], rows[STEPS * ROWS :], batch_rows=ROWS // config.parallel.data, device=cpu)
     exported = export_loss(case, parts[0])
-    go("resumed", replace(config, steps=SAVED), build(case, config), LoopState(), save=True)
-    again = build(case, config, seed=1)
+    run_training("resumed", replace(config, steps=SAVED), build(case, config), LoopState(), save=True)
+    resumed_parts = build(case, config, seed=1)
     newest = folders.latest(root)
     assert newest is not None
-    found = sharded.load(newest, again[0], again[1])
-    go("resumed", config, again, LoopState(found.step, found.tokens))
+    restored = sharded.load(newest, resumed_parts[0], resumed_parts[1])
+    run_training("resumed", config, resumed_parts, LoopState(restored.step, restored.tokens))
     return {
-        "losses": [step.loss for step in told["whole"]],
-        "norms": [step.grad_norm for step in told["whole"]],
+        "losses": [step.loss for step in reports["whole"]],
+        "norms": [step.grad_norm for step in reports["whole"]],
         "evaluation": evaluation["loss"],
         "exported": exported,
-        "resumed": [step.loss for step in told["resumed"]],
+        "resumed": [step.loss for step in reports["resumed"]],
     }
 
 
@@ -410,18 +415,18 @@ def export_loss(case: Case, model: Any) -> float:
     # A tied embedding has one name.
     missing = {name for name, _ in plain.named_parameters() if name in left_out.missing_keys}
     assert not left_out.unexpected_keys and (not missing or "+" in case.model)
-    lose = pair_loss(case) if case.objective == "dpo" else token_loss
+    loss_function = pair_loss(case) if case.objective == "dpo" else token_loss
     with torch.no_grad():
-        return float(lose(plain.eval(), torch.from_numpy(all_rows(case)[STEPS * ROWS :]).long()))
+        return float(loss_function(plain.eval(), torch.from_numpy(all_rows(case)[STEPS * ROWS :]).long()))
 
 
 def shared_folder() -> Path:
     """A new folder that all ranks know."""
     import torch.distributed as dist
 
-    told = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(told, src=0)
-    return Path(str(told[0]))
+    holder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(holder, src=0)
+    return Path(str(holder[0]))
 
 
 def config_of(case: Case) -> Any:
@@ -514,30 +519,30 @@ def all_rows(case: Case) -> Any:
 
     random = np.random.default_rng(0)
     count = STEPS * ROWS + HELD
-    sides = 2 if case.objective == "dpo" else 1
-    rows = np.zeros((count, 3 * sides, LENGTH), np.int32)
-    for side in range(0, 3 * sides, 3):
+    num_sides = 2 if case.objective == "dpo" else 1
+    rows = np.zeros((count, 3 * num_sides, LENGTH), np.int32)
+    for side in range(0, 3 * num_sides, 3):
         rows[:, side] = rows[:, side + 1] = random.integers(0, 96, (count, LENGTH))
-        if sides == 2:
+        if num_sides == 2:
             rows[:, side + 1, : 6 + side] = -100
             rows[:, side + 2] = np.arange(LENGTH)
             continue
         rows[:, 1, :5] = -100
         rows[::3, 1, 20:] = -100
-        for row, cut in zip(rows, random.integers(4, LENGTH - 4, count), strict=True):
-            row[2] = np.concatenate([np.arange(cut), np.arange(LENGTH - cut)])
+        for row, boundary in zip(rows, random.integers(4, LENGTH - 4, count), strict=True):
+            row[2] = np.concatenate([np.arange(boundary), np.arange(LENGTH - boundary)])
     return rows
 
 
-class Dealt:
+class RankRows:
     """Rows of one data-parallel rank, from a step on."""
 
     def __init__(self, rows: Any, rank: int, ranks: int, step: int) -> None:
-        self._rows, self._rank, self._ranks, self._taken = rows, rank, ranks, step * ROWS // ranks
+        self._rows, self._rank, self._ranks, self._rows_taken = rows, rank, ranks, step * ROWS // ranks
 
     def take(self, count: int) -> Any:
         """The next `count` rows."""
-        first, self._taken = self._taken, self._taken + count
+        first, self._rows_taken = self._rows_taken, self._rows_taken + count
         return self._rows[[(first + n) * self._ranks + self._rank for n in range(count)]]
 
 

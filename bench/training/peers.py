@@ -38,7 +38,7 @@ class Run:
         self.plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
         self.steps, self.batch = int(self.plan["steps"]), int(self.plan["batch"])
         self.rows = torch.from_numpy(np.load(folder / "rows.npy"))
-        self.ends: list[float] = []
+        self.step_times: list[float] = []
         self.losses: list[float] = []
 
     def model(self) -> Any:
@@ -49,19 +49,19 @@ class Run:
 
     def share(self, step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """Ids, next tokens and positions of a rank's rows of a step, and how many tokens of the whole step have loss."""
-        whole = self.rows[step * self.batch : (step + 1) * self.batch].long()
-        ids, labels, positions = whole[rank::ranks].unbind(1)
-        return ids, F.pad(labels[:, 1:], (0, 1), value=-100), positions, int((whole[:, 1, 1:] != -100).sum())
+        batch_rows = self.rows[step * self.batch : (step + 1) * self.batch].long()
+        ids, labels, positions = batch_rows[rank::ranks].unbind(1)
+        return ids, F.pad(labels[:, 1:], (0, 1), value=-100), positions, int((batch_rows[:, 1, 1:] != -100).sum())
 
     def note(self, loss: float) -> None:
         """A step is over."""
         self.losses.append(loss)
-        self.ends.append(time.time())
+        self.step_times.append(time.time())
 
     def write(self) -> None:
         """Tell what was noted."""
         if int(os.environ.get("RANK", "0")) == 0:
-            (self.folder / "said.json").write_text(json.dumps({"ends": self.ends, "losses": self.losses}))
+            (self.folder / "said.json").write_text(json.dumps({"ends": self.step_times, "losses": self.losses}))
 
 
 def main(peer: str, layout: str, folder: str) -> None:
@@ -116,7 +116,7 @@ def fsdp2_tp2(run: Run) -> None:
 
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
     model = run.model()
-    cut, whole = Shard(1), Replicate()
+    sharded, replicated = Shard(1), Replicate()
     for layer in model.model.layers:
         parallelize_module(
             layer,
@@ -124,26 +124,27 @@ def fsdp2_tp2(run: Run) -> None:
             {
                 "input_layernorm": SequenceParallel(use_local_output=True),
                 "self_attn": PrepareModuleInput(
-                    input_kwarg_layouts={"hidden_states": cut}, desired_input_kwarg_layouts={"hidden_states": whole}
+                    input_kwarg_layouts={"hidden_states": sharded},
+                    desired_input_kwarg_layouts={"hidden_states": replicated},
                 ),
                 "self_attn.q_proj": ColwiseParallel(),
                 "self_attn.k_proj": ColwiseParallel(),
                 "self_attn.v_proj": ColwiseParallel(),
-                "self_attn.o_proj": RowwiseParallel(output_layouts=cut),
+                "self_attn.o_proj": RowwiseParallel(output_layouts=sharded),
                 "post_attention_layernorm": SequenceParallel(use_local_output=True),
-                "mlp": PrepareModuleInput(input_layouts=(cut,), desired_input_layouts=(whole,)),
+                "mlp": PrepareModuleInput(input_layouts=(sharded,), desired_input_layouts=(replicated,)),
                 "mlp.gate_proj": ColwiseParallel(),
                 "mlp.up_proj": ColwiseParallel(),
-                "mlp.down_proj": RowwiseParallel(output_layouts=cut),
+                "mlp.down_proj": RowwiseParallel(output_layouts=sharded),
             },
         )
     parallelize_module(
         model,
         mesh["tp"],
         {
-            "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=cut),
+            "model.embed_tokens": RowwiseParallel(input_layouts=replicated, output_layouts=sharded),
             "model.norm": SequenceParallel(),
-            "lm_head": ColwiseParallel(input_layouts=cut, output_layouts=Shard(-1), use_local_output=False),
+            "lm_head": ColwiseParallel(input_layouts=sharded, output_layouts=Shard(-1), use_local_output=False),
         },
     )
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -177,17 +178,17 @@ def _train_whole(
     """The loop of a model that every rank calls whole; `copies` ranks have the same rows."""
     optimizer = _optimizer(model.parameters())
     for step in range(run.steps):
-        ids, wanted, positions, tokens = run.share(step, rank, ranks)
+        ids, targets, positions, tokens = run.share(step, rank, ranks)
         logits = model(input_ids=ids, attention_mask=mask(positions), position_ids=positions, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum") / tokens
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / tokens
         (loss * ranks).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        told = loss.detach()
-        told = told.full_tensor() if hasattr(told, "full_tensor") else told.clone()
-        dist.all_reduce(told)  # a loop tells its loss
-        run.note(told.item() / copies)
+        reported_loss = loss.detach()
+        reported_loss = reported_loss.full_tensor() if hasattr(reported_loss, "full_tensor") else reported_loss.clone()
+        dist.all_reduce(reported_loss)  # a loop tells its loss
+        run.note(reported_loss.item() / copies)
 
 
 class Half(nn.Module):
@@ -217,42 +218,42 @@ def pp2(run: Run) -> None:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
     rank = dist.get_rank()
-    half = Half(run.model(), first=rank == 0)
-    tied = half.embed.weight if half.embed is not None else half.head.weight  # type: ignore[union-attr]
+    stage_module = Half(run.model(), first=rank == 0)
+    tied_weight = stage_module.embed.weight if stage_module.embed is not None else stage_module.head.weight  # type: ignore[union-attr]
     tokens = 1
 
-    def loss_of(logits: Tensor, wanted: Tensor) -> Tensor:
-        summed = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
-        return summed / tokens
+    def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return loss / tokens
 
-    stage = PipelineStage(half, rank, 2, torch.device("cpu"))
+    stage = PipelineStage(stage_module, rank, 2, torch.device("cpu"))
     schedule = Schedule1F1B(stage, PIPELINE_PIECES, loss_fn=loss_of, scale_grads=False)
-    optimizer = _optimizer(half.parameters())
+    optimizer = _optimizer(stage_module.parameters())
     for step in range(run.steps):
-        ids, wanted, positions, tokens = run.share(step, 0, 1)
+        ids, targets, positions, tokens = run.share(step, 0, 1)
         losses: list[Tensor] = []
         if rank == 0:
             schedule.step(ids, positions=positions, return_outputs=False)
         else:
-            schedule.step(target=wanted, positions=positions, losses=losses, return_outputs=False)
-        dist.all_reduce(tied.grad)
-        gradients = [p.grad for p in half.parameters() if p is not tied or rank == 0]
+            schedule.step(target=targets, positions=positions, losses=losses, return_outputs=False)
+        dist.all_reduce(tied_weight.grad)
+        gradients = [p.grad for p in stage_module.parameters() if p is not tied_weight or rank == 0]
         squares = torch.nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(squares)
-        torch.nn.utils.clip_grads_with_norm_(half.parameters(), CLIP, squares.sqrt())
+        torch.nn.utils.clip_grads_with_norm_(stage_module.parameters(), CLIP, squares.sqrt())
         optimizer.step()
         optimizer.zero_grad()
-        told = torch.stack(losses).detach().sum() if losses else torch.zeros(())
-        dist.all_reduce(told)
-        run.note(told.item())
+        reported_loss = torch.stack(losses).detach().sum() if losses else torch.zeros(())
+        dist.all_reduce(reported_loss)
+        run.note(reported_loss.item())
 
 
 def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Fused AdamW that decays matrices only."""
-    held = list(parameters)
+    trainable = list(parameters)
     groups = [
-        {"params": [p for p in held if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for p in held if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
 
@@ -308,17 +309,17 @@ def loop(run: Run) -> None:
     cpu, mesh = torch.device("cpu"), Degrees.of(config.parallel).mesh("cpu", dist.get_world_size())
     degrees = mesh.degrees
     rank, ranks = degrees.data_rank(dist.get_rank()), degrees.data_parallel
-    placed = parallelize(run.model(), mesh, config, cpu)
+    model = parallelize(run.model(), mesh, config, cpu)
 
-    class Dealt:
-        taken = 0
+    class RankRows:
+        rows_taken = 0
 
         def take(self, count: int) -> Any:
-            first, self.taken = self.taken, self.taken + count
+            first, self.rows_taken = self.rows_taken, self.rows_taken + count
             return run.rows[rank::ranks][first : first + count].numpy()
 
     train(
-        placed, build_optimizer(placed, config.optimizer, cpu), Dealt(), config, LoopState(),
+        model, build_optimizer(model, config.optimizer, cpu), RankRows(), config, LoopState(),
         report=lambda step: run.note(step.loss), save=lambda state: None, device=cpu,
     )  # fmt: skip
 

@@ -95,15 +95,15 @@ def world() -> list[dict[str, Any]]:
         for rank in range(RANKS)
     ]
     try:
-        said = processes[0].communicate(timeout=900)[0]
+        output = processes[0].communicate(timeout=900)[0]
         statuses = [process.wait(60) for process in processes]
     finally:
         for process in processes:
             process.kill()
     if any(statuses):
         raise SystemExit(f"The ranks ended with {statuses}; what they said is above.")
-    found: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
-    return found
+    steps: list[dict[str, Any]] = json.loads(output.splitlines()[-1])
+    return steps
 
 
 def measure(rounds: int, micro_batches: list[int], path: Path | None) -> list[dict[str, Any]]:
@@ -119,14 +119,14 @@ def measure(rounds: int, micro_batches: list[int], path: Path | None) -> list[di
     cells = [Cell(schedule, count, mesh) for count in micro_batches for schedule in SCHEDULES]
     for cell in cells:
         cell.step()  # finds out about shapes
-    found = report.Rounds(path)
+    steps = report.Rounds(path)
     for _ in range(rounds):
         for cell in cells:
             for _ in range(STEPS):
-                found.append({"schedule": cell.schedule, "micro_batches": cell.count, **cell.step()})
+                steps.append({"schedule": cell.schedule, "micro_batches": cell.count, **cell.step()})
     dist.barrier()
     dist.destroy_process_group()
-    return found
+    return steps
 
 
 class Cell:
@@ -155,14 +155,14 @@ class Cell:
             batch_size=ROWS * count,
             accumulate=count,
         )
-        self._placed = parallelize(model, mesh, config, torch.device("cpu"))
-        assert self._placed.pipeline is not None
-        self._pipeline = self._placed.pipeline
-        held = self._pipeline.schedule
-        for stage in getattr(held, "_stages", None) or [held._stage]:
+        self._model = parallelize(model, mesh, config, torch.device("cpu"))
+        assert self._model.pipeline is not None
+        self._pipeline = self._model.pipeline
+        pipeline_schedule = self._pipeline.schedule
+        for stage in getattr(pipeline_schedule, "_stages", None) or [pipeline_schedule._stage]:
             for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
-                setattr(stage, name, self._clocked(getattr(stage, name)))
-        self._loss = self._clocked(summed_loss)
+                setattr(stage, name, self._timed(getattr(stage, name)))
+        self._loss = self._timed(summed_loss)
         ids = torch.randint(VOCABULARY, (ROWS * count, LENGTH))
         self._rows = torch.stack([ids, ids, torch.arange(LENGTH).expand_as(ids)], 1)
 
@@ -173,25 +173,25 @@ class Cell:
 
         self._busy = 0.0
         dist.barrier()
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         self._pipeline.step(self._rows, self._loss)
-        said = torch.tensor([began, time.perf_counter(), self._busy], dtype=torch.float64)
-        self._placed.zero_grad()
-        heard = [torch.empty_like(said) for _ in range(RANKS)]
-        dist.all_gather(heard, said)
-        begins, ends, busy = torch.stack(heard).unbind(1)
-        took = float(ends.max() - begins.min())
-        return {"step_s": took, "bubble": 1 - float(busy.sum()) / (RANKS * took)}
+        own_times = torch.tensor([start_time, time.perf_counter(), self._busy], dtype=torch.float64)
+        self._model.zero_grad()
+        times_by_rank = [torch.empty_like(own_times) for _ in range(RANKS)]
+        dist.all_gather(times_by_rank, own_times)
+        start_times, end_times, busy = torch.stack(times_by_rank).unbind(1)
+        step_s = float(end_times.max() - start_times.min())
+        return {"step_s": step_s, "bubble": 1 - float(busy.sum()) / (RANKS * step_s)}
 
-    def _clocked(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        def clocked(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+    def _timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start_time = time.perf_counter()
             try:
                 return work(*args, **kwargs)
             finally:
-                self._busy += time.perf_counter() - began
+                self._busy += time.perf_counter() - start_time
 
-        return clocked
+        return timed
 
 
 def summed_loss(logits: Any, labels: Any) -> Any:
@@ -209,15 +209,15 @@ def summary(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for step in steps:
         cells.setdefault((step["schedule"], step["micro_batches"]), []).append(step)
-    times = {key: statistics.median(step["step_s"] for step in found) for key, found in cells.items()}
+    times = {key: statistics.median(step["step_s"] for step in steps_of_cell) for key, steps_of_cell in cells.items()}
     return [
         {
             "schedule": schedule, "micro_batches": count, "formula": formula(schedule, RANKS, count),
-            "bubble": statistics.median(step["bubble"] for step in found),
-            "least": min(step["bubble"] for step in found), "most": max(step["bubble"] for step in found),
+            "bubble": statistics.median(step["bubble"] for step in steps_of_cell),
+            "least": min(step["bubble"] for step in steps_of_cell), "most": max(step["bubble"] for step in steps_of_cell),
             "step_s": times[schedule, count], "of_1f1b": times[schedule, count] / times["1f1b", count],
         }
-        for (schedule, count), found in cells.items()
+        for (schedule, count), steps_of_cell in cells.items()
     ]  # fmt: skip
 
 
@@ -245,21 +245,21 @@ def title(results: dict[str, Any]) -> str:
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """What is held against a bar."""
-    found = []
+    results = []
     for cell in results["cells"]:
-        over = cell["bubble"] - cell["formula"]
-        said = (
-            f"{cell['schedule']}, {cell['micro_batches']} micro-batches: {cell['bubble']:.3f}, {over:+.3f} of the formula's "
+        excess = cell["bubble"] - cell["formula"]
+        message = (
+            f"{cell['schedule']}, {cell['micro_batches']} micro-batches: {cell['bubble']:.3f}, {excess:+.3f} of the formula's "
             f"{cell['formula']:.3f}; the bar is +{TOLERANCE}"
         )
-        found.append(Verdict(over <= TOLERANCE, (TOLERANCE - over) / TOLERANCE, said))
-    return found
+        results.append(Verdict(excess <= TOLERANCE, (TOLERANCE - excess) / TOLERANCE, message))
+    return results
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    table = report.lines(COLUMNS, cells_of(results))
-    return f"# The pipeline's bubble\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
+    table = report.markdown_table(COLUMNS, cells_of(results))
+    return f"# The pipeline's bubble\n\n{title(results)}.\n\n{table}\n\n{report.verdict_lines(verdicts(results))}\n"
 
 
 if __name__ == "__main__":

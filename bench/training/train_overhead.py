@@ -98,16 +98,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         prepare(folder, options)
         if any("tandem" in names for names in peers.values()):
             cluster = start_cluster()
-        layouts, every = {}, report.Rounds(options.json)
+        layouts, all_rounds = {}, report.Rounds(options.json)
         for name in options.layout:
             rounds = []
             for number in range(options.rounds):
                 rounds.append({p: run(p, name, folder, options, cluster and cluster.address) for p in peers[name]})
-                every.append({"layout": name, **rounds[-1]})
-                said = (
+                all_rounds.append({"layout": name, **rounds[-1]})
+                texts = (
                     f"{p} {f['tokens_per_s']:,.0f} tok/s, start {f['start_s']:.1f} s" for p, f in rounds[-1].items()
                 )
-                print(f"{name}, round {number + 1}: {'; '.join(said)}", flush=True)
+                print(f"{name}, round {number + 1}: {'; '.join(texts)}", flush=True)
             layouts[name] = summary(rounds) | {"processes": LAYOUTS[name].processes}
     finally:
         if cluster:
@@ -149,8 +149,8 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         parts.append(pack(encoder.texts(texts), options.length, encoder.pad_id, split=True))
     order = Order(shards=(len(parts),), weights=(1.0,), seed=0)
     sampler = Sampler(order, lambda position: len(parts[order.shard(position)]))
-    places = sampler.share(0, 1, options.steps * options.batch)
-    np.save(folder / "rows.npy", np.stack([parts[position.shard][position.row] for position in places]))
+    row_positions = sampler.share(0, 1, options.steps * options.batch)
+    np.save(folder / "rows.npy", np.stack([parts[position.shard][position.row] for position in row_positions]))
     build_model(ModelConfig(**SHAPE), None, encoder, seed=0).save_pretrained(folder / "model")  # type: ignore[operator]
 
 
@@ -158,7 +158,7 @@ def run(peer: str, layout: str, folder: Path, options: argparse.Namespace, addre
     """One run of one peer: {tokens_per_s, start_s, total_s, losses}."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     config = tandem_config(layout, folder, options)
-    began = time.time()
+    start_time = time.time()
     if peer == "tandem":
         job = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
         (job / "config.yaml").write_text(json.dumps(config))
@@ -173,38 +173,39 @@ def run(peer: str, layout: str, folder: Path, options: argparse.Namespace, addre
             sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={LAYOUTS[layout].processes}", "--master-port=29517",
             "--module", "bench.training.peers", peer, layout, str(folder),
         ]  # fmt: skip
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    ended = time.time()
-    if done.returncode:
-        last = "\n".join(done.stdout.splitlines()[-30:])
-        raise SystemExit(f"{layout}: {peer} ended with status {done.returncode}:\n{last}")
+    end_time = time.time()
+    if process.returncode:
+        last = "\n".join(process.stdout.splitlines()[-30:])
+        raise SystemExit(f"{layout}: {peer} ended with status {process.returncode}:\n{last}")
     if peer == "tandem":
-        found = [json.loads(line) for line in (job / "events.jsonl").read_text().splitlines()]
-        steps = [event for event in found if event["event"] == "step"]
-        first = next(e["time"] for e in found if e["event"] == "started")
-        ends, losses = [first + event["seconds"] for event in steps], [event["loss"] for event in steps]
+        events = [json.loads(line) for line in (job / "events.jsonl").read_text().splitlines()]
+        steps = [event for event in events if event["event"] == "step"]
+        first = next(e["time"] for e in events if e["event"] == "started")
+        step_times, losses = [first + event["seconds"] for event in steps], [event["loss"] for event in steps]
     else:
-        said = json.loads((folder / "said.json").read_text())
-        ends, losses = said["ends"], said["losses"]
-    took = [after - before for before, after in zip(ends[DROPPED:], ends[DROPPED + 1 :], strict=False)]
+        notes = json.loads((folder / "said.json").read_text())
+        step_times, losses = notes["ends"], notes["losses"]
+    step_s = [end - start for start, end in zip(step_times[DROPPED:], step_times[DROPPED + 1 :], strict=False)]
     tokens = options.batch * options.length
     return {
-        "tokens_per_s": tokens / statistics.median(took),
-        "start_s": ends[0] - began,
-        "total_s": ended - began,
+        "tokens_per_s": tokens / statistics.median(step_s),
+        "start_s": step_times[0] - start_time,
+        "total_s": end_time - start_time,
         "losses": losses,
     }
 
 
 def tandem_config(layout: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The same training as a Tandem job; checkpoints only at the end, as the peers have none before."""
-    chosen = LAYOUTS[layout]
+    layout_config = LAYOUTS[layout]
     return {
         "name": "bench", "data": {"path": str(folder / "data"), "sequence_length": options.length}, "model": SHAPE,
-        "parallel": {"workers": chosen.processes, **chosen.parallel}, "steps": options.steps, "batch_size": options.batch,
-        "accumulate": chosen.accumulate, "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0},
+        "parallel": {"workers": layout_config.processes, **layout_config.parallel},
+        "steps": options.steps, "batch_size": options.batch,
+        "accumulate": layout_config.accumulate, "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0},
         "checkpoint": {"every_steps": 0}, "log_every": 1,
     }  # fmt: skip
 
@@ -216,40 +217,44 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of rounds of {peer: figures}, shares of plain in each round, and how far losses are from plain's."""
     peers = {}
     for peer in rounds[0]:
-        found = {k: statistics.median(r[peer][k] for r in rounds) for k in ("tokens_per_s", "start_s", "total_s")}
+        figures = {k: statistics.median(r[peer][k] for r in rounds) for k in ("tokens_per_s", "start_s", "total_s")}
         if "plain" in rounds[0]:
-            found["of_plain"] = [r[peer]["tokens_per_s"] / r["plain"]["tokens_per_s"] for r in rounds]
-            found["loss_off"] = max(apart(r[peer]["losses"], r["plain"]["losses"]) for r in rounds)
+            figures["of_plain"] = [r[peer]["tokens_per_s"] / r["plain"]["tokens_per_s"] for r in rounds]
+            figures["loss_off"] = max(largest_loss_difference(r[peer]["losses"], r["plain"]["losses"]) for r in rounds)
         if "trainer" in rounds[0]:
-            found["of_trainer"] = [r[peer]["tokens_per_s"] / r["trainer"]["tokens_per_s"] for r in rounds]
-        found["first_loss"], found["last_loss"] = rounds[-1][peer]["losses"][0], rounds[-1][peer]["losses"][-1]
-        peers[peer] = found
+            figures["of_trainer"] = [r[peer]["tokens_per_s"] / r["trainer"]["tokens_per_s"] for r in rounds]
+        figures["first_loss"], figures["last_loss"] = rounds[-1][peer]["losses"][0], rounds[-1][peer]["losses"][-1]
+        peers[peer] = figures
     return {"peers": peers}
 
 
-def apart(some: list[float], others: list[float]) -> float:
+def largest_loss_difference(losses: list[float], other_losses: list[float]) -> float:
     """The largest difference of two runs' losses; infinite where one ended early."""
-    return max(abs(a - b) for a, b in zip(some, others, strict=True)) if len(some) == len(others) else float("inf")
+    return (
+        max(abs(a - b) for a, b in zip(losses, other_losses, strict=True))
+        if len(losses) == len(other_losses)
+        else float("inf")
+    )
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """What is held against a bar."""
-    found = []
+    results = []
     for name, layout in results["layouts"].items():
         for peer, figures in layout["peers"].items():
             if peer == "tandem" and "of_plain" in figures:
                 share = statistics.median(figures["of_plain"])
-                said = f"{name}: Tandem has {share:.3f} of the hand-written loop's tokens/s; the bar is {BAR}"
-                found.append(Verdict(share >= BAR, share / BAR, said))
+                message = f"{name}: Tandem has {share:.3f} of the hand-written loop's tokens/s; the bar is {BAR}"
+                results.append(Verdict(share >= BAR, share / BAR, message))
             if peer == "tandem" and "of_trainer" in figures:
                 share = statistics.median(figures["of_trainer"])
-                found.append(
+                results.append(
                     Verdict(share > 1, share, f"{name}: Tandem has {share:.3f} of the Trainer's; the bar is above 1")
                 )
-            if (off := figures.get("loss_off")) is not None and off > LOSS_BAR:
-                said = f"{name}: {peer}'s losses are {off:.1e} from plain's; the bar is {LOSS_BAR:.0e}"
-                found.append(Verdict(False, LOSS_BAR / off, said))
-    return found
+            if (loss_difference := figures.get("loss_off")) is not None and loss_difference > LOSS_BAR:
+                message = f"{name}: {peer}'s losses are {loss_difference:.1e} from plain's; the bar is {LOSS_BAR:.0e}"
+                results.append(Verdict(False, LOSS_BAR / loss_difference, message))
+    return results
 
 
 COLUMNS = ("layout", "peer", "tokens/s", "of plain (least-most)", "loss: first, last", "off", "first step", "whole run")
@@ -282,8 +287,8 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The result for a page."""
-    table = report.lines(COLUMNS, cells(results))
-    return f"# Training overhead\n\n{title(results)}.\n\n{table}\n\n{report.ends(verdicts(results))}\n"
+    table = report.markdown_table(COLUMNS, cells(results))
+    return f"# Training overhead\n\n{title(results)}.\n\n{table}\n\n{report.verdict_lines(verdicts(results))}\n"
 
 
 if __name__ == "__main__":
