@@ -26,7 +26,7 @@ PROMPT = "import os\n\ndef main(path):\n    return os.path.join(path"
 
 @dataclass(slots=True)
 class Tally:
-    """What one stream saw, in seconds."""
+    """Measurements of one stream, in seconds."""
 
     first: list[float] = field(default_factory=list)
     """From sending a request to its first token."""

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """CPUs, Python version, architecture, load and date."""
     return {
         "cpus": os.cpu_count(),
         "python": platform.python_version(),

@@ -44,7 +44,7 @@ class Node:
         )
 
     def processes(self) -> list[psutil.Process]:
-        """All that runs there."""
+        """All processes of the node."""
         from tandem.cluster.marks import marked_processes
 
         node_processes = []

@@ -1,5 +1,5 @@
-"""Load that comes whether or not it is answered: requests at a rate, at random moments, each with a time by which it wants its
-answer; and load that comes as fast as it is answered, to see how much that is. Raw sockets, answers counted and not parsed.
+"""Open-loop load: requests with Poisson arrivals at a fixed rate, each with a deadline; and closed-loop load, which measures
+capacity. Raw sockets; answers are counted and not parsed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ LENGTHS = (16, 32, 64)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one request."""
+    """Result of one request."""
 
     scheduled_at: float
-    """When it was to be sent, in seconds of `time.perf_counter`."""
+    """Planned send time, in seconds of `time.perf_counter`."""
     ended_at: float
     status: int
     """0: the connection broke."""
     retry_after: float | None
     tokens: int
-    """That it was asked to have."""
+    """Requested number of tokens."""
 
 
 class Connection(asyncio.Protocol):
@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
 
 
 class Client:
-    """Asks one model, on as many connections as it takes."""
+    """Client of one model, with as many connections as concurrent requests."""
 
     def __init__(self, url: str, model: str, prompt: str) -> None:
         self._parts = urlsplit(url)
@@ -110,7 +110,7 @@ class Client:
 
 
 async def closed_loop(client: Client, streams: int, seconds: float) -> dict[str, Any]:
-    """As much as comes back: requests/s that `streams` get that ask one after the other, and how long each takes."""
+    """Capacity: requests/s and latency of `streams` clients that each send one request after the other."""
     start_time = time.perf_counter()
     warm_until, until = start_time + seconds / 4, start_time + seconds
     answers: list[Answer] = []
@@ -131,7 +131,7 @@ async def closed_loop(client: Client, streams: int, seconds: float) -> dict[str,
 
 
 async def open_loop(client: Client, rate: float, seconds: float, timeout_s: float, seed: int) -> dict[str, Any]:
-    """What comes back in time of `rate` requests/s. Counted is what ends after the first quarter: by then queues have grown."""
+    """Goodput of `rate` requests/s with a deadline. Answers of the first quarter are not counted: queues still grow then."""
     dice = random.Random(seed)
     start_time = time.perf_counter()
     warm_until, until = start_time + seconds / 4, start_time + seconds

@@ -1,4 +1,4 @@
-"""What the benchmarks tell alike: tables for the terminal and for a page, and figures that are held against bars."""
+"""Reports of benchmarks: tables for the terminal and in Markdown, and verdicts on figures that have a bar."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 
 class Verdict(NamedTuple):
-    """A figure that was held against its bar."""
+    """Comparison of a figure with its bar."""
 
     met: bool
     share: float
-    """Of its bar: the lower, the further it is from it."""
+    """Share of the bar that was reached; below 1 it is missed."""
     message: str
 
     def __str__(self) -> str:
@@ -36,13 +36,13 @@ def show(
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The table for a page."""
+    """The table in Markdown."""
     heads = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*heads, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def verdict_lines(verdicts: Iterable[Verdict]) -> str:
-    """What a page says of the bars."""
+    """The verdicts as a Markdown list."""
     return "\n".join(f"- {verdict}" for verdict in verdicts)
 
 

@@ -104,7 +104,7 @@ def members(name: str) -> list[psutil.Process]:
 
 
 def freeze(name: str, stop: bool) -> None:
-    """Stop a stack in its tracks, or let it go on."""
+    """Suspend all processes of a stack (SIGSTOP), or resume them."""
     for process in members(name):
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGSTOP if stop else signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""What routing is worth on real engines: two vLLM replicas behind the real gateway, chosen by `affinity` and in turn.
+"""Benefit of affinity routing on real engines: two vLLM replicas behind the real gateway, `affinity` against `round_robin`.
 
     python -m bench.routing.router_real [--rounds 4] [--requests 192] [--json FILE] [--check]
 

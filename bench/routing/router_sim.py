@@ -119,7 +119,7 @@ class Scenario:
 
     @property
     def title(self) -> str:
-        """In a line."""
+        """Description of the scenario in one line."""
         shape = self.shape
         traffic = (
             f"{shape.adapters:,} adapters, {shape.rate:,.0f} requests/s {'in bursts' if shape.bursty else ''}".strip()
@@ -132,7 +132,7 @@ class Scenario:
 
 
 def scenarios(options: argparse.Namespace) -> list[Scenario]:
-    """What the arguments ask for."""
+    """The scenarios that the options select."""
 
     def scenario(replicas: int, adapters: int, seconds: float, bursty: bool, load: float = 1.0) -> Scenario:
         shape = Shape(rate=options.rate * load * replicas, seconds=seconds, adapters=adapters, bursty=bursty)
@@ -155,14 +155,14 @@ def scenarios(options: argparse.Namespace) -> list[Scenario]:
 
 @dataclass(slots=True)
 class Work:
-    """A call on its way."""
+    """A request in the simulation."""
 
     call: Call
     request: RoutingRequest
     gateway: int
     replica: int
     measured: bool
-    """Whether it is of the second half."""
+    """Whether it belongs to the measured second half."""
 
 
 @dataclass(slots=True)
@@ -174,7 +174,7 @@ class Engine:
     """Resident or loading, the longest unused first, with the requests that use it."""
     loading: dict[str, list[Work]] = field(default_factory=dict)
     waiting_for_slot: deque[Work] = field(default_factory=deque)
-    """Wait for an adapter slot."""
+    """Requests that wait for a free adapter slot."""
     waiting: deque[Work] = field(default_factory=deque)
     reading: Work | None = None
     running: list[tuple[float, int, Work]] = field(default_factory=list)
@@ -186,7 +186,7 @@ class Engine:
 
     @property
     def requests(self) -> int:
-        """All that it has."""
+        """Number of requests in the engine, in any state."""
         waiting_for_adapters = len(self.waiting_for_slot) + sum(map(len, self.loading.values()))
         return len(self.running) + len(self.waiting) + (self.reading is not None) + waiting_for_adapters
 
@@ -221,7 +221,7 @@ class Engine:
             del cache[next(iter(cache))]
 
     def record(self) -> ReplicaRecord:
-        """What it says of itself."""
+        """The engine's report to the gateways."""
         running = len(self.running) + (self.reading is not None)
         adapters = tuple(name for name in self.adapters if name not in self.loading)
         return ReplicaRecord(
@@ -373,7 +373,7 @@ class Simulation:
         self._advance_engine(now, engine)
 
     def _advance_engine(self, now: float, engine: Engine) -> None:
-        """Begin to read the next prompt if that can be, and say when something happens next."""
+        """Start the next prefill if a slot is free, and schedule the engine's next event."""
         if engine.reading is not None:
             return
         engine.advance(now)
@@ -440,7 +440,7 @@ class Simulation:
 
 
 def reading() -> list[dict[str, Any]]:
-    """How long it takes to see how the text of a request begins; the router is not asked here."""
+    """Time to read the prefix hashes of a request's text, without the router."""
     model = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))
     target = ResolvedModel(base=model, adapter=AdapterRef(id="red@1", path="/red"))
     turn = "what a person may say in a turn of a conversation "
@@ -487,7 +487,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def read_rows(results: dict[str, Any]) -> list[list[str]]:
-    """What reading requests took, as text."""
+    """Durations of `reading`, as text."""
     return [[row["request"], f"{row['p50_us']:.1f}", f"{row['p99_us']:.1f}"] for row in results["reading"]]
 
 

@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What traffic to make up."""
+    """Parameters of synthetic traffic."""
 
     rate: float
     """Requests a second, on average."""

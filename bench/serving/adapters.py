@@ -1,4 +1,4 @@
-"""What adapters cost the served app: cold starts, promotions, a thousand of them under load, and the way from a training run.
+"""Cost of adapters in the served app: cold starts, promotions, a thousand adapters under load, and the time from a training run.
 
     python -m bench.serving.adapters [--parts cold promotion zipf training] [--rounds N] [--json FILE] [--check]
 
@@ -143,12 +143,12 @@ async def watch(app: App, samples: list[list[Any]]) -> None:
 
 
 def load_difference(replicas: Sequence[Any]) -> int:
-    """Requests that the busiest replica has more than the idlest."""
+    """Difference in requests between the busiest replica and the least busy one."""
     return max(r.running + r.waiting for r in replicas) - min(r.running + r.waiting for r in replicas)
 
 
 async def count_adapter_loads(app: App) -> int:
-    """How often the replicas have loaded an adapter since they started; they tell with each beat."""
+    """Number of adapter loads since the replicas started; they report it with each heartbeat."""
     await asyncio.sleep(1.2)
     return sum(replica.adapter_loads for replica in await app.residency())
 

@@ -118,7 +118,7 @@ class App:
         return float(figures["first_token_ms"][0])
 
     async def residency(self) -> list[Any]:
-        """What each replica holds, by the app's own directory."""
+        """The adapters of each replica, from the app's directory."""
         from ray import serve
 
         directory = serve.get_deployment_handle("Directory", "tandem")

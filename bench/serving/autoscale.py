@@ -104,7 +104,7 @@ def serving(folder: Path, smoke: bool) -> Iterator[int]:
 
 
 class Sampler:
-    """Looks at the app four times a second, from a thread of its own, for the length of a `with` block."""
+    """Samples the app's state four times a second, in a thread, for the length of a `with` block."""
 
     def __init__(self, path: Path | None) -> None:
         self.samples = report.Rounds(path)
@@ -228,7 +228,7 @@ def rate(answers: list[dict[str, Any]], start: float, end: float) -> float | Non
 
 
 def timeline(load: dict[str, Any], samples: list[dict[str, float]]) -> dict[str, Any]:
-    """What happened, in seconds since the first request: each change that was seen, and the answers of each second."""
+    """Timeline in seconds since the first request: each observed change of replicas, and the answers of each second."""
     start = load["began"]
     relative_samples = [{**item, "at": round(item["at"] - start, 2)} for item in samples]
     changed_samples = [

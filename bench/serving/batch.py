@@ -1,4 +1,4 @@
-"""What a batch run costs around the engine: `tandem batch run` beside vLLM's own offline `LLM.generate` on the same rows.
+"""Overhead of a batch run around the engine: `tandem batch run` beside vLLM's own offline `LLM.generate` on the same rows.
 
     python -m bench.serving.batch [--smoke] [--json FILE] [--check]
 

@@ -40,7 +40,7 @@ LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself."""
+    """The title of a process."""
     try:
         words = process.cmdline()
         return os.path.basename(words[0]) if words and "haproxy" in words[0] else " ".join(words)

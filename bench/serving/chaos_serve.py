@@ -1,4 +1,4 @@
-"""What faults cost an app under load: parts of it are killed at random, and every answer is looked at.
+"""Cost of faults in an app under load: its processes are killed at random, and every answer is checked.
 
     python -m bench.serving.chaos_serve [--minutes 5] [--every 15] [--apart] [--engine NAME] [--smoke] [--json FILE] [--check]
 

@@ -1,4 +1,4 @@
-"""What the directory costs a large fleet: bytes for each gateway, its CPU, and how old what gateways know is.
+"""Cost of the directory in a large fleet: bytes for each gateway, CPU, and staleness of the gateways' data.
 
     python -m bench.serving.directory [--replicas 1000] [--gateways 10] [--rounds 3] [--json FILE] [--check] [--smoke]
 

@@ -35,7 +35,7 @@ class ChangesDirectory:
         self._directory = Directory(lambda deployment: None, host="127.0.0.1")
 
     async def address(self) -> DirectoryAddress:
-        """Where it listens."""
+        """Address of the listener."""
         return await self._directory.address()
 
     async def cpu_s(self) -> float:

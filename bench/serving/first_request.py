@@ -1,4 +1,4 @@
-"""How much longer the first request of each kind takes than later ones, at an app that has just begun to serve.
+"""Latency of the first request of each kind relative to later ones, at an app that has just started.
 
     python -m bench.serving.first_request [--rounds 3] [--json FILE] [--check] [--warm]
 

@@ -1,4 +1,4 @@
-"""What the gateway adds to a request: by its own account (the header `server-timing`) and seen from outside.
+"""Latency that the gateway adds to a request: by its header `server-timing`, and measured from outside.
 
     python -m bench.serving.gateway_latency [--concurrency 64] [--rounds 3] [--json FILE] [--check]
 
@@ -37,7 +37,7 @@ TIMING = re.compile(rb"server-timing: gateway;dur=([0-9.]+)", re.IGNORECASE)
 
 
 class Server(NamedTuple):
-    """Where requests go."""
+    """Address of the server under test."""
 
     url: str
     model: str
@@ -49,12 +49,12 @@ class Server(NamedTuple):
 
 @dataclass(slots=True)
 class Tally:
-    """What was seen, in milliseconds."""
+    """Measurements, in milliseconds."""
 
     first: list[float] = field(default_factory=list)
     """From a request to the first byte of its answer."""
     added: list[float] = field(default_factory=list)
-    """What the gateway says that it added."""
+    """Added latency by the gateway's header."""
     failed: list[str] = field(default_factory=list)
 
 

@@ -60,7 +60,7 @@ COLUMNS = (
 
 
 class App(NamedTuple):
-    """What is measured."""
+    """The app under test."""
 
     url: str
     gateway: psutil.Process
@@ -68,7 +68,7 @@ class App(NamedTuple):
 
 @dataclass(slots=True)
 class Tally:
-    """What the honest streams saw."""
+    """Measurements of the honest streams."""
 
     gaps_ms: list[float] = field(default_factory=list)
     answers: int = 0
@@ -284,7 +284,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 def process_title(process: psutil.Process) -> str:
-    """What a process calls itself."""
+    """The title of a process."""
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""

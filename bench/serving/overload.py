@@ -1,4 +1,4 @@
-"""What is left of the throughput when twice as much is asked; clients that leave; idle connections; readers that do not read.
+"""Goodput at twice the capacity; clients that disconnect; idle connections; clients that do not read.
 
     python -m bench.serving.overload [--engine vllm|echo] [--rounds 3] [--json FILE] [--check]
 
@@ -59,7 +59,7 @@ COLUMNS = (
 
 
 class App(NamedTuple):
-    """What is measured."""
+    """The app under test."""
 
     url: str
     load: Callable[[], int]
@@ -120,13 +120,13 @@ def goodput(rounds: list[dict[str, Any]]) -> list[Verdict]:
 
 
 def left_at_once(way: str, longest_s: float) -> Verdict:
-    """How long an engine goes on for a client that has left."""
+    """Verdict on the time that an engine generates for a disconnected client."""
     consequence = f"the engine has no request {1000 * longest_s:.0f} ms later (bar {1000 * LEAVE_BAR_S:.0f})"
     return Verdict(longest_s <= LEAVE_BAR_S, LEAVE_BAR_S / longest_s, f"a client leaves ({way}): {consequence}")
 
 
 def hindered(idle: dict[str, Any]) -> Verdict:
-    """What idle connections cost."""
+    """Verdict on the cost of idle connections."""
     message = f"{IDLE} idle connections: latency {idle['share']:.2f} of that without (bar {IDLE_BAR})"
     cost = f"{message}, {idle['memory_mb']:.0f} MB of memory"
     return Verdict(idle["share"] <= IDLE_BAR, IDLE_BAR / idle["share"], cost)
@@ -186,7 +186,7 @@ def app(engine: str) -> Iterator[App]:
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself."""
+    """The title of a process."""
     try:
         return " ".join([process.name(), *process.cmdline()])
     except psutil.Error:
@@ -253,7 +253,7 @@ async def idling(running: App, rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def not_reading(running: App, clients: int = 16, answer_mb: int = 48) -> dict[str, Any]:
-    """How gateway and proxy grow when large streams are not read."""
+    """Memory growth of gateway and proxy when large streams are not read."""
     body = {"model": "pour", "prompt": "x" * 4096, "stream": True, "ignore_eos": True, "max_tokens": answer_mb * 256}
     memory_before_mb = running.memory_mb()
     socks = [raw_request(running.url, body) for _ in range(clients)]

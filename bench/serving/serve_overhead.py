@@ -1,4 +1,4 @@
-"""What serving costs around the engine: bare vLLM servers, Tandem, and Ray Serve LLM, side by side on one tiny model.
+"""Overhead of serving around the engine: bare vLLM servers, Tandem, and Ray Serve LLM, side by side on one tiny model.
 
     python -m bench.serving.serve_overhead [--smoke] [--json FILE] [--check]
 

@@ -1,4 +1,4 @@
-"""What the gateway can carry, with engines that cost next to nothing behind it: requests and chunks for each core it uses.
+"""Capacity of the gateway with engines that cost almost nothing: requests and chunks for each core that it uses.
 
     python -m bench.serving.serve_scale [--rounds 3] [--json FILE] [--check]
 

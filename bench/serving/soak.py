@@ -60,13 +60,13 @@ TEXT = "import os\n\ndef main(path):\n    for name in os.listdir(path):\n       
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """Counts and errors of the clients."""
 
     counts: Counter[str] = field(default_factory=Counter)
     """Requests by their kind."""
     tokens: int = 0
     errors: list[str] = field(default_factory=list)
-    """What nobody provoked."""
+    """Unexpected errors."""
 
 
 class Client:

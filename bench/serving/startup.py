@@ -1,4 +1,4 @@
-"""How long it takes until a model answers: a bare vLLM server, a replica of Tandem, and the whole app by `serve run`.
+"""Start-up time until a model answers: a bare vLLM server, a replica of Tandem, and the whole app by `serve run`.
 
     python -m bench.serving.startup [--rounds 3] [--json FILE] [--check]
 
@@ -146,7 +146,7 @@ print(json.dumps([replica.started_at, dict(replica.startup_s)]))
 
 
 def replica_phases(address: str, env: dict[str, str]) -> tuple[float, dict[str, float]]:
-    """What the one replica says of its start: when, and the seconds of each phase."""
+    """The replica's record of its start: the time, and the seconds of each phase."""
     done = subprocess.run(
         [sys.executable, "-c", PHASES, address], env={**os.environ, **env}, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""What faults cost a training job, and whether they change what it makes: the same job twice, once left alone, once not.
+"""Cost of faults in a training job, and their effect on its result: the same job with and without faults.
 
     python -m bench.training.chaos_train [--seed N] [--steps 200] [--every 20] [--smoke] [--json FILE] [--check]
 
@@ -109,7 +109,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(home_folder: Path, name: str, steps: int, cluster: Any, chaos: Chaos | None) -> dict[str, Any]:
-    """Submit the job and follow it; returns what its journal tells."""
+    """Submit the job and follow it; returns figures from its journal."""
     import yaml
 
     from tandem.jobs.client import JobClient
@@ -274,7 +274,7 @@ def drivers(job: Path) -> list[int]:
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
-    """What is held against a bar."""
+    """The figures that have a bar, with their verdicts."""
     calm, chaos = results["calm"], results["chaos"]
     loss_difference = abs(calm["last_loss"] - chaos["last_loss"])
     max_repeated = max((f["twice"] for f in chaos["faults"]), default=0)

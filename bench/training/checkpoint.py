@@ -1,4 +1,4 @@
-"""What a checkpoint costs a training run: synchronous and asynchronous saves, and their speed against the disk's.
+"""Cost of a checkpoint in a training run: synchronous and asynchronous saves, and their speed against the disk's.
 
     python -m bench.training.checkpoint [--workers N] [--rounds N] [--folder PATH] [--json FILE] [--check] [--smoke]
 
@@ -109,7 +109,7 @@ def world(folder: Path, workers: int, rounds: int, smoke: bool, path: Path | Non
 
 
 def measure(options: argparse.Namespace, shape: dict[str, Any]) -> None:
-    """One rank: trains, saves, and looks at the clock; rank 0 writes the figures."""
+    """One rank: trains, saves and measures times; rank 0 writes the figures."""
     import torch
     import torch.distributed as dist
 
@@ -227,12 +227,12 @@ def build(workers: int, shape: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def record_time(times: list[float], checkpoint: Any) -> None:
-    """Write down when a checkpoint was whole."""
+    """Record the time at which a checkpoint was committed."""
     times.append(time.perf_counter())
 
 
 def broadcast_flag(value: bool) -> bool:
-    """Whether it is so on rank 0, the only one that is told of a commit."""
+    """The value on rank 0, the only rank that is notified of a commit."""
     import torch.distributed as dist
 
     holder = [value]
@@ -276,7 +276,7 @@ def rows_of(figures: dict[str, Any]) -> list[list[str]]:
 
 
 def title(figures: dict[str, Any]) -> str:
-    """What was measured, and how."""
+    """Title of the table: workload and machine."""
     return (
         f"One checkpoint of {figures['workers']} processes on {figures['cores']} cores, gloo; "
         f"medians of {figures['rounds']} rounds; a step takes {figures['step']:.2f} s, the disk {figures['disk'] / 1e6:.0f} MB/s"

@@ -45,7 +45,7 @@ BAR = 1.0
 WAIT_BAR = 0.02
 PEERS = ("webdataset", "dataloader", "tandem")
 PACE = 0.8
-"""What the consumer takes, as a share of webdataset's rows/s."""
+"""Rate of the paced consumer, as a share of webdataset's rows/s."""
 
 
 def main() -> int:
@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def environment(folder: Path, address: str) -> dict[str, str]:
-    """What every peer runs in: one thread a process."""
+    """Environment variables of every peer: one thread a process."""
     return {
         **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
         "TANDEM_HOME": str(folder / "home"), "RAY_ADDRESS": address,
@@ -122,7 +122,7 @@ def environment(folder: Path, address: str) -> dict[str, str]:
 def run(
     peer: str, readers: int, folder: Path, options: argparse.Namespace, address: str, *, pace: float | None = None
 ) -> dict[str, float]:
-    """What `count` measured of one run of one peer, in a process of its own."""
+    """The figures of `count` for one run of one peer, in a process of its own."""
     command = [
         sys.executable, "-m", "bench.training.data", "--peer", peer, "--readers", str(readers), "--folder", str(folder),
         "--rows", str(options.rows), "--first", str(options.first),
@@ -261,7 +261,7 @@ def shares(results: dict[str, Any], readers: int, peer: str) -> list[float]:
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
-    """What is held against a bar."""
+    """The figures that have a bar, with their verdicts."""
     results = []
     for readers in results["rounds"]:
         share = statistics.median(shares(results, readers, "webdataset"))
@@ -297,7 +297,7 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 
 def title(results: dict[str, Any]) -> str:
-    """What was measured, and on what."""
+    """Title of the table: workload and machine."""
     count_of_rounds = len(next(iter(results["rounds"].values())))
     return (
         f"{results['cores']} cores (load {results['load_before']:.1f} before), {results['shards']} shards, rows of "

@@ -79,7 +79,7 @@ def main() -> int:
 
 
 class Run:
-    """What the peers share: the device, the model, the rows, the clock."""
+    """Device, model, rows and step times of one run, for every peer."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
@@ -118,7 +118,7 @@ class Run:
         self.step_times.append(time.perf_counter())
 
     def figures(self) -> dict[str, Any]:
-        """What is measured of this run."""
+        """Throughput, utilization and losses of this run."""
         step_s = [
             end - start for start, end in zip(self.step_times[DROPPED:], self.step_times[DROPPED + 1 :], strict=False)
         ]
@@ -301,7 +301,7 @@ def spawn(peer: str) -> dict[str, Any]:
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
-    """What is held against a bar."""
+    """The figures that have a bar, with their verdicts."""
     tandem_figures = results["peers"].get("tandem")
     if tandem_figures is None:
         return []
@@ -323,7 +323,7 @@ COLUMNS = ("peer", "tokens/s", "MFU", "peak memory", "of plain (least-most)", "l
 
 
 def title(results: dict[str, Any]) -> str:
-    """What was measured, and on what."""
+    """Title of the table: workload and machine."""
     layers = f" cut to {results['layers']} layers" if results["layers"] else ""
     return (
         f"{results['model']}{layers} on {results['device']}: bfloat16, {results['rows']} x {results['length']} tokens a step, "

@@ -49,7 +49,7 @@ class Case:
     tied: bool = True
     objective: str = "next_token"
     zero: dict[str, Any] = field(default_factory=dict)
-    """How DeepSpeed shares the model, if the strategy is deepspeed."""
+    """Options of DeepSpeed, if the strategy is deepspeed."""
     changes: dict[str, Any] = field(default_factory=dict)
     """To the rest of the config."""
     first: bool = False
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def baseline_key(self) -> str:
-        """Which hand-written run it is compared with."""
+        """Key of the hand-written run that it is compared with."""
         return json.dumps([self.model, self.tied, self.objective])
 
 
@@ -514,7 +514,7 @@ def new_model(case: Case, seed: int = 0) -> Any:
 
 
 def all_rows(case: Case) -> Any:
-    """What is trained on, and behind it what is held out: two documents a row, or for dpo a pair of prompts with answers."""
+    """Training rows, then held-out rows: two documents a row, or for dpo a pair of prompts with answers."""
     import numpy as np
 
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What others would write: the training loops that bench/training/train_overhead.py compares Tandem with, run by torchrun.
+"""Hand-written training loops: those that bench/training/train_overhead.py compares Tandem with, run by torchrun.
 
     torchrun --nproc-per-node=N bench/training/peers.py PEER LAYOUT FOLDER
 
@@ -59,7 +59,7 @@ class Run:
         self.step_times.append(time.time())
 
     def write(self) -> None:
-        """Tell what was noted."""
+        """Write step times and losses to the folder."""
         if int(os.environ.get("RANK", "0")) == 0:
             (self.folder / "said.json").write_text(json.dumps({"ends": self.step_times, "losses": self.losses}))
 
@@ -157,7 +157,7 @@ def fsdp2_tp2(run: Run) -> None:
 
 
 def _mask(config: Any, positions: Tensor) -> Tensor:
-    """What transformers makes of positions; its model would make it as long as a rank's part of the sequence."""
+    """transformers' causal mask from positions of whole sequences; its model would build one for a rank's part only."""
     from transformers.masking_utils import create_causal_mask
 
     shape = torch.empty(*positions.shape, 0)

@@ -78,7 +78,7 @@ def formula(schedule: str, ranks: int, micro_batches: int) -> float:
 
 
 def world() -> list[dict[str, Any]]:
-    """What rank 0 of a world of processes measured, with the same options as this one."""
+    """The measurements of rank 0, from processes started with the options of this one."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     common = {
@@ -130,7 +130,7 @@ def measure(rounds: int, micro_batches: list[int], path: Path | None) -> list[di
 
 
 class Cell:
-    """A placed model of one schedule, with clocks in its stages."""
+    """A parallel model with one schedule, whose stages are timed."""
 
     def __init__(self, schedule: str, count: int, mesh: Any) -> None:
         import torch
@@ -236,7 +236,7 @@ def cells_of(results: dict[str, Any]) -> list[list[str]]:
 
 
 def title(results: dict[str, Any]) -> str:
-    """What was measured, and on what."""
+    """Title of the table: workload and machine."""
     return (
         f"Bubble of {RANKS} pipeline ranks on {results['cores']} cores, gloo, micro-batches of {ROWS} x {LENGTH} tokens, "
         f"medians of {results['rounds'] * STEPS} steps"
@@ -244,7 +244,7 @@ def title(results: dict[str, Any]) -> str:
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
-    """What is held against a bar."""
+    """The figures that have a bar, with their verdicts."""
     results = []
     for cell in results["cells"]:
         excess = cell["bubble"] - cell["formula"]

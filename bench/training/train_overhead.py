@@ -1,4 +1,4 @@
-"""What Tandem's training costs over the same layout written by hand: same weights, same rows, in alternation.
+"""Overhead of Tandem's training over the same layout written by hand: same weights, same rows, in alternation.
 
     python -m bench.training.train_overhead [--layout NAME ...] [--smoke] [--rounds N] [--json FILE] [--check]
 
@@ -238,7 +238,7 @@ def largest_loss_difference(losses: list[float], other_losses: list[float]) -> f
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
-    """What is held against a bar."""
+    """The figures that have a bar, with their verdicts."""
     results = []
     for name, layout in results["layouts"].items():
         for peer, figures in layout["peers"].items():
@@ -261,7 +261,7 @@ COLUMNS = ("layout", "peer", "tokens/s", "of plain (least-most)", "loss: first, 
 
 
 def title(results: dict[str, Any]) -> str:
-    """What was measured, and on what."""
+    """Title of the table: workload and machine."""
     return (
         f"{results['cores']} cores, batches of {results['batch_rows']} x {results['row_tokens']} tokens, "
         f"{results['steps']} steps, medians of {results['rounds']} rounds"

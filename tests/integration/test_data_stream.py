@@ -254,7 +254,7 @@ def damaged(datasets: tuple[Path, Path], tmp_path: Path) -> Path:
 def test_damaged_shards_are_left_out_and_named_up_to_the_limit(damaged: Path, ray_cluster: LocalCluster):
     stream = opened(damaged, skip_damaged=2)
     told: list[str] = []
-    with closing(stream.rows(0, 1, None, tell=told.append)) as source:
+    with closing(stream.rows(0, 1, None, notify=told.append)) as source:
         rows = source.take(200)
         assert {position.shard for position in source.positions} == set(range(len(stream.sources[0].paths))) - {1, 2}
     assert len(rows) == 200 and len(told) == 2

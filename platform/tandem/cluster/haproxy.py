@@ -170,7 +170,7 @@ def serving_environment(folder: Path, ports: list[int], gateways: range) -> dict
 
 
 def write_script(folder: Path) -> Path:
-    """What Ray is to start in HAProxy's place, with its files in `folder`."""
+    """Write the script that Ray starts in HAProxy's place, with its files in `folder`; returns its path."""
     body = json.dumps(NO_GATEWAY)
     head = (
         "HTTP/1.1 503 Service Unavailable",

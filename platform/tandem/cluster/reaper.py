@@ -25,7 +25,7 @@ from tandem import settings
 CHILDREN_MARK_VARIABLE = "TANDEM_CHILDREN_MARK"
 """Environment variable that holds the mark of `Reaper.of_children`."""
 KEEP_MARKS = {"SPT_NOENV": "1"}
-"""Goes with every mark: setproctitle, which Ray and vLLM name their processes with, otherwise writes over the environment."""
+"""Set with every mark: otherwise setproctitle, which Ray and vLLM call, overwrites the environment of the process."""
 
 
 SHARED_MEMORY_PREFIXES = (

@@ -1,4 +1,4 @@
-"""What a person writes: frozen dataclasses, and the strict loader that turns YAML and `--set` into them."""
+"""Configuration: frozen dataclasses, and the strict loader that builds them from YAML and `--set`."""
 
 from tandem.config.lines import located
 from tandem.config.load import apply_overrides, from_dict, load_yaml, to_dict

@@ -42,7 +42,7 @@ def hold_out_of_each(parts: tuple[Part, ...], share: float) -> tuple[tuple[Part,
 
 
 def rows_of_each(parts: tuple[Part, ...], spec: PackSpec, count: int) -> Rows:
-    """`evaluation_rows` of all parts, `count` together, as many of each as its weight says but at least one."""
+    """`evaluation_rows` of all parts, `count` together, in proportion to their weights, at least one of each."""
     total = sum(part.weight for part in parts)
     counts = [max(1, round(count * part.weight / total)) for part in parts]
     parts_and_counts = zip(parts, counts, strict=True)

@@ -58,7 +58,7 @@ def split_rows(documents: Iterable[Encoded], length: int, pad_id: int) -> Rows:
     is_target[:total] = np.fromiter(
         itertools.chain.from_iterable(document.targets for document in documents), np.bool_, total
     )
-    # A stretch that goes on in a new row is a document of its own there: what came before cannot be attended to.
+    # The rest of a document in a new row is a document of its own: tokens of the row before cannot be attended to.
     starts = np.zeros(rows.shape[1] + 1, np.bool_)
     starts[np.cumsum(sizes)] = True
     starts[::length] = True

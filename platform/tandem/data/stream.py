@@ -34,7 +34,7 @@ IN_MEMORY_SHARE = 0.25
 MAX_RETRIES = 3
 """Further requests for blocks that were lost with a node or with the reader."""
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def rows_consumed(cursor: Mapping[str, Any]) -> int:
@@ -60,9 +60,9 @@ class Stream:
         cursor: Mapping[str, Any] | None,
         *,
         process: tuple[int, int] | None = None,
-        tell: Tell = lambda message: None,
+        notify: Notify = lambda message: None,
     ) -> StreamRows:
-        """The rows of data rank `rank` of `world`, from the one after `cursor`; `tell` gets a message for each skipped shard.
+        """The rows of data rank `rank` of `world`, from the one after `cursor`; `notify` gets a message for each skipped shard.
 
         `process`: number and count of the processes that read, where several have the same data rank.
         Raises DataError if the cursor belongs to other data.
@@ -75,7 +75,7 @@ class Stream:
                     "position in the data cannot be used. Start a new job, or give this one its old config back."
                 )
             state = cursor["walk"]
-        return StreamRows(self, rank, world, state, process or (rank, world), tell)
+        return StreamRows(self, rank, world, state, process or (rank, world), notify)
 
     def name(self, row: RowPosition) -> str:
         """Shard, number and epoch of a row, for messages."""
@@ -100,13 +100,13 @@ class StreamRows:
         world: int,
         state: Mapping[str, Any] | None,
         process: tuple[int, int],
-        tell: Tell,
+        notify: Notify,
     ) -> None:
         self._stream = stream
         self._rank = rank
         self._world = world
         self._process = process
-        self._skipped = SkippedShards(stream.config.skip_damaged, tell)
+        self._skipped = SkippedShards(stream.config.skip_damaged, notify)
         self._sampler_state = dict(state) if state else None
         self._prefetcher: _Prefetcher | None = None
         self.positions: list[RowPosition] = []
@@ -213,9 +213,9 @@ class BlockFetcher:
 class SkippedShards:
     """The damaged shards that a rank has skipped, at most `limit`."""
 
-    def __init__(self, limit: int, tell: Tell) -> None:
+    def __init__(self, limit: int, notify: Notify) -> None:
         self._limit = limit
-        self._tell = tell
+        self._notify = notify
         self._shards: set[tuple[int, int]] = set()
 
     def add(self, shard: tuple[int, int], error: str) -> None:
@@ -226,7 +226,7 @@ class SkippedShards:
             limit_note = f" data.skip_damaged ({self._limit}) have been left out already." if self._limit else ""
             raise DataError(error + limit_note)
         self._shards.add(shard)
-        self._tell(f"Left out, number {len(self._shards)} of at most {self._limit}: {error}")
+        self._notify(f"Left out, number {len(self._shards)} of at most {self._limit}: {error}")
 
 
 class _Prefetcher:

@@ -269,7 +269,7 @@ class TrainingRun:
             self.degrees.data_parallel,
             self._restored.cursor if self._restored is not None else None,
             process=(self.context.rank, self.world),
-            tell=self._notify,
+            notify=self._notify,
         )
         for first, end in self.task.skipped_rows:
             if first <= self.state.rows < end:

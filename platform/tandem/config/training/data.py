@@ -44,9 +44,9 @@ class DataConfig:
     readers: float = 0.25
     """CPUs that Ray reserves for each task that reads, tokenises and packs a shard."""
     reader_tasks: int = 2
-    """Such tasks at a time, at most."""
+    """Reader tasks at a time, at most."""
     read_ahead: int = 4
-    """Packed shards that lie ready before a rank asks for them, at most."""
+    """Packed shards that are ready before a rank requests them, at most."""
     prefetch_batches: int = 4
     """Batches that a rank's stream stays ahead of its training step."""
     skip_damaged: int = 0

@@ -168,7 +168,7 @@ class MeshModel(ParallelModel):
             rows = torch.linalg.vector_norm(_local(parameter.grad), dim=-1).double()
             squares += rows.square().sum() * (_shards(parameter.grad) / ranks)
         if loss is not None:
-            # Adds 0, or NaN if the loss is not finite: the all-reduce then tells all ranks.
+            # Adds 0, or NaN if the loss is not finite: the all-reduce then makes it NaN on all ranks.
             squares += loss.detach().to(squares) * 0
         if dist.is_initialized():
             squares = squares.to(self._device)

@@ -86,7 +86,7 @@ class Watcher(threading.Thread):
                     self._check_workers()
                     self._checked_at = time.monotonic()
         except ray.exceptions.RayActorError as error:
-            # Without a mailbox nobody hears the workers: they start again with another.
+            # Without a mailbox the workers' heartbeats are lost: they are restarted with a new one.
             self.fault = self.fault or Fault(kind="mailbox", reason=f"the mailbox ended: {last_line(str(error))}")
             kill_workers(self.heartbeats)
         except Exception as error:  # noqa: BLE001 - raised again by the main thread
