@@ -111,7 +111,7 @@ def freeze(name: str, stop: bool) -> None:
 
 
 @contextlib.contextmanager
-def thawed(name: str, port: int) -> Iterator[None]:
+def resumed_stack(name: str, port: int) -> Iterator[None]:
     """A stack that runs, warm, for the length of a block."""
     freeze(name, False)
     try:

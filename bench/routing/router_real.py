@@ -62,7 +62,7 @@ def main() -> int:
     with contextlib.ExitStack() as exit_stack:
         folder = Path(exit_stack.enter_context(tempfile.TemporaryDirectory(prefix="tb-", dir="/tmp")))
         write_all(folder)
-        texts = beginnings()
+        texts = prompt_prefixes()
         port = exit_stack.enter_context(stack("routed", folder))
         for number in range(options.rounds):
             for policy in POLICIES if number % 2 else reversed(POLICIES):
@@ -82,7 +82,7 @@ def main() -> int:
     return report.judge(results, check=options.check)
 
 
-# ---- what is served -------------------------------------------------------------------------------------------------
+# ---- the served app --------------------------------------------------------------------------------------------------
 
 
 def write_all(folder: Path) -> None:
@@ -112,7 +112,7 @@ for number in range(int(sys.argv[3])):
     (folder / "routed.json").write_text(json.dumps(keys))
 
 
-def beginnings() -> list[list[str]]:
+def prompt_prefixes() -> list[list[str]]:
     """Texts of Python's own sources, `PROMPTS` for each adapter, no two alike."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "".join(file.read_text(errors="replace") for file in files[:80])
@@ -175,7 +175,7 @@ async def _stream(session: aiohttp.ClientSession, url: str, requests_left: Any, 
         )
 
 
-# ---- what comes of it -----------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def summarise(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ def main() -> int:
             gc.collect()
         finished_scenarios.append({"title": scenario.title, "replicas": scenario.replicas, "rows": rows})
         report.show(scenario.title, COLUMNS, [cells(row) for row in rows], width=150)
-    results["reading"] = reading()
+    results["reading"] = time_request_reading()
     report.show("Reading a request for the router, microseconds", READING, read_rows(results), width=80)
     report.write(options.json, results, page(results))
     return report.judge(verdicts(results), check=options.check)
@@ -439,7 +439,7 @@ class Simulation:
         return figures
 
 
-def reading() -> list[dict[str, Any]]:
+def time_request_reading() -> list[dict[str, Any]]:
     """Time to read the prefix hashes of a request's text, without the router."""
     model = ServedModel(id="base@1", name="base", path="", config=ServedModelConfig(model="base", engine="vllm"))
     target = ResolvedModel(base=model, adapter=AdapterRef(id="red@1", path="/red"))
@@ -465,7 +465,7 @@ def reading() -> list[dict[str, Any]]:
     return rows
 
 
-# ---- what comes of it -----------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 READING = ("request", "p50", "p99")
 COLUMNS = (

@@ -71,7 +71,7 @@ def main() -> int:
     return report.judge(results, check=options.check)
 
 
-# ---- what is served -------------------------------------------------------------------------------------------------
+# ---- the served app --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ async def send_request(session: aiohttp.ClientSession, url: str) -> dict[str, An
     return {"began": start_time, "ended": time.time(), "failed": error}
 
 
-# ---- what comes of it -----------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def summarise(load: dict[str, Any], samples: list[dict[str, float]]) -> dict[str, Any]:

@@ -78,10 +78,10 @@ def main() -> int:
         write_rows(folder / "rows.jsonl", options.rows)
         with peer(folder) as measure_peer:
             for number in range(options.rounds):
-                turns = {"vllm": measure_peer, "tandem": lambda n=number: ours(folder, n)}
+                turns = {"vllm": measure_peer, "tandem": lambda n=number: run_tandem(folder, n)}
                 order = ["vllm", "tandem"] if number % 2 == 0 else ["tandem", "vllm"]
                 figures = {each: turns[each]() for each in order}
-                rounds.append({"round": number, **compared(figures)})
+                rounds.append({"round": number, **compare(figures)})
                 print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
     row, verdict = summarise(rounds, options.rows)
     report.show("A file of prompts, medians (least-most ratio of a round)", COLUMNS, [row], names=0)
@@ -91,7 +91,7 @@ def main() -> int:
     return report.judge([verdict], check=options.check)
 
 
-def compared(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def compare(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One round's figures; RuntimeError if the two did not do the same."""
     vllm, tandem = figures["vllm"], figures["tandem"]
     if tandem["failed"] or tandem["tokens"] != vllm["tokens"]:
@@ -167,7 +167,7 @@ def peer(folder: Path) -> Iterator[Any]:
         process.wait()
 
 
-def ours(folder: Path, number: int) -> dict[str, Any]:
+def run_tandem(folder: Path, number: int) -> dict[str, Any]:
     """A whole run of Tandem, from no cluster to two files."""
     output = folder / f"answers-{number}"
     command = [

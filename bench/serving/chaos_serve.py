@@ -209,7 +209,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         lasted_s = time.monotonic() - start_time
         clients.over = True
         thread.join(PATIENCE_S + 10)
-    account(chaos.faults, clients.asked)
+    assign_outcomes(chaos.faults, clients.asked)
     failures = [request for request in clients.asked if request.outcome != "right"]
     return {
         "engine": options.engine, "seed": options.seed, "every_s": options.every, "apart": options.apart,
@@ -218,12 +218,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "answered_after": sum(request.outcome == "right" and request.began > chaos.faults[-1].at for request in clients.asked),
         "failed": len(failures), "wrong": sum(request.outcome.startswith("wrong") for request in failures),
         "hung": sum(request.outcome == "hung" for request in failures),
-        "unexplained": [asdict(request) for request in failures if explained(request, chaos.faults) is None],
+        "unexplained": [asdict(request) for request in failures if find_cause(request, chaos.faults) is None],
         "failures": [asdict(request) for request in failures], "faults": [asdict(fault) for fault in chaos.faults],
     }  # fmt: skip
 
 
-def explained(request: Asked, faults: list[Fault]) -> Fault | None:
+def find_cause(request: Asked, faults: list[Fault]) -> Fault | None:
     """The fault that a failed request was under way for, on the part that was hit."""
     for fault in faults:
         carriers = {request.replica, request.gateway, ALL} - {""}
@@ -237,13 +237,13 @@ def explained(request: Asked, faults: list[Fault]) -> Fault | None:
     return None
 
 
-def account(faults: list[Fault], requests: list[Asked]) -> None:
+def assign_outcomes(faults: list[Fault], requests: list[Asked]) -> None:
     """Find out what each fault cost."""
     answer_times = sorted(request.ended for request in requests if request.outcome == "right")
     for fault, next_fault in zip(faults, [*faults[1:], None], strict=True):
         until = answer_times[-1] if next_fault is None else min(next_fault.at, answer_times[-1])
         fault.refused = sum(fault.at <= at < until for request in requests for at, _ in request.refused)
-        fault.failed = sum(request.outcome != "right" and explained(request, faults) is fault for request in requests)
+        fault.failed = sum(request.outcome != "right" and find_cause(request, faults) is fault for request in requests)
         boundaries = [fault.at, *(end for end in answer_times if fault.at < end <= until), until]
         fault.silence_s = round(max(b - a for a, b in itertools.pairwise(boundaries)), 1)
 

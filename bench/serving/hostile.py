@@ -172,7 +172,7 @@ def main() -> int:
     rows = [cells(row) for row in rounds]
     title = f"{STREAMS} streams, {1000 * GAP_S:.0f} ms a token; attackers have {SHARE:g} of a core"
     show(title, COLUMNS, rows, width=150)
-    verdicts = [verdict for row in rounds for verdict in judged(row)]
+    verdicts = [verdict for row in rounds for verdict in judge_attack(row)]
     command = f"python -m bench.serving.hostile --rounds {options.rounds} --seconds {options.seconds:g}"
     page = f"# Hostile clients\n\nMade by `{command}`. {title}."
     write(
@@ -296,7 +296,7 @@ def ratio(row: dict[str, Any], key: str = "p99_ms") -> float:
     return statistics.median(attacked[key] / quiet[key] for quiet, attacked in pairs)
 
 
-def judged(row: dict[str, Any]) -> list[Verdict]:
+def judge_attack(row: dict[str, Any]) -> list[Verdict]:
     """One attack against the bars."""
     name, attacked = row["attack"], row["attacked"]
     failed = sum(result["failed"] for result in (*row["quiet"], *attacked))

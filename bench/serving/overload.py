@@ -80,15 +80,16 @@ def main() -> int:
     with app(options.engine) as running:
         capacity, rounds = uvloop.run(loads(running, options.rounds, options.seconds, options.json))
         disconnects = {
-            way: [leave(running, way) for _ in range(options.rounds)] for way in ("stream", "whole", "waiting")
+            way: [time_disconnects(running, way) for _ in range(options.rounds)]
+            for way in ("stream", "whole", "waiting")
         }
-        idle = uvloop.run(idling(running, options.rounds, options.seconds / 4))
-        unread = not_reading(running)
+        idle = uvloop.run(measure_idle_connections(running, options.rounds, options.seconds / 4))
+        unread = measure_unread_streams(running)
     rows = [cells(row, capacity) for row in rounds]
     verdicts = [
         *goodput(rounds),
-        *(left_at_once(way, max(times)) for way, times in disconnects.items()),
-        hindered(idle),
+        *(disconnect_verdict(way, max(times)) for way, times in disconnects.items()),
+        idle_verdict(idle),
     ]
     failed = {status: count for row in rounds for status, count in row["failed"].items()}
     if failed:
@@ -119,13 +120,13 @@ def goodput(rounds: list[dict[str, Any]]) -> list[Verdict]:
     return results
 
 
-def left_at_once(way: str, longest_s: float) -> Verdict:
+def disconnect_verdict(way: str, longest_s: float) -> Verdict:
     """Verdict on the time that an engine generates for a disconnected client."""
     consequence = f"the engine has no request {1000 * longest_s:.0f} ms later (bar {1000 * LEAVE_BAR_S:.0f})"
     return Verdict(longest_s <= LEAVE_BAR_S, LEAVE_BAR_S / longest_s, f"a client leaves ({way}): {consequence}")
 
 
-def hindered(idle: dict[str, Any]) -> Verdict:
+def idle_verdict(idle: dict[str, Any]) -> Verdict:
     """Verdict on the cost of idle connections."""
     message = f"{IDLE} idle connections: latency {idle['share']:.2f} of that without (bar {IDLE_BAR})"
     cost = f"{message}, {idle['memory_mb']:.0f} MB of memory"
@@ -211,7 +212,7 @@ async def loads(
     return capacity, results
 
 
-def leave(running: App, way: str) -> float:
+def time_disconnects(running: App, way: str) -> float:
     """Seconds from a client's leaving until its engine has no request left; `waiting`: one that was still in the queue."""
     until(lambda: running.load() == 0)
     body = {"model": "bench", "prompt": "import os", "max_tokens": 900, "ignore_eos": True}
@@ -233,7 +234,7 @@ def leave(running: App, way: str) -> float:
     return time.perf_counter() - start_time
 
 
-async def idling(running: App, rounds: int, seconds: float) -> dict[str, Any]:
+async def measure_idle_connections(running: App, rounds: int, seconds: float) -> dict[str, Any]:
     """Latency of 8 streams without and with idle connections, in turns."""
     client = Client(running.url, "bench", "import os")
     shares, growth = [], []
@@ -252,7 +253,7 @@ async def idling(running: App, rounds: int, seconds: float) -> dict[str, Any]:
     return {"share": statistics.median(shares), "shares": shares, "memory_mb": max(growth)}
 
 
-def not_reading(running: App, clients: int = 16, answer_mb: int = 48) -> dict[str, Any]:
+def measure_unread_streams(running: App, clients: int = 16, answer_mb: int = 48) -> dict[str, Any]:
     """Memory growth of gateway and proxy when large streams are not read."""
     body = {"model": "pour", "prompt": "x" * 4096, "stream": True, "ignore_eos": True, "max_tokens": answer_mb * 256}
     memory_before_mb = running.memory_mb()

@@ -23,7 +23,7 @@ from bench.harness.machine import machine
 from bench.harness.models import write_model
 from bench.harness.options import options_parser
 from bench.harness.report import Verdict
-from bench.harness.servers import NAMES, drive, freeze, stack, thawed
+from bench.harness.servers import NAMES, drive, freeze, resumed_stack, stack
 
 BAR_STREAMS = (8, 16, 32)
 """Numbers of streams that have bars; answers are streamed."""
@@ -66,7 +66,7 @@ def main() -> int:
                 options.stacks[number % len(options.stacks) :] + options.stacks[: number % len(options.stacks)]
             )
             for name in rotated_stacks:
-                with thawed(name, running[name]):
+                with resumed_stack(name, running[name]):
                     for streams, mode in loads if number >= 0 else [(BAR_STREAMS[1], "streamed")]:
                         figures = drive(running[name], streams, options.tokens, whole=MODES[mode])
                         if number >= 0:

@@ -21,7 +21,7 @@ from bench.harness import report
 from bench.harness.machine import machine
 from bench.harness.options import options_parser
 from bench.harness.report import Verdict
-from bench.harness.servers import ECHOES, drive, freeze, members, stack, thawed
+from bench.harness.servers import ECHOES, drive, freeze, members, resumed_stack, stack
 
 STREAMS = (1, 8, 64, 512)
 TOKENS = 32
@@ -61,7 +61,7 @@ def main() -> int:
             freeze(name, True)
         for number in range(options.rounds):
             for name in ECHOES if number % 2 else reversed(ECHOES):
-                with thawed(name, ports[name]):
+                with resumed_stack(name, ports[name]):
                     loads = [(streams, whole) for streams in STREAMS for whole in (False, True)]
                     for load in loads:
                         results.append({"round": number, **measure(name, ports[name], *load)})

@@ -191,7 +191,7 @@ def main() -> int:
         os.environ["TANDEM_HOME"] = f"{name}/home"
         with app(Path(name)) as (port, mark):
             tally, series, seconds = asyncio.run(soak(port, mark, 60 * minutes, options.json))
-    rows, verdicts = judged(tally, series, seconds, check_growth=not options.smoke)
+    rows, verdicts = judge_soak(tally, series, seconds, check_growth=not options.smoke)
     columns = ("process", f"after {WARM_SHARE * minutes:g} min, MiB", f"after {minutes:g} min, MiB", "growth")
     report.show(f"{minutes:g} minutes of mixed traffic", columns, rows)
     counts_text = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in tally.counts.most_common())
@@ -225,7 +225,7 @@ async def soak(port: int, mark: str, seconds: float, path: Path | None) -> tuple
     return tally, series, time.monotonic() - start_time
 
 
-def judged(
+def judge_soak(
     tally: Tally, series: list[dict[str, float]], seconds: float, *, check_growth: bool
 ) -> tuple[list[tuple[str, ...]], list[Verdict]]:
     """The table's rows, and the bars."""

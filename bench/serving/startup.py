@@ -89,7 +89,7 @@ def bare(folder: Path) -> dict[str, Any]:
     # As it comes it forks its engine; Tandem's log level costs a line or two.
     env = {k: v for k, v in ENVIRONMENT.items() if k not in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_LEVEL")}
     log = folder / "bare.log"
-    with started("bare", command, env, log) as since:
+    with running_process("bare", command, env, log) as since:
         ready = answers(port, since)
     log_text = log.read_text()
     seconds = {
@@ -108,7 +108,7 @@ def app(folder: Path) -> dict[str, Any]:
         env = {"RAY_ADDRESS": str(cluster.address), "TANDEM_HOME": str(folder / "home"), **ENVIRONMENT}
         command = [sys.executable, "-c", SERVE_RUN, str(folder / "app.yaml"), str(port)]
         start_time = time.time()
-        with started("app", command, env, folder / "app.log") as since:
+        with running_process("app", command, env, folder / "app.log") as since:
             ready = answers(port, since)
             at, phases = replica_phases(str(cluster.address), env)
             # Ray may have started the process before anybody asked for a replica.
@@ -121,7 +121,7 @@ def from_nothing(folder: Path) -> dict[str, Any]:
     port = free_port()
     command = [sys.executable, "-m", "tandem", "serve", "up", "--config", str(folder / "app.yaml"), "--port", str(port)]
     env = {"TANDEM_HOME": str(folder / "home-up"), **ENVIRONMENT}
-    with started("up", command, env, folder / "up.log") as since:
+    with running_process("up", command, env, folder / "up.log") as since:
         return {"seconds": answers(port, since)}
 
 
@@ -155,7 +155,7 @@ def replica_phases(address: str, env: dict[str, str]) -> tuple[float, dict[str, 
 
 
 @contextlib.contextmanager
-def started(mark: str, command: list[str], env: dict[str, str], log: Path) -> Iterator[float]:
+def running_process(mark: str, command: list[str], env: dict[str, str], log: Path) -> Iterator[float]:
     """A command for the length of a block; yields when it began, and ends it with all it started."""
     since = time.monotonic()
     with log.open("wb") as file:

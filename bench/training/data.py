@@ -252,7 +252,7 @@ def by_tandem(options: argparse.Namespace, readers: int) -> Generator[Any, None,
         ray.shutdown()
 
 
-# ---- what comes of it -----------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def shares(results: dict[str, Any], readers: int, peer: str) -> list[float]:

@@ -201,7 +201,7 @@ def summed_loss(logits: Any, labels: Any) -> Any:
     return cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-# ---- what comes of it -----------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def summary(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

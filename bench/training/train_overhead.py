@@ -210,7 +210,7 @@ def tandem_config(layout: str, folder: Path, options: argparse.Namespace) -> dic
     }  # fmt: skip
 
 
-# ---- what comes of it -----------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
