@@ -127,7 +127,7 @@ class Whole(Stream):
 async def drive(
     url: str, model: str, streams: int, tokens: int, requests: int, *, whole: bool = False, prompt: str, key: str
 ) -> dict[str, object]:
-    """Run the load; see the module's docstring for what comes back."""
+    """Run the load; returns the figures that the module's docstring lists."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     body = json.dumps(
         {

@@ -36,7 +36,7 @@ class Connection(asyncio.Protocol):
     """One keep-alive connection; one request at a time."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ready to ask."""
+        """Ready to send requests."""
         self._transport = cast(asyncio.Transport, transport)
         self._answer: asyncio.Future[tuple[int, float | None]] | None = None
         self.is_open = True
@@ -90,7 +90,7 @@ class Client:
         return f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
 
     async def send(self, scheduled_at: float, tokens: int, timeout_s: float | None = None) -> Answer:
-        """One request and what became of it."""
+        """Send one request; returns its result."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open:

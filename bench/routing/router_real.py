@@ -113,7 +113,7 @@ for number in range(int(sys.argv[3])):
 
 
 def prompt_prefixes() -> list[list[str]]:
-    """Texts of Python's own sources, `PROMPTS` for each adapter, no two alike."""
+    """Prompt prefixes from Python's own sources, `PROMPTS` for each adapter, all different."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "".join(file.read_text(errors="replace") for file in files[:80])
     pieces = [text[at : at + PROMPT_BYTES] for at in range(0, ADAPTERS * PROMPTS * PROMPT_BYTES, PROMPT_BYTES)]

@@ -59,7 +59,7 @@ STEP_S, STEP_REQUEST_S = 10e-3, 0.25e-3
 CACHE_BLOCKS = 1024
 ADAPTER_SLOTS, LOAD_S = 8, 0.1
 BYTES_PER_TOKEN = 4
-"""Of text: what makes the router's beginnings out of a trace's blocks."""
+"""Bytes of text for each token, to convert a trace's blocks to the router's prefix lengths."""
 NAMES = {
     "affinity": "affinity (default)",
     "round_robin": "round robin",
@@ -274,7 +274,7 @@ class Simulation:
                     now, _, handler, argument = heapq.heappop(self._events)
                     handler(now, argument)
                     continue
-                self._route(call, counted=call.at >= end / 2)
+                self._route(call, measured=call.at >= end / 2)
                 following = next(arrivals, None)
                 if following is None:
                     break

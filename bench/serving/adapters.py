@@ -36,7 +36,7 @@ COLD_MS, SHARE, TRAINED_S = 150.0, 0.8, 2.0
 
 
 async def cold(app: App, names: Sequence[str]) -> dict[str, Any]:
-    """First tokens of adapters that nobody has asked for, of the same again, and of those that left the slots meanwhile."""
+    """Time to first token of adapters never used before, of the same again, and of those evicted from the slots meanwhile."""
     for _ in range(6):
         await app.first_token_ms("bench")
     first_ms, repeated_ms = [], []
@@ -56,7 +56,7 @@ async def cold(app: App, names: Sequence[str]) -> dict[str, Any]:
 
 
 async def promotion(app: App, folder: Path, times: int) -> dict[str, Any]:
-    """Promote two versions in turn, each time asking at once, while other streams ask for the same name."""
+    """Promote two versions in turn, each time with an immediate request, while other streams request the same name."""
     for number in (1, 2):
         app.registry.register_adapter("moving", write_adapter(folder / f"moving-{number}", 100 + number), base="bench")
     finished, failed, wrong_versions, answer_ms = asyncio.Event(), [], 0, []
@@ -154,7 +154,7 @@ async def count_adapter_loads(app: App) -> int:
 
 
 async def training(app: App, cluster: Any, rounds: int) -> list[dict[str, Any]]:
-    """Jobs of a few steps; seconds from the last one to the first token of what they made, and what they went for."""
+    """Training jobs of a few steps; seconds from the last step to the first token of the new adapter, by phase."""
     from tandem.config import TrainConfig, from_dict
     from tandem.jobs.client import JobClient
     from tandem.jobs.prepare import prepare
@@ -262,7 +262,7 @@ def main() -> int:
 
 
 def cold_rows(figures: dict[str, Any]) -> list[list[Any]]:
-    """Rows of `cold`: what, measured, bar, verdict."""
+    """Rows of `cold`: description, measurement, bar, verdict."""
     difference = figures["more_ms"]
     labels = {"of an adapter from disk": "cold_ms", "of one in host memory": "memory_ms", "of one in a slot": "warm_ms"}
     rows: list[list[Any]] = [

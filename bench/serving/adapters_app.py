@@ -1,4 +1,4 @@
-"""The app that bench/serving/adapters.py asks: two replicas of a small model, adapters for it, and a client that costs little."""
+"""The app for bench/serving/adapters.py: two replicas of a small model, adapters for it, and a client that costs little."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def summarise(rounds: list[dict[str, Any]], rows: int) -> tuple[list[str], Verdi
 
 @contextlib.contextmanager
 def peer(folder: Path) -> Iterator[Any]:
-    """vLLM's LLM in a process of its own; what is yielded has it answer all rows once."""
+    """vLLM's LLM in a process of its own; yields a function that answers all rows once."""
     command = [sys.executable, "-c", PEER, str(folder / "bench"), json.dumps(ARGS), str(folder / "rows.jsonl")]
     log = (folder / "vllm.log").open("wb")
     # A group of its own, so that the engine's process is frozen with it.

@@ -1,4 +1,4 @@
-"""The clients of bench/serving/chaos_serve.py: they never pause, and look at every answer."""
+"""The clients of bench/serving/chaos_serve.py: they send requests without a pause, and check every answer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PATIENCE_S = 120.0
 
 
 @dataclass(slots=True)
-class Asked:
-    """One request and what became of it."""
+class RequestRecord:
+    """One request and its outcome."""
 
     began: float
     streamed: bool
@@ -36,29 +36,29 @@ class Asked:
 
 @dataclass(slots=True)
 class Clients:
-    """Asks until it is told to stop."""
+    """Clients that send requests until `over` is set."""
 
     url: str
     model: str
     expected: dict[str, str] = field(default_factory=dict)
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[RequestRecord] = field(default_factory=list)
     over: bool = False
 
     async def run(self) -> None:
         """All clients."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             for prompt in PROMPTS:
-                self.expected[prompt] = await self._read_answer(session, prompt, Asked(0.0, False))
+                self.expected[prompt] = await self._read_answer(session, prompt, RequestRecord(0.0, False))
             if len(set(self.expected.values())) < len(PROMPTS):
                 raise RuntimeError("Two prompts have the same answer: a wrong one could not be told.")
             print("the answers are known", file=sys.stderr, flush=True)
-            await asyncio.gather(*(self._send_request(session, number) for number in range(CLIENTS)))
+            await asyncio.gather(*(self._send_requests(session, number) for number in range(CLIENTS)))
 
-    async def _send_request(self, session: aiohttp.ClientSession, number: int) -> None:
+    async def _send_requests(self, session: aiohttp.ClientSession, number: int) -> None:
         dice = random.Random(number)
         while not self.over:
-            record = Asked(time.monotonic(), number % 2 == 0)
-            self.asked.append(record)
+            record = RequestRecord(time.monotonic(), number % 2 == 0)
+            self.requests.append(record)
             prompt = dice.choice(PROMPTS)
             try:
                 async with asyncio.timeout(PATIENCE_S):
@@ -71,7 +71,7 @@ class Clients:
                 record.outcome = f"broken: {type(error).__name__}: {error}"[:200]
             record.ended = time.monotonic()
 
-    async def _read_answer(self, session: aiohttp.ClientSession, prompt: str, record: Asked) -> str:
+    async def _read_answer(self, session: aiohttp.ClientSession, prompt: str, record: RequestRecord) -> str:
         body = {"model": self.model, "prompt": prompt, "max_tokens": WORDS, "temperature": 0, "ignore_eos": True}
         while True:
             record.replica = record.gateway = ""

@@ -37,7 +37,7 @@ from bench.harness.nodes import Node
 from bench.harness.options import options_parser
 from bench.harness.report import Verdict
 from bench.serving.chaos_app import GATEWAYS, REPLICAS, listener, records, serving, title
-from bench.serving.chaos_clients import CLIENTS, PATIENCE_S, Asked, Clients
+from bench.serving.chaos_clients import CLIENTS, PATIENCE_S, Clients, RequestRecord
 
 BOOKS_S = 2.0
 BACK_S = 180.0
@@ -75,7 +75,7 @@ class Chaos:
     def __init__(self, cluster: Any, node: Node, url: str, kinds: list[str], options: argparse.Namespace) -> None:
         self.faults: list[Fault] = []
         self.left_out: list[str] = []
-        """Faults that could not be done: what they were meant for was not there."""
+        """Faults that were skipped because their target did not run."""
         self._cluster, self._node, self._url = cluster, node, url
         self._plan = kinds
         self._log = report.Rounds(options.json)
@@ -201,7 +201,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         clients = Clients(url, "tiny")
         thread = threading.Thread(target=lambda: asyncio.run(clients.run()), daemon=True)
         thread.start()
-        while len(clients.asked) < 2 * CLIENTS:
+        while len(clients.requests) < 2 * CLIENTS:
             time.sleep(0.1)
         chaos = Chaos(cluster, node, url, kinds, options)
         start_time = time.monotonic()
@@ -209,13 +209,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         lasted_s = time.monotonic() - start_time
         clients.over = True
         thread.join(PATIENCE_S + 10)
-    assign_outcomes(chaos.faults, clients.asked)
-    failures = [request for request in clients.asked if request.outcome != "right"]
+    assign_outcomes(chaos.faults, clients.requests)
+    failures = [request for request in clients.requests if request.outcome != "right"]
     return {
         "engine": options.engine, "seed": options.seed, "every_s": options.every, "apart": options.apart,
-        "seconds": round(lasted_s), "cores": os.cpu_count(), "left_out": chaos.left_out, "requests": len(clients.asked),
-        "refused": sum(len(request.refused) for request in clients.asked),
-        "answered_after": sum(request.outcome == "right" and request.began > chaos.faults[-1].at for request in clients.asked),
+        "seconds": round(lasted_s), "cores": os.cpu_count(), "left_out": chaos.left_out, "requests": len(clients.requests),
+        "refused": sum(len(request.refused) for request in clients.requests),
+        "answered_after": sum(request.outcome == "right" and request.began > chaos.faults[-1].at for request in clients.requests),
         "failed": len(failures), "wrong": sum(request.outcome.startswith("wrong") for request in failures),
         "hung": sum(request.outcome == "hung" for request in failures),
         "unexplained": [asdict(request) for request in failures if find_cause(request, chaos.faults) is None],
@@ -223,7 +223,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def find_cause(request: Asked, faults: list[Fault]) -> Fault | None:
+def find_cause(request: RequestRecord, faults: list[Fault]) -> Fault | None:
     """The fault that a failed request was under way for, on the part that was hit."""
     for fault in faults:
         carriers = {request.replica, request.gateway, ALL} - {""}
@@ -237,8 +237,8 @@ def find_cause(request: Asked, faults: list[Fault]) -> Fault | None:
     return None
 
 
-def assign_outcomes(faults: list[Fault], requests: list[Asked]) -> None:
-    """Find out what each fault cost."""
+def assign_outcomes(faults: list[Fault], requests: list[RequestRecord]) -> None:
+    """Fill in the cost of each fault: failed and refused requests, and the time without answers."""
     answer_times = sorted(request.ended for request in requests if request.outcome == "right")
     for fault, next_fault in zip(faults, [*faults[1:], None], strict=True):
         until = answer_times[-1] if next_fault is None else min(next_fault.at, answer_times[-1])

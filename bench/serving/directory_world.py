@@ -121,7 +121,7 @@ class Replicas:
 
 
 class MeasuredFleet(Fleet):
-    """A gateway's real fleet, that notes what it sees."""
+    """A gateway's real fleet, which records its changes."""
 
     def __init__(self, group: Gateways, watcher: DirectoryWatcher) -> None:
         super().__init__(watcher, Router(gateways=2))
@@ -172,7 +172,7 @@ class Gateways:
             await asyncio.sleep(0.1)
 
     def seen(self, loaded: set[str]) -> None:
-        """A gateway has heard of loaded adapters."""
+        """Record that a gateway has received loaded adapters."""
         now = time.monotonic_ns()
         for adapter in loaded:
             at = int(adapter.split("-")[1])
@@ -181,7 +181,7 @@ class Gateways:
                 self._heard[adapter] = (count + 1, (now - at) / 1e9)
 
     async def measure(self, seconds: float) -> dict[str, Any]:
-        """Bytes for each gateway, the times until loads were known to all of them, and the ages of what they knew of loads."""
+        """Bytes for each gateway, delays until all of them knew of adapter loads, and the ages of their load data."""
         self._heard, self._ages_s, self._since_ns = {}, [], time.monotonic_ns()
         received_before, start_time, cpu = self._received(), time.monotonic(), time.process_time()
         while time.monotonic() - start_time < seconds:

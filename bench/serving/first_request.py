@@ -134,7 +134,7 @@ def one_round(folder: Path, home_folder: Path) -> dict[str, Any]:
 
 
 def wait(client: httpx.Client, start_time: float, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when the app says that it is whole; nothing has been asked of its engine then."""
+    """Return when the app reports that it is ready, before its engine has had any request."""
     while time.monotonic() - start_time < 240 and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             if client.get("/health").status_code == 200:

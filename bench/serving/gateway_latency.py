@@ -31,7 +31,7 @@ from bench.harness.options import options_parser
 from bench.harness.report import Rounds, Verdict, judge, markdown_table, show, verdict_lines, write
 
 BARS_MS = {"p50": 0.5, "p99": 2.0}
-"""At 64 concurrent requests with keys, limits, usage and access log, for what the gateway itself says."""
+"""At 64 concurrent requests with keys, limits, usage and access log, for the time by the gateway's header."""
 TOKENS, GAP_S = 32, 0.05
 TIMING = re.compile(rb"server-timing: gateway;dur=([0-9.]+)", re.IGNORECASE)
 
@@ -42,9 +42,9 @@ class Server(NamedTuple):
     url: str
     model: str
     token: str = ""
-    """Of the replica, when it is asked directly."""
+    """Token of the replica, for direct requests."""
     key: str = ""
-    """API key, when the app is asked."""
+    """API key, for requests to the app."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Tally:
 
 
 class Asker(asyncio.Protocol):
-    """One connection that asks again and again until the time is over."""
+    """One connection that sends one request after the other until the time is over."""
 
     def __init__(self, request: bytes, until: float, tally: Tally) -> None:
         self._request, self._until, self._tally = request, until, tally
@@ -115,7 +115,7 @@ class Asker(asyncio.Protocol):
 
 
 async def drive(server: Server, concurrency: int, seconds: float) -> dict[str, Any]:
-    """Ask for `seconds`; percentiles of what was seen."""
+    """Send requests for `seconds`; returns percentiles."""
     parts = urlsplit(server.url)
     body = json.dumps({"model": server.model, "prompt": " ".join(["word"] * TOKENS), "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"

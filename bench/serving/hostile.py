@@ -76,7 +76,7 @@ class Tally:
 
 
 class Stream(asyncio.Protocol):
-    """One honest connection, which asks again and again until the time is over."""
+    """One honest connection, which sends one request after the other until the time is over."""
 
     def __init__(self, request: bytes, until: float, tally: Tally) -> None:
         self._request, self._until, self._tally = request, until, tally

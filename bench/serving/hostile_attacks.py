@@ -55,7 +55,7 @@ class Attacker:
         await self.send(request(body, path, **headers))
 
     async def send(self, raw: bytes, *, read_s: float = 20.0) -> None:
-        """Write bytes and count what comes back."""
+        """Write bytes and count the statuses of the answers."""
         status = "none"
         writer = None
         try:
@@ -101,7 +101,7 @@ def completion(**fields: Any) -> bytes:
 
 
 def word(length: int = 30) -> str:
-    """A name that nobody knows."""
+    """A model name that does not exist."""
     return "".join(random.choices(string.ascii_lowercase, k=length))
 
 
@@ -205,7 +205,7 @@ ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
 
 
 async def run(url: str, seconds: float, names: list[str]) -> dict[str, Any]:
-    """Carry out attacks side by side; what came of them."""
+    """Run attacks concurrently; returns their figures."""
     attacker = Attacker(url, seconds)
     start_time, cpu = time.monotonic(), time.process_time()
     tasks = [asyncio.ensure_future(ATTACKS[name](attacker)) for name in names]

@@ -38,7 +38,7 @@ IDLE_BAR = 1.1
 AT_ONCE = 32
 """Requests that the engine generates at once."""
 PATIENCE = 8.0
-"""A request's `timeout`, as a multiple of what an answer takes where the engine is full."""
+"""A request's `timeout`, as a multiple of the latency at a full engine."""
 UNREAD = (
     "{clients} clients that do not read, streams of {answer_mb} MB each: the gateway grows by {gateway_mb:.0f} MB, the proxy by "
     "{proxy_mb:.0f} MB."

@@ -42,10 +42,10 @@ from bench.harness.servers import ENVIRONMENT, free_port
 
 GROWTH_BAR = 0.05
 WARM_SHARE = 0.2
-"""Of the time, after which memory is first looked at."""
+"""Share of the run before memory is first measured."""
 SAMPLE_S = 2.0
 AT_ONCE_S = 20.0
-"""Samples of so long are put together, at the most: one sample says little."""
+"""Seconds of samples that are averaged, at most: one sample is too noisy."""
 CLIENTS, ADAPTERS, HIDDEN, LAYERS, RANK = 12, 24, 192, 4, 8
 MAX_LENGTH = 1024
 PEAK_S = 10.0
@@ -70,7 +70,7 @@ class Tally:
 
 
 class Client:
-    """One of several that ask without a pause."""
+    """One of several clients that send requests without a pause."""
 
     def __init__(self, http: httpx.AsyncClient, dice: random.Random, tally: Tally) -> None:
         self._http, self._dice, self._tally = http, dice, tally
@@ -162,7 +162,7 @@ class Client:
         self._expect(await self._http.post("/v1/completions", content=b'{"model": "bench", '), 400)
 
     async def unknown_model(self) -> None:
-        """A model that nobody has."""
+        """A model that does not exist."""
         self._expect(await self._http.post("/v1/completions", json=self._body(model="nobody")), 404)
 
     async def unknown_route(self) -> None:

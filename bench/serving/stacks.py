@@ -63,7 +63,7 @@ def tandem(folder: Path, port: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def echo(gateways: int, folder: Path, port: int) -> Iterator[None]:
-    """Tandem around two engines that cost next to nothing: what is measured is the gateway."""
+    """Tandem around two engines that cost almost nothing: the gateway is measured."""
     from tandem.config import GatewayConfig, ServeConfig, ServedModelConfig
 
     model = ServedModelConfig(model=MODEL, name=MODEL, engine="echo", replicas=2, max_adapters=0, cpus_per_replica=0.5)

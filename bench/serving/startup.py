@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def bare(folder: Path) -> dict[str, Any]:
-    """vLLM's server as it comes; its log tells what loading and warming up took."""
+    """vLLM's server as it comes; its log has the seconds of loading and warm-up."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), *ARGS]
     command += ["--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)]

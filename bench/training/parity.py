@@ -190,7 +190,7 @@ def difference(expected: list[float], measured: list[float]) -> float:
 
 
 def world(numbers: list[int], workers: int) -> Iterator[dict[str, Any]]:
-    """Run cases in one world of `workers` processes; what rank 0 tells of each."""
+    """Run cases in one world of `workers` processes; yields rank 0's figures of each."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         logs = [stack.enter_context((folder / f"log-{rank}").open("w+")) for rank in range(workers)]
@@ -311,7 +311,7 @@ def pair_loss(case: Case) -> Callable[[Any, Any], Any]:
 
 
 def run_tandem(case: Case) -> dict[str, Any]:
-    """Tandem's training over this world; the same on every rank but for what rank 0 alone has."""
+    """Tandem's training over this world; the result is the same on every rank, except for figures of rank 0 only."""
     import torch
     import torch.distributed as dist
 

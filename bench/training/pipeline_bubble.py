@@ -195,7 +195,7 @@ class Cell:
 
 
 def summed_loss(logits: Any, labels: Any) -> Any:
-    """Cross-entropy of each token with itself: what is learned does not matter here."""
+    """Cross-entropy of each token with itself: only the duration matters here."""
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits.flatten(0, 1), labels.flatten())

@@ -28,7 +28,7 @@ READ_AGAIN_S = (0.5, 2.0, 8.0)
 
 @dataclass(frozen=True, kw_only=True)
 class PackSpec:
-    """How samples become rows."""
+    """Parameters for packing samples into rows."""
 
     encoder: TextEncoder
     kind: Kind

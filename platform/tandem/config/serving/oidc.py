@@ -24,7 +24,7 @@ class OidcConfig:
     audience: str
     """`aud` of the tokens, or one of its values: this app's name at the provider."""
     jwks_url: str | None = None
-    """Where the provider's public keys are. Unset: what `ISSUER/.well-known/openid-configuration` says."""
+    """URL of the provider's public keys. Unset: the one in `ISSUER/.well-known/openid-configuration`."""
     tenant_claim: str | None = None
     """Claim with the tenant, such as `org` or `a.b` for a claim inside another; tokens without it are refused. Unset: all tokens
     are of the tenant `default`."""
@@ -61,7 +61,7 @@ class OidcConfig:
 
 
 def check_provider_url(key: str, url: str) -> None:
-    """ConfigError unless a URL is https, or http on this machine: who can change an answer on the way can sign tokens."""
+    """ConfigError unless a URL is https, or http on this machine: over plain http an attacker could replace the keys."""
     parts = urlsplit(url)
     if parts.scheme == "https" and parts.hostname:
         return

@@ -29,8 +29,8 @@ class CheckpointConfig:
     best: str | None = None
     """A metric, such as evaluation_loss: the checkpoint that is best by it is kept beside the newest ones."""
     path: str | None = None
-    """Where they lie, each job's in a folder of its own: an absolute path that every node has, or a URI such as
-    s3://bucket/runs. Unset: the job's folder."""
+    """Folder for the checkpoints of all jobs, with a subfolder for each job: an absolute path that every node has, or a URI such
+    as s3://bucket/runs. Unset: the job's folder."""
     asynchronous: bool = True
     """Write in the background while training continues, from a copy in the CPU's memory."""
     max_failures: int = 3

@@ -41,7 +41,7 @@ class ModelConfig:
     """Either `base` (a model that exists), or the shape of a new model."""
 
     base: str | None = None
-    """What to start from: a registered model, a folder with config.json and safetensors, or a model of the Hugging Face hub
+    """Base model to start from: a registered model, a folder with config.json and safetensors, or a model of the Hugging Face hub
     (`org/name`, `org/name@revision`)."""
     architecture: str = "llama"
     """Class of a new model: llama, qwen3, or qwen3_moe, whose MLPs are mixtures of experts."""

@@ -69,7 +69,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: TrainConfig, device: torch
 
 
 def _split(lm: Any, shape: ModelShape, mesh: Mesh, config: TrainConfig) -> tuple[ShardSequence, Stages]:
-    """How this rank shards sequences, and its stages of the model."""
+    """This rank's function that shards sequences, and its stages of the model."""
     if layers_known(shape, config):
         return _split_layers(lm, mesh, config)
     if config.attention == "flex":
