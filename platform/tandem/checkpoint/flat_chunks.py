@@ -26,17 +26,17 @@ def chunk_bounds(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[
     row = math.prod(inner)
     (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
     if first == last:
-        yield from _in_row(inner, first, head, tail)
+        yield from _chunks_in_row(inner, first, head, tail)
         return
     if head:
-        yield from _in_row(inner, first, head, row)
+        yield from _chunks_in_row(inner, first, head, row)
         first += 1
     if first < last:
         yield (first, *(0 for _ in inner)), (last - first, *inner)
-    yield from _in_row(inner, last, 0, tail)
+    yield from _chunks_in_row(inner, last, 0, tail)
 
 
-def _in_row(
+def _chunks_in_row(
     inner: tuple[int, ...], row: int, start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     for offsets, sizes in chunk_bounds(inner, start, stop):

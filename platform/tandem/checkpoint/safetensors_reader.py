@@ -36,7 +36,7 @@ class SafetensorsReader:
 
     def missing(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
         """Names of the model's tensors, given by their shapes, that the files do not hold."""
-        return [name for name, shape in shapes.items() if not self._has(name, tuple(shape))]
+        return [name for name, shape in shapes.items() if not self._is_in_files(name, tuple(shape))]
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A slice of a tensor of the model, in the type of the file."""
@@ -62,10 +62,14 @@ class SafetensorsReader:
 
     def _slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         slices = tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
-        tensor: Tensor = self._of(name).get_slice(name)[slices] if slices else self._of(name).get_tensor(name)
+        tensor: Tensor = (
+            self._open_file_with(name).get_slice(name)[slices]
+            if slices
+            else self._open_file_with(name).get_tensor(name)
+        )
         return tensor
 
-    def _has(self, name: str, shape: tuple[int, ...]) -> bool:
+    def _is_in_files(self, name: str, shape: tuple[int, ...]) -> bool:
         parts = self._names_in_files(name)
         if not set(parts) <= self._file_by_name.keys():
             return False
@@ -73,7 +77,7 @@ class SafetensorsReader:
         return parts != [self._plain_name(name)] or self._shape(parts[0]) == shape
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._of(name).get_slice(name).get_shape())
+        return tuple(self._open_file_with(name).get_slice(name).get_shape())
 
     def _names_in_files(self, name: str) -> list[str]:
         match = None if name in self._file_by_name else _STACKED.fullmatch(name)
@@ -92,7 +96,7 @@ class SafetensorsReader:
         mixtral = f"{prefix.replace('.mlp.', '.block_sparse_moe.')}.{expert}.{_MIXTRAL[part]}.weight"
         return mixtral if name not in self._file_by_name and mixtral in self._file_by_name else name
 
-    def _of(self, name: str) -> Any:
+    def _open_file_with(self, name: str) -> Any:
         return self._open(self._file_by_name[name])
 
     def _open(self, file: Path) -> Any:

@@ -44,7 +44,7 @@ class Adapters:
         """
         lineage: dict[str, Any] = {"source": str(source)}
         if not is_remote(source) and not Path(source).expanduser().exists():
-            source, base, lineage = _of_job(str(source), base)
+            source, base, lineage = _adapter_of_job(str(source), base)
         if base is None:
             raise RegistryError(f"{source} does not say which registered model it adapts. Name it: base, or --base.")
         return self.registry.register_adapter(name, source, base=base, lineage=lineage, promote=promote, tenant=tenant)
@@ -126,7 +126,7 @@ class Adapters:
         return list(content["data"])
 
 
-def _of_job(source: str, base: str | None) -> tuple[Path, str | None, dict[str, Any]]:
+def _adapter_of_job(source: str, base: str | None) -> tuple[Path, str | None, dict[str, Any]]:
     """Folder, base and lineage of a job's adapter."""
     try:
         job = find_job(source)

@@ -125,7 +125,7 @@ def nearest_layout(shape: ModelShape, config: TrainConfig) -> dict[str, int]:
             if workers % (group * parallel.replicate):
                 continue
             cost, changes = _cost_and_changes(config, degrees, shape)
-            if cost < best[0] and _works(shape, config, changes):
+            if cost < best[0] and _is_valid_with(shape, config, changes):
                 best = (cost, changes)
     return best[1]
 
@@ -281,7 +281,7 @@ def _cost_and_changes(
     return effort, changes
 
 
-def _works(shape: ModelShape, config: TrainConfig, changes: Mapping[str, int]) -> bool:
+def _is_valid_with(shape: ModelShape, config: TrainConfig, changes: Mapping[str, int]) -> bool:
     degrees: dict[str, Any] = {
         key.removeprefix("parallel."): value for key, value in changes.items() if key.startswith("parallel.")
     }

@@ -123,18 +123,18 @@ def _record_files(folder: Path) -> tuple[Path, ...] | None:
     text_files = [p for p in files if p.suffix == TEXT_SUFFIXES[0]]
     if record_files and text_files:
         raise DataError(
-            f"{folder} holds {_count(record_files)} of records ({_some(record_files)}) and "
-            f"{_count(text_files)} of text ({_some(text_files)}), and a dataset is made of one sort. Give one of the "
-            "files, or move each sort into a folder of its own."
+            f"{folder} holds {_count_files(record_files)} of records ({_example_names(record_files)}) and "
+            f"{_count_files(text_files)} of text ({_example_names(text_files)}), and a dataset is made of one sort. "
+            "Give one of the files, or move each sort into a folder of its own."
         )
     return record_files or None
 
 
-def _count(files: Sequence[Path]) -> str:
+def _count_files(files: Sequence[Path]) -> str:
     return f"{len(files)} file{'s' if len(files) != 1 else ''}"
 
 
-def _some(files: Sequence[Path]) -> str:
+def _example_names(files: Sequence[Path]) -> str:
     return ", ".join(p.name for p in files[:3]) + (", ..." if len(files) > 3 else "")
 
 

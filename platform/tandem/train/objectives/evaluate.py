@@ -40,7 +40,7 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     with torch.no_grad(), loss_parallel():
         count = objective.count(torch.from_numpy(rows.astype(np.int64)).to(device))
-        for part in shares(rows, rank, degrees.data_parallel, batch_rows):
+        for part in rank_batches(rows, rank, degrees.data_parallel, batch_rows):
             batch = torch.from_numpy(part.astype(np.int64)).to(device)
             with autocast_context(model, precision, device):
                 batch_loss, batch_sums = _losses(model, objective, batch)
@@ -71,7 +71,7 @@ def _losses(model: ParallelModel, objective: Objective, batch: Tensor) -> tuple[
     return next_token(objective).of_logits(logits, batch[:, 1]), {}
 
 
-def shares(rows: Rows, rank: int, ranks: int, batch_rows: int) -> Iterator[Rows]:
+def rank_batches(rows: Rows, rank: int, ranks: int, batch_rows: int) -> Iterator[Rows]:
     """A rank's rows in batches, equally many on every rank because collectives must match; filled up with padding rows."""
     rank_rows = rows[rank::ranks]
     rows_per_rank = math.ceil(len(rows) / ranks)

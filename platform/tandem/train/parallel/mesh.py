@@ -121,19 +121,19 @@ class Mesh:
     @property
     def parameters(self) -> DeviceMesh:
         """The mesh that parameters are sharded over, with an outer axis for replicas if there are any."""
-        return self._over("shard", self._shard)
+        return self._add_replica_axis("shard", self._shard)
 
     @property
     def experts(self) -> DeviceMesh:
         """The same for experts, which ep has distributed already."""
-        return self._over("expert_shard", self._expert_shard)
+        return self._add_replica_axis("expert_shard", self._expert_shard)
 
     @property
     def expert_tensor(self) -> DeviceMesh:
         """The mesh (ep, tp) that experts are split over."""
         return self.device_mesh["ep", "tp"]
 
-    def _over(self, name: str, inner: DeviceMesh) -> DeviceMesh:
+    def _add_replica_axis(self, name: str, inner: DeviceMesh) -> DeviceMesh:
         if self.degrees.dp_replicate == 1:
             return inner
         return self.device_mesh["dp_replicate", name]

@@ -14,7 +14,7 @@ from tandem.config import DpoConfig
 from tandem.data.packing import IGNORED, Rows, pack
 from tandem.data.tokenize import Encoded
 from tandem.train.objectives.dpo import Dpo, FrozenReference
-from tandem.train.objectives.evaluate import evaluate, shares
+from tandem.train.objectives.evaluate import evaluate, rank_batches
 from tandem.train.objectives.objective import NextToken
 from tandem.train.parallel.model import ParallelModel
 
@@ -59,7 +59,7 @@ def test_pairs_have_no_perplexity(model: torch.nn.Module, alone: Alone):
 
 @pytest.mark.parametrize(("ranks", "batch_rows"), [(1, 3), (2, 2), (3, 1), (4, 8)])
 def test_ranks_share_the_rows_in_equally_many_batches(rows: Rows, ranks: int, batch_rows: int):
-    dealt = [list(shares(rows, rank, ranks, batch_rows)) for rank in range(ranks)]
+    dealt = [list(rank_batches(rows, rank, ranks, batch_rows)) for rank in range(ranks)]
     assert len({tuple(len(part) for part in parts) for parts in dealt}) == 1
     useful = [row for parts in dealt for part in parts for row in part if (row[1] != IGNORED).any()]
     key = lambda row: row.tobytes()  # noqa: E731
