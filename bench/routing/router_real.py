@@ -162,8 +162,8 @@ async def _stream(session: aiohttp.ClientSession, url: str, requests_left: Any, 
                     usage = (await response.json())["usage"]
                 else:
                     error = f"{response.status} {(await response.text())[:300]}"
-        except (aiohttp.ClientError, TimeoutError) as error:
-            error = repr(error)
+        except (aiohttp.ClientError, TimeoutError) as exception:
+            error = repr(exception)
         answers.append(
             {
                 "began": start_time,

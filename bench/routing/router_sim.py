@@ -493,14 +493,14 @@ def read_rows(results: dict[str, Any]) -> list[list[str]]:
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """The default policy's decisions at 1,000 replicas, held against the bar."""
-    results = []
+    verdict_list = []
     for scenario in results["scenarios"]:
         for row in scenario["rows"]:
             if row["policy"] == RouterConfig().policy and scenario["replicas"] >= BAR_REPLICAS:
                 slow = row["decision_us"][0.99]
                 message = f"{scenario['title']}: 99 of 100 decisions within {slow:.1f} us; the bar is {BAR_US:.0f} us"
-                results.append(Verdict(slow < BAR_US, BAR_US / slow, message))
-    return results
+                verdict_list.append(Verdict(slow < BAR_US, BAR_US / slow, message))
+    return verdict_list
 
 
 def page(results: dict[str, Any]) -> str:

@@ -186,8 +186,8 @@ async def send_request(session: aiohttp.ClientSession, url: str) -> dict[str, An
                 error = f"{response.status}: {(await response.text())[:200]}"
             elif (tokens := (await response.json())["usage"]["completion_tokens"]) != TOKENS:
                 error = f"{tokens} tokens"
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        error = repr(error)
+    except (aiohttp.ClientError, TimeoutError, OSError) as exception:
+        error = repr(exception)
     return {"began": start_time, "ended": time.time(), "failed": error}
 
 

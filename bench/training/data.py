@@ -262,15 +262,15 @@ def shares(results: dict[str, Any], readers: int, peer: str) -> list[float]:
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """The figures that have a bar, with their verdicts."""
-    results = []
+    verdict_list = []
     for readers in results["rounds"]:
         share = statistics.median(shares(results, readers, "webdataset"))
         message = f"{readers} readers: Tandem has {share:.2f} of webdataset's rows/s; the bar is {BAR}"
-        results.append(Verdict(share >= BAR, share / BAR, message))
+        verdict_list.append(Verdict(share >= BAR, share / BAR, message))
         wait = waits(results, readers, "tandem")
         message = f"{readers} readers: the consumer waits for data {wait:.2%} of its time; the bar is {WAIT_BAR:.0%}"
-        results.append(Verdict(wait < WAIT_BAR, WAIT_BAR / max(wait, 1e-9), message))
-    return results
+        verdict_list.append(Verdict(wait < WAIT_BAR, WAIT_BAR / max(wait, 1e-9), message))
+    return verdict_list
 
 
 def waits(results: dict[str, Any], readers: int, peer: str) -> float:

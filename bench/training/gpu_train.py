@@ -307,16 +307,16 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
         return []
     if "error" in tandem_figures:
         return [Verdict(False, 0.0, f"Tandem: {tandem_figures['error']}")]
-    results = []
+    verdict_list = []
     if any(name in results["device"] for name in BARRED) and results["model"] != "tiny":
         message = f"Tandem: {100 * tandem_figures['mfu']:.1f} % MFU; the bar is {100 * MFU_BAR:.0f} %"
-        results.append(Verdict(tandem_figures["mfu"] >= MFU_BAR, tandem_figures["mfu"] / MFU_BAR, message))
+        verdict_list.append(Verdict(tandem_figures["mfu"] >= MFU_BAR, tandem_figures["mfu"] / MFU_BAR, message))
     for peer, bar in (("plain", BAR), ("trainer", 1.0)):
         if f"of_{peer}" in tandem_figures and peer != "tandem":
             share = statistics.median(tandem_figures[f"of_{peer}"])
             message = f"Tandem has {share:.3f} of the tokens/s of {peer}; the bar is {bar}"
-            results.append(Verdict(share >= bar, share / bar, message))
-    return results
+            verdict_list.append(Verdict(share >= bar, share / bar, message))
+    return verdict_list
 
 
 COLUMNS = ("peer", "tokens/s", "MFU", "peak memory", "of plain (least-most)", "loss: first, last")

@@ -245,15 +245,15 @@ def title(results: dict[str, Any]) -> str:
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """The figures that have a bar, with their verdicts."""
-    results = []
+    verdict_list = []
     for cell in results["cells"]:
         excess = cell["bubble"] - cell["formula"]
         message = (
             f"{cell['schedule']}, {cell['micro_batches']} micro-batches: {cell['bubble']:.3f}, {excess:+.3f} of the formula's "
             f"{cell['formula']:.3f}; the bar is +{TOLERANCE}"
         )
-        results.append(Verdict(excess <= TOLERANCE, (TOLERANCE - excess) / TOLERANCE, message))
-    return results
+        verdict_list.append(Verdict(excess <= TOLERANCE, (TOLERANCE - excess) / TOLERANCE, message))
+    return verdict_list
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -239,22 +239,22 @@ def largest_loss_difference(losses: list[float], other_losses: list[float]) -> f
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """The figures that have a bar, with their verdicts."""
-    results = []
+    verdict_list = []
     for name, layout in results["layouts"].items():
         for peer, figures in layout["peers"].items():
             if peer == "tandem" and "of_plain" in figures:
                 share = statistics.median(figures["of_plain"])
                 message = f"{name}: Tandem has {share:.3f} of the hand-written loop's tokens/s; the bar is {BAR}"
-                results.append(Verdict(share >= BAR, share / BAR, message))
+                verdict_list.append(Verdict(share >= BAR, share / BAR, message))
             if peer == "tandem" and "of_trainer" in figures:
                 share = statistics.median(figures["of_trainer"])
-                results.append(
+                verdict_list.append(
                     Verdict(share > 1, share, f"{name}: Tandem has {share:.3f} of the Trainer's; the bar is above 1")
                 )
             if (loss_difference := figures.get("loss_off")) is not None and loss_difference > LOSS_BAR:
                 message = f"{name}: {peer}'s losses are {loss_difference:.1e} from plain's; the bar is {LOSS_BAR:.0e}"
-                results.append(Verdict(False, LOSS_BAR / loss_difference, message))
-    return results
+                verdict_list.append(Verdict(False, LOSS_BAR / loss_difference, message))
+    return verdict_list
 
 
 COLUMNS = ("layout", "peer", "tokens/s", "of plain (least-most)", "loss: first, last", "off", "first step", "whole run")
