@@ -99,10 +99,10 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
                 time.sleep(0.2)
             port = free_ports(1)[0]
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-            model = ServedModelConfig(
+            served_model = ServedModelConfig(
                 replicas=REPLICAS, cpus_per_replica=REPLICA_CPUS, stuck_after_s=STUCK_AFTER_S, **model
             )
-            config = ServeConfig(models=(model,), gateway=GatewayConfig(replicas=GATEWAYS))
+            config = ServeConfig(models=(served_model,), gateway=GatewayConfig(replicas=GATEWAYS))
             serve.run(build_app(config, check=False), name="tandem", route_prefix="/")
             while sum(record.state == "ready" for record in records()) < REPLICAS:
                 time.sleep(0.2)
