@@ -38,7 +38,7 @@ class Reading(ShardReader):
         order = Order(shards=shards, weights=weights or (1.0,) * len(shards), seed=0, shuffle=False, open_shards=2)
         super().__init__(order, sources, DataConfig(path="x", **settings), held)
 
-    def _packed(self, plan: list[ShardPosition]) -> Iterator[Any]:
+    def _pack(self, plan: list[ShardPosition]) -> Iterator[Any]:
         self.plans.append(plan)
         for position in plan:
             self.gate.acquire()
