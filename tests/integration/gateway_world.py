@@ -87,7 +87,9 @@ class World:
         self.hosts.append(host)
         self.records[name] = ReplicaRecord(id=name, pool="base@1", url=host.url, token=host.token)
         self.version += 1
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            while all(replica.id != name for replica in self.app.state.fleet.replicas):
+                await asyncio.sleep(0.01)
 
     def adapter(self, name: str, rank: int = 8, promote: bool = True, **values: bool) -> None:
         path = small_adapter(self.folder / f"{name}-{rank}", f"{name}-{rank}", rank=rank, **values)

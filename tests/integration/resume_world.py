@@ -83,7 +83,7 @@ def run(
             raise Stop
 
     rows, degrees, reports = parity.all_rows(case), held.mesh.degrees, list[Any]()
-    dealt = parity.Dealt(
+    dealt = parity.RankRows(
         rows[: parity.STEPS * parity.ROWS], degrees.data_rank(dist.get_rank()), degrees.data_parallel, state.step
     )
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=parity.SAVED))

@@ -154,8 +154,7 @@ def connect(url: str, timeouts: Timeouts = PATIENT) -> Engine:
             if file := _file(parsed):
                 with disk_errors("creating the registry", file):
                     make_private_folder(file.parent)
-                    # SQLite gives the files beside it the same mode: hashes of keys and usage are the owner's, in any folder.
-                    os.close(os.open(file, os.O_CREAT | os.O_RDONLY, 0o600))
+                    _create_private(file)
             else:
                 options["poolclass"] = StaticPool  # one connection: each new one would be another empty database
         elif parsed.drivername == POSTGRESQL:
@@ -224,6 +223,15 @@ def database_errors(url: URL) -> Iterator[None]:
             f"The registry {redacted_url(url)} refused: {sentence(reason)} Check that it can be reached and written "
             "(TANDEM_HOME, or TANDEM_DATABASE_URL where that is set)."
         ) from error
+
+
+def _create_private(file: Path) -> None:
+    """Make an empty database that its owner alone can read; SQLite gives the files beside it the same mode.
+
+    One that exists is not opened: to close it would end the locks of all connections that this process has to it.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _on_sqlite_connect(connection: Any, timeouts: Timeouts) -> None:

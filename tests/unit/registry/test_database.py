@@ -89,6 +89,19 @@ def test_the_files_of_a_database_are_for_their_owner_alone_in_whatever_folder(tm
     assert "tandem.db" in files and set(files.values()) == {0o600}, files
 
 
+def test_opening_a_database_again_keeps_the_locks_of_this_process(tmp_path):
+    url = f"sqlite:///{tmp_path}/tandem.db"
+    first = open_database(url)
+    with first.connect() as reader:
+        reader.exec_driver_sql("SELECT version_num FROM alembic_version").all()
+        open_database(url).dispose()
+        # Whoever closes the last connection removes the log of changes, which this process still writes to.
+        other = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM alembic_version'); c.close()"
+        subprocess.run([sys.executable, "-c", other, str(tmp_path / "tandem.db")], check=True)
+        assert (tmp_path / "tandem.db-wal").exists()
+    first.dispose()
+
+
 def test_an_empty_database_is_brought_to_the_newest_schema(tmp_path):
     engine = open_database(f"sqlite:///{tmp_path}/tandem.db")
     with engine.connect() as connection:
