@@ -54,6 +54,7 @@ async def test_a_request_is_charged_to_its_key_tenant_model_adapter_and_route(wo
     red = {"model": "red", "messages": [{"role": "user", "content": "one two"}]}
     assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
     assert (await world.http.post("/v1/chat/completions", json=red)).status_code == 200
+    await until(lambda: len(world.usage) == 2)
     assert world.usage == [
         (UsageLabels(new.key.id, "lab", "base@1", "", "/v1/completions"), UsageCounts(1, 3, 3)),
         (UsageLabels(new.key.id, "lab", "base@1", "red@1", "/v1/chat/completions"), UsageCounts(1, 2, 2)),
@@ -64,6 +65,8 @@ async def test_a_request_is_charged_to_its_key_tenant_model_adapter_and_route(wo
 async def test_a_stream_is_counted_and_its_client_sees_nothing_of_that(world: World, options: dict[str, Any]):
     await world.add_engine(echo())
     answer = await world.http.post("/v1/completions", json={**BODY, "stream": True, **options})
+    # The client has its last byte before the replica has ended the request.
+    await until(lambda: world.usage)
     assert world.usage[0][1] == UsageCounts(1, 3, 3)
     assert answer.text.endswith("data: [DONE]\n\n") and "tandem" not in answer.text
     assert ('"usage"' in answer.text) == bool(options)
