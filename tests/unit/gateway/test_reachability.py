@@ -26,7 +26,7 @@ async def test_a_gateway_that_has_lost_its_directory_is_not_ready_and_still_answ
 async def test_connections_to_engines_end_when_the_other_machine_acknowledges_nothing(world: World) -> None:
     await world.add_engine(echo())
     assert (await world.http.post("/v1/completions", json=BODY)).status_code == 200
-    ((connection,),) = world.app.state.upstream._connections._all.values()
+    ((connection,),) = world.app.state.upstream._connections._open.values()
     sock = connection._transport.get_extra_info("socket")
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * engine_http.UNREACHABLE_S
