@@ -105,7 +105,7 @@ TOOL_SCHEMAS = ("function.parameters", "parameters", "input_schema")
 def value_problems(
     path: str, body: dict[str, Any], raw: bytes | None = None, max_schema_chars: float = math.inf
 ) -> list[Problem]:
-    """The first values, at most MAX_TOLD, that a request to the route `path` cannot have; empty: nothing was found.
+    """The first values, at most MAX_PROBLEMS, that a request to the route `path` cannot have; empty: nothing was found.
 
     `raw`, the body as it came, makes the check of schemas cheap. Schemas given as text are not read above `max_schema_chars`:
     the caps of a gateway refuse them.

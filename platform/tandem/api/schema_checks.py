@@ -20,7 +20,7 @@ DATA_KEYWORDS = ("const", "default", "enum", "examples")
 PROBLEM_MARKERS = (b"$ref", *(key.encode() for key in sorted(COUNT_KEYWORDS)), b"\\u")
 """A body without these has no schema with a problem; `\\u` may write any of the others in another form."""
 MAX_SEARCHED = 1 << 20
-"""Bytes of a body that is searched for MARKS; in longer ones, which have images, the walk through a schema is cheaper."""
+"""Bytes of a body that is searched for PROBLEM_MARKERS; in longer ones, with images, the walk through a schema is cheaper."""
 
 
 class SchemaProblem(NamedTuple):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import select
 
@@ -13,6 +13,7 @@ from tandem.db.audit import Change, record_change
 from tandem.db.schema import AuditRow
 from tandem.registry.connection import RegistryConnection
 
+T = TypeVar("T")
 Entries = list["AuditEntry"]
 
 
@@ -91,3 +92,22 @@ class AuditLog(RegistryConnection):
                 )
                 for row in session.scalars(query)
             ]
+
+
+def audited(
+    work: Callable[[], T],
+    *,
+    state: Callable[[], dict[str, Any]],
+    record: Callable[[Change], None],
+    action: str,
+    target: str,
+    by: str,
+    address: str | None = None,
+    entry_fields: Callable[[T], dict[str, Any]] = lambda _: {},
+) -> T:
+    """Do `work` and record it with the state before and after, unless it raises. `entry_fields`: more of `after`."""
+    before = state()
+    result = work()
+    after = state() | entry_fields(result)
+    record(Change(by=by, action=action, target=target, address=address, before=before, after=after))
+    return result

@@ -15,9 +15,10 @@ from pydantic_core import from_json, to_json
 
 from tandem.gateway.errors import ApiError
 from tandem.gateway.latency import Stopwatch
-from tandem.gateway.relay import MAX_STARTED_REPLICAS, Relay, RetryBudget
+from tandem.gateway.relay import Relay
 from tandem.gateway.replicas.engine_http import EngineHttpError
 from tandem.gateway.replicas.upstream import EngineRequest
+from tandem.gateway.retry_budget import MAX_STARTED_REPLICAS, RetryBudget
 
 ROUTES = ("/v1/completions", "/v1/chat/completions")
 """Routes that generate and whose requests can carry `kv_transfer_params`."""

@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Any
 
@@ -32,6 +32,7 @@ from tandem.gateway.replicas.loss import LossConfirmation
 from tandem.gateway.replicas.upstream import Attempt, EngineRequest, Upstream
 from tandem.gateway.requests.held_bytes import HeldBody, HeldBytes
 from tandem.gateway.requests.quarantine import Quarantine
+from tandem.gateway.retry_budget import RetryBudget
 from tandem.routing.records import ReplicaRecord
 
 REPLICA, GATEWAY = b"x-tandem-replica", b"x-tandem-gateway"
@@ -40,46 +41,6 @@ FORWARDED_HEADERS = ("content-type", "cache-control", "metadata")
 """Response headers of an engine that a client gets; `metadata` describes raw bytes of embeddings."""
 BROKEN = "The engine stopped in the middle of its answer"
 """Message of the error event at the end of a broken stream."""
-MAX_STARTED_REPLICAS = 2
-"""Replicas that may begin with one request: a request that kills its engine must not reach all of them."""
-MAX_TRIED_REPLICAS = 2
-"""Replicas that are tried before the request goes back to its queue."""
-
-
-@dataclass(slots=True)
-class RetryBudget:
-    """How often one request may still be sent. Pure."""
-
-    started_replicas: int = 0
-    """Replicas that may have begun with the request without answering it."""
-    tried_replicas: list[str] = field(default_factory=list)
-    """Ids of the replicas tried since the request last left its queue."""
-    failure: str = ""
-    """Reason of the last failure since then."""
-    reached_engine: bool = False
-    """Whether an engine may have worked on the request."""
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether no replica may get the request any more."""
-        return self.started_replicas >= MAX_STARTED_REPLICAS
-
-    @property
-    def allows_attempt(self) -> bool:
-        """Whether another replica may be tried without going back to the queue."""
-        return not self.exhausted and len(self.tried_replicas) < MAX_TRIED_REPLICAS
-
-    def record(self, attempt: Attempt) -> None:
-        """Count a failed attempt."""
-        self.failure = attempt.failure
-        self.started_replicas = (
-            self.started_replicas + attempt.may_have_begun if attempt.retriable else MAX_STARTED_REPLICAS
-        )
-
-    def requeued(self) -> None:
-        """The request has waited in its queue again: every replica may be tried again."""
-        self.tried_replicas, self.failure = [], ""
-
 
 Prepare = Callable[[EngineRequest, RetryBudget], Awaitable[EngineRequest]]
 """Last change to a request after its admission and before it is sent."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from tandem.auth.audit_log import AuditLog
-from tandem.db.audit import Change
+from tandem.auth.audit_log import AuditLog, audited
 from tandem.ids import split_version
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord, Registry
@@ -36,40 +36,39 @@ class AuditedAdapters(Adapters):
         tenant: str | None = None,
     ) -> ModelRecord:
         """See Adapters.register."""
-        register = super().register
-        return self._change("register", name, lambda: register(name, source, base=base, promote=promote, tenant=tenant))
+        work = partial(super().register, name, source, base=base, promote=promote, tenant=tenant)
+        return self._change("register", name, work)
 
     def promote(self, version_id: str, condition: Condition = ALWAYS) -> ModelRecord:
         """See Adapters.promote."""
-        promote = super().promote
-        return self._change("promote", version_id, lambda: promote(version_id, condition))
+        return self._change("promote", version_id, partial(super().promote, version_id, condition))
 
     def roll_back(self, name: str, condition: Condition = ALWAYS) -> ModelRecord:
         """See Adapters.roll_back."""
-        roll_back = super().roll_back
-        return self._change("roll_back", name, lambda: roll_back(name, condition))
+        return self._change("roll_back", name, partial(super().roll_back, name, condition))
 
     def pin(self, name_or_id: str) -> ModelRecord:
         """See Adapters.pin."""
-        pin = super().pin
-        return self._change("pin", name_or_id, lambda: pin(name_or_id))
+        return self._change("pin", name_or_id, partial(super().pin, name_or_id))
 
     def unpin(self, name_or_id: str) -> bool:
         """See Adapters.unpin."""
-        unpin = super().unpin
-        return self._change("unpin", name_or_id, lambda: unpin(name_or_id))
+        return self._change("unpin", name_or_id, partial(super().unpin, name_or_id))
 
     def delete(self, name_or_id: str) -> list[ModelRecord]:
         """See Adapters.delete."""
-        delete = super().delete
-        return self._change("delete", name_or_id, lambda: delete(name_or_id))
+        return self._change("delete", name_or_id, partial(super().delete, name_or_id))
+
+    @cached_property
+    def _audit(self) -> AuditLog:
+        return AuditLog.at(self.registry.address)
 
     def _change(self, verb: str, name: str, work: Callable[[], T]) -> T:
-        before = self._state(name)
-        result = work()
-        change = Change(by=operator(), action=f"adapters.{verb}", target=name, before=before, after=self._state(name))
-        AuditLog.at(self.registry.address).append([change])
-        return result
-
-    def _state(self, name: str) -> dict[str, Any]:
-        return self.registry.summary(split_version(name)[0])
+        return audited(
+            work,
+            state=partial(self.registry.summary, split_version(name)[0]),
+            record=lambda change: self._audit.append([change]),
+            action=f"adapters.{verb}",
+            target=name,
+            by=operator(),
+        )

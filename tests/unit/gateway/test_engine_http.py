@@ -77,6 +77,15 @@ async def ask(
     return answer
 
 
+async def say_hello_twice(connections: EngineConnections, server: Server) -> None:
+    """Two requests, one after the other, with time in between for what the server does after an answer."""
+    for _ in range(2):
+        answer = await ask(connections, server)
+        assert await answer.read() == b"hello"
+        answer.close()
+        await asyncio.sleep(0.05)
+
+
 async def test_answers_come_over_one_connection_while_they_are_read_to_their_ends() -> None:
     async with serving(WHOLE) as (server, connections):
         for _ in range(3):
@@ -249,11 +258,7 @@ async def test_a_line_break_never_reaches_a_head() -> None:
 
 async def test_an_answer_that_nobody_asked_for_ends_its_connection() -> None:
     async with serving(WHOLE + WHOLE) as (server, connections):
-        for _ in range(2):
-            answer = await ask(connections, server)
-            assert await answer.read() == b"hello"
-            answer.close()
-            await asyncio.sleep(0.05)
+        await say_hello_twice(connections, server)
     assert server.connections == 2
 
 
@@ -279,11 +284,7 @@ async def test_a_connection_that_its_engine_has_closed_is_not_used_again() -> No
         writer.close()
 
     async with serving(once) as (server, connections):
-        for _ in range(2):
-            answer = await ask(connections, server)
-            assert await answer.read() == b"hello"
-            answer.close()
-            await asyncio.sleep(0.05)
+        await say_hello_twice(connections, server)
     assert server.connections == 2
 
 

@@ -16,9 +16,9 @@ from tandem.config.serving.app import PrefillConfig
 from tandem.gateway.dialect import dialect_of
 from tandem.gateway.models.catalog import ResolvedModel
 from tandem.gateway.prefill import with_prefill
-from tandem.gateway.relay import RetryBudget
 from tandem.gateway.replicas.upstream import EngineRequest
 from tandem.gateway.requests.request_hints import SchedulingHints, read_routing_request
+from tandem.gateway.retry_budget import RetryBudget
 from tandem.routing.records import ServedModel
 
 PATH, BODY = "/v1/completions", {"model": "base@2", "prompt": "a long prompt"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tandem.gateway.relay import MAX_STARTED_REPLICAS, MAX_TRIED_REPLICAS, RetryBudget
 from tandem.gateway.replicas.upstream import Attempt
+from tandem.gateway.retry_budget import MAX_STARTED_REPLICAS, MAX_TRIED_REPLICAS, RetryBudget
 from tandem.routing.records import ReplicaRecord
 
 REPLICA = ReplicaRecord(id="r", pool="base", url="http://a", token="t")

@@ -90,7 +90,9 @@ class EngineConnections:
                 )
         except (OSError, TimeoutError) as error:
             raise NotConnectedError(str(error) or f"no connection within {self._connect_timeout_s:g} s") from error
-        self._open[netloc].add(connection)
+        # One that has ended already was forgotten by its `release`.
+        if connection.is_open:
+            self._open[netloc].add(connection)
         return connection
 
     def _forget(self, netloc: str, connection: EngineConnection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 from fastapi import FastAPI, Query, Request
 
 from tandem.api.audit import AuditEntry, AuditPage
-from tandem.db.audit import Change
+from tandem.auth.audit_log import audited
 from tandem.gateway.identity.audit_writer import AuditWriter
 from tandem.gateway.routes.management import actor, run_blocking, with_timezone
 
@@ -75,18 +76,15 @@ class AuditedChanges:
         entry_fields: Callable[[T], dict[str, Any]],
     ) -> T:
         """Do `work` on `name` and write its entry; nothing is written if it raises. `entry_fields`: more fields of it."""
-        before = self._state(name)
-        result = work()
-        self._audit.record(
-            Change(
-                action=action,
-                target=name,
-                before=before,
-                after=self._state(name) | entry_fields(result),
-                **actor(request),
-            )
+        return audited(
+            work,
+            state=functools.partial(self._state, name),
+            record=self._audit.record,
+            action=action,
+            target=name,
+            entry_fields=entry_fields,
+            **actor(request),
         )
-        return result
 
 
 def without_credentials(source: str) -> str:
