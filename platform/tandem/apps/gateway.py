@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray import serve
@@ -14,10 +14,9 @@ from ray.serve.handle import DeploymentHandle
 from tandem.cluster.haproxy import has_tls, proxy_secret
 from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
-from tandem.limits import Answer, Exchange
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import ServedModel
-from tandem.serve.directory_link import DirectoryWatcher
+from tandem.serve.directory_link import DirectoryWatcher, LimitsLink
 from tandem.serve.listen import internal_port_on_node, is_loopback, listen_on_node
 from tandem.serve.metrics import RayQueueMetrics, latency_histogram
 from tandem.serve.replica.deployment import check_registry
@@ -71,7 +70,7 @@ class Gateway:
             require_keys=not (is_loopback(_public_host()) and is_loopback(ray.util.get_node_ip_address())),
             metrics=RayQueueMetrics(),
             report_demand=self._report_demand,
-            apply_limits=self._apply_limits if self._config.replicas > 1 else None,
+            apply_limits=LimitsLink(self._directory.address.remote) if self._config.replicas > 1 else None,
             access_log=settings().root / "logs" / f"access-{_replica_id()}.jsonl" if self._config.access_log else None,
             name=_replica_id(),
             server_adds_request_id=True,
@@ -81,9 +80,6 @@ class Gateway:
         gc.collect()
         gc.freeze()
         return app
-
-    async def _apply_limits(self, exchange: Exchange) -> Answer:
-        return cast(Answer, await self._directory.apply_limits.remote(exchange))
 
     async def _report_demand(self, waiting: dict[str, int]) -> None:
         await self._directory.demand.remote(_replica_id(), waiting)

@@ -1,6 +1,6 @@
 """Directory deployment: soft state of replicas and of waiting requests, and the pinned adapters of each base.
 
-Ray places and restarts it and says where it listens (`address`); reports and updates pass over its own connections
+Ray places and restarts it and says where it listens (`address`); reports, updates and limits pass over its own connections
 (`directory_protocol`). A restarted directory is complete again after a few heartbeats.
 """
 
@@ -68,7 +68,7 @@ class Directory:
         self._state = DirectoryState()
         self._demand = WaitingCounts()
         self._started_at = time.monotonic()
-        self._server = DirectoryServer(self._state, self._demand, self._is_complete)
+        self._server = DirectoryServer(self._state, self._demand, self._is_complete, self._apply_limits)
         self._host = host
         self._address: DirectoryAddress | None = None
         self._start_lock = asyncio.Lock()
@@ -115,8 +115,7 @@ class Directory:
             if not self._demand.total(deployment, now):
                 task.cancel()
 
-    async def apply_limits(self, exchange: Exchange) -> Answer:
-        """Apply a gateway's exchange to the ledger of limits."""
+    def _apply_limits(self, exchange: Exchange) -> Answer:
         return self._limits.exchange(exchange, Moment.now())
 
     def _is_complete(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import cast
 
 from tandem.cluster.keepalive import keep_alive
+from tandem.limits import Answer, Exchange
 from tandem.routing.changes import ReplicaChange, Update, difference, normalised
 from tandem.routing.records import HeartbeatReply, ReplicaRecord
 from tandem.serve import directory_protocol as protocol
@@ -232,10 +233,43 @@ class DirectoryWatcher:
             self._connection = None
 
     def _hello(self, token: str) -> protocol.Hello:
-        return protocol.Hello(token=token, gateway=True, epoch=self._epoch, version=self._version)
+        return protocol.Hello(token=token, purpose="watch", epoch=self._epoch, version=self._version)
 
     def _ping(self, connection: Connection) -> None:
         # Without pings the directory takes itself for unreachable, see DirectoryState.mark_silent.
         if time.monotonic() - self._pinged_at >= HEARTBEAT_S / 2:
             self._pinged_at = time.monotonic()
             connection.send(protocol.PING)
+
+
+class LimitsLink:
+    """Exchanges of one gateway with the shared ledger of limits (`gateway.accounting.limiter.ApplyLimits`), one at a time.
+
+    On a connection of its own: a snapshot of a large fleet would delay the answers.
+    """
+
+    def __init__(self, locate: Locate) -> None:
+        self._locate = locate
+        self._connection: Connection | None = None
+
+    async def __call__(self, exchange: Exchange) -> Answer:
+        """The ledger's answer. Raises what Ray or the network raise; the next call connects again."""
+        try:
+            if self._connection is None or not self._connection.open:
+                self._connection = await connect(
+                    self._locate,
+                    lambda token: protocol.Hello(token=token, purpose="limits"),
+                    protocol.LONGEST_EXCHANGE,
+                )
+            self._connection.send(protocol.encode_exchange(exchange))
+            return protocol.decode_answer(await self._connection.read())
+        except BaseException:
+            # Also if the caller does not wait any longer: a late answer would be taken for that to the next exchange.
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

@@ -2,8 +2,9 @@
 
 Heartbeats of a thousand replicas are more calls a second than a Serve handle takes, and cost a fraction of it here. A frame is
 its length as four bytes, big-endian, and a JSON object. The client's first frame is a `Hello`, with a token that it got through
-Ray; then replicas send a `ReplicaChange` (empty: a heartbeat) or `LEAVE` and get a `HeartbeatReply` whenever that differs,
-and gateways send `PING` and get a `Push` at each change, at least every second.
+Ray, and with the purpose of the connection. On one to report, replicas send a `ReplicaChange` (empty: a heartbeat) or `LEAVE` and
+get a `HeartbeatReply` whenever that differs. On one to watch, gateways send `PING` and get a `Push` at each change, at least
+every second. On one for limits, they send an `Exchange` with the shared ledger and get its `Answer`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import contextlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from tandem.errors import TandemError
+from tandem.limits import Answer, Exchange
 from tandem.routing.changes import Changes, ReplicaChange, Update
 from tandem.routing.records import HeartbeatReply, Snapshot
 
@@ -26,11 +29,16 @@ LONGEST_REPORT = 4 * 2**20
 """Bytes of a frame to the directory: a record with some ten thousand adapters."""
 LONGEST_PUSH = 256 * 2**20
 """Bytes of a frame to a gateway: a snapshot of some hundred thousand replicas."""
+LONGEST_EXCHANGE = 64 * 2**20
+"""Bytes of an exchange about limits: all requests in flight at a gateway, and the day's tokens of a million keys."""
 LONGEST_ID = 256
 """Bytes within which the id of a change ends."""
 LEAVE, PING = b'"leave"', b'"ping"'
 UNREACHABLE_S = 6
 """Seconds after which a connection whose other side's machine acknowledges nothing has ended."""
+
+
+Purpose = Literal["report", "watch", "limits"]
 
 
 class ProtocolError(TandemError):
@@ -51,11 +59,11 @@ class Hello:
     """First frame of a connection."""
 
     token: str = field(repr=False)
-    gateway: bool = False
-    """Whether the client is a gateway; else it is a replica."""
+    purpose: Purpose = "report"
+    """What the connection is for: a replica's reports, a gateway's updates, or its exchanges with the ledger of limits."""
     epoch: int = 0
     version: int = 0
-    """Of a gateway: the epoch and version of its copy."""
+    """Of one to watch: the epoch and version of the gateway's copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +79,9 @@ _CHANGE = TypeAdapter(ReplicaChange)
 _CHANGES = TypeAdapter(list[ReplicaChange])
 _REPLY = TypeAdapter(HeartbeatReply)
 _PUSH = TypeAdapter(Push)
+# Waiting times and limits can be infinite.
+_EXCHANGE = TypeAdapter(Exchange, config=ConfigDict(ser_json_inf_nan="constants"))
+_ANSWER = TypeAdapter(Answer, config=ConfigDict(ser_json_inf_nan="constants"))
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -136,6 +147,26 @@ def decode_update(content: bytes) -> Update:
     if update is None:
         raise ValueError("The directory sent neither a snapshot nor changes.")
     return update
+
+
+def encode_exchange(exchange: Exchange) -> bytes:
+    """The frame's content."""
+    return _EXCHANGE.dump_json(exchange)
+
+
+def decode_exchange(content: bytes) -> Exchange:
+    """The exchange; ValueError if it is none."""
+    return _EXCHANGE.validate_json(content)
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """The frame's content."""
+    return _ANSWER.dump_json(answer)
+
+
+def decode_answer(content: bytes) -> Answer:
+    """The answer; ValueError if it is none."""
+    return _ANSWER.validate_json(content)
 
 
 def frame(content: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""TCP server of the directory: takes reports of replicas, and pushes changes to gateways.
+"""TCP server of the directory: takes reports of replicas, pushes changes to gateways, and answers them about limits.
 
 Pushes are coalesced: a change of state reaches gateways within `URGENT_INTERVAL_S`, one of load or adapters within
 `PUSH_INTERVAL_S`, together with all others of that time. Gateways at the same version share one encoded message. One that does
@@ -18,6 +18,7 @@ from typing import cast
 
 from tandem.cluster.keepalive import keep_alive
 from tandem.engine.protocol import AdapterRef
+from tandem.limits import Answer, Exchange
 from tandem.routing.changes import ReplicaChange
 from tandem.routing.records import HeartbeatReply, base_of_pool
 from tandem.serve import directory_protocol as protocol
@@ -41,9 +42,19 @@ log = logging.getLogger(__name__)
 class DirectoryServer:
     """Connections of replicas and gateways to one directory; used in one event loop."""
 
-    def __init__(self, state: DirectoryState, demand: WaitingCounts, complete: Callable[[], bool]) -> None:
-        """`complete`: whether the directory has been there for long enough to know all replicas."""
+    def __init__(
+        self,
+        state: DirectoryState,
+        demand: WaitingCounts,
+        complete: Callable[[], bool],
+        apply_limits: Callable[[Exchange], Answer],
+    ) -> None:
+        """`complete`: whether the directory has been there for long enough to know all replicas.
+
+        `apply_limits`: applies a gateway's exchange to the ledger of limits.
+        """
         self.state = state
+        self._apply_limits = apply_limits
         self._demand = demand
         self._is_complete = complete
         self._token = secrets.token_urlsafe(32)
@@ -126,8 +137,12 @@ class DirectoryServer:
         self._unauthenticated.pop(peer, None)
 
     def frame_received(self, peer: _Peer, content: bytes) -> None:
-        """A frame of a replica or gateway that has shown the token."""
-        if peer.gateway:
+        """A frame of a replica or gateway that has shown the token. ValueError if it cannot be read."""
+        if peer.purpose == "limits":
+            answer = self._apply_limits(protocol.decode_exchange(content))
+            peer.send(protocol.frame(protocol.encode_answer(answer)))
+            return
+        if peer.purpose == "watch":
             if self.state.mark_silent(time.monotonic()):
                 self.publish()
             return
@@ -197,7 +212,7 @@ class DirectoryServer:
         self._pushed_at = asyncio.get_running_loop().time()
         self._changed.set()
         self._changed = asyncio.Event()
-        self._send([peer for peer in self._peers if peer.gateway and not peer.paused])
+        self._send([peer for peer in self._peers if peer.purpose == "watch" and not peer.paused])
 
     def _send(self, gateways: Iterable[_Peer]) -> None:
         encoded: dict[tuple[int, int], bytes] = {}
@@ -230,8 +245,8 @@ class _Peer(asyncio.Protocol):
         self._frames = protocol.FrameReader(protocol.LONGEST_HELLO)
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._is_authenticated = False
-        self.gateway = False
+        self.purpose: protocol.Purpose | None = None
+        """What the connection is for; None: its client has not shown the token yet."""
         self.paused = False
         """Whether the client reads too slowly, so that the write buffer is full."""
         self.epoch = self.version = 0
@@ -255,7 +270,7 @@ class _Peer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for content in self._frames.feed(data):
-                if self._is_authenticated:
+                if self.purpose is not None:
                     self._server.frame_received(self, content)
                 elif not self._authenticate(protocol.decode_hello(content)):
                     return
@@ -295,11 +310,11 @@ class _Peer(asyncio.Protocol):
             self.close()
             return False
         self._server.peer_authenticated(self)
-        self._is_authenticated, self.gateway = True, hello.gateway
-        self._frames.limit = protocol.LONGEST_REPORT
+        self.purpose = hello.purpose
+        self._frames.limit = protocol.LONGEST_EXCHANGE if hello.purpose == "limits" else protocol.LONGEST_REPORT
         if self._deadline is not None:
             self._deadline.cancel()
-        if hello.gateway:
+        if hello.purpose == "watch":
             self.epoch, self.version = hello.epoch, hello.version
             self._server.welcome_gateway(self)
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
@@ -13,14 +14,15 @@ import pytest
 from small_folders import small_adapter, small_model
 
 from tandem.auth import Limits
-from tandem.limits import Admit, Answer, Exchange, Reservation, Subject
+from tandem.limits import Admit, Answer, DayTotals, Exchange, Refusal, Reservation, Settle, Subject, Verdict
+from tandem.limits.records import Quota
 from tandem.registry import Registry
 from tandem.routing.changes import Changes, ReplicaChange
 from tandem.routing.fleet_view import FleetView
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, Snapshot
 from tandem.serve import directory_link, directory_protocol, directory_server
 from tandem.serve.directory import WARM_UP_S, Directory
-from tandem.serve.directory_link import DirectoryWatcher, ReplicaReporter, connect
+from tandem.serve.directory_link import DirectoryWatcher, LimitsLink, ReplicaReporter, connect
 from tandem.serve.directory_protocol import DirectoryAddress, FrameReader, Hello, ProtocolError, frame
 from tandem.serve.directory_state import SILENT_AFTER_S
 
@@ -158,7 +160,7 @@ async def test_a_connection_without_the_token_is_closed_and_learns_nothing(world
     async def locate() -> DirectoryAddress:
         return replace(good, token="guessed")
 
-    connection = await connect(locate, lambda token: Hello(token=token, gateway=True), 1_000_000)
+    connection = await connect(locate, lambda token: Hello(token=token, purpose="watch"), 1_000_000)
     with pytest.raises(ConnectionError):
         await connection.read(5.0)
     assert "guessed" not in repr(await locate())
@@ -328,7 +330,7 @@ async def test_replicas_are_told_of_pinned_adapters_and_ask_no_database(tmp_path
 
 async def test_a_gateway_that_does_not_read_gets_what_it_missed_at_once(world: World) -> None:
     reporter, state = await world.replica(A)
-    slow = await connect(world.locate, lambda token: Hello(token=token, gateway=True), 10**9)
+    slow = await connect(world.locate, lambda token: Hello(token=token, purpose="watch"), 10**9)
     assert slow._transport is not None
     slow._transport.pause_reading()
     # More than the buffers of both sockets hold.
@@ -367,8 +369,57 @@ def test_a_change_that_holds_a_whole_record_is_known_before_it_is_decoded() -> N
 async def test_the_ledger_of_limits_asks_a_gateway_that_it_does_not_know_what_is_in_flight(world: World) -> None:
     subject = Subject("key:k", Limits(concurrent_requests=1))
     one = Reservation("a", (subject,), 1)
-    directory = world.directory
-    assert await directory.apply_limits(Exchange("g", 1, (Admit(one),))) == Answer(resend=True)
-    assert await directory.apply_limits(Exchange("g", 2, (), reservations=(one,))) == Answer()
-    (verdict,) = (await directory.apply_limits(Exchange("g", 3, (Admit(one._replace(id="b")),)))).verdicts
+    link = LimitsLink(world.locate)
+    assert await link(Exchange("g", 1, (Admit(one),))) == Answer(resend=True)
+    assert await link(Exchange("g", 2, (), reservations=(one,))) == Answer()
+    (verdict,) = (await link(Exchange("g", 3, (Admit(one._replace(id="b")),)))).verdicts
     assert verdict.refusal is not None
+    link.close()
+
+
+def test_exchanges_reach_the_ledger_whole() -> None:
+    subject = Subject("tenant:t", Limits(requests_per_minute=5, tokens_per_day=10**12))
+    exchange = Exchange(
+        "g",
+        7,
+        (Admit(Reservation("a", (subject,), 3)), Settle("b", None, 2), Settle("c", 9)),
+        (Reservation("d", (), 1),),
+        DayTotals(20_000, {"key:k": 5}),
+    )
+    assert directory_protocol.decode_exchange(directory_protocol.encode_exchange(exchange)) == exchange
+    refusal = Refusal("tokens_per_minute", "key:k", 1, 2, math.inf)
+    answer = Answer((Verdict(refusal, Quota(5, 4, 1.5)), Verdict(None)), True)
+    assert directory_protocol.decode_answer(directory_protocol.encode_answer(answer)) == answer
+
+
+async def test_a_late_answer_about_limits_is_not_taken_for_that_to_the_next_exchange(
+    world: World,
+) -> None:
+    link = LimitsLink(world.locate)
+    one = Reservation("a", (Subject("key:k", Limits(concurrent_requests=1)),), 1)
+    assert await link(Exchange("g", 1, (), reservations=())) == Answer()
+    exchange_task = asyncio.create_task(link(Exchange("g", 2, (Admit(one),))))
+    await asyncio.sleep(0)
+    exchange_task.cancel()
+    await asyncio.wait((exchange_task,))
+    assert await link(Exchange("g", 3, ())) == Answer()
+    link.close()
+
+
+async def test_the_link_to_the_ledger_connects_again_after_a_restart_of_the_directory(world: World) -> None:
+    link = LimitsLink(world.locate)
+    assert await link(Exchange("g", 1, (), reservations=())) == Answer()
+    await world.restart()
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(OSError):
+                assert await link(Exchange("g", 2, ())) == Answer(resend=True)
+                break
+    link.close()
+
+
+async def test_a_frame_about_limits_that_cannot_be_read_ends_its_connection(world: World) -> None:
+    connection = await connect(world.locate, lambda token: Hello(token=token, purpose="limits"), 1_000_000)
+    connection.send(b'["g", 1, [[["a", "subjects", 1]]]]')
+    with pytest.raises(ConnectionError):
+        await connection.read(5)
