@@ -62,6 +62,12 @@ class Served:
         text = httpx.get(f"{replica.url}/metrics", headers={"x-tandem-token": replica.token}, timeout=30).text
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + "{"))
 
+    def access_log(self) -> list[str]:
+        """The lines of the gateway's access log."""
+        return [
+            line for path in sorted((self.home / "logs").glob("access-*")) for line in path.read_text().splitlines()
+        ]
+
     def registry(self) -> Any:
         """The registry that the app looks at."""
         from tandem.registry import Registry

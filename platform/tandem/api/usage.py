@@ -27,8 +27,15 @@ class Tenant(BaseModel):
     limits: KeyLimits
 
 
+class ListedTenant(Tenant):
+    """A tenant in the list."""
+
+    keys: int
+    """Number of its active keys."""
+
+
 class TenantList(BaseModel):
-    """The tenants that have limits."""
+    """The tenants that have limits or active keys."""
 
     object: Literal["list"] = "list"
-    data: list[Tenant]
+    data: list[ListedTenant]

@@ -68,6 +68,11 @@ class KeyTable:
             return None
         return key.principal
 
+    def expired_at(self, secret: str) -> datetime | None:
+        """When the key of a secret that is not accepted expired; None: it is unknown or was revoked."""
+        key = self._keys.get(digest(secret[:LONGEST_SECRET]))
+        return None if key is None or key.principal is None else key.expires_at
+
     def tenant_limits(self, tenant: str) -> Limits:
         """The limits of a tenant."""
         return self._tenants.get(tenant, UNLIMITED)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
-from tandem.auth.principal import NOTHING, Limits, Principal, Role
+from tandem.auth.principal import NOTHING, UNLIMITED, Limits, Principal, Role
 from tandem.db.audit import Change, record_change
 from tandem.db.schema import ApiKeyRow, TenantRow, UtcDateTime
 from tandem.errors import AuthError, ConfigError, UnknownKeyError, did_you_mean
@@ -95,6 +95,15 @@ class NewKey:
 
     key: ApiKey
     secret: str = field(repr=False)
+
+
+class TenantSummary(NamedTuple):
+    """A tenant that has limits or active keys."""
+
+    name: str
+    limits: Limits
+    keys: int
+    """Number of its active keys."""
 
 
 class Cursor(NamedTuple):
@@ -252,6 +261,17 @@ class KeyStore(RegistryConnection):
         with self._reading() as session:
             rows = session.scalars(select(TenantRow)).all()
         return {row.name: _tenant_limits(row) for row in rows}
+
+    def tenant_summaries(self) -> Sequence[TenantSummary]:
+        """All tenants that have limits or active keys, by name."""
+        limits = self.tenants()
+        query = select(ApiKeyRow.tenant, func.count().label("num_keys")).where(_is_active()).group_by(ApiKeyRow.tenant)
+        with self._reading() as session:
+            num_keys = {row.tenant: row.num_keys for row in session.execute(query)}
+        return [
+            TenantSummary(name, limits.get(name, UNLIMITED), num_keys.get(name, 0))
+            for name in sorted(limits.keys() | num_keys.keys())
+        ]
 
     def limit_tenant(self, tenant: str, limits: Limits, *, by: str, address: str | None = None) -> None:
         """Replace the limits of a tenant, which all its keys share; gateways follow within seconds. AuthError for a name that no

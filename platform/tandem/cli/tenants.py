@@ -38,22 +38,15 @@ def limit_command(
 def list_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List tenants with their limits and numbers of active keys."""
     with friendly_errors():
-        store = KeyStore.open()
-        limits, keys = store.tenants(), [key.tenant for key in store.list()]
-        names = sorted({*limits, *keys})
-        rows = [
-            {"tenant": name, "keys": keys.count(name), "limits": limits[name].to_json() if name in limits else {}}
-            for name in names
-        ]
+        tenants = KeyStore.open().tenant_summaries()
+        rows = [{"tenant": tenant.name, "keys": tenant.keys, "limits": tenant.limits.to_json()} for tenant in tenants]
         if as_json:
             console.print_json(json.dumps(rows))
             return
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for column in ("TENANT", "KEYS", "LIMITS"):
             table.add_column(column, overflow="fold")
-        for name in names:
-            told = (
-                "\n".join(f"{key}={value}" for key, value in limits[name].to_json().items()) if name in limits else ""
-            )
-            table.add_row(escape(name), str(keys.count(name)), told or "-")
+        for tenant in tenants:
+            limits = "\n".join(f"{name}={value}" for name, value in tenant.limits.to_json().items())
+            table.add_row(escape(tenant.name), str(tenant.keys), limits or "-")
         console.print(table)

@@ -75,6 +75,8 @@ async def test_a_key_expires_without_a_change_in_the_database(store: Store) -> N
         assert table.authenticate(new.secret) is not None
         now += timedelta(minutes=6)
         assert table.authenticate(new.secret) is None
+        # Whoever has the whole secret is told why it is not accepted.
+        assert table.expired_at(new.secret) == new.key.expires_at and table.expired_at(new.secret[:-1]) is None
     finally:
         await table.stop()
 

@@ -330,8 +330,9 @@ async def test_an_admin_reads_usage_and_limits_tenants_over_http(world: World):
     changed = await world.http.put("/admin/tenants/lab/limits", json=limits, headers=admin)
     assert changed.status_code == 200 and changed.json()["limits"]["requests_per_minute"] == 9
     await until(lambda: world.app.state.identity.keys.tenant_limits("lab") == Limits(requests_per_minute=9))
+    await world.http.post("/admin/keys", json={"name": "x", "tenant": "shop"}, headers=admin)
     listed = (await world.http.get("/admin/tenants", headers=admin)).json()["data"]
-    assert [each["tenant"] for each in listed] == ["lab"]
+    assert [(each["tenant"], each["keys"]) for each in listed] == [("lab", 0), ("shop", 1)]
 
 
 @pytest.mark.parametrize(

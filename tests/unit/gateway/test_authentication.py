@@ -63,6 +63,14 @@ async def test_a_key_is_accepted_in_each_of_the_forms_that_clients_send(world: W
         assert await status(world, headers) == 200, headers
 
 
+async def test_who_has_an_expired_key_is_told_so(world: World, key: NewKey, store: KeyStore) -> None:
+    brief = store.create("brief", expires_in=timedelta(seconds=3), by="ann")
+    await until(world, brief.secret, 200)
+    await until(world, brief.secret, 401)
+    answer = await world.http.post("/v1/completions", json=BODY, headers={"x-api-key": brief.secret})
+    assert "expired at" in answer.json()["error"]["message"] and answer.json()["error"]["code"] == "invalid_api_key"
+
+
 async def test_without_a_valid_key_requests_are_refused_in_the_shape_of_their_api(world: World, key: NewKey) -> None:
     for headers in ({}, {"x-api-key": "tdm-wrong"}, {"Authorization": f"Bearer {key.secret}x"}):
         answer = await world.http.post("/v1/completions", json=BODY, headers=headers)

@@ -191,7 +191,10 @@ def refusal_error(refusal: Refusal, quota: Mapping[str, str], reserved_tokens: i
     reason = f"The {kind} {name} may have {refusal.maximum} {LIMIT_DESCRIPTIONS[refusal.limit]} and has {refusal.used}"
     headers = dict(quota)
     if "tokens" in refusal.limit:
-        reason += f"; this request reserves {reserved_tokens} (its prompt and max_tokens)"
+        reason += (
+            f"; this request reserves {reserved_tokens}: its prompt by its size, and for each answer max_tokens or, without, "
+            f"{ANSWER_TOKENS}"
+        )
     if refusal.retry_s == math.inf:
         headers["x-should-retry"] = "false"
         advice = "Ask for less." if refusal.maximum else "Ask whoever manages keys for more."

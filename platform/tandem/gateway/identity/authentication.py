@@ -6,6 +6,7 @@ Pure ASGI, around the whole app, so that a route that somebody adds is closed to
 from __future__ import annotations
 
 import hmac
+from datetime import datetime
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -122,7 +123,10 @@ class Authentication:
             return ANONYMOUS
         key_principal = self._keys.authenticate(secret or "")
         if key_principal is None:
-            raise _invalid_key_error(secret, "a valid API key")
+            expired_at = self._keys.expired_at(secret or "")
+            raise (
+                _invalid_key_error(secret, "a valid API key") if expired_at is None else _expired_key_error(expired_at)
+            )
         if is_admin_path:
             check_admin(key_principal)
         return key_principal
@@ -189,6 +193,15 @@ def _invalid_key_error(secret: str | None, expected: str) -> ApiError:
     return RefusedError(
         401,
         f"{reason}. Send one as `Authorization: Bearer ...` or `x-api-key`; `tandem keys create NAME` makes one.",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _expired_key_error(expired_at: datetime) -> ApiError:
+    return RefusedError(
+        401,
+        f"The API key expired at {expired_at:%Y-%m-%d %H:%M:%S} UTC. Ask whoever manages keys for a new one.",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )

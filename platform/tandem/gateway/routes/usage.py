@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Query, Request, Response
 
 from tandem.api.keys import KeyLimits
-from tandem.api.usage import Tenant, TenantList, UsagePage
+from tandem.api.usage import ListedTenant, Tenant, TenantList, UsagePage
 from tandem.auth import KeyStore, Limits
 from tandem.gateway.routes.management import actor, run_blocking, with_timezone
 from tandem.usage import UsageStore
@@ -69,9 +69,13 @@ class UsageRoutes:
         return UsagePage(data=page, has_more=len(rows) > limit)
 
     async def list_tenants(self) -> TenantList:
-        """The tenants that have limits."""
-        limits = await run_blocking(self._keys.tenants, retry_after_s=self._retry_after_s)
-        return TenantList(data=[_tenant(name, limits[name]) for name in sorted(limits)])
+        """The tenants that have limits or active keys."""
+        tenants = await run_blocking(self._keys.tenant_summaries, retry_after_s=self._retry_after_s)
+        return TenantList(
+            data=[
+                ListedTenant(tenant=tenant.name, limits=_limits(tenant.limits), keys=tenant.keys) for tenant in tenants
+            ]
+        )
 
     async def limit(self, tenant: str, limits: KeyLimits, request: Request) -> Tenant:
         """Replace the limits of a tenant. Gateways follow within 5 seconds."""
@@ -83,8 +87,8 @@ class UsageRoutes:
             retry_after_s=self._retry_after_s,
             **actor(request),
         )
-        return _tenant(tenant, new_limits)
+        return Tenant(tenant=tenant, limits=_limits(new_limits))
 
 
-def _tenant(name: str, limits: Limits) -> Tenant:
-    return Tenant(tenant=name, limits=KeyLimits(**limits.to_json()))
+def _limits(limits: Limits) -> KeyLimits:
+    return KeyLimits(**limits.to_json())
