@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tandem.auth.audit_log import AuditLog, audited
 from tandem.ids import split_version
+from tandem.jobs.adapter_entries import deletion_fields, registration_fields
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord, Registry
 from tandem.registry.conditions import ALWAYS, Condition
@@ -37,7 +38,7 @@ class AuditedAdapters(Adapters):
     ) -> ModelRecord:
         """See Adapters.register."""
         work = partial(super().register, name, source, base=base, promote=promote, tenant=tenant)
-        return self._change("register", name, work)
+        return self._change("register", name, work, registration_fields)
 
     def promote(self, version_id: str, condition: Condition = ALWAYS) -> ModelRecord:
         """See Adapters.promote."""
@@ -57,18 +58,25 @@ class AuditedAdapters(Adapters):
 
     def delete(self, name_or_id: str) -> list[ModelRecord]:
         """See Adapters.delete."""
-        return self._change("delete", name_or_id, partial(super().delete, name_or_id))
+        return self._change("delete", name_or_id, partial(super().delete, name_or_id), deletion_fields)
 
     @cached_property
     def _audit(self) -> AuditLog:
         return AuditLog.at(self.registry.address)
 
-    def _change(self, verb: str, name: str, work: Callable[[], T]) -> T:
+    def _change(
+        self,
+        verb: str,
+        name: str,
+        work: Callable[[], T],
+        entry_fields: Callable[[T], dict[str, Any]] = lambda result: {},
+    ) -> T:
         return audited(
             work,
             state=partial(self.registry.summary, split_version(name)[0]),
             record=lambda change: self._audit.append([change]),
             action=f"adapters.{verb}",
             target=name,
+            entry_fields=entry_fields,
             by=operator(),
         )

@@ -135,3 +135,7 @@ def test_each_change_is_in_the_audit_log_with_who_made_it_and_what_the_name_mean
     assert promoted.by == operator() and promoted.address is None
     assert promoted.before is not None and promoted.after is not None
     assert (promoted.before["promoted"], promoted.after["promoted"]) == ("red@1", "red@2")
+    registered, deleted = entries[-1].after, entries[0].after
+    assert registered is not None and registered["id"] == "red@1" and registered["base"] == "base@1"
+    assert registered["source"] and registered["digest"]
+    assert deleted is not None and deleted["deleted"] == ["red@2"]

@@ -16,7 +16,7 @@ from tandem.auth.audit_log import AuditEntry, AuditLog
 from tandem.db.audit import Change
 from tandem.errors import RegistryUnreachableError
 from tandem.gateway.identity import audit_writer
-from tandem.gateway.routes.audit import without_credentials
+from tandem.jobs.adapter_entries import without_credentials
 
 __all__ = ["world"]
 ADMIN = {"Authorization": "Bearer secret"}

@@ -29,10 +29,11 @@ from tandem.config.serving.app import GatewayConfig
 from tandem.gateway.adapter_sources import check_source
 from tandem.gateway.identity.audit_writer import AuditWriter
 from tandem.gateway.replicas.fleet import Fleet
-from tandem.gateway.routes.audit import AuditedChanges, without_credentials
+from tandem.gateway.routes.audit import AuditedChanges
 from tandem.gateway.routes.conditions import condition_of
 from tandem.gateway.routes.management import run_blocking
 from tandem.ids import split_version
+from tandem.jobs.adapter_entries import deletion_fields, registration_fields
 from tandem.jobs.adapters import Adapters
 from tandem.registry import ModelRecord
 from tandem.settings import settings
@@ -42,8 +43,6 @@ T = TypeVar("T")
 PAGE = 1000
 MAX_REGISTRATIONS = 4
 """Registrations at a time: stores that hang must not take the threads that other changes need."""
-MAX_LOGGED_VERSIONS = 100
-"""Deleted versions that the audit log names."""
 
 
 class AdminRoutes:
@@ -90,7 +89,7 @@ class AdminRoutes:
         name, source = fields.pop("name"), fields.pop("source")
         await self._run(check_source, source, self._sources, settings().root)
         work = functools.partial(self._adapters.register, name, source, **fields)
-        return Adapter(**_fields(await self._change(request, "register", name, work, _registration_entry)))
+        return Adapter(**_fields(await self._change(request, "register", name, work, registration_fields)))
 
     async def show(self, name: str, response: Response) -> AdapterDetails:
         """One adapter, the history of its name, and the replicas that hold it; `ETag` is what the name means, for `If-Match`."""
@@ -134,7 +133,7 @@ class AdminRoutes:
     async def delete(self, name: str, request: Request) -> DeletedAdapters:
         """Delete a version, or all versions of a name."""
         work = functools.partial(self._adapters.delete, name)
-        deleted = await self._change(request, "delete", name, work, _deletion_entry)
+        deleted = await self._change(request, "delete", name, work, deletion_fields)
         return DeletedAdapters(deleted=[record.id for record in deleted])
 
     async def residency(self) -> AdapterResidency:
@@ -171,17 +170,6 @@ class AdminRoutes:
 
     async def _run(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
         return await run_blocking(work, *args, retry_after_s=self._retry_after_s, **options)
-
-
-def _registration_entry(record: ModelRecord) -> dict[str, Any]:
-    """Fields of the audit entry of a registered version."""
-    source = without_credentials(record.location)
-    return {"id": record.id, "base": record.base, "source": source, "digest": record.digest}
-
-
-def _deletion_entry(records: list[ModelRecord]) -> dict[str, Any]:
-    """Fields of the audit entry of deleted versions."""
-    return {"deleted": [record.id for record in records[:MAX_LOGGED_VERSIONS]], "deleted_count": len(records)}
 
 
 def _fields(record: ModelRecord) -> dict[str, Any]:

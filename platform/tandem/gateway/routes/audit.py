@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from fastapi import FastAPI, Query, Request
 
@@ -85,11 +84,3 @@ class AuditedChanges:
             entry_fields=entry_fields,
             **actor(request),
         )
-
-
-def without_credentials(source: str) -> str:
-    """A folder or URI without the parts that may hold a secret: user, query and fragment."""
-    if "://" not in source:
-        return source
-    parts = urlsplit(source)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
