@@ -275,10 +275,10 @@ def raw_request(url: str, body: dict[str, Any] | None) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     sock = socket.create_connection((host, int(port)))
     if body is None:
-        sock.sendall(b"GET /v1/models HTTP/1.1\r\nHost: bench\r\n\r\n")
+        sock.sendall(f"GET /v1/models HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
     else:
         raw = json.dumps(body).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
         sock.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
     return sock
 
