@@ -19,6 +19,7 @@ from tandem.cli.models import models_app
 from tandem.cli.node import node_app
 from tandem.cli.quickstart import quickstart_command
 from tandem.cli.serve import serve_app
+from tandem.cli.slurm import slurm_app
 from tandem.cli.tenants import tenants_app
 from tandem.cli.train import train_app
 from tandem.cli.usage import usage_command
@@ -62,3 +63,4 @@ app.add_typer(tenants_app, name="tenants")
 app.add_typer(batch_app, name="batch")
 app.add_typer(node_app, name="node")
 app.add_typer(db_app, name="db")
+app.add_typer(slurm_app, name="slurm")
