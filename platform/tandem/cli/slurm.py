@@ -49,6 +49,9 @@ def serve_command(
     nodes: Annotated[int, typer.Option("--nodes", "-N", min=1, help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs on each node.")] = 0,
     port: Annotated[int, typer.Option(min=1024, max=65535, help="The app's port on its node.")] = 8000,
+    successor_of: Annotated[
+        str | None, typer.Option(metavar="JOB", help="A job whose tunnels lead to this one once it answers.")
+    ] = None,
     site: SiteOption = None,
     overrides: SetOption = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
@@ -57,7 +60,12 @@ def serve_command(
     """Serve models as a job: `tandem slurm submit serve MODEL`. All else is passed on to `tandem serve up`."""
     with friendly_errors():
         submission = Submission(
-            kind="serve", command=("serve", "up", *context.args), nodes=nodes, gpus_per_node=gpus_per_node, port=port
+            kind="serve",
+            command=("serve", "up", *context.args),
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            port=port,
+            succeeds=find(settings().root, successor_of).name if successor_of else None,
         )
         _submit(submission, read_site(site, overrides), dry_run=dry_run, detach=detach)
 

@@ -121,6 +121,8 @@ def _run_command(folder: JobFolder, submission: Submission, host: str, address: 
                 models = _models(host, submission.port, connection.api_key) if submission.kind == "serve" else ()
                 connection = replace(connection, state="ready", models=models)
                 folder.write_connection(connection)
+                if submission.succeeds:
+                    JobFolder(folder.path.parent / submission.succeeds).write_successor(connection.job_id)
             time.sleep(POLL_S)
         if process.poll() is None:
             folder.write_connection(replace(connection, state="ended" if cancelled.is_set() else "ending"))

@@ -39,6 +39,8 @@ class Submission:
     """ISO 8601, UTC."""
     job_id: str | None = None
     """Slurm's id; None: not submitted yet."""
+    succeeds: str | None = None
+    """Name of the folder of the job whose clients come to this one when it answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +151,18 @@ class JobFolder:
 
     def connection(self) -> Connection | None:
         """Where the job stands; None: it has not started."""
-        return self._read("connection.json", Connection)
+        connection = self._read("connection.json", Connection)
+        if connection is None:
+            return None
+        # A file of its own: the successor writes it, and the job all else.
+        try:
+            return replace(connection, successor=(self.path / "successor").read_text().strip())
+        except FileNotFoundError:
+            return connection
+
+    def write_successor(self, job_id: str) -> None:
+        """Name the job that takes over."""
+        write_atomic(self.path / "successor", job_id, mode=0o600)
 
     def _write(self, name: str, value: Any) -> None:
         write_atomic(self.path / name, json.dumps(asdict(value), indent=2), mode=0o600)
