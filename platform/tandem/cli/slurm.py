@@ -327,11 +327,16 @@ async def _tunnel(ssh: SshConnection | None, job: str, port: int) -> None:
         if time.monotonic() - checked_at < FOLLOW_S:
             return None
         checked_at = time.monotonic()
+        newest = None
         connection = _connection(ssh, target.job_id)
-        if connection.successor:
-            following = _connection(ssh, connection.successor)
-            if following.state == "ready":
-                return Target(following.job_id, following.node, following.port)
+        while True:
+            if connection.state == "ready":
+                newest = connection
+            if not connection.successor:
+                break
+            connection = _connection(ssh, connection.successor)
+        if newest is not None:
+            return Target(newest.job_id, newest.node, newest.port)
         if connection.state in ("ended", "failed"):
             raise JobEndedError(f"Job {connection.job_id} has {connection.state}.")
         return None

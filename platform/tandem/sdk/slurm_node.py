@@ -38,6 +38,8 @@ START_AGAIN_S = 2.0
 """Seconds before a node that could not join tries again."""
 KEY_OUTLIVES = timedelta(days=1)
 """How long after the job's end its key expires: a successor's users keep theirs."""
+HAND_OVER_S = 10.0
+"""Seconds for which an app that is told to end takes new requests still, where another one succeeds it: tunnels change meanwhile."""
 CANCEL_S = 3.0
 """Seconds that the command gets to end by itself after a cancellation."""
 
@@ -126,6 +128,8 @@ def _run_command(folder: JobFolder, submission: Submission, host: str, address: 
             time.sleep(POLL_S)
         if process.poll() is None:
             folder.write_connection(replace(connection, state="ended" if cancelled.is_set() else "ending"))
+            if submission.kind == "serve" and (current := folder.connection()) is not None and current.successor:
+                cancelled.wait(HAND_OVER_S)
             requeue = submission.kind == "train" and folder.stop_reason(run_id()) == TIME_LIMIT
             status = _end_command(process, submission, address, cancelled, requeue=requeue)
             folder.write_connection(replace(connection, state="ended"))
