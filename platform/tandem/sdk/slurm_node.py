@@ -39,7 +39,7 @@ START_AGAIN_S = 2.0
 KEY_OUTLIVES = timedelta(days=1)
 """How long after the job's end its key expires: a successor's users keep theirs."""
 HAND_OVER_S = 10.0
-"""Seconds for which an app that is told to end takes new requests still, where another one succeeds it: tunnels change meanwhile."""
+"""Seconds for which an app that is told to end takes new requests still if another one succeeds it: tunnels change meanwhile."""
 CANCEL_S = 3.0
 """Seconds that the command gets to end by itself after a cancellation."""
 
