@@ -19,7 +19,8 @@ from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import Connection, JobFolder, Submission, find, folders
 from tandem.cluster.slurm.script import JobRequest, render
-from tandem.cluster.slurm.tunnel import JobEndedError, SshConnection, Target, Tunnel
+from tandem.cluster.ssh import SshConnection
+from tandem.cluster.tunnel import AppEndedError, Target, Tunnel
 from tandem.config.load import apply_overrides, from_dict, read_yaml
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
@@ -192,7 +193,7 @@ def tunnel_command(
         try:
             if ssh is not None:
                 ssh.open()
-            asyncio.run(_tunnel(ssh, job, port))
+            asyncio.run(_tunnel(ssh, job, port, "tandem" if login is None else login.tandem))
         finally:
             if ssh is not None:
                 ssh.close()
@@ -312,14 +313,14 @@ def _summary(folder: JobFolder) -> dict[str, Any]:
     }
 
 
-async def _tunnel(ssh: SshConnection | None, job: str, port: int) -> None:
-    found = await asyncio.to_thread(_connection, ssh, job)
+async def _tunnel(ssh: SshConnection | None, job: str, port: int, command: str) -> None:
+    found = await asyncio.to_thread(_connection, ssh, job, command)
     if found.state != "ready":
         raise ClusterError(
             f"Job {found.job_id} is {found.state}: there is no app to reach."
             + (f" {found.message}" if found.message else "")
         )
-    target = Target(found.job_id, found.node, found.port)
+    target = Target(f"job {found.job_id}", found.node, found.port)
     checked_at = time.monotonic()
 
     def find_target() -> Target | None:
@@ -328,17 +329,17 @@ async def _tunnel(ssh: SshConnection | None, job: str, port: int) -> None:
             return None
         checked_at = time.monotonic()
         newest = None
-        connection = _connection(ssh, target.job_id)
+        connection = _connection(ssh, found.job_id, command)
         while True:
             if connection.state == "ready":
                 newest = connection
             if not connection.successor:
                 break
-            connection = _connection(ssh, connection.successor)
+            connection = _connection(ssh, connection.successor, command)
         if newest is not None:
-            return Target(newest.job_id, newest.node, newest.port)
+            return Target(f"job {newest.job_id}", newest.node, newest.port)
         if connection.state in ("ended", "failed"):
-            raise JobEndedError(f"Job {connection.job_id} has {connection.state}.")
+            raise AppEndedError(f"Job {connection.job_id} has {connection.state}.")
         return None
 
     tunnel = Tunnel(ssh, target, find_target, lambda message: console.print(escape(message)))
@@ -357,10 +358,10 @@ async def _tunnel(ssh: SshConnection | None, job: str, port: int) -> None:
         await tunnel.stop()
 
 
-def _connection(ssh: SshConnection | None, job: str) -> Connection:
-    """How to reach a job: from this home, or over SSH from the login node's."""
+def _connection(ssh: SshConnection | None, job: str, command: str = "tandem") -> Connection:
+    """How to reach a job: from this home, or over SSH from the login node's, by the `command` there."""
     if ssh is None:
         folder = find(settings().root, job)
         return folder.connection() or Connection(job_id=folder.submission().job_id or "", state="waiting")
-    shown = ssh.run(f"{ssh.login.tandem} slurm info {shlex.quote(job)} --json")
+    shown = ssh.run(f"{command} slurm info {shlex.quote(job)} --json")
     return from_dict(Connection, json.loads(shown))

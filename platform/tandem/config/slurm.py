@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from tandem.config import check
+from tandem.config.ssh import SshConfig
 from tandem.errors import ConfigError
 
 TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
@@ -13,7 +14,6 @@ TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 WORD = re.compile(r"[\w.,:=+@%/\[\]&|*()-]+")
 """Values of sbatch's options; no spaces or quotes, so that none ends the line of the batch script that it stands in."""
 RUNTIMES = ("apptainer", "singularity")
-THROUGH = ("login", "node")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,29 +35,11 @@ class ContainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoginConfig:
-    """The way to the cluster by SSH, for tunnels and commands from a machine that has no Slurm."""
+class LoginConfig(SshConfig):
+    """The way to the login node, for tunnels from a machine that has no Slurm."""
 
-    host: str
-    """The login node: a name of ~/.ssh/config, or HOST, or USER@HOST."""
-    port: int | None = None
-    jump: tuple[str, ...] = ()
-    """Hosts to pass through on the way to it, in order."""
-    config: str | None = None
-    """A file to read instead of ~/.ssh/config."""
     tandem: str = "tandem"
     """The `tandem` command there."""
-    through: str = "login"
-    """Where SSH ends: at the `login` node, which connects to the app's node over the cluster's network, or at the app's `node`,
-    which has to let the job's owner in."""
-
-    def __post_init__(self) -> None:
-        check.one_of("login.through", self.through, THROUGH)
-        for value in (self.host, *self.jump):
-            if not value or value.startswith("-") or not value.isprintable() or " " in value:
-                raise ConfigError(f"login: {value!r} is no host; write HOST or USER@HOST.")
-        if self.port is not None:
-            check.between("login.port", self.port, 1, 65535)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

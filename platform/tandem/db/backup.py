@@ -174,9 +174,9 @@ def _set_sequences(connection: Connection) -> None:
         column = table.autoincrement_column
         if column is None:
             continue
-        newest = connection.execute(select(func.max(column))).scalar_one()
+        newest = connection.execute(select(func.max(column))).scalar()
         sequence = connection.execute(
             text("SELECT pg_get_serial_sequence(:table, :column)"), {"table": table.name, "column": column.name}
         ).scalar_one()
-        if newest is not None and sequence is not None:
+        if newest and sequence:
             connection.execute(text("SELECT setval(:sequence, :newest)"), {"sequence": sequence, "newest": newest})

@@ -136,7 +136,7 @@ def test_only_a_run_that_asks_for_it_is_queued_again(
         ({"environment": {"A B": "c"}}, "name of a variable"),
         ({"commands": ["a\nb"]}, "one line"),
         ({"login": {"host": "-oProxyCommand=x"}}, "no host"),
-        ({"login": {"host": "a", "through": "laptop"}}, "one of login, node"),
+        ({"login": {"host": "a", "port": 70000}}, "between 1 and 65535"),
         ({"container": {"image": ""}}, "container.image is empty"),
         ({"partitoin": "gpu"}, "partition"),
     ],

@@ -1,4 +1,4 @@
-"""A tunnel on a machine that reaches the nodes itself: real sockets, no ssh."""
+"""A tunnel on a machine that reaches the app itself: real sockets, no ssh."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tandem.cluster.slurm import tunnel as tunnel_module
-from tandem.cluster.slurm.tunnel import JobEndedError, Target, Tunnel
+from tandem.cluster import tunnel as tunnel_module
+from tandem.cluster.tunnel import AppEndedError, Target, Tunnel
 from tandem.errors import ClusterError
 
 
@@ -72,8 +72,8 @@ async def test_new_connections_go_to_the_successor_while_old_ones_stay() -> None
         await tunnel.stop()
 
 
-async def test_it_ends_when_the_job_has_and_outlives_a_look_that_fails() -> None:
-    errors = [ClusterError("ssh is away"), JobEndedError("over")]
+async def test_it_ends_when_the_app_has_and_outlives_a_look_that_fails() -> None:
+    errors = [ClusterError("ssh is away"), AppEndedError("over")]
     messages: list[str] = []
 
     def find_target() -> Target | None:
