@@ -155,7 +155,7 @@ def _end_command(
     After a cancellation Slurm has sent SIGTERM to every process of the step, Ray's too, and kills them within 30 s.
     """
     if submission.kind == "train" and not cancelled.is_set():
-        stop_words = [sys.executable, "-m", "tandem", "train", "stop", "latest"]
+        stop_words = [sys.executable, "-m", "tandem", "train", "stop", "--all"]
         subprocess.run(stop_words, env=child_environment({"RAY_ADDRESS": address}), check=False)
     else:
         process.send_signal(signal.SIGTERM)
@@ -163,7 +163,8 @@ def _end_command(
         time.sleep(POLL_S)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(CANCEL_S)
-    return REQUEUE_STATUS if requeue else 0
+    # It may have reached its last step meanwhile.
+    return REQUEUE_STATUS if requeue and process.returncode != 0 else 0
 
 
 def run_id() -> str:
