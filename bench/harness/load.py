@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import statistics
 import time
@@ -148,10 +149,12 @@ async def drive(
     tallies = [Tally() for _ in range(streams)]
     loop = asyncio.get_running_loop()
     started, cpu, waited = time.perf_counter(), time.process_time(), run_queue_s()
+
+    def open_stream(tally: Tally) -> Stream:
+        return stream_class(request, tokens, requests, tally)
+
     connections = [
-        (await loop.create_connection(lambda tally=tally: stream_class(request, tokens, requests, tally), host, port))[
-            1
-        ]
+        (await loop.create_connection(functools.partial(open_stream, tally), str(host), int(port or 80)))[1]
         for tally in tallies
     ]
     await asyncio.gather(*(connection.done for connection in connections))

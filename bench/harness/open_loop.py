@@ -97,7 +97,9 @@ class Client:
                 break
         else:
             loop = asyncio.get_running_loop()
-            _, connection = await loop.create_connection(Connection, self._parts.hostname, self._parts.port)
+            _, connection = await loop.create_connection(
+                Connection, str(self._parts.hostname), int(self._parts.port or 80)
+            )
         status, retry_after = await connection.send(self.request(tokens, timeout_s))
         if connection.is_open:
             self._idle.append(connection)

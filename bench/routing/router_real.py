@@ -35,7 +35,7 @@ from bench.harness.machine import machine
 from bench.harness.models import write_model
 from bench.harness.options import options_parser
 from bench.harness.report import Verdict
-from bench.harness.servers import stack
+from bench.harness.servers import KEYS, stack
 
 BAR = 1.2
 """Requests/s of `affinity`, as a share of `round_robin`'s."""
@@ -67,7 +67,7 @@ def main() -> int:
         for number in range(options.rounds):
             for policy in POLICIES if number % 2 else reversed(POLICIES):
                 url = f"http://127.0.0.1:{port}/{policy}/v1/completions"
-                figures = asyncio.run(drive(url, texts, options.requests, seed=number))
+                figures = asyncio.run(drive(url, KEYS[port], texts, options.requests, seed=number))
                 rounds.append({"policy": policy, "round": number, **figures})
                 print(f"round {number} {policy:12} {figures['requests_per_s']:6.1f} requests/s", flush=True)
     summary = summarise(rounds)
@@ -123,7 +123,7 @@ def prompt_prefixes() -> list[list[str]]:
 # ---- the load -------------------------------------------------------------------------------------------------------
 
 
-async def drive(url: str, texts: list[list[str]], requests: int, *, seed: int) -> dict[str, Any]:
+async def drive(url: str, key: str, texts: list[list[str]], requests: int, *, seed: int) -> dict[str, Any]:
     """One round of one policy."""
     dice = random.Random(seed)
     plan = []
@@ -133,7 +133,8 @@ async def drive(url: str, texts: list[list[str]], requests: int, *, seed: int) -
         plan.append({"model": f"adapter-{adapter}", "prompt": dice.choice(texts[adapter]) + question})
     requests_left = iter(enumerate(plan))
     answers: list[dict[str, Any]] = []
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+    headers = {"authorization": f"Bearer {key}"}
+    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=120)) as session:
         await asyncio.gather(*(_stream(session, url, requests_left, answers) for _ in range(STREAMS)))
     answers.sort(key=lambda answer: answer["ended"])
     # The beginning of a round finds the caches as the other policy left them.

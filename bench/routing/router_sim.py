@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--write-trace", type=Path, help="write the made-up traffic of the first scenario there")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=NUMBER", help="keys of the router's config")
     options = parser.parse_args()
-    settings = {key: float(value) for key, _, value in (pair.partition("=") for pair in options.set)}
+    settings: dict[str, Any] = {key: float(value) for key, _, value in (pair.partition("=") for pair in options.set)}
     finished_scenarios = report.Rounds(options.json)
     results: dict[str, Any] = {
         "load_before": os.getloadavg()[0],

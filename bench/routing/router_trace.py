@@ -135,6 +135,10 @@ def write(calls: list[Call], path: Path) -> None:
     """Record calls."""
     with path.open("w") as file:
         for call in calls:
-            record = {"at_s": round(call.at, 4), "prompt_tokens": call.count * BLOCK, "output_tokens": call.output}
+            record: dict[str, object] = {
+                "at_s": round(call.at, 4),
+                "prompt_tokens": call.count * BLOCK,
+                "output_tokens": call.output,
+            }
             record |= {"adapter": call.adapter, "session": call.session, "blocks": call.blocks[: call.count]}
             file.write(json.dumps(record) + "\n")

@@ -190,7 +190,7 @@ async def adapter_figures(app: App, name: str, job: Any) -> dict[str, Any] | Non
     if (failed := job.last(Failed)) is not None:
         raise RuntimeError(failed.error)
     step = job.last(Step)
-    if step is None or step.step < step.steps:
+    if step is None or step.step < step.steps or step.time is None:
         return None
     try:
         first_token_ms = await app.first_token_ms(name)
@@ -199,8 +199,8 @@ async def adapter_figures(app: App, name: str, job: Any) -> dict[str, Any] | Non
     answered_at = time.time()
     registered_at = app.registry.resolve(name).created_at.timestamp()
     return {
-        "seconds": answered_at - step["time"],
-        "to_registry_s": registered_at - step["time"],
+        "seconds": answered_at - step.time,
+        "to_registry_s": registered_at - step.time,
         "from_registry_s": answered_at - registered_at,
         "first_token_ms": first_token_ms,
     }

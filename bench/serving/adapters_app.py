@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -183,7 +184,7 @@ def serving(folder: Path) -> Iterator[tuple[App, Any]]:
             max_lora_rank=RANK,
             engine_args={"max_model_len": 1024},
         )
-        ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level=logging.ERROR)
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")
         try:

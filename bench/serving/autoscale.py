@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import tempfile
 import threading
@@ -94,7 +95,7 @@ def serving(folder: Path, smoke: bool) -> Iterator[int]:
         from tandem.apps.deploy import deploy
         from tandem.config import ServeConfig, from_dict
 
-        ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level=logging.ERROR)
         exit_stack.callback(ray.shutdown)
         port = free_port()
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

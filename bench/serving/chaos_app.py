@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def serving(engine: str) -> Iterator[tuple[Any, Node, str]]:
 
             node = Node(cluster, NODE_CPUS)
             node.start()
-            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level=logging.ERROR)
             while len([n for n in ray.nodes() if n["Alive"]]) < 2:
                 time.sleep(0.2)
             port = free_ports(1)[0]

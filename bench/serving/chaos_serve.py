@@ -124,7 +124,8 @@ class Chaos:
         from ray.serve.context import _get_global_client
 
         with contextlib.suppress(Exception):
-            deployments = _get_global_client().get_serve_details()["applications"]["tandem"]["deployments"]
+            client: Any = _get_global_client()
+            deployments = client.get_serve_details()["applications"]["tandem"]["deployments"]
             up = {
                 name: [r for r in deployment["replicas"] if r["state"] == "RUNNING"]
                 for name, deployment in deployments.items()

@@ -14,11 +14,13 @@ Ray's threads included.
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def run_round(scheme: str, arguments: Any) -> dict[str, Any]:
             ray.init(
                 address=cluster.address,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": {"PYTHONPATH": paths}},
             )
             try:
@@ -130,7 +132,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"p50": statistics.median(values), "p99": statistics.quantiles(values, n=100)[98]}
 
 
-ROWS = {
+ROWS: dict[str, Callable[[float], str]] = {
     "KiB/s for each gateway": lambda value: f"{value / 1024:.0f}",
     "directory, share of a core": lambda value: f"{value:.1%}",
     "a load known to every gateway after, p50, s": lambda value: f"{value:.2f}",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import re
 import statistics
@@ -124,10 +125,9 @@ async def drive(server: Server, concurrency: int, seconds: float) -> dict[str, A
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     tally, loop = Tally(), asyncio.get_running_loop()
     cpu, waited, start_time = time.process_time(), run_queue_s(), time.perf_counter()
+    host, port = str(parts.hostname), int(parts.port or 80)
     connections = [
-        (await loop.create_connection(lambda: Asker(request, start_time + seconds, tally), parts.hostname, parts.port))[
-            1
-        ]
+        (await loop.create_connection(lambda: Asker(request, start_time + seconds, tally), host, port))[1]
         for _ in range(concurrency)
     ]
     await asyncio.gather(*(asker.done for asker in connections))
@@ -165,7 +165,7 @@ def app(port: int) -> Iterator[tuple[Server, Server]]:
             from tandem.config import ServeConfig, ServedModelConfig
 
             model = ServedModelConfig(model="echo", name="echo", engine="echo", engine_args={"delay_s": GAP_S})
-            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level=logging.ERROR)
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             key = make_key()
             serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -226,7 +227,11 @@ async def drive_honest_clients(running: App, seconds: float) -> dict[str, Any]:
     tally, loop, until = Tally(), asyncio.get_running_loop(), time.perf_counter() + seconds
     waited = run_queue_s()
     streams = [
-        (await loop.create_connection(lambda: Stream(request, until, tally), parts.hostname, parts.port))[1]
+        (
+            await loop.create_connection(
+                lambda: Stream(request, until, tally), str(parts.hostname), int(parts.port or 80)
+            )
+        )[1]
         for _ in range(STREAMS)
     ]
     _, pending = await asyncio.wait([stream.done for stream in streams], timeout=seconds + 30.0)
@@ -269,7 +274,7 @@ def app() -> Iterator[App]:
                 engine_args={"delay_s": GAP_S, "max_length": 10_000},
                 requests_per_replica=256,
             )
-            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level=logging.ERROR)
             exit_stack.callback(ray.shutdown)
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             serve.run(build_app(ServeConfig(models=(model,)), check=False), name="tandem", route_prefix="/")

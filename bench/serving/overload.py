@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import statistics
 import sys
@@ -165,7 +166,7 @@ def app(engine: str) -> Iterator[App]:
             )
             # It writes as fast as it is read.
             pour = ServedModelConfig(model="pour", name="pour", engine="echo", max_adapters=0, cpus_per_replica=0.1)
-            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+            ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level=logging.ERROR)
             with contextlib.ExitStack() as exit_stack:
                 exit_stack.callback(ray.shutdown)
                 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

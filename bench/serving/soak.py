@@ -230,7 +230,8 @@ def judge_soak(
 ) -> tuple[list[tuple[str, ...]], list[Verdict]]:
     """The table's rows, and the bars."""
     warm, window = WARM_SHARE * seconds, min(AT_ONCE_S, 0.1 * seconds)
-    rows, verdicts = [], []
+    rows: list[tuple[str, ...]] = []
+    verdicts = []
     for part in PARTS:
         first = statistics.median(s[part] for s in series if warm <= s["at_s"] <= warm + window)
         last = statistics.median(s[part] for s in series if s["at_s"] >= seconds - window - SAMPLE_S)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def routed(policies: Sequence[str], folder: Path, port: int) -> Iterator[None]:
         directory: Any = serve.get_deployment_handle("Directory", "tandem")
         models = tuple(resolve_models(config, registry))
         for policy in policies:
-            gateway = serve.deployment(
+            gateway: Any = serve.deployment(
                 serve.ingress()(Gateway),
                 name="Gateway",
                 ray_actor_options={
@@ -124,7 +125,7 @@ def _app(config: Any, port: int) -> Iterator[None]:
 
         from tandem.apps.build import build_app
 
-        ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, namespace="tandem", log_to_driver=False, logging_level=logging.ERROR)
         # Still connected when its cluster ends, a process dies before it can say what went wrong.
         with contextlib.ExitStack() as exit_stack:
             exit_stack.callback(ray.shutdown)
@@ -146,7 +147,7 @@ def ray_llm(folder: Path, port: int) -> Iterator[None]:
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    ray.init(address="local", num_cpus=8, log_to_driver=False, logging_level="ERROR", include_dashboard=True)
+    ray.init(address="local", num_cpus=8, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=True)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     config = LLMConfig(
         model_loading_config={"model_id": MODEL, "model_source": str(folder)},
@@ -159,7 +160,7 @@ def ray_llm(folder: Path, port: int) -> Iterator[None]:
     ray.shutdown()
 
 
-STACKS = {
+STACKS: dict[str, Callable[[Path, int], contextlib.AbstractContextManager[None]]] = {
     "bare": bare,
     "bare-one": bare_one,
     "tandem": tandem,

@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -91,10 +92,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         all_rounds = report.Rounds(options.json)
         rounds: dict[int, list[dict[str, dict[str, float]]]] = {readers: [] for readers in options.readers}
         for number, readers in itertools.product(range(options.rounds), options.readers):
-            figures = {peer: run(peer, readers, folder, options, cluster.address) for peer in PEERS}
+            figures = {peer: run(peer, readers, folder, options, str(cluster.address)) for peer in PEERS}
             pace = PACE * figures["webdataset"]["rows_per_s"]
             for peer in PEERS:
-                figures[peer]["wait"] = run(peer, readers, folder, options, cluster.address, pace=pace)["wait"]
+                figures[peer]["wait"] = run(peer, readers, folder, options, str(cluster.address), pace=pace)["wait"]
             rounds[readers].append(figures)
             all_rounds.append({"readers": readers, **figures})
             line = "; ".join(
@@ -217,6 +218,7 @@ def by_dataloader(options: argparse.Namespace, readers: int) -> Generator[Any, N
     class Shards(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Generator[Any, None, None]:
             worker = torch.utils.data.get_worker_info()
+            assert worker is not None
             for epoch in itertools.count():
                 order = random.Random(epoch).sample(shards, len(shards))
                 for path in order[worker.id :: worker.num_workers]:
@@ -239,7 +241,7 @@ def by_tandem(options: argparse.Namespace, readers: int) -> Generator[Any, None,
     from tandem.data.stream import open_stream
 
     index, _, spec = parts_of(options)
-    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
     config = DataConfig(path="x", sequence_length=options.length, reader_tasks=readers, readers=1.0)
     part = Part(folder=options.folder / "data", index=index)
     stream = open_stream((part,), spec.encoder, config, workers=1, seed=0, held_bytes=0)

@@ -134,7 +134,8 @@ def run_peer(options: argparse.Namespace) -> dict[str, Any]:
     run = Run(options)
     if options.peer != "trainer":
         backend = "nccl" if run.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         {"plain": plain, "trainer": trainer, "tandem": tandem}[options.peer](run)
     except torch.OutOfMemoryError:
@@ -163,7 +164,9 @@ def plain(run: Run) -> None:
         aten.mm.default, aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_efficient_attention.default,
     ]  # fmt: skip
-    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, saved_operations)}
+    selective: dict[str, Any] = {
+        "context_fn": functools.partial(create_selective_checkpoint_contexts, saved_operations)
+    }
     mesh = init_device_mesh(run.device.type, (1,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for number, layer in enumerate(model.model.layers):

@@ -448,7 +448,7 @@ def config_of(case: Case) -> Any:
         name="parity",
         data=DataConfig(path="x", sequence_length=LENGTH),
         model=ModelConfig(base="b") if based else ModelConfig(),
-        lora=LoraConfig(rank=4, **({"dora": True} if adapters == "dora" else {})) if adapters else None,
+        lora=LoraConfig(rank=4, dora=adapters == "dora") if adapters else None,
         objective=case.objective,
         dpo=DpoConfig() if case.objective == "dpo" else None,
         parallel=ParallelismConfig(workers=case.workers, **case.parallel),

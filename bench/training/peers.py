@@ -201,7 +201,8 @@ class Half(nn.Module):
         self.embed = inner.embed_tokens if first else None
         self.layers = inner.layers[:middle] if first else inner.layers[middle:]
         self.rotary = inner.rotary_emb
-        self.norm, self.head = (None, None) if first else (inner.norm, model.lm_head)
+        self.norm: Any = None if first else inner.norm
+        self.head: Any = None if first else model.lm_head
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Ids of the first stage or hidden states of the second, to hidden states or logits."""
@@ -219,7 +220,7 @@ def pp2(run: Run) -> None:
 
     rank = dist.get_rank()
     stage_module = Half(run.model(), first=rank == 0)
-    tied_weight = stage_module.embed.weight if stage_module.embed is not None else stage_module.head.weight  # type: ignore[union-attr]
+    tied_weight = stage_module.embed.weight if stage_module.embed is not None else stage_module.head.weight
     tokens = 1
 
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -237,7 +238,9 @@ def pp2(run: Run) -> None:
         else:
             schedule.step(target=targets, positions=positions, losses=losses, return_outputs=False)
         dist.all_reduce(tied_weight.grad)
-        gradients = [p.grad for p in stage_module.parameters() if p is not tied_weight or rank == 0]
+        gradients = [
+            p.grad for p in stage_module.parameters() if p.grad is not None and (p is not tied_weight or rank == 0)
+        ]
         squares = torch.nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(squares)
         torch.nn.utils.clip_grads_with_norm_(stage_module.parameters(), CLIP, squares.sqrt())

@@ -133,7 +133,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     """Data for all: the standard library, packed, in the order in which Tandem deals it; and the model that all start from."""
     import numpy as np
 
-    from tandem.config import ModelConfig
+    from tandem.config import ModelConfig, from_dict
     from tandem.data.build import build_dataset
     from tandem.data.order import Order, Sampler
     from tandem.data.packing import pack
@@ -151,7 +151,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     sampler = Sampler(order, lambda position: len(parts[order.shard(position)]))
     row_positions = sampler.share(0, 1, options.steps * options.batch)
     np.save(folder / "rows.npy", np.stack([parts[position.shard][position.row] for position in row_positions]))
-    build_model(ModelConfig(**SHAPE), None, encoder, seed=0).save_pretrained(folder / "model")  # type: ignore[operator]
+    build_model(from_dict(ModelConfig, SHAPE), None, encoder, seed=0).save_pretrained(folder / "model")  # type: ignore[operator]
 
 
 def run(peer: str, layout: str, folder: Path, options: argparse.Namespace, address: str | None) -> dict[str, Any]:

@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, func, literal, select, tuple_
+from sqlalchemy import func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
-from tandem.auth.principal import NOTHING, UNLIMITED, Limits, Principal, Role
+from tandem.auth.principal import Limits, Principal, Role
+from tandem.auth.tenants import DEFAULT_TENANT, TenantStore, check_tenant, is_active
 from tandem.db.audit import Change, record_change
-from tandem.db.schema import ApiKeyRow, TenantRow, UtcDateTime
+from tandem.db.schema import ApiKeyRow, UtcDateTime
 from tandem.errors import AuthError, ConfigError, UnknownKeyError, did_you_mean
-from tandem.registry.connection import RegistryConnection
 
 PREFIX = "tdm-"
 SECRET_BYTES = 32
-DEFAULT_TENANT = "default"
-TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 LONGEST_LIFE = timedelta(days=100 * 365)
 """Longest time for which a key can be made, and an old one be accepted after a rotation."""
 PAGE = 5000
@@ -97,15 +94,6 @@ class NewKey:
     secret: str = field(repr=False)
 
 
-class TenantSummary(NamedTuple):
-    """A tenant that has limits or active keys."""
-
-    name: str
-    limits: Limits
-    keys: int
-    """Number of its active keys."""
-
-
 class Cursor(NamedTuple):
     """A place in the order of changes."""
 
@@ -130,8 +118,8 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-class KeyStore(RegistryConnection):
-    """The keys in a registry's database. Every change is in the audit log, and raises the registry's revision."""
+class KeyStore(TenantStore):
+    """The keys and tenants in a registry's database. Every change is in the audit log, and raises the registry's revision."""
 
     def create(
         self,
@@ -185,7 +173,7 @@ class KeyStore(RegistryConnection):
         if tenant is not None:
             query = query.where(row.tenant == tenant)
         if not every:
-            query = query.where(_is_active())
+            query = query.where(is_active())
         with self._reading() as session:
             if after is not None:
                 last_row = session.get(row, after)
@@ -252,50 +240,9 @@ class KeyStore(RegistryConnection):
 
     def count_active(self) -> int:
         """The number of keys that are accepted now."""
-        query = select(func.count()).select_from(ApiKeyRow).where(_is_active())
+        query = select(func.count()).select_from(ApiKeyRow).where(is_active())
         with self._reading() as session:
             return session.execute(query).scalar_one()
-
-    def tenants(self) -> dict[str, Limits]:
-        """The limits of all tenants that have any; NOTHING of one whose row this version of Tandem cannot read."""
-        with self._reading() as session:
-            rows = session.scalars(select(TenantRow)).all()
-        return {row.name: _tenant_limits(row) for row in rows}
-
-    def tenant_summaries(self) -> Sequence[TenantSummary]:
-        """All tenants that have limits or active keys, by name."""
-        limits = self.tenants()
-        query = select(ApiKeyRow.tenant, func.count().label("num_keys")).where(_is_active()).group_by(ApiKeyRow.tenant)
-        with self._reading() as session:
-            num_keys = {row.tenant: row.num_keys for row in session.execute(query)}
-        return [
-            TenantSummary(name, limits.get(name, UNLIMITED), num_keys.get(name, 0))
-            for name in sorted(limits.keys() | num_keys.keys())
-        ]
-
-    def limit_tenant(self, tenant: str, limits: Limits, *, by: str, address: str | None = None) -> None:
-        """Replace the limits of a tenant, which all its keys share; gateways follow within seconds. AuthError for a name that no
-        tenant can have.
-        """
-        check_tenant(tenant)
-        with self._writing() as (session, _):
-            row = session.get(TenantRow, tenant)
-            before = None if row is None else dict(row.limits)
-            if row is None:
-                session.add(TenantRow(name=tenant, limits=limits.to_json()))
-            else:
-                row.limits = limits.to_json()
-            record_change(
-                session,
-                Change(
-                    by=by,
-                    address=address,
-                    action="tenants.limit",
-                    target=tenant,
-                    before=before,
-                    after=limits.to_json(),
-                ),
-            )
 
     def changes(self, after: Cursor) -> tuple[Cursor, ChangedKeys]:
         """A page of the keys that have changed since `after`, in the order of their changes, and where the next page begins.
@@ -341,14 +288,6 @@ class KeyStore(RegistryConnection):
         return NewKey(key=_to_api_key(row), secret=secret)
 
 
-def check_tenant(tenant: str) -> None:
-    """AuthError for a name that no tenant can have."""
-    if not TENANT_PATTERN.fullmatch(tenant):
-        raise AuthError(
-            f"The tenant {tenant[:80]!r} is not valid. Use up to 63 of a-z, 0-9, - and _, beginning with a letter or digit."
-        )
-
-
 def _check_models(models: Sequence[str]) -> None:
     """AuthError for a list of models that has too many names, or one that no model can have."""
     if len(models) > MOST_MODELS:
@@ -356,12 +295,6 @@ def _check_models(models: Sequence[str]) -> None:
     for index, name in enumerate(models):
         if not name.isprintable() or not 1 <= len(name) <= LONGEST_MODEL:
             raise AuthError(f"models[{index}] must have 1 to {LONGEST_MODEL} printable characters; it has {len(name)}.")
-
-
-def _is_active() -> ColumnElement[bool]:
-    """The condition that a row's key is accepted now."""
-    row = ApiKeyRow
-    return row.revoked_at.is_(None) & (row.expires_at.is_(None) | (row.expires_at > datetime.now(UTC)))
 
 
 def _principal_of(row: Any) -> Principal | None:
@@ -376,19 +309,11 @@ def _principal_of(row: Any) -> Principal | None:
         return None
 
 
-def _tenant_limits(row: TenantRow) -> Limits:
-    try:
-        return Limits.from_json(row.limits)
-    except (ConfigError, TypeError) as error:
-        log.warning("Requests of the tenant %s are refused, because its limits cannot be read: %s", row.name, error)
-        return NOTHING
-
-
 def _find(session: Session, id_or_name: str) -> ApiKeyRow:
     row = session.get(ApiKeyRow, id_or_name)
     if row is not None:
         return row
-    matching_rows = session.scalars(select(ApiKeyRow).where(ApiKeyRow.name == id_or_name, _is_active())).all()
+    matching_rows = session.scalars(select(ApiKeyRow).where(ApiKeyRow.name == id_or_name, is_active())).all()
     if len(matching_rows) == 1:
         return matching_rows[0]
     if matching_rows:

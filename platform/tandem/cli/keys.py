@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tandem.auth import ApiKey, Limits, NewKey, Role
 from tandem.auth.key_table import POLL_S
-from tandem.auth.keys import DEFAULT_TENANT
+from tandem.auth.tenants import DEFAULT_TENANT
 from tandem.cli.support.shell import friendly_errors
 from tandem.errors import ConfigError
 from tandem.sdk.console import console

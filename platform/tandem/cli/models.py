@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tandem.auth.keys import check_tenant
+from tandem.auth.tenants import check_tenant
 from tandem.cli.support.shell import friendly_errors
 from tandem.config import AUTO_ENGINE
 from tandem.engine.engines import select_engine

@@ -21,8 +21,8 @@ from tandem.registry import conditions, names
 from tandem.registry.adapter_cache import AdapterCache
 from tandem.registry.adapter_files import adapter_digest, check_adapter
 from tandem.registry.conditions import ALWAYS, Condition
-from tandem.registry.connection import RegistryConnection
 from tandem.registry.folders import model_max_length
+from tandem.registry.pins import Pins
 from tandem.registry.records import AdapterSummary, Kind, ModelRecord, Promotion
 from tandem.registry.rows import can_be_had, is_there, record_of, with_article
 from tandem.storage import Location, is_remote, local_path
@@ -34,7 +34,7 @@ Names = list[str]
 Summaries = list[AdapterSummary]
 
 
-class Registry(RegistryConnection):
+class Registry(Pins):
     """Models and adapters by name. Versions count from 1; a version never changes, and its id is never reused."""
 
     def register_model(
@@ -206,46 +206,6 @@ class Registry(RegistryConnection):
                 by=by, action="models.assign", target=name, before={"tenant": old_tenant}, after={"tenant": tenant}
             )
             record_change(session, change)
-
-    def pin(self, name_or_id: str) -> ModelRecord:
-        """Have each replica of its base keep an adapter loaded: a version, or whichever one a name means."""
-        with self._writing() as (session, _):
-            row = names.find(session, name_or_id)
-            if row.kind != "adapter":
-                raise RegistryError(f"{row.id} is a model; adapters are pinned. Its replicas hold it anyway.")
-            record = record_of(row)
-            if session.get(PinRow, name_or_id) is None:
-                session.add(PinRow(target=name_or_id, name=row.name))
-            else:
-                session.rollback()
-            return record
-
-    def unpin(self, name_or_id: str) -> bool:
-        """Undo `pin`, of the same name or id; False if it was not pinned."""
-        with self._writing() as (session, _):
-            row = session.get(PinRow, name_or_id)
-            if row is None:
-                session.rollback()
-                return False
-            session.delete(row)
-            return True
-
-    def pins(self) -> Names:
-        """The pinned names and ids, as they were given."""
-        with self._reading() as session:
-            return list(session.scalars(select(PinRow.target).order_by(PinRow.target)))
-
-    def pinned(self, base: str) -> Records:
-        """The adapters of a base (by its id) that its replicas keep loaded now."""
-        with self._reading() as session:
-            # Pins are few, and adapters many: from the pins, each by its key.
-            targets = session.scalars(select(PinRow.target)).all()
-            query = select(NameRow.promoted).where(NameRow.name.in_(targets), NameRow.promoted.is_not(None))
-            promoted_ids = session.scalars(query).all()
-            rows = session.scalars(
-                select(ModelRow).where(ModelRow.id.in_([*targets, *promoted_ids])).order_by(ModelRow.id)
-            )
-            return [record_of(row) for row in rows if row.base == base]
 
     def list(
         self,

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.markup import escape
 
 from tandem.auth import ApiKey, KeyStore, Limits, NewKey, Role
-from tandem.auth.keys import DEFAULT_TENANT
 from tandem.auth.model_names import unregistered
+from tandem.auth.tenants import DEFAULT_TENANT
 from tandem.errors import ConfigError
 from tandem.registry import Registry
 from tandem.sdk.console import errors

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import jwt
 
-from tandem.auth.keys import DEFAULT_TENANT, LONGEST_MODEL, MOST_MODELS, PREFIX, TENANT_PATTERN
+from tandem.auth.keys import LONGEST_MODEL, MOST_MODELS, PREFIX
 from tandem.auth.oidc.signing_keys import ALGORITHMS, SigningKey
 from tandem.auth.principal import Principal, Role
+from tandem.auth.tenants import DEFAULT_TENANT, TENANT_PATTERN
 from tandem.config.serving.oidc import OidcConfig
 
 LONGEST_HEADER, LONGEST_SUBJECT = 2048, 256
