@@ -149,6 +149,11 @@ def client(port: int, key: str) -> Any:
     return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
 
 
+def test_a_compute_node_is_checked_as_jobs_find_it(site: Site) -> None:
+    shown = site.tandem("slurm", "check", check=False).stdout
+    assert "Python" in shown and "Packages" in shown and "TANDEM_HOME must be" not in shown
+
+
 def test_a_job_is_reached_through_the_login_node_with_its_key(site: Site, served: Connection) -> None:
     with site.tunnel(18300):
         answer = client(18300, served.api_key).completions.create(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import shlex
 import sys
 import time
@@ -15,10 +16,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from tandem.cli.doctor import Finding, show_findings
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import Connection, JobFolder, Submission, find, folders
-from tandem.cluster.slurm.script import JobRequest, render
+from tandem.cluster.slurm.script import JobRequest, container_words, preparation, render, resource_options
 from tandem.cluster.ssh import SshConnection
 from tandem.cluster.tunnel import AppEndedError, Target, Tunnel
 from tandem.config.load import apply_overrides, from_dict, read_yaml
@@ -26,8 +28,11 @@ from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.console import console
 from tandem.settings import settings, variable
+from tandem.storage import write_atomic
 
 POLL_S = 1.0
+CHECK_S = 600.0
+"""Seconds within which a compute node has to be free for a check."""
 FOLLOW_S = 3.0
 """Seconds between two looks of a tunnel at where its job stands."""
 
@@ -89,6 +94,41 @@ def train_command(
         command = ("train", "submit", *context.args)
         submission = Submission(kind="train", command=command, nodes=nodes, gpus_per_node=gpus_per_node)
         _submit(submission, read_site(site, overrides), dry_run=dry_run, detach=detach)
+
+
+@slurm_app.command("check")
+def check_command(
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs to ask for.")] = 0,
+    site: SiteOption = None,
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """Check a compute node as jobs find it: its view of TANDEM_HOME, packages, GPUs, memory and ports."""
+    with friendly_errors():
+        found = read_site(site, overrides)
+        home = settings().root
+        token = home / "slurm" / f"check-{secrets.token_hex(4)}"
+        write_atomic(token, secrets.token_hex(8), mode=0o600)
+        words = [sys.executable, "-m", "tandem", "doctor", "--json"]
+        command = shlex.join(words)
+        if found.container is not None:
+            command = f"{shlex.join(container_words(found.container, home))} {command}"
+        lines = [
+            *preparation(found, {"TANDEM_HOME": str(home)}),
+            f"cat {shlex.quote(str(token))}; echo",
+            f"{command} || true",
+        ]
+        try:
+            with console.status("Waiting for a compute node"):
+                options = ["--nodes=1", "--ntasks=1", "--time=10", *resource_options(found, gpus_per_node)]
+                shown = commands.run_step(options, ["bash", "-c", "\n".join(lines)], timeout_s=CHECK_S)
+            content, _, report = shown.partition("\n")
+            if content.strip() != token.read_text():
+                raise ClusterError(
+                    f"The compute node does not see {home} of this machine. TANDEM_HOME must be on a shared file system."
+                )
+        finally:
+            token.unlink(missing_ok=True)
+        raise SystemExit(show_findings(console, [Finding(**values) for values in json.loads(report)]))
 
 
 @slurm_app.command("status")

@@ -81,6 +81,25 @@ def parse_job(shown: str) -> JobState:
     )
 
 
+def run_step(arguments: Sequence[str], words: Sequence[str], *, timeout_s: float) -> str:
+    """Output of a command on a compute node, in an allocation of its own. ClusterError with what it said if it fails."""
+    require()
+    command = ["srun", "--quiet", *arguments, *words]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(
+            f"No compute node has answered within {timeout_s:g} s. `squeue --me` shows what the job waits for."
+        ) from error
+    if done.returncode:
+        raise ClusterError(
+            f"`{' '.join(words[:4])}` failed on a compute node: {(done.stderr or done.stdout).strip()[-2000:]}"
+        )
+    return done.stdout
+
+
 def cancel(job_id: str) -> None:
     """End a job: its processes get SIGTERM, and SIGKILL 30 s later."""
     _run(["scancel", job_id])

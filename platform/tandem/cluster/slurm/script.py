@@ -38,11 +38,7 @@ class JobRequest:
 def render(site: SlurmSite, request: JobRequest) -> str:
     """The script. Each node runs `tandem slurm node FOLDER`, which starts Ray; the first one runs the job's command."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(site, request)), ""]
-    lines += ["set -u", "umask 077"]
-    lines += [f"module load {shlex.quote(module)}" for module in site.modules]
-    variables = {**site.environment, **request.variables}
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    lines += site.commands
+    lines += ["set -u", *preparation(site, request.variables)]
     words = [
         "tandem" if not request.tandem else shlex.join(request.tandem),
         "slurm",
@@ -50,7 +46,7 @@ def render(site: SlurmSite, request: JobRequest) -> str:
         shlex.quote(str(request.folder)),
     ]
     if site.container is not None:
-        words = [*container_words(site.container, request), *words]
+        words = [*container_words(site.container, request.home), *words]
     stop_file = shlex.quote(str(request.stop_file))
     lines += [
         "# Slurm sends SIGUSR1 to this shell before the time limit. Sent to the step, it would end every process of Ray.",
@@ -67,6 +63,13 @@ def render(site: SlurmSite, request: JobRequest) -> str:
     return "\n".join([*lines, 'exit "$status"', ""])
 
 
+def preparation(site: SlurmSite, variables: Mapping[str, str]) -> list[str]:
+    """Lines of bash that a node needs before Tandem starts: modules, variables, and what the site wants."""
+    lines = ["umask 077", *(f"module load {shlex.quote(module)}" for module in site.modules)]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in {**site.environment, **variables}.items()]
+    return [*lines, *site.commands]
+
+
 def options(site: SlurmSite, request: JobRequest) -> list[str]:
     """The options for sbatch."""
     found = [
@@ -79,20 +82,25 @@ def options(site: SlurmSite, request: JobRequest) -> list[str]:
         f"--signal=B:USR1@{site.warning_s}",
         "--requeue" if request.requeue else "--no-requeue",
     ]
+    return [*found, *resource_options(site, request.gpus_per_node)]
+
+
+def resource_options(site: SlurmSite, gpus_per_node: int) -> list[str]:
+    """Options of sbatch and srun that say where a job runs and what it gets."""
     values = {name: getattr(site, name) for name in ("partition", "account", "qos", "constraint", "reservation")}
-    found += [f"--{name}={value}" for name, value in values.items() if value is not None]
+    found = [f"--{name}={value}" for name, value in values.items() if value is not None]
     if site.cpus_per_node is not None:
         found.append(f"--cpus-per-task={site.cpus_per_node}")
     if site.memory is not None:
         found.append(f"--mem={site.memory}")
-    if request.gpus_per_node:
+    if gpus_per_node:
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
-        found.append(f"--gres=gpu:{kind}{request.gpus_per_node}")
+        found.append(f"--gres=gpu:{kind}{gpus_per_node}")
     return [*found, *site.options]
 
 
-def container_words(container: ContainerConfig, request: JobRequest) -> list[str]:
+def container_words(container: ContainerConfig, home: Path) -> list[str]:
     """The words, quoted for bash, that run a command in the container."""
-    binds = [str(request.home), *container.binds]
+    binds = [str(home), *container.binds]
     words = [container.runtime, "exec", *(word for bind in binds for word in ("--bind", bind))]
     return [shlex.quote(word) for word in (*words, *container.arguments, container.image)]
