@@ -292,7 +292,11 @@ def spawn(peer: str) -> dict[str, Any]:
     """One run of one peer, with the same options."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [sys.executable, *sys.argv, "--peer", peer], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bench.training.gpu_train", *sys.argv[1:], "--peer", peer],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if process.returncode:
         raise SystemExit(f"{peer} ended with status {process.returncode}:\n{process.stderr[-3000:]}")

@@ -87,7 +87,7 @@ def world() -> list[dict[str, Any]]:
     }  # fmt: skip
     processes = [
         subprocess.Popen(
-            [sys.executable, *sys.argv, "--rank", str(rank)],
+            [sys.executable, "-m", "bench.training.pipeline_bubble", *sys.argv[1:], "--rank", str(rank)],
             env={**os.environ, **common, "RANK": str(rank)},
             stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             text=True,
