@@ -39,12 +39,9 @@ def render(site: SlurmSite, request: JobRequest) -> str:
     """The script. Each node runs `tandem slurm node FOLDER`, which starts Ray; the first one runs the job's command."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(site, request)), ""]
     lines += ["set -u", *preparation(site, request.variables)]
-    words = [
-        "tandem" if not request.tandem else shlex.join(request.tandem),
-        "slurm",
-        "node",
-        shlex.quote(str(request.folder)),
-    ]
+    # Drivers of training jobs are started as `python`.
+    lines += [f'export PATH={shlex.quote(str(Path(request.tandem[0]).parent))}:"$PATH"']
+    words = [shlex.join(request.tandem), "slurm", "node", shlex.quote(str(request.folder))]
     if site.container is not None:
         words = [*container_words(site.container, request.home), *words]
     stop_file = shlex.quote(str(request.stop_file))
