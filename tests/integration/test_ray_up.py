@@ -1,4 +1,4 @@
-"""Two hosts, brought up by `ray up deploy/onprem/cluster.yaml`: training over both, one app on both, and nothing left after."""
+"""Two hosts, brought up by `tandem cluster up`: training over both, one app on both, and nothing left after."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -48,14 +49,24 @@ class Deployed:
     shared: Path
     """A folder that both hosts see at this path."""
     database: Server
+    file: Path
+    """The cluster file."""
+    client: Path
+    """The home directory of the user who has started it."""
 
 
-def ray(command: str, file: Path, home: Path) -> str:
-    """Run one of Ray's launcher commands from this machine, with the token in `home`."""
-    environment = {**os.environ, "HOME": str(home), "RAY_ADDRESS": "", "COLUMNS": "160"}
+def cluster(command: str, file: Path, home: Path) -> str:
+    """Run `tandem cluster` on this machine, with the token in `home`."""
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "TANDEM_HOME": str(home / "tandem"),
+        "RAY_ADDRESS": "",
+        "COLUMNS": "160",
+    }
     result = subprocess.run(
-        [str(Path(sys.executable).parent / "ray"), command, "-y", str(file)],
-        env=environment, capture_output=True, text=True, timeout=240, check=False,
+        [sys.executable, "-m", "tandem", "cluster", command, str(file)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     return result.stdout
@@ -104,17 +115,14 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         }
         file = folder / "cluster.yaml"
         file.write_text(yaml.safe_dump(config))
-        ray("up", file, client)
-        wait_until(
-            lambda: len(re.findall(r"^ 2 local\.cluster\.node", head.run("ray status").stdout, re.MULTILINE)) == 1,
-            120, "the second node did not join within 120 s",
-        )  # fmt: skip
+        shown = cluster("up", file, client)
+        assert "is up: 2 nodes" in shown
         head.run("tandem db upgrade")
-        yield Deployed(head=head, worker=worker, shared=shared, database=database)
-        ray("down", file, client)
+        yield Deployed(head=head, worker=worker, shared=shared, database=database, file=file, client=client)
+        cluster("down", file, client)
         for host in (head, worker):
-            # Workers notice that the head has gone: Ray gives them a minute.
-            wait_until(lambda host=host: not ray_processes(host), 120, f"processes of Ray are left on {host.name}")
+            # The workers too are ended, and not left to notice that the head has gone.
+            wait_until(lambda host=host: not ray_processes(host), 15, f"processes of Ray are left on {host.name}")
             wait_until(
                 lambda host=host: "tmp" not in host.run("ls /tmp/tandem-*").stdout.split(), 30, "scratch files are left"
             )
@@ -180,6 +188,31 @@ def test_one_app_answers_on_both_hosts_and_knows_what_is_registered_on_either(de
         assert {address for address, port in listening if port == PUBLIC_PORT} == {"127.0.0.1"}
         assert {address for address, port in listening if port in GATEWAY_PORTS} == {"127.0.0.1", host.address}
         assert {address for address, port in listening if port in HAPROXY_PORTS[:2]} == {"127.0.0.1"}
+
+
+def test_a_tunnel_leads_to_the_app_of_the_head(deployed: Deployed) -> None:
+    assert deployed.head.address in cluster("status", deployed.file, deployed.client)
+    key = json.loads(deployed.head.run("tandem keys create tunnel --json").stdout)["secret"]
+    environment = {
+        **os.environ,
+        "HOME": str(deployed.client),
+        "TANDEM_HOME": str(deployed.client / "tandem"),
+        "RAY_ADDRESS": "",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tandem", "cluster", "tunnel", str(deployed.file), "--port", "18400"],
+        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None and "http://127.0.0.1:18400/v1 leads to" in process.stdout.readline()
+        listed = subprocess.run(
+            ["curl", "-sS", "-m", "30", "http://127.0.0.1:18400/v1/models", "-H", f"x-api-key: {key}"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "tiny" in listed.stdout
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
 
 
 def test_an_sqlite_registry_is_refused(deployed: Deployed) -> None:

@@ -1,8 +1,9 @@
-"""The files of `ray up`, cluster.yaml and deploy/onprem/cluster.yaml: by Ray's schema, and AWS's own description of its API."""
+"""The files of `ray up`: by Ray's schema, AWS's own description of its API, and the template that Ray fills in for Azure."""
 
 from __future__ import annotations
 
 import copy
+import json
 import stat
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
-FILES = ("cluster.yaml", "deploy/onprem/cluster.yaml")
+FILES = ("cluster.yaml", "deploy/onprem/cluster.yaml", "deploy/gcp/cluster.yaml", "deploy/azure/cluster.yaml")
 
 
 def read(file: str) -> dict[str, Any]:
@@ -70,6 +71,22 @@ def test_node_types_of_aws_are_what_its_api_takes() -> None:
         assert not problems.has_errors(), f"{name}: {problems.generate_report()}"
     misspelt = {**types["head"]["node_config"], "InstanceTypes": "m7i.large", "MinCount": 1, "MaxCount": 1}
     assert ParamValidator().validate(misspelt, shape).has_errors()
+
+
+def test_machines_of_azure_have_parameters_of_the_template_that_ray_fills_in() -> None:
+    import ray.autoscaler._private as autoscaler
+
+    template = json.loads((Path(autoscaler.__file__).parent / "_azure" / "azure-vm-template.json").read_text())
+    for name, kind in read("deploy/azure/cluster.yaml")["available_node_types"].items():
+        assert kind["node_config"]["azure_arm_parameters"].keys() <= template["parameters"].keys(), name
+
+
+def test_all_clouds_have_the_same_pools() -> None:
+    pools = [
+        {name: (kind.get("labels"), kind["resources"]) for name, kind in read(file)["available_node_types"].items()}
+        for file in ("cluster.yaml", "deploy/gcp/cluster.yaml", "deploy/azure/cluster.yaml")
+    ]
+    assert pools[0] == pools[1] == pools[2]
 
 
 def test_only_ssh_is_open_from_outside() -> None:

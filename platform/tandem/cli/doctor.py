@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from platform import machine as architecture
@@ -78,10 +78,18 @@ def doctor() -> list[Finding]:
 def run_doctor(console: Console, *, as_json: bool = False) -> int:
     """Print the findings as a table (or JSON). Returns the exit status: 1 if there is a problem, else 0."""
     findings = doctor()
-    problems = sum(finding.state == "problem" for finding in findings)
     if as_json:
         console.print_json(json.dumps([asdict(finding) for finding in findings]))
-        return int(problems > 0)
+        return int(any(finding.state == "problem" for finding in findings))
+    status = show_findings(console, findings)
+    if not status:
+        console.print("`tandem quickstart` trains and serves a model on this machine.")
+    return status
+
+
+def show_findings(console: Console, findings: Sequence[Finding]) -> int:
+    """Print findings as a table. Returns 1 if there is a problem, else 0."""
+    problems = sum(finding.state == "problem" for finding in findings)
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column()
     table.add_column(style="bold", no_wrap=True)
@@ -95,7 +103,7 @@ def run_doctor(console: Console, *, as_json: bool = False) -> int:
     if problems:
         console.print(f"\n[red]{problems} {'problem' if problems == 1 else 'problems'}[/]; each arrow says what to do.")
     else:
-        console.print("\n[green]All right.[/] `tandem quickstart` trains and serves a model on this machine.")
+        console.print("\n[green]All right.[/]")
     return int(problems > 0)
 
 

@@ -11,6 +11,7 @@ from tandem.cli.adapters import adapters_app
 from tandem.cli.audit import audit_command
 from tandem.cli.batch import batch_app
 from tandem.cli.chat import chat_command
+from tandem.cli.cluster import cluster_app
 from tandem.cli.data import data_app
 from tandem.cli.db import db_app
 from tandem.cli.doctor import doctor_command
@@ -19,6 +20,7 @@ from tandem.cli.models import models_app
 from tandem.cli.node import node_app
 from tandem.cli.quickstart import quickstart_command
 from tandem.cli.serve import serve_app
+from tandem.cli.slurm import slurm_app
 from tandem.cli.tenants import tenants_app
 from tandem.cli.train import train_app
 from tandem.cli.usage import usage_command
@@ -62,3 +64,5 @@ app.add_typer(tenants_app, name="tenants")
 app.add_typer(batch_app, name="batch")
 app.add_typer(node_app, name="node")
 app.add_typer(db_app, name="db")
+app.add_typer(cluster_app, name="cluster")
+app.add_typer(slurm_app, name="slurm")

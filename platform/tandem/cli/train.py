@@ -259,9 +259,17 @@ def _print_event(values: dict[str, Any], as_json: bool) -> None:
 
 
 @train_app.command("stop")
-def stop_command(job_id: Annotated[str, typer.Argument(help="A job's id, or the start of one.")]) -> None:
+def stop_command(
+    job_id: Annotated[str | None, typer.Argument(help="A job's id, or the start of one.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Stop all jobs that run on this cluster.")] = False,
+) -> None:
     """Stop a job; submitting it again resumes from its newest checkpoint."""
     with friendly_errors():
+        if (job_id is None) != every:
+            raise ConfigError("Give either a job's id or --all.")
+        if job_id is None:
+            _stop_all()
+            return
         if sweep := find_sweep(job_id):
             submission = _submission_of(sweep)
             if submission is None or not submission.client.running(sweep):
@@ -274,7 +282,23 @@ def stop_command(job_id: Annotated[str, typer.Argument(help="A job's id, or the 
         state = submission.client.state(submission.id) if submission else None
         if submission is None or state is None or state.over:
             raise JobError(f"{job.id} is not running; it is {job.summary(state).state}.")
-        # Marked first: whoever follows it is not to submit it again.
-        job.mark_stopped()
-        submission.client.stop(submission.id, timeout_s=job.leave_s + 30)
-        console.print(f"Stopped {job.id}. The same command resumes from its newest checkpoint.")
+        _stop(job, submission.client, submission.id)
+
+
+def _stop(job: JobFolder, client: JobClient, submission: str) -> None:
+    # Marked first: whoever follows it is not to submit it again.
+    job.mark_stopped()
+    client.stop(submission, timeout_s=job.leave_s + 30)
+    console.print(f"Stopped {job.id}. The same command resumes from its newest checkpoint.")
+
+
+def _stop_all() -> None:
+    cluster = connect()
+    if cluster is None:
+        raise JobError("No cluster of this home is up, so no job runs.")
+    client = JobClient(cluster)
+    running = [(job, submission) for job in job_folders() if (submission := client.running(job)) is not None]
+    for job, submission in running:
+        _stop(job, client, submission)
+    if not running:
+        console.print("No job runs on this cluster.")

@@ -72,9 +72,7 @@ def start(arguments: Sequence[str]) -> None:
     check_filled_in()
     mark = secrets.token_hex(8)
     with _lock_node() as folder:
-        if (recorded_mark := _recorded_mark()) is not None and any(
-            _is_raylet(process) for process in marked_processes(recorded_mark)
-        ):
+        if is_running():
             raise ClusterError(
                 "A node of this user runs on this machine. `tandem node stop` ends it, and all that runs on it."
             )
@@ -136,6 +134,12 @@ def _start(folder: Path, mark: str, arguments: Sequence[str]) -> None:
         _end_recorded()
         last_lines = "\n".join(result.stdout.strip().splitlines()[-12:])
         raise ClusterError(f"`ray start` ended with status {result.returncode}. Ray said:\n{last_lines}")
+
+
+def is_running() -> bool:
+    """Whether Ray runs on the node that this user has started here."""
+    mark = _recorded_mark()
+    return mark is not None and any(_is_raylet(process) for process in marked_processes(mark))
 
 
 def watch(mark: str) -> None:

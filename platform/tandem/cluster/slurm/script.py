@@ -1,0 +1,103 @@
+"""The batch script of a Slurm job. Pure: config and request in, text out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.cluster.slurm.folder import TIME_LIMIT
+from tandem.config.slurm import ContainerConfig, SlurmSite
+
+REQUEUE_STATUS = 75
+"""Exit status of a job's first node that asks to be queued again: the work is not done (EX_TEMPFAIL of sysexits.h)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRequest:
+    """What a batch script is made for."""
+
+    name: str
+    """The job's name in `squeue`."""
+    folder: Path
+    log: Path
+    stop_file: Path
+    """The file by which a run is told to end (`JobFolder.stop_file`)."""
+    nodes: int
+    gpus_per_node: int
+    tandem: tuple[str, ...]
+    """Words of the `tandem` command on the nodes, such as the path of an environment's Python, `-m` and `tandem`."""
+    variables: Mapping[str, str]
+    """Variables of Tandem and Ray on the nodes."""
+    home: Path
+    requeue: bool = False
+    """Whether the job is queued again when its first node asks for it, or a node fails."""
+
+
+def render(site: SlurmSite, request: JobRequest) -> str:
+    """The script. Each node runs `tandem slurm node FOLDER`, which starts Ray; the first one runs the job's command."""
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(site, request)), ""]
+    lines += ["set -u", *preparation(site, request.variables)]
+    # Drivers of training jobs are started as `python`.
+    lines += [f'export PATH={shlex.quote(str(Path(request.tandem[0]).parent))}:"$PATH"']
+    words = [shlex.join(request.tandem), "slurm", "node", shlex.quote(str(request.folder))]
+    if site.container is not None:
+        words = [*container_words(site.container, request.home), *words]
+    stop_file = shlex.quote(str(request.stop_file))
+    lines += [
+        "# Slurm sends SIGUSR1 to this shell before the time limit. Sent to the step, it would end every process of Ray.",
+        f"""trap 'echo "$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}} {TIME_LIMIT}" > {stop_file}' USR1""",
+        "# A node that fails does not end the others.",
+        f"srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 {' '.join(words)} &",
+        "step=$!",
+        'wait "$step"; status=$?',
+        "# A signal ends `wait` before the step has ended.",
+        'while [ "$status" -gt 128 ] && kill -0 "$step" 2>/dev/null; do wait "$step"; status=$?; done',
+    ]
+    if request.requeue:
+        lines += [f'if [ "$status" -eq {REQUEUE_STATUS} ]; then scontrol requeue "$SLURM_JOB_ID"; fi']
+    return "\n".join([*lines, 'exit "$status"', ""])
+
+
+def preparation(site: SlurmSite, variables: Mapping[str, str]) -> list[str]:
+    """Lines of bash that a node needs before Tandem starts: modules, variables, and what the site wants."""
+    lines = ["umask 077", *(f"module load {shlex.quote(module)}" for module in site.modules)]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in {**site.environment, **variables}.items()]
+    return [*lines, *site.commands]
+
+
+def options(site: SlurmSite, request: JobRequest) -> list[str]:
+    """The options for sbatch."""
+    found = [
+        f"--job-name={request.name}",
+        f"--output={request.log}",
+        "--open-mode=append",
+        f"--nodes={request.nodes}",
+        "--ntasks-per-node=1",
+        f"--time={site.time}",
+        f"--signal=B:USR1@{site.warning_s}",
+        "--requeue" if request.requeue else "--no-requeue",
+    ]
+    return [*found, *resource_options(site, request.gpus_per_node)]
+
+
+def resource_options(site: SlurmSite, gpus_per_node: int) -> list[str]:
+    """Options of sbatch and srun that say where a job runs and what it gets."""
+    values = {name: getattr(site, name) for name in ("partition", "account", "qos", "constraint", "reservation")}
+    found = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    if site.cpus_per_node is not None:
+        found.append(f"--cpus-per-task={site.cpus_per_node}")
+    if site.memory is not None:
+        found.append(f"--mem={site.memory}")
+    if gpus_per_node:
+        kind = f"{site.gpu_type}:" if site.gpu_type else ""
+        found.append(f"--gres=gpu:{kind}{gpus_per_node}")
+    return [*found, *site.options]
+
+
+def container_words(container: ContainerConfig, home: Path) -> list[str]:
+    """The words, quoted for bash, that run a command in the container."""
+    binds = [str(home), *container.binds]
+    words = [container.runtime, "exec", *(word for bind in binds for word in ("--bind", bind))]
+    return [shlex.quote(word) for word in (*words, *container.arguments, container.image)]

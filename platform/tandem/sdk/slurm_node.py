@@ -1,0 +1,270 @@
+"""One node of a Slurm job: Ray on it, and on the first one the job's command.
+
+Every task of the batch script's step runs this. The first task starts Ray's head and says where it is in the job's folder; the
+others join it and end when the first one has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from tandem.auth import KeyStore
+from tandem.cluster import node
+from tandem.cluster.ports import free_ports
+from tandem.cluster.slurm import commands
+from tandem.cluster.slurm.folder import TIME_LIMIT, Connection, Head, JobFolder, Submission
+from tandem.cluster.slurm.script import REQUEUE_STATUS
+from tandem.errors import ClusterError, TandemError
+from tandem.sdk.keys import operator
+from tandem.serve.listen import is_loopback
+from tandem.settings import child_environment, variable
+
+JOIN_S = 300.0
+"""Seconds within which a job's nodes have to find each other: the first container start on a node takes minutes."""
+POLL_S = 0.5
+START_AGAIN_S = 2.0
+"""Seconds before a node that could not join tries again."""
+KEY_OUTLIVES = timedelta(days=1)
+"""How long after the job's end its key expires: a successor's users keep theirs."""
+HAND_OVER_S = 10.0
+"""Seconds for which an app that is told to end takes new requests still if another one succeeds it: tunnels change meanwhile."""
+CANCEL_S = 3.0
+"""Seconds that the command gets to end by itself after a cancellation."""
+
+
+def run_node(folder: JobFolder) -> int:
+    """Run this task's part of the job; returns its exit status."""
+    return _run_head(folder) if int(variable("SLURM_PROCID") or 0) == 0 else _run_worker(folder)
+
+
+def _cancellation() -> threading.Event:
+    """Set by SIGTERM: the job was cancelled, or its time is over."""
+    cancelled = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: cancelled.set())
+    return cancelled
+
+
+def _run_head(folder: JobFolder) -> int:
+    submission, run, cancelled = folder.submission(), run_id(), _cancellation()
+    folder.write_connection(Connection(job_id=_job_id(), state="starting"))
+    host = node_address()
+    (port,) = free_ports(1)
+    address = f"{host}:{port}"
+    try:
+        node.start(["--head", f"--port={port}", f"--node-ip-address={host}", *_resources(submission)])
+        try:
+            folder.write_head(Head(run=run, address=address))
+            _wait_for_nodes(address, submission.nodes, cancelled)
+            return _run_command(folder, submission, host, address, cancelled)
+        finally:
+            folder.write_head(Head(run=run, address=""))
+            node.stop()
+    except TandemError as error:
+        folder.write_connection(Connection(job_id=_job_id(), state="failed", message=str(error)))
+        raise
+
+
+def _run_worker(folder: JobFolder) -> int:
+    submission, run, cancelled = folder.submission(), run_id(), _cancellation()
+    head = _wait_for_head(folder, run, cancelled)
+    if head is None:
+        return 0
+    deadline = time.monotonic() + JOIN_S
+    while True:
+        try:
+            node.start([f"--address={head.address}", f"--node-ip-address={node_address()}", *_resources(submission)])
+            break
+        except ClusterError:
+            if time.monotonic() > deadline or cancelled.is_set() or _has_ended(folder, run):
+                raise
+            time.sleep(START_AGAIN_S)
+    try:
+        while not cancelled.is_set() and not _has_ended(folder, run):
+            if not node.is_running():
+                raise ClusterError(f"Ray has ended on {socket.gethostname()}; its log is in {node.runtime_folder()}.")
+            time.sleep(POLL_S)
+    finally:
+        node.stop()
+    return 0
+
+
+def _run_command(folder: JobFolder, submission: Submission, host: str, address: str, cancelled: threading.Event) -> int:
+    """Run the job's command until it ends, or is told to."""
+    job = commands.state(_job_id()) if commands.available() else None
+    connection = Connection(job_id=_job_id(), state="starting", node=host, port=submission.port)
+    words = list(submission.command)
+    if job is not None and job.ends_at is not None:
+        connection = replace(connection, ends_at=job.ends_at.isoformat(timespec="seconds"))
+    if submission.kind == "serve":
+        # Before the app: it refuses to listen to other machines without a key.
+        connection = replace(connection, api_key=_make_key(job))
+        words += ["--host", host, "--port", str(submission.port)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tandem", *words],
+        stdin=subprocess.DEVNULL,
+        env=child_environment({"RAY_ADDRESS": address}),
+        start_new_session=True,
+    )
+    try:
+        while process.poll() is None and not cancelled.is_set() and folder.stop_reason(run_id()) is None:
+            if connection.state == "starting" and (submission.kind == "train" or _answers(host, submission.port)):
+                models = _models(host, submission.port, connection.api_key) if submission.kind == "serve" else ()
+                connection = replace(connection, state="ready", models=models)
+                folder.write_connection(connection)
+                if submission.succeeds:
+                    JobFolder(folder.path.parent / submission.succeeds).write_successor(connection.job_id)
+            time.sleep(POLL_S)
+        if process.poll() is None:
+            folder.write_connection(replace(connection, state="ended" if cancelled.is_set() else "ending"))
+            if submission.kind == "serve" and (current := folder.connection()) is not None and current.successor:
+                cancelled.wait(HAND_OVER_S)
+            requeue = submission.kind == "train" and folder.stop_reason(run_id()) == TIME_LIMIT
+            status = _end_command(process, submission, address, cancelled, requeue=requeue)
+            folder.write_connection(replace(connection, state="ended"))
+            return status
+    finally:
+        _kill(process)
+    status = process.returncode
+    message = "" if status == 0 else f"`tandem {' '.join(words[:2])}` ended with status {status}; see {folder.log}."
+    folder.write_connection(replace(connection, state="failed" if status else "ended", message=message))
+    return status
+
+
+def _end_command(
+    process: subprocess.Popen[bytes],
+    submission: Submission,
+    address: str,
+    cancelled: threading.Event,
+    *,
+    requeue: bool,
+) -> int:
+    """End the command: an app ends its streams first; training writes a checkpoint. Returns the status for the batch script.
+
+    After a cancellation Slurm has sent SIGTERM to every process of the step, Ray's too, and kills them within 30 s.
+    """
+    if submission.kind == "train" and not cancelled.is_set():
+        stop_words = [sys.executable, "-m", "tandem", "train", "stop", "--all"]
+        subprocess.run(stop_words, env=child_environment({"RAY_ADDRESS": address}), check=False)
+    else:
+        process.send_signal(signal.SIGTERM)
+    while process.poll() is None and not cancelled.is_set():
+        time.sleep(POLL_S)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(CANCEL_S)
+    # It may have reached its last step meanwhile.
+    return REQUEUE_STATUS if requeue and process.returncode != 0 else 0
+
+
+def run_id() -> str:
+    """Slurm's id of this job and the number of its restarts."""
+    return f"{_job_id()}.{variable('SLURM_RESTART_COUNT') or 0}"
+
+
+def _job_id() -> str:
+    job_id = variable("SLURM_JOB_ID")
+    if job_id is None:
+        raise ClusterError("SLURM_JOB_ID is not set: this runs in jobs that `tandem slurm submit` has submitted.")
+    return job_id
+
+
+def node_address() -> str:
+    """The address by which the other nodes of the job reach this one."""
+    name = variable("SLURMD_NODENAME") or socket.gethostname()
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(name)
+        if not is_loopback(address):
+            return address
+    # Names of nodes often mean loopback on the node itself. A route to the node that started the step shows the right interface.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((variable("SLURM_LAUNCH_NODE_IPADDR") or "192.0.2.1", 9))
+        return str(probe.getsockname()[0])
+
+
+def _resources(submission: Submission) -> list[str]:
+    """Options of `ray start` with what Slurm has given this node."""
+    cpus = variable("SLURM_CPUS_PER_TASK") or variable("SLURM_CPUS_ON_NODE")
+    found = [f"--num-cpus={cpus}"] if cpus else []
+    return [*found, f"--num-gpus={submission.gpus_per_node}"]
+
+
+def _wait_for_nodes(address: str, count: int, cancelled: threading.Event) -> None:
+    """Wait until all nodes of the job have joined; ClusterError after `JOIN_S`."""
+    if count == 1:
+        return
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        deadline = time.monotonic() + JOIN_S
+        while (alive := sum(bool(each["Alive"]) for each in ray.nodes())) < count:
+            if cancelled.is_set() or time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{alive} of {count} nodes have joined within {JOIN_S:g} s; the job's output says why."
+                )
+            time.sleep(POLL_S)
+    finally:
+        ray.shutdown()
+
+
+def _wait_for_head(folder: JobFolder, run: str, cancelled: threading.Event) -> Head | None:
+    """The first node of this run; None: the run has ended already. ClusterError after `JOIN_S`."""
+    deadline = time.monotonic() + JOIN_S
+    while not cancelled.is_set():
+        head = folder.head()
+        if head is not None and head.run == run:
+            return head if head.address else None
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"The job's first node has not started Ray within {JOIN_S:g} s; the job's output says why."
+            )
+        time.sleep(POLL_S)
+    return None
+
+
+def _has_ended(folder: JobFolder, run: str) -> bool:
+    head = folder.head()
+    return head is None or head.run != run or not head.address
+
+
+def _make_key(job: commands.JobState | None) -> str:
+    """A key for the users of this job's app, which expires a day after the job's end."""
+    expires_in = None
+    if job is not None and job.ends_at is not None:
+        expires_in = job.ends_at - datetime.now(UTC) + KEY_OUTLIVES
+    return KeyStore.open().create(f"slurm-{_job_id()}", expires_in=expires_in, by=operator()).secret
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether the app is ready on all its models."""
+    with (
+        contextlib.suppress(OSError),
+        urllib.request.urlopen(f"http://{host}:{port}/health/ready", timeout=5) as answer,
+    ):
+        return bool(answer.status == 200)
+    return False
+
+
+def _models(host: str, port: int, key: str) -> tuple[str, ...]:
+    request = urllib.request.Request(f"http://{host}:{port}/v1/models", headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return tuple(model["id"] for model in json.load(answer)["data"])
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the command and all that it has started, unless it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

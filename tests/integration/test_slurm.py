@@ -1,0 +1,297 @@
+"""Jobs of a real Slurm on hosts in network namespaces, submitted, reached through SSH, ended and queued again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import losses
+from hosts import REPOSITORY, SUBNET, Host, hosts
+from postgresql import postgresql
+from serve_fixtures import write_model
+from slurm import Slurm, slurm
+
+from tandem.cluster.slurm.folder import Connection, JobFolder, find
+
+# Each job starts Ray on its node, and an engine: half a minute each.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TRAINING = """\
+name: {name}
+data: {{path: text, sequence_length: 64}}
+model: {{architecture: llama, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, intermediate_size: 64}}
+parallel: {{workers: {workers}, cpus_per_worker: 1.5}}
+checkpoint: {{every_steps: 20}}
+steps: {steps}
+batch_size: 4
+"""
+STEPS = 1500
+LAST = "data: [DONE]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A Slurm cluster of two nodes, its login node, and a laptop."""
+
+    slurm: Slurm
+    nodes: list[Host]
+    login: Host
+    shared: Path
+    """A folder that all hosts see; TANDEM_HOME of the cluster is `home` in it."""
+    laptop: Path
+    """TANDEM_HOME of the laptop, which sees nothing of the cluster's files."""
+    database: str
+
+    @property
+    def home(self) -> Path:
+        return self.shared / "home"
+
+    def tandem(self, *words: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on the login node."""
+        result = subprocess.run(
+            [sys.executable, "-m", "tandem", *words],
+            env={**os.environ, **self.slurm.environment, "TANDEM_HOME": str(self.home), "COLUMNS": "200", **variables},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
+        )  # fmt: skip
+        assert not check or result.returncode == 0, result.stdout[-6000:] + self.output()
+        return result
+
+    def output(self) -> str:
+        """The end of the newest job's output."""
+        with contextlib.suppress(Exception):
+            return find(self.home, "latest").log.read_text()[-6000:]
+        return ""
+
+    def job_failed(self) -> bool:
+        """Whether the newest job says that it has failed."""
+        connection = self.job().connection()
+        return connection is not None and connection.state == "failed"
+
+    def job(self) -> JobFolder:
+        return find(self.home, "latest")
+
+    @contextlib.contextmanager
+    def tunnel(self, port: int) -> Iterator[subprocess.Popen[str]]:
+        """`tandem slurm tunnel` on the laptop."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tandem", "slurm", "tunnel", self.job().submission().job_id or "", "--port", str(port)],
+            env={**os.environ, "TANDEM_HOME": str(self.laptop), "COLUMNS": "200"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            shown = process.stdout.readline()
+            assert f"http://127.0.0.1:{port}/v1" in shown, shown + process.stdout.read()
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=20)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.25)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("slurm")
+    shared, laptop = folder / "shared", folder / "laptop"
+    shared.mkdir()
+    for home in (shared / "home", laptop):
+        home.mkdir(mode=0o700)
+    with (
+        hosts(3, folder / "hosts", [shared]) as (*nodes, login),
+        slurm(nodes, shared / "slurm") as cluster,
+        postgresql(f"{SUBNET}.1") as database,
+    ):
+        (shared / "home" / "slurm.yaml").write_text("cpus_per_node: 2\nwarning_s: 30\n")
+        (folder / "ssh").write_text(
+            f"Host *\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n IdentityFile {login.key}\n"
+            " BatchMode yes\n"
+        )
+        command = shared / "tandem"
+        command.write_text(
+            f"#!/bin/sh\nexport TANDEM_HOME={shared}/home PYTHONPATH={REPOSITORY}/platform\n"
+            f'exec {sys.executable} -m tandem "$@"\n'
+        )
+        command.chmod(0o755)
+        login_config = f"{{host: root@{login.address}, config: {folder}/ssh, tandem: {command}}}"
+        (laptop / "slurm.yaml").write_text(f"login: {login_config}\n")
+        yield Site(
+            slurm=cluster, nodes=nodes, login=login, shared=shared, laptop=laptop, database=database.create("tandem")
+        )
+
+
+@pytest.fixture(scope="module")
+def served(site: Site) -> Connection:
+    """A job that serves a tiny model with vLLM."""
+    model = write_model(site.shared / "tiny")
+    shown = site.tandem("slurm", "submit", "serve", str(model)).stdout
+    connection = site.job().connection()
+    assert connection is not None and connection.state == "ready" and "tandem slurm tunnel" in shown
+    return connection
+
+
+def build_text(site: Site) -> None:
+    """The dataset of the training jobs, unless it is there."""
+    texts = site.shared / "texts.jsonl"
+    if not texts.exists():
+        texts.write_text("".join(json.dumps({"text": f"line {i} of a text. " * 20}) + "\n" for i in range(300)))
+        site.tandem("data", "build", str(texts), "text", "--vocab-size", "512")
+
+
+def client(port: int, key: str) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def test_a_compute_node_is_checked_as_jobs_find_it(site: Site) -> None:
+    shown = site.tandem("slurm", "check", check=False).stdout
+    assert "Python" in shown and "Packages" in shown and "TANDEM_HOME must be" not in shown
+
+
+def test_a_job_is_reached_through_the_login_node_with_its_key(site: Site, served: Connection) -> None:
+    with site.tunnel(18300):
+        answer = client(18300, served.api_key).completions.create(
+            model=served.models[0], prompt="the cat", max_tokens=4
+        )
+        assert answer.usage is not None and answer.usage.completion_tokens == 4
+        refused = subprocess.run(
+            ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://127.0.0.1:18300/v1/models", "-H", "x-api-key: x"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert refused.stdout == "401"
+    status = json.loads(site.tandem("slurm", "status", "--json").stdout)
+    assert status[0]["slurm"] == "RUNNING" and status[0]["state"] == "ready" and status[0]["ends_at"]
+
+
+def test_a_tunnel_connects_again_at_the_same_port(site: Site, served: Connection) -> None:
+    with site.tunnel(18301) as process:
+        ask = client(18301, served.api_key).completions.create
+        ask(model=served.models[0], prompt="the cat", max_tokens=2)
+        link = f"v{site.login.namespace}"
+        subprocess.run(["ip", "link", "set", link, "down"], check=True)
+        time.sleep(6)
+        subprocess.run(["ip", "link", "set", link, "up"], check=True)
+
+        def answers() -> bool:
+            with contextlib.suppress(Exception):
+                return bool(ask(model=served.models[0], prompt="the cat", max_tokens=2).usage)
+            return False
+
+        wait_until(answers, 30, "the tunnel did not connect again")
+        assert process.poll() is None
+
+
+def test_clients_of_a_tunnel_move_to_a_successor_without_a_failed_request(site: Site, served: Connection) -> None:
+    first = site.job()
+    with site.tunnel(18303):
+        failures: list[str] = []
+        jobs: list[str] = []
+        done = threading.Event()
+
+        def ask_on_and_on() -> None:
+            ask = client(18303, served.api_key).completions.with_raw_response.create
+            while not done.is_set():
+                try:
+                    jobs.append(ask(model=served.models[0], prompt="the cat", max_tokens=2).headers["x-tandem-replica"])
+                except Exception as error:
+                    failures.append(repr(error))
+                time.sleep(0.1)
+
+        asking = threading.Thread(target=ask_on_and_on)
+        asking.start()
+        try:
+            site.tandem("slurm", "submit", "serve", str(site.shared / "tiny"), "--successor-of", first.name)
+            site.tandem("slurm", "stop", first.name)
+            wait_until(
+                lambda: len(site.slurm.run("squeue", "--noheader").splitlines()) == 1, 90, "the first job did not end"
+            )
+            time.sleep(2)
+        finally:
+            done.set()
+            asking.join(30)
+        assert not failures and len(set(jobs)) == 2 and jobs[-1] != jobs[0]
+
+
+def test_a_job_that_is_told_to_end_answers_what_has_begun(site: Site, served: Connection) -> None:
+    with site.tunnel(18302) as process:
+        stream = client(18302, served.api_key).completions.create(
+            model=served.models[0], prompt="the cat", max_tokens=1500, stream=True,
+            stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        usages = []
+        for number, chunk in enumerate(stream):
+            if number == 3:
+                site.tandem("slurm", "stop", "latest")
+            usages.append(chunk.usage)
+        assert usages[-1] is not None and usages[-1].completion_tokens == 1500
+        wait_until(lambda: not site.slurm.run("squeue", "--noheader").strip(), 90, "the job did not end")
+        connection = site.job().connection()
+        assert connection is not None and connection.state == "ended"
+        wait_until(lambda: process.poll() is not None, 30, "the tunnel did not notice that the job has ended")
+    for node in site.nodes:
+        left = [
+            line for line in node.run("ps -eo args").stdout.splitlines() if re.match(r"\S*(ray::|raylet|gcs)", line)
+        ]
+        assert not left
+
+
+def test_an_app_that_cannot_start_says_why(site: Site) -> None:
+    result = site.tandem("slurm", "submit", "serve", "no-such-model", check=False)
+    assert result.returncode != 0 and "has failed" in result.stdout and "tandem slurm logs" in result.stdout
+    assert "no-such-model" in site.tandem("slurm", "logs", "latest").stdout
+
+
+def test_training_that_spans_three_jobs_has_the_losses_of_one(site: Site) -> None:
+    build_text(site)
+    for name in ("whole", "parts"):
+        (site.shared / f"{name}.yaml").write_text(TRAINING.format(name=name, workers=1, steps=STEPS))
+    site.tandem("slurm", "submit", "train", "--detach", "--config", str(site.shared / "parts.yaml"))
+    job_id = site.job().submission().job_id or ""
+
+    def steps(name: str) -> dict[int, float]:
+        """The losses of a job by step."""
+        found = list((site.home / "jobs").glob(f"{name}-*"))
+        return losses(found[0]) if found else {}
+
+    for run, step in enumerate((200, 800)):
+        wait_until(lambda step=step: max(steps("parts"), default=0) >= step or site.job_failed(), 240, "no step came")
+        assert not site.job_failed(), site.output()
+        # What Slurm sends before the time limit.
+        site.slurm.run("scancel", "--signal=USR1", "--batch", job_id)
+        wait_until(
+            lambda run=run: f"Restarts={run + 1}" in site.slurm.run("scontrol", "--oneliner", "show", "job", job_id), 120,
+            "the job was not queued again",
+        )  # fmt: skip
+    wait_until(lambda: not site.slurm.run("squeue", "--noheader").strip(), 400, "the job did not end")
+    site.tandem("slurm", "submit", "train", "--config", str(site.shared / "whole.yaml"))
+    wait_until(lambda: not site.slurm.run("squeue", "--noheader").strip(), 400, "the job did not end")
+    whole = steps("whole")
+    assert len(whole) == STEPS and steps("parts") == pytest.approx(whole, abs=1e-5)
+
+
+def test_training_runs_over_two_nodes(site: Site) -> None:
+    build_text(site)
+    (site.shared / "wide.yaml").write_text(TRAINING.format(name="wide", workers=2, steps=6))
+    variables = {"TANDEM_DATABASE_URL": site.database}
+    site.tandem("db", "upgrade", **variables)
+    site.tandem("slurm", "submit", "train", "--nodes", "2", "--config", str(site.shared / "wide.yaml"), **variables)
+    wait_until(lambda: not site.slurm.run("squeue", "--noheader").strip(), 300, "the job did not end")
+    assert "2 workers on 2 nodes" in site.job().log.read_text(), site.output()
