@@ -71,7 +71,7 @@ class ClusterFile:
     def login(self, head: str) -> SshConfig:
         """The way to the head by SSH, as the launcher takes it."""
         auth = self.values.get("auth", {})
-        return SshConfig(host=f"{auth['ssh_user']}@{head}", key=auth.get("ssh_private_key"), accept_new=True)
+        return SshConfig(host=f"{auth['ssh_user']}@{head}", key=auth.get("ssh_private_key"), check_host=False)
 
     def check(self) -> None:
         """ConfigError for what `ray up` would find minutes later, or not at all."""

@@ -21,8 +21,9 @@ class SshConfig:
     """File of the private key."""
     config: str | None = None
     """A file to read instead of ~/.ssh/config."""
-    accept_new: bool = False
-    """Whether to trust a host that ssh has not seen before; one whose key has changed is refused all the same."""
+    check_host: bool = True
+    """Whether the host's key is compared with that of ~/.ssh/known_hosts. Ray's launcher does not: a cloud gives its addresses to
+    other machines all the time."""
 
     def __post_init__(self) -> None:
         for value in (self.host, *self.jump):
@@ -42,6 +43,6 @@ class SshConfig:
             found += ["-i", self.key]
         if self.jump:
             found += ["-J", ",".join(self.jump)]
-        if self.accept_new:
-            found += ["-o", "StrictHostKeyChecking=accept-new"]
+        if not self.check_host:
+            found += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
         return found

@@ -49,7 +49,16 @@ def test_a_file_that_is_filled_in_passes(file: Path) -> None:
     login = found.login("10.0.0.1")
     assert (login.host, login.options()) == (
         "ann@10.0.0.1",
-        ["-i", "/keys/id", "-o", "StrictHostKeyChecking=accept-new"],
+        [
+            "-i",
+            "/keys/id",
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "LogLevel=ERROR",
+        ],
     )
 
 
