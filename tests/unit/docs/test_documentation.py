@@ -12,12 +12,14 @@ from documentation import PAGES, REPOSITORY, Block, blocks
 
 from tandem.cli.main import app
 from tandem.config import BatchConfig, ServeConfig, TrainConfig, from_dict
+from tandem.config.slurm import SlurmSite
 from tandem.errors import ConfigError
 
 LANGUAGES = {"sh", "python", "yaml", "mermaid"}
 BASE: dict[type, dict[str, Any]] = {
     TrainConfig: {"name": "a", "data": {"path": "b"}, "model": {"base": "c"}, "steps": 1, "batch_size": 8},
     ServeConfig: {"models": [{"model": "a"}]},
+    SlurmSite: {},
     BatchConfig: {"input": "a.jsonl", "model": "b", "output": "c"},
 }
 ALL = [block for page in PAGES for block in blocks(page)]
