@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict, replace
@@ -259,13 +260,19 @@ def _submit(submission: Submission, site: SlurmSite, *, dry_run: bool, detach: b
     home = settings().root
     if any(character.isspace() for character in str(home)):
         raise ConfigError(f"TANDEM_HOME is {str(home)!r}; for Slurm its path must be without spaces.")
+    if not dry_run:
+        commands.require()
     folder = JobFolder(home / "slurm" / "example") if dry_run else JobFolder.create(home, submission)
     script = render(site, _request(submission, folder))
     if dry_run:
         typer.echo(script, nl=False)
         return
     folder.script.write_text(script)
-    job_id = commands.submit(folder.script)
+    try:
+        job_id = commands.submit(folder.script)
+    except ClusterError:
+        shutil.rmtree(folder.path)
+        raise
     folder.write_submission(replace(folder.submission(), job_id=job_id))
     console.print(f"Job {job_id} is submitted. Its script and output are in {escape(str(folder.path))}.")
     if not detach:

@@ -123,3 +123,9 @@ def test_an_operator_sees_workers_layout_throughput_checkpoint_and_what_was_surv
         "warnings": ["rank 1 is slow: 9 ms"],
     }  # fmt: skip
     assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("arguments", [[], ["drawn-1", "--all"]])
+def test_stop_takes_one_job_or_all(job: str, arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, ["train", "stop", *arguments])
+    assert result.exit_code == 2 and "either a job's id or --all" in " ".join(result.output.split())

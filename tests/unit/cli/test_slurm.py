@@ -1,0 +1,83 @@
+"""`tandem slurm` on a machine without Slurm: scripts are shown, and what is missing is said before anything is submitted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tandem.cli.main import app
+from tandem.cluster.slurm.folder import Connection, JobFolder, Submission
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("TANDEM_HOME", str(folder))
+    # No `sbatch` is found there.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return folder
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["slurm", *arguments], env={"COLUMNS": "250"})
+    return result.exit_code, " ".join((result.stdout + result.stderr).split())
+
+
+def test_a_dry_run_shows_the_script_and_submits_nothing(home: Path) -> None:
+    (home / "slurm.yaml").write_text("partition: gpu\ngpu_type: a100\n")
+    result = CliRunner().invoke(
+        app, ["slurm", "submit", "serve", "my-model", "--gpus-per-node", "2", "--set", "time=30", "--dry-run"]
+    )
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    for wanted in ("#SBATCH --partition=gpu", "#SBATCH --gres=gpu:a100:2", "#SBATCH --time=30", "#SBATCH --no-requeue"):
+        assert wanted in lines
+    assert any("slurm node" in line for line in lines)
+    assert not (home / "slurm").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("submit", "serve", "my-model"), "This machine has no `sbatch`"),
+        (("submit", "serve", "my-model", "--set", "partitoin=gpu", "--dry-run"), "Did you mean 'partition'"),
+        (("submit", "serve", "my-model", "--site", "none.yaml"), "No config file at none.yaml"),
+        (("info", "12"), "There is no Slurm job '12'"),
+        (("tunnel", "12"), "There is no Slurm job '12'"),
+    ],
+)
+def test_what_is_missing_is_said(home: Path, arguments: tuple[str, ...], said: str) -> None:
+    status, shown = run(*arguments)
+    assert status != 0 and said in shown
+    assert not (home / "slurm").exists()
+
+
+def test_a_job_that_slurm_refuses_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    for name, script in (("scontrol", "exit 0"), ("sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    status, shown = run("submit", "serve", "my-model")
+    assert status != 0 and "Slurm says: sbatch: error: invalid partition" in shown
+    assert not list((home / "slurm").iterdir())
+
+
+def test_the_key_of_a_job_is_in_the_json_alone(home: Path) -> None:
+    folder = JobFolder.create(
+        home, Submission(kind="serve", command=("serve", "up"), nodes=1, gpus_per_node=0, job_id="7")
+    )
+    folder.write_connection(
+        Connection(job_id="7", state="ready", node="10.0.0.1", port=8000, models=("a",), api_key="tdm-x")
+    )
+    status, shown = run("info", "7")
+    assert status == 0 and "http://10.0.0.1:8000/v1" in shown and "tdm-x" not in shown
+    assert json.loads(CliRunner().invoke(app, ["slurm", "info", "7", "--json"]).stdout)["api_key"] == "tdm-x"
+
+
+def test_an_app_is_stopped_only_while_it_runs(home: Path) -> None:
+    JobFolder.create(home, Submission(kind="serve", command=("serve", "up"), nodes=1, gpus_per_node=0, job_id="7"))
+    status, shown = run("stop", "7")
+    assert status != 0 and "does not run" in shown
