@@ -58,8 +58,10 @@ def main() -> int:
     if options.smoke:
         options.rounds, options.micro_batches = 1, [4]
     if options.rank is not None:
-        print(json.dumps(measure(options.rounds, options.micro_batches, options.json if options.rank == 0 else None)))
-        return 0
+        steps = measure(options.rounds, options.micro_batches, options.json if options.rank == 0 else None)
+        print(json.dumps(steps), flush=True)
+        # Threads of gloo that are still there when the interpreter ends abort the process now and then.
+        os._exit(0)
     load = os.getloadavg()[0]
     results = {"load_before": load, "cores": os.cpu_count(), "ranks": RANKS, "rounds": options.rounds}
     results["cells"] = summary(world())
