@@ -45,7 +45,7 @@ SiteOption = Annotated[
     Path | None, typer.Option("--site", help="The site's config (YAML); slurm.yaml of TANDEM_HOME where there is one.")
 ]
 SetOption = Annotated[
-    list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the site's config.")
+    list[str], typer.Option("--site-set", metavar="KEY=VALUE", help="Change one value of the site's config.")
 ]
 JobArgument = Annotated[str, typer.Argument(help="Slurm's id of the job, or 'latest'.")]
 

@@ -30,7 +30,20 @@ def run(*arguments: str) -> tuple[int, str]:
 def test_a_dry_run_shows_the_script_and_submits_nothing(home: Path) -> None:
     (home / "slurm.yaml").write_text("partition: gpu\ngpu_type: a100\n")
     result = CliRunner().invoke(
-        app, ["slurm", "submit", "serve", "my-model", "--gpus-per-node", "2", "--set", "time=30", "--dry-run"]
+        app,
+        [
+            "slurm",
+            "submit",
+            "serve",
+            "my-model",
+            "--gpus-per-node",
+            "2",
+            "--site-set",
+            "time=30",
+            "--set",
+            "gateway.replicas=2",
+            "--dry-run",
+        ],
     )
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
@@ -44,7 +57,7 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(home: Path) -> None:
     ("arguments", "said"),
     [
         (("submit", "serve", "my-model"), "This machine has no `sbatch`"),
-        (("submit", "serve", "my-model", "--set", "partitoin=gpu", "--dry-run"), "Did you mean 'partition'"),
+        (("submit", "serve", "my-model", "--site-set", "partitoin=gpu", "--dry-run"), "Did you mean 'partition'"),
         (("submit", "serve", "my-model", "--site", "none.yaml"), "No config file at none.yaml"),
         (("info", "12"), "There is no Slurm job '12'"),
         (("tunnel", "12"), "There is no Slurm job '12'"),
