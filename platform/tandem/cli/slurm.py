@@ -112,7 +112,7 @@ def check_command(
         words = [sys.executable, "-m", "tandem", "doctor", "--json"]
         command = shlex.join(words)
         if found.container is not None:
-            command = f"{shlex.join(container_words(found.container, home))} {command}"
+            command = " ".join([*container_words(found.container, home), command])
         lines = [
             *preparation(found, {"TANDEM_HOME": str(home)}),
             f"cat {shlex.quote(str(token))}; echo",
