@@ -6,7 +6,9 @@ The file is gzip of JSON lines: a head, each row with its table, and the number 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import operator
 import os
 import zlib
 from collections.abc import Iterator
@@ -96,20 +98,11 @@ def restore(url: str, file: Path) -> Copied:
                         "first."
                     )
             count = 0
-            pending: list[dict[str, Any]] = []
-            pending_table: Table | None = None
-            for line in _lines(file):
-                if "table" not in line:
-                    continue
-                table = tables[line["table"]]
-                if pending and (table is not pending_table or len(pending) >= ROWS_AT_ONCE):
-                    connection.execute(insert(pending_table), pending)  # type: ignore[arg-type]
-                    pending = []
-                pending_table = table
-                pending.append(_from_json(table, line["row"]))
-                count += 1
-            if pending:
-                connection.execute(insert(pending_table), pending)  # type: ignore[arg-type]
+            table_lines = (line for line in _lines(file) if "table" in line)
+            for name, lines in itertools.groupby(table_lines, operator.itemgetter("table")):
+                while rows := [_from_json(tables[name], line["row"]) for line in itertools.islice(lines, ROWS_AT_ONCE)]:
+                    connection.execute(insert(tables[name]), rows)
+                    count += len(rows)
             if engine.name == "postgresql":
                 _set_sequences(connection)
             identity = connection.execute(select(IdentityRow.id)).scalar_one()
