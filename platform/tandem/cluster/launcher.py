@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tandem.config.load import read_yaml
 from tandem.config.ssh import SshConfig
 from tandem.errors import ClusterError, ConfigError
 from tandem.settings import child_environment
@@ -28,6 +27,8 @@ UP_TIMEOUT_S = 1800.0
 JOIN_TIMEOUT_S = 1800.0
 """Seconds that the nodes of `min_workers` may take after the head."""
 POLL_S = 3.0
+PLACEHOLDER = re.compile(r"<[a-z][^<>]*>")
+"""What a user has to fill in."""
 ALIVE = re.compile(r"^ (\d+) (\S+)$", re.MULTILINE)
 """A line of `ray status` about active nodes: their number and kind."""
 
@@ -41,16 +42,13 @@ class ClusterFile:
 
     @classmethod
     def read(cls, path: Path) -> ClusterFile:
-        """ConfigError if it is none, or a placeholder `<...>` is left in it or in a file that it copies to the nodes."""
+        """ConfigError if it is none."""
         if not path.is_file():
             raise ConfigError(
                 f"There is no file {path}. cluster.yaml at the top of the repository is for AWS; deploy/ has others."
             )
-        try:
-            values = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}.") from error
-        if not isinstance(values, dict) or "provider" not in values or "cluster_name" not in values:
+        values = read_yaml(path)
+        if "provider" not in values or "cluster_name" not in values:
             raise ConfigError(f"{path} is no cluster file: it has no `provider` or no `cluster_name`.")
         return cls(path, values)
 
@@ -74,16 +72,15 @@ class ClusterFile:
         return SshConfig(host=f"{auth['ssh_user']}@{head}", key=auth.get("ssh_private_key"), check_host=False)
 
     def check(self) -> None:
-        """ConfigError for what `ray up` would find minutes later, or not at all."""
+        """ConfigError for what `ray up` would find minutes later, or not at all: placeholders and files that are missing."""
         for number, line in enumerate(self.path.read_text().splitlines(), start=1):
-            if found := re.search(r"<[a-z][^<>]*>", line.partition("#")[0]):
+            if found := PLACEHOLDER.search(line.partition("#")[0]):
                 raise ConfigError(f"{self.path} line {number} still has the placeholder {found[0]}. Fill it in.")
         for remote, local in self.values.get("file_mounts", {}).items():
-            source = (Path(local) if local.startswith("/") else Path.cwd() / Path(local)).expanduser()
-            source = Path(local).expanduser() if local.startswith("~") else source
+            source = Path(local).expanduser()
             if not source.exists():
                 raise ConfigError(f"{self.path} copies {local} to {remote}, and it is not here.{_missing_hint(local)}")
-            if local.endswith(".env") and (found := re.search(r"<[a-z][^<>]*>", _values_of(source))):
+            if local.endswith(".env") and (found := PLACEHOLDER.search(_values_of(source))):
                 raise ConfigError(f"{local} still has the placeholder {found[0]}. Fill it in.")
             if local.endswith("auth_token") and stat.S_IMODE(source.stat().st_mode) & 0o077:
                 raise ConfigError(f"{local} can be read by others. Run `chmod 600 {local}`.")
