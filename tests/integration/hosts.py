@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,6 +163,14 @@ def hosts(count: int, folder: Path, shared: Sequence[Path]) -> Iterator[list[Hos
 def environment_line() -> str:
     """What a host's ~/.bashrc has to hold so that this environment's commands are found there."""
     return f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={REPOSITORY / 'platform'} OMP_NUM_THREADS=1"
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Wait for something on the hosts; AssertionError that says `what` did not come."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.25)
 
 
 def _require() -> None:

@@ -9,14 +9,13 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from hosts import REPOSITORY, SUBNET, Host, hosts
+from hosts import REPOSITORY, SUBNET, Host, hosts, wait_until
 from postgresql import Server, postgresql
 from serve_fixtures import write_adapter, write_model
 
@@ -70,13 +69,6 @@ def cluster(command: str, file: Path, home: Path) -> str:
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     return result.stdout
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(1.0)
 
 
 @pytest.fixture(scope="module")

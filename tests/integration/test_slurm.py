@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from drivers import losses
-from hosts import REPOSITORY, SUBNET, Host, hosts
+from hosts import REPOSITORY, SUBNET, Host, hosts, wait_until
 from postgresql import postgresql
 from serve_fixtures import write_model
 from slurm import Slurm, slurm
@@ -38,7 +38,6 @@ steps: {steps}
 batch_size: 4
 """
 STEPS = 1500
-LAST = "data: [DONE]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +97,6 @@ class Site:
         finally:
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=20)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.25)
 
 
 @pytest.fixture(scope="module")
