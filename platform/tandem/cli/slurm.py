@@ -160,7 +160,7 @@ def info_command(
     """Show how to reach a job's app, with its key."""
     with friendly_errors():
         folder = find(settings().root, job)
-        connection = folder.connection() or Connection(job_id=folder.submission().job_id or "", state="waiting")
+        connection = folder.connection()
         if as_json:
             typer.echo(json.dumps(asdict(connection)))
             return
@@ -183,7 +183,7 @@ def logs_command(
                     typer.echo(log.read(), nl=False)
                     position = log.tell()
             state = commands.state(folder.submission().job_id or "") if follow else None
-            if state is None or not (state.waits or state.runs):
+            if state is None or state.is_over:
                 return
             time.sleep(POLL_S)
 
@@ -312,13 +312,13 @@ def _wait(folder: JobFolder, job_id: str) -> None:
     with console.status("") as status:
         while True:
             connection, state = folder.connection(), commands.state(job_id)
-            if connection is not None and connection.state == "ready":
+            if connection.state == "ready":
                 break
-            if connection is not None and connection.state == "failed":
+            if connection.state == "failed":
                 raise ClusterError(
                     f"Job {job_id} has failed: {connection.message} `tandem slurm logs {job_id}` shows its output."
                 )
-            if state is None or not (state.waits or state.runs):
+            if state is None or state.is_over:
                 word = state.state if state else "gone"
                 raise ClusterError(f"Job {job_id} is {word}; `tandem slurm logs {job_id}` shows its output.")
             status.update(f"Job {job_id}: {state.state.lower()}" + (f" ({state.reason})" if state.reason else ""))
@@ -353,9 +353,9 @@ def _summary(folder: JobFolder) -> dict[str, Any]:
         "nodes": submission.nodes,
         "submitted_at": submission.submitted_at,
         "slurm": state.state if state else None,
-        "state": connection.state if connection else "waiting",
-        "node": connection.node if connection else "",
-        "ends_at": connection.ends_at if connection else "",
+        "state": connection.state,
+        "node": connection.node,
+        "ends_at": connection.ends_at,
         "folder": str(folder.path),
     }
 
@@ -408,7 +408,6 @@ async def _tunnel(ssh: SshConnection | None, job: str, port: int, command: str) 
 def _connection(ssh: SshConnection | None, job: str, command: str = "tandem") -> Connection:
     """How to reach a job: from this home, or over SSH from the login node's, by the `command` there."""
     if ssh is None:
-        folder = find(settings().root, job)
-        return folder.connection() or Connection(job_id=folder.submission().job_id or "", state="waiting")
+        return find(settings().root, job).connection()
     shown = ssh.run(f"{command} slurm info {shlex.quote(job)} --json")
     return from_dict(Connection, json.loads(shown))

@@ -44,7 +44,7 @@ class LoginConfig(SshConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlurmSite:
-    """One cluster with Slurm. Options of the command line override these."""
+    """One cluster with Slurm: what it wants of every job. `--site-set` overrides single values."""
 
     partition: str | None = None
     account: str | None = None

@@ -128,7 +128,7 @@ def _run_command(folder: JobFolder, submission: Submission, host: str, address: 
             time.sleep(POLL_S)
         if process.poll() is None:
             folder.write_connection(replace(connection, state="ended" if cancelled.is_set() else "ending"))
-            if submission.kind == "serve" and (current := folder.connection()) is not None and current.successor:
+            if submission.kind == "serve" and folder.connection().successor:
                 cancelled.wait(HAND_OVER_S)
             requeue = submission.kind == "train" and folder.stop_reason(run_id()) == TIME_LIMIT
             status = _end_command(process, submission, address, cancelled, requeue=requeue)

@@ -40,6 +40,11 @@ class JobState:
         """Whether it runs."""
         return self.state in RUNNING_STATES
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, in one way or another."""
+        return not self.waits and not self.runs
+
 
 def available() -> bool:
     """Whether this machine, or this container, has Slurm's commands."""

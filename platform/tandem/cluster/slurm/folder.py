@@ -149,11 +149,11 @@ class JobFolder:
         """Say where the job stands."""
         self._write("connection.json", connection)
 
-    def connection(self) -> Connection | None:
-        """Where the job stands; None: it has not started."""
+    def connection(self) -> Connection:
+        """Where the job stands; its state is `waiting` until it has started."""
         connection = self._read("connection.json", Connection)
         if connection is None:
-            return None
+            return Connection(job_id=self.submission().job_id or "", state="waiting")
         # A file of its own: the successor writes it, and the job all else.
         try:
             return replace(connection, successor=(self.path / "successor").read_text().strip())
