@@ -161,6 +161,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, lis
                     heads.append(head)
                 length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
                 self.rfile.read(int(length[1]) if length else 0)
+                if b"transfer-encoding: chunked" in head.lower():
+                    # Left unread, its end would be answered as a request, and HAProxy take that for the answer to the next one.
+                    b"".join(iter(self.rfile.readline, b"\r\n"))
                 self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
 
     class Server(socketserver.ThreadingTCPServer):
