@@ -294,16 +294,11 @@ def _request(submission: Submission, folder: JobFolder) -> JobRequest:
     if found.database_url:
         variables["TANDEM_DATABASE_URL"] = found.database_url
     return JobRequest(
-        name=f"tandem-{submission.kind}",
-        folder=folder.path,
-        log=folder.log,
-        stop_file=folder.stop_file,
-        nodes=submission.nodes,
-        gpus_per_node=submission.gpus_per_node,
+        submission=submission,
+        folder=folder,
         tandem=(sys.executable, "-m", "tandem"),
         variables=variables,
         home=found.root,
-        requeue=submission.kind == "train",
     )
 
 

@@ -21,14 +21,10 @@ from tandem.config.slurm import ContainerConfig, SlurmSite
 from tandem.errors import ClusterError, ConfigError
 
 
-def request_in(folder: Path) -> JobRequest:
+def request_in(folder: Path, kind: str = "serve") -> JobRequest:
     return JobRequest(
-        name="tandem-serve",
-        folder=folder,
-        log=folder / "output.log",
-        stop_file=folder / "stop",
-        nodes=2,
-        gpus_per_node=4,
+        submission=Submission(kind=kind, command=(kind,), nodes=2, gpus_per_node=4),
+        folder=JobFolder(folder),
         tandem=("/opt/env/bin/python", "-m", "tandem"),
         variables={"TANDEM_HOME": str(folder), "GREETING": "it's $HOME"},
         home=folder,
@@ -86,7 +82,7 @@ def start(tools: Path, folder: Path, command: str, *, requeue: bool = False) -> 
     tandem = folder / "tandem"
     tandem.write_text(f"#!/bin/bash\n{command}\n")
     tandem.chmod(0o755)
-    request = replace(request_in(folder), tandem=(str(tandem),), requeue=requeue)
+    request = replace(request_in(folder, "train" if requeue else "serve"), tandem=(str(tandem),))
     script = folder / "script.sh"
     script.write_text(render(SlurmSite(environment={"SITE": 'a "b"'}, commands=("export EXTRA=1",)), request))
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}

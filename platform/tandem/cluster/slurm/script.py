@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.cluster.slurm.folder import TIME_LIMIT
+from tandem.cluster.slurm.folder import TIME_LIMIT, JobFolder, Submission
 from tandem.config.slurm import ContainerConfig, SlurmSite
 
 REQUEUE_STATUS = 75
@@ -18,21 +18,18 @@ REQUEUE_STATUS = 75
 class JobRequest:
     """What a batch script is made for."""
 
-    name: str
-    """The job's name in `squeue`."""
-    folder: Path
-    log: Path
-    stop_file: Path
-    """The file by which a run is told to end (`JobFolder.stop_file`)."""
-    nodes: int
-    gpus_per_node: int
+    submission: Submission
+    folder: JobFolder
     tandem: tuple[str, ...]
     """Words of the `tandem` command on the nodes, such as the path of an environment's Python, `-m` and `tandem`."""
     variables: Mapping[str, str]
     """Variables of Tandem and Ray on the nodes."""
     home: Path
-    requeue: bool = False
-    """Whether the job is queued again when its first node asks for it, or a node fails."""
+
+    @property
+    def requeue(self) -> bool:
+        """Whether the job is queued again when its first node asks for it, or a node fails."""
+        return self.submission.kind == "train"
 
 
 def render(site: SlurmSite, request: JobRequest) -> str:
@@ -41,10 +38,10 @@ def render(site: SlurmSite, request: JobRequest) -> str:
     lines += ["set -u", *preparation(site, request.variables)]
     # Drivers of training jobs are started as `python`.
     lines += [f'export PATH={shlex.quote(str(Path(request.tandem[0]).parent))}:"$PATH"']
-    words = [shlex.join(request.tandem), "slurm", "node", shlex.quote(str(request.folder))]
+    words = [shlex.join(request.tandem), "slurm", "node", shlex.quote(str(request.folder.path))]
     if site.container is not None:
         words = [*container_words(site.container, request.home), *words]
-    stop_file = shlex.quote(str(request.stop_file))
+    stop_file = shlex.quote(str(request.folder.stop_file))
     lines += [
         "# Slurm sends SIGUSR1 to this shell before the time limit. Sent to the step, it would end every process of Ray.",
         f"""trap 'echo "$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}} {TIME_LIMIT}" > {stop_file}' USR1""",
@@ -70,16 +67,16 @@ def preparation(site: SlurmSite, variables: Mapping[str, str]) -> list[str]:
 def options(site: SlurmSite, request: JobRequest) -> list[str]:
     """The options for sbatch."""
     found = [
-        f"--job-name={request.name}",
-        f"--output={request.log}",
+        f"--job-name=tandem-{request.submission.kind}",
+        f"--output={request.folder.log}",
         "--open-mode=append",
-        f"--nodes={request.nodes}",
+        f"--nodes={request.submission.nodes}",
         "--ntasks-per-node=1",
         f"--time={site.time}",
         f"--signal=B:USR1@{site.warning_s}",
         "--requeue" if request.requeue else "--no-requeue",
     ]
-    return [*found, *resource_options(site, request.gpus_per_node)]
+    return [*found, *resource_options(site, request.submission.gpus_per_node)]
 
 
 def resource_options(site: SlurmSite, gpus_per_node: int) -> list[str]:
