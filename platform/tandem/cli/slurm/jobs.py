@@ -1,8 +1,7 @@
-"""`tandem slurm`: training and serving as jobs of a Slurm cluster, and the way to their apps."""
+"""`tandem slurm`: submit jobs to a Slurm cluster, look at them and end them."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import shlex
@@ -18,13 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.doctor import Finding, show_findings
+from tandem.cli.slurm.site import JobArgument, SetOption, SiteOption, read_site
+from tandem.cli.slurm.tunnel import tunnel_command
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import Connection, JobFolder, Submission, find, folders
 from tandem.cluster.slurm.script import JobRequest, container_words, preparation, render, resource_options
-from tandem.cluster.ssh import SshConnection
-from tandem.cluster.tunnel import AppEndedError, Target, Tunnel
-from tandem.config.load import apply_overrides, from_dict, read_yaml
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.console import console
@@ -34,20 +32,11 @@ from tandem.storage import write_atomic
 POLL_S = 1.0
 CHECK_S = 600.0
 """Seconds within which a compute node has to be free for a check."""
-FOLLOW_S = 3.0
-"""Seconds between two looks of a tunnel at where its job stands."""
 
 slurm_app = typer.Typer(no_args_is_help=True, help="Train and serve as jobs of a Slurm cluster.")
+slurm_app.command("tunnel")(tunnel_command)
 submit_app = typer.Typer(no_args_is_help=True, help="Submit a job.")
 slurm_app.add_typer(submit_app, name="submit")
-
-SiteOption = Annotated[
-    Path | None, typer.Option("--site", help="The site's config (YAML); slurm.yaml of TANDEM_HOME where there is one.")
-]
-SetOption = Annotated[
-    list[str], typer.Option("--site-set", metavar="KEY=VALUE", help="Change one value of the site's config.")
-]
-JobArgument = Annotated[str, typer.Argument(help="Slurm's id of the job, or 'latest'.")]
 
 
 @submit_app.command("serve", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -220,26 +209,6 @@ def extend_command(job: JobArgument, minutes: Annotated[int, typer.Option(min=1,
         console.print(f"Job {folder.submission().job_id} has {minutes} minutes more.")
 
 
-@slurm_app.command("tunnel")
-def tunnel_command(
-    job: JobArgument = "latest",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of this machine; 0: a free one.")] = 8000,
-    site: SiteOption = None,
-    overrides: SetOption = [],  # noqa: B006
-) -> None:
-    """Open a port of this machine that leads to a job's app, until Ctrl-C."""
-    with friendly_errors():
-        login = read_site(site, overrides).login
-        ssh = None if login is None else SshConnection(login)
-        try:
-            if ssh is not None:
-                ssh.open()
-            asyncio.run(_tunnel(ssh, job, port, "tandem" if login is None else login.tandem))
-        finally:
-            if ssh is not None:
-                ssh.close()
-
-
 @slurm_app.command("node", hidden=True)
 def node_command(folder: Annotated[Path, typer.Argument(help="The job's folder.")]) -> None:
     """Run one node of a job; the batch script calls this."""
@@ -247,13 +216,6 @@ def node_command(folder: Annotated[Path, typer.Argument(help="The job's folder."
         from tandem.sdk.slurm_node import run_node
 
         raise SystemExit(run_node(JobFolder(folder)))
-
-
-def read_site(path: Path | None, overrides: list[str]) -> SlurmSite:
-    """The site's config; ConfigError if a file that was named is not there."""
-    own = settings().root / "slurm.yaml"
-    values: dict[str, Any] = read_yaml(path) if path is not None else read_yaml(own) if own.exists() else {}
-    return from_dict(SlurmSite, apply_overrides(values, overrides))
 
 
 def _submit(submission: Submission, site: SlurmSite, *, dry_run: bool, detach: bool) -> None:
@@ -353,56 +315,3 @@ def _summary(folder: JobFolder) -> dict[str, Any]:
         "ends_at": connection.ends_at,
         "folder": str(folder.path),
     }
-
-
-async def _tunnel(ssh: SshConnection | None, job: str, port: int, command: str) -> None:
-    found = await asyncio.to_thread(_connection, ssh, job, command)
-    if found.state != "ready":
-        raise ClusterError(
-            f"Job {found.job_id} is {found.state}: there is no app to reach."
-            + (f" {found.message}" if found.message else "")
-        )
-    target = Target(f"job {found.job_id}", found.node, found.port)
-    checked_at = time.monotonic()
-
-    def find_target() -> Target | None:
-        nonlocal checked_at
-        if time.monotonic() - checked_at < FOLLOW_S:
-            return None
-        checked_at = time.monotonic()
-        newest = None
-        connection = _connection(ssh, found.job_id, command)
-        while True:
-            if connection.state == "ready":
-                newest = connection
-            if not connection.successor:
-                break
-            connection = _connection(ssh, connection.successor, command)
-        if newest is not None:
-            return Target(f"job {newest.job_id}", newest.node, newest.port)
-        if connection.state in ("ended", "failed"):
-            raise AppEndedError(f"Job {connection.job_id} has {connection.state}.")
-        return None
-
-    tunnel = Tunnel(ssh, target, find_target, lambda message: console.print(escape(message)))
-    number = await tunnel.start(port)
-    console.print(
-        f"http://127.0.0.1:{number}/v1 leads to job {found.job_id} ({escape(', '.join(found.models))}). Ctrl-C ends it."
-    )
-    console.print(
-        f"[dim]TANDEM_API_URL=http://127.0.0.1:{number}/v1 TANDEM_API_KEY={found.api_key} tandem chat[/]",
-        soft_wrap=True,
-    )
-    try:
-        await tunnel.wait()
-        console.print(f"Job {found.job_id} has ended.")
-    finally:
-        await tunnel.stop()
-
-
-def _connection(ssh: SshConnection | None, job: str, command: str = "tandem") -> Connection:
-    """How to reach a job: from this home, or over SSH from the login node's, by the `command` there."""
-    if ssh is None:
-        return find(settings().root, job).connection()
-    shown = ssh.run(f"{command} slurm info {shlex.quote(job)} --json")
-    return from_dict(Connection, json.loads(shown))
