@@ -19,7 +19,7 @@ from tandem.routing.changes import Update
 from tandem.routing.records import ReplicaRecord, Snapshot
 from tandem.routing.router import Router
 from tandem.serve.directory import Directory
-from tandem.serve.directory_link import DirectoryWatcher, ReplicaReporter
+from tandem.serve.directory_link import DirectoryClient, DirectoryWatcher, ReplicaReporter
 from tandem.serve.directory_protocol import DirectoryAddress
 
 STARTED_AT_ONCE = 50
@@ -90,7 +90,7 @@ class Replicas:
         self._replicas = [SimulatedReplica(number, adapters) for number in range(count)]
         for replica in self._replicas:
             replica.reporter = (
-                ReplicaReporter(directory.address.remote, replica.record)
+                ReplicaReporter(DirectoryClient(directory.address.remote), replica.record)
                 if scheme == "changes"
                 else SnapshotReporter(directory, replica.record)
             )
@@ -156,7 +156,7 @@ class Gateways:
         self._since_ns = 0
         self._looking: asyncio.Task[None] | None = None
         self._gateways: list[Any] = [
-            MeasuredFleet(self, DirectoryWatcher(directory.address.remote))
+            MeasuredFleet(self, DirectoryWatcher(DirectoryClient(directory.address.remote)))
             if scheme == "changes"
             else SnapshotGateway(directory, lambda record, loaded: self.seen(loaded))
             for _ in range(count)

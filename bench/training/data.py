@@ -243,7 +243,7 @@ def by_tandem(options: argparse.Namespace, readers: int) -> Generator[Any, None,
     index, _, spec = parts_of(options)
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
     config = DataConfig(path="x", sequence_length=options.length, reader_tasks=readers, readers=1.0)
-    part = Part(folder=options.folder / "data", index=index)
+    part = Part(folder=options.folder / "data", location=options.folder / "data", index=index)
     stream = open_stream((part,), spec.encoder, config, workers=1, seed=0, held_bytes=0)
     try:
         with contextlib.closing(stream.rows(0, 1, None)) as rows:

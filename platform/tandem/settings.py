@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """A folder of this node's own, for copies of what lies in object stores."""
     adapter_cache_gib: float = 20.0
     """How much of it adapters may take; the longest unused make room."""
+    model_cache_gib: float = 500.0
+    """How much of it base models may take; the longest unused that no process uses make room."""
 
     @property
     def api_key_file(self) -> Path:
@@ -87,6 +89,11 @@ class Settings(BaseSettings):
     def adapter_cache(self) -> Path:
         """One folder an adapter that was fetched, named by its digest."""
         return self.cache.expanduser().resolve() / "adapters"
+
+    @property
+    def model_cache(self) -> Path:
+        """One folder a model that was fetched, named by its fingerprint."""
+        return self.cache.expanduser().resolve() / "models"
 
     @property
     def registry_url(self) -> str:

@@ -49,7 +49,7 @@ def opened(
     *datasets: Path, workers: int = 2, held_bytes: int | None = None, length: int = LENGTH, **settings: Any
 ) -> Stream:
     parts = tuple(
-        Part(folder=folder, index=DatasetIndex.load(folder), weight=float(3 - number))
+        Part(folder=folder, location=folder, index=DatasetIndex.load(folder), weight=float(3 - number))
         for number, folder in enumerate(datasets)
     )
     config = DataConfig(path="x", sequence_length=length, open_shards=3, **settings)
@@ -218,7 +218,7 @@ def test_a_cursor_of_other_data_is_refused(datasets: tuple[Path, Path], ray_clus
     other = stream
     match change:
         case "seed":
-            part = (Part(folder=datasets[0], index=DatasetIndex.load(datasets[0]), weight=3.0),)
+            part = (Part(folder=datasets[0], location=datasets[0], index=DatasetIndex.load(datasets[0]), weight=3.0),)
             encoder = TextEncoder(str(datasets[0] / "tokenizer"))
             other = open_stream(part, encoder, stream.config, workers=1, seed=4)
         case "length":

@@ -48,7 +48,7 @@ def test_every_node_starts_through_tandem_with_the_token_and_the_environment(fil
     (ended, head), (also_ended, worker) = config["head_start_ray_commands"], config["worker_start_ray_commands"]
     assert ended == also_ended == "tandem node stop"
     assert "tandem node start --head --port=6379" in head
-    assert worker == "tandem node start --address=$RAY_HEAD_IP:6379"
+    assert worker == "tandem node start --restart --address=$RAY_HEAD_IP:6379"
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     environment = config["file_mounts"]["~/.tandem.env"]
     assert (REPOSITORY / f"{environment}.example").is_file()

@@ -69,8 +69,11 @@ def application(planned: AppPlan) -> serve.Application:
     config, registry = planned.app.config, planned.app.registry
     # There must be one directory at a time: the old one ends first, and gateways keep the replicas that they know.
     directory = _deployment(
-        Directory, DIRECTORY_NAME, version_of(config.version, registry), num_cpus=CONTROL_CPUS
-    ).bind(None, registry)
+        Directory,
+        DIRECTORY_NAME,
+        version_of(config.version, registry, config.internal_tls),
+        num_cpus=CONTROL_CPUS,
+    ).bind(None, registry, None, config.internal_tls)
     engines = [_engine_application(engine, planned, directory) for engine in planned.engines]
     constructor_args = (tuple(map(gateway_view, planned.app.models)), config.gateway, registry)
     more_args = (config.router, fingerprint(settings().admin_token))
@@ -90,7 +93,7 @@ def _engine_application(engine: EngineDeployment, planned: AppPlan, directory: s
     return _deployment(
         EngineReplica,
         engine.model.deployment,
-        engine_version(engine.model, config.version, registry, config.drain_timeout_s),
+        engine_version(engine.model, config.version, registry, config.drain_timeout_s, config.internal_tls),
         num_cpus=engine.placement.cpus,
         num_gpus=engine.placement.gpus,
         custom_resources=engine.model.config.resources_per_replica,

@@ -10,28 +10,29 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from ray.experimental import internal_kv
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
 from tandem.apps.build import DIRECTORY_NAME, GATEWAY_NAME, application
 from tandem.apps.plan import AppPlan
 from tandem.cluster.capacity import check_nodes
+from tandem.cluster.shared_files import check_same_files
 from tandem.config import ServeConfig, from_dict, to_dict
+from tandem.engine.engines import find_engine
 from tandem.errors import EngineError
 from tandem.observability.tracebacks import tandem_error_in
+from tandem.serve import cluster_store
+from tandem.settings import settings
 
 FAILED = "DEPLOY_FAILED"
 POLL_S = 0.2
 LAST_BYTES_S = 1.0
 """Seconds for the last bytes of an engine to reach their clients."""
-
-KV_NAMESPACE = b"tandem"
-"""Ray's namespace of the key-value store that lives as long as the cluster."""
 TO_INITIALIZE = re.compile(r"have taken more than \d+s to initialize")
 TO_SCHEDULE = re.compile(
     r"to be scheduled\..*Resources required for each replica: (?P<needed>.*?), "
@@ -46,9 +47,10 @@ def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[s
     """Deploy an app and wait until every new replica is up, and no longer: old ones may stream on for minutes.
 
     The app's resolved config is kept with the cluster (`saved_config`). Raises EngineError with the reason if a new replica
-    cannot start; old replicas then stay. `on_message` gets Serve's messages meanwhile, such as that the cluster has no free
+    cannot start; old replicas then stay. ClusterError if its nodes do not see the same files. `on_message` gets Serve's messages meanwhile, such as that the cluster has no free
     resources; Serve waits for them without a limit.
     """
+    check_files(planned)
     name = planned.app.config.app
     details_before = _details(name)
     reported: set[str] = set()
@@ -74,9 +76,22 @@ def check_capacity(planned: AppPlan) -> None:
             check_nodes(nodes, engine.model.config, f"A replica of {engine.model.name}")
 
 
+def check_files(planned: AppPlan) -> None:
+    """ClusterError that names the nodes from which the home, or the folder of a model, is not to be seen."""
+    config = settings()
+    folders = [
+        folder
+        for model in planned.app.models
+        if model.path and model.uri is None and find_engine(model.config.engine).needs_files
+        # Nodes download what they lack of the hub's models.
+        and not (folder := Path(model.path)).is_relative_to(config.hub_dir)
+    ]
+    check_same_files(config.root, folders)
+
+
 def _save_config(config: ServeConfig) -> None:
     record = {"deployed_at": _details(config.app).get("last_deployed_time_s"), "config": to_dict(config)}
-    internal_kv._internal_kv_put(_key(config.app), json.dumps(record).encode(), overwrite=True, namespace=KV_NAMESPACE)
+    cluster_store.put(_key(config.app), json.dumps(record).encode())
 
 
 def saved_config(app: str) -> ServeConfig | None:
@@ -84,15 +99,15 @@ def saved_config(app: str) -> ServeConfig | None:
 
     A `serve.run` of another program over the same app is not noticed: Serve keeps the time of the first.
     """
-    value = internal_kv._internal_kv_get(_key(app), namespace=KV_NAMESPACE)
+    value = cluster_store.get(_key(app))
     record = json.loads(value) if value else {}
     if not record or record["deployed_at"] != _details(app).get("last_deployed_time_s"):
         return None
     return from_dict(ServeConfig, record["config"])
 
 
-def _key(app: str) -> bytes:
-    return f"app:{app}".encode()
+def _key(app: str) -> str:
+    return f"app:{app}"
 
 
 def is_rolled_out(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

@@ -16,7 +16,8 @@ from tandem.config import GatewayConfig, RouterConfig
 from tandem.gateway.app import create_app
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import ServedModel
-from tandem.serve.directory_link import DirectoryWatcher, LimitsLink
+from tandem.serve.app_tls import Membership
+from tandem.serve.directory_link import DirectoryClient, DirectoryWatcher, LimitsLink
 from tandem.serve.listen import internal_port_on_node, is_loopback, listen_on_node
 from tandem.serve.metrics import RayQueueMetrics, latency_histogram
 from tandem.serve.replica.deployment import check_registry
@@ -58,9 +59,11 @@ class Gateway:
         check_registry(self._registry, ray.util.get_node_ip_address())
         if not is_loopback(_public_host()) and not has_tls():
             log.warning("The app listens on %s without TLS: API keys travel in clear. Set listen.tls.", _public_host())
+        membership = Membership(self._directory.enroll.remote)
+        directory = DirectoryClient(self._directory.address.remote, membership.client)
         app = create_app(
             models=self._models,
-            watch=DirectoryWatcher(self._directory.address.remote),
+            watch=DirectoryWatcher(directory),
             registry=Registry.at(self._registry),
             config=self._config,
             record_latency=latency_histogram(),
@@ -70,11 +73,12 @@ class Gateway:
             require_keys=not (is_loopback(_public_host()) and is_loopback(ray.util.get_node_ip_address())),
             metrics=RayQueueMetrics(),
             report_demand=self._report_demand,
-            apply_limits=LimitsLink(self._directory.address.remote) if self._config.replicas > 1 else None,
+            apply_limits=LimitsLink(directory) if self._config.replicas > 1 else None,
             access_log=settings().root / "logs" / f"access-{_replica_id()}.jsonl" if self._config.access_log else None,
             name=_replica_id(),
             server_adds_request_id=True,
             proxy_secret=proxy_secret(),
+            engine_tls=membership.client,
         )
         # What is here now stays: the collector would look at all of it again and again, for tens of milliseconds each time.
         gc.collect()

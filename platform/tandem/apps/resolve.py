@@ -12,11 +12,14 @@ from tandem.config import AUTO_ENGINE, ServeConfig, ServedModelConfig
 from tandem.engine.engines import find_engine, select_engine
 from tandem.errors import ConfigError, RegistryError
 from tandem.registry import Registry, RegistryAddress, find_model, is_shared
-from tandem.registry.folders import model_max_length
+from tandem.registry.folders import config_max_length, model_config, model_max_length
+from tandem.registry.hub.reference import SCHEME
+from tandem.registry.model_cache import ModelCache, describe
 from tandem.registry.source import folder_of
 from tandem.routing.policies import find_policy
 from tandem.routing.records import ServedModel
 from tandem.settings import settings
+from tandem.storage import base_name, is_remote
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,8 @@ def resolve_models(config: ServeConfig, registry: Registry) -> list[ServedModel]
 
 
 def _resolve_model(config: ServedModelConfig, registry: Registry) -> ServedModel:
+    if is_remote(config.model) and not config.model.startswith(SCHEME):
+        return _remote_model(config)
     if config.engine != AUTO_ENGINE and not find_engine(config.engine).needs_files:
         if (folder := folder_of(config.model)) is not None:
             name = config.name or folder.name
@@ -114,6 +119,22 @@ def _resolve_model(config: ServedModelConfig, registry: Registry) -> ServedModel
         max_length=_served_length(config, record.max_length),
         created=int(record.created_at.timestamp()),
         tenant=record.tenant,
+    )
+
+
+def _remote_model(config: ServedModelConfig) -> ServedModel:
+    """A model in an object store: what is not weights is read now, and each node that has a replica fetches the rest."""
+    remote = describe(config.model)
+    folder = ModelCache.open().fetch_metadata(remote)
+    name = config.name or base_name(remote.uri)
+    return ServedModel(
+        id=name,
+        name=name,
+        path=str(folder),
+        config=config,
+        uri=remote.uri,
+        fingerprint=remote.fingerprint,
+        max_length=_served_length(config, config_max_length(model_config(folder))),
     )
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Budgets(NamedTuple):
-    """Keys, by id, and tenants that have a limit of tokens in a day."""
+    """Keys, by the id that they are counted by, and tenants that have a limit of tokens in a day."""
 
     keys: frozenset[str] = frozenset()
     tenants: frozenset[str] = frozenset()
@@ -120,7 +120,7 @@ class KeyTable:
             for key in changed_keys:
                 keys[key.digest] = key
                 if key.principal is not None and key.principal.limits.tokens_per_day is not None:
-                    budgeted_ids[key.digest] = key.principal.key_id
+                    budgeted_ids[key.digest] = key.principal.counted_as
                 else:
                     budgeted_ids.pop(key.digest, None)
         self._tenants = await self._calls.run(PAGE_S, self._store.tenants)

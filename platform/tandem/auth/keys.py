@@ -56,6 +56,8 @@ class ApiKey:
     digest: str = field(repr=False)
     revision: int = 0
     """The registry's revision at its last change."""
+    origin: str = ""
+    """The first key of the chain of rotations that led to it."""
 
     def state(self, now: datetime) -> str:
         """`active`, `expired` or `revoked`."""
@@ -66,7 +68,14 @@ class ApiKey:
     @property
     def principal(self) -> Principal:
         """The principal of requests with this key."""
-        return Principal(key_id=self.id, tenant=self.tenant, role=self.role, models=self.models, limits=self.limits)
+        return Principal(
+            key_id=self.id,
+            tenant=self.tenant,
+            role=self.role,
+            models=self.models,
+            limits=self.limits,
+            origin=self.origin,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The key for lists: neither its secret nor its digest."""
@@ -204,7 +213,10 @@ class KeyStore(TenantStore):
             return _to_api_key(row)
 
     def rotate(self, id_or_name: str, *, overlap: timedelta, by: str, address: str | None = None) -> NewKey:
-        """A new key with the same rights; the old one is accepted for `overlap` more. AuthError if the old one has ended."""
+        """A new key with the same rights and limits, in which what the old one has used today and this minute counts too.
+
+        The old one is accepted for `overlap` more. AuthError if it has ended.
+        """
         now = datetime.now(UTC)
         with self._writing() as (session, revision):
             row = _find(session, id_or_name)
@@ -224,6 +236,7 @@ class KeyStore(TenantStore):
                 models=list(row.models),
                 limits=dict(row.limits),
                 expires_in=lifetime,
+                origin=row.origin,
             )
             old_json, new_json = old_key.to_json(), new_key.key.to_json()
             change = Change(
@@ -260,6 +273,7 @@ class KeyStore(TenantStore):
             row.limits,
             row.expires_at,
             row.revoked_at,
+            row.origin,
         )
         query = select(*columns).where(tuple_(row.revision, row.id) > tuple_(after.revision, after.id))
         with self._reading() as session:
@@ -268,12 +282,21 @@ class KeyStore(TenantStore):
         return Cursor(rows[-1].revision, rows[-1].id) if rows else after, changed_keys
 
     def _add(
-        self, session: Session, revision: int, *, role: Role, expires_in: timedelta | None, **values: Any
+        self,
+        session: Session,
+        revision: int,
+        *,
+        role: Role,
+        expires_in: timedelta | None,
+        origin: str | None = None,
+        **values: Any,
     ) -> NewKey:
         now = datetime.now(UTC)
         secret = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+        key_id = f"key_{secrets.token_hex(6)}"
         row = ApiKeyRow(
-            id=f"key_{secrets.token_hex(6)}",
+            id=key_id,
+            origin=origin or key_id,
             digest=digest(secret),
             hint=secret[: len(PREFIX) + 4],
             role=str(role),
@@ -303,7 +326,14 @@ def _principal_of(row: Any) -> Principal | None:
         return None
     try:
         limits = Limits.from_json(row.limits)
-        return Principal(key_id=row.id, tenant=row.tenant, role=Role(row.role), models=tuple(row.models), limits=limits)
+        return Principal(
+            key_id=row.id,
+            tenant=row.tenant,
+            role=Role(row.role),
+            models=tuple(row.models),
+            limits=limits,
+            origin=row.origin,
+        )
     except (ConfigError, ValueError, TypeError) as error:
         log.warning("The API key %s is refused, because it cannot be read: %s", row.id, error)
         return None
@@ -338,4 +368,5 @@ def _to_api_key(row: ApiKeyRow) -> ApiKey:
         revoked_at=row.revoked_at,
         digest=row.digest,
         revision=row.revision,
+        origin=row.origin,
     )

@@ -84,6 +84,13 @@ class Principal:
     models: tuple[str, ...] = ()
     """Names of models and adapters that it may use; empty: all that its tenant sees."""
     limits: Limits = field(default_factory=Limits)
+    origin: str = ""
+    """The first key of the chain of rotations that led to this one; empty: it is the key itself."""
+
+    @property
+    def counted_as(self) -> str:
+        """The key by which requests and tokens are counted for its limits: a rotation does not start them anew."""
+        return self.origin or self.key_id
 
     @property
     def sees_all(self) -> bool:

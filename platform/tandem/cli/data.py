@@ -105,7 +105,7 @@ def pull_command(
 
 @data_app.command("inspect")
 def inspect_command(
-    name: Annotated[str, typer.Argument(help="A dataset of TANDEM_HOME/data, or a folder.")],
+    name: Annotated[str, typer.Argument(help="A dataset of TANDEM_HOME/data, a folder, or a URI.")],
     rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     skip: Annotated[int, typer.Option(min=0, help="Rows to leave out first.")] = 0,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens in a row, as data.sequence_length.")] = 256,
@@ -117,20 +117,19 @@ def inspect_command(
 ) -> None:
     """Show rows as the model sees them: what carries loss in green, the rest dim, documents apart."""
     with friendly_errors():
-        from tandem.data.index import TOKENIZER_NAME, Part, find_dataset
+        from tandem.data.index import TOKENIZER_NAME, find_dataset
         from tandem.data.inspect import inspect_rows
         from tandem.data.tokenize import TextEncoder
 
         check.one_of("--loss-on", loss_on, ("auto", "all", "answers"))
-        folder, index = find_dataset(name)
-        encoder = TextEncoder(str(find_tokenizer(tokenizer) if tokenizer else folder / TOKENIZER_NAME))
-        every = inspect_rows(
-            Part(folder=folder, index=index), encoder, length=sequence_length, loss_on_all=loss_on == "all"
-        )
+        dataset = find_dataset(name)
+        index = dataset.index
+        encoder = TextEncoder(str(find_tokenizer(tokenizer) if tokenizer else dataset.folder / TOKENIZER_NAME))
+        every = inspect_rows(dataset, encoder, length=sequence_length, loss_on_all=loss_on == "all")
         found = list(itertools.islice(every, skip, skip + rows))
         if as_json:
             shown = [{**asdict(row), "sides": [asdict(s) | {"learned": s.learned} for s in row.sides]} for row in found]
-            about = {"dataset": str(folder), **asdict(index), "vocabulary": encoder.vocab_size}
+            about = {"dataset": str(dataset.location), **asdict(index), "vocabulary": encoder.vocab_size}
             del about["shards"]
             console.print_json(json.dumps({**about, "shards": len(index.shards), "rows": shown}), ensure_ascii=True)
             return

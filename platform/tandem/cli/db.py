@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from tandem.cli.support.shell import friendly_errors
 from tandem.db.backup import backup, restore
-from tandem.registry import upgrade
+from tandem.db.database import Upgraded, initialise, upgrade
 from tandem.sdk.console import console
 from tandem.settings import settings
 
@@ -20,14 +20,25 @@ db_app = typer.Typer(
 FileArgument = Annotated[Path, typer.Argument(help="The backup; it holds the hashes of API keys.")]
 
 
+@db_app.command("init")
+def init_command() -> None:
+    """Make the registry's tables in an empty database, as PostgreSQL needs before its first use; one with tables is refused."""
+    with friendly_errors():
+        _print_state(initialise(settings().registry_url))
+
+
 @db_app.command("upgrade")
 def upgrade_command() -> None:
-    """Make the registry's tables, or bring them up to date. A PostgreSQL database needs it before its first use."""
+    """Bring the registry's tables up to date, or make them."""
     with friendly_errors():
-        done = upgrade(settings().registry_url)
-        console.print(
-            f"The registry at {done.redacted_url} is at schema {done.revision}. Its identity is {done.identity}."
-        )
+        _print_state(upgrade(settings().registry_url))
+
+
+def _print_state(done: Upgraded) -> None:
+    console.print(
+        f"The registry at {escape(done.redacted_url)} is at schema {done.revision}. Its identity is {done.identity}.",
+        soft_wrap=True,
+    )
 
 
 @db_app.command("backup")

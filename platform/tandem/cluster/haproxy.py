@@ -34,6 +34,15 @@ s#^\( *\)option abortonclose#&\n\1option http-buffer-request#
     timeout http-request {request_s}s\
     timeout http-keep-alive {idle_s}s
 }}
+# A gateway whose machine acknowledges nothing any more has gone: what waits for it ends. Idle streams are kept alive by probes.
+/^defaults/,/^frontend/ {{
+/timeout client / a\
+    option srvtcpka\
+    srvtcpka-idle 5s\
+    srvtcpka-intvl 3s\
+    srvtcpka-cnt 3\
+    default-server tcp-ut {unreachable_s}s
+}}
 # Ids of requests and sessions are visible ASCII: Serve answers 500 to other bytes. Its own headers are not for clients.
 # Gateways watch for clients that leave by themselves, so Serve need not, which costs each request two tasks and a queue.
 # No address takes all connections: those above its share are closed as they come. An IPv6 address holds an IPv4 one, too.
@@ -108,6 +117,8 @@ HEAD_TIMEOUT_S = 10
 """Seconds that a client may take for the head of a request."""
 IDLE_TIMEOUT_S = 300
 """Seconds that a connection may be kept between requests; longer than the pools of the usual clients keep theirs."""
+UNREACHABLE_S = 15
+"""Seconds after which a connection to a gateway whose machine acknowledges nothing has ended, streams on it too."""
 BUFFER_BYTES = 64 * 1024
 """Size of a buffer: the head of a request (URL and all headers) or of an answer that is longer by 1 KiB less is refused."""
 SCRIPT_NAME = "haproxy-edited"
@@ -192,6 +203,7 @@ def write_script(folder: Path) -> Path:
             unavailable=unavailable,
             request_s=HEAD_TIMEOUT_S,
             idle_s=IDLE_TIMEOUT_S,
+            unreachable_s=UNREACHABLE_S,
             share=settings().connections_per_address,
         ),
         mode=0o600,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import secrets
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -25,6 +28,14 @@ from tandem.cluster import haproxy
 from tandem.cluster.local import authentication
 from tandem.cluster.marks import MARK, end_marked_processes, marked_processes
 from tandem.cluster.reaper import KEEP_MARKS
+from tandem.cluster.node_checks import (
+    check_address,
+    check_durable,
+    check_filled_in,
+    check_ports,
+    option,
+    require_token,
+)
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
 from tandem.private import check_private_folder, make_private_folder, read_private_file, remove_private_folder
 from tandem.storage import write_atomic
@@ -35,7 +46,20 @@ GATEWAY_PORTS = range(30000, 31000)
 """Ports of gateway replicas, on every node: outside of those that Ray gives to its workers."""
 START_TIMEOUT_S = 180.0
 WATCH_S = 1.0
-"""Seconds between checks of the raylet."""
+"""Seconds between checks of the node's processes."""
+LOG = "node.log"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningNode:
+    """A node that was started here."""
+
+    mark: str
+    """The mark of its processes (`cluster.marks`)."""
+    arguments: tuple[str, ...]
+    """Of `ray start`."""
+    restart: bool
+    """Whether it is started again when it ends by itself."""
 
 
 def runtime_folder() -> Path:
@@ -56,11 +80,13 @@ def runtime_folder() -> Path:
 def start(arguments: Sequence[str]) -> None:
     """Run `ray start` with `arguments`. ClusterError if this user runs a node here already, which keeps running.
 
-    With `--block` it returns when the node has ended. ClusterError with the end of Ray's output if it fails, if this machine is
+    With `--block` it returns when the node has ended, with `--restart` a node that has ended by itself is started again until
+    `stop` (`supervise`). ClusterError with the end of Ray's output if it fails, if this machine is
     to join a cluster and has no token for it, or if its ports are taken.
     """
     # Ray's own --block would wait in the process that has a time limit here.
-    block, arguments = "--block" in arguments, [argument for argument in arguments if argument != "--block"]
+    block, restart = "--block" in arguments, "--restart" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--block", "--restart")]
     address = option(arguments, "--address")
     if ("--head" in arguments) == (address is not None):
         raise ConfigError("Say either --head to start a cluster, or --address HOST:PORT of the head to join one.")
@@ -70,23 +96,25 @@ def start(arguments: Sequence[str]) -> None:
         require_token()
         check_address(address)
     check_filled_in()
-    mark = secrets.token_hex(8)
+    if restart and address is None:
+        check_durable()
+    node = RunningNode(mark=secrets.token_hex(8), arguments=tuple(arguments), restart=restart)
     with _lock_node() as folder:
         if is_running():
             raise ClusterError(
                 "A node of this user runs on this machine. `tandem node stop` ends it, and all that runs on it."
             )
         _end_recorded()  # files and processes of a node that has died
-        check_ports()
-        _start(folder, mark, arguments)
+        check_ports(HAPROXY_PORTS)
+        _start(folder, node)
     if block:
         try:
-            watch(mark)
+            supervise(node)
         finally:
-            _end(mark)
+            stop()
         return
     subprocess.Popen(
-        [sys.executable, "-m", "tandem.cluster.node", mark],
+        [sys.executable, "-m", "tandem.cluster.node", node.mark],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -94,12 +122,12 @@ def start(arguments: Sequence[str]) -> None:
     )
 
 
-def _start(folder: Path, mark: str, arguments: Sequence[str]) -> None:
+def _start(folder: Path, node: RunningNode) -> None:
     variables = {
         **haproxy.serving_environment(folder, HAPROXY_PORTS, GATEWAY_PORTS),
         **authentication(),
         **KEEP_MARKS,
-        MARK: mark,
+        MARK: node.mark,
         "RAY_TMPDIR": str(folder / "ray"),
         # Sockets and scratch files of vLLM, torch and multiprocessing too are private then.
         "TMPDIR": str(folder / "tmp"),
@@ -113,10 +141,10 @@ def _start(folder: Path, mark: str, arguments: Sequence[str]) -> None:
         "--disable-usage-stats",
         f"--temp-dir={folder / 'ray'}",
     ]
-    write_atomic(_record(folder), json.dumps({"mark": mark}), mode=0o600)
+    _write_record(folder, node)
     try:
         result = subprocess.run(
-            [*command, *arguments],
+            [*command, *node.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -138,17 +166,80 @@ def _start(folder: Path, mark: str, arguments: Sequence[str]) -> None:
 
 def is_running() -> bool:
     """Whether Ray runs on the node that this user has started here."""
-    mark = _recorded_mark()
-    return mark is not None and any(_is_raylet(process) for process in marked_processes(mark))
+    node = _recorded_node()
+    return node is not None and any(_is_alive(process, "raylet") for process in marked_processes(node.mark))
 
 
-def watch(mark: str) -> None:
-    """Wait until the node's raylet has ended, and end the processes that outlive it, such as HAProxy and engines."""
-    raylets = [process for process in marked_processes(mark) if _is_raylet(process)]
-    while any(_is_raylet(raylet) for raylet in raylets):
+def supervise(node: RunningNode) -> None:
+    """Wait until the node has ended, and end the processes that outlive it, such as HAProxy and engines.
+
+    With `node.restart` it is then started again, as often as it ends by itself: Ray gives a node up whose network was away for
+    longer than its health checks allow, and the raylet ends when it hears of that. Returns when the node was stopped, or
+    another one was started.
+    """
+    while True:
+        _wait_for_end(node.mark)
+        if not node.restart:
+            with _lock_node():
+                _end(node.mark)
+            return
+        restarted = _restart(node)
+        if restarted is None:
+            return
+        node = restarted
+
+
+def _wait_for_end(mark: str) -> None:
+    """Return when the node's raylet, or its GCS on a head, has ended."""
+    watched = [
+        (process, name)
+        for process in marked_processes(mark)
+        for name in ("raylet", "gcs_server")
+        if _is_alive(process, name)
+    ]
+    while watched and all(_is_alive(process, name) for process, name in watched):
         time.sleep(WATCH_S)
-    with _lock_node():
-        _end(mark)
+
+
+def _restart(node: RunningNode) -> RunningNode | None:
+    """Start the node again, trying until that works; None: it was stopped meanwhile, or another node was started."""
+    pauses = itertools.chain((1.0, 2.0, 5.0), itertools.repeat(10.0))
+    address = option(node.arguments, "--address")
+    while True:
+        with _lock_node() as folder:
+            if _recorded_node() != node:
+                return None
+            end_marked_processes(node.mark)
+            problem = None if address is None else _unreachable(address)
+            if problem is None:
+                new = replace(node, mark=secrets.token_hex(8))
+                try:
+                    check_ports(HAPROXY_PORTS)
+                    _start(folder, new)
+                    _log(folder, "The node had ended and has been started again.")
+                    return new
+                except ClusterError as error:
+                    problem = str(error)
+                    # The failed start has removed it.
+                    _write_record(folder, node)
+            _log(folder, f"The node has ended and does not start yet: {problem}")
+        time.sleep(next(pauses))
+
+
+def _unreachable(address: str) -> str | None:
+    """Why nothing answers at HOST:PORT; None where something does. `ray start` would take minutes to say so."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
+            return None
+    except OSError as error:
+        return f"{address} cannot be reached ({error})."
+
+
+def _log(folder: Path, text: str) -> None:
+    """Add a line to the node's log, which is the record of its restarts."""
+    with (folder / LOG).open("a") as file:
+        file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}\n")
 
 
 def stop() -> int:
@@ -166,102 +257,54 @@ def _lock_node() -> Iterator[Path]:
         yield folder
 
 
-def _is_raylet(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process, name: str) -> bool:
+    """Whether a process runs and has this name."""
     with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.name() == name and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def _end_recorded() -> int:
-    mark = _recorded_mark()
-    if mark is None:
+    node = _recorded_node()
+    if node is None:
         return 0
-    count = len(marked_processes(mark))
-    _end(mark)
+    count = len(marked_processes(node.mark))
+    _end(node.mark)
     return count
 
 
 def _end(mark: str) -> None:
     """End all processes with `mark`, and remove the node's scratch files and record unless another one has been started since."""
     end_marked_processes(mark)
-    if _recorded_mark() == mark:
+    node = _recorded_node()
+    if node is not None and node.mark == mark:
         folder = runtime_folder()
         remove_private_folder(folder / "tmp")
         _record(folder).unlink(missing_ok=True)
 
 
-def _recorded_mark() -> str | None:
-    """The mark of the node that was started here last and has not been ended."""
+def _recorded_node() -> RunningNode | None:
+    """The node that was started here last and has not been stopped."""
     try:
-        return str(json.loads(read_private_file(_record(runtime_folder())))["mark"])
+        record = json.loads(read_private_file(_record(runtime_folder())))
+        return RunningNode(mark=record["mark"], arguments=tuple(record["arguments"]), restart=record["restart"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def option(arguments: Sequence[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE`; empty where there is none after the name, None without the name."""
-    for index, argument in enumerate(arguments):
-        if argument == name:
-            return arguments[index + 1] if index + 1 < len(arguments) else ""
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def check_address(address: str) -> None:
-    """Refuse an invalid address, or a host name that this machine cannot resolve: Ray would try it for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--address is {address!r}; it must be HOST:PORT of the head, such as 10.0.0.1:6379.")
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-    except (socket.gaierror, OverflowError) as error:
-        raise ClusterError(
-            f"--address is {address!r}, and {host} cannot be resolved on this machine ({error})."
-        ) from error
-
-
-def check_filled_in() -> None:
-    """Refuse an environment that still has the placeholders of deploy/tandem.env.example."""
-    for name, value in (
-        ("TANDEM_HOME", environment.settings().home),
-        ("TANDEM_DATABASE_URL", environment.settings().database_url),
-    ):
-        if "<" in str(value or ""):
-            raise ConfigError(
-                f"{name} still has a placeholder (<...>). Fill in deploy/tandem.env, and start the node again."
-            )
-
-
-def check_ports() -> None:
-    """Refuse a machine where another user's node has the ports that HAProxy is to have."""
-    for port in HAPROXY_PORTS:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                raise ClusterError(
-                    f"Port {port} of this machine is taken, perhaps by a node of another user; a machine has room for one node. "
-                    "`ss -ltnp` shows who has it."
-                ) from error
-
-
-def require_token() -> None:
-    """Refuse to join a cluster without its token: Ray would make another one here, and the head would refuse the node."""
-    mode = environment.variable("RAY_AUTH_MODE")
-    if (mode and mode != "token") or environment.variable("RAY_AUTH_TOKEN"):
-        return
-    path = Path(environment.variable("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not path.is_file():
-        raise ClusterError(
-            f"{path} is not here. Copy the head's token to it (in cluster.yaml by file_mounts), with mode 0600."
-        )
+def _write_record(folder: Path, node: RunningNode) -> None:
+    write_atomic(_record(folder), json.dumps(asdict(node)), mode=0o600)
 
 
 def _record(folder: Path) -> Path:
     return folder / "node.json"
 
 
+def _main(mark: str) -> None:
+    node = _recorded_node()
+    # The watcher of a node that another one has replaced meanwhile ends what is left of its own.
+    supervise(node if node is not None and node.mark == mark else RunningNode(mark=mark, arguments=(), restart=False))
+
+
 if __name__ == "__main__":
-    watch(sys.argv[1])
+    _main(sys.argv[1])

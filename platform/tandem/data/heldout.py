@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from tandem.data.index import DatasetIndex, Part
 from tandem.data.packing import Rows
-from tandem.data.shards import read_samples
-from tandem.data.spec import PackSpec
+from tandem.data.shards import samples_in
+from tandem.data.spec import PackSpec, read_shard
 from tandem.data.tar import READ_ERRORS
 from tandem.errors import DataError
+from tandem.storage import Location
 
 SPREAD = 4
 """Rows are picked evenly from this many times as many, so that they do not all come from one position."""
 
 
-def hold_out(index: DatasetIndex, share: float, folder: Path) -> tuple[DatasetIndex, DatasetIndex]:
-    """Split the dataset in `folder` into a training part and `share` of its shards to evaluate on, spread evenly over it.
+def hold_out(index: DatasetIndex, share: float, location: Location) -> tuple[DatasetIndex, DatasetIndex]:
+    """Split the dataset at `location` into a training part and `share` of its shards to evaluate on, spread evenly over it.
 
     At least one shard on each side; DataError if there is only one.
     """
     total = len(index.shards)
     if total < 2:
         raise DataError(
-            f"{folder} has {total} shard, so none can be held out for evaluation. Name another dataset in evaluation.data, "
+            f"{location} has {total} shard, so none can be held out for evaluation. Name another dataset in evaluation.data, "
             "or add data."
         )
     count = min(total - 1, max(1, round(share * total)))
@@ -36,7 +37,7 @@ def hold_out(index: DatasetIndex, share: float, folder: Path) -> tuple[DatasetIn
 
 def hold_out_of_each(parts: tuple[Part, ...], share: float) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """`hold_out` of every part of a mixture: the training parts, and the held-out parts."""
-    splits = [(part, *hold_out(part.index, share, part.folder)) for part in parts]
+    splits = [(part, *hold_out(part.index, share, part.location)) for part in parts]
     training, held_out = ([replace(part, index=pieces[side]) for part, *pieces in splits] for side in (0, 1))
     return tuple(training), tuple(held_out)
 
@@ -47,17 +48,17 @@ def rows_of_each(parts: tuple[Part, ...], spec: PackSpec, count: int) -> Rows:
     counts = [max(1, round(count * part.weight / total)) for part in parts]
     parts_and_counts = zip(parts, counts, strict=True)
     return np.concatenate(
-        [evaluation_rows(part.folder, part.index, spec, rows_of_part) for part, rows_of_part in parts_and_counts]
+        [evaluation_rows(part.location, part.index, spec, rows_of_part) for part, rows_of_part in parts_and_counts]
     )
 
 
-def evaluation_rows(folder: Path, index: DatasetIndex, spec: PackSpec, count: int) -> Rows:
-    """`count` packed rows of the dataset in `folder`, or all if it has fewer. DataError if it has none with loss."""
+def evaluation_rows(location: Location, index: DatasetIndex, spec: PackSpec, count: int) -> Rows:
+    """`count` packed rows of the dataset at `location`, or all if it has fewer. DataError if it has none with loss."""
     spec = replace(spec, kind=index.kind)
     packed: list[Rows] = []
-    for path in index.shard_paths(folder):
+    for path in index.shard_paths(location):
         try:
-            packed.append(spec.rows(read_samples([path])))
+            packed.append(spec.rows(samples_in(io.BytesIO(read_shard(path)))))
         except (*READ_ERRORS, ValueError, KeyError) as error:
             raise DataError(f"{path} cannot be read: {error}. Build the dataset again: `tandem data build`.") from error
         if sum(map(len, packed)) >= SPREAD * count:
@@ -65,7 +66,7 @@ def evaluation_rows(folder: Path, index: DatasetIndex, spec: PackSpec, count: in
     rows = np.concatenate(packed)
     if not len(rows):
         raise DataError(
-            f"The {len(index.shards)} shards of {folder} to evaluate on hold no row with loss within {spec.length} tokens. "
+            f"The {len(index.shards)} shards of {location} to evaluate on hold no row with loss within {spec.length} tokens. "
             "Raise evaluation.held_out or data.sequence_length, or name another dataset in evaluation.data."
         )
     return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).astype(int)]

@@ -12,7 +12,7 @@ from tandem.data.index import ShardInfo
 from tandem.data.sources.samples import Chat, Message, Pair, Preference, Sample, Text, size
 from tandem.data.tar import members
 from tandem.ids import file_digest
-from tandem.storage import disk_errors
+from tandem.storage import Location, disk_errors, file_system
 
 TARGET_SHARDS = 64
 LARGEST_SHARD = 8 * 2**20
@@ -77,10 +77,10 @@ def _write_shard(samples: list[Sample], path: Path, first: int) -> ShardInfo:
     )
 
 
-def read_samples(paths: Iterable[Path]) -> Iterator[Sample]:
+def read_samples(paths: Iterable[Location]) -> Iterator[Sample]:
     """The samples in shards that `write_shards` wrote, in order."""
     for path in paths:
-        with path.open("rb") as file:
+        with file_system(path).open(str(path), "rb") as file:
             yield from samples_in(file)
 
 

@@ -21,6 +21,7 @@ from tandem.data.sources.samples import Chat, Pair, Preference, Sample, Text
 from tandem.data.tar import READ_ERRORS
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
+from tandem.storage import Location, file_system, is_remote
 
 READ_AGAIN_S = (0.5, 2.0, 8.0)
 """Pauses after which a shard that could not be read is tried again."""
@@ -77,7 +78,7 @@ class Source:
         index = part.index
         return cls(
             spec=PackSpec(encoder=encoder, kind=index.kind, length=length, loss_on_all=loss_on_all),
-            paths=tuple(str(path) for path in index.shard_paths(part.folder)),
+            paths=tuple(str(path) for path in index.shard_paths(part.location)),
             bytes=tuple(shard.bytes for shard in index.shards),
             digests=tuple(shard.sha256 for shard in index.shards),
         )
@@ -89,10 +90,10 @@ class Source:
 
     def rows(self, shard: int) -> Rows:
         """The packed rows of a shard; DataError names it if its bytes are not those that were written."""
-        path = Path(self.paths[shard])
+        path = self.paths[shard]
         rebuild_hint = "Build the dataset again: `tandem data build`."
         try:
-            data = _read(path)
+            data = read_shard(path)
             if hashlib.sha256(data).hexdigest() != self.digests[shard]:
                 raise DataError(
                     f"{path} is damaged: its bytes are not those that index.json has the digest of. {rebuild_hint}"
@@ -102,14 +103,24 @@ class Source:
             raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}. {rebuild_hint}") from error
 
 
-def _read(path: Path) -> bytes:
+def read_shard(path: Location) -> bytes:
+    """The bytes of a shard, at a path or URI. OSError if it cannot be read, also when that is tried again."""
     # A shard that is left out changes the order of rows after it: a short outage of the storage must not do that.
-    for pause in READ_AGAIN_S:
+    for pause in (*READ_AGAIN_S, None):
         try:
-            return path.read_bytes()
+            return _read(path)
         except OSError:
+            if pause is None:
+                raise
             time.sleep(pause)
-    return path.read_bytes()
+    raise AssertionError("the last time returns or raises")
+
+
+def _read(path: Location) -> bytes:
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    content: bytes = file_system(path).cat_file(path)
+    return content
 
 
 def pack_shards(shards: list[Source]) -> Iterator[pa.Table]:

@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from tandem.data.spec import Source, rows_of
 from tandem.data.tokenize import TextEncoder
 from tandem.errors import DataError
 from tandem.ids import digest
+from tandem.storage import Location
 
 IN_MEMORY_SHARE = 0.25
 """Share of the object store that packed rows may occupy for the whole run."""
@@ -328,21 +328,21 @@ def _check_rows(stream: Stream, parts: tuple[Part, ...], workers: int) -> None:
             blocks.keep([])
             position = stream.order.next_position(position)
         if not num_rows:
-            raise _no_usable_rows_error(part.folder, part.index.kind, part.index.samples, stream.config)
+            raise _no_usable_rows_error(part.location, part.index.kind, part.index.samples, stream.config)
         total += num_rows
     if total < workers:
         raise DataError(
-            f"{' and '.join(str(part.folder) for part in parts)} packs into {total} rows of {stream.config.sequence_length} "
+            f"{' and '.join(str(part.location) for part in parts)} packs into {total} rows of {stream.config.sequence_length} "
             f"tokens, too few for the {workers} workers that see different rows. Lower data.sequence_length or parallel.workers, "
             "or add data."
         )
 
 
-def _no_usable_rows_error(folder: Path, kind: str, samples: int, config: DataConfig) -> DataError:
+def _no_usable_rows_error(location: Location, kind: str, samples: int, config: DataConfig) -> DataError:
     reason = {
         "text": f"its {samples} texts are empty",
         "chats": f"in none of its {samples} chats does the assistant speak within {config.sequence_length} tokens",
         "pairs": f"none of its {samples} answers begins within {config.sequence_length} tokens",
         "preferences": f"none of its {samples} pairs of answers differs within {config.sequence_length} tokens",
     }[kind]
-    return DataError(f"{folder} holds no usable row: {reason}. Raise data.sequence_length, or use other data.")
+    return DataError(f"{location} holds no usable row: {reason}. Raise data.sequence_length, or use other data.")

@@ -107,6 +107,21 @@ def upgrade(url: str) -> Upgraded:
     return Upgraded(redacted_url=redacted_url(engine.url), revision=REVISION, identity=identity)
 
 
+def initialise(url: str) -> Upgraded:
+    """Make the tables in a database without any; RegistryError where there is a registry already."""
+    path = _file(parse_url(url))
+    if path is None or path.exists():
+        engine = connect(url)
+        with database_errors(engine.url):
+            revision = _revision(engine)
+        engine.dispose()
+        if revision is not None:
+            raise RegistryError(
+                f"{redacted_url(engine.url)} has a registry already, at schema {revision}. `tandem db upgrade` brings it up to date."
+            )
+    return upgrade(url)
+
+
 def parse_url(url: str) -> URL:
     """The parsed URL, PostgreSQL's with its driver; RegistryError for a text that is none."""
     try:

@@ -9,7 +9,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, S
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
 
-REVISION = "0006"
+REVISION = "0007"
 """The newest migration: a database that is at it needs nothing done."""
 
 # A name has at most 96 characters (ids.NAME_PATTERN); an id adds "@" and a version.
@@ -170,6 +170,8 @@ class ApiKeyRow(Base):
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revision: Mapped[int]
     """The registry's revision at its last change."""
+    origin: Mapped[str] = mapped_column(String(32))
+    """The first key of the chain of rotations that led to it; its own id where it is the first."""
 
 
 class AuditRow(Base):

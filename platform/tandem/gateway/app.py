@@ -42,6 +42,7 @@ from tandem.jobs.adapters import Adapters
 from tandem.registry import Registry
 from tandem.routing.records import ServedModel
 from tandem.routing.router import Router
+from tandem.serve.app_tls import ClientTls
 from tandem.usage import UsageStore, UsageWriter
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {
@@ -68,6 +69,7 @@ def create_app(
     name: str = "gateway",
     server_adds_request_id: bool = False,
     proxy_secret: str | None = None,
+    engine_tls: ClientTls | None = None,
 ) -> Starlette:
     """The gateway's app for `models`.
 
@@ -80,13 +82,14 @@ def create_app(
     an API key even before the first one is made.
     `server_adds_request_id`: whether the server that runs the app adds `x-request-id` to every response, as Ray Serve does.
     `proxy_secret`: by which requests of this node's HAProxy are known; it tells their clients' addresses.
+    `engine_tls`: the TLS context for engines whose URL has the scheme https.
     """
     config = config or GatewayConfig()
     catalog = Catalog(models, registry, config.retry_after_s)
     fleet = Fleet(watch, Router(router, gateways=config.replicas), models=catalog.models)
     admission = Admission(catalog.models, fleet, config, metrics)
     demand_report = DemandReport(catalog.models, admission.waiting, report_demand) if report_demand else None
-    upstream = Upstream(config)
+    upstream = Upstream(config, engine_tls)
     relay = Relay(fleet, admission, upstream, config, record_latency=record_latency, name=name)
     identity = Identity(registry.address, config.oidc)
     usage = UsageStore.at(registry.address)

@@ -50,7 +50,7 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
                 f"Lower it to {max_length}, or train a model with a larger model.max_length."
             )
     for part in parts:
-        config.check_kind(part.index.kind, str(part.folder))
+        config.check_kind(part.index.kind, str(part.location))
     if base is None and config.model.tokenizer is None:
         check_tokenizers(parts)
     check_elastic(config)
@@ -61,14 +61,17 @@ def prepare(config: TrainConfig, *, compared: Collection[str] = ()) -> JobFolder
     evaluation_index = None
     evaluation = config.evaluation
     if evaluation is not None and evaluation.data is not None:
-        folder, evaluation_index = find_dataset(evaluation.data)
-        config.check_kind(evaluation_index.kind, str(folder))
-        if any(folder == part.folder for part in parts):
-            raise ConfigError(f"evaluation.data is {folder}, which is trained on. Name another dataset, or unset it.")
-        evaluation = replace(evaluation, data=str(folder))
+        found = find_dataset(evaluation.data)
+        evaluation_index = found.index
+        config.check_kind(evaluation_index.kind, str(found.location))
+        if any(found.location == part.location for part in parts):
+            raise ConfigError(
+                f"evaluation.data is {found.location}, which is trained on. Name another dataset, or unset it."
+            )
+        evaluation = replace(evaluation, data=str(found.location))
     resolved = replace(
         config,
-        data=_with_resolved_paths(config.data, [str(part.folder) for part in parts]),
+        data=_with_resolved_paths(config.data, [str(part.location) for part in parts]),
         model=replace(config.model, base=base.id if base else None),
         dpo=replace(config.dpo, reference=reference.id) if config.dpo and reference else config.dpo,
         evaluation=evaluation,

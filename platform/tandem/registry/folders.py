@@ -19,6 +19,11 @@ def model_max_length(folder: Path) -> int | None:
             f"{folder} holds no *.safetensors file, so it is not a model that can be served. "
             "Save it with save_pretrained()."
         )
+    return config_max_length(config)
+
+
+def config_max_length(config: dict[str, Any]) -> int | None:
+    """The positions of a model, by its config.json."""
     # Multimodal configs keep the language model's numbers one level down.
     for values in (config, config.get("text_config")):
         length = values.get("max_position_embeddings") if isinstance(values, dict) else None

@@ -35,8 +35,12 @@ class ServedModel:
     name: str
     """Name for clients."""
     path: str
-    """Folder in Hugging Face's format."""
+    """Folder in Hugging Face's format; of a model with a `uri` one with all files but the weights, until a replica has those."""
     config: ServedModelConfig
+    uri: str | None = None
+    """The model's folder in an object store, from which each node fetches it."""
+    fingerprint: str = ""
+    """Of the files below `uri` when the app was deployed (`registry.model_cache`)."""
     max_length: int | None = None
     created: int = 0
     """Seconds since 1970."""
@@ -98,7 +102,7 @@ class ReplicaRecord:
     started_at: float = 0.0
     """Start of its process, seconds since 1970."""
     startup_s: tuple[tuple[str, float], ...] = ()
-    """Seconds of each phase of its start: process, imports, engine."""
+    """Seconds of each phase of its start: process, files (of a model in a store), imports, engine."""
     tasks: tuple[str, ...] = ()
     """Tasks of its engine (`engine.routes`); empty: not known."""
 

@@ -19,10 +19,12 @@ from tandem.engine.protocol import AdapterRef
 from tandem.limits import Answer, Exchange, LimitLedger, Moment
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import Snapshot
+from tandem.serve import cluster_store
+from tandem.serve.app_tls import Authority, Enrollment, Identity
 from tandem.serve.directory_protocol import DirectoryAddress
 from tandem.serve.directory_server import DirectoryServer
 from tandem.serve.directory_state import HEARTBEAT_S, SILENT_AFTER_S, DirectoryState, WaitingCounts
-from tandem.serve.listen import internal_port_on_node
+from tandem.serve.listen import internal_port_on_node, is_loopback
 
 WARM_UP_S = 3 * SILENT_AFTER_S
 """Seconds after its start in which a directory may not have heard from all replicas."""
@@ -59,10 +61,12 @@ class Directory:
         wake: Callable[[str], Any] | None = None,
         registry: RegistryAddress | None = None,
         host: str | None = None,
+        tls: bool = True,
     ) -> None:
         """`wake` starts the first replica of a deployment; it is awaited, and called again only when it has ended.
 
-        `registry`: its pinned adapters are read for all replicas. `host`: address to listen on; None: the node's.
+        `registry`: its pinned adapters are read for all replicas. `host`: address to listen on; None: the node's. `tls`:
+        whether the app's servers speak TLS, unless this address is on loopback.
         """
         self._limits = LimitLedger()
         self._state = DirectoryState()
@@ -72,6 +76,10 @@ class Directory:
         self._host = host
         self._address: DirectoryAddress | None = None
         self._start_lock = asyncio.Lock()
+        self._tls = tls
+        self._authority: Authority | None = None
+        self._authority_lock = asyncio.Lock()
+        self._load_authority = load_authority if wake is None else Authority.create
         self._wake = wake or call_through_serve
         self._wake_tasks: dict[str, asyncio.Task[None]] = {}
         self._registry = registry
@@ -83,10 +91,18 @@ class Directory:
         """The address on which it listens; the first call starts the server."""
         async with self._start_lock:
             if self._address is None:
-                self._address = await self._server.start(self._host or _node_address())
+                tls = Identity.signed_by(await self._open_authority()).server() if self._requires_tls() else None
+                self._address = await self._server.start(self._own_host(), tls)
                 if self._registry is not None:
                     self._pin_task = asyncio.create_task(self._follow_pins(self._registry))
         return self._address
+
+    async def enroll(self, request: bytes) -> Enrollment:
+        """Sign the certificate of a process of this app (`app_tls.Membership`). ValueError for an invalid request."""
+        authority = await self._open_authority()
+        return Enrollment(
+            certificate=authority.sign(request), authority=authority.certificate, required=self._requires_tls()
+        )
 
     async def close(self) -> None:
         """Close all connections."""
@@ -114,6 +130,18 @@ class Directory:
             # No request waits any more, so no replica need start.
             if not self._demand.total(deployment, now):
                 task.cancel()
+
+    async def _open_authority(self) -> Authority:
+        async with self._authority_lock:
+            if self._authority is None:
+                self._authority = await asyncio.to_thread(self._load_authority)
+        return self._authority
+
+    def _requires_tls(self) -> bool:
+        return self._tls and not is_loopback(self._own_host())
+
+    def _own_host(self) -> str:
+        return self._host or _node_address()
 
     def _apply_limits(self, exchange: Exchange) -> Answer:
         return self._limits.exchange(exchange, Moment.now())
@@ -143,6 +171,14 @@ class Directory:
         # A deployment that is being deleted does not answer; while requests wait, it is called again.
         with contextlib.suppress(Exception):
             await self._wake(deployment)
+
+
+def load_authority() -> Authority:
+    """The authority of the app of this process, made when it is asked for the first time in the cluster."""
+    from ray import serve
+
+    key = f"authority:{serve.get_replica_context().app_name}"
+    return Authority.from_pem(cluster_store.get_or_put(key, Authority.create().to_pem()))
 
 
 async def call_through_serve(deployment: str) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import cast
 
 from tandem.cluster.keepalive import keep_alive
@@ -14,6 +15,7 @@ from tandem.limits import Answer, Exchange
 from tandem.routing.changes import ReplicaChange, Update, difference, normalised
 from tandem.routing.records import HeartbeatReply, ReplicaRecord
 from tandem.serve import directory_protocol as protocol
+from tandem.serve.app_tls import APP_NAME, ClientTls
 from tandem.serve.directory_state import HEARTBEAT_S
 from tandem.tasks import discard, stop
 
@@ -80,14 +82,31 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
-async def connect(locate: Locate, hello: Callable[[str], protocol.Hello], limit: int) -> Connection:
-    """A connection on which the hello (made from the token) was sent. Raises what Ray or the network raise."""
-    async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        address = await locate()
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: Connection(limit), address.host, address.port)
-    connection.send(protocol.encode_hello(hello(address.token)))
-    return connection
+@dataclass(frozen=True, slots=True)
+class DirectoryClient:
+    """Makes connections of one process to the directory."""
+
+    locate: Locate
+    tls: ClientTls | None = None
+    """For a directory that speaks TLS."""
+
+    async def connect(self, hello: Callable[[str], protocol.Hello], limit: int) -> Connection:
+        """A connection on which the hello (made from the token) was sent; `limit`: longest frame that is read, in bytes.
+
+        Raises what Ray or the network raise.
+        """
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            address = await self.locate()
+            context = await self.tls() if address.tls and self.tls is not None else None
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: Connection(limit),
+                address.host,
+                address.port,
+                ssl=context,
+                server_hostname=APP_NAME if context else None,
+            )
+        connection.send(protocol.encode_hello(hello(address.token)))
+        return connection
 
 
 class ReplicaReporter:
@@ -95,12 +114,12 @@ class ReplicaReporter:
 
     def __init__(
         self,
-        locate: Locate,
+        client: DirectoryClient,
         record: Callable[[], ReplicaRecord],
         on_reply: Callable[[HeartbeatReply], None] = lambda reply: None,
     ) -> None:
         """`record` returns the replica's present record; `on_reply` is called with each answer that differs from the last."""
-        self._locate = locate
+        self._client = client
         self._record = record
         self._on_reply = on_reply
         self._changed = asyncio.Event()
@@ -154,7 +173,7 @@ class ReplicaReporter:
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[Connection]:
-        connection = await connect(self._locate, lambda token: protocol.Hello(token=token), protocol.LONGEST_REPORT)
+        connection = await self._client.connect(lambda token: protocol.Hello(token=token), protocol.LONGEST_REPORT)
         self._sent_record = None
         self._connection = connection
         try:
@@ -197,8 +216,8 @@ class ReplicaReporter:
 class DirectoryWatcher:
     """Updates of the directory for one gateway (`gateway.replicas.fleet.WatchReplicas`)."""
 
-    def __init__(self, locate: Locate) -> None:
-        self._locate = locate
+    def __init__(self, client: DirectoryClient) -> None:
+        self._client = client
         self._connection: Connection | None = None
         self._epoch = self._version = 0
         self._pinged_at = 0.0
@@ -215,7 +234,7 @@ class DirectoryWatcher:
                 self.close()
                 self._epoch = self._version = 0
             if self._connection is None:
-                self._connection = await connect(self._locate, self._hello, protocol.LONGEST_PUSH)
+                self._connection = await self._client.connect(self._hello, protocol.LONGEST_PUSH)
             self._ping(self._connection)
             content = await self._connection.read(SILENT_S)
             update = protocol.decode_update(content)
@@ -248,18 +267,16 @@ class LimitsLink:
     On a connection of its own: a snapshot of a large fleet would delay the answers.
     """
 
-    def __init__(self, locate: Locate) -> None:
-        self._locate = locate
+    def __init__(self, client: DirectoryClient) -> None:
+        self._client = client
         self._connection: Connection | None = None
 
     async def __call__(self, exchange: Exchange) -> Answer:
         """The ledger's answer. Raises what Ray or the network raise; the next call connects again."""
         try:
             if self._connection is None or not self._connection.open:
-                self._connection = await connect(
-                    self._locate,
-                    lambda token: protocol.Hello(token=token, purpose="limits"),
-                    protocol.LONGEST_EXCHANGE,
+                self._connection = await self._client.connect(
+                    lambda token: protocol.Hello(token=token, purpose="limits"), protocol.LONGEST_EXCHANGE
                 )
             self._connection.send(protocol.encode_exchange(exchange))
             return protocol.decode_answer(await self._connection.read())

@@ -52,6 +52,8 @@ class DirectoryAddress:
     host: str
     port: int
     token: str = field(repr=False)
+    tls: bool = False
+    """Whether it speaks TLS, to processes of its app only (`app_tls`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import logging
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -22,6 +23,7 @@ from tandem.limits import Answer, Exchange
 from tandem.routing.changes import ReplicaChange
 from tandem.routing.records import HeartbeatReply, base_of_pool
 from tandem.serve import directory_protocol as protocol
+from tandem.serve.app_tls import HANDSHAKE_S
 from tandem.serve.directory_state import HEARTBEAT_S, DirectoryState, UnknownReplicaError, WaitingCounts
 from tandem.tasks import stop
 
@@ -73,13 +75,20 @@ class DirectoryServer:
         self._tick_task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
-    async def start(self, host: str) -> protocol.DirectoryAddress:
-        """Listen on a free port of `host`, an address of this node."""
+    async def start(self, host: str, tls: ssl.SSLContext | None = None) -> protocol.DirectoryAddress:
+        """Listen on a free port of `host`, an address of this node, with TLS if a context is given."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Peer(self), host, 0, backlog=BACKLOG)
+        self._server = await loop.create_server(
+            lambda: _Peer(self),
+            host,
+            0,
+            backlog=BACKLOG,
+            ssl=tls,
+            ssl_handshake_timeout=None if tls is None else HANDSHAKE_S,
+        )
         self._tick_task = asyncio.create_task(self._tick())
         port = self._server.sockets[0].getsockname()[1]
-        return protocol.DirectoryAddress(host=host, port=port, token=self._token)
+        return protocol.DirectoryAddress(host=host, port=port, token=self._token, tls=tls is not None)
 
     async def stop(self) -> None:
         """Close all connections."""

@@ -80,7 +80,7 @@ def engine_version(model: ServedModel, *arguments: Any) -> str:
     replica_config = replace(model.config, replicas=1, autoscaling=None, surge_percent=0)
     # Used by gateways only.
     replica_config = replace(replica_config, requests_per_replica=None, max_queued=0, hold_s=0.0)
-    return version_of(replace(model, config=replica_config), *arguments)
+    return version_of(replace(_without_copy(model), config=replica_config), *arguments)
 
 
 def gateway_view(model: ServedModel) -> ServedModel:
@@ -91,7 +91,12 @@ def gateway_view(model: ServedModel) -> ServedModel:
     prefill = config.prefill and PrefillConfig(min_bytes=config.prefill.min_bytes)
     scaling = config.autoscaling and AutoscalingConfig(min_replicas=min(1, config.autoscaling.min_replicas))
     config = replace(config, engine_args=args, env={}, prefill=prefill, autoscaling=scaling)
-    return replace(model, config=replace(config, replicas=1, surge_percent=0, cpus_per_replica=1.0))
+    return replace(_without_copy(model), config=replace(config, replicas=1, surge_percent=0, cpus_per_replica=1.0))
+
+
+def _without_copy(model: ServedModel) -> ServedModel:
+    """A model of a store without the path of its files on the node that deploys: another node has another."""
+    return model if model.uri is None else replace(model, path="")
 
 
 def version_of(*arguments: Any) -> str:

@@ -24,6 +24,7 @@ import ray.exceptions
 
 from tandem.checkpoint import folders
 from tandem.checkpoint.export import is_complete_export
+from tandem.cluster.shared_files import check_same_files
 from tandem.config import TrainConfig, check_elastic, load_yaml, with_workers, worker_counts
 from tandem.config.training.layout import ModelShape, check_layout
 from tandem.data.heldout import hold_out_of_each, rows_of_each
@@ -173,7 +174,7 @@ def _prepare(config: TrainConfig, job: Path, journal: Journal) -> tuple[WorkerTa
     check_deepspeed(config)
     parts = find_parts(config.data)
     for part in parts:
-        config.check_kind(part.index.kind, str(part.folder))
+        config.check_kind(part.index.kind, str(part.location))
     base = job_base(config)
     check_elastic(config)
     for count in worker_counts(config):
@@ -250,6 +251,7 @@ def connect(config: TrainConfig) -> None:
             # Ray installs a handler that ends the process without an event.
             signal.signal(signal.SIGTERM, handler)
     check_capacity(config, ray.cluster_resources())
+    check_same_files(settings().root)
 
 
 def check_capacity(config: TrainConfig, cluster_resources: dict[str, float]) -> None:
@@ -275,9 +277,9 @@ def _evaluation_rows(config: TrainConfig, stream: Stream, held_out: tuple[Part, 
     if config.evaluation is None:
         return None
     if config.evaluation.data is not None:
-        folder, index = find_dataset(config.evaluation.data)
-        config.check_kind(index.kind, str(folder))
-        held_out = (Part(folder=folder, index=index),)
+        found = find_dataset(config.evaluation.data)
+        config.check_kind(found.index.kind, str(found.location))
+        held_out = (found,)
     return rows_of_each(held_out, stream.sources[0].spec, config.evaluation.rows)
 
 

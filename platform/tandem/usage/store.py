@@ -10,7 +10,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from tandem.db.schema import UsageRow, UsageWriterRow
+from tandem.db.schema import ApiKeyRow, UsageRow, UsageWriterRow
 from tandem.errors import ConfigError, did_you_mean
 from tandem.registry.connection import RegistryConnection
 from tandem.usage.records import UsageCounts, UsageKey
@@ -108,16 +108,23 @@ class UsageStore(RegistryConnection):
         return rows
 
     def tokens_today(self, now: datetime, keys: Collection[str], tenants: Collection[str]) -> dict[str, int]:
-        """Tokens of prompts and answers since midnight UTC, by `key:ID` and `tenant:NAME`, of these keys and tenants alone."""
+        """Tokens of prompts and answers since midnight UTC, by `key:ID` and `tenant:NAME`, of these keys and tenants alone.
+
+        The tokens of a key include those of the keys that it was rotated from (`ApiKeyRow.origin`).
+        """
         midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         tokens = func.sum(UsageRow.prompt_tokens + UsageRow.completion_tokens)
         totals: dict[str, int] = {}
         with self._reading() as session:
-            for kind, column, names in (("key", UsageRow.key_id, keys), ("tenant", UsageRow.tenant, tenants)):
+            key = func.coalesce(ApiKeyRow.origin, UsageRow.key_id)
+            for kind, column, names in (("key", key, keys), ("tenant", UsageRow.tenant, tenants)):
                 sorted_names = sorted(names)
                 for start in range(0, len(sorted_names), NAMES_OF_QUERY):
                     chunk = sorted_names[start : start + NAMES_OF_QUERY]
-                    query = select(column, tokens).where(UsageRow.hour >= midnight, column.in_(chunk)).group_by(column)
+                    rows = select(column, tokens).select_from(UsageRow)
+                    if kind == "key":
+                        rows = rows.outerjoin(ApiKeyRow, ApiKeyRow.id == UsageRow.key_id)
+                    query = rows.where(UsageRow.hour >= midnight, column.in_(chunk)).group_by(column)
                     totals.update((f"{kind}:{name}", int(total or 0)) for name, total in session.execute(query))
         return totals
 

@@ -108,6 +108,11 @@ def test_where_the_folder_cannot_be_used_another_one_can_be_named(folder: Path) 
         node.runtime_folder()
 
 
+def recorded_mark() -> str | None:
+    recorded = node._recorded_node()
+    return recorded.mark if recorded else None
+
+
 FAKE_RAY = """
 import os, subprocess, sys
 if "fail" in sys.argv:
@@ -144,11 +149,11 @@ def processes_of(mark: str | None, count: int) -> bool:
 
 def test_a_node_that_runs_is_not_ended_by_another_start_and_stop_leaves_nothing(folder: Path, fake_ray: None) -> None:
     node.start(["--head"])
-    first = node._recorded_mark()
+    first = recorded_mark()
     assert first and processes_of(first, 1)
     with pytest.raises(ClusterError, match=r"A node of this user runs on this machine. `tandem node stop` ends it"):
         node.start(["--head", "fail"])
-    assert node._recorded_mark() == first and processes_of(first, 1)
+    assert recorded_mark() == first and processes_of(first, 1)
     assert node.stop() == 1
     assert not marked_processes(first) and not (folder / "tmp").exists() and node.stop() == 0
 
@@ -156,20 +161,20 @@ def test_a_node_that_runs_is_not_ended_by_another_start_and_stop_leaves_nothing(
 def test_a_start_that_fails_leaves_nothing_and_says_what_ray_said(folder: Path, fake_ray: None) -> None:
     with pytest.raises(ClusterError, match="ended with status 1. Ray said:\nno such head"):
         node.start(["--head", "fail"])
-    assert node._recorded_mark() is None
+    assert recorded_mark() is None
 
 
 def test_the_watch_of_a_node_ends_what_its_raylet_left_and_not_the_next_node(folder: Path, fake_ray: None) -> None:
     node.start(["--head"])
-    first = str(node._recorded_mark())
+    first = str(recorded_mark())
     assert processes_of(first, 1)
     for process in marked_processes(first):
         process.kill()
         process.wait(10)
     node.start(["--head"])
-    second = str(node._recorded_mark())
-    node.watch(first)  # as the watcher of the first, which is late
-    assert node._recorded_mark() == second and (folder / "tmp").exists() and processes_of(second, 1)
+    second = str(recorded_mark())
+    node._main(first)  # as the watcher of the first, which is late
+    assert recorded_mark() == second and (folder / "tmp").exists() and processes_of(second, 1)
     node.stop()
 
 
@@ -177,9 +182,9 @@ def test_with_block_the_command_goes_on_until_the_node_has_ended(folder: Path, f
     def end() -> None:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            mark = node._recorded_mark()
+            mark = recorded_mark()
             for process in marked_processes(mark) if mark else ():
-                if node._is_raylet(process):
+                if node._is_alive(process, "raylet"):
                     process.kill()
                     return
             time.sleep(0.05)
@@ -188,4 +193,56 @@ def test_with_block_the_command_goes_on_until_the_node_has_ended(folder: Path, f
     thread.start()
     node.start(["--head", "--block"])
     thread.join()
-    assert node._recorded_mark() is None
+    assert recorded_mark() is None
+
+
+def end_raylet(mark: str) -> None:
+    assert processes_of(mark, 1)
+    for process in marked_processes(mark):
+        process.kill()
+
+
+def test_a_node_that_ended_by_itself_is_started_again_until_it_is_stopped(
+    folder: Path, fake_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+    node.start(["--head", "--restart"])
+    marks = [recorded_mark()]
+    for _ in range(2):
+        end_raylet(str(marks[-1]))
+        deadline = time.monotonic() + 30
+        while recorded_mark() in marks and time.monotonic() < deadline:
+            time.sleep(0.1)
+        marks.append(recorded_mark())
+        assert processes_of(marks[-1], 1)
+    assert len(set(marks)) == 3 and None not in marks
+    assert (folder / "node.log").read_text().count("has been started again") == 2
+    assert node.stop() == 1
+    time.sleep(2.5)
+    assert recorded_mark() is None and not any(marked_processes(str(mark)) for mark in marks)
+
+
+def test_a_worker_waits_for_its_head_to_be_reached_before_it_starts_again(
+    folder: Path, fake_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        node.start(["--address", f"127.0.0.1:{port}", "--restart"])
+    first = str(recorded_mark())
+    end_raylet(first)
+    time.sleep(3.5)
+    assert recorded_mark() == first and not marked_processes(first)
+    assert "cannot be reached" in (folder / "node.log").read_text()
+    with socket.create_server(("127.0.0.1", port)):
+        deadline = time.monotonic() + 30
+        while recorded_mark() == first and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_of(recorded_mark(), 1) and recorded_mark() != first
+    node.stop()
+
+
+def test_a_head_without_a_lasting_state_is_not_restarted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_REDIS_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="--restart on a head needs a cluster state that outlives it"):
+        node.start(["--head", "--restart"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from postgresql import Server
 
+from tandem.db.database import initialise
 from tandem.db.schema import REVISION
 from tandem.errors import RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress, is_shared, upgrade
@@ -58,6 +59,15 @@ def test_a_postgresql_database_is_prepared_by_upgrade_alone(postgresql_server: S
     assert (done.revision, done.identity) == (REVISION, Registry(url).identity)
     assert postgresql_server.password not in done.redacted_url
     assert upgrade(url) == done
+
+
+def test_a_database_with_a_registry_is_not_initialised_again(postgresql_server: Server, tmp_path: Path) -> None:
+    for url in (postgresql_server.create("initialised"), f"sqlite:///{tmp_path}/home/tandem.db"):
+        made = initialise(url)
+        assert made.identity == Registry(url).identity
+        with pytest.raises(RegistryError, match=rf"has a registry already, at schema {REVISION}. `tandem db upgrade`"):
+            initialise(url)
+        assert Registry(url).identity == made.identity
 
 
 def test_processes_that_upgrade_one_database_at_once_make_one_registry(postgresql_server: Server) -> None:

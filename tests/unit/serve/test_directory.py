@@ -22,7 +22,7 @@ from tandem.routing.fleet_view import FleetView
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, Snapshot
 from tandem.serve import directory_link, directory_protocol, directory_server
 from tandem.serve.directory import WARM_UP_S, Directory
-from tandem.serve.directory_link import DirectoryWatcher, LimitsLink, ReplicaReporter, connect
+from tandem.serve.directory_link import DirectoryClient, DirectoryWatcher, LimitsLink, ReplicaReporter
 from tandem.serve.directory_protocol import DirectoryAddress, FrameReader, Hello, ProtocolError, frame
 from tandem.serve.directory_state import SILENT_AFTER_S
 
@@ -45,13 +45,13 @@ class World:
     ) -> tuple[ReplicaReporter, dict[str, ReplicaRecord]]:
         """A replica that reports; its record, as "now", may be replaced."""
         state = {"now": record}
-        reporter = ReplicaReporter(self.locate, lambda: state["now"], on_reply)
+        reporter = ReplicaReporter(DirectoryClient(self.locate), lambda: state["now"], on_reply)
         self.reporters.append(reporter)
         await reporter.start(5.0)
         return reporter, state
 
     def gateway(self) -> tuple[DirectoryWatcher, FleetView]:
-        watcher = DirectoryWatcher(self.locate)
+        watcher = DirectoryWatcher(DirectoryClient(self.locate))
         self.watchers.append(watcher)
         return watcher, FleetView()
 
@@ -160,7 +160,7 @@ async def test_a_connection_without_the_token_is_closed_and_learns_nothing(world
     async def locate() -> DirectoryAddress:
         return replace(good, token="guessed")
 
-    connection = await connect(locate, lambda token: Hello(token=token, purpose="watch"), 1_000_000)
+    connection = await DirectoryClient(locate).connect(lambda token: Hello(token=token, purpose="watch"), 1_000_000)
     with pytest.raises(ConnectionError):
         await connection.read(5.0)
     assert "guessed" not in repr(await locate())
@@ -192,7 +192,7 @@ async def test_of_many_connections_without_the_token_the_oldest_are_closed(
 
 async def test_a_frame_that_is_no_report_ends_its_connection_only(world: World) -> None:
     _, state = await world.replica(A)
-    connection = await connect(world.locate, lambda token: Hello(token=token), 1_000_000)
+    connection = await DirectoryClient(world.locate).connect(lambda token: Hello(token=token), 1_000_000)
     connection.send(b'{"id": 5}')
     with pytest.raises(ConnectionError):
         await connection.read(5.0)
@@ -232,7 +232,7 @@ async def test_a_gateway_connects_again_when_the_directory_says_nothing(
     async def locate() -> DirectoryAddress:
         return DirectoryAddress(host="127.0.0.1", port=port, token="t")
 
-    watcher = DirectoryWatcher(locate)
+    watcher = DirectoryWatcher(DirectoryClient(locate))
     for _ in range(2):
         with pytest.raises(TimeoutError):
             await watcher(0)
@@ -330,7 +330,7 @@ async def test_replicas_are_told_of_pinned_adapters_and_ask_no_database(tmp_path
 
 async def test_a_gateway_that_does_not_read_gets_what_it_missed_at_once(world: World) -> None:
     reporter, state = await world.replica(A)
-    slow = await connect(world.locate, lambda token: Hello(token=token, purpose="watch"), 10**9)
+    slow = await DirectoryClient(world.locate).connect(lambda token: Hello(token=token, purpose="watch"), 10**9)
     assert slow._transport is not None
     slow._transport.pause_reading()
     # More than the buffers of both sockets hold.
@@ -369,7 +369,7 @@ def test_a_change_that_holds_a_whole_record_is_known_before_it_is_decoded() -> N
 async def test_the_ledger_of_limits_asks_a_gateway_that_it_does_not_know_what_is_in_flight(world: World) -> None:
     subject = Subject("key:k", Limits(concurrent_requests=1))
     one = Reservation("a", (subject,), 1)
-    link = LimitsLink(world.locate)
+    link = LimitsLink(DirectoryClient(world.locate))
     assert await link(Exchange("g", 1, (Admit(one),))) == Answer(resend=True)
     assert await link(Exchange("g", 2, (), reservations=(one,))) == Answer()
     (verdict,) = (await link(Exchange("g", 3, (Admit(one._replace(id="b")),)))).verdicts
@@ -395,7 +395,7 @@ def test_exchanges_reach_the_ledger_whole() -> None:
 async def test_a_late_answer_about_limits_is_not_taken_for_that_to_the_next_exchange(
     world: World,
 ) -> None:
-    link = LimitsLink(world.locate)
+    link = LimitsLink(DirectoryClient(world.locate))
     one = Reservation("a", (Subject("key:k", Limits(concurrent_requests=1)),), 1)
     assert await link(Exchange("g", 1, (), reservations=())) == Answer()
     exchange_task = asyncio.create_task(link(Exchange("g", 2, (Admit(one),))))
@@ -407,7 +407,7 @@ async def test_a_late_answer_about_limits_is_not_taken_for_that_to_the_next_exch
 
 
 async def test_the_link_to_the_ledger_connects_again_after_a_restart_of_the_directory(world: World) -> None:
-    link = LimitsLink(world.locate)
+    link = LimitsLink(DirectoryClient(world.locate))
     assert await link(Exchange("g", 1, (), reservations=())) == Answer()
     await world.restart()
     async with asyncio.timeout(10):
@@ -419,7 +419,7 @@ async def test_the_link_to_the_ledger_connects_again_after_a_restart_of_the_dire
 
 
 async def test_a_frame_about_limits_that_cannot_be_read_ends_its_connection(world: World) -> None:
-    connection = await connect(world.locate, lambda token: Hello(token=token, purpose="limits"), 1_000_000)
+    connection = await DirectoryClient(world.locate).connect(lambda token: Hello(token=token, purpose="limits"), 1_000_000)
     connection.send(b'["g", 1, [[["a", "subjects", 1]]]]')
     with pytest.raises(ConnectionError):
         await connection.read(5)

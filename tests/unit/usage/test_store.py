@@ -13,6 +13,8 @@ import pytest
 from postgresql import Server
 from sqlalchemy import event
 
+from tandem.auth import Limits
+from tandem.auth.keys import KeyStore
 from tandem.db.database import open_database
 from tandem.errors import ConfigError, RegistryUnreachableError
 from tandem.usage import UsageCounts, UsageKey, UsageLabels, UsageStore, UsageWriter
@@ -43,6 +45,18 @@ def test_batches_add_up_and_a_repeated_batch_changes_nothing(store: UsageStore):
         "key_id": "key_1", "adapter": "red@1",
         "requests": 5, "prompt_tokens": 61, "completion_tokens": 15, "estimated_requests": 1,
     }  # fmt: skip
+
+
+def test_tokens_of_a_rotated_key_count_for_its_successor(store: UsageStore):
+    with KeyStore(store.url) as keys:
+        first = keys.create("service", limits=Limits(tokens_per_day=100), by="ann").key
+        second = keys.rotate(first.id, overlap=timedelta(hours=1), by="ann").key
+        third = keys.rotate(second.id, overlap=timedelta(hours=1), by="ann").key
+        other = keys.create("other", by="ann").key
+    assert {key.principal.counted_as for key in (first, second, third)} == {first.id}
+    labels = [CHAT._replace(key_id=key.id) for key in (first, second, third, other)]
+    store.add("one", 1, {UsageKey(NOON, each): UsageCounts(1, 10, 1) for each in labels})
+    assert store.tokens_today(NOON, {first.id, other.id}, ()) == {f"key:{first.id}": 33, f"key:{other.id}": 11}
 
 
 def test_a_batch_changes_no_revision_of_the_registry(store: UsageStore):

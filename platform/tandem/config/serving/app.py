@@ -57,7 +57,8 @@ class ServedModelConfig(ReplicaConfig):
     """One base model and the replicas that hold it."""
 
     model: str
-    """A registered model, a folder in Hugging Face's format, or a model of its hub: `org/name`, `org/name@revision`."""
+    """A registered model, a folder in Hugging Face's format, its URI in an object store (s3://bucket/name; every node fetches it
+    once), or a model of the hub: `org/name`, `org/name@revision`."""
     name: str | None = None
     """Name for clients; unset: the registered name (of the hub's `org/name`), or the folder's."""
     autoscaling: AutoscalingConfig | None = None
@@ -249,6 +250,9 @@ class ServeConfig:
     """Name of the Serve application."""
     drain_timeout_s: float = 600.0
     """Seconds that streams may continue in a stopping replica or gateway. An idle engine stops at once."""
+    internal_tls: bool = True
+    """Whether directory, gateways and engines speak TLS with each other, with certificates made for the app, where the nodes do not
+    talk over loopback. False where the network encrypts what passes between nodes."""
     version: str = ""
     """Version of what Tandem cannot see, such as other packages: a change replaces all replicas when the app is deployed again.
     Changes of Tandem's own code are detected."""

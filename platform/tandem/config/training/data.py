@@ -30,7 +30,7 @@ class DataConfig:
     """Datasets that `tandem data build` wrote, and how their rows are cut."""
 
     path: str = ""
-    """Folder of WebDataset shards with an index.json, or the name of one below TANDEM_HOME/data."""
+    """Folder of WebDataset shards with an index.json, its URI (s3://bucket/name), or the name of one below TANDEM_HOME/data."""
     mixture: tuple[MixturePart, ...] = ()
     """Instead of `path`: several datasets, whose rows are dealt by weight; a dataset that ends begins again."""
     sequence_length: int = 256

@@ -78,7 +78,7 @@ class Accounting:
     def subjects(self, principal: Principal) -> tuple[Subject, ...]:
         """The key and the tenant of a request, as far as they have limits."""
         pairs = (
-            (f"key:{principal.key_id}", principal.limits),
+            (f"key:{principal.counted_as}", principal.limits),
             (f"tenant:{principal.tenant}", self._tenant_limits(principal.tenant)),
         )
         return tuple(Subject(id_, limits) for id_, limits in pairs if limits.counts_anything)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from tandem.gateway.replicas.engine_http import EngineAnswer, EngineConnection, NotConnectedError
+from tandem.serve.app_tls import APP_NAME, ClientTls
 
 KEEP_ALIVE_S = 30.0
 """Seconds for which an idle connection to a replica is kept."""
@@ -17,8 +19,10 @@ KEEP_ALIVE_S = 30.0
 class EngineConnections:
     """The connections to all replicas. Used in one event loop."""
 
-    def __init__(self, connect_timeout_s: float) -> None:
+    def __init__(self, connect_timeout_s: float, tls: ClientTls | None = None) -> None:
+        """`tls`: for replicas whose URL has the scheme https."""
         self._connect_timeout_s = connect_timeout_s
+        self._tls = tls
         self._idle: defaultdict[str, list[EngineConnection]] = defaultdict(list)
         self._open: defaultdict[str, set[EngineConnection]] = defaultdict(set)
         self._clean_timer: asyncio.TimerHandle | None = None
@@ -46,7 +50,7 @@ class EngineConnections:
             raise ValueError("A header for an engine has a line break in it.")
         connection = self._take_idle(address.netloc)
         if connection is None:
-            connection = await self._connect(address.netloc, str(address.hostname), int(address.port or 80))
+            connection = await self._connect(address)
         answer = await connection.send(f"{head}\r\n\r\n".encode(), body, silent_s)
         on_sent()
         return answer
@@ -74,7 +78,9 @@ class EngineConnections:
                 return connection
         return None
 
-    async def _connect(self, netloc: str, host: str, port: int) -> EngineConnection:
+    async def _connect(self, address: SplitResult) -> EngineConnection:
+        netloc = address.netloc
+
         def release(connection: EngineConnection) -> None:
             if connection.is_open and connection.answer is None:
                 connection.idle_since = asyncio.get_running_loop().time()
@@ -85,15 +91,30 @@ class EngineConnections:
 
         try:
             async with asyncio.timeout(self._connect_timeout_s):
+                context = await self._context(address.scheme)
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: EngineConnection(release), host, port
+                    lambda: EngineConnection(release),
+                    address.hostname,
+                    address.port,
+                    ssl=context,
+                    server_hostname=APP_NAME if context else None,
                 )
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError) as error:  # an SSLError is an OSError
             raise NotConnectedError(str(error) or f"no connection within {self._connect_timeout_s:g} s") from error
         # One that has ended already was forgotten by its `release`.
         if connection.is_open:
             self._open[netloc].add(connection)
         return connection
+
+    async def _context(self, scheme: str) -> ssl.SSLContext | None:
+        if scheme != "https" or self._tls is None:
+            return None
+        try:
+            return await self._tls()
+        except TimeoutError:
+            raise
+        except Exception as error:  # what Ray raises where the directory does not answer
+            raise NotConnectedError(f"no certificate from the directory: {error}") from error
 
     def _forget(self, netloc: str, connection: EngineConnection) -> None:
         with contextlib.suppress(ValueError):

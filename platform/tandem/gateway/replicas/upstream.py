@@ -29,6 +29,7 @@ from tandem.gateway.replicas.engine_http import (
 from tandem.gateway.replicas.engine_pool import EngineConnections
 from tandem.routing.records import ALIVE_PATH, TOKEN_HEADER, UNAVAILABLE_HEADER, ReplicaRecord, adapter_headers
 from tandem.routing.request import RoutingRequest
+from tandem.serve.app_tls import ClientTls
 from tandem.usage.records import UsageLabels
 from tandem.usage.wire import LABELS_HEADER
 
@@ -88,9 +89,10 @@ class Attempt:
 class Upstream:
     """Sends requests to replicas."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, tls: ClientTls | None = None) -> None:
+        """`tls`: for engines that speak TLS."""
         self._config = config
-        self._connections = EngineConnections(config.connect_timeout_s)
+        self._connections = EngineConnections(config.connect_timeout_s, tls)
 
     def stop(self) -> None:
         """Close all connections."""

@@ -24,10 +24,12 @@ from tandem.errors import EngineError, RegistryError, RegistryUnreachableError
 from tandem.registry import Registry, RegistryAddress
 from tandem.routing.records import HeartbeatReply, ReplicaRecord, ServedModel, State
 from tandem.secret_values import resolve_references
-from tandem.serve.directory_link import ReplicaReporter
+from tandem.serve.app_tls import Membership
+from tandem.serve.directory_link import DirectoryClient, ReplicaReporter
 from tandem.serve.engine_spec import engine_spec
 from tandem.serve.listen import internal_port_on_node
 from tandem.serve.replica.adapter_checks import AdapterChecker
+from tandem.serve.replica.files import with_files
 from tandem.serve.replica.host import EngineHost
 from tandem.serve.replica.logs import serve_log_kept
 from tandem.serve.replica.sigterm import drain_on_sigterm
@@ -55,12 +57,18 @@ class EngineReplica:
         """Load the model; raises ConfigError or EngineError with the reason if that cannot work."""
         self._started_at, startup = time.time(), StartupTimer()
         startup.done("process")
+        if model.uri is not None:
+            model = await asyncio.to_thread(with_files, model)
+            startup.done("files")
         self._model = model
         self._drain_timeout_s = drain_timeout_s
         self._id = serve.get_replica_context().replica_id.unique_id
         self._state: State = "ready"
         self._stall = StallDetector(model.config.stuck_after_s)
-        self._reporter = ReplicaReporter(directory.address.remote, self.record, self._directory_answered)
+        membership = Membership(directory.enroll.remote)
+        self._reporter = ReplicaReporter(
+            DirectoryClient(directory.address.remote, membership.client), self.record, self._directory_answered
+        )
         self._pins: tuple[AdapterRef, ...] | None = None
         self._reaper = Reaper.of_children()
         drain_on_sigterm()
@@ -73,6 +81,7 @@ class EngineReplica:
         if model.config.prefill is not None:
             export(find_engine(model.config.engine).kv_transfer.environment(host, free_ports(1)[0]), override=True)
         self._usage = UsageWriter(UsageStore.at(registry)) if registry is not None else None
+        tls = await membership.server()
         start_log = StartLog(model.deployment, find_engine(model.config.engine), resolve_references(model.config.env))
         # Importing vLLM takes seconds: outside the loop, so that Serve's controller is answered meanwhile.
         with serve_log_kept():
@@ -86,6 +95,7 @@ class EngineReplica:
                 host=host,
                 on_change=lambda: _call_in_loop(loop, self._reporter.changed),
                 record_usage=self._usage.add if self._usage else None,
+                tls=tls,
             )
             try:
                 await self._host.start()

@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import secrets
 import socket
+import ssl
 from collections.abc import Callable, Iterable, Iterator
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tandem.engine.protocol import AdapterRef, Engine, EngineStats
 from tandem.engine.thread import EngineThread
@@ -21,6 +23,9 @@ from tandem.serve.replica.guard import Guard
 
 STOP_TIMEOUT_S = 10.0
 """Seconds that server and engine may take to stop once no request runs."""
+MAX_CONNECTIONS = 4096
+"""Connections of all gateways to one engine; each has one request. Engines generate hundreds at once, and the queue for more is in
+the gateways."""
 KEEP_ALIVE_S = 75
 """Longer than a gateway keeps an idle connection, so that it is the gateway that closes."""
 
@@ -38,15 +43,17 @@ class EngineHost:
         host: str = "127.0.0.1",
         on_change: Callable[[], None] = lambda: None,
         record_usage: RecordUsage | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """`on_change` is called from the engine's thread when adapters or health change, and `record_usage` when a request has
-        ended (see Guard); for the others see AdapterSlots.
+        ended (see Guard); `tls`: the server's context (`app_tls`), None: it speaks no TLS; for the others see AdapterSlots.
         """
         self.token = secrets.token_hex(32)
         self.url = ""
-        """`http://host:port`, once started."""
+        """`http://host:port`, or `https://`, once started."""
         self._engine = engine
         self._host = host
+        self._tls = tls
         self._slots = AdapterSlots(engine, max_adapters, on_change, cached=max_cached, prepare=prepare)
         self._guard = Guard(engine, self._slots, self.token, on_change, record_usage)
         self._thread = EngineThread(engine, self._serve)
@@ -109,17 +116,33 @@ class EngineHost:
 
     async def _serve(self, ready: Callable[[], None]) -> None:
         sock = socket.create_server((self._host, 0), backlog=2048)
-        self.url = f"http://{self._host}:{sock.getsockname()[1]}"
+        scheme = "http" if self._tls is None else "https"
+        self.url = f"{scheme}://{self._host}:{sock.getsockname()[1]}"
         config = uvicorn.Config(
             self._guard,
+            http=LimitedConnection,
             lifespan="auto",
             log_config=None,
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=5,
         )
+        config.load()
+        config.ssl = self._tls
         self._server = _Server(config, ready)
         await self._server.serve(sockets=[sock])
+
+
+class LimitedConnection(HttpToolsProtocol):
+    """A connection to the engine's server; one above `MAX_CONNECTIONS` is ended at once."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """asyncio's call at the start."""
+        if len(self.connections) < MAX_CONNECTIONS:
+            super().connection_made(transport)
+            return
+        self.transport = transport
+        transport.abort()
 
 
 class _Server(uvicorn.Server):

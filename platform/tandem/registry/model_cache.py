@@ -1,0 +1,204 @@
+"""Node-local cache of base models from object stores: each node fetches a model once, however many replicas it has there.
+
+A copy is known by the fingerprint of what the store lists (names, sizes, and entity tags or times), is written beside its final
+place with the SHA-256 of each file, and appears by one rename. A process that uses a copy holds a lock on it, so that the least
+recently used of the others make room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tandem.errors import ConfigError, StorageError
+from tandem.ids import digest
+from tandem.private import make_private_folder
+from tandem.settings import settings
+from tandem.storage import disk_errors, file_system, join, require_space, store_errors
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+"""Ends of names of files that hold weights."""
+RECORD = ".tandem-copy.json"
+"""Origin, sizes and digests of a copy's files."""
+CHUNK_BYTES = 16 * 2**20
+CONCURRENT_FILES = 4
+TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "updated")
+"""What stores' clients call the property of a file that changes with its content."""
+
+_used_copies: list[IO[bytes]] = []
+"""Locks on the copies that this process uses, until it ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoteModel:
+    """A model's files in a store, as they are listed now."""
+
+    uri: str
+    sizes: dict[str, int]
+    """Bytes of each file, by name."""
+    fingerprint: str
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(self.sizes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCache:
+    """A folder of models that takes at most `limit_bytes`, beside copies that are in use."""
+
+    root: Path
+    limit_bytes: int
+
+    @classmethod
+    def open(cls) -> ModelCache:
+        """The cache that this node's settings name."""
+        config = settings()
+        return cls(config.model_cache, int(config.model_cache_gib * 2**30))
+
+    def fetch_metadata(self, remote: RemoteModel) -> Path:
+        """A folder with all files of the model but its weights: enough for checks, and for the choice of an engine."""
+        folder = self.root / "metadata" / remote.fingerprint
+        if not folder.is_dir():
+            names = [name for name in remote.sizes if not name.endswith(WEIGHTS)]
+            with store_errors(remote.uri, "read"):
+                self._bring(remote, names, folder)
+        return folder
+
+    def fetch(self, remote: RemoteModel) -> Path:
+        """A folder with all files of the model, kept while this process runs. StorageError where that cannot be."""
+        folder = self.root / remote.fingerprint
+        with disk_errors("fetching a model", self.root):
+            make_private_folder(self.root)
+            while True:
+                # One process of a node fetches; the others wait for it.
+                with self._lock(remote.fingerprint, fcntl.LOCK_EX):
+                    if not _is_whole(folder):
+                        shutil.rmtree(folder, ignore_errors=True)
+                        self._check_size(remote)
+                        self.make_room(remote.bytes)
+                        with store_errors(remote.uri, "read"):
+                            self._bring(remote, list(remote.sizes), folder)
+                    os.utime(folder)
+                lock = self._open_lock(remote.fingerprint)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if folder.is_dir():
+                    _used_copies.append(lock)
+                    return folder
+                lock.close()  # another process has made room between the two locks
+
+    def make_room(self, needed_bytes: int) -> list[str]:
+        """Remove the least recently used copies that no process uses, until so much is free; returns their fingerprints."""
+        copies = sorted(
+            (path.stat().st_mtime, path)
+            for path in self.root.iterdir()
+            if path.is_dir() and path.name != "metadata" and not path.name.startswith(".")
+        )
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for _, path in copies}
+        total, removed = sum(sizes.values()) + needed_bytes, []
+        for _, path in copies:
+            if total <= self.limit_bytes:
+                break
+            with contextlib.suppress(BlockingIOError), self._lock(path.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                trash = path.with_name(f".{uuid.uuid4().hex}.old")
+                path.rename(trash)
+                shutil.rmtree(trash, ignore_errors=True)
+                removed.append(path.name)
+                total -= sizes[path]
+        return removed
+
+    def _check_size(self, remote: RemoteModel) -> None:
+        if remote.bytes > self.limit_bytes:
+            raise StorageError(
+                f"{remote.uri} has {remote.bytes / 2**30:.2f} GiB, and this node keeps {self.limit_bytes / 2**30:.2f} GiB of "
+                "models. Raise TANDEM_MODEL_CACHE_GIB."
+            )
+
+    def _bring(self, remote: RemoteModel, names: list[str], folder: Path) -> None:
+        """Copy files of the model to `folder`, which appears when all are there."""
+        staging = folder.with_name(f".{uuid.uuid4().hex}.tmp")
+        make_private_folder(staging)
+        try:
+            require_space(staging, sum(remote.sizes[name] for name in names), f"The model at {remote.uri}")
+            files = file_system(remote.uri)
+            with ThreadPoolExecutor(CONCURRENT_FILES, thread_name_prefix="model-files") as pool:
+                digests = list(
+                    pool.map(lambda name: _copy(files, str(join(remote.uri, name)), staging / name), names)
+                )
+            for name in names:
+                if (staging / name).stat().st_size != remote.sizes[name]:
+                    raise StorageError(f"{remote.uri} changed while it was read: {name} has another size now. Try again.")
+            record = {"uri": remote.uri, "sizes": {name: remote.sizes[name] for name in names}}
+            (staging / RECORD).write_text(json.dumps({**record, "sha256": dict(zip(names, digests, strict=True))}))
+            with contextlib.suppress(OSError):  # another process has brought the same
+                staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _lock(self, fingerprint: str, how: int) -> Iterator[None]:
+        with self._open_lock(fingerprint) as lock:
+            fcntl.flock(lock, how)
+            yield
+
+    def _open_lock(self, fingerprint: str) -> IO[bytes]:
+        return (self.root / f".{fingerprint}.lock").open("ab")
+
+
+def describe(uri: str) -> RemoteModel:
+    """The model's files as the store lists them now. ConfigError where there is none, StorageError where it does not answer."""
+    uri = uri.rstrip("/")
+    with store_errors(uri, "read"):
+        files = file_system(uri)
+        try:
+            listed = files.ls(uri, detail=True)
+        except FileNotFoundError:
+            listed = []
+    entries = {
+        name: entry
+        for entry in listed
+        if entry["type"] == "file" and not (name := entry["name"].rpartition("/")[2]).startswith(".") and name
+    }
+    if "config.json" not in entries or not any(name.endswith(".safetensors") for name in entries):
+        missing = "config.json" if "config.json" not in entries else "*.safetensors"
+        raise ConfigError(
+            f"There is no model at {uri}: it has no {missing} (it holds {', '.join(sorted(entries)[:5]) or 'nothing'}). Name a "
+            "folder in Hugging Face's format."
+        )
+    sizes = {name: int(entry["size"]) for name, entry in sorted(entries.items())}
+    content = [[name, size, _tag(entries[name])] for name, size in sizes.items()]
+    return RemoteModel(uri=uri, sizes=sizes, fingerprint=digest([uri, content])[:32])
+
+
+def _tag(entry: dict[str, Any]) -> str:
+    return next((str(entry[key]) for key in TAGS if entry.get(key)), "")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a copy is there with all its files at their sizes."""
+    try:
+        sizes = json.loads((folder / RECORD).read_text())["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _copy(files: Any, source: str, target: Path) -> str:
+    """Copy one file of a store; returns its SHA-256."""
+    sha256 = hashlib.sha256()
+    with files.open(source, "rb", cache_type="none") as reader, target.open("wb") as writer:
+        while chunk := reader.read(CHUNK_BYTES):
+            sha256.update(chunk)
+            writer.write(chunk)
+    return sha256.hexdigest()
