@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from tandem.cli.support.shell import friendly_errors, interrupt_taken
-from tandem.cli.support.talk import Talker, unknown_model
 from tandem.errors import ConfigError, EngineError, TandemError, did_you_mean
 from tandem.sdk.address import find_api_url
 from tandem.sdk.console import console as terminal
+from tandem.sdk.talk import Talker, unknown_model
 from tandem.settings import settings
 
 PROMPT = "you> "

@@ -22,8 +22,8 @@ from certificates import make_pair
 from rich.console import Console
 
 from tandem.cli.chat import Chat, Conversation, chat
-from tandem.cli.support.talk import Talker
 from tandem.errors import ClusterError, ConfigError, EngineError, UnknownModelError
+from tandem.sdk.talk import Talker
 
 COMMAND = [sys.executable, "-c", "import typer; from tandem.cli.chat import chat_command; typer.run(chat_command)"]
 

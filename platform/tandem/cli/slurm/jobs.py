@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.doctor import Finding, show_findings
-from tandem.cli.slurm.site import JobArgument, SetOption, SiteOption, read_site
+from tandem.cli.slurm.site import JobArgument, SetOption, SiteOption
 from tandem.cli.slurm.tunnel import tunnel_command
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.slurm import commands
@@ -26,6 +26,7 @@ from tandem.cluster.slurm.script import JobRequest, container_words, preparation
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ClusterError, ConfigError
 from tandem.sdk.console import console
+from tandem.sdk.slurm import read_site
 from tandem.settings import settings, variable
 from tandem.storage import write_atomic
 
