@@ -67,6 +67,13 @@ class Site:
         assert not check or result.returncode == 0, result.stdout[-6000:] + self.output()
         return result
 
+    def on_laptop(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run Python on the laptop, which reaches the login node by ssh alone."""
+        return subprocess.run(
+            [sys.executable, *words], env={**os.environ, "TANDEM_HOME": str(self.laptop), **variables},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
     def output(self) -> str:
         """The end of the newest job's output."""
         with contextlib.suppress(Exception):
@@ -171,6 +178,27 @@ def test_a_job_is_reached_through_the_login_node_with_its_key(site: Site, served
         assert refused.stdout == "401"
     status = json.loads(site.tandem("slurm", "status", "--json").stdout)
     assert status[0]["slurm"] == "RUNNING" and status[0]["state"] == "ready" and status[0]["ends_at"]
+
+
+def test_clients_on_a_laptop_open_the_way_themselves(site: Site, served: Connection) -> None:
+    scripts = sorted((REPOSITORY / "examples").glob("*.py"))
+    own = [[str(path), served.job_id] for path in scripts if not path.name.startswith("openai")]
+    for words in (["-m", "tandem", "chat", "--slurm", served.job_id, "--max-tokens", "4", "the cat"], *own):
+        done = site.on_laptop(*words)
+        assert done.returncode == 0 and done.stdout.strip(), f"{words}\n{done.stdout}{done.stderr}"
+    with site.tunnel(18304):
+        sdk = {"OPENAI_BASE_URL": "http://127.0.0.1:18304/v1", "OPENAI_API_KEY": served.api_key}
+        for path in scripts:
+            if path.name.startswith("openai"):
+                done = site.on_laptop(str(path), **sdk)
+                assert done.returncode == 0 and done.stdout.strip(), f"{path}\n{done.stdout}{done.stderr}"
+    assert not left_by_ssh()
+
+
+def left_by_ssh() -> list[str]:
+    """Connections of tunnels and clients that are still up."""
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in shown.splitlines() if "/tmp/tandem-ssh-" in line]
 
 
 def test_a_tunnel_connects_again_at_the_same_port(site: Site, served: Connection) -> None:
