@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from drivers import losses
 from hosts import REPOSITORY, SUBNET, Host, hosts, wait_until
 from postgresql import postgresql
@@ -38,6 +39,14 @@ steps: {steps}
 batch_size: 4
 """
 STEPS = 1500
+PROJECT = """\
+setup: .venv/.ready-cpu
+.venv/.ready-cpu:
+	@mkdir -p .venv/bin
+	@printf '#!/bin/sh\\nexport PYTHONPATH={platform}\\nexec {python} "$$@"\\n' > .venv/bin/python
+	@chmod 755 .venv/bin/python
+	@touch $@
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +172,23 @@ def client(port: int, key: str) -> Any:
 def test_a_compute_node_is_checked_as_jobs_find_it(site: Site) -> None:
     shown = site.tandem("slurm", "check", check=False).stdout
     assert "Python" in shown and "Packages" in shown and "TANDEM_HOME must be" not in shown
+
+
+def test_the_shared_file_system_is_prepared_from_a_laptop_and_checked_on_a_node(site: Site) -> None:
+    # A checkout that is there, whose environment is this one.
+    folder = site.shared / "project"
+    (folder / "requirements").mkdir(parents=True)
+    (folder / "Makefile").write_text(PROJECT.format(python=sys.executable, platform=REPOSITORY / "platform"))
+    words = ["-m", "tandem", "slurm", "setup", str(folder), "--site-set", "cpus_per_node=2"]
+    login = yaml.safe_load((site.laptop / "slurm.yaml").read_text())["login"]
+    for name in ("host", "config"):
+        words += ["--site-set", f"login.{name}={login[name]}"]
+    variables = {**site.slurm.environment, "COLUMNS": "200"}
+    first, second = (site.on_laptop(*words, **variables).stdout for _ in range(2))
+    assert "checkout of its own" in first and first.count(": made") == 4 and second.count(": is there") == 4
+    for shown in (first, second):
+        assert f"tandem: {folder}/tandem" in shown and "cpus_per_node: 2" in shown
+        assert "On a compute node:" in shown and "Python" in shown and "TANDEM_HOME must be" not in shown
 
 
 def test_a_job_is_reached_through_the_login_node_with_its_key(site: Site, served: Connection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 from tandem.errors import ClusterError
 
@@ -19,8 +20,9 @@ def run_program(
     hint: str,
     environment: Mapping[str, str] | None = None,
     quiet: bool = True,
+    stdin: IO[bytes] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program without input; its exit status is the caller's to judge.
+    """Run a program, without input unless `stdin` is given; its exit status is the caller's to judge.
 
     `quiet` captures its output, which else goes to the terminal. ClusterError if the program is not on this machine, or if it
     runs for longer than `timeout_s` and is killed; `hint` is what the message says to do then.
@@ -29,7 +31,7 @@ def run_program(
         return subprocess.run(
             command,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             capture_output=quiet,
             text=True,
             timeout=timeout_s,

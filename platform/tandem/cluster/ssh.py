@@ -92,10 +92,14 @@ class SshConnection:
         """Whether the master connection is up."""
         return self._control("check") == 0
 
+    def words(self, command: str) -> list[str]:
+        """The words that run a shell command on the host through this connection."""
+        return ["ssh", *self.options(), self.config.host, command]
+
     def run(self, command: str, *, timeout_s: float = COMMAND_S) -> str:
         """Run a command on the host; ClusterError with its output if it fails, or does not end within `timeout_s`."""
         done = run_program(
-            ["ssh", *self.options(), self.config.host, command],
+            self.words(command),
             timeout_s=timeout_s,
             hint=f"`ssh {self.config.host}` shows whether the host answers; run the command there by hand.",
         )

@@ -7,7 +7,7 @@ import json
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,19 @@ PROBE_S = 3.0
 """Seconds within which a node has to accept a connection to count as reachable."""
 
 
-def read_site(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> SlurmSite:
+def read_site(path: Path | None = None, overrides: Sequence[str] = ()) -> SlurmSite:
     """The site's config: of the file, else of slurm.yaml in TANDEM_HOME, else all defaults.
 
     ConfigError if a file that was named is not there.
     """
+    return from_dict(SlurmSite, site_values(path, overrides))
+
+
+def site_values(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same as it was written, not checked."""
     own = settings().root / "slurm.yaml"
     values: dict[str, Any] = read_yaml(path) if path is not None else read_yaml(own) if own.exists() else {}
-    return from_dict(SlurmSite, apply_overrides(values, overrides))
+    return apply_overrides(values, overrides)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(home: Path) -> None:
         (("submit", "serve", "my-model"), "This machine has no `sbatch`"),
         (("submit", "serve", "my-model", "--site-set", "partitoin=gpu", "--dry-run"), "Did you mean 'partition'"),
         (("submit", "serve", "my-model", "--site", "none.yaml"), "No config file at none.yaml"),
+        (("setup", "/shared/tandem", "--site-set", "login.host=-oProxyCommand=x"), "is no host for ssh"),
         (("info", "12"), "There is no Slurm job '12'"),
         (("tunnel", "12"), "There is no Slurm job '12'"),
     ],

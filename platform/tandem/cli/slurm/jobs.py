@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tandem.cli.doctor import Finding, show_findings
+from tandem.cli.slurm.setup import setup_command
 from tandem.cli.slurm.site import JobArgument, SetOption, SiteOption
 from tandem.cli.slurm.tunnel import tunnel_command
 from tandem.cli.support.shell import friendly_errors
@@ -35,6 +36,7 @@ CHECK_S = 600.0
 """Seconds within which a compute node has to be free for a check."""
 
 slurm_app = typer.Typer(no_args_is_help=True, help="Train and serve as jobs of a Slurm cluster.")
+slurm_app.command("setup")(setup_command)
 slurm_app.command("tunnel")(tunnel_command)
 submit_app = typer.Typer(no_args_is_help=True, help="Submit a job.")
 slurm_app.add_typer(submit_app, name="submit")
@@ -99,8 +101,7 @@ def check_command(
         home = settings().root
         token = home / "slurm" / f"check-{secrets.token_hex(4)}"
         write_atomic(token, secrets.token_hex(8), mode=0o600)
-        words = [sys.executable, "-m", "tandem", "doctor", "--json"]
-        command = shlex.join(words)
+        command = shlex.join([*tandem_words(found), "doctor", "--json"])
         if found.container is not None:
             command = " ".join([*container_words(found.container, home), command])
         lines = [
@@ -226,7 +227,7 @@ def _submit(submission: Submission, site: SlurmSite, *, dry_run: bool, detach: b
     if not dry_run:
         commands.require()
     folder = JobFolder(home / "slurm" / "example") if dry_run else JobFolder.create(home, submission)
-    script = render(site, _request(submission, folder))
+    script = render(site, _request(submission, folder, site))
     if dry_run:
         typer.echo(script, nl=False)
         return
@@ -242,7 +243,7 @@ def _submit(submission: Submission, site: SlurmSite, *, dry_run: bool, detach: b
         _wait(folder, job_id)
 
 
-def _request(submission: Submission, folder: JobFolder) -> JobRequest:
+def _request(submission: Submission, folder: JobFolder, site: SlurmSite) -> JobRequest:
     found = settings()
     variables = {
         "TANDEM_HOME": str(found.root),
@@ -259,10 +260,16 @@ def _request(submission: Submission, folder: JobFolder) -> JobRequest:
     return JobRequest(
         submission=submission,
         folder=folder,
-        tandem=(sys.executable, "-m", "tandem"),
+        tandem=tandem_words(site),
         variables=variables,
         home=found.root,
     )
+
+
+def tandem_words(site: SlurmSite) -> tuple[str, ...]:
+    """The `tandem` command on the nodes: of this environment, or of the image where it has a Python of its own."""
+    python = site.container.python if site.container is not None else None
+    return (python or sys.executable, "-m", "tandem")
 
 
 def _wait(folder: JobFolder, job_id: str) -> None:
