@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from bench.harness.slurm_site import Site, slurm_site
 from drivers import losses
-from hosts import REPOSITORY, SUBNET, Host, hosts, wait_until
+from hosts import REPOSITORY, SUBNET, skipped_where_unavailable, wait_until
 from postgresql import postgresql
 from serve_fixtures import write_model
-from slurm import Slurm, slurm
 
-from tandem.cluster.slurm.folder import Connection, JobFolder, find
+from tandem.cluster.slurm.folder import Connection
 
 # Each job starts Ray on its node, and an engine: half a minute each.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -49,100 +44,17 @@ setup: .venv/.ready-cpu
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A Slurm cluster of two nodes, its login node, and a laptop."""
-
-    slurm: Slurm
-    nodes: list[Host]
-    login: Host
-    shared: Path
-    """A folder that all hosts see; TANDEM_HOME of the cluster is `home` in it."""
-    laptop: Path
-    """TANDEM_HOME of the laptop, which sees nothing of the cluster's files."""
-    database: str
-
-    @property
-    def home(self) -> Path:
-        return self.shared / "home"
-
-    def tandem(self, *words: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on the login node."""
-        result = subprocess.run(
-            [sys.executable, "-m", "tandem", *words],
-            env={**os.environ, **self.slurm.environment, "TANDEM_HOME": str(self.home), "COLUMNS": "200", **variables},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
-        )  # fmt: skip
-        assert not check or result.returncode == 0, result.stdout[-6000:] + self.output()
-        return result
-
-    def on_laptop(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run Python on the laptop, which reaches the login node by ssh alone."""
-        return subprocess.run(
-            [sys.executable, *words], env={**os.environ, "TANDEM_HOME": str(self.laptop), **variables},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-
-    def output(self) -> str:
-        """The end of the newest job's output."""
-        with contextlib.suppress(Exception):
-            return find(self.home, "latest").log.read_text()[-6000:]
-        return ""
-
-    def job_failed(self) -> bool:
-        """Whether the newest job says that it has failed."""
-        connection = self.job().connection()
-        return connection is not None and connection.state == "failed"
-
-    def job(self) -> JobFolder:
-        return find(self.home, "latest")
-
-    @contextlib.contextmanager
-    def tunnel(self, port: int) -> Iterator[subprocess.Popen[str]]:
-        """`tandem slurm tunnel` on the laptop."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tandem", "slurm", "tunnel", self.job().submission().job_id or "", "--port", str(port)],
-            env={**os.environ, "TANDEM_HOME": str(self.laptop), "COLUMNS": "200"},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            shown = process.stdout.readline()
-            assert f"http://127.0.0.1:{port}/v1" in shown, shown + process.stdout.read()
-            yield process
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=20)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with skipped_where_unavailable(), slurm_site(tmp_path_factory.mktemp("slurm"), nodes=2) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("slurm")
-    shared, laptop = folder / "shared", folder / "laptop"
-    shared.mkdir()
-    for home in (shared / "home", laptop):
-        home.mkdir(mode=0o700)
-    with (
-        hosts(3, folder / "hosts", [shared]) as (*nodes, login),
-        slurm(nodes, shared / "slurm") as cluster,
-        postgresql(f"{SUBNET}.1") as database,
-    ):
-        (shared / "home" / "slurm.yaml").write_text("cpus_per_node: 2\nwarning_s: 30\n")
-        (folder / "ssh").write_text(
-            f"Host *\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n IdentityFile {login.key}\n"
-            " BatchMode yes\n"
-        )
-        command = shared / "tandem"
-        command.write_text(
-            f"#!/bin/sh\nexport TANDEM_HOME={shared}/home PYTHONPATH={REPOSITORY}/platform\n"
-            f'exec {sys.executable} -m tandem "$@"\n'
-        )
-        command.chmod(0o755)
-        login_config = f"{{host: root@{login.address}, config: {folder}/ssh, tandem: {command}}}"
-        (laptop / "slurm.yaml").write_text(f"login: {login_config}\n")
-        yield Site(
-            slurm=cluster, nodes=nodes, login=login, shared=shared, laptop=laptop, database=database.create("tandem")
-        )
+def database(site: Site) -> Iterator[str]:
+    """A database for jobs of both nodes."""
+    with postgresql(f"{SUBNET}.1") as server:
+        yield server.create("tandem")
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +92,7 @@ def test_the_shared_file_system_is_prepared_from_a_laptop_and_checked_on_a_node(
     (folder / "requirements").mkdir(parents=True)
     (folder / "Makefile").write_text(PROJECT.format(python=sys.executable, platform=REPOSITORY / "platform"))
     words = ["-m", "tandem", "slurm", "setup", str(folder), "--site-set", "cpus_per_node=2"]
-    login = yaml.safe_load((site.laptop / "slurm.yaml").read_text())["login"]
-    for name in ("host", "config"):
-        words += ["--site-set", f"login.{name}={login[name]}"]
+    words += ["--host", f"root@{site.login.address}"]
     variables = {**site.slurm.environment, "COLUMNS": "200"}
     first, second = (site.on_laptop(*words, **variables).stdout for _ in range(2))
     assert "checkout of its own" in first and first.count(": made") == 4 and second.count(": is there") == 4
@@ -333,10 +243,10 @@ def test_training_that_spans_three_jobs_has_the_losses_of_one(site: Site) -> Non
     assert len(whole) == STEPS and steps("parts") == pytest.approx(whole, abs=1e-5)
 
 
-def test_training_runs_over_two_nodes(site: Site) -> None:
+def test_training_runs_over_two_nodes(site: Site, database: str) -> None:
     build_text(site)
     (site.shared / "wide.yaml").write_text(TRAINING.format(name="wide", workers=2, steps=6))
-    variables = {"TANDEM_DATABASE_URL": site.database}
+    variables = {"TANDEM_DATABASE_URL": database}
     site.tandem("db", "upgrade", **variables)
     site.tandem("slurm", "submit", "train", "--nodes", "2", "--config", str(site.shared / "wide.yaml"), **variables)
     wait_until(lambda: not site.slurm.run("squeue", "--noheader").strip(), 300, "the job did not end")
