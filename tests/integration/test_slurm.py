@@ -251,3 +251,28 @@ def test_training_runs_over_two_nodes(site: Site, database: str) -> None:
     site.tandem("slurm", "submit", "train", "--nodes", "2", "--config", str(site.shared / "wide.yaml"), **variables)
     wait_until(lambda: not site.slurm.run("squeue", "--noheader").strip(), 300, "the job did not end")
     assert "2 workers on 2 nodes" in site.job().log.read_text(), site.output()
+
+
+def test_trials_of_a_sweep_run_as_tasks_side_by_side_on_a_node(site: Site, database: str) -> None:
+    build_text(site)
+    config = site.shared / "swept.yaml"
+    config.write_text(TRAINING.format(name="swept", workers=1, steps=30).replace("1.5", "0.5"))
+    variables = {"TANDEM_DATABASE_URL": database}
+    site.tandem("db", "upgrade", **variables)
+    words = ["slurm", "submit", "sweep", "--config", str(config), "--param", "optimizer.learning_rate=1e-9,1e-2,1e-8"]
+    one_node = ["--site-set", "cpus_per_node=1", "--site-set", f"options=[--nodelist={site.nodes[0].name}]"]
+    site.tandem(*words, *one_node, "--at-once", "2", **variables)
+    most = 0
+
+    def over() -> bool:
+        nonlocal most
+        most = max(most, len(site.slurm.run("squeue", "--noheader", "--array", "--states=RUNNING").splitlines()))
+        return not site.slurm.run("squeue", "--noheader").strip()
+
+    wait_until(over, 500, "the array did not end")
+    logs = "".join(site.job().task(number).log.read_text()[-2000:] for number in (1, 2, 3))
+    assert most == 2, logs
+    # The last task has compared them, and the same command has nothing left to run.
+    shown = site.tandem(*words, *one_node, **variables).stdout
+    assert "The best is trial 2" in shown and "swept@1" in shown, shown + logs
+    assert json.loads(site.tandem("slurm", "status", "--json").stdout)[0]["state"] == "3 ended"

@@ -24,6 +24,7 @@ from tandem import settings as environment
 from tandem.cluster import haproxy
 from tandem.cluster.local import authentication
 from tandem.cluster.marks import MARK, end_marked_processes, marked_processes
+from tandem.cluster.ports import free_block, free_ports
 from tandem.cluster.reaper import KEEP_MARKS
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
 from tandem.private import check_private_folder, make_private_folder, read_private_file, remove_private_folder
@@ -33,6 +34,10 @@ HAPROXY_PORTS = [8406, 8404, 8500, 9500]
 """HAProxy's metrics and statistics, and the HTTP and gRPC ports of Serve's fallback proxy, on every node."""
 GATEWAY_PORTS = range(30000, 31000)
 """Ports of gateway replicas, on every node: outside of those that Ray gives to its workers."""
+WORKER_PORTS = range(10000, 20000)
+"""Ports of Ray's workers, Ray's own range; nodes in slots share it, so that none takes a port that another is about to take."""
+SLOTS = 20
+"""Nodes that fit on a machine side by side, if none of them serves."""
 START_TIMEOUT_S = 180.0
 WATCH_S = 1.0
 """Seconds between checks of the raylet."""
@@ -53,8 +58,12 @@ def runtime_folder() -> Path:
     return folder
 
 
-def start(arguments: Sequence[str]) -> None:
+def start(arguments: Sequence[str], *, slot: int | None = None) -> None:
     """Run `ray start` with `arguments`. ClusterError if this user runs a node here already, which keeps running.
+
+    A node that serves has HAProxy's ports, which are the same on all nodes of its cluster; a machine has room for one. With a
+    `slot` (0 to SLOTS - 1) the node has others: nodes that do not serve fit on a machine side by side, each in a slot and a
+    TANDEM_RUNTIME_DIR of its own.
 
     With `--block` it returns when the node has ended. ClusterError with the end of Ray's output if it fails, if this machine is
     to join a cluster and has no token for it, or if its ports are taken.
@@ -77,8 +86,9 @@ def start(arguments: Sequence[str]) -> None:
                 "A node of this user runs on this machine. `tandem node stop` ends it, and all that runs on it."
             )
         _end_recorded()  # files and processes of a node that has died
-        check_ports()
-        _start(folder, mark, arguments)
+        if slot is None:
+            check_ports()
+        _start(folder, mark, arguments, slot)
     if block:
         try:
             watch(mark)
@@ -94,9 +104,22 @@ def start(arguments: Sequence[str]) -> None:
     )
 
 
-def _start(folder: Path, mark: str, arguments: Sequence[str]) -> None:
+def slot_options(slot: int, *, head: bool) -> list[str]:
+    """Options of `ray start` that keep a node's ports apart from those of nodes in other slots of the machine."""
+    first = WORKER_PORTS.start + slot * (len(WORKER_PORTS) // SLOTS)
+    ports = free_ports(3)
+    found = [f"--min-worker-port={first}", f"--max-worker-port={first + len(WORKER_PORTS) // SLOTS - 1}"]
+    found.append(f"--dashboard-agent-listen-port={ports[0]}")
+    return [*found, f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"] if head else found
+
+
+def _start(folder: Path, mark: str, arguments: Sequence[str], slot: int | None) -> None:
+    haproxy_ports, gateway_ports = HAPROXY_PORTS, GATEWAY_PORTS
+    if slot is not None:
+        haproxy_ports, gateway_ports = free_ports(len(HAPROXY_PORTS)), free_block()
+        arguments = [*arguments, *slot_options(slot, head="--head" in arguments)]
     variables = {
-        **haproxy.serving_environment(folder, HAPROXY_PORTS, GATEWAY_PORTS),
+        **haproxy.serving_environment(folder, haproxy_ports, gateway_ports),
         **authentication(),
         **KEEP_MARKS,
         MARK: mark,

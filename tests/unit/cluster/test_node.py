@@ -189,3 +189,13 @@ def test_with_block_the_command_goes_on_until_the_node_has_ended(folder: Path, f
     node.start(["--head", "--block"])
     thread.join()
     assert node._recorded_mark() is None
+
+
+def test_nodes_in_slots_have_ports_apart() -> None:
+    ranges = []
+    for slot in range(node.SLOTS):
+        first, last = (int(each.partition("=")[2]) for each in node.slot_options(slot, head=False)[:2])
+        ranges.append(range(first, last + 1))
+    ports = [port for each in ranges for port in each]
+    assert len(ports) == len(set(ports)) and set(ports) <= set(node.WORKER_PORTS)
+    assert any(each.startswith("--dashboard-port=") for each in node.slot_options(0, head=True))

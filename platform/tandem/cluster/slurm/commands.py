@@ -69,8 +69,14 @@ def submit(script: Path, arguments: Sequence[str] = ()) -> str:
 
 def state(job_id: str) -> JobState | None:
     """What Slurm says of a job; None: it has forgotten it, some minutes after the job's end."""
+    known = states(job_id)
+    return known[0] if known else None
+
+
+def states(job_id: str) -> list[JobState]:
+    """The same of a job array: what Slurm says of each of its tasks, of those that wait in one."""
     answer = _run(["scontrol", "--oneliner", "show", "job", job_id], missing_ok=True)
-    return parse_job(answer) if answer else None
+    return [parse_job(line) for line in answer.splitlines() if line.strip()]
 
 
 def parse_job(answer: str) -> JobState:
