@@ -54,7 +54,7 @@ def main() -> int:
             rounds.append(one_round(found, f"bench{number}"))
             print(json.dumps(rounds[-1]), file=sys.stderr)
     total = [sum(each.values()) for each in rounds]
-    figures = medians([*({**each, "all": whole} for each, whole in zip(rounds, total, strict=True))])
+    figures = medians({**each, "all": whole} for each, whole in zip(rounds, total, strict=True))
     rows = [row(label, figures[name], [each[name] for each in rounds]) for name, label in PHASES.items()]
     rows.append(row("all", figures["all"], total))
     verdicts = [at_most("`ray up` to the first chat answer", figures["all"], BAR_S, " s")]

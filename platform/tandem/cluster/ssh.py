@@ -9,6 +9,7 @@ import contextlib
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
@@ -125,6 +126,11 @@ class SshConnection:
         command = ["ssh", *self.options(), "-O", verb, *arguments, self.config.host]
         hint = f"`ssh {self.config.host}` shows whether the host answers."
         return run_program(command, timeout_s=CONTROL_S, hint=hint).returncode
+
+
+def connected(config: SshConfig | None) -> AbstractContextManager[SshConnection | None]:
+    """A connection for the length of a block; None where there is nothing to connect to: this machine is the host."""
+    return contextlib.nullcontext() if config is None else SshConnection(config)
 
 
 def _pass_lines(stream: IO[str], on_line: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from tandem.cluster.ssh import SshConnection
 from tandem.cluster.tunnel import AppEndedError, Target, Tunnel, in_background
 from tandem.config.load import apply_overrides, from_dict, read_yaml
 from tandem.config.slurm import SlurmSite
-from tandem.errors import ClusterError
+from tandem.errors import ClusterError, ConfigError
 from tandem.settings import settings
 
 FOLLOW_S = 3.0
@@ -54,8 +54,16 @@ class JobReader:
         """Where a job stands, by Slurm's id or `latest`; ClusterError if there is none."""
         if self.ssh is None:
             return find(settings().root, job).connection()
-        shown = self.ssh.run(f"{self.command} slurm info {shlex.quote(job)} --json")
-        return from_dict(Connection, json.loads(shown))
+        command = f"{self.command} slurm info {shlex.quote(job)} --json"
+        shown = self.ssh.run(command)
+        try:
+            # A login shell may greet before it.
+            return from_dict(Connection, json.loads(shown.strip().rpartition("\n")[2]))
+        except (ValueError, ConfigError) as error:
+            raise ClusterError(
+                f"`{command}` on {self.ssh.config.host} did not print a job: {shown.strip()[-500:]!r}. Is it the same version of "
+                "Tandem?"
+            ) from error
 
     def ready(self, job: str) -> Connection:
         """The same for a job whose app answers; ClusterError for any other."""

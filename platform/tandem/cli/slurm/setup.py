@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import tandem
 from tandem.cli.slurm.site import SetOption, SiteOption
 from tandem.cli.support.shell import friendly_errors
 from tandem.cluster.slurm import setup
-from tandem.cluster.ssh import SshConnection
+from tandem.cluster.ssh import SshConnection, connected
 from tandem.config.load import from_dict
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ConfigError
@@ -62,7 +61,7 @@ def setup_command(
             lock=lock or ("gpu" if gpus_per_node else "cpu"),
             image_source=image_from,
         )
-        with contextlib.nullcontext() if found.login is None else SshConnection(found.login) as ssh:
+        with connected(found.login) as ssh:
             _prepare(found, values, request, ssh)
             command = _command(found, request)
             _show_lines(found, values, request, command)

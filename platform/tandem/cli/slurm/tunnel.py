@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from rich.markup import escape
 
 from tandem.cli.slurm.site import JobArgument, SetOption, SiteOption
 from tandem.cli.support.shell import friendly_errors
-from tandem.cluster.ssh import SshConnection
+from tandem.cluster.ssh import connected
 from tandem.sdk.console import console
 from tandem.sdk.slurm import JobReader, read_site
 
@@ -25,7 +24,7 @@ def tunnel_command(
     """Open a port of this machine that leads to a job's app, until Ctrl-C."""
     with friendly_errors():
         login = read_site(site, overrides).login
-        with contextlib.nullcontext() if login is None else SshConnection(login) as ssh:
+        with connected(login) as ssh:
             reader = JobReader(ssh) if login is None else JobReader(ssh, login.tandem)
             found = reader.ready(job)
 
