@@ -14,7 +14,7 @@ from pathlib import Path
 from pylint.checkers.symilar import Symilar
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("platform", "bench", "scripts", "train_apps", "serve_apps", "docs")
+FOLDERS = ("platform", "bench", "scripts", "train_apps", "serve_apps", "examples", "docs")
 MIN_LINES = 10
 
 

@@ -180,22 +180,33 @@ def run(peer: str, layout: str, folder: Path, options: argparse.Namespace, addre
     if process.returncode:
         last = "\n".join(process.stdout.splitlines()[-30:])
         raise SystemExit(f"{layout}: {peer} ended with status {process.returncode}:\n{last}")
-    if peer == "tandem":
-        events = [json.loads(line) for line in (job / "events.jsonl").read_text().splitlines()]
-        steps = [event for event in events if event["event"] == "step"]
-        first = next(e["time"] for e in events if e["event"] == "started")
-        step_times, losses = [first + event["seconds"] for event in steps], [event["loss"] for event in steps]
-    else:
-        notes = json.loads((folder / "said.json").read_text())
-        step_times, losses = notes["ends"], notes["losses"]
-    step_s = [end - start for start, end in zip(step_times[DROPPED:], step_times[DROPPED + 1 :], strict=False)]
-    tokens = options.batch * options.length
+    step_times, losses = tandem_steps(job) if peer == "tandem" else peer_steps(folder)
     return {
-        "tokens_per_s": tokens / statistics.median(step_s),
+        "tokens_per_s": tokens_per_s(step_times, options.batch * options.length),
         "start_s": step_times[0] - start_time,
         "total_s": end_time - start_time,
         "losses": losses,
     }
+
+
+def tandem_steps(job: Path) -> tuple[list[float], list[float]]:
+    """When each step of a Tandem job ended, in seconds since 1970, and its loss."""
+    events = [json.loads(line) for line in (job / "events.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    first = next(event["time"] for event in events if event["event"] == "started")
+    return [first + event["seconds"] for event in steps], [event["loss"] for event in steps]
+
+
+def peer_steps(folder: Path) -> tuple[list[float], list[float]]:
+    """The same of a peer."""
+    notes = json.loads((folder / "said.json").read_text())
+    return notes["ends"], notes["losses"]
+
+
+def tokens_per_s(step_times: list[float], step_tokens: int) -> float:
+    """Steady throughput: of the median step, without the first ones."""
+    steady = zip(step_times[DROPPED:], step_times[DROPPED + 1 :], strict=False)
+    return step_tokens / statistics.median(end - start for start, end in steady)
 
 
 def tandem_config(layout: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import yaml
-from hosts import REPOSITORY, SUBNET, Host, hosts, wait_until
-from postgresql import Server, postgresql
+from bench.harness.ray_up import Deployment, deployment
+from hosts import Host, skipped_where_unavailable, wait_until
 from serve_fixtures import write_adapter, write_model
 
 from tandem.cluster.node import GATEWAY_PORTS, HAPROXY_PORTS
@@ -39,80 +34,15 @@ batch_size: 4
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deployed:
-    """A cluster that `ray up` has started."""
-
-    head: Host
-    worker: Host
-    shared: Path
-    """A folder that both hosts see at this path."""
-    database: Server
-    file: Path
-    """The cluster file."""
-    client: Path
-    """The home directory of the user who has started it."""
-
-
-def cluster(command: str, file: Path, home: Path) -> str:
-    """Run `tandem cluster` on this machine, with the token in `home`."""
-    environment = {
-        **os.environ,
-        "HOME": str(home),
-        "TANDEM_HOME": str(home / "tandem"),
-        "RAY_ADDRESS": "",
-        "COLUMNS": "160",
-    }
-    result = subprocess.run(
-        [sys.executable, "-m", "tandem", "cluster", command, str(file)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    """The on-premises file with these hosts filled in, up; taken down again at the end, with a look at what is left."""
-    folder = tmp_path_factory.mktemp("ray-up")
-    shared, client = folder / "shared", folder / "client"
-    shared.mkdir()
-    (client / ".ray").mkdir(parents=True)
-    token = client / ".ray" / "auth_token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    with hosts(2, folder / "hosts", [shared]) as (head, worker), postgresql(f"{SUBNET}.1") as database:
-        environment = (REPOSITORY / "deploy" / "tandem.env.example").read_text()
-        for pattern, value in (
-            (
-                r"PATH=.*",
-                f"PATH={Path(sys.executable).parent}:$PATH\nPYTHONPATH={REPOSITORY / 'platform'}\nOMP_NUM_THREADS=1",
-            ),
-            (r"TANDEM_HOME=.*", f"TANDEM_HOME={shared / 'home'}"),
-            (r"TANDEM_DATABASE_URL=.*", f"TANDEM_DATABASE_URL='{database.create('tandem')}'"),
-        ):
-            environment = re.sub(rf"^{pattern}$", value, environment, flags=re.MULTILINE)
-        (folder / "tandem.env").write_text(environment)
-        config = yaml.safe_load((REPOSITORY / "deploy" / "onprem" / "cluster.yaml").read_text())
-        config |= {
-            # Ray keeps the state of a cluster under its name.
-            "cluster_name": f"tandem-{secrets.token_hex(4)}",
-            "provider": {"type": "local", "head_ip": head.address, "worker_ips": [worker.address]},
-            "auth": {"ssh_user": "root", "ssh_private_key": str(head.key)},
-            "min_workers": 1,
-            "max_workers": 1,
-            "file_mounts": {"~/.ray/auth_token": str(token), "~/.tandem.env": str(folder / "tandem.env")},
-            # The environment is this one, which the hosts see.
-            "setup_commands": [each for each in config["setup_commands"] if "make setup" not in each],
-        }
-        file = folder / "cluster.yaml"
-        file.write_text(yaml.safe_dump(config))
-        shown = cluster("up", file, client)
-        assert "is up: 2 nodes" in shown
-        head.run("tandem db upgrade")
-        yield Deployed(head=head, worker=worker, shared=shared, database=database, file=file, client=client)
-        cluster("down", file, client)
-        for host in (head, worker):
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A cluster that is up; taken down again at the end, with a look at what is left."""
+    with skipped_where_unavailable(), deployment(tmp_path_factory.mktemp("ray-up")) as found:
+        assert "is up: 2 nodes" in found.cluster("up")
+        found.head.run("tandem db upgrade")
+        yield found
+        found.cluster("down")
+        for host in (found.head, found.worker):
             # The workers too are ended, and not left to notice that the head has gone.
             wait_until(lambda host=host: not ray_processes(host), 15, f"processes of Ray are left on {host.name}")
             wait_until(
@@ -138,7 +68,7 @@ def ask(host: Host, model: str, key: str) -> tuple[dict[str, str], str]:
     return {name.lower(): value for name, value in headers.items()}, json.loads(content)["choices"][0]["text"]
 
 
-def test_training_runs_over_both_hosts(deployed: Deployed) -> None:
+def test_training_runs_over_both_hosts(deployed: Deployment) -> None:
     texts = deployed.shared / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"line {i} of a text. " * 20}) + "\n" for i in range(100)))
     (deployed.shared / "train.yaml").write_text(TRAINING)
@@ -151,7 +81,7 @@ def test_training_runs_over_both_hosts(deployed: Deployed) -> None:
     assert [each["id"] for each in listed] == ["small@1"]
 
 
-def test_one_app_answers_on_both_hosts_and_knows_what_is_registered_on_either(deployed: Deployed) -> None:
+def test_one_app_answers_on_both_hosts_and_knows_what_is_registered_on_either(deployed: Deployment) -> None:
     head, worker, shared = deployed.head, deployed.worker, deployed.shared
     base = write_model(shared / "tiny")
     red, blue = (write_adapter(shared / name, base, seed=seed) for seed, name in enumerate(("red", "blue")))
@@ -182,18 +112,12 @@ def test_one_app_answers_on_both_hosts_and_knows_what_is_registered_on_either(de
         assert {address for address, port in listening if port in HAPROXY_PORTS[:2]} == {"127.0.0.1"}
 
 
-def test_a_tunnel_leads_to_the_app_of_the_head(deployed: Deployed) -> None:
-    assert deployed.head.address in cluster("status", deployed.file, deployed.client)
+def test_a_tunnel_leads_to_the_app_of_the_head(deployed: Deployment) -> None:
+    assert deployed.head.address in deployed.cluster("status")
     key = json.loads(deployed.head.run("tandem keys create tunnel --json").stdout)["secret"]
-    environment = {
-        **os.environ,
-        "HOME": str(deployed.client),
-        "TANDEM_HOME": str(deployed.client / "tandem"),
-        "RAY_ADDRESS": "",
-    }
     process = subprocess.Popen(
         [sys.executable, "-m", "tandem", "cluster", "tunnel", str(deployed.file), "--port", "18400"],
-        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=deployed.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None and "http://127.0.0.1:18400/v1 leads to" in process.stdout.readline()
@@ -207,7 +131,7 @@ def test_a_tunnel_leads_to_the_app_of_the_head(deployed: Deployed) -> None:
         process.communicate(timeout=20)
 
 
-def test_an_sqlite_registry_is_refused(deployed: Deployed) -> None:
+def test_an_sqlite_registry_is_refused(deployed: Deployment) -> None:
     result = deployed.head.run(
         f"unset TANDEM_DATABASE_URL; tandem serve deploy -c {deployed.shared}/app.yaml", check=False, timeout_s=120
     )

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.harness.slurm_site import Site, slurm_site
 from drivers import losses
-from hosts import REPOSITORY, SUBNET, Host, hosts, wait_until
+from hosts import REPOSITORY, SUBNET, skipped_where_unavailable, wait_until
 from postgresql import postgresql
 from serve_fixtures import write_model
-from slurm import Slurm, slurm
 
-from tandem.cluster.slurm.folder import Connection, JobFolder, find
+from tandem.cluster.slurm.folder import Connection
 
 # Each job starts Ray on its node, and an engine: half a minute each.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -38,95 +34,27 @@ steps: {steps}
 batch_size: 4
 """
 STEPS = 1500
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A Slurm cluster of two nodes, its login node, and a laptop."""
-
-    slurm: Slurm
-    nodes: list[Host]
-    login: Host
-    shared: Path
-    """A folder that all hosts see; TANDEM_HOME of the cluster is `home` in it."""
-    laptop: Path
-    """TANDEM_HOME of the laptop, which sees nothing of the cluster's files."""
-    database: str
-
-    @property
-    def home(self) -> Path:
-        return self.shared / "home"
-
-    def tandem(self, *words: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on the login node."""
-        result = subprocess.run(
-            [sys.executable, "-m", "tandem", *words],
-            env={**os.environ, **self.slurm.environment, "TANDEM_HOME": str(self.home), "COLUMNS": "200", **variables},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
-        )  # fmt: skip
-        assert not check or result.returncode == 0, result.stdout[-6000:] + self.output()
-        return result
-
-    def output(self) -> str:
-        """The end of the newest job's output."""
-        with contextlib.suppress(Exception):
-            return find(self.home, "latest").log.read_text()[-6000:]
-        return ""
-
-    def job_failed(self) -> bool:
-        """Whether the newest job says that it has failed."""
-        connection = self.job().connection()
-        return connection is not None and connection.state == "failed"
-
-    def job(self) -> JobFolder:
-        return find(self.home, "latest")
-
-    @contextlib.contextmanager
-    def tunnel(self, port: int) -> Iterator[subprocess.Popen[str]]:
-        """`tandem slurm tunnel` on the laptop."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tandem", "slurm", "tunnel", self.job().submission().job_id or "", "--port", str(port)],
-            env={**os.environ, "TANDEM_HOME": str(self.laptop), "COLUMNS": "200"},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            shown = process.stdout.readline()
-            assert f"http://127.0.0.1:{port}/v1" in shown, shown + process.stdout.read()
-            yield process
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=20)
+PROJECT = """\
+setup: .venv/.ready-cpu
+.venv/.ready-cpu:
+	@mkdir -p .venv/bin
+	@printf '#!/bin/sh\\nexport PYTHONPATH={platform}\\nexec {python} "$$@"\\n' > .venv/bin/python
+	@chmod 755 .venv/bin/python
+	@touch $@
+"""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("slurm")
-    shared, laptop = folder / "shared", folder / "laptop"
-    shared.mkdir()
-    for home in (shared / "home", laptop):
-        home.mkdir(mode=0o700)
-    with (
-        hosts(3, folder / "hosts", [shared]) as (*nodes, login),
-        slurm(nodes, shared / "slurm") as cluster,
-        postgresql(f"{SUBNET}.1") as database,
-    ):
-        (shared / "home" / "slurm.yaml").write_text("cpus_per_node: 2\nwarning_s: 30\n")
-        (folder / "ssh").write_text(
-            f"Host *\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n IdentityFile {login.key}\n"
-            " BatchMode yes\n"
-        )
-        command = shared / "tandem"
-        command.write_text(
-            f"#!/bin/sh\nexport TANDEM_HOME={shared}/home PYTHONPATH={REPOSITORY}/platform\n"
-            f'exec {sys.executable} -m tandem "$@"\n'
-        )
-        command.chmod(0o755)
-        login_config = f"{{host: root@{login.address}, config: {folder}/ssh, tandem: {command}}}"
-        (laptop / "slurm.yaml").write_text(f"login: {login_config}\n")
-        yield Site(
-            slurm=cluster, nodes=nodes, login=login, shared=shared, laptop=laptop, database=database.create("tandem")
-        )
+    with skipped_where_unavailable(), slurm_site(tmp_path_factory.mktemp("slurm"), nodes=2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def database(site: Site) -> Iterator[str]:
+    """A database for jobs of both nodes."""
+    with postgresql(f"{SUBNET}.1") as server:
+        yield server.create("tandem")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +86,21 @@ def test_a_compute_node_is_checked_as_jobs_find_it(site: Site) -> None:
     assert "Python" in shown and "Packages" in shown and "TANDEM_HOME must be" not in shown
 
 
+def test_the_shared_file_system_is_prepared_from_a_laptop_and_checked_on_a_node(site: Site) -> None:
+    # A checkout that is there, whose environment is this one.
+    folder = site.shared / "project"
+    (folder / "requirements").mkdir(parents=True)
+    (folder / "Makefile").write_text(PROJECT.format(python=sys.executable, platform=REPOSITORY / "platform"))
+    words = ["-m", "tandem", "slurm", "setup", str(folder), "--site-set", "cpus_per_node=2"]
+    words += ["--host", f"root@{site.login.address}"]
+    variables = {**site.slurm.environment, "COLUMNS": "200"}
+    first, second = (site.on_laptop(*words, **variables).stdout for _ in range(2))
+    assert "checkout of its own" in first and first.count(": made") == 4 and second.count(": is there") == 4
+    for shown in (first, second):
+        assert f"tandem: {folder}/tandem" in shown and "cpus_per_node: 2" in shown
+        assert "On a compute node:" in shown and "Python" in shown and "TANDEM_HOME must be" not in shown
+
+
 def test_a_job_is_reached_through_the_login_node_with_its_key(site: Site, served: Connection) -> None:
     with site.tunnel(18300):
         answer = client(18300, served.api_key).completions.create(
@@ -171,6 +114,27 @@ def test_a_job_is_reached_through_the_login_node_with_its_key(site: Site, served
         assert refused.stdout == "401"
     status = json.loads(site.tandem("slurm", "status", "--json").stdout)
     assert status[0]["slurm"] == "RUNNING" and status[0]["state"] == "ready" and status[0]["ends_at"]
+
+
+def test_clients_on_a_laptop_open_the_way_themselves(site: Site, served: Connection) -> None:
+    scripts = sorted((REPOSITORY / "examples").glob("*.py"))
+    own = [[str(path), served.job_id] for path in scripts if not path.name.startswith("openai")]
+    for words in (["-m", "tandem", "chat", "--slurm", served.job_id, "--max-tokens", "4", "the cat"], *own):
+        done = site.on_laptop(*words)
+        assert done.returncode == 0 and done.stdout.strip(), f"{words}\n{done.stdout}{done.stderr}"
+    with site.tunnel(18304):
+        sdk = {"OPENAI_BASE_URL": "http://127.0.0.1:18304/v1", "OPENAI_API_KEY": served.api_key}
+        for path in scripts:
+            if path.name.startswith("openai"):
+                done = site.on_laptop(str(path), **sdk)
+                assert done.returncode == 0 and done.stdout.strip(), f"{path}\n{done.stdout}{done.stderr}"
+    assert not left_by_ssh()
+
+
+def left_by_ssh() -> list[str]:
+    """Connections of tunnels and clients that are still up."""
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in shown.splitlines() if "/tmp/tandem-ssh-" in line]
 
 
 def test_a_tunnel_connects_again_at_the_same_port(site: Site, served: Connection) -> None:
@@ -279,11 +243,36 @@ def test_training_that_spans_three_jobs_has_the_losses_of_one(site: Site) -> Non
     assert len(whole) == STEPS and steps("parts") == pytest.approx(whole, abs=1e-5)
 
 
-def test_training_runs_over_two_nodes(site: Site) -> None:
+def test_training_runs_over_two_nodes(site: Site, database: str) -> None:
     build_text(site)
     (site.shared / "wide.yaml").write_text(TRAINING.format(name="wide", workers=2, steps=6))
-    variables = {"TANDEM_DATABASE_URL": site.database}
+    variables = {"TANDEM_DATABASE_URL": database}
     site.tandem("db", "upgrade", **variables)
     site.tandem("slurm", "submit", "train", "--nodes", "2", "--config", str(site.shared / "wide.yaml"), **variables)
     wait_until(lambda: not site.slurm.run("squeue", "--noheader").strip(), 300, "the job did not end")
     assert "2 workers on 2 nodes" in site.job().log.read_text(), site.output()
+
+
+def test_trials_of_a_sweep_run_as_tasks_side_by_side_on_a_node(site: Site, database: str) -> None:
+    build_text(site)
+    config = site.shared / "swept.yaml"
+    config.write_text(TRAINING.format(name="swept", workers=1, steps=30).replace("1.5", "0.5"))
+    variables = {"TANDEM_DATABASE_URL": database}
+    site.tandem("db", "upgrade", **variables)
+    words = ["slurm", "submit", "sweep", "--config", str(config), "--param", "optimizer.learning_rate=1e-9,1e-2,1e-8"]
+    one_node = ["--site-set", "cpus_per_node=1", "--site-set", f"options=[--nodelist={site.nodes[0].name}]"]
+    site.tandem(*words, *one_node, "--at-once", "2", **variables)
+    most = 0
+
+    def over() -> bool:
+        nonlocal most
+        most = max(most, len(site.slurm.run("squeue", "--noheader", "--array", "--states=RUNNING").splitlines()))
+        return not site.slurm.run("squeue", "--noheader").strip()
+
+    wait_until(over, 500, "the array did not end")
+    logs = "".join(site.job().task(number).log.read_text()[-2000:] for number in (1, 2, 3))
+    assert most == 2, logs
+    # The last task has compared them, and the same command has nothing left to run.
+    shown = site.tandem(*words, *one_node, **variables).stdout
+    assert "The best is trial 2" in shown and "swept@1" in shown, shown + logs
+    assert json.loads(site.tandem("slurm", "status", "--json").stdout)[0]["state"] == "3 ended"

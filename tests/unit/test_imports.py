@@ -55,6 +55,7 @@ def test_the_layers_hold():
         ("mlflow", {"train/reporting/metrics.py"}),
         ("train_apps", set()),
         ("serve_apps", set()),
+        ("examples", set()),
     ],
 )
 def test_a_library_is_imported_only_at_its_home(library, homes):

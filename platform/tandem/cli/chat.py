@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from tandem.cli.support.shell import friendly_errors, interrupt_taken
-from tandem.cli.support.talk import Talker, unknown_model
-from tandem.errors import ConfigError, EngineError, TandemError, did_you_mean
+from tandem.errors import ConfigError, TandemError, did_you_mean
 from tandem.sdk.address import find_api_url
 from tandem.sdk.console import console as terminal
+from tandem.sdk.talk import Talker, the_only, unknown_model
 from tandem.settings import settings
 
 PROMPT = "you> "
@@ -42,18 +42,36 @@ def chat_command(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     api_url: Annotated[str | None, typer.Option(help="The server; TANDEM_API_URL, or the app of this home.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Its key; TANDEM_API_KEY.")] = None,
+    slurm: Annotated[
+        str | None, typer.Option(metavar="JOB", help="The app of a Slurm job ('latest': the newest), with its key.")
+    ] = None,
 ) -> None:
     """Talk to a served model, or ask it one question."""
-    with friendly_errors():
+    with friendly_errors(), _server(api_url, api_key, slurm) as (url, key):
         chat(
             model,
-            api_url,
-            api_key,
+            url,
+            key,
             question=question,
             system=system,
             temperature=temperature,
             max_tokens=max_tokens,
         )
+
+
+@contextlib.contextmanager
+def _server(api_url: str | None, api_key: str | None, slurm: str | None) -> Iterator[tuple[str | None, str | None]]:
+    """Address and key for the length of a block: those that were given, or of a Slurm job's app."""
+    if slurm is None:
+        yield api_url, api_key
+        return
+    if api_url or api_key:
+        raise ConfigError("--slurm says where the server is, and its key. Leave out --api-url and --api-key.")
+    # Imported here: other servers need neither ssh nor Slurm's files.
+    from tandem.sdk.slurm import job_app, read_site
+
+    with job_app(slurm, read_site()) as found:
+        yield found
 
 
 def chat(
@@ -89,15 +107,6 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its arrow keys and history
     Chat(talker=talker, model=model or served[0], conversation=conversation, console=console).run()
-
-
-def the_only(served: list[str]) -> str:
-    """The model that is meant where none was named: there must be one only."""
-    if not served:
-        raise EngineError("The server serves no model. Train one, or start it with one: `tandem serve up`.")
-    if len(served) > 1:
-        raise ConfigError(f"{len(served)} models are served; choose one with --model: {', '.join(served)}.")
-    return served[0]
 
 
 def ask_once(talker: Talker, model: str, conversation: Conversation, question: str) -> None:

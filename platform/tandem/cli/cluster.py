@@ -66,20 +66,12 @@ def tunnel_command(
     """Open a port of this machine that leads to a cluster's app, until Ctrl-C."""
     with friendly_errors():
         launcher = Launcher(ClusterFile.read(file))
-        ssh = SshConnection(launcher.file.login(launcher.head()))
         name = str(launcher.file.values["cluster_name"])
-        try:
-            ssh.open()
-            asyncio.run(_tunnel(ssh, Target(name, "127.0.0.1", remote_port or settings().port), port))
-        finally:
-            ssh.close()
+        with SshConnection(launcher.file.login(launcher.head())) as ssh:
+            target = Target(name, "127.0.0.1", remote_port or settings().port)
+            tunnel = Tunnel(ssh, target, lambda: None, lambda message: console.print(escape(message)))
+            asyncio.run(tunnel.run(port, lambda number: _show(number, name)))
 
 
-async def _tunnel(ssh: SshConnection, target: Target, port: int) -> None:
-    tunnel = Tunnel(ssh, target, lambda: None, lambda message: console.print(escape(message)))
-    number = await tunnel.start(port)
-    console.print(f"http://127.0.0.1:{number}/v1 leads to {escape(target.name)}. Ctrl-C ends it.")
-    try:
-        await tunnel.wait()
-    finally:
-        await tunnel.stop()
+def _show(number: int, name: str) -> None:
+    console.print(f"http://127.0.0.1:{number}/v1 leads to {escape(name)}. Ctrl-C ends it.")

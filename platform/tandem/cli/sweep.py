@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,32 +34,65 @@ OTHER_LINES_KEPT = 200
 COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "stopped": "yellow"}
 
 
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The job as YAML (see train_apps/recipes).")]
+ParamsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--param",
+        "-p",
+        metavar="KEY=...",
+        help="Values to try, such as optimizer.learning_rate=1e-3,3e-3 or =loguniform(1e-4,1e-2); also uniform, randint.",
+    ),
+]
+TrialsOption = Annotated[
+    int | None, typer.Option("--trials", help="How many trials; unset: all combinations of the values.")
+]
+MetricOption = Annotated[str, typer.Option("--metric", help=f"What they are compared by: {', '.join(METRICS)}.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", help="Of what is drawn at random: the same seed gives the same trials.")
+]
+OverridesOption = Annotated[
+    list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the config.")
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRequest:
+    """What a person asks for."""
+
+    config: Path
+    params: list[str]
+    trials: int | None
+    metric: str
+    seed: int
+    overrides: list[str]
+
+    def prepare(self, *, parallel: int | None) -> SweepFolder:
+        """The folders of the sweep and its trials; an error with what to change. `parallel`: trials at once; None: all."""
+        planned = plan_trials([parse_parameter(text) for text in self.params], self.trials, seed=self.seed)
+        values = apply_overrides(read_yaml(self.config), self.overrides)
+        return prepare_sweep(values, planned, metric=self.metric, parallel=parallel or len(planned))
+
+
 def sweep_command(
-    config: Annotated[Path, typer.Option("--config", "-c", help="The job as YAML (see train_apps/recipes).")],
-    params: Annotated[
-        list[str],
-        typer.Option(
-            "--param",
-            "-p",
-            metavar="KEY=...",
-            help="Values to try, such as optimizer.learning_rate=1e-3,3e-3 or =loguniform(1e-4,1e-2); also uniform, randint.",
-        ),
-    ],
-    trials: Annotated[int | None, typer.Option(help="How many trials; unset: all combinations of the values.")] = None,
-    metric: Annotated[str, typer.Option(help=f"What they are compared by: {', '.join(METRICS)}.")] = "loss",
+    config: ConfigOption,
+    params: ParamsOption,
+    trials: TrialsOption = None,
+    metric: MetricOption = "loss",
     parallel: Annotated[
         int | None, typer.Option(help="Trials at once; unset: as many as the cluster has room for.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random: the same seed gives the same trials.")] = 0,
-    overrides: Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value.")] = [],  # noqa: B006
+    seed: SeedOption = 0,
+    overrides: OverridesOption = [],  # noqa: B006
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the sweep continues.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Print the log as it is instead of a table.")] = False,
 ) -> None:
     """Try values for keys of a config, each as a job of its own; the best model is registered under the config's name."""
     with friendly_errors():
-        planned = plan_trials([parse_parameter(text) for text in params], trials, seed=seed)
-        values = apply_overrides(read_yaml(config), overrides)
-        sweep = prepare_sweep(values, planned, metric=metric, parallel=parallel or len(planned))
+        request = SweepRequest(
+            config=config, params=params, trials=trials, metric=metric, seed=seed, overrides=overrides
+        )
+        sweep = request.prepare(parallel=parallel)
         raise SystemExit(submit_sweep(sweep, share_cores=parallel is None, detach=detach, raw=raw))
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.cluster.process import run_program
 from tandem.config.load import read_yaml
 from tandem.config.ssh import SshConfig
 from tandem.errors import ClusterError, ConfigError
@@ -127,7 +128,10 @@ class Launcher:
 
     def nodes(self) -> int:
         """Nodes that are up, the head among them; 0 while the head does not answer."""
-        result = self._ray("exec", "ray status", timeout_s=COMMAND_TIMEOUT_S)
+        try:
+            result = self._ray("exec", "ray status", timeout_s=COMMAND_TIMEOUT_S)
+        except ClusterError:
+            return 0
         return 0 if result.returncode else active_nodes(result.stdout)
 
     def run(self, command: str) -> str:
@@ -143,12 +147,17 @@ class Launcher:
         status = self._ray("down", "-y", timeout_s=UP_TIMEOUT_S, quiet=False).returncode
         if status:
             raise ClusterError(f"`ray down` ended with status {status}; what it said is above.")
+        silent = []
         for address in workers:
             login = self.file.login(address)
             command = ["ssh", *login.options(), login.host, "bash --login -ic 'tandem node stop'"]
-            subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT_S, check=False
-            )
+            # One that does not answer must not keep the others up.
+            try:
+                run_program(command, timeout_s=COMMAND_TIMEOUT_S, hint="Is the machine up?")
+            except ClusterError as error:
+                silent.append(str(error))
+        if silent:
+            raise ClusterError(f"{len(silent)} of {len(workers)} workers may still run Ray: {' '.join(silent)}")
 
     def _ray(
         self, verb: str, *arguments: str, timeout_s: float, quiet: bool = True
@@ -160,15 +169,8 @@ class Launcher:
         environment = child_environment(
             {"RAY_ADDRESS": None, **({"RAY_UP_enable_autoscaler_v2": "0"} if self.file.is_local else {})}
         )
-        return subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=quiet,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        hint = "Check that the head can be reached by ssh; the same command goes on where it ended."
+        return run_program(command, timeout_s=timeout_s, hint=hint, environment=environment, quiet=quiet)
 
 
 def active_nodes(shown: str) -> int:

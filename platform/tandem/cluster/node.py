@@ -27,6 +27,7 @@ from tandem import settings as environment
 from tandem.cluster import haproxy
 from tandem.cluster.local import authentication
 from tandem.cluster.marks import MARK, end_marked_processes, marked_processes
+from tandem.cluster.ports import free_block, free_ports
 from tandem.cluster.reaper import KEEP_MARKS
 from tandem.cluster.node_checks import (
     check_address,
@@ -44,6 +45,10 @@ HAPROXY_PORTS = [8406, 8404, 8500, 9500]
 """HAProxy's metrics and statistics, and the HTTP and gRPC ports of Serve's fallback proxy, on every node."""
 GATEWAY_PORTS = range(30000, 31000)
 """Ports of gateway replicas, on every node: outside of those that Ray gives to its workers."""
+WORKER_PORTS = range(10000, 20000)
+"""Ports of Ray's workers, Ray's own range; nodes in slots share it, so that none takes a port that another is about to take."""
+SLOTS = 20
+"""Nodes that fit on a machine side by side, if none of them serves."""
 START_TIMEOUT_S = 180.0
 WATCH_S = 1.0
 """Seconds between checks of the node's processes."""
@@ -60,6 +65,8 @@ class RunningNode:
     """Of `ray start`."""
     restart: bool
     """Whether it is started again when it ends by itself."""
+    slot: int | None = None
+    """Its place beside other nodes of the machine that do not serve; None: it has HAProxy's own ports."""
 
 
 def runtime_folder() -> Path:
@@ -77,8 +84,12 @@ def runtime_folder() -> Path:
     return folder
 
 
-def start(arguments: Sequence[str]) -> None:
+def start(arguments: Sequence[str], *, slot: int | None = None) -> None:
     """Run `ray start` with `arguments`. ClusterError if this user runs a node here already, which keeps running.
+
+    A node that serves has HAProxy's ports, which are the same on all nodes of its cluster; a machine has room for one. With a
+    `slot` (0 to SLOTS - 1) the node has others: nodes that do not serve fit on a machine side by side, each in a slot and a
+    TANDEM_RUNTIME_DIR of its own.
 
     With `--block` it returns when the node has ended, with `--restart` a node that has ended by itself is started again until
     `stop` (`supervise`). ClusterError with the end of Ray's output if it fails, if this machine is
@@ -98,14 +109,15 @@ def start(arguments: Sequence[str]) -> None:
     check_filled_in()
     if restart and address is None:
         check_durable()
-    node = RunningNode(mark=secrets.token_hex(8), arguments=tuple(arguments), restart=restart)
+    node = RunningNode(mark=secrets.token_hex(8), arguments=tuple(arguments), restart=restart, slot=slot)
     with _lock_node() as folder:
         if is_running():
             raise ClusterError(
                 "A node of this user runs on this machine. `tandem node stop` ends it, and all that runs on it."
             )
         _end_recorded()  # files and processes of a node that has died
-        check_ports(HAPROXY_PORTS)
+        if slot is None:
+            check_ports(HAPROXY_PORTS)
         _start(folder, node)
     if block:
         try:
@@ -122,9 +134,22 @@ def start(arguments: Sequence[str]) -> None:
     )
 
 
+def slot_options(slot: int, *, head: bool) -> list[str]:
+    """Options of `ray start` that keep a node's ports apart from those of nodes in other slots of the machine."""
+    first = WORKER_PORTS.start + slot * (len(WORKER_PORTS) // SLOTS)
+    ports = free_ports(3)
+    found = [f"--min-worker-port={first}", f"--max-worker-port={first + len(WORKER_PORTS) // SLOTS - 1}"]
+    found.append(f"--dashboard-agent-listen-port={ports[0]}")
+    return [*found, f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"] if head else found
+
+
 def _start(folder: Path, node: RunningNode) -> None:
+    haproxy_ports, gateway_ports, arguments = HAPROXY_PORTS, GATEWAY_PORTS, node.arguments
+    if node.slot is not None:
+        haproxy_ports, gateway_ports = free_ports(len(HAPROXY_PORTS)), free_block()
+        arguments = (*arguments, *slot_options(node.slot, head="--head" in arguments))
     variables = {
-        **haproxy.serving_environment(folder, HAPROXY_PORTS, GATEWAY_PORTS),
+        **haproxy.serving_environment(folder, haproxy_ports, gateway_ports),
         **authentication(),
         **KEEP_MARKS,
         MARK: node.mark,
@@ -144,7 +169,7 @@ def _start(folder: Path, node: RunningNode) -> None:
     _write_record(folder, node)
     try:
         result = subprocess.run(
-            [*command, *node.arguments],
+            [*command, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -214,7 +239,8 @@ def _restart(node: RunningNode) -> RunningNode | None:
             if problem is None:
                 new = replace(node, mark=secrets.token_hex(8))
                 try:
-                    check_ports(HAPROXY_PORTS)
+                    if new.slot is None:
+                        check_ports(HAPROXY_PORTS)
                     _start(folder, new)
                     _log(folder, "The node had ended and has been started again.")
                     return new
@@ -287,8 +313,8 @@ def _recorded_node() -> RunningNode | None:
     """The node that was started here last and has not been stopped."""
     try:
         record = json.loads(read_private_file(_record(runtime_folder())))
-        return RunningNode(mark=record["mark"], arguments=tuple(record["arguments"]), restart=record["restart"])
-    except (OSError, ValueError, KeyError):
+        return RunningNode(**{**record, "arguments": tuple(record["arguments"])})
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from tandem.cluster.ssh import SshConnection
 from tandem.errors import ClusterError
 
 RETRY_S = 0.5
+REMIND_S, REMIND_MOST_S = 30.0, 600.0
+"""Seconds after which a message that is still true is given again: at first, and at most."""
 CHUNK_BYTES = 64 * 1024
 
 
@@ -25,6 +29,27 @@ class Target:
     name: str
     host: str
     port: int
+
+
+@dataclass(slots=True)
+class Reminders:
+    """Passes a message on once, and again at growing intervals for as long as it is repeated."""
+
+    tell: Callable[[str], None]
+    _due: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """When each message is due again, and the interval after that, in seconds."""
+
+    def __call__(self, message: str) -> None:
+        """Take one repetition of a message."""
+        now = time.monotonic()
+        due_at, interval_s = self._due.get(message, (now, REMIND_S))
+        if now >= due_at:
+            self._due[message] = (now + interval_s, min(2 * interval_s, REMIND_MOST_S))
+            self.tell(message)
+
+    def forget(self) -> None:
+        """Take what comes next as new."""
+        self._due.clear()
 
 
 class Tunnel:
@@ -46,6 +71,7 @@ class Tunnel:
         self._target = target
         self._find_target = find_target
         self._on_message = on_message
+        self._remind = Reminders(on_message)
         self._entry: tuple[str, int] | None = None
         """Where connections to the target begin: a forwarded port of this machine, or the target itself."""
         self._server: asyncio.Server | None = None
@@ -62,6 +88,14 @@ class Tunnel:
         self._watch_task = asyncio.create_task(self._watch())
         return int(self._server.sockets[0].getsockname()[1])
 
+    async def run(self, port: int, on_open: Callable[[int], None]) -> None:
+        """`start`, `wait` and `stop`; `on_open` gets the port."""
+        on_open(await self.start(port))
+        try:
+            await self.wait()
+        finally:
+            await self.stop()
+
     async def wait(self) -> None:
         """Until the app has ended and nothing succeeds it."""
         assert self._watch_task is not None
@@ -69,20 +103,19 @@ class Tunnel:
 
     async def stop(self) -> None:
         """Close the listener and all connections."""
-        if self._watch_task is not None:
-            self._watch_task.cancel()
         if self._server is not None:
             self._server.close()
-        for task in list(self._tasks):
+        tasks = [*self._tasks, *([] if self._watch_task is None else [self._watch_task])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _enter(self) -> None:
         if self._ssh is None:
             self._entry = (self._target.host, self._target.port)
             return
         if not self._ssh.is_open():
-            self._ssh.open()
+            self._ssh.open_again(self._remind)
         self._entry = ("127.0.0.1", self._ssh.forward(self._target.host, self._target.port))
 
     async def _watch(self) -> None:
@@ -91,8 +124,9 @@ class Tunnel:
             await asyncio.sleep(RETRY_S)
             try:
                 if self._ssh is not None and not await asyncio.to_thread(self._ssh.is_open):
-                    self._on_message("The SSH connection is lost; connecting again.")
+                    self._remind("The SSH connection is lost; connecting again.")
                     await asyncio.to_thread(self._enter)
+                    self._remind.forget()
                     self._on_message("Connected again.")
                 target = await asyncio.to_thread(self._find_target)
                 if target is not None and target != self._target:
@@ -102,7 +136,7 @@ class Tunnel:
             except AppEndedError:
                 return
             except ClusterError as error:
-                self._on_message(str(error))
+                self._remind(str(error))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -123,6 +157,21 @@ class Tunnel:
 
 class AppEndedError(ClusterError):
     """The app has ended, and none succeeds it."""
+
+
+@contextlib.contextmanager
+def in_background(tunnel: Tunnel, port: int = 0) -> Iterator[int]:
+    """A tunnel for the length of a block, in a thread of its own; yields its port. ClusterError as `start` raises it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="tandem-tunnel", daemon=True)
+    thread.start()
+    try:
+        yield asyncio.run_coroutine_threadsafe(tunnel.start(port), loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(tunnel.stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -27,6 +27,8 @@ class ContainerConfig:
     """Folders of the node that the container sees, `PATH` or `PATH:PATH_INSIDE`; TANDEM_HOME is one anyway."""
     arguments: tuple[str, ...] = ()
     """More arguments of the runtime's `exec`, such as `--nv` for NVIDIA GPUs."""
+    python: str | None = None
+    """The image's Python that has Tandem; unset: the path of the submitting command's, which the image has to have too."""
 
     def __post_init__(self) -> None:
         check.one_of("container.runtime", self.runtime, RUNTIMES)

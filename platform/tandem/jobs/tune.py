@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,22 @@ import ray
 from ray import tune
 
 from tandem.cluster.local import Cluster, connect, running_cluster
-from tandem.config.training.sweep import is_better
 from tandem.errors import ClusterError, JobError, TandemError
 from tandem.jobs.client import JobClient
 from tandem.jobs.folder import JobFolder, JobState
-from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, score, stop_trials, trials_at_once
+from tandem.jobs.sweep import TRIAL_ACTOR_CPUS, SweepFolder, SweepPlan, stop_trials, trials_at_once
+from tandem.jobs.sweep_result import failure_reason, finish_sweep
 from tandem.observability.codec import decode_event, to_json
 from tandem.observability.events import (
     Evaluated,
     Event,
     Failed,
-    Finished,
-    RegistrationFailed,
-    Started,
     Step,
-    SweepFinished,
     SweepStarted,
     TrialReported,
 )
 from tandem.observability.journal import Journal
 from tandem.settings import export as export_variables
-from tandem.train.registration import Origin, register_result
 
 REPORT_EVERY_S = 1.0
 """Seconds between a trial's reports: a step may take milliseconds, and each report costs the driver a round."""
@@ -96,22 +90,7 @@ def run_sweep(sweep: SweepFolder, journal: Journal) -> None:
     finally:
         stop_trials(JobClient(cluster), jobs, timeout_s=0.0)
         shutil.rmtree(storage, ignore_errors=True)
-    scores = [score(plan.metric, job.typed_events()) if job.finished() else None for job in jobs]
-    best = best_of(plan.metric, scores)
-    if best is None:
-        failed = [job for job in jobs if not job.finished()]
-        raise JobError(
-            f"None of the {len(jobs)} trials has a {plan.metric} to compare. "
-            + (
-                f"{len(failed)} failed, the last: {failure_reason(failed[-1])}"
-                if failed
-                else "Choose another --metric."
-            )
-        )
-    model = register_best(jobs[best], journal) if plan.register else None
-    journal.write(
-        SweepFinished(best=best + 1, score=scores[best], job=jobs[best].id, model=model, scores=tuple(scores))
-    )
+    finish_sweep(sweep, journal)
 
 
 def own_cluster(sweep: SweepFolder) -> Cluster:
@@ -124,42 +103,6 @@ def own_cluster(sweep: SweepFolder) -> Cluster:
     if cluster is None:
         raise ClusterError("A sweep's driver runs on a cluster: `tandem train sweep` submits it.")
     return cluster
-
-
-def best_of(metric: str, scores: list[float | None]) -> int | None:
-    """Index of the best score, of equal ones the first; None without a score."""
-    best_index: int | None = None
-    for index, value in enumerate(scores):
-        if value is not None and (best_index is None or is_better(metric, value, scores[best_index] or 0.0)):
-            best_index = index
-    return best_index
-
-
-def failure_reason(job: JobFolder) -> str:
-    """The error of a failed job, or the command that shows its log."""
-    end: Event | None = job.last(Failed, Started)
-    return end.error if isinstance(end, Failed) else f"`tandem train logs {job.id}` tells why."
-
-
-def register_best(job: JobFolder, journal: Journal) -> str | None:
-    """Register the result of a finished trial under the sweep's name, and record its id in the trial's journal.
-
-    A failure is an event of the sweep, and is raised.
-    """
-    trial_journal = Journal(job.path / "events.jsonl")
-    finished = next(event for event in reversed(trial_journal.read()) if isinstance(event, Finished))
-    if finished.model is None:
-        config = replace(job.config(), register=True)
-        try:
-            result = register_result(
-                config, job.path, Origin.of(config), loss=finished.loss, evaluation=finished.evaluation
-            )
-        except TandemError as error:
-            journal.write(RegistrationFailed(error=str(error)))
-            raise
-        finished = replace(finished, time=None, **asdict(result))
-        trial_journal.write(finished)
-    return finished.model
 
 
 def run_trial(params: Mapping[str, Any]) -> None:

@@ -16,13 +16,16 @@ class Journal:
     """Appends events to `path` (events.jsonl), and prints each for readers of the log. Safe to share between threads."""
 
     path: Path
+    prints: bool = True
+    """False where no log is written: on a terminal."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def write(self, event: Event) -> None:
         """Stamp, append and print one event; StorageError if the file cannot be written."""
         line = codec.encode(event)
         with self._lock, disk_errors("writing events", self.path):
-            print(line, flush=True)
+            if self.prints:
+                print(line, flush=True)
             with self.path.open("a") as file:
                 file.write(line.removeprefix(codec.MARK) + "\n")
 

@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 
 from tandem.auth import KeyStore
 from tandem.cluster import node
+from tandem.cluster.local import object_store_bytes
 from tandem.cluster.ports import free_ports
 from tandem.cluster.slurm import commands
 from tandem.cluster.slurm.folder import TIME_LIMIT, Connection, Head, JobFolder, Submission
@@ -63,7 +64,9 @@ def _run_head(folder: JobFolder) -> int:
     (port,) = free_ports(1)
     address = f"{host}:{port}"
     try:
-        node.start(["--head", f"--port={port}", f"--node-ip-address={host}", *_resources(submission)])
+        node.start(
+            ["--head", f"--port={port}", f"--node-ip-address={host}", *_resources(submission)], slot=_slot(submission)
+        )
         try:
             folder.write_head(Head(run=run, address=address))
             _wait_for_nodes(address, submission.nodes, cancelled)
@@ -84,7 +87,8 @@ def _run_worker(folder: JobFolder) -> int:
     deadline = time.monotonic() + JOIN_S
     while True:
         try:
-            node.start([f"--address={head.address}", f"--node-ip-address={node_address()}", *_resources(submission)])
+            words = [f"--address={head.address}", f"--node-ip-address={node_address()}", *_resources(submission)]
+            node.start(words, slot=_slot(submission))
             break
         except ClusterError:
             if time.monotonic() > deadline or cancelled.is_set() or _has_ended(folder, run):
@@ -107,7 +111,7 @@ def _run_command(folder: JobFolder, submission: Submission, host: str, address: 
     words = list(submission.command)
     if job is not None and job.ends_at is not None:
         connection = replace(connection, ends_at=job.ends_at.isoformat(timespec="seconds"))
-    if submission.kind == "serve":
+    if submission.serves:
         # Before the app: it refuses to listen to other machines without a key.
         connection = replace(connection, api_key=_make_key(job))
         words += ["--host", host, "--port", str(submission.port)]
@@ -119,8 +123,8 @@ def _run_command(folder: JobFolder, submission: Submission, host: str, address: 
     )
     try:
         while process.poll() is None and not cancelled.is_set() and folder.stop_reason(run_id()) is None:
-            if connection.state == "starting" and (submission.kind == "train" or _answers(host, submission.port)):
-                models = _models(host, submission.port, connection.api_key) if submission.kind == "serve" else ()
+            if connection.state == "starting" and (not submission.serves or _answers(host, submission.port)):
+                models = _models(host, submission.port, connection.api_key) if submission.serves else ()
                 connection = replace(connection, state="ready", models=models)
                 folder.write_connection(connection)
                 if submission.succeeds:
@@ -128,9 +132,9 @@ def _run_command(folder: JobFolder, submission: Submission, host: str, address: 
             time.sleep(POLL_S)
         if process.poll() is None:
             folder.write_connection(replace(connection, state="ended" if cancelled.is_set() else "ending"))
-            if submission.kind == "serve" and folder.connection().successor:
+            if submission.serves and folder.connection().successor:
                 cancelled.wait(HAND_OVER_S)
-            requeue = submission.kind == "train" and folder.stop_reason(run_id()) == TIME_LIMIT
+            requeue = not submission.serves and folder.stop_reason(run_id()) == TIME_LIMIT
             status = _end_command(process, submission, address, cancelled, requeue=requeue)
             folder.write_connection(replace(connection, state="ended"))
             return status
@@ -154,7 +158,7 @@ def _end_command(
 
     After a cancellation Slurm has sent SIGTERM to every process of the step, Ray's too, and kills them within 30 s.
     """
-    if submission.kind == "train" and not cancelled.is_set():
+    if not submission.serves and not cancelled.is_set():
         stop_words = [sys.executable, "-m", "tandem", "train", "stop", "--all"]
         subprocess.run(stop_words, env=child_environment({"RAY_ADDRESS": address}), check=False)
     else:
@@ -196,7 +200,16 @@ def _resources(submission: Submission) -> list[str]:
     """Options of `ray start` with what Slurm has given this node."""
     cpus = variable("SLURM_CPUS_PER_TASK") or variable("SLURM_CPUS_ON_NODE")
     found = [f"--num-cpus={cpus}"] if cpus else []
+    if submission.kind == "sweep":
+        # Ray would take a third of the memory, and so would each task that shares the node.
+        found.append(f"--object-store-memory={object_store_bytes()}")
     return [*found, f"--num-gpus={submission.gpus_per_node}"]
+
+
+def _slot(submission: Submission) -> int | None:
+    """Which of the port spaces of a machine the node takes (see `node.start`); None for an app, which has the machine's own."""
+    # Jobs that run at the same time have numbers that are near each other.
+    return None if submission.serves else int(_job_id()) % node.SLOTS
 
 
 def _wait_for_nodes(address: str, count: int, cancelled: threading.Event) -> None:

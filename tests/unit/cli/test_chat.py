@@ -22,8 +22,8 @@ from certificates import make_pair
 from rich.console import Console
 
 from tandem.cli.chat import Chat, Conversation, chat
-from tandem.cli.support.talk import Talker
 from tandem.errors import ClusterError, ConfigError, EngineError, UnknownModelError
+from tandem.sdk.talk import Talker
 
 COMMAND = [sys.executable, "-c", "import typer; from tandem.cli.chat import chat_command; typer.run(chat_command)"]
 
@@ -73,7 +73,7 @@ def test_without_a_model_the_only_one_is_asked(server, capsys):
 
 
 def test_without_a_model_several_are_a_choice_and_none_says_what_to_do(server):
-    with pytest.raises(ConfigError, match="2 models are served; choose one with --model: base, helper"):
+    with pytest.raises(ConfigError, match=r"2 models are served; choose one as the model \(--model\): base, helper"):
         chat(question="hi")
     server.models = []
     with pytest.raises(EngineError, match="serves no model.*tandem serve up"):

@@ -59,6 +59,7 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(home: Path) -> None:
         (("submit", "serve", "my-model"), "This machine has no `sbatch`"),
         (("submit", "serve", "my-model", "--site-set", "partitoin=gpu", "--dry-run"), "Did you mean 'partition'"),
         (("submit", "serve", "my-model", "--site", "none.yaml"), "No config file at none.yaml"),
+        (("setup", "/shared/tandem", "--site-set", "login.host=-oProxyCommand=x"), "is no host for ssh"),
         (("info", "12"), "There is no Slurm job '12'"),
         (("tunnel", "12"), "There is no Slurm job '12'"),
     ],
@@ -94,3 +95,20 @@ def test_an_app_is_stopped_only_while_it_runs(home: Path) -> None:
     JobFolder.create(home, Submission(kind="serve", command=("serve", "up"), nodes=1, gpus_per_node=0, job_id="7"))
     status, shown = run("stop", "7")
     assert status != 0 and "does not run" in shown
+
+
+def test_a_sweep_over_several_nodes_needs_a_database_that_all_reach(home: Path) -> None:
+    words = ("submit", "sweep", "--config", "job.yaml", "--param", "seed=1,2")
+    status, shown = run(*words)
+    assert status != 0 and "Set it to a PostgreSQL database" in shown
+    status, shown = run(*words, "--at-once", "1")
+    assert status != 0 and "No config file at job.yaml" in shown
+
+
+def test_a_command_for_one_output_names_the_tasks_of_an_array(home: Path) -> None:
+    JobFolder.create(
+        home,
+        Submission(kind="sweep", command=("slurm", "trial", "s"), nodes=1, gpus_per_node=0, job_id="7", tasks=(2, 3)),
+    )
+    status, shown = run("logs", "7")
+    assert status != 0 and "Name one of its 2 tasks, such as 7_2" in shown

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tandem.cluster.launcher import ClusterFile, active_nodes
-from tandem.errors import ConfigError
+from tandem.cluster import launcher as launcher_module
+from tandem.cluster.launcher import ClusterFile, Launcher, active_nodes
+from tandem.errors import ClusterError, ConfigError
 
 STATUS = """\
 ======== Autoscaler status: 2026-11-30 10:00:00.0 ========
@@ -102,3 +103,12 @@ def test_nodes_of_the_start_are_those_of_the_types_but_the_head(file: Path) -> N
 def test_active_nodes_are_counted() -> None:
     assert active_nodes(STATUS) == 3 and active_nodes("") == 0
     assert active_nodes(STATUS.replace("\n", "\r\n")) == 3
+
+
+def test_a_launcher_that_hangs_is_told_with_its_seconds(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher_module, "COMMAND_TIMEOUT_S", 0.05)
+    launcher = Launcher(ClusterFile.read(file))
+    with pytest.raises(ClusterError, match=r"get-head-ip .*did not end within 0\.05 s\. Check that the head"):
+        launcher.head()
+    # While nodes are waited for, a head that does not answer has none yet.
+    assert launcher.nodes() == 0

@@ -246,3 +246,13 @@ def test_a_head_without_a_lasting_state_is_not_restarted(folder: Path, monkeypat
     monkeypatch.delenv("RAY_REDIS_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match="--restart on a head needs a cluster state that outlives it"):
         node.start(["--head", "--restart"])
+
+
+def test_nodes_in_slots_have_ports_apart() -> None:
+    ranges = []
+    for slot in range(node.SLOTS):
+        first, last = (int(each.partition("=")[2]) for each in node.slot_options(slot, head=False)[:2])
+        ranges.append(range(first, last + 1))
+    ports = [port for each in ranges for port in each]
+    assert len(ports) == len(set(ports)) and set(ports) <= set(node.WORKER_PORTS)
+    assert any(each.startswith("--dashboard-port=") for each in node.slot_options(0, head=True))

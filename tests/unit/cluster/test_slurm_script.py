@@ -15,7 +15,7 @@ import pytest
 
 from tandem.cluster.slurm.commands import parse_job
 from tandem.cluster.slurm.folder import Connection, Head, JobFolder, Submission, find
-from tandem.cluster.slurm.script import REQUEUE_STATUS, JobRequest, options, render
+from tandem.cluster.slurm.script import REQUEUE_STATUS, JobRequest, array_range, options, render
 from tandem.config.load import from_dict
 from tandem.config.slurm import ContainerConfig, SlurmSite
 from tandem.errors import ClusterError, ConfigError
@@ -26,7 +26,7 @@ def request_in(folder: Path, kind: str = "serve") -> JobRequest:
         submission=Submission(kind=kind, command=(kind,), nodes=2, gpus_per_node=4),
         folder=JobFolder(folder),
         tandem=("/opt/env/bin/python", "-m", "tandem"),
-        variables={"TANDEM_HOME": str(folder), "GREETING": "it's $HOME"},
+        variables={"TANDEM_HOME": str(folder), "TANDEM_RUNTIME_DIR": "/tmp/ts", "GREETING": "it's $HOME"},
         home=folder,
     )
 
@@ -56,6 +56,14 @@ def test_the_options_are_those_of_the_site_and_of_the_request() -> None:
     ]
 
 
+def test_each_task_of_an_array_has_a_folder_and_an_output_of_its_own() -> None:
+    request = request_in(Path("/shared/job"), "sweep")
+    request = replace(request, submission=replace(request.submission, tasks=(1, 2, 3), tasks_at_once=2))
+    found = options(SlurmSite(), request)
+    assert "--array=1-3%2" in found and "--output=/shared/job/tasks/%a/output.log" in found and "--requeue" in found
+    assert array_range((2, 5), 0) == "2,5" and array_range((4,), 1) == "4-4%1"
+
+
 def test_a_container_runs_the_same_command_with_the_home_and_its_binds() -> None:
     container = ContainerConfig(image="/images/tandem 1.sif", binds=("/scratch",), arguments=("--nv",))
     script = render(SlurmSite(container=container), request_in(Path("/shared/job")))
@@ -77,15 +85,20 @@ def tools(tmp_path: Path) -> Path:
     return folder
 
 
-def start(tools: Path, folder: Path, command: str, *, requeue: bool = False) -> subprocess.Popen[bytes]:
-    """Run a batch script whose `tandem` is a shell command, as Slurm would."""
+def start(
+    tools: Path, folder: Path, command: str, *, requeue: bool = False, task: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Run a batch script whose `tandem` is a shell command, as Slurm would; of an array, one `task`."""
     tandem = folder / "tandem"
     tandem.write_text(f"#!/bin/bash\n{command}\n")
     tandem.chmod(0o755)
     request = replace(request_in(folder, "train" if requeue else "serve"), tandem=(str(tandem),))
+    if task is not None:
+        request = replace(request, submission=replace(request.submission, tasks=(1, 2, 3)))
     script = folder / "script.sh"
     script.write_text(render(SlurmSite(environment={"SITE": 'a "b"'}, commands=("export EXTRA=1",)), request))
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_ARRAY_TASK_ID": str(task)} if task is not None else {}
     return subprocess.Popen(["bash", str(script)], env=environment)
 
 
@@ -93,6 +106,18 @@ def test_variables_reach_the_nodes_letter_for_letter(tools: Path, tmp_path: Path
     process = start(tools, tmp_path, f'printf "%s|%s|%s|%s" "$GREETING" "$SITE" "$EXTRA" "$*" > {tmp_path}/seen')
     assert process.wait(20) == 0
     assert (tmp_path / "seen").read_text() == f'it\'s $HOME|a "b"|1|slurm node {tmp_path}'
+
+
+def test_a_task_of_an_array_gets_its_folder_its_runtime_folder_and_its_warning(tools: Path, tmp_path: Path) -> None:
+    task = JobFolder(tmp_path).task(2)
+    task.path.mkdir(parents=True)
+    command = f'echo "$* $TANDEM_RUNTIME_DIR" > {tmp_path}/up; until [ -e {task.stop_file} ]; do sleep 0.1; done'
+    process = start(tools, tmp_path, command, task=2)
+    while not (tmp_path / "up").exists() or not (tmp_path / "up").read_text():
+        time.sleep(0.05)
+    assert (tmp_path / "up").read_text() == f"slurm node {task.path} /tmp/ts-2\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 0 and task.stop_reason("7.0") == "time-limit"
 
 
 def test_the_warning_of_slurm_reaches_the_run_as_a_file_and_the_step_goes_on(tools: Path, tmp_path: Path) -> None:
@@ -168,5 +193,22 @@ def test_a_jobs_folder_is_private_and_found_by_id_name_and_latest(tmp_path: Path
     )
     with pytest.raises(ClusterError, match="The newest are: 41"):
         find(tmp_path, "99")
-    first.stop("41.0")
+    first.stop()
     assert first.stop_reason("41.0") == "user"
+
+
+def test_tasks_of_an_array_are_found_by_their_numbers(tmp_path: Path) -> None:
+    submission = Submission(kind="sweep", command=("slurm", "trial", "s"), nodes=1, gpus_per_node=0, tasks=(1, 3))
+    folder = JobFolder.create(tmp_path, submission)
+    for number in submission.tasks:
+        folder.create_task(number, replace(submission, command=(*submission.command, str(number)), tasks=()))
+    folder.write_job_id("50")
+    found = find(tmp_path, "50_3")
+    assert found == folder.task(3) and found.submission().job_id == "50_3" and not found.runs
+    assert found.submission().command == ("slurm", "trial", "s", "3") and find(tmp_path, "50") == folder
+    with pytest.raises(ClusterError, match="There is no Slurm job '50_2'"):
+        find(tmp_path, "50_2")
+    found.write_head(Head(run="51.0", address="10.0.0.1:6379"))
+    assert found.runs
+    found.stop()
+    assert found.stop_reason("51.0") == "user"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
 from tandem.cluster import tunnel as tunnel_module
-from tandem.cluster.tunnel import AppEndedError, Target, Tunnel
+from tandem.cluster.tunnel import AppEndedError, Reminders, Target, Tunnel, in_background
 from tandem.errors import ClusterError
 
 
@@ -85,6 +86,72 @@ async def test_it_ends_when_the_app_has_and_outlives_a_look_that_fails() -> None
         await asyncio.wait_for(tunnel.wait(), 5)
         assert messages == ["ssh is away"]
         await tunnel.stop()
+
+
+class AwaySsh:
+    """A connection that is lost, and whose host refuses `refusals` attempts to make it again."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals, self.is_up = refusals, False
+
+    def is_open(self) -> bool:
+        return self.is_up
+
+    def open_again(self, on_line: Callable[[str], None]) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            on_line("No route to host")
+            raise ClusterError("`ssh gate` failed")
+        self.is_up = True
+
+    def forward(self, host: str, port: int) -> int:
+        return port
+
+
+async def test_a_host_that_stays_away_is_told_once_and_the_return_too() -> None:
+    messages: list[str] = []
+    async with app("first") as target:
+        ssh = AwaySsh(refusals=0)
+        tunnel = Tunnel(ssh, target, lambda: None, messages.append)  # type: ignore[arg-type]
+        await tunnel.start(0)
+        ssh.is_up, ssh.refusals = False, 5
+        async with asyncio.timeout(5):
+            while "Connected again." not in messages:
+                await asyncio.sleep(0.01)
+        ssh.is_up, ssh.refusals = False, 0
+        async with asyncio.timeout(5):
+            while messages.count("Connected again.") < 2:
+                await asyncio.sleep(0.01)
+        await tunnel.stop()
+    lost = "The SSH connection is lost; connecting again."
+    first = [lost, "No route to host", "`ssh gate` failed", "Connected again."]
+    assert messages == [*first, lost, "Connected again."]
+
+
+def test_a_message_comes_again_at_growing_intervals_or_when_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(tunnel_module.time, "monotonic", lambda: now[0])
+    told: list[tuple[float, str]] = []
+    remind = Reminders(lambda message: told.append((now[0], message)))
+    for second in range(100):
+        now[0] = float(second)
+        remind("away")
+        if second == 10:
+            remind("refused")
+    assert told == [(0, "away"), (10, "refused"), (30, "away"), (90, "away")]
+
+
+def test_a_tunnel_in_the_background_serves_code_without_a_loop() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        target = Target("app", "127.0.0.1", server.getsockname()[1])
+        with in_background(Tunnel(None, target, lambda: None)) as port:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+                client.sendall(b"hello")
+                accepted, _ = server.accept()
+                with accepted:
+                    assert accepted.recv(5) == b"hello"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 async def test_a_taken_port_is_refused() -> None:

@@ -16,8 +16,11 @@ from tandem.errors import ClusterError, ConfigError
 from tandem.jobs.folder import JobFolder
 from tandem.jobs.prepare import prepare
 from tandem.jobs.sweep import SweepFolder, find_sweep, prepare_sweep, score, trials_at_once
-from tandem.jobs.tune import best_of, reported_metrics
-from tandem.observability.events import Evaluated, Step, SweepFinished
+from tandem.jobs.sweep_result import best_of, finish_if_over, waiting_trials
+from tandem.jobs.tune import reported_metrics
+from tandem.observability.events import Evaluated, Failed, Step, SweepFinished
+from tandem.observability.journal import Journal
+from tandem.sdk import slurm_sweep
 
 RATES = [{"optimizer.learning_rate": "1e-3"}, {"optimizer.learning_rate": "3e-3"}]
 
@@ -115,6 +118,23 @@ def test_a_score_is_the_last_loss_or_the_median_speed():
     assert score("tokens_per_s", events) == 800.0
     assert score("mfu", events) is None
     assert score("loss", [Step(step=1, loss=math.nan)]) is None
+
+
+def test_trials_that_run_apart_are_compared_when_the_last_is_over(values: dict[str, Any]):
+    sweep = sweep_of({**values, "register": False}, [*RATES, {"optimizer.learning_rate": "1"}])
+    first, second, third = sweep.jobs()
+    # What failed before the sweep was started again is not over.
+    Journal(third.path / "events.jsonl").write(Failed(error="an earlier run"))
+    slurm_sweep.begin(sweep, at_once=2)
+    assert waiting_trials(sweep) == [1, 2, 3] and finish_if_over(sweep) is None
+    for job, loss in ((first, 2.0), (second, 1.0)):
+        finish(job, None)
+        Journal(job.path / "events.jsonl").write(Step(step=1, loss=loss))
+    assert waiting_trials(sweep) == [3] and finish_if_over(sweep) is None
+    Journal(third.path / "events.jsonl").write(Failed(error="it diverged"))
+    end = finish_if_over(sweep)
+    assert end is not None and (end.best, end.score, end.job) == (2, 1.0, second.id)
+    assert sweep.finished() == finish_if_over(sweep) and len(sweep.typed_events()) == 2
 
 
 def config(**parallel: float) -> TrainConfig:

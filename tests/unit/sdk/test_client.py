@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fake_hub import FakeHub
 from small_folders import small_model
 from starlette.requests import Request
@@ -44,20 +38,6 @@ class Watched(EchoEngine):
 @pytest.fixture
 def engine() -> Watched:
     return Watched()
-
-
-@pytest.fixture
-def url(engine: Watched) -> Iterator[str]:
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(engine.app, lifespan="off", log_level="critical"))
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 def test_answers_come_in_the_order_of_their_prompts(url: str, engine: Watched) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tandem.cluster.process import run_program, shown
 from tandem.errors import ClusterError
 
 TIMEOUT_S = 60.0
@@ -62,21 +62,27 @@ def require() -> None:
 def submit(script: Path, arguments: Sequence[str] = ()) -> str:
     """Submit a batch script; returns Slurm's id of the job. ClusterError with Slurm's own words where it refuses."""
     require()
-    shown = _run(["sbatch", "--parsable", *arguments, str(script)])
+    answer = _run(["sbatch", "--parsable", *arguments, str(script)])
     # ID, or ID;CLUSTER where there are several.
-    return shown.strip().splitlines()[-1].partition(";")[0]
+    return answer.strip().splitlines()[-1].partition(";")[0]
 
 
 def state(job_id: str) -> JobState | None:
     """What Slurm says of a job; None: it has forgotten it, some minutes after the job's end."""
-    shown = _run(["scontrol", "--oneliner", "show", "job", job_id], missing_ok=True)
-    return parse_job(shown) if shown else None
+    known = states(job_id)
+    return known[0] if known else None
 
 
-def parse_job(shown: str) -> JobState:
+def states(job_id: str) -> list[JobState]:
+    """The same of a job array: what Slurm says of each of its tasks, of those that wait in one."""
+    answer = _run(["scontrol", "--oneliner", "show", "job", job_id], missing_ok=True)
+    return [parse_job(line) for line in answer.splitlines() if line.strip()]
+
+
+def parse_job(answer: str) -> JobState:
     """What `scontrol --oneliner show job` prints."""
     # Values with spaces, such as commands, hold no `Name=` of the fields that are read here.
-    fields = dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(\S*)", shown.strip()))
+    fields = dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(\S*)", answer.strip()))
     return JobState(
         job_id=fields.get("JobId", ""),
         state=fields.get("JobState", ""),
@@ -90,18 +96,10 @@ def run_step(arguments: Sequence[str], words: Sequence[str], *, timeout_s: float
     """Output of a command on a compute node, in an allocation of its own. ClusterError with what it said if it fails."""
     require()
     command = ["srun", "--quiet", *arguments, *words]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ClusterError(
-            f"No compute node has answered within {timeout_s:g} s. `squeue --me` shows what the job waits for."
-        ) from error
+    hint = "No compute node may have been free; `squeue --me` shows what the job waits for."
+    done = run_program(command, timeout_s=timeout_s, hint=hint)
     if done.returncode:
-        raise ClusterError(
-            f"`{' '.join(words[:4])}` failed on a compute node: {(done.stderr or done.stdout).strip()[-2000:]}"
-        )
+        raise ClusterError(f"{shown(words)} failed on a compute node: {(done.stderr or done.stdout).strip()[-2000:]}")
     return done.stdout
 
 
@@ -124,16 +122,8 @@ def _time(text: str) -> datetime | None:
 
 
 def _run(command: list[str], *, missing_ok: bool = False) -> str:
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except FileNotFoundError as error:
-        raise ClusterError(f"This machine has no `{command[0]}`; it is a part of Slurm.") from error
-    except subprocess.TimeoutExpired as error:
-        raise ClusterError(
-            f"`{command[0]}` did not answer within {TIMEOUT_S:g} s. Is Slurm's controller up?"
-        ) from error
+    hint = "Is this a login node, and does Slurm's controller answer? `sinfo` shows both."
+    done = run_program(command, timeout_s=TIMEOUT_S, hint=hint)
     if done.returncode == 0:
         return done.stdout
     said = (done.stderr or done.stdout).strip()

@@ -19,6 +19,7 @@ from tandem.storage import write_atomic
 
 T = TypeVar("T")
 
+STOP_FILE = "stop"
 TIME_LIMIT, USER = "time-limit", "user"
 """Reasons why a run is told to end."""
 
@@ -28,7 +29,7 @@ class Submission:
     """What a job runs, and on what."""
 
     kind: str
-    """`serve` or `train`."""
+    """`serve`, `train` or `sweep`."""
     command: tuple[str, ...]
     """Words of the `tandem` command that the first node runs."""
     nodes: int
@@ -41,6 +42,15 @@ class Submission:
     """Slurm's id; None: not submitted yet."""
     succeeds: str | None = None
     """Name of the folder of the job whose clients come to this one when it answers."""
+    tasks: tuple[int, ...] = ()
+    """Numbers of the tasks of a job array, each with a folder of its own; empty: a single job."""
+    tasks_at_once: int = 0
+    """Tasks that run at a time, at most; 0: as many as there is room for."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether it runs an app; else it trains, and goes on in another run where it was ended."""
+        return self.kind == "serve"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +104,23 @@ class JobFolder:
         """Its name."""
         return self.path.name
 
+    def task(self, number: int) -> JobFolder:
+        """The folder of a task of a job array."""
+        return JobFolder(self.path / "tasks" / str(number))
+
+    def create_task(self, number: int, submission: Submission) -> None:
+        """Make the folder of a task."""
+        make_private_folder(self.task(number).path)
+        self.task(number).write_submission(submission)
+
+    def write_job_id(self, job_id: str) -> None:
+        """Record Slurm's id of the job, for its tasks too."""
+        submission = self.submission()
+        self.write_submission(replace(submission, job_id=job_id))
+        for number in submission.tasks:
+            task = self.task(number)
+            task.write_submission(replace(task.submission(), job_id=f"{job_id}_{number}"))
+
     @property
     def token(self) -> Path:
         """Ray's token for this job's cluster."""
@@ -112,11 +139,18 @@ class JobFolder:
     @property
     def stop_file(self) -> Path:
         """Holds the run that is to end and the reason, if one is; the batch script or `stop` writes it."""
-        return self.path / "stop"
+        return self.path / STOP_FILE
 
-    def stop(self, run: str) -> None:
-        """Tell a run to end because a user wants it."""
-        write_atomic(self.stop_file, f"{run} {USER}", mode=0o600)
+    @property
+    def runs(self) -> bool:
+        """Whether a run has started and not ended."""
+        head = self.head()
+        return head is not None and bool(head.address)
+
+    def stop(self) -> None:
+        """Tell the newest run to end because a user wants it."""
+        if (head := self.head()) is not None:
+            write_atomic(self.stop_file, f"{head.run} {USER}", mode=0o600)
 
     def stop_reason(self, run: str) -> str | None:
         """Why a run is to end: `TIME_LIMIT` or `USER`; None: it is not."""
@@ -183,12 +217,17 @@ def folders(home: Path) -> list[JobFolder]:
 
 
 def find(home: Path, job: str) -> JobFolder:
-    """The folder of a job by Slurm's id or the folder's name; `latest`: the newest. ClusterError if there is none."""
+    """The folder of a job by Slurm's id or the folder's name; `latest`: the newest. ClusterError if there is none.
+
+    `ID_NUMBER` is a task of a job array.
+    """
     found = folders(home)
     if job == "latest" and found:
         return found[0]
+    wanted, _, task = job.partition("_")
     for folder in found:
-        if job in (folder.name, folder.submission().job_id):
-            return folder
+        submission = folder.submission()
+        if wanted in (folder.name, submission.job_id) and (not task or task in map(str, submission.tasks)):
+            return folder.task(int(task)) if task else folder
     known = ", ".join(filter(None, (folder.submission().job_id for folder in found[:5]))) or "none yet"
     raise ClusterError(f"There is no Slurm job {job!r} in {home}. The newest are: {known}.")

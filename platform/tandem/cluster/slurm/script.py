@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.cluster.slurm.folder import TIME_LIMIT, JobFolder, Submission
+from tandem.cluster.slurm.folder import STOP_FILE, TIME_LIMIT, JobFolder, Submission
 from tandem.config.slurm import ContainerConfig, SlurmSite
 
 REQUEUE_STATUS = 75
@@ -29,22 +29,30 @@ class JobRequest:
     @property
     def requeue(self) -> bool:
         """Whether the job is queued again when its first node asks for it, or a node fails."""
-        return self.submission.kind == "train"
+        return not self.submission.serves
+
+    @property
+    def node_folder(self) -> str:
+        """The folder of the job, or of each task of an array, as bash reads it."""
+        folder = shlex.quote(str(self.folder.path))
+        return f'{folder}/tasks/"$SLURM_ARRAY_TASK_ID"' if self.submission.tasks else folder
 
 
 def render(site: SlurmSite, request: JobRequest) -> str:
     """The script. Each node runs `tandem slurm node FOLDER`, which starts Ray; the first one runs the job's command."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(site, request)), ""]
     lines += ["set -u", *preparation(site, request.variables)]
+    if request.submission.tasks:
+        # Tasks may share a node.
+        lines += ['export TANDEM_RUNTIME_DIR="$TANDEM_RUNTIME_DIR-$SLURM_ARRAY_TASK_ID"']
     # Drivers of training jobs are started as `python`.
     lines += [f'export PATH={shlex.quote(str(Path(request.tandem[0]).parent))}:"$PATH"']
-    words = [shlex.join(request.tandem), "slurm", "node", shlex.quote(str(request.folder.path))]
+    words = [shlex.join(request.tandem), "slurm", "node", request.node_folder]
     if site.container is not None:
         words = [*container_words(site.container, request.home), *words]
-    stop_file = shlex.quote(str(request.folder.stop_file))
     lines += [
         "# Slurm sends SIGUSR1 to this shell before the time limit. Sent to the step, it would end every process of Ray.",
-        f"""trap 'echo "$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}} {TIME_LIMIT}" > {stop_file}' USR1""",
+        f"""trap 'echo "$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}} {TIME_LIMIT}" > {request.node_folder}/{STOP_FILE}' USR1""",
         "# A node that fails does not end the others.",
         f"srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 {' '.join(words)} &",
         "step=$!",
@@ -68,7 +76,7 @@ def options(site: SlurmSite, request: JobRequest) -> list[str]:
     """The options for sbatch."""
     found = [
         f"--job-name=tandem-{request.submission.kind}",
-        f"--output={request.folder.log}",
+        f"--output={_log(request)}",
         "--open-mode=append",
         f"--nodes={request.submission.nodes}",
         "--ntasks-per-node=1",
@@ -76,7 +84,22 @@ def options(site: SlurmSite, request: JobRequest) -> list[str]:
         f"--signal=B:USR1@{site.warning_s}",
         "--requeue" if request.requeue else "--no-requeue",
     ]
+    if request.submission.tasks:
+        found.append(f"--array={array_range(request.submission.tasks, request.submission.tasks_at_once)}")
     return [*found, *resource_options(site, request.submission.gpus_per_node)]
+
+
+def array_range(tasks: Sequence[int], at_once: int) -> str:
+    """sbatch's form of the numbers of an array's tasks, and how many run at a time."""
+    numbers = f"{tasks[0]}-{tasks[-1]}" if len(tasks) == tasks[-1] - tasks[0] + 1 else ",".join(map(str, tasks))
+    return f"{numbers}%{at_once}" if at_once else numbers
+
+
+def _log(request: JobRequest) -> str:
+    """The file of the output; `%a` is the number of a task."""
+    if not request.submission.tasks:
+        return str(request.folder.log)
+    return str(request.folder.path / "tasks" / "%a" / request.folder.log.name)
 
 
 def resource_options(site: SlurmSite, gpus_per_node: int) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosts import REPOSITORY, SUBNET, Host
+from bench.harness.hosts import REPOSITORY, SUBNET, Host
 
 GPUS = 2
 START_S = 30.0

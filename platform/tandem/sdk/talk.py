@@ -134,6 +134,15 @@ class Talker:
             return None
 
 
+def the_only(served: list[str]) -> str:
+    """The model that is meant where none was named: there must be one only."""
+    if not served:
+        raise EngineError("The server serves no model. Train one, or start it with one: `tandem serve up`.")
+    if len(served) > 1:
+        raise ConfigError(f"{len(served)} models are served; choose one as the model (--model): {', '.join(served)}.")
+    return served[0]
+
+
 def unknown_model(model: str, served: list[str]) -> UnknownModelError:
     """The error for a model that is not among those served."""
     listed = ", ".join(served) or "nothing"
