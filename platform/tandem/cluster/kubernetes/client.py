@@ -57,8 +57,8 @@ class Kubernetes:
                 config.load_kube_config(kubeconfig, site.context, client_configuration=configuration)
         except config.ConfigException as error:
             raise ClusterError(
-                f"There is no access to a Kubernetes cluster: {str(error).rstrip('.')}. Set KUBECONFIG, and --site-set context=NAME "
-                "for another context than the current one; `kubectl config get-contexts` lists them."
+                f"There is no access to a Kubernetes cluster: {str(error).rstrip('.')}. Set KUBECONFIG, and --site-set "
+                "context=NAME for another context than the current one; `kubectl config get-contexts` lists them."
             ) from error
         configuration.retries = False
         self._host = configuration.host
