@@ -16,6 +16,7 @@ from tandem.cli.data import data_app
 from tandem.cli.db import db_app
 from tandem.cli.doctor import doctor_command
 from tandem.cli.keys import keys_app
+from tandem.cli.kubernetes import kubernetes_app
 from tandem.cli.models import models_app
 from tandem.cli.node import node_app
 from tandem.cli.quickstart import quickstart_command
@@ -66,3 +67,4 @@ app.add_typer(node_app, name="node")
 app.add_typer(db_app, name="db")
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(slurm_app, name="slurm")
+app.add_typer(kubernetes_app, name="kubernetes")

@@ -12,6 +12,7 @@ from documentation import PAGES, REPOSITORY, Block, blocks
 
 from tandem.cli.main import app
 from tandem.config import BatchConfig, ServeConfig, TrainConfig, from_dict
+from tandem.config.kubernetes import KubernetesSite
 from tandem.config.slurm import SlurmSite
 from tandem.errors import ConfigError
 
@@ -20,6 +21,7 @@ BASE: dict[type, dict[str, Any]] = {
     TrainConfig: {"name": "a", "data": {"path": "b"}, "model": {"base": "c"}, "steps": 1, "batch_size": 8},
     ServeConfig: {"models": [{"model": "a"}]},
     SlurmSite: {},
+    KubernetesSite: {},
     BatchConfig: {"input": "a.jsonl", "model": "b", "output": "c"},
 }
 ALL = [block for page in PAGES for block in blocks(page)]

@@ -1,0 +1,1 @@
+"""Ray clusters on Kubernetes: manifests for the KubeRay operator, and the client that applies them."""
