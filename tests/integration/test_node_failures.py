@@ -1,4 +1,4 @@
-"""An app on two nodes whose head is a third: links that are cut, a node that is lost, a head that is killed, a clock that is wrong.
+"""An app on two nodes whose head is a third: links that are cut, a lost node, a killed head, a clock that is wrong.
 
 Clients ask at the first worker; what fails is the second one or the head. The second worker's clock is 5 s fast all the time.
 """
@@ -285,7 +285,10 @@ def test_the_app_answers_while_the_head_is_away_and_changes_after_it_is_back(dep
         async with probing(deployed) as probes:
             await asyncio.sleep(1.0)
             await asyncio.to_thread(deployed.head.run, "pkill -KILL -x gcs_server; pkill -KILL -x raylet; true")
-            while await asyncio.to_thread(lambda: deployed.head.run(raylet, check=False).stdout.split()) in (before, []):
+            while await asyncio.to_thread(lambda: deployed.head.run(raylet, check=False).stdout.split()) in (
+                before,
+                [],
+            ):
                 await asyncio.sleep(1.0)
             await asyncio.sleep(10.0)
         return probes
@@ -295,9 +298,7 @@ def test_the_app_answers_while_the_head_is_away_and_changes_after_it_is_back(dep
     for host in (deployed.near, deployed.far):
         assert deployed.is_served_by(host)
     # The app can be changed again: Serve's controller has come back with its state.
-    shown = deployed.near.run(
-        "tandem serve deploy --set gateway.retry_after_s=7", timeout_s=240, check=False
-    ).stdout
+    shown = deployed.near.run("tandem serve deploy --set gateway.retry_after_s=7", timeout_s=240, check=False).stdout
     assert "is changed" in shown, shown
 
 

@@ -47,8 +47,8 @@ def deploy(planned: AppPlan, *, route_prefix: str = "/", on_message: Callable[[s
     """Deploy an app and wait until every new replica is up, and no longer: old ones may stream on for minutes.
 
     The app's resolved config is kept with the cluster (`saved_config`). Raises EngineError with the reason if a new replica
-    cannot start; old replicas then stay. ClusterError if its nodes do not see the same files. `on_message` gets Serve's messages meanwhile, such as that the cluster has no free
-    resources; Serve waits for them without a limit.
+    cannot start; old replicas then stay. ClusterError if its nodes do not see the same files. `on_message` gets Serve's messages
+    meanwhile, such as that the cluster has no free resources; Serve waits for them without a limit.
     """
     check_files(planned)
     name = planned.app.config.app
@@ -82,7 +82,9 @@ def check_files(planned: AppPlan) -> None:
     folders = [
         folder
         for model in planned.app.models
-        if model.path and model.uri is None and find_engine(model.config.engine).needs_files
+        if model.path
+        and model.uri is None
+        and find_engine(model.config.engine).needs_files
         # Nodes download what they lack of the hub's models.
         and not (folder := Path(model.path)).is_relative_to(config.hub_dir)
     ]

@@ -15,8 +15,9 @@ node_app = typer.Typer(no_args_is_help=True, help="Run this machine as a node of
 def start_command(context: typer.Context) -> None:
     """Start the head (--head) or join one (--address HOST:PORT). All options are those of `ray start`.
 
-    Sets what serving needs before Ray starts: HAProxy with private files, token authentication, ports of gateways. With --restart
-    a node that ends by itself, such as one that Ray has given up after its network was away, is started again until it is stopped.
+    Sets what serving needs before Ray starts: HAProxy with private files, token authentication, ports of gateways. With
+    --restart a node that ends by itself, such as one that Ray has given up after its network was away, is started again until it
+    is stopped.
     """
     with friendly_errors():
         node.start(context.args)

@@ -27,8 +27,6 @@ from tandem import settings as environment
 from tandem.cluster import haproxy
 from tandem.cluster.local import authentication
 from tandem.cluster.marks import MARK, end_marked_processes, marked_processes
-from tandem.cluster.ports import free_block, free_ports
-from tandem.cluster.reaper import KEEP_MARKS
 from tandem.cluster.node_checks import (
     check_address,
     check_durable,
@@ -37,6 +35,8 @@ from tandem.cluster.node_checks import (
     option,
     require_token,
 )
+from tandem.cluster.ports import free_block, free_ports
+from tandem.cluster.reaper import KEEP_MARKS
 from tandem.errors import ClusterError, ConfigError, UnsafePathError
 from tandem.private import check_private_folder, make_private_folder, read_private_file, remove_private_folder
 from tandem.storage import write_atomic

@@ -15,7 +15,7 @@ TIMEOUT_S = 20.0
 
 
 def check_same_files(home: Path, folders: Sequence[Path] = ()) -> None:
-    """ClusterError that names the nodes of the connected cluster on which `home` is another folder, or one of `folders` not there.
+    """ClusterError that names nodes of the connected cluster on which `home` is another folder, or one of `folders` not there.
 
     A file with a random word is written to `home`, and every node reads it. A cluster of one node is not asked.
     """
@@ -50,8 +50,9 @@ def check_same_files(home: Path, folders: Sequence[Path] = ()) -> None:
         token.unlink(missing_ok=True)
     if problems:
         raise ClusterError(
-            f"The {len(nodes)} nodes of this cluster do not see the same files: {' '.join(sorted(problems))} Mount one file system at the "
-            "same path on every node, and set TANDEM_HOME below it; or name models and data by URIs of an object store."
+            f"The {len(nodes)} nodes of this cluster do not see the same files: {' '.join(sorted(problems))} Mount one file "
+            "system at the same path on every node, and set TANDEM_HOME below it; or name models and data by URIs of an object "
+            "store."
         )
 
 

@@ -117,7 +117,8 @@ def initialise(url: str) -> Upgraded:
         engine.dispose()
         if revision is not None:
             raise RegistryError(
-                f"{redacted_url(engine.url)} has a registry already, at schema {revision}. `tandem db upgrade` brings it up to date."
+                f"{redacted_url(engine.url)} has a registry already, at schema {revision}. `tandem db upgrade` brings it up to "
+                "date."
             )
     return upgrade(url)
 

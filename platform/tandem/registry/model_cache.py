@@ -133,12 +133,12 @@ class ModelCache:
             require_space(staging, sum(remote.sizes[name] for name in names), f"The model at {remote.uri}")
             files = file_system(remote.uri)
             with ThreadPoolExecutor(CONCURRENT_FILES, thread_name_prefix="model-files") as pool:
-                digests = list(
-                    pool.map(lambda name: _copy(files, str(join(remote.uri, name)), staging / name), names)
-                )
+                digests = list(pool.map(lambda name: _copy(files, str(join(remote.uri, name)), staging / name), names))
             for name in names:
                 if (staging / name).stat().st_size != remote.sizes[name]:
-                    raise StorageError(f"{remote.uri} changed while it was read: {name} has another size now. Try again.")
+                    raise StorageError(
+                        f"{remote.uri} changed while it was read: {name} has another size now. Try again."
+                    )
             record = {"uri": remote.uri, "sizes": {name: remote.sizes[name] for name in names}}
             (staging / RECORD).write_text(json.dumps({**record, "sha256": dict(zip(names, digests, strict=True))}))
             with contextlib.suppress(OSError):  # another process has brought the same

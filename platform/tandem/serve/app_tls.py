@@ -8,7 +8,7 @@ the same app. Both ends of a connection show a certificate (docs/adr/0038).
 from __future__ import annotations
 
 import asyncio
-import datetime
+import datetime as dt
 import os
 import ssl
 from collections.abc import Awaitable, Callable
@@ -22,8 +22,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 APP_NAME = "app.tandem.internal"
 """The name that every certificate is for. Addresses of replicas change; what counts is that a peer belongs to the app."""
-VALID = datetime.timedelta(days=3650)
-CLOCK_TOLERANCE = datetime.timedelta(hours=1)
+VALID = dt.timedelta(days=3650)
+CLOCK_TOLERANCE = dt.timedelta(hours=1)
 """Certificates are valid from before they were made: the clocks of nodes differ."""
 HANDSHAKE_S = 5.0
 """Seconds that a client may take for its handshake."""
@@ -101,9 +101,7 @@ class Authority:
                 x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
                 critical=False,
             )
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
-            )
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         return certificate.public_bytes(serialization.Encoding.PEM)
@@ -189,7 +187,7 @@ def new_request() -> tuple[bytes, bytes]:
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

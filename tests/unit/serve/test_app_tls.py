@@ -157,7 +157,7 @@ def test_a_kept_authority_signs_for_the_same_app() -> None:
 
 
 def test_a_request_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="PEM"):
         Authority.create().sign(b"no request")
     key, request = new_request()
     assert b"PRIVATE" in key and b"PRIVATE" not in request

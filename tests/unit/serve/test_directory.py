@@ -419,7 +419,9 @@ async def test_the_link_to_the_ledger_connects_again_after_a_restart_of_the_dire
 
 
 async def test_a_frame_about_limits_that_cannot_be_read_ends_its_connection(world: World) -> None:
-    connection = await DirectoryClient(world.locate).connect(lambda token: Hello(token=token, purpose="limits"), 1_000_000)
+    connection = await DirectoryClient(world.locate).connect(
+        lambda token: Hello(token=token, purpose="limits"), 1_000_000
+    )
     connection.send(b'["g", 1, [[["a", "subjects", 1]]]]')
     with pytest.raises(ConnectionError):
         await connection.read(5)

@@ -251,8 +251,8 @@ class ServeConfig:
     drain_timeout_s: float = 600.0
     """Seconds that streams may continue in a stopping replica or gateway. An idle engine stops at once."""
     internal_tls: bool = True
-    """Whether directory, gateways and engines speak TLS with each other, with certificates made for the app, where the nodes do not
-    talk over loopback. False where the network encrypts what passes between nodes."""
+    """Whether directory, gateways and engines speak TLS with each other, with certificates made for the app, where the nodes do
+    not talk over loopback. False where the network encrypts what passes between nodes."""
     version: str = ""
     """Version of what Tandem cannot see, such as other packages: a change replaces all replicas when the app is deployed again.
     Changes of Tandem's own code are detected."""

@@ -192,8 +192,8 @@ def _invalid_key_error(secret: str | None, expected: str) -> ApiError:
     reason = "The request has no API key" if secret is None else f"What the request was sent with is not {expected}"
     return RefusedError(
         401,
-        f"{reason}. Send one as `Authorization: Bearer ...` or `x-api-key`; `tandem keys create NAME` makes one, which is accepted "
-        "within 5 s.",
+        f"{reason}. Send one as `Authorization: Bearer ...` or `x-api-key`; `tandem keys create NAME` makes one, which is "
+        "accepted within 5 s.",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )

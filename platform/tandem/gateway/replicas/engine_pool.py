@@ -94,8 +94,8 @@ class EngineConnections:
                 context = await self._context(address.scheme)
                 _, connection = await asyncio.get_running_loop().create_connection(
                     lambda: EngineConnection(release),
-                    address.hostname,
-                    address.port,
+                    str(address.hostname),
+                    int(address.port or 80),
                     ssl=context,
                     server_hostname=APP_NAME if context else None,
                 )

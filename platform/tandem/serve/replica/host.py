@@ -24,8 +24,8 @@ from tandem.serve.replica.guard import Guard
 STOP_TIMEOUT_S = 10.0
 """Seconds that server and engine may take to stop once no request runs."""
 MAX_CONNECTIONS = 4096
-"""Connections of all gateways to one engine; each has one request. Engines generate hundreds at once, and the queue for more is in
-the gateways."""
+"""Connections of all gateways to one engine; each has one request. Engines generate hundreds at once, and the queue for more is
+in the gateways."""
 KEEP_ALIVE_S = 75
 """Longer than a gateway keeps an idle connection, so that it is the gateway that closes."""
 
