@@ -104,7 +104,7 @@ class Host:
 @contextlib.contextmanager
 def hosts(count: int, folder: Path, shared: Sequence[Path]) -> Iterator[list[Host]]:
     """`count` hosts for the length of a block; `shared` folders, and this repository, are the same on all of them."""
-    _require()
+    require_namespaces()
     _remove_leftovers()
     mark = f"{os.getpid() % 10000}"
     bridge = f"br{mark}"
@@ -170,7 +170,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
         time.sleep(0.25)
 
 
-def _require() -> None:
+def require_namespaces() -> None:
     if os.geteuid() != 0:
         raise UnavailableError("network namespaces need root")
     if any(

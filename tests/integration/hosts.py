@@ -10,7 +10,7 @@ import pytest
 from bench.harness import hosts as harness
 from bench.harness.hosts import REPOSITORY, SUBNET, Host, UnavailableError, wait_until
 
-__all__ = ["REPOSITORY", "SUBNET", "Host", "hosts", "skipped_where_unavailable", "wait_until"]
+__all__ = ["REPOSITORY", "SUBNET", "Host", "hosts", "require_namespaces", "skipped_where_unavailable", "wait_until"]
 
 
 @contextlib.contextmanager
@@ -27,3 +27,9 @@ def hosts(count: int, folder: Path, shared: Sequence[Path]) -> Iterator[list[Hos
     """See bench.harness.hosts."""
     with skipped_where_unavailable(), harness.hosts(count, folder, shared) as found:
         yield found
+
+
+def require_namespaces() -> None:
+    """Skip the test where this user or machine cannot make namespaces; install what is missing."""
+    with skipped_where_unavailable():
+        harness.require_namespaces()

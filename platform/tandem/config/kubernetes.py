@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from dataclasses import dataclass, field
 
-from tandem import __version__
 from tandem.config import check
 from tandem.errors import ConfigError
 
@@ -82,7 +82,7 @@ class KubernetesSite:
     context: str | None = None
     """Context of the kubeconfig; unset: the current one, or inside of a pod its service account."""
     namespace: str = "tandem"
-    image: str = f"tandem:{__version__}"
+    image: str = f"tandem:{importlib.metadata.version('tandem')}"
     """The container image with this version of Tandem."""
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()

@@ -90,7 +90,7 @@ def test_inspect_shows_both_sides_of_preferences(home: Path):
 
 def test_what_carries_loss_is_green_and_the_rest_is_dim(home: Path):
     folder = home / "data" / "chats"
-    part = Part(folder=folder, index=DatasetIndex.load(folder))
+    part = Part(folder=folder, location=folder, index=DatasetIndex.load(folder))
     row = next(inspect_rows(part, TextEncoder(str(folder / "tokenizer")), length=128, loss_on_all=False))
     console = Console(force_terminal=True, color_system="standard", width=400)
     with console.capture() as capture:

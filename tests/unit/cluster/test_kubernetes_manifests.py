@@ -16,6 +16,7 @@ from kubernetes_api import documents, problems
 
 from tandem.cluster.kubernetes import pods
 from tandem.cluster.kubernetes.manifests import (
+    SPARE_CPUS,
     ServeSubmission,
     TrainSubmission,
     cluster_manifests,
@@ -26,10 +27,12 @@ from tandem.cluster.kubernetes.manifests import (
 )
 from tandem.cluster.launcher import ClusterFile
 from tandem.cluster.slurm.script import REQUEUE_STATUS
+from tandem.config import TrainConfig
 from tandem.config.kubernetes import KubernetesSite, PodConfig, PoolConfig, TolerationConfig, check_name
 from tandem.config.load import from_dict
 from tandem.errors import ConfigError
 from tandem.private import check_private_folder
+from tandem.sdk.training import logical_cpus
 from tandem.settings import LONGEST_DRAIN_S
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -86,10 +89,12 @@ def test_a_training_job_gets_the_pods_that_hold_its_workers() -> None:
 @pytest.mark.parametrize(
     ("pool", "submission", "count"),
     [
-        (PoolConfig(cpus=8), train(4, 0, 2), 1),
+        (PoolConfig(cpus=12), train(4, 0, 2), 1),
+        # Four of the job's other CPUs are in a pod, two in the head.
+        (PoolConfig(cpus=8), train(4, 0, 2), 2),
         (PoolConfig(cpus=8), train(5, 0, 2), 2),
         (PoolConfig(cpus=64, gpus=4), train(6, 1, 1), 2),
-        (PoolConfig(cpus=3, gpus=4), train(6, 1, 1), 2),
+        (PoolConfig(cpus=5, gpus=4), train(6, 1, 1), 2),
         (PoolConfig(cpus=8, gpus=1), train(2, 0.5, 0), 1),
         (PoolConfig(cpus=8), train(3, 0, 0), 1),
     ],
@@ -98,6 +103,12 @@ def test_the_number_of_pods_follows_from_gpus_and_cpus(
     pool: PoolConfig, submission: TrainSubmission, count: int
 ) -> None:
     assert pods_needed(pool, submission) == count
+
+
+def test_the_spare_cpus_are_those_of_a_local_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    config = from_dict(TrainConfig, yaml.safe_load((REPOSITORY / "train_apps/recipes/quickstart_sft.yaml").read_text()))
+    assert logical_cpus(config) == config.parallel.workers * config.parallel.cpus_per_worker + SPARE_CPUS
 
 
 def test_a_worker_that_no_pod_could_hold_is_refused_with_the_setting() -> None:
@@ -120,6 +131,8 @@ def test_an_app_is_served_by_serves_own_config_on_the_service_port() -> None:
     assert cluster["authOptions"] == {"mode": "token", "secretName": "tandem-ray-token"}
     password = cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
     assert password == {"name": "tandem-redis", "key": "password"}
+    # Only workers take requests, so all of an app runs on them.
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     ready = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
     assert ready == {"path": "/health/ready", "port": pods.SERVE_PORT}
 

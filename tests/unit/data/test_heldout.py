@@ -80,7 +80,7 @@ def test_a_damaged_shard_is_named(dataset: Path, tmp_path: Path):
 
 def test_of_a_mixture_a_share_of_every_dataset_is_held_out_and_evaluated_on_by_weight(dataset: Path):
     index = DatasetIndex.load(dataset)
-    parts = tuple(Part(folder=dataset, index=index, weight=weight) for weight in (3.0, 1.0))
+    parts = tuple(Part(folder=dataset, location=dataset, index=index, weight=weight) for weight in (3.0, 1.0))
     trained, held = hold_out_of_each(parts, 0.4)
     assert [part.weight for part in trained] == [part.weight for part in held] == [3.0, 1.0]
     for kept, out in zip(trained, held, strict=True):

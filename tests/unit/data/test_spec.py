@@ -36,7 +36,7 @@ def source(folder: Path, kind: Kind, length: int = LENGTH) -> Source:
         lines = [{key: f"{value} {n}" for key, value in LINES[kind].items()} for n in range(40)]
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         build_dataset(str(folder / f"{kind}.jsonl"), folder / kind, vocab_size=280, shard_bytes=300)
-    part = Part(folder=folder / kind, index=DatasetIndex.load(folder / kind))
+    part = Part(folder=folder / kind, location=folder / kind, index=DatasetIndex.load(folder / kind))
     return Source.of(part, TextEncoder(str(folder / kind / "tokenizer")), length=length, loss_on_all=False)
 
 

@@ -15,7 +15,6 @@ import yaml
 from tandem.cluster.kubernetes.pods import (
     CONFIG_FOLDER,
     HEAD_ACCOUNT,
-    HEAD_CPUS,
     LABELS,
     POOL_LABEL,
     SERVE_PORT,
@@ -38,6 +37,10 @@ KINDS = {"cluster": "RayCluster", "serve": "RayService", "train": "RayJob"}
 ANNOTATIONS = {"ray.io/overwrite-container-cmd": "true"}
 """KubeRay leaves the containers' command as it is, and tells it of its own by a variable."""
 JOB_FILE = "job.yaml"
+HEAD_CPUS = 2
+"""Logical CPUs of a head, as in cluster.yaml. One of an app has none: were all replicas there, no worker would take requests."""
+SPARE_CPUS = 6
+"""CPUs beside those of a job's workers, for its driver and the tasks that read its data (as `sdk.training.logical_cpus`)."""
 KEEP_FINISHED_S = 600
 """Seconds for which the cluster of a training job stays after its end, with its logs."""
 
@@ -74,7 +77,7 @@ def cluster_manifests(site: KubernetesSite, name: str) -> list[Manifest]:
         _group(key, pool, worker_pod(site, pool, priority=priorities[key]), pool.min_replicas, pool.max_replicas)
         for key, pool in pools.items()
     ]
-    spec = _scaled(site, head_pod(site, priority=SERVE_PRIORITY, account=HEAD_ACCOUNT), groups)
+    spec = _scaled(site, groups, head_cpus=HEAD_CPUS)
     return [_resource(site, "cluster", name, spec)]
 
 
@@ -102,7 +105,7 @@ def serve_manifests(site: KubernetesSite, submission: ServeSubmission) -> list[M
         "upgradeStrategy": {"type": "NewCluster"},
         # The longest that a stream may go on in a cluster that has been replaced.
         "rayClusterDeletionDelaySeconds": LONGEST_DRAIN_S,
-        "rayClusterConfig": _scaled(site, head_pod(site, priority=SERVE_PRIORITY, account=HEAD_ACCOUNT), groups),
+        "rayClusterConfig": _scaled(site, groups, head_cpus=0),
     }
     return [_resource(site, "serve", submission.name, spec)]
 
@@ -116,7 +119,8 @@ def train_manifests(site: KubernetesSite, submission: TrainSubmission) -> list[M
     config_map = config_map_of(submission.name)
     command = ["tandem", "train", "submit", "--raw", "--config", f"{CONFIG_FOLDER}/{JOB_FILE}"]
     group = _group("train", site.train, worker_pod(site, site.train, priority=TRAIN_PRIORITY), count, count)
-    cluster = _cluster(site, head_pod(site, priority=TRAIN_PRIORITY, config_map=config_map), [group])
+    head = head_pod(site, priority=TRAIN_PRIORITY, config_map=config_map)
+    cluster = _cluster(site, head, [group], head_cpus=HEAD_CPUS)
     spec: Manifest = {
         "entrypoint": shlex.join(command),
         "submissionMode": "K8sJobMode",
@@ -144,7 +148,7 @@ def config_map_of(name: str) -> str:
 
 
 def pods_needed(pool: PoolConfig, submission: TrainSubmission) -> int:
-    """Pods of `pool` that hold a job's ranks; ConfigError if none does."""
+    """Pods of `pool` that hold a job's ranks, its driver and its data's tasks; ConfigError if none holds a rank."""
     needed = {"gpus": submission.gpus_per_worker, "cpus": submission.cpus_per_worker}
     has = {"gpus": pool.gpus, "cpus": pool.cpus}
     ranks = [math.floor(has[key] / needed[key]) for key in needed if needed[key] > 0]
@@ -154,13 +158,15 @@ def pods_needed(pool: PoolConfig, submission: TrainSubmission) -> int:
             f"Each worker of the job needs {needed[key]:g} {key}, and a pod of the site's train pool has {has[key]}. Raise "
             f"train.{key} of the site's config (--site-set train.{key}={math.ceil(needed[key])})."
         )
-    return math.ceil(submission.workers / min(ranks, default=submission.workers))
+    cpus = submission.workers * submission.cpus_per_worker + SPARE_CPUS - HEAD_CPUS
+    return max(math.ceil(submission.workers / min(ranks, default=submission.workers)), math.ceil(cpus / pool.cpus))
 
 
-def _scaled(site: KubernetesSite, head: Manifest, groups: list[Manifest]) -> Manifest:
+def _scaled(site: KubernetesSite, groups: list[Manifest], *, head_cpus: int) -> Manifest:
     """A cluster that the autoscaler grows and shrinks, and whose control state outlives the head."""
+    head = head_pod(site, priority=SERVE_PRIORITY, account=HEAD_ACCOUNT)
     head["spec"]["volumes"].append(token_volume())
-    spec = _cluster(site, head, groups)
+    spec = _cluster(site, head, groups, head_cpus=head_cpus)
     spec |= {"enableInTreeAutoscaling": True, "autoscalerOptions": autoscaler(site)}
     if site.redis_address is not None:
         secret = {"name": site.redis_secret, "key": "password"}
@@ -171,11 +177,11 @@ def _scaled(site: KubernetesSite, head: Manifest, groups: list[Manifest]) -> Man
     return spec
 
 
-def _cluster(site: KubernetesSite, head: Manifest, groups: list[Manifest]) -> Manifest:
+def _cluster(site: KubernetesSite, head: Manifest, groups: list[Manifest], *, head_cpus: int) -> Manifest:
     return {
         "rayVersion": importlib.metadata.version("ray"),
         "authOptions": {"mode": "token", "secretName": site.token_secret},
-        "headGroupSpec": {"rayStartParams": {"num-cpus": str(HEAD_CPUS)}, "template": head},
+        "headGroupSpec": {"rayStartParams": {"num-cpus": str(head_cpus)}, "template": head},
         "workerGroupSpecs": groups,
     }
 

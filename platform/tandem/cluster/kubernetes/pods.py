@@ -22,8 +22,6 @@ POOL_LABEL = "pool"
 SERVE_PORT = 8000
 METRICS_PORT, AGENT_PORT, GCS_PORT, DASHBOARD_PORT, CLIENT_PORT = 8080, 52365, 6379, 8265, 10001
 """Ray's ports that KubeRay sets: metrics and the agent of each node; on the head GCS, dashboard and client server."""
-HEAD_CPUS = 2
-"""Logical CPUs of the head: room for drivers and for deployments that need almost nothing, not for engines or training."""
 STOP_S = 120
 """Seconds that a pod gets to end its node."""
 LEAVE_S = 15
