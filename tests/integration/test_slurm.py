@@ -260,14 +260,15 @@ def test_trials_of_a_sweep_run_as_tasks_side_by_side_on_a_node(site: Site, datab
     variables = {"TANDEM_DATABASE_URL": database}
     site.tandem("db", "upgrade", **variables)
     words = ["slurm", "submit", "sweep", "--config", str(config), "--param", "optimizer.learning_rate=1e-9,1e-2,1e-8"]
-    one_node = ["--site-set", "cpus_per_node=1", "--site-set", f"options=[--nodelist={site.nodes[0].name}]"]
+    one_node = ["--site-set", "cpus_per_node=1", "--site-set", f"options=[--nodelist={site.nodes[1].name}]"]
     site.tandem(*words, *one_node, "--at-once", "2", **variables)
-    most = 0
+    job_id, most = site.job().submission().job_id or "", 0
 
     def over() -> bool:
         nonlocal most
-        most = max(most, len(site.slurm.run("squeue", "--noheader", "--array", "--states=RUNNING").splitlines()))
-        return not site.slurm.run("squeue", "--noheader").strip()
+        states = site.slurm.run("squeue", "--noheader", "--array", f"--jobs={job_id}", "--format=%T").split()
+        most = max(most, states.count("RUNNING"))
+        return not states
 
     wait_until(over, 500, "the array did not end")
     logs = "".join(site.job().task(number).log.read_text()[-2000:] for number in (1, 2, 3))
